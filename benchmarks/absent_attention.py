@@ -36,7 +36,7 @@ from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import answer_loss
 from mis_mlx.evaluation import comparison
 from mis_mlx.maths.reconstruction import RIDGES, NormalEquations
-from mis_mlx.models import load, mlx_generate, resolve
+from mis_mlx.models import load, mlx_generate, opening, resolve
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.types import Checkpoint
 
@@ -246,7 +246,7 @@ class Trial:
     """The whole model, its texts, and what they cost under it."""
 
     def __init__(self, s: Settings):
-        self.checkpoint = load.open_checkpoint(resolve.resolve_model(s.teacher).path)
+        self.checkpoint = opening.open_to_compute(resolve.resolve_model(s.teacher).path)
         self.model = Model(self.checkpoint)
         self.data = preparation.prepare(None, load.tokenizer(self.checkpoint.path), LENGTH)
         self.texts = Texts(self.checkpoint, self.data, s.windows)

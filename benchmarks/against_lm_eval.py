@@ -28,9 +28,10 @@ import numpy as np
 from laboratory import write
 from polish_text import problems
 
+from mis_mlx.compute import precision
 from mis_mlx.evaluation import answering, questions
 from mis_mlx.hardware import memory
-from mis_mlx.models import load, policy, resolve
+from mis_mlx.models import load, opening, resolve
 from mis_mlx.types import Checkpoint
 
 COUNT = 240
@@ -105,7 +106,7 @@ def theirs(adapter: Any, name: str, folder: Path) -> tuple[float, float, list[li
 def main(model: str | None) -> None:
     """Compare, print and store."""
     answering.check_harness(())
-    checkpoint = load.open_checkpoint(resolve.resolve_model(model).path)
+    checkpoint = opening.open_to_compute(resolve.resolve_model(model).path)
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -117,7 +118,7 @@ def main(model: str | None) -> None:
         (folder / "generated.yaml").write_text(YAML.format(name="generated", file=file))
         task = questions.file(file)
         adapter = load.mlx_lm("evaluate").MLXLM(str(checkpoint.path), use_chat_template=False)
-        dtype = policy.usual_dtype()
+        dtype = precision.usual_dtype()
         adapter._model.set_dtype(dtype)
         mx.eval(adapter._model.parameters())
         runs_ours = [ours(checkpoint, task, folder / "1")]

@@ -39,7 +39,7 @@ from mis_mlx.evaluation.answer_likelihood import has_template
 from mis_mlx.gguf_export import tensors
 from mis_mlx.hardware import memory
 from mis_mlx.maths import rounding
-from mis_mlx.models import arch, load, resolve
+from mis_mlx.models import arch, load, opening, resolve
 from mis_mlx.quantization import (
     bit_allocation,
     block_tuning,
@@ -85,7 +85,7 @@ class Bench:
 
     def __init__(self, s: Settings):
         self.s = s
-        self.teacher = load.open_checkpoint(resolve.resolve_model(s.model).path)
+        self.teacher = opening.open_to_compute(resolve.resolve_model(s.model).path)
         self.name = f"bits-{self.teacher.path.name}"
         self.given = {"windows": s.num_samples, "prompts": s.prompts, "eval": s.eval_windows}
         before = resumed(self.name, self.given, ["rows"])
@@ -193,9 +193,9 @@ class Bench:
         with tempfile.TemporaryDirectory() as temp:
             out = Path(temp) / "packed"
             made = make(out)
-            packed = load.open_checkpoint(out)
+            packed = opening.open_to_compute(out)
             wide = laboratory.unpacked(out, Path(temp) / "wide")
-            lost = self.judge(load.open_checkpoint(wide))
+            lost = self.judge(opening.open_to_compute(wide))
             row = {
                 "nbytes": packed.nbytes,
                 "bits_per_weight": 8 * packed.nbytes / arch.params(packed.config),

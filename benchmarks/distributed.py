@@ -35,11 +35,12 @@ import laboratory
 import mlx.core as mx
 
 from mis_mlx import cli, distill
+from mis_mlx.compute import precision
 from mis_mlx.data import preparation
 from mis_mlx.distillation import live_teacher
 from mis_mlx.hardware import memory, rates
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import arch, distributed, load, pipeline_parallel, policy, resolve, stream
+from mis_mlx.models import arch, distributed, load, opening, pipeline_parallel, resolve, stream
 from mis_mlx.planner import estimates, phases
 from mis_mlx.planner.distillation_spec import DistillationSpec, spec_of
 from mis_mlx.planner.phases import MemoryPlan
@@ -91,8 +92,8 @@ def sent_bytes() -> int | None:
 
 def steps(s: Settings) -> dict[str, Any]:
     """One process's part of the distillation: seconds and bytes of every step but the first."""
-    big = load.open_checkpoint(resolve.resolve_model(None).path)
-    small = load.open_checkpoint(Path(s.student))
+    big = opening.open_to_compute(resolve.resolve_model(None).path)
+    small = opening.open_to_compute(Path(s.student))
     data = preparation.prepare(None, load.tokenizer(big.path), s.length).train
     sizes = {"batch_size": 1, "grad_accumulation_steps": s.windows, "max_seq_length": s.length}
     r = DistillationConfig(iters=s.steps + 1, learning_rate=RATE, **sizes)  # type: ignore[arg-type]
@@ -121,11 +122,11 @@ def layers(s: Settings) -> dict[str, Any]:
     """One process's part of a pass of the teacher, which stays in memory, over the windows of a
     step.
     """
-    big = load.open_checkpoint(resolve.resolve_model(None).path)
+    big = opening.open_to_compute(resolve.resolve_model(None).path)
     data = preparation.prepare(None, load.tokenizer(big.path), s.length).train
     n = distributed.size()
     counts = pipeline_parallel.share_blocks(int(big.config["num_hidden_layers"]), [999] * n, 1.0)
-    where = big, policy.compute_dtype(big), None, False
+    where = big, precision.dtype_of(big), None, False
     source = pipeline_parallel.Relay(*where, counts) if n > 1 else stream.Stream(*where)
     mine = distributed.shard([mx.array(w[None]) for w in data.tokens[: s.windows]])
     source.forward(mine)
@@ -209,7 +210,7 @@ def computed(s: Settings) -> list[dict[str, Any]]:
     """
     at = estimates.machine_rates("m1-air")
     big, small = (
-        estimates.model_of(load.open_checkpoint(p), at.gpu)
+        estimates.model_of(opening.open_to_compute(p), at.gpu)
         for p in (resolve.resolve_model(None).path, Path(s.student))
     )
     rows = []
@@ -236,7 +237,7 @@ def main(s: Settings) -> None:
     found: dict[str, Any] = {
         "given": {k: v for k, v in asdict(s).items() if k not in ("student", "work")}
     }
-    small = load.open_checkpoint(Path(s.student))
+    small = opening.open_to_compute(Path(s.student))
     model = estimates.model_of(small)
     found["student_sha256"] = laboratory.weights_sha256(small.path)
     noise = laboratory.busy("at the start")

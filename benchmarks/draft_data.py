@@ -17,7 +17,8 @@ import json
 import sys
 from pathlib import Path
 
-from mis_mlx.models import load, policy, resolve
+from mis_mlx.compute import precision
+from mis_mlx.models import load, resolve
 
 TOPICS = (
     "a lighthouse",
@@ -99,7 +100,7 @@ def main(folder: Path) -> None:
     """Answer all questions in batches, and split them 10 to 1 to 1."""
     path = resolve.resolve_model().path
     model, tokenizer, *_ = load.mlx_lm("utils").load(str(path))
-    model.set_dtype(policy.usual_dtype())
+    model.set_dtype(precision.usual_dtype())
     asked = [ask.format(topic) for topic, ask in itertools.product(TOPICS, ASKS)]
     rows = []
     for start in range(0, len(asked), BATCH):

@@ -44,7 +44,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mis_mlx import cli, prune, quantize
 from mis_mlx.hardware import memory
-from mis_mlx.models import arch, load, model_writer
+from mis_mlx.models import arch, model_writer, opening
 from mis_mlx.models.config import shape_of
 from mis_mlx.planner import estimates
 from mis_mlx.pruning import vocabulary
@@ -240,7 +240,7 @@ def in_process(s: Settings, name: str, source: Path, out: Path, vocab: str = "")
     if done.returncode:
         raise MisError(f"{name} of {source} ended with exit code {done.returncode}")
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    made = load.open_checkpoint(out)
+    made = opening.open_to_compute(out)
     return {**row, "bytes": made.nbytes, "params": arch.params(made.config)}
 
 
@@ -286,7 +286,7 @@ def trimmed_and_rounded(s: Settings, rows: Rows) -> None:
     teacher = Path(s.work) / s.model
     if not teacher.exists():
         made = write_model(teacher, arch.PUBLISHED[s.model])
-        checkpoint = load.open_checkpoint(teacher)
+        checkpoint = opening.open_to_compute(teacher)
         size = {"bytes": checkpoint.nbytes, "params": arch.params(checkpoint.config)}
         rows.keep("whole", {**made, **size})
     for label, share in SHARES.items():

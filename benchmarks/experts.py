@@ -31,7 +31,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from mis_mlx import cli, distill, prune
 from mis_mlx.data import preparation
 from mis_mlx.evaluation import comparison
-from mis_mlx.models import arch, families, load, model_writer
+from mis_mlx.models import arch, families, load, model_writer, opening
 from mis_mlx.pruning import reconstruct
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.types import Checkpoint
@@ -137,7 +137,7 @@ def mixture(s: Settings, seed: int, folder: Path) -> Checkpoint:
         noise = mx.random.normal(shape, key=mx.random.key(1000 * seed + number))
         named[name] = mx.ones(shape) if "norm" in name else 0.02 * noise
     mx.save_safetensors(str(folder / "model.safetensors"), named)
-    model = load.resident_model(load.open_checkpoint(folder), mx.float32)
+    model = load.resident_model(opening.open_to_compute(folder), mx.float32)
     gates = []
     for block in model.model.layers:
         part = block[families.family(config).mlp]
@@ -166,7 +166,7 @@ def mixture(s: Settings, seed: int, folder: Path) -> Checkpoint:
                 f"share in it"
             )
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
-    return load.open_checkpoint(folder)
+    return opening.open_to_compute(folder)
 
 
 def bits(s: Settings, data: preparation.Data, model: Checkpoint) -> dict[str, float]:
@@ -199,13 +199,13 @@ def healed(
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (out / file).write_bytes((student.path / file).read_bytes())
     mx.save_safetensors(str(out / "model.safetensors"), weights)
-    return load.open_checkpoint(out)
+    return opening.open_to_compute(out)
 
 
 def seed_rows(s: Settings, seed: int, place: Path) -> dict[str, Any]:
     """{row: {text: bits per byte}} of one mixture."""
     kept = Path(s.place or place) / f"{s.family}-{seed}"
-    teacher = load.open_checkpoint(kept) if kept.exists() else mixture(s, seed, kept)
+    teacher = opening.open_to_compute(kept) if kept.exists() else mixture(s, seed, kept)
     data = preparation.prepare(None, load.tokenizer(teacher.path), s.tokens)
     rows = {"teacher": bits(s, data, teacher)}
     for share in ("0.75x", "0.5x"):
@@ -225,7 +225,7 @@ def seed_rows(s: Settings, seed: int, place: Path) -> dict[str, Any]:
                     seed=seed,
                 )
             )
-            student = load.open_checkpoint(out)
+            student = opening.open_to_compute(out)
             rows[f"{share}, {by}"] = bits(s, data, student)
             rows[f"{share}, {by}, healed"] = bits(
                 s, data, healed(s, data, teacher=teacher, student=student, seed=seed)
@@ -241,10 +241,10 @@ def seed_rows(s: Settings, seed: int, place: Path) -> dict[str, Any]:
             )
         )
         rows[f"{share}, distill's defaults"] = bits(
-            s, data, load.open_checkpoint(place / share / "distilled")
+            s, data, opening.open_to_compute(place / share / "distilled")
         )
         rows[f"{share}, the same in 4 bits"] = bits(
-            s, data, load.open_checkpoint(place / share / "model")
+            s, data, opening.open_to_compute(place / share / "model")
         )
     return rows
 

@@ -19,7 +19,7 @@ from laboratory import start, write
 
 from mis_mlx import cli
 from mis_mlx.maths import rounding
-from mis_mlx.models import arch, load, resolve
+from mis_mlx.models import arch, load, opening, resolve
 from mis_mlx.types import Checkpoint
 
 GROUP = 64
@@ -71,7 +71,7 @@ def main(s: Settings) -> None:
         name = NORMAL
         found = of_normal_numbers()
     else:
-        checkpoint = load.open_checkpoint(resolve.resolve_model(s.model).path)
+        checkpoint = opening.open_to_compute(resolve.resolve_model(s.model).path)
         name = checkpoint.path.name
         found = of_model(checkpoint)
     rounded = {}

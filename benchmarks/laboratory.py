@@ -27,7 +27,7 @@ from mis_mlx.distillation import live_teacher
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import rates
 from mis_mlx.maths import losses
-from mis_mlx.models import host_losses, load, resolve
+from mis_mlx.models import host_losses, load, opening, resolve
 from mis_mlx.types import MisError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -257,7 +257,7 @@ class Laboratory:
     """The default teacher whole in memory, its text, and a judge for each held-out text."""
 
     def __init__(self, length: int, eval_windows: int, teacher_folder: str | None = None):
-        self.checkpoint = load.open_checkpoint(resolve.resolve_model(teacher_folder).path)
+        self.checkpoint = opening.open_to_compute(resolve.resolve_model(teacher_folder).path)
         self.data = preparation.prepare(None, load.tokenizer(self.checkpoint.path), length)
         self.source = live_teacher.StreamedTeacher(self.checkpoint, None)
         self.held_out = {

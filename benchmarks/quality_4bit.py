@@ -33,7 +33,7 @@ from mis_mlx import cli, export
 from mis_mlx.data import preparation
 from mis_mlx.distillation import live_teacher, pipeline
 from mis_mlx.evaluation import comparison
-from mis_mlx.models import arch, load, model_writer, resolve
+from mis_mlx.models import arch, load, model_writer, opening, resolve
 from mis_mlx.models.wheel_model import gguf_names, row_order
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import packed_format, stage
@@ -74,7 +74,7 @@ class Bench:
 
     def __init__(self, s: Settings):
         self.s, self.path = s, resolve.resolve_model(s.model).path
-        self.dense = load.open_checkpoint(self.path)
+        self.dense = opening.open_to_compute(self.path)
         data = preparation.prepare(None, load.tokenizer(self.path), s.max_seq_length)
         self.train = data.train
         self.batches = preparation.calibration(data.train, s.num_samples, 0)
@@ -109,7 +109,7 @@ class Bench:
         """`quantize`, then steps against the model itself or the folder `taught`."""
         rounded = out.parent / "rounded" if how.q_iters else out
         stage.quantize(
-            self.path,
+            self.dense,
             rounded,
             rounding=how,
             files=DISK,
@@ -117,12 +117,12 @@ class Bench:
             held=len(self.batches),
         )
         if how.q_iters:
-            checkpoint = load.open_checkpoint(rounded)
+            checkpoint = opening.open_to_compute(rounded)
             r = pipeline.tuning_recipe(
                 DistillationConfig(), checkpoint, how.q_iters, how.q_learning_rate
             )
             with vocabulary.shared(
-                load.open_checkpoint(taught) if taught else self.dense, [self.dense]
+                opening.open_to_compute(taught) if taught else self.dense, [self.dense]
             ) as teacher:
                 source = live_teacher.StreamedTeacher(teacher, None)
                 packed_format.write_learned(
@@ -283,7 +283,7 @@ def row(bench: Bench, make: Callable[[Bench, Path], None]) -> dict[str, Any]:
     began = time.monotonic()
     with TemporaryDirectory() as temp:
         make(bench, out := Path(temp) / "model")
-        made = load.open_checkpoint(out)
+        made = opening.open_to_compute(out)
         seconds = time.monotonic() - began
         nbytes = made.nbytes if arch.is_quantized(made.tensors) else bench.nbytes
         bits = 8 * nbytes / arch.params(made.config)

@@ -29,10 +29,11 @@ from ablations import block_removal, fisher_importance, local_steps, rankings
 from laboratory import Laboratory, stored, write
 
 from mis_mlx import cli
+from mis_mlx.compute import precision
 from mis_mlx.distillation import live_teacher
 from mis_mlx.maths.importance import Key, Statistics
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import arch, load, model_writer, policy, stream
+from mis_mlx.models import arch, load, model_writer, opening, stream
 from mis_mlx.models.config import shape_of
 from mis_mlx.pruning import calibrate, reconstruct, select, slicing
 from mis_mlx.reporting.text import markdown_table
@@ -174,7 +175,7 @@ class Bench(Laboratory):
     @cache  # noqa: B019
     def measured(self, seed: int) -> tuple[Measured, dict[Key, np.ndarray]]:
         """Moments and lengths of weights, of the same windows."""
-        return rankings.measured(self.checkpoint, self.pick(32, seed, 1), policy.usual_dtype())
+        return rankings.measured(self.checkpoint, self.pick(32, seed, 1), precision.usual_dtype())
 
     @cache  # noqa: B019
     def fisher(self, seed: int) -> dict[Key, np.ndarray]:
@@ -202,7 +203,7 @@ class Bench(Laboratory):
                 arm.blocks,
                 self.checkpoint,
                 batches=few,
-                dtype=policy.usual_dtype(),
+                dtype=precision.usual_dtype(),
                 keep=count,
                 fisher=fisher,
             )
@@ -222,7 +223,7 @@ class Bench(Laboratory):
                 reading=lambda: None,
                 files=DISK,
             )
-            return load.open_checkpoint(out)
+            return opening.open_to_compute(out)
         shape, keep = select.select_units(self.checkpoint.config, self.ranked(arm, seed), arm.cut)
         whole = self.checkpoint
         tensor = None
@@ -231,7 +232,7 @@ class Bench(Laboratory):
         slicing.write_student(
             whole, shape, keep=keep, out=out, dtype="bfloat16", files=DISK, tensor=tensor
         )
-        return load.open_checkpoint(out)
+        return opening.open_to_compute(out)
 
     def begun(
         self, arm: Arm, seed: int, recipe: DistillationConfig, temp: Path

@@ -27,7 +27,7 @@ from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher, pipeline
 from mis_mlx.evaluation import comparison
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import load, model_writer, resolve, stream
+from mis_mlx.models import load, model_writer, opening, resolve, stream
 from mis_mlx.pruning import reconstruct, select
 from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage.files import DISK
@@ -74,7 +74,7 @@ def prepare(checkpoint: Checkpoint, data: preparation.Data, held_out: Windows, o
             reading=lambda: None,
             files=DISK,
         )
-        pruned = load.open_checkpoint(folder)
+        pruned = opening.open_to_compute(folder)
         keep = model_writer.read_keep(folder)
         assert keep is not None
         repaired, _ = reconstruct.reconstruct(
@@ -131,7 +131,7 @@ def train(
 
 def main(s: Settings) -> None:
     """All seeds and ways; print one line each, write one JSON file."""
-    checkpoint = load.open_checkpoint(resolve.resolve_model().path)
+    checkpoint = opening.open_to_compute(resolve.resolve_model().path)
     data = preparation.prepare(None, load.tokenizer(checkpoint.path), s.max_seq_length)
     held_out = comparison.spread_windows(data.held_out["English"], s.eval_windows)
     rows = []
@@ -139,7 +139,7 @@ def main(s: Settings) -> None:
         folder = Path(s.student or Path(temp) / "student")
         if not folder.exists():
             prepare(checkpoint, data, held_out, folder)
-        student = load.open_checkpoint(folder)
+        student = opening.open_to_compute(folder)
         source = live_teacher.StreamedTeacher(checkpoint, None)
         judge = Judge(source, held_out)
         start = judge(stream.load_checked(load.resident_model(student, mx.float32)))

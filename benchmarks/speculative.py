@@ -21,7 +21,7 @@ import laboratory
 import mlx.core as mx
 
 from mis_mlx import cli
-from mis_mlx.models import load, mlx_generate, resolve, streamed_decode
+from mis_mlx.models import load, mlx_generate, opening, resolve, streamed_decode
 from mis_mlx.models.stream import Stream
 
 PROMPTS = (
@@ -67,8 +67,8 @@ class Settings:
 
 def main(s: Settings) -> None:
     """Plain decoding first, then every size; one line each, one JSON file."""
-    checkpoint = load.open_checkpoint(resolve.resolve_model().path)
-    small = load.open_checkpoint(s.draft)
+    checkpoint = opening.open_to_compute(resolve.resolve_model().path)
+    small = opening.open_to_compute(s.draft)
     tokenizer = load.tokenizer(checkpoint.path)
     asked = [mlx_generate.encode(tokenizer, p) for p in PROMPTS[: s.prompts]]
     draft = Stream(small, mx.float32, None)

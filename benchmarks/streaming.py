@@ -32,7 +32,7 @@ import mlx.core as mx
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mis_mlx.models import arch, load, stream
+from mis_mlx.models import arch, opening, stream
 from mis_mlx.storage import block_reader
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.safetensors import write_tensors
@@ -248,9 +248,9 @@ def main() -> None:
     from laboratory import write
 
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as temp:
-        dense = load.open_checkpoint(synthetic(Path(temp) / "dense", DENSE))
+        dense = opening.open_to_compute(synthetic(Path(temp) / "dense", DENSE))
         rows = overlap(dense)
-        packed = load.open_checkpoint(synthetic(Path(temp) / "packed", PACKED, 4))
+        packed = opening.open_to_compute(synthetic(Path(temp) / "packed", PACKED, 4))
         found = budget(packed.path, Path(temp) / "run")
         print(json.dumps(found), flush=True)
         sizes = {"dense_bytes": dense.nbytes, "packed_bytes": packed.nbytes}

@@ -31,7 +31,7 @@ from laboratory import resumed, start, write
 from mis_mlx import cli, distill, evaluate
 from mis_mlx.data import preparation
 from mis_mlx.hardware.programs import unpack_debian
-from mis_mlx.models import mlx_generate, resolve
+from mis_mlx.models import mlx_generate, opening, resolve
 
 PACKAGES = ("vim-runtime", "fortunes", "fortunes-pl", "manpages-pl")
 # Kinds of the built-in text and their shares without conversations, which came later (answers.py).
@@ -103,7 +103,9 @@ def other_texts(share: Path) -> dict[str, str]:
 
 def answers(teacher: str | None) -> list[dict[str, str]]:
     """What the teacher says to every question; nothing where it has no chat template."""
-    model, tokenizer = mlx_generate.open_model(resolve.resolve_model(teacher).path)
+    model, tokenizer = mlx_generate.open_model(
+        opening.open_to_compute(resolve.resolve_model(teacher).path)
+    )
     if not tokenizer.has_chat_template:
         return []
     stop = set(tokenizer.eos_token_ids)

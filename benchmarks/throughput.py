@@ -43,11 +43,12 @@ import psutil
 from mlx.utils import tree_flatten
 
 from mis_mlx import bench, cli
+from mis_mlx.compute import precision
 from mis_mlx.evaluation.speed import rounds
 from mis_mlx.evaluation.speed.rounds import BenchmarkModel, Request
 from mis_mlx.hardware.rates import M1_AIR
 from mis_mlx.maths.stats import interval
-from mis_mlx.models import load, mlx_generate, policy, resolve
+from mis_mlx.models import load, mlx_generate, opening, resolve
 from mis_mlx.models.stream import evaluate_now
 from mis_mlx.types import MisError
 
@@ -132,7 +133,7 @@ def agreement(_: Path, s: Settings) -> dict[str, Any]:
     """Tokens per second of the same model by several clocks in turn, the order changing from round
     to round.
     """
-    subject = rounds.load_model(Path(s.student))
+    subject = rounds.load_model(opening.open_to_compute(Path(s.student)))
     count = s.agreement_tokens
     subject.tokenizer._eos_token_ids = {}  # as mlx_lm.benchmark does
     generate = load.mlx_lm("generate")
@@ -212,7 +213,7 @@ def beside_the_program(ours: Callable[[], float], s: Settings) -> dict[str, Any]
     own = list[float]()
     with tempfile.TemporaryDirectory() as temp:
         out = str(Path(temp) / "student")
-        kind = str(policy.usual_dtype()).removeprefix("mlx.core.")
+        kind = str(precision.usual_dtype()).removeprefix("mlx.core.")
         # what bench computes in: bfloat16 is slow here
         load.mlx_lm("convert").convert(s.student, out, dtype=kind)
         for number in range(1, s.blocks + 1):
@@ -253,7 +254,9 @@ def profile(big: Path, s: Settings) -> dict[str, Any]:
         for kind, folders in kinds.items():
             found[kind] = {}
             for name, folder in folders.items():
-                found[kind][name] = by_part(rounds.load_model(folder), s.prompt_tokens)
+                found[kind][name] = by_part(
+                    rounds.load_model(opening.open_to_compute(folder)), s.prompt_tokens
+                )
         return found
 
 
@@ -428,7 +431,7 @@ def main(s: Settings) -> None:
     }
     folders = {"teacher": big, "student": s.student, "student by quantize": s.four_bit}
     # all, before hours of work
-    checked = {n: load.open_checkpoint(f).path for n, f in folders.items() if f}
+    checked = {n: opening.open_to_compute(f).path for n, f in folders.items() if f}
     given["weights_sha256"] = {n: laboratory.weights_sha256(f) for n, f in checked.items()}
     command = "scripts/mis benchmarks/throughput.py --student RUN/distilled" + (
         " --four-bit RUN/model" * bool(s.four_bit)

@@ -42,7 +42,7 @@ from mis_mlx.data import preparation, token_windows
 from mis_mlx.distillation import live_teacher, sharded
 from mis_mlx.hardware.clock import Clock
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import load, lora, model_writer, resolve, stream
+from mis_mlx.models import load, lora, model_writer, opening, resolve, stream
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.settings.recipe import ADAPTERS, RATE, DistillationConfig
 from mis_mlx.storage.files import DISK
@@ -169,13 +169,13 @@ def ours(
 ) -> Timed:
     """A way of `--train`."""
     source = live_teacher.StreamedTeacher(
-        load.open_checkpoint(teacher), 0 if way == "sharded" else None
+        opening.open_to_compute(teacher), 0 if way == "sharded" else None
     )
     with tempfile.TemporaryDirectory() as temp:
         taken = begun(
             way,
             source,
-            small=load.open_checkpoint(student),
+            small=opening.open_to_compute(student),
             data=data,
             windows=windows,
             steps=steps,

@@ -31,11 +31,12 @@ import psutil
 import throughput
 
 from mis_mlx import cli
+from mis_mlx.compute import precision
 from mis_mlx.evaluation.speed import rounds
 from mis_mlx.evaluation.speed.rounds import BenchmarkModel, Measurement, Request
 from mis_mlx.hardware import rates
 from mis_mlx.hardware.rates import Roof
-from mis_mlx.models import load, policy, resolve
+from mis_mlx.models import opening, resolve
 from mis_mlx.types import Checkpoint
 
 WARM_UP = 512
@@ -104,12 +105,12 @@ def main(s: Settings) -> None:
     """Length after length; both models stay in memory."""
     folders = {
         "teacher": resolve.resolve_model(s.teacher).path,
-        "student": load.open_checkpoint(s.student).path,
+        "student": opening.open_to_compute(s.student).path,
     }
     name = s.name + "-4bit" * s.four_bit
     given: dict[str, Any] = {"chip": laboratory.machine()["chip"]}
     given["weights_sha256"] = {n: laboratory.weights_sha256(f) for n, f in folders.items()}
-    kind = "4-bit" if s.four_bit else str(policy.usual_dtype()).removeprefix("mlx.core.")
+    kind = "4-bit" if s.four_bit else str(precision.usual_dtype()).removeprefix("mlx.core.")
     before = laboratory.resumed(name, given, ("rows", "roof"))
     rows = {r["prompt_tokens"]: r for r in before.get("rows", [])}
     command = f"scripts/mis benchmarks/ttft.py --student RUN/distilled{' --four-bit' * s.four_bit}"
@@ -123,8 +124,12 @@ def main(s: Settings) -> None:
         if s.four_bit and todo:
             temp = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             folders = {n: laboratory.packed(f, temp / n) for n, f in folders.items()}
-        subjects = {n: rounds.load_model(f) for n, f in folders.items()} if todo else {}
-        models = {n: load.open_checkpoint(f) for n, f in folders.items()}
+        subjects = (
+            {n: rounds.load_model(opening.open_to_compute(f)) for n, f in folders.items()}
+            if todo
+            else {}
+        )
+        models = {n: opening.open_to_compute(f) for n, f in folders.items()}
         at = Roof(**before["roof"]) if "roof" in before else rates.measure_roof()
         for length in todo:
             before = laboratory.busy("before")

@@ -6,17 +6,17 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import psutil
 import tyro
 
 from mis_mlx import cli
+from mis_mlx.compute import precision
 from mis_mlx.evaluation.speed import rounds
 from mis_mlx.hardware import memory, rates
 from mis_mlx.hardware.thermal import governor, run_monitor, thermal_monitor
-from mis_mlx.models import arch, load, policy, resolve
+from mis_mlx.models import arch, opening, resolve
 from mis_mlx.reporting import progress, text
 from mis_mlx.types import MOST, Checkpoint, MisError, Reading, Row, Seconds, Seed, Within
 
@@ -24,7 +24,7 @@ IDLE_S = 5.0  # of rest, whose power is subtracted
 
 
 @dataclass(frozen=True)
-class Settings(cli.Budgeted, policy.Computing, run_monitor.ThermalFlags):
+class Settings(cli.Budgeted, precision.Computing, run_monitor.ThermalFlags):
     """Every model gets the same texts and lengths, in turns (A B A B), so drift affects all
     equally.
     """
@@ -44,7 +44,7 @@ class Settings(cli.Budgeted, policy.Computing, run_monitor.ThermalFlags):
 
 
 def measure(
-    folders: Mapping[str, Path],
+    models: Mapping[str, Checkpoint],
     prompt_tokens: int,
     tokens: int,
     count: int,
@@ -55,13 +55,11 @@ def measure(
     The models are timed in turn if all of them fit in `limit_bytes` together.
     """
     request = rounds.Request(prompt_tokens, max(tokens, 2))
-    needs = [
-        rounds.need_bytes(load.open_checkpoint(folder), request) for folder in folders.values()
-    ]
+    needs = [rounds.need_bytes(model, request) for model in models.values()]
     together = sum(needs) <= limit_bytes
-    trials = rounds.rounds(folders, together, count, request)
+    trials = rounds.rounds(models, together, count, request)
     by_model = dict[str, list[rounds.Measurement]]()
-    for name, trial in cli.show_progress("trial", trials, count * len(folders)):
+    for name, trial in cli.show_progress("trial", trials, count * len(models)):
         by_model.setdefault(name, []).append(trial)
     rows = []
     for name, of_model in by_model.items():
@@ -87,7 +85,7 @@ class Bench:
             )
         self.models = dict[str, Checkpoint]()
         for name, folder in zip(resolve.labels(folders), folders, strict=True):
-            self.models[name] = load.open_checkpoint(folder)
+            self.models[name] = opening.open_to_compute(folder, s.precision)
         limit = memory.budget(s.budget_bytes)
         all_bytes = 0
         for name, model in self.models.items():
@@ -111,7 +109,7 @@ class Bench:
         """All trials. Ctrl-C ends them; finished ones stay."""
         total = self.s.num_trials * len(self.models)
         trials = rounds.rounds(
-            folders={name: model.path for name, model in self.models.items()},
+            models=self.models,
             together=self.together,
             count=self.s.num_trials,
             r=self.r,
@@ -138,7 +136,7 @@ class Bench:
         """
         models = dict[str, dict[str, Any]]()
         for name, model in self.models.items():
-            dtype = str(policy.compute_dtype(model)).removeprefix("mlx.core.")
+            dtype = precision.name_of(precision.dtype_of(model))
             texts = [(trial.asked, trial.tokens) for trial in self.done.get(name, ())]
             models[name] = {
                 "params": arch.params(model.config),
@@ -190,7 +188,6 @@ def run(settings: Settings) -> dict[str, Any]:
     """The command. A machine that is hot at the start or the end, or slows down, is reported, in
     the JSON, too.
     """
-    policy.use(settings.compute_dtype)
     bench = Bench(settings)
     with run_monitor.ThermalMonitor(settings) as monitor:
         roof = rates.measure_roof()

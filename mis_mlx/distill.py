@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from mis_mlx import bench, cli, plan, search, synthesize
+from mis_mlx.compute import precision
 from mis_mlx.data import preparation
 from mis_mlx.distillation import (
     compression,
@@ -18,7 +19,7 @@ from mis_mlx.distillation import (
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import battery
-from mis_mlx.models import arch, distributed, families, load, mlx_generate, policy
+from mis_mlx.models import arch, distributed, families, load, mlx_generate, opening
 from mis_mlx.models.config import shape_of
 from mis_mlx.planner import machines, phases
 from mis_mlx.pruning import select, vocabulary
@@ -64,7 +65,7 @@ SIZES = ("student", "scenario", *families.ALL, "target_bpw", "q_mode")
 
 @dataclass(frozen=True)
 class Settings(
-    cli.Resumable, policy.Computing, select.PruningConfig, QuantizationConfig, DistillationConfig
+    cli.Resumable, precision.Computing, select.PruningConfig, QuantizationConfig, DistillationConfig
 ):
     """Every default was measured to work. No flag is required."""
 
@@ -157,7 +158,7 @@ def _sizes(s: Settings, c: pipeline.Run, models: comparison.Models) -> list[Row]
         params = arch.params(model.config)
         sizes.append(Row(name, "params", params / 1e6))
         if phases.timed_bytes(params) <= c.plan.budget_bytes:
-            fitting[name] = model.path
+            fitting[name] = model
     sizes += [Row(name, "bytes", model.nbytes / 1e6) for name, model in models.items()]
     if s.bench_tokens:
         cli.say(f"measure: speed of {', '.join(fitting) or 'none: no model fits the budget whole'}")
@@ -188,16 +189,16 @@ def _stages(
     models = {"teacher": teacher, "pruned": pruned}
     distilled = folder / ("distilled" if s.quantize else "model")
     pipeline.distil(c, pruned, distilled)
-    if s.quantize:
-        compression.quantize(s, c, distilled)
-    # Other machines are needed only for a teacher whose blocks are shared.
     main = distributed.is_main()
+    if main:
+        models["distilled"] = opening.open_to_compute(distilled, teacher.precision)
+    if s.quantize:
+        compression.quantize(s, c, models.get("distilled"))
+    # Other machines are needed only for a teacher whose blocks are shared.
     if not main and not c.shares:
         return "", {}
-    if main:
-        models["distilled"] = load.open_checkpoint(distilled)
-        if s.quantize:
-            models["4-bit"] = load.open_checkpoint(folder / "model")
+    if main and s.quantize:
+        models["4-bit"] = opening.open_to_compute(folder / "model", teacher.precision)
     with c.phase("measure"):
         answered = measurement.answered(c, models, s.eval_prompts) if main else None
         quality = measurement.quality(c, judging, models)

@@ -20,19 +20,19 @@ import psutil
 from mis_mlx import cli
 from mis_mlx.checks import groups
 from mis_mlx.checks.groups import Row
+from mis_mlx.compute import precision
 from mis_mlx.hardware import child_process, memory, rates, system_facts
 from mis_mlx.hardware.thermal.thermal_monitor import Monitor, examined
-from mis_mlx.models import policy
 from mis_mlx.reporting import html
 from mis_mlx.storage.files import DISK, as_mis_error, need_place
-from mis_mlx.types import duration, gib
+from mis_mlx.types import Precision, duration, gib
 
 PATIENCE_S = 240.0  # for a group; a hosted runner's GPU hangs at times
 ask = child_process.ask
 
 
 @dataclass(frozen=True)
-class Settings(policy.Computing):
+class Settings(precision.Computing):
     """Prints the report to stdout. Takes a minute or two and needs no network."""
 
     out: Path | None = None
@@ -99,13 +99,16 @@ def run(settings: Settings) -> dict[str, Any]:
         with as_mis_error(settings.out, "the report"):
             DISK.make_folder(settings.out.absolute().parent)
             DISK.replace_text(settings.out, "")
-    policy.use(settings.compute_dtype)
     began = time.monotonic()
     report = Report(settings.out)
     groups.name_crashes()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        report.line(groups.guarded(lambda: _head(folder), "### mis_mlx doctor\n\n- {}".format))
+        report.line(
+            groups.guarded(
+                lambda: _head(folder, settings.precision), "### mis_mlx doctor\n\n- {}".format
+            )
+        )
         report.line("\n| | check | found | at most |\n|---|---|---:|---:|")
         for group in groups.GROUPS:
             _examine(group, folder, settings.compute_dtype, report)
@@ -122,7 +125,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "checks": total,
         "failed": failed,
         "check_failed": bool(failed),
-        "policy": policy.name(),
+        "policy": precision.policy(),
         "device": rates.about()["computes_on"],
         "rows": [row._replace(error=_public(row.error))._asdict() for row in report.rows],
     }
@@ -158,7 +161,7 @@ def _examine(group: str, folder: Path, compute_dtype: str | None, report: Report
     look()
 
 
-def _head(folder: Path) -> str:
+def _head(folder: Path, wanted: Precision) -> str:
     """The facts about the machine that are known before anything is computed."""
     sensors = groups.guarded(_sensors, "sensors: {}".format)
     about = rates.about()
@@ -170,7 +173,9 @@ def _head(folder: Path) -> str:
         "budget": memory.budget(None).limit_bytes,
         "recommended": float(mx.device_info().get("max_recommended_working_set_size", 0)),
         "lines": [*sensors.splitlines(), *facts],
-        "policy": policy,
+        "policy": precision.policy(),
+        "dtype": precision.usual_dtype(wanted),
+        "keeps_packed": precision.keeps_packed(),
         "gib": gib,
     }
     return html.document("doctor.md", values)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from mis_mlx import cli
+from mis_mlx.compute import precision
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.distillation import conversations
 from mis_mlx.evaluation import (
@@ -24,7 +25,7 @@ from mis_mlx.evaluation.examination import Hashes
 from mis_mlx.evaluation.recovery_table import Outcome
 from mis_mlx.evaluation.task_registry import EvaluationSet
 from mis_mlx.hardware import memory
-from mis_mlx.models import distributed, load, policy, resolve, stream
+from mis_mlx.models import distributed, load, resolve, stream
 from mis_mlx.planner import estimates, machines
 from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting import figures, html, progress, text
@@ -49,7 +50,7 @@ Text = tuple[str, str, token_windows.Windows, comparison.OpenStream]
 
 
 @dataclass(frozen=True)
-class Settings(cli.Budgeted, policy.Computing):
+class Settings(cli.Budgeted, precision.Computing):
     """Compares any number of models with one teacher that shares their tokenizer."""
 
     teacher: str | None = None
@@ -415,14 +416,15 @@ def _check_flags(s: Settings) -> None:
         )
 
 
-def _opened_models(s: Settings) -> dict[str, Checkpoint]:
+def _opened_models(s: Settings, limit: Budget) -> dict[str, Checkpoint]:
     """The teacher and its students, by name."""
     teacher = resolve.resolve_model(s.teacher).path
     names = ("teacher", *resolve.labels(s.students, ("teacher",)))
     folders = [teacher, *map(Path, s.students)]
     models = {}
     for name, folder in zip(names, folders, strict=True):
-        models[name] = load.open_checkpoint(folder)
+        checkpoint = load.open_checkpoint(folder)
+        models[name] = estimates.settle_precision(limit, checkpoint, s.precision)
     return models
 
 
@@ -430,14 +432,12 @@ def run(settings: Settings) -> dict[str, Any]:
     """The command: the recovery table where tasks are named, else one table for each text."""
     s = settings
     cli.check_ranges(s)
-    policy.use(s.compute_dtype)
     if s.out and distributed.is_main():
         need_place("--out", s.out)
     _check_flags(s)
-    models = _opened_models(s)
-    teacher, *students = models.values()
     limit = memory.budget(s.budget_bytes)
-    estimates.settle_precision(limit, *models.values())
+    models = _opened_models(s, limit)
+    teacher, *students = models.values()
     with progress.run("evaluate"), vocabulary.shared(teacher, students) as seen:
         # Kept answers are found by the hash; several machines must have the same models.
         hashes = dict[str, str]()

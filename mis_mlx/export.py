@@ -11,6 +11,7 @@ import mlx.core as mx
 import tyro
 
 from mis_mlx import cli
+from mis_mlx.compute import precision
 from mis_mlx.gguf_export import model_card, publication, tensors, vocab
 from mis_mlx.hardware import memory, programs
 from mis_mlx.models import (
@@ -18,7 +19,6 @@ from mis_mlx.models import (
     families,
     load,
     model_writer,
-    policy,
     resolve,
     stream,
     tokenizer_check,
@@ -243,7 +243,7 @@ def _hf(settings: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, An
         facts.append(f"{packed} packed matrices de-quantized, then rounded to {dtype}")
 
     def take(name: str) -> mx.array:
-        weight = load.dense(checkpoint, name).astype(policy.DTYPES[dtype])
+        weight = load.dense(checkpoint, name).astype(precision.DTYPES[dtype])
         if stream.not_numbers(weight):
             raise MisError(
                 f"{name} holds NaN, infinity or more than {dtype} can hold: try the other "

@@ -10,18 +10,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mis_mlx import cli
+from mis_mlx.compute import precision
 from mis_mlx.data import turns
 from mis_mlx.evaluation import comparison
 from mis_mlx.evaluation.speed import rounds
 from mis_mlx.hardware import memory
-from mis_mlx.models import load, mlx_generate, policy, resolve, stream, streamed_decode
+from mis_mlx.models import load, mlx_generate, resolve, stream, streamed_decode
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress
 from mis_mlx.types import Budget, Checkpoint, Count, MisError, Whole, gib
 
 
 @dataclass(frozen=True)
-class Settings(cli.Budgeted, policy.Computing):
+class Settings(cli.Budgeted, precision.Computing):
     """Decodes greedily: --budget and --draft-model change the speed, never the text."""
 
     model: str | None = None
@@ -95,7 +96,7 @@ def _whole_bytes(checkpoint: Checkpoint, request: rounds.Request, limit: Budget)
     """
     m = estimates.model_of(checkpoint)
     need = rounds.need_bytes(checkpoint, request)
-    if m.shape.experts or (m.packed and not policy.keeps_packed()):
+    if m.shape.experts or (m.packed and not precision.keeps_packed()):
         return 0
     if need + memory.process_bytes(limit.limit_bytes) > limit.limit_bytes:
         return 0
@@ -145,14 +146,14 @@ def _settled(
     mlx-lm has the whole model. direct: read past the page cache.
     """
     if headroom_bytes is None:
-        model, _ = mlx_generate.open_model(checkpoint.path)
+        model, _ = mlx_generate.open_model(checkpoint)
         stream.load_checked(model, f"{checkpoint.path}: ")
         tokens = mlx_generate.greedy(model, ids, settings.max_tokens, where=str(checkpoint.path))
         return ([token] for token in tokens), lambda: checkpoint.nbytes
-    big = stream.Stream(checkpoint, policy.compute_dtype(checkpoint), headroom_bytes, direct=direct)
+    big = stream.Stream(checkpoint, precision.dtype_of(checkpoint), headroom_bytes, direct=direct)
     guesser = None
     if draft:
-        guesser = stream.Stream(draft, policy.compute_dtype(draft), None)
+        guesser = stream.Stream(draft, precision.dtype_of(draft), None)
     size = settings.num_draft_tokens + 1
     passes = streamed_decode.decode(
         big, ids, settings.max_tokens, ends=ends, draft=guesser, size=size
@@ -216,18 +217,17 @@ def _generate(
 
 def run(settings: Settings) -> dict[str, Any]:
     """The command: text to stdout as it is settled, its cost at the end."""
-    policy.use(settings.compute_dtype)
     cli.check_ranges(settings)
     checkpoint = load.open_checkpoint(resolve.resolve_model(settings.model).path)
-    models = [checkpoint]
     draft = None
     if settings.draft_model:
         draft = comparison.same_vocabulary(checkpoint, load.open_checkpoint(settings.draft_model))
-        models.append(draft)
     tokenizer = load.tokenizer(checkpoint.path)
     ids = _prompt_ids(settings, checkpoint, tokenizer)
     limit = memory.budget(settings.budget_bytes)
-    estimates.settle_precision(limit, *models)
+    checkpoint = estimates.settle_precision(limit, checkpoint, settings.precision)
+    if draft:
+        draft = estimates.settle_precision(limit, draft, settings.precision)
     plan = _streamed_plan(settings, checkpoint, draft, len(ids))
     headroom_bytes: int | None = None
     whole_bytes = 0

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mis_mlx import cli
+from mis_mlx.compute import precision
 from mis_mlx.data import preparation
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalMonitor
-from mis_mlx.models import arch, load, policy
+from mis_mlx.models import arch, load
 from mis_mlx.planner import compression_size, estimates
 from mis_mlx.pruning import select, vocabulary
 from mis_mlx.reporting import html, progress
@@ -20,7 +21,7 @@ from mis_mlx.types import Count, Seed, Tokens
 
 
 @dataclass(frozen=True)
-class Settings(cli.Budgeted, policy.Computing, select.PruningConfig):
+class Settings(cli.Budgeted, precision.Computing, select.PruningConfig):
     """Only prunes; `distill` runs the whole pipeline."""
 
     model: str | None = None

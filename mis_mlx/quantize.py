@@ -8,11 +8,12 @@ from typing import Any
 import mlx.core as mx
 
 from mis_mlx import cli
+from mis_mlx.compute import precision
 from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher, pipeline
 from mis_mlx.hardware import memory
-from mis_mlx.models import load, model_writer, policy, resolve
+from mis_mlx.models import load, model_writer, opening, resolve
 from mis_mlx.planner import estimates, phases, rounding_cost
 from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.pruning import vocabulary
@@ -25,7 +26,7 @@ from mis_mlx.types import Budget, Checkpoint, Count, MisError, Seed, Tokens, Who
 
 
 @dataclass(frozen=True)
-class Settings(cli.Budgeted, policy.Computing, QuantizationConfig):
+class Settings(cli.Budgeted, precision.Computing, QuantizationConfig):
     """Only quantizes; `distill` does this in its last stages."""
 
     model: str | None = None
@@ -127,7 +128,7 @@ def run(settings: Settings) -> dict[str, Any]:
     stage.check(checkpoint.config, s, s.num_samples)
     other = checkpoint
     if s.teacher:
-        other = load.open_checkpoint(resolve.resolve_model(s.teacher).path)
+        other = opening.open_to_compute(resolve.resolve_model(s.teacher).path, s.precision)
     with vocabulary.shared(other, [checkpoint]) as teacher:
         return _run(s, checkpoint, teacher)
 
@@ -148,7 +149,7 @@ def _run(s: Settings, checkpoint: Checkpoint, other: Checkpoint) -> dict[str, An
     def quantized(folder: Path) -> dict[str, Any]:
         held = planned[0].held_tokens // s.max_seq_length
         return stage.quantize(
-            checkpoint.path,
+            checkpoint,
             folder,
             rounding=s,
             files=files,

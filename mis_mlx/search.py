@@ -13,10 +13,11 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from mis_mlx import cli
+from mis_mlx.compute import precision
 from mis_mlx.distillation import conversations, pipeline
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
-from mis_mlx.models import families, policy
+from mis_mlx.models import families
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.planner import estimates, phases
 from mis_mlx.pruning import vocabulary
@@ -51,7 +52,11 @@ Axis = Literal["layers", "ffn", "heads", "hidden", "vocab", "bits"]
 
 @dataclass(frozen=True)
 class Settings(
-    cli.Resumable, policy.Computing, ThermalFlags, vocabulary.VocabularyConfig, DistillationConfig
+    cli.Resumable,
+    precision.Computing,
+    ThermalFlags,
+    vocabulary.VocabularyConfig,
+    DistillationConfig,
 ):
     """Give the allowed loss (--lose) to find the smallest student; give limits (one or more of
     --bytes, --memory, --params, --decode, --ttft) to find the one that loses least. Default:
@@ -212,7 +217,7 @@ def _speeds(
     speeds = {}
     with memory.limited(budget):
         for flag, (cached, prompt) in s.timed_at.items():
-            speeds[flag] = finalists.timed_token(teacher.path, cached, prompt)
+            speeds[flag] = finalists.timed_token(teacher, cached, prompt)
     return speeds
 
 

@@ -9,7 +9,7 @@ from mis_mlx.alignment import alignment_run, sequence_packing
 from mis_mlx.distillation import live_teacher
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
-from mis_mlx.models import load, resolve
+from mis_mlx.models import opening, resolve
 from mis_mlx.models.config import softcap
 from mis_mlx.planner import estimates
 from mis_mlx.types import Checkpoint, Rate
@@ -87,7 +87,7 @@ def run(settings: Settings) -> dict[str, Any]:
     s, folder, checkpoint = alignment_run.open_run_model(settings)
     beside = None
     if s.teacher is not None:
-        teacher = load.open_checkpoint(resolve.resolve_model(s.teacher).path)
+        teacher = opening.open_to_compute(resolve.resolve_model(s.teacher).path, s.precision)
         beside = comparison.same_vocabulary(checkpoint, teacher)
     train_rows, valid_rows, card = alignment_run.data(
         s,

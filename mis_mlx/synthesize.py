@@ -16,10 +16,11 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx import cli
+from mis_mlx.compute import precision
 from mis_mlx.data import preparation
 from mis_mlx.data.rows import Row
 from mis_mlx.hardware import memory
-from mis_mlx.models import load, mlx_generate, policy, stream, streamed_decode
+from mis_mlx.models import load, mlx_generate, stream, streamed_decode
 from mis_mlx.planner import estimates, writing
 from mis_mlx.reporting import progress
 from mis_mlx.runs import run_loop
@@ -52,7 +53,7 @@ WORDLIKE = 0.6  # share of letters and blanks in a usable text, at least
 
 
 @dataclass(frozen=True)
-class Settings(cli.Budgeted, policy.Computing):
+class Settings(cli.Budgeted, precision.Computing):
     """Writes a new folder with train.jsonl, valid.jsonl and test.jsonl. If you stop it, the same
     command continues.
     """
@@ -218,9 +219,9 @@ def _texts(
     DISK.replace_text(part, "".join(f"{line}\n" for line in lines))
     model: Any
     if writing_plan.headroom_bytes is None:
-        model, tokenizer = mlx_generate.open_model(checkpoint.path)
+        model, tokenizer = mlx_generate.open_model(checkpoint)
     else:
-        dtype = policy.compute_dtype(checkpoint)
+        dtype = precision.dtype_of(checkpoint)
         model = stream.Stream(
             checkpoint, dtype, writing_plan.headroom_bytes, direct=writing_plan.direct
         )

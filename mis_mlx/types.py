@@ -127,12 +127,28 @@ class TensorAt:
 
 
 @dataclass(frozen=True)
+class Precision:
+    """What a model computes in, in --compute-dtype's words; None: nobody has said.
+
+    asked: what the command was asked for, which holds for all of its models. dtype: what this
+    model's activations allow (models/opening decides it).
+    """
+
+    asked: str | None = None
+    dtype: str | None = None
+
+
+UNDECIDED = Precision()
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A model folder that passed the gate: its config and where its tensors are. No weights."""
 
     path: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorAt]
+    precision: Precision = UNDECIDED
 
     @property
     def nbytes(self) -> int:

@@ -20,9 +20,10 @@ import mlx.core as mx
 import pytest
 
 from mis_mlx import cli
+from mis_mlx.compute import precision
 from mis_mlx.hardware import rates
 from mis_mlx.hardware.rates import Rates
-from mis_mlx.models import load, policy
+from mis_mlx.models import load, opening
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint
 from tests import forks, tiny
@@ -90,8 +91,8 @@ def brief_look(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether float16 holds a model's activations is looked at on 4 tokens, not 256: half precision
     is emulated here, and that pass takes longer than what most tests are about.
     """
-    monkeypatch.setattr(policy, "FREQUENT", 2)
-    monkeypatch.setattr(policy, "SPREAD", 2)
+    monkeypatch.setattr(opening, "FREQUENT", 2)
+    monkeypatch.setattr(opening, "SPREAD", 2)
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def metal(monkeypatch: pytest.MonkeyPatch, brief_look: None) -> None:
     """This process, and those that it starts, compute by Metal's policy: float16, packed weights
     stay packed.
     """
-    monkeypatch.setenv(policy.POLICY, "metal")
+    monkeypatch.setenv(precision.POLICY, "metal")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -114,12 +115,12 @@ def cpu_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the test claims is about float32 and de-quantized weights, whatever policy the tests run
     under.
     """
-    monkeypatch.setenv(policy.POLICY, "cpu")
+    monkeypatch.setenv(precision.POLICY, "cpu")
 
 
 def near(float32: float, half: float) -> float:
     """How near is near, by the type that the tests run in."""
-    return float32 if policy.usual_dtype() == mx.float32 else half
+    return float32 if precision.usual_dtype() == mx.float32 else half
 
 
 @pytest.fixture(scope="session")
@@ -214,7 +215,7 @@ def command(own_home: dict[str, str]) -> Callable[..., Done]:
     """
 
     def run(name: str, *flags: object, cwd: Path | None = None) -> Done:
-        env = {**own_home, policy.POLICY: os.environ.get(policy.POLICY, "")}
+        env = {**own_home, precision.POLICY: os.environ.get(precision.POLICY, "")}
         return forks.run(["-m", f"mis_mlx.{name}", *flags], env, cwd)
 
     return run

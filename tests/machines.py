@@ -27,10 +27,11 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mis_mlx.alignment import sequence_packing
+from mis_mlx.compute import precision
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher, train_loop
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import distributed, load, pipeline_parallel, policy, stream
+from mis_mlx.models import distributed, load, pipeline_parallel, stream
 from mis_mlx.pruning import calibrate
 from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage.files import DISK
@@ -186,7 +187,7 @@ def calibrated(teacher: Checkpoint, shares: Sequence[int] = ()) -> dict[str, np.
     relay = None
     if shares:
         air = chain.from_iterable(readings[rank::n] for rank in range(n))
-        dtype = policy.compute_dtype(teacher)
+        dtype = precision.dtype_of(teacher)
         relay = pipeline_parallel.Relay(
             teacher, dtype, headroom_bytes=0, direct=False, shares=shares
         )

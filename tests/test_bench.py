@@ -200,14 +200,12 @@ def test_measure_interleaves_what_fits_and_not_what_does_not(
         return stamped(1.0, 2.0)
 
     monkeypatch.setattr(
-        rounds, "load_model", lambda folder: opened(folder)._replace(nbytes=next(count))
+        rounds, "load_model", lambda model: opened(model)._replace(nbytes=next(count))
     )
     monkeypatch.setattr(rounds, "trial", noted)
     for limit, wanted in ((10**9, "abababab"), (0, "aaaabbbb")):
         order.clear()
-        rows = bench.measure(
-            {"a": llama.path, "b": llama.path}, 4, tokens=2, count=3, limit_bytes=limit
-        )
+        rows = bench.measure({"a": llama, "b": llama}, 4, tokens=2, count=3, limit_bytes=limit)
         assert "".join(order) == wanted
         assert [(r.model, r.metric, r.value) for r in rows[:2]] == [
             ("a", "ttft_ms", 1000.0),
@@ -224,14 +222,14 @@ def test_one_by_one_there_is_one_model_in_memory(
     alive = list[Any]()
     opened = rounds.load_model
 
-    def noted(folder: Path) -> rounds.BenchmarkModel:
+    def noted(model: Checkpoint) -> rounds.BenchmarkModel:
         assert all(kept() is None for kept in alive)
-        found = opened(folder)
+        found = opened(model)
         alive.append(weakref.ref(found.model))
         return found
 
     monkeypatch.setattr(rounds, "load_model", noted)
-    bench.measure(dict.fromkeys("abc", llama.path), 4, 2, 2)
+    bench.measure(dict.fromkeys("abc", llama), 4, 2, 2)
     run = bench.Bench(settings(llama.path))
     run.together = False
     run.models = {name: next(iter(run.models.values())) for name in "abc"}

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +17,28 @@ import pytest
 
 from mis_mlx import doctor
 from mis_mlx.checks import engine, full_size, groups, hybrid_kernels, kernels, training_step
+from mis_mlx.compute import precision
 from mis_mlx.hardware import child_process, system_facts
 from mis_mlx.hardware.thermal.recording import Raw
 from mis_mlx.maths import importance, losses, rounding
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.maths.reconstruction import NormalEquations
-from mis_mlx.models import gated_delta, load, policy, stream, streamed_decode
+from mis_mlx.models import gated_delta, load, stream, streamed_decode
 from tests import forks
 from tests.conftest import last_line, scratch_folder
 
 ROOT = Path(__file__).parents[1]
-# The command on a smaller model and smaller kernels, in one process, where the look at whether
-# float16 holds a model takes 4 tokens, not 256: half precision is emulated here. HOME is set late:
-# for another one at its start a fork needs a server of its own.
+# The command on a smaller model and smaller kernels, in one process. HOME is set late: for another
+# one at its start a fork needs a server of its own.
 BRIEF = """
 import os, runpy
 os.environ["HOME"] = os.environ["TMPDIR"]
 from mis_mlx.checks import engine, full_size, groups, training_step
 from mis_mlx.hardware import child_process
-from mis_mlx.models import policy
 engine.CONFIG |= {"num_hidden_layers": 2, "intermediate_size": 128}
 training_step.CONFIG |= {"num_hidden_layers": 2, "vocab_size": 1024}
 training_step.LENGTH = full_size.TOKENS = 64
 full_size.VOCAB, full_size.ALL_TOKENS, full_size.HIDDEN = 512, 2048, 64
-policy.FREQUENT = policy.SPREAD = 2
 child_process.ask = lambda source, function, where, seconds, look: groups.run(**where)
 runpy.run_module("mis_mlx.doctor", run_name="__main__", alter_sys=True)
 """
@@ -54,7 +53,7 @@ def test_it_passes_here(word: str, brief: bool, own_home: dict[str, str], tmp_pa
     file too.
     """
     home = scratch_folder(tmp_path / "zofia-gasienica")
-    env = {**own_home, "TMPDIR": str(home), policy.POLICY: word}
+    env = {**own_home, "TMPDIR": str(home), precision.POLICY: word}
     env |= {} if brief else {"HOME": str(home)}
     how = ("-c", BRIEF) if brief else ("-m", "mis_mlx.doctor")
     done = forks.run([*how, "--out", home / "report.md"], env)
@@ -90,12 +89,33 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> engine.Models:
     return engine.make(tmp_path_factory.mktemp("models"))
 
 
+WITNESSES = list[None]()  # not empty while the witness on the CPU computes
+
+
+@pytest.fixture(autouse=True)
+def _noted_witness(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`WITNESSES` tells the faults below when the witness computes."""
+    on_cpu = kernels.on_cpu
+
+    @contextmanager
+    def noted() -> Iterator[None]:
+        with on_cpu():
+            WITNESSES.append(None)
+            try:
+                yield
+            finally:
+                WITNESSES.pop()
+
+    for module in (kernels, engine):
+        monkeypatch.setattr(module, "on_cpu", noted)
+
+
 def wrong(work: Callable[..., Any]) -> Callable[..., Any]:
     """The function with 5 % added to what it gives, except to the witness on the CPU."""
 
     def give(*args: Any, **kwargs: Any) -> Any:
         right = work(*args, **kwargs)
-        return right if policy._used == ["float32"] else right * 1.05
+        return right if WITNESSES else right * 1.05
 
     return give
 
@@ -153,7 +173,7 @@ def test_gptq_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = rounding.gptq
 
     def bent(w: np.ndarray, *rest: Any) -> Any:
-        if not policy._used:
+        if not WITNESSES:
             w = w * np.linspace(0.9, 1.1, w.shape[1])
         return whole(w, *rest)
 
@@ -182,7 +202,7 @@ ENGINE_FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "states, mxfp4, against the CPU": (
         load,
         "mask",
-        lambda f: lambda *a: f(*a) if policy._used else None,
+        lambda f: lambda *a: f(*a) if WITNESSES else None,
     ),
     "training steps, against the CPU": (losses, "softmax_lse", bent_softmax),
     "calibration, against the CPU": (importance, "square_sample", wrong),
@@ -275,7 +295,7 @@ BROKEN = """
 import os, time
 from mis_mlx.checks import groups
 
-def broken(folder, emit):
+def broken(folder, emit, wanted):
     groups.check("a right one", lambda: (0.5, 1.0), emit)
     groups.check("the last one", {how}, emit)
 
@@ -311,7 +331,7 @@ def test_a_group_that_dies_is_a_row(
     monkeypatch.setattr(
         groups,
         "GROUPS",
-        {"kernels": None, "after": lambda folder, emit: groups.check("b", right, emit)},
+        {"kernels": None, "after": lambda folder, emit, wanted: groups.check("b", right, emit)},
     )
     monkeypatch.setattr(doctor, "ask", ask)
     found = doctor.run(doctor.Settings())
@@ -372,8 +392,8 @@ def test_the_training_step_is_held_to_the_plan(
     (found, most), seconds = training_step.measured(tmp_path / "one")
     assert 0.5 < found <= most
     assert seconds > 0
-    planned = training_step.planned_bytes()
-    monkeypatch.setattr(training_step, "planned_bytes", lambda: planned // 3)
+    planned = training_step.planned_bytes(precision.usual_dtype())
+    monkeypatch.setattr(training_step, "planned_bytes", lambda dtype: planned // 3)
     (found, most), _ = training_step.measured(tmp_path / "two")
     assert found > most
 

@@ -20,8 +20,8 @@ import pytest
 
 from mis_mlx import dpo
 from mis_mlx.alignment import alignment_run
-from mis_mlx.models import mlx_generate
-from mis_mlx.models import policy as models_policy
+from mis_mlx.compute import precision
+from mis_mlx.models import mlx_generate, opening
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
@@ -52,7 +52,7 @@ def test_end_to_end(undisturbed: tuple[Path, Done]) -> None:
     assert {"margin", "accuracy", "chosen", "rejected", "loss", "tokens"} <= set(first)
     assert first["tokens"] > 0
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-3)
-    model, tokenizer = mlx_generate.open_model(out / "model")
+    model, tokenizer = mlx_generate.open_model(opening.open_to_compute(out / "model"))
     assert isinstance(mlx_generate.continuation(model, tokenizer, "how many", 4), str)
 
 
@@ -195,7 +195,7 @@ def test_training_begins_at_exactly_zero(
     off. Attention is computed in two ways, and rectangles of step and reference are of different
     lengths.
     """
-    monkeypatch.setenv(models_policy.POLICY, word)
+    monkeypatch.setenv(precision.POLICY, word)
     settings = settings_of(dpo, small, tmp_path / "run", iters=1, fine_tune_type=kind)
     result = dpo.run(settings)
     (first,) = run_folder.metrics(tmp_path / "run")

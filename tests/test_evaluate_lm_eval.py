@@ -65,7 +65,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_log_likelihoods_are_lm_evals(folder: Path, llama: Checkpoint) -> None:
     """Every option of every question to 1e-4 nats; both accuracies question by question."""
     witness = sorted(
-        answering.harness_samples(llama.path, "generated", COUNT)["generated"],
+        answering.harness_samples(llama, "generated", COUNT)["generated"],
         key=lambda s: s["doc_id"],
     )
     task = questions.file(folder / "generated.jsonl")
@@ -88,7 +88,7 @@ def test_log_likelihoods_are_lm_evals(folder: Path, llama: Checkpoint) -> None:
 def test_its_marks_come_in_order_with_their_chance(folder: Path, llama: Checkpoint) -> None:
     """What `evaluate` takes from lm-eval is what we count ourselves."""
     found = answering.harness_marks(
-        "generated", answering.harness_samples(llama.path, "generated", 30)["generated"]
+        "generated", answering.harness_samples(llama, "generated", 30)["generated"]
     )
     task = questions.file(folder / "generated.jsonl")
     ours = answering.scores(llama, "0" * 64, task, memory.budget(None))[:30]

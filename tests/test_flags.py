@@ -19,7 +19,6 @@ import pytest
 
 from mis_mlx import __main__, cli, flag_help, quantize, thermal
 from mis_mlx.hardware import rates
-from mis_mlx.models import policy
 from mis_mlx.quantization import bit_allocation, stage
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage.files import DISK
@@ -241,7 +240,6 @@ def test_a_place_that_takes_nothing_is_refused_first(
         assert "\n" not in str(error.value) and place.name in str(error.value), what
         assert sorted(tmp_path.rglob("*")) == before
         assert (tmp_path / "file").read_text() == "precious"
-        policy.use(None)
 
 
 def test_a_parent_that_is_missing_is_made(
@@ -250,7 +248,7 @@ def test_a_parent_that_is_missing_is_made(
     """`quantize` spools beside its result, in a folder that is not there yet."""
     out = tmp_path / "new" / "deep" / "four"
     stage.quantize(
-        llama.path,
+        llama,
         out,
         rounding=QuantizationConfig(target_bpw=None),
         files=DISK,
@@ -382,7 +380,6 @@ def test_the_ends_of_every_range_can_be_planned(
     base = module.Settings(**{at: str(llama.path), **more})
     # so that what follows is not refused for something else
     assert module.run(base)["peak_bytes"] > 0
-    policy.use(None)
     failed = []
     names = set(limits(module.Settings)) - (set() if every else asked_before(name))
     for flags in ends(module.Settings, names):
@@ -393,6 +390,4 @@ def test_the_ends_of_every_range_can_be_planned(
                 failed.append(f"{flags}: {error}")
         except Exception as error:
             failed.append(f"{flags}: {type(error).__name__}: {error}")
-        finally:
-            policy.use(None)
     assert not failed, "\n".join(failed)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from mis_mlx import generate
-from mis_mlx.models import load, policy
+from mis_mlx.compute import precision
+from mis_mlx.models import load
 from mis_mlx.types import Checkpoint
 from tests import tiny
 from tests.conftest import Done, last_line, sentence
@@ -29,7 +30,7 @@ def test_the_same_text_under_any_budget_and_draft(
     assert plain["read_bytes"] == load.open_checkpoint(deep).nbytes
     assert plain["peak_bytes"] < plain["budget_bytes"]
     # A GPU also holds what commands in flight need.
-    little = "11MiB" if policy.name() == "metal" else "8MiB"
+    little = "11MiB" if precision.policy() == "metal" else "8MiB"
     poor = last_line(command("generate", *common, "--budget", little))
     drafted = last_line(command("generate", *common, "--draft-model", deep))
     assert done.stdout.startswith(plain["text"])

@@ -22,10 +22,11 @@ from mlx.utils import tree_flatten, tree_map
 from mis_mlx import dpo, grpo
 from mis_mlx.alignment import alignment_run
 from mis_mlx.alignment import grpo_rollout as training
+from mis_mlx.compute import precision
 from mis_mlx.distillation import train_loop
 from mis_mlx.maths import rl_losses as rl_losses
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import load, mlx_generate, policy, stream
+from mis_mlx.models import load, mlx_generate, opening, stream
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
 from tests import forks, tiny
@@ -128,7 +129,7 @@ def test_end_to_end(undisturbed: tuple[Path, Done]) -> None:
         "model",
         alignment_run.HELD_OUT,
     } <= names
-    model, tokenizer = mlx_generate.open_model(out / "model")
+    model, tokenizer = mlx_generate.open_model(opening.open_to_compute(out / "model"))
     assert isinstance(mlx_generate.continuation(model, tokenizer, "how many", 4), str)
 
 
@@ -280,8 +281,8 @@ def test_learning_begins_at_exactly_zero(
     computed another way and are as far from the model as rounding is: the loss is minus the sum of
     the advantages, and nothing is clipped.
     """
-    monkeypatch.setenv(policy.POLICY, word)
-    dtype = policy.compute_dtype(llama)
+    monkeypatch.setenv(precision.POLICY, word)
+    dtype = precision.dtype_of(llama)
     reference = stream.Stream(llama, dtype)
     made = sampler(llama, folder, reference=reference, num_iterations=iterations, dtype=dtype)
     s = replace(made.settings, iters=1, learning_rate=1e-9, epsilon=1e-5, epsilon_high=1e-5)
@@ -445,7 +446,7 @@ def test_the_reference_is_planned_in_the_type_of_training(
     """Where models compute in float16, one that is trained whole, and the reference beside it, are
     float32 all the same: in DPO's plan and in GRPO's.
     """
-    monkeypatch.setenv(policy.POLICY, "metal")
+    monkeypatch.setenv(precision.POLICY, "metal")
     for settings in (dpo.Settings(fine_tune_type=kind), grpo.Settings(fine_tune_type=kind)):
         assert alignment_run.model_size(settings, llama).item == item
         assert alignment_run.dtype_of(settings, llama).size == item

@@ -17,7 +17,7 @@ import pytest
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher, pipeline
 from mis_mlx.hardware import memory
-from mis_mlx.models import load, mlx_generate
+from mis_mlx.models import load, mlx_generate, opening
 from mis_mlx.planner import estimates, phases, rounding_cost
 from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.quantization import packed_format, stage
@@ -51,7 +51,7 @@ def test_end_to_end(tmp_path: Path, llama: Checkpoint, command: Callable[..., Do
     assert result["nbytes"] == packed.nbytes < llama.nbytes / 4
     assert result["group_size"] == 32
     assert 4 < result["bits_per_weight"] < 7
-    model, tokenizer = mlx_generate.open_model(tmp_path / "q4")
+    model, tokenizer = mlx_generate.open_model(opening.open_to_compute(tmp_path / "q4"))
     assert isinstance(mlx_generate.continuation(model, tokenizer, "The with statement", 4), str)
 
 
@@ -80,7 +80,7 @@ def test_gptq_end_to_end(
     assert a == b
     assert len({plain, a, c}) == 3
     assert len(plain) == len(a)
-    model, tokenizer = mlx_generate.open_model(tmp_path / "a")
+    model, tokenizer = mlx_generate.open_model(opening.open_to_compute(tmp_path / "a"))
     assert isinstance(mlx_generate.continuation(model, tokenizer, "The with statement", 4), str)
 
 
@@ -91,7 +91,7 @@ def test_gptq_on_fewer_windows_in_memory_gives_the_same_bits(
     batches = [mx.random.randint(0, 512, (1, 32), key=mx.random.key(k)) for k in range(4)]
     for name, held in (("all", 4), ("one", 1)):
         stage.quantize(
-            llama.path, tmp_path / name, rounding=FOUR, files=DISK, batches=batches, held=held
+            llama, tmp_path / name, rounding=FOUR, files=DISK, batches=batches, held=held
         )
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("all", "one")]
     assert files[0] == files[1]
@@ -154,7 +154,7 @@ def test_gptq_stays_under_the_plan(tmp_path: Path, kind: tuple[int, str]) -> Non
     with memory.limited(Budget(before + planned.peak_bytes)):
         mx.set_cache_limit(0)
         stage.quantize(
-            checkpoint.path, tmp_path / "q4", rounding=FOUR, files=DISK, batches=batches, held=6
+            checkpoint, tmp_path / "q4", rounding=FOUR, files=DISK, batches=batches, held=6
         )
     peak = mx.get_peak_memory() - before + tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -216,7 +216,7 @@ def test_mixed_bits_and_steps_end_to_end(
     assert set(nats) == set(packed_format.formats(own))
     assert set(nats[path]) == {"3/64", "4/64", "5/64", "6/64", "8/64"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["own", "plain", "taught"]
-    mlx_generate.open_model(tmp_path / "own")
+    mlx_generate.open_model(opening.open_to_compute(tmp_path / "own"))
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_sensitivity_and_steps_stay_under_the_plan(tmp_path: Path) -> None:
         planned,
         (
             lambda: stage.quantize(
-                checkpoint.path, tmp_path / "q4", rounding=how, files=DISK, batches=batches, held=6
+                checkpoint, tmp_path / "q4", rounding=how, files=DISK, batches=batches, held=6
             ),
             tune,
         ),

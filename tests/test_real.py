@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mis_mlx import generate
-from mis_mlx.models import arch, load, mlx_generate, policy, resolve, stream
+from mis_mlx.models import arch, load, mlx_generate, opening, resolve, stream
 from mis_mlx.planner import compression_size
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint
@@ -92,7 +92,7 @@ def test_all_four_folders_speak(run: tuple[Path, dict[str, Any]], real: Checkpoi
     """
     out, _ = run
     for folder in (real.path, out / "pruned", out / "distilled", out / "model"):
-        model, tokenizer = mlx_generate.open_model(folder)
+        model, tokenizer = mlx_generate.open_model(opening.open_to_compute(folder))
         said = mlx_generate.continuation(model, tokenizer, "The capital of France is", 8)
         assert said.strip(), folder
         if folder == real.path:
@@ -145,5 +145,4 @@ def test_four_bits_on_metal_say_what_mlx_lm_says(
     want = [r.token for r in said if r.token not in tokenizer.eos_token_ids]
     flags: dict[str, Any] = {"prompt": prompt, "max_tokens": 32, "ignore_chat_template": True}
     found = generate.run(generate.Settings(model=str(folder), compute_dtype="float16", **flags))
-    policy.use(None)
     assert found["text"] == tokenizer.decode(want) != ""

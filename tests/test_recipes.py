@@ -26,7 +26,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import pytest
 
-from mis_mlx.models import load, policy
+from mis_mlx.compute import precision
+from mis_mlx.models import load
 from mis_mlx.storage import run_folder
 from tests import tiny
 from tests.machines import ROOT, ended, started
@@ -111,7 +112,7 @@ def env(
         shutil.copytree(teacher, cache / name)
     return {
         **own_home,
-        policy.POLICY: os.environ.get(policy.POLICY, ""),
+        precision.POLICY: os.environ.get(precision.POLICY, ""),
         "MIS_MLX_CACHE": str(cache),
     }
 

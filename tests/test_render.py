@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mis_mlx.compute import precision
 from mis_mlx.hardware.rates import Roof
-from mis_mlx.models import policy
 from mis_mlx.types import MisError
 from tests import tiny
 
@@ -125,7 +125,7 @@ def test_all_parts_are_measured_and_stored(
     assert lab.root.name not in json.dumps(found)
     assert list(found["dense"]["measured"]["models"]) == ["teacher", "student"]
     formats = {name: m["format"] for name, m in found["4-bit"]["models"].items()}
-    kind = str(policy.usual_dtype()).removeprefix("mlx.core.")
+    kind = str(precision.usual_dtype()).removeprefix("mlx.core.")
     assert formats == {"teacher": "4-bit", "student": "4-bit", "student by quantize": kind}
     assert len(found["verdict"]) == 6
     assert len(found["reasons"]) == 2

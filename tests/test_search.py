@@ -27,7 +27,7 @@ from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.evaluation import comparison
 from mis_mlx.maths import rounding
-from mis_mlx.models import arch, load
+from mis_mlx.models import arch, load, opening
 from mis_mlx.models.config import shape_of
 from mis_mlx.pruning import calibrate, select, slicing
 from mis_mlx.quantization import bit_allocation, packed_format
@@ -449,7 +449,7 @@ def test_a_busy_machine_does_not_make_blocks_free(
     """Half of the blocks seem to take longer than all: each block counts as its share of the whole,
     never as 0 s.
     """
-    deep = tiny.make(tmp_path / "deep", num_hidden_layers=4)
+    deep = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=4))
     clock = {4: 1.0, 2: 2.0}  # blocks left in the model -> seconds of a token
     monkeypatch.setattr(
         finalists.mlx_generate, "greedy", lambda model, *_: [clock[len(model.model.layers)]] * 5
@@ -544,9 +544,9 @@ def test_attention_is_timed_on_a_block_s_own_shapes(
 
     monkeypatch.setattr(finalists.rounds, "PREFILL", 48)
     monkeypatch.setattr(finalists, "ROUNDS", 1)
-    model, _ = finalists.mlx_generate.open_model(deep)
+    model, _ = finalists.mlx_generate.open_model(opening.open_to_compute(deep))
     slides, _ = finalists.mlx_generate.open_model(
-        tiny.make(tmp_path / "slides", **tiny.FAMILIES["gemma3_text"])
+        opening.open_to_compute(tiny.make(tmp_path / "slides", **tiny.FAMILIES["gemma3_text"]))
     )
     monkeypatch.setattr(finalists.mx.fast, "scaled_dot_product_attention", watched)
     assert finalists._attention_seconds(model, 0, 100) > 0

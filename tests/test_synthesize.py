@@ -14,9 +14,10 @@ import mlx.core as mx
 import pytest
 
 from mis_mlx import distill, synthesize
+from mis_mlx.compute import precision
 from mis_mlx.data import preparation
 from mis_mlx.hardware import memory
-from mis_mlx.models import load, mlx_generate, policy, stream, streamed_decode
+from mis_mlx.models import load, mlx_generate, opening, stream, streamed_decode
 from mis_mlx.planner import distillation_spec, estimates, writing
 from mis_mlx.storage import hub
 from mis_mlx.types import Budget, Checkpoint, MisError
@@ -69,7 +70,7 @@ def test_texts_are_the_models_own(llama: Checkpoint, anything_goes: None, tmp_pa
     """Half begin with an opening; a batch is the same again whichever came before; a text is what
     the model would say: greedily, the continuation that mlx_lm writes.
     """
-    model, tokenizer = mlx_generate.open_model(llama.path)
+    model, tokenizer = mlx_generate.open_model(opening.open_to_compute(llama.path))
     (tmp_path / "openings.txt").write_text("A shepherd\n")
     asked = synthesize.Settings(openings=str(tmp_path / "openings.txt"), max_tokens=24, seed=5)
     first = [
@@ -106,8 +107,8 @@ def test_a_streamed_model_writes_the_same(
         "A shepherd\nIn the early morning, before the sun was up, he\n"
     )
     asked = synthesize.Settings(openings=str(tmp_path / "openings.txt"), max_tokens=24, temp=0.0)
-    model, tokenizer = mlx_generate.open_model(llama.path)
-    streamed = stream.Stream(llama, policy.compute_dtype(llama))
+    model, tokenizer = mlx_generate.open_model(opening.open_to_compute(llama.path))
+    streamed = stream.Stream(llama, precision.dtype_of(llama))
     whole = synthesize.write(asked, model, tokenizer=tokenizer, batch=0, at_once=8)
     assert synthesize.write(asked, streamed, tokenizer=tokenizer, batch=0, at_once=8) == whole
     assert len(whole) == 8
@@ -149,7 +150,7 @@ def test_questions_are_asked_through_the_template(
     (chat / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     )
-    model, tokenizer = mlx_generate.open_model(chat)
+    model, tokenizer = mlx_generate.open_model(opening.open_to_compute(chat))
     written = synthesize.write(
         synthesize.Settings(max_tokens=16), model, tokenizer=tokenizer, batch=0, at_once=8
     )

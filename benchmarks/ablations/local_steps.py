@@ -19,11 +19,12 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mis_mlx import cli
+from mis_mlx.compute import precision
 from mis_mlx.data import token_windows
 from mis_mlx.distillation import train_loop
 from mis_mlx.hardware import streams
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import load, model_writer, policy, stream
+from mis_mlx.models import load, model_writer, stream
 from mis_mlx.models.config import shape_of
 from mis_mlx.pruning import reconstruct
 from mis_mlx.settings.recipe import TrainingConfig
@@ -46,7 +47,7 @@ def scratch_bytes(teacher: Mapping[str, Any], student: Mapping[str, Any], tokens
     """Disk that the hidden states of `tokens` tokens take when they are not held in memory, by the
     two configs.
     """
-    size = policy.usual_dtype().size
+    size = precision.usual_dtype().size
     return tokens * (
         shape_of(teacher).hidden * size + shape_of(student).hidden * (size + mx.float32.size)
     )
@@ -140,7 +141,7 @@ def train(
     nbytes = scratch_bytes(teacher.config, pruned.config, sum(b.size for b in batches[held:]))
     files.require_space(folder, nbytes, "the spool of hidden states")
     spool = partial(Spool, folder, held, files)
-    big = stream.Stream(teacher, policy.compute_dtype(teacher), direct=direct)
+    big = stream.Stream(teacher, precision.dtype_of(teacher), direct=direct)
     # for what is no block: those have memory of their own here
     small = stream.Stream(pruned, mx.float32)
     target = big.embed(batches, spool())

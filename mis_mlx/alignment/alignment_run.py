@@ -17,13 +17,14 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mis_mlx import cli
+from mis_mlx.compute import precision
 from mis_mlx.data import examples
 from mis_mlx.distillation import train_loop
 from mis_mlx.gguf_export.model_card import name_of
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import arch, distributed, load, lora, model_writer, policy, stream
+from mis_mlx.models import arch, distributed, load, lora, model_writer, stream
 from mis_mlx.planner import compression_size, estimates
 from mis_mlx.reporting import progress
 from mis_mlx.runs import run_loop
@@ -44,7 +45,7 @@ S = TypeVar("S", bound="Alignment")
 
 
 @dataclass(frozen=True)
-class Alignment(cli.Resumable, policy.Computing, ThermalFlags, recipe.TrainingConfig):
+class Alignment(cli.Resumable, precision.Computing, ThermalFlags, recipe.TrainingConfig):
     """The flags that sft, dpo and grpo share."""
 
     batch_size: Count = 4
@@ -114,7 +115,7 @@ def open_run_model(settings: S) -> tuple[S, Path | None, Checkpoint]:
 def dtype_of(s: Alignment, checkpoint: Checkpoint) -> mx.Dtype:
     """The type that the model and its reference compute in: float32 for a model trained whole."""
     if s.lora:
-        return policy.compute_dtype(checkpoint)
+        return precision.dtype_of(checkpoint)
     return mx.float32
 
 
@@ -154,7 +155,7 @@ def training_cost(
         )
     checkpoints = s.iters // s.save_every + 2
     written = checkpoints * (SAVED_BYTES + 4) * trained
-    written += policy.DTYPES[s.dtype].size * m.params
+    written += precision.DTYPES[s.dtype].size * m.params
     tokens = s.grad_accumulation_steps * rows * length
     return estimates.StageCost(
         name=name,

@@ -7,6 +7,7 @@ passes).
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -18,16 +19,17 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mis_mlx.checks.kernels import Found, on_cpu, random_normal, relative_error, to_float64
+from mis_mlx.compute import precision
 from mis_mlx.distillation.train_loop import train
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import arch, load, lora, mlx_generate, policy, stream, streamed_decode
+from mis_mlx.models import arch, load, lora, mlx_generate, stream, streamed_decode
 from mis_mlx.planner import estimates
 from mis_mlx.pruning.calibrate import calibrate
 from mis_mlx.quantization import packed_format
 from mis_mlx.settings import recipe
 from mis_mlx.storage import files, safetensors
-from mis_mlx.types import Checkpoint
+from mis_mlx.types import UNDECIDED, Checkpoint, Precision
 
 CONFIG = json.loads((Path(__file__).parent / "model.json").read_text("utf-8"))
 MODES = {"4-bit": "affine", "mxfp4": "mxfp4", "nvfp4": "nvfp4"}
@@ -55,16 +57,16 @@ def write_random(folder: Path, config: Mapping[str, Any], scale: float) -> Path:
     return folder
 
 
-def make(folder: Path) -> Models:
+def make(folder: Path, wanted: Precision = UNDECIDED) -> Models:
     """Write the same tiny random model in four formats into the empty `folder`.
 
     Returns {"bf16", "4-bit", "mxfp4", "nvfp4": checkpoint}."""
-    dense = load.open_checkpoint(write_random(folder / "bf16", CONFIG, scale=0.08))
+    dense = load.open_checkpoint(write_random(folder / "bf16", CONFIG, scale=0.08), wanted)
     models = {"bf16": dense}
     for kind, mode in MODES.items():
         plan = packed_format.formats_of(CONFIG, 64, (), mode)  # type: ignore[arg-type]
         packed_format.write_quantized(dense, folder / kind, plan, files.DISK)
-        models[kind] = load.open_checkpoint(folder / kind)
+        models[kind] = load.open_checkpoint(folder / kind, wanted)
     return models
 
 
@@ -73,7 +75,7 @@ def passes(kind: str, models: Models) -> Found:
 
     One stream reads every block again; the other keeps its blocks and passes twice."""
     checkpoint = models[kind]
-    dtype = policy.compute_dtype(checkpoint)
+    dtype = precision.dtype_of(checkpoint)
     expected = to_float64(load.resident_model(checkpoint, dtype).model(TOKENS))
     reading = stream.Stream(checkpoint, dtype, headroom_bytes=0)
     keeping = stream.Stream(checkpoint, dtype, headroom_bytes=None)
@@ -85,16 +87,19 @@ def beside_cpu(work: Callable[[Models], Any], float32: float, half: float, model
     """Compare what `work` gives on this device with the CPU's result in float32.
 
     float32, half: the largest error that passes in float32, in float16."""
+    in_float32 = {}
+    for kind, checkpoint in models.items():
+        in_float32[kind] = replace(checkpoint, precision=Precision(asked="float32"))
     here = work(models)
     with on_cpu():
-        expected = work(models)
-    return relative_error(here, expected), _bound(float32, half)
+        expected = work(in_float32)
+    return relative_error(here, expected), _bound(models["bf16"], float32, half)
 
 
-def _bound(float32: float, half: float) -> float:
-    """The bound for this device's usual type; bfloat16 has three bits less than float16."""
+def _bound(checkpoint: Checkpoint, float32: float, half: float) -> float:
+    """The bound for the type of a model; bfloat16 has three bits less than float16."""
     bounds = {mx.float32: float32, mx.float16: half, mx.bfloat16: 8 * half}
-    return bounds[policy.usual_dtype()]
+    return bounds[precision.dtype_of(checkpoint)]
 
 
 def states(kind: str, models: Models) -> np.ndarray:
@@ -110,13 +115,13 @@ def greedy(models: Models) -> Found:
     checkpoint = models["4-bit"]
     prompt = [int(token) for token in np.array(TOKENS[0, :8])]
     count = 12
-    dtype = policy.compute_dtype(checkpoint)
+    dtype = precision.dtype_of(checkpoint)
     source = stream.Stream(checkpoint, dtype, None)
     ours = list(chain.from_iterable(streamed_decode.decode(source, prompt, count)))
     del source  # before the resident model comes
     model = load.resident_model(checkpoint, dtype)
     theirs = list(mlx_generate.greedy(model, prompt, count))
-    bound = _bound(1e-4, 0.02)
+    bound = _bound(checkpoint, 1e-4, 0.02)
     for same in range(count):
         if ours[same] != theirs[same]:
             context = mx.array([prompt + theirs[:same]])
@@ -203,7 +208,7 @@ def steps(models: Models) -> list[float]:
 def lora_steps(models: Models) -> list[float]:
     """Measure training steps of adapters on the 4-bit model."""
     checkpoint = models["4-bit"]
-    model = load.resident_model(checkpoint, policy.compute_dtype(checkpoint))
+    model = load.resident_model(checkpoint, precision.dtype_of(checkpoint))
     lora.insert(model, lora.Lora(num_layers=-1, rank=4, scale=10.0), 0)
     measured, _ = _trained(model)
     return measured

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from mis_mlx import cli
 from mis_mlx.checks import engine, full_size, hybrid_kernels, kernels, training_step
 from mis_mlx.hardware import memory, rates
-from mis_mlx.models import policy
+from mis_mlx.types import Precision
 
 SAMPLE_BYTES = 128 * 2**20  # of the disk's rates
 Emit = Callable[[dict[str, Any]], None]
@@ -56,23 +56,23 @@ def check(name: str, work: Callable[[], kernels.Found], emit: Emit) -> None:
     emit({"row": Row(name, passed, shown, bound)})
 
 
-def of_kernels(folder: Path, emit: Emit) -> None:
+def of_kernels(folder: Path, emit: Emit, wanted: Precision) -> None:
     """Check small kernels and our arithmetic."""
     for name, work in (kernels.CHECKS | hybrid_kernels.CHECKS).items():
         check(name, work, emit)
 
 
-def of_full_size(folder: Path, emit: Emit) -> None:
+def of_full_size(folder: Path, emit: Emit, wanted: Precision) -> None:
     """Check kernels at the default run's sizes."""
     for name, work in full_size.CHECKS.items():
         check(name, work, emit)
 
 
-def of_engine(folder: Path, emit: Emit) -> None:
+def of_engine(folder: Path, emit: Emit, wanted: Precision) -> None:
     """Check the engine on a tiny model in four formats."""
     making = "a small model made here"
     emit({"begun": making})
-    models = guarded(lambda: engine.make(folder), str)
+    models = guarded(lambda: engine.make(folder, wanted), str)
     if isinstance(models, str):
         emit({"row": Row(making, passed=False, error=models)})
         return
@@ -80,12 +80,12 @@ def of_engine(folder: Path, emit: Emit) -> None:
         check(name, partial(work, models), emit)
 
 
-def of_training(folder: Path, emit: Emit) -> None:
+def of_training(folder: Path, emit: Emit, wanted: Precision) -> None:
     """Run a training step at the default run's width: its peak is a check, its time a rate."""
     times = list[float]()  # stays empty where the step raises
 
     def work() -> kernels.Found:
-        measured, seconds = training_step.measured(folder / "student")
+        measured, seconds = training_step.measured(folder / "student", wanted)
         times.append(seconds)
         return measured
 
@@ -96,7 +96,7 @@ def of_training(folder: Path, emit: Emit) -> None:
         emit({"rate": [name, f"{seconds:.3g}", f"{planned:.3g} by the plan"]})
 
 
-def of_rates(folder: Path, emit: Emit) -> None:
+def of_rates(folder: Path, emit: Emit, wanted: Precision) -> None:
     """Measure this machine's rates, in billions a second, and what a synchronisation costs.
 
     Each stands next to an M1 Air's."""
@@ -127,7 +127,7 @@ def _rate(name: str, work: Callable[[], float], on_air: float, emit: Emit) -> No
     emit({"rate": [name, here, f"{on_air / 1e9:,.3g}"]})
 
 
-GROUPS: dict[str, Callable[[Path, Emit], None]] = {
+GROUPS: dict[str, Callable[[Path, Emit, Precision], None]] = {
     "kernels": of_kernels,
     "kernels at full size": of_full_size,
     "the engine": of_engine,
@@ -145,23 +145,21 @@ def name_crashes() -> None:
 def run(group: str, folder: str, journal: str, compute_dtype: str | None = None) -> None:
     """Run a group in this process.
 
-    folder: empty, for the group's files. journal: a file to which the lines are appended."""
+    folder: empty, for the group's files. journal: a file to which the lines are appended.
+    compute_dtype: as --compute-dtype."""
     name_crashes()
     cli.prepare()
-    before = policy.use(compute_dtype)
+    wanted = Precision(asked=compute_dtype)
     peak = memory.Peak()
-    try:
-        limited = memory.limited(memory.budget(None), memory.WIRED_MARGIN_BYTES)
-        with open(journal, "a", encoding="utf-8") as file, limited:
+    limited = memory.limited(memory.budget(None), memory.WIRED_MARGIN_BYTES)
+    with open(journal, "a", encoding="utf-8") as file, limited:
 
-            def emit(line: dict[str, Any]) -> None:
-                file.write(json.dumps(line) + "\n")
-                file.flush()
+        def emit(line: dict[str, Any]) -> None:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
 
-            GROUPS[group](Path(folder), emit)
-            emit({"peak_bytes": peak.nbytes})
-    finally:
-        policy.use(before)
+        GROUPS[group](Path(folder), emit, wanted)
+        emit({"peak_bytes": peak.nbytes})
 
 
 def lines(journal: Path, start: int) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from mis_mlx.hardware import macos
 from mis_mlx.maths import losses, reconstruction, rounding
-from mis_mlx.models import load, policy
+from mis_mlx.models import load
 from mis_mlx.quantization.packed_format import Format
 
 Found = tuple[float, float]
@@ -34,15 +34,9 @@ FORMATS = {
 
 @contextmanager
 def on_cpu() -> Iterator[None]:
-    """Compute on the CPU in float32 within, whatever the policy outside.
-
-    It is the witness where numpy cannot do the work."""
-    before = policy.use("float32")
-    try:
-        with macos.no_installer(), mx.stream(mx.cpu):
-            yield
-    finally:
-        policy.use(before)
+    """Compute on the CPU within: the witness where numpy cannot do the work."""
+    with macos.no_installer(), mx.stream(mx.cpu):
+        yield
 
 
 def to_float64(array: Any) -> np.ndarray:

@@ -16,13 +16,15 @@ import numpy as np
 
 from mis_mlx.checks import engine
 from mis_mlx.checks.kernels import Found, random_normal
+from mis_mlx.compute import precision
 from mis_mlx.distillation.train_loop import train
 from mis_mlx.hardware import rates
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import load, policy
+from mis_mlx.models import load
 from mis_mlx.planner import compression_size, estimates
 from mis_mlx.settings import recipe
+from mis_mlx.types import UNDECIDED, Precision
 
 BASE = json.loads((Path(__file__).parent / "model.json").read_text("utf-8"))
 CONFIG: dict[str, Any] = {
@@ -58,11 +60,11 @@ def _loss(
     return losses.kl_sum(hidden, head, teacher_states, logits, loss_mask=loss_mask), loss_mask.sum()
 
 
-def planned_bytes() -> int:
+def planned_bytes(dtype: mx.Dtype) -> int:
     """Sum the plan's peak, in bytes.
 
-    Student, gradients, moments, activations, logits; the teacher's head and states."""
-    size = estimates.model_of(CONFIG, gpu=policy.keeps_packed(), dtype=policy.usual_dtype())
+    Student, gradients, moments, activations, logits; the teacher's head and states in `dtype`."""
+    size = estimates.model_of(CONFIG, gpu=precision.keeps_packed(), dtype=dtype)
     student = compression_size.training_bytes(CONFIG, WINDOWS, LENGTH, gpu=size.gpu)
     states = WINDOWS * LENGTH * size.shape.hidden * size.item
     return student + size.head_work + size.widened_bytes + states
@@ -85,8 +87,8 @@ def planned_seconds(machine: rates.Rates) -> float:
     return cost.seconds(machine)
 
 
-def measured(folder: Path) -> tuple[Found, float]:
-    """Train STEPS steps of a model in the new `folder`.
+def measured(folder: Path, wanted: Precision = UNDECIDED) -> tuple[Found, float]:
+    """Train STEPS steps of a model in the new `folder`, by a teacher in the usual type.
 
     Returns ((MLX's peak as a share of the plan's, the largest share that passes), seconds of the
     quickest step)."""
@@ -94,7 +96,7 @@ def measured(folder: Path) -> tuple[Found, float]:
     before = mx.get_active_memory()
     student = load.resident_model(load.open_checkpoint(make(folder)), mx.float32)
     mx.eval(student.parameters())
-    dtype = policy.usual_dtype()
+    dtype = precision.usual_dtype(wanted)
     tokens = mx.array(np.random.default_rng(0).integers(0, CONFIG["vocab_size"], (WINDOWS, LENGTH)))
     teacher_states = random_normal(7, tokens.size, CONFIG["hidden_size"], dtype=dtype)
     noise = random_normal(8, CONFIG["vocab_size"], CONFIG["hidden_size"])
@@ -107,4 +109,4 @@ def measured(folder: Path) -> tuple[Found, float]:
     steps = list(train(student, lambda step: [batch], loss, GuardedAdamW(), settings))
     peak_bytes = max(step.peak_bytes for step in steps) - before
     seconds = min(step.seconds for step in steps)
-    return (peak_bytes / planned_bytes(), 1.05), seconds
+    return (peak_bytes / planned_bytes(dtype), 1.05), seconds

@@ -3,14 +3,13 @@
 `s` is the settings of `distill`.
 """
 
-from pathlib import Path
 from typing import Any
 
 from mis_mlx import cli
 from mis_mlx.data import preparation
 from mis_mlx.distillation import pipeline
 from mis_mlx.evaluation import comparison
-from mis_mlx.models import distributed, load
+from mis_mlx.models import distributed, opening
 from mis_mlx.pruning import select
 from mis_mlx.quantization import stage
 from mis_mlx.reporting import html
@@ -26,7 +25,7 @@ def prune(
     """The pruned student; made now, unless it is there. before: the teacher's parameters."""
     out = c.folder / "pruned"
     if s.student is not None:
-        return load.open_checkpoint(s.student)
+        return opening.open_to_compute(s.student, c.teacher.precision)
     if not distributed.broadcast_json(out.exists):
         cli.say("calibrate and prune")
         first_text = next(iter(data.held_out.values()))
@@ -47,14 +46,17 @@ def prune(
         if distributed.is_main():
             cli.say(html.document("pruned.md", {**report, "params_before": before}))
     distributed.broadcast_folder(out, c.files)
-    return load.open_checkpoint(out)
+    return opening.open_to_compute(out, c.teacher.precision)
 
 
-def quantize(s: Any, c: pipeline.Run, dense: Path) -> None:
-    """Round the student, then tune its scales; a folder that is there is not made again."""
+def quantize(s: Any, c: pipeline.Run, dense: Checkpoint | None) -> None:
+    """Round the student, then tune its scales; a folder that is there is not made again.
+
+    dense: the student; None on machines beside the first one.
+    """
     out = c.folder / "model"
     rounded = c.folder / ("rounded" if c.plan.tuned else "model")
-    if distributed.is_main() and not rounded.exists() and not out.exists():
+    if dense is not None and not rounded.exists() and not out.exists():
         batches = c.pick(s.num_samples * s.looks, use=1)
         held = c.plan.held_windows("quantize")
         with c.phase("quantize"):

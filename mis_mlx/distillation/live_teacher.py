@@ -18,13 +18,14 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mis_mlx.compute import precision
 from mis_mlx.data import draws
 from mis_mlx.data.token_windows import Windows, fingerprint
 from mis_mlx.distillation.train_loop import train
 from mis_mlx.hardware import streams
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import distributed, host_losses, load, pipeline_parallel, policy, stream
+from mis_mlx.models import distributed, host_losses, load, pipeline_parallel, stream
 from mis_mlx.models.config import shape_of, softcap
 from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage import logit_store, run_folder
@@ -58,7 +59,7 @@ class StreamedTeacher:
         shares: Sequence[int] = (),
         same_head: bool = False,
     ):
-        dtype = policy.compute_dtype(checkpoint)
+        dtype = precision.dtype_of(checkpoint)
         self._source = (
             pipeline_parallel.Relay(checkpoint, dtype, headroom_bytes, direct=direct, shares=shares)
             if shares
@@ -105,7 +106,7 @@ class StreamedTeacher:
 
     def _numpy_is_quicker(self) -> bool:
         """On a CPU MLX's exp takes seven times as long as numpy's (models/host_losses)."""
-        return policy.name() == "cpu" and not self._cross_entropy
+        return precision.policy() == "cpu" and not self._cross_entropy
 
     def gradient_of(self, student: nn.Module) -> Callable[..., Any] | None:
         """The gradient by numpy's loss, as `train_loop.train` takes it; None: MLX computes it."""

@@ -3,11 +3,12 @@
 import mlx.core as mx
 
 from mis_mlx import cli
+from mis_mlx.compute import precision
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import conversations, pipeline, summary
 from mis_mlx.evaluation import answers, comparison
-from mis_mlx.models import distributed, load, pipeline_parallel, policy, stream
+from mis_mlx.models import distributed, load, pipeline_parallel, stream
 from mis_mlx.types import Budget, Checkpoint
 
 # By held-out text: its windows in the tokens of the students and, where the teacher has more
@@ -67,7 +68,7 @@ def _shared_pass(c: pipeline.Run, model: Checkpoint, windows: Windows) -> stream
     batches = []
     if distributed.is_main():
         batches = [mx.array(window[None]) for window in windows.tokens]
-    dtype = policy.compute_dtype(model)
+    dtype = precision.dtype_of(model)
     relay = pipeline_parallel.Relay(model, dtype, 0, direct=c.direct, shares=c.shares)
     return relay.forward(batches)
 

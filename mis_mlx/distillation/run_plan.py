@@ -5,12 +5,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from mis_mlx.compute import precision
 from mis_mlx.data import preparation
 from mis_mlx.distillation import pipeline
 from mis_mlx.evaluation import answers
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import Rates
-from mis_mlx.models import arch, distributed, load, policy
+from mis_mlx.models import arch, distributed, load
 from mis_mlx.planner import estimates, phases
 from mis_mlx.planner.distillation_spec import DistillationSpec, spec_of
 from mis_mlx.pruning import select, vocabulary
@@ -62,8 +63,8 @@ def _job(s: Any, teacher: Checkpoint, rows: int) -> DistillationSpec:
     if preparation.takes_conversations(load.tokenizer(teacher.path)):
         prompts = s.eval_prompts
     return spec_of(
-        estimates.model_of(seen, dtype=policy.compute_dtype(teacher)),
-        estimates.model_of(config),
+        estimates.model_of(seen, dtype=precision.dtype_of(teacher)),
+        estimates.model_of(config, dtype=precision.usual_dtype(s.precision)),
         s,
         rounding=s if s.quantize else ROUND_TO_NEAREST,
         rotates=s.hidden_by == "pca",

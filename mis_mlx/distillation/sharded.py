@@ -20,6 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mis_mlx.compute import precision
 from mis_mlx.distillation import train_loop
 from mis_mlx.distillation.block_gradients import (
     BlockGradients,
@@ -30,7 +31,7 @@ from mis_mlx.distillation.block_gradients import (
 )
 from mis_mlx.hardware import streams
 from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
-from mis_mlx.models import arch, distributed, load, model_writer, policy, stream
+from mis_mlx.models import arch, distributed, load, model_writer, stream
 from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage.checkpoint import sweep
 from mis_mlx.storage.files import Files
@@ -180,7 +181,7 @@ class Sharded:
         self._passes = BlockGradients(self._source, self._norm, self.shard, self.blocks)
         dtype = mx.float32
         if self._adapters:  # the weights themselves do not learn
-            dtype = policy.compute_dtype(self._student)
+            dtype = precision.dtype_of(self._student)
         self.shard.layers = [
             load.block(self._student, i, self._source.args, dtype) for i in self.blocks
         ]

@@ -12,9 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from mis_mlx.compute import precision
 from mis_mlx.distillation import conversations
 from mis_mlx.evaluation import answers, comparison
-from mis_mlx.models import arch, families, load, model_writer, policy
+from mis_mlx.models import arch, families, load, model_writer
 from mis_mlx.models.config import read_config
 from mis_mlx.pruning import select
 from mis_mlx.reporting import html, text
@@ -199,7 +200,7 @@ def result_page(
         "answers": asked,
         "verdict": verdict,
         "across": comparison.ACROSS,
-        "dequantized": not policy.keeps_packed() and "4-bit" in models,
+        "dequantized": not precision.keeps_packed() and "4-bit" in models,
         "won": won,
     }
     return html.document("table.md", values)

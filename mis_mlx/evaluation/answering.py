@@ -22,12 +22,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mis_mlx import cli
+from mis_mlx.compute import precision
 from mis_mlx.evaluation import instructions, option_likelihood, questions, task_answers
 from mis_mlx.evaluation.option_likelihood import Encoded
 from mis_mlx.evaluation.questions import Task
 from mis_mlx.evaluation.task_answers import Asking, Record
 from mis_mlx.hardware import memory
-from mis_mlx.models import distributed, load, policy
+from mis_mlx.models import distributed, load
 from mis_mlx.planner import estimates, machines
 from mis_mlx.reporting import progress
 from mis_mlx.storage import hub, run_folder
@@ -55,7 +56,7 @@ def sha256(checkpoint: Checkpoint) -> str:
     for file in cli.show_progress("hash: file", files, len(files)):
         known.append((file.name, file_sha256(file)))
     # Not the folder's name: a copy elsewhere is the same model.
-    decisive = [VERSION, str(policy.compute_dtype(checkpoint)), sorted(known)]
+    decisive = [VERSION, str(precision.dtype_of(checkpoint)), sorted(known)]
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 
@@ -237,7 +238,7 @@ def check_harness(ids: Sequence[str]) -> None:
             raise MisError(f"lm-eval has no task {name}: did you mean {' or '.join(near)}?")
 
 
-def harness_samples(folder: Path, name: str, count: int) -> dict[str, list[Sample]]:
+def harness_samples(checkpoint: Checkpoint, name: str, count: int) -> dict[str, list[Sample]]:
     """{task: lm-eval's own records} of `count` questions, asked greedily.
 
     name: a task, or a group, which gives several tasks. MisError where its data did not come.
@@ -246,9 +247,9 @@ def harness_samples(folder: Path, name: str, count: int) -> dict[str, list[Sampl
         import lm_eval
 
         adapter = load.mlx_lm("evaluate").MLXLM(
-            str(folder), use_chat_template=False, trust_remote_code=False
+            str(checkpoint.path), use_chat_template=False, trust_remote_code=False
         )
-        adapter._model.set_dtype(policy.compute_dtype(load.open_checkpoint(folder)))
+        adapter._model.set_dtype(precision.dtype_of(checkpoint))
         try:
             results = lm_eval.simple_evaluate(
                 adapter,
@@ -328,7 +329,7 @@ def _harness_rows(
     key = f"lm_eval {importlib.metadata.version('lm_eval')} {name} {count}"
     path = answers_path(model_sha256, hashlib.sha256(key.encode()).hexdigest())
     if not path.is_file():
-        by_task = harness_samples(checkpoint.path, name, count)
+        by_task = harness_samples(checkpoint, name, count)
         DISK.make_folder(path.parent)
         lines = [
             json.dumps(harness_marks(task, samples)) + "\n" for task, samples in by_task.items()

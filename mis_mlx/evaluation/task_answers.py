@@ -10,6 +10,7 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from mis_mlx import cli
+from mis_mlx.compute import precision
 from mis_mlx.evaluation import instructions, rewards
 from mis_mlx.evaluation.questions import Task
 from mis_mlx.hardware import memory
@@ -18,7 +19,6 @@ from mis_mlx.models import (
     distributed,
     load,
     mlx_generate,
-    policy,
     streamed_decode,
 )
 from mis_mlx.models.continuous_batch import Completion
@@ -169,7 +169,7 @@ def _writer(
     max_tokens: int,
 ) -> Writer:
     """Open the model; the result writes up to `max_tokens` tokens after each prompt."""
-    dtype = policy.compute_dtype(checkpoint)
+    dtype = precision.dtype_of(checkpoint)
     if plan.in_memory:
         model = load_checked(load.resident_model(checkpoint, dtype), f"{checkpoint.path}: ")
 

@@ -10,8 +10,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mis_mlx.compute import precision
 from mis_mlx.maths.losses import chunk_rows
-from mis_mlx.models import block_inputs, config, host_losses, load, policy, stream
+from mis_mlx.models import block_inputs, config, host_losses, load, stream
 from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
 from mis_mlx.types import Checkpoint
 
@@ -138,7 +139,7 @@ def _logit_grads(z: mx.array, drawn: mx.array) -> mx.array:
 
     It is 1 at the drawn token minus softmax(z). On a CPU the memory of z becomes the result.
     """
-    if policy.name() != "cpu":
+    if precision.policy() != "cpu":
         tokens = mx.arange(z.shape[-1])
         one_hot = (tokens == drawn[:, None]).astype(mx.float32)
         return one_hot - mx.softmax(z, axis=-1)

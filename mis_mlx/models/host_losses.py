@@ -11,9 +11,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mis_mlx.compute import precision
 from mis_mlx.hardware import streams
 from mis_mlx.maths.losses import Logits, chunk_rows, softmax_lse, wide_product
-from mis_mlx.models import policy, stream
+from mis_mlx.models import stream
 
 NUMBERS = 8 * 49_152  # logits at a time: 1.5 MB
 GROUP = 4096  # tokens compared in one part of the vocabulary before the next part is read
@@ -142,7 +143,7 @@ def compared(
     The logits are overwritten. On a GPU the result is lazy, so that it need not wait for numpy.
     targets (n,): the right tokens. start: the first token of this part.
     """
-    if policy.name() != "cpu":
+    if precision.policy() != "cpu":
         columns = mx.array(targets - start)
         return _compared_on_device(teacher, student, columns, start)
 

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mis_mlx.compute import precision
 from mis_mlx.maths import losses, rounding
 from mis_mlx.models import (
     altup,
@@ -19,7 +20,6 @@ from mis_mlx.models import (
     experts,
     lookup,
     modules,
-    policy,
     tokenizer_check,
 )
 from mis_mlx.models.arch import PER_LAYER
@@ -36,7 +36,7 @@ from mis_mlx.models.modules import SideProjection
 from mis_mlx.storage import safetensors
 from mis_mlx.storage.block_reader import Reader
 from mis_mlx.storage.safetensors import InParts
-from mis_mlx.types import Checkpoint, MisError
+from mis_mlx.types import UNDECIDED, Checkpoint, MisError, Precision
 
 Raw = Mapping[str, mx.array]  # tensors as stored on disk, by full name
 EMBEDDING = "model.embed_tokens."
@@ -49,8 +49,11 @@ VISION = re.compile(  # tensors of parts that see or hear
 )
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """A model folder whose headers and config are checked, and fit each other. Reads no weights."""
+def open_checkpoint(path: str | Path, precision: Precision = UNDECIDED) -> Checkpoint:
+    """A model folder whose headers and config are checked, and fit each other. Reads no weights.
+
+    precision: what it computes in; nothing is decided here (models/opening does).
+    """
     folder = Path(path)
     config = read_config(folder)
     tensors = safetensors.index(folder)
@@ -62,7 +65,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             f"{len(seeing)} tensors that {what}"
         )
         tensors = {name: tensor for name, tensor in tensors.items() if name not in seeing}
-    checkpoint = Checkpoint(folder, config, arch.inside(tensors, config))
+    checkpoint = Checkpoint(folder, config, arch.inside(tensors, config), precision)
     arch.check_tensors(checkpoint)
     return checkpoint
 
@@ -72,7 +75,7 @@ def _quantize(module: nn.Module, prefix: str, checkpoint: Checkpoint) -> None:
 
     A CPU reads packed weights slowly: there the layers stay, and `weights` de-quantizes.
     """
-    if not arch.is_quantized(checkpoint.tensors) or not policy.keeps_packed():
+    if not arch.is_quantized(checkpoint.tensors) or not precision.keeps_packed():
         return
 
     def settings(path: str, layer: nn.Module) -> bool | dict[str, Any]:
@@ -125,7 +128,7 @@ def weights(
         raw = safetensors.lazy(checkpoint.tensors, names)
     elif family(checkpoint.config).experts:  # a block and its experts are read apart
         names = [name for name in names if name in raw]
-    unpacks = not policy.keeps_packed() and arch.is_quantized(checkpoint.tensors)
+    unpacks = not precision.keeps_packed() and arch.is_quantized(checkpoint.tensors)
     named = []
     for name in names:
         if unpacks:
@@ -164,7 +167,7 @@ def dense(checkpoint: Checkpoint, name: str, raw: Raw | None = None) -> mx.array
     values = rounding.values
     # A large matrix goes part by part: a CPU holds several copies of what it de-quantizes.
     large = arrays[name].nbytes * 8 > rounding.OPENED * settings["bits"]
-    if large and not policy.keeps_packed():
+    if large and not precision.keeps_packed():
         values = rounding.dequantized
     packed = tuple(arrays[part] for part in names)
     group, bits, mode = [settings[key] for key in SETTINGS]
@@ -222,7 +225,7 @@ def _dense_rows(checkpoint: Checkpoint, name: str, dtype: str) -> Callable[[np.n
 
     def rows_of(ids: np.ndarray) -> mx.array:
         raw = {part: reader.rows(tensor, ids) for part, tensor in tensors.items()}
-        return dense(checkpoint, name, raw).astype(policy.DTYPES[dtype])
+        return dense(checkpoint, name, raw).astype(precision.DTYPES[dtype])
 
     return rows_of
 

@@ -1,15 +1,16 @@
 """Generate with mlx-lm: open a folder as any user would, fill its cache, let it write."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mis_mlx import cli
-from mis_mlx.models import config, continuous_batch, load, policy, tokenizer_check
+from mis_mlx.compute import precision
+from mis_mlx.models import config, continuous_batch, load, tokenizer_check
 from mis_mlx.models.stream import NotNumbers
+from mis_mlx.types import Checkpoint
 
 Sampler = Callable[[mx.array], mx.array]  # log-probabilities (B, V) -> tokens (B,)
 LIKELIEST = 1024  # tokens among which a nucleus is looked for first
@@ -19,22 +20,21 @@ PROMPTS = {
 }
 
 
-def open_model(folder: Path) -> tuple[nn.Module, Any]:
+def open_model(checkpoint: Checkpoint) -> tuple[nn.Module, Any]:
     """(model, tokenizer) by stock `mlx_lm.load` of a folder that passed our gate.
 
-    Floats are in the type that this machine computes in (`policy.compute_dtype`).
+    Floats are in the type that the checkpoint computes in.
     """
-    checkpoint = load.open_checkpoint(folder)
-    tokenizer_check.check_tokenizer(folder)
+    tokenizer_check.check_tokenizer(checkpoint.path)
     model, tokenizer = load.mlx_lm("utils").load(
-        str(folder),
+        str(checkpoint.path),
         tokenizer_config={"trust_remote_code": False},
         trust_remote_code=False,
     )
     model = getattr(model, "language_model", model)  # of a model that also sees
     model.shape = config.shape_of(checkpoint.config)
     model._config = checkpoint.config
-    model.set_dtype(policy.compute_dtype(checkpoint))
+    model.set_dtype(precision.dtype_of(checkpoint))
     return model, tokenizer
 
 
@@ -116,13 +116,13 @@ def greedy(
         yield int(token)
 
 
-def samples(folders: Mapping[str, Path], count: int) -> Iterator[dict[str, str]]:
+def samples(models: Mapping[str, Checkpoint], count: int) -> Iterator[dict[str, str]]:
     """What each model writes after the same words: {model, language, prompt, text}.
 
     One model is in memory at a time.
     """
-    for name, folder in cli.show_progress("samples of model", folders.items(), len(folders)):
-        model, tokenizer = open_model(folder)
+    for name, checkpoint in cli.show_progress("samples of model", models.items(), len(models)):
+        model, tokenizer = open_model(checkpoint)
         for language, prompt in PROMPTS.items():
             text = continuation(model, tokenizer, prompt, count)
             yield {"model": name, "language": language, "prompt": prompt, "text": text}

@@ -15,12 +15,12 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx import cli
+from mis_mlx.compute import precision
 from mis_mlx.models import (
     arch,
     experts,
     families,
     load,
-    policy,
     stored_form,
     tensor_shapes,
     tokenizer_check,
@@ -215,7 +215,7 @@ def dense(checkpoint: Checkpoint, name: str) -> Tensor:
 
 def _cast(tensor: Tensor, dtype: str) -> Tensor:
     """The tensor in another type; lazy, part by part where it comes in parts."""
-    mlx_dtype = policy.DTYPES[dtype]
+    mlx_dtype = precision.DTYPES[dtype]
     if isinstance(tensor, mx.array):
         return tensor.astype(mlx_dtype)
     _, shape = tensor.spec
@@ -265,8 +265,8 @@ def write_model(
 def by_block(source: Checkpoint, folder: Path, files: Files, dtype: str = "float32") -> Checkpoint:
     """A student to train in parts: an ordinary folder of `dtype` with one file for each block.
 
-    Made of `source` if it is not there yet, then opened. A block's file is replaced as a whole, so
-    the folder is a model at any moment. Memory: the largest tensor.
+    Made of `source` if it is not there yet, then opened; it computes in the same type. A block's
+    file is replaced as a whole, so the folder is a model at any moment. Memory: the largest tensor.
     """
     if not folder.exists():
         config = {
@@ -283,7 +283,7 @@ def by_block(source: Checkpoint, folder: Path, files: Files, dtype: str = "float
             extra=keep_files(read_keep(source.path)),
             file_per_block=True,
         )
-    return load.open_checkpoint(folder)
+    return load.open_checkpoint(folder, source.precision)
 
 
 def replace_block(parts: Checkpoint, i: int, weights: Mapping[str, mx.array], files: Files) -> None:

@@ -9,6 +9,7 @@ from collections import defaultdict
 
 import mlx.core as mx
 
+from mis_mlx.compute import precision
 from mis_mlx.models import (
     arch,
     block_inputs,
@@ -17,7 +18,6 @@ from mis_mlx.models import (
     families,
     load,
     mixer_sizes,
-    policy,
 )
 from mis_mlx.models.families import Config
 from mis_mlx.types import Checkpoint, TensorAt
@@ -58,7 +58,7 @@ def leaves_its_slot(checkpoint: Checkpoint, dtype: mx.Dtype) -> bool:
         if arch.block_of(name) is not None:
             stored.add(tensor.dtype)
     if "U32" in stored:
-        return not policy.keeps_packed()
+        return not precision.keeps_packed()
     return any(STORED_TYPES.get(kind, dtype) != dtype for kind in stored)
 
 
@@ -91,7 +91,7 @@ def _head_bytes(checkpoint: Checkpoint, dtype: mx.Dtype) -> int:
     shape = config.shape_of(checkpoint.config)
     prefix = load.head_prefix(checkpoint)
     tensors = [tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)]
-    if policy.keeps_packed() and any(tensor.dtype == "U32" for tensor in tensors):
+    if precision.keeps_packed() and any(tensor.dtype == "U32" for tensor in tensors):
         return sum(tensor.nbytes for tensor in tensors)
     return shape.vocab * shape.hidden * dtype.size
 

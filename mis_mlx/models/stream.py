@@ -18,8 +18,9 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mis_mlx import cli
+from mis_mlx.compute import precision
 from mis_mlx.hardware import streams
-from mis_mlx.models import altup, arch, block_inputs, experts, families, load, policy, residency
+from mis_mlx.models import altup, arch, block_inputs, experts, families, load, residency
 from mis_mlx.models.experts import Expert, Visit
 from mis_mlx.storage.block_reader import PAGE, Reader, Slot, Slots
 from mis_mlx.types import Checkpoint, MisError, TensorAt
@@ -51,7 +52,7 @@ class NotNumbers(MisError):
 class Stream:
     """One model on disk, computed block by block.
 
-    dtype: of its computations; default: the policy's. headroom_bytes: memory for what may stay
+    dtype: of its computations; default: the checkpoint's. headroom_bytes: memory for what may stay
     between passes: the head first, then blocks 0, 1, 2 ...; None: everything. direct: read past the
     page cache; for a model that the budget does not hold.
     """
@@ -64,7 +65,7 @@ class Stream:
         direct: bool = False,
     ):
         self.checkpoint = checkpoint
-        self.dtype = dtype or policy.compute_dtype(checkpoint)
+        self.dtype = dtype or precision.dtype_of(checkpoint)
         self.args = load.model_args(checkpoint.config)
         self.layers = int(checkpoint.config["num_hidden_layers"])
 
@@ -338,7 +339,7 @@ class Stream:
         they go side by side. Rows of a batch do not know of each other, so they are what they are
         one by one, but for their last bits.
         """
-        if policy.name() == "cpu":
+        if precision.policy() == "cpu":
             yield from streams.parallel_map(work, range(len(hidden)), hidden)
             return
         for first, stack in self.stacks(hidden):
@@ -366,7 +367,7 @@ class Stream:
 
     def _at_once(self, batch: mx.array) -> int:
         """The number of batches like this one that go forward together."""
-        if policy.name() == "cpu":
+        if precision.policy() == "cpu":
             return 1
         windows, length, _ = batch.shape
         return residency.batches_per_pass(self.checkpoint.config, windows * length, length)
@@ -376,7 +377,7 @@ class Stream:
 
         They are as many as streams on a CPU, half a stack on a GPU.
         """
-        if policy.name() == "cpu":
+        if precision.policy() == "cpu":
             return streams.count()
         return max(1, self._at_once(batch) // 2)
 

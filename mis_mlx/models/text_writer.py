@@ -9,7 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mis_mlx.models import load, mlx_generate, policy, streamed_decode
+from mis_mlx.compute import precision
+from mis_mlx.models import load, mlx_generate, streamed_decode
 from mis_mlx.models.mlx_generate import Sampler
 from mis_mlx.models.stream import Stream, load_checked
 from mis_mlx.types import Checkpoint
@@ -23,7 +24,7 @@ class TextWriter:
     """
 
     def __init__(self, checkpoint: Checkpoint, headroom_bytes: int | None, direct: bool = False):
-        dtype = policy.compute_dtype(checkpoint)
+        dtype = precision.dtype_of(checkpoint)
         self._resident: Any = None
         self._stream: Stream | None = None
         if headroom_bytes is None:

@@ -17,7 +17,7 @@ from mis_mlx import cli
 from mis_mlx.hardware import rates, streams
 from mis_mlx.hardware.memory import COMMANDS_AHEAD, process_bytes
 from mis_mlx.maths.losses import chunk_rows
-from mis_mlx.models import arch, block_inputs, families, mixer_sizes, policy, tensor_shapes
+from mis_mlx.models import arch, block_inputs, families, mixer_sizes, opening, tensor_shapes
 from mis_mlx.models.config import attending, head_size, key_owners, shape_of, versions
 from mis_mlx.models.host_losses import CHUNK, GROUP
 from mis_mlx.models.residency import batches_per_pass, pass_bytes
@@ -25,7 +25,7 @@ from mis_mlx.models.stream import GROUP_BYTES, HEAD_PART
 from mis_mlx.planner.model_size import ModelSize, model_of
 from mis_mlx.storage import hub
 from mis_mlx.storage.files import DISK, as_mis_error
-from mis_mlx.types import Budget, Checkpoint, MisError, duration, gib
+from mis_mlx.types import Budget, Checkpoint, MisError, Precision, duration, gib
 
 SMALL_BYTES = 2**20  # norms, masks, whole pages: too little for a formula
 # that Python and MLX take to know of a tensor: its name and place (measured on 24,302)
@@ -342,14 +342,13 @@ def _pass_waits(
     return waits
 
 
-def settle_precision(limit: Budget, *models: Checkpoint) -> None:
-    """Decide, before a run computes anything, which of its models the budget holds in float32.
+def settle_precision(limit: Budget, checkpoint: Checkpoint, wanted: Precision) -> Checkpoint:
+    """The model, with what it computes in decided, under a budget.
 
-    Those do of which one pass streamed from disk fits. Matters where float16 does not hold a model
-    (`policy.settle_fallback`).
+    Where float16 does not hold it, float32 is an answer only if the budget holds one pass in it,
+    streamed from disk.
     """
-    for model in models:
-        policy.settle_fallback(model, partial(_pass_fits, limit.limit_bytes, model))
+    return opening.with_precision(checkpoint, wanted, partial(_pass_fits, limit.limit_bytes))
 
 
 def _pass_fits(limit_bytes: int, checkpoint: Checkpoint, dtype: mx.Dtype) -> bool:

@@ -5,8 +5,9 @@ Not how they find each other (models/distributed), nor how blocks are passed thr
 """
 
 from mis_mlx import cli
+from mis_mlx.compute import precision
 from mis_mlx.hardware.rates import Rates
-from mis_mlx.models import distributed, pipeline_parallel, policy
+from mis_mlx.models import distributed, pipeline_parallel
 from mis_mlx.models.stream import Stream
 from mis_mlx.planner import estimates, phases
 from mis_mlx.types import Budget, Checkpoint
@@ -38,7 +39,7 @@ def open_stream(
     Each has all of it, or its blocks are shared out (`layers`). headroom_bytes: of this machine,
     for the head and for blocks that stay.
     """
-    dtype = policy.compute_dtype(checkpoint)
+    dtype = precision.dtype_of(checkpoint)
     direct = checkpoint.nbytes > limit.limit_bytes
     if distributed.size() == 1 or not layers:
         return Stream(checkpoint, dtype, headroom_bytes, direct)

@@ -9,9 +9,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from mis_mlx.compute import precision
 from mis_mlx.hardware.memory import COMMANDS_AHEAD, in_flight_bytes
 from mis_mlx.maths.losses import PART
-from mis_mlx.models import arch, families, load, policy, tensor_shapes
+from mis_mlx.models import arch, families, load, tensor_shapes
 from mis_mlx.models.config import Shape, shape_of, versions
 from mis_mlx.types import Checkpoint
 
@@ -146,7 +147,7 @@ def model_of(
     """
     config = source.config if isinstance(source, Checkpoint) else source
     if gpu is None:
-        gpu = policy.keeps_packed()
+        gpu = precision.keeps_packed()
         dtype = dtype or _dtype_here(source)
     shape = shape_of(config)
     if dtype is None:
@@ -184,15 +185,15 @@ def model_of(
 def _dtype_here(source: Checkpoint | Mapping[str, Any]) -> mx.Dtype:
     """The type that this process computes a model in."""
     if isinstance(source, Checkpoint):
-        return policy.compute_dtype(source)
-    return policy.usual_dtype()
+        return precision.dtype_of(source)
+    return precision.usual_dtype()
 
 
 def _dtype_of_m1(config: Mapping[str, Any], gpu: bool) -> mx.Dtype:
     """The type that an M1 computes in: it emulates bfloat16."""
     if gpu and families.family(config).float16:
-        return policy.DTYPES["float16"]
-    return policy.DTYPES["float32"]
+        return precision.DTYPES["float16"]
+    return precision.DTYPES["float32"]
 
 
 def _stored(checkpoint: Checkpoint, layers: int) -> _Stored:
@@ -220,12 +221,12 @@ def _declared(config: Mapping[str, Any], shape: Shape, params: int, block_params
     quantization = config.get("quantization") or {}
     packed = "bits" in quantization
     dtype = config.get("torch_dtype") or config.get("dtype")
-    if dtype not in policy.DTYPES:
+    if dtype not in precision.DTYPES:
         dtype = "bfloat16"
     if packed:
         item = quantization["bits"] / 8 + 4 / quantization["group_size"]
     else:
-        item = policy.DTYPES[dtype].size
+        item = precision.DTYPES[dtype].size
     tensors = 0
     for size in arch.tensors_of(config).values():
         tensors += 3 if packed and len(size) == 2 else 1  # with scales and biases

@@ -8,10 +8,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mis_mlx.compute import precision
 from mis_mlx.hardware import streams
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import ExpertSums, Statistics, Sums
-from mis_mlx.models import arch, distributed, modules, pipeline_parallel, policy, stream
+from mis_mlx.models import arch, distributed, modules, pipeline_parallel, stream
 from mis_mlx.models.config import attends, ffn_size, shape_of
 from mis_mlx.types import Checkpoint, Reading
 
@@ -66,7 +67,7 @@ def _entered(
     weight: Weight,
 ) -> Entered:
     """Every batch behind a block, and its samples of the block, evaluated."""
-    if policy.name() != "cpu":
+    if precision.policy() != "cpu":
         yield from _stacked(source, block, hidden, weight)
         return
     heads = shape_of(source.checkpoint.config).heads
@@ -212,7 +213,7 @@ def calibrate(
     direct = not isinstance(hidden, list | None)
     source: stream.Stream | None = relay
     if source is None:
-        source = stream.Stream(checkpoint, policy.compute_dtype(checkpoint), direct=direct)
+        source = stream.Stream(checkpoint, precision.dtype_of(checkpoint), direct=direct)
     hidden = source.embed(batches, hidden)
     readings = list[Reading | None]()
 

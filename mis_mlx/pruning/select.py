@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mis_mlx.compute import precision
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
@@ -20,9 +21,8 @@ from mis_mlx.models import (
     arch,
     distributed,
     families,
-    load,
+    opening,
     pipeline_parallel,
-    policy,
     scenarios,
     stream,
 )
@@ -30,7 +30,7 @@ from mis_mlx.models.config import MOST_EXPERTS, Shape, attends, shape_of
 from mis_mlx.pruning import calibrate, slicing, vocabulary
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.hidden_spool import Spool
-from mis_mlx.types import Checkpoint, Count, KeptUnits, MisError, Reading
+from mis_mlx.types import Checkpoint, Count, KeptUnits, MisError, Precision, Reading
 
 # in a report, for pictures: not for a line of JSON
 BULKY = ("block_importance", "differing", "profile")
@@ -291,7 +291,9 @@ def prune(
     if keep.report["channels_differing_from_plain"] and cut.importance == "aais":
         plain_cut = replace(cut, importance="rms", target="fixed")
         _, plain = select_units(checkpoint.config, statistics, plain_cut, shape)
-        losses = _losses({"aais": keep, "plain": plain}, write, held_out, out)
+        losses = _losses(
+            {"aais": keep, "plain": plain}, write, held_out, out, wanted=checkpoint.precision
+        )
         keep = replace(keep, report={**keep.report, **losses})
     return _outcome(checkpoint.config, shape, write(keep, out), dtype)
 
@@ -315,7 +317,7 @@ def _relay(
     """This machine's blocks, where several machines share them."""
     if not shares:
         return None
-    dtype = policy.compute_dtype(checkpoint)
+    dtype = precision.dtype_of(checkpoint)
     return pipeline_parallel.Relay(checkpoint, dtype, 0, direct=direct, shares=shares)
 
 
@@ -324,6 +326,8 @@ def _losses(
     write: Callable[[KeptUnits, Path], KeptUnits],
     held_out: Windows,
     out: Path,
+    *,
+    wanted: Precision,
 ) -> dict[str, float]:
     """{"nll_name": mean loss on `held_out`} of students made beside `out` for a moment."""
     # The number at its end has it swept where we are killed.
@@ -333,6 +337,6 @@ def _losses(
         students = {}
         for name, kept in choices.items():
             write(kept, Path(temp) / name)
-            students[name] = load.open_checkpoint(Path(temp) / name)
+            students[name] = opening.open_to_compute(Path(temp) / name, wanted)
         measured = comparison.compare(students, held_out)
     return {f"nll_{name}": float(measured[name, "nll"].mean()) for name in students}

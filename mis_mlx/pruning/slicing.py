@@ -14,7 +14,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mis_mlx.models import arch, experts, families, load, model_writer, modules, policy, stream
+from mis_mlx.compute import precision
+from mis_mlx.models import arch, experts, families, load, model_writer, modules, stream
 from mis_mlx.models.config import Shape, ffn_size, shape_of
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.safetensors import InParts, Tensor
@@ -66,7 +67,7 @@ def _entering(
     """
     # Spooled hidden states: the budget is small, and weights bypass the page cache, too.
     direct = not isinstance(hidden, list)
-    source = stream.Stream(checkpoint, policy.compute_dtype(checkpoint), direct=direct)
+    source = stream.Stream(checkpoint, precision.dtype_of(checkpoint), direct=direct)
     hidden = source.embed(batches, hidden)
     for i, block in source.blocks():
         for name in NORMS.values():

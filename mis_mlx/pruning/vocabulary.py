@@ -297,7 +297,8 @@ def write(teacher: Checkpoint, rows: Sequence[int], out: Path, files: Files) -> 
 
 def open_trimmed(teacher: Checkpoint, folder: Path) -> Checkpoint:
     """The teacher with the rows and the tokenizer in `folder`, which `write` made."""
-    return Checkpoint(folder, read_config(folder), {**teacher.tensors, **safetensors.index(folder)})
+    tensors = {**teacher.tensors, **safetensors.index(folder)}
+    return replace(teacher, path=folder, config=read_config(folder), tensors=tensors)
 
 
 def rows_of(model: Path) -> list[int] | None:

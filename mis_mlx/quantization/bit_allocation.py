@@ -22,6 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mis_mlx.compute import precision
 from mis_mlx.hardware import streams
 from mis_mlx.maths import rounding
 from mis_mlx.models import (
@@ -31,7 +32,6 @@ from mis_mlx.models import (
     families,
     load,
     modules,
-    policy,
     stream,
 )
 from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
@@ -409,7 +409,7 @@ def _backs(
     """
     count = len(inputs)
     shapes = {window.hidden.shape for window in inputs}
-    if policy.name() == "cpu" or count == 1 or len(shapes) > 1:
+    if precision.policy() == "cpu" or count == 1 or len(shapes) > 1:
         yield from streams.parallel_map(partial(_back, args, block, matrices), inputs, above)
         return
     joined = BlockInputs(stream.joined([window.hidden for window in inputs]))

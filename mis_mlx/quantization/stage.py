@@ -43,7 +43,7 @@ def check(config: Mapping[str, Any], rounding: QuantizationConfig, windows: int)
 
 
 def quantize(
-    folder: Path,
+    checkpoint: Checkpoint,
     out: Path,
     rounding: QuantizationConfig,
     files: Files,
@@ -51,13 +51,12 @@ def quantize(
     held: int = 0,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Write the quantized model `out` from the dense model `folder`.
+    """Write the quantized model `out` from a dense model.
 
     Returns bits per weight and the group size used. batches: token ids [(B, T)] for calibration.
     held: batches whose hidden states stay in memory; the others' lie in a file beside `out`. seed:
     of the tokens that the model draws.
     """
-    checkpoint = load.open_checkpoint(folder)
     rounding = rounding.affine
     beside = out.absolute().parent
     files.make_folder(beside)

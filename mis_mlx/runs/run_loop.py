@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mis_mlx import cli
+from mis_mlx.compute import precision
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import (
@@ -24,7 +25,7 @@ from mis_mlx.hardware.thermal.run_monitor import (
     check_power,
 )
 from mis_mlx.maths.optimizer import Diverged
-from mis_mlx.models import distributed, load, policy, resolve, scenarios
+from mis_mlx.models import distributed, load, resolve, scenarios
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress, text
 from mis_mlx.storage import checkpoint as protocol
@@ -73,7 +74,6 @@ def open_model(
     cli.check_ranges(s)
     if isinstance(s, cli.Resumable) and isinstance(s, ThermalFlags) and not s.dry_run:
         check_power(s)
-    policy.use(s.compute_dtype)
     if new:
         need_place(new, place, "new")
     elif distributed.is_main():
@@ -81,8 +81,7 @@ def open_model(
     source = resolve.resolve_model(model)
     cli.say(f"{what}: {source.source}")
     checkpoint = load.open_checkpoint(source.path)
-    estimates.settle_precision(memory.budget(s.budget_bytes), checkpoint)
-    return checkpoint
+    return estimates.settle_precision(memory.budget(s.budget_bytes), checkpoint, s.precision)
 
 
 def prepare_text(

@@ -26,7 +26,7 @@ from mis_mlx.evaluation import comparison
 from mis_mlx.evaluation.answer_likelihood import has_template
 from mis_mlx.maths import rounding
 from mis_mlx.maths.importance import Statistics
-from mis_mlx.models import arch, load, model_writer, stream
+from mis_mlx.models import arch, load, model_writer, opening, stream
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.planner import compression_size, estimates, rounding_cost
 from mis_mlx.pruning import calibrate, select, slicing, vocabulary
@@ -361,7 +361,7 @@ class Candidates:
         with self._temporary("rounded") as place:
             out = Path(place) / "model"
             packed_format.write_quantized(model, out, layout, self.run.files, fit=fit)
-            rounded = load.open_checkpoint(out)
+            rounded = opening.open_to_compute(out, model.precision)
             rows = shape_of(model.config).vocab
             return self.excess_loss(rounded, rows), rounded.nbytes
 
@@ -403,7 +403,7 @@ class Candidates:
             files=self.run.files,
             directions=lambda: self._directions,
         )
-        return load.open_checkpoint(out)
+        return opening.open_to_compute(out, teacher.precision)
 
     def _allocated(self, choice: Choice, layers: Sequence[int]) -> dict[str, int]:
         """{module path of the student: bits}, given to matrices where they pay.

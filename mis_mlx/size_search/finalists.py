@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mis_mlx.compute import precision
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import pipeline
 from mis_mlx.evaluation import comparison
 from mis_mlx.evaluation.speed import rounds
 from mis_mlx.maths.optimizer import Diverged
 from mis_mlx.maths.stats import interval
-from mis_mlx.models import arch, block_state, load, mlx_generate
+from mis_mlx.models import arch, block_state, load, mlx_generate, opening
 from mis_mlx.planner import estimates, phases
 from mis_mlx.planner.distillation_spec import spec_of
 from mis_mlx.quantization import stage
@@ -59,7 +60,7 @@ def _measured(
     rounding = shape_search.rounding_of(choice)
     pruned_folder = folder / "pruned"
     if pruned_folder.exists():
-        pruned = load.open_checkpoint(pruned_folder)
+        pruned = opening.open_to_compute(pruned_folder, reader.teacher.precision)
     else:
         pruned = c.prune(choice.shape, pruned_folder)
     own = _own_run(c, choice, folder, rounding)
@@ -74,7 +75,7 @@ def _measured(
         samples = own.pick(run.recipe.num_samples, use=1)
         if not out.exists():
             stage.quantize(
-                trained.path,
+                trained,
                 out,
                 rounding,
                 run.files,
@@ -83,13 +84,13 @@ def _measured(
                 seed=run.recipe.seed,
             )
         models["distilled"] = trained
-        models["rounded"] = load.open_checkpoint(out)
+        models["rounded"] = opening.open_to_compute(out, reader.teacher.precision)
         record["bytes"] = models["rounded"].nbytes
     record |= _judged(c, models, reader.judging)
     if c.settings.timed_at and trained:
         seconds = {}
         for flag, (cached, prompt) in c.settings.timed_at.items():
-            timing = timed_token(trained.path, cached, prompt)
+            timing = timed_token(trained, cached, prompt)
             seconds[flag] = timing.seconds(choice.shape.layers)
         record["seconds"] = seconds
     return record
@@ -108,7 +109,10 @@ def _own_run(
     run = c.run
     reader = c.trimmed_teacher(choice.shape.vocab)
     teacher = reader.teacher
-    student = estimates.model_of(arch.student_config(teacher.config, choice.shape))
+    student = estimates.model_of(
+        arch.student_config(teacher.config, choice.shape),
+        dtype=precision.usual_dtype(teacher.precision),
+    )
     job = spec_of(estimates.model_of(teacher), student, run.recipe, rounding, copied=True)
     budget_bytes = run.plan.budget_bytes
     rates = run.plan.rates
@@ -137,7 +141,7 @@ def _trained(own: pipeline.Run, pruned: Checkpoint, search: Path) -> Checkpoint 
     try:
         with suppress(Diverged):
             pipeline.distil(own, pruned, out)
-            return load.open_checkpoint(out)
+            return opening.open_to_compute(out, own.teacher.precision)
     except MisError as error:
         sentence = str(error).replace(str(own.folder), str(search))
         raise MisError(sentence) from error.__cause__
@@ -180,14 +184,14 @@ def guard_report(steps: Sequence[Record], trained: object) -> dict[str, Any]:
     }
 
 
-def timed_token(folder: Path, cached: int, prompt: int) -> limits.Timing:
+def timed_token(checkpoint: Checkpoint, cached: int, prompt: int) -> limits.Timing:
     """Seconds of one token with `cached` tokens in the KV cache, by stock mlx-lm.
 
     Where prompt is not 0: seconds from a prompt of so many tokens to the first token. The quickest
     of some rounds counts. The model is also timed with half of its blocks, which says what one
     block takes.
     """
-    model, tokenizer = mlx_generate.open_model(folder)
+    model, tokenizer = mlx_generate.open_model(checkpoint)
     text = "In the evening the wind came down from the pass."
     ids = mlx_generate.prompt_ids(tokenizer, text, prompt or 8)
     layers = model.model.layers

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from mis_mlx import cli
+from mis_mlx.compute import precision
 from mis_mlx.models import arch
 from mis_mlx.models.config import shape_of
 from mis_mlx.planner import compression_size, estimates, phases
@@ -64,7 +65,9 @@ def _plan_of_largest(
         return sum(limits.weights_of(teacher.config, choice.shape))
 
     shape = max(within, key=weights).shape
-    student = estimates.model_of(arch.student_config(teacher.config, shape))
+    student = estimates.model_of(
+        arch.student_config(teacher.config, shape), dtype=precision.usual_dtype(s.precision)
+    )
     rounding = shape_search.rounding_of(Choice(shape, shape_search.USUAL_BPW))
     job = spec_of(estimates.model_of(teacher), student, s, rounding)
     return phases.best_plan(job, limit.limit_bytes, estimates.machine_rates())

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mis_mlx.compute import precision
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher
 from mis_mlx.hardware import streams
 from mis_mlx.maths.losses import loss_noise_factor
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import load, policy, stream
+from mis_mlx.models import load, stream
 from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.types import Checkpoint, Step
 from tests import tiny
@@ -145,7 +146,7 @@ def test_lanes_do_not_change_the_student(
     monkeypatch.setattr(live_teacher.StreamedTeacher, "gradient_of", lambda *_: None)
     _, (one,) = distil(llama, student, data, recipe)
     monkeypatch.undo()
-    monkeypatch.setenv(policy.POLICY, "cpu")
+    monkeypatch.setenv(precision.POLICY, "cpu")
     monkeypatch.setattr(streams, "count", lambda: 2)
     _, (two,) = distil(llama, student, data, recipe)
     assert two.loss == pytest.approx(one.loss, rel=1e-5)

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mis_mlx.compute import precision
 from mis_mlx.evaluation import answering, questions, task_answers
 from mis_mlx.hardware import memory
-from mis_mlx.models import load, policy
+from mis_mlx.models import load
 from mis_mlx.types import Budget, Checkpoint, MisError
 from tests import tiny
 
@@ -131,7 +132,7 @@ def test_another_model_task_version_or_type_has_answers_of_its_own(
     monkeypatch.setattr(answering, "VERSION", 1)
     assert answering.sha256(llama) != before
     monkeypatch.setattr(answering, "VERSION", 2)
-    monkeypatch.setenv(policy.POLICY, {"cpu": "metal", "metal": "cpu"}[policy.name()])
+    monkeypatch.setenv(precision.POLICY, {"cpu": "metal", "metal": "cpu"}[precision.policy()])
     assert answering.sha256(llama) != before
 
 

@@ -20,7 +20,7 @@ from mis_mlx.evaluation import answer_figures, answer_likelihood, answer_records
 from mis_mlx.evaluation.answer_records import Answer, AnswerPair, Prompt
 from mis_mlx.evaluation.answers import AnswerBits, TeacherAnswers
 from mis_mlx.hardware import memory
-from mis_mlx.models import load, mlx_generate, text_writer
+from mis_mlx.models import load, mlx_generate, opening, text_writer
 from mis_mlx.planner import estimates, writing
 from mis_mlx.types import Budget, Checkpoint, MisError
 from tests import tiny
@@ -282,7 +282,7 @@ def test_greedy_answers_are_mlx_lms(chat: Checkpoint) -> None:
     """What the model writes one token at a time, through the template; prompts of several turns,
     too.
     """
-    model, tokenizer = mlx_generate.open_model(chat.path)
+    model, tokenizer = mlx_generate.open_model(opening.open_to_compute(chat.path))
 
     said = answers.greedy(chat, [*THREE, LATER], memory.budget(None))
 

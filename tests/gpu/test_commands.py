@@ -36,10 +36,11 @@ from mis_mlx import (
     search,
     sft,
 )
+from mis_mlx.compute import precision
 from mis_mlx.evaluation import answering
 from mis_mlx.hardware import memory, rates
 from mis_mlx.hardware.rates import Roof
-from mis_mlx.models import load, model_writer, policy
+from mis_mlx.models import load, model_writer
 from mis_mlx.planner import estimates
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
@@ -101,8 +102,8 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metal: None) -> None:
             device="this one", threads="1", memory_bytes_per_s=1e9, flops_per_s=1e9, source="given"
         ),
     )
-    assert policy.keeps_packed()
-    assert policy.usual_dtype() == mx.float16
+    assert precision.keeps_packed()
+    assert precision.usual_dtype() == mx.float16
 
 
 @pytest.fixture
@@ -113,7 +114,7 @@ def in_float32(
 
     def run(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         with monkeypatch.context() as there:
-            there.setenv(policy.POLICY, "cpu")
+            there.setenv(precision.POLICY, "cpu")
             return work()
 
     return run
@@ -311,7 +312,7 @@ def test_weights_beyond_the_scales(
     """Weights that the float16 scales of a 4-bit model cannot hold: one sentence, no folder with
     infinity in it.
     """
-    monkeypatch.setenv(policy.POLICY, word)
+    monkeypatch.setenv(precision.POLICY, word)
     flags: dict[str, Any] = dict(
         **SEEN, q_method=method, target_bpw=None, q_iters=0, data=str(text_folder)
     )
@@ -702,7 +703,7 @@ def test_as_processes(
     """The environment's word reaches child processes: a run and its report, and a generation, are
     Metal's.
     """
-    assert os.environ[policy.POLICY] == "metal"
+    assert os.environ[precision.POLICY] == "metal"
     brief = {
         **RUN,
         "iters": 1,

@@ -13,8 +13,9 @@ import pytest
 
 from mis_mlx import doctor
 from mis_mlx.checks import engine, hybrid_kernels, kernels
+from mis_mlx.compute import precision
 from mis_mlx.hardware import memory
-from mis_mlx.models import policy, stream
+from mis_mlx.models import stream
 from mis_mlx.types import Budget
 
 DEVICES = [pytest.param("gpu", marks=pytest.mark.gpu), "cpu"]
@@ -53,9 +54,9 @@ def test_engine(name: str, device: str, made: engine.Models) -> None:
 
 def test_the_policy_is_the_device_s(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU float16 and packed weights, on a CPU float32."""
-    monkeypatch.delenv(policy.POLICY, raising=False)
-    assert (policy.name() == "metal") == policy.keeps_packed() == (device == "gpu")
-    assert policy.usual_dtype() == (mx.float16 if device == "gpu" else mx.float32)
+    monkeypatch.delenv(precision.POLICY, raising=False)
+    assert (precision.policy() == "metal") == precision.keeps_packed() == (device == "gpu")
+    assert precision.usual_dtype() == (mx.float16 if device == "gpu" else mx.float32)
 
 
 def test_the_budget_holds(device: str, made: engine.Models) -> None:
@@ -65,9 +66,7 @@ def test_the_budget_holds(device: str, made: engine.Models) -> None:
     mx.reset_peak_memory()
     with memory.limited(Budget(limit)):
         checkpoint = made["4-bit"]
-        hidden = stream.Stream(checkpoint, policy.compute_dtype(checkpoint)).forward(
-            [engine.TOKENS]
-        )
+        hidden = stream.Stream(checkpoint, precision.dtype_of(checkpoint)).forward([engine.TOKENS])
         assert np.isfinite(kernels.to_float64(hidden[0])).all()
     assert mx.get_peak_memory() < limit
 

@@ -18,15 +18,16 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mis_mlx import prune, quantize, sft
+from mis_mlx.compute import precision
 from mis_mlx.hardware import rates
 from mis_mlx.maths import losses
 from mis_mlx.maths.losses import token_logps
-from mis_mlx.models import load, lora, model_writer, policy, stream
+from mis_mlx.models import load, lora, model_writer, opening, stream
 from mis_mlx.planner import estimates
 from mis_mlx.quantization import packed_format
 from mis_mlx.runs import run_loop
 from mis_mlx.storage.files import DISK
-from mis_mlx.types import Budget, Checkpoint, MisError
+from mis_mlx.types import UNDECIDED, Budget, Checkpoint, MisError, Precision
 from tests import tiny
 from tests.conftest import mostly_slow
 
@@ -94,7 +95,7 @@ def test_packed_and_dense_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """
     checkpoint = packed(tmp_path, "BF16")
     dense = final(stream.Stream(checkpoint, mx.float32))
-    monkeypatch.setenv(policy.POLICY, "metal")
+    monkeypatch.setenv(precision.POLICY, "metal")
     np.testing.assert_allclose(final(stream.Stream(checkpoint, mx.float16)), dense, atol=0.03)
 
 
@@ -118,7 +119,7 @@ def test_gradients_of_half_precision(name: str, types: tuple[str, str], frozen: 
     """Behind a cast, as behind a LoRA layer, gradients come, in the type of what they are for, near
     float32's.
     """
-    first, second = (policy.DTYPES[t] for t in types)
+    first, second = (precision.DTYPES[t] for t in types)
 
     def loss(kinds: tuple[mx.Dtype, mx.Dtype]) -> Callable[[mx.array, mx.array], mx.array]:
         return lambda h, w: LOSSES[name](h.astype(kinds[0]), w.astype(kinds[1]), frozen)
@@ -196,11 +197,9 @@ def overflowing(tmp_path: Path, request: pytest.FixtureRequest) -> Checkpoint:
 
 @pytest.fixture(name="chip")
 def _chip(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
-    """`chip(True)`: this GPU has bfloat16 in hardware, as from M3 on; nothing is decided yet."""
+    """`chip(True)`: this GPU has bfloat16 in hardware, as from M3 on."""
 
     def become(computes_bfloat16: bool) -> None:
-        monkeypatch.setattr(policy, "_decided", {})
-        monkeypatch.setattr(policy, "_tight", set())
         monkeypatch.setattr(rates, "computes_bfloat16", lambda: computes_bfloat16)
 
     return become
@@ -222,19 +221,21 @@ def test_overflow_is_found_and_avoided(
     another one in float16; a command's word goes first.
     """
     chip(newer)
-    assert policy.compute_dtype(llama) == mx.float16
+    opened = opening.open_to_compute(llama.path)
+    assert precision.dtype_of(opened) == mx.float16
     assert not capsys.readouterr().err
-    assert [policy.compute_dtype(overflowing) for _ in range(2)] == [want] * 2
+    opened = opening.open_to_compute(overflowing.path)
+    assert [precision.dtype_of(opened) for _ in range(2)] == [want] * 2
     (line,) = capsys.readouterr().err.splitlines()
     name = str(want).removeprefix("mlx.core.")
     assert str(overflowing.path) in line
     assert "65,504" in line
     assert line.endswith(f"in {name}")
-    policy.use("float32")
-    try:
-        assert policy.compute_dtype(overflowing) == policy.compute_dtype(llama) == mx.float32
-    finally:
-        policy.use(None)
+    for asked in ("float32", "float16"):
+        opened = opening.open_to_compute(overflowing.path, Precision(asked=asked))
+        assert precision.dtype_of(opened) == precision.DTYPES[asked]
+        assert opened.precision.asked == asked
+    assert not capsys.readouterr().err
 
 
 def test_float32_where_the_budget_holds_it(
@@ -250,9 +251,10 @@ def test_float32_where_the_budget_holds_it(
     ).peak_bytes
     enough = Budget(estimates.enough_budget(need))
     for limit, want in ((enough, mx.float32), (Budget(need), mx.bfloat16), (enough, mx.float32)):
-        estimates.settle_precision(limit, overflowing, llama)
-        assert policy.compute_dtype(overflowing) == want
-        assert policy.compute_dtype(llama) == mx.float16
+        settled = estimates.settle_precision(limit, overflowing, UNDECIDED)
+        assert precision.dtype_of(settled) == want
+        settled = estimates.settle_precision(limit, llama, UNDECIDED)
+        assert precision.dtype_of(settled) == mx.float16
 
 
 def test_a_run_settles_its_precision_when_it_opens_the_model(
@@ -265,8 +267,8 @@ def test_a_run_settles_its_precision_when_it_opens_the_model(
     chip(False)
     for budget, want in (("1GiB", mx.float32), ("2MiB", mx.bfloat16)):
         settings = sft.Settings(model=str(overflowing.path), budget=budget, dry_run=True)
-        run_loop.open_model(settings, settings.model)
-        assert policy.compute_dtype(overflowing) == want
+        opened = run_loop.open_model(settings, settings.model)
+        assert precision.dtype_of(opened) == want
 
 
 @pytest.mark.parametrize(
@@ -294,8 +296,8 @@ def test_weights_outside_of_blocks_count(
 ) -> None:
     """A last norm that float16 cannot hold is found before the first pass, too."""
     chip(False)
-    loud = load.open_checkpoint(tiny.loud(llama, tmp_path / "loud"))
-    assert policy.compute_dtype(loud) == mx.float32
+    loud = opening.open_to_compute(tiny.loud(llama, tmp_path / "loud"))
+    assert precision.dtype_of(loud) == mx.float32
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
@@ -363,15 +365,12 @@ def test_nothing_is_chosen_by_numbers_that_are_none(
         MisError,
         match=r"(block 1|layers\.1\.).* not numbers in float16: give --compute-dtype float32",
     ):
-        try:
-            if work == "forward":
-                stream.Stream(overflowing, mx.float16).forward([TOKENS])
-            elif work == "prune":
-                prune.run(prune.Settings(**flags))
-            else:
-                quantize.run(quantize.Settings(**flags))
-        finally:
-            policy.use(None)
+        if work == "forward":
+            stream.Stream(overflowing, mx.float16).forward([TOKENS])
+        elif work == "prune":
+            prune.run(prune.Settings(**flags))
+        else:
+            quantize.run(quantize.Settings(**flags))
     assert not (tmp_path / "out").exists()
 
 
@@ -393,7 +392,6 @@ def test_prune_goes_on_in_bfloat16(
     }
     for dtype in (None, "float32"):
         out = tmp_path / str(dtype)
-        policy.use(None)
         prune.run(
             prune.Settings(
                 **flags, max_seq_length=32, num_samples=4, mlx_path=str(out), compute_dtype=dtype
@@ -405,7 +403,6 @@ def test_prune_goes_on_in_bfloat16(
         for key, chosen in keep.kept.items():
             units |= {(key, unit) for unit in chosen}
         kept.append(units)
-    policy.use(None)
     assert len(kept[0]) == len(kept[1]) == 3 * 384
     assert len(kept[0] & kept[1]) > 0.95 * len(kept[1])
 
@@ -413,12 +410,12 @@ def test_prune_goes_on_in_bfloat16(
 def test_policy_words(monkeypatch: pytest.MonkeyPatch) -> None:
     """The environment forces a policy on any device; another word is refused with one sentence."""
     for word, packs, dtype in (("metal", True, mx.float16), ("cpu", False, mx.float32)):
-        monkeypatch.setenv(policy.POLICY, word)
-        assert policy.keeps_packed() == packs
-        assert policy.usual_dtype() == dtype
-    monkeypatch.setenv(policy.POLICY, "cuda")
+        monkeypatch.setenv(precision.POLICY, word)
+        assert precision.keeps_packed() == packs
+        assert precision.usual_dtype() == dtype
+    monkeypatch.setenv(precision.POLICY, "cuda")
     with pytest.raises(MisError, match="MIS_MLX_POLICY is 'cuda': set it to metal or cpu"):
-        policy.name()
+        precision.policy()
 
 
 def test_the_look_sees_the_real_range(tmp_path: Path) -> None:
@@ -428,9 +425,9 @@ def test_the_look_sees_the_real_range(tmp_path: Path) -> None:
     checkpoint = load.open_checkpoint(tiny.make(tmp_path / "m"))
     source = stream.Stream(checkpoint, mx.float32)
     seen = 0.0
-    ids = np.unique([*range(policy.FREQUENT), *np.linspace(0, 511, policy.SPREAD).astype(int)])
+    ids = np.unique([*range(opening.FREQUENT), *np.linspace(0, 511, opening.SPREAD).astype(int)])
     (hidden,) = source.embed([mx.array(ids[None].astype(np.int32))])
     for _, block in source.blocks():
         hidden = block(hidden, load.mask(source.args, block, hidden))
         seen = max(seen, float(np.abs(np.array(hidden)).max()))
-    assert policy.largest_activation(checkpoint) == pytest.approx(seen, rel=2e-3)
+    assert opening.largest_activation(checkpoint) == pytest.approx(seen, rel=2e-3)

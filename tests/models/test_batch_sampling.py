@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mis_mlx.hardware import memory
-from mis_mlx.models import load, mlx_generate
+from mis_mlx.models import load, mlx_generate, opening
 from mis_mlx.planner import estimates, writing
 from mis_mlx.types import Checkpoint
 
@@ -154,7 +154,7 @@ def test_writing_side_by_side_takes_what_the_plan_says(llama: Checkpoint) -> Non
     prompts' own caches go when the batch begins. Kept, they made it six tenths and more here, and
     more than all of it for a real model.
     """
-    model, _ = mlx_generate.open_model(llama.path)
+    model, _ = mlx_generate.open_model(opening.open_to_compute(llama.path))
     prompts = [[5, 6, 7, 8] * 15] * 32
     planned = writing.resident_bytes(estimates.model_of(llama), at_once=32, tokens=100)
     mx.clear_cache()

@@ -18,9 +18,10 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mis_mlx import distill, prune, quantize
+from mis_mlx.compute import precision
 from mis_mlx.distillation import live_teacher
 from mis_mlx.maths import losses
-from mis_mlx.models import arch, experts, load, policy, stream, streamed_decode
+from mis_mlx.models import arch, experts, load, stream, streamed_decode
 from mis_mlx.models.config import _opened_as, check_config, normalised, read_config, shape_of
 from mis_mlx.models.families import ALL, FAMILIES, OPENED_AS, family
 from mis_mlx.types import Checkpoint, MisError
@@ -315,7 +316,7 @@ def the_whole_way(teacher: Path, tmp_path: Path, text_folder: Path, layers: int 
     }
     # Stock mlx_lm is not timed where it would compute in float16: MLX's CPU gathers products of
     # float32 alone.
-    timed = 0 if family(config).experts and policy.keeps_packed() else 2
+    timed = 0 if family(config).experts and precision.keeps_packed() else 2
     result = distill.run(
         distill.Settings(
             teacher=str(teacher),

@@ -19,6 +19,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mis_mlx import dpo, plan, prune, search
+from mis_mlx.compute.precision import dtype_of
 from mis_mlx.distillation import live_teacher, sharded
 from mis_mlx.evaluation import option_likelihood
 from mis_mlx.evaluation.speed import rounds
@@ -37,7 +38,6 @@ from mis_mlx.models import (
 )
 from mis_mlx.models.config import check_config, key_owners, read_config, softcap
 from mis_mlx.models.config import ffn_size as ffn_of
-from mis_mlx.models.policy import compute_dtype
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import bit_allocation, packed_format
 from mis_mlx.storage.files import DISK
@@ -65,7 +65,7 @@ def stock_logits(model: Checkpoint) -> mx.array:
     scale makes half precision look at other tokens.
     """
     theirs = stock(model.path)
-    theirs.set_dtype(compute_dtype(model))
+    theirs.set_dtype(dtype_of(model))
     return theirs(TOKENS).astype(mx.float32)
 
 
@@ -568,9 +568,8 @@ def test_a_token_reads_no_table(gemma: Checkpoint) -> None:
     """What a token moves is counted without the per-layer inputs of all others, and with the
     embedding, its head.
     """
-    made = rounds.load_model(gemma.path)
+    made = rounds.load_model(gemma)
     table = gemma.tensors[f"{arch.PER_LAYER}weight"]
     assert (
-        made.nbytes - made.read_bytes
-        == table.nbytes * (2 if compute_dtype(gemma).size == 2 else 4) // 4
+        made.nbytes - made.read_bytes == table.nbytes * (2 if dtype_of(gemma).size == 2 else 4) // 4
     )

@@ -6,7 +6,7 @@ Imposed on a CPU by Metal's policy, in float32; on a GPU nobody has counted them
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mis_mlx.compute import precision
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.evaluation import comparison
-from mis_mlx.models import load, policy, residency, stream
+from mis_mlx.models import load, residency, stream
 from mis_mlx.planner import estimates
 from mis_mlx.pruning import reconstruct
 from mis_mlx.pruning.calibrate import calibrate
@@ -48,10 +49,8 @@ def _windows(batches: list[mx.array]) -> Windows:
 @pytest.fixture(name="under")
 def _under(
     monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[Callable[[str, Callable[[], Any]], tuple[Any, int]]]:
-    """`under(word, work)`: (what `work` gives under a policy, in float32; how often a block was
-    called).
-    """
+) -> Callable[[str, Callable[[], Any]], tuple[Any, int]]:
+    """`under(word, work)`: (what `work` gives under a policy; how often a block was called)."""
     calls = list[int]()
     kind = load.mlx_lm("models.llama").TransformerBlock
     call = kind.__call__
@@ -63,13 +62,11 @@ def _under(
     monkeypatch.setattr(kind, "__call__", counting)
 
     def run(word: str, work: Callable[[], Any]) -> tuple[Any, int]:
-        monkeypatch.setenv(policy.POLICY, word)
-        policy.use("float32")
+        monkeypatch.setenv(precision.POLICY, word)
         calls.clear()
         return work(), len(calls)
 
-    yield run
-    policy.use(None)
+    return run
 
 
 def near(found: Any, want: Any) -> None:

@@ -14,14 +14,15 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from mis_mlx.compute import precision
 from mis_mlx.hardware import macos, rates, streams
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import M1_AIR, Rates
-from mis_mlx.models import arch, load, policy, stream
+from mis_mlx.models import arch, load, opening, stream
 from mis_mlx.planner import compression_size, estimates
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
-from mis_mlx.types import GIB, Budget, Checkpoint, MisError
+from mis_mlx.types import GIB, UNDECIDED, Budget, Checkpoint, MisError
 from tests import tiny
 from tests.conftest import mostly_slow
 
@@ -122,7 +123,7 @@ def test_a_config_alone_says_what_the_files_say(
     assert (
         by_files.as_stored
         == by_config.as_stored
-        == (kind == ("4-bit" if policy.keeps_packed() else "F32"))
+        == (kind == ("4-bit" if precision.keeps_packed() else "F32"))
     )
     assert by_files.packed == by_config.packed == (kind == "4-bit")
     assert by_config.block_bytes == pytest.approx(by_files.block_bytes, rel=0.01)
@@ -317,9 +318,9 @@ def test_a_real_pass_stays_under_the_plan(
     what its commands in flight need.
     """
     checkpoint = stored(kind)
-    monkeypatch.setenv(policy.POLICY, word)
+    monkeypatch.setenv(precision.POLICY, word)
     m = estimates.model_of(checkpoint)
-    dtype = policy.compute_dtype(checkpoint)
+    dtype = precision.dtype_of(checkpoint)
     assert dtype == {"cpu": mx.float32, "metal": mx.float16}[word]
     batches = [mx.random.randint(0, 512, (1, length), key=mx.random.key(k)) for k in range(windows)]
     mx.eval(batches)
@@ -375,14 +376,13 @@ def test_blocks_that_stay_are_within_the_plan(
     beyond: as if float16 did not hold the activations. So bfloat16 does, of as many bytes: products
     of packed weights take a fifth of the time that they take in float16, where both are emulated.
     """
-    monkeypatch.setenv(policy.POLICY, word)
+    monkeypatch.setenv(precision.POLICY, word)
     if beyond:
-        monkeypatch.setattr(policy, "_decided", {})
         monkeypatch.setattr(rates, "computes_bfloat16", lambda: True)
-        monkeypatch.setattr(policy, "largest_activation", lambda _: float("inf"))
-    checkpoint = stored(kind)
+        monkeypatch.setattr(opening, "largest_activation", lambda _: float("inf"))
+    checkpoint = opening.with_precision(stored(kind), UNDECIDED)
     m = estimates.model_of(checkpoint)
-    dtype = policy.compute_dtype(checkpoint)
+    dtype = precision.dtype_of(checkpoint)
     batches = [mx.array([[*range(64)]])]
     if word == "cpu":
         assert dtype == mx.float32
@@ -414,7 +414,9 @@ def test_the_engine_keeps_as_many_blocks_as_planned(
 ) -> None:
     """Given the head and so many blocks' room, `Stream` keeps the head and exactly these blocks."""
     m = estimates.model_of(stored(kind))
-    source = stream.Stream(stored(kind), policy.usual_dtype(), m.head_work + blocks * m.block_work)
+    source = stream.Stream(
+        stored(kind), precision.usual_dtype(), m.head_work + blocks * m.block_work
+    )
     assert source.resident_blocks == blocks == estimates.resident_blocks(m, blocks * m.block_work)
     batches = [mx.array([[1, 2, 3]])]
     source.forward(batches)

@@ -8,8 +8,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mis_mlx.compute import precision
 from mis_mlx.maths import importance
-from mis_mlx.models import load, modules, policy, stream
+from mis_mlx.models import load, modules, stream
 from mis_mlx.pruning import calibrate
 from mis_mlx.types import Checkpoint, MisError, Reading
 from tests import tiny
@@ -29,7 +30,7 @@ def test_streamed_statistics_are_resident_ones(
     last bit.
     """
     statistics, hidden = calibrate.calibrate(models(kind), batches)
-    model = load.resident_model(models(kind), policy.compute_dtype(models(kind)))
+    model = load.resident_model(models(kind), precision.dtype_of(models(kind)))
     norms = np.zeros(64)
     for layer in model.model.layers:
         for part, name in (

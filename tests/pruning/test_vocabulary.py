@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from mis_mlx import distill, prune, report
+from mis_mlx.compute import precision
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.evaluation import comparison
-from mis_mlx.models import load, policy, stream
+from mis_mlx.models import load, stream
 from mis_mlx.models.config import shape_of
 from mis_mlx.models.stream import Stream
 from mis_mlx.models.trimmed_tokenizer import Vocabulary
@@ -180,7 +181,7 @@ def test_logits_of_the_rows_that_stay_are_the_teachers(
     assert seen.config["vocab_size"] == used == len(load.tokenizer(seen.path).get_vocab())
     mine = windows(seen, text_folder).tokens
     assert (np.array(kept)[mine] == text).all()
-    dtype = policy.compute_dtype(teacher)
+    dtype = precision.dtype_of(teacher)
     all_of = []
     for model, tokens in ((teacher, text), (seen, mine)):
         stream = Stream(model, dtype)
@@ -203,7 +204,7 @@ def test_logits_of_the_rows_that_stay_are_the_teachers(
 def test_the_plan_counts_what_is_there(big: Checkpoint, text_folder: Path, tmp_path: Path) -> None:
     """Planned before the text is read: the sizes are those of the teacher that is written then."""
     seen, _ = trimmed(big, text_folder, tmp_path / "rows")
-    planned = estimates.model_of(vocabulary.first_rows(big, KEPT), dtype=policy.compute_dtype(big))
+    planned = estimates.model_of(vocabulary.first_rows(big, KEPT), dtype=precision.dtype_of(big))
     there = estimates.model_of(seen)
     assert replace(planned, config={}) == replace(there, config={})
     assert vocabulary.first_rows(big, ROWS) == big
@@ -633,7 +634,7 @@ def test_the_teacher_knows_words_that_did_not_come_up(big: Checkpoint, text_fold
     most are kept.
     """
     train = windows(big, text_folder).pick(slice(0, 3))
-    model = load.resident_model(big, policy.compute_dtype(big))
+    model = load.resident_model(big, precision.dtype_of(big))
     wanted = mx.softmax(model(mx.array(train.tokens)).astype(mx.float32), axis=-1).sum(axis=(0, 1))
     sums = vocabulary.expected(big, train)
     assert np.allclose(sums, np.array(wanted), rtol=near(1e-4, 0.05))

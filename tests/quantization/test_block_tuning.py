@@ -298,7 +298,7 @@ def test_it_stays_under_the_plan(tmp_path: Path, held: int) -> None:
     with memory.limited(Budget(before + planned.peak_bytes)):
         mx.set_cache_limit(0)
         stage.quantize(
-            checkpoint.path, tmp_path / "q", rounding=BLOCKS, files=DISK, batches=batches, held=held
+            checkpoint, tmp_path / "q", rounding=BLOCKS, files=DISK, batches=batches, held=held
         )
     peak = mx.get_peak_memory() - before + tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

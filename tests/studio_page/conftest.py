@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mis_mlx.models import policy
+from mis_mlx.compute import precision
 from tests import forks, tiny
 from tests.conftest import Once
 from tests.studio_page.driving import QUICK
@@ -21,7 +21,7 @@ def home(tmp_path: Path, own_home: dict[str, str]) -> dict[str, str]:
     """The environment of a user whose home is empty."""
     return {
         **own_home,
-        policy.POLICY: os.environ.get(policy.POLICY, ""),
+        precision.POLICY: os.environ.get(precision.POLICY, ""),
         "HOME": str(tmp_path / "home"),
     }
 
@@ -55,6 +55,6 @@ def kept(folder: Path, home: dict[str, str], once: Once) -> Path:
         env = {**home, "PYTHONPATH": str(forks.ROOT)}
         subprocess.run(line, cwd=folder, env=env, check=True, capture_output=True)
 
-    made = once(f"studio-runs-{home[policy.POLICY] or 'cpu'}", distil)
+    made = once(f"studio-runs-{home[precision.POLICY] or 'cpu'}", distil)
     shutil.copytree(made, folder / "runs")
     return folder

@@ -13,7 +13,6 @@ Definitions (those of vLLM and AIPerf; none includes the tokenizer or the text):
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -98,13 +97,13 @@ def mean_watts(monitor: Monitor, seconds: float) -> float | None:
     return float(joules / (times[-1] - times[0]))
 
 
-def load_model(folder: Path) -> BenchmarkModel:
+def load_model(checkpoint: Checkpoint) -> BenchmarkModel:
     """A model, whole in memory, with the time that took.
 
     The system may have the files in its page cache.
     """
     began = time.perf_counter()
-    model, tokenizer = mlx_generate.open_model(folder)
+    model, tokenizer = mlx_generate.open_model(checkpoint)
     stream.evaluate_now(model.parameters())
     seconds = time.perf_counter() - began
     arrays = dict[str, mx.array](tree_flatten(model.parameters()))
@@ -115,7 +114,7 @@ def load_model(folder: Path) -> BenchmarkModel:
         nbytes += array.nbytes
         if not config.inside_names(name)[0].startswith(tables):
             read_bytes += array.nbytes
-    stream.load_checked(model, f"{folder}: ")
+    stream.load_checked(model, f"{checkpoint.path}: ")
     return BenchmarkModel(
         model=model,
         tokenizer=tokenizer,
@@ -228,7 +227,7 @@ def need_bytes(checkpoint: Checkpoint, r: Request) -> int:
 
 
 def rounds(
-    folders: Mapping[str, Path],
+    models: Mapping[str, Checkpoint],
     together: bool,
     count: int,
     r: Request,
@@ -243,12 +242,12 @@ def rounds(
     model, where they do not fit in memory together. count: trials of each. delay: seconds of rest
     before each. No model is yielded: a caller that held one would keep it in memory.
     """
-    groups = [[name] for name in folders]
-    if together and folders:
-        groups = [list(folders)]
+    groups = [[name] for name in models]
+    if together and models:
+        groups = [list(models)]
     warm_up = r._replace(answer=min(r.answer, WARM_UP))
     for group in groups:
-        subjects = {name: load_model(folders[name]) for name in group}
+        subjects = {name: load_model(models[name]) for name in group}
         for subject in subjects.values():
             trial(subject, warm_up, (seed, 0))
         for number in range(1, count + 1):
