@@ -238,6 +238,20 @@ def run(
     return subprocess.CompletedProcess(process.args, process.wait(), *said)
 
 
+class _TriedTokenizers:
+    """Tokenizers that other forks have tried, which this one need not try again."""
+
+    def __init__(self, known: set[bytes]):
+        self.passed = set(known)
+        self._try = tokenizer_check._try
+
+    def look(self, tokenizer: tokenizer_check._Tokenizer) -> None:
+        """In place of `tokenizer_check._try`."""
+        if tokenizer.digest not in self.passed:
+            self._try(tokenizer)
+            self.passed.add(tokenizer.digest)
+
+
 def serve() -> None:
     """The server's side: import, then fork for every request; in a fork, be the program that was
     asked for.
@@ -261,14 +275,15 @@ def serve() -> None:
     os.environ.update(request["env"])
     tried = os.pread(log, 1 << 20, 0)
     known = {tried[at : at + 32] for at in range(0, len(tried), 32)}
-    tokenizer_check.PASSED.update(known)
+    tokenizers = _TriedTokenizers(known)
+    tokenizer_check._try = tokenizers.look
     # what a command that starts itself anew goes by
     sys.orig_argv = [sys.executable, *request["argv"]]
     with _left_at_once():
         try:
             _become(*request["argv"])
         finally:
-            os.write(log, b"".join(tokenizer_check.PASSED - known))
+            os.write(log, b"".join(tokenizers.passed - known))
 
 
 def _become(what: str, *argv: str) -> None:

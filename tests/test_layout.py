@@ -8,9 +8,10 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
+from graphlib import CycleError, TopologicalSorter
 from itertools import chain
 from pathlib import Path
 
@@ -29,6 +30,7 @@ ORDER = (
     "storage",
     "data",
     "hardware",
+    "compute",
     "models",
     "reporting",
     "settings",
@@ -46,6 +48,34 @@ ORDER = (
 )
 COMMAND_FLOOR = len(ORDER)
 TRAINING = ("distillation", "size_search", "alignment", "checks")
+# Who opens a model and only reads its headers, or its weights in a type that is given, or opens it
+# for `estimates.settle_precision`, which decides.
+HEADERS_ONLY = {
+    "__init__",
+    "checks.engine",
+    "checks.training_step",
+    "distillation.pipeline",
+    "distillation.run_plan",
+    "evaluate",
+    "export",
+    "generate",
+    "models.model_writer",
+    "models.opening",
+    "plan",
+    "pruning.vocabulary",
+    "quantize",
+    "runs.run_loop",
+    "studio_page.expected",
+}
+METHODS = {  # that change what they belong to
+    *("add", "append", "appendleft", "clear", "discard", "extend", "insert", "move_to_end", "pop"),
+    *("popitem", "popleft", "remove", "reverse", "setdefault", "sort", "update"),
+}
+# (module, what a function of it changes), of which a process has one
+STATE = {
+    ("reporting.progress", "cli.SHOWN"),  # what is on the terminal
+    ("models.distributed", "_world()"),  # how many machines are left, once one is lost
+}
 FILE_LINES = 500
 FUNCTION_LINES = 60
 
@@ -338,7 +368,7 @@ def families(module: Module) -> list[str]:
 
 
 def systems(module: Module) -> list[str]:
-    """/proc, which device computes, and limits on the process: only hardware/. models/policy.py
+    """/proc, which device computes, and limits on the process: only hardware/. compute/precision.py
     asks for the device, and models/mlx_modules.py keeps mlx_lm from changing a limit.
     """
     if module.zone == "hardware":
@@ -348,11 +378,121 @@ def systems(module: Module) -> list[str]:
     ]
     used = [n.attr for n in module.nodes if isinstance(n, ast.Attribute)]
     used += [i.split(".")[-1] for i in imports(module)]
-    allowed = {"models.policy": "default_device", "models.mlx_modules": "setrlimit"}.get(
+    allowed = {"compute.precision": "default_device", "models.mlx_modules": "setrlimit"}.get(
         module.name
     )
     bad = [name for name in used if name in ("default_device", "setrlimit") and name != allowed]
     return bad + [text for text in texts if re.search(r"/proc\b", text)]
+
+
+def openings(module: Module) -> list[str]:
+    """A model that computes is opened in its command's precision: `load.open_checkpoint` decides
+    none, so it is for HEADERS_ONLY; everyone else says which to `opening.open_to_compute`.
+    """
+    bad = []
+    for node in module.nodes:
+        if not isinstance(node, ast.Call):
+            continue
+        called = _called(node)
+        undecided = called == "open_checkpoint" and module.name not in HEADERS_ONLY
+        unsaid = called == "open_to_compute" and len(node.args) < 2
+        if undecided or unsaid:
+            bad.append(f"line {node.lineno}: {ast.unparse(node)}")
+    return bad
+
+
+def _defined(module: Module) -> set[str]:
+    """Names that a module gives a value or a class."""
+    defined = set[str]()
+    for node in module.tree.body:
+        if isinstance(node, ast.ClassDef):
+            defined.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            defined |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return defined
+
+
+def _cached(module: Module) -> set[str]:
+    """Functions of a module that remember what they gave."""
+    cached = set[str]()
+    for node in module.tree.body:
+        if isinstance(node, ast.FunctionDef):
+            decorators = map(ast.unparse, node.decorator_list)
+            if any(re.search(r"\bcache\b|lru_cache", decorator) for decorator in decorators):
+                cached.add(node.name)
+    return cached
+
+
+def _locals(function: ast.AST) -> set[str]:
+    """Parameters of a function and what it gives a value, without what it says is global."""
+    names = set[str]()
+    for node in ast.walk(function):
+        if isinstance(node, ast.arg):
+            names.add(node.arg)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return names
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a function changes: `x` of `x[i] = …`, `x.a = …`, `del x[i]`, `x.append(…)`."""
+
+    node: ast.expr
+    called: bool  # by a method: `files.append(…)` may be a function of a module `files`
+
+    @property
+    def owner(self) -> ast.expr:
+        """What it belongs to: `x` of `x.a[i].append(…)`."""
+        owner = self.node
+        while isinstance(owner, ast.Subscript | ast.Attribute):
+            owner = owner.value
+        return owner
+
+
+def _changes(function: ast.AST) -> Iterator[Change]:
+    for node in ast.walk(function):
+        if isinstance(node, ast.Subscript | ast.Attribute):
+            if not isinstance(node.ctx, ast.Load):
+                yield Change(node.value, called=False)
+        elif isinstance(node, ast.Call):
+            if isinstance(node.func, ast.Attribute) and node.func.attr in METHODS:
+                yield Change(node.func.value, called=True)
+            elif _called(node) in ("setattr", "delattr"):
+                yield Change(node.args[0], called=False)
+
+
+def _is_state(module: Module, change: Change, shadowed: set[str]) -> bool:
+    """Whether what is changed outlives the function. shadowed: names of the function itself."""
+    owner = change.owner
+    if isinstance(owner, ast.Call):
+        return isinstance(owner.func, ast.Name) and owner.func.id in _cached(module)
+    if not isinstance(owner, ast.Name) or owner.id in shadowed:
+        return False
+    if owner.id in _defined(module):
+        return True
+    ours = {name.rpartition(".")[2] for name in imports(module) if name.startswith("mis_mlx.")}
+    return owner.id in ours and not (change.called and change.node is owner)
+
+
+def state(module: Module) -> list[str]:
+    """No function changes what is defined in a module, of its own or of another one, or what a
+    cached function gave: it is passed. STATE lists the exceptions.
+    """
+    bad = [f"line {n.lineno}: {ast.unparse(n)}" for n in module.nodes if isinstance(n, ast.Global)]
+    for node in module.tree.body:
+        value = getattr(node, "value", None)
+        if isinstance(value, ast.Call) and _called(value) in ("ContextVar", "local"):
+            bad.append(f"line {node.lineno}: {ast.unparse(node)}")
+    functions = [n for n in module.nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    for function in functions:
+        shadowed = _locals(function)
+        for change in _changes(function):
+            text = ast.unparse(change.node)
+            if _is_state(module, change, shadowed) and (module.name, text) not in STATE:
+                bad.append(f"line {change.node.lineno}: changes {text}")
+    return bad
 
 
 RULES: list[Callable[[Module], list[str]]] = [
@@ -371,6 +511,8 @@ RULES: list[Callable[[Module], list[str]]] = [
     casts,
     systems,
     families,
+    openings,
+    state,
 ]
 
 # Rule, a module's name, a source that breaks the rule there.
@@ -445,8 +587,30 @@ BROKEN = [
     (systems, "storage.x", "def f(pid):\n    return open(f'/proc/{pid}/io')"),
     (systems, "distillation.x", "def f():\n    return mx.default_device() == mx.gpu"),
     (systems, "models.load", "from mlx.core import default_device"),
-    (systems, "models.policy", "import resource\ndef f():\n    resource.setrlimit(1, (2, 2))"),
+    (systems, "compute.precision", "import resource\ndef f():\n    resource.setrlimit(1, (2, 2))"),
     (systems, "storage.x", "from resource import setrlimit"),
+    (openings, "prune", "def f(p):\n    return load.open_checkpoint(p)"),
+    (
+        openings,
+        "distillation.x",
+        "from mis_mlx.models.load import open_checkpoint\nopen_checkpoint(p)",
+    ),
+    (openings, "prune", "def f(p):\n    return opening.open_to_compute(p)"),
+    (state, "models.x", "SEEN = []\ndef f(x):\n    SEEN.append(x)"),
+    (state, "models.x", "SEEN = {}\ndef f(x):\n    SEEN[x] = 1"),
+    (state, "models.x", "SEEN: dict = {}\ndef f(x):\n    SEEN[x]['a'] += 1"),
+    (state, "models.x", "SEEN = {}\ndef f(x):\n    del SEEN[x]"),
+    (state, "models.x", "COUNT = 0\ndef f():\n    global COUNT\n    COUNT += 1"),
+    (state, "models.x", "class A:\n    seen = 0\ndef f():\n    A.seen = 1"),
+    (state, "models.x", "class A:\n    seen = []\n    def f(self):\n        A.seen.append(1)"),
+    (state, "models.x", "class A:\n    pass\ndef f():\n    setattr(A, 'seen', 1)"),
+    (state, "models.x", "from mis_mlx import cli\ndef f():\n    cli.SHOWN.clear()"),
+    (state, "models.x", "from mis_mlx.models import load\ndef f():\n    load.LIMIT = 3"),
+    (state, "models.x", "from mis_mlx.models.load import A\ndef f():\n    A[3] = 1"),
+    (state, "models.x", "from contextvars import ContextVar\nNOW = ContextVar('now')"),
+    (state, "models.x", "import threading\nNOW = threading.local()"),
+    (state, "models.x", "@cache\ndef _all():\n    return {}\ndef f(x):\n    _all()[x] = 1"),
+    (state, "models.x", "@functools.cache\ndef _a():\n    return A()\ndef f():\n    _a().b = 1"),
     (families, "models.arch", "def f(config):\n    return config['model_type'] == 'llama'"),
     (families, "export", "def f(config):\n    return config.get('model_type')"),
 ]
@@ -456,10 +620,13 @@ from __future__ import annotations
 import mlx.core as mx
 from mis_mlx import __version__
 from mis_mlx.types import MisError
+NAMES = ["a"]
 if TYPE_CHECKING:
     from mis_mlx.types import Step
 def f(raw, name, dtype):
     """Cast floats, add up doubles, decompose on the CPU."""
+    NAMES = [raw]
+    NAMES.append(name)
     doubles = mx.array([1.0], mx.float64)
     mx.linalg.eigh(doubles, stream=mx.cpu)
     return raw[name].astype(dtype) if mx.issubdtype(raw[name].dtype, mx.floating) else raw[name]
@@ -489,6 +656,60 @@ def test_the_rule_can_pass(rule: Callable[[Module], list[str]]) -> None:
         assert rule(Module(name, GOOD)) == []
     assert rule(Module("distill", GOOD + "from mis_mlx import prune\n")) == []
     assert rule(Module("models.y", GOOD + "def g():\n    '''G.'''\n    import mlx_lm\n")) == []
+
+
+def imported(module: Module, names: Container[str]) -> Iterator[str]:
+    """The modules among `names` that a module imports, in its functions too. Packages are empty."""
+    for name in imports(module):
+        parts = name.split(".")
+        if parts[0] != "mis_mlx":
+            continue
+        # `from mis_mlx.types import GIB` is an import of types
+        paths = (".".join(parts[1:stop]) for stop in range(len(parts), 1, -1))
+        target = next((path for path in paths if path in names), module.name)
+        if target != module.name:
+            yield target
+
+
+def circle(among: Iterable[Module]) -> list[str]:
+    """Modules that import each other in a circle, if any do.
+
+    The package's own file opens any module when it is asked to, and is left out.
+    """
+    graph = {}
+    names = {module.name for module in among} - {"__init__"}
+    for module in among:
+        if module.name in names:
+            graph[module.name] = set(imported(module, names))
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_there_is_no_import_circle() -> None:
+    """Not even by an import inside a function, which hides one."""
+    assert not circle(modules())
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("from mis_mlx.models import b", "import mis_mlx.models.a"),
+        ("from mis_mlx.models.b import f", "def f():\n    from mis_mlx.models import a"),
+        ("from .b import f", "def f():\n    importlib.import_module('mis_mlx.models.a')"),
+    ],
+)
+def test_an_import_circle_is_found(first: str, second: str) -> None:
+    """Through a third module, too."""
+    a = Module("models.a", first)
+    b = Module("models.b", second)
+    third = Module("models.c", "def f():\n    from mis_mlx.models.a import g")
+    assert set(circle([a, b])) == {"models.a", "models.b"}
+    through = Module("models.b", "from mis_mlx.models import c")
+    assert set(circle([a, through, third])) == {"models.a", "models.b", "models.c"}
+    assert not circle([a, third])
 
 
 def test_every_command_is_listed() -> None:

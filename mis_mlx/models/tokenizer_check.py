@@ -9,6 +9,8 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +46,29 @@ WORDS = [
     *(run * 64 + "!" for run in _RUNS),
     "Baca wyszedł rano z owcami na halę; it's 12.50 zł, isn't it?\r\n\tfor i in range(10): pass",
 ]
-PASSED = set[bytes]()  # digests of tokenizers that this process has tried
 SAID = [
     {"role": "user", "content": "Ile owiec jest na hali?"},
     {"role": "assistant", "content": "Sto dwadzieścia."},
 ]
+
+
+@dataclass(frozen=True)
+class _Tokenizer:
+    """A tokenizer's files, equal to others with the same content."""
+
+    digest: bytes
+    folder: Path = field(compare=False)
+
+
+@cache  # of the content: a tokenizer that passed once is not tried again
+def _try(tokenizer: _Tokenizer) -> None:
+    """MisError unless a child opened the tokenizer and its template, within limits."""
+    folder = tokenizer.folder
+    try:
+        child_process.ask(__name__, "attempt", {"folder": str(folder)}, SECONDS, MEMORY_BYTES)
+    except child_process.NoAnswer as why:
+        remedy = "copy its files again, from a model that you trust"
+        raise MisError(f"{folder}: the tokenizer does not open ({why}): {remedy}") from None
 
 
 def check_tokenizer(folder: Path) -> bytes:
@@ -60,15 +80,9 @@ def check_tokenizer(folder: Path) -> bytes:
     for path in present(folder):
         content = path.read_bytes()
         digest.update(f"{path.name} {len(content)} ".encode() + content)
-    fingerprint = digest.digest()
-    if fingerprint not in PASSED:
-        try:
-            child_process.ask(__name__, "attempt", {"folder": str(folder)}, SECONDS, MEMORY_BYTES)
-        except child_process.NoAnswer as why:
-            remedy = "copy its files again, from a model that you trust"
-            raise MisError(f"{folder}: the tokenizer does not open ({why}): {remedy}") from None
-        PASSED.add(fingerprint)
-    return fingerprint
+    tokenizer = _Tokenizer(digest.digest(), folder)
+    _try(tokenizer)
+    return tokenizer.digest
 
 
 def present(folder: Path) -> Iterator[Path]:

@@ -7,6 +7,7 @@ Imposed on a CPU by Metal's policy, in float32; on a GPU nobody has counted them
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from mis_mlx.planner import estimates
 from mis_mlx.pruning import reconstruct
 from mis_mlx.pruning.calibrate import calibrate
 from mis_mlx.quantization import bit_allocation, stage
-from mis_mlx.types import Checkpoint
+from mis_mlx.types import Checkpoint, Precision
 from tests import tiny
 from tests.pruning.test_reconstruct import CUTS, student_of
 
@@ -44,6 +45,16 @@ def _windows(batches: list[mx.array]) -> Windows:
     loss_mask = np.ones(tokens.shape, np.float32)
     loss_mask[:, :3] = 0
     return Windows(tokens, loss_mask)
+
+
+def in_float32(checkpoint: Checkpoint) -> Checkpoint:
+    """The model, told to compute in float32 under either policy."""
+    return replace(checkpoint, precision=Precision(asked="float32"))
+
+
+@pytest.fixture(name="llama")
+def _llama(llama: Checkpoint) -> Checkpoint:
+    return in_float32(llama)
 
 
 @pytest.fixture(name="under")
@@ -151,7 +162,7 @@ def test_repair(llama: Checkpoint, batches: list[mx.array], tmp_path: Path, unde
     left.
     """
     keep, sizes = CUTS["ffn"]
-    student = student_of(llama, keep, tmp_path / "student", **sizes)
+    student = in_float32(student_of(llama, keep, tmp_path / "student", **sizes))
 
     def work() -> Any:
         return reconstruct.reconstruct(llama, student, keep, batches)
@@ -191,7 +202,7 @@ def test_what_takes_more_than_hidden_states(
     by window: a pass, calibration, and GPTQ's sums in a block that uses others' keys are a CPU's to
     the bit. So are costs but for the softmax that they begin with.
     """
-    gemma = models(kind)
+    gemma = in_float32(models(kind))
 
     def sums() -> dict[str, np.ndarray]:
         source = stream.Stream(gemma)
@@ -229,7 +240,7 @@ def test_measuring(
     llama: Checkpoint, models: Callable[[str], Checkpoint], windows: Windows, under: Any
 ) -> None:
     """Loss, KL and agreement of every window: a pass of each model for eight of them."""
-    other = models("untied")
+    other = in_float32(models("untied"))
 
     def work() -> Any:
         return comparison.compare({"teacher": llama, "student": other}, windows)
