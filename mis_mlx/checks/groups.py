@@ -56,19 +56,31 @@ def check(name: str, work: Callable[[], kernels.Found], emit: Emit) -> None:
     emit({"row": Row(name, passed, shown, bound)})
 
 
-def of_kernels(folder: Path, emit: Emit, wanted: Precision) -> None:
+def of_kernels(
+    folder: Path,
+    emit: Emit,
+    wanted: Precision,
+) -> None:
     """Check small kernels and our arithmetic."""
     for name, work in (kernels.CHECKS | hybrid_kernels.CHECKS).items():
         check(name, work, emit)
 
 
-def of_full_size(folder: Path, emit: Emit, wanted: Precision) -> None:
+def of_full_size(
+    folder: Path,
+    emit: Emit,
+    wanted: Precision,
+) -> None:
     """Check kernels at the default run's sizes."""
     for name, work in full_size.CHECKS.items():
         check(name, work, emit)
 
 
-def of_engine(folder: Path, emit: Emit, wanted: Precision) -> None:
+def of_engine(
+    folder: Path,
+    emit: Emit,
+    wanted: Precision,
+) -> None:
     """Check the engine on a tiny model in four formats."""
     making = "a small model made here"
     emit({"begun": making})
@@ -80,7 +92,11 @@ def of_engine(folder: Path, emit: Emit, wanted: Precision) -> None:
         check(name, partial(work, models), emit)
 
 
-def of_training(folder: Path, emit: Emit, wanted: Precision) -> None:
+def of_training(
+    folder: Path,
+    emit: Emit,
+    wanted: Precision,
+) -> None:
     """Run a training step at the default run's width: its peak is a check, its time a rate."""
     times = list[float]()  # stays empty where the step raises
 
@@ -96,7 +112,11 @@ def of_training(folder: Path, emit: Emit, wanted: Precision) -> None:
         emit({"rate": [name, f"{seconds:.3g}", f"{planned:.3g} by the plan"]})
 
 
-def of_rates(folder: Path, emit: Emit, wanted: Precision) -> None:
+def of_rates(
+    folder: Path,
+    emit: Emit,
+    wanted: Precision,
+) -> None:
     """Measure this machine's rates, in billions a second, and what a synchronisation costs.
 
     Each stands next to an M1 Air's."""
@@ -142,7 +162,12 @@ def name_crashes() -> None:
         faulthandler.enable(sys.stderr)
 
 
-def run(group: str, folder: str, journal: str, compute_dtype: str | None = None) -> None:
+def run(
+    group: str,
+    folder: str,
+    journal: str,
+    compute_dtype: str | None = None,
+) -> None:
     """Run a group in this process.
 
     folder: empty, for the group's files. journal: a file to which the lines are appended.

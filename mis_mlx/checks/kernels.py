@@ -268,9 +268,11 @@ def packed_products(dtype: mx.Dtype) -> Compared:
         layer = nn.Linear(256, 128, bias=False)
         layer.weight = random_normal(1, 128, 256, dtype=dtype)
         layer = layer.to_quantized(kind.group, kind.bits, kind.mode)
-        outputs += [layer(x), layer(row)]
+        outputs.append(layer(x))
+        outputs.append(layer(row))
         dense = to_float64(load.dense_weight(layer))
-        expected += [to_float64(x) @ dense.T, to_float64(row) @ dense.T]
+        expected.append(to_float64(x) @ dense.T)
+        expected.append(to_float64(row) @ dense.T)
     return outputs, expected
 
 
@@ -283,7 +285,9 @@ def chunked_kl(dtype: mx.Dtype) -> Compared:
     def teacher_logits(hidden: mx.array) -> mx.array:
         return hidden @ teacher_head.T
 
-    return chunked(inputs, teacher_logits, rows=8), exact_kl(inputs)
+    outputs = chunked(inputs, teacher_logits, rows=8)
+    expected = exact_kl(inputs)
+    return outputs, expected
 
 
 @check_within(5)

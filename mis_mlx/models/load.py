@@ -49,7 +49,10 @@ VISION = re.compile(  # tensors of parts that see or hear
 )
 
 
-def open_checkpoint(path: str | Path, precision: Precision = UNDECIDED) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path,
+    precision: Precision = UNDECIDED,
+) -> Checkpoint:
     """A model folder whose headers and config are checked, and fit each other. Reads no weights.
 
     precision: what it computes in; nothing is decided here (models/opening does).
@@ -65,7 +68,12 @@ def open_checkpoint(path: str | Path, precision: Precision = UNDECIDED) -> Check
             f"{len(seeing)} tensors that {what}"
         )
         tensors = {name: tensor for name, tensor in tensors.items() if name not in seeing}
-    checkpoint = Checkpoint(folder, config, arch.inside(tensors, config), precision)
+    checkpoint = Checkpoint(
+        path=folder,
+        config=config,
+        tensors=arch.inside(tensors, config),
+        precision=precision,
+    )
     arch.check_tensors(checkpoint)
     return checkpoint
 
