@@ -7,6 +7,7 @@ The faults were seen on Linux by imposing the two policies; on a Mac nobody has 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mis_mlx import prune, quantize, sft
+from mis_mlx import distill, prune, quantize, sft
 from mis_mlx.compute import precision
 from mis_mlx.hardware import rates
 from mis_mlx.maths import losses
 from mis_mlx.maths.losses import token_logps
 from mis_mlx.models import load, lora, model_writer, opening, stream
 from mis_mlx.planner import estimates
+from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import packed_format
 from mis_mlx.runs import run_loop
 from mis_mlx.storage.files import DISK
@@ -269,6 +271,58 @@ def test_a_run_settles_its_precision_when_it_opens_the_model(
         settings = sft.Settings(model=str(overflowing.path), budget=budget, dry_run=True)
         opened = run_loop.open_model(settings, settings.model)
         assert precision.dtype_of(opened) == want
+
+
+def test_every_model_of_a_run_computes_as_asked(
+    llama: Checkpoint,
+    text_folder: Path,
+    tmp_path: Path,
+    metal: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """--compute-dtype float32 also holds for the students, which are opened later: no pass is made
+    in the policy's float16.
+    """
+    dtypes = set[mx.Dtype]()
+    begin = stream.Stream.__init__
+
+    def noted(self: stream.Stream, *arguments: Any, **named: Any) -> None:
+        begin(self, *arguments, **named)
+        dtypes.add(self.dtype)
+
+    monkeypatch.setattr(stream.Stream, "__init__", noted)
+    distill.run(
+        distill.Settings(
+            teacher=str(llama.path),
+            data=str(text_folder),
+            out=str(tmp_path / "run"),
+            scenario="goral",
+            vocab="0.75x",
+            ffn=128,
+            max_seq_length=32,
+            num_samples=2,
+            reconstruct_samples=2,
+            eval_windows=1,
+            iters=1,
+            q_iters=1,
+            bench_tokens=0,
+            governor="observe",
+            compute_dtype="float32",
+        )
+    )
+    assert dtypes == {mx.float32}
+
+
+def test_what_is_made_of_a_model_computes_as_it_does(llama: Checkpoint, tmp_path: Path) -> None:
+    """The same model with fewer rows, or in a file for each block: nothing is decided anew."""
+    decided = replace(llama, precision=Precision(asked=None, dtype="bfloat16"))
+    made = [
+        vocabulary.first_rows(decided, 256),
+        vocabulary.write(decided, range(512), tmp_path / "rows", DISK),
+        model_writer.by_block(decided, tmp_path / "parts", DISK),
+    ]
+    for checkpoint in made:
+        assert precision.dtype_of(checkpoint) == mx.bfloat16
 
 
 @pytest.mark.parametrize(
