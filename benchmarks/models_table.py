@@ -28,7 +28,7 @@ from typing import Any
 
 import laboratory
 
-from mis_mlx import cli, distill, plan, search
+from mis_mlx import cli, plan
 from mis_mlx.data import prompts
 from mis_mlx.distillation import conversations, teacher_answers
 from mis_mlx.hardware import rates
@@ -38,6 +38,7 @@ from mis_mlx.models.families import family
 from mis_mlx.planner import phases, rounding_cost
 from mis_mlx.pruning import vocabulary
 from mis_mlx.settings.recipe import EVAL_PROMPTS
+from mis_mlx.size_search import size_request
 from mis_mlx.types import Budget, MisError
 
 CONFIGS = Path(__file__).parent / "model_configs"
@@ -115,7 +116,7 @@ def chosen_without_sizes(config: Mapping[str, Any], budget_bytes: int) -> str:
     tokenizer is taken for one that can be trimmed."""
     nbytes = 2 * arch.params(config)
     row = family(config)
-    searched = not row.experts and not row.per_layer and not search.unknown(config)
+    searched = not row.experts and not row.per_layer and not size_request.unsearchable(config)
     if searched and 2 * nbytes <= budget_bytes:
         return "search"
     flags = vocabulary.defaults(name=None, asked=None, config=config, model=None)
@@ -210,7 +211,7 @@ def main(s: Settings) -> None:
         "rates": rates.M1_AIR.source,
         "budget": BUDGET,
         "recipes": RECIPES,
-        "lose": distill.DEFAULT_LOSS,
+        "lose": size_request.DEFAULT_LOSS,
         "answers_before": conversations.FEWEST,
         "answers_at_end": EVAL_PROMPTS,
     }

@@ -32,6 +32,7 @@ from mis_mlx.size_search import (
     ranking,
     search_plan,
     shape_search,
+    size_request,
 )
 from mis_mlx.size_search import limits as limiting
 from mis_mlx.size_search.limits import Limit, Timing
@@ -46,7 +47,6 @@ FREE = frozenset(
 )
 # Apart from distillations, so that --resume of one never finds the other.
 UNDER = Path("runs") / "search"
-GIVE_SIZES = "give sizes, such as --vocab 0.5x, and --target-bpw"  # where there is no search
 Axis = Literal["layers", "ffn", "heads", "hidden", "vocab", "bits"]
 
 
@@ -221,21 +221,6 @@ def _speeds(
     return speeds
 
 
-def unknown(config: Mapping[str, Any]) -> str:
-    """Why a search refuses a dense model of this config; empty where it does not."""
-    family = families.family(config)
-    if family.stateful == "linear_attention":
-        return f"a search does not know the bits that a {family.name}'s delta rule needs"
-    group = max(shape_search.GROUPS)
-    for key in (family.per_layer, family.laurel):
-        if key and config[key] % group:
-            return (
-                f"a search rounds in groups of {group} weights, which {key} ({config[key]}) does "
-                f"not divide by"
-            )
-    return ""
-
-
 def tried_sizes(s: Settings, teacher: Checkpoint) -> dict[str, tuple[int, ...]]:
     """Sizes of every axis that are tried. Axes that cannot be cut are said."""
     config = teacher.config
@@ -408,9 +393,9 @@ def run(settings: Settings) -> dict[str, Any]:
     s, folder = run_loop.resumed(settings, FREE, UNDER)
     s.check()
     teacher = run_loop.open_model(s, s.teacher, "teacher", UNDER)
-    why = unknown(teacher.config)
+    why = size_request.unsearchable(teacher.config)
     if why:
-        raise MisError(f"{why}: {GIVE_SIZES}")
+        raise MisError(f"{why}: {size_request.GIVE_SIZES}")
     limit = memory.budget(s.budget_bytes)
     scope = scope_of(s, teacher, folder, limit)
     known = _identity_of_built_in(s, teacher) if s.reuses else {}
@@ -422,19 +407,23 @@ def run(settings: Settings) -> dict[str, Any]:
         "limits": scope.flags,
         "students": len(scope.within),
     }
-    wanted = conversations.wanted_of(s, s.data, s.student_iters or ITERS)
+    wanted = conversations.wanted_of(
+        s, s.student_iters or ITERS, data=s.data, share=s.conversations
+    )
     source = conversations.source(teacher, wanted, limit, dry_run=s.dry_run)
     if s.dry_run:
         return {**result, **outcome}
     if folder is None:
         planned_s = sum(seconds.values())
         cli.say(progress.promise(planned_s))
-    data, origin = run_loop.prepare_text(s, teacher, source)
+    data, origin = run_loop.prepare_text(teacher, source, s.max_seq_length)
     opening = run_loop.open_run(
-        s,
+        asdict(s),
         folder,
         f"{UNDER.name}/{teacher.path.name}",
         origin,
+        out=s.out,
+        thermal=s,
         strategy={flag: timing._asdict() for flag, timing in scope.speeds.items()},
         limit=limit,
         wired=plan.peak_bytes if plan.mode != "sharded" else 0,

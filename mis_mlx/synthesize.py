@@ -24,6 +24,7 @@ from mis_mlx.models import load, mlx_generate, stream, streamed_decode
 from mis_mlx.planner import estimates, writing
 from mis_mlx.reporting import progress
 from mis_mlx.runs import run_loop
+from mis_mlx.settings.recipe import TEACHER_TEXTS
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import hub
 from mis_mlx.storage.files import DISK, as_mis_error
@@ -68,7 +69,7 @@ class Settings(cli.Budgeted, precision.Computing):
     """text to mix in, which also provides the held-out splits; default: built-in text"""
     mix: Share = 0.75
     """share of train.jsonl's characters that come from --data"""
-    num_samples: Count = 144
+    num_samples: Count = TEACHER_TEXTS
     """texts that the model writes"""
     max_tokens: Tokens = 256
     """maximum tokens per text"""

@@ -12,7 +12,6 @@ import io
 import json
 import math
 import tokenize
-from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -163,10 +162,16 @@ def sources(tree: str) -> dict[str, str]:
     return {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in paths}
 
 
-def broken(rule: Rule, tree: str) -> dict[str, int]:
-    """How often each file breaks the rule; files that keep it are left out."""
-    counts = Counter({name: len(rule(ast.parse(text))) for name, text in sources(tree).items()})
-    return dict(sorted((+counts).items()))
+def breaches(tree: str) -> dict[str, dict[str, int]]:
+    """Rule -> file -> how often it breaks it; files that keep it are left out."""
+    counted: dict[str, dict[str, int]] = {word: {} for word in RULES}
+    for name, text in sources(tree).items():
+        parsed = ast.parse(text)
+        for word, rule in RULES.items():
+            count = len(rule(parsed))
+            if count:
+                counted[word][name] = count
+    return counted
 
 
 def densities(tree: str) -> dict[str, float]:
@@ -185,6 +190,7 @@ def together(tree: str) -> tuple[int, int]:
     return sum(map(nodes, texts)), sum(map(code_lines, texts))
 
 
+@cache
 def ratchet() -> dict[str, dict[str, float]]:
     """What the code has today: rule -> file -> how often. Files of the package that have more than
     NODES_A_LINE stand under that name, with what they have.
@@ -193,8 +199,11 @@ def ratchet() -> dict[str, dict[str, float]]:
     for name, nodes_a_line in densities("mis_mlx").items():
         if nodes_a_line > NODES_A_LINE:
             found[DENSITY][name] = math.ceil(10 * nodes_a_line) / 10
-    for word, rule in RULES.items():
-        found[word] = {name: count for tree in TREES for name, count in broken(rule, tree).items()}
+    for word in RULES:
+        found[word] = {}
+    for tree in TREES:
+        for word, files in breaches(tree).items():
+            found[word].update(files)
     return found
 
 

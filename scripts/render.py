@@ -445,8 +445,12 @@ def lose(found: Found) -> str:
     """What was allowed, expected and reached."""
     head = ["run", "MB", "expected", "reached", "loops, %", "teacher's, %"]
     lines = []
-    for name, row in found["rows"].items():
-        numbers = [f"{row[key]:.3f}" for key in ("expected_loss", "reached_loss")]
+    rows = sorted(found["rows"].items(), key=lambda item: -float(item[1]["bytes_4-bit"]))
+    for name, row in rows:
+        expected = "–"  # of a teacher that is only packed
+        if "expected_loss" in row:
+            expected = f"{row['expected_loss']:.3f}"
+        numbers = [expected, f"{row['reached_loss']:.3f}"]
         loops = [f"{row[key]:.0f}" for key in ("loops_4-bit", "loops_teacher")]
         lines.append([name, f"{row['bytes_4-bit']:.1f}", *numbers, *loops])
     source = (

@@ -22,7 +22,14 @@ from mis_mlx.evaluation.answer_figures import AnswerBits
 from mis_mlx.evaluation.answer_likelihood import log_probabilities
 from mis_mlx.models import load
 from mis_mlx.models.config import shape_of
-from mis_mlx.size_search import candidates, known_losses, limits, ranking, shape_search
+from mis_mlx.size_search import (
+    candidates,
+    known_losses,
+    limits,
+    ranking,
+    shape_search,
+    size_request,
+)
 from mis_mlx.size_search.shape_search import Choice, Losses
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError, Row
@@ -284,12 +291,18 @@ def test_by_default_a_loss_is_allowed(llama: Checkpoint, monkeypatch: pytest.Mon
     again and again, sizes are as they were.
     """
     plain = distill.Settings(teacher=str(llama.path))
-    assert distill._default_loss(plain, llama) == distill.DEFAULT_LOSS
+
+    def allowed(**given: Any) -> float | None:
+        request = size_request.request_of(replace(plain, **given))
+        return size_request.allowed_loss(request, llama)
+
+    assert allowed() == size_request.DEFAULT_LOSS
     for given in ({"scenario": "gazda"}, {"layers": 2}, {"vocab": "0.5x"}, {"target_bpw": 5.0}):
-        assert distill._default_loss(replace(plain, **given), llama) is None
-    assert distill._default_loss(replace(plain, budget=str(llama.nbytes)), llama) is None
-    monkeypatch.setattr(distill.distributed, "size", lambda: 2)
-    assert distill._default_loss(plain, llama) is None
+        assert allowed(**given) is None
+    assert allowed(budget=str(llama.nbytes)) is None
+    assert allowed(lose=0.2, layers=2) == 0.2  # refused later, with the sizes
+    monkeypatch.setattr(size_request.distributed, "size", lambda: 2)
+    assert allowed() is None
 
 
 def test_what_no_search_knows_keeps_to_a_scenario(
@@ -300,8 +313,7 @@ def test_what_no_search_knows_keeps_to_a_scenario(
     """
     gemma = models("gemma4_text")
     plain = distill.Settings(teacher=str(gemma.path))
-    assert distill._default_loss(plain, gemma) is None
-    assert distill._sized(plain, gemma) == plain
+    assert size_request.allowed_loss(size_request.request_of(plain), gemma) is None
     told = capsys.readouterr().err
     why = (
         "a search rounds in groups of 64 weights, which hidden_size_per_layer_input (32) does not "

@@ -32,7 +32,7 @@ from mis_mlx.models.config import shape_of
 from mis_mlx.pruning import calibrate, select, slicing
 from mis_mlx.quantization import bit_allocation, packed_format
 from mis_mlx.reporting import text
-from mis_mlx.size_search import candidates, finalists, limits, shape_search
+from mis_mlx.size_search import candidates, finalists, limits, shape_search, size_request
 from mis_mlx.size_search.candidates import Candidates
 from mis_mlx.size_search.limits import Timing
 from mis_mlx.size_search.shape_search import Choice, Losses
@@ -284,9 +284,12 @@ def test_distill_in_so_many_bytes_is_for_one_machine(
     llama: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The search measures on one machine; several would each say what they found."""
-    monkeypatch.setattr(distill.distributed, "size", lambda: 2)
+    request = size_request.request_of(distill.Settings(bytes="50MB"))
+    flags = request.flags(size_request.allowed_loss(request, llama))
+    size_request.refuse_impossible(request, flags, llama)
+    monkeypatch.setattr(size_request.distributed, "size", lambda: 2)
     with pytest.raises(MisError, match="--bytes 50MB needs a search, which runs on one machine"):
-        distill._sized(distill.Settings(bytes="50MB"), llama)
+        size_request.refuse_impossible(request, flags, llama)
 
 
 def kill_at(

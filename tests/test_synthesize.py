@@ -16,9 +16,11 @@ import pytest
 from mis_mlx import distill, synthesize
 from mis_mlx.compute import precision
 from mis_mlx.data import preparation
+from mis_mlx.distillation import run_text
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, mlx_generate, opening, stream, streamed_decode
 from mis_mlx.planner import distillation_spec, estimates, writing
+from mis_mlx.settings import recipe
 from mis_mlx.storage import hub
 from mis_mlx.types import Budget, Checkpoint, MisError
 from tests import tiny
@@ -205,8 +207,8 @@ def test_distill_has_its_teacher_write(
     built-in texts; more steps need more of it. Other commands say who takes that word.
     """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(synthesize.Settings, "num_samples", 6)
-    monkeypatch.setattr(distill, "TEXT_TOKENS", 16)
+    monkeypatch.setattr(recipe, "TEACHER_TEXTS", 6)
+    monkeypatch.setattr(run_text, "TEXT_TOKENS", 16)
     small: dict[str, Any] = {
         "max_seq_length": 32,
         "num_samples": 4,
@@ -247,19 +249,12 @@ def test_distill_has_its_teacher_write(
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("repaired", [0, 4])
 def test_a_resumed_run_asks_for_the_same_text(
-    models: Callable[[str], Checkpoint],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    kind: str,
-    repaired: int,
+    models: Callable[[str], Checkpoint], kind: str, repaired: int
 ) -> None:
     """A run stores the usual number of steps where none was given; its text is that of before. More
     steps, more.
     """
-    monkeypatch.chdir(tmp_path)
     teacher = models(kind)
-    asked = list[int]()
-    monkeypatch.setattr(synthesize, "run", lambda settings: asked.append(settings.num_samples))
     begun = distill.Settings(
         teacher=str(teacher.path),
         data="teacher",
@@ -269,11 +264,14 @@ def test_a_resumed_run_asks_for_the_same_text(
     )
     seen = estimates.model_of(teacher)
     stored = replace(begun, iters=distillation_spec.spec_of(seen, seen, begun).iters)
-    folder = distill._text(begun, teacher)
-    assert folder == distill._text(stored, teacher)
-    assert folder != distill._text(replace(begun, iters=4 * (stored.iters or 0)), teacher)
-    assert asked[0] == asked[1] < asked[2]
-    assert asked[0] > synthesize.Settings.num_samples
+    longer = replace(begun, iters=4 * (stored.iters or 0))
+    text = run_text.teacher_text(begun, teacher)
+    assert text == run_text.teacher_text(stored, teacher)
+    more = run_text.teacher_text(longer, teacher)
+    assert text and more
+    assert text.out != more.out
+    assert synthesize.Settings.num_samples < text.texts < more.texts
+    assert run_text.teacher_text(replace(begun, data=None), teacher) is None
 
 
 def test_stopped_and_started_again_it_writes_the_same(

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -411,10 +411,12 @@ def start_run(
     if folder is None:
         cli.say(progress.promise(seconds))
     opened_run = run_loop.open_run(
-        s,
+        asdict(s),
         folder,
         name=f"{name_of(checkpoint.path)}-{name}",
         origin=run_folder.origin(checkpoint, card["fingerprint"]),
+        out=s.out,
+        thermal=s,
         strategy={"mode": "resident", "micro": micro},
         limit=budget,
         wired=peak,

@@ -1,9 +1,4 @@
-"""The stages of a run around its training: prune the teacher, round the student.
-
-`s` is the settings of `distill`.
-"""
-
-from typing import Any
+"""The stages of a run around its training: prune the teacher, round the student."""
 
 from mis_mlx import cli
 from mis_mlx.data import preparation
@@ -13,30 +8,26 @@ from mis_mlx.models import distributed, opening
 from mis_mlx.pruning import select
 from mis_mlx.quantization import stage
 from mis_mlx.reporting import html
+from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.types import Checkpoint
 
 
 def prune(
-    s: Any,
-    c: pipeline.Run,
-    data: preparation.Data,
-    before: int,
+    c: pipeline.Run, cut: select.PruningConfig, data: preparation.Data, before: int
 ) -> Checkpoint:
     """The pruned student; made now, unless it is there. before: the teacher's parameters."""
     out = c.folder / "pruned"
-    if s.student is not None:
-        return opening.open_to_compute(s.student, c.teacher.precision)
     if not distributed.broadcast_json(out.exists):
         cli.say("calibrate and prune")
         first_text = next(iter(data.held_out.values()))
-        held_out = comparison.spread_windows(first_text, s.eval_windows)
+        held_out = comparison.spread_windows(first_text, c.recipe.eval_windows)
         with c.phase("prune"):
             report = select.prune(
                 c.teacher,
-                c.pick(s.num_samples, use=1),
+                c.pick(c.recipe.num_samples, use=1),
                 held_out,
                 out,
-                cut=s,
+                cut=cut,
                 dtype=pipeline.DTYPE,
                 reading=c.thermal_monitor.latest,
                 files=c.files,
@@ -49,7 +40,7 @@ def prune(
     return opening.open_to_compute(out, c.teacher.precision)
 
 
-def quantize(s: Any, c: pipeline.Run, dense: Checkpoint | None) -> None:
+def quantize(c: pipeline.Run, rounding: QuantizationConfig, dense: Checkpoint | None) -> None:
     """Round the student, then tune its scales; a folder that is there is not made again.
 
     dense: the student; None on machines beside the first one.
@@ -57,19 +48,19 @@ def quantize(s: Any, c: pipeline.Run, dense: Checkpoint | None) -> None:
     out = c.folder / "model"
     rounded = c.folder / ("rounded" if c.plan.tuned else "model")
     if dense is not None and not rounded.exists() and not out.exists():
-        batches = c.pick(s.num_samples * s.looks, use=1)
+        batches = c.pick(c.recipe.num_samples * rounding.looks, use=1)
         held = c.plan.held_windows("quantize")
         with c.phase("quantize"):
             stage.quantize(
                 dense,
                 rounded,
-                s,
+                rounding,
                 c.files,
                 batches=batches,
                 held=held,
-                seed=s.seed,
+                seed=c.recipe.seed,
             )
     if not distributed.broadcast_json(out.exists):
         distributed.broadcast_folder(rounded, c.files)
         cli.say(f"tune: {c.plan.tuned} steps of scales, biases and norms")
-        pipeline.tune(c, rounded, out, s.q_learning_rate)
+        pipeline.tune(c, rounded, out, rounding.q_learning_rate)

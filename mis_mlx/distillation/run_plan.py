@@ -1,7 +1,8 @@
 """The plan of a run of `distill`: what its flags ask for, in sizes, and the way that fits."""
 
 import json
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ from mis_mlx.compute import precision
 from mis_mlx.data import preparation
 from mis_mlx.distillation import pipeline
 from mis_mlx.evaluation import answers
-from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.models import arch, distributed, load
 from mis_mlx.planner import estimates, phases
@@ -17,27 +17,54 @@ from mis_mlx.planner.distillation_spec import DistillationSpec, spec_of
 from mis_mlx.pruning import select, vocabulary
 from mis_mlx.quantization import stage
 from mis_mlx.runs.run_loop import OpenRun
-from mis_mlx.settings.recipe import FIRST_STEPS, ROUND_TO_NEAREST
+from mis_mlx.settings.recipe import (
+    FIRST_STEPS,
+    ROUND_TO_NEAREST,
+    DistillationConfig,
+    QuantizationConfig,
+)
 from mis_mlx.storage import run_folder
-from mis_mlx.types import Checkpoint, MisError, gib
+from mis_mlx.types import Budget, Checkpoint, MisError, gib
+
+ITERS = "iters"  # in plan.json
 
 
-def plan_run(s: Any, teacher: Checkpoint, rows: int, folder: Path | None) -> phases.MemoryPlan:
+@dataclass(frozen=True, kw_only=True)
+class RunRequest:
+    """What a run is to do, before it is known how.
+
+    teacher: with its own vocabulary. student: the folder of one that is there already. rows: of the
+    student's vocabulary. recipe: the number of steps may be open. rounding: None: none.
+    eval_prompts: held-out prompts that the models answer at the end.
+    """
+
+    teacher: Checkpoint
+    student: str | None
+    rows: int
+    pruning: select.PruningConfig
+    recipe: DistillationConfig
+    rounding: QuantizationConfig | None
+    eval_prompts: int
+
+
+def plan_run(request: RunRequest, budget: Budget, folder: Path | None) -> phases.MemoryPlan:
     """The plan of a new run; of the run in `folder`, which goes on its own way whatever the budget.
 
-    s: settings of `distill`. rows: of the vocabulary that the student has. Several machines go the
-    first one's way, each with its own budget; MisError where they would train a student in parts.
+    Several machines go the first one's way, each with its own budget; MisError where they would
+    train a student in parts.
     """
-    job = _job(s, teacher, rows)
+    job = _job(request)
     rates = estimates.machine_rates()
-    limit = memory.budget(s.budget_bytes).limit_bytes
-    if s.minutes is not None:
-        job = _paced(s.minutes, job, limit, rates)
+    limit = budget.limit_bytes
+    before = distributed.broadcast_json(lambda: _strategy_of(folder))
+    if before and ITERS in before:
+        job = replace(job, iters=before[ITERS])
+    elif request.recipe.minutes is not None:
+        job = _paced(request.recipe.minutes, job, limit, rates)
 
     def strategy() -> dict[str, Any]:
-        if folder:
-            return run_folder.stored_settings(folder, run_folder.PLAN)
-        return phases.best_plan(job, limit, rates).strategy
+        decided = before or stored_strategy(phases.best_plan(job, limit, rates))
+        return {name: value for name, value in decided.items() if name != ITERS}
 
     plan = phases.plan_strategy(job, limit, rates, **distributed.broadcast_json(strategy))
     if distributed.size() > 1 and plan.mode == "sharded":
@@ -49,27 +76,46 @@ def plan_run(s: Any, teacher: Checkpoint, rows: int, folder: Path | None) -> pha
     return plan
 
 
-def _job(s: Any, teacher: Checkpoint, rows: int) -> DistillationSpec:
-    """The distillation that the settings ask for. MisError where the result cannot be rounded."""
-    seen = vocabulary.first_rows(teacher, rows)
-    if s.student:
-        config = load.open_checkpoint(s.student).config
+def stored_strategy(plan: phases.MemoryPlan) -> dict[str, Any]:
+    """What plan.json keeps: how the student trains, and in how many steps.
+
+    With --minutes that is the number which the plan expected when the run began. How much the
+    teacher answers first depends on it, so a run that goes on must not count again.
+    """
+    return {**plan.strategy, ITERS: plan.job.iters}
+
+
+def _strategy_of(folder: Path | None) -> dict[str, Any] | None:
+    """What the plan.json of a run that goes on says. Older ones do not have the number of steps."""
+    if folder is None:
+        return None
+    return run_folder.stored_settings(folder, run_folder.PLAN)
+
+
+def _job(request: RunRequest) -> DistillationSpec:
+    """The distillation that is asked for. MisError where the result cannot be rounded."""
+    teacher = request.teacher
+    recipe = request.recipe
+    rounding = request.rounding
+    seen = vocabulary.first_rows(teacher, request.rows)
+    if request.student:
+        config = load.open_checkpoint(request.student).config
     else:
-        shape = select.wanted_shape(seen.config, s)
+        shape = select.wanted_shape(seen.config, request.pruning)
         config = arch.student_config(seen.config, shape, dtype=pipeline.DTYPE)
-    if s.quantize:
-        stage.check(config, s, s.num_samples)
+    if rounding:
+        stage.check(config, rounding, recipe.num_samples)
     prompts = 0
     if preparation.takes_conversations(load.tokenizer(teacher.path)):
-        prompts = s.eval_prompts
+        prompts = request.eval_prompts
     return spec_of(
         estimates.model_of(seen, dtype=precision.dtype_of(teacher)),
-        estimates.model_of(config, dtype=precision.usual_dtype(s.precision)),
-        s,
-        rounding=s if s.quantize else ROUND_TO_NEAREST,
-        rotates=s.hidden_by == "pca",
+        estimates.model_of(config, dtype=precision.usual_dtype(teacher.precision)),
+        recipe,
+        rounding=rounding or ROUND_TO_NEAREST,
+        rotates=request.pruning.hidden_by == "pca",
         shown=estimates.model_of(teacher),
-        copied=not s.student,
+        copied=not request.student,
         answers=prompts,
         answers_known=prompts > 0 and answers.known(teacher, answers.prompts(prompts)),
     )
@@ -95,14 +141,11 @@ def _paced(minutes: float, job: DistillationSpec, limit: int, rates: Rates) -> D
     return replace(job, iters=iters)
 
 
-def log(s: Any, place: OpenRun, plan: phases.MemoryPlan) -> None:
-    """Write the first line of a run's phases: its flags, and memory and time as planned."""
-    defaults = asdict(type(s)())
-    flags = {
-        name: value
-        for name, value in asdict(s).items()
-        if name not in run_folder.NOT_STORED and value != defaults[name]
-    }
+def log(given: Mapping[str, Any], place: OpenRun, plan: phases.MemoryPlan) -> None:
+    """Write the first line of a run's phases: its flags, and memory and time as planned.
+
+    given: the settings that are not the defaults.
+    """
     planned = [
         {
             "phase": phase.name,
@@ -113,7 +156,7 @@ def log(s: Any, place: OpenRun, plan: phases.MemoryPlan) -> None:
     ]
     record = {
         **place.thermal_monitor.now(),
-        "flags": flags,
+        "flags": dict(given),
         "planned": planned,
         "mode": plan.mode,
         "budget_bytes": plan.budget_bytes,

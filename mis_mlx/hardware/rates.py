@@ -37,6 +37,7 @@ WAIT_S = 3e-4  # a guess, until `measure` has timed a thousand tiny evaluations
 HOST_FLOPS = 3e10
 SAMPLE_BYTES = 512 * 2**20
 MEMORY_SAMPLE_BYTES = 256 * 2**20
+LEAST_RUNS = 5  # of what is timed
 PIECE = 32 * 2**20
 FIRST_BFLOAT16 = 15  # Apple's name for an M3's GPU, applegpu_g15; an M1's is 13
 PATIENCE_S = 7.0  # limit on writing, and on reading: a slow disk is measured on fewer bytes
@@ -200,14 +201,17 @@ def wait_seconds(count: int = 1000) -> float:
 def quickest(work: Callable[[], object], seconds: float) -> float:
     """Shortest time of `work`, in seconds.
 
-    A first run warms up. Runs that begin within `seconds` of its end count.
+    A first run warms up. Runs that begin within `seconds` of its end count, and LEAST_RUNS in any
+    case: on a busy machine a single run may wait for a core longer than it computes.
     """
     work()
     best = float("inf")
+    runs = 0
     until = time.perf_counter() + seconds
-    while (began := time.perf_counter()) < until:
+    while (began := time.perf_counter()) < until or runs < LEAST_RUNS:
         work()
         best = min(best, time.perf_counter() - began)
+        runs += 1
     return best
 
 

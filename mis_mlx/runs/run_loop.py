@@ -85,11 +85,10 @@ def open_model(
 
 
 def prepare_text(
-    s: Any, teacher: Checkpoint, source: preparation.Source | None = None
+    teacher: Checkpoint, source: preparation.Source | str | None, length: int
 ) -> tuple[preparation.Data, dict[str, str]]:
-    """(the text of --data, or of `source`; what a resumed run must have begun with)."""
-    tokenizer = load.tokenizer(teacher.path)
-    data = preparation.prepare(source or s.data, tokenizer, s.max_seq_length)
+    """(the text of `source`; what a resumed run must have begun with). length: of its windows."""
+    data = preparation.prepare(source, load.tokenizer(teacher.path), length)
     cli.say(*data.notes)
     return data, run_folder.origin(teacher, token_windows.fingerprint(data.train))
 
@@ -120,28 +119,30 @@ class OpenRun:
 
 @contextmanager
 def open_run(
-    s: Any,
+    stored: Mapping[str, Any],
     folder: Path | None,
     name: str,
     origin: Mapping[str, str],
     *,
+    out: str | None,
+    thermal: ThermalFlags,
     strategy: Mapping[str, Any],
     limit: Budget,
     wired: int,
 ) -> Iterator[OpenRun]:
-    """The run of the settings `s`: that in `folder`, or a new one called `name`.
+    """The run in `folder`, or a new one in `out` or in a new folder called `name`.
 
-    A run that goes on must have begun with `origin`. Machines beside the first one work in a folder
-    that is deleted at the end. strategy: how it trains, decided once. wired: as of
-    `memory.limited`, in bytes.
+    stored: the settings, for its config.yaml. A run that goes on must have begun with `origin`.
+    Machines beside the first one work in a folder that is deleted at the end. strategy: how it
+    trains, decided once. wired: as of `memory.limited`, in bytes.
     """
     files = Files()
     distributed.check_same(origin)
     if folder is None and distributed.is_main():
-        stored = {
-            flag: value for flag, value in asdict(s).items() if flag not in run_folder.NOT_STORED
+        settings = {
+            flag: value for flag, value in stored.items() if flag not in run_folder.NOT_STORED
         }
-        folder = run_folder.create(s.out, name, stored, origin, plan=strategy, files=files)
+        folder = run_folder.create(out, name, settings, origin, plan=strategy, files=files)
     elif folder and distributed.is_main():
         cli.say(*run_folder.same_origin(folder, origin))
     cli.say(f"run folder: {folder}")
@@ -150,10 +151,10 @@ def open_run(
             distributed.workplace(folder) as place,
             protocol.lock(place),
             memory.limited(limit, wired),
-            ThermalMonitor(s, place / "thermal.jsonl", files) as thermal_monitor,
+            ThermalMonitor(thermal, place / "thermal.jsonl", files) as thermal_monitor,
         ):
             protocol.sweep(place, files)
-            note = battery(s)
+            note = battery(thermal)
             if note:
                 cli.say(note)
             yield OpenRun(

@@ -191,6 +191,7 @@ class QuantizationConfig:
 
 TUNE_ITERS = 20
 EVAL_PROMPTS = 60  # that the models of a run answer at its end
+TEACHER_TEXTS = 144  # that a teacher writes: `synthesize`; `--data teacher` at the least
 FIRST_STEPS = 4  # whose pace says how many fit into --minutes; fewer than `warmup`
 # of a repaired student; families says what others need
 ITERS = 30

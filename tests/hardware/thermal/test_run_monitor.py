@@ -5,7 +5,7 @@ lid.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -174,7 +174,17 @@ def test_a_run_on_battery_says_so_first(
     monkeypatch.setattr(psutil, "sensors_battery", lambda: charge, raising=False)
     assert battery(replace(flags, thermal_replay=str(HALNY))) == ""
     settings = sft.Settings(governor=mode, out=str(tmp_path / "run"))
-    with open_run(settings, None, name="x", origin={}, strategy={}, limit=Budget(GIB), wired=0):
+    with open_run(
+        asdict(settings),
+        None,
+        name="x",
+        origin={},
+        out=settings.out,
+        thermal=settings,
+        strategy={},
+        limit=Budget(GIB),
+        wired=0,
+    ):
         text = capsys.readouterr().err
     assert f"on battery, 55 %: --governor {mode} " in text
     assert what in text

@@ -1,0 +1,161 @@
+"""How large a distillation's student is to be: given, or for a search to choose.
+
+What `distill` asks for, what it refuses, and what it does where nothing was said.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from mis_mlx import cli
+from mis_mlx.distillation.distill_flags import DistillFlags
+from mis_mlx.hardware import memory
+from mis_mlx.models import distributed, families
+from mis_mlx.models.config import shape_of
+from mis_mlx.size_search import candidates, shape_search
+from mis_mlx.types import Budget, Checkpoint, MisError, gib
+
+DEFAULT_LOSS = 0.1  # bits a byte that a run allows where nothing is said about sizes
+GIVE_SIZES = "give sizes, such as --vocab 0.5x, and --target-bpw"  # where there is no search
+# Settings that say how large the result is.
+SIZES = ("student", "scenario", *families.ALL, "target_bpw", "q_mode")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeRequest:
+    """What a distillation says about its student's size.
+
+    lose: bits per byte that it may lose. bytes: as --bytes. given: sizes, as flags. others: whether
+    something else than these decides a size. quantizes: whether bits are to be chosen. limit: for
+    memory.
+    """
+
+    lose: float | None
+    bytes: str | None
+    given: tuple[str, ...]
+    others: bool
+    quantizes: bool
+    limit: Budget
+
+    def flags(self, lose: float | None) -> str:
+        """The flags that ask for a search, with this loss."""
+        flags = []
+        if lose is not None:
+            flags.append(f"--lose {lose:g}")
+        if self.bytes:
+            flags.append(f"--bytes {self.bytes}")
+        return " ".join(flags)
+
+
+def request_of(asked: DistillFlags) -> SizeRequest:
+    """What the flags of `distill` say about sizes."""
+    defaults = {field.name: field.default for field in fields(asked)}
+    given = []
+    for name in SIZES:
+        value = getattr(asked, name)
+        if value != defaults[name]:
+            given.append(f"--{name.replace('_', '-')} {value}")
+    return SizeRequest(
+        lose=asked.lose,
+        bytes=asked.bytes,
+        given=tuple(given),
+        others=bool(asked.vocab) or asked.target == "conditions",
+        quantizes=bool(asked.quantize),
+        limit=memory.budget(asked.budget_bytes),
+    )
+
+
+def unsearchable(config: Mapping[str, Any]) -> str:
+    """Why a search refuses a dense model of this config; empty where it does not."""
+    family = families.family(config)
+    if family.stateful == "linear_attention":
+        return f"a search does not know the bits that a {family.name}'s delta rule needs"
+    group = max(shape_search.GROUPS)
+    for key in (family.per_layer, family.laurel):
+        if key and config[key] % group:
+            return (
+                f"a search rounds in groups of {group} weights, which {key} ({config[key]}) does "
+                f"not divide by"
+            )
+    return ""
+
+
+def allowed_loss(request: SizeRequest, teacher: Checkpoint) -> float | None:
+    """The loss that a search is to keep within: as asked for, or the default.
+
+    None where --bytes alone was given, and where there is no search: sizes were given, or a
+    scenario gives them, which is said with the reason.
+    """
+    if request.lose is not None or request.bytes:
+        return request.lose
+    if request.given or request.others or families.family(teacher.config).experts:
+        return None
+    kept = "the sizes come from a scenario, not from a search by loss"
+    why = unsearchable(teacher.config)
+    if why:
+        cli.say(f"{kept}: {why}")
+        return None
+    why = _discouraged(request, teacher)
+    if why:
+        cli.say(f"{kept}: {why}; --lose {DEFAULT_LOSS:g} searches anyway")
+        return None
+    return DEFAULT_LOSS
+
+
+def _discouraged(request: SizeRequest, teacher: Checkpoint) -> str:
+    """Why nobody should search for this teacher's sizes unasked; empty where it is worth it."""
+    family = families.family(teacher.config)
+    if family.per_layer:
+        return f"most of a {family.name} is tables with a row for each token"
+    if distributed.size() > 1:
+        return "a search runs on one machine only"
+    if not shape_search.group_of(shape_of(teacher.config)):
+        return "the rows of this teacher's matrices are not divisible by 32"
+    if 2 * teacher.nbytes > request.limit.limit_bytes:
+        return (
+            f"the teacher has {gib(teacher.nbytes)}, and a search for sizes would read it many "
+            f"times"
+        )
+    return ""
+
+
+def refuse_impossible(request: SizeRequest, flags: str, teacher: Checkpoint) -> None:
+    """MisError where `flags` ask for a search that cannot be.
+
+    Sizes are given beside it, no search knows the teacher, or several machines would search.
+    """
+    why = unsearchable(teacher.config)
+    if why:
+        raise MisError(f"{flags} cannot be searched for, because {why}: {GIVE_SIZES}")
+    if request.given:
+        taken = ", ".join(request.given)
+        raise MisError(f"{flags} chooses sizes and bits: leave out {taken}, or {flags}")
+    if request.bytes and not request.quantizes:
+        raise MisError(
+            f"{flags} chooses bits, but --quantize 0 turns them off: leave one of them out"
+        )
+    if distributed.size() > 1:
+        raise MisError(
+            f"{flags} needs a search, which runs on one machine: run `search` there, then the "
+            f"command it prints"
+        )
+
+
+def likely_sizes(teacher: Checkpoint) -> dict[str, Any]:
+    """The settings of the student that a --dry-run plans in place of a search's choice.
+
+    Searches take tokens and bits first. Where no tokens can go, it is a student without one block.
+    """
+    rows = candidates.vocabularies(teacher)
+    if rows:
+        cli.say(
+            f"the plan below keeps every block and {rows[-1]:,} tokens, as a search usually does; "
+            f"if it cuts blocks, repair and training take longer"
+        )
+        return {"scenario": "none", "vocab": str(rows[-1])}
+    layers = shape_of(teacher.config).layers
+    cli.say(
+        "the plan below is for a student without one of the blocks; a smaller student takes less "
+        "time"
+    )
+    return {"scenario": "none", "layers": max(1, layers - 1)}

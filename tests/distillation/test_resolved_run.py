@@ -1,0 +1,278 @@
+"""A run is resolved once: to the same object when it goes on, and stages never see its flags."""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import pytest
+
+from mis_mlx import distill, synthesize
+from mis_mlx.distillation import pipeline, resolved_run, run_text
+from mis_mlx.distillation.resolved_run import ResolvedRun
+from mis_mlx.planner import estimates
+from mis_mlx.settings import recipe
+from mis_mlx.settings.parts import part_of
+from mis_mlx.settings.recipe import QuantizationConfig
+from mis_mlx.storage import run_folder
+from mis_mlx.types import Checkpoint
+
+PACKAGE = Path(distill.__file__).parent
+MOST_FUNCTIONS = 12  # that the whole settings of `distill` may pass
+QUICK: dict[str, Any] = {
+    "max_seq_length": 32,
+    "num_samples": 4,
+    "reconstruct_samples": 2,
+    "eval_windows": 2,
+    "bench_tokens": 0,
+    "q_iters": 1,
+}
+
+
+@pytest.fixture(name="resolved")
+def _resolved(monkeypatch: pytest.MonkeyPatch) -> list[ResolvedRun]:
+    """Every run that `distill` resolves, as it does that."""
+    runs = list[ResolvedRun]()
+    resolve = resolved_run.resolve
+
+    def listening(*given: Any) -> ResolvedRun:
+        runs.append(resolve(*given))
+        return runs[-1]
+
+    monkeypatch.setattr(resolved_run, "resolve", listening)
+    return runs
+
+
+@pytest.fixture(name="stop")
+def _stop(monkeypatch: pytest.MonkeyPatch) -> list[pipeline.Run]:
+    """Every run is stopped where its training would begin, and is listed."""
+    stopped = list[pipeline.Run]()
+
+    def stop(c: pipeline.Run, *_: object) -> NoReturn:
+        stopped.append(c)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "distil", stop)
+    return stopped
+
+
+def begin_and_resume(settings: distill.Settings) -> None:
+    """Both are stopped before they train."""
+    for asked in (settings, distill.Settings(out=settings.out, resume=True)):
+        with pytest.raises(KeyboardInterrupt):
+            distill.run(asked)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"scenario": "gazda"},
+        {"layers": 2, "minutes": 3.0, "quantize": 0},
+        {"vocab": "300", "iters": 7, "learning_rate": 1e-3, "temperature_c": 20.0},
+        {"scenario": "gazda", "targets": "cached", "q_mode": "mxfp4", "q_group_size": 32},
+        {"scenario": "gazda", "train": "blocks", "batch_size": 4, "grad_accumulation_steps": 3},
+        {"lose": 0.03},
+    ],
+    ids=lambda flags: " ".join(flags),
+)
+def test_a_run_that_goes_on_is_what_it_was(
+    llama: Checkpoint,
+    text_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    resolved: list[ResolvedRun],
+    stop: list[pipeline.Run],
+    flags: dict[str, Any],
+) -> None:
+    """Stopped and resumed: an equal object, the same plan, and so do the stages see it."""
+    monkeypatch.chdir(tmp_path)
+    settings = distill.Settings(
+        teacher=str(llama.path), data=str(text_folder), out="run", **{**QUICK, **flags}
+    )
+    begin_and_resume(settings)
+    begun, resumed = resolved
+    assert begun == resumed
+    assert begun.plan.phases == resumed.plan.phases
+    assert begun.recipe.iters
+    assert begun.recipe.learning_rate
+    assert stop[0].recipe == stop[1].recipe == begun.recipe
+    stored = run_folder.stored_settings(tmp_path / "run")
+    assert stored == json.loads(json.dumps(begun.stored))
+    assert run_folder.stored_settings(tmp_path / "run", run_folder.PLAN) == begun.strategy
+    if "lose" in flags:
+        assert begun.expected_loss == stored["expected_loss"] is not None
+
+
+def test_a_text_that_the_teacher_writes_is_asked_for_once(
+    llama: Checkpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    resolved: list[ResolvedRun],
+    stop: list[pipeline.Run],
+) -> None:
+    """--data teacher with so large a batch that the number of texts follows from the steps, which
+    nobody gave: they are known when the run goes on, and the text is the same.
+    """
+    monkeypatch.chdir(tmp_path)
+    # A random model writes no words.
+    for name, value in (("WORDLIKE", 0.0), ("SHORT", 10), ("LEAST", 0.0)):
+        monkeypatch.setattr(synthesize, name, value)
+    monkeypatch.setattr(recipe, "TEACHER_TEXTS", 2)
+    monkeypatch.setattr(run_text, "TEXT_TOKENS", 640)
+    settings = distill.Settings(
+        teacher=str(llama.path),
+        data="teacher",
+        batch_size=16,
+        scenario="gazda",
+        out="run",
+        **QUICK,
+    )
+    begin_and_resume(settings)
+    begun, resumed = resolved
+    assert begun == resumed
+    assert begun.plan.phases == resumed.plan.phases
+    assert begun.teacher_text is not None
+    assert begun.teacher_text.texts == recipe.ITERS * 16 * 32 // (4 * 640) > 2
+    assert begun.text.data == str(begun.teacher_text.out)
+    assert [str(folder) for folder in run_text.WRITTEN.iterdir()] == [begun.text.data]
+    assert stop[0].data.tokens.tolist() == stop[1].data.tokens.tolist()
+
+
+def test_minutes_on_another_day(
+    llama: Checkpoint,
+    text_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    resolved: list[ResolvedRun],
+    stop: list[pipeline.Run],
+) -> None:
+    """With --minutes the plan expects a number of steps, and so many answers of the teacher are
+    asked for. A run that goes on keeps that number where rates are measured anew; a run of an
+    earlier version, whose plan.json does not have it, counts again and goes on, too.
+    """
+    monkeypatch.chdir(tmp_path)
+    settings = distill.Settings(
+        teacher=str(llama.path),
+        data=str(text_folder),
+        scenario="gazda",
+        minutes=2.0,
+        out="run",
+        **QUICK,
+    )
+    begin_and_resume(settings)
+    now = estimates.machine_rates()
+    quicker = replace(
+        now,
+        training_flops_per_s=4 * now.training_flops_per_s,
+        forward_flops_per_s=4 * now.forward_flops_per_s,
+    )
+    monkeypatch.setattr(estimates, "machine_rates", lambda: quicker)
+    again = distill.Settings(out="run", resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        distill.run(again)
+    begun, _, later = resolved
+    assert later == begun
+    assert later.plan.planned != begun.plan.planned
+    assert later.text.tokens == begun.text.tokens > 0
+    path = tmp_path / "run" / run_folder.PLAN
+    older = json.loads(path.read_text())
+    assert older.pop("iters") == begun.recipe.iters
+    path.write_text(json.dumps(older))
+    with pytest.raises(KeyboardInterrupt):
+        distill.run(again)
+    assert resolved[-1].text.tokens > begun.text.tokens
+    assert replace(resolved[-1], text=begun.text, strategy=begun.strategy) == replace(
+        begun, recipe=resolved[-1].recipe
+    )
+
+
+def test_a_part_has_its_own_fields_alone() -> None:
+    """Values by name, defaults where there are none; what it does not know is left out."""
+    part = part_of(QuantizationConfig, {"target_bpw": 3.5, "iters": 4})
+    assert part == QuantizationConfig(target_bpw=3.5)
+    assert type(part_of(QuantizationConfig, vars(distill.Settings()))) is QuantizationConfig
+
+
+@contextmanager
+def tracing(kind: type, met: set[str]) -> Iterator[None]:
+    """Collect the package's functions that get an object of this type as an argument.
+
+    Its own methods are left out.
+    """
+
+    def look(frame: FrameType, event: str, _: object) -> None:
+        code = frame.f_code
+        if event != "call" or not code.co_filename.startswith(str(PACKAGE)):
+            return
+        for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
+            if name != "self" and isinstance(frame.f_locals.get(name), kind):
+                module = Path(code.co_filename).relative_to(PACKAGE).with_suffix("")
+                met.add(f"{module}:{code.co_qualname}")
+
+    threading.setprofile(look)
+    sys.setprofile(look)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)  # type: ignore[arg-type]
+
+
+def test_few_functions_see_all_settings(
+    llama: Checkpoint,
+    text_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: Callable[..., object],
+) -> None:
+    """From the first to the last stage of a run whose sizes are searched for: those that resolve
+    the settings, and none of the packages that work on them.
+    """
+    del command  # its home is made: nothing of the user's is read here
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
+    settings = distill.Settings(
+        teacher=str(llama.path),
+        data=str(text_folder),
+        lose=0.03,
+        iters=2,
+        out="run",
+        **QUICK,
+    )
+    met = set[str]()
+    with tracing(distill.Settings, met):
+        distill.run(settings)
+    assert "distill:run" in met
+    assert "distillation/resolved_run:resolve" in met
+    assert len(met) <= MOST_FUNCTIONS, sorted(met)
+    stages = ("pruning", "quantization", "evaluation", "planner", "maths", "distillation/pipeline")
+    assert not [name for name in met if name.startswith(stages)]
+
+
+def test_no_stage_takes_settings_of_any_kind() -> None:
+    """In distillation/, pruning/ and quantization/ no parameter called s or settings is an Any, and
+    nothing in `distill` and distillation/ calls `replace` on settings.
+    """
+    loose = []
+    replaced = []
+    for path in [PACKAGE / "distill.py", *(PACKAGE / "distillation").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "replace":
+                replaced.append(ast.unparse(node.args[0]))
+    for package in ("distillation", "pruning", "quantization"):
+        for path in (PACKAGE / package).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                if isinstance(node, ast.arg) and node.arg in ("s", "settings", "asked"):
+                    kind = ast.unparse(node.annotation) if node.annotation else ""
+                    loose += [path.name] * (kind == "Any")
+    assert loose == []
+    assert "c" in replaced
+    assert not {"s", "settings", "resolved"} & set(replaced)
