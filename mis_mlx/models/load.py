@@ -68,12 +68,8 @@ def open_checkpoint(
             f"{len(seeing)} tensors that {what}"
         )
         tensors = {name: tensor for name, tensor in tensors.items() if name not in seeing}
-    checkpoint = Checkpoint(
-        path=folder,
-        config=config,
-        tensors=arch.inside(tensors, config),
-        precision=precision,
-    )
+    inside = arch.inside(tensors, config)
+    checkpoint = Checkpoint(folder, config, inside, precision)
     arch.check_tensors(checkpoint)
     return checkpoint
 

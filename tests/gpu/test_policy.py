@@ -291,25 +291,18 @@ def test_every_model_of_a_run_computes_as_asked(
         dtypes.add(self.dtype)
 
     monkeypatch.setattr(stream.Stream, "__init__", noted)
-    distill.run(
-        distill.Settings(
-            teacher=str(llama.path),
-            data=str(text_folder),
-            out=str(tmp_path / "run"),
-            scenario="goral",
-            vocab="0.75x",
-            ffn=128,
-            max_seq_length=32,
-            num_samples=2,
-            reconstruct_samples=2,
-            eval_windows=1,
-            iters=1,
-            q_iters=1,
-            bench_tokens=0,
-            governor="observe",
-            compute_dtype="float32",
-        )
+    sizes: dict[str, Any] = {"scenario": "goral", "vocab": "0.75x", "ffn": 128}
+    sizes |= {"max_seq_length": 32, "num_samples": 2, "reconstruct_samples": 2, "eval_windows": 1}
+    steps: dict[str, Any] = {"iters": 1, "q_iters": 1, "bench_tokens": 0, "governor": "observe"}
+    settings = distill.Settings(
+        teacher=str(llama.path),
+        data=str(text_folder),
+        out=str(tmp_path / "run"),
+        compute_dtype="float32",
+        **sizes,
+        **steps,
     )
+    distill.run(settings)
     assert dtypes == {mx.float32}
 
 
