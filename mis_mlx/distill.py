@@ -98,7 +98,7 @@ class Settings(DistillFlags):
 def run(settings: Settings) -> dict[str, Any]:
     """The command: open, plan, prune, repair, distil, quantize, measure."""
     s, folder = run_loop.resumed(settings, FREE)
-    resolved = resolve(s, folder)
+    resolved = _resolve(s, folder)
     cli.say(text.aligned(plan.table(resolved.plan)))
     if s.dry_run:
         return _dry_run(resolved)
@@ -116,7 +116,7 @@ def run(settings: Settings) -> dict[str, Any]:
     return result
 
 
-def resolve(s: Settings, folder: Path | None) -> ResolvedRun:
+def _resolve(s: Settings, folder: Path | None) -> ResolvedRun:
     """The run that the settings ask for, with its teacher and everything else decided.
 
     folder: of a run that goes on. Only a new run looks for sizes.
@@ -168,7 +168,8 @@ def _searched(s: Settings, teacher: Checkpoint, loss: float | None) -> dict[str,
     A search with the same settings that was stopped goes on; one that has ended is read.
     """
     names = {field.name for field in fields(search.Settings)} & {field.name for field in fields(s)}
-    names -= {"out", "resume", "iters", "eval_windows"}  # a search has its own
+    # A search has its own, and the minutes are the distillation's that follows it.
+    names -= {"out", "resume", "iters", "eval_windows", "minutes"}
     given: dict[str, Any] = {name: getattr(s, name) for name in names}
     written = run_text.teacher_text(s, teacher)
     if written:

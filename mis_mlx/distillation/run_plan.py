@@ -26,7 +26,7 @@ from mis_mlx.settings.recipe import (
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Budget, Checkpoint, MisError, gib
 
-ITERS = "iters"  # in plan.json
+PLANNED_ITERS = "iters"  # in plan.json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,14 +57,14 @@ def plan_run(request: RunRequest, budget: Budget, folder: Path | None) -> phases
     rates = estimates.machine_rates()
     limit = budget.limit_bytes
     before = distributed.broadcast_json(lambda: _strategy_of(folder))
-    if before and ITERS in before:
-        job = replace(job, iters=before[ITERS])
+    if before and PLANNED_ITERS in before:
+        job = replace(job, iters=before[PLANNED_ITERS])
     elif request.recipe.minutes is not None:
         job = _paced(request.recipe.minutes, job, limit, rates)
 
     def strategy() -> dict[str, Any]:
         decided = before or stored_strategy(phases.best_plan(job, limit, rates))
-        return {name: value for name, value in decided.items() if name != ITERS}
+        return {name: value for name, value in decided.items() if name != PLANNED_ITERS}
 
     plan = phases.plan_strategy(job, limit, rates, **distributed.broadcast_json(strategy))
     if distributed.size() > 1 and plan.mode == "sharded":
@@ -82,7 +82,7 @@ def stored_strategy(plan: phases.MemoryPlan) -> dict[str, Any]:
     With --minutes that is the number which the plan expected when the run began. How much the
     teacher answers first depends on it, so a run that goes on must not count again.
     """
-    return {**plan.strategy, ITERS: plan.job.iters}
+    return {**plan.strategy, PLANNED_ITERS: plan.job.iters}
 
 
 def _strategy_of(folder: Path | None) -> dict[str, Any] | None:

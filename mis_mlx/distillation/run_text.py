@@ -10,7 +10,7 @@ from mis_mlx.settings import recipe
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint
 
-WRITTEN = Path("runs/text")  # folders of texts that teachers write
+WRITTEN_TEXTS = Path("runs/text")  # folders of texts that teachers write
 TEXT_TOKENS = 200  # of such a text, about
 
 
@@ -41,7 +41,7 @@ def teacher_text(asked: DistillFlags, teacher: Checkpoint) -> TeacherText | None
     texts = max(recipe.TEACHER_TEXTS, visited // (4 * TEXT_TOKENS))
     identity = run_folder.origin(teacher, "")["teacher"]
     return TeacherText(
-        out=WRITTEN / f"{teacher.path.name}-{identity[:8]}-{asked.seed}-{texts}",
+        out=WRITTEN_TEXTS / f"{teacher.path.name}-{identity[:8]}-{asked.seed}-{texts}",
         texts=texts,
         seed=asked.seed,
         budget=asked.budget,

@@ -6,7 +6,7 @@ import ast
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -79,7 +79,7 @@ def begin_and_resume(settings: distill.Settings) -> None:
         {"vocab": "300", "iters": 7, "learning_rate": 1e-3, "temperature_c": 20.0},
         {"scenario": "gazda", "targets": "cached", "q_mode": "mxfp4", "q_group_size": 32},
         {"scenario": "gazda", "train": "blocks", "batch_size": 4, "grad_accumulation_steps": 3},
-        {"lose": 0.03},
+        {"lose": 0.03, "minutes": 2.0},
     ],
     ids=lambda flags: " ".join(flags),
 )
@@ -94,6 +94,7 @@ def test_a_run_that_goes_on_is_what_it_was(
 ) -> None:
     """Stopped and resumed: an equal object, the same plan, and so do the stages see it."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
     settings = distill.Settings(
         teacher=str(llama.path), data=str(text_folder), out="run", **{**QUICK, **flags}
     )
@@ -142,7 +143,7 @@ def test_a_text_that_the_teacher_writes_is_asked_for_once(
     assert begun.teacher_text is not None
     assert begun.teacher_text.texts == recipe.ITERS * 16 * 32 // (4 * 640) > 2
     assert begun.text.data == str(begun.teacher_text.out)
-    assert [str(folder) for folder in run_text.WRITTEN.iterdir()] == [begun.text.data]
+    assert [str(folder) for folder in run_text.WRITTEN_TEXTS.iterdir()] == [begun.text.data]
     assert stop[0].data.tokens.tolist() == stop[1].data.tokens.tolist()
 
 
@@ -231,12 +232,10 @@ def test_few_functions_see_all_settings(
     text_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    command: Callable[..., object],
 ) -> None:
     """From the first to the last stage of a run whose sizes are searched for: those that resolve
     the settings, and none of the packages that work on them.
     """
-    del command  # its home is made: nothing of the user's is read here
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
     settings = distill.Settings(
