@@ -31,10 +31,11 @@ import teacher_text
 from laboratory import resumed, start, stored, write
 
 from mis_mlx import cli, distill
+from mis_mlx.compute import host_losses
 from mis_mlx.data import token_windows
 from mis_mlx.distillation import live_teacher
 from mis_mlx.maths import losses
-from mis_mlx.models import host_losses, mlx_generate
+from mis_mlx.models import mlx_generate
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.settings import recipe
 

@@ -15,8 +15,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mis_mlx.hardware import streams
-from mis_mlx.models import block_inputs, distributed, host_losses, load, stream
+from mis_mlx.compute import host_losses, streams
+from mis_mlx.models import block_inputs, distributed, load, stream
 from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
 
 MicroBatch = tuple[Any, ...]  # tokens (B, T), learn (B * T,), then the targets of the loss

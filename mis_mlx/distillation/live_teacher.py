@@ -18,13 +18,13 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mis_mlx.compute import host_losses, streams
 from mis_mlx.data import draws
 from mis_mlx.data.token_windows import Windows, fingerprint
 from mis_mlx.distillation.train_loop import train
-from mis_mlx.hardware import streams
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import distributed, host_losses, load, pipeline_parallel, policy, stream
+from mis_mlx.models import distributed, load, pipeline_parallel, policy, stream
 from mis_mlx.models.config import shape_of, softcap
 from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage import logit_store, run_folder
@@ -104,7 +104,7 @@ class StreamedTeacher:
         return micro_batches
 
     def _numpy_is_quicker(self) -> bool:
-        """On a CPU MLX's exp takes seven times as long as numpy's (models/host_losses)."""
+        """On a CPU MLX's exp takes seven times as long as numpy's (compute/host_losses)."""
         return policy.name() == "cpu" and not self._cross_entropy
 
     def gradient_of(self, student: nn.Module) -> Callable[..., Any] | None:

@@ -20,6 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mis_mlx.compute import streams
 from mis_mlx.distillation import train_loop
 from mis_mlx.distillation.block_gradients import (
     BlockGradients,
@@ -28,7 +29,6 @@ from mis_mlx.distillation.block_gradients import (
     Loss,
     MicroBatch,
 )
-from mis_mlx.hardware import streams
 from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
 from mis_mlx.models import arch, distributed, load, model_writer, policy, stream
 from mis_mlx.settings.recipe import TrainingConfig

@@ -12,7 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mis_mlx.hardware import clock, streams
+from mis_mlx.compute import streams
+from mis_mlx.hardware import clock
 from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
 from mis_mlx.models import distributed
 from mis_mlx.settings.recipe import TrainingConfig

@@ -10,8 +10,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mis_mlx.compute import host_losses
 from mis_mlx.maths.losses import chunk_rows
-from mis_mlx.models import block_inputs, config, host_losses, load, policy, stream
+from mis_mlx.models import block_inputs, config, load, policy, stream
 from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
 from mis_mlx.types import Checkpoint
 

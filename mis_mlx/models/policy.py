@@ -8,7 +8,6 @@ exact; from M3 on, or where float32 does not fit the budget, bfloat16 computes.
 """
 
 import math
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,12 +18,13 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx import cli
+from mis_mlx.compute.precision import POLICY as POLICY
+from mis_mlx.compute.precision import policy as name
 from mis_mlx.hardware import rates
 from mis_mlx.models.config import shape_of
 from mis_mlx.models.families import family
-from mis_mlx.types import Checkpoint, MisError
+from mis_mlx.types import Checkpoint
 
-POLICY = "MIS_MLX_POLICY"  # in the environment, so child processes inherit it
 DTYPES: dict[str, mx.Dtype] = {
     "float32": mx.float32,
     "float16": mx.float16,
@@ -61,16 +61,6 @@ def use(compute_dtype: str | None) -> str | None:
     if compute_dtype:
         _used.append(compute_dtype)
     return before
-
-
-def name() -> Literal["metal", "cpu"]:
-    """The policy that holds: the device's own, or what MIS_MLX_POLICY says, on any device."""
-    forced = os.environ.get(POLICY)
-    if forced not in (None, "", "metal", "cpu"):
-        raise MisError(f"{POLICY} is {forced!r}: set it to metal or cpu, or unset it")
-    if forced:
-        return "metal" if forced == "metal" else "cpu"
-    return "metal" if mx.default_device() == mx.gpu else "cpu"
 
 
 def keeps_packed() -> bool:

@@ -51,7 +51,7 @@ class DistillationSpec(DistillationConfig):
     def host_streams(self) -> int:
         """How many windows go side by side where numpy computes the losses; else 0.
 
-        As in models/host_losses.
+        As in compute/host_losses.
         """
         if self.targets != "live" or self.teacher.gpu or self.cross_entropy:
             return 0

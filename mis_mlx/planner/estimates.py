@@ -14,12 +14,13 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from mis_mlx import cli
-from mis_mlx.hardware import rates, streams
+from mis_mlx.compute import streams
+from mis_mlx.compute.host_losses import CHUNK, GROUP
+from mis_mlx.hardware import rates
 from mis_mlx.hardware.memory import COMMANDS_AHEAD, process_bytes
 from mis_mlx.maths.losses import chunk_rows
 from mis_mlx.models import arch, block_inputs, families, mixer_sizes, policy, tensor_shapes
 from mis_mlx.models.config import attending, head_size, key_owners, shape_of, versions
-from mis_mlx.models.host_losses import CHUNK, GROUP
 from mis_mlx.models.residency import batches_per_pass, pass_bytes
 from mis_mlx.models.stream import GROUP_BYTES, HEAD_PART
 from mis_mlx.planner.model_size import ModelSize, model_of

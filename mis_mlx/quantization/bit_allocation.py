@@ -22,7 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mis_mlx.hardware import streams
+from mis_mlx.compute import streams
 from mis_mlx.maths import rounding
 from mis_mlx.models import (
     arch,

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mis_mlx.compute import streams
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher
-from mis_mlx.hardware import streams
 from mis_mlx.maths.losses import loss_noise_factor
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import load, policy, stream

@@ -16,11 +16,12 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
+from mis_mlx.compute import host_losses
 from mis_mlx.distillation import sharded, train_loop
 from mis_mlx.hardware.clock import Clock
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
-from mis_mlx.models import host_losses, load, model_writer, stream
+from mis_mlx.models import load, model_writer, stream
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import DISK, Files
 from mis_mlx.types import Checkpoint, MisError, Step

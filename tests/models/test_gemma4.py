@@ -19,15 +19,14 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mis_mlx import dpo, plan, prune, search
+from mis_mlx.compute import host_losses, streams
 from mis_mlx.distillation import live_teacher, sharded
 from mis_mlx.evaluation import option_likelihood
 from mis_mlx.evaluation.speed import rounds
-from mis_mlx.hardware import streams
 from mis_mlx.maths import losses
 from mis_mlx.models import (
     arch,
     backward_pass,
-    host_losses,
     load,
     model_writer,
     pipeline_parallel,

@@ -14,7 +14,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mis_mlx.hardware import macos, rates, streams
+from mis_mlx.compute import streams
+from mis_mlx.hardware import macos, rates
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import M1_AIR, Rates
 from mis_mlx.models import arch, load, policy, stream

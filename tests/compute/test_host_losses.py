@@ -8,8 +8,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx.hardware import streams
-from mis_mlx.models import host_losses, policy
+from mis_mlx.compute import host_losses, streams
+from mis_mlx.models import policy
 from tests.maths.test_losses import Problem, gradients, ours, problem
 
 
