@@ -83,14 +83,16 @@ def unsure() -> Iterator[None]:
         teacher: mx.array,
         logits: Any,
         loss_mask: mx.array,
-        *more: Any,
+        **further: Any,
     ) -> Any:
         counts = np.array(loss_mask, np.float32)
         known = np.where(counts > 0, entropies(student, head), -1.0)
         at = np.sort(np.argsort(known)[-round(UNSURE * np.count_nonzero(counts)) :])
         weights = mx.array(counts[at] * (counts.sum() / counts[at].sum()))
         rows = mx.array(at)
-        loss, below, of_head = whole(student[rows], head, teacher[rows], logits, weights, *more)
+        loss, below, of_head = whole(
+            student[rows], head, teacher[rows], logits, loss_mask=weights, **further
+        )
         host_gradients = mx.zeros_like(student)
         host_gradients[rows] = below
         return loss, host_gradients, of_head
