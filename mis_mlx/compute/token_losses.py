@@ -74,11 +74,11 @@ class TokenLoss:
         if self.by_numpy:
             return self.by_numpy(hidden, head, loss_mask, *targets, frozen_head=frozen_head)
 
-        def total(hidden: mx.array, head: mx.array) -> mx.array:
+        def total(hidden: mx.array, head: mx.array = head) -> mx.array:
             return self.by_mlx(hidden, head, loss_mask, *targets, frozen_head=frozen_head)
 
-        variables = (0,) if frozen_head else (0, 1)
-        value, grads = mx.value_and_grad(total, argnums=variables)(hidden, head)
+        primals = [hidden] if frozen_head else [hidden, head]
+        (value,), grads = mx.vjp(total, primals, [mx.array(1.0)])
         mx.eval(value, grads)
         return LossGradients(value, grads[0], None if frozen_head else grads[1])
 
