@@ -133,6 +133,19 @@ def kl_gradients(
     return loss, mx.concatenate(hidden_grads), head_grad
 
 
+def likelihood_gradients(z: mx.array, drawn: mx.array) -> mx.array:
+    """`token_losses.likelihood_gradients`, in the memory of z."""
+    # numpy writes into z, so z and everything that is made of it must be evaluated before
+    mx.eval(z, drawn)
+    columns = np.array(drawn)
+    p = view(z)
+    by_rows(softmax, p)
+    np.negative(p, out=p)
+    rows = np.arange(len(p))
+    p[rows, columns] += 1.0
+    return z
+
+
 def compared(
     teacher: mx.array, student: mx.array, targets: np.ndarray, start: int = 0
 ) -> np.ndarray | mx.array:

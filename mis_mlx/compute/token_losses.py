@@ -242,6 +242,19 @@ def teacher_kl(
     return TokenLoss(by_mlx, by_numpy if on_host else None)
 
 
+def likelihood_gradients(z: mx.array, drawn: mx.array) -> mx.array:
+    """d log softmax(z)[drawn] / d z (n, V), for logits z (n, V) float32 and tokens drawn (n,).
+
+    It is 1 at the drawn token minus softmax(z). The logits are used up: on a CPU their memory
+    becomes the result, so nothing may be computed from them afterwards.
+    """
+    if precision.policy() == "cpu":
+        return host_losses.likelihood_gradients(z, drawn)
+    tokens = mx.arange(z.shape[-1])
+    one_hot = (tokens == drawn[:, None]).astype(mx.float32)
+    return one_hot - mx.softmax(z, axis=-1)
+
+
 @dataclass(frozen=True)
 class Footprint:
     """What a loss holds while it is computed.

@@ -251,6 +251,19 @@ def test_a_full_disk_is_an_error_and_not_a_wrong_gradient(monkeypatch: pytest.Mo
         through(token_losses.teacher_kl(lambda head: lambda states: states * 1.0), 1, None)
 
 
+def test_gradients_of_drawn_tokens(back_end: str) -> None:
+    """By pencil: softmax of logits ln 3 and 0 is 3/4 and 1/4; and beside float64."""
+    z = mx.array([[float(np.log(3.0)), 0.0], [float(np.log(3.0)), 0.0]])
+    found = token_losses.likelihood_gradients(z, mx.array([0, 1]))
+    np.testing.assert_allclose(np.array(found), [[0.25, -0.25], [-0.75, 0.75]], atol=1e-6)
+    logits = drawn(300, 40, seed=1)
+    tokens = mx.arange(300) % 40
+    want = -softmax(doubles(logits))
+    want[np.arange(300), np.array(tokens)] += 1.0
+    found = token_losses.likelihood_gradients(logits, tokens)
+    np.testing.assert_allclose(np.array(found), want, atol=1e-6)
+
+
 # ---- what it holds
 
 
