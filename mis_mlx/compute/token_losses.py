@@ -151,16 +151,14 @@ class TokenLoss:
             header = {"descr": "<f4", "fortran_order": False, "shape": (loss_mask.size, width)}
             np.lib.format.write_array_header_1_0(file, header)
             file.flush()
-            hidden_grad = mx.load(file.name)
+            hidden_grad: Any = mx.load(file.name)
             _, grads = mx.vjp(without_head, list(primals), [hidden_grad, *cotangents])
             hidden, head, *_ = outputs
             with streams.single_threaded_blas(windows):
                 mx.eval(hidden)
             frozen = head_index is None
             loss = self.by_numpy(hidden, head, loss_mask, *targets, frozen_head=frozen)
-            numbers = np.asarray(loss.hidden.astype(mx.float32))
-            file.write(memoryview(numbers))
-            file.flush()
+            np.asarray(loss.hidden.astype(mx.float32)).tofile(file)
         # The file has no name now; it goes when MLX has read it.
         if head_index is not None and loss.head is not None:
             grads[head_index] = grads[head_index] + loss.head

@@ -8,8 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx.compute import host_losses, streams
-from mis_mlx.models import policy
+from mis_mlx.compute import host_losses, precision, streams
 from tests.maths.test_losses import Problem, gradients, ours, problem
 
 
@@ -72,7 +71,7 @@ def test_what_a_comparison_says(
     """Each column beside its formula in float64, the vocabulary whole, in parts, and token by
     token; by numpy on a CPU, by MLX, which nobody waits for, on a GPU.
     """
-    monkeypatch.setenv(policy.POLICY, word)
+    monkeypatch.setenv(precision.POLICY, word)
     teacher = 3 * mx.random.normal((21, 50), key=mx.random.key(1))
     noise = 3 * mx.random.normal((21, 50), key=mx.random.key(2))
     student = 0.5 * noise + teacher
