@@ -21,13 +21,14 @@ import numpy as np
 import psutil
 
 from mis_mlx import cli
+from mis_mlx.compute import host_losses
 from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import rates
 from mis_mlx.maths import losses
-from mis_mlx.models import host_losses, load, opening, resolve
+from mis_mlx.models import load, opening, resolve
 from mis_mlx.types import MisError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -31,10 +31,11 @@ import teacher_text
 from laboratory import resumed, start, stored, write
 
 from mis_mlx import cli, distill
+from mis_mlx.compute import host_losses
 from mis_mlx.data import token_windows
 from mis_mlx.distillation import live_teacher
 from mis_mlx.maths import losses
-from mis_mlx.models import host_losses, mlx_generate
+from mis_mlx.models import mlx_generate
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.settings import recipe
 
@@ -82,14 +83,16 @@ def unsure() -> Iterator[None]:
         teacher: mx.array,
         logits: Any,
         loss_mask: mx.array,
-        *more: Any,
+        **further: Any,
     ) -> Any:
         counts = np.array(loss_mask, np.float32)
         known = np.where(counts > 0, entropies(student, head), -1.0)
         at = np.sort(np.argsort(known)[-round(UNSURE * np.count_nonzero(counts)) :])
         weights = mx.array(counts[at] * (counts.sum() / counts[at].sum()))
         rows = mx.array(at)
-        loss, below, of_head = whole(student[rows], head, teacher[rows], logits, weights, *more)
+        loss, below, of_head = whole(
+            student[rows], head, teacher[rows], logits, loss_mask=weights, **further
+        )
         host_gradients = mx.zeros_like(student)
         host_gradients[rows] = below
         return loss, host_gradients, of_head

@@ -156,12 +156,7 @@ def begun(
     )
     trained.begin()
     micro = partial(live_teacher.step_micro_batches, source, data, recipe)
-    return trained.steps(
-        micro,
-        partial(source.kl_sum, frozen_head=True),
-        recipe,
-        host_gradients=source.host_gradients(),
-    )
+    return trained.steps(micro, source.token_loss(own_head=True), recipe)
 
 
 def ours(

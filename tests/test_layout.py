@@ -224,12 +224,12 @@ def speaking(module: Module) -> list[str]:
 
 
 def evaluating(module: Module) -> list[str]:
-    """mx.eval: only models/stream.py, storage/block_reader.py, what trains or times,
-    hardware/clock.py, hardware/streams.py and commands.
+    """mx.eval: only compute/, models/stream.py, storage/block_reader.py, what trains or times,
+    hardware/clock.py and commands.
     """
-    here = ("models.stream", "storage.block_reader", "hardware.clock", "hardware.streams")
+    here = ("models.stream", "storage.block_reader", "hardware.clock")
     trains = module.zone in TRAINING or module.name.startswith("evaluation.speed")
-    if module.is_command or trains or module.name in here:
+    if module.is_command or trains or module.zone == "compute" or module.name in here:
         return []
     named = [name for name in imports(module) if name in ("mlx.core.eval", "mlx.core.async_eval")]
     return named + [
@@ -368,8 +368,8 @@ def families(module: Module) -> list[str]:
 
 
 def systems(module: Module) -> list[str]:
-    """/proc, which device computes, and limits on the process: only hardware/. compute/precision.py
-    asks for the device, and models/mlx_modules.py keeps mlx_lm from changing a limit.
+    """/proc, which device computes, and limits on the process: only hardware/.
+    models/mlx_modules.py keeps mlx_lm from changing a limit.
     """
     if module.zone == "hardware":
         return []
@@ -378,9 +378,7 @@ def systems(module: Module) -> list[str]:
     ]
     used = [n.attr for n in module.nodes if isinstance(n, ast.Attribute)]
     used += [i.split(".")[-1] for i in imports(module)]
-    allowed = {"compute.precision": "default_device", "models.mlx_modules": "setrlimit"}.get(
-        module.name
-    )
+    allowed = {"models.mlx_modules": "setrlimit"}.get(module.name)
     bad = [name for name in used if name in ("default_device", "setrlimit") and name != allowed]
     return bad + [text for text in texts if re.search(r"/proc\b", text)]
 

@@ -12,9 +12,10 @@ from collections.abc import Collection, Mapping, Sequence
 import mlx.core as mx
 import numpy as np
 
+from mis_mlx.compute import host_losses
 from mis_mlx.maths import losses
 from mis_mlx.maths.importance import Key, select_blocks
-from mis_mlx.models import host_losses, load, stream
+from mis_mlx.models import load, stream
 from mis_mlx.models.config import shape_of
 from mis_mlx.types import Checkpoint
 

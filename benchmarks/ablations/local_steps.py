@@ -19,10 +19,9 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mis_mlx import cli
-from mis_mlx.compute import precision
+from mis_mlx.compute import precision, streams
 from mis_mlx.data import token_windows
 from mis_mlx.distillation import train_loop
-from mis_mlx.hardware import streams
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import load, model_writer, stream
 from mis_mlx.models.config import shape_of

@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.compute import precision
+from mis_mlx.compute.token_losses import Footprint
 from mis_mlx.data import examples
 from mis_mlx.distillation import train_loop
 from mis_mlx.gguf_export.model_card import name_of
@@ -141,17 +142,18 @@ def training_cost(
 ) -> estimates.StageCost:
     """The cost of training with `rows` sequences of `length` tokens in a micro-batch."""
     m = model_size(s, checkpoint)
+    loss = Footprint(gpu=m.gpu)
     if s.lora:
         trained = s.lora.params(m.config)
         activations = estimates.activation_bytes(m.config, rows, length)
         peak = weight_bytes(m) + compression_size.STATE_BYTES * trained
         peak += activations + m.in_flight(activations)
-        peak += estimates.logit_bytes(m.shape.vocab, rows * length, gpu=m.gpu) + m.widened_bytes
+        peak += loss.logit_bytes(m.shape.vocab, rows * length) + m.widened_bytes
     else:
         trained = m.params
         accumulates = s.grad_accumulation_steps > 1
         peak = compression_size.training_bytes(
-            m.config, rows, length, accumulates=accumulates, gpu=m.gpu
+            m.config, rows, length, loss=loss, accumulates=accumulates
         )
     checkpoints = s.iters // s.save_every + 2
     written = checkpoints * (SAVED_BYTES + 4) * trained

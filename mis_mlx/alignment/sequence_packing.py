@@ -146,7 +146,8 @@ class PackedDataset:
         """(sum in nats, tokens that count, {"tokens": all}) of a micro-batch."""
         hidden = self.hidden(student, tokens, rows)
         head = load.head_weight(student)
-        total = source.kl_sum(hidden, head, loss_mask, *target, frozen_head=frozen_head)
+        token_loss = source.token_loss().by_mlx
+        total = token_loss(hidden, head, loss_mask, *target, frozen_head=frozen_head)
         return total, loss_mask.sum(), {"tokens": (rows != PADDING).sum()}
 
     def hidden(self, student: nn.Module, tokens: mx.array, rows: mx.array) -> mx.array:

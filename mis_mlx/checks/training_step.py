@@ -17,6 +17,7 @@ import numpy as np
 from mis_mlx.checks import engine
 from mis_mlx.checks.kernels import Found, random_normal
 from mis_mlx.compute import precision
+from mis_mlx.compute.token_losses import Footprint
 from mis_mlx.distillation.train_loop import train
 from mis_mlx.hardware import rates
 from mis_mlx.maths import losses
@@ -65,7 +66,7 @@ def planned_bytes(dtype: mx.Dtype) -> int:
 
     Student, gradients, moments, activations, logits; the teacher's head and states in `dtype`."""
     size = estimates.model_of(CONFIG, gpu=precision.keeps_packed(), dtype=dtype)
-    student = compression_size.training_bytes(CONFIG, WINDOWS, LENGTH, gpu=size.gpu)
+    student = compression_size.training_bytes(CONFIG, WINDOWS, LENGTH, loss=Footprint(gpu=size.gpu))
     states = WINDOWS * LENGTH * size.shape.hidden * size.item
     return student + size.head_work + size.widened_bytes + states
 

@@ -47,7 +47,7 @@ def policy() -> Literal["metal", "cpu"]:
         raise MisError(f"{POLICY} is {forced!r}: set it to metal or cpu, or unset it")
     if forced:
         return "metal" if forced == "metal" else "cpu"
-    return "metal" if mx.default_device() == mx.gpu else "cpu"
+    return "metal" if rates.on_gpu() else "cpu"
 
 
 def keeps_packed() -> bool:

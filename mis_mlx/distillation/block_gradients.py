@@ -15,51 +15,54 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mis_mlx.hardware import streams
-from mis_mlx.models import block_inputs, distributed, host_losses, load, stream
+from mis_mlx.compute import streams
+from mis_mlx.compute.token_losses import TokenLoss
+from mis_mlx.models import block_inputs, distributed, load, stream
 from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
 
 MicroBatch = tuple[Any, ...]  # tokens (B, T), learn (B * T,), then the targets of the loss
-# (hidden (n, D), head (V, D), learn (n,), *targets) -> sum in nats
-Loss = Callable[..., mx.array]
-# (head, a step's micro-batches, the number of one of them, its hidden states (n, D)) ->
-# (sum in nats, its gradient in these hidden states), evaluated
-HostGradients = Callable[[mx.array, Sequence[MicroBatch], int, mx.array], tuple[float, mx.array]]
 
 
 @dataclass(frozen=True)
-class _LastLoss:
-    """The loss behind the last block, and where its gradient comes from.
+class _End:
+    """What stands behind the last block in a step: norm, head (V, D) and the loss.
 
-    end: (number of a micro-batch, output (B, T, D) of the block) -> its loss in nats; where numpy
-    computes that, the final hidden states (B * T, D). on_host: (number of a micro-batch, its final
-    hidden states) -> as `HostGradients`. width: D, which AltUp's hidden states between blocks
-    exceed.
+    width: D, which AltUp's hidden states between blocks exceed.
     """
 
-    end: Callable[[int, mx.array], mx.array]
-    on_host: Callable[[int, mx.array], tuple[float, mx.array]] | None
+    loss: TokenLoss
+    norm: nn.Module
+    head: mx.array
+    batches: Sequence[MicroBatch]
     width: int
 
-    def cotangent(self, hidden: mx.array) -> mx.array:
-        """Where a backward pass begins: 1 for a loss, zeros (B * T, D) for `value` to fill."""
-        if self.on_host is None:
-            return mx.array(1.0)
-        windows, length, _ = hidden.shape
-        return mx.zeros((windows * length, self.width))
+    def vjp(
+        self,
+        run: Callable[..., list[mx.array]],
+        primals: Sequence[mx.array],
+        b: int,
+        shared: Sequence[mx.array],
+    ) -> tuple[mx.array, list[mx.array]]:
+        """(the loss of micro-batch b in nats, its gradients in `primals`), lazy.
 
-    def value(self, b: int, out: mx.array, cotangent: mx.array, windows: int) -> mx.array:
-        """The loss of a micro-batch; numpy also writes its gradient into `cotangent`.
-
-        The gradients of the block, which the graph makes of `cotangent`, are evaluated after this.
+        run(*primals): the last block's output (B, T, D), and what else it gives; shared: the
+        cotangents of that.
         """
-        if self.on_host is None:
-            return out
-        with streams.single_threaded_blas(windows):
-            mx.eval(out, cotangent)
-        value, gradient = self.on_host(b, out)
-        host_losses.view(cotangent)[:] = host_losses.view(gradient)
-        return mx.array(value)
+        tokens, loss_mask, *targets = self.batches[b]
+
+        def forward(*primals: mx.array) -> list[mx.array]:
+            out, *further = run(*primals)
+            return [self.norm(out).reshape(-1, self.width), self.head, *further]
+
+        return self.loss.vjp(
+            forward,
+            primals,
+            loss_mask,
+            targets,
+            width=self.width,
+            windows=len(tokens),
+            cotangents=shared,
+        )
 
 
 @dataclass(frozen=True)
@@ -98,13 +101,10 @@ class BlockGradients:
         self._shard = shard
         self._blocks = blocks
 
-    def forward(
-        self, batches: Sequence[MicroBatch], loss: Loss, host_gradients: HostGradients | None = None
-    ) -> ForwardResult:
+    def forward(self, batches: Sequence[MicroBatch], loss: TokenLoss) -> ForwardResult:
         """The micro-batches of a step through all blocks, and the last block's gradients.
 
-        The loss and the token count are those of all machines. host_gradients: `loss` and its
-        gradient, where numpy computes them.
+        The loss and the token count are those of all machines.
         """
         n = len(batches)
         top = self._source.layers - 1
@@ -119,13 +119,7 @@ class BlockGradients:
                 self._forward_block(i, block, hidden, n)
             else:
                 # Forward and back in one go, so that it is neither read nor computed twice.
-                total, grads = self._run_last_block(
-                    block,
-                    hidden,
-                    batches,
-                    loss=loss,
-                    host_gradients=host_gradients,
-                )
+                total, grads = self._run_last_block(block, hidden, batches, loss)
         counted = float(sum(loss_mask.sum() for _, loss_mask, *_ in batches))
         machines = distributed.all_gather((total, counted))
         total = math.fsum(nats for nats, _ in machines)
@@ -203,33 +197,21 @@ class BlockGradients:
         block: nn.Module,
         hidden: stream.Hidden,
         batches: Sequence[MicroBatch],
-        *,
-        loss: Loss,
-        host_gradients: HostGradients | None,
+        loss: TokenLoss,
     ) -> tuple[float, dict[str, mx.array]]:
         """(this machine's loss in nats, the last block's gradients); `hidden` gets cotangents.
 
         The head (V, D) is read here and dies here: it is one of the largest arrays of a step.
         """
-        head = self._source.head().weight
-
-        width = self._source.checkpoint.config["hidden_size"]
-
-        def end(b: int, out: mx.array) -> mx.array:
-            final = self._norm(out).reshape(-1, width)
-            if host_gradients:
-                return final
-            _, *targets = batches[b]
-            return loss(final, head, *targets)
-
-        on_host = partial(host_gradients, head, batches) if host_gradients else None
-        return self._backward_block(
-            self._source.layers - 1,
-            block,
-            hidden,
-            len(batches),
-            last=_LastLoss(end, on_host, width),
+        end = _End(
+            loss=loss,
+            norm=self._norm,
+            head=self._source.head().weight,
+            batches=batches,
+            width=self._source.checkpoint.config["hidden_size"],
         )
+        last = self._source.layers - 1
+        return self._backward_block(last, block, hidden, len(batches), end=end)
 
     def _backward_block(
         self,
@@ -238,12 +220,12 @@ class BlockGradients:
         hidden: stream.Hidden,
         n: int,
         *,
-        last: _LastLoss | None = None,
+        end: _End | None = None,
     ) -> tuple[float, dict[str, mx.array]]:
         """n micro-batches back through block i, computed again: (sum of losses, gradients by name).
 
         hidden: inputs (B, T, D) of the block, which their cotangents replace; behind them the
-        cotangents of its outputs. last: of the last block only.
+        cotangents of its outputs. end: of the last block only.
         """
         start = self._blocks.start
         trained = {}
@@ -254,18 +236,17 @@ class BlockGradients:
         for b in range(n):
             index = (i - start) * n + b
             windows = len(hidden[index])
-            above = last.cotangent(hidden[index]) if last else hidden[index + n]
-            out, new_grads, below = self._vjp(
+            above = None if end else hidden[index + n]
+            value, new_grads, below = self._vjp(
                 block,
                 trained,
                 hidden[index],
                 above,
                 i=i,
                 b=b,
-                last=last,
+                end=end,
             )
-            if last:
-                total = total + last.value(b, out, above, windows)
+            total = total + value
             if b:
                 new_grads = [old + new for old, new in zip(grads, new_grads, strict=True)]
             grads = new_grads
@@ -279,7 +260,7 @@ class BlockGradients:
                 mx.eval(total, grads, wanted, of_owner)
             hidden[index : index + len(wanted)] = wanted
             # Not to be held beside the next micro-batch's.
-            del above, out, new_grads, below, wanted, of_owner
+            del above, value, new_grads, below, wanted, of_owner
         _set_weights(block, trained, trained.values())  # `_vjp` left tracers there
         return float(total), dict(zip(trained, grads, strict=True))
 
@@ -288,33 +269,38 @@ class BlockGradients:
         block: nn.Module,
         trained: dict[str, mx.array],
         hidden: mx.array,
-        above: mx.array,
+        above: mx.array | None,
         *,
         i: int,
         b: int,
-        last: _LastLoss | None,
+        end: _End | None,
     ) -> tuple[mx.array, list[mx.array], BlockInputs]:
-        """(output, gradients of `trained`, cotangents of the inputs) of micro-batch b; lazy.
+        """(loss, gradients of `trained`, cotangents of the inputs) of micro-batch b; lazy.
 
-        The last block's output has gone through `last.end`. above: the cotangent of the output. The
-        block keeps MLX's tracers in place of its weights: put these back.
+        above: the cotangent of the output; of the last block None, behind which `end` stands. The
+        loss of other blocks is 0. The block keeps MLX's tracers in place of its weights: put these
+        back.
         """
         inputs = self._source.sides.inputs(i, b, hidden)
-        cotangents = BlockOutputs(above, self._sharers.take(i, b))
+        # keys and values count where later blocks have sent cotangents of them
+        counted = BlockOutputs(hidden, self._sharers.take(i, b))
+        _, *of_shared = counted.arrays(counted)
         count = len(inputs.arrays)
 
         def run(*primals: mx.array) -> list[mx.array]:
             _set_weights(block, trained, primals[count:])
             outputs = self._run_block(block, inputs.like(primals[:count]))
-            out, *shared = outputs.arrays(cotangents)
-            if last:
-                out = last.end(b, out)
-            return [out, *shared]
+            return outputs.arrays(counted)
 
         primals = [*inputs.arrays, *trained.values()]
-        outputs, grads = mx.vjp(run, primals, cotangents.arrays(cotangents))
+        if end:
+            value, grads = end.vjp(run, primals, b, of_shared)
+        else:
+            assert above is not None  # only the end has nothing above it
+            value = mx.array(0.0)
+            _, grads = mx.vjp(run, primals, [above, *of_shared])
         below = inputs.like(grads[:count])
-        return outputs[0], grads[count:], below
+        return value, grads[count:], below
 
 
 def _set_weights(block: nn.Module, names: Iterable[str], weights: Iterable[mx.array]) -> None:

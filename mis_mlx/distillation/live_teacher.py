@@ -18,14 +18,14 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mis_mlx.compute import precision
+from mis_mlx.compute import precision, streams
+from mis_mlx.compute.token_losses import TokenLoss, teacher_kl
 from mis_mlx.data import draws
 from mis_mlx.data.token_windows import Windows, fingerprint
 from mis_mlx.distillation.train_loop import train
-from mis_mlx.hardware import streams
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import distributed, host_losses, load, pipeline_parallel, stream
+from mis_mlx.models import distributed, load, pipeline_parallel, stream
 from mis_mlx.models.config import shape_of, softcap
 from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage import logit_store, run_folder
@@ -104,56 +104,18 @@ class StreamedTeacher:
             micro_batches.append((tokens, loss_mask.reshape(-1), *targets))
         return micro_batches
 
-    def _numpy_is_quicker(self) -> bool:
-        """On a CPU MLX's exp takes seven times as long as numpy's (models/host_losses)."""
-        return precision.policy() == "cpu" and not self._cross_entropy
+    def token_loss(self, *, own_head: bool = False) -> TokenLoss:
+        """The loss of a student against this teacher; targets as `micro_batches` gives them.
 
-    def gradient_of(self, student: nn.Module) -> Callable[..., Any] | None:
-        """The gradient by numpy's loss, as `train_loop.train` takes it; None: MLX computes it."""
-        return partial(_on_host, self, student) if self._numpy_is_quicker() else None
-
-    def host_gradients(self) -> Callable[..., tuple[float, mx.array]] | None:
-        """The loss and its gradient by numpy, as `Sharded.steps` takes them; None: MLX computes."""
-
-        def loss_and_gradient(
-            head: mx.array, batches: Sequence[MicroBatch], b: int, hidden: mx.array
-        ) -> tuple[float, mx.array]:
-            _, loss_mask, target = batches[b]
-            loss, gradient, _ = host_losses.kl_gradients(
-                hidden,
-                head,
-                target,
-                self._logits_by(head),
-                loss_mask=loss_mask,
-                temperature=self.temperature,
-                frozen_head=True,
-                softcap=self.softcap,
-            )
-            return loss, gradient
-
-        return loss_and_gradient if self._numpy_is_quicker() else None
-
-    def kl_sum(
-        self,
-        hidden: mx.array,
-        head: mx.array,
-        loss_mask: mx.array,
-        *target: mx.array,
-        frozen_head: bool = False,
-    ) -> mx.array:
-        """`losses.kl_sum` of a student's hidden states (n, D) and head (V, D) against this teacher.
-
-        loss_mask: (n,). target: the teacher's hidden states, and labels for cross-entropy.
+        own_head: the student's head is as its checkpoint has it, and stays so.
         """
-        return losses.kl_sum(
-            hidden,
-            head,
-            target[0],
-            self._logits_by(head) if frozen_head else self.logits,
-            loss_mask=loss_mask,
+
+        def logits_beside(head: mx.array) -> losses.Logits:
+            return self._logits_by(head) if own_head else self.logits
+
+        return teacher_kl(
+            logits_beside,
             temperature=self.temperature,
-            frozen_head=frozen_head,
-            labels=target[1] if self._cross_entropy else None,
             cross_entropy=self._cross_entropy,
             softcap=self.softcap,
         )
@@ -166,7 +128,11 @@ class TextTargets:
     """
 
     def __init__(self, softcap: float = 0.0):
-        self.kl_sum = partial(losses.sampled_kl_sum, softcap=softcap)
+        self._softcap = softcap
+
+    def token_loss(self, *, own_head: bool = False) -> TokenLoss:
+        """The cross-entropy of a student; targets as `micro_batches` gives them."""
+        return TokenLoss(partial(losses.sampled_kl_sum, softcap=self._softcap))
 
     def micro_batches(
         self, batches: Sequence[Batch], windows: Sequence[np.ndarray] = ()
@@ -187,65 +153,46 @@ def next_tokens(tokens: mx.array) -> mx.array:
     return mx.roll(tokens, -1, 1).reshape(-1)
 
 
-def _on_host(
-    source: StreamedTeacher,
-    student: nn.Module,
-    tokens: mx.array,
-    loss_mask: mx.array,
-    target: mx.array,
-) -> tuple[tuple[mx.array, mx.array], Any]:
-    """What `nn.value_and_grad` gives of `student_loss`, evaluated; numpy computes the loss.
+def value_and_grad(student: nn.Module, loss: TokenLoss) -> Callable[..., Any]:
+    """As `nn.value_and_grad`, of a resident student.
 
-    Windows go side by side. The backward pass is laid out before the forward pass is evaluated, so
-    that MLX keeps only what the backward pass needs: it starts from a cotangent of zeros, whose
-    memory numpy fills later.
+    The function that it returns takes the student and a micro-batch, and gives ((the loss in nats,
+    tokens that count), gradients by name).
     """
-    trained = dict(tree_flatten(student.trainable_parameters()))
-    cotangent = mx.zeros((tokens.size, student.args.hidden_size))
-    hidden: list[mx.array] = []
-
-    def forward(*weights: mx.array) -> mx.array:
-        student.update(tree_unflatten(list(zip(trained, weights, strict=True))))
-        hidden.append(streams.map_rows(student.model, tokens).reshape(cotangent.shape))
-        return hidden[0]
-
-    with streams.single_threaded_blas(len(tokens)):
-        _, grads = mx.vjp(forward, list(trained.values()), [cotangent])
-        student.update(tree_unflatten(list(trained.items())))  # `forward` left tracers there
-        mx.eval(hidden, cotangent)
-    name = "lm_head.weight" if hasattr(student, "lm_head") else "model.embed_tokens.weight"
-    loss, of_hidden, of_head = host_losses.kl_gradients(
-        hidden[0],
-        load.head_weight(student),
-        target,
-        source.logits,
-        loss_mask=loss_mask,
-        temperature=source.temperature,
-        frozen_head=name not in trained,
-        softcap=source.softcap,
-    )
-    # Before the gradients are evaluated: the graph reads this memory.
-    host_losses.view(cotangent)[:] = host_losses.view(of_hidden)
-    named = dict(zip(trained, grads, strict=True))
-    del grads
-    if of_head is not None:
-        named[name] = named[name] + of_head
-    with streams.single_threaded_blas(len(tokens)):
-        mx.eval(named)
-    return (mx.array(loss), loss_mask.sum()), tree_unflatten(list(named.items()))
+    return partial(_gradients, loss)
 
 
-def student_loss(
-    source: TargetSource,
+def _gradients(
+    loss: TokenLoss,
     student: nn.Module,
     tokens: mx.array,
     loss_mask: mx.array,
-    *target: mx.array,
-) -> tuple[mx.array, mx.array]:
-    """(sum of KL in nats, tokens that count) of a micro-batch, of a resident student."""
-    hidden = student.model(tokens)
-    hidden = hidden.reshape(-1, hidden.shape[-1])
-    return source.kl_sum(hidden, load.head_weight(student), loss_mask, *target), loss_mask.sum()
+    *targets: mx.array,
+) -> tuple[tuple[mx.array, mx.array], Any]:
+    """What `value_and_grad` says of one micro-batch."""
+    trained = dict(tree_flatten(student.trainable_parameters()))
+    names = list(trained)
+    head = "lm_head.weight" if hasattr(student, "lm_head") else "model.embed_tokens.weight"
+
+    def forward(*weights: mx.array) -> tuple[mx.array, mx.array]:
+        student.update(tree_unflatten(list(zip(names, weights, strict=True))))
+        hidden = loss.map_windows(student.model, tokens)
+        return hidden.reshape(-1, hidden.shape[-1]), load.head_weight(student)
+
+    value, grads = loss.vjp(
+        forward,
+        list(trained.values()),
+        loss_mask,
+        targets,
+        width=student.args.hidden_size,
+        windows=len(tokens),
+        head_index=names.index(head) if head in trained else None,
+    )
+    student.update(tree_unflatten(list(trained.items())))  # `forward` left tracers there
+    named = list(zip(names, grads, strict=True))
+    del grads
+    loss.evaluate(named, len(tokens))
+    return (value, loss_mask.sum()), tree_unflatten(named)
 
 
 def step_micro_batches(
@@ -270,18 +217,15 @@ def steps(
     factor: Callable[[int], float] = lambda step: 1.0,
 ) -> Iterator[Step]:
     """Optimizer steps `start` to `recipe.iters`, as `train_loop.train`."""
-    gradient_of = None
-    if isinstance(source, StreamedTeacher):
-        gradient_of = source.gradient_of(student)
     return train(
         student,
         partial(step_micro_batches, source, data, recipe),
-        partial(student_loss, source),
+        source.token_loss(),
         optimizer,
         recipe=recipe,
         start=start,
         factor=factor,
-        gradient_of=gradient_of,
+        value_and_grad=value_and_grad,
     )
 
 
@@ -416,7 +360,14 @@ class CachedTeacher:
             micro_batches.append((tokens, loss_mask.reshape(-1), *targets))
         return micro_batches
 
-    def kl_sum(
+    def token_loss(self, *, own_head: bool = False) -> TokenLoss:
+        """The KL of a student to the sampled targets, which `micro_batches` reads from the store.
+
+        MisError from the loss where the student has another vocabulary.
+        """
+        return TokenLoss(self._kl_sum)
+
+    def _kl_sum(
         self,
         hidden: mx.array,
         head: mx.array,
@@ -424,19 +375,22 @@ class CachedTeacher:
         *target: mx.array,
         frozen_head: bool = False,
     ) -> mx.array:
-        """Sum of the KL in nats of a student's hidden states (n, D) and head (V, D).
-
-        target: what `micro_batches` read from the store. MisError where the student has another
-        vocabulary.
-        """
+        """`losses.sampled_kl_sum`, of a student with this store's vocabulary."""
         vocab = self._store.spec.vocab
         if head.shape[0] != vocab:
             raise MisError(
                 f"the targets are for {vocab} tokens, but the student has {head.shape[0]}: use its "
                 f"teacher"
             )
+        ids, weights = target
         return losses.sampled_kl_sum(
-            hidden, head, loss_mask, *target, frozen_head=frozen_head, softcap=self._softcap
+            hidden,
+            head,
+            loss_mask,
+            ids,
+            weights,
+            frozen_head=frozen_head,
+            softcap=self._softcap,
         )
 
 

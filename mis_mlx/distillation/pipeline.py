@@ -330,20 +330,10 @@ def _by_blocks(c: Run, pruned: Checkpoint, source: live_teacher.TargetSource) ->
     parts = begun if in_shards else None
     start = training.start(lambda: student.begin(_repaired(c, pruned, parts)))
     micro_batches = partial(live_teacher.step_micro_batches, source, c.data, c.recipe)
-    loss = partial(source.kl_sum, frozen_head=True)
-    host_gradients = None
-    if isinstance(source, live_teacher.StreamedTeacher):
-        host_gradients = source.host_gradients()
+    loss = source.token_loss(own_head=True)
 
     def steps_of(recipe: DistillationConfig) -> Callable[[int], Iterator[Step]]:
-        return partial(
-            student.steps,
-            micro_batches,
-            loss,
-            recipe,
-            factor=c.factor,
-            host_gradients=host_gradients,
-        )
+        return partial(student.steps, micro_batches, loss, recipe, factor=c.factor)
 
     save_every = c.recipe.save_every
     with c.phase("distil"):

@@ -20,16 +20,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mis_mlx.compute import precision
+from mis_mlx.compute import precision, streams
+from mis_mlx.compute.token_losses import TokenLoss
 from mis_mlx.distillation import train_loop
-from mis_mlx.distillation.block_gradients import (
-    BlockGradients,
-    ForwardResult,
-    HostGradients,
-    Loss,
-    MicroBatch,
-)
-from mis_mlx.hardware import streams
+from mis_mlx.distillation.block_gradients import BlockGradients, ForwardResult, MicroBatch
 from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
 from mis_mlx.models import arch, distributed, load, model_writer, stream
 from mis_mlx.settings.recipe import TrainingConfig
@@ -223,19 +217,15 @@ class Sharded:
     def steps(
         self,
         micro_batches: Callable[[int], Sequence[MicroBatch]],
-        loss: Loss,
+        loss: TokenLoss,
         recipe: TrainingConfig,
         start: int = 0,
         factor: Callable[[int], float] = lambda step: 1.0,
-        host_gradients: HostGradients | None = None,
     ) -> Iterator[Step]:
-        """Run steps `start` to `recipe.iters` as `train_loop.train` does.
-
-        host_gradients: as in `BlockGradients.forward`.
-        """
+        """Run steps `start` to `recipe.iters` as `train_loop.train` does."""
 
         def forward_of(step: int) -> ForwardResult:
-            return self._passes.forward(micro_batches(step), loss, host_gradients)
+            return self._passes.forward(micro_batches(step), loss)
 
         for step in range(start, recipe.iters):
             # The forward pass changes no weight, so it can be redone after the machine slept.
@@ -301,9 +291,9 @@ class Sharded:
         return norm, note
 
     def gradients(
-        self, batches: Sequence[MicroBatch], loss: Loss, host_gradients: HostGradients | None = None
+        self, batches: Sequence[MicroBatch], loss: TokenLoss
     ) -> Iterator[tuple[Any, Any]]:
         """First (loss per token in nats, tokens) of a step, then what `backward_blocks` yields."""
-        forward = self._passes.forward(batches, loss, host_gradients)
+        forward = self._passes.forward(batches, loss)
         yield forward.loss, forward.tokens
         yield from self._passes.backward_blocks(forward)

@@ -12,7 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mis_mlx.hardware import clock, streams
+from mis_mlx.compute import streams
+from mis_mlx.compute.token_losses import TokenLoss
+from mis_mlx.hardware import clock
 from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
 from mis_mlx.models import distributed
 from mis_mlx.settings.recipe import TrainingConfig
@@ -23,6 +25,8 @@ CLOCK = clock.Clock()
 # scalar}, whose means come with the step. "tokens" among these is no mean: how many tokens went
 # through, where the count is of other things.
 Loss = Callable[..., tuple[Any, ...]]
+# (model, loss) -> (model, *micro-batch) -> (the loss's sums, gradients of the first of them)
+ValueAndGrad = Callable[[nn.Module, Any], Callable[..., Any]]
 # number of a step, from 0 -> its micro-batches
 MicroBatches = Callable[[int], Sequence[tuple[Any, ...]]]
 # Names of the first two sums of a loss, beside those that a loss names itself.
@@ -33,24 +37,23 @@ _COUNT = "tokens that count"
 def train(
     model: nn.Module,
     micro_batches: MicroBatches,
-    loss: Loss,
+    loss: Loss | TokenLoss,
     optimizer: GuardedAdamW,
     recipe: TrainingConfig,
     start: int = 0,
     factor: Callable[[int], float] = lambda step: 1.0,
-    gradient_of: Callable[..., Any] | None = None,
+    value_and_grad: ValueAndGrad = nn.value_and_grad,
 ) -> Iterator[Step]:
     """Run steps `start` to `recipe.iters`; yield each when it is done.
 
     `Step.number` counts from 1. micro_batches: argument tuples for `loss`. factor(step): eq. (2)'s
-    (1 + eps_halny); it scales the gradient, while the loss reported is the plain one. gradient_of:
-    gives what `nn.value_and_grad` gives for a micro-batch, where there is a quicker way.
+    (1 + eps_halny); it scales the gradient, while the loss reported is the plain one.
+    value_and_grad(model, loss): the function that gives sums and gradients of a micro-batch.
 
     A step during which the machine slept (the lid was closed) is discarded before it touches the
     weights, and done again.
     """
-    if gradient_of is None:
-        gradient_of = partial(nn.value_and_grad(model, loss), model)
+    gradient_of = value_and_grad(model, loss)
     gradients = partial(_gradients, model, gradient_of, micro_batches)
     for step in range(start, recipe.iters):
         began, note, (value, tokens, grads, means) = redone_after_sleep(partial(gradients, step))
@@ -132,7 +135,7 @@ def _gradients(
     summed_grads = None
     sums = {_LOSS: mx.array(0.0), _COUNT: mx.array(0.0)}
     for arguments in micro_batches(step):
-        (loss_sum, count, *further), grads = gradient_of(*arguments)
+        (loss_sum, count, *further), grads = gradient_of(model, *arguments)
         summed_grads = grads if summed_grads is None else tree_map(mx.add, summed_grads, grads)
         parts = {_LOSS: loss_sum, _COUNT: count}
         if further:

@@ -8,9 +8,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mis_mlx.compute import host_losses
 from mis_mlx.data import token_windows
 from mis_mlx.evaluation.answer_records import Answer, Prompt
-from mis_mlx.models import config, host_losses, load, mlx_generate
+from mis_mlx.models import config, load, mlx_generate
 from mis_mlx.models.stream import HEAD_PART, Hidden, Stream
 from mis_mlx.types import Checkpoint, MisError
 

@@ -17,11 +17,12 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx import cli
+from mis_mlx.compute import host_losses
+from mis_mlx.compute.host_losses import CHUNK, GROUP
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.evaluation.answer_figures import bits_per_byte
 from mis_mlx.maths import stats
-from mis_mlx.models import config, distributed, host_losses, load
-from mis_mlx.models.host_losses import CHUNK, GROUP
+from mis_mlx.models import config, distributed, load
 from mis_mlx.models.stream import HEAD_PART, Hidden, Stream, evaluate_now
 from mis_mlx.types import Checkpoint, MisError, Row
 

@@ -121,14 +121,14 @@ def about() -> dict[str, Any]:
     }
 
 
-def _on_gpu() -> bool:
+def on_gpu() -> bool:
     """Whether MLX computes on a GPU by default."""
     return mx.default_device() == mx.gpu
 
 
 def _computes_on() -> str:
     """GPU or CPU."""
-    return "GPU" if _on_gpu() else "CPU"
+    return "GPU" if on_gpu() else "CPU"
 
 
 def _release() -> str:
@@ -159,7 +159,7 @@ def matmul_flops(seconds: float = 0.3) -> float:
     """
     size = 1024
     dtype = mx.float32
-    if _on_gpu():
+    if on_gpu():
         size = 4096
         dtype = mx.float16
     matrix = mx.random.normal((size, size), key=mx.random.key(0)).astype(dtype)
@@ -176,7 +176,7 @@ def memory_bytes() -> float:
     source = np.ones(nbytes // 8, np.float32)
     target = np.ones(nbytes // 8, np.float32)
     copying = nbytes / quickest(lambda: np.copyto(target, source), 0.4)
-    if _on_gpu():
+    if on_gpu():
         halves = mx.zeros((nbytes // 2,), mx.float16)
         reading = nbytes / quickest(lambda: mx.max(halves).item(), 0.4)
     else:
@@ -273,7 +273,7 @@ def device_name() -> str:
 
 def assumed() -> Rates:
     """Measure matrix products in a moment, and assume an ordinary machine's disk and memory."""
-    memory = 50e9 if _on_gpu() else 10e9
+    memory = 50e9 if on_gpu() else 10e9
     return _rates(1e9, 0.5e9, memory, "disk and memory assumed: --measure measures them")
 
 
@@ -302,7 +302,7 @@ def measure_roof() -> Roof:
 
 def _rates(read: float, written: float, memory: float, source: str) -> Rates:
     """Rates with these bytes per second and with products measured now."""
-    gpu = _on_gpu()
+    gpu = on_gpu()
     flops = matmul_flops()
     if gpu:
         forward = flops

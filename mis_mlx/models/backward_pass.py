@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
-from mis_mlx.compute import precision
+from mis_mlx.compute import token_losses
 from mis_mlx.maths.losses import chunk_rows
-from mis_mlx.models import block_inputs, config, host_losses, load, stream
+from mis_mlx.models import block_inputs, config, load, stream
 from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
 from mis_mlx.types import Checkpoint
 
@@ -125,30 +124,10 @@ def _drawn(source: stream.Stream, hidden: mx.array, key: mx.array, at_head: AtHe
         z = logits(some)
         key, subkey = mx.random.split(key)
         drawn = mx.random.categorical(z, key=subkey)
-        above = _logit_grads(z, drawn)
+        above = token_losses.likelihood_gradients(z, drawn)
         gradients = mx.vjp(logits, [some], [above])[1]
         parts.append(gradients[0])
         # Evaluated part by part: the logits of one part alone are in memory.
         stream.evaluate_now(parts[-1])
         at_head(norm(some), above)
     return mx.concatenate(parts).reshape(hidden.shape)
-
-
-def _logit_grads(z: mx.array, drawn: mx.array) -> mx.array:
-    """d log softmax(z)[drawn] / d z (n, V), for z (n, V) and drawn (n,).
-
-    It is 1 at the drawn token minus softmax(z). On a CPU the memory of z becomes the result.
-    """
-    if precision.policy() != "cpu":
-        tokens = mx.arange(z.shape[-1])
-        one_hot = (tokens == drawn[:, None]).astype(mx.float32)
-        return one_hot - mx.softmax(z, axis=-1)
-    # numpy writes into z, so z and everything that is made of it must be evaluated before
-    stream.evaluate_now(z, drawn)
-    columns = np.array(drawn)
-    p = host_losses.view(z)
-    host_losses.by_rows(host_losses.softmax, p)
-    np.negative(p, out=p)
-    rows = np.arange(len(p))
-    p[rows, columns] += 1.0
-    return z

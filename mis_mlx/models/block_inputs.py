@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mis_mlx.hardware import streams
+from mis_mlx.compute import streams
 from mis_mlx.models import config
 from mis_mlx.models.families import Config, family
 

@@ -18,8 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mis_mlx import cli
-from mis_mlx.compute import precision
-from mis_mlx.hardware import streams
+from mis_mlx.compute import precision, streams
 from mis_mlx.models import altup, arch, block_inputs, experts, families, load, residency
 from mis_mlx.models.experts import Expert, Visit
 from mis_mlx.storage.block_reader import PAGE, Reader, Slot, Slots

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mis_mlx.compute.token_losses import IN_ONE_GRAPH, Footprint
 from mis_mlx.hardware.memory import in_flight_bytes, process_bytes
 from mis_mlx.maths.optimizer import group_of
 from mis_mlx.maths.reconstruction import HELD_OUT, RIDGES, precision
@@ -27,7 +28,6 @@ from mis_mlx.planner.estimates import (
     comparison_cost,
     forward_flops,
     headroom_bytes,
-    logit_bytes,
     parallel_windows,
     pass_workspace,
     streamed_pass,
@@ -254,40 +254,38 @@ def training_bytes(
     config: Mapping[str, Any],
     batch: int,
     length: int,
-    host_streams: int = 0,
     *,
+    loss: Footprint = IN_ONE_GRAPH,
     accumulates: bool = False,
-    gpu: bool = False,
 ) -> int:
     """Memory to train a student that is whole in memory, on micro-batches (`batch`, `length`).
 
     Weights and moments, and the largest of: activations and the vocabulary's part of the loss; the
-    backward pass; the update. host_streams: windows side by side where numpy computes the loss
-    between the passes (live_teacher), each with gradients; 0: all in one graph, of which the least
-    that can be promised is the sum. accumulates: several micro-batches, so that the gradients of
-    earlier ones wait meanwhile. gpu: with temporaries of the commands in flight.
+    backward pass; the update. loss: computed between the passes, with windows side by side that
+    have gradients each; or all in one graph, of which the least that can be promised is the sum.
+    accumulates: several micro-batches, so that the gradients of earlier ones wait meanwhile.
     """
     s = shape_of(config)
     params = arch.params(config)
     activations = activation_bytes(config, batch, length)
     head = 4 * s.vocab * s.hidden
     block = backward_bytes(config, batch, length) - activations // s.layers
-    logits = logit_bytes(s.vocab, batch * length, host=bool(host_streams), gpu=gpu)
+    logits = loss.logit_bytes(s.vocab, batch * length)
     gradients = GRADIENT_BYTES * params
     forward = activations + 2 * head + logits
     backward = gradients
-    if host_streams:
-        lane_gradients = min(batch, host_streams) * (gradients - head)
+    if loss.on_host:
+        lane_gradients = min(batch, loss.streams) * (gradients - head)
         backward = max(activations + head, lane_gradients + 3 * head)
     backward += block
     if accumulates:
         forward += gradients
         backward += gradients
-    if not host_streams:
+    if not loss.on_host:
         forward += gradients
     largest = max(map(math.prod, arch.tensors_of(config, True).values()))
     update = gradients + UPDATE_ARRAYS * 4 * largest
-    ahead = min(activations, in_flight_bytes()) if gpu else 0
+    ahead = min(activations, in_flight_bytes()) if loss.gpu else 0
     return (STATE_BYTES - GRADIENT_BYTES) * params + max(forward, backward, update) + ahead
 
 

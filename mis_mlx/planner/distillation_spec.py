@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from mis_mlx.compute.token_losses import Footprint, teacher_kl_footprint
 from mis_mlx.models.families import family
-from mis_mlx.planner import estimates
 from mis_mlx.planner.model_size import ModelSize
 from mis_mlx.settings.recipe import (
     ROUND_TO_NEAREST,
@@ -48,14 +48,11 @@ class DistillationSpec(DistillationConfig):
         return self.batch_size * self.grad_accumulation_steps * self.max_seq_length
 
     @property
-    def host_streams(self) -> int:
-        """How many windows go side by side where numpy computes the losses; else 0.
-
-        As in models/host_losses.
-        """
-        if self.targets != "live" or self.teacher.gpu or self.cross_entropy:
-            return 0
-        return estimates.parallel_windows(self.student)
+    def loss(self) -> Footprint:
+        """What the loss holds while it is computed."""
+        if self.targets != "live":
+            return Footprint(gpu=self.student.gpu)
+        return teacher_kl_footprint(self.cross_entropy, gpu=self.student.gpu)
 
     @property
     def target_bytes(self) -> int:

@@ -14,12 +14,13 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from mis_mlx import cli
-from mis_mlx.hardware import rates, streams
-from mis_mlx.hardware.memory import COMMANDS_AHEAD, process_bytes
-from mis_mlx.maths.losses import chunk_rows
+from mis_mlx.compute import streams
+from mis_mlx.compute.host_losses import CHUNK, GROUP
+from mis_mlx.compute.token_losses import Footprint
+from mis_mlx.hardware import rates
+from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.models import arch, block_inputs, families, mixer_sizes, opening, tensor_shapes
 from mis_mlx.models.config import attending, head_size, key_owners, shape_of, versions
-from mis_mlx.models.host_losses import CHUNK, GROUP
 from mis_mlx.models.residency import batches_per_pass, pass_bytes
 from mis_mlx.models.stream import GROUP_BYTES, HEAD_PART
 from mis_mlx.planner.model_size import ModelSize, model_of
@@ -30,10 +31,6 @@ from mis_mlx.types import Budget, Checkpoint, MisError, Precision, duration, gib
 SMALL_BYTES = 2**20  # norms, masks, whole pages: too little for a formula
 # that Python and MLX take to know of a tensor: its name and place (measured on 24,302)
 TENSOR_BYTES = 3 * 1024
-# of `losses.kl_sum`, whose memory MLX takes before the first of them is done (measured on a CPU)
-CHUNKS_AHEAD = 3
-# float32 (n, V) that a chunk makes, five of them alive at a time; a GPU may hold all it has begun
-CHUNK_ARRAYS = 12
 BLOCK_WAITS = 2  # for a block's weights, and for the check that its first output is a number
 SETTLED_TOKENS = 512  # of the pass by which a type is chosen
 # bytes of a parameter that one update moves: these four read, three written, in one kernel
@@ -174,7 +171,7 @@ def filling_bytes(m: ModelSize, tokens: int) -> int:
 
 def parallel_windows(m: ModelSize) -> int:
     """How many windows go through a block side by side."""
-    return 1 if m.gpu else streams.count()
+    return streams.count_on(gpu=m.gpu)
 
 
 def workspace_bytes(m: ModelSize, tokens: int, length: int) -> int:
@@ -227,22 +224,6 @@ def backward_bytes(config: Mapping[str, Any], batch: int, length: int) -> int:
     return 11 * kept // (arrays * shape_of(config).layers)
 
 
-def logit_bytes(vocab: int, tokens: int, host: bool = False, *, gpu: bool = False) -> int:
-    """Logits in flight: chunks of five float32 arrays (maths/losses).
-
-    host: numpy computes the loss, with two arrays of one chunk (host_losses). gpu: a GPU holds the
-    arrays that it needs and those of the commands in flight, one each, for (n, V) fills a command
-    buffer.
-    """
-    rows = chunk_rows(vocab)
-    if host:
-        return 2 * min(tokens, rows) * vocab * 4
-    chunks = math.ceil(tokens / rows)
-    if gpu:
-        return min(5 + COMMANDS_AHEAD, CHUNK_ARRAYS * chunks) * rows * vocab * 4
-    return 5 * min(CHUNKS_AHEAD, chunks) * rows * vocab * 4
-
-
 def keys_bytes(m: ModelSize, tokens: int) -> int:
     """Keys and values of `tokens` tokens, in all blocks."""
     return 2 * attending(m.config) * tokens * m.shape.kv_heads * m.shape.head_dim * m.item
@@ -289,7 +270,7 @@ def streamed_pass(
     if head:
         head_work = m.head_work
         head_read = m.head_bytes
-        logits = logit_bytes(s.vocab, micro_tokens, gpu=m.gpu) + m.widened_bytes
+        logits = Footprint(gpu=m.gpu).logit_bytes(s.vocab, micro_tokens) + m.widened_bytes
         if m.packed and not m.as_stored:  # de-quantizing it, MLX runs ahead here too
             logits = max(logits, head_work * 3 // 2)
     fixed = beside_bytes + m.slots_bytes + SMALL_BYTES + side_bytes(m, tokens)

@@ -9,6 +9,7 @@ from functools import partial
 
 import numpy as np
 
+from mis_mlx.compute.token_losses import Footprint
 from mis_mlx.maths.reconstruction import precision
 from mis_mlx.maths.rounding import CANDIDATE_BITS, GROUPS, HELD_BYTES, PART, SLAB
 from mis_mlx.models import bit_floors
@@ -19,7 +20,6 @@ from mis_mlx.planner.estimates import (
     backward_bytes,
     forward_flops,
     headroom_bytes,
-    logit_bytes,
     parallel_windows,
     stacked_bytes,
     streamed_pass,
@@ -280,7 +280,7 @@ def _sensing_bytes(m: ModelSize, windows: int, length: int, seen_bytes: int, bat
     workspace = workspace_bytes(m, length, length)
     # Of logits three arrays were measured on a CPU, five under Metal's policy.
     head = m.head_work
-    head += logit_bytes(2 * m.shape.vocab, length, host=True) * (2 + m.gpu) // 2
+    head += Footprint(on_host=True).logit_bytes(2 * m.shape.vocab, length) * (2 + m.gpu) // 2
     # In one stream 0.2 to 0.8 of it were measured, in two 0.4 to 1.2.
     backward = (1 + parallel_windows(m)) * backward_bytes(m.config, 1, length) // 2
     formats_bytes = 4

@@ -19,7 +19,6 @@ from mis_mlx.planner.estimates import (
     backward_bytes,
     forward_flops,
     headroom_bytes,
-    logit_bytes,
     parallel_windows,
     pass_workspace,
     resident_blocks,
@@ -68,9 +67,8 @@ def resident_cost(job: DistillationSpec, micro: int, limit: int) -> StageCost:
         m.config,
         micro,
         length,
-        host_streams=job.host_streams,
+        loss=job.loss,
         accumulates=job.step > micro * length,
-        gpu=m.gpu,
     )
     one_step = StageCost(
         name="distil",
@@ -143,9 +141,8 @@ def backward_peak_bytes(job: DistillationSpec, micro: int, rank: int = 0) -> int
     activations = activation_bytes(m.config, micro, length) // s.layers  # of a block
     backward = backward_bytes(m.config, micro, length)
     backward += min(streams, micro) * gradient + summed
-    host = bool(job.host_streams)
-    loss = logit_bytes(s.vocab, micro * length, host=host, gpu=m.gpu)
-    if host:
+    loss = job.loss.logit_bytes(s.vocab, micro * length)
+    if job.loss.on_host:
         loss += activations + summed
     else:
         loss += backward
@@ -166,12 +163,12 @@ def tuning_cost(job: DistillationSpec, micro: int, limit: int, iters: int) -> St
     trained = 2 * m.blocks_params // job.rounding.q_group_size
     nbytes = rounding_cost.packed_bytes(m, job.rounding)
     head = 4 * m.tables_params
-    head += logit_bytes(m.shape.vocab, micro * length, host=bool(job.host_streams), gpu=m.gpu)
+    head += job.loss.logit_bytes(m.shape.vocab, micro * length)
     work = activation_bytes(m.config, micro, length)
     state = STATE_BYTES
     if job.step > micro * length:  # gradients of micro-batches add up
         state += GRADIENT_BYTES
-    copies = 2 * 4 * max(1, min(micro, job.host_streams))  # a window goes through one stream
+    copies = 2 * 4 * max(1, min(micro, job.loss.streams))  # a window goes through one stream
     copied = (1 + copies) * m.blocks_params + 4 * m.block_params
     sides = m.side_params * (1 if m.gpu else 4)  # packed, or de-quantized
     one_step = StageCost(

@@ -8,8 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mis_mlx.compute import precision
-from mis_mlx.hardware import streams
+from mis_mlx.compute import precision, streams
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import ExpertSums, Statistics, Sums
 from mis_mlx.models import arch, distributed, modules, pipeline_parallel, stream

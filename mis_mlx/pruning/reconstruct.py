@@ -25,7 +25,7 @@ import mlx.optimizers as optim
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.hardware import streams
+from mis_mlx.compute import streams
 from mis_mlx.maths.reconstruction import HELD_OUT, HeldOut, NormalEquations
 from mis_mlx.models import experts, families, load, modules, stream
 from mis_mlx.models.stream import Batches, Hidden

@@ -22,8 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mis_mlx.compute import precision
-from mis_mlx.hardware import streams
+from mis_mlx.compute import precision, streams
 from mis_mlx.maths import rounding
 from mis_mlx.models import (
     arch,

@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.hardware import streams
+from mis_mlx.compute import streams
 from mis_mlx.maths import reconstruction, rounding
 from mis_mlx.models import arch, load, modules, stream
 from mis_mlx.models.stream import Batches, Hidden

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from benchmarks.ablations import block_removal
-from mis_mlx.models import host_losses, load
+from mis_mlx.compute import host_losses
+from mis_mlx.models import load
 from mis_mlx.types import Checkpoint
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from benchmarks.ablations import fisher_importance
-from mis_mlx.models import host_losses, load, stream
+from mis_mlx.compute import host_losses
+from mis_mlx.models import load, stream
 from mis_mlx.types import Checkpoint
 from tests.conftest import near
 

@@ -14,6 +14,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from benchmarks.ablations import fisher_importance as fisher
+from mis_mlx.compute.token_losses import TokenLoss
 from mis_mlx.distillation import sharded
 from mis_mlx.gguf_export import tensors
 from mis_mlx.models import arch, load, lora, model_writer
@@ -147,13 +148,15 @@ def test_sharded(model: Checkpoint, plain: nn.Module, tmp_path: Path) -> None:
     """Loss and gradients of the middle block, biases too, are the plain model's."""
     loss_mask = mx.ones((32,))
 
-    def loss(hidden: mx.array, head: mx.array, loss_mask: mx.array) -> mx.array:
+    def loss(
+        hidden: mx.array, head: mx.array, loss_mask: mx.array, *, frozen_head: bool = True
+    ) -> mx.array:
         return (mx.logsumexp(hidden @ head.T, axis=-1) * loss_mask).sum()
 
     parts = model_writer.by_block(model, tmp_path / "parts", DISK)
     student = sharded.Sharded(parts, 1, steps_per_shard=9, weight_decay=0.0, files=DISK)
     student._enter(1)
-    (value, _), (_, ours) = student.gradients([(TOKENS, loss_mask)], loss)
+    (value, _), (_, ours) = student.gradients([(TOKENS, loss_mask)], TokenLoss(loss))
 
     def whole(m: nn.Module) -> mx.array:
         head = m.lm_head.weight if hasattr(m, "lm_head") else m.model.embed_tokens.weight

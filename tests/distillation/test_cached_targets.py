@@ -238,4 +238,4 @@ def test_what_a_store_cannot_do_is_said(whole: Path, student: Checkpoint) -> Non
         [(mx.zeros((1, 16), mx.int32), mx.ones((1, 16)))], [np.array([0])]
     )[0]
     with pytest.raises(MisError, match="for 512 tokens, but the student has 500"):
-        live_teacher.student_loss(source, model, *arguments)
+        live_teacher.value_and_grad(model, source.token_loss())(model, *arguments)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mis_mlx.compute import precision
+from mis_mlx.compute import streams, token_losses
+from mis_mlx.compute.token_losses import TokenLoss
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher
-from mis_mlx.hardware import streams
 from mis_mlx.maths.losses import loss_noise_factor
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import load, stream
@@ -108,13 +108,10 @@ def test_a_head_that_both_have_is_read_once(
             monkeypatch.setattr(
                 stream.Stream, "head", lambda self: pytest.fail("the head was read")
             )
-        of_step = source.host_gradients()
-        kl = partial(source.kl_sum, frozen_head=True)
-        student = hidden * 0.9
-        found += [of_step(head, [(batches[0], loss_mask, hidden)], 0, student)] if of_step else []
-        found.append(mx.value_and_grad(kl)(student, head, loss_mask, hidden))
-    half = len(found) // 2
-    for (loss, slope), (other, others) in zip(found[:half], found[half:], strict=True):
+        loss = source.token_loss(own_head=True)
+        for either in (loss, TokenLoss(loss.by_mlx)):
+            found.append(either.gradients(0.9 * hidden, head, loss_mask, hidden, frozen_head=True))
+    for (loss, slope, _), (other, others, _) in zip(found[:2], found[2:], strict=True):
         assert float(loss) == pytest.approx(float(other), rel=near(0.0, 1e-3))
         assert float(loss) > 0
         assert mx.allclose(slope, others, rtol=near(0.0, 0.05), atol=near(0.0, 1e-3))
@@ -143,10 +140,10 @@ def test_lanes_do_not_change_the_student(
     batch: one step.
     """
     recipe = replace(RECIPE, iters=1, batch_size=batch_size)
-    monkeypatch.setattr(live_teacher.StreamedTeacher, "gradient_of", lambda *_: None)
-    _, (one,) = distil(llama, student, data, recipe)
-    monkeypatch.undo()
-    monkeypatch.setenv(precision.POLICY, "cpu")
+    with monkeypatch.context() as patched:
+        by_mlx = token_losses.Footprint(on_host=False)
+        patched.setattr(token_losses, "teacher_kl_footprint", lambda *_, **__: by_mlx)
+        _, (one,) = distil(llama, student, data, recipe)
     monkeypatch.setattr(streams, "count", lambda: 2)
     _, (two,) = distil(llama, student, data, recipe)
     assert two.loss == pytest.approx(one.loss, rel=1e-5)

@@ -16,11 +16,12 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
+from mis_mlx.compute.token_losses import TokenLoss, teacher_kl
 from mis_mlx.distillation import sharded, train_loop
 from mis_mlx.hardware.clock import Clock
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
-from mis_mlx.models import host_losses, load, model_writer, stream
+from mis_mlx.models import load, model_writer, stream
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import DISK, Files
 from mis_mlx.types import Checkpoint, MisError, Step
@@ -77,19 +78,33 @@ def micro_batches(
     return made
 
 
-def kl(hidden: mx.array, head: mx.array, loss_mask: mx.array, target: mx.array) -> mx.array:
-    """Forward KL against a teacher with a fixed random head."""
-    teacher_head = 0.05 * mx.random.normal((512, target.shape[1]), key=mx.random.key(9))
+def logits(hidden: mx.array) -> mx.array:
+    """A teacher's, with a fixed random head."""
+    return hidden @ (0.05 * mx.random.normal((512, hidden.shape[1]), key=mx.random.key(9))).T
+
+
+def kl(
+    hidden: mx.array,
+    head: mx.array,
+    loss_mask: mx.array,
+    target: mx.array,
+    *,
+    frozen_head: bool = True,
+) -> mx.array:
+    """Forward KL against that teacher."""
     return losses.kl_sum(
         hidden,
         head,
         teacher=target,
-        teacher_logits=lambda h: h @ teacher_head.T,
+        teacher_logits=logits,
         loss_mask=loss_mask,
         temperature=1.0,
         rows=None,
-        frozen_head=True,
+        frozen_head=frozen_head,
     )
+
+
+LOSS = TokenLoss(kl)
 
 
 def schedule(iters: int) -> Any:
@@ -211,7 +226,7 @@ def test_sharded_is_resident_bit_for_bit(
     model, wanted, arrays = resident(source(kind), each, iters)
     student = opened(source(kind), tmp_path / "s", each)
     got = []
-    for step in student.steps(micro_batches, kl, schedule(iters)):
+    for step in student.steps(micro_batches, LOSS, schedule(iters)):
         got.append(step)
         if step.number % VISIT:
             assert all(
@@ -244,7 +259,7 @@ def test_room_and_the_page_cache_change_no_bit(
     read = {}
     for name, how in hows.items():
         student = opened(source("llama"), tmp_path / name, 2, **how)
-        for _ in student.steps(micro_batches, kl, schedule(4)):
+        for _ in student.steps(micro_batches, LOSS, schedule(4)):
             read[name] = student._source.reader.nbytes  # since the visit began
         assert contents(tmp_path / name) == contents(tmp_path / "plain"), name
     assert read["room"] < read["plain"] == read["direct"]
@@ -269,7 +284,7 @@ def test_memory_holds_a_shard_not_the_student(tmp_path: Path) -> None:
     mx.clear_cache()
     before = mx.get_active_memory()
     student.begin()
-    steps = list(student.steps(micro, kl, schedule(2)))
+    steps = list(student.steps(micro, LOSS, schedule(2)))
     assert max(s.peak_bytes for s in steps) - before < 6 * 2**20 < source.nbytes
 
 
@@ -297,7 +312,7 @@ def test_blocks_are_written_at_the_end_of_a_visit_only(
     student = opened(source("llama"), tmp_path / "s", 2, files)
     before = contents(tmp_path / "s")
     files.written = 0
-    for _ in student.steps(micro_batches, kl, schedule(5)):
+    for _ in student.steps(micro_batches, LOSS, schedule(5)):
         now = contents(tmp_path / "s")
         written.append(
             (sorted(name for name in now if now[name] != before.get(name)), files.written)
@@ -358,7 +373,7 @@ def run(
         student.begin()
         save(start := 0)
     micro = partial(micro_batches, count=2, width=16, windows=1)
-    for step in student.steps(micro, kl, schedule(iters), start):
+    for step in student.steps(micro, LOSS, schedule(iters), start):
         done.append(step)
         if step.number % every == 0 or step.number == iters:
             save(step.number)
@@ -466,7 +481,7 @@ def test_three_bad_batches_stop_the_run_across_visits(
         ]
 
     with pytest.raises(MisError, match="3 steps in a row"):
-        list(student.steps(poisoned, kl, schedule(9)))
+        list(student.steps(poisoned, LOSS, schedule(9)))
     end = load.open_checkpoint(tmp_path / "s")
     assert same(*(dict(load.weights(c, "", mx.float32)) for c in (end, source("llama"))))
 
@@ -486,9 +501,9 @@ def test_a_step_in_which_the_machine_slept_changes_nothing(
             return slept
 
     plain, disturbed = (opened(source("llama"), tmp_path / name, LAYERS) for name in ("a", "b"))
-    one = next(plain.steps(micro_batches, kl, schedule(2), factor=lambda step: 1.1))
+    one = next(plain.steps(micro_batches, LOSS, schedule(2), factor=lambda step: 1.1))
     monkeypatch.setattr(train_loop, "CLOCK", Lid())
-    two = next(disturbed.steps(micro_batches, kl, schedule(2), factor=lambda step: 1.1))
+    two = next(disturbed.steps(micro_batches, LOSS, schedule(2), factor=lambda step: 1.1))
     assert facts([one]) == facts([two])
     assert two.note == "the machine slept 2 min; step done again."
     assert all(same(plain.arrays()[key], disturbed.arrays()[key]) for key in ("model", "optimizer"))
@@ -503,7 +518,7 @@ def test_every_block_has_its_own_dog(tmp_path: Path, source: Callable[[str], Che
     def loud(step: int) -> float:
         return 100.0 if step == 10 else 1.0
 
-    *_, last = student.steps(micro_batches, kl, schedule(11), factor=loud)
+    *_, last = student.steps(micro_batches, LOSS, schedule(11), factor=loud)
     clipped = [
         float(bound) for bound in re.findall(r"block \d: clipped \S+ to ([0-9.]+)", last.note)
     ]
@@ -522,7 +537,7 @@ def test_every_block_has_its_own_dog(tmp_path: Path, source: Callable[[str], Che
 def test_numpy_computes_the_loss_of_the_graph(
     tmp_path: Path, source: Callable[[str], Checkpoint], shard: int
 ) -> None:
-    """A step by `slopes` is one by `loss`: the loss to 1e-6, the gradients to 1e-5 of the
+    """A step by numpy is one by MLX: the loss to 1e-6, the gradients to 1e-5 of the
     largest.
     """
     student = sharded.Sharded(
@@ -533,27 +548,11 @@ def test_numpy_computes_the_loss_of_the_graph(
         files=DISK,
     )
     student.begin()
-    teacher_head = 0.05 * mx.random.normal((512, 64), key=mx.random.key(9))
     batches = micro_batches(0)
-
-    def host_gradients(
-        head: mx.array, given: Any, b: int, hidden: mx.array
-    ) -> tuple[float, mx.array]:
-        _, loss_mask, target = given[b]
-        value, slope, none = host_losses.kl_gradients(
-            hidden,
-            head,
-            teacher=target,
-            teacher_logits=lambda h: h @ teacher_head.T,
-            loss_mask=loss_mask,
-            frozen_head=True,
-        )
-        assert none is None
-        return value, slope
-
-    ((a, n), *left), ((b, m), *right) = (
-        list(student.gradients(batches, kl, s)) for s in (None, host_gradients)
-    )
+    by_numpy = teacher_kl(lambda head: logits)
+    assert by_numpy.by_numpy
+    (a, n), *left = student.gradients(batches, LOSS)
+    (b, m), *right = student.gradients(batches, by_numpy)
     assert n == m
     assert a == pytest.approx(b, rel=1e-6)
     assert [i for i, _ in left] == [i for i, _ in right] == list(reversed(student.blocks))

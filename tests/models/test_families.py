@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import distill, prune, quantize
 from mis_mlx.compute import precision
+from mis_mlx.compute.token_losses import TokenLoss
 from mis_mlx.distillation import live_teacher
 from mis_mlx.maths import losses
 from mis_mlx.models import arch, experts, load, stream, streamed_decode
@@ -231,12 +231,11 @@ def test_gradients_are_those_of_the_whole_model(models: Models, kind: str, tmp_p
 
     loss, want = nn.value_and_grad(plainly, plain)(plainly)
     named = one_by_one(dict(tree_flatten(want)), models(kind).config)
-    found = teacher.gradient_of(student)
-    assert found is not None
-    for (value, _), gradients in (
-        found(*batch),
-        nn.value_and_grad(student, partial(live_teacher.student_loss, teacher))(student, *batch),
-    ):
+    by_numpy = teacher.token_loss()
+    assert by_numpy.by_numpy
+    for token_loss in (by_numpy, TokenLoss(by_numpy.by_mlx)):
+        gradient_of = live_teacher.value_and_grad(student, token_loss)
+        (value, _), gradients = gradient_of(student, *batch)
         assert abs(value.item() - loss.item()) <= 1e-4 * abs(loss.item())
         ours = dict(tree_flatten(gradients))
         assert ours.keys() == named.keys()

@@ -19,16 +19,16 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mis_mlx import dpo, plan, prune, search
+from mis_mlx.compute import host_losses, streams
 from mis_mlx.compute.precision import dtype_of
+from mis_mlx.compute.token_losses import TokenLoss
 from mis_mlx.distillation import live_teacher, sharded
 from mis_mlx.evaluation import option_likelihood
 from mis_mlx.evaluation.speed import rounds
-from mis_mlx.hardware import streams
 from mis_mlx.maths import losses
 from mis_mlx.models import (
     arch,
     backward_pass,
-    host_losses,
     load,
     model_writer,
     pipeline_parallel,
@@ -240,14 +240,21 @@ def test_gradients_block_by_block_are_the_whole_models(
     cap = softcap(gemma.config)
     head = 0.5 * mx.random.normal((512, 64), key=mx.random.key(9))
 
-    def loss(hidden: mx.array, table: mx.array, loss_mask: mx.array, target: mx.array) -> mx.array:
+    def loss(
+        hidden: mx.array,
+        table: mx.array,
+        loss_mask: mx.array,
+        target: mx.array,
+        *,
+        frozen_head: bool,
+    ) -> mx.array:
         return losses.kl_sum(
             hidden,
             table,
             teacher=target,
             teacher_logits=lambda h: h @ head.T,
             loss_mask=loss_mask,
-            frozen_head=True,
+            frozen_head=frozen_head,
             softcap=cap,
         )
 
@@ -272,7 +279,7 @@ def test_gradients_block_by_block_are_the_whole_models(
     seen = set[int]()
     for visit in range(-(-7 // each)):
         student._enter(visit)
-        coming = student.gradients(batches, loss)
+        coming = student.gradients(batches, TokenLoss(loss))
         assert next(coming)[0] == pytest.approx(value.item() / (2 * windows * 12), rel=1e-5)
         for i, gradients in coming:
             seen.add(i)
@@ -452,7 +459,8 @@ def test_a_teacher_and_its_own_logits(gemma: Checkpoint) -> None:
     assert teacher.softcap == 3.0
     hidden = mx.random.normal((5, 64), key=mx.random.key(2))
     table = load.dense(gemma, f"{load.EMBEDDING}weight").astype(mx.float32)
-    loss = teacher.kl_sum(hidden, table, mx.ones(5), hidden, frozen_head=True)
+    token_loss = teacher.token_loss(own_head=True)
+    loss, *_ = token_loss.gradients(hidden, table, mx.ones(5), hidden, frozen_head=True)
     assert abs(loss.item()) < near(1e-5, 1e-2)
     assert mx.abs(teacher._logits_by(table)(hidden)).max().item() <= 3.0
 

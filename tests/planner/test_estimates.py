@@ -14,10 +14,12 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mis_mlx.compute import precision
-from mis_mlx.hardware import macos, rates, streams
+from mis_mlx.compute import precision, streams
+from mis_mlx.compute.token_losses import Footprint
+from mis_mlx.hardware import macos, rates
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import M1_AIR, Rates
+from mis_mlx.maths.losses import chunk_rows
 from mis_mlx.models import arch, load, opening, stream
 from mis_mlx.planner import compression_size, estimates
 from mis_mlx.quantization import packed_format
@@ -162,8 +164,8 @@ def test_a_pass_by_pencil(monkeypatch: pytest.MonkeyPatch) -> None:
     assert with_head.read_bytes == p.read_bytes + 4 * 512 * 64
     assert with_head.flops == p.flops + 2 * 128 * 512 * 64
     logits = 5 * 1 * 256 * 512 * 4  # one chunk of 256 positions
-    assert estimates.logit_bytes(512, 64) == logits
-    assert estimates.logit_bytes(512, 10_000) == 3 * logits
+    assert Footprint().logit_bytes(512, 64) == logits
+    assert Footprint().logit_bytes(512, 10_000) == 3 * logits
     assert with_head.peak_bytes == m.slots_bytes + MIB + 4 * 512 * 64 + logits + 128 * 64 * 4
 
 
@@ -246,7 +248,7 @@ def test_a_budget_has_no_cache_in_it() -> None:
         assert 0 < one.pinned == estimates.headroom_bytes(GIB, least, gpu) // m.block_work < 4000
 
 
-def test_training_by_pencil() -> None:
+def test_training_by_pencil(monkeypatch: pytest.MonkeyPatch) -> None:
     """12 bytes a parameter and gradients; beside them what is largest of activations and the
     vocabulary's part, the way back, the update. On the host there are no gradients yet where the
     logits are, and then some in every stream.
@@ -274,12 +276,14 @@ def test_training_by_pencil() -> None:
             + 11 * block // 5
             - block
         )
-        found = compression_size.training_bytes(tiny.CONFIG, 2, 32, side_by_side)
+        monkeypatch.setattr(streams, "count", lambda count=side_by_side: count)
+        loss = Footprint(on_host=True)
+        found = compression_size.training_bytes(tiny.CONFIG, 2, 32, loss=loss)
         assert found == 12 * params + max(
             kept + 2 * head + logits, back, 4 * params + 2 * 4 * 64 * 768
         )
         summed = compression_size.training_bytes(
-            tiny.CONFIG, 2, length=32, host_streams=side_by_side, accumulates=True
+            tiny.CONFIG, 2, length=32, loss=loss, accumulates=True
         )  # those of a micro-batch before
         assert summed == 16 * params + max(kept + 2 * head + logits, back)
 
@@ -493,9 +497,9 @@ def test_a_gpu_holds_what_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLX_MAX_MB_PER_BUFFER", "25")
     assert m.in_flight(GIB) == 250_000_000
     assert estimates.model_of(tiny.CONFIG, gpu=False).in_flight(GIB) == 0
-    one = 4 * 512 * estimates.chunk_rows(512)
-    assert estimates.logit_bytes(512, 64, gpu=True) == 12 * one
-    assert estimates.logit_bytes(512, 10_000, gpu=True) == 15 * one
+    one = 4 * 512 * chunk_rows(512)
+    assert Footprint(gpu=True).logit_bytes(512, 64) == 12 * one
+    assert Footprint(gpu=True).logit_bytes(512, 10_000) == 15 * one
 
 
 def test_training_on_a_gpu_is_planned_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -510,13 +514,12 @@ def test_training_on_a_gpu_is_planned_with_it(monkeypatch: pytest.MonkeyPatch) -
         "num_hidden_layers": 12,
         "vocab_size": 32_768,
     }
-    rows = estimates.chunk_rows(32_768)
-    more = [compression_size.training_bytes(config, 4, 512, gpu=gpu) for gpu in (False, True)]
-    assert (
-        estimates.logit_bytes(32_768, 2048, gpu=True)
-        == estimates.logit_bytes(32_768, 2048)
-        == 15 * rows * 4 * 32_768
-    )
+    rows = chunk_rows(32_768)
+    more = []
+    for gpu in (False, True):
+        loss = Footprint(gpu=gpu)
+        assert loss.logit_bytes(32_768, 2048) == 15 * rows * 4 * 32_768
+        more.append(compression_size.training_bytes(config, 4, 512, loss=loss))
     assert more[1] - more[0] == 100_000_000
 
 

@@ -112,7 +112,6 @@ def test_training_stays_under_the_plan(tmp_path: Path, kind: str, way: str) -> N
         )
         made.begin()
         batches = partial(live_teacher.step_micro_batches, source, data, config)
-        loss = partial(source.kl_sum, frozen_head=True)
-        steps = list(made.steps(batches, loss, config, host_gradients=source.host_gradients()))
+        steps = list(made.steps(batches, source.token_loss(own_head=True), config))
     peak = max(step.peak_bytes for step in steps) - before
     assert planned / 1.9 < peak < planned, (peak, planned)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from mis_mlx.cli import parse_bytes
+from mis_mlx.compute.token_losses import TokenLoss
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distill import Settings as Distilled
 from mis_mlx.distillation import live_teacher, sharded
@@ -628,8 +629,7 @@ def test_training_by_blocks_stays_under_the_plan(
         )
         student.begin()
         micro_batches = partial(live_teacher.step_micro_batches, source, data, recipe)
-        how = partial(source.kl_sum, frozen_head=True), recipe
-        steps = list(student.steps(micro_batches, *how, host_gradients=source.host_gradients()))
+        steps = list(student.steps(micro_batches, source.token_loss(own_head=True), recipe))
     peak = max(s.peak_bytes for s in steps) - before
     assert planned.pinned == (5 if resident else 0)
     assert planned.peak_bytes / (1.25 if lora else 1.2) < peak < planned.peak_bytes, (
@@ -670,7 +670,7 @@ def test_sharded_training_stays_under_the_plan(
                 for t, k in zip(tokens, keys, strict=True)
             ]
 
-        loss = partial(_against_itself, head=load.head(wide[0], mx.float32))
+        loss = TokenLoss(partial(_against_itself, load.head(wide[0], mx.float32)))
         steps = list(made.steps(micro_batches, loss, tiny.schedule(6, 1e-3, 1)))
         del made
     peak = max(s.peak_bytes for s in steps) - before
@@ -679,7 +679,13 @@ def test_sharded_training_stays_under_the_plan(
 
 
 def _against_itself(
-    hidden: mx.array, weight: mx.array, loss_mask: mx.array, target: mx.array, head: Any
+    head: Any,
+    hidden: mx.array,
+    weight: mx.array,
+    loss_mask: mx.array,
+    target: mx.array,
+    *,
+    frozen_head: bool,
 ) -> mx.array:
     return losses.kl_sum(
         hidden,
@@ -687,7 +693,7 @@ def _against_itself(
         teacher=target,
         teacher_logits=partial(load.logits, head),
         loss_mask=loss_mask,
-        frozen_head=True,
+        frozen_head=frozen_head,
     )
 
 

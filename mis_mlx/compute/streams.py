@@ -6,7 +6,6 @@ thread. A GPU has one stream, and so has a CPU of one core, or of many, whose pr
 all.
 """
 
-import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -17,28 +16,25 @@ from typing import Any
 
 import mlx.core as mx
 
+from mis_mlx.hardware import blas_threads, rates
+
 MANY_CORES = 4  # cores from which on there is one stream: not measured on so many
 # blas.py sets it before MLX reads it: without it MLX evaluates one stream's work to its end, then
 # the other's.
 WIDTH_VARIABLE = "MLX_BFS_MAX_WIDTH"
 
 
-@cache
-def _blas() -> tuple[Any, int]:
-    """(the BLAS that products run on, its threads at the start); (None, 1) if it is no OpenBLAS."""
-    library = ctypes.CDLL(None)
-    if not hasattr(library, "openblas_set_num_threads"):
-        return None, 1
-    return library, library.openblas_get_num_threads()
-
-
 def count() -> int:
     """How many windows go side by side: 2, or 1."""
-    # Without IN_TURN two streams would be computed one after the other.
-    if WIDTH_VARIABLE not in os.environ or mx.default_device() != mx.cpu:
+    # Without WIDTH_VARIABLE two streams would be computed one after the other.
+    if WIDTH_VARIABLE not in os.environ or rates.on_gpu():
         return 1
-    _, threads = _blas()
-    return 2 if 2 <= threads < MANY_CORES else 1
+    return 2 if 2 <= blas_threads.at_start() < MANY_CORES else 1
+
+
+def count_on(*, gpu: bool) -> int:
+    """As `count`, of a machine with or without a GPU: a plan may be for another one than this."""
+    return 1 if gpu else count()
 
 
 class _Streams(threading.local):
@@ -72,16 +68,15 @@ def single_threaded_blas(things: int) -> Iterator[None]:
 
     things: how many were built; one alone keeps all threads of its products.
     """
-    library, threads = _blas()
     if min(things, count()) < 2:
         yield
         return
     # Two products at a time with two threads each would fight for the two cores.
-    library.openblas_set_num_threads(1)
+    blas_threads.set_count(1)
     try:
         yield
     finally:  # also where the evaluation raises: later products need all threads
-        library.openblas_set_num_threads(threads)
+        blas_threads.set_count(blas_threads.at_start())
 
 
 def split_rows(x: mx.array) -> list[mx.array]:

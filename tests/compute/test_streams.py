@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import mlx.core as mx
 import pytest
 
-from mis_mlx.hardware import streams
+from mis_mlx.compute import streams
+from mis_mlx.hardware import blas_threads
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     monkeypatch.setenv(streams.WIDTH_VARIABLE, "100000")
     library = SimpleNamespace(openblas_set_num_threads=calls.append)
-    monkeypatch.setattr(streams, "_blas", lambda: (library, 2))
+    monkeypatch.setattr(blas_threads, "_openblas", lambda: (library, 2))
     if streams.count() != 2:
         pytest.skip("a GPU has one lane")
     return calls
@@ -81,9 +82,9 @@ def test_a_cpu_of_many_cores_has_one_lane(monkeypatch: pytest.MonkeyPatch) -> No
     """
     monkeypatch.setenv(streams.WIDTH_VARIABLE, "100000")
     for threads, count in ((1, 1), (2, 2), (3, 2), (4, 1), (16, 1)):
-        monkeypatch.setattr(streams, "_blas", lambda threads=threads: (None, threads))
+        monkeypatch.setattr(blas_threads, "_openblas", lambda threads=threads: (None, threads))
         assert streams.count() == (count if mx.default_device() == mx.cpu else 1)
-    monkeypatch.setattr(streams, "_blas", lambda: (None, 2))
+    monkeypatch.setattr(blas_threads, "_openblas", lambda: (None, 2))
     monkeypatch.delenv(streams.WIDTH_VARIABLE)
     assert streams.count() == 1
 

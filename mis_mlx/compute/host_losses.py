@@ -11,10 +11,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mis_mlx.compute import precision
-from mis_mlx.hardware import streams
+from mis_mlx.compute import precision, streams
 from mis_mlx.maths.losses import Logits, chunk_rows, softmax_lse, wide_product
-from mis_mlx.models import stream
 
 NUMBERS = 8 * 49_152  # logits at a time: 1.5 MB
 GROUP = 4096  # tokens compared in one part of the vocabulary before the next part is read
@@ -23,7 +21,7 @@ CHUNK = 256  # of those tokens, as many at a time
 
 def view(array: mx.array) -> np.ndarray:
     """The memory of an array, evaluated; numpy may write there."""
-    stream.evaluate_now(array)
+    mx.eval(array)
     buffer: Any = array
     return np.asarray(memoryview(buffer))
 
@@ -122,7 +120,7 @@ def kl_gradients(
         z = wide_product(student[rows], head)
         target = teacher_logits(teacher[rows]).astype(mx.float32)
         # numpy writes into the memory of both: nothing may still be computed from them
-        stream.evaluate_now(z, target)
+        mx.eval(z, target)
         divergence = by_rows(kl, view(z), view(target), weights[rows])
         loss += float(divergence.astype(np.float64) @ weights[rows])
         # z is the gradient now. The cast keeps the name: another name would outlive the next chunk.
@@ -131,8 +129,21 @@ def kl_gradients(
         if head_grad is not None:
             head_grad = mx.addmm(head_grad, z.T, student[rows])
         # z goes with the next chunk, so what is made of it is computed now
-        stream.evaluate_now(hidden_grads[-1], head_grad)
+        mx.eval(hidden_grads[-1], head_grad)
     return loss, mx.concatenate(hidden_grads), head_grad
+
+
+def likelihood_gradients(z: mx.array, drawn: mx.array) -> mx.array:
+    """`token_losses.likelihood_gradients`, in the memory of z."""
+    # numpy writes into z, so z and everything that is made of it must be evaluated before
+    mx.eval(z, drawn)
+    columns = np.array(drawn)
+    p = view(z)
+    by_rows(softmax, p)
+    np.negative(p, out=p)
+    rows = np.arange(len(p))
+    p[rows, columns] += 1.0
+    return z
 
 
 def compared(
@@ -164,7 +175,7 @@ def compared(
         kl, teacher_lse, lse, _ = _divergence(student, teacher)
         return np.stack([kl, teacher_lse, lse, *figures], axis=1)
 
-    stream.evaluate_now(teacher, student)
+    mx.eval(teacher, student)
     return by_rows(of_rows, view(teacher), view(student), targets - start)
 
 

@@ -8,9 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx.compute import precision
-from mis_mlx.hardware import streams
-from mis_mlx.models import host_losses
+from mis_mlx.compute import host_losses, precision, streams
 from tests.maths.test_losses import Problem, gradients, ours, problem
 
 
