@@ -459,6 +459,20 @@ def lose(found: Found) -> str:
     return "\n".join([words.markdown_table(head, lines), "", source])
 
 
+def lose_briefly(found: Found) -> str:
+    """The first seed's runs and the packed teachers, by size."""
+    head = ["default teacher", "MB", "bits per byte above it", "own answers that loop, %"]
+    lines = []
+    for name, row in sorted(found["rows"].items(), key=lambda item: -item[1]["bytes_4-bit"]):
+        loss, _, seed = name.partition(", seed ")
+        if seed not in ("", "0"):
+            continue
+        label = f"`{loss}`" if seed else loss.replace("teacher in MLX's", "MLX's own")
+        loops = f"{row['loops_4-bit']:.0f}"
+        lines.append([label, f"{row['bytes_4-bit']:.1f}", f"{row['reached_loss']:.3f}", loops])
+    return "\n".join([words.markdown_table(head, lines), "", f"`{found['command']}`, one seed."])
+
+
 def sizes_of(row: Found) -> list[str]:
     """Parameters and bytes of a model on disk."""
     return [f"{row['params'] / 1e9:.2f} B", f"{row['bytes'] / 1e9:.2f} GB"]
@@ -472,6 +486,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "speed": (speed, ("throughput.json", "ttft.json")),
     "distill-default": (default_run, ("distill-default.md",)),
     "lose": (lose, ("lose.json",)),
+    "lose-briefly": (lose_briefly, ("lose.json",)),
     "few-bits": (few_bits, ("bits-SmolLM2-135M-Instruct.json",)),
     "known-numbers": (known_numbers, ("known_numbers.json",)),
     "models-half": (models_half, ("models.json",)),
