@@ -143,7 +143,8 @@ def model_of(
     """The sizes of a checkpoint, or of a config alone.
 
     A config alone is taken to be stored as its dtype or its quantization says. gpu: whether the
-    model computes on Metal; default: as this process does. dtype: the type it computes in here.
+    model computes on Metal; default: as this process does. dtype: the type it computes in here;
+    default: the checkpoint's; a config alone has the policy's usual one.
     """
     config = source.config if isinstance(source, Checkpoint) else source
     if gpu is None:
@@ -158,7 +159,7 @@ def model_of(
         stored = _stored(source, shape.layers)
     else:
         stored = _declared(config, shape, params, block_params)
-    as_stored = stored.dtypes == {str(dtype).removeprefix("mlx.core.")}
+    as_stored = stored.dtypes == {precision.name_of(dtype)}
     if stored.packed:
         as_stored = gpu
     memory_share, active_share = arch.expert_shares(config)
