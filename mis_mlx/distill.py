@@ -104,8 +104,8 @@ def run(settings: Settings) -> dict[str, Any]:
         return _dry_run(resolved)
     if not resolved.plan.fits:
         raise MisError(phases.remedy(resolved.plan))
-    _write_text(resolved.teacher_text, resolved.teacher)
-    source = conversations.source(resolved.teacher, resolved.text, resolved.budget)
+    _write_text(resolved.text.written, resolved.teacher)
+    source = conversations.source(resolved.teacher, resolved.text.wanted, resolved.budget)
     if folder is None:
         cli.say(progress.promise(sum(resolved.plan.planned.values())))
     with progress.run("distill", resolved.plan.planned):
@@ -133,9 +133,9 @@ def _resolve(s: Settings, folder: Path | None) -> ResolvedRun:
 def _dry_run(resolved: ResolvedRun) -> dict[str, Any]:
     """What a run would do before its first stage, said; its plan for machines."""
     if resolved.plan.fits:
-        _write_text(resolved.teacher_text, resolved.teacher, dry_run=True)
-        conversations.source(resolved.teacher, resolved.text, resolved.budget, dry_run=True)
-    note = battery(resolved.thermal)  # a run says it when it begins
+        _write_text(resolved.text.written, resolved.teacher, dry_run=True)
+        conversations.source(resolved.teacher, resolved.text.wanted, resolved.budget, dry_run=True)
+    note = battery(resolved.student.pruning)  # a run says it when it begins
     if note:
         cli.say(note)
     return plan.outcome(resolved.plan, str(resolved.teacher.path))
@@ -226,29 +226,30 @@ def _begin(
 ) -> tuple[str, dict[str, Any]]:
     """Read the data, enter the run folder, go through all stages."""
     teacher = resolved.teacher
+    student = resolved.student
     memory_plan = resolved.plan
     length = resolved.recipe.max_seq_length
     data, origin = run_loop.prepare_text(teacher, source, length)
     with run_loop.open_run(
-        resolved.stored,
+        resolved.settings.values,
         folder,
         resolved.name,
         origin,
         out=out,
-        thermal=resolved.thermal,
+        thermal=student.pruning,
         strategy=resolved.strategy,
         limit=resolved.budget,
         wired=memory_plan.peak_bytes if memory_plan.mode != "sharded" else 0,
     ) as place:
-        run_plan.log(resolved.given, place, memory_plan)
-        reported = resolved.report_to if distributed.is_main() else None
-        report = summary.reporter(reported, place.folder, resolved.stored)
+        run_plan.log(resolved.settings.given, place, memory_plan)
+        reported = resolved.report.report_to if distributed.is_main() else None
+        report = summary.reporter(reported, place.folder, resolved.settings.values)
         seen, data = vocabulary.of_run(
             teacher,
-            resolved.student,
-            resolved.rows,
+            student.folder,
+            student.rows,
             data,
-            config=resolved.pruning,
+            config=student.pruning,
             source=source,
             run=place.folder,
             files=place.files,
@@ -271,13 +272,14 @@ def _stages(
     """(what the screen shows, the result); ("", {}) on machines beside the first one."""
     folder = c.folder
     teacher = resolved.teacher
-    rounding = resolved.rounding
+    student = resolved.student
+    rounding = student.rounding
     judging = measurement.judging_windows(c, data, teacher, resolved.recipe.eval_windows)
     load.opened_tokenizer.cache_clear()  # else every phase would hold them, too
-    if resolved.student is None:
-        pruned = compression.prune(c, resolved.pruning, data, arch.params(teacher.config))
+    if student.folder is None:
+        pruned = compression.prune(c, student.pruning, data, arch.params(teacher.config))
     else:
-        pruned = opening.open_to_compute(resolved.student, teacher.precision)
+        pruned = opening.open_to_compute(student.folder, teacher.precision)
     models = {"teacher": teacher, "pruned": pruned}
     distilled = folder / ("distilled" if rounding else "model")
     pipeline.distil(c, pruned, distilled)
@@ -292,9 +294,9 @@ def _stages(
     if main and rounding:
         models["4-bit"] = opening.open_to_compute(folder / "model", teacher.precision)
     with c.phase("measure"):
-        answered = measurement.answered(c, models, resolved.eval_prompts) if main else None
+        answered = measurement.answered(c, models, resolved.report.eval_prompts) if main else None
         quality = measurement.quality(c, judging, models)
-        sizes = _sizes(c, models, resolved.bench_tokens) if main else []
+        sizes = _sizes(c, models, resolved.report.bench_tokens) if main else []
     if not main:
         return "", {}
     measured = Measured(models=models, sizes=sizes, quality=quality, answered=answered)
@@ -334,13 +336,14 @@ def _finish(
 ) -> tuple[str, dict[str, Any]]:
     """Write the table and the result; (what the screen shows, the result)."""
     folder = c.folder
+    report = resolved.report
     models = measured.models
     answered = measured.answered
     student = list(models)[-1]
-    expected = summary.expectation(resolved.expected_loss, student, answered, measured.quality)
+    expected = summary.expectation(report.expected_loss, student, answered, measured.quality)
     sentence = ""
     if expected:
-        sentence = summary.expectation_sentence(expected, resolved.allowed_loss)
+        sentence = summary.expectation_sentence(expected, report.lose)
 
     def page(*, for_screen: bool) -> str:
         return summary.result_page(
@@ -359,7 +362,7 @@ def _finish(
     result = c.finish({**figures, **result, **expected, "mode": c.plan.mode})
     # The answer first: what was won, then what the models say, then the tables.
     screen = page(for_screen=True)
-    if not resolved.keep_steps:
+    if not report.keep_steps:
         for name in pipeline.TEMPORARY:
             c.files.discard(folder / name)
     return screen, result

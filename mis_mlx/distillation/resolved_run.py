@@ -9,12 +9,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mis_mlx.distillation import conversations, run_plan, run_text
-from mis_mlx.distillation.conversations import Wanted
+from mis_mlx.distillation import run_plan, run_text
 from mis_mlx.distillation.distill_flags import DistillFlags
-from mis_mlx.distillation.run_text import TeacherText
+from mis_mlx.distillation.run_plan import RunRequest, StudentSpec
+from mis_mlx.distillation.run_text import RunText
 from mis_mlx.hardware import memory
-from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.planner import machines
 from mis_mlx.planner.phases import MemoryPlan
 from mis_mlx.pruning import vocabulary
@@ -27,37 +26,45 @@ from mis_mlx.types import Budget, Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResolvedRun:
-    """A run with everything decided.
+class ReportConfig:
+    """What a run measures, reports and keeps at its end, named as the flags.
 
-    teacher: with its own vocabulary. student: the folder of one that is there already. rows: of the
-    student's vocabulary. pruning: with scenario, sizes and --vocab. recipe: with the number of
-    steps, the learning rate, and micro-batches as planned; with --minutes the number is what the
-    plan expects. rounding: None: weights stay as they were trained. text: what the run learns from;
-    teacher_text: what the teacher writes of it first. eval_prompts: held-out prompts to answer.
-    allowed_loss, expected_loss: in bits per byte, where a search chose the sizes. strategy: how the
-    student trains, for plan.json. stored: all settings as decided, for config.yaml; given: those of
-    them that are not the defaults. plan: what all that takes on this machine. shares: how many of
-    the teacher's blocks each machine has; (): each has all.
+    lose, expected_loss: in bits per byte, where a search chose the sizes.
     """
 
-    teacher: Checkpoint
-    student: str | None
-    rows: int
-    pruning: PruningConfig
-    recipe: DistillationConfig
-    rounding: QuantizationConfig | None
-    text: Wanted
-    teacher_text: TeacherText | None
     eval_prompts: int
     bench_tokens: int
-    allowed_loss: float | None
+    lose: float | None
     expected_loss: float | None
     report_to: str | None
     keep_steps: bool
-    strategy: Mapping[str, Any]
-    stored: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredSettings:
+    """The settings as decided, by name. given: those of `values` that are not the defaults."""
+
+    values: Mapping[str, Any]
     given: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedRun:
+    """A run with everything decided.
+
+    teacher: with its own vocabulary. recipe: with the number of steps, the learning rate, and
+    micro-batches as planned; with --minutes the number is what the plan expected. strategy: how
+    the student trains, for plan.json. settings: for config.yaml. plan: what all that takes on this
+    machine. shares: how many of the teacher's blocks each machine has; (): each has all.
+    """
+
+    teacher: Checkpoint
+    student: StudentSpec
+    recipe: DistillationConfig
+    text: RunText
+    report: ReportConfig
+    strategy: Mapping[str, Any]
+    settings: StoredSettings
     # Both rest on rates and the budget, which may be others when a run goes on.
     plan: MemoryPlan = field(compare=False)
     shares: tuple[int, ...] = field(compare=False)
@@ -65,17 +72,12 @@ class ResolvedRun:
     @property
     def name(self) -> str:
         """Of the run's folder, without its number."""
-        return f"{self.teacher.path.name}-{self.pruning.scenario or 'student'}"
+        return f"{self.teacher.path.name}-{self.student.pruning.scenario or 'student'}"
 
     @property
     def budget(self) -> Budget:
         """The memory that the run may take."""
         return Budget(self.plan.budget_bytes)
-
-    @property
-    def thermal(self) -> ThermalFlags:
-        """Air, altitude, and how hot the machine may get."""
-        return part_of(ThermalFlags, self.stored)
 
 
 def resolve(
@@ -89,40 +91,35 @@ def resolve(
     """
     values = {**asdict(asked), **sizes}
     _settle(values, teacher)
-    request = _request(values, teacher)
+    student = _student(values, teacher)
+    request = RunRequest(
+        teacher=teacher,
+        student=student,
+        recipe=part_of(DistillationConfig, values),
+        eval_prompts=asked.eval_prompts,
+    )
     plan = run_plan.plan_run(request, memory.budget(asked.budget_bytes), folder)
-    teacher_text = run_text.teacher_text(asked, teacher)
-    data = asked.data
-    if teacher_text:
-        data = str(teacher_text.out)
-    iters = plan.job.iters
-    text = conversations.wanted_of(request.recipe, iters, data=data, share=asked.conversations)
     recipe = plan.recipe(request.recipe, teacher)
     # With --minutes the first steps say how many there are.
-    values["iters"] = iters if recipe.minutes is None else None
+    values["iters"] = recipe.iters if recipe.minutes is None else None
     values["learning_rate"] = recipe.learning_rate
-    stored = {name: value for name, value in values.items() if name not in run_folder.NOT_STORED}
-    defaults = asdict(type(asked)())
+    shares: tuple[int, ...] = ()
+    if asked.spread == "layers":
+        shares = machines.blocks_by_machine(plan)
+    text = run_text.text_of(asked, teacher, plan.job.iters)
+    settings = _stored(values, asdict(type(asked)()))
+    report = part_of(ReportConfig, values)
+    strategy = run_plan.stored_strategy(plan)
     return ResolvedRun(
         teacher=teacher,
-        student=request.student,
-        rows=request.rows,
-        pruning=request.pruning,
+        student=student,
         recipe=recipe,
-        rounding=request.rounding,
         text=text,
-        teacher_text=teacher_text,
-        eval_prompts=asked.eval_prompts,
-        bench_tokens=asked.bench_tokens,
-        allowed_loss=values["lose"],
-        expected_loss=values["expected_loss"],
-        report_to=asked.report_to,
-        keep_steps=asked.keep_steps,
-        strategy=run_plan.stored_strategy(plan),
-        stored=stored,
-        given={name: value for name, value in stored.items() if value != defaults[name]},
+        report=report,
+        strategy=strategy,
+        settings=settings,
         plan=plan,
-        shares=machines.blocks_by_machine(plan) if asked.spread == "layers" else (),
+        shares=shares,
     )
 
 
@@ -134,15 +131,23 @@ def _settle(values: dict[str, Any], teacher: Checkpoint) -> None:
         values |= vocabulary.defaults(scenario, values["vocab"], teacher.config, teacher.path)
 
 
-def _request(values: Mapping[str, Any], teacher: Checkpoint) -> run_plan.RunRequest:
-    """What is to be planned. values: the settings by name, settled."""
+def _student(values: Mapping[str, Any], teacher: Checkpoint) -> StudentSpec:
+    """The student to be made. values: the settings by name, settled."""
+    folder = values["student"]
     pruning = part_of(PruningConfig, values)
-    return run_plan.RunRequest(
-        teacher=teacher,
-        student=values["student"],
-        rows=vocabulary.rows_left(teacher, pruning, values["student"]),
+    rounding = None
+    if values["quantize"]:
+        rounding = part_of(QuantizationConfig, values)
+    return StudentSpec(
+        folder=folder,
+        rows=vocabulary.rows_left(teacher, pruning, folder),
         pruning=pruning,
-        recipe=part_of(DistillationConfig, values),
-        rounding=part_of(QuantizationConfig, values) if values["quantize"] else None,
-        eval_prompts=values["eval_prompts"],
+        rounding=rounding,
     )
+
+
+def _stored(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> StoredSettings:
+    """The settings that a run's folder keeps."""
+    stored = {name: value for name, value in values.items() if name not in run_folder.NOT_STORED}
+    given = {name: value for name, value in stored.items() if value != defaults[name]}
+    return StoredSettings(values=stored, given=given)

@@ -30,20 +30,30 @@ PLANNED_ITERS = "iters"  # in plan.json
 
 
 @dataclass(frozen=True, kw_only=True)
+class StudentSpec:
+    """The student that a run makes.
+
+    folder: of one that is pruned already. rows: of its vocabulary. pruning: with scenario, sizes
+    and --vocab. rounding: None: weights stay as they were trained.
+    """
+
+    folder: str | None
+    rows: int
+    pruning: select.PruningConfig
+    rounding: QuantizationConfig | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunRequest:
     """What a run is to do, before it is known how.
 
-    teacher: with its own vocabulary. student: the folder of one that is there already. rows: of the
-    student's vocabulary. recipe: the number of steps may be open. rounding: None: none.
-    eval_prompts: held-out prompts that the models answer at the end.
+    teacher: with its own vocabulary. recipe: the number of steps may be open. eval_prompts:
+    held-out prompts that the models answer at the end.
     """
 
     teacher: Checkpoint
-    student: str | None
-    rows: int
-    pruning: select.PruningConfig
+    student: StudentSpec
     recipe: DistillationConfig
-    rounding: QuantizationConfig | None
     eval_prompts: int
 
 
@@ -96,12 +106,13 @@ def _job(request: RunRequest) -> DistillationSpec:
     """The distillation that is asked for. MisError where the result cannot be rounded."""
     teacher = request.teacher
     recipe = request.recipe
-    rounding = request.rounding
-    seen = vocabulary.first_rows(teacher, request.rows)
-    if request.student:
-        config = load.open_checkpoint(request.student).config
+    student = request.student
+    rounding = student.rounding
+    seen = vocabulary.first_rows(teacher, student.rows)
+    if student.folder:
+        config = load.open_checkpoint(student.folder).config
     else:
-        shape = select.wanted_shape(seen.config, request.pruning)
+        shape = select.wanted_shape(seen.config, student.pruning)
         config = arch.student_config(seen.config, shape, dtype=pipeline.DTYPE)
     if rounding:
         stage.check(config, rounding, recipe.num_samples)
@@ -113,9 +124,9 @@ def _job(request: RunRequest) -> DistillationSpec:
         estimates.model_of(config, dtype=precision.usual_dtype(teacher.precision)),
         recipe,
         rounding=rounding or ROUND_TO_NEAREST,
-        rotates=request.pruning.hidden_by == "pca",
+        rotates=student.pruning.hidden_by == "pca",
         shown=estimates.model_of(teacher),
-        copied=not request.student,
+        copied=not student.folder,
         answers=prompts,
         answers_known=prompts > 0 and answers.known(teacher, answers.prompts(prompts)),
     )

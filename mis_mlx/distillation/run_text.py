@@ -1,10 +1,14 @@
-"""The text that a run of `distill --data teacher` trains on: the teacher writes it first, once."""
+"""The text that a run of `distill` trains on, which its teacher perhaps writes first."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from mis_mlx.data import preparation
+from mis_mlx.distillation import conversations
+from mis_mlx.distillation.conversations import Wanted
 from mis_mlx.distillation.distill_flags import DistillFlags
 from mis_mlx.settings import recipe
 from mis_mlx.storage import run_folder
@@ -12,6 +16,14 @@ from mis_mlx.types import Checkpoint
 
 WRITTEN_TEXTS = Path("runs/text")  # folders of texts that teachers write
 TEXT_TOKENS = 200  # of such a text, about
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunText:
+    """What a run learns from. written: what the teacher writes of it first."""
+
+    wanted: Wanted
+    written: TeacherText | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +40,16 @@ class TeacherText:
     compute_dtype: Literal["float16", "bfloat16", "float32"] | None
 
 
+def text_of(asked: DistillFlags, teacher: Checkpoint, iters: int) -> RunText:
+    """The text of a run of `distill`. iters: of its training."""
+    data = asked.data
+    written = teacher_text(asked, teacher)
+    if written:
+        data = str(written.out)
+    wanted = conversations.wanted_of(asked, iters, data=data, share=asked.conversations)
+    return RunText(wanted=wanted, written=written)
+
+
 def teacher_text(asked: DistillFlags, teacher: Checkpoint) -> TeacherText | None:
     """What the teacher is to write: a quarter of what training visits.
 
@@ -40,8 +62,9 @@ def teacher_text(asked: DistillFlags, teacher: Checkpoint) -> TeacherText | None
     visited = recipe.steps_of(asked, teacher.config) * step
     texts = max(recipe.TEACHER_TEXTS, visited // (4 * TEXT_TOKENS))
     identity = run_folder.origin(teacher, "")["teacher"]
+    name = f"{teacher.path.name}-{identity[:8]}-{asked.seed}-{texts}"
     return TeacherText(
-        out=WRITTEN_TEXTS / f"{teacher.path.name}-{identity[:8]}-{asked.seed}-{texts}",
+        out=WRITTEN_TEXTS / name,
         texts=texts,
         seed=asked.seed,
         budget=asked.budget,

@@ -12,5 +12,8 @@ def part_of(kind: type[Part], values: Mapping[str, Any]) -> Part:
 
     Fields that have no value there keep their defaults.
     """
-    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-    return kind(**{name: value for name, value in values.items() if name in names})
+    own = {}
+    for field in fields(kind):  # type: ignore[arg-type]
+        if field.name in values:
+            own[field.name] = values[field.name]
+    return kind(**own)

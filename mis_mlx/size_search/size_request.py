@@ -55,13 +55,15 @@ def request_of(asked: DistillFlags) -> SizeRequest:
         value = getattr(asked, name)
         if value != defaults[name]:
             given.append(f"--{name.replace('_', '-')} {value}")
+    others = asked.vocab is not None or asked.target == "conditions"
+    limit = memory.budget(asked.budget_bytes)
     return SizeRequest(
         lose=asked.lose,
         bytes=asked.bytes,
         given=tuple(given),
-        others=bool(asked.vocab) or asked.target == "conditions",
-        quantizes=bool(asked.quantize),
-        limit=memory.budget(asked.budget_bytes),
+        others=others,
+        quantizes=asked.quantize != 0,
+        limit=limit,
     )
 
 

@@ -106,10 +106,10 @@ def test_a_run_that_goes_on_is_what_it_was(
     assert begun.recipe.learning_rate
     assert stop[0].recipe == stop[1].recipe == begun.recipe
     stored = run_folder.stored_settings(tmp_path / "run")
-    assert stored == json.loads(json.dumps(begun.stored))
+    assert stored == json.loads(json.dumps(begun.settings.values))
     assert run_folder.stored_settings(tmp_path / "run", run_folder.PLAN) == begun.strategy
     if "lose" in flags:
-        assert begun.expected_loss == stored["expected_loss"] is not None
+        assert begun.report.expected_loss == stored["expected_loss"] is not None
 
 
 def test_a_text_that_the_teacher_writes_is_asked_for_once(
@@ -140,10 +140,10 @@ def test_a_text_that_the_teacher_writes_is_asked_for_once(
     begun, resumed = resolved
     assert begun == resumed
     assert begun.plan.phases == resumed.plan.phases
-    assert begun.teacher_text is not None
-    assert begun.teacher_text.texts == recipe.ITERS * 16 * 32 // (4 * 640) > 2
-    assert begun.text.data == str(begun.teacher_text.out)
-    assert [str(folder) for folder in run_text.WRITTEN_TEXTS.iterdir()] == [begun.text.data]
+    assert begun.text.written is not None
+    assert begun.text.written.texts == recipe.ITERS * 16 * 32 // (4 * 640) > 2
+    assert begun.text.wanted.data == str(begun.text.written.out)
+    assert [str(folder) for folder in run_text.WRITTEN_TEXTS.iterdir()] == [begun.text.wanted.data]
     assert stop[0].data.tokens.tolist() == stop[1].data.tokens.tolist()
 
 
@@ -182,14 +182,14 @@ def test_minutes_on_another_day(
     begun, _, later = resolved
     assert later == begun
     assert later.plan.planned != begun.plan.planned
-    assert later.text.tokens == begun.text.tokens > 0
+    assert later.text.wanted.tokens == begun.text.wanted.tokens > 0
     path = tmp_path / "run" / run_folder.PLAN
     older = json.loads(path.read_text())
     assert older.pop("iters") == begun.recipe.iters
     path.write_text(json.dumps(older))
     with pytest.raises(KeyboardInterrupt):
         distill.run(again)
-    assert resolved[-1].text.tokens > begun.text.tokens
+    assert resolved[-1].text.wanted.tokens > begun.text.wanted.tokens
     assert replace(resolved[-1], text=begun.text, strategy=begun.strategy) == replace(
         begun, recipe=resolved[-1].recipe
     )
