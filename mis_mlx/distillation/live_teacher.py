@@ -368,7 +368,12 @@ class CachedTeacher:
         return TokenLoss(self._kl_sum)
 
     def _kl_sum(
-        self, hidden: mx.array, head: mx.array, loss_mask: mx.array, *target: mx.array, **how: bool
+        self,
+        hidden: mx.array,
+        head: mx.array,
+        loss_mask: mx.array,
+        *target: mx.array,
+        frozen_head: bool = False,
     ) -> mx.array:
         """`losses.sampled_kl_sum`, of a student with this store's vocabulary."""
         vocab = self._store.spec.vocab
@@ -377,7 +382,9 @@ class CachedTeacher:
                 f"the targets are for {vocab} tokens, but the student has {head.shape[0]}: use its "
                 f"teacher"
             )
-        return losses.sampled_kl_sum(hidden, head, loss_mask, *target, softcap=self._softcap, **how)
+        return losses.sampled_kl_sum(
+            hidden, head, loss_mask, *target, frozen_head=frozen_head, softcap=self._softcap
+        )
 
 
 TargetSource = StreamedTeacher | TextTargets | CachedTeacher  # where a step's targets come from
