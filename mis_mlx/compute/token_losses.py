@@ -202,15 +202,17 @@ def teacher_kl(
         *target: mx.array,
         frozen_head: bool = False,
     ) -> mx.array:
+        labels = target[1] if cross_entropy else None
+        teacher_logits = logits_beside(head)
         return losses.kl_sum(
             hidden,
             head,
             target[0],
-            logits_beside(head),
+            teacher_logits,
             loss_mask=loss_mask,
             temperature=temperature,
             frozen_head=frozen_head,
-            labels=target[1] if cross_entropy else None,
+            labels=labels,
             cross_entropy=cross_entropy,
             softcap=softcap,
         )

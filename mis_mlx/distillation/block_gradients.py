@@ -236,7 +236,7 @@ class BlockGradients:
         for b in range(n):
             index = (i - start) * n + b
             windows = len(hidden[index])
-            above = None if end else hidden[index + n]
+            above = [] if end else [hidden[index + n]]
             value, new_grads, below = self._vjp(
                 block,
                 trained,
@@ -269,7 +269,7 @@ class BlockGradients:
         block: nn.Module,
         trained: dict[str, mx.array],
         hidden: mx.array,
-        above: mx.array | None,
+        above: list[mx.array],
         *,
         i: int,
         b: int,
@@ -277,14 +277,15 @@ class BlockGradients:
     ) -> tuple[mx.array, list[mx.array], BlockInputs]:
         """(loss, gradients of `trained`, cotangents of the inputs) of micro-batch b; lazy.
 
-        above: the cotangent of the output; of the last block None, behind which `end` stands. The
-        loss of other blocks is 0. The block keeps MLX's tracers in place of its weights: put these
-        back.
+        above: the cotangent of the output; nothing for the last block, behind which `end` stands.
+        The loss of other blocks is 0. The block keeps MLX's tracers in place of its weights: put
+        these back.
         """
         inputs = self._source.sides.inputs(i, b, hidden)
         # keys and values count where later blocks have sent cotangents of them
         counted = BlockOutputs(hidden, self._sharers.take(i, b))
         _, *of_shared = counted.arrays(counted)
+        cotangents = [*above, *of_shared]
         count = len(inputs.arrays)
 
         def run(*primals: mx.array) -> list[mx.array]:
@@ -294,11 +295,11 @@ class BlockGradients:
 
         primals = [*inputs.arrays, *trained.values()]
         if end:
-            value, grads = end.vjp(run, primals, b, of_shared)
+            value, grads = end.vjp(run, primals, b, cotangents)
         else:
             assert above is not None  # only the end has nothing above it
             value = mx.array(0.0)
-            _, grads = mx.vjp(run, primals, [above, *of_shared])
+            _, grads = mx.vjp(run, primals, cotangents)
         below = inputs.like(grads[:count])
         return value, grads[count:], below
 

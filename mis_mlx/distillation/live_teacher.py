@@ -382,15 +382,8 @@ class CachedTeacher:
                 f"the targets are for {vocab} tokens, but the student has {head.shape[0]}: use its "
                 f"teacher"
             )
-        ids, weights = target
         return losses.sampled_kl_sum(
-            hidden,
-            head,
-            loss_mask,
-            ids,
-            weights,
-            frozen_head=frozen_head,
-            softcap=self._softcap,
+            hidden, head, loss_mask, *target, frozen_head=frozen_head, softcap=self._softcap
         )
 
 

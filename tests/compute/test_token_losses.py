@@ -51,7 +51,8 @@ def exact_kl(
     softcap: float,
 ) -> Doubles:
     """KL and its gradients in numpy float64, by the chain rule on whole logits."""
-    h, w = doubles(hidden), doubles(head)
+    h = doubles(hidden)
+    w = doubles(head)
     raw = h @ w.T
     z = softcap * np.tanh(raw / softcap) if softcap else raw
     p = softmax(doubles(target) @ doubles(teacher_head).T / temperature)
@@ -81,8 +82,10 @@ def test_kl_to_a_teacher(
     back_end: str, n: int, vocab: int, temperature: float, softcap: float, *, frozen_head: bool
 ) -> None:
     """On both back ends beside float64; 300 positions are two chunks."""
-    hidden, head = drawn(n, 16, seed=1), drawn(vocab, 16, seed=2)
-    target, teacher_head = drawn(n, 8, seed=3), drawn(vocab, 8, seed=4)
+    hidden = drawn(n, 16, seed=1)
+    head = drawn(vocab, 16, seed=2)
+    target = drawn(n, 8, seed=3)
+    teacher_head = drawn(vocab, 8, seed=4)
     loss_mask = (mx.random.uniform(shape=(n,), key=mx.random.key(5)) < 0.7).astype(mx.float32)
     loss = token_losses.teacher_kl(
         lambda head: lambda states: states @ teacher_head.T,
@@ -124,15 +127,19 @@ def test_cross_entropy_goes_to_mlx(back_end: str) -> None:
     """The half of it is the half of the KL and half of -log softmax at the labels; numpy has
     none.
     """
-    hidden, head = drawn(6, 16, seed=1), drawn(11, 16, seed=2)
+    hidden = drawn(6, 16, seed=1)
+    head = drawn(11, 16, seed=2)
     target = drawn(6, 11, seed=3)
     labels = mx.array([0, 3, 10, 5, 5, 1])
     mask = mx.ones(6)
     loss = token_losses.teacher_kl(lambda head: lambda states: states * 1.0, cross_entropy=0.5)
     assert loss.by_numpy is None
-    found = loss.gradients(hidden, head, mask, target, labels)
-    h, w = doubles(hidden), doubles(head)
-    p, q = softmax(doubles(target)), softmax(h @ w.T)
+    targets = [target, labels]
+    found = loss.gradients(hidden, head, mask, *targets)
+    h = doubles(hidden)
+    w = doubles(head)
+    p = softmax(doubles(target))
+    q = softmax(h @ w.T)
     mixed = 0.5 * p
     mixed[np.arange(6), np.array(labels)] += 0.5
     entropy = -np.log(q[np.arange(6), np.array(labels)]).sum()
@@ -143,12 +150,15 @@ def test_cross_entropy_goes_to_mlx(back_end: str) -> None:
 
 def test_sampled_targets(back_end: str) -> None:
     """KL to a target of two tokens a position, beside float64."""
-    hidden, head = drawn(5, 16, seed=1), drawn(9, 16, seed=2)
+    hidden = drawn(5, 16, seed=1)
+    head = drawn(9, 16, seed=2)
     ids = mx.array([[0, 1], [8, 3], [2, 2], [4, 0], [7, 6]])
     shares = mx.array([[0.25, 0.75], [0.5, 0.5], [1.0, 0.0], [0.1, 0.9], [0.6, 0.4]])
     mask = mx.array([1.0, 1.0, 0.0, 1.0, 2.0])
-    found = TokenLoss(losses.sampled_kl_sum).gradients(hidden, head, mask, ids, shares)
-    h, w = doubles(hidden), doubles(head)
+    targets = [ids, shares]
+    found = TokenLoss(losses.sampled_kl_sum).gradients(hidden, head, mask, *targets)
+    h = doubles(hidden)
+    w = doubles(head)
     q = softmax(h @ w.T)
     dense = np.zeros_like(q)
     for row, (tokens, parts) in enumerate(zip(ids.tolist(), shares.tolist(), strict=True)):
@@ -168,7 +178,8 @@ Model = Callable[[mx.array, mx.array], mx.array]
 def through(loss: TokenLoss, windows: int, head_index: int | None) -> list[np.ndarray]:
     """[value, gradients of body and head, of a further output too] of a model of two layers."""
     tokens = drawn(windows, 6, 12, seed=1)
-    body, head = drawn(12, 8, seed=2), drawn(20, 8, seed=3)
+    body = drawn(12, 8, seed=2)
+    head = drawn(20, 8, seed=3)
     target = drawn(windows * 6, 20, seed=4)
     mask = mx.ones(windows * 6)
 
@@ -176,6 +187,7 @@ def through(loss: TokenLoss, windows: int, head_index: int | None) -> list[np.nd
         hidden = loss.map_windows(lambda x: mx.tanh(x @ body), tokens)
         return [hidden.reshape(-1, 8), head, body.sum(axis=0)]
 
+    of_sum = mx.arange(8).astype(mx.float32)
     value, grads = loss.vjp(
         forward,
         [body, head],
@@ -184,7 +196,7 @@ def through(loss: TokenLoss, windows: int, head_index: int | None) -> list[np.nd
         width=8,
         windows=windows,
         head_index=head_index,
-        cotangents=[mx.arange(8).astype(mx.float32)],
+        cotangents=[of_sum],
     )
     loss.evaluate(grads, windows)
     return [np.array(value), *map(np.array, grads)]
@@ -208,9 +220,11 @@ def test_gradients_through_a_model(
     value, body_grad, head_grad = through(loss, windows, head_index)
 
     x = doubles(drawn(windows, 6, 12, seed=1)).reshape(-1, 12)
-    body, head = doubles(drawn(12, 8, seed=2)), doubles(drawn(20, 8, seed=3))
+    body = doubles(drawn(12, 8, seed=2))
+    head = doubles(drawn(20, 8, seed=3))
     hidden = np.tanh(x @ body)
-    p, q = softmax(doubles(drawn(windows * 6, 20, seed=4))), softmax(hidden @ head.T)
+    p = softmax(doubles(drawn(windows * 6, 20, seed=4)))
+    q = softmax(hidden @ head.T)
     slope = q - p
     below = (slope @ head) * (1.0 - np.square(hidden))
     want_body = x.T @ below + np.arange(8)
