@@ -531,12 +531,16 @@ def complete(
 ) -> None:
     """What a student's row does not have yet."""
     trained = bool(steps) and "trained" not in row
-    if "repaired" in row and not trained:
+    repaired = trained or "repaired" not in row
+    judged_cut = not trial.skips_cut and "cut" not in row
+    if not repaired and not judged_cut:
         return
     pairs = trial.targets(steps, seed) if trained else []
     trial.cut(calibrated, widths)
-    if not trial.skips_cut and "cut" not in row:
+    if judged_cut:
         row["cut"] = trial.excess()
+    if not repaired:
+        return
     trial.repair(calibrated)
     if "repaired" not in row:
         row["repaired"] = trial.excess()
