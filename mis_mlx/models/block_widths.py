@@ -69,19 +69,9 @@ def _checked_group(config: Config, blocks: Any) -> int:
             raise MisError(f"{key} is {config.get(key)!r}, but should be a whole number")
     groups = []
     for number, block in enumerate(blocks):
-        parts = []
-        for name in ("attention", "ffn"):
-            part = block.get(name) if isinstance(block, Mapping) else None
-            if not isinstance(part, Mapping):
-                raise MisError(f"block {number} of block_configs does not say its {name}")
-            for form in ("no_op", "replace_with_linear"):
-                if part.get(form):
-                    why = f"block {number} has {form} for its {name}"
-                    raise MisError(f"{why}: only blocks with attention and MLP are supported")
-            parts.append(part)
-        attention, ffn = parts
+        attention = _checked_part(block, "attention", number)
         groups.append(_positive(attention, "n_heads_in_group", number, kinds=(int,)))
-        _positive(ffn, "ffn_mult", number, kinds=(int, float))
+        _positive(_checked_part(block, "ffn", number), "ffn_mult", number, kinds=(int, float))
     group: int = groups[0]
     if any(other != group for other in groups):
         raise MisError(
@@ -92,6 +82,18 @@ def _checked_group(config: Config, blocks: Any) -> int:
         heads = config["num_attention_heads"]
         raise MisError(f"{heads} attention heads do not divide into groups of {group}")
     return group
+
+
+def _checked_part(block: Any, name: str, number: int) -> Config:
+    """What a block's config says of its attention or MLP; MisError where it has none."""
+    part = block.get(name) if isinstance(block, Mapping) else None
+    if not isinstance(part, Mapping):
+        raise MisError(f"block {number} of block_configs does not say its {name}")
+    for form in ("no_op", "replace_with_linear"):
+        if part.get(form):
+            why = f"block {number} has {form} for its {name}"
+            raise MisError(f"{why}: only blocks with attention and MLP are supported")
+    return part
 
 
 def _positive(part: Config, key: str, number: int, *, kinds: tuple[type, ...]) -> Any:

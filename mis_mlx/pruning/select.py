@@ -133,7 +133,6 @@ def select_units(
     """
     shape = shape or wanted_shape(config, cut)
     before = shape_of(config)
-    widths = asked_widths(config, cut, shape.layers)
     stays = dict.fromkeys(arch.fixed_blocks(config), math.inf)
     blocks = {**statistics.block, **stays}
     layers = importance.select_blocks(blocks, shape.layers, arch.layer_phase(config))
@@ -149,10 +148,7 @@ def select_units(
         plain = importance.rms(getattr(statistics, axis)[i])
         differ[key] = len(set(kept[key]) - set(_pick(axis, plain, before, block)))
 
-    for number, i in enumerate(layers):
-        block = shape
-        if widths:
-            block = replace(shape, ffn=widths[number])
+    for i, block in zip(layers, _block_shapes(config, cut, shape), strict=True):
         attending = attends(config, i)
         axes = ["experts", "ffn"]
         if attending:
@@ -181,6 +177,12 @@ def select_units(
         "profile": profile(statistics, layers, kept, scores),
     }
     return shape, KeptUnits(layers, kept, used, report)
+
+
+def _block_shapes(config: Mapping[str, Any], cut: PruningConfig, shape: Shape) -> list[Shape]:
+    """The shape of each block that stays: `shape`, with a width of its own by --ffn-widths."""
+    widths = asked_widths(config, cut, shape.layers) or [shape.ffn] * shape.layers
+    return [replace(shape, ffn=width) for width in widths]
 
 
 def _shape_by_conditions(
