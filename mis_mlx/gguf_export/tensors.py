@@ -20,11 +20,10 @@ from gguf.gguf_writer import WriterState
 
 from mis_mlx.gguf_export import gemma, positions
 from mis_mlx.gguf_export.positions import Config
-from mis_mlx.gguf_export.words import FILE_TYPES, FREQS, OWN, REWRAPPED
+from mis_mlx.gguf_export.words import FILE_TYPES, FREQS, OWN, REWRAPPED, of_unequal_blocks
 from mis_mlx.maths import rounding
 from mis_mlx.models import (
     arch,
-    block_widths,
     experts,
     families,
     load,
@@ -426,10 +425,7 @@ def describe(writer: Any, config: Config, name: str, wanted: str) -> None:
     for key in sorted(family.own & OWN.keys()):
         words[OWN[key]] = full.get(key) or 1.0
     words |= _of_mixture(full)
-    if family.blocks:  # llama.cpp reads a number for each block
-        words["feed_forward_length"] = list(block_widths.widths(full))
-        words["head_count"] = [shape.heads] * shape.layers
-        words["head_count_kv"] = [shape.kv_heads] * shape.layers
+    words |= of_unequal_blocks(full)
     if family.stateful:
         words["head_count_kv"] = [
             shape.kv_heads if attends(full, i) else 0 for i in range(shape.layers)

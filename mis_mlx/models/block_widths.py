@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mis_mlx.models.families import FAMILIES, Config, family, known_family
+from mis_mlx.models.families import FAMILIES, Config, family, known_family, of_family
 from mis_mlx.types import MisError
 
 STEP = 256  # FFN neurons
@@ -123,8 +123,7 @@ def unequal(config: Config, block_widths: Sequence[int]) -> dict[str, Any]:
     """
     row = family(config)
     require(config)
-    edited = dict(config)
-    edited["model_type"] = row.unequal
+    edited = of_family(config, row.unequal)
     edited["architectures"] = ARCHITECTURES
     hidden = edited["hidden_size"]
     group = edited["num_attention_heads"] // edited["num_key_value_heads"]

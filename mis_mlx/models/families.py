@@ -474,3 +474,8 @@ def known_family(config: Config) -> Family | None:
 def family(config: Config) -> Family:
     """The row of a config that was checked (`config.check_config`)."""
     return FAMILIES[config["model_type"]]
+
+
+def of_family(config: Config, name: str) -> dict[str, Any]:
+    """A copy of a config that says it is of the family `name`."""
+    return {**config, "model_type": name}
