@@ -59,7 +59,7 @@ DEFAULT_LOSS = 0.1  # bits a byte that a run allows where nothing is said about 
 WRITTEN = Path("runs/text")  # folders of texts that teachers write
 TEXT_TOKENS = 200  # of such a text, about
 # Settings that say how large the result is.
-SIZES = ("student", "scenario", *families.ALL, "target_bpw", "q_mode")
+SIZES = ("student", "scenario", *families.ALL, "ffn_widths", "target_bpw", "q_mode")
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ class Settings(
     FILE_ONLY: ClassVar = frozenset(
         {
             "kv_heads",
+            "ffn_widths",
             "importance",
             "hidden_by",
             "target",
