@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mis_mlx.models import arch, model_writer
+from mis_mlx.models import arch, block_widths, model_writer
 from mis_mlx.models.families import family
 from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage.files import DISK
@@ -164,6 +164,12 @@ FAMILIES["lfm2"] = {
         "full_attention",
     ],
     "conv_L_cache": 3,
+}
+FAMILIES["nemotron-nas"] = {  # a llama of three widths
+    "architectures": ["DeciLMForCausalLM"],
+    "block_configs": [
+        block_widths.block_config(width, 64, 2) for width in (768, 512, 256, 768, 256, 512, 512)
+    ],
 }
 FAMILIES["qwen3_5_text"] = {
     "architectures": ["Qwen3_5ForCausalLM"],

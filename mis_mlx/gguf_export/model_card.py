@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from mis_mlx.gguf_export import run_facts
-from mis_mlx.models import arch, config, model_writer, resolve
+from mis_mlx.models import arch, config, families, model_writer, resolve
 from mis_mlx.reporting import html
 from mis_mlx.storage import hub, run_folder
 from mis_mlx.types import Checkpoint
@@ -89,11 +89,13 @@ def readme(
     if not licence and base == resolve.DEFAULT:
         licence = "apache-2.0"
     is_changed = run_values["keep"] is not None or _is_aligned(checkpoint.path)
+    # A family of unequal blocks: transformers has no such architecture.
+    unequal = bool(families.family(checkpoint.config).blocks)
     front = {
         "base_model": base,
         "base_model_relation": _relation(checkpoint, file, is_changed=is_changed) if base else None,
         "license": licence,
-        **_library(file, with_mlx=bool(repository)),
+        **_library(file, with_mlx=bool(repository), unequal=unequal),
         "pipeline_tag": "text-generation",
     }
     stated = {key: value for key, value in front.items() if value}
@@ -109,18 +111,22 @@ def readme(
         **run_values,
         "file": file,
         "repository": repository,
+        "unequal": unequal,
     }
     return html.document("model_card.md", values) + "\n"
 
 
-def _library(file: str, *, with_mlx: bool) -> dict[str, Any]:
-    """The card's library and tags. file: the GGUF's name; "" for a Hugging Face folder."""
+def _library(file: str, *, with_mlx: bool, unequal: bool) -> dict[str, Any]:
+    """The card's library and tags. file: the GGUF's name; "" for a Hugging Face folder.
+
+    unequal: whether blocks differ in width.
+    """
     tags = ["mis_mlx"]
     if file:
         tags.insert(0, "gguf")
     if with_mlx:
         tags.insert(0, "mlx")
-    library = "transformers"
+    library = "mlx" if unequal else "transformers"
     if file:
         library = "mlx" if with_mlx else "gguf"
     return {"library_name": library, "tags": tags}

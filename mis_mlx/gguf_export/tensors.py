@@ -20,7 +20,7 @@ from gguf.gguf_writer import WriterState
 
 from mis_mlx.gguf_export import gemma, positions
 from mis_mlx.gguf_export.positions import Config
-from mis_mlx.gguf_export.words import FILE_TYPES, FREQS, OWN, REWRAPPED
+from mis_mlx.gguf_export.words import FILE_TYPES, FREQS, OWN, REWRAPPED, of_unequal_blocks
 from mis_mlx.maths import rounding
 from mis_mlx.models import (
     arch,
@@ -425,6 +425,7 @@ def describe(writer: Any, config: Config, name: str, wanted: str) -> None:
     for key in sorted(family.own & OWN.keys()):
         words[OWN[key]] = full.get(key) or 1.0
     words |= _of_mixture(full)
+    words |= of_unequal_blocks(full)
     if family.stateful:
         words["head_count_kv"] = [
             shape.kv_heads if attends(full, i) else 0 for i in range(shape.layers)

@@ -8,9 +8,28 @@ each. own: a family's own keys → the same. file_types: names that are not MOST
 import json
 from pathlib import Path
 
+from mis_mlx.models import block_widths
+from mis_mlx.models.config import shape_of
+from mis_mlx.models.families import Config, family
+
 WORDS = json.loads((Path(__file__).parent / "words.json").read_text("utf-8"))
 REWRAPPED = WORDS["rewrapped"]
 FREQS = WORDS["freqs"]
 YARN = WORDS["yarn"]
 OWN = WORDS["own"]
 FILE_TYPES = WORDS["file_types"]
+
+
+def of_unequal_blocks(config: Config) -> dict[str, list[int]]:
+    """What llama.cpp is told of blocks that differ in FFN width; nothing of other families.
+
+    Its deci reads a number for each block, of heads too.
+    """
+    if not family(config).blocks:
+        return {}
+    shape = shape_of(config)
+    return {
+        "feed_forward_length": list(block_widths.widths(config)),
+        "head_count": [shape.heads] * shape.layers,
+        "head_count_kv": [shape.kv_heads] * shape.layers,
+    }

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mis_mlx.models import experts, stored_form, tensor_shapes
+from mis_mlx.models import block_widths, experts, stored_form, tensor_shapes
 from mis_mlx.models.config import (
     Shape,
     attends,
@@ -121,7 +121,7 @@ def blocks_params(config: Config) -> int:
     """The number of parameters of all blocks."""
     layers = config["num_hidden_layers"]
     row = family(config)
-    if not row.sharing and not row.stateful:  # blocks are alike
+    if not row.sharing and not row.stateful and not row.blocks:  # blocks are alike
         block = layer_tensors(config, stacked=True)
         return int(layers * tensor_shapes.weight_count(block))
     total = 0
@@ -134,8 +134,11 @@ def blocks_params(config: Config) -> int:
 def block_counts(config: Config) -> dict[int, int]:
     """{a block: how many there are like it}, where blocks differ by their kind alone."""
     layers = config["num_hidden_layers"]
-    kind = family(config).stateful
-    if not kind:
+    row = family(config)
+    if row.blocks:
+        sizes = [ffn_size(config, i) for i in range(layers)]
+        return {sizes.index(size): sizes.count(size) for size in set(sizes)}
+    if not row.stateful:
         return {tensor_shapes.largest_block(config): layers}
     counts: dict[int, int] = {}
     for has_keys in {attends(config, i) for i in range(layers)}:
@@ -450,11 +453,13 @@ def student_config(
         edited[row.sharing] = sum(owners[i] is not None for i in kept)
     if row.per_layer and shape.vocab != shape_of(config).vocab:
         edited["vocab_size_per_layer_input"] = shape.vocab
-    for key in ("layer_types", row.kinds, row.sparsity):
+    for key in ("layer_types", row.kinds, row.sparsity, row.blocks):
         if edited.get(key):
             edited[key] = [edited[key][i] for i in kept]
     for field, key in keys_of(edited).items():
         edited[key] = getattr(shape, field)
+    if row.blocks:  # of the widest block that stays
+        edited[row.ffn] = max(block_widths.widths(edited))
     edited["torch_dtype"] = dtype
     rope = edited.get("rope_parameters") or {}
     if row.versions:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mis_mlx import cli
-from mis_mlx.models import config_checks, stored_form
+from mis_mlx.models import block_widths, config_checks, stored_form
 from mis_mlx.models.config_checks import (
     positive_number,
     rotary_kind,
@@ -78,6 +78,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = _opened_as(_read_json(folder, where), where)
     config = stored_form.own_config(config, where)
     _settle_width(config, where)
+    block_widths.settle(config, where)
     check_config(config, where)
     if config.pop("auto_map", None):
         say_once(
@@ -331,6 +332,8 @@ def ffn_size(config: Config, i: int, ffn: int | None = None) -> int:
     ffn: of the model, in place of the config's own.
     """
     row = family(config)
+    if row.blocks and ffn is None:
+        return block_widths.widths(config)[i]
     size = int(config[row.ffn]) if ffn is None else ffn
     if row.double_wide and config[row.double_wide] and key_owners(config)[i] is not None:
         return 2 * size

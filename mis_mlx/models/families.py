@@ -86,6 +86,10 @@ class Family:
     laurel: str = ""
     # the config's key of the share of FFN neurons that are silent, for every block
     sparsity: str = ""
+    # the config's key of a list with the form of every block, whose widths may differ
+    blocks: str = ""
+    # the family that a student of this one is written as, where its blocks differ in width
+    unequal: str = ""
     # the type of a model that contains this one; stock mlx_lm opens no other form
     written_as: str = ""
     # the kind in layer_types of blocks that carry a state of one size, and no keys and values
@@ -107,14 +111,26 @@ class Family:
             self.shared_expert,
         }
         keys |= {self.per_layer, self.sharing, self.global_head_dim, self.double_wide, self.softcap}
-        keys |= {self.versions, self.laurel, self.sparsity}
+        keys |= {self.versions, self.laurel, self.sparsity, self.blocks}
         return {*keys, *self.numbers} - {"", "sqrt", "exact sqrt"}
 
 
 MIXED = ("layers", "ffn", "experts")
 MIXED_WHY = "this is not implemented for mixtures of experts"
 ROWS = (
-    Family("llama", "llama", "llama", interleaved=True),
+    Family("llama", "llama", "llama", interleaved=True, unequal="nemotron-nas"),
+    # A llama whose blocks differ in width.
+    Family(
+        "nemotron-nas",
+        "nemotron-nas",
+        "deci",
+        blocks="block_configs",
+        rope_theta=500_000.0,
+        head_dim_follows=True,
+        interleaved=True,
+        axes=("layers",),
+        why="its blocks have widths of their own",
+    ),
     Family("mistral", "llama", "llama", interleaved=True),
     Family(
         "qwen2",
@@ -458,3 +474,8 @@ def known_family(config: Config) -> Family | None:
 def family(config: Config) -> Family:
     """The row of a config that was checked (`config.check_config`)."""
     return FAMILIES[config["model_type"]]
+
+
+def of_family(config: Config, name: str) -> dict[str, Any]:
+    """A copy of a config that says it is of the family `name`."""
+    return {**config, "model_type": name}

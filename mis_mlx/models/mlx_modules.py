@@ -82,6 +82,8 @@ def new_model(config: Config) -> nn.Module:
     if row.stateful:
         return hybrid.Model(_block_module(row), args, mlx_lm("models.cache"))
     model: nn.Module = mlx_lm(f"models.{row.mlx}").Model(args)
+    if getattr(model, "lm_head", model) is None:  # nemotron-nas with a tied head
+        del model.lm_head
     return model
 
 

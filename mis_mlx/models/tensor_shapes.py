@@ -185,6 +185,9 @@ def unlike_blocks(config: Config) -> list[int]:
     Blocks of a kind have one size, those with keys of their own and those that use another's.
     """
     row = family(config)
+    if row.blocks:
+        sizes = [ffn_size(config, i) for i in range(config["num_hidden_layers"])]
+        return [sizes.index(size) for size in sorted(set(sizes))]
     if not row.stateful and not row.sharing:
         return [0]
     first: dict[tuple[str, bool], int] = {}

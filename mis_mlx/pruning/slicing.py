@@ -10,12 +10,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mis_mlx.compute import precision
-from mis_mlx.models import arch, experts, families, load, model_writer, modules, stream
+from mis_mlx.models import (
+    arch,
+    block_widths,
+    experts,
+    families,
+    load,
+    model_writer,
+    modules,
+    stream,
+)
 from mis_mlx.models.config import Shape, ffn_size, shape_of
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.safetensors import InParts, Tensor
@@ -273,6 +283,22 @@ def _mixed_cut(
     return mx.take(weight, mx.array(own), axis=1 if is_last else 0)
 
 
+def student_config(
+    config: Mapping[str, Any], shape: Shape, keep: KeptUnits, dtype: str
+) -> dict[str, Any]:
+    """The student's config.json: of another family where its blocks differ in FFN width."""
+    edited = arch.student_config(config, shape, keep.layers, dtype)
+    if not families.family(config).unequal:
+        return edited
+    widths = []
+    for layer in keep.layers:
+        neurons = keep.kept.get((layer, "ffn"))
+        widths.append(len(neurons) if neurons else ffn_size(config, layer))
+    if len(set(widths)) == 1:
+        return edited
+    return block_widths.unequal(edited, widths)
+
+
 def write_student(
     teacher: Checkpoint,
     shape: Shape,
@@ -306,7 +332,7 @@ def write_student(
     if tensor is None:
         tensor = partial(load.dense, teacher)
     model_writer.write_model(
-        arch.student_config(teacher.config, shape, keep.layers, dtype),
+        student_config(teacher.config, shape, keep, dtype),
         partial(_taken, teacher, keep, tensor),
         source=teacher.path,
         out=out,

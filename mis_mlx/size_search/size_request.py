@@ -18,7 +18,7 @@ from mis_mlx.types import Budget, Checkpoint, MisError, gib
 DEFAULT_LOSS = 0.1  # bits a byte that a run allows where nothing is said about sizes
 GIVE_SIZES = "give sizes, such as --vocab 0.5x, and --target-bpw"  # where there is no search
 # Settings that say how large the result is.
-SIZE_SETTINGS = ("student", "scenario", *families.ALL, "target_bpw", "q_mode")
+SIZE_SETTINGS = ("student", "scenario", *families.ALL, "ffn_widths", "target_bpw", "q_mode")
 
 
 @dataclass(frozen=True, kw_only=True)
