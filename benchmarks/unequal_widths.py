@@ -125,7 +125,7 @@ class Ranking:
     """
 
     def __init__(self, texts: Mapping[str, Text]):
-        rows = []
+        rows = list[np.ndarray]()
         self.chosen: dict[str, np.ndarray] = {}
         for kind, text in texts.items():
             places = []

@@ -98,7 +98,7 @@ def _checked_part(block: Any, name: str, number: int) -> Config:
 
 def _positive(part: Config, key: str, number: int, *, kinds: tuple[type, ...]) -> Any:
     """The number above 0 under a block's key; MisError otherwise."""
-    value = part.get(key)
+    value: Any = part.get(key)
     if type(value) not in kinds or not value > 0:
         raise MisError(f"{key} of block {number} is {value!r}, but must be a number above 0")
     return value
@@ -139,7 +139,7 @@ def require(config: Config) -> None:
     if not row.unequal:
         raise MisError(
             f"blocks of a {row.name} cannot differ in FFN width, because no stock program opens "
-            f"such a model: give --ffn with one width for all"
+            f"the result: give --ffn with one width for all"
         )
     hidden = config["hidden_size"]
     heads = config["num_attention_heads"]
