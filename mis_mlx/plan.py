@@ -136,7 +136,8 @@ class Settings(cli.Budgeted, recipe.QuantizationConfig, recipe.DistillationConfi
     """bits per weight of the result; 0: no quantization"""
 
     def __post_init__(self) -> None:
-        scenarios.settle(self)
+        # frozen, but still being made
+        object.__setattr__(self, "scenario", scenarios.plain(self.scenario))
 
 
 def _open(name: str | None) -> tuple[Checkpoint | Mapping[str, Any], str]:

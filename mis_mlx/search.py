@@ -407,9 +407,8 @@ def run(settings: Settings) -> dict[str, Any]:
         "limits": scope.flags,
         "students": len(scope.within),
     }
-    wanted = conversations.wanted_of(
-        s, s.student_iters or ITERS, data=s.data, share=s.conversations
-    )
+    visited = (s.student_iters or ITERS) * s.step_tokens
+    wanted = conversations.wanted_of(s.data, s.conversations, visited=visited, seed=s.seed)
     source = conversations.source(teacher, wanted, limit, dry_run=s.dry_run)
     if s.dry_run:
         return {**result, **outcome}

@@ -14,7 +14,6 @@ from mis_mlx.evaluation.answer_figures import MORE_LOOPS
 from mis_mlx.models import distributed, load
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import html
-from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK, Files, json_sha256
 from mis_mlx.types import Budget, Checkpoint, MisError, Row, duration, evenly, gib
@@ -41,16 +40,13 @@ class Wanted:
     seed: int
 
 
-def wanted_of(
-    recipe: TrainingConfig, iters: int, *, data: str | None, share: float | None
-) -> Wanted:
+def wanted_of(data: str | None, share: float | None, *, visited: int, seed: int) -> Wanted:
     """What a run of `distill`, or the search for its sizes, asks for.
 
-    iters: of the training that follows. share: as --conversations; None: the usual one.
+    share: as --conversations; None: the usual one. visited: tokens of the training that follows.
     """
     usual = preparation.SHARES[preparation.CONVERSATIONS] if share is None else share
-    step = recipe.batch_size * recipe.grad_accumulation_steps * recipe.max_seq_length
-    return Wanted(data=data, share=share, tokens=int(usual * iters * step), seed=recipe.seed)
+    return Wanted(data=data, share=share, tokens=int(usual * visited), seed=seed)
 
 
 def source(

@@ -46,7 +46,8 @@ def text_of(asked: DistillFlags, teacher: Checkpoint, iters: int) -> RunText:
     written = teacher_text(asked, teacher)
     if written:
         data = str(written.out)
-    wanted = conversations.wanted_of(asked, iters, data=data, share=asked.conversations)
+    visited = iters * asked.step_tokens
+    wanted = conversations.wanted_of(data, asked.conversations, visited=visited, seed=asked.seed)
     return RunText(wanted=wanted, written=written)
 
 
@@ -58,8 +59,7 @@ def teacher_text(asked: DistillFlags, teacher: Checkpoint) -> TeacherText | None
     """
     if asked.data != preparation.TEACHER:
         return None
-    step = asked.batch_size * asked.grad_accumulation_steps * asked.max_seq_length
-    visited = recipe.steps_of(asked, teacher.config) * step
+    visited = recipe.steps_of(asked, teacher.config) * asked.step_tokens
     texts = max(recipe.TEACHER_TEXTS, visited // (4 * TEXT_TOKENS))
     identity = run_folder.origin(teacher, "")["teacher"]
     name = f"{teacher.path.name}-{identity[:8]}-{asked.seed}-{texts}"

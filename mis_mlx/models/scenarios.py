@@ -5,7 +5,7 @@ we in its manner) gave it. Both are accepted wherever a scenario is named. Files
 writes have the plain one; files of earlier versions, which have the other, are read alike.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from mis_mlx.types import Shown
 
@@ -60,15 +60,9 @@ Scenario = Annotated[
 ]
 
 
-def plain(name: str) -> str:
-    """The plain name of a scenario in either spelling; a name of no scenario as it is."""
+def plain(name: str | None) -> str | None:
+    """The plain name of a scenario in either spelling; what names no scenario, as it is."""
     for plain_name, mountain_name in MOUNTAIN_NAMES.items():
         if name == mountain_name:
             return plain_name
     return name
-
-
-def settle(settings: Any) -> None:
-    """Give frozen settings, while they are made, the plain name of their `scenario`."""
-    if settings.scenario is not None:
-        object.__setattr__(settings, "scenario", plain(settings.scenario))

@@ -45,7 +45,7 @@ class DistillationSpec(DistillationConfig):
     @property
     def step(self) -> int:
         """Tokens of one optimizer step."""
-        return self.batch_size * self.grad_accumulation_steps * self.max_seq_length
+        return self.step_tokens
 
     @property
     def loss(self) -> Footprint:

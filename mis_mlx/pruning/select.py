@@ -88,7 +88,8 @@ class PruningConfig(ThermalFlags, vocabulary.VocabularyConfig):
     """unit of T_env in AAIS; celsius follows the paper exactly and needs more than 0"""
 
     def __post_init__(self) -> None:
-        scenarios.settle(self)
+        # frozen, but still being made
+        object.__setattr__(self, "scenario", scenarios.plain(self.scenario))
 
 
 Ranking = Callable[[Key], np.ndarray]  # (layer, axis) -> scores (units,); the highest stay

@@ -51,6 +51,11 @@ class TrainingConfig:
     seed: Seed = 0
     """seed of batch order, calibration windows and eps_halny"""
 
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.batch_size * self.grad_accumulation_steps * self.max_seq_length
+
     def rate(self, step: int) -> float:
         """Learning rate of 0-based `step`: linear warm-up, then a cosine to a tenth of the peak."""
         warmup = min(self.warmup, self.iters)
