@@ -190,19 +190,10 @@ def test_a_cut_student_is_distilled(
     """`distill --student` repairs and trains it, and stock mlx_lm opens what comes out."""
     run = tmp_path / "run"
     flags: dict[str, Any] = {"max_seq_length": 32, "batch_size": 2, "reconstruct_samples": 8}
-    distill.run(
-        distill.Settings(
-            teacher=str(llama.path),
-            student=str(pruned.path),
-            data=str(text_folder),
-            out=str(run),
-            iters=2,
-            quantize=0,
-            bench_tokens=0,
-            eval_windows=2,
-            **flags,
-        )
-    )
+    flags |= {"iters": 2, "quantize": 0, "bench_tokens": 0, "eval_windows": 2}
+    folders = {"teacher": llama.path, "student": pruned.path, "data": text_folder, "out": run}
+    named = {name: str(folder) for name, folder in folders.items()}
+    distill.run(distill.Settings(**named, **flags))
     model = load.open_checkpoint(run / "model")
     assert block_widths.widths(model.config) == WIDTHS
     check_as_stock(model)
