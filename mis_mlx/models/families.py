@@ -119,6 +119,7 @@ MIXED = ("layers", "ffn", "experts")
 MIXED_WHY = "this is not implemented for mixtures of experts"
 ROWS = (
     Family("llama", "llama", "llama", interleaved=True, unequal="nemotron-nas"),
+    Family("mistral", "llama", "llama", interleaved=True),
     # A llama whose blocks differ in width.
     Family(
         "nemotron-nas",
@@ -131,7 +132,6 @@ ROWS = (
         axes=("layers",),
         why="its blocks have widths of their own",
     ),
-    Family("mistral", "llama", "llama", interleaved=True),
     Family(
         "qwen2",
         "qwen2",

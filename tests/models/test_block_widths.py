@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from gguf.quants import dequantize
 
-from mis_mlx import export, prune
+from mis_mlx import distill, export, prune
 from mis_mlx.models import arch, block_widths, load, model_writer
 from mis_mlx.models.config import read_config
 from mis_mlx.pruning import reconstruct
@@ -181,3 +181,19 @@ def test_forms_that_are_not_supported_are_refused(
     (tmp_path / "config.json").write_text(json.dumps({**config, "block_configs": blocks}))
     with pytest.raises(MisError, match=f"config.json: .*{why}"):
         read_config(tmp_path)
+
+
+@pytest.mark.usefixtures("cpu_policy")
+def test_a_cut_student_is_distilled(
+    pruned: Checkpoint, llama: Checkpoint, tmp_path: Path, text_folder: Path
+) -> None:
+    """`distill --student` repairs and trains it, and stock mlx_lm opens what comes out."""
+    run = tmp_path / "run"
+    flags: dict[str, Any] = {"max_seq_length": 32, "batch_size": 2, "reconstruct_samples": 8}
+    flags |= {"iters": 2, "quantize": 0, "bench_tokens": 0, "eval_windows": 2}
+    folders = {"teacher": llama.path, "student": pruned.path, "data": text_folder, "out": run}
+    named = {name: str(folder) for name, folder in folders.items()}
+    distill.run(distill.Settings(**named, **flags))
+    model = load.open_checkpoint(run / "model")
+    assert block_widths.widths(model.config) == WIDTHS
+    check_as_stock(model)
