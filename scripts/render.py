@@ -441,12 +441,16 @@ def true_shape(found: Found) -> str:
     return "\n".join([words.markdown_table(head, lines), "", source])
 
 
+def largest_first(found: Found) -> list[tuple[str, Found]]:
+    """The rows of `lose.py`, by the bytes of their models."""
+    return sorted(found["rows"].items(), key=lambda item: -float(item[1]["bytes_4-bit"]))
+
+
 def lose(found: Found) -> str:
     """What was allowed, expected and reached."""
     head = ["run", "MB", "expected", "reached", "loops, %", "teacher's, %"]
     lines = []
-    rows = sorted(found["rows"].items(), key=lambda item: -float(item[1]["bytes_4-bit"]))
-    for name, row in rows:
+    for name, row in largest_first(found):
         expected = "–"  # of a teacher that is only packed
         if "expected_loss" in row:
             expected = f"{row['expected_loss']:.3f}"
@@ -463,7 +467,7 @@ def lose_briefly(found: Found) -> str:
     """The first seed's runs and the packed teachers, by size."""
     head = ["default teacher", "MB", "bits per byte above it", "own answers that loop, %"]
     lines = []
-    for name, row in sorted(found["rows"].items(), key=lambda item: -item[1]["bytes_4-bit"]):
+    for name, row in largest_first(found):
         loss, _, seed = name.partition(", seed ")
         if seed not in ("", "0"):
             continue

@@ -40,7 +40,9 @@ def guarded(work: Callable[[], Any], otherwise: Callable[[str], Any]) -> Any:
         return work()
     except Exception as error:
         line = next(iter(str(error).splitlines()), "")
-        return otherwise(f"{type(error).__name__}: {line}"[:200])
+        kind = type(error).__name__
+        words = f"{kind}: {line}"
+        return otherwise(words[:200])
 
 
 def check(name: str, work: Callable[[], kernels.Found], emit: Emit) -> None:
@@ -52,35 +54,27 @@ def check(name: str, work: Callable[[], kernels.Found], emit: Emit) -> None:
         return
     number, bound = map(float, outcome)
     passed = number <= bound  # NaN never passes
-    shown = number if math.isfinite(number) else None  # JSON has no word for NaN
-    emit({"row": Row(name, passed, shown, bound)})
+    shown = None  # JSON has no word for NaN
+    if math.isfinite(number):
+        shown = number
+    row = Row(name, passed, shown, bound)
+    emit({"row": row})
 
 
-def of_kernels(
-    folder: Path,
-    emit: Emit,
-    wanted: Precision,
-) -> None:
+def of_kernels(folder: Path, emit: Emit, wanted: Precision) -> None:
     """Check small kernels and our arithmetic."""
-    for name, work in (kernels.CHECKS | hybrid_kernels.CHECKS).items():
+    checks = kernels.CHECKS | hybrid_kernels.CHECKS
+    for name, work in checks.items():
         check(name, work, emit)
 
 
-def of_full_size(
-    folder: Path,
-    emit: Emit,
-    wanted: Precision,
-) -> None:
+def of_full_size(folder: Path, emit: Emit, wanted: Precision) -> None:
     """Check kernels at the default run's sizes."""
     for name, work in full_size.CHECKS.items():
         check(name, work, emit)
 
 
-def of_engine(
-    folder: Path,
-    emit: Emit,
-    wanted: Precision,
-) -> None:
+def of_engine(folder: Path, emit: Emit, wanted: Precision) -> None:
     """Check the engine on a tiny model in four formats."""
     making = "a small model made here"
     emit({"begun": making})
@@ -92,11 +86,7 @@ def of_engine(
         check(name, partial(work, models), emit)
 
 
-def of_training(
-    folder: Path,
-    emit: Emit,
-    wanted: Precision,
-) -> None:
+def of_training(folder: Path, emit: Emit, wanted: Precision) -> None:
     """Run a training step at the default run's width: its peak is a check, its time a rate."""
     times = list[float]()  # stays empty where the step raises
 
@@ -109,14 +99,12 @@ def of_training(
     for seconds in times:
         planned = training_step.planned_seconds(rates.M1_AIR)
         name = "training step of 512 tokens, 25 M parameters, s"
-        emit({"rate": [name, f"{seconds:.3g}", f"{planned:.3g} by the plan"]})
+        here = f"{seconds:.3g}"
+        beside = f"{planned:.3g} by the plan"
+        emit({"rate": [name, here, beside]})
 
 
-def of_rates(
-    folder: Path,
-    emit: Emit,
-    wanted: Precision,
-) -> None:
+def of_rates(folder: Path, emit: Emit, wanted: Precision) -> None:
     """Measure this machine's rates, in billions a second, and what a synchronisation costs.
 
     Each stands next to an M1 Air's."""
@@ -130,7 +118,8 @@ def of_rates(
     emit({"begun": "tiny evaluations"})
     here = guarded(lambda: f"{1e6 * rates.wait_seconds():.3g}", str)
     name = "a tiny evaluation, 1,000 in a row, µs"
-    emit({"rate": [name, here, f"{1e6 * rates.WAIT_S:.3g}, a guess"]})
+    beside = f"{1e6 * rates.WAIT_S:.3g}, a guess"
+    emit({"rate": [name, here, beside]})
 
 
 def _either(disk: Any, number: int) -> float:
@@ -144,7 +133,8 @@ def _rate(name: str, work: Callable[[], float], on_air: float, emit: Emit) -> No
     """Measure one rate by `work` and emit it next to an M1 Air's, both in billions a second."""
     emit({"begun": name})
     here = guarded(lambda: f"{work() / 1e9:,.3g}", str)
-    emit({"rate": [name, here, f"{on_air / 1e9:,.3g}"]})
+    beside = f"{on_air / 1e9:,.3g}"
+    emit({"rate": [name, here, beside]})
 
 
 GROUPS: dict[str, Callable[[Path, Emit, Precision], None]] = {
@@ -162,12 +152,7 @@ def name_crashes() -> None:
         faulthandler.enable(sys.stderr)
 
 
-def run(
-    group: str,
-    folder: str,
-    journal: str,
-    compute_dtype: str | None = None,
-) -> None:
+def run(group: str, folder: str, journal: str, compute_dtype: str | None = None) -> None:
     """Run a group in this process.
 
     folder: empty, for the group's files. journal: a file to which the lines are appended.

@@ -100,18 +100,24 @@ class TokenLoss:
         primals is the head; None: none of them, the head gets no gradient. cotangents: of the
         further outputs of `forward`.
         """
-        if self.by_numpy:
-            return self._vjp_by_numpy(
+        frozen = head_index is None
+        by_numpy = self.by_numpy
+        if by_numpy:
+
+            def numpy_loss(hidden: mx.array, head: mx.array) -> LossGradients:
+                return by_numpy(hidden, head, loss_mask, *targets, frozen_head=frozen)
+
+            loss, grads = _vjp_around(
+                numpy_loss,
                 forward,
                 primals,
-                loss_mask,
-                targets,
-                width=width,
+                cotangents,
+                shape=(loss_mask.size, width),
                 windows=windows,
-                head_index=head_index,
-                cotangents=cotangents,
             )
-        frozen = head_index is None
+            if head_index is not None and loss.head is not None:
+                grads[head_index] = grads[head_index] + loss.head
+            return loss.value, grads
 
         def total(*primals: mx.array) -> list[mx.array]:
             hidden, head, *further = forward(*primals)
@@ -119,50 +125,6 @@ class TokenLoss:
 
         outputs, grads = mx.vjp(total, list(primals), [mx.array(1.0), *cotangents])
         return outputs[0], grads
-
-    def _vjp_by_numpy(
-        self,
-        forward: Forward,
-        primals: Sequence[mx.array],
-        loss_mask: mx.array,
-        targets: Sequence[mx.array],
-        *,
-        width: int,
-        windows: int,
-        head_index: int | None,
-        cotangents: Sequence[mx.array],
-    ) -> tuple[mx.array, list[mx.array]]:
-        """`vjp`, with numpy's loss between the two passes.
-
-        The backward pass is laid out before the forward pass is evaluated, so that MLX keeps only
-        what the backward pass needs. But it begins with a gradient that is not known then. MLX
-        reads a file when it evaluates the array, not when it opens the file: so the backward pass
-        begins with a file, which numpy fills between the passes.
-        """
-        assert self.by_numpy is not None
-        outputs: list[mx.array] = []
-
-        def without_head(*primals: mx.array) -> list[mx.array]:
-            outputs[:] = forward(*primals)
-            hidden, _, *further = outputs
-            return [hidden, *further]
-
-        with tempfile.NamedTemporaryFile(prefix="mis_mlx-", suffix=".npy") as file:
-            header = {"descr": "<f4", "fortran_order": False, "shape": (loss_mask.size, width)}
-            np.lib.format.write_array_header_1_0(file, header)
-            file.flush()
-            hidden_grad: Any = mx.load(file.name)
-            _, grads = mx.vjp(without_head, list(primals), [hidden_grad, *cotangents])
-            hidden, head, *_ = outputs
-            with streams.single_threaded_blas(windows):
-                mx.eval(hidden)
-            frozen = head_index is None
-            loss = self.by_numpy(hidden, head, loss_mask, *targets, frozen_head=frozen)
-            np.asarray(loss.hidden.astype(mx.float32)).tofile(file)
-        # The file has no name now; it goes when MLX has read it.
-        if head_index is not None and loss.head is not None:
-            grads[head_index] = grads[head_index] + loss.head
-        return loss.value, grads
 
     def map_windows(self, work: Callable[[mx.array], mx.array], tokens: mx.array) -> mx.array:
         """work(tokens (B, T)) of a whole model, lazy: windows side by side where numpy follows.
@@ -179,6 +141,44 @@ class TokenLoss:
         if self.by_numpy:
             with streams.single_threaded_blas(windows):
                 mx.eval(grads)
+
+
+def _vjp_around(
+    numpy_loss: Callable[[mx.array, mx.array], LossGradients],
+    forward: Forward,
+    primals: Sequence[mx.array],
+    cotangents: Sequence[mx.array],
+    *,
+    shape: tuple[int, int],
+    windows: int,
+) -> tuple[LossGradients, list[mx.array]]:
+    """(numpy_loss(hidden, head), the gradients in `primals`), with it between the two passes.
+
+    shape: (n, D) of the hidden states. The backward pass is laid out before the forward pass is
+    evaluated, so that MLX keeps only what the backward pass needs. But it begins with a gradient
+    that is not known then. MLX reads a file when it evaluates the array, not when it opens the
+    file: so the backward pass begins with a file, which numpy fills between the passes.
+    """
+    outputs: list[mx.array] = []
+
+    def without_head(*primals: mx.array) -> list[mx.array]:
+        outputs[:] = forward(*primals)
+        hidden, _, *further = outputs
+        return [hidden, *further]
+
+    with tempfile.NamedTemporaryFile(prefix="mis_mlx-", suffix=".npy") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.flush()
+        hidden_grad: Any = mx.load(file.name)
+        _, grads = mx.vjp(without_head, list(primals), [hidden_grad, *cotangents])
+        hidden, head, *_ = outputs
+        with streams.single_threaded_blas(windows):
+            mx.eval(hidden)
+        loss = numpy_loss(hidden, head)
+        np.asarray(loss.hidden.astype(mx.float32)).tofile(file)
+    # The file has no name now; it goes when MLX has read it.
+    return loss, grads
 
 
 def teacher_kl(

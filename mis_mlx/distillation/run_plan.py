@@ -73,7 +73,7 @@ def plan_run(request: RunRequest, budget: Budget, folder: Path | None) -> phases
         job = _paced(request.recipe.minutes, job, limit, rates)
 
     def strategy() -> dict[str, Any]:
-        decided = before or stored_strategy(phases.best_plan(job, limit, rates))
+        decided = before or phases.best_plan(job, limit, rates).strategy
         return {name: value for name, value in decided.items() if name != PLANNED_ITERS}
 
     plan = phases.plan_strategy(job, limit, rates, **distributed.broadcast_json(strategy))
