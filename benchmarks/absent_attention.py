@@ -242,32 +242,79 @@ def fitted(model: Model, number: int, hidden: Sequence[mx.array]) -> tuple[mx.ar
     return best, least
 
 
-class Trial:
+class Judged:
+    """A model that is changed, and what its texts cost under it above what they cost before.
+
+    judging: by kind.
+    """
+
+    def __init__(self, model: Model, judging: Mapping[str, Text]):
+        self.model = model
+        self.judging = judging
+        self.whole_bits = self.judged()
+
+    def judged(self) -> dict[str, float]:
+        """Bits a byte by kind, under the model as it stands."""
+        bits = {}
+        for kind, text in self.judging.items():
+            embedded = [self.model.embed(tokens) for tokens in text.batches()]
+            bits[kind] = self.model.bits(text, embedded, 0)
+        return bits
+
+    def excess(self) -> dict[str, float]:
+        """`judged`, above the whole model."""
+        excess = {}
+        for kind, bits in self.judged().items():
+            excess[kind] = round(bits - self.whole_bits[kind], 4)
+        return excess
+
+
+def targets(
+    model: Model, windows: Windows, steps: int, drawn: np.ndarray
+) -> list[tuple[mx.array, mx.array]]:
+    """[(tokens (B, T), the model's states in front of the head)] of every step.
+
+    drawn: numbers of the windows of all steps.
+    """
+    pairs = []
+    for part in np.split(drawn, steps):
+        tokens = mx.array(windows.tokens[part])
+        final = model.final(model.embed(tokens))
+        mx.eval(final)
+        pairs.append((tokens, final))
+    return pairs
+
+
+def distil(model: Model, head: mx.array, pairs: Sequence[tuple[mx.array, mx.array]]) -> None:
+    """Train all weights of the model as it stands: KL to the states of `targets` behind `head`."""
+
+    def loss(_module: Any, tokens: mx.array, target: mx.array) -> mx.array:
+        own = model.logits(model.final(model.embed(tokens)))
+        theirs = nn.log_softmax(target @ head.T, axis=-1)
+        mine = nn.log_softmax(own, axis=-1)
+        return (mx.exp(theirs) * (theirs - mine)).sum(axis=-1).mean()
+
+    module = model.module
+    step = nn.value_and_grad(module, loss)
+    rate = optimizers.linear_schedule(LEARNING_RATE, 0.0, len(pairs))
+    optimizer = optimizers.AdamW(learning_rate=rate)
+    for number, (tokens, target) in enumerate(pairs):
+        value, grads = step(module, tokens, target)
+        optimizer.update(module, grads)
+        mx.eval(module.parameters(), optimizer.state)
+        cli.say(f"step {number + 1}/{len(pairs)}: {value.item():.4f}")
+
+
+class Trial(Judged):
     """The whole model, its texts, and what they cost under it."""
 
     def __init__(self, s: Settings):
         self.checkpoint = opening.open_to_compute(resolve.resolve_model(s.teacher).path)
-        self.model = Model(self.checkpoint)
         self.data = preparation.prepare(None, load.tokenizer(self.checkpoint.path), LENGTH)
         self.texts = Texts(self.checkpoint, self.data, s.windows)
         self.calibration = preparation.calibration(self.data.train, s.calibration, 0)
+        super().__init__(Model(self.checkpoint), self.texts.judging)
         self.attentions = [block.self_attn for block in self.model.blocks]
-        self.judging_teacher = self.judged()
-
-    def judged(self) -> dict[str, float]:
-        """Bits a byte by kind of the windows that judge, under the model as it stands."""
-        found = {}
-        for name, text in self.texts.judging.items():
-            embedded = [self.model.embed(tokens) for tokens in text.batches()]
-            found[name] = self.model.bits(text, embedded, 0)
-        return found
-
-    def excess(self) -> dict[str, float]:
-        """`judged`, above the whole model."""
-        return {
-            name: round(bits - self.judging_teacher[name], 4)
-            for name, bits in self.judged().items()
-        }
 
     def restore(self) -> None:
         """All attentions back in their places."""
@@ -320,33 +367,14 @@ class Trial:
     def distilled(self, blocks: Sequence[int], steps: int) -> dict[str, float]:
         """The excess of the student with these matrices after some steps: KL to the whole model."""
         self.restore()
-        teacher = self.model
+        module = self.model.module
         drawn = preparation.calibration_indices(self.data.train, steps * BATCH, 1)
-        windows = [mx.array(self.data.train.tokens[part]) for part in np.split(drawn, steps)]
-        targets = []
-        for tokens in windows:
-            targets.append(teacher.final(teacher.embed(tokens)))
-            mx.eval(targets[-1])
-        table = mx.array(load.head_weight(teacher.module))
-        mx.eval(table)
+        pairs = targets(self.model, self.data.train, steps, drawn)
+        head = mx.array(load.head_weight(module))
+        mx.eval(head)
         self.replace(blocks)
-        module = teacher.module
         module.update(tree_map(lambda array: array * 1, module.parameters()))
-
-        def loss(module: Any, tokens: mx.array, target: mx.array) -> mx.array:
-            own = self.model.logits(self.model.final(self.model.embed(tokens)))
-            theirs = nn.log_softmax(target @ table.T, axis=-1)
-            mine = nn.log_softmax(own, axis=-1)
-            return (mx.exp(theirs) * (theirs - mine)).sum(axis=-1).mean()
-
-        step = nn.value_and_grad(module, loss)
-        rate = optimizers.linear_schedule(LEARNING_RATE, 0.0, steps)
-        optimizer = optimizers.AdamW(learning_rate=rate)
-        for number, (tokens, target) in enumerate(zip(windows, targets, strict=True)):
-            value, grads = step(module, tokens, target)
-            optimizer.update(module, grads)
-            mx.eval(module.parameters(), optimizer.state)
-            cli.say(f"step {number + 1}/{steps}: {value.item():.4f}")
+        distil(self.model, head, pairs)
         return self.excess()
 
 

@@ -25,9 +25,17 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optimizers
 import numpy as np
-from absent_attention import ANSWERS, Model, Text, of_answers, of_windows
+from absent_attention import (
+    ANSWERS,
+    Judged,
+    Model,
+    Text,
+    distil,
+    of_answers,
+    of_windows,
+    targets,
+)
 from laboratory import resumed, start, stored, write
 from mlx.utils import tree_map
 
@@ -55,7 +63,6 @@ BETWEEN = 768  # its KL is the geometric mean of those of its neighbours, which 
 EQUAL = "equal"
 MEASURED = "KL"
 COSTS = ("importance cut", "error", "error left", MEASURED)
-LEARNING_RATE = 1e-4
 BATCH = 2  # windows a step
 
 
@@ -246,14 +253,14 @@ class Grams:
         return mx.array(weight[:, kept] + update), before, self.error(wrong)
 
 
-class Trial:
+class Trial(Judged):
     """The whole model, its texts, and what they cost under it."""
 
     def __init__(self, s: Settings):
         self.checkpoint = load.open_checkpoint(resolve.resolve_model(None).path)
-        self.model = Model(self.checkpoint)
         self.data = preparation.prepare(None, load.tokenizer(self.checkpoint.path), LENGTH)
         self.texts = Texts(self.checkpoint, self.data, s.windows)
+        super().__init__(Model(self.checkpoint), self.texts.judging)
         self.calibration = s.calibration
         self.skips_cut = s.repaired_only
         blocks = self.model.blocks
@@ -261,22 +268,6 @@ class Trial:
         self.whole = tree_map(lambda array: array, self.model.module.parameters())
         self.mlps = [MlpWeights.of(block) for block in blocks]
         self.neurons = self.mlps[0].gate.shape[0]
-        self.teacher_bits = self.judged()
-
-    def judged(self) -> dict[str, float]:
-        """Bits a byte by kind of the windows that judge, under the model as it stands."""
-        bits = {}
-        for kind, text in self.texts.judging.items():
-            embedded = [self.model.embed(tokens) for tokens in text.batches()]
-            bits[kind] = self.model.bits(text, embedded, 0)
-        return bits
-
-    def excess(self) -> dict[str, float]:
-        """`judged`, above the whole model."""
-        excess = {}
-        for kind, bits in self.judged().items():
-            excess[kind] = round(bits - self.teacher_bits[kind], 4)
-        return excess
 
     def restore(self) -> None:
         """The whole model."""
@@ -387,38 +378,6 @@ class Trial:
                 hidden.append(after + inputs @ change.T)
             mx.eval(hidden, linear.weight)
 
-    def targets(self, steps: int, seed: int) -> list[tuple[mx.array, mx.array]]:
-        """[(tokens (B, T), the whole model's states in front of the head)] of every step."""
-        self.restore()
-        drawn = preparation.calibration_indices(self.data.train, steps * BATCH, seed, 5)
-        pairs = []
-        for part in np.split(drawn, steps):
-            tokens = mx.array(self.data.train.tokens[part])
-            final = self.model.final(self.model.embed(tokens))
-            mx.eval(final)
-            pairs.append((tokens, final))
-        return pairs
-
-    def train(self, pairs: Sequence[tuple[mx.array, mx.array]]) -> None:
-        """Distil the model as it stands: KL to the whole model, all weights."""
-        module = self.model.module
-        table = mx.array(self.whole["model"]["embed_tokens"]["weight"])
-
-        def loss(_module: Any, tokens: mx.array, target: mx.array) -> mx.array:
-            own = self.model.logits(flat(self.model.final(self.model.embed(tokens))))
-            theirs = nn.log_softmax(flat(target) @ table.T, axis=-1)
-            mine = nn.log_softmax(own, axis=-1)
-            return (mx.exp(theirs) * (theirs - mine)).sum(axis=-1).mean()
-
-        step = nn.value_and_grad(module, loss)
-        rate = optimizers.linear_schedule(LEARNING_RATE, 0.0, len(pairs))
-        optimizer = optimizers.AdamW(learning_rate=rate)
-        for number, (tokens, target) in enumerate(pairs):
-            value, grads = step(module, tokens, target)
-            optimizer.update(module, grads)
-            mx.eval(module.parameters(), optimizer.state)
-            cli.say(f"step {number + 1}/{len(pairs)}: {value.item():.4f}")
-
 
 @dataclass(frozen=True)
 class Calibrated:
@@ -499,7 +458,7 @@ def main(s: Settings) -> None:
         table(stored(NAME)["students"])
         return
     trial = Trial(s)
-    found["teacher"] = {kind: round(bits, 4) for kind, bits in trial.teacher_bits.items()}
+    found["teacher"] = {kind: round(bits, 4) for kind, bits in trial.whole_bits.items()}
     cli.say(f"teacher: {found['teacher']}")
     if "costs" not in found:
         found["costs"] = trial.costs(trial.calibrated(0))
@@ -535,7 +494,11 @@ def complete(
     judged_cut = not trial.skips_cut and "cut" not in row
     if not repaired and not judged_cut:
         return
-    pairs = trial.targets(steps, seed) if trained else []
+    pairs = []
+    if trained:
+        trial.restore()
+        drawn = preparation.calibration_indices(trial.data.train, steps * BATCH, seed, 5)
+        pairs = targets(trial.model, trial.data.train, steps, drawn)
     trial.cut(calibrated, widths)
     if judged_cut:
         row["cut"] = trial.excess()
@@ -545,7 +508,8 @@ def complete(
     if "repaired" not in row:
         row["repaired"] = trial.excess()
     if trained:
-        trial.train(pairs)
+        head = mx.array(trial.whole["model"]["embed_tokens"]["weight"])
+        distil(trial.model, head, pairs)
         row["trained"] = trial.excess()
 
 
