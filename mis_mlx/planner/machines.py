@@ -18,7 +18,7 @@ def blocks_by_machine(plan: phases.MemoryPlan) -> tuple[int, ...]:
     if distributed.size() == 1:
         return ()
     job = plan.job
-    counts = _shared(
+    counts = block_shares(
         job.teacher, plan.pinned, tokens=job.step, length=job.max_seq_length, rates=plan.rates
     )
     cli.say(f"teacher blocks by machine: {', '.join(map(str, counts))}")
@@ -45,13 +45,13 @@ def open_stream(
         return Stream(checkpoint, dtype, headroom_bytes, direct)
     m = estimates.model_of(checkpoint)
     pinned = estimates.resident_blocks(m, max(0, headroom_bytes - m.head_work))
-    counts = _shared(m, pinned, tokens=tokens, length=length, rates=estimates.machine_rates())
+    counts = block_shares(m, pinned, tokens=tokens, length=length, rates=estimates.machine_rates())
     return pipeline_parallel.Relay(
         checkpoint, dtype, headroom_bytes=headroom_bytes, direct=direct, shares=counts
     )
 
 
-def _shared(
+def block_shares(
     m: estimates.ModelSize,
     pinned: int,
     *,

@@ -47,7 +47,7 @@ def measuring_cost(job: DistillationSpec, most_bytes: int, limit: int) -> StageC
     models = [teacher, job.student, job.student, four_bit]
     cost = estimates.comparison_cost(models, job.eval_windows, job.max_seq_length).repeated(TEXTS)
     peak = cost.peak_bytes
-    timed = _timed_weights(models, most_bytes, limit)
+    timed = timed_weights(models, most_bytes, limit)
     if timed:
         peak = max(peak, timed + 2 * teacher.head_params)  # its head, while it is converted
     cost = replace(cost, peak_bytes=peak)
@@ -69,7 +69,7 @@ def measuring_cost(job: DistillationSpec, most_bytes: int, limit: int) -> StageC
     return cost.then(answers)
 
 
-def _timed_weights(models: list[estimates.ModelSize], most_bytes: int, limit: int) -> int:
+def timed_weights(models: list[estimates.ModelSize], most_bytes: int, limit: int) -> int:
     """Weights of the models that are in memory together while they are timed; 0: none is."""
     together = 0
     largest = 0
