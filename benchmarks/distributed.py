@@ -37,13 +37,14 @@ import mlx.core as mx
 from mis_mlx import cli, distill
 from mis_mlx.compute import precision
 from mis_mlx.data import preparation
-from mis_mlx.distillation import live_teacher
-from mis_mlx.hardware import memory, rates
+from mis_mlx.distillation import live_teacher, strategies
+from mis_mlx.distillation.strategies import MemoryPlan
+from mis_mlx.hardware import memory, rates, stage_cost
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import arch, distributed, load, opening, pipeline_parallel, resolve, stream
-from mis_mlx.planner import estimates, phases
+from mis_mlx.models.model_size import model_of
+from mis_mlx.planner import estimates
 from mis_mlx.planner.distillation_spec import DistillationSpec, spec_of
-from mis_mlx.planner.phases import MemoryPlan
 from mis_mlx.settings.recipe import RATE, DistillationConfig
 
 # where struct tcp_info of Linux has the bytes that were sent and have arrived; those received
@@ -193,7 +194,7 @@ def step_seconds(plan: MemoryPlan, machines: int, link: float) -> float:
     phase = next(p for p in plan.phases if p.name == "distil")
     steps = max(plan.job.iters, 1)
     update = (
-        estimates.UPDATE_TRAFFIC * phase.updated / plan.rates.memory_bytes_per_s
+        stage_cost.UPDATE_TRAFFIC * phase.updated / plan.rates.memory_bytes_per_s
         if plan.rates.gpu
         else 0.0
     )
@@ -210,7 +211,7 @@ def computed(s: Settings) -> list[dict[str, Any]]:
     """
     at = estimates.machine_rates("m1-air")
     big, small = (
-        estimates.model_of(opening.open_to_compute(p), at.gpu)
+        model_of(opening.open_to_compute(p), at.gpu)
         for p in (resolve.resolve_model(None).path, Path(s.student))
     )
     rows = []
@@ -218,7 +219,7 @@ def computed(s: Settings) -> list[dict[str, Any]]:
         asked = distill.Settings(
             batch_size=1, grad_accumulation_steps=2 * count, max_seq_length=s.length
         )
-        plan = phases.best_plan(spec_of(big, small, asked, asked), AIR_BYTES, at)
+        plan = strategies.best_plan(spec_of(big, small, asked, asked), AIR_BYTES, at)
         one = step_seconds(plan, 1, 1.0)
         row: dict[str, Any] = {"windows": 2 * count, "tokens": plan.job.step, "one_s": one}
         row["link_bytes"] = gradient_bytes(plan.job, 2)
@@ -238,7 +239,7 @@ def main(s: Settings) -> None:
         "given": {k: v for k, v in asdict(s).items() if k not in ("student", "work")}
     }
     small = opening.open_to_compute(Path(s.student))
-    model = estimates.model_of(small)
+    model = model_of(small)
     found["student_sha256"] = laboratory.weights_sha256(small.path)
     noise = laboratory.busy("at the start")
     for work in WORK:

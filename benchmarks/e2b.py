@@ -44,6 +44,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mis_mlx import cli, prune, quantize
 from mis_mlx.hardware import memory
+from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models import arch, model_writer, opening
 from mis_mlx.models.config import shape_of
 from mis_mlx.planner import estimates
@@ -195,7 +196,7 @@ def step(s: Settings) -> dict[str, Any]:
     planned = [0]
     check = estimates.require_fit
 
-    def fit(budget: Any, *phases: estimates.StageCost, **how: str) -> None:
+    def fit(budget: Any, *phases: StageCost, **how: str) -> None:
         own = memory.process_bytes(budget.limit_bytes)
         planned.extend(phase.peak_bytes + own for phase in phases)
         check(budget, *phases, **how)

@@ -24,7 +24,7 @@ from laboratory import busy, start, write
 
 from mis_mlx.models import arch, gated_delta, load, mlx_modules, stored_form
 from mis_mlx.models.families import family
-from mis_mlx.planner import estimates
+from mis_mlx.planner import block_cost
 
 LENGTHS = (256, 1024)
 HEADS = 16
@@ -148,7 +148,7 @@ def block_of(kind: str, length: int, rounds: int) -> dict[str, Any]:
     block.update(weights)
     shapes = arch.layer_tensors(config, block=number).values()
     params = sum(map(math.prod, shapes))
-    planned = estimates.backward_bytes(config, 1, length) + 4 * params
+    planned = block_cost.backward_bytes(config, 1, length) + 4 * params
     return {**found, "planned_bytes": planned, "ratio": round(planned / found["peak_bytes"], 2)}
 
 

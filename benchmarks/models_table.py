@@ -30,13 +30,13 @@ import laboratory
 
 from mis_mlx import cli, plan
 from mis_mlx.data import prompts
-from mis_mlx.distillation import conversations, teacher_answers
+from mis_mlx.distillation import conversations, strategies, teacher_answers
 from mis_mlx.hardware import rates
 from mis_mlx.models import arch, stored_form
 from mis_mlx.models.config import read_config
 from mis_mlx.models.families import family
-from mis_mlx.planner import phases, rounding_cost
 from mis_mlx.pruning import vocabulary
+from mis_mlx.quantization import rounding_cost
 from mis_mlx.settings.recipe import EVAL_PROMPTS
 from mis_mlx.size_search import size_request
 from mis_mlx.types import Budget, MisError
@@ -125,7 +125,7 @@ def chosen_without_sizes(config: Mapping[str, Any], budget_bytes: int) -> str:
     return str(flags["scenario"])
 
 
-def hours_of_answers(made: phases.MemoryPlan) -> dict[str, float | None]:
+def hours_of_answers(made: strategies.MemoryPlan) -> dict[str, float | None]:
     """Hours that a teacher with a chat template adds.
 
     before: it answers the fewest prompts that a run asks for, once. at_end: it and its student
@@ -140,7 +140,7 @@ def hours_of_answers(made: phases.MemoryPlan) -> dict[str, float | None]:
         before = writing.cost.seconds(made.rates) / 3600
     except MisError:
         pass
-    asked = phases.plan_strategy(
+    asked = strategies.plan_strategy(
         job=replace(made.job, answers=EVAL_PROMPTS),
         limit=made.budget_bytes,
         rates=made.rates,
@@ -178,7 +178,7 @@ def row(model: Model, folder: Path) -> dict[str, Any]:
     }
 
 
-def student(made: phases.MemoryPlan) -> dict[str, Any]:
+def student(made: strategies.MemoryPlan) -> dict[str, Any]:
     """What a plan says of the student that it makes."""
     small = made.job.student
     return {

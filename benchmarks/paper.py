@@ -12,11 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mis_mlx import cli, plan
+from mis_mlx.distillation import strategies
+from mis_mlx.distillation.strategies import MemoryPlan
 from mis_mlx.hardware import memory, rates
-from mis_mlx.models import arch, scenarios
-from mis_mlx.planner import estimates, phases
+from mis_mlx.models import arch, pass_cost, scenarios
+from mis_mlx.models.model_size import model_of
 from mis_mlx.planner.distillation_spec import spec_of
-from mis_mlx.planner.phases import MemoryPlan
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.types import duration, gib
 
@@ -47,7 +48,7 @@ def table(plan: MemoryPlan, tokens: int) -> str:
     columns = []
     verdicts = []
     streamed = m.shape.layers * m.block_bytes + m.head_bytes
-    for params, nbytes in ((estimates.forward_flops(m, 1, 0) / 2, streamed), (137e9, 70e9)):
+    for params, nbytes in ((pass_cost.forward_flops(m, 1, 0) / 2, streamed), (137e9, 70e9)):
         # s a pass, s a token
         reading = nbytes / at.read_bytes_per_s
         computing = 2 * params / at.forward_flops_per_s
@@ -68,7 +69,7 @@ def table(plan: MemoryPlan, tokens: int) -> str:
             f"right"
         )
     shape = arch.params(m.config) / 1e9
-    least = phases.least_bytes(plan.job, at)
+    least = strategies.least_bytes(plan.job, at)
     room = memory.usable_memory_bytes() if at.room_bytes is None else at.room_bytes
     read = [hours * 3600 * at.forward_flops_per_s * at.hot / 2 / 137e9 / 1e6 for hours in (48, 72)]
     head = ["", f"by its shape: {shape:.1f}B, {m.nbytes / 1e9:.1f} GB", "by the paper: 137B, 70 GB"]
@@ -96,10 +97,10 @@ def main(s: Settings) -> None:
     """Print the table."""
     whole = arch.PUBLISHED["mis-137b"]
     student = arch.student_config(whole, arch.target_shape(whole, scenarios.RATIOS["balanced"]))
-    teacher, small = (estimates.model_of(config, gpu=True) for config in (whole, student))
+    teacher, small = (model_of(config, gpu=True) for config in (whole, student))
     job = spec_of(teacher, small, plan.Settings(), plan.Settings())
     budget = memory.budget(None, rates.M1_AIR.room_bytes)
-    print(table(phases.best_plan(job, budget.limit_bytes, rates.M1_AIR), s.tokens))
+    print(table(strategies.best_plan(job, budget.limit_bytes, rates.M1_AIR), s.tokens))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ says?
 Six distillations of a few steps with the default's sizes in all else: the default, which cuts no
 block; `half-vocab` of the same teacher, and that under 300 MiB, nearly the least it can have; of
 the shape of a 0.5 B model with 152 thousand tokens and random weights, under 2 GiB, which trains it
-in parts, and under 850 MiB; and of a 4-bit teacher. Before each phase the system is told to count the process's largest resident set anew
-(Linux), so that numpy's share and MLX's both count; the choice of tokens, which comes before the
-first phase, belongs to it, as in the plan. Planned and measured are of the process, less what it
-held before the run.
+in parts, and under 850 MiB; and of a 4-bit teacher. Before each phase the system is told to count
+the process's largest resident set anew (Linux), so that numpy's share and MLX's both count; the
+choice of tokens, which comes before the first phase, belongs to it, as in the plan. Planned and
+measured are of the process, less what it held before the run.
 
 Writes benchmarks/results/<machine>/planned.json after every case, and goes on where it was stopped.
 """

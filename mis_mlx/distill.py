@@ -16,14 +16,14 @@ from mis_mlx.distillation import (
     resolved_run,
     run_plan,
     run_text,
+    strategies,
     summary,
 )
 from mis_mlx.distillation.distill_flags import DistillFlags
 from mis_mlx.distillation.resolved_run import ResolvedRun
-from mis_mlx.evaluation import answers, comparison
+from mis_mlx.evaluation import answers, comparison, judging_cost
 from mis_mlx.hardware.thermal.run_monitor import battery
 from mis_mlx.models import arch, distributed, load, mlx_generate, opening
-from mis_mlx.planner import phases
 from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting import progress, text
 from mis_mlx.runs import run_loop
@@ -104,7 +104,7 @@ def run(settings: Settings) -> dict[str, Any]:
     if s.dry_run:
         return _dry_run(resolved)
     if not resolved.plan.fits:
-        raise MisError(phases.remedy(resolved.plan))
+        raise MisError(strategies.remedy(resolved.plan))
     _write_text(resolved.text.written, resolved.teacher)
     source = conversations.source(resolved.teacher, resolved.text.wanted, resolved.budget)
     if folder is None:
@@ -314,7 +314,7 @@ def _sizes(c: pipeline.Run, models: comparison.Models, tokens: int) -> list[Row]
     for name, model in models.items():
         params = arch.params(model.config)
         sizes.append(Row(name, "params", params / 1e6))
-        if phases.timed_bytes(params) <= c.plan.budget_bytes:
+        if judging_cost.timed_bytes(params) <= c.plan.budget_bytes:
             fitting[name] = model
     sizes += [Row(name, "bytes", model.nbytes / 1e6) for name, model in models.items()]
     if tokens:

@@ -17,9 +17,9 @@ from mis_mlx import cli
 from mis_mlx.alignment import alignment_run, sequence_packing
 from mis_mlx.data.examples import Sequenced
 from mis_mlx.distillation import live_teacher, train_loop
+from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths import losses, rl_losses
-from mis_mlx.models import distributed, load
-from mis_mlx.planner import estimates
+from mis_mlx.models import distributed, load, pass_cost
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.types import Positive, Rate, Within
 
@@ -233,7 +233,7 @@ def run(settings: Settings) -> dict[str, Any]:
     s, folder, checkpoint = alignment_run.open_run_model(settings)
     train, valid, card = alignment_run.data(s, checkpoint, ("pair",), ANSWERS)
 
-    def training(parts: Settings) -> estimates.StageCost:
+    def training(parts: Settings) -> StageCost:
         length = max(map(longer_answer_tokens, [*train, *valid]))
         return alignment_run.training_cost(
             parts, checkpoint, 2 * parts.batch_size, length, name="dpo"
@@ -245,7 +245,7 @@ def run(settings: Settings) -> dict[str, Any]:
     trained = [train[i] for i in seen]
     tokens = sum(2 * longer_answer_tokens(pair) for pair in [*trained, *valid])
     phase = training(parts)
-    asking = estimates.forward_flops(
+    asking = pass_cost.forward_flops(
         alignment_run.model_size(s, checkpoint), tokens, s.max_seq_length
     )
     phases = [replace(phase, flops=phase.flops + asking)]

@@ -22,10 +22,13 @@ from mis_mlx.evaluation import (
 from mis_mlx.evaluation.answer_records import Prompt
 from mis_mlx.evaluation.comparison import Models
 from mis_mlx.evaluation.examination import Hashes
+from mis_mlx.evaluation.judging_cost import comparison_cost
 from mis_mlx.evaluation.recovery_table import Outcome
 from mis_mlx.evaluation.task_registry import EvaluationSet
 from mis_mlx.hardware import memory
-from mis_mlx.models import distributed, load, resolve, stream
+from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.models import distributed, load, pass_cost, resolve, stream
+from mis_mlx.models.model_size import ModelSize, model_of
 from mis_mlx.planner import estimates, machines
 from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting import figures, html, progress, text
@@ -137,13 +140,13 @@ def _texts(
 
     MisError where the comparison does not fit.
     """
-    shapes = [estimates.model_of(model) for model in models.values()]
-    planned = estimates.comparison_cost(shapes, s.eval_windows, length)
+    shapes = [model_of(model) for model in models.values()]
+    planned = comparison_cost(shapes, s.eval_windows, length)
     estimates.require_fit(limit, planned)
     layers = s.spread == "layers"
     # One pass is made of each model: blocks stay in memory only to take the next windows while
     # others work.
-    room = estimates.headroom_bytes(limit.limit_bytes, planned.peak_bytes) if layers else 0
+    room = pass_cost.headroom_bytes(limit.limit_bytes, planned.peak_bytes) if layers else 0
 
     def opened(model: Checkpoint) -> stream.Stream:
         return machines.open_stream(
@@ -259,11 +262,11 @@ def _plan(
 
     MisError where something does not fit.
     """
-    shapes = [estimates.model_of(model) for model in models.values()]
+    shapes = [model_of(model) for model in models.values()]
     if wanted.harness:
         for shape, model in zip(shapes, models.values(), strict=True):
             _need_whole(shape, model, limit)
-    asked = list[estimates.StageCost | None]()
+    asked = list[StageCost | None]()
     for name, model in models.items():
         for task in wanted.tasks:
             asked.append(answering.plan(model, hashes[name], task, limit))
@@ -274,7 +277,7 @@ def _plan(
     if len(phases) < len(asked):
         known = f", {len(asked) - len(phases)} of {len(asked)} reused from an earlier run"
     if wanted.text:
-        comparing = estimates.comparison_cost(shapes, s.eval_windows, s.max_seq_length or LENGTH)
+        comparing = comparison_cost(shapes, s.eval_windows, s.max_seq_length or LENGTH)
         phases.append(comparing)
         estimates.require_fit(limit, comparing)
     rates = estimates.machine_rates()
@@ -285,11 +288,11 @@ def _plan(
     return {"peak_bytes": peak, "seconds": seconds}
 
 
-def _need_whole(m: estimates.ModelSize, model: Checkpoint, limit: Budget) -> None:
+def _need_whole(m: ModelSize, model: Checkpoint, limit: Budget) -> None:
     """MisError where the budget does not hold a whole model that reads 2,048 tokens at once."""
     weights = m.shape.layers * m.block_work + m.head_work
     limit.need(
-        weights + estimates.workspace_bytes(m, 2048, 2048),
+        weights + pass_cost.workspace_bytes(m, 2048, 2048),
         f"lm-eval's tasks need {model.path} whole in memory, which",
         "give a larger --budget",
     )

@@ -19,11 +19,13 @@ from mis_mlx.models import (
     families,
     load,
     model_writer,
+    pass_cost,
     resolve,
     stream,
     tokenizer_check,
 )
 from mis_mlx.models.config import shape_of
+from mis_mlx.models.model_size import model_of
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import html, progress
 from mis_mlx.storage import checkpoint as protocol
@@ -79,7 +81,7 @@ def need_bytes(checkpoint: Checkpoint, form: str, wanted: str) -> int:
     a K-quant llama.cpp has a tensor in float16, in float32 and rounded, in a process of its own.
     """
     if form == "hf":
-        return estimates.tensor_bytes(estimates.model_of(checkpoint))
+        return pass_cost.tensor_bytes(model_of(checkpoint))
     largest = max(tensor.nbytes for tensor in checkpoint.tensors.values())
     need = 5 * largest // 4 + 6 * tensors.SLAB_BYTES
     if wanted == K_QUANT:

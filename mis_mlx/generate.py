@@ -15,7 +15,9 @@ from mis_mlx.data import turns
 from mis_mlx.evaluation import comparison
 from mis_mlx.evaluation.speed import rounds
 from mis_mlx.hardware import memory
-from mis_mlx.models import load, mlx_generate, resolve, stream, streamed_decode
+from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.models import load, mlx_generate, pass_cost, resolve, stream, streamed_decode
+from mis_mlx.models.model_size import model_of
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress
 from mis_mlx.types import Budget, Checkpoint, Count, MisError, Whole, gib
@@ -94,7 +96,7 @@ def _whole_bytes(checkpoint: Checkpoint, request: rounds.Request, limit: Budget)
     0 where it does not fit, or where mlx-lm's kernels of packed weights are slower than this
     program's copies.
     """
-    m = estimates.model_of(checkpoint)
+    m = model_of(checkpoint)
     need = rounds.need_bytes(checkpoint, request)
     if m.shape.experts or (m.packed and not precision.keeps_packed()):
         return 0
@@ -108,18 +110,18 @@ def _streamed_plan(
     checkpoint: Checkpoint,
     draft: Checkpoint | None,
     prompt_tokens: int,
-) -> estimates.StageCost:
+) -> StageCost:
     """What one pass of the model costs when its blocks are read from disk."""
-    m = estimates.model_of(checkpoint)
+    m = model_of(checkpoint)
     length = prompt_tokens + settings.max_tokens
-    beside = estimates.keys_bytes(m, length)
+    beside = pass_cost.keys_bytes(m, length)
     if draft:  # the draft stays whole, and keeps keys and values too
-        small = estimates.model_of(draft)
+        small = model_of(draft)
         blocks = small.shape.layers * small.block_work + small.slots_bytes
-        beside += estimates.keys_bytes(small, length) + small.head_work + blocks
+        beside += pass_cost.keys_bytes(small, length) + small.head_work + blocks
     # A pass has the prompt, ROWS tokens of it at a time, or the guesses and the token before them.
     rows = max(min(prompt_tokens, streamed_decode.ROWS), settings.num_draft_tokens + 1)
-    return estimates.streamed_pass(
+    return pass_cost.streamed_pass(
         "one pass",
         m,
         tokens=max(prompt_tokens, rows),
@@ -238,7 +240,7 @@ def run(settings: Settings) -> dict[str, Any]:
         plan = replace(plan, read_bytes=0, peak_bytes=whole_bytes)
         cli.say(f"the whole model is in memory, {gib(whole_bytes)} of {gib(limit.limit_bytes)}")
     else:
-        headroom_bytes = estimates.headroom_bytes(limit.limit_bytes, plan.peak_bytes)
+        headroom_bytes = pass_cost.headroom_bytes(limit.limit_bytes, plan.peak_bytes)
         cli.say(
             f"a pass reads {gib(plan.read_bytes)} in {gib(plan.peak_bytes)}; {gib(headroom_bytes)} "
             f"are left for weights that stay in memory"

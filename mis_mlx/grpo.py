@@ -12,8 +12,10 @@ from mis_mlx.alignment import alignment_run, grpo_rollout
 from mis_mlx.alignment.grpo_rollout import Settings
 from mis_mlx.data import examples, rows
 from mis_mlx.evaluation import rewards
-from mis_mlx.models import distributed, load, stream
-from mis_mlx.planner import estimates
+from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.models import distributed, load, pass_cost, stream
+from mis_mlx.models.model_size import ModelSize
+from mis_mlx.planner import block_cost
 from mis_mlx.types import Checkpoint, MisError
 
 CACHE_STEP = 256  # tokens by which mlx-lm's cache grows
@@ -53,7 +55,7 @@ def _phases(
     s: Settings,
     checkpoint: Checkpoint,
     longest: int,
-) -> tuple[estimates.StageCost, estimates.StageCost]:
+) -> tuple[StageCost, StageCost]:
     """The costs of (sampling, training), where `longest` is the tokens of the longest prompt."""
     m = alignment_run.model_size(s, checkpoint)
     most = s.max_completion_length
@@ -66,11 +68,11 @@ def _phases(
     # Sampling has the training's weights and moments in memory, without its activations.
     single = replace(s, grad_accumulation_steps=1)
     state = alignment_run.training_cost(single, checkpoint, 1, branches).peak_bytes
-    state -= estimates.activation_bytes(m.config, 1, branches)
+    state -= block_cost.activation_bytes(m.config, 1, branches)
     return _sampling(s, m, longest, state), updating
 
 
-def _sampling(s: Settings, m: estimates.ModelSize, longest: int, state: int) -> estimates.StageCost:
+def _sampling(s: Settings, m: ModelSize, longest: int, state: int) -> StageCost:
     """The cost of sampling, and of the reference's pass where KL is asked for.
 
     longest: tokens of the longest prompt. state: bytes of the model and its optimizer.
@@ -80,24 +82,24 @@ def _sampling(s: Settings, m: estimates.ModelSize, longest: int, state: int) -> 
     length = longest + most
     # Twice: the cache grows, and gets rid of finished answers, by being copied.
     places = longest + CACHE_STEP * -(-most // CACHE_STEP)
-    cache = estimates.keys_bytes(m, 2 * s.at_once * places)
-    work = estimates.workspace_bytes(m, max(longest, s.at_once), length)
+    cache = pass_cost.keys_bytes(m, 2 * s.at_once * places)
+    work = pass_cost.workspace_bytes(m, max(longest, s.at_once), length)
     work += 8 * s.at_once * m.shape.vocab * 4
     measured = (s.iters // s.save_every + 2) * s.eval_rows  # held-out answers
     tokens = s.iters * (s.grad_accumulation_steps * longest + answers * most) + measured * length
     batches = s.iters * -(-answers // s.at_once) + -(-measured // s.at_once)
-    play = estimates.StageCost(
+    play = StageCost(
         name="sample",
         read_bytes=0,
         written_bytes=0,
         peak_bytes=state + cache + work,
-        flops=estimates.forward_flops(m, tokens, length),
+        flops=pass_cost.forward_flops(m, tokens, length),
         touched_bytes=batches * most * (m.shape.layers * m.block_work + m.head_work),
     )
     if not s.beta:
         return play
     size = answers * length
-    reference = estimates.streamed_pass(
+    reference = pass_cost.streamed_pass(
         "",
         m,
         tokens=size,

@@ -9,22 +9,17 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from mis_mlx import cli
+from mis_mlx.distillation import state_cost, strategies, training_cost
 from mis_mlx.evaluation import answers
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, battery
-from mis_mlx.models import arch, load, resolve, scenarios
+from mis_mlx.models import arch, load, pass_cost, resolve, scenarios
 from mis_mlx.models.config import MOST_EXPERTS, read_config, shape_of
-from mis_mlx.planner import (
-    compression_size,
-    distillation_spec,
-    estimates,
-    phases,
-    rounding_cost,
-    training_cost,
-)
+from mis_mlx.models.model_size import ModelSize, model_of
+from mis_mlx.planner import distillation_spec, estimates
 from mis_mlx.pruning import vocabulary
-from mis_mlx.quantization import packed_format
+from mis_mlx.quantization import packed_format, rounding_cost
 from mis_mlx.reporting import html, text
 from mis_mlx.settings import recipe, workloads
 from mis_mlx.size_search import shape_search
@@ -33,7 +28,7 @@ from mis_mlx.types import Checkpoint, duration, gib
 LIFE_BYTES = 150e12  # written: 600 times a 256 GB SSD, a rule of thumb; Apple publishes no figure
 
 
-def table(plan: phases.MemoryPlan) -> str:
+def table(plan: strategies.MemoryPlan) -> str:
     """The plan for people: the student, time and memory of each phase, how; or what would fit.
 
     With -v every byte of it.
@@ -50,7 +45,7 @@ def table(plan: phases.MemoryPlan) -> str:
     layers = plan.shard_layers or job.student.shape.layers
     training = 0  # the least budget of the strategies that train, where none of them fits
     if plan.mode == "none" and len(job.modes) > 1:
-        training = phases.least_bytes(replace(job, modes=job.modes[:-1]), plan.rates)
+        training = strategies.least_bytes(replace(job, modes=job.modes[:-1]), plan.rates)
     return html.document(
         "plan.md",
         {
@@ -62,8 +57,8 @@ def table(plan: phases.MemoryPlan) -> str:
             "hours": hours,
             "duration": duration,
             "packed": packed,
-            "one": estimates.token_cost(job.teacher, job.max_seq_length, plan.budget_bytes),
-            "remedy": phases.remedy(plan),
+            "one": pass_cost.token_cost(job.teacher, job.max_seq_length, plan.budget_bytes),
+            "remedy": strategies.remedy(plan),
             "disk": disk_bytes(plan),
             "verbose": cli.DETAILS in os.environ,
             "visit": training_cost.steps_per_shard(job, layers),
@@ -76,7 +71,7 @@ def table(plan: phases.MemoryPlan) -> str:
     )
 
 
-def outcome(plan: phases.MemoryPlan, teacher: str) -> dict[str, Any]:
+def outcome(plan: strategies.MemoryPlan, teacher: str) -> dict[str, Any]:
     """The plan for machines: the last line of `distill --dry-run`, too.
 
     teacher: its path or name.
@@ -94,16 +89,16 @@ def outcome(plan: phases.MemoryPlan, teacher: str) -> dict[str, Any]:
     }
 
 
-def disk_bytes(plan: phases.MemoryPlan) -> int:
+def disk_bytes(plan: strategies.MemoryPlan) -> int:
     """Files there may be at once, without the teacher's: models, two checkpoints, scratch."""
     m = plan.job.student
     params = arch.params(m.config)
-    files = 2 * m.nbytes + params * phases.in_parts(plan.job, plan.mode)
+    files = 2 * m.nbytes + params * strategies.in_parts(plan.job, plan.mode)
     if plan.mode == "resident":
         files += 2 * workloads.SAVED_BYTES * params
     elif plan.mode != "none":
         blocks = plan.shard_layers or m.shape.layers
-        files += 2 * blocks * compression_size.block_state_bytes(m.config)
+        files += 2 * blocks * state_cost.block_state_bytes(m.config)
     for p in plan.phases:
         if p.name in ("quantize", "logit store"):
             files += p.written_bytes
@@ -153,9 +148,7 @@ def _open(name: str | None) -> tuple[Checkpoint | Mapping[str, Any], str]:
     return read_config(folder), str(folder)
 
 
-def _pair(
-    s: Settings, opened: Checkpoint | Mapping[str, Any], gpu: bool
-) -> list[estimates.ModelSize]:
+def _pair(s: Settings, opened: Checkpoint | Mapping[str, Any], gpu: bool) -> list[ModelSize]:
     """[teacher with the vocabulary of --vocab, student], as in `distill`.
 
     Of the paper's teacher the paper's student.
@@ -183,7 +176,7 @@ def _pair(
         experts = arch.count("--experts", s.experts, most, "experts")
         ratios = scenarios.RATIOS.get(s.scenario or "", {})
         student = arch.student_config(config, arch.target_shape(config, ratios, experts=experts))
-    return [estimates.model_of(model, gpu) for model in (teacher, student)]
+    return [model_of(model, gpu) for model in (teacher, student)]
 
 
 def _prompts(opened: Checkpoint | Mapping[str, Any]) -> int:
@@ -200,12 +193,12 @@ def _prompts(opened: Checkpoint | Mapping[str, Any]) -> int:
     return recipe.EVAL_PROMPTS if template.is_file() else 0
 
 
-def planned(settings: Settings, rates: Rates) -> tuple[phases.MemoryPlan, str]:
+def planned(settings: Settings, rates: Rates) -> tuple[strategies.MemoryPlan, str]:
     """(the plan of these settings on a machine of these rates, the teacher's path or name)."""
     opened, name = _open(settings.teacher)
     config = opened.config if isinstance(opened, Checkpoint) else opened
     settings = replace(settings, **packed_format.of_mixture(config, settings))
-    teacher_as_is = estimates.model_of(opened, rates.gpu)
+    teacher_as_is = model_of(opened, rates.gpu)
     teacher, student = _pair(settings, opened, rates.gpu)
     prompts = _prompts(opened)
     job = distillation_spec.spec_of(
@@ -221,7 +214,7 @@ def planned(settings: Settings, rates: Rates) -> tuple[phases.MemoryPlan, str]:
         and answers.shipped_for(opened),
     )
     budget = memory.budget(settings.budget_bytes, rates.room_bytes)
-    return phases.best_plan(job, budget.limit_bytes, rates), name
+    return strategies.best_plan(job, budget.limit_bytes, rates), name
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -244,7 +237,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "read_bytes": sum(p.read_bytes for p in plan.phases),
         "written_bytes": sum(p.written_bytes for p in plan.phases),
         "disk_bytes": disk_bytes(plan),
-        "least_budget_bytes": phases.least_bytes(plan.job, rates),
+        "least_budget_bytes": strategies.least_bytes(plan.job, rates),
         "rates": rates.source,
     }
 

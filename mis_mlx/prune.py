@@ -12,8 +12,9 @@ from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalMonitor
 from mis_mlx.models import arch, load
-from mis_mlx.planner import compression_size, estimates
-from mis_mlx.pruning import select, vocabulary
+from mis_mlx.models.model_size import model_of
+from mis_mlx.planner import estimates
+from mis_mlx.pruning import pruning_cost, select, vocabulary
 from mis_mlx.reporting import html, progress
 from mis_mlx.runs import run_loop
 from mis_mlx.storage.files import Files
@@ -49,17 +50,17 @@ def run(settings: Settings) -> dict[str, Any]:
     rows = vocabulary.rows_left(checkpoint, s)
     limit = memory.budget(s.budget_bytes)
     length = s.max_seq_length
-    m = estimates.model_of(checkpoint)
+    m = model_of(checkpoint)
     narrower = select.wanted_shape(checkpoint.config, s).hidden < m.shape.hidden
     rotation = narrower and s.hidden_by == "pca"
-    planned = compression_size.calibration_cost(
+    planned = pruning_cost.calibration_cost(
         m, s.num_samples, length, limit.limit_bytes, rotation=rotation
     )
-    copying = compression_size.copying_bytes(m, rotation=rotation)
+    copying = pruning_cost.copying_bytes(m, rotation=rotation)
     copied = replace(planned, name="the largest tensor on its way", peak_bytes=copying)
     stages = [planned, copied]
     if rows < m.shape.vocab:
-        stages.append(compression_size.vocabulary_cost(m, length))
+        stages.append(pruning_cost.vocabulary_cost(m, length))
     estimates.require_fit(limit, *stages)
     data = preparation.prepare(s.data, load.tokenizer(checkpoint.path), length)
     with (

@@ -11,13 +11,15 @@ from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.distillation import live_teacher, pipeline
+from mis_mlx.distillation import live_teacher, pipeline, training_cost
 from mis_mlx.hardware import memory
+from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models import load, model_writer, opening, resolve
-from mis_mlx.planner import estimates, phases, rounding_cost
+from mis_mlx.models.model_size import model_of
+from mis_mlx.planner import estimates
 from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.pruning import vocabulary
-from mis_mlx.quantization import packed_format, stage
+from mis_mlx.quantization import packed_format, rounding_cost, stage
 from mis_mlx.reporting import progress
 from mis_mlx.runs import run_loop
 from mis_mlx.settings.recipe import DistillationConfig, QuantizationConfig
@@ -56,12 +58,12 @@ def _planned(
     *,
     count: int,
     limit: Budget,
-) -> list[estimates.StageCost]:
+) -> list[StageCost]:
     """The costs of rounding, and of the steps after it, if any; MisError when one does not fit.
 
     other: the model that the scales learn from. count: windows to look at.
     """
-    m = estimates.model_of(checkpoint)
+    m = model_of(checkpoint)
     rounding = rounding_cost.quantizing_cost(
         m,
         s,
@@ -75,7 +77,7 @@ def _planned(
         estimates.require_fit(limit, rounding, other=remedy)
         return [rounding]
     job = DistillationSpec(
-        teacher=estimates.model_of(other),
+        teacher=model_of(other),
         student=m,
         iters=steps,
         batch_size=s.batch_size,
@@ -83,7 +85,7 @@ def _planned(
         save_every=steps,
         rounding=s,
     )
-    tuning = phases.tuning_cost(job, s.batch_size, limit.limit_bytes, steps)
+    tuning = training_cost.tuning_cost(job, s.batch_size, limit.limit_bytes, steps)
     estimates.require_fit(limit, rounding, other=remedy)
     estimates.require_fit(limit, tuning, other=", or --q-iters 0")
     return [rounding, tuning]
@@ -104,7 +106,7 @@ def _tuned(
     pinned: how many blocks of `other` stay in memory.
     """
     checkpoint = load.open_checkpoint(rounded)
-    m = estimates.model_of(other)
+    m = model_of(other)
     room = None  # everything
     if pinned != m.shape.layers:
         room = pinned * m.block_work + m.head_work

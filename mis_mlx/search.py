@@ -15,11 +15,12 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.distillation import conversations, pipeline
+from mis_mlx.evaluation import judging_cost
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.models import families
 from mis_mlx.models.config import Shape, shape_of
-from mis_mlx.planner import estimates, phases
+from mis_mlx.models.model_size import model_of
 from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting import progress, text
 from mis_mlx.runs import run_loop
@@ -211,7 +212,7 @@ def _speeds(
         )
     for flag in s.timed_at:
         limiting.speed(f"--{flag}", getattr(s, flag))  # refuses before the timing, not after
-    need = phases.timed_bytes(estimates.model_of(teacher).params)
+    need = judging_cost.timed_bytes(model_of(teacher).params)
     budget.need(need, "timing the teacher, whole in memory,", "give limits of size alone")
     cli.say("timing the teacher, whole and with half of its blocks")
     speeds = {}

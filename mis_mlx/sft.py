@@ -9,9 +9,10 @@ from mis_mlx.alignment import alignment_run, sequence_packing
 from mis_mlx.distillation import live_teacher
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
-from mis_mlx.models import opening, resolve
+from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.models import opening, pass_cost, resolve
 from mis_mlx.models.config import softcap
-from mis_mlx.planner import estimates
+from mis_mlx.models.model_size import model_of
 from mis_mlx.types import Checkpoint, Rate
 
 
@@ -40,23 +41,23 @@ def _phase(
     checkpoint: Checkpoint,
     beside: Checkpoint | None,
     length: int,
-) -> estimates.StageCost:
+) -> StageCost:
     """The cost of training, with as much of the teacher `beside` in memory as the budget leaves."""
     alone = alignment_run.training_cost(s, checkpoint, s.batch_size, length, name="sft")
     if beside is None:
         return alone
-    teacher = estimates.model_of(beside)
+    teacher = model_of(beside)
     tokens = s.batch_size * s.grad_accumulation_steps * length
     peak = alone.peak_bytes + teacher.slots_bytes + teacher.head_work
     peak += tokens * teacher.shape.hidden * teacher.item
-    room = estimates.headroom_bytes(memory.budget(s.budget_bytes).limit_bytes, peak)
-    pinned = estimates.resident_blocks(teacher, room)
+    room = pass_cost.headroom_bytes(memory.budget(s.budget_bytes).limit_bytes, peak)
+    pinned = pass_cost.resident_blocks(teacher, room)
     # Pinned blocks are read once, the others in every step.
     blocks_read = pinned + s.iters * (teacher.shape.layers - pinned)
     return replace(
         alone,
         peak_bytes=peak + pinned * teacher.block_work,
-        flops=alone.flops + s.iters * estimates.forward_flops(teacher, tokens, length),
+        flops=alone.flops + s.iters * pass_cost.forward_flops(teacher, tokens, length),
         read_bytes=alone.read_bytes + teacher.block_bytes * blocks_read,
         pinned=pinned,
     )
@@ -73,7 +74,7 @@ def _source(
     """The targets: the text itself, or the teacher `beside` with `pinned` blocks in memory."""
     if beside is None:
         return live_teacher.TextTargets(softcap(checkpoint.config))
-    teacher = estimates.model_of(beside)
+    teacher = model_of(beside)
     return live_teacher.StreamedTeacher(
         beside,
         headroom_bytes=pinned * teacher.block_work + teacher.head_work,

@@ -19,9 +19,10 @@ from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.data import preparation
 from mis_mlx.data.rows import Row
+from mis_mlx.evaluation import writing_cost
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, mlx_generate, stream, streamed_decode
-from mis_mlx.planner import estimates, writing
+from mis_mlx.models.model_size import ModelSize, model_of
 from mis_mlx.reporting import progress
 from mis_mlx.runs import run_loop
 from mis_mlx.settings.recipe import TEACHER_TEXTS
@@ -119,9 +120,9 @@ def usable(text: str) -> bool:
     return len(text) >= SHORT and len(packed) >= LEAST * len(raw) and words >= WORDLIKE * len(text)
 
 
-def way_of(s: Settings, m: estimates.ModelSize, limit: Budget) -> writing.WritingPlan:
+def way_of(s: Settings, m: ModelSize, limit: Budget) -> writing_cost.WritingPlan:
     """How the texts are written within the budget. MisError where no way fits."""
-    return writing.plan_writing(m, s.num_samples, s.max_tokens, limit, at_once=AT_ONCE)
+    return writing_cost.plan_writing(m, s.num_samples, s.max_tokens, limit, at_once=AT_ONCE)
 
 
 def write(
@@ -199,7 +200,7 @@ def _texts(
     settings: Settings,
     checkpoint: Checkpoint,
     part: Path,
-    writing_plan: writing.WritingPlan,
+    writing_plan: writing_cost.WritingPlan,
 ) -> list[Row]:
     """As many different texts as are asked for, each kept in the file `part`.
 
@@ -291,7 +292,7 @@ def run(settings: Settings) -> dict[str, Any]:
     checkpoint = run_loop.open_model(settings, settings.model, place=settings.out, new="--out")
     openings(settings.languages, settings.openings)
     limit = memory.budget(settings.budget_bytes)
-    writing_plan = way_of(settings, estimates.model_of(checkpoint), limit)
+    writing_plan = way_of(settings, model_of(checkpoint), limit)
     streamed = ""
     if writing_plan.headroom_bytes is not None:
         streamed = ", read from disk for every token of them"

@@ -16,10 +16,9 @@ import pytest
 
 from mis_mlx import distill, report
 from mis_mlx.distillation import conversations, pipeline, teacher_answers
-from mis_mlx.evaluation import answers
+from mis_mlx.evaluation import answers, judging_cost
 from mis_mlx.models import arch, load, mlx_generate
 from mis_mlx.models.config import shape_of
-from mis_mlx.planner import phases
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.types import GIB, Checkpoint, MisError
@@ -224,7 +223,7 @@ def test_a_budget_that_no_model_fits_whole(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Nothing is timed, which it says, the run ends as any other and has its page."""
-    monkeypatch.setattr(phases, "timed_bytes", lambda params: 2**50)
+    monkeypatch.setattr(judging_cost, "timed_bytes", lambda params: 2**50)
     s = settings_of(distill, flags, tmp_path / "run", bench_tokens=4, iters=1, quantize=0)
     assert distill.run(s)["params_student"]
     assert "no model fits the budget whole" in "".join(capfd.readouterr())

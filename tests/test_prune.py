@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from mis_mlx import prune
+from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths.importance import Statistics, Sums
 from mis_mlx.models import load, model_writer
 from mis_mlx.models.config import shape_of
@@ -83,9 +84,9 @@ def test_a_rotation_is_part_of_the_plan(
     """Its sums and eigenvectors, five float64 matrices of D x D, stand beside the pass that the
     budget must hold.
     """
-    phases = list[estimates.StageCost]()
+    phases = list[StageCost]()
 
-    def refused(budget: Budget, *planned: estimates.StageCost) -> None:
+    def refused(budget: Budget, *planned: StageCost) -> None:
         phases.extend(planned)
         raise MisError("no more of it")
 

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.distillation import live_teacher, pipeline
+from mis_mlx.distillation import live_teacher, pipeline, training_cost
 from mis_mlx.hardware import memory
-from mis_mlx.models import load, mlx_generate, opening
-from mis_mlx.planner import estimates, phases, rounding_cost
+from mis_mlx.models import load, mlx_generate, opening, pass_cost
+from mis_mlx.models.model_size import model_of
 from mis_mlx.planner.distillation_spec import DistillationSpec
-from mis_mlx.quantization import packed_format, stage
+from mis_mlx.quantization import packed_format, rounding_cost, stage
 from mis_mlx.settings.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Budget, Checkpoint
@@ -142,7 +142,7 @@ def test_gptq_stays_under_the_plan(tmp_path: Path, kind: tuple[int, str]) -> Non
     checkpoint = load.open_checkpoint(tiny.make(tmp_path / "m", dtype=dtype, **sizes))
     batches = [mx.random.randint(0, 512, (1, 64), key=mx.random.key(k)) for k in range(6)]
     planned = rounding_cost.quantizing_cost(
-        estimates.model_of(checkpoint), FOUR, windows=6, length=64, limit=GIB
+        model_of(checkpoint), FOUR, windows=6, length=64, limit=GIB
     )
     assert planned.held_tokens == 6 * 64
     assert planned.spooled_bytes == 0
@@ -169,10 +169,10 @@ def test_the_plan_of_gptq_by_pencil() -> None:
     """Two D x D, one Q x Q and one F x F sum in float64, five of the largest, 28 bytes a weight of
     gate and up.
     """
-    m = estimates.model_of(tiny.CONFIG, gpu=False)
+    m = model_of(tiny.CONFIG, gpu=False)
     plain = rounding_cost.quantizing_cost(m, NEAREST, windows=0, length=32, limit=GIB)
     planned = rounding_cost.quantizing_cost(m, FOUR, windows=4, length=32, limit=GIB)
-    without = estimates.streamed_pass(
+    without = pass_cost.streamed_pass(
         "", m, tokens=128, micro_tokens=32, length=32, limit_bytes=GIB, head=False
     )
     arrays = 8 * (3 * 64**2 + 768**2) + 40 * 768**2 + 28 * 64 * 2 * 768
@@ -252,7 +252,7 @@ def test_sensitivity_and_steps_stay_under_the_plan(tmp_path: Path) -> None:
     """MLX's peak of either, under what the plan says, and not by more than a factor of four."""
     sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 1536, "vocab_size": 2048}
     checkpoint = load.open_checkpoint(tiny.make(tmp_path / "m", dtype="F32", **sizes))
-    m = estimates.model_of(checkpoint)
+    m = model_of(checkpoint)
     how = QuantizationConfig(q_method="round", target_bpw=4.6, q_iters=2)
     batches = [mx.random.randint(0, 512, (1, 64), key=mx.random.key(k)) for k in range(6)]
     job = DistillationSpec(
@@ -267,7 +267,7 @@ def test_sensitivity_and_steps_stay_under_the_plan(tmp_path: Path) -> None:
     )
     planned = (
         rounding_cost.quantizing_cost(m, how, windows=6, length=64, limit=GIB),
-        phases.tuning_cost(job, 1, GIB, 2),
+        training_cost.tuning_cost(job, 1, GIB, 2),
     )
     text = Windows(np.concatenate([np.array(b) for b in batches]), np.ones((6, 64), np.float32))
 

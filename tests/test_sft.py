@@ -27,8 +27,8 @@ from mis_mlx.data.examples import Sequenced
 from mis_mlx.distillation import live_teacher
 from mis_mlx.gguf_export import model_card as model_card
 from mis_mlx.hardware import memory
+from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models import attention_masks, load, lora, mlx_generate, opening
-from mis_mlx.planner import estimates
 from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
@@ -391,7 +391,7 @@ def test_steps_are_cut_where_memory_is_short_and_stay_so(small: Any, tmp_path: P
     wide = settings_of(sft, small, tmp_path / "wide", packing=False, iters=2, batch_size=4)
     *_, checkpoint = alignment_run.open_run_model(wide)
 
-    def phase(s: sft.Settings) -> estimates.StageCost:
+    def phase(s: sft.Settings) -> StageCost:
         return sft._phase(s, checkpoint, None, 32)
 
     # rows at once, times: with the gradients of those before beside them

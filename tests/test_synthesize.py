@@ -17,9 +17,11 @@ from mis_mlx import distill, synthesize
 from mis_mlx.compute import precision
 from mis_mlx.data import preparation
 from mis_mlx.distillation import run_text
+from mis_mlx.evaluation import writing_cost
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, mlx_generate, opening, stream, streamed_decode
-from mis_mlx.planner import distillation_spec, estimates, writing
+from mis_mlx.models.model_size import model_of
+from mis_mlx.planner import distillation_spec
 from mis_mlx.settings import recipe
 from mis_mlx.storage import hub
 from mis_mlx.types import Budget, Checkpoint, MisError
@@ -128,12 +130,12 @@ def test_a_streamed_model_writes_the_same(
 def test_what_does_not_fit_is_streamed(tmp_path: Path) -> None:
     """Many at once while the model fits, then fewer, then from disk with what there is room for."""
     deep = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=24))
-    m = estimates.model_of(deep)
+    m = model_of(deep)
     s = synthesize.Settings(max_tokens=64)
     whole = next(
         n
         for n in range(2**20, 2**30, 2**12)
-        if n >= memory.process_bytes(n) + writing.resident_bytes(m, 1, 64)
+        if n >= memory.process_bytes(n) + writing_cost.resident_bytes(m, 1, 64)
     )
     ways = [
         synthesize.way_of(s, m, Budget(nbytes)) for nbytes in (2**34, whole + 2**20, whole - 2**12)
@@ -175,7 +177,7 @@ def test_end_to_end(
         model=str(llama.path), out=str(tmp_path / "text"), data=str(text_folder), **QUICK
     )
     before = mx.get_active_memory()
-    most = writing.resident_bytes(estimates.model_of(llama), synthesize.AT_ONCE[0], 40)
+    most = writing_cost.resident_bytes(model_of(llama), synthesize.AT_ONCE[0], 40)
     mx.reset_peak_memory()
     found = synthesize.run(s)
     out = tmp_path / "text"
@@ -262,7 +264,7 @@ def test_a_resumed_run_asks_for_the_same_text(
         reconstruct_samples=repaired,
         dry_run=True,
     )
-    seen = estimates.model_of(teacher)
+    seen = model_of(teacher)
     stored = replace(begun, iters=distillation_spec.spec_of(seen, seen, begun).iters)
     longer = replace(begun, iters=4 * (stored.iters or 0))
     text = run_text.teacher_text(begun, teacher)

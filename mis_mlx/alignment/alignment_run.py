@@ -20,13 +20,15 @@ from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.compute.token_losses import Footprint
 from mis_mlx.data import examples
-from mis_mlx.distillation import train_loop
+from mis_mlx.distillation import state_cost, train_loop
 from mis_mlx.gguf_export.model_card import name_of
 from mis_mlx.hardware import memory
+from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import arch, distributed, load, lora, model_writer, stream
-from mis_mlx.planner import compression_size, estimates
+from mis_mlx.models import arch, distributed, load, lora, model_writer, pass_cost, stream
+from mis_mlx.models.model_size import ModelSize, model_of
+from mis_mlx.planner import block_cost, estimates
 from mis_mlx.reporting import progress
 from mis_mlx.runs import run_loop
 from mis_mlx.settings import recipe
@@ -120,12 +122,12 @@ def dtype_of(s: Alignment, checkpoint: Checkpoint) -> mx.Dtype:
     return mx.float32
 
 
-def model_size(s: Alignment, checkpoint: Checkpoint) -> estimates.ModelSize:
+def model_size(s: Alignment, checkpoint: Checkpoint) -> ModelSize:
     """The model in bytes, as it computes here."""
-    return estimates.model_of(checkpoint, dtype=dtype_of(s, checkpoint))
+    return model_of(checkpoint, dtype=dtype_of(s, checkpoint))
 
 
-def weight_bytes(m: estimates.ModelSize) -> int:
+def weight_bytes(m: ModelSize) -> int:
     """The model in memory, before anything is done with it."""
     if m.packed and m.as_stored:
         return m.nbytes
@@ -139,37 +141,35 @@ def training_cost(
     length: int,
     *,
     name: str = "align",
-) -> estimates.StageCost:
+) -> StageCost:
     """The cost of training with `rows` sequences of `length` tokens in a micro-batch."""
     m = model_size(s, checkpoint)
     loss = Footprint(gpu=m.gpu)
     if s.lora:
         trained = s.lora.params(m.config)
-        activations = estimates.activation_bytes(m.config, rows, length)
-        peak = weight_bytes(m) + compression_size.STATE_BYTES * trained
+        activations = block_cost.activation_bytes(m.config, rows, length)
+        peak = weight_bytes(m) + state_cost.STATE_BYTES * trained
         peak += activations + m.in_flight(activations)
         peak += loss.logit_bytes(m.shape.vocab, rows * length) + m.widened_bytes
     else:
         trained = m.params
         accumulates = s.grad_accumulation_steps > 1
-        peak = compression_size.training_bytes(
-            m.config, rows, length, loss=loss, accumulates=accumulates
-        )
+        peak = state_cost.training_bytes(m.config, rows, length, loss=loss, accumulates=accumulates)
     checkpoints = s.iters // s.save_every + 2
     written = checkpoints * (SAVED_BYTES + 4) * trained
     written += precision.DTYPES[s.dtype].size * m.params
     tokens = s.grad_accumulation_steps * rows * length
-    return estimates.StageCost(
+    return StageCost(
         name=name,
         read_bytes=m.nbytes,
         written_bytes=written,
         peak_bytes=peak,
-        flops=s.iters * 3 * estimates.forward_flops(m, tokens, length),
+        flops=s.iters * 3 * pass_cost.forward_flops(m, tokens, length),
         updated=s.iters * trained,
     )
 
 
-def report_plan(s: Alignment, phases: Sequence[estimates.StageCost]) -> dict[str, Any]:
+def report_plan(s: Alignment, phases: Sequence[StageCost]) -> dict[str, Any]:
     """The result of a --dry-run of these phases under the budget; each is reported in a line."""
     limit = memory.budget(s.budget_bytes).limit_bytes
     result = estimates.report_costs(
@@ -180,7 +180,7 @@ def report_plan(s: Alignment, phases: Sequence[estimates.StageCost]) -> dict[str
     return result
 
 
-def fit_micro_batches(s: S, folder: Path | None, phase: Callable[[S], estimates.StageCost]) -> S:
+def fit_micro_batches(s: S, folder: Path | None, phase: Callable[[S], StageCost]) -> S:
     """`s` with its steps in the largest micro-batches for which `phase(s)` fits the budget.
 
     A run that goes on, in `folder`, keeps the size that it has. A micro-batch divides the one asked
@@ -391,7 +391,7 @@ def start_run(
     checkpoint: Checkpoint,
     *,
     micro: int,
-    phases: Sequence[estimates.StageCost],
+    phases: Sequence[StageCost],
     card: Mapping[str, Any],
     name: str,
 ) -> Iterator[AlignmentRun]:

@@ -23,8 +23,8 @@ from mis_mlx.compute import precision
 from mis_mlx.distillation.train_loop import train
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import arch, load, lora, mlx_generate, stream, streamed_decode
-from mis_mlx.planner import estimates
+from mis_mlx.models import arch, load, lora, mlx_generate, pass_cost, stream, streamed_decode
+from mis_mlx.models.model_size import model_of
 from mis_mlx.pruning.calibrate import calibrate
 from mis_mlx.quantization import packed_format
 from mis_mlx.settings import recipe
@@ -186,9 +186,9 @@ def statistics(models: Models) -> list[np.ndarray]:
 def peak(models: Models) -> Found:
     """Check MLX's peak of a streamed pass with logits, as a share of the plan's."""
     tokens = mx.tile(TOKENS, (1, 5))
-    size = estimates.model_of(models["4-bit"])
+    size = model_of(models["4-bit"])
     count = 5 * TOKENS.size
-    phase = estimates.streamed_pass(
+    phase = pass_cost.streamed_pass(
         "pass", size, tokens=count, micro_tokens=count, length=count, spool=False
     )
     mx.clear_cache()

@@ -18,12 +18,14 @@ from mis_mlx.checks import engine
 from mis_mlx.checks.kernels import Found, random_normal
 from mis_mlx.compute import precision
 from mis_mlx.compute.token_losses import Footprint
+from mis_mlx.distillation import state_cost
 from mis_mlx.distillation.train_loop import train
 from mis_mlx.hardware import rates
+from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import load
-from mis_mlx.planner import compression_size, estimates
+from mis_mlx.models import load, pass_cost
+from mis_mlx.models.model_size import model_of
 from mis_mlx.settings import recipe
 from mis_mlx.types import UNDECIDED, Precision
 
@@ -65,19 +67,19 @@ def planned_bytes(dtype: mx.Dtype) -> int:
     """Sum the plan's peak, in bytes.
 
     Student, gradients, moments, activations, logits; the teacher's head and states in `dtype`."""
-    size = estimates.model_of(CONFIG, gpu=precision.keeps_packed(), dtype=dtype)
-    student = compression_size.training_bytes(CONFIG, WINDOWS, LENGTH, loss=Footprint(gpu=size.gpu))
+    size = model_of(CONFIG, gpu=precision.keeps_packed(), dtype=dtype)
+    student = state_cost.training_bytes(CONFIG, WINDOWS, LENGTH, loss=Footprint(gpu=size.gpu))
     states = WINDOWS * LENGTH * size.shape.hidden * size.item
     return student + size.head_work + size.widened_bytes + states
 
 
 def planned_seconds(machine: rates.Rates) -> float:
     """Seconds of a step on a machine with these rates, by the planner's operations."""
-    size = estimates.model_of(CONFIG, gpu=machine.gpu)
+    size = model_of(CONFIG, gpu=machine.gpu)
     tokens = WINDOWS * LENGTH
-    passes = 3 * estimates.forward_flops(size, tokens, LENGTH)
+    passes = 3 * pass_cost.forward_flops(size, tokens, LENGTH)
     flops = passes + 2.0 * WINDOWS * LENGTH * size.head_params
-    cost = estimates.StageCost(
+    cost = StageCost(
         name="step",
         read_bytes=0,
         written_bytes=0,

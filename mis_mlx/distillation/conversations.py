@@ -12,7 +12,7 @@ from mis_mlx.distillation import teacher_answers
 from mis_mlx.evaluation import answers
 from mis_mlx.evaluation.answer_figures import MORE_LOOPS
 from mis_mlx.models import distributed, load
-from mis_mlx.planner import estimates
+from mis_mlx.models.model_size import model_of
 from mis_mlx.reporting import html
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK, Files, json_sha256
@@ -102,7 +102,7 @@ def _written(teacher: Checkpoint, wanted: Wanted, limit: Budget, *, dry_run: boo
         distributed.broadcast_folder(folder, DISK)
         cli.say(f"conversations: reusing the teacher's answers in {file}")
         return file
-    plan = teacher_answers.plan(estimates.model_of(teacher), writing, limit)
+    plan = teacher_answers.plan(model_of(teacher), writing, limit)
     size = f"{gib(plan.peak_bytes)} of {gib(limit.limit_bytes)}, about {duration(plan.seconds)}"
     cli.say(
         f"conversations: the teacher answers {count} prompts first, {plan.at_once} at once: "

@@ -19,13 +19,13 @@ from mlx.utils import tree_flatten
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.distillation import live_teacher, sharded, train_loop
+from mis_mlx.distillation.strategies import MemoryPlan, in_parts
+from mis_mlx.distillation.training_cost import steps_per_shard
 from mis_mlx.hardware import memory
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import distributed, load, lora, model_writer, stream
 from mis_mlx.models.config import softcap
-from mis_mlx.planner.phases import MemoryPlan, in_parts
-from mis_mlx.planner.training_cost import steps_per_shard
 from mis_mlx.pruning import reconstruct, vocabulary
 from mis_mlx.quantization import packed_format
 from mis_mlx.reporting import progress, text

@@ -9,13 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mis_mlx.distillation import run_plan, run_text
+from mis_mlx.distillation import run_plan, run_text, strategies
 from mis_mlx.distillation.distill_flags import DistillFlags
 from mis_mlx.distillation.run_plan import RunRequest, StudentSpec
 from mis_mlx.distillation.run_text import RunText
+from mis_mlx.distillation.strategies import MemoryPlan
 from mis_mlx.hardware import memory
-from mis_mlx.planner import machines
-from mis_mlx.planner.phases import MemoryPlan
 from mis_mlx.pruning import vocabulary
 from mis_mlx.pruning.select import PruningConfig
 from mis_mlx.quantization import packed_format
@@ -105,7 +104,7 @@ def resolve(
     values["learning_rate"] = recipe.learning_rate
     shares: tuple[int, ...] = ()
     if asked.spread == "layers":
-        shares = machines.blocks_by_machine(plan)
+        shares = strategies.blocks_by_machine(plan)
     text = run_text.text_of(asked, teacher, plan.job.iters)
     settings = _stored(values, asdict(type(asked)()))
     report = part_of(ReportConfig, values)

@@ -8,11 +8,12 @@ from typing import Any
 
 from mis_mlx.compute import precision
 from mis_mlx.data import preparation
-from mis_mlx.distillation import pipeline
+from mis_mlx.distillation import pipeline, strategies
 from mis_mlx.evaluation import answers
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.models import arch, distributed, load
-from mis_mlx.planner import estimates, phases
+from mis_mlx.models.model_size import model_of
+from mis_mlx.planner import estimates
 from mis_mlx.planner.distillation_spec import DistillationSpec, spec_of
 from mis_mlx.pruning import select, vocabulary
 from mis_mlx.quantization import stage
@@ -57,7 +58,7 @@ class RunRequest:
     eval_prompts: int
 
 
-def plan_run(request: RunRequest, budget: Budget, folder: Path | None) -> phases.MemoryPlan:
+def plan_run(request: RunRequest, budget: Budget, folder: Path | None) -> strategies.MemoryPlan:
     """The plan of a new run; of the run in `folder`, which goes on its own way whatever the budget.
 
     Several machines go the first one's way, each with its own budget; MisError where they would
@@ -73,10 +74,10 @@ def plan_run(request: RunRequest, budget: Budget, folder: Path | None) -> phases
         job = _paced(request.recipe.minutes, job, limit, rates)
 
     def strategy() -> dict[str, Any]:
-        decided = before or phases.best_plan(job, limit, rates).strategy
+        decided = before or strategies.best_plan(job, limit, rates).strategy
         return {name: value for name, value in decided.items() if name != PLANNED_ITERS}
 
-    plan = phases.plan_strategy(job, limit, rates, **distributed.broadcast_json(strategy))
+    plan = strategies.plan_strategy(job, limit, rates, **distributed.broadcast_json(strategy))
     if distributed.size() > 1 and plan.mode == "sharded":
         why = (
             f"with {distributed.size()} machines, each must hold the whole student, but "
@@ -86,7 +87,7 @@ def plan_run(request: RunRequest, budget: Budget, folder: Path | None) -> phases
     return plan
 
 
-def stored_strategy(plan: phases.MemoryPlan) -> dict[str, Any]:
+def stored_strategy(plan: strategies.MemoryPlan) -> dict[str, Any]:
     """What plan.json keeps: how the student trains, and in how many steps.
 
     With --minutes that is the number which the plan expected when the run began. How much the
@@ -120,12 +121,12 @@ def _job(request: RunRequest) -> DistillationSpec:
     if preparation.takes_conversations(load.tokenizer(teacher.path)):
         prompts = request.eval_prompts
     return spec_of(
-        estimates.model_of(seen, dtype=precision.dtype_of(teacher)),
-        estimates.model_of(config, dtype=precision.usual_dtype(teacher.precision)),
+        model_of(seen, dtype=precision.dtype_of(teacher)),
+        model_of(config, dtype=precision.usual_dtype(teacher.precision)),
         recipe,
         rounding=rounding or ROUND_TO_NEAREST,
         rotates=student.pruning.hidden_by == "pca",
-        shown=estimates.model_of(teacher),
+        shown=model_of(teacher),
         copied=not student.folder,
         answers=prompts,
         answers_known=prompts > 0 and answers.known(teacher, answers.prompts(prompts)),
@@ -137,7 +138,7 @@ def _paced(minutes: float, job: DistillationSpec, limit: int, rates: Rates) -> D
 
     MisError where that number must be known before the first step: --iters takes it.
     """
-    plan = phases.best_plan(job, limit, rates)
+    plan = strategies.best_plan(job, limit, rates)
     seconds = plan.planned.get("distil", 0.0)
     if not seconds:
         return job
@@ -152,7 +153,7 @@ def _paced(minutes: float, job: DistillationSpec, limit: int, rates: Rates) -> D
     return replace(job, iters=iters)
 
 
-def log(given: Mapping[str, Any], place: OpenRun, plan: phases.MemoryPlan) -> None:
+def log(given: Mapping[str, Any], place: OpenRun, plan: strategies.MemoryPlan) -> None:
     """Write the first line of a run's phases: its flags, and memory and time as planned.
 
     given: the settings that are not the defaults.

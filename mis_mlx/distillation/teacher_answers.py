@@ -19,12 +19,12 @@ import mlx.core as mx
 
 from mis_mlx.data.prompts import Prompt
 from mis_mlx.data.rows import Row
-from mis_mlx.evaluation import answer_figures, answers
+from mis_mlx.evaluation import answer_figures, answers, writing_cost
 from mis_mlx.evaluation.answer_records import Answer
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, mlx_generate
+from mis_mlx.models.model_size import ModelSize, model_of
 from mis_mlx.models.text_writer import TextWriter
-from mis_mlx.planner import estimates, writing
 from mis_mlx.reporting import progress
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK, json_sha256
@@ -59,12 +59,10 @@ class WritingSettings:
         }
 
 
-def plan(
-    model: estimates.ModelSize, settings: WritingSettings, limit: Budget
-) -> writing.WritingPlan:
+def plan(model: ModelSize, settings: WritingSettings, limit: Budget) -> writing_cost.WritingPlan:
     """Memory and time of the writing. MisError where the teacher does not fit the budget."""
     answered = sum(len(prompt.turns) for prompt in settings.prompts)
-    return writing.plan_writing(
+    return writing_cost.plan_writing(
         model,
         answered,
         settings.max_tokens,
@@ -103,7 +101,7 @@ def write(teacher: Checkpoint, settings: WritingSettings, out: Path, limit: Budg
     Until it is complete, batches are kept in a file next to it: a run that was stopped goes on with
     the batch that it was at. MisError where too few answers are usable.
     """
-    planned = plan(estimates.model_of(teacher), settings, limit)
+    planned = plan(model_of(teacher), settings, limit)
     size = planned.at_once
     total = len(settings.prompts)
     part = out.with_name(f".{out.name}.part")

@@ -5,11 +5,12 @@ Nothing in here knows whose answers these are, nor where they are kept."""
 from collections.abc import Sequence
 from typing import Any
 
+from mis_mlx.evaluation import writing_cost
 from mis_mlx.evaluation.answer_records import Answer, Prompt
 from mis_mlx.models import load, mlx_generate
 from mis_mlx.models.mlx_generate import Sampler
+from mis_mlx.models.model_size import model_of
 from mis_mlx.models.text_writer import TextWriter
-from mis_mlx.planner import estimates, writing
 from mis_mlx.types import Budget, Checkpoint
 
 HALF_LETTER = "\ufffd"  # an answer that was cut off inside a letter decodes to this at its end
@@ -22,12 +23,12 @@ def plan(
     limit: Budget,
     *,
     at_once: Sequence[int],
-) -> writing.WritingPlan:
+) -> writing_cost.WritingPlan:
     """How a model's answers are written within the budget. MisError where nothing fits."""
     tokenizer = load.tokenizer(model.path)
     lengths = [len(mlx_generate.chat_ids(tokenizer, prompt.messages)) for prompt in asked]
-    return writing.plan_writing(
-        estimates.model_of(model),
+    return writing_cost.plan_writing(
+        model_of(model),
         len(asked),
         max_tokens,
         limit,

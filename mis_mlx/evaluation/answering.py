@@ -28,7 +28,9 @@ from mis_mlx.evaluation.option_likelihood import Encoded
 from mis_mlx.evaluation.questions import Task
 from mis_mlx.evaluation.task_answers import Asking, Record
 from mis_mlx.hardware import memory
-from mis_mlx.models import distributed, load
+from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.models import distributed, load, pass_cost
+from mis_mlx.models.model_size import ModelSize, model_of
 from mis_mlx.planner import estimates, machines
 from mis_mlx.reporting import progress
 from mis_mlx.storage import hub, run_folder
@@ -88,7 +90,7 @@ def plan(
     model_sha256: str,
     task: Task,
     limit: Budget,
-) -> estimates.StageCost | None:
+) -> StageCost | None:
     """The cost of asking what is left; None when all answers are kept.
 
     MisError where it cannot be done in the budget, before anything is asked.
@@ -390,7 +392,7 @@ class _Parts(NamedTuple):
     cost: of all parts. headroom_bytes: bytes for the head, and for blocks that stay between parts.
     """
 
-    cost: estimates.StageCost
+    cost: StageCost
     tokens: int
     headroom_bytes: int
 
@@ -414,7 +416,7 @@ def _choosing(
             f"{which} takes {longest} tokens, but {checkpoint.path} reads {most}: shorten or "
             f"remove it"
         )
-    parts = _parts(estimates.model_of(checkpoint), task.name, lengths, limit)
+    parts = _parts(model_of(checkpoint), task.name, lengths, limit)
 
     def records() -> Iterator[Record]:
         # All machines make parts of one size: the smallest that any of them has planned.
@@ -449,7 +451,7 @@ def _encoded(tokenizer: Any, task: Task, left: Sequence[int]) -> list[Encoded]:
 
 
 def _parts(
-    m: estimates.ModelSize,
+    m: ModelSize,
     name: str,
     lengths: Sequence[int],
     limit: Budget,
@@ -463,8 +465,8 @@ def _parts(
     total = sum(lengths)
     rows = max(*lengths, option_likelihood.ROWS)
 
-    def one_pass(tokens: int, *, again: bool = False) -> estimates.StageCost:
-        return estimates.streamed_pass(
+    def one_pass(tokens: int, *, again: bool = False) -> StageCost:
+        return pass_cost.streamed_pass(
             name,
             m,
             tokens=tokens,
@@ -481,7 +483,7 @@ def _parts(
     all_stay = one_pass(min(total, PART), again=True).pinned == m.shape.layers
     if not all_stay:
         # What the budget leaves holds hidden states, 2 D numbers a token.
-        spare = estimates.headroom_bytes(limit.limit_bytes, least.peak_bytes)
+        spare = pass_cost.headroom_bytes(limit.limit_bytes, least.peak_bytes)
         part = max(rows, min(total, spare // (2 * m.shape.hidden * m.item)))
     first = one_pass(min(total, part), again=all_stay or part < total)
     without_weights = first.peak_bytes - first.pinned * m.block_work - m.head_work
@@ -489,8 +491,8 @@ def _parts(
     cost = replace(
         first,
         read_bytes=m.nbytes + (passes - 1) * first.read_bytes,
-        flops=estimates.forward_flops(m, total, rows),
+        flops=pass_cost.forward_flops(m, total, rows),
     )
     return _Parts(
-        cost, part, headroom_bytes=estimates.headroom_bytes(limit.limit_bytes, without_weights)
+        cost, part, headroom_bytes=pass_cost.headroom_bytes(limit.limit_bytes, without_weights)
     )

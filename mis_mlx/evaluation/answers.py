@@ -25,7 +25,7 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.data import rows
-from mis_mlx.evaluation import answer_records, answer_writing, answering
+from mis_mlx.evaluation import answer_records, answer_writing, answering, writing_cost
 from mis_mlx.evaluation.answer_figures import AnswerBits
 from mis_mlx.evaluation.answer_likelihood import has_template, log_probabilities, need_template
 from mis_mlx.evaluation.answer_records import Answer, AnswerPair, Prompt
@@ -39,10 +39,12 @@ from mis_mlx.evaluation.judgement import (
 )
 from mis_mlx.evaluation.kept_answers import Kept, all_kept
 from mis_mlx.hardware import memory
+from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models import distributed, load, mlx_generate
 from mis_mlx.models.mlx_generate import Sampler
+from mis_mlx.models.model_size import model_of
 from mis_mlx.models.text_writer import TextWriter
-from mis_mlx.planner import estimates, writing
+from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress
 from mis_mlx.settings.workloads import ANSWER_TOKENS, ANSWERS_AT_ONCE, GREEDY_TOKENS
 from mis_mlx.storage import hub, run_folder
@@ -419,7 +421,7 @@ def plan(
     asked: Sequence[Prompt],
     limit: Budget,
     hashes: Mapping[str, str] | None = None,
-) -> estimates.StageCost | None:
+) -> StageCost | None:
     """The cost of `judged` for these models, the first of which is the teacher.
 
     hashes: as in `judged`. None where all answers and costs are kept. A student with all of its own
@@ -441,7 +443,7 @@ def plan(
             students.append(model)
     if not taken or (teacher_kept and not students):
         return None
-    shapes = [estimates.model_of(model) for model in (teacher, *students)]
-    cost = writing.answers_cost(shapes, len(taken), limit, teacher_kept=teacher_kept)
+    shapes = [model_of(model) for model in (teacher, *students)]
+    cost = writing_cost.answers_cost(shapes, len(taken), limit, teacher_kept=teacher_kept)
     estimates.require_fit(limit, cost, other="")
     return cost

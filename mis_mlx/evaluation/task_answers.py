@@ -14,14 +14,17 @@ from mis_mlx.compute import precision
 from mis_mlx.evaluation import instructions, rewards
 from mis_mlx.evaluation.questions import Task
 from mis_mlx.hardware import memory
+from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models import (
     continuous_batch,
     distributed,
     load,
     mlx_generate,
+    pass_cost,
     streamed_decode,
 )
 from mis_mlx.models.continuous_batch import Completion
+from mis_mlx.models.model_size import ModelSize, model_of
 from mis_mlx.models.stream import Stream, load_checked
 from mis_mlx.planner import estimates
 from mis_mlx.types import Budget, Checkpoint
@@ -46,7 +49,7 @@ class Asking(NamedTuple):
     cost: what that takes. records: asks; gives a record for each question as it is answered.
     """
 
-    cost: estimates.StageCost
+    cost: StageCost
     records: Callable[[], Iterator[Record]]
 
 
@@ -57,7 +60,7 @@ class _Plan(NamedTuple):
     streamed, with `headroom_bytes` bytes for blocks that stay.
     """
 
-    cost: estimates.StageCost
+    cost: StageCost
     at_once: int
     in_memory: bool
     headroom_bytes: int
@@ -77,7 +80,7 @@ def asking(
     number "n", the "text" written and the judge's verdict.
     """
     prompts = [mlx_generate.encode(tokenizer, task.questions[n].context) for n in left]
-    plan = _plan(estimates.model_of(checkpoint), task, prompts, limit)
+    plan = _plan(model_of(checkpoint), task, prompts, limit)
 
     def records() -> Iterator[Record]:
         ends = tokenizer.eos_token_ids
@@ -99,7 +102,7 @@ def asking(
 
 
 def _plan(
-    m: estimates.ModelSize,
+    m: ModelSize,
     task: Task,
     prompts: Prompts,
     limit: Budget,
@@ -109,14 +112,14 @@ def _plan(
     lengths = [len(prompt) for prompt in prompts]
     longest = max(lengths)
     written = len(prompts) * most
-    flops = estimates.forward_flops(m, sum(lengths) + written, longest)
-    one_token = estimates.token_cost(m, longest + most, limit.limit_bytes)
+    flops = pass_cost.forward_flops(m, sum(lengths) + written, longest)
+    one_token = pass_cost.token_cost(m, longest + most, limit.limit_bytes)
     for at_once in AT_ONCE:
         peak_bytes = resident_bytes(m, at_once, longest=longest, max_tokens=most, limit=limit)
         if peak_bytes <= limit.limit_bytes:
             # Every step of a batch fetches the weights once.
             steps = -(-len(prompts) // at_once) * most
-            cost = estimates.StageCost(
+            cost = StageCost(
                 name=task.name,
                 read_bytes=m.nbytes,
                 written_bytes=0,
@@ -134,12 +137,12 @@ def _plan(
         flops=flops,
         touched_bytes=written * one_token.touched_bytes,
     )
-    headroom_bytes = estimates.headroom_bytes(limit.limit_bytes, without_blocks)
+    headroom_bytes = pass_cost.headroom_bytes(limit.limit_bytes, without_blocks)
     return _Plan(cost, AT_ONCE[-1], in_memory=False, headroom_bytes=headroom_bytes)
 
 
 def resident_bytes(
-    m: estimates.ModelSize,
+    m: ModelSize,
     at_once: int,
     *,
     longest: int,
@@ -153,10 +156,10 @@ def resident_bytes(
     places = CACHE_STEP * -(-(longest + max_tokens) // CACHE_STEP)
     # Three times: of the prompts alone, of the batch, and of the batch once more while its cache
     # grows.
-    keys = 3 * at_once * estimates.keys_bytes(m, places)
+    keys = 3 * at_once * pass_cost.keys_bytes(m, places)
     logits = 8 * at_once * m.shape.vocab * 4
     weights = m.shape.layers * m.block_work + m.head_work
-    reading = estimates.workspace_bytes(m, longest, longest)
+    reading = pass_cost.workspace_bytes(m, longest, longest)
     return weights + keys + logits + reading + memory.process_bytes(limit.limit_bytes)
 
 

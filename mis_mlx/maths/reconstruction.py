@@ -158,3 +158,15 @@ def remaining_error(held_out: Sequence[HeldOut], update: np.ndarray) -> float:
 
 def _sum_of_squares(values: np.ndarray) -> float:
     return float(np.square(values, dtype=np.float64).sum())
+
+
+def solver_flops(inputs: int, factor: float, solve: float) -> float:
+    """Operations of the host for sums (F, F), F: `inputs`.
+
+    inputs^2 times `factor` to factorize them, times `solve` to use that. In float32 MLX does the
+    latter, and the former counts a quarter.
+    """
+    square = inputs**2
+    if precision(inputs) is np.float32:
+        return square * factor / 4
+    return square * (factor + solve)

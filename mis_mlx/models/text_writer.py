@@ -1,6 +1,6 @@
 """A model, opened to write: whole in memory, or streamed from disk. Both write the same.
 
-planner/writing says what each takes, and which of them fits.
+evaluation/writing_cost says what each takes, and which of them fits.
 """
 
 import itertools

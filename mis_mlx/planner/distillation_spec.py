@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from mis_mlx.compute.token_losses import Footprint, teacher_kl_footprint
 from mis_mlx.models.families import family
-from mis_mlx.planner.model_size import ModelSize
+from mis_mlx.models.model_size import ModelSize
 from mis_mlx.settings.recipe import (
     ROUND_TO_NEAREST,
     DistillationConfig,

@@ -4,25 +4,13 @@ Not how they find each other (models/distributed), nor how blocks are passed thr
 (models/pipeline_parallel).
 """
 
-from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.hardware.rates import Rates
-from mis_mlx.models import distributed, pipeline_parallel
+from mis_mlx.models import distributed, pass_cost, pipeline_parallel
+from mis_mlx.models.model_size import ModelSize, model_of
 from mis_mlx.models.stream import Stream
-from mis_mlx.planner import estimates, phases
+from mis_mlx.planner import estimates
 from mis_mlx.types import Budget, Checkpoint
-
-
-def blocks_by_machine(plan: phases.MemoryPlan) -> tuple[int, ...]:
-    """How many of the teacher's blocks each machine has; () where there is one machine."""
-    if distributed.size() == 1:
-        return ()
-    job = plan.job
-    counts = block_shares(
-        job.teacher, plan.pinned, tokens=job.step, length=job.max_seq_length, rates=plan.rates
-    )
-    cli.say(f"teacher blocks by machine: {', '.join(map(str, counts))}")
-    return tuple(counts)
 
 
 def open_stream(
@@ -43,8 +31,8 @@ def open_stream(
     direct = checkpoint.nbytes > limit.limit_bytes
     if distributed.size() == 1 or not layers:
         return Stream(checkpoint, dtype, headroom_bytes, direct)
-    m = estimates.model_of(checkpoint)
-    pinned = estimates.resident_blocks(m, max(0, headroom_bytes - m.head_work))
+    m = model_of(checkpoint)
+    pinned = pass_cost.resident_blocks(m, max(0, headroom_bytes - m.head_work))
     counts = block_shares(m, pinned, tokens=tokens, length=length, rates=estimates.machine_rates())
     return pipeline_parallel.Relay(
         checkpoint, dtype, headroom_bytes=headroom_bytes, direct=direct, shares=counts
@@ -52,7 +40,7 @@ def open_stream(
 
 
 def block_shares(
-    m: estimates.ModelSize,
+    m: ModelSize,
     pinned: int,
     *,
     tokens: int,
@@ -63,7 +51,7 @@ def block_shares(
 
     pinned: blocks with room here.
     """
-    flops = estimates.forward_flops(m, tokens, length, head=False)
+    flops = pass_cost.forward_flops(m, tokens, length, head=False)
     work_s = flops / m.shape.layers / rates.forward_flops_per_s  # of a block
     # time to read a block, as a multiple of the time to compute it
     reading = distributed.broadcast_json(lambda: m.block_bytes / rates.read_bytes_per_s / work_s)

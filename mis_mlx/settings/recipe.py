@@ -1,6 +1,6 @@
 """The settings of a training: its flags; and a distillation in sizes and counts.
 
-Not what it takes (planner/phases).
+Not what it takes (distillation/strategies).
 """
 
 from __future__ import annotations

@@ -28,9 +28,9 @@ from mis_mlx.maths import rounding
 from mis_mlx.maths.importance import Statistics
 from mis_mlx.models import arch, load, model_writer, opening, stream
 from mis_mlx.models.config import Shape, shape_of
-from mis_mlx.planner import compression_size, estimates, rounding_cost
+from mis_mlx.models.model_size import model_of
 from mis_mlx.pruning import calibrate, select, slicing, vocabulary
-from mis_mlx.quantization import bit_allocation, packed_format
+from mis_mlx.quantization import bit_allocation, packed_format, rounding_cost
 from mis_mlx.runs.run_loop import OpenRun
 from mis_mlx.size_search import shape_search
 from mis_mlx.size_search.shape_search import CUTS, Choice, Losses, Sizes, group_of
@@ -196,8 +196,8 @@ class Candidates:
         run = self.run
         batches = self.samples[: rounding_cost.SENSED]
         length = batches[0].size
-        size = estimates.model_of(run.teacher)
-        cost = compression_size.sensitivity_cost(size, length, run.plan.budget_bytes)
+        size = model_of(run.teacher)
+        cost = rounding_cost.sensitivity_cost(size, length, run.plan.budget_bytes)
         held = cost.held_tokens // length
         # What enters each block is kept: as many arrays for a window as the teacher has blocks.
         states = None

@@ -16,13 +16,13 @@ import numpy as np
 
 from mis_mlx.compute import precision
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.distillation import pipeline
+from mis_mlx.distillation import pipeline, strategies
 from mis_mlx.evaluation import comparison
 from mis_mlx.evaluation.speed import rounds
 from mis_mlx.maths.optimizer import Diverged
 from mis_mlx.maths.stats import interval
 from mis_mlx.models import arch, block_state, load, mlx_generate, opening
-from mis_mlx.planner import estimates, phases
+from mis_mlx.models.model_size import model_of
 from mis_mlx.planner.distillation_spec import spec_of
 from mis_mlx.quantization import stage
 from mis_mlx.reporting import html, text
@@ -109,18 +109,18 @@ def _own_run(
     run = c.run
     reader = c.trimmed_teacher(choice.shape.vocab)
     teacher = reader.teacher
-    student = estimates.model_of(
+    student = model_of(
         arch.student_config(teacher.config, choice.shape),
         dtype=precision.usual_dtype(teacher.precision),
     )
-    job = spec_of(estimates.model_of(teacher), student, run.recipe, rounding, copied=True)
+    job = spec_of(model_of(teacher), student, run.recipe, rounding, copied=True)
     budget_bytes = run.plan.budget_bytes
     rates = run.plan.rates
     if not (folder / run_folder.PLAN).exists():
-        strategy = phases.best_plan(job, budget_bytes, rates).strategy
+        strategy = strategies.best_plan(job, budget_bytes, rates).strategy
         run.files.replace_text(folder / run_folder.PLAN, json.dumps(strategy))
     strategy = run_folder.stored_settings(folder, run_folder.PLAN)
-    plan = phases.plan_strategy(job, budget_bytes, rates, **strategy)
+    plan = strategies.plan_strategy(job, budget_bytes, rates, **strategy)
     return replace(
         run,
         recipe=plan.recipe(run.recipe, teacher),

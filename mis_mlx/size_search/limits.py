@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from mis_mlx import cli
-from mis_mlx.models import arch
+from mis_mlx.models import arch, pass_cost
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.models.families import family
-from mis_mlx.planner import estimates
+from mis_mlx.models.model_size import model_of
 from mis_mlx.size_search import unequal_blocks
 from mis_mlx.types import MisError, gib
 
@@ -126,8 +126,8 @@ def memory_limit(config: Mapping[str, Any], text: str, cached: int) -> Limit:
     """
 
     def cost(shape: Shape, bpw: float) -> float:
-        m = estimates.model_of(arch.student_config(config, shape), gpu=True)
-        return file_bytes(config, shape, bpw) + estimates.keys_bytes(m, cached)
+        m = model_of(arch.student_config(config, shape), gpu=True)
+        return file_bytes(config, shape, bpw) + pass_cost.keys_bytes(m, cached)
 
     return Limit(
         flag=f"--memory {text}",

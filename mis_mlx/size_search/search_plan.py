@@ -6,10 +6,18 @@ from typing import Any
 
 from mis_mlx import cli
 from mis_mlx.compute import precision
+from mis_mlx.distillation import strategies
+from mis_mlx.evaluation.judging_cost import comparison_cost
+from mis_mlx.hardware.memory import process_bytes
+from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models import arch
 from mis_mlx.models.config import shape_of
-from mis_mlx.planner import compression_size, estimates, phases
-from mis_mlx.planner.distillation_spec import spec_of
+from mis_mlx.models.model_size import model_of
+from mis_mlx.models.pass_cost import TENSOR_BYTES, forward_flops, tensor_bytes
+from mis_mlx.planner import estimates
+from mis_mlx.planner.distillation_spec import DistillationSpec, spec_of
+from mis_mlx.pruning.pruning_cost import vocabulary_cost
+from mis_mlx.quantization.rounding_cost import sensitivity_cost
 from mis_mlx.size_search import known_losses, limits, shape_search
 from mis_mlx.size_search.shape_search import Choice, Sizes, probes_of
 from mis_mlx.types import Budget, Checkpoint, MisError
@@ -23,7 +31,7 @@ def plan_search(
     *,
     limit: Budget,
     known: Mapping[str, Any],
-) -> tuple[phases.MemoryPlan, dict[str, float], dict[str, Any]]:
+) -> tuple[strategies.MemoryPlan, dict[str, float], dict[str, Any]]:
     """(plan of the largest finalist; seconds by phase of the run; the result of a --dry-run).
 
     Every stage is told in a line. s: settings of `search`. known: the identity of measurements that
@@ -34,7 +42,7 @@ def plan_search(
     if known and known_losses.all_known(known, probes):
         probes = []
         s = replace(s, evaluations=1)
-    work = compression_size.search_cost(
+    work = search_cost(
         s,
         plan.job,
         plan.phases,
@@ -58,27 +66,96 @@ def plan_search(
 
 def _plan_of_largest(
     s: Any, teacher: Checkpoint, within: Sequence[Choice], limit: Budget
-) -> phases.MemoryPlan:
+) -> strategies.MemoryPlan:
     """The plan that distils the largest student."""
 
     def weights(choice: Choice) -> int:
         return sum(limits.weights_of(teacher.config, choice.shape))
 
     shape = max(within, key=weights).shape
-    student = estimates.model_of(
+    student = model_of(
         arch.student_config(teacher.config, shape), dtype=precision.usual_dtype(s.precision)
     )
     rounding = shape_search.rounding_of(Choice(shape, shape_search.USUAL_BPW))
-    job = spec_of(estimates.model_of(teacher), student, s, rounding)
-    return phases.best_plan(job, limit.limit_bytes, estimates.machine_rates())
+    job = spec_of(model_of(teacher), student, s, rounding)
+    return strategies.best_plan(job, limit.limit_bytes, estimates.machine_rates())
 
 
-def _need(plan: phases.MemoryPlan, stages: Sequence[estimates.StageCost], limit: Budget) -> None:
+def _need(plan: strategies.MemoryPlan, stages: Sequence[StageCost], limit: Budget) -> None:
     """MisError where the plan or a stage does not fit the budget."""
     if not plan.fits:
-        raise MisError(phases.remedy(plan))
+        raise MisError(strategies.remedy(plan))
     # With what the process itself takes.
     peak, worst = max((stage.peak_bytes, stage.name) for stage in stages)
     enough = estimates.budget_flag(peak)
     remedy = f"give --budget {enough} or more, or lower --max-seq-length or --batch-size"
     limit.need(peak, worst, remedy)
+
+
+def search_cost(
+    s: Any,
+    job: DistillationSpec,
+    planned: Sequence[StageCost],
+    probes: int,
+    *,
+    rows: bool,
+    limit: int,
+) -> dict[str, list[StageCost]]:
+    """What a search with these settings takes: {"rank": stages, "finalists": stages}.
+
+    To rank, and to train, round and judge finalists, each student counted as `job`'s, whose phases
+    are `planned`. probes: axes measured alone. rows: whether some students have fewer tokens.
+    """
+    t = job.teacher
+    m = job.student
+    length = job.max_seq_length
+    known = TENSOR_BYTES * t.tensors
+    own = known + process_bytes(max(0, limit - known))  # as in a plan, whose phases have it
+    cut = next(p for p in planned if p.name == "prune")
+    # of two texts
+    windows = -(-4 * s.rank_windows // 3)
+    judging = -(-4 * s.eval_windows // 3)
+    comparison = comparison_cost([t, m], windows, length)
+    # the teacher's pass, which is done once
+    teachers_flops = forward_flops(t, windows * length, length, head=False)
+    comparison = replace(
+        comparison,
+        peak_bytes=max(comparison.peak_bytes, tensor_bytes(t)),
+        flops=comparison.flops - teachers_flops,
+    )
+    rank = [_times(cut, 1, name="calibrate", written=cut.written_bytes - m.nbytes)]
+    if s.mixed:
+        bits = sensitivity_cost(t, length, limit)
+        rank.append(_times(bits, 1, name="sensitivity", own=own))
+    rank.append(_times(comparison, probes, name=f"{probes} axes alone", written=m.nbytes, own=own))
+    rank.append(
+        _times(
+            comparison, s.evaluations, name=f"rank {s.evaluations}", written=2 * m.nbytes, own=own
+        )
+    )
+    if rows:
+        rank.append(_times(vocabulary_cost(t, length), 1, name="choose tokens", own=own))
+    if not s.finalists:
+        return {"rank": rank, "finalists": []}
+    finalists = []
+    for p in planned:
+        if p.name not in ("prune", "measure"):  # which a finalist does not go through
+            name = f"{p.name}, {s.finalists} finalists"
+            finalists.append(_times(p, s.finalists, name=name, written=p.written_bytes))
+    judged = comparison_cost([t, m, m, m], judging, length)
+    finalists.append(_times(judged, s.finalists, name="judge them", written=2 * m.nbytes, own=own))
+    return {"rank": rank, "finalists": finalists}
+
+
+def _times(p: StageCost, times: int, *, name: str, written: int = 0, own: int = 0) -> StageCost:
+    """A stage `times` times, which writes `written` bytes each time; own: bytes of the process."""
+    return replace(
+        p,
+        name=name,
+        read_bytes=times * p.read_bytes,
+        written_bytes=times * written,
+        flops=times * p.flops,
+        peak_bytes=p.peak_bytes + own,
+        waits=times * p.waits,
+        host_flops=times * p.host_flops,
+    )

@@ -20,7 +20,7 @@ from mis_mlx.evaluation import answers
 from mis_mlx.evaluation.answer_records import Answer
 from mis_mlx.hardware import memory
 from mis_mlx.models import load
-from mis_mlx.planner import estimates
+from mis_mlx.models.model_size import model_of
 from mis_mlx.types import Budget, Checkpoint, MisError
 from tests import tiny
 
@@ -284,7 +284,7 @@ def test_hardly_any_usable_answer_is_a_sentence(tmp_path: Path) -> None:
 def test_within_the_budget_or_a_sentence(chat: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many at once as fit; turns count as answers; too little is refused with both numbers."""
     monkeypatch.setattr(teacher_answers, "AT_ONCE", (64, 24, 8, 1))
-    m = estimates.model_of(chat)
+    m = model_of(chat)
 
     much = teacher_answers.plan(m, HOW, Budget(4000 * MIB))
     turns = teacher_answers.plan(m, replace(HOW, prompts=TWO_TURNS * 2), Budget(4000 * MIB))

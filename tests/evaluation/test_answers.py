@@ -16,12 +16,19 @@ import numpy as np
 import pytest
 
 from mis_mlx.data import token_windows
-from mis_mlx.evaluation import answer_figures, answer_likelihood, answer_records, answers
+from mis_mlx.evaluation import (
+    answer_figures,
+    answer_likelihood,
+    answer_records,
+    answers,
+    writing_cost,
+)
 from mis_mlx.evaluation.answer_records import Answer, AnswerPair, Prompt
 from mis_mlx.evaluation.answers import AnswerBits, TeacherAnswers
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, mlx_generate, opening, text_writer
-from mis_mlx.planner import estimates, writing
+from mis_mlx.models.model_size import model_of
+from mis_mlx.planner import estimates
 from mis_mlx.types import Budget, Checkpoint, MisError
 from tests import tiny
 from tests.conftest import near
@@ -624,12 +631,12 @@ def test_planned_before_anything_is_asked(tmp_path: Path) -> None:
     that must be.
     """
     deep = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=24))
-    m = estimates.model_of(deep)
+    m = model_of(deep)
     much = Budget(2000 * MIB)
-    one = writing.answers_cost([m, m], 8, much)
-    two = writing.answers_cost([m, m, m], 8, much)
-    kept = writing.answers_cost([m, m], 8, much, teacher_kept=True)
-    poor = writing.answers_cost([m, m], 8, Budget(20 * MIB))
+    one = writing_cost.answers_cost([m, m], 8, much)
+    two = writing_cost.answers_cost([m, m, m], 8, much)
+    kept = writing_cost.answers_cost([m, m], 8, much, teacher_kept=True)
+    poor = writing_cost.answers_cost([m, m], 8, Budget(20 * MIB))
     assert one.flops < two.flops
     assert kept.flops < one.flops
     assert kept.peak_bytes <= one.peak_bytes
@@ -637,7 +644,7 @@ def test_planned_before_anything_is_asked(tmp_path: Path) -> None:
     assert poor.read_bytes > 100 * one.read_bytes
     assert poor.peak_bytes < 20 * MIB
     with pytest.raises(MisError, match="the budget is 1 MiB: give --budget"):
-        writing.answers_cost([m], 8, Budget(MIB))
+        writing_cost.answers_cost([m], 8, Budget(MIB))
 
 
 def test_by_metals_policy(metal: None, chat: Checkpoint, tmp_path: Path) -> None:

@@ -19,10 +19,9 @@ import pytest
 
 from mis_mlx import distill, sft
 from mis_mlx.alignment.sequence_packing import PackedDataset
-from mis_mlx.distillation import live_teacher
+from mis_mlx.distillation import live_teacher, strategies
 from mis_mlx.maths.optimizer import Diverged
 from mis_mlx.models import load
-from mis_mlx.planner import phases
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.types import MisError
@@ -158,9 +157,9 @@ def test_a_sharded_run_goes_back_too(
     block is on disk already. Without these batches in the next visit too; killed on the second way,
     it ends with the same bytes.
     """
-    ways = phases.candidate_strategies
+    ways = strategies.candidate_strategies
     monkeypatch.setattr(
-        phases, "candidate_strategies", lambda job: (way for way in ways(job) if way[2] == 1)
+        strategies, "candidate_strategies", lambda job: (way for way in ways(job) if way[2] == 1)
     )
     s, cut = (replace(settings(name), train="sharded") for name in ("whole", "cut"))
     bad |= {first, first + 1, first + 2}

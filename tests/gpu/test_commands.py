@@ -41,6 +41,7 @@ from mis_mlx.evaluation import answering
 from mis_mlx.hardware import memory, rates
 from mis_mlx.hardware.rates import Roof
 from mis_mlx.models import load, model_writer
+from mis_mlx.models.model_size import model_of
 from mis_mlx.planner import estimates
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
@@ -688,8 +689,8 @@ def test_plan(teachers: Callable[[str], Path], text_folder: Path, in_float32: An
     """
     for kind in ("bfloat16", "affine"):
         folder = load.open_checkpoint(teachers(kind))
-        dense = in_float32(partial(estimates.model_of, folder))
-        native = estimates.model_of(folder)
+        dense = in_float32(partial(model_of, folder))
+        native = model_of(folder)
         assert 0 < native.block_work < 0.6 * dense.block_work
         flags: dict[str, Any] = dict(teacher=str(teachers(kind)), scenario="goral")
         want = in_float32(partial(plan.run, plan.Settings(**flags)))

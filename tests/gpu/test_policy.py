@@ -23,7 +23,8 @@ from mis_mlx.compute import precision
 from mis_mlx.hardware import rates
 from mis_mlx.maths import losses
 from mis_mlx.maths.losses import token_logps
-from mis_mlx.models import load, lora, model_writer, opening, stream
+from mis_mlx.models import load, lora, model_writer, opening, pass_cost, stream
+from mis_mlx.models.model_size import model_of
 from mis_mlx.planner import estimates
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import packed_format
@@ -247,8 +248,8 @@ def test_float32_where_the_budget_holds_it(
     bfloat16 where not; a model that float16 holds stays in float16.
     """
     chip(False)
-    whole = estimates.model_of(overflowing, dtype=mx.float32)
-    need = estimates.streamed_pass(
+    whole = model_of(overflowing, dtype=mx.float32)
+    need = pass_cost.streamed_pass(
         "", whole, tokens=512, micro_tokens=512, length=512, spool=False
     ).peak_bytes
     enough = Budget(estimates.enough_budget(need))

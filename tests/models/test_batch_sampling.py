@@ -9,9 +9,10 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mis_mlx.evaluation import writing_cost
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, mlx_generate, opening
-from mis_mlx.planner import estimates, writing
+from mis_mlx.models.model_size import model_of
 from mis_mlx.types import Checkpoint
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [40], [21, 22, 23]]
@@ -156,7 +157,7 @@ def test_writing_side_by_side_takes_what_the_plan_says(llama: Checkpoint) -> Non
     """
     model, _ = mlx_generate.open_model(opening.open_to_compute(llama.path))
     prompts = [[5, 6, 7, 8] * 15] * 32
-    planned = writing.resident_bytes(estimates.model_of(llama), at_once=32, tokens=100)
+    planned = writing_cost.resident_bytes(model_of(llama), at_once=32, tokens=100)
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()

@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 from mis_mlx import plan, prune
 from mis_mlx.models import altup, arch, backward_pass, load, model_writer, tensor_shapes
 from mis_mlx.models.config import check_config, key_owners, read_config
-from mis_mlx.planner import estimates
+from mis_mlx.models.model_size import model_of
 from mis_mlx.planner.distillation_spec import spec_of
 from mis_mlx.pruning import calibrate, vocabulary
 from mis_mlx.settings.recipe import DistillationConfig
@@ -247,7 +247,7 @@ def test_adapters_open_in_stock(
 
 def test_nothing_is_fitted_in_closed_form(gemma: Checkpoint) -> None:
     """No output of a block is linear in down_proj: training begins at the pruned student."""
-    m = estimates.model_of(gemma, gpu=False, dtype=mx.float32)
+    m = model_of(gemma, gpu=False, dtype=mx.float32)
     job = spec_of(m, m, DistillationConfig(reconstruct_samples=8))
     assert job.reconstruct_samples == 0 and "none" not in job.modes
 

@@ -18,8 +18,8 @@ import pytest
 from mis_mlx.compute import precision
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.evaluation import comparison
-from mis_mlx.models import load, residency, stream
-from mis_mlx.planner import estimates
+from mis_mlx.models import load, pass_cost, residency, stream
+from mis_mlx.models.model_size import model_of
 from mis_mlx.pruning import reconstruct
 from mis_mlx.pruning.calibrate import calibrate
 from mis_mlx.quantization import bit_allocation, stage
@@ -257,12 +257,9 @@ def test_the_plan_has_room_for_them() -> None:
     """A pass over eight windows is planned with all that the engine takes at once, over one with
     one.
     """
-    m = estimates.model_of(tiny.CONFIG, gpu=True)
-    one = estimates.workspace_bytes(m, 32, 32)
-    assert estimates.pass_workspace(m, 32, 32, 32) == one
-    assert estimates.pass_workspace(m, 3 * 32, 32, 32) == 3 * one
-    assert estimates.pass_workspace(m, 20 * 32, 32, 32) == 8 * one
-    assert (
-        estimates.pass_workspace(estimates.model_of(tiny.CONFIG, gpu=False), 20 * 32, 32, 32)
-        <= 2 * one
-    )
+    m = model_of(tiny.CONFIG, gpu=True)
+    one = pass_cost.workspace_bytes(m, 32, 32)
+    assert pass_cost.pass_workspace(m, 32, 32, 32) == one
+    assert pass_cost.pass_workspace(m, 3 * 32, 32, 32) == 3 * one
+    assert pass_cost.pass_workspace(m, 20 * 32, 32, 32) == 8 * one
+    assert pass_cost.pass_workspace(model_of(tiny.CONFIG, gpu=False), 20 * 32, 32, 32) <= 2 * one

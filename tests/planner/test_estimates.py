@@ -16,12 +16,15 @@ import pytest
 
 from mis_mlx.compute import precision, streams
 from mis_mlx.compute.token_losses import Footprint
+from mis_mlx.distillation import state_cost
 from mis_mlx.hardware import macos, rates
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import M1_AIR, Rates
+from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths.losses import chunk_rows
-from mis_mlx.models import arch, load, opening, stream
-from mis_mlx.planner import compression_size, estimates
+from mis_mlx.models import arch, load, opening, pass_cost, stream
+from mis_mlx.models.model_size import model_of
+from mis_mlx.planner import block_cost, estimates
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, UNDECIDED, Budget, Checkpoint, MisError
@@ -69,7 +72,7 @@ def test_sizes_by_pencil() -> None:
     """A block of the tiny config, as float32 on a CPU (as stored), on Metal (a float16 copy), and
     in bfloat16.
     """
-    m = estimates.model_of(tiny.CONFIG, gpu=False)
+    m = model_of(tiny.CONFIG, gpu=False)
     assert (m.block_params, m.block_bytes, m.head_bytes, m.nbytes) == (
         BLOCK,
         4 * BLOCK,
@@ -80,16 +83,16 @@ def test_sizes_by_pencil() -> None:
     assert m.item == 4
     assert m.head_work == m.head_bytes
     assert m.body_bytes(5) == 5
-    m = estimates.model_of(tiny.CONFIG, gpu=True)
+    m = model_of(tiny.CONFIG, gpu=True)
     assert (m.item, m.as_stored, m.block_work, m.body_bytes(5)) == (
         2,
         False,
         2 * BLOCK,
         2 * BLOCK + 5,
     )
-    m = estimates.model_of({**tiny.CONFIG, "torch_dtype": "bfloat16"}, gpu=False)
+    m = model_of({**tiny.CONFIG, "torch_dtype": "bfloat16"}, gpu=False)
     assert (m.block_bytes, m.block_work, m.body_bytes(5)) == (2 * BLOCK, 4 * BLOCK, 4 * BLOCK + 5)
-    half = estimates.model_of({**tiny.CONFIG, "torch_dtype": "float16"}, gpu=True)
+    half = model_of({**tiny.CONFIG, "torch_dtype": "float16"}, gpu=True)
     assert half.as_stored
     assert half.block_bytes == 2 * BLOCK
 
@@ -102,8 +105,8 @@ def arch_params() -> int:
 def test_four_bits_in_groups_of_64_are_four_and_a_half() -> None:
     """Used as stored on Metal; on a CPU a converted copy, and another while it is made."""
     config = {**tiny.CONFIG, "quantization": {"bits": 4, "group_size": 64}}
-    metal = estimates.model_of(config, gpu=True)
-    cpu = estimates.model_of(config, gpu=False)
+    metal = model_of(config, gpu=True)
+    cpu = model_of(config, gpu=False)
     assert metal.block_bytes == cpu.block_bytes == int(0.5625 * BLOCK)
     assert metal.as_stored
     assert metal.head_work == metal.head_bytes == 0.5625 * 512 * 64
@@ -120,8 +123,8 @@ def test_a_config_alone_says_what_the_files_say(
     bits.
     """
     there = stored(kind)
-    by_files = estimates.model_of(there)
-    by_config = estimates.model_of(dict(there.config) | DTYPE[kind])
+    by_files = model_of(there)
+    by_config = model_of(dict(there.config) | DTYPE[kind])
     assert (
         by_files.as_stored
         == by_config.as_stored
@@ -140,14 +143,12 @@ def test_a_pass_by_pencil(monkeypatch: pytest.MonkeyPatch) -> None:
     read once. Two streams have a workspace each.
     """
     monkeypatch.setattr(streams, "count", lambda: 2)
-    assert (
-        estimates.workspace_bytes(estimates.model_of(tiny.CONFIG, gpu=False), 64, 32) == 2 * 802_816
-    )
+    assert pass_cost.workspace_bytes(model_of(tiny.CONFIG, gpu=False), 64, 32) == 2 * 802_816
     monkeypatch.setattr(streams, "count", lambda: 1)
-    m = estimates.model_of(tiny.CONFIG, gpu=False)
+    m = model_of(tiny.CONFIG, gpu=False)
     workspace = 4 * 64 * (8 * 64 + 3 * 768 + 2 * 6 * 16 + 4 * 32)
-    assert estimates.workspace_bytes(m, 64, 32) == workspace == 802_816
-    p = estimates.streamed_pass(
+    assert pass_cost.workspace_bytes(m, 64, 32) == workspace == 802_816
+    p = pass_cost.streamed_pass(
         "pass", m, tokens=128, micro_tokens=64, length=32, limit_bytes=GIB, head=False
     )
     assert p.peak_bytes == m.slots_bytes + MIB + workspace + 128 * 64 * 4
@@ -158,7 +159,7 @@ def test_a_pass_by_pencil(monkeypatch: pytest.MonkeyPatch) -> None:
         128,
     )
     assert p.flops == 2 * 128 * 3 * (BLOCK + 4 * 16 * 32)
-    with_head = estimates.streamed_pass(
+    with_head = pass_cost.streamed_pass(
         "pass", m, tokens=128, micro_tokens=64, length=32, limit_bytes=GIB
     )
     assert with_head.read_bytes == p.read_bytes + 4 * 512 * 64
@@ -173,8 +174,8 @@ def test_what_finds_no_room_is_spooled() -> None:
     """One byte less than room for both micro-batches: one goes to disk, written and read by every
     block.
     """
-    m = estimates.model_of(tiny.CONFIG, gpu=False)
-    whole = estimates.streamed_pass(
+    m = model_of(tiny.CONFIG, gpu=False)
+    whole = pass_cost.streamed_pass(
         "pass", m, tokens=128, micro_tokens=64, length=32, limit_bytes=GIB, head=False
     )
     limit = next(
@@ -183,12 +184,12 @@ def test_what_finds_no_room_is_spooled() -> None:
         if n - process_bytes(n) >= whole.peak_bytes
     )
     assert (
-        estimates.streamed_pass(
+        pass_cost.streamed_pass(
             "pass", m, tokens=128, micro_tokens=64, length=32, limit_bytes=limit, head=False
         )
         == whole
     )
-    half = estimates.streamed_pass(
+    half = pass_cost.streamed_pass(
         "pass", m, tokens=128, micro_tokens=64, length=32, limit_bytes=limit - 2, head=False
     )
     batch = 64 * 64 * 4
@@ -197,7 +198,7 @@ def test_what_finds_no_room_is_spooled() -> None:
     assert half.read_bytes == whole.read_bytes + 4 * batch
     assert half.peak_bytes == whole.peak_bytes - batch
     assert (
-        estimates.streamed_pass(
+        pass_cost.streamed_pass(
             "pass",
             m,
             tokens=128,
@@ -215,7 +216,7 @@ def test_time_is_the_slowest_of_three() -> None:
     """Disk 100 and 50 bytes/s, 10 operations/s (5 in training, half of it when hot), memory 1000
     bytes/s.
     """
-    p = estimates.StageCost(name="p", read_bytes=200, written_bytes=100, peak_bytes=0, flops=30.0)
+    p = StageCost(name="p", read_bytes=200, written_bytes=100, peak_bytes=0, flops=30.0)
     assert p.seconds(PLAIN) == 2 + 2
     assert replace(p, flops=50.0).seconds(PLAIN) == 5
     assert replace(p, flops=30.0, updated=1).seconds(PLAIN) == 6
@@ -227,9 +228,7 @@ def test_updates_come_on_top_of_the_arithmetic() -> None:
     """28 bytes of each parameter through 1000 bytes/s of memory, on Metal, cool or hot; a CPU's
     rate has them in it.
     """
-    p = estimates.StageCost(
-        name="p", read_bytes=0, written_bytes=0, peak_bytes=0, flops=30.0, updated=1000
-    )
+    p = StageCost(name="p", read_bytes=0, written_bytes=0, peak_bytes=0, flops=30.0, updated=1000)
     metal = replace(PLAIN, gpu=True)
     assert p.seconds(metal) == 6 + 28
     assert p.seconds(metal, hot=True) == 12 + 28
@@ -238,14 +237,14 @@ def test_updates_come_on_top_of_the_arithmetic() -> None:
 
 def test_a_budget_has_no_cache_in_it() -> None:
     """150 MiB for the process on Metal, whatever computes here; on a CPU 40."""
-    assert estimates.headroom_bytes(GIB, 100 * MIB, True) == GIB - 250 * MIB
-    assert estimates.headroom_bytes(GIB, 100 * MIB, False) == GIB - (40 + 100) * MIB
-    assert estimates.headroom_bytes(GIB, 0) == estimates.headroom_bytes(GIB, 0, False)
+    assert pass_cost.headroom_bytes(GIB, 100 * MIB, True) == GIB - 250 * MIB
+    assert pass_cost.headroom_bytes(GIB, 100 * MIB, False) == GIB - (40 + 100) * MIB
+    assert pass_cost.headroom_bytes(GIB, 0) == pass_cost.headroom_bytes(GIB, 0, False)
     for gpu in (False, True):  # what finds room is decided by the model's device
-        m = estimates.model_of({**tiny.CONFIG, "num_hidden_layers": 4000}, gpu)
-        one = estimates.token_cost(m, 16, GIB)
+        m = model_of({**tiny.CONFIG, "num_hidden_layers": 4000}, gpu)
+        one = pass_cost.token_cost(m, 16, GIB)
         least = one.peak_bytes - one.pinned * m.block_work
-        assert 0 < one.pinned == estimates.headroom_bytes(GIB, least, gpu) // m.block_work < 4000
+        assert 0 < one.pinned == pass_cost.headroom_bytes(GIB, least, gpu) // m.block_work < 4000
 
 
 def test_training_by_pencil(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,18 +255,15 @@ def test_training_by_pencil(monkeypatch: pytest.MonkeyPatch) -> None:
     params = arch_params()
     head = 2 * 512 * 64 * 4 + 5 * 256 * 512 * 4
     per_token = 6 * 64 + 5 * 768 + 2 * 6 * 16 + 4 * 32
-    assert estimates.activation_bytes(tiny.CONFIG, 2, 32) == 4 * 3 * 64 * per_token
+    assert block_cost.activation_bytes(tiny.CONFIG, 2, 32) == 4 * 3 * 64 * per_token
     assert (
-        compression_size.training_bytes(tiny.CONFIG, 2, 32)
-        == 16 * params + 4 * 3 * 64 * per_token + head
+        state_cost.training_bytes(tiny.CONFIG, 2, 32) == 16 * params + 4 * 3 * 64 * per_token + head
     )
     wide = {**tiny.CONFIG, "intermediate_size": 30_000}
-    assert (
-        compression_size.training_bytes(wide, 1, 2) == 16 * arch.params(wide) + 2 * 4 * 64 * 30_000
-    )
+    assert state_cost.training_bytes(wide, 1, 2) == 16 * arch.params(wide) + 2 * 4 * 64 * 30_000
     kept = 4 * 3 * 64 * per_token
     block = 4 * 64 * per_token
-    assert estimates.backward_bytes(tiny.CONFIG, 2, 32) == 11 * block // 5
+    assert block_cost.backward_bytes(tiny.CONFIG, 2, 32) == 11 * block // 5
     logits = 2 * 64 * 512 * 4
     head = 512 * 64 * 4
     for side_by_side in (1, 2):
@@ -278,11 +274,11 @@ def test_training_by_pencil(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         monkeypatch.setattr(streams, "count", lambda count=side_by_side: count)
         loss = Footprint(on_host=True)
-        found = compression_size.training_bytes(tiny.CONFIG, 2, 32, loss=loss)
+        found = state_cost.training_bytes(tiny.CONFIG, 2, 32, loss=loss)
         assert found == 12 * params + max(
             kept + 2 * head + logits, back, 4 * params + 2 * 4 * 64 * 768
         )
-        summed = compression_size.training_bytes(
+        summed = state_cost.training_bytes(
             tiny.CONFIG, 2, length=32, loss=loss, accumulates=True
         )  # those of a micro-batch before
         assert summed == 16 * params + max(kept + 2 * head + logits, back)
@@ -323,7 +319,7 @@ def test_a_real_pass_stays_under_the_plan(
     """
     checkpoint = stored(kind)
     monkeypatch.setenv(precision.POLICY, word)
-    m = estimates.model_of(checkpoint)
+    m = model_of(checkpoint)
     dtype = precision.dtype_of(checkpoint)
     assert dtype == {"cpu": mx.float32, "metal": mx.float16}[word]
     batches = [mx.random.randint(0, 512, (1, length), key=mx.random.key(k)) for k in range(windows)]
@@ -339,7 +335,7 @@ def test_a_real_pass_stays_under_the_plan(
     source.norm(hidden)
     peak = mx.get_peak_memory() - before
     mx.set_cache_limit(cache)
-    p = estimates.streamed_pass(
+    p = pass_cost.streamed_pass(
         "pass",
         m,
         tokens=windows * length,
@@ -351,7 +347,7 @@ def test_a_real_pass_stays_under_the_plan(
     # extents: whole pages at the ends
     assert source.reader.nbytes - embedded == pytest.approx(p.read_bytes, rel=0.01)
     most = 1.5 if word == "cpu" else 3.5
-    assert p.peak_bytes - estimates.SMALL_BYTES < most * peak and peak < p.peak_bytes, (
+    assert p.peak_bytes - pass_cost.SMALL_BYTES < most * peak and peak < p.peak_bytes, (
         peak,
         p.peak_bytes,
     )
@@ -385,7 +381,7 @@ def test_blocks_that_stay_are_within_the_plan(
         monkeypatch.setattr(rates, "computes_bfloat16", lambda: True)
         monkeypatch.setattr(opening, "largest_activation", lambda _: float("inf"))
     checkpoint = opening.with_precision(stored(kind), UNDECIDED)
-    m = estimates.model_of(checkpoint)
+    m = model_of(checkpoint)
     dtype = precision.dtype_of(checkpoint)
     batches = [mx.array([[*range(64)]])]
     if word == "cpu":
@@ -402,7 +398,7 @@ def test_blocks_that_stay_are_within_the_plan(
         mx.eval(load.logits(source.head(), source.forward(batches)[0]))
     peak = mx.get_peak_memory() - before
     mx.set_cache_limit(cache)
-    once = estimates.streamed_pass("pass", m, tokens=64, micro_tokens=64, length=64, spool=False)
+    once = pass_cost.streamed_pass("pass", m, tokens=64, micro_tokens=64, length=64, spool=False)
     most = 3 if word == "cpu" else 4.5  # a GPU holds what its commands in flight need, too
     assert peak < once.peak_bytes + kept * m.block_work < most * peak, (
         peak,
@@ -417,11 +413,11 @@ def test_the_engine_keeps_as_many_blocks_as_planned(
     stored: Callable[[str], Checkpoint], kind: str, blocks: int
 ) -> None:
     """Given the head and so many blocks' room, `Stream` keeps the head and exactly these blocks."""
-    m = estimates.model_of(stored(kind))
+    m = model_of(stored(kind))
     source = stream.Stream(
         stored(kind), precision.usual_dtype(), m.head_work + blocks * m.block_work
     )
-    assert source.resident_blocks == blocks == estimates.resident_blocks(m, blocks * m.block_work)
+    assert source.resident_blocks == blocks == pass_cost.resident_blocks(m, blocks * m.block_work)
     batches = [mx.array([[1, 2, 3]])]
     source.forward(batches)
     source.head()
@@ -439,7 +435,7 @@ def test_a_gpu_waits_for_the_host() -> None:
     """Waits and numpy's solvers come on top of a GPU's arithmetic; a CPU does all of it by itself,
     at its own rate.
     """
-    cost = estimates.StageCost(
+    cost = StageCost(
         name="x", read_bytes=0, written_bytes=0, peak_bytes=0, flops=6e9, waits=100, host_flops=3e9
     )
     gpu = Rates(
@@ -473,13 +469,11 @@ def test_waits_are_counted_by_pencil() -> None:
         "spool": False,
     }
     waits = {
-        gpu: estimates.streamed_pass("", estimates.model_of(tiny.CONFIG, gpu=gpu), **sizes).waits
+        gpu: pass_cost.streamed_pass("", model_of(tiny.CONFIG, gpu=gpu), **sizes).waits
         for gpu in (True, False)
     }
     assert waits == {True: 3 * (1 + 2), False: 3 * (8 + 2)}
-    headed = estimates.streamed_pass(
-        "", estimates.model_of(tiny.CONFIG, gpu=True), **{**sizes, "head": True}
-    )
+    headed = pass_cost.streamed_pass("", model_of(tiny.CONFIG, gpu=True), **{**sizes, "head": True})
     assert headed.waits == 3 * (1 + 2) + 8
 
 
@@ -488,7 +482,7 @@ def test_a_gpu_holds_what_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
     work itself; a CPU holds none. Of logits as many arrays as commands in flight, beside the five
     alive.
     """
-    m = estimates.model_of(tiny.CONFIG, gpu=True)
+    m = model_of(tiny.CONFIG, gpu=True)
     monkeypatch.delenv("MLX_MAX_MB_PER_BUFFER", raising=False)
     monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
     for total, most in ((8 * GIB, 100_000_000), (16 * GIB, 400_000_000)):
@@ -496,7 +490,7 @@ def test_a_gpu_holds_what_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (m.in_flight(GIB), m.in_flight(MIB)) == (most, MIB)
     monkeypatch.setenv("MLX_MAX_MB_PER_BUFFER", "25")
     assert m.in_flight(GIB) == 250_000_000
-    assert estimates.model_of(tiny.CONFIG, gpu=False).in_flight(GIB) == 0
+    assert model_of(tiny.CONFIG, gpu=False).in_flight(GIB) == 0
     one = 4 * 512 * chunk_rows(512)
     assert Footprint(gpu=True).logit_bytes(512, 64) == 12 * one
     assert Footprint(gpu=True).logit_bytes(512, 10_000) == 15 * one
@@ -519,7 +513,7 @@ def test_training_on_a_gpu_is_planned_with_it(monkeypatch: pytest.MonkeyPatch) -
     for gpu in (False, True):
         loss = Footprint(gpu=gpu)
         assert loss.logit_bytes(32_768, 2048) == 15 * rows * 4 * 32_768
-        more.append(compression_size.training_bytes(config, 4, 512, loss=loss))
+        more.append(state_cost.training_bytes(config, 4, 512, loss=loss))
     assert more[1] - more[0] == 100_000_000
 
 
@@ -527,8 +521,8 @@ def test_a_token_keeps_what_fits() -> None:
     """More budget, never more read; with all of it in memory nothing, and memory's own speed is
     what is left.
     """
-    m = estimates.model_of(tiny.CONFIG, gpu=False)
-    passes = [estimates.token_cost(m, 32, n * MIB // 4) for n in range(1, 60)]
+    m = model_of(tiny.CONFIG, gpu=False)
+    passes = [pass_cost.token_cost(m, 32, n * MIB // 4) for n in range(1, 60)]
     reads = [p.read_bytes for p in passes]
     assert reads == sorted(reads, reverse=True)
     assert reads[0] == 3 * 4 * BLOCK + 4 * 512 * 64
@@ -544,7 +538,7 @@ def test_the_papers_teacher() -> None:
     """84.2B parameters by its shape; 70 GB at 2.5 GB/s are 28.0 s, and 137B meet them at 148 tokens
     a pass.
     """
-    m = estimates.model_of(arch.PUBLISHED["mis-137b"], gpu=True)
+    m = model_of(arch.PUBLISHED["mis-137b"], gpu=True)
     block = 2 * 8192**2 + 2 * 1024 * 8192 + 3 * 28672 * 8192 + 2 * 8192
     assert m.block_params == block == 855_654_400
     assert (
@@ -556,9 +550,9 @@ def test_the_papers_teacher() -> None:
     assert m.as_stored
     assert 70e9 / M1_AIR.read_bytes_per_s == 28.0
     assert round(70e9 / M1_AIR.read_bytes_per_s * M1_AIR.forward_flops_per_s / (2 * 137e9)) == 148
-    p = estimates.streamed_pass("pass", m, tokens=1, micro_tokens=1, length=1, spool=False)
+    p = pass_cost.streamed_pass("pass", m, tokens=1, micro_tokens=1, length=1, spool=False)
     assert p.seconds(M1_AIR) == pytest.approx((96 * block + 128256 * 8192) * 0.5625 / 2.5e9)
-    many = estimates.streamed_pass(
+    many = pass_cost.streamed_pass(
         "pass", m, tokens=4096, micro_tokens=512, length=512, limit_bytes=4 * GIB
     )
     waited = many.waits * M1_AIR.wait_s
@@ -570,10 +564,8 @@ def test_a_refusal_names_both_numbers_and_a_budget_that_does() -> None:
     """The largest phase counts; a budget as advised is enough; a remedy of the caller's own is
     used.
     """
-    small = estimates.StageCost(
-        name="prune", read_bytes=0, written_bytes=0, peak_bytes=100 * MIB, flops=0.0
-    )
-    large = estimates.StageCost(
+    small = StageCost(name="prune", read_bytes=0, written_bytes=0, peak_bytes=100 * MIB, flops=0.0)
+    large = StageCost(
         name="measure", read_bytes=0, written_bytes=0, peak_bytes=700 * MIB + 1, flops=0.0
     )
     enough = estimates.enough_budget(large.peak_bytes)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.distillation import live_teacher, sharded
+from mis_mlx.distillation import live_teacher, sharded, training_cost
 from mis_mlx.hardware import memory
-from mis_mlx.models import load, model_writer, stream
-from mis_mlx.planner import estimates, phases
+from mis_mlx.models import load, model_writer, pass_cost, stream
+from mis_mlx.models.model_size import model_of
 from mis_mlx.planner.distillation_spec import spec_of
 from mis_mlx.settings.recipe import DistillationConfig, TrainingConfig
 from mis_mlx.storage.files import DISK
@@ -46,7 +46,7 @@ def test_a_pass_stays_under_the_plan(tmp_path: Path, kind: str, windows: int, le
     peak, and not by more than three quarters.
     """
     model = load.open_checkpoint(tiny.make(tmp_path / "m", **larger(kind)))
-    m = estimates.model_of(model, gpu=False, dtype=mx.float32)
+    m = model_of(model, gpu=False, dtype=mx.float32)
     batches = [
         mx.random.randint(0, 2048, (1, length), key=mx.random.key(k)) for k in range(windows)
     ]
@@ -63,7 +63,7 @@ def test_a_pass_stays_under_the_plan(tmp_path: Path, kind: str, windows: int, le
     mx.set_cache_limit(cache)
     # How many temporaries are alive at once depends on how the threads are scheduled.
     peak = max(peaks)
-    planned = estimates.streamed_pass(
+    planned = pass_cost.streamed_pass(
         "pass",
         m,
         tokens=windows * length,
@@ -72,7 +72,7 @@ def test_a_pass_stays_under_the_plan(tmp_path: Path, kind: str, windows: int, le
         limit_bytes=GIB,
         head=False,
     ).peak_bytes
-    assert planned - estimates.SMALL_BYTES < 1.75 * peak and peak < planned, (peak, planned)
+    assert planned - pass_cost.SMALL_BYTES < 1.75 * peak and peak < planned, (peak, planned)
 
 
 @pytest.mark.usefixtures("cpu_policy")
@@ -85,16 +85,16 @@ def test_training_stays_under_the_plan(tmp_path: Path, kind: str, way: str) -> N
     tokens = np.random.default_rng(0).integers(0, 2048, (12, 64)).astype(np.int32)
     data = Windows(tokens, np.ones((12, 64), np.float32))
     config = TrainingConfig(iters=2, batch_size=2, grad_accumulation_steps=2, max_seq_length=64)
-    large, small = (estimates.model_of(m, gpu=False, dtype=mx.float32) for m in (teacher, student))
+    large, small = (model_of(m, gpu=False, dtype=mx.float32) for m in (teacher, student))
     asked = DistillationConfig(
         iters=2, batch_size=2, grad_accumulation_steps=2, max_seq_length=64, train="blocks"
     )
     job = spec_of(large, small, asked)
     shard = 7
-    plan = phases.blockwise_cost(job, 2, 0)
+    plan = training_cost.blockwise_cost(job, 2, 0)
     if way == "sharded":
         shard = 2
-        plan = phases.sharded_cost(job, 2, shard)
+        plan = training_cost.sharded_cost(job, 2, shard)
     planned = plan.peak_bytes
     mx.clear_cache()
     before = mx.get_active_memory()

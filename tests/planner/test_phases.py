@@ -15,30 +15,27 @@ import numpy as np
 import pytest
 
 from mis_mlx.cli import parse_bytes
+from mis_mlx.compute import streams
 from mis_mlx.compute.token_losses import TokenLoss
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distill import Settings as Distilled
-from mis_mlx.distillation import live_teacher, sharded
-from mis_mlx.evaluation import comparison
+from mis_mlx.distillation import live_teacher, sharded, state_cost, strategies, training_cost
+from mis_mlx.evaluation import comparison, writing_cost
+from mis_mlx.evaluation.judging_cost import comparison_cost
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import M1_AIR
+from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import arch, load, model_writer
+from mis_mlx.models import arch, load, model_writer, pass_cost
 from mis_mlx.models.lora import insert
-from mis_mlx.planner import (
-    compression_size,
-    estimates,
-    phases,
-    rounding_cost,
-    training_cost,
-    writing,
-)
+from mis_mlx.models.model_size import model_of
+from mis_mlx.models.pass_cost import forward_flops
+from mis_mlx.planner import block_cost
 from mis_mlx.planner.distillation_spec import MODES, DistillationSpec, Mode, spec_of
-from mis_mlx.planner.estimates import forward_flops, model_of
-from mis_mlx.pruning import select
-from mis_mlx.quantization import packed_format
+from mis_mlx.pruning import pruning_cost, select
+from mis_mlx.quantization import packed_format, rounding_cost
 from mis_mlx.settings.recipe import (
     ADAPTERS,
     RATE,
@@ -75,7 +72,7 @@ BLOCKY = replace(
 )
 
 
-def named(plan: phases.MemoryPlan) -> dict[str, estimates.StageCost]:
+def named(plan: strategies.MemoryPlan) -> dict[str, StageCost]:
     return {p.name: p for p in plan.phases}
 
 
@@ -83,7 +80,7 @@ def test_resident_by_pencil() -> None:
     """10 steps of 384 tokens: forward and twice back for the student, forward for the teacher; four
     checkpoints.
     """
-    plan = phases.best_plan(JOB, GIB, M1_AIR)
+    plan = strategies.best_plan(JOB, GIB, M1_AIR)
     p = named(plan)["distil"]
     assert (plan.mode, plan.micro_batch, plan.pinned) == ("resident", 4, 6)
     assert p.flops == 10 * (3 * forward_flops(SMALL, 384, 32) + forward_flops(BIG, 384, 32))
@@ -91,12 +88,12 @@ def test_resident_by_pencil() -> None:
     assert p.written_bytes == 4 * 12 * arch.params(SMALL.config) + SMALL.nbytes
     # with training's share of the process
     own = 3 * 1024 * BIG.tensors
-    more = estimates.parallel_windows(SMALL) * 80 * MIB
-    arrays = phases.resident_cost(JOB, 4, GIB - own - more).peak_bytes
+    more = pass_cost.parallel_windows(SMALL) * 80 * MIB
+    arrays = training_cost.resident_cost(JOB, 4, GIB - own - more).peak_bytes
     assert p.peak_bytes == arrays + own + process_bytes(GIB - own) + more
     assert list(named(plan)) == ["prune", "distil", "quantize", "measure"]
     assert (
-        list(named(phases.best_plan(replace(JOB, reconstruct_samples=2), GIB, M1_AIR)))[1]
+        list(named(strategies.best_plan(replace(JOB, reconstruct_samples=2), GIB, M1_AIR)))[1]
         == "repair"
     )
 
@@ -106,18 +103,18 @@ def test_blocks_by_pencil(monkeypatch: pytest.MonkeyPatch) -> None:
     moments of 8 bits the head, 12 windows at 4 entrances, and one block's gradient with its way
     back or its update.
     """
-    p = phases.blockwise_cost(replace(JOB, targets="cached"), 4, GIB)
+    p = training_cost.blockwise_cost(replace(JOB, targets="cached"), 4, GIB)
     b = SMALL.block_params
-    state = 4 * compression_size.block_state_bytes(SMALL.config)
+    state = 4 * state_cost.block_state_bytes(SMALL.config)
     assert p.flops == 10 * (4 * forward_flops(SMALL, 384, 32, False) + 4 * 384 * 512 * 64)
     assert p.updated == 10 * 4 * b
     assert p.written_bytes == SMALL.nbytes + 4 * state
     kept = MIB + 4 * (4 * 384 + 512) * 64
     ways = dict[int, int]()
     for count in (2, 1):
-        monkeypatch.setattr(estimates.streams, "count", lambda n=count: n)
+        monkeypatch.setattr(streams, "count", lambda n=count: n)
         ways[count] = training_cost.backward_peak_bytes(JOB, 4) - kept
-    assert ways[1] == estimates.backward_bytes(SMALL.config, 4, 32) + 2 * 4 * b
+    assert ways[1] == block_cost.backward_bytes(SMALL.config, 4, 32) + 2 * 4 * b
     assert ways[2] == ways[1] + 4 * b
     wide = model_of({**SMALL.config, "intermediate_size": 90_000}, gpu=False)
     single = replace(JOB, student=wide, batch_size=1, grad_accumulation_steps=1, max_seq_length=1)
@@ -127,16 +124,16 @@ def test_blocks_by_pencil(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_streamed_teacher_is_read_at_every_step_but_for_what_stays() -> None:
     """Each block's room less, one block more is read ten times instead of once."""
-    everything = phases.resident_cost(JOB, 4, GIB)
+    everything = training_cost.resident_cost(JOB, 4, GIB)
     bare = everything.peak_bytes - 6 * BIG.block_work
     for kept in range(7):
-        p = phases.resident_cost(
+        p = training_cost.resident_cost(
             JOB,
             4,
             next(
                 n
                 for n in range(bare, GIB, 1000)
-                if estimates.headroom_bytes(n, bare) >= kept * BIG.block_work
+                if pass_cost.headroom_bytes(n, bare) >= kept * BIG.block_work
             ),
         )
         assert p.pinned == kept
@@ -151,16 +148,16 @@ def test_the_logit_store_by_pencil() -> None:
     handful of windows.
     """
     job = replace(JOB, targets="cached")
-    p = phases.store_cost(job, GIB)
+    p = training_cost.store_cost(job, GIB)
     assert p.written_bytes == 120 * 32 * 151
     assert p.read_bytes == 6 * BIG.block_bytes + BIG.head_bytes
     assert p.held_tokens == 120 * 32
     assert p.flops == forward_flops(BIG, 120 * 32, 32)
-    least = phases.store_cost(job, 0)
+    least = training_cost.store_cost(job, 0)
     assert least.held_tokens == 32
     assert least.read_bytes == 120 * p.read_bytes
     assert p.peak_bytes - least.peak_bytes == 119 * 32 * 64 * 4
-    plan = phases.best_plan(job, GIB, M1_AIR)
+    plan = strategies.best_plan(job, GIB, M1_AIR)
     own = 3 * 1024 * BIG.tensors
     assert named(plan)["logit store"] == replace(
         p, peak_bytes=p.peak_bytes + own + process_bytes(GIB - own)
@@ -178,7 +175,7 @@ def test_sharded_by_pencil() -> None:
     """
     job = replace(JOB, targets="cached")
     b = SMALL.block_params
-    p = phases.sharded_cost(job, 4, 2)
+    p = training_cost.sharded_cost(job, 4, 2)
     assert training_cost.steps_per_shard(job, 2) == 5
     assert training_cost.steps_per_shard(job, 3) == 5
     assert training_cost.steps_per_shard(job, 1) == 3
@@ -186,16 +183,16 @@ def test_sharded_by_pencil() -> None:
     # already. Each visit reads head and shard once.
     steps = 10 * (int(2.5 * 4 * b) + 384 * 151)
     assert p.read_bytes == steps + 2 * 4 * 512 * 64 + 4 * 4 * b
-    state = compression_size.block_state_bytes(SMALL.config)
+    state = state_cost.block_state_bytes(SMALL.config)
     assert p.written_bytes == 4 * 4 * b + 2 * state * 4
     assert state == pytest.approx((4 + 2 + 8 / 128) * b, rel=0.01)
     # three forth; 3, 2, 1 and 0 are above, so 2, 1, 0 and 0 are read back
-    one = phases.sharded_cost(job, 4, 1)
+    one = training_cost.sharded_cost(job, 4, 1)
     assert one.read_bytes == 10 * (int(3.75 * 4 * b) + 384 * 151) + 4 * 4 * 512 * 64 + 4 * 4 * b
     assert p.peak_bytes - one.peak_bytes == state
     block = forward_flops(SMALL, 384, 32, False) / 4
     assert p.flops == 10 * (block * (4 - 1 + 2 * 1 + 3 * 2) + 4 * 384 * 512 * 64)
-    live = phases.sharded_cost(JOB, 4, 2)
+    live = training_cost.sharded_cost(JOB, 4, 2)
     assert live.flops == p.flops + 10 * forward_flops(BIG, 384, 32)
     assert live.peak_bytes > p.peak_bytes
     assert live.read_bytes == p.read_bytes - 10 * 384 * 151 + 10 * 6 * BIG.block_bytes
@@ -207,10 +204,10 @@ def test_the_repair_of_parts_by_pencil() -> None:
     """
     job = replace(JOB, reconstruct_samples=4)
     b = SMALL.block_params
-    p, poor = (compression_size.repair_by_block_cost(job, limit, 4) for limit in (GIB, 0))
+    p, poor = (pruning_cost.repair_by_block_cost(job, limit, 4) for limit in (GIB, 0))
     assert p.read_bytes == 6 * BIG.block_bytes + SMALL.nbytes
     assert p.written_bytes == 4 * (arch.params(SMALL.config) + 4 * b)
-    half = compression_size.repair_by_block_cost(job, GIB, 2)
+    half = pruning_cost.repair_by_block_cost(job, GIB, 2)
     assert 2 * half.written_bytes == p.written_bytes
     # two slots of half the size, and a block's float32 copy beside the solving
     assert half.peak_bytes == p.peak_bytes
@@ -225,7 +222,7 @@ def test_the_repair_of_parts_by_pencil() -> None:
     assert poor.written_bytes - p.written_bytes == moved == poor.read_bytes - p.read_bytes
     assert [
         f.name
-        for f in phases.plan_strategy(
+        for f in strategies.plan_strategy(
             job, GIB, rates=M1_AIR, mode="sharded", micro=1, shard=1
         ).phases
     ][:3] == [
@@ -241,7 +238,7 @@ def test_budgets_choose() -> None:
     """
     seen = []
     for budget in range(1, 100):
-        plan = phases.best_plan(BLOCKY, budget * MIB, M1_AIR)
+        plan = strategies.best_plan(BLOCKY, budget * MIB, M1_AIR)
         seen.append((plan.fits, plan.mode, plan.pinned == BIG.shape.layers))
         assert plan.peak_bytes <= budget * MIB or not plan.fits
     order = list(dict.fromkeys(seen))
@@ -254,10 +251,13 @@ def test_budgets_choose() -> None:
         BLOCKY, student=model_of({**BLOCKY.student.config, "vocab_size": 30_000}, gpu=False)
     )
     less = (
-        phases.resident_cost(wordy, 4, 0).peak_bytes - phases.blockwise_cost(wordy, 4, 0).peak_bytes
+        training_cost.resident_cost(wordy, 4, 0).peak_bytes
+        - training_cost.blockwise_cost(wordy, 4, 0).peak_bytes
     )
     assert less >= 8 * 30_000 * 64  # two moments of the embedding
-    plans = [phases.best_plan(replace(wordy, modes=MODES[1:]), n * MIB, M1_AIR) for n in (4, 300)]
+    plans = [
+        strategies.best_plan(replace(wordy, modes=MODES[1:]), n * MIB, M1_AIR) for n in (4, 300)
+    ]
     assert plans[1].mode == "blocks"
     assert plans[1].strategy == {
         "mode": "blocks",
@@ -305,7 +305,7 @@ def test_a_student_that_is_its_teacher(
     job = spec_of(teacher, student, DistillationConfig(**asked), QuantizationConfig(), copied=True)
     assert job.uncut == uncut
     assert not spec_of(teacher, student, DistillationConfig(**asked)).uncut
-    plan = phases.best_plan(job, GIB, M1_AIR)
+    plan = strategies.best_plan(job, GIB, M1_AIR)
     assert {"repair", "distil"}.isdisjoint(p.name for p in plan.phases) == uncut
     assert plan.tuned == TUNE_ITERS
     assert (plan.mode == "none") == uncut
@@ -348,7 +348,7 @@ def test_the_usual_rate_knows_the_weights(
         mx.save_safetensors(str(file), {name: mx.array(weight) for name, weight in grown.items()})
         teacher = load.open_checkpoint(folder)
         model = model_of(teacher)
-        plan = phases.plan_strategy(
+        plan = strategies.plan_strategy(
             spec_of(model, model, asked),
             GIB,
             rates=M1_AIR,
@@ -376,7 +376,7 @@ def test_more_budget_never_reads_more(targets: Any) -> None:
         targets=targets,
         num_samples=64,
     )
-    plans = [phases.best_plan(job, n * MIB // 8, M1_AIR) for n in range(40, 8 * 120, 2)]
+    plans = [strategies.best_plan(job, n * MIB // 8, M1_AIR) for n in range(40, 8 * 120, 2)]
     plans = [p for p in plans if p.fits]
 
     def read_bytes(plan: Any) -> int:
@@ -396,21 +396,21 @@ def test_steps_after_rounding_go_where_nobody_asked_for_them() -> None:
     """
     plain = QuantizationConfig(q_method="round", target_bpw=None)  # which takes little itself
     job = replace(JOB, rounding=plain, modes=("blocks",), targets="cached")  # no blocks that stay
-    whole = phases.plan_strategy(job, GIB, rates=M1_AIR, mode="blocks", micro=4, shard=0)
+    whole = strategies.plan_strategy(job, GIB, rates=M1_AIR, mode="blocks", micro=4, shard=0)
     assert whole.tuned == 20
     assert list(named(whole))[-2:] == ["tune", "measure"]
     less = replace(job, rounding=replace(job.rounding, q_iters=20))
     most = max(p.peak_bytes for name, p in named(whole).items() if name != "tune")
     assert named(whole)["tune"].peak_bytes > most
     plans = [
-        phases.plan_strategy(job, n * MIB // 16, rates=M1_AIR, mode="blocks", micro=4, shard=0)
+        strategies.plan_strategy(job, n * MIB // 16, rates=M1_AIR, mode="blocks", micro=4, shard=0)
         for n in range(64, 800)
     ]
     plan = next(plan for plan in plans if plan.fits and plan.tuned == 0)
-    assert not phases.plan_strategy(
+    assert not strategies.plan_strategy(
         less, plan.budget_bytes, rates=M1_AIR, mode="blocks", micro=4, shard=0
     ).fits
-    assert phases.plan_strategy(job, GIB, M1_AIR, **plan.strategy) != whole
+    assert strategies.plan_strategy(job, GIB, M1_AIR, **plan.strategy) != whole
 
 
 def test_micro_batches_divide_the_step(tmp_path: Path) -> None:
@@ -418,12 +418,12 @@ def test_micro_batches_divide_the_step(tmp_path: Path) -> None:
     step.
     """
     job = replace(JOB, batch_size=6)
-    assert {micro for _, micro, _ in phases.candidate_strategies(job)} == {6, 3, 2, 1}
-    plan = phases.plan_strategy(job, GIB, rates=M1_AIR, mode="resident", micro=2, shard=0)
+    assert {micro for _, micro, _ in strategies.candidate_strategies(job)} == {6, 3, 2, 1}
+    plan = strategies.plan_strategy(job, GIB, rates=M1_AIR, mode="resident", micro=2, shard=0)
     asked = DistillationConfig(batch_size=6, grad_accumulation_steps=3, learning_rate=RATE)
     recipe = plan.recipe(asked, load.open_checkpoint(tiny.make(tmp_path / "m")))
     assert (recipe.batch_size, recipe.grad_accumulation_steps) == (2, 9)
-    assert phases.plan_strategy(job, GIB, M1_AIR, **plan.strategy) == plan
+    assert strategies.plan_strategy(job, GIB, M1_AIR, **plan.strategy) == plan
 
 
 @pytest.mark.parametrize(
@@ -438,18 +438,18 @@ def test_micro_batches_divide_the_step(tmp_path: Path) -> None:
 def test_the_least_budget_is_enough_and_one_byte_less_is_not(change: dict[str, Any]) -> None:
     """And the sentence of a refusal names it, rounded up, with the need and the budget."""
     job = replace(JOB, **change)
-    least = phases.least_bytes(job, M1_AIR)
-    assert phases.best_plan(job, least, M1_AIR).fits
-    plan = phases.best_plan(job, least - 1, M1_AIR)
+    least = strategies.least_bytes(job, M1_AIR)
+    assert strategies.best_plan(job, least, M1_AIR).fits
+    plan = strategies.best_plan(job, least - 1, M1_AIR)
     assert not plan.fits
-    assert phases.remedy(phases.best_plan(job, least, M1_AIR)) == ""
-    said = phases.remedy(plan)
+    assert strategies.remedy(strategies.best_plan(job, least, M1_AIR)) == ""
+    said = strategies.remedy(plan)
     assert re.match(
         r"\w+ needs [\d.]+ MiB, but the budget is [\d.]+ MiB: give --budget \d+MiB", said
     )
     advised = re.search(r"--budget (\S+?)[,;]", said)
     assert advised
-    assert phases.best_plan(job, parse_bytes(advised[1]), M1_AIR).fits
+    assert strategies.best_plan(job, parse_bytes(advised[1]), M1_AIR).fits
 
 
 def test_the_remedy_is_one_that_helps() -> None:
@@ -460,43 +460,43 @@ def test_the_remedy_is_one_that_helps() -> None:
         modes=("resident",),
         student=model_of({**SMALL.config, "intermediate_size": 6144}, False),
     )
-    plain = phases.best_plan(replace(repair, reconstruct_samples=0), GIB, M1_AIR)
-    assert "--reconstruct-samples 0" in phases.remedy(
-        phases.best_plan(repair, plain.peak_bytes + MIB, M1_AIR)
+    plain = strategies.best_plan(replace(repair, reconstruct_samples=0), GIB, M1_AIR)
+    assert "--reconstruct-samples 0" in strategies.remedy(
+        strategies.best_plan(repair, plain.peak_bytes + MIB, M1_AIR)
     )
     long = replace(JOB, max_seq_length=512, batch_size=1)
-    budget = phases.least_bytes(replace(long, max_seq_length=128), M1_AIR)
-    said = phases.remedy(phases.best_plan(long, budget, M1_AIR))
+    budget = strategies.least_bytes(replace(long, max_seq_length=128), M1_AIR)
+    said = strategies.remedy(strategies.best_plan(long, budget, M1_AIR))
     assert "--max-seq-length 128 instead of 512" in said
-    assert phases.best_plan(replace(long, max_seq_length=128), budget, M1_AIR).fits
-    assert "do not help" in phases.remedy(phases.best_plan(long, MIB, M1_AIR))
+    assert strategies.best_plan(replace(long, max_seq_length=128), budget, M1_AIR).fits
+    assert "do not help" in strategies.remedy(strategies.best_plan(long, MIB, M1_AIR))
 
 
 def test_what_models_answer_is_part_of_measuring() -> None:
-    """By planner/writing: the trained student reads the teacher's answers, the rounded one writes
-    as well; where it stays unrounded, that one writes. Answers that are not kept are the teacher's
-    work first. Where no student can write in the budget nobody is asked.
+    """By evaluation/writing_cost: the trained student reads the teacher's answers, the rounded one
+    writes as well; where it stays unrounded, that one writes. Answers that are not kept are the
+    teacher's work first. Where no student can write in the budget nobody is asked.
     """
     rounded = replace(JOB, rounding=QuantizationConfig())
     four = replace(SMALL, nbytes=rounding_cost.packed_bytes(SMALL, rounded.rounding), packed=True)
 
     for job, models in ((rounded, [BIG, SMALL, four]), (JOB, [BIG, SMALL])):
-        texts = phases.measuring_cost(job, GIB, GIB)
-        both = phases.measuring_cost(replace(job, answers=24, answers_known=True), GIB, GIB)
-        said = writing.answers_cost(
+        texts = strategies.measuring_cost(job, GIB, GIB)
+        both = strategies.measuring_cost(replace(job, answers=24, answers_known=True), GIB, GIB)
+        said = writing_cost.answers_cost(
             models, 24, Budget(GIB), teacher_kept=True, silent=len(models) - 2
         )
         assert both.flops == texts.flops + said.flops
         assert both.read_bytes == texts.read_bytes + said.read_bytes
         assert both.touched_bytes == texts.touched_bytes + said.touched_bytes
         assert both.peak_bytes == max(texts.peak_bytes, said.peak_bytes)
-    new = phases.measuring_cost(replace(JOB, answers=24), GIB, GIB)
-    known = phases.measuring_cost(replace(JOB, answers=24, answers_known=True), GIB, GIB)
+    new = strategies.measuring_cost(replace(JOB, answers=24), GIB, GIB)
+    known = strategies.measuring_cost(replace(JOB, answers=24, answers_known=True), GIB, GIB)
     assert new.flops > known.flops
     assert new.touched_bytes > known.touched_bytes
-    assert phases.measuring_cost(replace(JOB, answers=24), GIB, MIB) == phases.measuring_cost(
-        JOB, GIB, MIB
-    )
+    assert strategies.measuring_cost(
+        replace(JOB, answers=24), GIB, MIB
+    ) == strategies.measuring_cost(JOB, GIB, MIB)
 
 
 @pytest.mark.parametrize(
@@ -530,7 +530,7 @@ def test_resident_training_stays_under_the_plan(
         grad_accumulation_steps=1,
         max_seq_length=length,
     )
-    planned = phases.resident_cost(job, batch, GIB if resident else 0)
+    planned = training_cost.resident_cost(job, batch, GIB if resident else 0)
     with memory.limited(Budget(before + planned.peak_bytes)):
         model = load.resident_model(student, mx.float32)
         source = live_teacher.StreamedTeacher(teacher, None if resident else 0)
@@ -610,7 +610,7 @@ def test_training_by_blocks_stays_under_the_plan(
         max_seq_length=length,
         same_head=same_head,
     )
-    planned = phases.blockwise_cost(job, batch, GIB if resident else 0, lora)
+    planned = training_cost.blockwise_cost(job, batch, GIB if resident else 0, lora)
     mx.clear_cache()
     before = mx.get_active_memory()
     with memory.limited(Budget(before + planned.peak_bytes)):
@@ -655,7 +655,7 @@ def test_sharded_training_stays_under_the_plan(
         grad_accumulation_steps=2,
         targets="cached",
     )
-    planned = phases.sharded_cost(job, 1, shard).peak_bytes
+    planned = training_cost.sharded_cost(job, 1, shard).peak_bytes
     mx.clear_cache()
     before = mx.get_active_memory()
     with memory.limited(Budget(before + planned)):
@@ -709,7 +709,7 @@ def test_pruning_stays_under_the_plan(
     shape = select.wanted_shape(teacher.config, cut)
     small = model_of(arch.student_config(teacher.config, shape, tuple(range(4)), "float32"))
     asked = replace(Distilled(), **{**how, "num_samples": 6, "max_seq_length": 64})
-    planned = phases.pruning_cost(spec_of(model_of(teacher), small, asked), GIB)
+    planned = pruning_cost.pruning_cost(spec_of(model_of(teacher), small, asked), GIB)
     batches = [mx.random.randint(0, 512, (1, 64), key=mx.random.key(k)) for k in range(6)]
     held_out = Windows(np.zeros((1, 8), np.int32), np.ones((1, 8), np.float32))
     mx.eval(batches)
@@ -750,11 +750,11 @@ def test_comparing_stays_under_the_plan(
         "4-bit": load.open_checkpoint(tmp_path / "4-bit"),
     }
     tokens = np.random.default_rng(0).integers(0, 512, (3, 64)).astype(np.int32)
-    planned = estimates.comparison_cost([model_of(m) for m in models.values()], 3, 64).peak_bytes
+    planned = comparison_cost([model_of(m) for m in models.values()], 3, 64).peak_bytes
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     with memory.limited(Budget(before + planned)):
         comparison.compare(models, Windows(tokens, np.ones((3, 64), np.float32)))
     peak = mx.get_peak_memory() - before
-    assert planned / 2 < peak < planned + estimates.SMALL_BYTES, (peak / MIB, planned / MIB)
+    assert planned / 2 < peak < planned + pass_cost.SMALL_BYTES, (peak / MIB, planned / MIB)

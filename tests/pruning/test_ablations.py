@@ -14,12 +14,11 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.distillation import live_teacher
+from mis_mlx.distillation import live_teacher, training_cost
 from mis_mlx.distillation.live_teacher import StreamedTeacher, TextTargets
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import load
-from mis_mlx.planner import phases
-from mis_mlx.planner.estimates import model_of
+from mis_mlx.models.model_size import model_of
 from mis_mlx.settings.recipe import DistillationConfig
 from mis_mlx.types import Checkpoint, MisError, Step
 from tests import tiny
@@ -191,5 +190,5 @@ def test_training_with_cross_entropy_stays_under_the_plan(
     job = replace(
         JOB, teacher=model_of(teacher), student=model_of(student), cross_entropy=0.5, **sizes
     )
-    planned = phases.resident_cost(job, 2, 0).peak_bytes
+    planned = training_cost.resident_cost(job, 2, 0).peak_bytes
     assert planned / 4 < peak < planned, (peak / 2**20, planned / 2**20)

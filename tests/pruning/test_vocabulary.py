@@ -21,9 +21,9 @@ from mis_mlx.data import preparation, token_windows
 from mis_mlx.evaluation import comparison
 from mis_mlx.models import load, stream
 from mis_mlx.models.config import shape_of
+from mis_mlx.models.model_size import model_of
 from mis_mlx.models.stream import Stream
 from mis_mlx.models.trimmed_tokenizer import Vocabulary
-from mis_mlx.planner import estimates
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import packed_format
 from mis_mlx.size_search import candidates, finalists
@@ -204,8 +204,8 @@ def test_logits_of_the_rows_that_stay_are_the_teachers(
 def test_the_plan_counts_what_is_there(big: Checkpoint, text_folder: Path, tmp_path: Path) -> None:
     """Planned before the text is read: the sizes are those of the teacher that is written then."""
     seen, _ = trimmed(big, text_folder, tmp_path / "rows")
-    planned = estimates.model_of(vocabulary.first_rows(big, KEPT), dtype=precision.dtype_of(big))
-    there = estimates.model_of(seen)
+    planned = model_of(vocabulary.first_rows(big, KEPT), dtype=precision.dtype_of(big))
+    there = model_of(seen)
     assert replace(planned, config={}) == replace(there, config={})
     assert vocabulary.first_rows(big, ROWS) == big
 

@@ -16,9 +16,9 @@ import pytest
 from mis_mlx import quantize
 from mis_mlx.hardware import memory
 from mis_mlx.maths import rounding
-from mis_mlx.models import arch, load, stream
-from mis_mlx.planner import estimates, rounding_cost
-from mis_mlx.quantization import block_tuning, packed_format, stage
+from mis_mlx.models import arch, load, pass_cost, stream
+from mis_mlx.models.model_size import model_of
+from mis_mlx.quantization import block_tuning, packed_format, rounding_cost, stage
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.hidden_spool import Spool
@@ -288,7 +288,7 @@ def test_it_stays_under_the_plan(tmp_path: Path, held: int) -> None:
     batches = windows_of(12)
     mx.eval(batches)
     planned = rounding_cost.quantizing_cost(
-        estimates.model_of(checkpoint), BLOCKS, windows=12, length=64, limit=GIB
+        model_of(checkpoint), BLOCKS, windows=12, length=64, limit=GIB
     )
     assert planned.held_tokens == 12 * 64
     mx.clear_cache()
@@ -310,12 +310,12 @@ def test_it_stays_under_the_plan(tmp_path: Path, held: int) -> None:
 
 def test_the_plan_counts_the_steps() -> None:
     """More operations than GPTQ alone; on a small budget targets go through a file."""
-    m = estimates.model_of(tiny.CONFIG, gpu=False)
+    m = model_of(tiny.CONFIG, gpu=False)
     gptq = QuantizationConfig(target_bpw=None)
     plain = rounding_cost.quantizing_cost(m, gptq, windows=16, length=32, limit=GIB)
     tuned = rounding_cost.quantizing_cost(m, BLOCKS, windows=16, length=32, limit=GIB)
     # 16 windows for targets, four that judge twice, and three passes over 24 times two windows
-    more = estimates.forward_flops(m, (16 + 8 + 144) * 32, 32)
+    more = pass_cost.forward_flops(m, (16 + 8 + 144) * 32, 32)
     assert tuned.flops - plain.flops == pytest.approx(more)
     assert tuned.written_bytes == plain.written_bytes
     least = rounding_cost.quantizing_cost(m, BLOCKS, windows=16, length=32, limit=1)

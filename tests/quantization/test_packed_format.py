@@ -13,9 +13,9 @@ import pytest
 from mis_mlx.maths import rounding
 from mis_mlx.models import arch, load
 from mis_mlx.models.config import shape_of
-from mis_mlx.planner import estimates, rounding_cost
+from mis_mlx.models.model_size import model_of
 from mis_mlx.pruning import slicing
-from mis_mlx.quantization import packed_format
+from mis_mlx.quantization import packed_format, rounding_cost
 from mis_mlx.settings import recipe
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits, MisError
@@ -93,7 +93,7 @@ def test_experts_are_rounded_one_at_a_time(tmp_path: Path) -> None:
         mixture, tmp_path / "q4", packed_format.formats_of(mixture.config, 64), DISK
     )
     planned = rounding_cost.quantizing_cost(
-        estimates.model_of(mixture), recipe.ROUND_TO_NEAREST, windows=1, length=32, limit=0
+        model_of(mixture), recipe.ROUND_TO_NEAREST, windows=1, length=32, limit=0
     )
     assert mx.get_peak_memory() - before <= planned.peak_bytes
 

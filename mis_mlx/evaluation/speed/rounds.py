@@ -21,11 +21,12 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mis_mlx.data import preparation
+from mis_mlx.evaluation import judging_cost
 from mis_mlx.hardware import rates
 from mis_mlx.hardware.thermal.thermal_monitor import Monitor
 from mis_mlx.maths.stats import summary
-from mis_mlx.models import arch, config, load, mlx_generate, stream
-from mis_mlx.planner import estimates, phases
+from mis_mlx.models import arch, config, load, mlx_generate, pass_cost, stream
+from mis_mlx.models.model_size import model_of
 from mis_mlx.types import Checkpoint, Row
 
 WARM_UP = 4  # tokens after the whole prompt, which are not timed
@@ -220,10 +221,10 @@ def token_times(coming: Iterable[int]) -> tuple[list[float], list[int]]:
 
 def need_bytes(checkpoint: Checkpoint, r: Request) -> int:
     """Bytes of one model in stock mlx-lm, its cache, and a piece of the prompt in computation."""
-    m = estimates.model_of(checkpoint)
-    weights = phases.timed_bytes(m.params)
-    keys = estimates.keys_bytes(m, r.prompt + r.answer)
-    return weights + keys + estimates.workspace_bytes(m, min(r.prompt, PREFILL), r.prompt)
+    m = model_of(checkpoint)
+    weights = judging_cost.timed_bytes(m.params)
+    keys = pass_cost.keys_bytes(m, r.prompt + r.answer)
+    return weights + keys + pass_cost.workspace_bytes(m, min(r.prompt, PREFILL), r.prompt)
 
 
 def rounds(
@@ -337,14 +338,14 @@ def token_traffic(
     One token: half-way through the answer; all weights, the keys and values. The first: the prompt
     through all blocks, then its last row through the head.
     """
-    m = estimates.model_of(checkpoint)
+    m = model_of(checkpoint)
     seen = r.prompt + r.answer // 2
     # `forward_flops` counts causal attention, half of the length; a single token sees all of it.
-    token_flops = estimates.forward_flops(m, 1, 2 * seen)
-    token_bytes = weight_bytes + estimates.keys_bytes(m, seen)
-    blocks_flops = estimates.forward_flops(m, r.prompt, r.prompt, head=False)
+    token_flops = pass_cost.forward_flops(m, 1, 2 * seen)
+    token_bytes = weight_bytes + pass_cost.keys_bytes(m, seen)
+    blocks_flops = pass_cost.forward_flops(m, r.prompt, r.prompt, head=False)
     first_flops = blocks_flops + 2.0 * m.head_params
-    first_bytes = weight_bytes + estimates.keys_bytes(m, r.prompt)
+    first_bytes = weight_bytes + pass_cost.keys_bytes(m, r.prompt)
     return (token_bytes, token_flops), (first_bytes, first_flops)
 
 
@@ -363,9 +364,9 @@ def m1_tokens_per_s(checkpoint: Checkpoint, r: Request) -> float:
             nbytes += tensor.nbytes
         else:
             nbytes += 2 * math.prod(tensor.shape)
-    m = estimates.model_of(checkpoint, gpu=True)
+    m = model_of(checkpoint, gpu=True)
     seen = r.prompt + r.answer // 2
-    return rates.M1_AIR.memory_bytes_per_s / (nbytes + estimates.keys_bytes(m, seen))
+    return rates.M1_AIR.memory_bytes_per_s / (nbytes + pass_cost.keys_bytes(m, seen))
 
 
 def compare_to_roof(

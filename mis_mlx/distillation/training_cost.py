@@ -8,15 +8,12 @@ trainable at a time.
 import math
 from dataclasses import replace
 
+from mis_mlx.distillation import state_cost
+from mis_mlx.distillation.state_cost import GRADIENT_BYTES, STATE_BYTES, block_state_bytes
+from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models import arch
-from mis_mlx.planner import compression_size, rounding_cost
-from mis_mlx.planner.compression_size import GRADIENT_BYTES, STATE_BYTES, block_state_bytes
-from mis_mlx.planner.distillation_spec import DistillationSpec
-from mis_mlx.planner.estimates import (
+from mis_mlx.models.pass_cost import (
     SMALL_BYTES,
-    StageCost,
-    activation_bytes,
-    backward_bytes,
     forward_flops,
     headroom_bytes,
     parallel_windows,
@@ -25,6 +22,9 @@ from mis_mlx.planner.estimates import (
     side_bytes,
     streamed_pass,
 )
+from mis_mlx.planner.block_cost import activation_bytes, backward_bytes
+from mis_mlx.planner.distillation_spec import DistillationSpec
+from mis_mlx.quantization import rounding_cost
 from mis_mlx.settings.recipe import ADAPTERS
 from mis_mlx.settings.workloads import SAVED_BYTES
 
@@ -63,7 +63,7 @@ def resident_cost(job: DistillationSpec, micro: int, limit: int) -> StageCost:
     """
     m = job.student
     length = job.max_seq_length
-    nbytes = compression_size.training_bytes(
+    nbytes = state_cost.training_bytes(
         m.config,
         micro,
         length,

@@ -1,11 +1,16 @@
 """What a model takes to write many texts: memory, time, and how many side by side.
 
-The model is whole in memory where it fits. Otherwise a token of every text is one streamed pass."""
+The model is whole in memory where it fits. Otherwise a token of every text is one streamed pass.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from mis_mlx.evaluation.judging_cost import comparison_cost
 from mis_mlx.hardware import memory
+from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.models import pass_cost
+from mis_mlx.models.model_size import ModelSize
 from mis_mlx.planner import estimates
 from mis_mlx.settings.workloads import ANSWER_TOKENS, ANSWERS_AT_ONCE, GREEDY_TOKENS
 from mis_mlx.types import Budget
@@ -25,7 +30,7 @@ class WritingPlan:
 
     at_once: int
     peak_bytes: int  # with what the process itself takes
-    cost: estimates.StageCost  # its peak is without what the process takes
+    cost: StageCost  # its peak is without what the process takes
     headroom_bytes: int | None = None
     direct: bool = False
 
@@ -35,7 +40,7 @@ class WritingPlan:
         return self.cost.seconds(estimates.machine_rates())
 
 
-def resident_bytes(m: estimates.ModelSize, at_once: int, tokens: int) -> int:
+def resident_bytes(m: ModelSize, at_once: int, tokens: int) -> int:
     """Memory of a model that writes, whole in memory.
 
     Its weights as stored and as they compute, keys and values, logits. tokens: of a text, its
@@ -43,11 +48,11 @@ def resident_bytes(m: estimates.ModelSize, at_once: int, tokens: int) -> int:
     places = CACHE_STEP * -(-tokens // CACHE_STEP)
     weights = m.nbytes + m.item * (m.blocks_params + m.side_params + m.head_params)
     logits = LOGIT_COPIES * 4 * m.shape.vocab
-    return weights + at_once * (3 * estimates.keys_bytes(m, places) + logits)
+    return weights + at_once * (3 * pass_cost.keys_bytes(m, places) + logits)
 
 
 def plan_writing(
-    m: estimates.ModelSize,
+    m: ModelSize,
     count: int,
     max_tokens: int,
     limit: Budget,
@@ -80,7 +85,7 @@ def plan_writing(
                 at_once=size,
                 peak_bytes=need,
                 cost=cost,
-                headroom_bytes=estimates.headroom_bytes(limit.limit_bytes, one_pass.peak_bytes),
+                headroom_bytes=pass_cost.headroom_bytes(limit.limit_bytes, one_pass.peak_bytes),
                 direct=m.nbytes > limit.limit_bytes,
             )
     limit.need(
@@ -92,51 +97,51 @@ def plan_writing(
 
 
 def _resident(
-    m: estimates.ModelSize, count: int, max_tokens: int, *, prompt_tokens: int, at_once: int
-) -> estimates.StageCost:
+    m: ModelSize, count: int, max_tokens: int, *, prompt_tokens: int, at_once: int
+) -> StageCost:
     """The cost of a model that is whole in memory: every step of a batch fetches all weights."""
     length = prompt_tokens + max_tokens
     steps = max_tokens * -(-count // at_once)
     met_bytes = int(m.active_share * m.shape.layers * m.block_work) + m.head_work
-    return estimates.StageCost(
+    return StageCost(
         name="write",
         read_bytes=m.nbytes,
         written_bytes=0,
         peak_bytes=resident_bytes(m, at_once, length),
-        flops=estimates.forward_flops(m, count * length, length),
+        flops=pass_cost.forward_flops(m, count * length, length),
         touched_bytes=steps * met_bytes,
         waits=steps,
     )
 
 
 def _streamed_pass(
-    m: estimates.ModelSize,
+    m: ModelSize,
     at_once: int,
     max_tokens: int,
     prompt_tokens: int,
-) -> estimates.StageCost:
+) -> StageCost:
     """One token of `at_once` texts, keys and values of all of them in memory."""
     length = prompt_tokens + max_tokens
     places = CACHE_STEP * (1 + -(-length // CACHE_STEP))
-    return estimates.streamed_pass(
+    return pass_cost.streamed_pass(
         "a token",
         m,
         tokens=at_once,
         micro_tokens=at_once,
         length=length,
         spool=False,
-        beside_bytes=at_once * estimates.keys_bytes(m, places),
+        beside_bytes=at_once * pass_cost.keys_bytes(m, places),
     )
 
 
 def answers_cost(
-    models: Sequence[estimates.ModelSize],
+    models: Sequence[ModelSize],
     count: int,
     limit: Budget,
     *,
     teacher_kept: bool = False,
     silent: int = 0,
-) -> estimates.StageCost:
+) -> StageCost:
     """The cost of judging what models answer to `count` prompts (evaluation/answers).
 
     The first model is the teacher. All write, and each reads the teacher's sampled answers; the
@@ -145,7 +150,7 @@ def answers_cost(
     teacher_kept: its answers are there already, and what it makes of them. silent: how many of the
     students, the first ones, do not write. MisError where a model cannot write in the budget."""
     teacher, *students = models
-    costs = list[estimates.StageCost]()
+    costs = list[StageCost]()
     if not teacher_kept:
         costs.append(_answering(teacher, count, ANSWER_TOKENS, limit))
         costs.append(_answering(teacher, count, GREEDY_TOKENS, limit))
@@ -156,17 +161,13 @@ def answers_cost(
         if number >= silent:
             costs.append(_answering(student, count, GREEDY_TOKENS, limit))
             costs.append(_reading(teacher, count, GREEDY_TOKENS))
-    total = estimates.StageCost(
-        name="answers", read_bytes=0, written_bytes=0, peak_bytes=0, flops=0.0
-    )
+    total = StageCost(name="answers", read_bytes=0, written_bytes=0, peak_bytes=0, flops=0.0)
     for cost in costs:
         total = total.then(cost)
     return total
 
 
-def _answering(
-    m: estimates.ModelSize, count: int, max_tokens: int, limit: Budget
-) -> estimates.StageCost:
+def _answering(m: ModelSize, count: int, max_tokens: int, limit: Budget) -> StageCost:
     """The cost of `count` answers of a model, written as the budget allows."""
     plan = plan_writing(
         m,
@@ -179,6 +180,6 @@ def _answering(
     return plan.cost
 
 
-def _reading(m: estimates.ModelSize, count: int, max_tokens: int) -> estimates.StageCost:
+def _reading(m: ModelSize, count: int, max_tokens: int) -> StageCost:
     """One pass over all prompts with their answers, whose hidden states stay; then the head."""
-    return estimates.comparison_cost([m], windows=count, length=PROMPT_TOKENS + max_tokens)
+    return comparison_cost([m], windows=count, length=PROMPT_TOKENS + max_tokens)

@@ -1,31 +1,18 @@
-"""What calibrating, cutting and repairing a model take, and what training it takes in memory.
+"""What choosing tokens, calibrating, cutting and repairing a model take: bytes, memory, operations.
 
-Bytes, memory, operations: arithmetic on sizes. Does not know how it is done (pruning), nor the
-steps between (planner/phases). Quantizing is in planner/rounding_cost.
+Arithmetic on sizes, beside the modules that allocate them.
 """
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
-from mis_mlx.compute.token_losses import IN_ONE_GRAPH, Footprint
-from mis_mlx.hardware.memory import in_flight_bytes, process_bytes
-from mis_mlx.maths.optimizer import group_of
-from mis_mlx.maths.reconstruction import HELD_OUT, RIDGES, precision
-from mis_mlx.models import arch
-from mis_mlx.models.config import shape_of
-from mis_mlx.models.stream import HEAD_PART
-from mis_mlx.planner.distillation_spec import DistillationSpec
-from mis_mlx.planner.estimates import (
+from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.maths.reconstruction import HELD_OUT, RIDGES, precision, solver_flops
+from mis_mlx.models.model_size import ModelSize
+from mis_mlx.models.pass_cost import (
     SMALL_BYTES,
-    TENSOR_BYTES,
-    StageCost,
-    activation_bytes,
-    backward_bytes,
-    comparison_cost,
     forward_flops,
     headroom_bytes,
     parallel_windows,
@@ -33,15 +20,9 @@ from mis_mlx.planner.estimates import (
     streamed_pass,
     tensor_bytes,
 )
-from mis_mlx.planner.model_size import ModelSize
-from mis_mlx.planner.rounding_cost import sensitivity_cost, solver_flops
+from mis_mlx.models.stream import HEAD_PART
+from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.settings.workloads import ROUTER_BYTES, VOCABULARY_LOGITS, VOCABULARY_WINDOWS
-
-# a clipped gradient; the rest of an update is written over what it is made of (measured)
-UPDATE_ARRAYS = 2
-# of a trained parameter: weight, gradient and two moments, float32
-STATE_BYTES = 16
-GRADIENT_BYTES = 4
 
 
 def vocabulary_cost(t: ModelSize, length: int) -> StageCost:
@@ -247,128 +228,4 @@ def repair_by_block_cost(job: DistillationSpec, limit: int, item: int) -> StageC
         spooled_bytes=spooled * token_bytes,
         held_tokens=held,
         host_flops=layers * solver,
-    )
-
-
-def training_bytes(
-    config: Mapping[str, Any],
-    batch: int,
-    length: int,
-    *,
-    loss: Footprint = IN_ONE_GRAPH,
-    accumulates: bool = False,
-) -> int:
-    """Memory to train a student that is whole in memory, on micro-batches (`batch`, `length`).
-
-    Weights and moments, and the largest of: activations and the vocabulary's part of the loss; the
-    backward pass; the update. loss: computed between the passes, with windows side by side that
-    have gradients each; or all in one graph, of which the least that can be promised is the sum.
-    accumulates: several micro-batches, so that the gradients of earlier ones wait meanwhile.
-    """
-    s = shape_of(config)
-    params = arch.params(config)
-    activations = activation_bytes(config, batch, length)
-    head = 4 * s.vocab * s.hidden
-    block = backward_bytes(config, batch, length) - activations // s.layers
-    logits = loss.logit_bytes(s.vocab, batch * length)
-    gradients = GRADIENT_BYTES * params
-    forward = activations + 2 * head + logits
-    backward = gradients
-    if loss.on_host:
-        lane_gradients = min(batch, loss.streams) * (gradients - head)
-        backward = max(activations + head, lane_gradients + 3 * head)
-    backward += block
-    if accumulates:
-        forward += gradients
-        backward += gradients
-    if not loss.on_host:
-        forward += gradients
-    largest = max(map(math.prod, arch.tensors_of(config, True).values()))
-    update = gradients + UPDATE_ARRAYS * 4 * largest
-    ahead = min(activations, in_flight_bytes()) if loss.gpu else 0
-    return (STATE_BYTES - GRADIENT_BYTES) * params + max(forward, backward, update) + ahead
-
-
-def block_state_bytes(config: Mapping[str, Any], block: int | None = None) -> int:
-    """A block that is trained block by block, in memory or in a checkpoint.
-
-    float32 weights, and moments of 8 bits. block: which one; default: the largest.
-    """
-    total = 0
-    for shape in arch.layer_tensors(config, block=block).values():
-        numbers = math.prod(shape)
-        group = group_of(shape)
-        if group:
-            total += 4 * numbers + (2 * numbers + 8 * numbers // group)
-        else:
-            total += 12 * numbers
-    return total
-
-
-def search_cost(
-    s: Any,
-    job: DistillationSpec,
-    planned: Sequence[StageCost],
-    probes: int,
-    *,
-    rows: bool,
-    limit: int,
-) -> dict[str, list[StageCost]]:
-    """What a search with these settings takes: {"rank": stages, "finalists": stages}.
-
-    To rank, and to train, round and judge finalists, each student counted as `job`'s, whose phases
-    are `planned`. probes: axes measured alone. rows: whether some students have fewer tokens.
-    """
-    t = job.teacher
-    m = job.student
-    length = job.max_seq_length
-    known = TENSOR_BYTES * t.tensors
-    own = known + process_bytes(max(0, limit - known))  # as in a plan, whose phases have it
-    cut = next(p for p in planned if p.name == "prune")
-    # of two texts
-    windows = -(-4 * s.rank_windows // 3)
-    judging = -(-4 * s.eval_windows // 3)
-    comparison = comparison_cost([t, m], windows, length)
-    # the teacher's pass, which is done once
-    teachers_flops = forward_flops(t, windows * length, length, head=False)
-    comparison = replace(
-        comparison,
-        peak_bytes=max(comparison.peak_bytes, tensor_bytes(t)),
-        flops=comparison.flops - teachers_flops,
-    )
-    rank = [_times(cut, 1, name="calibrate", written=cut.written_bytes - m.nbytes)]
-    if s.mixed:
-        bits = sensitivity_cost(t, length, limit)
-        rank.append(_times(bits, 1, name="sensitivity", own=own))
-    rank.append(_times(comparison, probes, name=f"{probes} axes alone", written=m.nbytes, own=own))
-    rank.append(
-        _times(
-            comparison, s.evaluations, name=f"rank {s.evaluations}", written=2 * m.nbytes, own=own
-        )
-    )
-    if rows:
-        rank.append(_times(vocabulary_cost(t, length), 1, name="choose tokens", own=own))
-    if not s.finalists:
-        return {"rank": rank, "finalists": []}
-    finalists = []
-    for p in planned:
-        if p.name not in ("prune", "measure"):  # which a finalist does not go through
-            name = f"{p.name}, {s.finalists} finalists"
-            finalists.append(_times(p, s.finalists, name=name, written=p.written_bytes))
-    judged = comparison_cost([t, m, m, m], judging, length)
-    finalists.append(_times(judged, s.finalists, name="judge them", written=2 * m.nbytes, own=own))
-    return {"rank": rank, "finalists": finalists}
-
-
-def _times(p: StageCost, times: int, *, name: str, written: int = 0, own: int = 0) -> StageCost:
-    """A stage `times` times, which writes `written` bytes each time; own: bytes of the process."""
-    return replace(
-        p,
-        name=name,
-        read_bytes=times * p.read_bytes,
-        written_bytes=times * written,
-        flops=times * p.flops,
-        peak_bytes=p.peak_bytes + own,
-        waits=times * p.waits,
-        host_flops=times * p.host_flops,
     )

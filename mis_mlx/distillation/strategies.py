@@ -1,7 +1,7 @@
 """The phases of a distillation, and which strategy of training fits a budget.
 
-In bytes, operations and memory. Knows no flags, nor how the work is done. What each strategy of
-training takes is in planner/training_cost.
+In bytes, operations and memory. Knows no flags, nor how the work is done. What each phase takes is
+beside the modules that do it.
 """
 
 import math
@@ -11,21 +11,27 @@ from typing import Any
 
 import mlx.core as mx
 
-from mis_mlx.hardware.memory import TRAINED_BYTES, TRAINED_WHOLE_BYTES, process_bytes
-from mis_mlx.hardware.rates import Rates
-from mis_mlx.models import arch, load
-from mis_mlx.models.config import attends, shape_of
-from mis_mlx.planner import estimates, rounding_cost, writing
-from mis_mlx.planner.compression_size import pruning_cost, repair_by_block_cost, repair_cost
-from mis_mlx.planner.distillation_spec import DistillationSpec, Mode
-from mis_mlx.planner.estimates import TENSOR_BYTES, StageCost
-from mis_mlx.planner.training_cost import (
+from mis_mlx import cli
+from mis_mlx.distillation.training_cost import (
     blockwise_cost,
     resident_cost,
     sharded_cost,
     store_cost,
     tuning_cost,
 )
+from mis_mlx.evaluation import writing_cost
+from mis_mlx.evaluation.judging_cost import comparison_cost, timed_weights
+from mis_mlx.hardware.memory import TRAINED_BYTES, TRAINED_WHOLE_BYTES, process_bytes
+from mis_mlx.hardware.rates import Rates
+from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.models import arch, distributed, load, pass_cost
+from mis_mlx.models.config import attends, shape_of
+from mis_mlx.models.pass_cost import TENSOR_BYTES
+from mis_mlx.planner import estimates
+from mis_mlx.planner.distillation_spec import DistillationSpec, Mode
+from mis_mlx.planner.machines import block_shares
+from mis_mlx.pruning.pruning_cost import pruning_cost, repair_by_block_cost, repair_cost
+from mis_mlx.quantization import rounding_cost
 from mis_mlx.settings.recipe import RATE, ROUND_TO_NEAREST, DistillationConfig
 from mis_mlx.types import Budget, Checkpoint, MisError, gib
 
@@ -45,7 +51,7 @@ def measuring_cost(job: DistillationSpec, most_bytes: int, limit: int) -> StageC
     )
     teacher = job.shown or job.teacher
     models = [teacher, job.student, job.student, four_bit]
-    cost = estimates.comparison_cost(models, job.eval_windows, job.max_seq_length).repeated(TEXTS)
+    cost = comparison_cost(models, job.eval_windows, job.max_seq_length).repeated(TEXTS)
     peak = cost.peak_bytes
     timed = timed_weights(models, most_bytes, limit)
     if timed:
@@ -57,7 +63,7 @@ def measuring_cost(job: DistillationSpec, most_bytes: int, limit: int) -> StageC
     if job.rounding is not ROUND_TO_NEAREST:
         students.append(four_bit)
     try:
-        answers = writing.answers_cost(
+        answers = writing_cost.answers_cost(
             [teacher, *students],
             job.answers,
             Budget(limit),
@@ -67,29 +73,6 @@ def measuring_cost(job: DistillationSpec, most_bytes: int, limit: int) -> StageC
     except MisError:  # the student cannot write in the budget, so nobody is asked
         return cost
     return cost.then(answers)
-
-
-def timed_weights(models: list[estimates.ModelSize], most_bytes: int, limit: int) -> int:
-    """Weights of the models that are in memory together while they are timed; 0: none is."""
-    together = 0
-    largest = 0
-    timed = 0
-    for m in models:
-        weights = m.nbytes if m.packed else m.params * m.item
-        needed = timed_bytes(m.params)
-        together += weights
-        timed += needed
-        if needed <= limit:
-            largest = max(largest, weights)
-    return together if timed <= most_bytes else largest
-
-
-def timed_bytes(params: int) -> int:
-    """Memory of stock mlx-lm with a model of so many parameters whole.
-
-    As stored, and as float32.
-    """
-    return 6 * params
 
 
 def usual_rate(teacher: Checkpoint) -> float:
@@ -199,7 +182,7 @@ def _process_overhead(job: DistillationSpec, limit: int, mode: Mode) -> _Process
     known = TENSOR_BYTES * job.teacher.tensors
     left = max(0, limit - known)
     stream_bytes = TRAINED_WHOLE_BYTES if mode == "resident" else TRAINED_BYTES
-    streams_bytes = estimates.parallel_windows(job.student) * stream_bytes
+    streams_bytes = pass_cost.parallel_windows(job.student) * stream_bytes
     own = process_bytes(left, job.teacher.gpu)
     training = process_bytes(left, job.teacher.gpu, streams_bytes)
     return _ProcessOverhead(left_bytes=left, own_bytes=known + own, training_bytes=training - own)
@@ -370,3 +353,15 @@ def _smaller_jobs(job: DistillationSpec) -> Iterator[tuple[str, DistillationSpec
         if shorter >= 16:
             flags = f"--max-seq-length {shorter} instead of {length}"
             yield flags, replace(job, max_seq_length=shorter)
+
+
+def blocks_by_machine(plan: MemoryPlan) -> tuple[int, ...]:
+    """How many of the teacher's blocks each machine has; () where there is one machine."""
+    if distributed.size() == 1:
+        return ()
+    job = plan.job
+    counts = block_shares(
+        job.teacher, plan.pinned, tokens=job.step, length=job.max_seq_length, rates=plan.rates
+    )
+    cli.say(f"teacher blocks by machine: {', '.join(map(str, counts))}")
+    return tuple(counts)

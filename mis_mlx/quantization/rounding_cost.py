@@ -1,6 +1,6 @@
 """What quantizing a model takes: bytes, memory, operations; and its size afterwards.
 
-Arithmetic on sizes. Does not know how it is done (quantization).
+Arithmetic on sizes, beside the modules that allocate them.
 """
 
 import math
@@ -10,14 +10,13 @@ from functools import partial
 import numpy as np
 
 from mis_mlx.compute.token_losses import Footprint
-from mis_mlx.maths.reconstruction import precision
+from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.maths.reconstruction import precision, solver_flops
 from mis_mlx.maths.rounding import CANDIDATE_BITS, GROUPS, HELD_BYTES, PART, SLAB
 from mis_mlx.models import bit_floors
 from mis_mlx.models.config import Shape
-from mis_mlx.models.residency import batches_per_pass
-from mis_mlx.planner.estimates import (
-    StageCost,
-    backward_bytes,
+from mis_mlx.models.model_size import ModelSize
+from mis_mlx.models.pass_cost import (
     forward_flops,
     headroom_bytes,
     parallel_windows,
@@ -25,23 +24,13 @@ from mis_mlx.planner.estimates import (
     streamed_pass,
     workspace_bytes,
 )
-from mis_mlx.planner.model_size import ModelSize
+from mis_mlx.models.residency import batches_per_pass
+from mis_mlx.planner.block_cost import backward_bytes
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.settings.workloads import TUNED_AT_ONCE, TUNING_STEPS
 
 BIAS_BITS = 32  # scale and bias of a group
 SENSED = 8  # windows that say what bits cost
-
-
-def solver_flops(inputs: int, factor: float, solve: float) -> float:
-    """Operations of the host for sums (F, F), F: `inputs`.
-
-    inputs^2 times `factor` to factorize them, times `solve` to use that. In float32 MLX does the
-    latter, and the former counts a quarter.
-    """
-    if precision(inputs) is np.float32:
-        return inputs**2 * factor / 4
-    return inputs**2 * (factor + solve)
 
 
 def packed_bytes(m: ModelSize, rounding: QuantizationConfig) -> int:
@@ -250,7 +239,10 @@ def _sensed(
     at_once = max(HELD_BYTES, 4 * m.block_params) // seen
     batch = min(windows, max(1, at_once))
     batches = math.ceil(windows / batch)
-    peak = one_pass.peak_bytes + _sensing_bytes(m, windows, length, batch * seen, batch)
+    sensing_bytes = _sensing_bytes(
+        m, windows=windows, length=length, seen_bytes=batch * seen, batch=batch
+    )
+    peak = one_pass.peak_bytes + sensing_bytes
     peak += 2 * windows * window_bytes
     inputs_bytes = window_bytes * m.shape.layers  # of all blocks, of a window
     held = min(windows, headroom_bytes(limit, peak, m.gpu) // inputs_bytes)
@@ -269,7 +261,7 @@ def _sensed(
     return replace(plain.then(sensing), held_tokens=held_tokens)
 
 
-def _sensing_bytes(m: ModelSize, windows: int, length: int, seen_bytes: int, batch: int) -> int:
+def _sensing_bytes(m: ModelSize, *, windows: int, length: int, seen_bytes: int, batch: int) -> int:
     """What sensing holds at its peak besides a forward pass: at the head, or on the way back.
 
     That is, besides the block: on Metal the block in float32; the block in all formats together

@@ -1,0 +1,83 @@
+"""What a stage of work takes: bytes, memory, operations; and how long that takes on a machine."""
+
+from dataclasses import dataclass, replace
+
+from mis_mlx.hardware import rates
+
+# bytes of a parameter that one update moves: these four read, three written, in one kernel
+UPDATE_TRAFFIC = 28
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """One stage: bytes, memory, operations.
+
+    `pinned` blocks stay in memory between passes; `spooled_bytes` of hidden states lie on disk.
+    """
+
+    name: str
+    read_bytes: int
+    written_bytes: int
+    peak_bytes: int
+    flops: float
+    # weights fetched from memory; counts where there is little to do with each
+    touched_bytes: int = 0
+    pinned: int = 0
+    spooled_bytes: int = 0
+    held_tokens: int = 0  # whose hidden states stay in memory
+    updated: int = 0  # parameters that the optimizer changes, in all steps together
+    waits: int = 0  # how often the host waits for the device
+    host_flops: float = 0.0  # of numpy's solvers, which a GPU waits for
+
+    @property
+    def operations(self) -> float:
+        """Float operations of device and host together."""
+        return self.flops + self.host_flops
+
+    def then(self, other: "StageCost") -> "StageCost":
+        """This stage, then `other`: the work adds up, and the larger peak counts.
+
+        Name, pinned blocks and places of hidden states are those of this stage.
+        """
+        return replace(
+            self,
+            read_bytes=self.read_bytes + other.read_bytes,
+            written_bytes=self.written_bytes + other.written_bytes,
+            peak_bytes=max(self.peak_bytes, other.peak_bytes),
+            flops=self.flops + other.flops,
+            touched_bytes=self.touched_bytes + other.touched_bytes,
+            waits=self.waits + other.waits,
+            host_flops=self.host_flops + other.host_flops,
+        )
+
+    def repeated(self, times: int) -> "StageCost":
+        """This stage `times` times in a row, in the memory of one."""
+        return replace(
+            self,
+            read_bytes=times * self.read_bytes,
+            written_bytes=times * self.written_bytes,
+            flops=times * self.flops,
+            touched_bytes=times * self.touched_bytes,
+            waits=times * self.waits,
+            host_flops=times * self.host_flops,
+        )
+
+    def seconds(self, machine: rates.Rates, hot: bool = False) -> float:
+        """The time on a machine of these rates: of disk, arithmetic and memory the slowest.
+
+        The three overlap. The optimizer's updates come on top of the arithmetic, which ends before
+        one begins. So do, on a GPU, waits and what numpy computes meanwhile. hot: computing at the
+        rates of a hot machine.
+        """
+        disk = self.read_bytes / machine.read_bytes_per_s
+        disk += self.written_bytes / machine.write_bytes_per_s
+        slowdown = machine.hot if hot else 1.0
+        flops_per_s = machine.training_flops_per_s if self.updated else machine.forward_flops_per_s
+        if machine.gpu:  # a CPU's training rate has the updates in it (rates.ELEMENTWISE)
+            work = self.flops / (flops_per_s * slowdown)
+            work += UPDATE_TRAFFIC * self.updated / machine.memory_bytes_per_s
+            host = self.host_flops / (machine.host_flops_per_s * slowdown)
+            work += self.waits * machine.wait_s + host
+        else:
+            work = self.operations / (flops_per_s * slowdown)
+        return max(disk, work, self.touched_bytes / machine.memory_bytes_per_s)
