@@ -24,6 +24,7 @@ from laboratory import busy, start, write
 
 from mis_mlx.models import arch, gated_delta, load, mlx_modules, stored_form
 from mis_mlx.models.families import family
+from mis_mlx.models.model_size import model_of
 from mis_mlx.planner import block_cost
 
 LENGTHS = (256, 1024)
@@ -148,7 +149,7 @@ def block_of(kind: str, length: int, rounds: int) -> dict[str, Any]:
     block.update(weights)
     shapes = arch.layer_tensors(config, block=number).values()
     params = sum(map(math.prod, shapes))
-    planned = block_cost.backward_bytes(config, 1, length) + 4 * params
+    planned = block_cost.backward_bytes(model_of(config), 1, length) + 4 * params
     return {**found, "planned_bytes": planned, "ratio": round(planned / found["peak_bytes"], 2)}
 
 

@@ -68,7 +68,7 @@ def _phases(
     # Sampling has the training's weights and moments in memory, without its activations.
     single = replace(s, grad_accumulation_steps=1)
     state = alignment_run.training_cost(single, checkpoint, 1, branches).peak_bytes
-    state -= block_cost.activation_bytes(m.config, 1, branches)
+    state -= block_cost.activation_bytes(m, 1, branches)
     return _sampling(s, m, longest, state), updating
 
 

@@ -17,7 +17,7 @@ from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, battery
 from mis_mlx.models import arch, load, pass_cost, resolve, scenarios
 from mis_mlx.models.config import MOST_EXPERTS, read_config, shape_of
 from mis_mlx.models.model_size import ModelSize, model_of
-from mis_mlx.planner import distillation_spec, estimates
+from mis_mlx.planner import distillation_spec, estimates, measured_block
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import packed_format, rounding_cost
 from mis_mlx.reporting import html, text
@@ -214,6 +214,8 @@ def planned(settings: Settings, rates: Rates) -> tuple[strategies.MemoryPlan, st
         and answers.shipped_for(opened),
     )
     budget = memory.budget(settings.budget_bytes, rates.room_bytes)
+    if settings.machine == "here":
+        job = measured_block.of_job(job, budget.limit_bytes)
     return strategies.best_plan(job, budget.limit_bytes, rates), name
 
 

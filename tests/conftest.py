@@ -24,6 +24,7 @@ from mis_mlx.compute import precision
 from mis_mlx.hardware import rates
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.models import load, opening
+from mis_mlx.planner import measured_block
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint
 from tests import forks, tiny
@@ -84,6 +85,15 @@ def known_rates() -> Iterator[Callable[[], Rates]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rates, "assumed", assumed)
         yield assumed
+
+
+@pytest.fixture(scope="session", autouse=True)
+def measured_blocks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What blocks hold is measured once a session, and kept beside the user's own cache."""
+    path = tmp_path_factory.mktemp("blocks") / "blocks.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measured_block, "kept_file", lambda: path)
+        yield
 
 
 @pytest.fixture

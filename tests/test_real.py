@@ -17,6 +17,7 @@ import pytest
 from mis_mlx import generate
 from mis_mlx.distillation import state_cost
 from mis_mlx.models import arch, load, mlx_generate, opening, resolve, stream
+from mis_mlx.models.model_size import model_of
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint
 
@@ -118,7 +119,7 @@ def test_the_planned_peak_holds(run: tuple[Path, dict[str, Any]], real: Checkpoi
     """
     out, _ = run
     small = load.open_checkpoint(out / "distilled").config
-    planned = state_cost.training_bytes(small, 2, 128) + 4 * arch.params(real.config)
+    planned = state_cost.training_bytes(model_of(small), 2, 128) + 4 * arch.params(real.config)
     peak = max(r["peak_bytes"] for r in run_folder.metrics(out))
     assert planned / 3 < peak < planned
 

@@ -147,14 +147,14 @@ def training_cost(
     loss = Footprint(gpu=m.gpu)
     if s.lora:
         trained = s.lora.params(m.config)
-        activations = block_cost.activation_bytes(m.config, rows, length)
+        activations = block_cost.activation_bytes(m, rows, length)
         peak = weight_bytes(m) + state_cost.STATE_BYTES * trained
         peak += activations + m.in_flight(activations)
         peak += loss.logit_bytes(m.shape.vocab, rows * length) + m.widened_bytes
     else:
         trained = m.params
         accumulates = s.grad_accumulation_steps > 1
-        peak = state_cost.training_bytes(m.config, rows, length, loss=loss, accumulates=accumulates)
+        peak = state_cost.training_bytes(m, rows, length, loss=loss, accumulates=accumulates)
     checkpoints = s.iters // s.save_every + 2
     written = checkpoints * (SAVED_BYTES + 4) * trained
     written += precision.DTYPES[s.dtype].size * m.params

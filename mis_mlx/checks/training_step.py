@@ -68,7 +68,7 @@ def planned_bytes(dtype: mx.Dtype) -> int:
 
     Student, gradients, moments, activations, logits; the teacher's head and states in `dtype`."""
     size = model_of(CONFIG, gpu=precision.keeps_packed(), dtype=dtype)
-    student = state_cost.training_bytes(CONFIG, WINDOWS, LENGTH, loss=Footprint(gpu=size.gpu))
+    student = state_cost.training_bytes(size, WINDOWS, LENGTH, loss=Footprint(gpu=size.gpu))
     states = WINDOWS * LENGTH * size.shape.hidden * size.item
     return student + size.head_work + size.widened_bytes + states
 

@@ -13,7 +13,7 @@ from mis_mlx.evaluation import answers
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.models import arch, distributed, load
 from mis_mlx.models.model_size import model_of
-from mis_mlx.planner import estimates
+from mis_mlx.planner import estimates, measured_block
 from mis_mlx.planner.distillation_spec import DistillationSpec, spec_of
 from mis_mlx.pruning import select, vocabulary
 from mis_mlx.quantization import stage
@@ -64,9 +64,9 @@ def plan_run(request: RunRequest, budget: Budget, folder: Path | None) -> strate
     Several machines go the first one's way, each with its own budget; MisError where they would
     train a student in parts.
     """
-    job = _job(request)
-    rates = estimates.machine_rates()
     limit = budget.limit_bytes
+    job = measured_block.of_job(_job(request), limit)
+    rates = estimates.machine_rates()
     before = distributed.broadcast_json(lambda: _strategy_of(folder))
     if before and PLANNED_ITERS in before:
         job = replace(job, iters=before[PLANNED_ITERS])

@@ -8,7 +8,7 @@ from mis_mlx.compute.token_losses import IN_ONE_GRAPH, Footprint
 from mis_mlx.hardware.memory import in_flight_bytes
 from mis_mlx.maths.optimizer import group_of
 from mis_mlx.models import arch
-from mis_mlx.models.config import shape_of
+from mis_mlx.models.model_size import ModelSize
 from mis_mlx.planner.block_cost import activation_bytes, backward_bytes
 
 # a clipped gradient; the rest of an update is written over what it is made of (measured)
@@ -19,7 +19,7 @@ GRADIENT_BYTES = 4
 
 
 def training_bytes(
-    config: Mapping[str, Any],
+    m: ModelSize,
     batch: int,
     length: int,
     *,
@@ -33,11 +33,11 @@ def training_bytes(
     have gradients each; or all in one graph, of which the least that can be promised is the sum.
     accumulates: several micro-batches, so that the gradients of earlier ones wait meanwhile.
     """
-    s = shape_of(config)
-    params = arch.params(config)
-    activations = activation_bytes(config, batch, length)
+    s = m.shape
+    params = m.params
+    activations = activation_bytes(m, batch, length)
     head = 4 * s.vocab * s.hidden
-    block = backward_bytes(config, batch, length) - activations // s.layers
+    block = backward_bytes(m, batch, length) - activations // s.layers
     logits = loss.logit_bytes(s.vocab, batch * length)
     gradients = GRADIENT_BYTES * params
     forward = activations + 2 * head + logits
@@ -51,7 +51,7 @@ def training_bytes(
         backward += gradients
     if not loss.on_host:
         forward += gradients
-    largest = max(map(math.prod, arch.tensors_of(config, True).values()))
+    largest = max(map(math.prod, arch.tensors_of(m.config, True).values()))
     update = gradients + UPDATE_ARRAYS * 4 * largest
     ahead = min(activations, in_flight_bytes()) if loss.gpu else 0
     return (STATE_BYTES - GRADIENT_BYTES) * params + max(forward, backward, update) + ahead

@@ -64,7 +64,7 @@ def resident_cost(job: DistillationSpec, micro: int, limit: int) -> StageCost:
     m = job.student
     length = job.max_seq_length
     nbytes = state_cost.training_bytes(
-        m.config,
+        m,
         micro,
         length,
         loss=job.loss,
@@ -78,7 +78,7 @@ def resident_cost(job: DistillationSpec, micro: int, limit: int) -> StageCost:
         flops=3 * forward_flops(m, job.step, length),
         updated=m.params,
     )
-    activations = activation_bytes(m.config, micro, length)
+    activations = activation_bytes(m, micro, length)
     return _taught(
         job, one_step, micro, limit=limit, saved=SAVED_BYTES * m.params, work=activations
     )
@@ -138,8 +138,8 @@ def backward_peak_bytes(job: DistillationSpec, micro: int, rank: int = 0) -> int
     gradient = 4 * sum(sizes)
     # gradients of earlier micro-batches, to which those of the next are added
     summed = gradient if job.step > micro * length else 0
-    activations = activation_bytes(m.config, micro, length) // s.layers  # of a block
-    backward = backward_bytes(m.config, micro, length)
+    activations = activation_bytes(m, micro, length) // s.layers  # of a block
+    backward = backward_bytes(m, micro, length)
     backward += min(streams, micro) * gradient + summed
     loss = job.loss.logit_bytes(s.vocab, micro * length)
     if job.loss.on_host:
@@ -164,7 +164,7 @@ def tuning_cost(job: DistillationSpec, micro: int, limit: int, iters: int) -> St
     nbytes = rounding_cost.packed_bytes(m, job.rounding)
     head = 4 * m.tables_params
     head += job.loss.logit_bytes(m.shape.vocab, micro * length)
-    work = activation_bytes(m.config, micro, length)
+    work = activation_bytes(m, micro, length)
     state = STATE_BYTES
     if job.step > micro * length:  # gradients of micro-batches add up
         state += GRADIENT_BYTES

@@ -21,6 +21,21 @@ KINDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
+class BlockFactors:
+    """What a block was measured to hold, as parts of what formulas say; 1: not measured.
+
+    forward: of models/residency.pass_bytes. kept, backward: of the two in planner/block_cost.
+    """
+
+    forward: float = 1.0
+    kept: float = 1.0
+    backward: float = 1.0
+
+
+BY_FORMULA = BlockFactors()
+
+
+@dataclass(frozen=True)
 class ModelSize:
     """A model in bytes: as it lies on disk, and (`*_work`) as it computes."""
 
@@ -41,6 +56,7 @@ class ModelSize:
     )
     active_share: float = 1.0  # share of a block's parameters that a token uses
     side_params: int = 0  # of the table of per-layer inputs, of its projection, and AltUp's ends
+    block_factors: BlockFactors = BY_FORMULA
 
     @property
     def blocks_params(self) -> int:

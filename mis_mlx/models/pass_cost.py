@@ -90,7 +90,8 @@ def workspace_bytes(m: ModelSize, tokens: int, length: int) -> int:
 
     Times the number of micro-batches that go side by side here.
     """
-    workspace = parallel_windows(m) * pass_bytes(m.config, tokens, length)
+    of_one = int(m.block_factors.forward * pass_bytes(m.config, tokens, length))
+    workspace = parallel_windows(m) * of_one
     if m.shape.experts:
         workspace += 2 * GROUP_BYTES
     return workspace

@@ -164,7 +164,7 @@ def _tuning_bytes(m: ModelSize, how: QuantizationConfig, length: int) -> int:
         group = min(GROUPS)
     grids = 2 * m.block_params // group
     weights = (1 + 9 * 4) * m.block_params
-    return weights + 16 * grids + backward_bytes(m.config, TUNED_AT_ONCE, length)
+    return weights + 16 * grids + backward_bytes(m, TUNED_AT_ONCE, length)
 
 
 def _tuned(
@@ -274,7 +274,7 @@ def _sensing_bytes(m: ModelSize, *, windows: int, length: int, seen_bytes: int, 
     head = m.head_work
     head += Footprint(on_host=True).logit_bytes(2 * m.shape.vocab, length) * (2 + m.gpu) // 2
     # In one stream 0.2 to 0.8 of it were measured, in two 0.4 to 1.2.
-    backward = (1 + parallel_windows(m)) * backward_bytes(m.config, 1, length) // 2
+    backward = (1 + parallel_windows(m)) * backward_bytes(m, 1, length) // 2
     formats_bytes = 4
     if m.gpu:  # half a stack goes back in one pass
         backward *= min(windows, max(1, batches_per_pass(m.config, length, length) // 2))

@@ -23,6 +23,7 @@ from mis_mlx.maths.optimizer import Diverged
 from mis_mlx.maths.stats import interval
 from mis_mlx.models import arch, block_state, load, mlx_generate, opening
 from mis_mlx.models.model_size import model_of
+from mis_mlx.planner import measured_block
 from mis_mlx.planner.distillation_spec import spec_of
 from mis_mlx.quantization import stage
 from mis_mlx.reporting import html, text
@@ -113,8 +114,9 @@ def _own_run(
         arch.student_config(teacher.config, choice.shape),
         dtype=precision.usual_dtype(teacher.precision),
     )
-    job = spec_of(model_of(teacher), student, run.recipe, rounding, copied=True)
     budget_bytes = run.plan.budget_bytes
+    job = spec_of(model_of(teacher), student, run.recipe, rounding, copied=True)
+    job = measured_block.of_job(job, budget_bytes)
     rates = run.plan.rates
     if not (folder / run_folder.PLAN).exists():
         strategy = strategies.best_plan(job, budget_bytes, rates).strategy

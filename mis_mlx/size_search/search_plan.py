@@ -14,7 +14,7 @@ from mis_mlx.models import arch
 from mis_mlx.models.config import shape_of
 from mis_mlx.models.model_size import model_of
 from mis_mlx.models.pass_cost import TENSOR_BYTES, forward_flops, tensor_bytes
-from mis_mlx.planner import estimates
+from mis_mlx.planner import estimates, measured_block
 from mis_mlx.planner.distillation_spec import DistillationSpec, spec_of
 from mis_mlx.pruning.pruning_cost import vocabulary_cost
 from mis_mlx.quantization.rounding_cost import sensitivity_cost
@@ -78,6 +78,7 @@ def _plan_of_largest(
     )
     rounding = shape_search.rounding_of(Choice(shape, shape_search.USUAL_BPW))
     job = spec_of(model_of(teacher), student, s, rounding)
+    job = measured_block.of_job(job, limit.limit_bytes)
     return strategies.best_plan(job, limit.limit_bytes, estimates.machine_rates())
 
 

@@ -255,15 +255,15 @@ def test_training_by_pencil(monkeypatch: pytest.MonkeyPatch) -> None:
     params = arch_params()
     head = 2 * 512 * 64 * 4 + 5 * 256 * 512 * 4
     per_token = 6 * 64 + 5 * 768 + 2 * 6 * 16 + 4 * 32
-    assert block_cost.activation_bytes(tiny.CONFIG, 2, 32) == 4 * 3 * 64 * per_token
-    assert (
-        state_cost.training_bytes(tiny.CONFIG, 2, 32) == 16 * params + 4 * 3 * 64 * per_token + head
-    )
-    wide = {**tiny.CONFIG, "intermediate_size": 30_000}
-    assert state_cost.training_bytes(wide, 1, 2) == 16 * arch.params(wide) + 2 * 4 * 64 * 30_000
+    m = model_of(tiny.CONFIG)
+    assert block_cost.activation_bytes(m, 2, 32) == 4 * 3 * 64 * per_token
+    assert state_cost.training_bytes(m, 2, 32) == 16 * params + 4 * 3 * 64 * per_token + head
+    wide = model_of({**tiny.CONFIG, "intermediate_size": 30_000})
+    trained = state_cost.training_bytes(wide, 1, 2)
+    assert trained == 16 * arch.params(wide.config) + 2 * 4 * 64 * 30_000
     kept = 4 * 3 * 64 * per_token
     block = 4 * 64 * per_token
-    assert block_cost.backward_bytes(tiny.CONFIG, 2, 32) == 11 * block // 5
+    assert block_cost.backward_bytes(model_of(tiny.CONFIG), 2, 32) == 11 * block // 5
     logits = 2 * 64 * 512 * 4
     head = 512 * 64 * 4
     for side_by_side in (1, 2):
@@ -274,12 +274,12 @@ def test_training_by_pencil(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         monkeypatch.setattr(streams, "count", lambda count=side_by_side: count)
         loss = Footprint(on_host=True)
-        found = state_cost.training_bytes(tiny.CONFIG, 2, 32, loss=loss)
+        found = state_cost.training_bytes(model_of(tiny.CONFIG), 2, 32, loss=loss)
         assert found == 12 * params + max(
             kept + 2 * head + logits, back, 4 * params + 2 * 4 * 64 * 768
         )
         summed = state_cost.training_bytes(
-            tiny.CONFIG, 2, length=32, loss=loss, accumulates=True
+            model_of(tiny.CONFIG), 2, length=32, loss=loss, accumulates=True
         )  # those of a micro-batch before
         assert summed == 16 * params + max(kept + 2 * head + logits, back)
 
@@ -513,7 +513,7 @@ def test_training_on_a_gpu_is_planned_with_it(monkeypatch: pytest.MonkeyPatch) -
     for gpu in (False, True):
         loss = Footprint(gpu=gpu)
         assert loss.logit_bytes(32_768, 2048) == 15 * rows * 4 * 32_768
-        more.append(state_cost.training_bytes(config, 4, 512, loss=loss))
+        more.append(state_cost.training_bytes(model_of(config), 4, 512, loss=loss))
     assert more[1] - more[0] == 100_000_000
 
 

@@ -114,7 +114,7 @@ def test_blocks_by_pencil(monkeypatch: pytest.MonkeyPatch) -> None:
     for count in (2, 1):
         monkeypatch.setattr(streams, "count", lambda n=count: n)
         ways[count] = training_cost.backward_peak_bytes(JOB, 4) - kept
-    assert ways[1] == block_cost.backward_bytes(SMALL.config, 4, 32) + 2 * 4 * b
+    assert ways[1] == block_cost.backward_bytes(SMALL, 4, 32) + 2 * 4 * b
     assert ways[2] == ways[1] + 4 * b
     wide = model_of({**SMALL.config, "intermediate_size": 90_000}, gpu=False)
     single = replace(JOB, student=wide, batch_size=1, grad_accumulation_steps=1, max_seq_length=1)
