@@ -487,9 +487,10 @@ def load_checked(module: nn.Module, where: str = "") -> nn.Module:
 
     NotNumbers names, behind `where`, a tensor with NaN or infinity.
     """
-    mx.eval(module.parameters())
     parameters = Arrays(tree_flatten(module.parameters()))
     for name, array in parameters.items():
+        # One after the other: a CPU opens several packed ones at a time, and held all twice.
+        mx.eval(array)
         if not mx.issubdtype(array.dtype, mx.floating):
             continue
         bad = not_numbers(array)
