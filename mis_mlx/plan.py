@@ -16,7 +16,7 @@ from mis_mlx.hardware.rates import Rates
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, battery
 from mis_mlx.models import arch, load, pass_cost, resolve, scenarios
 from mis_mlx.models.config import MOST_EXPERTS, read_config, shape_of
-from mis_mlx.models.model_size import ModelSize, model_of
+from mis_mlx.models.model_size import BY_FORMULA, ModelSize, model_of
 from mis_mlx.planner import distillation_spec, estimates, measured_block
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import packed_format, rounding_cost
@@ -57,6 +57,7 @@ def table(plan: strategies.MemoryPlan) -> str:
             "hours": hours,
             "duration": duration,
             "packed": packed,
+            "measured": job.student.block_factors != BY_FORMULA,
             "one": pass_cost.token_cost(job.teacher, job.max_seq_length, plan.budget_bytes),
             "remedy": strategies.remedy(plan),
             "disk": disk_bytes(plan),

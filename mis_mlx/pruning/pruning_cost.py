@@ -105,8 +105,12 @@ def copying_bytes(t: ModelSize, *, rotation: bool) -> int:
     rotation: the hidden size is cut along directions, so it is turned in float32 before that.
     """
     nbytes = tensor_bytes(t)
+    largest = max(t.shape.vocab, t.shape.ffn) * t.shape.hidden
+    dtype = t.config.get("torch_dtype") or t.config.get("dtype")
+    if dtype == "bfloat16" and not t.packed and not rotation:
+        nbytes -= 2 * largest  # it is written as it is stored, so there is no converted copy
     if rotation:
-        nbytes += 2 * 4 * max(t.shape.vocab, t.shape.ffn) * t.shape.hidden
+        nbytes += 2 * 4 * largest
     return nbytes
 
 
