@@ -43,10 +43,12 @@ class WritingPlan:
 def resident_bytes(m: ModelSize, at_once: int, tokens: int) -> int:
     """Memory of a model that writes, whole in memory.
 
-    Its weights as stored and as they compute, keys and values, logits. tokens: of a text, its
-    prompt included. mlx-lm holds keys and values up to three times."""
+    Its weights as they compute and one tensor as stored, keys and values, logits. tokens: of a
+    text, its prompt included. mlx-lm holds keys and values up to three times."""
     places = CACHE_STEP * -(-tokens // CACHE_STEP)
-    weights = m.nbytes + m.item * (m.blocks_params + m.side_params + m.head_params)
+    weights = m.nbytes
+    if not m.as_stored:
+        weights = m.item * m.params + pass_cost.largest_stored_bytes(m)
     logits = LOGIT_COPIES * 4 * m.shape.vocab
     return weights + at_once * (3 * pass_cost.keys_bytes(m, places) + logits)
 

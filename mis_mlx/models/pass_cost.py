@@ -35,6 +35,12 @@ def tensor_bytes(m: ModelSize) -> int:
     return item * largest + stacked_bytes(m)
 
 
+def largest_stored_bytes(m: ModelSize) -> int:
+    """The largest matrix as it lies on disk."""
+    numbers = max(m.shape.vocab, m.shape.ffn) * m.shape.hidden
+    return math.ceil(m.nbytes / m.params * numbers)
+
+
 def stacked_bytes(m: ModelSize) -> int:
     """A matrix of all experts, each packed, and those put together."""
     return 2 * 5 * m.shape.experts * m.shape.ffn * m.shape.hidden // 8
