@@ -3,6 +3,7 @@
 The model is whole in memory where it fits. Otherwise a token of every text is one streamed pass.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -48,7 +49,9 @@ def resident_bytes(m: ModelSize, at_once: int, tokens: int) -> int:
     places = CACHE_STEP * -(-tokens // CACHE_STEP)
     weights = m.nbytes
     if not m.as_stored:
-        weights = m.item * m.params + pass_cost.largest_stored_bytes(m)
+        stored_item = m.nbytes / m.params
+        weights = m.item * m.params
+        weights += math.ceil(stored_item * pass_cost.largest_matrix(m))
     logits = LOGIT_COPIES * 4 * m.shape.vocab
     return weights + at_once * (3 * pass_cost.keys_bytes(m, places) + logits)
 

@@ -31,14 +31,13 @@ def tensor_bytes(m: ModelSize) -> int:
     item = 12
     if not m.packed:
         item = 2 * math.ceil(m.nbytes / m.params) + 2
-    largest = max(m.shape.vocab, m.shape.ffn) * m.shape.hidden
-    return item * largest + stacked_bytes(m)
+    return item * largest_matrix(m) + stacked_bytes(m)
 
 
-def largest_stored_bytes(m: ModelSize) -> int:
-    """The largest matrix as it lies on disk."""
-    numbers = max(m.shape.vocab, m.shape.ffn) * m.shape.hidden
-    return math.ceil(m.nbytes / m.params * numbers)
+def largest_matrix(m: ModelSize) -> int:
+    """Numbers in the largest matrix, of a block or of the vocabulary."""
+    rows = max(m.shape.vocab, m.shape.ffn)
+    return rows * m.shape.hidden
 
 
 def stacked_bytes(m: ModelSize) -> int:
@@ -96,7 +95,8 @@ def workspace_bytes(m: ModelSize, tokens: int, length: int) -> int:
 
     Times the number of micro-batches that go side by side here.
     """
-    of_one = int(m.block_factors.forward * pass_bytes(m.config, tokens, length))
+    by_formula = pass_bytes(m.config, tokens, length)
+    of_one = int(m.block_factors.forward * by_formula)
     workspace = parallel_windows(m) * of_one
     if m.shape.experts:
         workspace += 2 * GROUP_BYTES
@@ -114,7 +114,9 @@ def pass_workspace(m: ModelSize, tokens: int, micro_tokens: int, length: int) ->
 
 def keys_bytes(m: ModelSize, tokens: int) -> int:
     """Keys and values of `tokens` tokens, in all blocks."""
-    return 2 * attending(m.config) * tokens * m.shape.kv_heads * m.shape.head_dim * m.item
+    numbers = 2 * m.shape.kv_heads * m.shape.head_dim  # of a token, in a block
+    blocks = attending(m.config)
+    return blocks * tokens * numbers * m.item
 
 
 def headroom_bytes(limit_bytes: int, taken_bytes: int, gpu: bool | None = None) -> int:
@@ -158,16 +160,15 @@ def streamed_pass(
     if head:
         head_work = m.head_work
         head_read = m.head_bytes
-        logits = Footprint(gpu=m.gpu).logit_bytes(s.vocab, micro_tokens) + m.widened_bytes
-        if m.packed and not m.as_stored:  # de-quantizing it, MLX runs ahead here too
-            logits = max(logits, head_work * 3 // 2)
+        logits = _logit_bytes(m, micro_tokens)
     fixed = beside_bytes + m.slots_bytes + SMALL_BYTES + side_bytes(m, tokens)
     peak = fixed + max(body, head_work + logits)
     hidden = tokens * m.hidden_bytes
     held = hidden
     if spool:
         batch_bytes = micro_tokens * m.hidden_bytes
-        held = min(hidden, headroom_bytes(limit_bytes, peak, m.gpu) // batch_bytes * batch_bytes)
+        batches = headroom_bytes(limit_bytes, peak, m.gpu) // batch_bytes
+        held = min(hidden, batches * batch_bytes)
     moved = (hidden - held) * (s.layers + 1)
     peak += held
     pinned = 0
@@ -190,6 +191,16 @@ def streamed_pass(
         held_tokens=held // m.hidden_bytes,
         waits=pass_waits(m, tokens, micro_tokens, length, head=head),
     )
+
+
+def _logit_bytes(m: ModelSize, tokens: int) -> int:
+    """What the head holds besides itself for the logits of so many tokens."""
+    logits = Footprint(gpu=m.gpu).logit_bytes(m.shape.vocab, tokens)
+    logits += m.widened_bytes
+    if m.packed and not m.as_stored:  # de-quantizing it, MLX runs ahead here too
+        opening = m.head_work * 3 // 2
+        return max(logits, opening)
+    return logits
 
 
 def pass_waits(

@@ -4,14 +4,17 @@ Formulas for every device, and for this one what planner/measured_block has foun
 """
 
 from mis_mlx.models import arch, families, mixer_sizes
-from mis_mlx.models.config import shape_of, versions
+from mis_mlx.models.config import versions
 from mis_mlx.models.families import Config
 from mis_mlx.models.model_size import ModelSize
+
+FLOAT32_BYTES = 4
 
 
 def activation_bytes(m: ModelSize, batch: int, length: int) -> int:
     """What one micro-batch (B, T) keeps for the backward pass: float32, all blocks."""
-    return int(m.block_factors.kept * _kept_bytes(m.config, batch, length))
+    by_formula = _kept_bytes(m.config, batch, length)
+    return int(m.block_factors.kept * by_formula)
 
 
 def backward_bytes(m: ModelSize, batch: int, length: int) -> int:
@@ -20,10 +23,13 @@ def backward_bytes(m: ModelSize, batch: int, length: int) -> int:
     Without the block's gradients. Measured; as much in a Gemma's block, though that keeps more.
     """
     kept = _kept_bytes(m.config, batch, length)
-    kept += 4 * batch * length * mixer_sizes.above_mean(m.config, length)
-    arrays = 8 if families.family(m.config).post_norms else 5
-    of_one = 11 * kept // (arrays * shape_of(m.config).layers)
-    return int(m.block_factors.backward * of_one)
+    tokens = batch * length
+    kept += FLOAT32_BYTES * tokens * mixer_sizes.above_mean(m.config, length)
+    arrays = 5
+    if families.family(m.config).post_norms:
+        arrays = 8
+    by_formula = 11 * kept // (arrays * m.shape.layers)
+    return int(m.block_factors.backward * by_formula)
 
 
 def _kept_bytes(config: Config, batch: int, length: int) -> int:
@@ -38,8 +44,11 @@ def _kept_bytes(config: Config, batch: int, length: int) -> int:
     if families.family(config).post_norms:
         hidden_arrays = 10
         ffn_arrays = 10
-    per_token = hidden_arrays * s.hidden * versions(config)
-    per_token += ffn_arrays * arch.active_ffn_size(config)
-    numbers = s.layers * per_token + mixer_sizes.of_all(config, length)
+    hidden = hidden_arrays * s.hidden * versions(config)
+    ffn = ffn_arrays * arch.active_ffn_size(config)
+    mixers = mixer_sizes.of_all(config, length)
     # of channels: rows, their projection, that behind its norm, and the sum
-    return 4 * batch * length * (numbers + 4 * arch.channels(config))
+    channels = 4 * arch.channels(config)
+    per_token = s.layers * (hidden + ffn) + mixers + channels
+    tokens = batch * length
+    return FLOAT32_BYTES * tokens * per_token

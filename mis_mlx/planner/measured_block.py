@@ -25,6 +25,7 @@ from mis_mlx.models import arch, block_inputs, families, mlx_modules, residency,
 from mis_mlx.models.block_inputs import BlockInputs
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.models.model_size import BlockFactors, ModelSize, model_of
+from mis_mlx.models.stream import evaluate_now
 from mis_mlx.planner import block_cost
 from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.storage import hub
@@ -177,7 +178,7 @@ def _measured(sample: _Sample) -> BlockFactors:
     mask = partial(mlx_modules.mask, args, block)
     size = sample.batch, sample.length, sample.config["hidden_size"]
     hidden = mx.random.normal(size, key=mx.random.key(0))
-    mx.eval(hidden, block.parameters())
+    evaluate_now(hidden, block.parameters())
     cache_limit = mx.set_cache_limit(0)
     try:
         kept, backward = _training_bytes(block, mask, hidden)
@@ -196,13 +197,13 @@ def _measured(sample: _Sample) -> BlockFactors:
 
 def _forward_bytes(block: nn.Module, mask: Any, hidden: mx.array) -> int:
     """The most that the block's forward pass holds besides its weights and its input (B, T, D)."""
-    mx.eval(hidden, block.parameters())
+    evaluate_now(hidden, block.parameters())
     peaks = []
     for _ in range(REPEATS):
         before = mx.get_active_memory()
         mx.reset_peak_memory()
         output = block_inputs.run(block, BlockInputs(hidden), mask(hidden))
-        mx.eval(output.hidden)
+        evaluate_now(output.hidden)
         peaks.append(mx.get_peak_memory() - before)
         del output
     return max(peaks)
@@ -221,19 +222,19 @@ def _training_bytes(block: nn.Module, mask: Any, hidden: mx.array) -> tuple[int,
 
     primals = [hidden, *weights.values()]
     cotangents = [mx.ones_like(hidden)]
-    mx.eval(primals, cotangents)
+    evaluate_now(primals, cotangents)
     gradients = sum(weight.nbytes for weight in weights.values())
     kept = 0
     peak = 0
     for _ in range(REPEATS):
         before = mx.get_active_memory()
         outputs, grads = mx.vjp(run, primals, cotangents)
-        mx.eval(outputs)
+        evaluate_now(outputs)
         kept = max(kept, mx.get_active_memory() - before)
         del outputs, grads
         mx.reset_peak_memory()
         _, grads = mx.vjp(run, primals, cotangents)
-        mx.eval(grads)
+        evaluate_now(grads)
         peak = max(peak, mx.get_peak_memory() - before)
         del grads
     block.update(tree_unflatten(list(weights.items())))  # `run` left tracers there

@@ -15,6 +15,7 @@ from mis_mlx.models.pass_cost import (
     SMALL_BYTES,
     forward_flops,
     headroom_bytes,
+    largest_matrix,
     parallel_windows,
     pass_workspace,
     streamed_pass,
@@ -90,7 +91,8 @@ def calibration_cost(
     )
     if not rotation:
         return one_pass
-    turning = 4.0 * square * (t.shape.layers + 1) * windows * length
+    tokens = windows * length
+    turning = 4.0 * square * (t.shape.layers + 1) * tokens
     return replace(
         one_pass,
         read_bytes=3 * one_pass.read_bytes,
@@ -105,7 +107,7 @@ def copying_bytes(t: ModelSize, *, rotation: bool) -> int:
     rotation: the hidden size is cut along directions, so it is turned in float32 before that.
     """
     nbytes = tensor_bytes(t)
-    largest = max(t.shape.vocab, t.shape.ffn) * t.shape.hidden
+    largest = largest_matrix(t)
     dtype = t.config.get("torch_dtype") or t.config.get("dtype")
     if dtype == "bfloat16" and not t.packed and not rotation:
         nbytes -= 2 * largest  # it is written as it is stored, so there is no converted copy

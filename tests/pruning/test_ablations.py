@@ -22,7 +22,7 @@ from mis_mlx.models.model_size import model_of
 from mis_mlx.settings.recipe import DistillationConfig
 from mis_mlx.types import Checkpoint, MisError, Step
 from tests import tiny
-from tests.planner.test_phases import JOB
+from tests.distillation.test_strategies import JOB
 
 RECIPE = DistillationConfig(
     iters=4,
