@@ -10,6 +10,7 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -18,6 +19,7 @@ import numpy as np
 from mis_mlx.compute import host_losses, precision, streams
 from mis_mlx.hardware.memory import COMMANDS_AHEAD
 from mis_mlx.maths import losses
+from mis_mlx.storage.files import as_mis_error
 
 FLOAT_BYTES = 4  # of a logit: both back ends compute in float32
 MLX_ARRAYS = 5  # (n, V) that MLX holds at a time of one chunk
@@ -166,17 +168,26 @@ def _vjp_around(
         hidden, _, *further = outputs
         return [hidden, *further]
 
-    with tempfile.NamedTemporaryFile(prefix="mis_mlx-", suffix=".npy") as file:
+    folder = Path(tempfile.gettempdir())
+    remedy = "set TMPDIR to a folder with more room, then go on with --resume"
+    with (
+        as_mis_error(folder, "a gradient", 4 * math.prod(shape), remedy),
+        # Without a buffer: one that does not fit would be written again when the file closes.
+        tempfile.NamedTemporaryFile(prefix="mis_mlx-", suffix=".npy", buffering=0) as file,
+    ):
         header = {"descr": "<f4", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
-        file.flush()
         hidden_grad: Any = mx.load(file.name)
         _, grads = mx.vjp(without_head, list(primals), [hidden_grad, *cotangents])
         hidden, head, *_ = outputs
         with streams.single_threaded_blas(windows):
             mx.eval(hidden)
         loss = numpy_loss(hidden, head)
-        np.asarray(loss.hidden.astype(mx.float32)).tofile(file)
+        # Not by tofile, whose error does not say that a disk is full.
+        left = memoryview(np.asarray(loss.hidden.astype(mx.float32))).cast("B")
+        while left:
+            written = file.write(left)
+            left = left[written:]
     # The file has no name now; it goes when MLX has read it.
     return loss, grads
 

@@ -13,6 +13,8 @@ import pytest
 from mis_mlx.compute import host_losses, precision, streams, token_losses
 from mis_mlx.compute.token_losses import Footprint, LossGradients, TokenLoss
 from mis_mlx.maths import losses
+from mis_mlx.types import MisError
+from tests.conftest import files_up_to
 
 Doubles = tuple[float, np.ndarray, np.ndarray]  # value, gradients in hidden states and head
 
@@ -257,12 +259,22 @@ def test_no_array_of_the_graph_is_written_to(monkeypatch: pytest.MonkeyPatch) ->
     assert set(Path(tempfile.gettempdir()).glob("mis_mlx-*.npy")) <= before
 
 
-def test_a_full_disk_is_an_error_and_not_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gradient's file cannot be written: the step fails."""
+def test_a_full_disk_is_an_error_and_not_a_wrong_gradient(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The gradient's file cannot be made, or grows no further: the step fails, with the folder and
+    what to do.
+    """
     monkeypatch.setenv(precision.POLICY, "cpu")
+    loss = token_losses.teacher_kl(lambda head: lambda states: states * 1.0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with files_up_to(200), pytest.raises(MisError, match="set TMPDIR") as refused:
+        through(loss, 1, None)
+    assert str(tmp_path) in str(refused.value)
+    assert not list(tmp_path.iterdir())
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere/at/all")
-    with pytest.raises(OSError, match="nowhere"):
-        through(token_losses.teacher_kl(lambda head: lambda states: states * 1.0), 1, None)
+    with pytest.raises(MisError, match="/nowhere/at/all"):
+        through(loss, 1, None)
 
 
 def test_gradients_of_drawn_tokens(back_end: str) -> None:
