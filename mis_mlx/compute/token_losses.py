@@ -184,7 +184,7 @@ def _vjp_around(
             mx.eval(hidden)
         loss = numpy_loss(hidden, head)
         # Not by tofile, whose error does not say that a disk is full.
-        left = memoryview(np.asarray(loss.hidden.astype(mx.float32))).cast("B")
+        left = np.asarray(loss.hidden.astype(mx.float32)).data.cast("B")
         while left:
             written = file.write(left)
             left = left[written:]
