@@ -27,6 +27,7 @@ from mis_mlx.types import MisError, Row, duration, gib
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
+    "docs/bigger-than-memory.md",
     "README.md",
     "docs/results.md",
     "docs/models.md",
@@ -366,6 +367,27 @@ def models_measured(*files: Found) -> str:
     return words.markdown_table(head, lines, words=2)
 
 
+PHASES = "prune", "repair", "distil", "quantize", "tune", "measure"
+
+
+def planned_phases(found: Found) -> str:
+    """A line a run: what was planned and what was taken in every phase, in MiB."""
+    lines = list[list[str]]()
+    for title, case in found["cases"].items():
+        untouched = case["mode"] == "none" and "repair" not in case["phases"]
+        training = "no training needed" if untouched else TRAINED[case["mode"]]
+        cells = [f"{title}: {training}"]
+        for phase in PHASES:
+            if phase not in case["phases"]:
+                cells.append("–")
+                continue
+            plan, took = case["phases"][phase]
+            more = f"{plan / took - 1:+.0%}"
+            cells.append(f"{plan / 2**20:,.0f} / {took / 2**20:,.0f} ({more})")
+        lines.append(cells)
+    return words.markdown_table(["planned / took, MiB", *PHASES], lines)
+
+
 def few_bits(found: Found) -> str:
     """A line a row, by size: what it loses on answers and on each text, and its GGUF."""
     rows = sorted(found["rows"].items(), key=lambda item: float(item[1]["nbytes"]))
@@ -491,6 +513,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "distill-default": (default_run, ("distill-default.md",)),
     "lose": (lose, ("lose.json",)),
     "lose-briefly": (lose_briefly, ("lose.json",)),
+    "planned": (planned_phases, ("planned.json",)),
     "few-bits": (few_bits, ("bits-SmolLM2-135M-Instruct.json",)),
     "known-numbers": (known_numbers, ("known_numbers.json",)),
     "models-half": (models_half, ("models.json",)),

@@ -9,6 +9,7 @@ activations shrink alike. What was measured is kept, for this device and version
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -29,7 +30,8 @@ from mis_mlx.models.stream import evaluate_now
 from mis_mlx.planner import block_cost
 from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.storage import hub
-from mis_mlx.storage.files import DISK, as_mis_error
+from mis_mlx.storage.files import DISK
+from mis_mlx.types import MisError
 
 MOST_PARAMS = 2**23  # of the block that is measured
 MOST_TOKENS = 2**10
@@ -80,11 +82,12 @@ def with_factors(m: ModelSize, batch: int, length: int, limit_bytes: int) -> Mod
     path = kept_file()
     kept = _kept(path)
     if sample.key not in kept:
-        factors = _measured(sample)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with hub.locked(path.parent), as_mis_error(path.parent, "what a block holds"):
-            kept = {**_kept(path), sample.key: asdict(factors)}
-            DISK.replace_text(path, json.dumps(kept, indent=1) + "\n")
+        kept[sample.key] = asdict(_measured(sample))
+        # Without a lock: what two processes lose to each other is measured again. Nor is a cache
+        # that cannot be written a reason to stop.
+        with suppress(OSError, MisError):
+            DISK.make_folder(path.parent)
+            DISK.replace_text(path, json.dumps(_kept(path) | kept, indent=1) + "\n")
     return replace(m, block_factors=BlockFactors(**kept[sample.key]))
 
 

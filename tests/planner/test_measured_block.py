@@ -94,6 +94,13 @@ def test_a_measurement_is_made_once_and_kept(kept: Path) -> None:
     assert again.block_factors.kept == pytest.approx(first.block_factors.kept, rel=0.05)
 
 
+def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(kept: Path) -> None:
+    """A file stands where the folder would be: the block is measured each time."""
+    kept.parent.write_text("")
+    m = measured_block.with_factors(model_of(WIDE), BATCH, LENGTH, GIB)
+    assert m.block_factors != BY_FORMULA
+
+
 def test_another_shape_and_another_step_are_measured_anew(kept: Path) -> None:
     """Windows, widths: each is a measurement of its own."""
     m = model_of(WIDE)
