@@ -153,7 +153,7 @@ class Stream:
         Then its slot is free, where the weights have left it.
         """
         if name in self._checked:
-            mx.eval(module.parameters())
+            mx.eval(module.parameters(), mx.random.state)
         else:
             load_checked(module, f"{self.checkpoint.path}: {name}")
             self._checked.add(name)
@@ -487,6 +487,9 @@ def load_checked(module: nn.Module, where: str = "") -> nn.Module:
 
     NotNumbers names, behind `where`, a tensor with NaN or infinity.
     """
+    # A new module draws weights that nobody evaluates, so the generator's state would be a chain
+    # of all draws so far: 16 KB a block, and a streamed model makes its blocks anew in every pass.
+    mx.eval(mx.random.state)
     parameters = Arrays(tree_flatten(module.parameters()))
     for name, array in parameters.items():
         # One after the other: a CPU opens several packed ones at a time, and held all twice.
