@@ -487,13 +487,11 @@ def load_checked(module: nn.Module, where: str = "") -> nn.Module:
 
     NotNumbers names, behind `where`, a tensor with NaN or infinity.
     """
-    # A new module draws weights that nobody evaluates, so the generator's state would be a chain
-    # of all draws so far: 16 KB a block, and a streamed model makes its blocks anew in every pass.
+    # Draws of the module's first weights would stay in the generator: 16 KB a block and pass.
     mx.eval(mx.random.state)
     parameters = Arrays(tree_flatten(module.parameters()))
     for name, array in parameters.items():
-        # One after the other: a CPU opens several packed ones at a time, and held all twice.
-        mx.eval(array)
+        mx.eval(array)  # one by one: a CPU opens several packed ones together, and held all twice
         if not mx.issubdtype(array.dtype, mx.floating):
             continue
         bad = not_numbers(array)

@@ -109,9 +109,8 @@ def copying_bytes(t: ModelSize, *, rotation: bool) -> int:
     """
     nbytes = tensor_bytes(t)
     largest = largest_matrix(t)
-    dtype = t.config.get("torch_dtype") or t.config.get("dtype")
-    if dtype == "bfloat16" and not t.packed and not rotation:
-        nbytes -= 2 * largest  # it is written as it is stored, so there is no converted copy
+    if not t.packed:
+        nbytes -= 2 * largest  # what was read is gone before the cut part is converted (measured)
     if rotation:
         nbytes += 2 * 4 * largest
     return nbytes
@@ -140,8 +139,8 @@ def fit_cost(m: ModelSize, tokens: int, workspace: int = 0) -> tuple[int, float,
     solved = (len(RIDGES) + 1) * f * f * (2 / 3 * f + 4 * d)
     host = (len(RIDGES) + 1) * solver_flops(f, 2 / 3 * f, 2 * d)
     total = 2.0 * tokens * f * (f + d) + solved + judged
-    # BLAS packs parts of what it solves; as much was measured on F = 3,242, less on 1,024.
-    packed = min(TRAINED_BYTES, sums_bytes // 8)
+    # BLAS packs parts of what it solves: as much was measured on F = 3,242, less on 1,024.
+    packed = min(TRAINED_BYTES, sums_bytes // 4)
     nbytes = sums_bytes + held_out_bytes + max(products + workspace, solving + packed)
     return nbytes, total - host, host
 
