@@ -473,12 +473,13 @@ def lose(found: Found) -> str:
     head = ["run", "MB", "expected", "reached", "loops, %", "teacher's, %"]
     lines = []
     for name, row in largest_first(found):
-        expected = "–"  # of a teacher that is only packed
-        if "expected_loss" in row:
-            expected = f"{row['expected_loss']:.3f}"
-        numbers = [expected, f"{row['reached_loss']:.3f}"]
-        loops = [f"{row[key]:.0f}" for key in ("loops_4-bit", "loops_teacher")]
-        lines.append([name, f"{row['bytes_4-bit']:.1f}", *numbers, *loops])
+        # A teacher that is only packed expects nothing; one without a chat template has no answers.
+        cells = [name, f"{row['bytes_4-bit']:.1f}"]
+        for key in ("expected_loss", "reached_loss"):
+            cells.append(f"{row[key]:.3f}" if key in row else "–")
+        for key in ("loops_4-bit", "loops_teacher"):
+            cells.append(f"{row[key]:.0f}" if key in row else "–")
+        lines.append(cells)
     source = (
         f"`{found['command']}`, on {found['chip']} next to other jobs, with one thread of BLAS."
     )
@@ -512,6 +513,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "speed": (speed, ("throughput.json", "ttft.json")),
     "distill-default": (default_run, ("distill-default.md",)),
     "lose": (lose, ("lose.json",)),
+    "lose-gemma-3-270m": (lose, ("lose-gemma-3-270m.json",)),
     "lose-briefly": (lose_briefly, ("lose.json",)),
     "planned": (planned_phases, ("planned.json",)),
     "few-bits": (few_bits, ("bits-SmolLM2-135M-Instruct.json",)),
