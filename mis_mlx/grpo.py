@@ -106,7 +106,7 @@ def _sampling(s: Settings, m: ModelSize, longest: int, state: int) -> StageCost:
         micro_tokens=size,
         length=length,
         spool=False,
-        beside_bytes=3 * alignment_run.weight_bytes(m),  # moments too
+        beside_bytes=3 * m.whole_work,  # moments too
     )
     return replace(
         play,

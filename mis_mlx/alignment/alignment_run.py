@@ -127,13 +127,6 @@ def model_size(s: Alignment, checkpoint: Checkpoint) -> ModelSize:
     return model_of(checkpoint, dtype=dtype_of(s, checkpoint))
 
 
-def weight_bytes(m: ModelSize) -> int:
-    """The model in memory, before anything is done with it."""
-    if m.packed and m.as_stored:
-        return m.nbytes
-    return m.params * m.item
-
-
 def training_cost(
     s: Alignment,
     checkpoint: Checkpoint,
@@ -148,7 +141,7 @@ def training_cost(
     if s.lora:
         trained = s.lora.params(m.config)
         activations = block_cost.activation_bytes(m, rows, length)
-        peak = weight_bytes(m) + state_cost.STATE_BYTES * trained
+        peak = m.whole_work + state_cost.STATE_BYTES * trained
         peak += activations + m.in_flight(activations)
         peak += loss.logit_bytes(m.shape.vocab, rows * length) + m.widened_bytes
     else:

@@ -103,6 +103,13 @@ class ModelSize:
         return self.head_params * self.item
 
     @property
+    def whole_work(self) -> int:
+        """Bytes of the whole model in memory, as it computes."""
+        if self.packed and self.as_stored:
+            return self.nbytes
+        return self.params * self.item
+
+    @property
     def slots_bytes(self) -> int:
         """The two buffers that blocks are read into in turn; a mixture has two more for experts."""
         buffers = 2 if self.shape.experts else 1

@@ -80,15 +80,17 @@ def with_factors(m: ModelSize, batch: int, length: int, limit_bytes: int) -> Mod
     if sample is None:
         return m
     path = kept_file()
-    kept = _kept(path)
-    if sample.key not in kept:
-        kept[sample.key] = asdict(_measured(sample))
+    key = sample.key
+    factors = _kept(path).get(key)
+    if factors is None:
+        factors = asdict(_measured(sample))
         # Without a lock: what two processes lose to each other is measured again. Nor is a cache
         # that cannot be written a reason to stop.
         with suppress(OSError, MisError):
             DISK.make_folder(path.parent)
-            DISK.replace_text(path, json.dumps(_kept(path) | kept, indent=1) + "\n")
-    return replace(m, block_factors=BlockFactors(**kept[sample.key]))
+            kept = _kept(path) | {key: factors}
+            DISK.replace_text(path, json.dumps(kept, indent=1) + "\n")
+    return replace(m, block_factors=BlockFactors(**factors))
 
 
 def kept_file() -> Path:
