@@ -36,7 +36,7 @@ from mis_mlx.evaluation import comparison
 from mis_mlx.models import arch, load, model_writer, opening, resolve
 from mis_mlx.models.wheel_model import gguf_names, row_order
 from mis_mlx.pruning import vocabulary
-from mis_mlx.quantization import packed_format, stage
+from mis_mlx.quantization import learned_scales, stage
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.settings.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.storage.files import DISK
@@ -125,7 +125,7 @@ class Bench:
                 opening.open_to_compute(taught) if taught else self.dense, [self.dense]
             ) as teacher:
                 source = live_teacher.StreamedTeacher(teacher, None)
-                packed_format.write_learned(
+                learned_scales.write_learned(
                     checkpoint,
                     pipeline.tuned_in_memory(checkpoint, source, self.train, r),
                     out,

@@ -36,7 +36,7 @@ from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher
 from mis_mlx.evaluation import comparison
 from mis_mlx.maths.losses import Logits
-from mis_mlx.models import load, opening, resolve, stream
+from mis_mlx.models import load, modules, opening, resolve, stream
 from mis_mlx.models.trimmed_tokenizer import Vocabulary
 from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting.text import markdown_table
@@ -77,7 +77,7 @@ class Folded:
         order = np.argsort(first, kind="stable")
         self._starts = np.append(np.searchsorted(first[order], np.arange(len(rows))), count)
         self._second = second[order]
-        self._head = load.dense_weight(stream.Stream(teacher).head())[mx.array(order)]
+        self._head = modules.dense_weight(stream.Stream(teacher).head())[mx.array(order)]
         mx.eval(self._head)
 
     def __call__(self, hidden: mx.array, tokens: np.ndarray | None = None) -> mx.array:

@@ -19,7 +19,7 @@ from mis_mlx.models.model_size import model_of
 from mis_mlx.planner import estimates
 from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.pruning import vocabulary
-from mis_mlx.quantization import packed_format, rounding_cost, stage
+from mis_mlx.quantization import learned_scales, packed_format, rounding_cost, stage
 from mis_mlx.reporting import progress
 from mis_mlx.runs import run_loop
 from mis_mlx.settings.recipe import DistillationConfig, QuantizationConfig
@@ -114,7 +114,7 @@ def _tuned(
     asked = DistillationConfig(batch_size=s.batch_size, seed=s.seed)
     recipe = pipeline.tuning_recipe(asked, checkpoint, s.steps(False), s.q_learning_rate)
     model = pipeline.tuned_in_memory(checkpoint, source, data, recipe)
-    packed_format.write_learned(checkpoint, model, out, files)
+    learned_scales.write_learned(checkpoint, model, out, files)
 
 
 def run(settings: Settings) -> dict[str, Any]:

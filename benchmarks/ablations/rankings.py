@@ -69,7 +69,7 @@ def _squares(block: nn.Module) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     found = {}
     for part, names in arch.readers(block).values():
         for name in names:
-            square = mx.square(load.dense_weight(block[part][name]))
+            square = mx.square(modules.dense_weight(block[part][name]))
             rows = np.array(square.sum(axis=1), np.float64)
             columns = np.array(square.sum(axis=0), np.float64)
             found[name] = (rows, columns)

@@ -24,7 +24,7 @@ from mis_mlx.evaluation import rewards
 from mis_mlx.maths import rl_losses
 from mis_mlx.maths.losses import token_logps
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import attention_masks, distributed, load, mlx_generate, stream
+from mis_mlx.models import attention_masks, distributed, load, mlx_generate, modules, stream
 from mis_mlx.models.config import softcap
 from mis_mlx.types import MOST, Count, MisError, Positive, Rate, Step, Within
 
@@ -294,7 +294,7 @@ class Sampler:
             for answer in group:
                 rows.append([*self.prompts[i], *answer, *[0] * (length - len(answer))])
             batches.append(mx.array(rows))
-        head = load.dense_weight(reference.head())
+        head = modules.dense_weight(reference.head())
         cap = softcap(reference.checkpoint.config)
         logps: list[mx.array | None] = []
         states = reference.forward(batches)

@@ -30,7 +30,7 @@ from mis_mlx.checks.kernels import (
     to_float64,
 )
 from mis_mlx.maths import losses
-from mis_mlx.models import load
+from mis_mlx.models import modules
 
 VOCAB = 24_576  # half of the default teacher's tokens
 ALL_TOKENS = 49_152
@@ -143,7 +143,7 @@ def packed_matrix(dtype: mx.Dtype) -> Compared:
     layer.weight = random_normal(1, 8 * HIDDEN, HIDDEN, dtype=dtype)
     layer = layer.to_quantized(64, 4)
     outputs = [layer(x)[:SEEN], layer(x[:1])]
-    expected = to_float64(x[:SEEN]) @ to_float64(load.dense_weight(layer)).T
+    expected = to_float64(x[:SEEN]) @ to_float64(modules.dense_weight(layer)).T
     return outputs, [expected, expected[:1]]
 
 

@@ -13,8 +13,9 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.hardware import macos
+from mis_mlx.maths import gptq as compensation
 from mis_mlx.maths import losses, reconstruction, rounding
-from mis_mlx.models import load
+from mis_mlx.models import modules
 from mis_mlx.quantization.packed_format import Format
 
 Found = tuple[float, float]
@@ -270,7 +271,7 @@ def packed_products(dtype: mx.Dtype) -> Compared:
         layer = layer.to_quantized(kind.group, kind.bits, kind.mode)
         outputs.append(layer(x))
         outputs.append(layer(row))
-        dense = to_float64(load.dense_weight(layer))
+        dense = to_float64(modules.dense_weight(layer))
         expected.append(to_float64(x) @ dense.T)
         expected.append(to_float64(row) @ dense.T)
     return outputs, expected
@@ -318,12 +319,13 @@ def gptq() -> Found:
     """Check the share of GPTQ's integers that the CPU computes differently.
 
     A scale's last bit may change one integer, and through it its neighbours."""
-    weight = np.array(random_normal(0, 64, 256))
+    weight = random_normal(0, 64, 256)
     inputs = to_float64(random_normal(1, 512, 256) @ random_normal(2, 256, 256))
     gram = inputs.T @ inputs
 
     def codes() -> np.ndarray:
-        packed = rounding.gptq(weight, gram, 64, 4)
+        factor = compensation.factorize(gram.copy())
+        packed = compensation.rounded([weight], factor, 64, 4)[0]
         return to_float64(rounding.integers(packed[0], 64, 4))
 
     here = codes()

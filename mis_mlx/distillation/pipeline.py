@@ -27,7 +27,7 @@ from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import distributed, load, lora, model_writer, stream
 from mis_mlx.models.config import softcap
 from mis_mlx.pruning import reconstruct, vocabulary
-from mis_mlx.quantization import packed_format
+from mis_mlx.quantization import learned_scales, packed_format
 from mis_mlx.reporting import progress, text
 from mis_mlx.runs import pace, run_loop
 from mis_mlx.settings.recipe import ADAPTERS, DistillationConfig, TrainingConfig
@@ -369,7 +369,7 @@ def tuned_in_memory(
 
     Scales, biases and norms learn, integers stay.
     """
-    model = packed_format.load_trainable(rounded).train()
+    model = learned_scales.load_trainable(rounded).train()
     optimizer = GuardedAdamW(weight_decay=recipe.weight_decay, relative=True)
     with progress.bar("tune", recipe.iters) as show:
         for step in live_teacher.steps(model, source, data, recipe, optimizer):
@@ -384,9 +384,9 @@ def tune(c: Run, rounded: Path, out: Path, rate: float) -> None:
     A run that was killed goes on from its checkpoints. rate: as of `tuning_recipe`.
     """
     checkpoint = load.open_checkpoint(rounded)
-    model = packed_format.load_trainable(checkpoint)
+    model = learned_scales.load_trainable(checkpoint)
     recipe = tuning_recipe(c.recipe, checkpoint, c.plan.tuned, rate)
     tuning = replace(c, recipe=recipe)
     train_whole(tuning, model, target_source(c), lambda: None, tuned=True)
     if distributed.is_main():
-        packed_format.write_learned(checkpoint, model, out, c.files)
+        learned_scales.write_learned(checkpoint, model, out, c.files)

@@ -1,7 +1,7 @@
-"""Round a matrix to one of MLX's formats.
+"""Round a matrix to one of MLX's formats, each weight to a value near it.
 
-`nearest` gives each weight its nearest value. `gptq` (GPTQ) chooses the values so that the
-matrix's output changes least.
+`nearest` takes MLX's own scales, `fitted` better ones. GPTQ, which chooses the values so that the
+matrix's output changes least, is maths/gptq.
 """
 
 import math
@@ -12,7 +12,6 @@ from typing import Literal
 import mlx.core as mx
 import numpy as np
 
-from mis_mlx.maths.reconstruction import inverse_root
 from mis_mlx.types import MisError
 
 Mode = Literal["affine", "mxfp4", "nvfp4"]
@@ -23,6 +22,7 @@ FLOAT16_MOST = 65504
 BEYOND = "a matrix has weights beyond 65,504, where float16 scales end: leave the model unquantized"
 # Numbers of bits whose cost is measured; MLX has no 7-bit format.
 CANDIDATE_BITS = (3, 4, 5, 6, 8)
+ENOUGH_BITS = 8  # rounding costs nothing there: such matrices get their nearest values
 GROUPS = (32, 64, 128)  # weights that may share a scale
 # The next two belong to quantization/bit_allocation; the planner reads them from here.
 # Bytes of the windows' inputs and cotangents that a block holds. It holds at least one window, and
@@ -39,7 +39,6 @@ RANGE_STEPS = {2: 0.16, 3: 0.1, 4: 0.1, 5: 0.04, 6: 0.02}
 REFINED = 2  # least-squares fits after the best range is found
 LEAST_SCALE = 1e-12
 LEAST_VARIANCE = 1e-9
-DAMPING = 0.01  # share of the gram matrix's mean diagonal that is added to it, as in the paper
 
 
 def nearest(
@@ -81,7 +80,7 @@ def fitted(weight: mx.array, group: int, bits: int) -> Packed:
         groups = some.reshape(len(some), -1, group)
         scales, biases = fit_grids(groups, bits)
         levels = _levels(groups, scales, biases, bits).reshape(some.shape)
-        words = _packed_words(np.array(levels).T, bits)
+        words = packed_words(np.array(levels).T, bits)
         # By numpy, so that both are evaluated: a lazy one would keep all candidates' arrays.
         stored = [mx.array(np.array(part.astype(mx.float16))) for part in (scales, biases)]
         parts.append((mx.array(words), *stored))
@@ -274,112 +273,13 @@ def concatenated(parts: Sequence[Packed]) -> Packed:
     return tuple(mx.concatenate(list(arrays)) for arrays in zip(*parts, strict=True))
 
 
-def gptq(
-    weight: np.ndarray,
-    gram: np.ndarray,
-    group: int,
-    bits: int,
-    *,
-    fit: bool = True,
-) -> Packed:
-    """A matrix W (out, in) rounded column by column by GPTQ (arXiv 2210.17323, algorithm 1).
-
-    The columns still to come make up for each column's error. gram: G (in, in), the sum of a a^T
-    over inputs a. Minimized is the output's squared error, trace((W - Q) G (W - Q)^T).
-
-    Columns keep their own order, so that the groups are MLX's. `fit_grids` fits a group's scale and
-    bias to its weights as compensated until then. Without `fit` it is MLX's rule; where inputs do
-    not correlate, the result is then `nearest`'s, bit for bit. Affine formats only. MisError when a
-    weight exceeds float16's range.
-    """
-    factor = inverse_factor(gram)
-    # Rows do not depend on each other. `_by_columns` makes a float64 copy of its rows, so it gets
-    # only some rows of a large matrix at a time.
-    rows = max(1, PART // weight.shape[1])
-    parts = []
-    for start in range(0, len(weight), rows):
-        some = weight[start : start + rows]
-        parts.append(_by_columns(some, factor, group, bits, fit=fit))
-    return concatenated(parts)
-
-
-def _by_columns(
-    weight: np.ndarray,
-    factor: np.ndarray,
-    group: int,
-    bits: int,
-    *,
-    fit: bool,
-) -> Packed:
-    """GPTQ of some rows W (out, in), with the factor U (in, in) of `inverse_factor`."""
-    if np.abs(weight).max() > FLOAT16_MOST:
-        raise MisError(BEYOND)
-    # (in, out), so that a column of the matrix lies in one piece.
-    w = np.array(weight.T, np.float64, order="C")
-    largest = 2**bits - 1
-    chosen = np.empty(w.shape, np.uint32)
-    scales = []
-    biases = []
-    for start in range(0, len(w), group):
-        end = start + group
-        # The grid of this group is fitted to its weights as earlier columns have corrected them.
-        columns = mx.array(w[start:end].T.astype(np.float32))
-        if fit:
-            # What an error of column j costs in the end, once later columns have made up for it.
-            cost = mx.array(np.diag(factor)[start:end] ** -2.0).astype(mx.float32)
-            grid = [part[:, None] for part in fit_grids(columns, bits, cost)]
-        else:
-            grid = list(mx.quantize(columns, group_size=group, bits=bits)[1:])
-        scales.append(grid[0])
-        biases.append(grid[1])
-        # The float32 scale and bias find an integer. Its value is what the stored float16 ones make
-        # of it, so the error that later columns make up for includes the rounding of the scale.
-        scale, bias = (np.array(part)[:, 0] for part in grid)
-        stored_scale = scale.astype(np.float16).astype(np.float64)
-        stored_bias = bias.astype(np.float16).astype(np.float64)
-        errors = np.empty((group, w.shape[1]))
-        for j in range(start, end):
-            levels = np.rint((w[j].astype(np.float32) - bias) / scale)
-            q = np.clip(levels, 0, largest)
-            chosen[j] = q
-            error = (w[j] - (stored_scale * q + stored_bias)) / factor[j, j]
-            errors[j - start] = error
-            # Inside the group each column is corrected at once: the next one is rounded next.
-            w[j + 1 : end] -= factor[j, j + 1 : end, None] * error
-        # Columns behind the group get all of its corrections in one matrix product.
-        w[end:] -= factor[start:end, end:].T @ errors
-    return (
-        mx.array(_packed_words(chosen, bits)),
-        mx.concatenate(scales, axis=1).astype(mx.float16),
-        mx.concatenate(biases, axis=1).astype(mx.float16),
-    )
-
-
-def _packed_words(chosen: np.ndarray, bits: int) -> np.ndarray:
+def packed_words(chosen: np.ndarray, bits: int) -> np.ndarray:
     """Integers (in, out) as MLX packs them, (out, in * bits / 32) uint32.
 
     A row is one stream of bits, the lowest bit of an integer first.
     """
     positions = np.arange(bits, dtype=np.uint8)
-    stream = chosen.T.astype(np.uint8)[..., None] >> positions & 1
+    stream = chosen.T.astype(np.uint8)[..., None] >> positions
+    stream &= 1
     packed = np.packbits(stream.reshape(len(stream), -1), axis=1, bitorder="little")
     return packed.view(np.uint32)
-
-
-def inverse_factor(gram: np.ndarray) -> np.ndarray:
-    """The upper triangular U (in, in) of U^T U = (G + damping)^-1, in the gram's precision.
-
-    Row j of U holds what column j's error, divided by U_jj, changes in the columns behind it.
-    """
-    # Flipped in both axes, the lower triangular factor of the flipped G is the upper one of G.
-    flipped = gram[::-1, ::-1].copy()
-    # Without damping an input that calibration never saw would make G singular; where it saw none
-    # at all, G becomes the identity.
-    damping = DAMPING * np.trace(gram) / len(gram)
-    if damping == 0:
-        damping = 1.0
-    flipped.flat[:: len(gram) + 1] += damping
-    if flipped.dtype == np.float32:
-        return np.array(inverse_root(flipped))[::-1, ::-1]
-    flipped = np.linalg.cholesky(flipped)
-    return np.linalg.inv(flipped[::-1, ::-1])

@@ -457,27 +457,14 @@ def activation_dtype(model: nn.Module) -> mx.Dtype:
 def head_weight(model: nn.Module) -> mx.array:
     """The (V, D) matrix that makes logits in a resident model; float32 where it is packed."""
     layer = model.lm_head if hasattr(model, "lm_head") else model.model.embed_tokens
-    return dense_weight(layer) if "scales" in layer else layer.weight
+    if "scales" in layer:
+        return modules.dense_weight(layer)
+    return layer.weight  # type: ignore[no-any-return]
 
 
 def logit_softcap(model: nn.Module) -> float:
     """`config.softcap` of a resident model."""
     return softcap(model._config)
-
-
-def dense_weight(linear: nn.Module) -> mx.array:
-    """The (out, in) float32 matrix of a linear layer or embedding, quantized or not. Lazy."""
-    if not isinstance(linear, nn.QuantizedLinear | nn.QuantizedEmbedding):
-        return linear.weight.astype(mx.float32)
-    matrix = mx.dequantize(
-        linear.weight,
-        linear.scales,
-        linear.get("biases"),
-        group_size=linear.group_size,
-        bits=linear.bits,
-        mode=linear.mode,
-    )
-    return matrix.astype(mx.float32)
 
 
 def tokenizer(path: Path) -> Any:

@@ -1,4 +1,6 @@
-"""Modules that mlx-lm lacks, or that must be called in another way than mlx-lm calls them."""
+"""Modules that mlx-lm lacks, or that must be called in another way than mlx-lm calls them; and the
+weight of one, packed or not.
+"""
 
 from typing import Any
 
@@ -109,3 +111,26 @@ def divided(norm: nn.Module, config: Config) -> nn.Module:
 
     norm.__class__ = Norm
     return norm
+
+
+def dense_weight(linear: nn.Module, rows: slice = slice(None)) -> mx.array:
+    """The (out, in) float32 matrix of a linear layer or embedding, quantized or not. Lazy.
+
+    rows: those of its rows that are wanted.
+    """
+    if not isinstance(linear, nn.QuantizedLinear | nn.QuantizedEmbedding):
+        return linear.weight[rows].astype(mx.float32)
+    packed = linear.weight[rows]
+    scales = linear.scales[rows]
+    biases = linear.get("biases")
+    if biases is not None:
+        biases = biases[rows]
+    matrix = mx.dequantize(
+        packed,
+        scales,
+        biases,
+        group_size=linear.group_size,
+        bits=linear.bits,
+        mode=linear.mode,
+    )
+    return matrix.astype(mx.float32)

@@ -15,7 +15,6 @@ tokens, 7B, 5 formats: 9 TB, and a wait for each matrix and batch.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice, product
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -302,17 +301,14 @@ class _BlockErrors:
         for axis, (part, names) in arch.readers(block).items():
             self._matrices += [(part, name, axis) for name in names]
         self._passes = partial(_backs, args, block, self._matrices)
-        self._dense = [load.dense_weight(block[part][name]) for part, name, _ in self._matrices]
-        # Every matrix in every format, packed: the values are made a slab at a time.
-        pairs = product(self._dense, bits)
-        rounded = streams.parallel_map(
-            lambda pair: rounding.nearest(pair[0], group, pair[1]), pairs
-        )
-        self._packed = [list(islice(rounded, len(bits))) for _ in self._dense]
+        self._linears = [block[part][name] for part, name, _ in self._matrices]
         self._seen: list[Seen] = []
         # of squares over windows, (formats,) for each matrix
         self._sums = [mx.zeros((len(bits),)) for _ in self._matrices]
-        self._held_bytes = max(rounding.HELD_BYTES, sum(w.nbytes for w in self._dense))
+        weights = sum(
+            modules.dense_weight(linear).size for linear in self._linears
+        )  # lazy: not made
+        self._held_bytes = max(rounding.HELD_BYTES, 4 * weights)
 
     def backward(
         self,
@@ -341,8 +337,7 @@ class _BlockErrors:
         for k, (_, _, axis) in enumerate(self._matrices):
             pairs = [(inputs[axis], above[k]) for inputs, above in self._seen]
             products = _along(
-                self._dense[k],
-                self._packed[k],
+                self._linears[k],
                 pairs,
                 group=self._group,
                 bits=self._bits,
@@ -430,29 +425,31 @@ def _flat(x: mx.array) -> mx.array:
 
 
 def _along(
-    dense: mx.array,
-    packed: Sequence[rounding.Packed],
+    linear: nn.Module,
     pairs: Sequence[tuple[mx.array, mx.array]],
     group: int,
     bits: Sequence[int],
 ) -> mx.array:
-    """(windows, formats): <d log p / dW, error> of a matrix (out, in) in each format.
+    """(windows, formats): <d log p / dW, error> of a layer's matrix in each format.
 
     pairs: (input (T, in), cotangent (T, out)) of each window. The gradient is made before the
     product with the errors: <above, error a> token by token is F products as large as the one that
-    makes it, and as a difference, Q a - W a, loses the digits that Q and W share.
+    makes it, and as a difference, Q a - W a, loses the digits that Q and W share. Rounding a slab
+    anew is quicker than unpacking it, so no rounded matrix is kept.
     """
 
     def of_slab(rows: slice) -> mx.array:
         # Gradients of all windows (windows, slab), then an error (slab,) in one format at a time.
         grads = mx.stack([(above[:, rows].T @ inputs).reshape(-1) for inputs, above in pairs])
+        weight = modules.dense_weight(linear, rows)
         products = []
-        for b, parts in zip(bits, packed, strict=True):
-            slab = tuple(part[rows] for part in parts)
-            error = rounding.values(slab, group, b) - dense[rows]
+        for b in bits:
+            packed = rounding.nearest(weight, group, b)
+            error = rounding.values(packed, group, b) - weight
             products.append(grads @ error.reshape(-1))
         return mx.stack(products, axis=1)
 
-    step = max(1, rounding.SLAB // streams.count() // dense.shape[1])
-    slabs = [slice(start, start + step) for start in range(0, len(dense), step)]
+    first_input, first_above = pairs[0]
+    step = max(1, rounding.SLAB // streams.count() // first_input.shape[1])
+    slabs = [slice(start, start + step) for start in range(0, first_above.shape[1], step)]
     return sum(streams.parallel_map(of_slab, slabs), mx.zeros((len(pairs), len(bits))))

@@ -20,11 +20,8 @@ from mis_mlx.maths import rounding
 from mis_mlx.models import arch, block_inputs, stream
 from mis_mlx.models.families import Config, family
 from mis_mlx.models.stream import Hidden
-from mis_mlx.quantization.packed_format import (
-    Formats,
-    RoundedBlock,
-    TrainableQuantizedLinear,
-)
+from mis_mlx.quantization import learned_scales
+from mis_mlx.quantization.packed_format import Format, Formats, RoundedBlock, weight_of
 from mis_mlx.settings.workloads import TUNED_AT_ONCE, TUNING_STEPS
 from mis_mlx.types import MisError
 
@@ -38,13 +35,18 @@ GRIDS = ("scales", "biases")  # what learns
 
 
 class _Learner(NamedTuple):
-    """A matrix of a block while it learns: where it is, and how it is packed."""
+    """A matrix of a block while it learns: where it is, and how it is packed.
+
+    linear: the layer whose place `grid` takes meanwhile. dtype: of the weight that it gets back.
+    """
 
     part: str
     name: str
     path: str
-    bits: int
-    grid: TrainableQuantizedLinear
+    kind: Format
+    grid: learned_scales.TrainableQuantizedLinear
+    linear: nn.Module
+    dtype: mx.Dtype
 
 
 def check(config: Config, windows: int) -> None:
@@ -98,27 +100,18 @@ class BlockTuning:
 
         The block's layers are left with the values of the result.
         """
-        layers = _layers(block)
         learners = _learners(source, block, rounded, plan)
         before = self._error(source, block, hidden)
         self._learn(source, block, hidden, learners)
-        learned = {}
-        for learner in learners:
-            path = learner.path
-            learned[path] = _packed(rounded[path], learner)
         after = self._error(source, block, hidden)
         better = after < before
         result = dict(rounded)
         if better:
             self.kept += 1
-            result |= learned
-        for part, name, path in _paths(source, block):
-            linear = layers[part, name]
-            if path in learned:
-                kind = plan[path]
-                values = rounding.values(result[path], kind.group, kind.bits)
-                linear.weight = values.astype(linear.weight.dtype)
-                stream.evaluate_now(linear.weight)
+            for learner in learners:
+                result[learner.path] = _packed(rounded[learner.path], learner)
+        for part, name, path, kind, _, linear, dtype in learners:
+            linear.weight = weight_of(result[path], kind, dtype)
             block[part][name] = linear
         share = after / max(before, TINY)
         verdict = "not kept"
@@ -150,13 +143,10 @@ class BlockTuning:
         for learner in learners:
             learner.grid.unfreeze(keys=list(GRIDS))
 
-        def loss(block: nn.Module, windows: list[int]) -> mx.array:
-            errors = []
-            for b in windows:
-                output = source.run(source.block_index, block, b, hidden[b])
-                difference = _difference(output, self.targets[b])
-                errors.append(mx.square(difference).sum())
-            return mx.stack(errors).sum()
+        def loss(block: nn.Module, inputs: mx.array, targets: mx.array) -> mx.array:
+            # A plain block does not ask which window it sees: see `check`.
+            output = source.run(source.block_index, block, 0, inputs)
+            return mx.square(_difference(output, targets)).sum()
 
         gradient_of = nn.value_and_grad(block, loss)
         steps = [_Adam(learner) for learner in learners]
@@ -164,7 +154,10 @@ class BlockTuning:
         chance = np.random.default_rng((self._seed, source.block_index))
         for step in range(TUNING_STEPS):
             windows = chance.choice(learning, size=min(TUNED_AT_ONCE, len(learning)), replace=False)
-            _, gradients = gradient_of(block, windows.tolist())
+            # Together, so that each matrix is made once.
+            inputs = stream.joined([hidden[b] for b in windows])
+            targets = stream.joined([self.targets[b] for b in windows])
+            _, gradients = gradient_of(block, inputs, targets)
             decay = (1 + math.cos(math.pi * step / TUNING_STEPS)) / 2
             for learner, adam in zip(learners, steps, strict=True):
                 adam.step(gradients[learner.part][learner.name], decay)
@@ -187,7 +180,7 @@ class _Adam:
         for key in GRIDS:
             tensor = learner.grid[key]
             size = mx.sqrt(mx.square(tensor).mean())
-            self._rates[key] = size * (RATE / 2**learner.bits)
+            self._rates[key] = size * (RATE / 2**learner.kind.bits)
             self._means[key] = mx.zeros_like(tensor)
             self._squares[key] = mx.zeros_like(tensor)
 
@@ -240,15 +233,6 @@ def _paths(source: stream.Stream, block: nn.Module) -> list[tuple[str, str, str]
     return found
 
 
-def _layers(block: nn.Module) -> dict[tuple[str, str], nn.Module]:
-    """{(part, name): the layer} of a block's matrices."""
-    found = {}
-    for part, names in arch.readers(block).values():
-        for name in names:
-            found[part, name] = block[part][name]
-    return found
-
-
 def _learners(
     source: stream.Stream,
     block: nn.Module,
@@ -258,12 +242,18 @@ def _learners(
     """Put layers whose scales and biases learn into the block, in place of rounded ones."""
     learners = []
     for part, name, path in _paths(source, block):
-        added = block[part][name].get("bias")
-        grid = TrainableQuantizedLinear(rounded[path], plan[path], added)
+        linear = block[part][name]
+        grid = learned_scales.TrainableQuantizedLinear(
+            rounded[path], plan[path], linear.get("bias")
+        )
         stream.evaluate_now(grid._integers, grid.scales, grid.biases)
         block[part][name] = grid
-        bits = plan[path].bits
-        learners.append(_Learner(part, name, path=path, bits=bits, grid=grid))
+        # The rounded weight goes: it is made again at the end, of what was learned or was there.
+        dtype = linear.pop("weight").dtype
+        learner = _Learner(
+            part, name, path=path, kind=plan[path], grid=grid, linear=linear, dtype=dtype
+        )
+        learners.append(learner)
     return learners
 
 

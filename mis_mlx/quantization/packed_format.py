@@ -1,6 +1,5 @@
 """Write a model's weights in MLX's quantized formats, one tensor at a time: every matrix, or an
-error. And load a packed model whole, so that its scales, biases and norms can learn; integers,
-embedding and head stay.
+error.
 
 mlx-lm leaves a matrix that the group does not divide unquantized without a word; here that is an
 error and a remedy.
@@ -13,8 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.maths import rounding
@@ -374,87 +371,18 @@ def _refuse_not_numbers(checkpoint: Checkpoint, name: str, array: mx.array) -> N
         )
 
 
-class TrainableQuantizedLinear(nn.Module):
-    """A linear layer of values integer * scale + bias, whose scales and biases learn.
+def weight_of(packed: rounding.Packed, kind: Format, dtype: mx.Dtype) -> mx.array:
+    """The matrix (out, in) that an affine one stands for, in `dtype` and evaluated.
 
-    Integers are (out, groups, group), scales and biases (out, groups) float32. added: the layer's
-    own bias (out,), which belongs to no group and learns too; None where it has none.
+    Made part by part: at once, a CPU would hold up to five float32 copies of it.
     """
-
-    def __init__(self, packed: rounding.Packed, kind: Format, added: mx.array | None = None):
-        super().__init__()
-        rows = rounding.integers(packed[0], kind.group, kind.bits)
-        self._integers = rows.reshape(len(rows), -1, kind.group)  # underscore: not a parameter
-        self.scales = packed[1].astype(mx.float32)
-        self.biases = packed[2].astype(mx.float32)
-        if added is not None:
-            self.bias = added
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """x (..., in) -> (..., out)."""
-        weight = self._integers.astype(mx.float32) * self.scales[..., None] + self.biases[..., None]
-        weight = weight.reshape(len(weight), -1).T
-        if "bias" in self:
-            return mx.addmm(self.bias, x, weight)
-        return x @ weight
-
-
-def load_trainable(checkpoint: Checkpoint) -> nn.Module:
-    """mlx-lm's Model of an affinely quantized folder, in float32, evaluated.
-
-    The scales and biases of every matrix in the blocks can learn, and the norms.
-    """
-    model = load.resident_model(checkpoint, mx.float32)
-    for path, kind in formats(checkpoint).items():
-        layer = arch.block_of(path)
-        if layer is None:
-            continue
-        # model.layers.N.PART.NAME
-        inside, _, name = path.split(".", 3)[3].rpartition(".")
-        owner = dict(model.model.layers[layer].named_modules())[inside]
-        stored = safetensors.lazy(checkpoint.tensors, [f"{path}.{part}" for part in PARTS])
-        packed = tuple(stored[f"{path}.{part}"] for part in PARTS)
-        grid = TrainableQuantizedLinear(packed, kind, owner[name].get("bias"))
-        owner[name] = grid
-        # An array that stays lazy keeps its file open.
-        stream.evaluate_now(grid._integers, grid.scales, grid.biases)
-    for name, part in model.model.children().items():
-        if name in ("embed_tokens", "embed_tokens_per_layer", "per_layer_model_projection"):
-            part.freeze()
-        if name.startswith("altup_"):  # a list of matrices
-            for matrix in part:
-                matrix.freeze()
-    if hasattr(model, "lm_head"):
-        model.lm_head.freeze()
-    return stream.load_checked(model, f"{checkpoint.path}: ")
-
-
-def write_learned(checkpoint: Checkpoint, model: nn.Module, out: Path, files: Files) -> None:
-    """Commit the folder `out`: `checkpoint` with the model's trained tensors, in stored types."""
-    specs = {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
-    learned = dict(tree_flatten(model.trainable_parameters()))
-
-    def tensors() -> Iterator[tuple[str, safetensors.Tensor]]:
-        for name in specs:
-            if name.startswith(arch.PER_LAYER):
-                yield name, load.stored_parts(checkpoint, name)
-                continue
-            stored = safetensors.lazy(checkpoint.tensors, [name])[name]
-            if name in learned:
-                yield name, learned[name].astype(stored.dtype)
-            else:
-                yield name, stored
-
-    extra = {}
-    costs = checkpoint.path / SENSITIVITY
-    if costs.is_file():
-        extra[costs.name] = costs.read_bytes()
-    model_writer.write_folder(
-        checkpoint.config,
-        specs,
-        tensors(),
-        source=checkpoint.path,
-        out=out,
-        files=files,
-        extra=extra,
-    )
+    rows = max(1, rounding.OPENED * kind.bits // 32 // packed[0].shape[1])
+    parts = []
+    for start in range(0, len(packed[0]), rows):
+        some = tuple(part[start : start + rows] for part in packed)
+        part = rounding.values(some, kind.group, kind.bits).astype(dtype)
+        stream.evaluate_now(part)
+        parts.append(part)
+    weight = mx.concatenate(parts)
+    stream.evaluate_now(weight)
+    return weight

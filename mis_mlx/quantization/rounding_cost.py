@@ -11,8 +11,9 @@ import numpy as np
 
 from mis_mlx.compute.token_losses import Footprint
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.maths.reconstruction import precision, solver_flops
-from mis_mlx.maths.rounding import CANDIDATE_BITS, GROUPS, HELD_BYTES, PART, SLAB
+from mis_mlx.maths.gptq import PANEL
+from mis_mlx.maths.reconstruction import WIDE, precision
+from mis_mlx.maths.rounding import CANDIDATE_BITS, ENOUGH_BITS, GROUPS, HELD_BYTES, PART, SLAB
 from mis_mlx.models import bit_floors
 from mis_mlx.models.config import Shape
 from mis_mlx.models.model_size import ModelSize
@@ -105,27 +106,24 @@ def _compensated(
     """`plain`, rounding tensor by tensor, with a pass that makes up for the errors.
 
     beside_bytes: what tuning a block takes, at another time than the rest. As in
-    quantization/stage. In numpy: a block's gram matrices, five of the largest to factorize
-    it, 8 bytes for each weight of the largest set of matrices with the same inputs, and 20 more for
-    those rounded at a time. In float32 MLX factorizes it, with three.
+    quantization/stage: a block's gram matrices stay until their matrices are rounded.
     """
     s = m.wide
-    sides = _sides(s)
     grams = 0
-    gram_flops = 0
-    rounding_flops = 0
-    host_flops: float = 0  # columns are rounded by numpy
-    for inputs, outputs in sides:
-        square = inputs * inputs
+    widest_gram = 0
+    gram_flops: float = 0
+    rounding_flops: float = 0
+    for inputs, outputs in _sides(s):
         grams += _square_bytes(inputs)
-        gram_flops += square
-        rounding_flops += square * (3 * inputs + outputs)
-        host_flops += solver_flops(inputs, 3 * inputs, 0) + square * outputs
-    weights = max(inputs * outputs for inputs, outputs in sides)
-    widest, _ = max(sides)
-    copies = 3 if precision(widest) is np.float32 else 5
-    working = grams + copies * _square_bytes(widest)
-    working += 8 * weights + 20 * min(weights, PART)
+        widest_gram = max(widest_gram, _square_bytes(inputs))
+        gram_flops += 2 * inputs**2 / _solver_speed(inputs)  # of a wide one half is computed
+        work = inputs**2 * (inputs / 3 + outputs)
+        rounding_flops += work / _solver_speed(inputs)
+    # Weights that need no conversion stay where they were read while rounded ones take their place.
+    # The widest matrix is the first.
+    replaced = m.item * m.block_params if m.as_stored else 0
+    rounding_first = grams + max(_gathering_bytes(m, length), _rounding_bytes(m))
+    working = max(rounding_first, grams - widest_gram + replaced + _rounding_bytes(m))
     one_pass = streamed_pass(
         "",
         m,
@@ -137,34 +135,85 @@ def _compensated(
         beside_bytes=max(working, beside_bytes),
     )
     held = one_pass.held_tokens * m.hidden_bytes + m.slots_bytes
-    block_flops = 2 * tokens * gram_flops + rounding_flops
     return replace(
         one_pass,
         name=plain.name,
         read_bytes=plain.read_bytes + 2 * one_pass.written_bytes,
         written_bytes=plain.written_bytes + one_pass.written_bytes,
         peak_bytes=max(one_pass.peak_bytes, plain.peak_bytes + held),
-        flops=2 * one_pass.flops + s.layers * (block_flops - host_flops),
+        flops=2 * one_pass.flops + s.layers * tokens * gram_flops,
         waits=2 * one_pass.waits,
-        host_flops=float(s.layers * host_flops),
+        host_flops=s.layers * rounding_flops,  # numpy rounds
     )
+
+
+def _gathering_bytes(m: ModelSize, length: int) -> int:
+    """What a pass takes to add to gram matrices: products of one window, in every stream.
+
+    Of a wide one there is a slab, in numpy and in MLX.
+    """
+    taken = 0
+    for inputs, _ in _sides(m.wide):
+        if inputs > WIDE:
+            taken += 4 * inputs * (2 * PANEL + length)
+        else:
+            taken += 4 * inputs**2 * parallel_windows(m)
+    return taken
+
+
+def _rounding_bytes(m: ModelSize) -> int:
+    """What maths/gptq takes besides the gram matrices, for the largest of a block's matrices.
+
+    To factorize, three panels and three corners. To round, 20 bytes for each weight of those
+    rounded at a time, and those already packed. Afterwards the values as the block computes with
+    them, in parts and whole.
+    """
+    sides = _sides(m.wide)
+    widest = max(inputs for inputs, _ in sides)
+    panel = min(PANEL, widest)
+    panels = 3 * (widest + panel) * panel * np.dtype(precision(widest)).itemsize
+    weights = max(inputs * outputs for inputs, outputs in sides)
+    packed = _packed_bytes(weights)
+    columns = 20 * min(weights, PART)
+    values = 2 * m.item * _largest(m)
+    return max(panels, 2 * packed + columns, packed + values)
+
+
+def _solver_speed(inputs: int) -> int:
+    """How many times as quick as in float64 the sums of so many inputs are factorized and used."""
+    if precision(inputs) is np.float32:
+        return 2
+    return 1
 
 
 def _tuning_bytes(m: ModelSize, how: QuantizationConfig, length: int) -> int:
     """What a block holds while its scales learn (quantization/block_tuning).
 
-    Integers in a byte, and nine arrays in float32: the integers, these times their scales,
-    weights, the gradient of those, and that times the integers; the block as it was; the block as
-    it was rounded first, which comes back where nothing is won; and two that are being replaced.
-    For scales and biases values, gradients, and Adam's two means. The backward pass of a step. Of a
-    block with groups of 32, which have the most scales, where groups may be mixed.
+    Integers in a byte; the matrices as they were packed, of which those come back where nothing is
+    won; seven numbers for each scale and bias: value, gradient, Adam's two means, and three that
+    replace others. Of one matrix at a time four arrays in float32: weights, their gradient,
+    integers, and the product of these two. The backward pass of a step. Of a block with groups of
+    32, which have the most scales, where groups may be mixed.
     """
     group: int = how.q_group_size
     if how.target_bpw is not None and how.q_groups != "one":
         group = min(GROUPS)
     grids = 2 * m.block_params // group
-    weights = (1 + 9 * 4) * m.block_params
-    return weights + 16 * grids + backward_bytes(m, TUNED_AT_ONCE, length)
+    held = m.block_params + _packed_bytes(m.block_params) + 7 * 4 * grids
+    one_matrix = 4 * 4 * _largest(m)
+    step = one_matrix + backward_bytes(m, TUNED_AT_ONCE, length)
+    return held + max(step, m.item * m.block_params)  # afterwards all weights are made again
+
+
+def _packed_bytes(weights: int) -> int:
+    """The most bytes of so many weights that GPTQ rounds."""
+    bits = max(b for b in CANDIDATE_BITS if b < ENOUGH_BITS)
+    return weights * bits // 8 + 4 * weights // min(GROUPS)
+
+
+def _largest(m: ModelSize) -> int:
+    """Weights of a block's largest matrix."""
+    return m.wide.hidden * m.wide.ffn
 
 
 def _tuned(
@@ -264,9 +313,8 @@ def _sensed(
 def _sensing_bytes(m: ModelSize, *, windows: int, length: int, seen_bytes: int, batch: int) -> int:
     """What sensing holds at its peak besides a forward pass: at the head, or on the way back.
 
-    That is, besides the block: on Metal the block in float32; the block in all formats together
-    (26 bits and scales); what its matrices see of `batch` windows (`seen_bytes`); a slab of
-    gradients and errors.
+    That is, besides the block: what its matrices see of `batch` windows (`seen_bytes`), and a slab
+    of gradients and errors.
     """
     # The workspace of the forward pass is gone at the head, and the head before the way back.
     workspace = workspace_bytes(m, length, length)
@@ -275,14 +323,11 @@ def _sensing_bytes(m: ModelSize, *, windows: int, length: int, seen_bytes: int, 
     head += Footprint(on_host=True).logit_bytes(2 * m.shape.vocab, length) * (2 + m.gpu) // 2
     # In one stream 0.2 to 0.8 of it were measured, in two 0.4 to 1.2.
     backward = (1 + parallel_windows(m)) * backward_bytes(m, 1, length) // 2
-    formats_bytes = 4
     if m.gpu:  # half a stack goes back in one pass
         backward *= min(windows, max(1, batches_per_pass(m.config, length, length) // 2))
-        formats_bytes = 8
     s = m.wide
     slab = (2 * batch + 4) * 4 * min(SLAB, s.ffn * s.hidden)
     sensed = max(0, backward - workspace) + seen_bytes + slab
-    sensed += formats_bytes * m.block_params
     return max(head - workspace, sensed)
 
 

@@ -8,7 +8,7 @@ with the block's own weights as they were.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,14 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.compute import streams
-from mis_mlx.maths import reconstruction, rounding
-from mis_mlx.models import arch, load, modules, stream
+from mis_mlx.maths import gptq, reconstruction, rounding
+from mis_mlx.models import arch, modules, stream
 from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.quantization import bit_allocation, block_tuning, packed_format
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import Checkpoint, MisError
-
-ENOUGH_BITS = 8  # rounding costs nothing there: such matrices get their nearest values
 
 
 def check(config: Mapping[str, Any], rounding: QuantizationConfig, windows: int) -> None:
@@ -151,7 +149,7 @@ def _rounded_block(
     tapped = []
     for axis, (part, names) in readers.items():
         # A gram costs a product per batch: only matrices that GPTQ rounds need theirs.
-        if any(plan[f"{prefix}{part}.{name}"].bits < ENOUGH_BITS for name in names):
+        if any(plan[f"{prefix}{part}.{name}"].bits < rounding.ENOUGH_BITS for name in names):
             tapped.append(axis)
     # All grams before the first matrix changes: a rounded matrix would change the later ones'
     # inputs.
@@ -165,7 +163,7 @@ def _rounded_block(
     for path in sorted(packed_format.wide_projections(source.checkpoint.config)):
         if arch.block_of(path) == i and path not in rounded:
             linear = dict(block.named_modules())[path.removeprefix(prefix)]
-            weight = load.dense_weight(linear)
+            weight = modules.dense_weight(linear)
             rounded[path] = rounding.nearest(weight, plan[path].group, plan[path].bits)
     return rounded
 
@@ -177,43 +175,29 @@ def _rounded_readers(
 ) -> dict[str, rounding.Packed]:
     """The matrices that read one axis, by module path: rounded, and put into their layers.
 
-    gram: (in, in), of the input that they share; None for nearest values.
+    gram: (in, in), of the input that they share, overwritten; None for nearest values.
     """
     rounded = {}
+    factor = None
+    if gram is not None:
+        factor = gptq.factorize(gram)
     by_format: dict[packed_format.Format, list[str]] = {}
     for path in linears:
         by_format.setdefault(plan[path], []).append(path)
-    # All of one format in one go: they share the gram's factor.
+    # All of one format in one go: small matrices share the work.
     for kind, paths in by_format.items():
-        weights = [load.dense_weight(linears[path]) for path in paths]
-        if gram is None or kind.bits >= ENOUGH_BITS:
+        weights = [linears[path].weight for path in paths]
+        if factor is None or kind.bits >= rounding.ENOUGH_BITS:
             matrices = [rounding.fitted(weight, kind.group, kind.bits) for weight in weights]
         else:
-            matrices = _compensated(weights, gram, kind)
+            matrices = gptq.rounded(weights, factor, kind.group, kind.bits)
         for path, packed in zip(paths, matrices, strict=True):
             linear = linears[path]
-            values = rounding.values(packed, kind.group, kind.bits)
-            linear.weight = values.astype(linear.weight.dtype)
-            del values
-            stream.evaluate_now(packed, linear.weight)
+            dtype = linear.weight.dtype
+            stream.evaluate_now(packed)
+            linear.weight = packed_format.weight_of(packed, kind, dtype)
             rounded[path] = packed
     return rounded
-
-
-def _compensated(
-    weights: Sequence[mx.array],
-    gram: np.ndarray,
-    kind: packed_format.Format,
-) -> list[rounding.Packed]:
-    """Matrices [(out, in)] that read the same input, rounded by GPTQ in one format.
-
-    Rows do not depend on each other, so the matrices are one, and are split afterwards.
-    """
-    rows = [np.array(weight) for weight in weights]
-    joined = rounding.gptq(np.concatenate(rows), gram, kind.group, kind.bits)
-    ends = np.cumsum([len(matrix) for matrix in rows])[:-1].tolist()
-    parts = [mx.split(part, ends) for part in joined]
-    return list(zip(*parts, strict=True))
 
 
 def _grams(
@@ -226,7 +210,8 @@ def _grams(
 ) -> dict[str, np.ndarray]:
     """{axis: sum of a a^T (in, in) over all tokens' inputs a to the matrices that read the axis}.
 
-    block: the one that the source gave out last. Products of one batch are float32, sums over
+    Of a wide one only the upper triangle is whole, which is what `gptq.factorize` reads. block: the
+    one that the source gave out last. Products of one batch are float32, sums over
     batches in `reconstruction.precision`. MisError, with `where`, when a product overflows.
     """
     taps = {}
@@ -246,24 +231,51 @@ def _grams(
     def work(stack: tuple[int, list[mx.array]]) -> dict[str, mx.array]:
         first, batches = stack
         source.run(source.block_index, block, first, stream.joined(batches))
-        products = {}
+        found = {}
         for axis, tap in taps.items():
             inputs = tap.take().astype(mx.float32)
             inputs = inputs.reshape(-1, inputs.shape[-1])
-            products[axis] = inputs.T @ inputs
-        return products
+            found[axis] = inputs
+            if not _is_wide(sums[axis]):
+                found[axis] = inputs.T @ inputs
+        return found
 
     # A sum does not ask which window a token belongs to: all windows of a stack are one product.
-    for products in streams.parallel_map(work, source.stacks(hidden)):
-        for axis, product in products.items():
-            # Checked before it is added: a sum with one infinity is lost.
-            if not mx.isfinite(product).all().item():
-                raise MisError(
-                    f"{where}{'.'.join(layers[axis])} meets values that are not finite: use plain "
-                    f"rounding"
-                )
-            sums[axis] += np.asarray(product)
+    for found in streams.parallel_map(work, source.stacks(hidden)):
+        for axis, array in found.items():
+            _add(sums[axis], array, f"{where}{'.'.join(layers[axis])}")
     for axis, tap in taps.items():
         part, name = layers[axis]
         block[part][name] = tap.inner
     return sums
+
+
+def _is_wide(sums: np.ndarray) -> bool:
+    """Whether a product as large as these sums (in, in) would take too much memory beside them."""
+    return len(sums) > reconstruction.WIDE
+
+
+def _add(sums: np.ndarray, seen: mx.array, where: str) -> None:
+    """Add the product of some inputs to the sums (in, in).
+
+    seen: the product; or the inputs (n, in), where the sums are wide. MisError, with `where`, when
+    the product overflows.
+    """
+    slabs: Iterable[tuple[int, mx.array]] = [(0, seen)]
+    if _is_wide(sums):
+        slabs = _product_slabs(seen)
+    for start, product in slabs:
+        # Checked before it is added: a sum with one infinity is lost.
+        if not mx.isfinite(product).all().item():
+            raise MisError(f"{where} meets values that are not finite: use plain rounding")
+        sums[start : start + len(product), start:] += np.asarray(product)
+
+
+def _product_slabs(inputs: mx.array) -> Iterator[tuple[int, mx.array]]:
+    """(first row, rows of inputs^T inputs from the diagonal on): its upper triangle, in slabs.
+
+    inputs: (n, in) float32.
+    """
+    for start in range(0, inputs.shape[1], gptq.PANEL):
+        rows = inputs[:, start : start + gptq.PANEL]
+        yield start, rows.T @ inputs[:, start:]

@@ -21,7 +21,7 @@ from mis_mlx.models import arch, load, lora, model_writer
 from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
 from mis_mlx.models.config import shape_of
 from mis_mlx.pruning import reconstruct, slicing
-from mis_mlx.quantization import bit_allocation, packed_format, stage
+from mis_mlx.quantization import bit_allocation, learned_scales, packed_format, stage
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits
 from tests import tiny
@@ -279,6 +279,6 @@ def test_tune(model: Checkpoint, tmp_path: Path) -> None:
     )
     packed = load.open_checkpoint(tmp_path / "q")
     assert same(
-        packed_format.load_trainable(packed)(TOKENS),
+        learned_scales.load_trainable(packed)(TOKENS),
         load.resident_model(packed, mx.float32)(TOKENS),
     )

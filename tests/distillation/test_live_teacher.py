@@ -18,7 +18,7 @@ from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher
 from mis_mlx.maths.losses import loss_noise_factor
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import load, stream
+from mis_mlx.models import load, modules, stream
 from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.types import Checkpoint, Step
 from tests import tiny
@@ -100,7 +100,7 @@ def test_a_head_that_both_have_is_read_once(
     """
     (hidden,) = live_teacher.StreamedTeacher(models(kind)).hidden(batches[:1])
     hidden, loss_mask = hidden.reshape(-1, hidden.shape[-1]), mx.ones(hidden.shape[1])
-    head = load.dense_weight(stream.Stream(models(kind)).head())
+    head = modules.dense_weight(stream.Stream(models(kind)).head())
     found = []
     for same_head in (False, True):
         source = live_teacher.StreamedTeacher(models(kind), same_head=same_head)

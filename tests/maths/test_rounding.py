@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx.maths import rounding
+from mis_mlx.maths import gptq, rounding
 from mis_mlx.types import MisError
 
 KINDS = [(32, 4), (64, 4), (64, 8)]
@@ -36,6 +36,14 @@ def error(
     return float((left * (left @ gram)).sum())
 
 
+def by_gptq(
+    weight: np.ndarray, gram: np.ndarray, group: int, bits: int, *, fit: bool = True
+) -> rounding.Packed:
+    """A matrix (out, in), rounded with a gram matrix that stays as it is."""
+    factor = gptq.factorize(gram.copy())
+    return gptq.rounded([mx.array(weight)], factor, group, bits, fit=fit)[0]
+
+
 def integers(packed: mx.array, bits: int) -> np.ndarray:
     """(out, in) integers of a packed matrix, taken apart bit by bit."""
     shifts = bits * np.arange(32 // bits, dtype=np.uint32)
@@ -57,7 +65,7 @@ def test_by_hand() -> None:
     weight[0, :3] = (3.4, 5.35, 15.0)
 
     alone = rounding.nearest(mx.array(weight), 32, 4)
-    made = rounding.gptq(weight, gram, 32, 4, fit=False)
+    made = by_gptq(weight, gram, 32, 4, fit=False)
 
     assert rounding.values(alone, 32, 4)[0, :3].tolist() == [3, 5, 15]
     assert rounding.values(made, 32, 4)[0, :3].tolist() == [3, 6, 15]
@@ -65,20 +73,39 @@ def test_by_hand() -> None:
     assert error(weight, alone, gram=gram, group=32, bits=4) == pytest.approx(0.4225, abs=1e-6)
 
 
-def test_the_factor() -> None:
-    """Upper triangular, and U^T U times the damped gram matrix is 1; of no inputs at all it is the
-    identity.
-    """
-    _, gram = correlated(0)
-    damped = gram + 0.01 * np.trace(gram) / 128 * np.eye(128)
+@pytest.mark.parametrize("size", [128, 600, 1100])
+@pytest.mark.parametrize(("dtype", "near"), [(np.float64, 1e-12), (np.float32, 2e-5)])
+def test_the_factor(size: int, dtype: type[np.floating], near: float) -> None:
+    """N D N^T is the damped gram matrix, in panels too; what lies below is not read."""
+    _, gram = correlated(0, size)
+    damped = gram + 0.01 * np.trace(gram) / size * np.eye(size)
+    upper = np.triu(gram).astype(dtype)
 
-    factor = rounding.inverse_factor(gram)
-    of_nothing = rounding.inverse_factor(np.zeros((3, 3)))
+    factor = gptq.factorize(upper + np.tril(np.full_like(upper, np.nan), -1))
 
-    assert (np.tril(factor, -1) == 0).all()
-    # float64, condition about 1e4
-    np.testing.assert_allclose(factor.T @ factor @ damped, np.eye(128), atol=1e-9)
-    assert (of_nothing == np.eye(3)).all()
+    assert factor.feedback.dtype == factor.costs.dtype == dtype
+    n = np.triu(factor.feedback, 1).astype(np.float64) + np.eye(size)
+    made = n @ np.diag(factor.costs.astype(np.float64)) @ n.T
+    np.testing.assert_allclose(made, damped, atol=near * np.abs(damped).max())
+
+
+def test_the_factor_of_no_inputs() -> None:
+    """The identity: nothing is made up for."""
+    factor = gptq.factorize(np.zeros((3, 3)))
+    assert (np.triu(factor.feedback, 1) == 0).all()
+    assert (factor.costs == 1).all()
+
+
+def test_matrices_share_rows_and_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three matrices in slices of 7 rows are what each is alone."""
+    weight, gram = correlated(5)
+    wanted = [by_gptq(part, gram, 64, 3) for part in np.split(weight, [10, 15])]
+    monkeypatch.setattr(gptq, "PART", 7 * 128)
+    parts = [mx.array(part) for part in np.split(weight, [10, 15])]
+    made = gptq.rounded(parts, gptq.factorize(gram.copy()), 64, 3)
+    for found, one in zip(made, wanted, strict=True):
+        for a, b in zip(found, one, strict=True):
+            assert a.shape == b.shape and (a == b).all()
 
 
 @pytest.mark.parametrize(("group", "bits"), KINDS)
@@ -86,7 +113,7 @@ def test_the_factor() -> None:
 def test_without_correlation_it_is_plain_rounding(group: int, bits: int, gram: np.ndarray) -> None:
     """Bit for bit: integers, scales, biases, their types."""
     weight, _ = correlated(1)
-    made = rounding.gptq(weight, gram, group, bits, fit=False)
+    made = by_gptq(weight, gram, group, bits, fit=False)
     plain = rounding.nearest(mx.array(weight), group, bits)
     for found, wanted in zip(made, plain, strict=True):
         assert found.dtype == wanted.dtype
@@ -102,7 +129,7 @@ def test_the_output_is_nearer_than_by_plain_rounding(seed: int, group: int, bits
     """
     weight, gram = correlated(seed)
     nearest = rounding.nearest(mx.array(weight), group, bits)
-    compensated = rounding.gptq(weight, gram, group, bits)
+    compensated = by_gptq(weight, gram, group, bits)
 
     plain = error(weight, nearest, gram=gram, group=group, bits=bits)
     ours = error(weight, compensated, gram=gram, group=group, bits=bits)
@@ -142,7 +169,7 @@ def test_against_explicit_inverses() -> None:
     """
     weight, gram = correlated(3)
     for group in (32, 64):
-        packed, _, _ = rounding.gptq(weight, gram, group, 4, fit=False)
+        packed, _, _ = by_gptq(weight, gram, group, 4, fit=False)
         wanted = by_inverses(weight, gram, group)
         assert (integers(packed, 4) == wanted).all()
 
@@ -154,7 +181,7 @@ def test_what_is_packed_is_what_was_chosen(group: int, bits: int) -> None:
     """
     weight, gram = correlated(4)
 
-    made = rounding.gptq(weight, gram, group, bits)
+    made = by_gptq(weight, gram, group, bits)
 
     packed, scales, biases = made
     assert packed.dtype == mx.uint32
@@ -242,7 +269,7 @@ def test_what_is_important_is_rounded_better() -> None:
 def test_without_correlation_gptq_rounds_to_fitted_grids() -> None:
     """Bit for bit what `fitted` gives, for nothing is made up for."""
     weight, _ = correlated(9)
-    made = rounding.gptq(weight, np.eye(128), 64, 4)
+    made = by_gptq(weight, np.eye(128), 64, 4)
     fitted = rounding.fitted(mx.array(weight), 64, 4)
     for a, b in zip(made, fitted, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape and (a == b).all()

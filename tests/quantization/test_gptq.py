@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx.maths import rounding
+from mis_mlx.maths import gptq, rounding
 from mis_mlx.models import arch, load, opening, stream
 from mis_mlx.models.config import shape_of
 from mis_mlx.pruning import slicing
@@ -92,8 +92,8 @@ def test_each_block_is_fitted_to_the_stream_of_the_rounded_ones(
         rounded.run_block(block, hidden)
     for _, block in source.blocks([2]):
         grams = stage._grams(source, block, hidden, ["ffn"])
-        down = np.array(block.mlp.down_proj.weight)
-    wanted = rounding.gptq(down, grams["ffn"], 64, 4)
+        down = block.mlp.down_proj.weight
+    wanted = gptq.rounded([down], gptq.factorize(grams["ffn"]), 64, 4)[0]
     for a, b in zip(chosen[2]["model.layers.2.mlp.down_proj"], wanted, strict=True):
         assert (a == b).all()
 

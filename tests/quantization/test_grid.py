@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from mis_mlx.distillation import pipeline
 from mis_mlx.models import load
-from mis_mlx.quantization import packed_format
+from mis_mlx.quantization import learned_scales, packed_format
 from mis_mlx.settings.recipe import DistillationConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
@@ -35,7 +35,7 @@ def test_computes_what_the_folder_says(packed: Checkpoint) -> None:
     """The same logits as the model read back densely; trained are scales, biases and norms of
     blocks, and the norm.
     """
-    model = packed_format.load_trainable(packed)
+    model = learned_scales.load_trainable(packed)
     dense = load.resident_model(packed, mx.float32)
     assert mx.allclose(model(TOKENS), dense(TOKENS), atol=1e-5)
     trained = dict(tree_flatten(model.trainable_parameters()))
@@ -55,7 +55,7 @@ def test_biases_stay_and_learn(
         models(kind), tmp_path / "q", packed_format.formats_of(models(kind).config, 64), DISK
     )
     packed = load.open_checkpoint(tmp_path / "q")
-    model = packed_format.load_trainable(packed)
+    model = learned_scales.load_trainable(packed)
     dense = load.resident_model(packed, mx.float32)
     assert mx.allclose(model(TOKENS), dense(TOKENS), atol=1e-5)
     ours, theirs = (
@@ -68,7 +68,7 @@ def test_biases_stay_and_learn(
     assert all(mx.allclose(ours[n], theirs[n], rtol=1e-3, atol=1e-5 * largest) for n in names)
     linear = model.model.layers[1].self_attn.v_proj
     linear.bias = linear.bias + 1
-    packed_format.write_learned(packed, model, tmp_path / "other", DISK)
+    learned_scales.write_learned(packed, model, tmp_path / "other", DISK)
     other = load.open_checkpoint(tmp_path / "other")
     name = "model.layers.1.self_attn.v_proj.bias"
     assert mx.array_equal(raw(other, name), raw(packed, name) + 1)
@@ -102,7 +102,7 @@ def test_few_files_are_open_at_once(packed: Checkpoint) -> None:
     free = sorted(set(range(1000)) - set(map(int, os.listdir("/dev/fd"))))
     resource.setrlimit(resource.RLIMIT_NOFILE, (free[8], hard))
     try:
-        assert mx.isfinite(packed_format.load_trainable(packed)(TOKENS)).all().item()
+        assert mx.isfinite(learned_scales.load_trainable(packed)(TOKENS)).all().item()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -112,7 +112,7 @@ def test_gradients_are_those_of_the_dense_weights(packed: Checkpoint) -> None:
     """d loss / d scale is the sum over the group of integer times d loss / d weight; of a bias
     without the integer.
     """
-    model = packed_format.load_trainable(packed)
+    model = learned_scales.load_trainable(packed)
     dense = load.resident_model(packed, mx.float32)
 
     def loss(m: nn.Module) -> mx.array:
@@ -136,13 +136,13 @@ def test_written_back(packed: Checkpoint, tmp_path: Path) -> None:
     """Untouched, the folder has the same bytes; with other scales, only those tensors differ, in
     the same types.
     """
-    model = packed_format.load_trainable(packed)
-    packed_format.write_learned(packed, model, tmp_path / "same", DISK)
+    model = learned_scales.load_trainable(packed)
+    learned_scales.write_learned(packed, model, tmp_path / "same", DISK)
     same = (tmp_path / "same" / "model.safetensors").read_bytes()
     assert same == (packed.path / "model.safetensors").read_bytes()
     linear = model.model.layers[1].mlp.up_proj
     linear.scales = linear.scales * 1.5
-    packed_format.write_learned(packed, model, tmp_path / "other", DISK)
+    learned_scales.write_learned(packed, model, tmp_path / "other", DISK)
     other = load.open_checkpoint(tmp_path / "other")
     assert other.config == packed.config
     assert {n: t.dtype for n, t in other.tensors.items()} == {

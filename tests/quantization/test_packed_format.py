@@ -180,3 +180,14 @@ def test_a_quantized_model_is_refused(tmp_path: Path, llama: Checkpoint) -> None
             load.open_checkpoint(tmp_path / "q4"), tmp_path / "q44", plan, DISK
         )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["q4"]
+
+
+def test_a_weight_is_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some rows at a time, in another type: what all at once are."""
+    weight = mx.random.normal((48, 128), key=mx.random.key(6))
+    packed = rounding.nearest(weight, 64, 4)
+    wanted = rounding.values(packed, 64, 4).astype(mx.float16)
+    monkeypatch.setattr(rounding, "OPENED", 5 * 128)
+    made = packed_format.weight_of(packed, packed_format.Format(4, 64), mx.float16)
+    assert made.dtype == mx.float16
+    assert (made == wanted).all()

@@ -1,0 +1,158 @@
+"""A packed model whose scales, biases and norms learn; integers, embedding and head stay."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mis_mlx.maths import rounding
+from mis_mlx.models import arch, load, model_writer, stream
+from mis_mlx.quantization import packed_format
+from mis_mlx.storage import safetensors
+from mis_mlx.storage.files import Files
+from mis_mlx.types import Checkpoint
+
+
+class TrainableQuantizedLinear(nn.Module):
+    """A linear layer of values integer * scale + bias, whose scales and biases learn.
+
+    Integers are (out, groups, group), scales and biases (out, groups) float32. added: the layer's
+    own bias (out,), which belongs to no group and learns too; None where it has none.
+    """
+
+    def __init__(
+        self,
+        packed: rounding.Packed,
+        kind: packed_format.Format,
+        added: mx.array | None = None,
+    ):
+        super().__init__()
+        rows = rounding.integers(packed[0], kind.group, kind.bits)
+        groups = rows.reshape(len(rows), -1, kind.group)
+        self._integers = groups  # underscore: not a parameter
+        self.scales = packed[1].astype(mx.float32)
+        self.biases = packed[2].astype(mx.float32)
+        if added is not None:
+            self.bias = added
+        self._product = _grid_product(self._integers)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x (..., in) -> (..., out)."""
+        output = self._product(x, self.scales, self.biases)
+        if "bias" in self:
+            output = output + self.bias
+        return output
+
+
+def _grid_product(integers: mx.array) -> Callable[[mx.array, mx.array, mx.array], mx.array]:
+    """The product of x (..., in) with a matrix of integers (out, groups, group) on its grid.
+
+    As a function of x, scales and biases (out, groups). The way back makes the matrix again: kept
+    from the way forward, all matrices of a block in float32 would be there at once. For the same
+    reason a matrix waits for the array that it meets, and the gradient of the input for those of
+    the grid: MLX may compute what is ready in any order, and much is ready early.
+    """
+
+    def matrix(scales: mx.array, biases: mx.array, met: mx.array) -> mx.array:
+        ready_scales, ready_biases = mx.depends([scales, biases], [met])
+        levels = integers.astype(mx.float32)
+        weight = levels * ready_scales[..., None]
+        weight = weight + ready_biases[..., None]
+        return weight.reshape(len(weight), -1)
+
+    @mx.custom_function
+    def product(x: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
+        return x @ matrix(scales, biases, x).T
+
+    @product.vjp
+    def product_vjp(
+        primals: Sequence[mx.array], cotangent: mx.array, _: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        x, scales, biases = primals
+        inputs = _rows(x)
+        pulls = _rows(cotangent)
+        of_matrix = pulls.T @ inputs
+        of_matrix = of_matrix.reshape(integers.shape)
+        of_biases = of_matrix.sum(axis=-1)
+        of_values = of_matrix * integers.astype(mx.float32)
+        of_scales = of_values.sum(axis=-1)
+        waiting = mx.depends(cotangent, [of_scales, of_biases])
+        of_input = waiting @ matrix(scales, biases, waiting)
+        return of_input, of_scales, of_biases
+
+    return product  # type: ignore[return-value]
+
+
+def _rows(x: mx.array) -> mx.array:
+    """(..., n) -> (rows, n)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def load_trainable(checkpoint: Checkpoint) -> nn.Module:
+    """mlx-lm's Model of an affinely quantized folder, in float32, evaluated.
+
+    The scales and biases of every matrix in the blocks can learn, and the norms.
+    """
+    model = load.resident_model(checkpoint, mx.float32)
+    for path, kind in packed_format.formats(checkpoint).items():
+        layer = arch.block_of(path)
+        if layer is None:
+            continue
+        # model.layers.N.PART.NAME
+        inside, _, matrix = path.split(".", 3)[3].rpartition(".")
+        modules = dict(model.model.layers[layer].named_modules())
+        owner = modules[inside]
+        names = [f"{path}.{part}" for part in packed_format.PARTS]
+        stored = safetensors.lazy(checkpoint.tensors, names)
+        packed = tuple(stored[name] for name in names)
+        added = owner[matrix].get("bias")
+        grid = TrainableQuantizedLinear(packed, kind, added)
+        owner[matrix] = grid
+        # An array that stays lazy keeps its file open.
+        stream.evaluate_now(grid._integers, grid.scales, grid.biases)
+    parts = model.model.children()
+    for name, part in parts.items():
+        if name in ("embed_tokens", "embed_tokens_per_layer", "per_layer_model_projection"):
+            part.freeze()
+        if name.startswith("altup_"):  # a list of matrices
+            for matrix in part:
+                matrix.freeze()
+    if hasattr(model, "lm_head"):
+        model.lm_head.freeze()
+    return stream.load_checked(model, f"{checkpoint.path}: ")
+
+
+def write_learned(checkpoint: Checkpoint, model: nn.Module, out: Path, files: Files) -> None:
+    """Commit the folder `out`: `checkpoint` with the model's trained tensors, in stored types."""
+    specs = {}
+    for name, tensor in checkpoint.tensors.items():
+        specs[name] = tensor.dtype, tensor.shape
+    trained = tree_flatten(model.trainable_parameters())
+    learned = dict(trained)
+
+    def tensors() -> Iterator[tuple[str, safetensors.Tensor]]:
+        for name in specs:
+            if name.startswith(arch.PER_LAYER):
+                yield name, load.stored_parts(checkpoint, name)
+                continue
+            stored = safetensors.lazy(checkpoint.tensors, [name])
+            tensor = stored[name]
+            if name in learned:
+                tensor = learned[name].astype(tensor.dtype)
+            yield name, tensor
+
+    extra = {}
+    costs = checkpoint.path / packed_format.SENSITIVITY
+    if costs.is_file():
+        extra[costs.name] = costs.read_bytes()
+    model_writer.write_folder(
+        checkpoint.config,
+        specs,
+        tensors(),
+        source=checkpoint.path,
+        out=out,
+        files=files,
+        extra=extra,
+    )

@@ -1,0 +1,58 @@
+"""What MLX and numpy hold together, at the highest."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+
+class Peak:
+    """The highest sum of MLX's arrays and numpy's since this was made, less MLX's at that time.
+
+    Either has a peak of its own, so the work is cut into stretches: within a stretch both peaks are
+    taken to come together, which is never too little.
+    """
+
+    def __init__(self) -> None:
+        mx.clear_cache()
+        self.nbytes = 0
+        self._before = mx.get_active_memory()
+        mx.reset_peak_memory()
+
+    def cut(self) -> None:
+        """End a stretch, and begin the next."""
+        arrays = max(mx.get_peak_memory(), mx.get_active_memory()) - self._before
+        self.nbytes = max(self.nbytes, arrays + tracemalloc.get_traced_memory()[1])
+        mx.reset_peak_memory()
+        tracemalloc.reset_peak()
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch, *functions: tuple[object, str]) -> Iterator[Peak]:
+    """A peak of the block, cut before and after each call of the (owner, name)s."""
+    peak = Peak()
+
+    def cutting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **settings: Any) -> Any:
+            peak.cut()
+            try:
+                return function(*args, **settings)
+            finally:
+                peak.cut()
+
+        return called
+
+    tracemalloc.start()
+    try:
+        with monkeypatch.context() as patched:
+            for owner, name in functions:
+                patched.setattr(owner, name, cutting(getattr(owner, name)))
+            yield peak
+            peak.cut()
+    finally:
+        tracemalloc.stop()
