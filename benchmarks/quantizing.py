@@ -2,6 +2,7 @@
 programs.
 
     scripts/mis benchmarks/quantizing.py
+    scripts/mis benchmarks/quantizing.py --shape 7b    # two blocks of a 7 B model, ours only
     scripts/mis benchmarks/quantizing.py --table
 
 A model of the shape of a 0.5 B one with 152 thousand tokens and of random weights, so there is
@@ -11,7 +12,7 @@ as its commands call them, in float32, ours are `mis_mlx.quantize`. Every row is
 own, whose largest resident set is counted from when the text is ready (Linux); what the process
 held then is not in it. A row that takes longer than LIMIT_S is stopped: MLX's kernels for packed
 weights are slow on a CPU, and dwq trains through them. Writes
-benchmarks/results/<machine>/quantizing.json after every row.
+benchmarks/results/<machine>/quantizing.json after every row, or quantizing_7b.json.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import laboratory
 import psutil
@@ -45,7 +46,26 @@ OURS: dict[str, dict[str, Any]] = {
     # scales that learn need the model in memory, and what it computes
     "ours, mixed gptq tuned": {"budget": "6GiB"},
 }
+EIGHT: dict[str, Any] = {"num_samples": 8, "target_bpw": None, "q_iters": 0}
+BLOCKWISE: dict[str, dict[str, Any]] = {
+    "ours, gptq, 8 windows": EIGHT,
+    "ours, blocks, 8 windows": EIGHT | {"q_method": "blocks"},
+}
+SEVEN = {
+    "num_hidden_layers": 2,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "vocab_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+SEVEN_ROWS: dict[str, dict[str, Any]] = {
+    "ours, mixed rounded": EIGHT | {"target_bpw": 3.5, "q_method": "round"},
+    **BLOCKWISE,
+}
 SMALL = "2GiB"
+LARGE = "4GiB"
 LIMIT_S = 1800
 THEIRS = {label: make for label, make in quality_4bit.ROWS.items() if label.startswith("mlx_lm")}
 
@@ -54,6 +74,8 @@ THEIRS = {label: make for label, make in quality_4bit.ROWS.items() if label.star
 class Settings:
     """What of it."""
 
+    shape: Literal["0.5b", "7b"] = "0.5b"
+    """whose shape the model of random weights has"""
     table: bool = False
     """print what there is, and make nothing"""
     work: str | None = None
@@ -66,7 +88,9 @@ def maker(name: str, model: str) -> Callable[[Path], Any]:
         bench = quality_4bit.Bench(quality_4bit.Settings(model=model, eval_windows=1, **GIVEN))
         return lambda out: THEIRS[name](bench, out)
     label, _, budget = name.partition(" under ")
-    how = {**GIVEN, **OURS[label], **({"budget": budget} if budget else {})}
+    how = {**GIVEN, **(OURS | BLOCKWISE | SEVEN_ROWS)[label]}
+    if budget:
+        how["budget"] = budget
     return lambda out: quantize.run(quantize.Settings(model=model, mlx_path=str(out), **how))
 
 
@@ -104,23 +128,37 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return markdown_table(["", "s", "peak, MB", "file, MB"], lines)
 
 
+def names_of(shape: str) -> list[str]:
+    """All rows of a shape, the slowest last."""
+    if shape == "7b":
+        return [f"{name} under {LARGE}" for name in SEVEN_ROWS]
+    slow = [name for name in THEIRS if "dwq" in name]
+    small = [name for name in OURS if "tuned" not in name] + list(BLOCKWISE)
+    return [
+        *(name for name in THEIRS if name not in slow),
+        *OURS,
+        *(f"{name} under {SMALL}" for name in small),
+        *slow,
+    ]
+
+
 def main(s: Settings) -> None:
     """All rows that are not there yet."""
     if s.work:
         print(json.dumps(row(*json.loads(s.work))))
         return
-    slow = [name for name in THEIRS if "dwq" in name]
-    small = [name for name in OURS if "tuned" not in name]
-    names = [
-        *(n for n in THEIRS if n not in slow),
-        *OURS,
-        *(f"{name} under {SMALL}" for name in small),
-        *slow,
-    ]
-    rows = laboratory.resumed("quantizing", GIVEN, ["rows"]).get("rows", {})
+    names = names_of(s.shape)
+    file = "quantizing"
+    sizes = HALF
+    if s.shape == "7b":
+        file = "quantizing_7b"
+        sizes = SEVEN
+    rows = laboratory.resumed(file, GIVEN, ["rows"]).get("rows", {})
     with tempfile.TemporaryDirectory() as temp:
         missing = [name for name in names if name not in rows and not s.table]
-        model = str(streaming.synthetic(Path(temp) / "half", HALF)) if missing else ""
+        model = ""
+        if missing:
+            model = str(streaming.synthetic(Path(temp) / "model", sizes))
         for name in missing:
             hot = laboratory.busy(name)
             line = [sys.executable, __file__, f"--work={json.dumps([name, model])}"]
@@ -135,9 +173,10 @@ def main(s: Settings) -> None:
             except subprocess.TimeoutExpired:
                 rows[name] = {"stopped_after_s": LIMIT_S, "hot": hot}
             cli.say(f"{name}: {rows[name]}")
-            laboratory.write(
-                "quantizing", "scripts/mis benchmarks/quantizing.py", {"given": GIVEN, "rows": rows}
-            )
+            command = "scripts/mis benchmarks/quantizing.py"
+            if s.shape == "7b":
+                command += " --shape 7b"
+            laboratory.write(file, command, {"given": GIVEN, "rows": rows})
     print(table(rows))
 
 
