@@ -20,7 +20,7 @@ from mis_mlx.checks import engine, full_size, groups, hybrid_kernels, kernels, t
 from mis_mlx.compute import precision
 from mis_mlx.hardware import child_process, system_facts
 from mis_mlx.hardware.thermal.recording import Raw
-from mis_mlx.maths import importance, losses, rounding
+from mis_mlx.maths import gptq, importance, losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.maths.reconstruction import NormalEquations
 from mis_mlx.models import gated_delta, load, stream, streamed_decode
@@ -170,14 +170,14 @@ def test_kernel_checks_can_fail(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_gptq_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scales that another device fits otherwise give other integers."""
-    whole = rounding.gptq
+    whole = gptq.rounded
 
-    def bent(w: np.ndarray, *rest: Any) -> Any:
+    def bent(weights: list[mx.array], *rest: Any) -> Any:
         if not WITNESSES:
-            w = w * np.linspace(0.9, 1.1, w.shape[1])
-        return whole(w, *rest)
+            weights = [w * mx.linspace(0.9, 1.1, w.shape[1]) for w in weights]
+        return whole(weights, *rest)
 
-    monkeypatch.setattr(rounding, "gptq", bent)
+    monkeypatch.setattr(gptq, "rounded", bent)
     found, bound = kernels.CHECKS["GPTQ, integers that differ from the CPU's"]()
     assert found > bound
 

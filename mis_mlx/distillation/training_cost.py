@@ -156,7 +156,7 @@ def backward_peak_bytes(job: DistillationSpec, micro: int, rank: int = 0) -> int
 def tuning_cost(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost:
     """The packed student whole in memory, its scales learning.
 
-    Integers; a float copy for each stream; one block's gradient.
+    Integers; in every stream the matrix that is under way; one block's gradient.
     """
     m = job.student
     length = job.max_seq_length
@@ -168,14 +168,15 @@ def tuning_cost(job: DistillationSpec, micro: int, limit: int, iters: int) -> St
     state = STATE_BYTES
     if job.step > micro * length:  # gradients of micro-batches add up
         state += GRADIENT_BYTES
-    copies = 2 * 4 * max(1, min(micro, job.loss.streams))  # a window goes through one stream
-    copied = (1 + copies) * m.blocks_params + 4 * m.block_params
+    streams = max(1, min(micro, job.loss.streams))  # a window goes through one stream
+    blocks = m.blocks_params + 4 * m.block_params
+    blocks += streams * rounding_cost.learning_matrix_bytes(m)
     sides = m.side_params * (1 if m.gpu else 4)  # packed, or de-quantized
     one_step = StageCost(
         name="tune",
         read_bytes=nbytes,
         written_bytes=nbytes,
-        peak_bytes=copied + state * trained + head + work + sides + m.in_flight(work),
+        peak_bytes=blocks + state * trained + head + work + sides + m.in_flight(work),
         flops=3 * forward_flops(m, job.step, length),
         updated=trained,
     )

@@ -167,23 +167,16 @@ def _by_columns(
         wanted = w[start:end] + inverse.T @ asked
         # The grid of this group is fitted to its weights as earlier columns have corrected them.
         columns = mx.array(wanted.T.astype(np.float32))
-        if fit:
-            cost = mx.array(costs[start:end]).astype(mx.float32)
-            group_scales, group_biases = fit_grids(columns, bits, cost)
-        else:
-            _, group_scales, group_biases = mx.quantize(columns, group_size=group, bits=bits)
-        group_scales = group_scales.reshape(-1, 1)
-        group_biases = group_biases.reshape(-1, 1)
+        group_costs = mx.array(costs[start:end].astype(np.float32))
+        group_scales, group_biases = _grids(columns, group_costs, bits, fit=fit)
         scales.append(group_scales)
         biases.append(group_biases)
         # The float32 scale and bias find an integer. Its value is what the stored float16 ones make
         # of it, so the error that later columns make up for includes the rounding of the scale.
         scale = np.array(group_scales).reshape(-1)
         bias = np.array(group_biases).reshape(-1)
-        half_scale = scale.astype(np.float16)
-        half_bias = bias.astype(np.float16)
-        stored_scale = half_scale.astype(w.dtype)
-        stored_bias = half_bias.astype(w.dtype)
+        stored_scale = scale.astype(np.float16).astype(w.dtype)
+        stored_bias = bias.astype(np.float16).astype(w.dtype)
         for j in range(group):
             column = wanted[j].astype(np.float32)
             levels = np.rint((column - bias) / scale)
@@ -199,6 +192,22 @@ def _by_columns(
     all_scales = mx.concatenate(scales, axis=1)
     all_biases = mx.concatenate(biases, axis=1)
     return words, all_scales.astype(mx.float16), all_biases.astype(mx.float16)
+
+
+def _grids(
+    columns: mx.array,
+    costs: mx.array,
+    bits: int,
+    *,
+    fit: bool,
+) -> tuple[mx.array, mx.array]:
+    """(scales, biases) (out, 1) of one group of columns (out, G), whose errors cost (G,)."""
+    if fit:
+        scales, biases = fit_grids(columns, bits, costs)
+    else:
+        group = columns.shape[1]
+        _, scales, biases = mx.quantize(columns, group_size=group, bits=bits)
+    return scales.reshape(-1, 1), biases.reshape(-1, 1)
 
 
 def _unit_inverse(n: np.ndarray) -> np.ndarray:

@@ -191,8 +191,7 @@ def _tuning_bytes(m: ModelSize, how: QuantizationConfig, length: int) -> int:
 
     Integers in a byte; the matrices as they were packed, of which those come back where nothing is
     won; seven numbers for each scale and bias: value, gradient, Adam's two means, and three that
-    replace others. Of one matrix at a time four arrays in float32: weights, their gradient,
-    integers, and the product of these two. The backward pass of a step. Of a block with groups of
+    replace others. One matrix at a time, and the backward pass of a step. Of a block with groups of
     32, which have the most scales, where groups may be mixed.
     """
     group: int = how.q_group_size
@@ -200,9 +199,16 @@ def _tuning_bytes(m: ModelSize, how: QuantizationConfig, length: int) -> int:
         group = min(GROUPS)
     grids = 2 * m.block_params // group
     held = m.block_params + _packed_bytes(m.block_params) + 7 * 4 * grids
-    one_matrix = 4 * 4 * _largest(m)
-    step = one_matrix + backward_bytes(m, TUNED_AT_ONCE, length)
+    step = learning_matrix_bytes(m) + backward_bytes(m, TUNED_AT_ONCE, length)
     return held + max(step, m.item * m.block_params)  # afterwards all weights are made again
+
+
+def learning_matrix_bytes(m: ModelSize) -> int:
+    """What the product with a matrix takes whose scales learn (quantization/learned_scales).
+
+    Four arrays in float32: weights, their gradient, integers, and the product of these two.
+    """
+    return 4 * 4 * _largest(m)
 
 
 def _packed_bytes(weights: int) -> int:

@@ -395,20 +395,21 @@ def test_steps_after_rounding_go_where_nobody_asked_for_them() -> None:
     fit, said so.
     """
     plain = QuantizationConfig(q_method="round", target_bpw=None)  # which takes little itself
-    job = replace(JOB, rounding=plain, modes=("blocks",), targets="cached")  # no blocks that stay
-    whole = strategies.plan_strategy(job, GIB, rates=M1_AIR, mode="blocks", micro=4, shard=0)
+    # no blocks that stay, and windows enough that all blocks' activations outweigh one block's
+    job = replace(JOB, rounding=plain, modes=("blocks",), targets="cached", batch_size=16)
+    whole = strategies.plan_strategy(job, GIB, rates=M1_AIR, mode="blocks", micro=16, shard=0)
     assert whole.tuned == 20
     assert list(named(whole))[-2:] == ["tune", "measure"]
     less = replace(job, rounding=replace(job.rounding, q_iters=20))
     most = max(p.peak_bytes for name, p in named(whole).items() if name != "tune")
     assert named(whole)["tune"].peak_bytes > most
     plans = [
-        strategies.plan_strategy(job, n * MIB // 16, rates=M1_AIR, mode="blocks", micro=4, shard=0)
-        for n in range(64, 800)
+        strategies.plan_strategy(job, n * MIB // 16, rates=M1_AIR, mode="blocks", micro=16, shard=0)
+        for n in range(64, 2000)
     ]
     plan = next(plan for plan in plans if plan.fits and plan.tuned == 0)
     assert not strategies.plan_strategy(
-        less, plan.budget_bytes, rates=M1_AIR, mode="blocks", micro=4, shard=0
+        less, plan.budget_bytes, rates=M1_AIR, mode="blocks", micro=16, shard=0
     ).fits
     assert strategies.plan_strategy(job, GIB, M1_AIR, **plan.strategy) != whole
 
