@@ -29,9 +29,9 @@ from mis_mlx.maths.rounding import (
 from mis_mlx.types import MisError
 
 DAMPING = 0.01  # share of the gram matrix's mean diagonal that is added to it, as in the paper
-PANEL = (
-    512  # columns that are factorized, and rows of a wide gram matrix that are summed, at a time
-)
+# Columns that are factorized at a time, and rows of a wide gram matrix that are summed at a time.
+PANEL = 512
+MORE_DAMPING = 10  # times as much, where a panel is not positive definite
 
 
 class Factor(NamedTuple):
@@ -57,21 +57,21 @@ def factorize(gram: np.ndarray) -> Factor:
         damping = 1.0
     np.einsum("ii->i", gram)[:] += damping
     # Flipped in both axes, the lower triangular factor of the flipped G is the upper one of G.
-    _cholesky(gram[::-1, ::-1])
+    _cholesky(gram[::-1, ::-1], damping)
     diagonal = gram.diagonal().copy()
     gram /= diagonal
     return Factor(gram, diagonal**2)
 
 
-def _cholesky(a: np.ndarray) -> None:
+def _cholesky(a: np.ndarray, damping: float) -> None:
     """Put L of A = L L^T (n, n) into A's lower triangle. What lies above it is never read.
 
-    Panel by panel: numpy's own function makes copies of all of A.
+    Panel by panel: numpy's own function makes copies of all of A. damping: of A's diagonal.
     """
     size = len(a)
     for start in range(0, size, PANEL):
         end = min(start + PANEL, size)
-        corner = np.linalg.cholesky(a[start:end, start:end])
+        corner = _corner(a[start:end, start:end], damping)
         a[start:end, start:end] = corner
         if end == size:
             return
@@ -84,6 +84,16 @@ def _cholesky(a: np.ndarray) -> None:
             left = panel[first - end : last - end]
             right = panel[: last - end]
             a[first:last, end:last] -= left @ right.T
+
+
+def _corner(a: np.ndarray, damping: float) -> np.ndarray:
+    """L of A = L L^T (n, n). Where float32 has lost what makes A positive, A gets more damping."""
+    while True:
+        try:
+            return np.linalg.cholesky(a)
+        except np.linalg.LinAlgError:
+            damping *= MORE_DAMPING
+            np.einsum("ii->i", a)[:] += damping
 
 
 def rounded(

@@ -116,7 +116,8 @@ def _compensated(
     for inputs, outputs in _sides(s):
         grams += _square_bytes(inputs)
         widest_gram = max(widest_gram, _square_bytes(inputs))
-        gram_flops += 2 * inputs**2 / _solver_speed(inputs)  # of a wide one half is computed
+        triangles = 1 if inputs > WIDE else 2  # of a wide one half is computed
+        gram_flops += triangles * inputs**2
         work = inputs**2 * (inputs / 3 + outputs)
         rounding_flops += work / _solver_speed(inputs)
     # Weights that need no conversion stay where they were read while rounded ones take their place.
@@ -150,12 +151,15 @@ def _compensated(
 def _gathering_bytes(m: ModelSize, length: int) -> int:
     """What a pass takes to add to gram matrices: products of one window, in every stream.
 
-    Of a wide one there is a slab, in numpy and in MLX.
+    Of a wide one there is a slab, in numpy and in MLX. A GPU gets several windows at once.
     """
+    tokens = length
+    if m.gpu:
+        tokens *= batches_per_pass(m.config, length, length)
     taken = 0
     for inputs, _ in _sides(m.wide):
         if inputs > WIDE:
-            taken += 4 * inputs * (2 * PANEL + length)
+            taken += 4 * inputs * (2 * PANEL + tokens)
         else:
             taken += 4 * inputs**2 * parallel_windows(m)
     return taken

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mis_mlx.maths import gptq, rounding
+from mis_mlx.maths.gptq import PANEL
 from mis_mlx.types import MisError
 
 KINDS = [(32, 4), (64, 4), (64, 8)]
@@ -87,6 +88,18 @@ def test_the_factor(size: int, dtype: type[np.floating], near: float) -> None:
     n = np.triu(factor.feedback, 1).astype(np.float64) + np.eye(size)
     made = n @ np.diag(factor.costs.astype(np.float64)) @ n.T
     np.testing.assert_allclose(made, damped, atol=near * np.abs(damped).max())
+
+
+def test_a_factor_that_needs_more_damping() -> None:
+    """A matrix that is not positive definite, as float32 may leave one, gets a factor all the same;
+    columns in other panels keep theirs.
+    """
+    gram = np.eye(700, dtype=np.float32)
+    gram[0, 1] = 1.5
+    factor = gptq.factorize(gram)
+    assert np.isfinite(np.triu(factor.feedback)).all()
+    assert (factor.costs > 0).all()
+    np.testing.assert_allclose(factor.costs[-PANEL:], 1.01, rtol=1e-6)
 
 
 def test_the_factor_of_no_inputs() -> None:
