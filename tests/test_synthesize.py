@@ -129,7 +129,7 @@ def test_a_streamed_model_writes_the_same(
 
 def test_what_does_not_fit_is_streamed(tmp_path: Path) -> None:
     """Many at once while the model fits, then fewer, then from disk with what there is room for."""
-    deep = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=24))
+    deep = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=48))
     m = model_of(deep)
     s = synthesize.Settings(max_tokens=64)
     whole = next(
