@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ class Peak:
     """
 
     def __init__(self) -> None:
+        gc.collect()  # what an earlier test left would be freed during the work
         mx.clear_cache()
         self.nbytes = 0
         self._before = mx.get_active_memory()

@@ -4,6 +4,7 @@ the plan.
 
 from __future__ import annotations
 
+import gc
 import re
 from dataclasses import replace
 from functools import partial
@@ -522,6 +523,7 @@ def test_resident_training_stays_under_the_plan(
     data = Windows(tokens, np.ones((12, length), np.float32))
     recipe = TrainingConfig(iters=2, batch_size=batch, max_seq_length=length)
     mx.clear_cache()
+    gc.collect()  # what an earlier test left would be freed during the work
     before = mx.get_active_memory()
     job = replace(
         JOB,
@@ -613,6 +615,7 @@ def test_training_by_blocks_stays_under_the_plan(
     )
     planned = training_cost.blockwise_cost(job, batch, GIB if resident else 0, lora)
     mx.clear_cache()
+    gc.collect()  # what an earlier test left would be freed during the work
     before = mx.get_active_memory()
     with memory.limited(Budget(before + planned.peak_bytes)):
         source = live_teacher.StreamedTeacher(
@@ -658,6 +661,7 @@ def test_sharded_training_stays_under_the_plan(
     )
     planned = training_cost.sharded_cost(job, 1, shard).peak_bytes
     mx.clear_cache()
+    gc.collect()  # what an earlier test left would be freed during the work
     before = mx.get_active_memory()
     with memory.limited(Budget(before + planned)):
         made = sharded.Sharded(files, shard, steps_per_shard=2, weight_decay=0.01, files=DISK)
@@ -715,6 +719,7 @@ def test_pruning_stays_under_the_plan(
     held_out = Windows(np.zeros((1, 8), np.int32), np.ones((1, 8), np.float32))
     mx.eval(batches)
     mx.clear_cache()
+    gc.collect()  # what an earlier test left would be freed during the work
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     with memory.limited(Budget(before + planned.peak_bytes)):
@@ -753,6 +758,7 @@ def test_comparing_stays_under_the_plan(
     tokens = np.random.default_rng(0).integers(0, 512, (3, 64)).astype(np.int32)
     planned = comparison_cost([model_of(m) for m in models.values()], 3, 64).peak_bytes
     mx.clear_cache()
+    gc.collect()  # what an earlier test left would be freed during the work
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     with memory.limited(Budget(before + planned)):
