@@ -149,9 +149,11 @@ def main(s: Settings) -> None:
         return
     names = names_of(s.shape)
     file = "quantizing"
+    command = "scripts/mis benchmarks/quantizing.py"
     sizes = HALF
     if s.shape == "7b":
         file = "quantizing_7b"
+        command += " --shape 7b"
         sizes = SEVEN
     rows = laboratory.resumed(file, GIVEN, ["rows"]).get("rows", {})
     with tempfile.TemporaryDirectory() as temp:
@@ -173,9 +175,6 @@ def main(s: Settings) -> None:
             except subprocess.TimeoutExpired:
                 rows[name] = {"stopped_after_s": LIMIT_S, "hot": hot}
             cli.say(f"{name}: {rows[name]}")
-            command = "scripts/mis benchmarks/quantizing.py"
-            if s.shape == "7b":
-                command += " --shape 7b"
             laboratory.write(file, command, {"given": GIVEN, "rows": rows})
     print(table(rows))
 

@@ -13,8 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.hardware import macos
-from mis_mlx.maths import gptq as compensation
-from mis_mlx.maths import losses, reconstruction, rounding
+from mis_mlx.maths import gptq, losses, reconstruction, rounding
 from mis_mlx.models import modules
 from mis_mlx.quantization.packed_format import Format
 
@@ -315,7 +314,7 @@ def logps(dtype: mx.Dtype) -> Compared:
     ]
 
 
-def gptq() -> Found:
+def gptq_integers() -> Found:
     """Check the share of GPTQ's integers that the CPU computes differently.
 
     A scale's last bit may change one integer, and through it its neighbours."""
@@ -324,8 +323,8 @@ def gptq() -> Found:
     gram = inputs.T @ inputs
 
     def codes() -> np.ndarray:
-        factor = compensation.factorize(gram.copy())
-        packed = compensation.rounded([weight], factor, 64, 4)[0]
+        factor = gptq.factorize(gram.copy())
+        packed = gptq.rounded([weight], factor, 64, 4)[0]
         return to_float64(rounding.integers(packed[0], 64, 4))
 
     here = codes()
@@ -364,6 +363,6 @@ BY_TYPE: dict[str, TypedCheck] = {
 CHECKS: dict[str, Check] = {
     **in_both_types(BY_TYPE),
     **{f"packing and values of {name}": partial(unpacked, name) for name in FORMATS},
-    "GPTQ, integers that differ from the CPU's": gptq,
+    "GPTQ, integers that differ from the CPU's": gptq_integers,
     "repair, closed form": closed_form,
 }

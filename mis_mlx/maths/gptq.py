@@ -31,7 +31,9 @@ from mis_mlx.types import MisError
 DAMPING = 0.01  # share of the gram matrix's mean diagonal that is added to it, as in the paper
 # Columns that are factorized at a time, and rows of a wide gram matrix that are summed at a time.
 PANEL = 512
-MORE_DAMPING = 10  # times as much, where a panel is not positive definite
+# Where a panel is not positive definite: times as much each time, and how many times at the most.
+MORE_DAMPING = 10
+MOST_DAMPINGS = 12
 
 
 class Factor(NamedTuple):
@@ -87,13 +89,17 @@ def _cholesky(a: np.ndarray, damping: float) -> None:
 
 
 def _corner(a: np.ndarray, damping: float) -> np.ndarray:
-    """L of A = L L^T (n, n). Where float32 has lost what makes A positive, A gets more damping."""
-    while True:
+    """L of A = L L^T (n, n). Where float32 has lost what makes A positive, A gets more damping.
+
+    MisError where that does not help, as of sums that overflowed.
+    """
+    for _ in range(MOST_DAMPINGS):
         try:
             return np.linalg.cholesky(a)
         except np.linalg.LinAlgError:
             damping *= MORE_DAMPING
             np.einsum("ii->i", a)[:] += damping
+    raise MisError("a matrix's inputs are too large or not finite: use --q-method round")
 
 
 def rounded(

@@ -26,9 +26,14 @@ def precision(inputs: int) -> type[np.floating]:
 
     float32 above `WIDE` inputs, else float64.
     """
-    if inputs > WIDE:
+    if is_wide(inputs):
         return np.float32
     return np.float64
+
+
+def is_wide(inputs: int) -> bool:
+    """Whether a layer has so many inputs that its sums must take little memory."""
+    return inputs > WIDE
 
 
 def inverse_root(gram: np.ndarray) -> mx.array:
@@ -167,6 +172,6 @@ def solver_flops(inputs: int, factor: float, solve: float) -> float:
     latter, and the former counts a quarter.
     """
     square = inputs**2
-    if precision(inputs) is np.float32:
+    if is_wide(inputs):
         return square * factor / 4
     return square * (factor + solve)

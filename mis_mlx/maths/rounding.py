@@ -5,7 +5,7 @@ matrix's output changes least, is maths/gptq.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Literal
 
@@ -236,18 +236,32 @@ def dequantized(
     bits: int,
     mode: Mode = "affine",
 ) -> mx.array:
-    """`values`, computed part by part and evaluated.
+    """`values`, computed part by part and evaluated."""
+    *outer, words = packed[0].shape
+    matrix = np.empty((*outer, words * 32 // bits), np.float32)
+    start = 0
+    for part in value_parts(packed, group, bits, mode):
+        end = start + len(part)
+        matrix[start:end] = part
+        start = end
+    return mx.array(matrix)
+
+
+def value_parts(
+    packed: Packed,
+    group: int,
+    bits: int,
+    mode: Mode = "affine",
+) -> Iterator[mx.array]:
+    """`values` of some rows after the others, lazy.
 
     De-quantizing a matrix at once makes a CPU hold up to five copies of it meanwhile.
     """
-    *outer, words = packed[0].shape
     words_per_row = math.prod(packed[0].shape[1:])
     rows = max(1, OPENED * bits // 32 // words_per_row)
-    matrix = np.empty((*outer, words * 32 // bits), np.float32)
-    for start in range(0, len(matrix), rows):
-        end = start + rows
-        matrix[start:end] = values(tuple(p[start:end] for p in packed), group, bits, mode)
-    return mx.array(matrix)
+    for start in range(0, len(packed[0]), rows):
+        some = tuple(part[start : start + rows] for part in packed)
+        yield values(some, group, bits, mode)
 
 
 def integers(packed: mx.array, group: int, bits: int) -> mx.array:

@@ -374,13 +374,11 @@ def _refuse_not_numbers(checkpoint: Checkpoint, name: str, array: mx.array) -> N
 def weight_of(packed: rounding.Packed, kind: Format, dtype: mx.Dtype) -> mx.array:
     """The matrix (out, in) that an affine one stands for, in `dtype` and evaluated.
 
-    Made part by part: at once, a CPU would hold up to five float32 copies of it.
+    Made part by part, as `rounding.value_parts` says.
     """
-    rows = max(1, rounding.OPENED * kind.bits // 32 // packed[0].shape[1])
     parts = []
-    for start in range(0, len(packed[0]), rows):
-        some = tuple(part[start : start + rows] for part in packed)
-        part = rounding.values(some, kind.group, kind.bits).astype(dtype)
+    for values in rounding.value_parts(packed, kind.group, kind.bits):
+        part = values.astype(dtype)
         stream.evaluate_now(part)
         parts.append(part)
     weight = mx.concatenate(parts)

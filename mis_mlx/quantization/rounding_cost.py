@@ -12,7 +12,7 @@ import numpy as np
 from mis_mlx.compute.token_losses import Footprint
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths.gptq import PANEL
-from mis_mlx.maths.reconstruction import WIDE, precision
+from mis_mlx.maths.reconstruction import is_wide, precision
 from mis_mlx.maths.rounding import CANDIDATE_BITS, ENOUGH_BITS, GROUPS, HELD_BYTES, PART, SLAB
 from mis_mlx.models import bit_floors
 from mis_mlx.models.config import Shape
@@ -116,10 +116,13 @@ def _compensated(
     for inputs, outputs in _sides(s):
         grams += _square_bytes(inputs)
         widest_gram = max(widest_gram, _square_bytes(inputs))
-        triangles = 1 if inputs > WIDE else 2  # of a wide one half is computed
-        gram_flops += triangles * inputs**2
+        products: float = 2 * inputs**2
         work = inputs**2 * (inputs / 3 + outputs)
-        rounding_flops += work / _solver_speed(inputs)
+        if is_wide(inputs):  # one triangle of the sums, and float32, twice as quick as float64
+            products /= 2
+            work /= 2
+        gram_flops += products
+        rounding_flops += work
     # Weights that need no conversion stay where they were read while rounded ones take their place.
     # The widest matrix is the first.
     replaced = m.item * m.block_params if m.as_stored else 0
@@ -158,7 +161,7 @@ def _gathering_bytes(m: ModelSize, length: int) -> int:
         tokens *= batches_per_pass(m.config, length, length)
     taken = 0
     for inputs, _ in _sides(m.wide):
-        if inputs > WIDE:
+        if is_wide(inputs):
             taken += 4 * inputs * (2 * PANEL + tokens)
         else:
             taken += 4 * inputs**2 * parallel_windows(m)
@@ -181,13 +184,6 @@ def _rounding_bytes(m: ModelSize) -> int:
     columns = 20 * min(weights, PART)
     values = 2 * m.item * _largest(m)
     return max(panels, 2 * packed + columns, packed + values)
-
-
-def _solver_speed(inputs: int) -> int:
-    """How many times as quick as in float64 the sums of so many inputs are factorized and used."""
-    if precision(inputs) is np.float32:
-        return 2
-    return 1
 
 
 def _tuning_bytes(m: ModelSize, how: QuantizationConfig, length: int) -> int:
@@ -222,8 +218,9 @@ def _packed_bytes(weights: int) -> int:
 
 
 def _largest(m: ModelSize) -> int:
-    """Weights of a block's largest matrix."""
-    return m.wide.hidden * m.wide.ffn
+    """Weights of a block's largest matrix: of the FFN, or of the queries."""
+    queries = m.wide.heads * m.wide.head_dim
+    return m.wide.hidden * max(m.wide.ffn, queries)
 
 
 def _tuned(

@@ -211,8 +211,8 @@ def _grams(
     """{axis: sum of a a^T (in, in) over all tokens' inputs a to the matrices that read the axis}.
 
     Of a wide one only the upper triangle is whole, which is what `gptq.factorize` reads. block: the
-    one that the source gave out last. Products of one batch are float32, sums over
-    batches in `reconstruction.precision`. MisError, with `where`, when a product overflows.
+    one that the source gave out last. Products of one batch are float32, sums over batches in
+    `reconstruction.precision`. MisError, with `where`, when a product overflows.
     """
     taps = {}
     layers = {}
@@ -236,7 +236,7 @@ def _grams(
             inputs = tap.take().astype(mx.float32)
             inputs = inputs.reshape(-1, inputs.shape[-1])
             found[axis] = inputs
-            if not _is_wide(sums[axis]):
+            if not reconstruction.is_wide(inputs.shape[1]):
                 found[axis] = inputs.T @ inputs
         return found
 
@@ -250,11 +250,6 @@ def _grams(
     return sums
 
 
-def _is_wide(sums: np.ndarray) -> bool:
-    """Whether a product as large as these sums (in, in) would take too much memory beside them."""
-    return len(sums) > reconstruction.WIDE
-
-
 def _add(sums: np.ndarray, seen: mx.array, where: str) -> None:
     """Add the product of some inputs to the sums (in, in).
 
@@ -262,7 +257,7 @@ def _add(sums: np.ndarray, seen: mx.array, where: str) -> None:
     the product overflows.
     """
     slabs: Iterable[tuple[int, mx.array]] = [(0, seen)]
-    if _is_wide(sums):
+    if reconstruction.is_wide(len(sums)):
         slabs = _product_slabs(seen)
     for start, product in slabs:
         # Checked before it is added: a sum with one infinity is lost.

@@ -102,6 +102,14 @@ def test_a_factor_that_needs_more_damping() -> None:
     np.testing.assert_allclose(factor.costs[-PANEL:], 1.01, rtol=1e-6)
 
 
+def test_a_gram_that_no_damping_helps() -> None:
+    """Sums that are not finite end in a sentence, not in a loop."""
+    gram = np.eye(4)
+    gram[0, 1] = np.inf
+    with pytest.raises(MisError, match="use --q-method round"):
+        gptq.factorize(gram)
+
+
 def test_the_factor_of_no_inputs() -> None:
     """The identity: nothing is made up for."""
     factor = gptq.factorize(np.zeros((3, 3)))

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx.maths import gptq, rounding
+from mis_mlx.maths import gptq, reconstruction, rounding
 from mis_mlx.models import arch, load, opening, stream
 from mis_mlx.models.config import shape_of
 from mis_mlx.pruning import slicing
@@ -124,6 +124,32 @@ def test_the_gram_matrices(llama: Checkpoint, batches: list[mx.array]) -> None:
         assert grams[axis].dtype == np.float64
     assert grams["heads"].shape == (64, 64)
     assert np.linalg.eigvalsh(grams["heads"]).min() > -1e-6
+
+
+@pytest.mark.usefixtures("cpu_policy")
+def test_wide_sums_are_made_in_slabs(
+    llama: Checkpoint, batches: list[mx.array], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, one triangle, some rows at a time: that of the sums made at once; and what is
+    rounded with them leaves no more error than a hundredth above.
+    """
+    source = stream.Stream(llama, mx.float32)
+    hidden = source.embed(batches)
+    for _, block in source.blocks([0]):
+        whole = stage._grams(source, block, hidden, ["ffn"])["ffn"]
+        monkeypatch.setattr(reconstruction, "WIDE", 500)
+        monkeypatch.setattr(gptq, "PANEL", 100)
+        wide = stage._grams(source, block, hidden, ["ffn"])["ffn"]
+        down = block.mlp.down_proj.weight
+    assert wide.dtype == np.float32
+    upper = np.triu(whole)
+    np.testing.assert_allclose(np.triu(wide), upper, atol=1e-5 * np.abs(whole).max())
+    errors = []
+    for gram in (whole.copy(), wide):
+        packed = gptq.rounded([down], gptq.factorize(gram), 64, 3)[0]
+        left = np.array(down - rounding.values(packed, 64, 3), np.float64)
+        errors.append((left * (left @ whole)).sum())
+    assert errors[1] == pytest.approx(errors[0], rel=0.01)
 
 
 def test_the_model_stays_nearer_to_itself(tmp_path: Path) -> None:
