@@ -2,17 +2,21 @@
 
     scripts/mis benchmarks/bits.py --num-samples 32          # two minutes a row on a core
     scripts/mis benchmarks/bits.py --model gemma-3-270m --targets 3 4.5
+    scripts/mis benchmarks/bits.py --others                  # half an hour a row of dwq
     scripts/mis scripts/render.py                            # puts the rows into a table
 
 A row is the whole teacher, all its tokens and blocks, in so many bits per weight, scales included.
 "before": each matrix has 3 to 8 bits in groups of 64. "now": 2 bits and groups of 32 and 128 join
 the choice. Both are chosen by the same measured costs and rounded by GPTQ on fitted grids, without
-tuning. "blocks": scales then learn block by block (--q-method blocks). mlx_lm's rows are
-`mlx_lm.convert -q`.
+tuning. "blocks": scales then learn block by block (--q-method blocks). "tuned": scales and norms
+then learn end to end, for 20 steps, from the teacher itself (--q-iters 20). mlx_lm's rows are
+`mlx_lm.convert -q`. --others adds dwq and dynamic_quant and files of llama.cpp with an importance
+matrix, all from our text.
 
 Every row is judged by its float32 weights: bits per byte above the teacher, of the teacher's own
 answers to held-out prompts and of the built-in held-out text. Writes
-benchmarks/results/<machine>/bits-<model>.json after every row; finished rows are not made again.
+benchmarks/results/<machine>/bits-<model>.json after every row (with another seed than 0,
+bits-<model>-<seed>.json); finished rows are not made again.
 """
 
 from __future__ import annotations
@@ -30,10 +34,12 @@ from typing import Any
 
 import laboratory
 import mlx.core as mx
+import other_quantizers
 from laboratory import resumed, start, write
 
 from mis_mlx import cli
 from mis_mlx.data import preparation
+from mis_mlx.distillation import live_teacher, pipeline
 from mis_mlx.evaluation import answers, comparison
 from mis_mlx.evaluation.answer_likelihood import has_template
 from mis_mlx.gguf_export import tensors
@@ -44,10 +50,11 @@ from mis_mlx.quantization import (
     bit_allocation,
     block_tuning,
     format_costs,
+    learned_scales,
     packed_format,
     stage,
 )
-from mis_mlx.settings.recipe import QuantizationConfig
+from mis_mlx.settings.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
 
@@ -55,6 +62,11 @@ HOW = QuantizationConfig(q_groups="mixed", q_iters=0)
 LENGTH = 256  # tokens of a window
 LEAST_BEFORE = 3
 PACKED = {"2 bits, groups of 32": (2, 32), "3 bits": (3, 64), "4 bits": (4, 64)}
+DWQ_BITS = (4, 3)
+# Bits per weight, and the two formats that mlx_lm.dynamic_quant mixes.
+DYNAMIC = ((4.5, 3, 5), (3.5, 2, 4), (3.0, 2, 4))
+LLAMA_CPP = ("Q4_K_M", "Q3_K_M", "IQ3_M", "IQ2_M")
+TUNING_STEPS = 20
 Made = dict[str, Any]  # what is known of a row before it is judged
 
 
@@ -74,6 +86,12 @@ class Settings:
     """held-out prompts that the teacher has answered"""
     eval_windows: int = 6
     """held-out windows of every text"""
+    seed: int = 0
+    """of the choice of calibration windows, and of the batches that scales learn from"""
+    name: str | None = None
+    """what to call the model in the results; default: its folder's name"""
+    others: bool = False
+    """mlx_lm.dwq, mlx_lm.dynamic_quant and llama.cpp, too"""
     sensitivity: str | None = None
     """sensitivity.json of a search: what fitted grids of 3 to 8 bits cost in each matrix; default:
     it is measured
@@ -86,12 +104,16 @@ class Bench:
     def __init__(self, s: Settings):
         self.s = s
         self.teacher = opening.open_to_compute(resolve.resolve_model(s.model).path)
-        self.name = f"bits-{self.teacher.path.name}"
+        self.name = f"bits-{s.name or self.teacher.path.name}"
         self.given = {"windows": s.num_samples, "prompts": s.prompts, "eval": s.eval_windows}
+        if s.seed:
+            self.name += f"-{s.seed}"
+            self.given["seed"] = s.seed
         before = resumed(self.name, self.given, ["rows"])
         self.rows: dict[str, Any] = before.get("rows", {})
         data = preparation.prepare(None, load.tokenizer(self.teacher.path), LENGTH)
-        self.batches = preparation.calibration(data.train, s.num_samples, 0)
+        self.train = data.train
+        self.batches = preparation.calibration(data.train, s.num_samples, s.seed)
         self.held_out = {}
         self.teacher_nats: dict[str, float] = {}
         for text, windows in data.held_out.items():
@@ -101,7 +123,10 @@ class Bench:
         """Write what there is."""
         command = "scripts/mis benchmarks/bits.py"
         if self.s.model is not None:
-            command += f" --model {self.s.model}"
+            # A run's folder has a name of its own; whoever repeats this has it elsewhere.
+            command += f" --model {self.s.name or self.s.model}"
+        if self.s.seed:
+            command += f" --seed {self.s.seed}"
         if self.s.sensitivity is not None:
             command += f" --sensitivity {self.s.sensitivity}"
         write(self.name, command, {"given": self.given, "rows": self.rows})
@@ -129,11 +154,12 @@ class Bench:
         target: float,
         *,
         before: bool = False,
+        blocks: bool = False,
         tunes: bool = False,
     ) -> Callable[[Path], Made]:
         """The teacher in so many bits per weight, on fitted grids, by GPTQ.
 
-        tunes: then scales learn block by block.
+        blocks: then scales learn block by block. tunes: then they learn end to end.
         """
 
         def make(out: Path) -> Made:
@@ -142,16 +168,33 @@ class Bench:
                 costs = {path: older_formats(of_path) for path, of_path in costs.items()}
             layout, report = bit_allocation.chosen_layout(self.teacher.config, costs, target)
             began = time.monotonic()
-            tuning = block_tuning.BlockTuning(list[mx.array]()) if tunes else None
-            blocks = stage.rounded_blocks(self.teacher, self.batches, layout, tuning=tuning)
-            packed_format.write_quantized(self.teacher, out, layout, DISK, rounded=blocks, fit=True)
-            return {
+            tuning = block_tuning.BlockTuning(list[mx.array]()) if blocks else None
+            rounded = stage.rounded_blocks(self.teacher, self.batches, layout, tuning=tuning)
+            untuned = out.with_name("untuned") if tunes else out
+            packed_format.write_quantized(
+                self.teacher, untuned, layout, DISK, rounded=rounded, fit=True
+            )
+            made = {
                 "predicted_nats": round(report["predicted_nats"], 4),
                 "formats": shares(self.teacher, layout),
                 "rounding_s": round(time.monotonic() - began),
             }
+            if tunes:
+                began = time.monotonic()
+                self.tune(untuned, out)
+                made["tuning_s"] = round(time.monotonic() - began)
+            return made
 
         return make
+
+    def tune(self, untuned: Path, out: Path) -> None:
+        """Write `out`: the folder `untuned`, whose scales have learned from the teacher."""
+        checkpoint = opening.open_to_compute(untuned)
+        asked = DistillationConfig(seed=self.s.seed)
+        recipe = pipeline.tuning_recipe(asked, checkpoint, TUNING_STEPS, HOW.q_learning_rate)
+        source = live_teacher.StreamedTeacher(self.teacher, None)
+        model = pipeline.tuned_in_memory(checkpoint, source, self.train, recipe)
+        learned_scales.write_learned(checkpoint, model, out, DISK)
 
     def packed(self, bits: int, group: int) -> Callable[[Path], Made]:
         """`mlx_lm.convert -q`."""
@@ -159,6 +202,42 @@ class Bench:
         def make(out: Path) -> Made:
             laboratory.packed(self.teacher.path, out, bits, group)
             return {}
+
+        return make
+
+    def dwq(self, bits: int) -> Callable[[Path], Made]:
+        """`mlx_lm.dwq`, for as many steps as "tuned"."""
+
+        def make(out: Path) -> Made:
+            began = time.monotonic()
+            other_quantizers.dwq(self.teacher.path, out, self.train, TUNING_STEPS, bits)
+            return {"tuning_s": round(time.monotonic() - began)}
+
+        return make
+
+    def dynamic_quant(self, target: float, low_bits: int, high_bits: int) -> Callable[[Path], Made]:
+        """`mlx_lm.dynamic_quant`."""
+
+        def make(out: Path) -> Made:
+            other_quantizers.dynamic_quant(
+                self.teacher.path,
+                out,
+                self.batches,
+                target,
+                low_bits,
+                high_bits,
+            )
+            return {}
+
+        return make
+
+    def llama_cpp(self, kind: str) -> Callable[[Path], Made]:
+        """llama.cpp's file of that type, with an importance matrix."""
+
+        def make(out: Path) -> Made:
+            importance = other_quantizers.importance(self.teacher, self.batches)
+            nbytes = other_quantizers.llama_cpp(self.teacher, out, kind, importance)
+            return {"nbytes": nbytes}
 
         return make
 
@@ -193,14 +272,14 @@ class Bench:
         with tempfile.TemporaryDirectory() as temp:
             out = Path(temp) / "packed"
             made = make(out)
-            packed = opening.open_to_compute(out)
-            wide = laboratory.unpacked(out, Path(temp) / "wide")
-            lost = self.judge(opening.open_to_compute(wide))
+            checkpoint = opening.open_to_compute(out)
+            wide = out
+            if arch.is_quantized(checkpoint.tensors):
+                made = {"nbytes": checkpoint.nbytes, "gguf": gguf(checkpoint), **made}
+                wide = laboratory.unpacked(out, Path(temp) / "wide")
             row = {
-                "nbytes": packed.nbytes,
-                "bits_per_weight": 8 * packed.nbytes / arch.params(packed.config),
-                "lost": lost,
-                "gguf": gguf(packed),
+                "bits_per_weight": 8 * made["nbytes"] / arch.params(checkpoint.config),
+                "lost": self.judge(opening.open_to_compute(wide)),
                 **made,
             }
         self.rows[label] = row
@@ -254,9 +333,25 @@ def rows_of(bench: Bench) -> Iterator[tuple[str, Callable[[Path], Made]]]:
         if target >= least_before:
             yield f"before, {target:g}", bench.ours(target, before=True)
     for target in bench.s.targets:
-        yield f"blocks, {target:g}", bench.ours(target, tunes=True)
+        yield f"blocks, {target:g}", bench.ours(target, blocks=True)
+    for target in bench.s.targets:
+        yield f"tuned, {target:g}", bench.ours(target, tunes=True)
+        yield f"blocks, tuned, {target:g}", bench.ours(target, blocks=True, tunes=True)
     for label, (bits, group) in PACKED.items():
         yield f"mlx_lm.convert, {label}", bench.packed(bits, group)
+    if bench.s.others:
+        yield from other_rows(bench)
+
+
+def other_rows(bench: Bench) -> Iterator[tuple[str, Callable[[Path], Made]]]:
+    """Those of other programs than mlx_lm.convert."""
+    for kind in LLAMA_CPP:
+        yield f"llama.cpp, {kind}", bench.llama_cpp(kind)
+    for target, low_bits, high_bits in DYNAMIC:
+        label = f"mlx_lm.dynamic_quant, {target:g}"
+        yield label, bench.dynamic_quant(target, low_bits, high_bits)
+    for bits in DWQ_BITS:
+        yield f"mlx_lm.dwq, {bits} bits", bench.dwq(bits)
 
 
 def main(s: Settings) -> None:

@@ -16,7 +16,6 @@ that was stopped goes on. Writes benchmarks/results/<machine>/quality_4bit/<name
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,17 +23,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import laboratory
 import mlx.core as mx
 import numpy as np
-from gguf import GGUFReader, dequantize
+import other_quantizers
 from laboratory import stored, write
 
-from mis_mlx import cli, export
+from mis_mlx import cli
 from mis_mlx.data import preparation
 from mis_mlx.distillation import live_teacher, pipeline
 from mis_mlx.evaluation import comparison
-from mis_mlx.models import arch, load, model_writer, opening, resolve
-from mis_mlx.models.wheel_model import gguf_names, row_order
+from mis_mlx.models import arch, load, opening, resolve
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import learned_scales, stage
 from mis_mlx.reporting.text import markdown_table
@@ -132,121 +131,31 @@ class Bench:
                     DISK,
                 )
 
-    def opened(self) -> tuple[Any, Any, dict[str, Any]]:
-        """As mlx_lm opens it, in float32: (model, tokenizer, config)."""
-        model, tokenizer, config = load.mlx_lm("utils").load(str(self.path), return_config=True)
-        model.set_dtype(mx.float32)
-        return model, tokenizer, config
-
-    def save(self, out: Path, model: Any, tokenizer: Any, config: dict[str, Any]) -> None:
-        """As mlx_lm does."""
-        load.mlx_lm("utils").save(
-            out, str(self.path), model=model, tokenizer=tokenizer, config=config
-        )
-
     def convert(self, out: Path) -> None:
         """mlx_lm.convert -q."""
-        convert = load.mlx_lm("convert").convert
-        convert(str(self.path), str(out), quantize=True, q_group_size=64, q_bits=4, dtype="float16")
+        laboratory.packed(self.path, out)
 
     def gptq(self, out: Path) -> None:
         """mlx_lm.gptq's function."""
-        model, tokenizer, config = self.opened()
-        data = mx.concatenate(self.batches)
-        model, how = load.mlx_lm("quant.gptq").gptq_quantize(
-            model, data, bits=4, group_size=64, fallback_bits=8, fallback_group_size=64
-        )
-        self.save(out, model, tokenizer, {**config, "quantization": how})
+        other_quantizers.gptq(self.path, out, self.batches)
 
     def awq(self, out: Path) -> None:
-        """mlx_lm.awq's function, on a quarter of the windows: its search passes over them 40 times
-        a block.
-        """
-        program = load.mlx_lm("quant.awq")
-        model, tokenizer, config = self.opened()
-        data = mx.concatenate(self.batches[: len(self.batches) // 4])
-        how = program.AWQ_MODEL_CONFIGS[config["model_type"]]
-        program.awq_quantize(
-            model,
-            inputs=data,
-            awq_config=how,
-            group_size=64,
-            bits=4,
-            embed_group_size=64,
-            embed_bits=8,
-            n_grid=10,
-        )
-        program.update_config(model, config)
-        self.save(out, model, tokenizer, config)
+        """mlx_lm.awq's function, on a quarter of the windows."""
+        other_quantizers.awq(self.path, out, self.batches)
 
     def dwq(self, out: Path) -> None:
-        """mlx_lm.dwq's function at its own learning rate, in float32, from its rounded model; as
-        many steps as ours.
-        """
-        program = load.mlx_lm("quant.dwq")
-        utils = load.mlx_lm("utils")
-        model, tokenizer, config = self.opened()
-        small, config = utils.quantize_model(copy.deepcopy(model), config, 64, 4)
-        rows = [(self.train.tokens[i].tolist(), 0) for i in range(2 * self.s.q_iters + 4)]
-        adam = load.mlx_lm("quant.dwq").optimizers.Adam(learning_rate=1e-6, bias_correction=True)
-        program.dwq_quantize(
-            small,
-            target_fn=lambda batch, i, split: model(batch),
-            opt=adam,
-            train_data=rows[4:],
-            valid_data=rows[:4],
-            batch_size=2,
-            max_seq_length=self.s.max_seq_length,
-            seed=0,
-            dtype=mx.float32,
-        )
-        self.save(out, small, tokenizer, config)
+        """mlx_lm.dwq's function, for as many steps as ours."""
+        other_quantizers.dwq(self.path, out, self.train, self.s.q_iters)
 
     def dynamic_quant(self, out: Path) -> None:
-        """mlx_lm.dynamic_quant's functions and defaults, but for the bits, which are those of our
-        default.
-        """
-        program = load.mlx_lm("quant.dynamic_quant")
-        utils = load.mlx_lm("utils")
-        model, tokenizer, config = self.opened()
-        formats = {"low_bits": 4, "low_group_size": 64, "high_bits": 5, "high_group_size": 64}
-        data = mx.concatenate(self.batches)
-        costs = dict(program.estimate_sensitivities(model, data, **formats))
-        threshold = program.estimate_threshold(model, costs, MIXED.target_bpw, **formats)
-        better = {"bits": 5, "group_size": 64}
-
-        def choose(name: str, part: Any) -> Any:
-            return hasattr(part, "to_quantized") and (costs[name] <= threshold or better)
-
-        model, config = utils.quantize_model(model, config, 64, 4, quant_predicate=choose)
-        self.save(out, model, tokenizer, config)
+        """mlx_lm.dynamic_quant's functions, for the bits of our default."""
+        target_bpw = MIXED.target_bpw
+        assert target_bpw is not None
+        other_quantizers.dynamic_quant(self.path, out, self.batches, target_bpw)
 
     def q4_k_m(self, out: Path) -> None:
-        """llama.cpp's own program by way of `export`; read back by gguf-py into a dense folder."""
-        made = export.run(
-            export.Settings(model=str(self.path), out=str(out.parent / "gguf"), out_type="q4_k_m")
-        )
-        reader = GGUFReader(Path(made["out"]) / made["file"])
-        config = self.dense.config
-        heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-        ours = {theirs: name for name, theirs in gguf_names(config).items()}
-        found = {}
-        for t in reader.tensors:
-            if (name := ours.get(t.name, "")) in self.dense.tensors:
-                shape = self.dense.tensors[name].shape
-                found[name] = dequantize(t.data, t.tensor_type).astype(np.float32).reshape(shape)
-                for part, count in heads.items():
-                    if part in name:
-                        found[name] = found[name][np.argsort(row_order(len(found[name]), count))]
-        model_writer.write_model(
-            config,
-            lambda n: mx.array(found[n]),
-            source=self.path,
-            out=out,
-            dtype="float32",
-            files=DISK,
-        )
-        self.nbytes = sum(int(t.n_bytes) for t in reader.tensors)
+        """llama.cpp's own program, read back by gguf-py into a dense folder."""
+        self.nbytes = other_quantizers.llama_cpp(self.dense, out, "Q4_K_M", {})
 
 
 FOUR = QuantizationConfig(target_bpw=None, q_iters=0)
