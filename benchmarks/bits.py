@@ -9,8 +9,8 @@ A row is the whole teacher, all its tokens and blocks, in so many bits per weigh
 "before": each matrix has 3 to 8 bits in groups of 64. "now": 2 bits and groups of 32 and 128 join
 the choice. Both are chosen by the same measured costs and rounded by GPTQ on fitted grids, without
 tuning. "blocks": scales then learn block by block (--q-method blocks). "tuned": scales and norms
-then learn end to end, for 20 steps, from the teacher itself (--q-iters 20). mlx_lm's rows are
-`mlx_lm.convert -q`. --others adds dwq and dynamic_quant and files of llama.cpp with an importance
+then learn end to end, for 20 steps, from the model itself or from --teacher (--q-iters 20). mlx_lm's
+rows are `mlx_lm.convert -q`. --others adds dwq and dynamic_quant and files of llama.cpp with an importance
 matrix, all from our text.
 
 Every row is judged by its float32 weights: bits per byte above the teacher, of the teacher's own
@@ -46,6 +46,7 @@ from mis_mlx.gguf_export import tensors
 from mis_mlx.hardware import memory
 from mis_mlx.maths import rounding
 from mis_mlx.models import arch, load, opening, resolve
+from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import (
     bit_allocation,
     block_tuning,
@@ -76,6 +77,8 @@ class Settings:
 
     model: str | None = None
     """folder, hub id or gemma-3-270m; default: SmolLM2-135M-Instruct"""
+    teacher: str | None = None
+    """what a student learns from in the rows "tuned"; default: the model itself"""
     targets: tuple[float, ...] = (4.5, 3.5, 3.0, 2.5)
     """bits per weight"""
     only: tuple[str, ...] = ()
@@ -125,6 +128,8 @@ class Bench:
         if self.s.model is not None:
             # A run's folder has a name of its own; whoever repeats this has it elsewhere.
             command += f" --model {self.s.name or self.s.model}"
+        if self.s.teacher is not None:
+            command += f" --teacher {self.s.teacher}"
         if self.s.seed:
             command += f" --seed {self.s.seed}"
         if self.s.sensitivity is not None:
@@ -192,9 +197,13 @@ class Bench:
         checkpoint = opening.open_to_compute(untuned)
         asked = DistillationConfig(seed=self.s.seed)
         recipe = pipeline.tuning_recipe(asked, checkpoint, TUNING_STEPS, HOW.q_learning_rate)
-        source = live_teacher.StreamedTeacher(self.teacher, None)
-        model = pipeline.tuned_in_memory(checkpoint, source, self.train, recipe)
-        learned_scales.write_learned(checkpoint, model, out, DISK)
+        taught_by = self.teacher
+        if self.s.teacher is not None:
+            taught_by = opening.open_to_compute(resolve.resolve_model(self.s.teacher).path)
+        with vocabulary.shared(taught_by, [self.teacher]) as teacher:
+            source = live_teacher.StreamedTeacher(teacher, None)
+            model = pipeline.tuned_in_memory(checkpoint, source, self.train, recipe)
+            learned_scales.write_learned(checkpoint, model, out, DISK)
 
     def packed(self, bits: int, group: int) -> Callable[[Path], Made]:
         """`mlx_lm.convert -q`."""
