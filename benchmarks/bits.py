@@ -9,9 +9,9 @@ A row is the whole teacher, all its tokens and blocks, in so many bits per weigh
 "before": each matrix has 3 to 8 bits in groups of 64. "now": 2 bits and groups of 32 and 128 join
 the choice. Both are chosen by the same measured costs and rounded by GPTQ on fitted grids, without
 tuning. "blocks": scales then learn block by block (--q-method blocks). "tuned": scales and norms
-then learn end to end, for 20 steps, from the model itself or from --teacher (--q-iters 20). mlx_lm's
-rows are `mlx_lm.convert -q`. --others adds dwq and dynamic_quant and files of llama.cpp with an importance
-matrix, all from our text.
+then learn end to end, for 20 steps, from the model itself or from --teacher (--q-iters 20).
+mlx_lm's rows are `mlx_lm.convert -q`. --others adds dwq and dynamic_quant and files of llama.cpp
+with an importance matrix, all from our text.
 
 Every row is judged by its float32 weights: bits per byte above the teacher, of the teacher's own
 answers to held-out prompts and of the built-in held-out text. Writes
