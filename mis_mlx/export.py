@@ -94,7 +94,7 @@ def need_bytes(checkpoint: Checkpoint, form: str, wanted: str) -> int:
 def _facts(
     parts: list[tensors.Part],
     checkpoint: Checkpoint,
-    inexact: int = 0,
+    tally: tensors.Rerounding,
 ) -> list[str]:
     """What became of the matrices, for people: which were re-wrapped, which rounded."""
     kinds = Counter[str]()
@@ -108,12 +108,15 @@ def _facts(
     facts = [f"types of the tensors: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}"]
     if exact:
         rounding = "no number rounded again"
-        if inexact:
-            rounding = f"but {inexact} scales or biases are not exact in float16"
+        if tally.inexact:
+            rounding = f"but {tally.inexact} scales or biases are not exact in float16"
         facts.append(f"{exact} matrices re-wrapped as MLX packed them, {rounding}")
     if again:
         types = ", ".join(f"{kind} ({n})" for kind, n in again.items())
-        facts.append(f"{again.total()} packed matrices de-quantized and rounded again to {types}")
+        fact = f"{again.total()} packed matrices de-quantized and rounded again to {types}"
+        if tally.total:
+            fact += f", which moves their weights by {tally.relative:.2%} (root mean square)"
+        facts.append(fact)
     return facts
 
 
@@ -177,14 +180,14 @@ def _gguf(settings: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, 
     exact = sum(part.exact for part in parts)
     result = {"file": file, "nbytes": nbytes, "tensors": len(parts), "rewrapped": exact}
     if settings.dry_run:
-        types = _facts(parts, checkpoint)[0]
+        types = _facts(parts, checkpoint, tensors.Rerounding())[0]
         return {**result, "notes": [types, *notes]}
     base = _base(settings, checkpoint)
     modelfile = _modelfile(file, facts)
     room = nbytes + PAPERS_BYTES
     if wanted == K_QUANT:
         room += tensors.padded_bytes(written)
-    tally = Counter[str]()
+    tally = tensors.Rerounding()
     with protocol.commit_folder(Path(settings.out), DISK, room, "the GGUF") as folder:
         rows = (
             tensors.rows(checkpoint, part, tally)
@@ -193,13 +196,15 @@ def _gguf(settings: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, 
         if wanted == K_QUANT:
             tensors.write(folder / STAGED, head, written, rows, files=DISK)
             parts = _k_quantized(folder, file, parts)
+            # what llama.cpp adds was not counted: only what float16 does
+            tally = tensors.Rerounding()
         else:
             tensors.write(folder / file, head, written, rows, files=DISK)
-        notes = _facts(parts, checkpoint, tally["inexact"]) + notes
+        notes = _facts(parts, checkpoint, tally) + notes
         DISK.write(folder / "Modelfile", modelfile)
         DISK.write(folder / "README.md", _readme(settings, checkpoint, base, file, notes))
     result["nbytes"] = (Path(settings.out) / file).stat().st_size
-    return {**result, "inexact_scales": tally["inexact"], "notes": notes}
+    return {**result, "inexact_scales": tally.inexact, "notes": notes}
 
 
 def _modelfile(file: str, facts: dict[str, Any]) -> bytes:

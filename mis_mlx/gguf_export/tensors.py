@@ -10,6 +10,7 @@ import io
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,6 +67,32 @@ class Part(NamedTuple):
         """
         type_ = gguf.GGMLQuantizationType[self.kind]
         return math.prod(gguf.quant_shape_to_byte_shape(self.shape, type_))
+
+
+@dataclass
+class Rerounding:
+    """What the file changes of numbers that MLX packed, added up over tensors.
+
+    inexact: scales and biases of exact tensors that float16 does not hold. change, total: sums of
+    squares over the weights of tensors that are rounded again: what the file adds to them, and what
+    they are.
+    """
+
+    inexact: int = 0
+    change: float = 0.0
+    total: float = 0.0
+
+    @property
+    def relative(self) -> float:
+        """Root mean square of the second rounding, as a share of the weights' own."""
+        if not self.total:
+            return 0.0
+        return math.sqrt(self.change / self.total)
+
+    def add(self, packed: np.ndarray, written: np.ndarray) -> None:
+        """Count weights (rows, in) that were packed, and what the file has in their place."""
+        self.change += float(np.square(written - packed).sum(dtype=np.float64))
+        self.total += float(np.square(packed).sum(dtype=np.float64))
 
 
 def out_type(checkpoint: Checkpoint) -> str:
@@ -209,12 +236,12 @@ def _k_mixture(config: Config, name: str, columns: int) -> str:
 def rows(
     checkpoint: Checkpoint,
     part: Part,
-    tally: Counter[str],
+    tally: Rerounding,
 ) -> Iterator[np.ndarray]:
     """The bytes of one tensor, uint8 (rows, bytes of a row), slab by slab.
 
-    Memory: the tensor as stored, and a slab. tally: "inexact" counts scales and biases that float16
-    does not hold exactly. MisError at NaN or infinity.
+    Memory: the tensor as stored, and a slab. tally: counts what is not the same number any more.
+    MisError at NaN or infinity.
     """
     if not part.source:  # of the positions: no weight of the model
         yield positions.frequency_factors(checkpoint.config).view(np.uint8)
@@ -262,7 +289,7 @@ def _converted(
     checkpoint: Checkpoint,
     part: Part,
     slab: load.Raw,
-    _: Counter[str],
+    tally: Rerounding,
 ) -> np.ndarray:
     """Rows of any kind, de-quantized to float32 and rounded to the part's type."""
     values = np.array(load.dense(checkpoint, part.source, slab).astype(mx.float32))
@@ -277,14 +304,18 @@ def _converted(
         largest = np.abs(values).max()
         if largest > np.finfo(np.float16).max:
             raise MisError(f"{part.source} has {largest:.4g}, but float16 ends at 65504: use bf16")
-    return gguf.quantize(values, gguf.GGMLQuantizationType[part.kind])
+    kind = gguf.GGMLQuantizationType[part.kind]
+    converted = gguf.quantize(values, kind)
+    if load.packing(checkpoint, part.source):
+        tally.add(values, gguf.dequantize(converted, kind))
+    return converted
 
 
 def _rewrapped(
     checkpoint: Checkpoint,
     part: Part,
     slab: load.Raw,
-    tally: Counter[str],
+    tally: Rerounding,
 ) -> np.ndarray:
     """MLX's packed rows as ggml's blocks, uint8 (rows, bytes of a row)."""
     stem = part.source.removesuffix(".weight")
@@ -301,7 +332,7 @@ def _rewrapped(
         with np.errstate(over="ignore"):  # an overflow is infinity, and that is refused
             half = stored.astype(np.float16)
         _finite(part, half)
-        tally["inexact"] += int((half != stored).sum())
+        tally.inexact += int((half != stored).sum())
         halves.append(np.repeat(half, blocks_of_group, axis=1))
     return _affine_blocks(q, np.stack(halves, axis=-1), packing["bits"])
 

@@ -263,7 +263,7 @@ def test_gguf(model: Checkpoint, tmp_path: Path, wanted: str) -> None:
         assert part.kind == "F32"
         assert part.name.endswith(".bias")
         assert part.name.startswith("blk.")
-        rows = np.concatenate(list(tensors.rows(source, part, Counter())))
+        rows = np.concatenate(list(tensors.rows(source, part, tensors.Rerounding())))
         written = rows.view(np.float32).reshape(-1)
         stored = np.array(load.dense(model, part.source))
         heads = {"attn_q": 4, "attn_k": 2}.get(part.name.split(".")[2], 0)

@@ -67,12 +67,12 @@ def packed(
 
 def content(
     checkpoint: Checkpoint, name: str, wanted: str
-) -> tuple[tensors.Part, np.ndarray, Counter[str]]:
+) -> tuple[tensors.Part, np.ndarray, tensors.Rerounding]:
     """(the part made of tensor `name`, its values in float32 as gguf-py decodes them, the
     tally).
     """
     part = next(p for p in tensors.parts(checkpoint, wanted) if p.source == name)
-    tally = Counter[str]()
+    tally = tensors.Rerounding()
     data = np.concatenate(list(tensors.rows(checkpoint, part, tally)))
     return part, dequantize(data, GGMLQuantizationType[part.kind]).reshape(part.shape), tally
 
@@ -106,7 +106,7 @@ def test_every_packing_that_llama_cpp_has_is_exact(
         want = llama_cpp_permute(want, 4) if name == Q else want
         np.testing.assert_array_equal(values, want)
         assert np.ptp(values) > 0.1
-        assert (part.kind, part.exact, tally["inexact"]) == (kind, True, 0)
+        assert (part.kind, part.exact, tally.inexact) == (kind, True, 0)
     if mode != "affine":
         with pytest.raises(
             MisError, match=f"--out-type {mode} needs matrices that MLX packed in this way"
@@ -128,8 +128,10 @@ def test_mixed_bits_are_exact_where_they_can_be(tmp_path: Path) -> None:
     assert tensors.out_type(checkpoint) == "q4_1"
     for bits, kind in ((3, "Q4_1"), (5, "Q5_1"), (6, "Q8_0"), (8, "Q8_0")):
         name = f"{paths[bits]}.weight"
-        part, values, _ = content(checkpoint, name, "q4_1")
+        part, values, tally = content(checkpoint, name, "q4_1")
         want = np.array(load.dense(checkpoint, name))
+        change = np.linalg.norm(values - want) / np.linalg.norm(want)
+        assert tally.relative == pytest.approx(change, rel=1e-5)
         step = np.abs(want.reshape(-1, 32)).max(axis=1, keepdims=True) / 127
         error = np.abs(values - want).reshape(-1, 32)
         assert (part.kind, part.exact) == (kind, bits < 6)
@@ -160,11 +162,11 @@ def test_bfloat16_scales_that_float16_cannot_hold_are_counted(tmp_path: Path) ->
     )
     floats = [np.array(a.astype(mx.float32)) for a in arrays.values()]
     lost = sum(int((a.astype(np.float16).astype(np.float32) != a).sum()) for a in floats)
-    assert tally["inexact"] == lost
+    assert tally.inexact == lost
     assert 32 <= lost <= 128
     np.testing.assert_allclose(values, np.array(load.dense(checkpoint, name)), rtol=2e-3, atol=2e-6)
     clean = packed(tmp_path / "clean", 64, mx.bfloat16)
-    assert content(clean, name, "q4_1")[2]["inexact"] == 0
+    assert content(clean, name, "q4_1")[2].inexact == 0
 
 
 def test_slabs_make_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +176,7 @@ def test_slabs_make_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     whole = [content(c, Q, wanted)[1] for c, wanted in ((checkpoint, "q4_1"), (dense, "q8_0"))]
     monkeypatch.setattr(tensors, "SLAB_BYTES", 7 * 4 * 128)
     part = next(p for p in tensors.parts(checkpoint, "q4_1") if p.source == Q)
-    assert len(list(tensors.rows(checkpoint, part, Counter()))) == 19
+    assert len(list(tensors.rows(checkpoint, part, tensors.Rerounding()))) == 19
     for before, (c, wanted) in zip(whole, ((checkpoint, "q4_1"), (dense, "q8_0")), strict=True):
         np.testing.assert_array_equal(content(c, Q, wanted)[1], before)
 
@@ -264,7 +266,7 @@ def test_llama_3s_frequencies_are_mlx_lms(models: Callable[[str], Checkpoint]) -
         llama.path, {**llama.config, "rope_scaling": scaling, "head_dim": 64}, llama.tensors
     )
     part = tensors.Part("rope_freqs.weight", "", (32,), "F32")
-    found = np.concatenate(list(tensors.rows(changed, part, Counter()))).view(np.float32)
+    found = np.concatenate(list(tensors.rows(changed, part, tensors.Rerounding()))).view(np.float32)
     rope = load.mlx_lm("models.rope_utils").initialize_rope(
         64,
         base=10000.0,
