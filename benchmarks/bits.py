@@ -13,8 +13,8 @@ then learn end to end, for 20 steps, from the model itself or from --teacher (--
 mlx_lm's rows are `mlx_lm.convert -q`. --others adds dwq and dynamic_quant and files of llama.cpp
 with an importance matrix, all from our text.
 
-Every row is judged by its float32 weights: bits per byte above the teacher, of the teacher's own
-answers to held-out prompts and of the built-in held-out text. Writes
+Every row is judged by its float32 weights: bits per byte above the unrounded model, of the
+teacher's own answers to held-out prompts and of the built-in held-out text. Writes
 benchmarks/results/<machine>/bits-<model>.json after every row (with another seed than 0,
 bits-<model>-<seed>.json); finished rows are not made again.
 """
@@ -40,7 +40,7 @@ from laboratory import resumed, start, write
 from mis_mlx import cli
 from mis_mlx.data import preparation
 from mis_mlx.distillation import live_teacher, pipeline
-from mis_mlx.evaluation import answers, comparison
+from mis_mlx.evaluation import answer_figures, answers, comparison
 from mis_mlx.evaluation.answer_likelihood import has_template
 from mis_mlx.gguf_export import tensors
 from mis_mlx.hardware import memory
@@ -78,7 +78,9 @@ class Settings:
     model: str | None = None
     """folder, hub id or gemma-3-270m; default: SmolLM2-135M-Instruct"""
     teacher: str | None = None
-    """what a student learns from in the rows "tuned"; default: the model itself"""
+    """what a student learns from in the rows "tuned", and whose answers judge it; default: the
+    model itself
+    """
     targets: tuple[float, ...] = (4.5, 3.5, 3.0, 2.5)
     """bits per weight"""
     only: tuple[str, ...] = ()
@@ -95,6 +97,8 @@ class Settings:
     """what to call the model in the results; default: its folder's name"""
     others: bool = False
     """mlx_lm.dwq, mlx_lm.dynamic_quant and llama.cpp, too"""
+    q_iters: int = TUNING_STEPS
+    """steps of the rows "tuned" and of mlx_lm.dwq"""
     sensitivity: str | None = None
     """sensitivity.json of a search: what fitted grids of 3 to 8 bits cost in each matrix; default:
     it is measured
@@ -107,8 +111,13 @@ class Bench:
     def __init__(self, s: Settings):
         self.s = s
         self.teacher = opening.open_to_compute(resolve.resolve_model(s.model).path)
+        self.taught_by = self.teacher
+        if s.teacher is not None:
+            self.taught_by = opening.open_to_compute(resolve.resolve_model(s.teacher).path)
         self.name = f"bits-{s.name or self.teacher.path.name}"
         self.given = {"windows": s.num_samples, "prompts": s.prompts, "eval": s.eval_windows}
+        if s.q_iters != TUNING_STEPS:
+            self.given["q_iters"] = s.q_iters
         if s.seed:
             self.name += f"-{s.seed}"
             self.given["seed"] = s.seed
@@ -196,11 +205,8 @@ class Bench:
         """Write `out`: the folder `untuned`, whose scales have learned from the teacher."""
         checkpoint = opening.open_to_compute(untuned)
         asked = DistillationConfig(seed=self.s.seed)
-        recipe = pipeline.tuning_recipe(asked, checkpoint, TUNING_STEPS, HOW.q_learning_rate)
-        taught_by = self.teacher
-        if self.s.teacher is not None:
-            taught_by = opening.open_to_compute(resolve.resolve_model(self.s.teacher).path)
-        with vocabulary.shared(taught_by, [self.teacher]) as teacher:
+        recipe = pipeline.tuning_recipe(asked, checkpoint, self.s.q_iters, HOW.q_learning_rate)
+        with vocabulary.shared(self.taught_by, [self.teacher]) as teacher:
             source = live_teacher.StreamedTeacher(teacher, None)
             model = pipeline.tuned_in_memory(checkpoint, source, self.train, recipe)
             learned_scales.write_learned(checkpoint, model, out, DISK)
@@ -219,7 +225,7 @@ class Bench:
 
         def make(out: Path) -> Made:
             began = time.monotonic()
-            other_quantizers.dwq(self.teacher.path, out, self.train, TUNING_STEPS, bits)
+            other_quantizers.dwq(self.teacher.path, out, self.train, self.s.q_iters, bits)
             return {"tuning_s": round(time.monotonic() - began)}
 
         return make
@@ -251,20 +257,20 @@ class Bench:
         return make
 
     def judge(self, wide: Checkpoint) -> dict[str, list[float]]:
-        """{text: (bits per byte above the teacher, low, high)}; intervals are 95 %.
+        """{text: (bits per byte above the unrounded model, low, high)}; intervals are 95 %.
 
-        "answers" is the teacher's own; the other texts have no interval.
+        "answers" are those of the model that teaches; the other texts have no interval.
         """
         found = {}
         if has_template(self.teacher):
-            models = {"teacher": self.teacher, "rounded": wide}
+            models = {"taught by": self.taught_by, "unrounded": self.teacher, "rounded": wide}
             asked = answers.prompts(self.s.prompts)
-            judgement = answers.judged(models, asked, memory.budget(None), silent=["rounded"])
-            assert judgement is not None  # both have a template
-            for row in judgement.rows:
-                if (row.metric, row.model) == ("answers_excess", "rounded"):
-                    assert row.low is not None and row.high is not None
-                    found["answers"] = digits(row.value, row.low, row.high)
+            silent = ["unrounded", "rounded"]
+            judgement = answers.judged(models, asked, memory.budget(None), silent=silent)
+            assert judgement is not None  # all have a template
+            rounded = judgement.models["rounded"].bits
+            more = rounded.nats - judgement.models["unrounded"].bits.nats
+            found["answers"] = digits(*answer_figures.bits_per_byte(more, rounded.nbytes))
         for text, windows in self.held_out.items():
             if text not in self.teacher_nats:
                 figures = comparison.compare({"teacher": self.teacher}, windows)

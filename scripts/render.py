@@ -397,13 +397,33 @@ def few_bits(found: Found) -> str:
     for label, row in rows:
         cells = [label, f"{row['bits_per_weight']:.2f}", f"{row['nbytes'] / 1e6:.1f}"]
         cells += [with_margin(row["lost"][text]) for text in texts]
-        file = row["gguf"]
-        cells += [f"{file['nbytes'] / 1e6:.1f}", f"{100 * file['exact']:.0f}"]
+        file = row.get("gguf")
+        if file:
+            cells += [f"{file['nbytes'] / 1e6:.1f}", f"{100 * file['exact']:.0f}"]
+        else:  # it is a GGUF itself
+            cells += [f"{row['nbytes'] / 1e6:.1f}", "–"]
         lines.append(cells)
     given = found["given"]
     sizes = f"{given['prompts']} prompts, {given['eval']} windows of each text, "
     sizes += f"{given['windows']} windows of calibration, one seed"
     return "\n".join([words.markdown_table(head, lines), "", where(found, sizes)])
+
+
+def few_bits_by_seed(*found: Found) -> str:
+    """A line a row that all seeds have: what it loses with each of them."""
+    first = found[0]["rows"]
+    shared = [label for label in first if all(label in of_seed["rows"] for of_seed in found)]
+    texts = list(next(iter(first.values()))["lost"])
+    seeds = ", ".join(str(of_seed["given"].get("seed", 0)) for of_seed in found)
+    lines = list[list[str]]()
+    for label in shared:
+        cells = [label]
+        for text in texts:
+            lost = [of_seed["rows"][label]["lost"][text][0] for of_seed in found]
+            cells.append(", ".join(f"{value:.3f}" for value in lost))
+        lines.append(cells)
+    head = [f"seeds {seeds}", *texts]
+    return words.markdown_table(head, lines)
 
 
 def with_margin(value: list[float]) -> str:
@@ -517,6 +537,12 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "lose-briefly": (lose_briefly, ("lose.json",)),
     "planned": (planned_phases, ("planned.json",)),
     "few-bits": (few_bits, ("bits-SmolLM2-135M-Instruct.json",)),
+    "few-bits-by-seed": (
+        few_bits_by_seed,
+        tuple(f"bits-SmolLM2-135M-Instruct{seed}.json" for seed in ("", "-1", "-2")),
+    ),
+    "few-bits-gemma": (few_bits, ("bits-gemma-3-270m.json",)),
+    "few-bits-student": (few_bits, ("bits-half-vocab-student.json",)),
     "known-numbers": (known_numbers, ("known_numbers.json",)),
     "models-half": (models_half, ("models.json",)),
     "models-default": (models_default, ("models.json",)),
@@ -529,6 +555,10 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
 }
 PROGRAMS = {
     "bits-SmolLM2-135M-Instruct": "bits.py",
+    "bits-SmolLM2-135M-Instruct-1": "bits.py --seed 1",
+    "bits-SmolLM2-135M-Instruct-2": "bits.py --seed 2",
+    "bits-gemma-3-270m": "bits.py --model gemma-3-270m",
+    "bits-half-vocab-student": "bits.py --name half-vocab-student --model RUN/distilled",
     "distill-default": "distill.py default",
     "ttft-4bit": "ttft.py --four-bit",
     "models": "models_table.py",
