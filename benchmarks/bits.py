@@ -98,7 +98,7 @@ class Settings:
     others: bool = False
     """mlx_lm.dwq, mlx_lm.dynamic_quant and llama.cpp, too"""
     q_iters: int = TUNING_STEPS
-    """steps of the rows "tuned" and of mlx_lm.dwq"""
+    """steps of the rows "tuned"; their name says it where it is another number"""
     sensitivity: str | None = None
     """sensitivity.json of a search: what fitted grids of 3 to 8 bits cost in each matrix; default:
     it is measured
@@ -116,8 +116,6 @@ class Bench:
             self.taught_by = opening.open_to_compute(resolve.resolve_model(s.teacher).path)
         self.name = f"bits-{s.name or self.teacher.path.name}"
         self.given = {"windows": s.num_samples, "prompts": s.prompts, "eval": s.eval_windows}
-        if s.q_iters != TUNING_STEPS:
-            self.given["q_iters"] = s.q_iters
         if s.seed:
             self.name += f"-{s.seed}"
             self.given["seed"] = s.seed
@@ -134,11 +132,15 @@ class Bench:
     def keep(self) -> None:
         """Write what there is."""
         command = "scripts/mis benchmarks/bits.py"
-        if self.s.model is not None:
-            # A run's folder has a name of its own; whoever repeats this has it elsewhere.
-            command += f" --model {self.s.name or self.s.model}"
+        if self.s.name is not None:
+            # whoever repeats this has the run's folder elsewhere
+            command += f" --model RUN/distilled --name {self.s.name}"
+        elif self.s.model is not None:
+            command += f" --model {self.s.model}"
         if self.s.teacher is not None:
             command += f" --teacher {self.s.teacher}"
+        if self.s.num_samples != Settings.num_samples:
+            command += f" --num-samples {self.s.num_samples}"
         if self.s.seed:
             command += f" --seed {self.s.seed}"
         if self.s.sensitivity is not None:
@@ -225,7 +227,7 @@ class Bench:
 
         def make(out: Path) -> Made:
             began = time.monotonic()
-            other_quantizers.dwq(self.teacher.path, out, self.train, self.s.q_iters, bits)
+            other_quantizers.dwq(self.teacher.path, out, self.train, TUNING_STEPS, bits)
             return {"tuning_s": round(time.monotonic() - began)}
 
         return make
@@ -349,9 +351,12 @@ def rows_of(bench: Bench) -> Iterator[tuple[str, Callable[[Path], Made]]]:
             yield f"before, {target:g}", bench.ours(target, before=True)
     for target in bench.s.targets:
         yield f"blocks, {target:g}", bench.ours(target, blocks=True)
+    tuned = "tuned"
+    if bench.s.q_iters != TUNING_STEPS:
+        tuned += f" in {bench.s.q_iters} steps"
     for target in bench.s.targets:
-        yield f"tuned, {target:g}", bench.ours(target, tunes=True)
-        yield f"blocks, tuned, {target:g}", bench.ours(target, blocks=True, tunes=True)
+        yield f"{tuned}, {target:g}", bench.ours(target, tunes=True)
+        yield f"blocks, {tuned}, {target:g}", bench.ours(target, blocks=True, tunes=True)
     for label, (bits, group) in PACKED.items():
         yield f"mlx_lm.convert, {label}", bench.packed(bits, group)
     if bench.s.others:

@@ -320,10 +320,9 @@ def _check_family(checkpoint: Checkpoint) -> None:
     """MisError for a family that is not exported to GGUF."""
     family = families.family(checkpoint.config)
     if not family.gguf:
-        why = "llama.cpp was not tested with its per-layer inputs and shared keys"
         raise MisError(
-            f"a {family.name} is not exported to GGUF, because {why}: use --format hf, or the "
-            f"folder in mlx-lm"
+            f"a {family.name} is not exported to GGUF, because its linear attention cannot be written "
+            f"for llama.cpp yet: use --format hf, or the folder in mlx-lm"
         )
 
 
