@@ -321,8 +321,8 @@ def _check_family(checkpoint: Checkpoint) -> None:
     family = families.family(checkpoint.config)
     if not family.gguf:
         raise MisError(
-            f"a {family.name} is not exported to GGUF, because its linear attention cannot be written "
-            f"for llama.cpp yet: use --format hf, or the folder in mlx-lm"
+            f"a {family.name} is not exported to GGUF, because its linear attention cannot be "
+            f"written for llama.cpp yet: use --format hf, or the folder in mlx-lm"
         )
 
 
