@@ -227,7 +227,7 @@ class Bench:
 
         def make(out: Path) -> Made:
             began = time.monotonic()
-            other_quantizers.dwq(self.teacher.path, out, self.train, TUNING_STEPS, bits)
+            other_quantizers.dwq(self.teacher.path, out, self.train, iters=TUNING_STEPS, bits=bits)
             return {"tuning_s": round(time.monotonic() - began)}
 
         return make
@@ -240,9 +240,9 @@ class Bench:
                 self.teacher.path,
                 out,
                 self.batches,
-                target,
-                low_bits,
-                high_bits,
+                target_bpw=target,
+                low_bits=low_bits,
+                high_bits=high_bits,
             )
             return {}
 

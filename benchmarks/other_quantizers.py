@@ -27,6 +27,7 @@ from mis_mlx.models.wheel_model import row_order
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
 
+GROUP = 64  # weights that share a scale
 AWQ_SHARE = 4  # one in so many windows: its search passes over them 40 times a block
 DWQ_RATE = 1e-6  # of mlx_lm.dwq
 DWQ_WINDOWS = 2  # of a step
@@ -59,7 +60,7 @@ def opened(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
     return model, tokenizer, config
 
 
-def _save(folder: Path, out: Path, model: Any, tokenizer: Any, config: dict[str, Any]) -> None:
+def _save(folder: Path, out: Path, *, model: Any, tokenizer: Any, config: dict[str, Any]) -> None:
     load.mlx_lm("utils").save(out, str(folder), model=model, tokenizer=tokenizer, config=config)
 
 
@@ -70,29 +71,32 @@ def gptq(folder: Path, out: Path, batches: Sequence[mx.array]) -> None:
         model,
         mx.concatenate(list(batches)),
         bits=4,
-        group_size=64,
+        group_size=GROUP,
         fallback_bits=8,
-        fallback_group_size=64,
+        fallback_group_size=GROUP,
     )
-    _save(folder, out, model, tokenizer, {**config, "quantization": how})
+    config = {**config, "quantization": how}
+    _save(folder, out, model=model, tokenizer=tokenizer, config=config)
 
 
 def awq(folder: Path, out: Path, batches: Sequence[mx.array]) -> None:
     """mlx_lm.awq's function on a share of the windows: 4 bits, 8 for the embedding."""
     program = load.mlx_lm("quant.awq")
     model, tokenizer, config = opened(folder)
+    inputs = mx.concatenate(list(batches[: len(batches) // AWQ_SHARE]))
+    how = program.AWQ_MODEL_CONFIGS[config["model_type"]]
     program.awq_quantize(
         model,
-        inputs=mx.concatenate(list(batches[: len(batches) // AWQ_SHARE])),
-        awq_config=program.AWQ_MODEL_CONFIGS[config["model_type"]],
-        group_size=64,
+        inputs=inputs,
+        awq_config=how,
+        group_size=GROUP,
         bits=4,
-        embed_group_size=64,
+        embed_group_size=GROUP,
         embed_bits=8,
         n_grid=10,
     )
     program.update_config(model, config)
-    _save(folder, out, model, tokenizer, config)
+    _save(folder, out, model=model, tokenizer=tokenizer, config=config)
 
 
 def dwq(folder: Path, out: Path, windows: Windows, iters: int, bits: int = 4) -> None:
@@ -102,21 +106,25 @@ def dwq(folder: Path, out: Path, windows: Windows, iters: int, bits: int = 4) ->
     """
     program = load.mlx_lm("quant.dwq")
     model, tokenizer, config = opened(folder)
-    small, config = load.mlx_lm("utils").quantize_model(copy.deepcopy(model), config, 64, bits)
+    utils = load.mlx_lm("utils")
+    small, config = utils.quantize_model(copy.deepcopy(model), config, group_size=GROUP, bits=bits)
     count = DWQ_WINDOWS * iters + DWQ_HELD_OUT
     rows = [(windows.tokens[i].tolist(), 0) for i in range(count)]
+    learns = rows[DWQ_HELD_OUT:]
+    judges = rows[:DWQ_HELD_OUT]
+    adam = program.optimizers.Adam(learning_rate=DWQ_RATE, bias_correction=True)
     program.dwq_quantize(
         small,
         target_fn=lambda batch, i, split: model(batch),
-        opt=program.optimizers.Adam(learning_rate=DWQ_RATE, bias_correction=True),
-        train_data=rows[DWQ_HELD_OUT:],
-        valid_data=rows[:DWQ_HELD_OUT],
+        opt=adam,
+        train_data=learns,
+        valid_data=judges,
         batch_size=DWQ_WINDOWS,
         max_seq_length=windows.tokens.shape[1],
         seed=0,
         dtype=mx.float32,
     )
-    _save(folder, out, small, tokenizer, config)
+    _save(folder, out, model=small, tokenizer=tokenizer, config=config)
 
 
 def dynamic_quant(
@@ -132,9 +140,9 @@ def dynamic_quant(
     model, tokenizer, config = opened(folder)
     formats = {
         "low_bits": low_bits,
-        "low_group_size": 64,
+        "low_group_size": GROUP,
         "high_bits": high_bits,
-        "high_group_size": 64,
+        "high_group_size": GROUP,
     }
     costs = dict(program.estimate_sensitivities(model, mx.concatenate(list(batches)), **formats))
     threshold = program.estimate_threshold(model, costs, target_bpw, **formats)
@@ -144,12 +152,17 @@ def dynamic_quant(
             return False
         if costs[name] <= threshold:
             return True
-        return {"bits": high_bits, "group_size": 64}
+        return {"bits": high_bits, "group_size": GROUP}
 
-    model, config = load.mlx_lm("utils").quantize_model(
-        model, config, 64, low_bits, quant_predicate=choose
+    utils = load.mlx_lm("utils")
+    model, config = utils.quantize_model(
+        model,
+        config,
+        group_size=GROUP,
+        bits=low_bits,
+        quant_predicate=choose,
     )
-    _save(folder, out, model, tokenizer, config)
+    _save(folder, out, model=model, tokenizer=tokenizer, config=config)
 
 
 class _Recording(nn.Module):
