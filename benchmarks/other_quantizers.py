@@ -113,9 +113,13 @@ def dwq(folder: Path, out: Path, windows: Windows, iters: int, bits: int = 4) ->
     learns = rows[DWQ_HELD_OUT:]
     judges = rows[:DWQ_HELD_OUT]
     adam = program.optimizers.Adam(learning_rate=DWQ_RATE, bias_correction=True)
+
+    def targets(batch: mx.array, i: int, split: str) -> mx.array:
+        return model(batch)
+
     program.dwq_quantize(
         small,
-        target_fn=lambda batch, i, split: model(batch),
+        target_fn=targets,
         opt=adam,
         train_data=learns,
         valid_data=judges,
@@ -145,6 +149,8 @@ def dynamic_quant(
         "high_group_size": GROUP,
     }
     costs = dict(program.estimate_sensitivities(model, mx.concatenate(list(batches)), **formats))
+    # The scales have the type of the weights, and theirs are 16 bits.
+    model.set_dtype(mx.float16)
     threshold = program.estimate_threshold(model, costs, target_bpw, **formats)
 
     def choose(name: str, part: Any) -> Any:

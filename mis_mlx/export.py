@@ -12,7 +12,7 @@ import tyro
 
 from mis_mlx import cli
 from mis_mlx.compute import precision
-from mis_mlx.gguf_export import model_card, publication, tensors, vocab
+from mis_mlx.gguf_export import model_card, publication, rerounding, tensors, vocab
 from mis_mlx.hardware import memory, programs
 from mis_mlx.models import (
     arch,
@@ -94,7 +94,7 @@ def need_bytes(checkpoint: Checkpoint, form: str, wanted: str) -> int:
 def _facts(
     parts: list[tensors.Part],
     checkpoint: Checkpoint,
-    tally: tensors.Rerounding,
+    tally: rerounding.Rerounding,
 ) -> list[str]:
     """What became of the matrices, for people: which were re-wrapped, which rounded."""
     kinds = Counter[str]()
@@ -180,14 +180,14 @@ def _gguf(settings: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, 
     exact = sum(part.exact for part in parts)
     result = {"file": file, "nbytes": nbytes, "tensors": len(parts), "rewrapped": exact}
     if settings.dry_run:
-        types = _facts(parts, checkpoint, tensors.Rerounding())[0]
+        types = _facts(parts, checkpoint, rerounding.Rerounding())[0]
         return {**result, "notes": [types, *notes]}
     base = _base(settings, checkpoint)
     modelfile = _modelfile(file, facts)
     room = nbytes + PAPERS_BYTES
     if wanted == K_QUANT:
         room += tensors.padded_bytes(written)
-    tally = tensors.Rerounding()
+    tally = rerounding.Rerounding()
     with protocol.commit_folder(Path(settings.out), DISK, room, "the GGUF") as folder:
         rows = (
             tensors.rows(checkpoint, part, tally)
@@ -197,7 +197,7 @@ def _gguf(settings: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, 
             tensors.write(folder / STAGED, head, written, rows, files=DISK)
             parts = _k_quantized(folder, file, parts)
             # what llama.cpp adds was not counted: only what float16 does
-            tally = tensors.Rerounding()
+            tally = rerounding.Rerounding()
         else:
             tensors.write(folder / file, head, written, rows, files=DISK)
         notes = _facts(parts, checkpoint, tally) + notes

@@ -10,7 +10,6 @@ import io
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +18,10 @@ import mlx.core as mx
 import numpy as np
 from gguf.gguf_writer import WriterState
 
-from mis_mlx.gguf_export import gemma, positions
+from mis_mlx.gguf_export import gemma, ggml_blocks, positions
+from mis_mlx.gguf_export.ggml_blocks import BLOCK
 from mis_mlx.gguf_export.positions import Config
+from mis_mlx.gguf_export.rerounding import Rerounding
 from mis_mlx.gguf_export.words import FILE_TYPES, FREQS, OWN, REWRAPPED, of_unequal_blocks
 from mis_mlx.maths import rounding
 from mis_mlx.models import (
@@ -37,7 +38,6 @@ from mis_mlx.storage import safetensors
 from mis_mlx.storage.files import Files
 from mis_mlx.types import Checkpoint, MisError
 
-BLOCK = 32  # weights of a Q4_1 or Q5_1 block
 NVFP4_BLOCK = 64  # four groups of 16
 K_BLOCK = 256  # of llama.cpp's K types
 SLAB_BYTES = 16 * 2**20  # float32 rows converted at once
@@ -67,32 +67,6 @@ class Part(NamedTuple):
         """
         type_ = gguf.GGMLQuantizationType[self.kind]
         return math.prod(gguf.quant_shape_to_byte_shape(self.shape, type_))
-
-
-@dataclass
-class Rerounding:
-    """What the file changes of numbers that MLX packed, added up over tensors.
-
-    inexact: scales and biases of exact tensors that float16 does not hold. change, total: sums of
-    squares over the weights of tensors that are rounded again: what the file adds to them, and what
-    they are.
-    """
-
-    inexact: int = 0
-    change: float = 0.0
-    total: float = 0.0
-
-    @property
-    def relative(self) -> float:
-        """Root mean square of the second rounding, as a share of the weights' own."""
-        if not self.total:
-            return 0.0
-        return math.sqrt(self.change / self.total)
-
-    def add(self, packed: np.ndarray, written: np.ndarray) -> None:
-        """Count weights (rows, in) that were packed, and what the file has in their place."""
-        self.change += float(np.square(written - packed).sum(dtype=np.float64))
-        self.total += float(np.square(packed).sum(dtype=np.float64))
 
 
 def out_type(checkpoint: Checkpoint) -> str:
@@ -324,7 +298,7 @@ def _rewrapped(
     # (rows, in) uint8. Scale 1 and bias 0 in groups of 32 unpack the integers of any group size.
     q = np.array(rounding.integers(slab[part.source], BLOCK, packing["bits"]))
     if mode != "affine":
-        return _float_blocks(q, np.array(slab[f"{stem}.scales"]), mode)
+        return ggml_blocks.of_floats(q, np.array(slab[f"{stem}.scales"]), mode)
     blocks_of_group = packing["group_size"] // BLOCK
     halves = []
     for key in ("scales", "biases"):
@@ -334,45 +308,7 @@ def _rewrapped(
         _finite(part, half)
         tally.inexact += int((half != stored).sum())
         halves.append(np.repeat(half, blocks_of_group, axis=1))
-    return _affine_blocks(q, np.stack(halves, axis=-1), packing["bits"])
-
-
-def _float_blocks(q: np.ndarray, scales: np.ndarray, mode: str) -> np.ndarray:
-    """mxfp4 and nvfp4: 4-bit integers (rows, in) and 8-bit scales as blocks of both.
-
-    A block of mxfp4 is one scale and 32 weights. In nvfp4 four scales stand together, in front of
-    their four groups of 16.
-    """
-    scales_of_block = 1
-    group = BLOCK
-    if mode == "nvfp4":
-        scales_of_block = 4
-        group = 16
-    scales = scales.reshape(len(q), -1, scales_of_block)
-    nibbles = _halves(q, group).reshape(*scales.shape[:2], -1)
-    return np.concatenate([scales, nibbles], axis=-1).reshape(len(q), -1)
-
-
-def _affine_blocks(q: np.ndarray, halves: np.ndarray, bits: int) -> np.ndarray:
-    """Q4_1 and Q5_1: integers (rows, in) behind scale and bias, float16 (rows, in / 32, 2)."""
-    block = [halves.view(np.uint8)]
-    if bits == 5:
-        # Q5_1 keeps the fifth bits of a block's 32 weights in 4 bytes of their own.
-        fifth = np.packbits(q >> 4, axis=1, bitorder="little")
-        block.append(fifth.reshape(*halves.shape[:2], -1))
-    block.append(_halves(q & 15, BLOCK))
-    return np.concatenate(block, axis=-1).reshape(len(q), -1)
-
-
-def _halves(q: np.ndarray, block: int) -> np.ndarray:
-    """4-bit integers (rows, in) as bytes (rows, in / block, block / 2).
-
-    Weight j of a block is the low nibble of byte j, weight j + block / 2 the high one.
-    """
-    blocks = q.reshape(len(q), -1, block)
-    low = blocks[..., : block // 2]
-    high = blocks[..., block // 2 :]
-    return low | (high << 4)
+    return ggml_blocks.of_groups(q, np.stack(halves, axis=-1), packing["bits"])
 
 
 def _query_gain(config: Config, name: str) -> float:

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from benchmarks.ablations import fisher_importance as fisher
 from mis_mlx.compute.token_losses import TokenLoss
 from mis_mlx.distillation import sharded
-from mis_mlx.gguf_export import tensors
+from mis_mlx.gguf_export import rerounding, tensors
 from mis_mlx.models import arch, load, lora, model_writer
 from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
 from mis_mlx.models.config import shape_of
@@ -263,7 +263,7 @@ def test_gguf(model: Checkpoint, tmp_path: Path, wanted: str) -> None:
         assert part.kind == "F32"
         assert part.name.endswith(".bias")
         assert part.name.startswith("blk.")
-        rows = np.concatenate(list(tensors.rows(source, part, tensors.Rerounding())))
+        rows = np.concatenate(list(tensors.rows(source, part, rerounding.Rerounding())))
         written = rows.view(np.float32).reshape(-1)
         stored = np.array(load.dense(model, part.source))
         heads = {"attn_q": 4, "attn_k": 2}.get(part.name.split(".")[2], 0)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter, dequantize
 
-from mis_mlx.gguf_export import tensors
+from mis_mlx.gguf_export import rerounding, tensors
 from mis_mlx.models import load
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.safetensors import spec_of, write_tensors
@@ -67,12 +67,12 @@ def packed(
 
 def content(
     checkpoint: Checkpoint, name: str, wanted: str
-) -> tuple[tensors.Part, np.ndarray, tensors.Rerounding]:
+) -> tuple[tensors.Part, np.ndarray, rerounding.Rerounding]:
     """(the part made of tensor `name`, its values in float32 as gguf-py decodes them, the
     tally).
     """
     part = next(p for p in tensors.parts(checkpoint, wanted) if p.source == name)
-    tally = tensors.Rerounding()
+    tally = rerounding.Rerounding()
     data = np.concatenate(list(tensors.rows(checkpoint, part, tally)))
     return part, dequantize(data, GGMLQuantizationType[part.kind]).reshape(part.shape), tally
 
@@ -176,7 +176,7 @@ def test_slabs_make_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     whole = [content(c, Q, wanted)[1] for c, wanted in ((checkpoint, "q4_1"), (dense, "q8_0"))]
     monkeypatch.setattr(tensors, "SLAB_BYTES", 7 * 4 * 128)
     part = next(p for p in tensors.parts(checkpoint, "q4_1") if p.source == Q)
-    assert len(list(tensors.rows(checkpoint, part, tensors.Rerounding()))) == 19
+    assert len(list(tensors.rows(checkpoint, part, rerounding.Rerounding()))) == 19
     for before, (c, wanted) in zip(whole, ((checkpoint, "q4_1"), (dense, "q8_0")), strict=True):
         np.testing.assert_array_equal(content(c, Q, wanted)[1], before)
 
@@ -266,7 +266,9 @@ def test_llama_3s_frequencies_are_mlx_lms(models: Callable[[str], Checkpoint]) -
         llama.path, {**llama.config, "rope_scaling": scaling, "head_dim": 64}, llama.tensors
     )
     part = tensors.Part("rope_freqs.weight", "", (32,), "F32")
-    found = np.concatenate(list(tensors.rows(changed, part, tensors.Rerounding()))).view(np.float32)
+    found = np.concatenate(list(tensors.rows(changed, part, rerounding.Rerounding()))).view(
+        np.float32
+    )
     rope = load.mlx_lm("models.rope_utils").initialize_rope(
         64,
         base=10000.0,
