@@ -162,13 +162,10 @@ def ours(folder: Path, dtype: mx.Dtype) -> Callable[[list[int]], np.ndarray]:
     return lambda ids: np.array(model(mx.array(ids)[None])[0])
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS.keys() - REFUSED))
-def test_it_computes_what_mlx_computes(
-    tmp_path: Path, kind: str, opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every architecture, biases, every kind of stretched positions: nothing left but the order of
-    float32's sums; in Gemma also what falls to the other side in the table of 16-bit numbers in
-    which llama.cpp looks GELU up.
+@pytest.fixture
+def as_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """MLX computes Gemma as llama.cpp does: it looks GELU up in a table of 16-bit numbers, and its
+    gemma3n divides a spread of n neurons by n - 1.
     """
     exact = nn.gelu_approx
 
@@ -176,8 +173,22 @@ def test_it_computes_what_mlx_computes(
         return exact(x.astype(mx.float16).astype(mx.float32)).astype(mx.float16).astype(mx.float32)
 
     monkeypatch.setattr(nn, "gelu_approx", looked_up)
-    # llama.cpp's gemma3n divides a spread of n neurons by n - 1.
     monkeypatch.setattr(mx, "std", partial(mx.std, ddof=1))
+    # A compiled function would keep what is patched here, for all tests after this one.
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.mark.usefixtures("as_llama_cpp")
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - REFUSED))
+def test_it_computes_what_mlx_computes(
+    tmp_path: Path, kind: str, opened: Callable[..., Any]
+) -> None:
+    """Every architecture, biases, every kind of stretched positions: nothing left but the order of
+    float32's sums; in Gemma also what falls to the other side in the table of 16-bit numbers in
+    which llama.cpp looks GELU up.
+    """
     model = made(tmp_path / "m", kind)
     ids = np.random.default_rng(0).integers(1, 512, 200).tolist()
     want = ours(model, mx.float32)(ids)
@@ -190,6 +201,7 @@ def test_it_computes_what_mlx_computes(
     assert np.ptp(want) > 0.5
 
 
+@pytest.mark.usefixtures("as_llama_cpp")
 @pytest.mark.parametrize(
     ("kind", "wanted", "dtype"),
     [
