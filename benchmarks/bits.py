@@ -2,7 +2,7 @@
 
     scripts/mis benchmarks/bits.py --num-samples 32          # two minutes a row on a core
     scripts/mis benchmarks/bits.py --model gemma-3-270m --targets 3 4.5
-    scripts/mis benchmarks/bits.py --others                  # half an hour a row of dwq
+    scripts/mis benchmarks/bits.py --others                  # dwq takes hours on a CPU
     scripts/mis scripts/render.py                            # puts the rows into a table
 
 A row is the whole teacher, all its tokens and blocks, in so many bits per weight, scales included.
