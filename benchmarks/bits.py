@@ -39,23 +39,20 @@ from laboratory import resumed, start, write
 
 from mis_mlx import cli
 from mis_mlx.data import preparation
-from mis_mlx.distillation import live_teacher, pipeline
 from mis_mlx.evaluation import answer_figures, answers, comparison
 from mis_mlx.evaluation.answer_likelihood import has_template
 from mis_mlx.gguf_export import tensors
 from mis_mlx.hardware import memory
 from mis_mlx.maths import rounding
 from mis_mlx.models import arch, load, opening, resolve
-from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import (
     bit_allocation,
     block_tuning,
     format_costs,
-    learned_scales,
     packed_format,
     stage,
 )
-from mis_mlx.settings.recipe import DistillationConfig, QuantizationConfig
+from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
 
@@ -165,6 +162,11 @@ class Bench:
         cli.say(f"costs of all formats: {time.monotonic() - began:.0f} s")
         return found
 
+    @cached_property
+    def importance(self) -> other_quantizers.Importance:
+        """The importance matrix of all files of llama.cpp."""
+        return other_quantizers.importance(self.teacher, self.batches)
+
     def ours(
         self,
         target: float,
@@ -197,21 +199,18 @@ class Bench:
             }
             if tunes:
                 began = time.monotonic()
-                self.tune(untuned, out)
+                laboratory.tuned(
+                    untuned,
+                    out,
+                    taught_by=self.taught_by,
+                    train=self.train,
+                    q_iters=self.s.q_iters,
+                    seed=self.s.seed,
+                )
                 made["tuning_s"] = round(time.monotonic() - began)
             return made
 
         return make
-
-    def tune(self, untuned: Path, out: Path) -> None:
-        """Write `out`: the folder `untuned`, whose scales have learned from the teacher."""
-        checkpoint = opening.open_to_compute(untuned)
-        asked = DistillationConfig(seed=self.s.seed)
-        recipe = pipeline.tuning_recipe(asked, checkpoint, self.s.q_iters, HOW.q_learning_rate)
-        with vocabulary.shared(self.taught_by, [self.teacher]) as teacher:
-            source = live_teacher.StreamedTeacher(teacher, None)
-            model = pipeline.tuned_in_memory(checkpoint, source, self.train, recipe)
-            learned_scales.write_learned(checkpoint, model, out, DISK)
 
     def packed(self, bits: int, group: int) -> Callable[[Path], Made]:
         """`mlx_lm.convert -q`."""
@@ -252,8 +251,7 @@ class Bench:
         """llama.cpp's file of that type, with an importance matrix."""
 
         def make(out: Path) -> Made:
-            importance = other_quantizers.importance(self.teacher, self.batches)
-            nbytes = other_quantizers.llama_cpp(self.teacher, out, kind, importance)
+            nbytes = other_quantizers.llama_cpp(self.teacher, out, kind, self.importance)
             return {"nbytes": nbytes}
 
         return make

@@ -24,12 +24,16 @@ from mis_mlx import cli
 from mis_mlx.compute import host_losses
 from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.distillation import live_teacher
+from mis_mlx.distillation import live_teacher, pipeline
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import rates
 from mis_mlx.maths import losses
 from mis_mlx.models import load, opening, resolve
-from mis_mlx.types import MisError
+from mis_mlx.pruning import vocabulary
+from mis_mlx.quantization import learned_scales
+from mis_mlx.settings.recipe import DistillationConfig, QuantizationConfig
+from mis_mlx.storage.files import DISK
+from mis_mlx.types import Checkpoint, MisError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / f"{platform.system()}-{platform.machine()}".lower()
@@ -86,6 +90,28 @@ def packed(folder: Path, out: Path, bits: int = 4, group: int = 64) -> Path:
         str(folder), str(out), quantize=True, q_group_size=group, q_bits=bits, dtype="float16"
     )
     return out
+
+
+def tuned(
+    folder: Path,
+    out: Path,
+    *,
+    taught_by: Checkpoint,
+    train: Windows,
+    q_iters: int,
+    seed: int = 0,
+) -> None:
+    """Write `out`: the packed model in `folder`, whose scales and norms have learned from another.
+
+    That happens in so many steps, at the default rate.
+    """
+    checkpoint = opening.open_to_compute(folder)
+    rate = QuantizationConfig().q_learning_rate
+    recipe = pipeline.tuning_recipe(DistillationConfig(seed=seed), checkpoint, q_iters, rate)
+    with vocabulary.shared(taught_by, [checkpoint]) as teacher:
+        source = live_teacher.StreamedTeacher(teacher, None)
+        model = pipeline.tuned_in_memory(checkpoint, source, train, recipe)
+        learned_scales.write_learned(checkpoint, model, out, DISK)
 
 
 def unpacked(folder: Path, out: Path) -> Path:

@@ -31,13 +31,11 @@ from laboratory import stored, write
 
 from mis_mlx import cli
 from mis_mlx.data import preparation
-from mis_mlx.distillation import live_teacher, pipeline
 from mis_mlx.evaluation import comparison
 from mis_mlx.models import arch, load, opening, resolve
-from mis_mlx.pruning import vocabulary
-from mis_mlx.quantization import learned_scales, stage
+from mis_mlx.quantization import stage
 from mis_mlx.reporting.text import markdown_table
-from mis_mlx.settings.recipe import DistillationConfig, QuantizationConfig
+from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
 
@@ -116,20 +114,16 @@ class Bench:
             held=len(self.batches),
         )
         if how.q_iters:
-            checkpoint = opening.open_to_compute(rounded)
-            r = pipeline.tuning_recipe(
-                DistillationConfig(), checkpoint, how.q_iters, how.q_learning_rate
+            taught_by = self.dense
+            if taught:
+                taught_by = opening.open_to_compute(taught)
+            laboratory.tuned(
+                rounded,
+                out,
+                taught_by=taught_by,
+                train=self.train,
+                q_iters=how.q_iters,
             )
-            with vocabulary.shared(
-                opening.open_to_compute(taught) if taught else self.dense, [self.dense]
-            ) as teacher:
-                source = live_teacher.StreamedTeacher(teacher, None)
-                learned_scales.write_learned(
-                    checkpoint,
-                    pipeline.tuned_in_memory(checkpoint, source, self.train, r),
-                    out,
-                    DISK,
-                )
 
     def convert(self, out: Path) -> None:
         """mlx_lm.convert -q."""
