@@ -2,8 +2,8 @@
 
     scripts/mis benchmarks/rerounding.py    # a minute
 
-All matrices of a teacher are packed in so many bits, in groups of 64, and made a GGUF of. Errors are
-root mean squares, as shares of the original weights' own. Writes
+All matrices of a teacher are packed in so many bits, in groups of 64, and made a GGUF of. Errors
+are root mean squares, as shares of the original weights' own. Writes
 benchmarks/results/<machine>/rerounding.json.
 """
 
