@@ -110,8 +110,9 @@ def tuned(
     recipe = pipeline.tuning_recipe(DistillationConfig(seed=seed), checkpoint, q_iters, rate)
     with vocabulary.shared(taught_by, [checkpoint]) as teacher:
         source = live_teacher.StreamedTeacher(teacher, None)
-        model = pipeline.tuned_in_memory(checkpoint, source, train, recipe)
-        learned_scales.write_learned(checkpoint, model, out, DISK)
+        layers = checkpoint.config["num_hidden_layers"]
+        learned = pipeline.learn_scales(checkpoint, layers, source, train, recipe)
+        learned_scales.write_learned(checkpoint, learned, out, DISK)
 
 
 def unpacked(folder: Path, out: Path) -> Path:

@@ -97,24 +97,24 @@ def _tuned(
     *,
     other: Checkpoint,
     data: Windows,
-    pinned: int,
+    planned: StageCost,
     out: Path,
     files: Files,
 ) -> None:
     """Write `out`: `rounded`, whose scales have learned from the model `other`.
 
-    pinned: how many blocks of `other` stay in memory.
+    planned: how many blocks of both stay in memory.
     """
     checkpoint = load.open_checkpoint(rounded)
     m = model_of(other)
     room = None  # everything
-    if pinned != m.shape.layers:
-        room = pinned * m.block_work + m.head_work
+    if planned.pinned != m.shape.layers:
+        room = planned.pinned * m.block_work + m.head_work
     source = live_teacher.StreamedTeacher(other, room)
     asked = DistillationConfig(batch_size=s.batch_size, seed=s.seed)
     recipe = pipeline.tuning_recipe(asked, checkpoint, s.steps(False), s.q_learning_rate)
-    model = pipeline.tuned_in_memory(checkpoint, source, data, recipe)
-    learned_scales.write_learned(checkpoint, model, out, files)
+    learned = pipeline.learn_scales(checkpoint, planned.kept, source, data, recipe)
+    learned_scales.write_learned(checkpoint, learned, out, files)
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def _run(s: Settings, checkpoint: Checkpoint, other: Checkpoint) -> dict[str, An
                     rounded,
                     other=other,
                     data=data,
-                    pinned=planned[1].pinned,
+                    planned=planned[1],
                     out=out,
                     files=files,
                 )

@@ -27,11 +27,13 @@ MicroBatch = tuple[Any, ...]  # tokens (B, T), learn (B * T,), then the targets 
 class _End:
     """What stands behind the last block in a step: norm, head (V, D) and the loss.
 
-    width: D, which AltUp's hidden states between blocks exceed.
+    learning: the norm's weights, by name, if they learn. width: D, which AltUp's hidden states
+    between blocks exceed.
     """
 
     loss: TokenLoss
     norm: nn.Module
+    learning: dict[str, mx.array]
     head: mx.array
     batches: Sequence[MicroBatch]
     width: int
@@ -45,14 +47,17 @@ class _End:
     ) -> tuple[mx.array, list[mx.array]]:
         """(the loss of micro-batch b in nats, its gradients in `primals`), lazy.
 
-        run(*primals): the last block's output (B, T, D), and what else it gives; shared: the
-        cotangents of that.
+        The last primals are the norm's weights, if they learn. run(*primals): the last block's
+        output (B, T, D), and what else it gives; shared: the cotangents of that.
         """
         tokens, loss_mask, *targets = self.batches[b]
+        norm_at = len(primals) - len(self.learning)
 
         def forward(*primals: mx.array) -> list[mx.array]:
-            out, *further = run(*primals)
-            return [self.norm(out).reshape(-1, self.width), self.head, *further]
+            _set_weights(self.norm, self.learning, primals[norm_at:])
+            out, *further = run(*primals[:norm_at])
+            normed = self.loss.map_windows(self.norm, out)  # as the resident model's
+            return [normed.reshape(-1, self.width), self.head, *further]
 
         return self.loss.vjp(
             forward,
@@ -71,8 +76,8 @@ class ForwardResult:
 
     loss: per token, in nats. tokens: how many count, of all machines. hidden: for every micro-batch
     the input (B, T, D) of each block from the shard's first one on; the backward pass shortens this
-    list. micro_batches: their number. last_block: gradients of the last block, by name; {} where it
-    is not in the shard.
+    list. micro_batches: their number. last_block, norm: gradients of the last block and of the final
+    norm, by name; {} where they do not learn.
     """
 
     loss: float
@@ -80,26 +85,31 @@ class ForwardResult:
     hidden: stream.Hidden
     micro_batches: int
     last_block: dict[str, mx.array]
+    norm: dict[str, mx.array]
 
 
 class BlockGradients:
-    """Passes through a model of which some consecutive blocks, the shard, are in memory.
+    """Passes through a model of which some consecutive blocks learn.
 
-    source: streams the other blocks; it also has embedding and head. norm: the final one. shard:
-    its `layers` are the `blocks` in memory; only these get gradients.
+    source: streams blocks; it also has embedding and head. norm: the final one. blocks: those that
+    get gradients. shard: its `layers` are these blocks, in memory; None: they are streamed, too.
+    norm_learns: the final norm gets a gradient.
     """
 
     def __init__(
         self,
         source: stream.Stream,
         norm: nn.Module,
-        shard: nn.Module,
         blocks: range,
+        shard: nn.Module | None = None,
+        *,
+        norm_learns: bool = False,
     ):
         self._source = source
         self._norm = norm
-        self._shard = shard
         self._blocks = blocks
+        self._shard = shard
+        self._norm_learns = norm_learns
 
     def forward(self, batches: Sequence[MicroBatch], loss: TokenLoss) -> ForwardResult:
         """The micro-batches of a step through all blocks, and the last block's gradients.
@@ -114,12 +124,13 @@ class BlockGradients:
         self._sharers = block_inputs.Cotangents(self._source.sides.owners)
         total = 0.0
         grads = dict[str, mx.array]()
+        of_norm = dict[str, mx.array]()
         for i, block in self._in_turn(range(top + 1)):
             if i < top:
                 self._forward_block(i, block, hidden, n)
             else:
                 # Forward and back in one go, so that it is neither read nor computed twice.
-                total, grads = self._run_last_block(block, hidden, batches, loss)
+                total, grads, of_norm = self._run_last_block(block, hidden, batches, loss)
         counted = float(sum(loss_mask.sum() for _, loss_mask, *_ in batches))
         machines = distributed.all_gather((total, counted))
         total = math.fsum(nats for nats, _ in machines)
@@ -131,6 +142,7 @@ class BlockGradients:
             hidden=hidden,
             micro_batches=n,
             last_block=grads,
+            norm=of_norm,
         )
 
     def backward_blocks(self, forward: ForwardResult) -> Iterator[tuple[int, dict[str, mx.array]]]:
@@ -148,7 +160,7 @@ class BlockGradients:
         for i, block in self._in_turn(range(top - 1, first - 1, -1)):
             # Keep the inputs of this block and the cotangents of its outputs; what is behind goes.
             del hidden[(i + 1 - first) * n + n :]
-            _, grads = self._backward_block(i, block, hidden, n)
+            _, grads, _ = self._backward_block(i, block, hidden, n)
             if i in self._blocks:
                 yield i, grads
         hidden.clear()
@@ -159,10 +171,14 @@ class BlockGradients:
         As with `Stream.blocks`, ask for the next block when everything is evaluated that the last
         one went into.
         """
+        shard = self._shard
+        if shard is None:
+            yield from self._source.blocks(order)
+            return
         streamed = self._source.blocks([i for i in order if i not in self._blocks])
         for i in order:
             if i in self._blocks:
-                yield i, self._shard.layers[i - self._blocks.start]
+                yield i, shard.layers[i - self._blocks.start]
             else:
                 yield next(streamed)
         next(streamed, None)  # the stream takes its last block back
@@ -198,14 +214,19 @@ class BlockGradients:
         hidden: stream.Hidden,
         batches: Sequence[MicroBatch],
         loss: TokenLoss,
-    ) -> tuple[float, dict[str, mx.array]]:
-        """(this machine's loss in nats, the last block's gradients); `hidden` gets cotangents.
+    ) -> tuple[float, dict[str, mx.array], dict[str, mx.array]]:
+        """(this machine's loss in nats, the last block's gradients, the norm's).
 
-        The head (V, D) is read here and dies here: it is one of the largest arrays of a step.
+        `hidden` gets cotangents. The head (V, D) is read here and dies here: it is one of the
+        largest arrays of a step.
         """
+        learning = {}
+        if self._norm_learns:
+            learning = dict(tree_flatten(self._norm.trainable_parameters()))
         end = _End(
             loss=loss,
             norm=self._norm,
+            learning=learning,
             head=self._source.head().weight,
             batches=batches,
             width=self._source.checkpoint.config["hidden_size"],
@@ -221,18 +242,20 @@ class BlockGradients:
         n: int,
         *,
         end: _End | None = None,
-    ) -> tuple[float, dict[str, mx.array]]:
+    ) -> tuple[float, dict[str, mx.array], dict[str, mx.array]]:
         """n micro-batches back through block i, computed again: (sum of losses, gradients by name).
 
-        hidden: inputs (B, T, D) of the block, which their cotangents replace; behind them the
-        cotangents of its outputs. end: of the last block only.
+        The third: the final norm's gradients, if it learns. hidden: inputs (B, T, D) of the block,
+        which their cotangents replace; behind them the cotangents of its outputs. end: of the last
+        block only.
         """
         start = self._blocks.start
         trained = {}
         if i in self._blocks:
             trained = dict(tree_flatten(block.trainable_parameters()))
+        of_norm = end.learning if end else {}
         total = mx.array(0.0)
-        grads = [mx.zeros_like(weight) for weight in trained.values()]
+        grads = [mx.zeros_like(weight) for weight in [*trained.values(), *of_norm.values()]]
         for b in range(n):
             index = (i - start) * n + b
             windows = len(hidden[index])
@@ -262,7 +285,10 @@ class BlockGradients:
             # Not to be held beside the next micro-batch's.
             del above, value, new_grads, below, wanted, of_owner
         _set_weights(block, trained, trained.values())  # `_vjp` left tracers there
-        return float(total), dict(zip(trained, grads, strict=True))
+        _set_weights(self._norm, of_norm, of_norm.values())
+        named = dict(zip(trained, grads[: len(trained)], strict=True))
+        named_norm = dict(zip(of_norm, grads[len(trained) :], strict=True))
+        return float(total), named, named_norm
 
     def _vjp(
         self,
@@ -275,11 +301,11 @@ class BlockGradients:
         b: int,
         end: _End | None,
     ) -> tuple[mx.array, list[mx.array], BlockInputs]:
-        """(loss, gradients of `trained`, cotangents of the inputs) of micro-batch b; lazy.
+        """(loss, gradients of what learns, cotangents of the inputs) of micro-batch b; lazy.
 
-        above: the cotangent of the output; nothing for the last block, behind which `end` stands.
-        The loss of other blocks is 0. The block keeps MLX's tracers in place of its weights: put
-        these back.
+        What learns: `trained`, then `end`'s norm. above: the cotangent of the output; nothing for
+        the last block, behind which `end` stands. The loss of other blocks is 0. Block and norm
+        keep MLX's tracers in place of their weights: put these back.
         """
         inputs = self._source.sides.inputs(i, b, hidden)
         # keys and values count where later blocks have sent cotangents of them
@@ -295,6 +321,7 @@ class BlockGradients:
 
         primals = [*inputs.arrays, *trained.values()]
         if end:
+            primals += end.learning.values()
             value, grads = end.vjp(run, primals, b, cotangents)
         else:
             value = mx.array(0.0)

@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
-from mis_mlx.distillation import live_teacher, sharded, train_loop
+from mis_mlx.distillation import live_teacher, packed_student, sharded, train_loop
 from mis_mlx.distillation.strategies import MemoryPlan, in_parts
 from mis_mlx.distillation.training_cost import steps_per_shard
 from mis_mlx.hardware import memory
@@ -263,34 +263,24 @@ def train_whole(
     student: nn.Module,
     source: live_teacher.TargetSource,
     begin: Callable[[], object],
-    *,
-    tuned: bool = False,
 ) -> None:
     """All of `c.recipe`'s steps of a student in memory, from wherever they stand.
 
-    begin: called before the first step of a new run. tuned: the student is packed, and has
-    checkpoints and a log of its own.
+    begin: called before the first step of a new run.
     """
-    optimizer = GuardedAdamW(weight_decay=c.recipe.weight_decay, relative=tuned)
-    named = {"steps": TUNE_STEPS, "log": TUNE_LOG, "label": "tune"} if tuned else _reported(c)
+    optimizer = GuardedAdamW(weight_decay=c.recipe.weight_decay)
     trained = train_loop.WholeModel(student, optimizer)
-    training = run_loop.CheckpointedTraining(c, trained, c.remember, c.recall, **named)
+    training = run_loop.CheckpointedTraining(c, trained, c.remember, c.recall, **_reported(c))
     start = training.start(begin)
     student.train()
 
-    def factor(step: int) -> float:
-        return 1.0 if tuned else c.factor(step)  # the noise of eq. (2) is the distillation's
-
     def steps_of(recipe: DistillationConfig) -> Callable[[int], Iterator[Step]]:
         return partial(
-            live_teacher.steps, student, source, c.data, recipe, optimizer, factor=factor
+            live_teacher.steps, student, source, c.data, recipe, optimizer, factor=c.factor
         )
 
     with c.phase(training.label):
-        if tuned:
-            training.finish(steps_of(c.recipe), start, c.plan.tuned, c.recipe.save_every)
-        else:
-            pace.finish(training, c.recipe, steps_of, start, save_every=c.recipe.save_every)
+        pace.finish(training, c.recipe, steps_of, start, save_every=c.recipe.save_every)
 
 
 def _reported(c: Run) -> Mapping[str, Any]:
@@ -359,23 +349,35 @@ def tuning_recipe(
     return replace(asked, iters=iters, learning_rate=rate, warmup=min(3, iters), weight_decay=0.0)
 
 
-def tuned_in_memory(
+def learn_scales(
     rounded: Checkpoint,
+    kept: int,
     source: live_teacher.TargetSource,
     data: token_windows.Windows,
     recipe: TrainingConfig,
-) -> nn.Module:
-    """The packed model in memory after its steps, without checkpoints.
+) -> dict[str, mx.array]:
+    """What a packed model's scales, biases and norms are after their steps, by name.
 
-    Scales, biases and norms learn, integers stay.
+    Without checkpoints. kept: how many blocks' integers stay in memory.
     """
-    model = learned_scales.load_trainable(rounded).train()
-    optimizer = GuardedAdamW(weight_decay=recipe.weight_decay, relative=True)
+    student = packed_student.PackedStudent(rounded, kept, weight_decay=recipe.weight_decay)
     with progress.bar("tune", recipe.iters) as show:
-        for step in live_teacher.steps(model, source, data, recipe, optimizer):
+        for step in _scale_steps(student, source, data, recipe):
             show(step.number, text.step_text(step))
             memory.give_back(cache=False)
-    return model
+    return student.learned()
+
+
+def _scale_steps(
+    student: packed_student.PackedStudent,
+    source: live_teacher.TargetSource,
+    data: token_windows.Windows,
+    recipe: TrainingConfig,
+    start: int = 0,
+) -> Iterator[Step]:
+    micro_batches = partial(live_teacher.step_micro_batches, source, data, recipe)
+    loss = source.token_loss()
+    return student.steps(micro_batches, loss, recipe, start=start)
 
 
 def tune(c: Run, rounded: Path, out: Path, rate: float) -> None:
@@ -384,9 +386,17 @@ def tune(c: Run, rounded: Path, out: Path, rate: float) -> None:
     A run that was killed goes on from its checkpoints. rate: as of `tuning_recipe`.
     """
     checkpoint = load.open_checkpoint(rounded)
-    model = learned_scales.load_trainable(checkpoint)
     recipe = tuning_recipe(c.recipe, checkpoint, c.plan.tuned, rate)
-    tuning = replace(c, recipe=recipe)
-    train_whole(tuning, model, target_source(c), lambda: None, tuned=True)
+    student = packed_student.PackedStudent(
+        checkpoint, c.plan.kept, weight_decay=recipe.weight_decay
+    )
+    source = target_source(c)
+    training = run_loop.CheckpointedTraining(
+        c, student, c.remember, c.recall, steps=TUNE_STEPS, log=TUNE_LOG, label="tune"
+    )
+    start = training.start(lambda: None)
+    steps_of = partial(_scale_steps, student, source, c.data, recipe)
+    with c.phase(training.label):
+        training.finish(steps_of, start, c.plan.tuned, c.recipe.save_every)
     if distributed.is_main():
-        learned_scales.write_learned(checkpoint, model, out, c.files)
+        learned_scales.write_learned(checkpoint, student.learned(), out, c.files)

@@ -172,7 +172,7 @@ class Sharded:
         ]
         # Both are replaced first: the last shard's memory goes before the next one's is taken.
         self.shard = nn.Module()
-        self._passes = BlockGradients(self._source, self._norm, self.shard, self.blocks)
+        self._passes = BlockGradients(self._source, self._norm, self.blocks, shard=self.shard)
         dtype = mx.float32
         if self._adapters:  # the weights themselves do not learn
             dtype = precision.dtype_of(self._student)
@@ -227,33 +227,38 @@ class Sharded:
         def forward_of(step: int) -> ForwardResult:
             return self._passes.forward(micro_batches(step), loss)
 
-        for step in range(start, recipe.iters):
-            # The forward pass changes no weight, so it can be redone after the machine slept.
-            began, note, forward = train_loop.redone_after_sleep(partial(forward_of, step))
-            noise = factor(step)  # eq. (2)'s (1 + eps_halny)
-            rate = recipe.rate(step)
-            norms = []
-            notes = dict[str, None]()  # each sentence once, in order
-            for i, grads in self._passes.backward_blocks(forward):
-                norm, said = self._update(i, grads, forward, noise, rate, batch=step + 1)
-                norms.append(norm)
-                if said.startswith("clipped"):  # every block has a bound of its own
-                    said = f"block {i}: {said}"
-                if said:
-                    notes[said] = None
-            seconds = train_loop.CLOCK.monotonic() - began
-            done = Step(
-                number=step + 1,
-                loss=forward.loss,
-                grad_norm=math.hypot(*norms),
-                learning_rate=rate * self.optimizers[0].lr_scale,
-                tokens=int(forward.tokens),
-                seconds=seconds,
-                peak_bytes=mx.get_peak_memory(),
-                note=(note + "; ".join(notes)).strip(),
+        steps = train_loop.run_steps(
+            forward_of,
+            self._apply,
+            recipe,
+            lambda: self.optimizers[0].lr_scale,
+            start=start,
+            factor=factor,
+        )
+        for step in steps:
+            self._end_step(step.number, last=step.number == recipe.iters)
+            yield step
+
+    def _apply(self, forward: ForwardResult, update: train_loop.Update) -> train_loop.Applied:
+        """Back through the shard, whose blocks are updated on the way."""
+        norms = []
+        notes = dict[str, None]()  # each sentence once, in order
+        for i, grads in self._passes.backward_blocks(forward):
+            norm, said = self._update(
+                i, grads, forward, update.noise, update.rate, batch=update.batch
             )
-            self._end_step(done.number, last=done.number == recipe.iters)
-            yield done
+            norms.append(norm)
+            if said.startswith("clipped"):  # every block has a bound of its own
+                said = f"block {i}: {said}"
+            if said:
+                notes[said] = None
+        return train_loop.Applied(
+            forward.loss,
+            forward.tokens,
+            norm=math.hypot(*norms),
+            note="; ".join(notes),
+            further={},
+        )
 
     def _update(
         self,

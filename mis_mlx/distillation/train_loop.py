@@ -5,8 +5,9 @@ machines (models/distributed): losses are summed, and divided once.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -32,6 +33,7 @@ MicroBatches = Callable[[int], Sequence[tuple[Any, ...]]]
 # Names of the first two sums of a loss, beside those that a loss names itself.
 _LOSS = "loss, summed"
 _COUNT = "tokens that count"
+F = TypeVar("F")  # what a step finds before it changes a weight
 
 
 def train(
@@ -54,40 +56,118 @@ def train(
     weights, and done again.
     """
     gradient_of = value_and_grad(model, loss)
-    gradients = partial(_gradients, model, gradient_of, micro_batches)
-    for step in range(start, recipe.iters):
-        began, note, (value, tokens, grads, means) = redone_after_sleep(partial(gradients, step))
-        scale = factor(step) / tokens
-        rate = recipe.rate(step)
-        # The first machine's norm on all machines: the guard must decide alike everywhere.
-        norm = scale * distributed.broadcast_json(
-            partial(float, global_norm(grads, streams.stream))
-        )
-        note += optimizer.update(
-            model,
-            grads,
-            value,
-            norm,
-            learning_rate=rate,
-            batch=step + 1,
-            scale=scale,
-            stream_of=streams.stream,
-        )
-        # Nothing but the lazy update holds the gradients now, so they go as it is evaluated.
-        del grads
+
+    def apply(found: StepGradients, update: Update) -> Applied:
+        done = guarded_update(model, found, optimizer, update)
         mx.eval(model.parameters(), optimizer.adamw.state)
+        return done
+
+    yield from run_steps(
+        partial(_gradients, model, gradient_of, micro_batches),
+        apply,
+        recipe,
+        lambda: optimizer.lr_scale,
+        start=start,
+        factor=factor,
+    )
+
+
+@dataclass
+class StepGradients:
+    """Loss and gradients of one step on all machines, evaluated.
+
+    loss: per token, in nats. tokens: how many count. grads: of the *sum* over tokens, nested as the
+    model is. further: means of the loss's further sums.
+    """
+
+    loss: float
+    tokens: float
+    grads: Any
+    further: dict[str, float] = field(default_factory=dict)
+
+    def take(self) -> Any:
+        """The gradients, which whoever takes them alone holds from then on."""
+        grads = self.grads
+        self.grads = None
+        return grads
+
+
+class Update(NamedTuple):
+    """How a step updates weights. noise: eq. (2)'s (1 + eps_halny). batch: from 1."""
+
+    noise: float
+    rate: float
+    batch: int
+
+
+class Applied(NamedTuple):
+    """A step that is done. norm: of its gradient, a token. note: what the guard did."""
+
+    loss: float
+    tokens: float
+    norm: float
+    note: str
+    further: dict[str, float]
+
+
+def run_steps(
+    look: Callable[[int], F],
+    apply: Callable[[F, Update], Applied],
+    recipe: TrainingConfig,
+    lr_scale: Callable[[], float],
+    *,
+    start: int = 0,
+    factor: Callable[[int], float] = lambda step: 1.0,
+) -> Iterator[Step]:
+    """Run steps `start` to `recipe.iters` of any student; yield each when it is done.
+
+    look(step, from 0): what the step finds without changing a weight; it is done again where the
+    machine slept meanwhile. apply: changes weights by it. lr_scale(): the guard's factor on every
+    rate. factor: as of `train`.
+    """
+    for step in range(start, recipe.iters):
+        rate = recipe.rate(step)
+        update = Update(noise=factor(step), rate=rate, batch=step + 1)
+        began, slept, found = redone_after_sleep(partial(look, step))
+        done = apply(found, update)
+        del found  # not beside the next step's
         seconds = CLOCK.monotonic() - began
+        further = dict(done.further)
+        tokens = further.pop("tokens", done.tokens)
         yield Step(
             number=step + 1,
-            loss=value,
-            grad_norm=norm,
-            learning_rate=rate * optimizer.lr_scale,
-            tokens=int(means.pop("tokens", tokens)),
+            loss=done.loss,
+            grad_norm=done.norm,
+            learning_rate=rate * lr_scale(),
+            tokens=int(tokens),
             seconds=seconds,
             peak_bytes=mx.get_peak_memory(),
-            note=note.strip(),
-            further=means,
+            note=(slept + done.note).strip(),
+            further=further,
         )
+
+
+def guarded_update(
+    model: Any, found: StepGradients, optimizer: GuardedAdamW, update: Update
+) -> Applied:
+    """Update all of a model's weights at once, lazily. model: a module, or nested weights."""
+    grads = found.take()
+    scale = update.noise / found.tokens
+    # The first machine's norm on all machines: the guard must decide alike everywhere.
+    norm = distributed.broadcast_json(partial(float, global_norm(grads, streams.stream)))
+    norm = scale * norm
+    note = optimizer.update(
+        model,
+        grads,
+        found.loss,
+        norm,
+        learning_rate=update.rate,
+        batch=update.batch,
+        scale=scale,
+        stream_of=streams.stream,
+    )
+    # Nothing but the lazy update holds the gradients then, so they go as it is evaluated.
+    return Applied(found.loss, found.tokens, norm=norm, note=note, further=found.further)
 
 
 def redone_after_sleep(work: Callable[[], Any]) -> tuple[float, str, Any]:
@@ -127,11 +207,8 @@ def as_in_training(model: nn.Module, work: Callable[[nn.Module], mx.array]) -> m
 
 def _gradients(
     model: nn.Module, gradient_of: Callable[..., Any], micro_batches: MicroBatches, step: int
-) -> tuple[float, float, Any, dict[str, float]]:
-    """(loss per token in nats, tokens, gradients of the *sum* over tokens, further means).
-
-    Of one step on all machines, evaluated.
-    """
+) -> StepGradients:
+    """Of one step of a model that is one graph."""
     summed_grads = None
     sums = {_LOSS: mx.array(0.0), _COUNT: mx.array(0.0)}
     for arguments in micro_batches(step):
@@ -161,7 +238,8 @@ def _gradients(
     named = dict(tree_flatten(summed_grads))
     del summed_grads
     distributed.all_reduce_gradients(named)
-    return loss, tokens, tree_unflatten(list(named.items())), means
+    grads = tree_unflatten(list(named.items()))
+    return StepGradients(loss, tokens, grads=grads, further=means)
 
 
 class WholeModel:

@@ -23,6 +23,7 @@ class StageCost:
     # weights fetched from memory; counts where there is little to do with each
     touched_bytes: int = 0
     pinned: int = 0
+    kept: int = 0  # blocks of a packed student whose integers stay in memory
     spooled_bytes: int = 0
     held_tokens: int = 0  # whose hidden states stay in memory
     updated: int = 0  # parameters that the optimizer changes, in all steps together

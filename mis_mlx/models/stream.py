@@ -114,17 +114,7 @@ class Stream:
                     yield i, self._kept[i]
                     continue
                 _, slot, raw = next(coming)
-                read_experts = None
-                if self._experts:  # they are read when the block asks for them
-                    read_experts = partial(self._read_experts, i)
-                block = load.block(
-                    self.checkpoint,
-                    i,
-                    self.args,
-                    self.dtype,
-                    raw=self._own(raw),
-                    read_experts=read_experts,
-                )
+                block = self.opened(i, self._own(raw))
                 self._check_once(block, f"model.layers.{i}.", slot, self._blocks)
                 yield i, block
                 if i - self.first < self.resident_blocks:
@@ -134,6 +124,15 @@ class Stream:
                 block.clear()
                 if not self._copies:
                     self._blocks.free.append(slot)
+
+    def opened(self, i: int, raw: Arrays) -> nn.Module:
+        """Block i with its weights, lazy. raw: its tensors as stored, by full name."""
+        read_experts = None
+        if self._experts:  # they are read when the block asks for them
+            read_experts = partial(self._read_experts, i)
+        return load.block(
+            self.checkpoint, i, self.args, self.dtype, raw=raw, read_experts=read_experts
+        )
 
     def _own(self, raw: Arrays) -> Arrays:
         """Tensors that do not lie in their slot, if weights leave it.

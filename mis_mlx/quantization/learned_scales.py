@@ -1,11 +1,11 @@
 """A packed model whose scales, biases and norms learn; integers, embedding and head stay."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mis_mlx.maths import rounding
 from mis_mlx.models import arch, load, model_writer, stream
@@ -90,47 +90,70 @@ def _rows(x: mx.array) -> mx.array:
     return x.reshape(-1, x.shape[-1])
 
 
-def load_trainable(checkpoint: Checkpoint) -> nn.Module:
-    """mlx-lm's Model of an affinely quantized folder, in float32, evaluated.
+class PackedStream(stream.Stream):
+    """Streams a packed model whose scales, biases and norms learn, in float32.
 
-    The scales and biases of every matrix in the blocks can learn, and the norms.
+    learned: what the blocks have learned so far, {name in the block: array}; a block that comes has
+    these values in place of the stored ones. Whoever trains replaces them there. kept: how many
+    blocks' integers stay in memory.
     """
-    model = load.resident_model(checkpoint, mx.float32)
-    for path, kind in packed_format.formats(checkpoint).items():
-        layer = arch.block_of(path)
-        if layer is None:
+
+    def __init__(self, checkpoint: Checkpoint, kept: int, direct: bool = False):
+        super().__init__(checkpoint, mx.float32, direct=direct)
+        self._formats = packed_format.formats(checkpoint)
+        self._copies = True  # integers leave their slot: see `with_grids`
+        self.learned: list[dict[str, mx.array]] = []
+        for _, block in super().blocks():
+            values = dict[str, mx.array](tree_flatten(block.trainable_parameters()))
+            for name, array in values.items():
+                values[name] = array * 1  # a copy: the block's memory is used again
+            stream.evaluate_now(values)
+            self.learned.append(values)
+        self.resident_blocks = kept
+
+    def opened(self, i: int, raw: stream.Arrays) -> nn.Module:
+        """Block i, whose packed matrices are layers that learn."""
+        block = super().opened(i, raw)
+        return with_grids(block, f"model.layers.{i}.", raw, self._formats)
+
+    def blocks(self, order: Sequence[int] | None = None) -> Iterator[tuple[int, nn.Module]]:
+        """As `Stream.blocks`, with what the blocks have learned."""
+        for i, block in super().blocks(order):
+            block.update(tree_unflatten(list(self.learned[i].items())))
+            yield i, block
+
+
+def with_grids(
+    block: nn.Module,
+    prefix: str,
+    raw: Mapping[str, mx.array],
+    formats: packed_format.Formats,
+) -> nn.Module:
+    """The block, whose packed matrices become layers that learn; their integers are evaluated.
+
+    raw: the block's tensors as stored. prefix: of their names, and of the paths in `formats`.
+    """
+    modules = dict(block.named_modules())
+    for path, kind in formats.items():
+        if not path.startswith(prefix):
             continue
-        # model.layers.N.PART.NAME
-        inside, _, matrix = path.split(".", 3)[3].rpartition(".")
-        modules = dict(model.model.layers[layer].named_modules())
+        inside, _, matrix = path.removeprefix(prefix).rpartition(".")
         owner = modules[inside]
-        names = [f"{path}.{part}" for part in packed_format.PARTS]
-        stored = safetensors.lazy(checkpoint.tensors, names)
-        packed = tuple(stored[name] for name in names)
-        added = owner[matrix].get("bias")
-        grid = TrainableQuantizedLinear(packed, kind, added)
+        packed = tuple(raw[f"{path}.{part}"] for part in packed_format.PARTS)
+        grid = TrainableQuantizedLinear(packed, kind, owner[matrix].get("bias"))
         owner[matrix] = grid
-        # An array that stays lazy keeps its file open.
+        # An array that stays lazy keeps its file open, or its slot.
         stream.evaluate_now(grid._integers, grid.scales, grid.biases)
-    parts = model.model.children()
-    for name, part in parts.items():
-        if name in ("embed_tokens", "embed_tokens_per_layer", "per_layer_model_projection"):
-            part.freeze()
-        if name.startswith("altup_"):  # a list of matrices
-            for matrix in part:
-                matrix.freeze()
-    if hasattr(model, "lm_head"):
-        model.lm_head.freeze()
-    return stream.load_checked(model, f"{checkpoint.path}: ")
+    return block
 
 
-def write_learned(checkpoint: Checkpoint, model: nn.Module, out: Path, files: Files) -> None:
-    """Commit the folder `out`: `checkpoint` with the model's trained tensors, in stored types."""
+def write_learned(
+    checkpoint: Checkpoint, learned: Mapping[str, mx.array], out: Path, files: Files
+) -> None:
+    """Commit the folder `out`: `checkpoint` with what was learned, by name, in stored types."""
     specs = {}
     for name, tensor in checkpoint.tensors.items():
         specs[name] = tensor.dtype, tensor.shape
-    trained = tree_flatten(model.trainable_parameters())
-    learned = dict(trained)
 
     def tensors() -> Iterator[tuple[str, safetensors.Tensor]]:
         for name in specs:
