@@ -72,7 +72,7 @@ def _planned(
         limit=limit.limit_bytes,
     )
     remedy = ", or --q-method round without --target-bpw" if count else ""
-    steps = s.steps(False)
+    steps = s.steps()
     if not steps:
         estimates.require_fit(limit, rounding, other=remedy)
         return [rounding]
@@ -112,7 +112,7 @@ def _tuned(
         room = planned.pinned * m.block_work + m.head_work
     source = live_teacher.StreamedTeacher(other, room)
     asked = DistillationConfig(batch_size=s.batch_size, seed=s.seed)
-    recipe = pipeline.tuning_recipe(asked, checkpoint, s.steps(False), s.q_learning_rate)
+    recipe = pipeline.tuning_recipe(asked, checkpoint, s.steps(), s.q_learning_rate)
     learned = pipeline.learn_scales(checkpoint, planned.kept, source, data, recipe)
     learned_scales.write_learned(checkpoint, learned, out, files)
 
@@ -139,7 +139,7 @@ def _run(s: Settings, checkpoint: Checkpoint, other: Checkpoint) -> dict[str, An
     """Plan, round, and let scales learn from the model `other`, which reads the same tokens."""
     limit = memory.budget(s.budget_bytes)
     count = s.num_samples if s.looks else 0
-    steps = s.steps(False)
+    steps = s.steps()
     planned = _planned(s, checkpoint, other, count=count, limit=limit)
     out = Path(s.mlx_path)
     files = Files()

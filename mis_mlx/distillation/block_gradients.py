@@ -76,8 +76,8 @@ class ForwardResult:
 
     loss: per token, in nats. tokens: how many count, of all machines. hidden: for every micro-batch
     the input (B, T, D) of each block from the shard's first one on; the backward pass shortens this
-    list. micro_batches: their number. last_block, norm: gradients of the last block and of the final
-    norm, by name; {} where they do not learn.
+    list. micro_batches: their number. last_block, norm: gradients of the last block and of the
+    final norm, by name; {} where they do not learn.
     """
 
     loss: float

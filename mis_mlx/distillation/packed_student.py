@@ -7,7 +7,6 @@ learns in every step, under one guard, and the bits of the result do not depend 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -105,7 +104,9 @@ class PackedStudent:
                 named[f"model.layers.{i}.{name}"] = gradient
         (named[NORM],) = forward.norm.values()
         distributed.all_reduce_gradients(named)
-        return StepGradients(forward.loss, forward.tokens, grads=tree_unflatten(list(named.items())))
+        return StepGradients(
+            forward.loss, forward.tokens, grads=tree_unflatten(list(named.items()))
+        )
 
     def _apply(self, found: StepGradients, update: Update) -> Applied:
         """One step of all that learns."""

@@ -32,7 +32,7 @@ from mis_mlx.planner.distillation_spec import DistillationSpec, Mode
 from mis_mlx.planner.machines import block_shares
 from mis_mlx.pruning.pruning_cost import pruning_cost, repair_by_block_cost, repair_cost
 from mis_mlx.quantization import rounding_cost
-from mis_mlx.settings.recipe import RATE, ROUND_TO_NEAREST, DistillationConfig
+from mis_mlx.settings.recipe import RATE, ROUND_TO_NEAREST, TUNE_ITERS, DistillationConfig
 from mis_mlx.types import Budget, Checkpoint, MisError, gib
 
 TRAINED_WHOLE = "resident", "blocks", "lora"  # the student, in memory
@@ -150,7 +150,7 @@ class MemoryPlan:
         """Steps after rounding."""
         if all(p.name != "tune" for p in self.phases):
             return 0
-        return self.job.rounding.steps(in_memory=self.mode in TRAINED_WHOLE or self.job.uncut)
+        return self.job.rounding.steps(TUNE_ITERS)
 
     @property
     def fits(self) -> bool:
@@ -257,7 +257,7 @@ def plan_strategy(
     )
     steps = tuned
     if steps is None:
-        steps = job.rounding.steps(in_memory=mode in TRAINED_WHOLE or job.uncut)
+        steps = job.rounding.steps(TUNE_ITERS)
     if steps:
         tuning = tuning_cost(job, micro, trained_left, steps)
         optional = tuned is None and job.rounding.q_iters is None
@@ -350,7 +350,7 @@ def _smaller_jobs(job: DistillationSpec) -> Iterator[tuple[str, DistillationSpec
             flags += " without --target-bpw"
         blind = replace(job.rounding, q_method="round", target_bpw=None)
         yield flags, replace(job, rounding=blind)
-    if job.rounding.steps(in_memory=True):
+    if job.rounding.steps(TUNE_ITERS):
         yield "--q-iters 0", replace(job, rounding=replace(job.rounding, q_iters=0))
     length = job.max_seq_length
     for halvings in range(1, 8):

@@ -9,7 +9,7 @@ import math
 from dataclasses import replace
 
 from mis_mlx.distillation import state_cost
-from mis_mlx.distillation.state_cost import GRADIENT_BYTES, STATE_BYTES, block_state_bytes
+from mis_mlx.distillation.state_cost import STATE_BYTES, block_state_bytes
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models import arch
 from mis_mlx.models.pass_cost import (
@@ -25,7 +25,7 @@ from mis_mlx.models.pass_cost import (
 from mis_mlx.planner.block_cost import activation_bytes, backward_bytes
 from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.quantization import rounding_cost
-from mis_mlx.settings.recipe import ADAPTERS
+from mis_mlx.settings.recipe import ADAPTERS, TUNE_ITERS
 from mis_mlx.settings.workloads import SAVED_BYTES
 
 PACKED_UPDATE_ARRAYS = 4  # opened moments, a new weight, and codes (measured)
@@ -38,7 +38,7 @@ def store_cost(job: DistillationSpec, limit: int) -> StageCost:
     """
     t = job.teacher
     length = job.max_seq_length
-    steps = max(job.iters, job.rounding.steps(in_memory=True))
+    steps = max(job.iters, job.rounding.steps(TUNE_ITERS))
     windows = steps * job.batch_size * job.grad_accumulation_steps
     one_window = streamed_pass(
         "", t, tokens=length, micro_tokens=length, length=length, spool=False
@@ -122,31 +122,39 @@ def blockwise_cost(job: DistillationSpec, micro: int, limit: int, lora: bool = F
 
 
 def backward_peak_bytes(job: DistillationSpec, micro: int, rank: int = 0) -> int:
-    """What a step holds besides weights and moments while a student is trained block by block.
+    """What a step holds besides weights and moments while blocks' own weights are trained.
 
-    As in distillation/sharded, in micro-batches of `micro` windows: the input of each block, the
-    head, and the largest of: the loss, the backward pass of a block, its update. Windows side by
-    side have a gradient each. rank: of adapters; 0: the blocks themselves are trained.
+    As in distillation/sharded. rank: of adapters; 0: the blocks themselves are trained.
+    """
+    sizes = []
+    for shape in arch.layer_tensors(job.student.config).values():
+        sizes.append(rank * sum(shape) if rank else math.prod(shape))
+    update = parallel_windows(job.student) * PACKED_UPDATE_ARRAYS * 4 * max(sizes)
+    return _step_bytes(job, micro, gradient=4 * sum(sizes), update=4 * sum(sizes) + update)
+
+
+def _step_bytes(
+    job: DistillationSpec, micro: int, *, gradient: int, update: int = 0, of_stream: int = 0
+) -> int:
+    """What a step holds besides what learns, block by block, in micro-batches of `micro` windows.
+
+    The input of each block, the head, and the largest of: the loss, the backward pass of a block,
+    its update. gradient: of a block; windows side by side have one each. of_stream: what more the
+    pass through a block takes in every stream.
     """
     m = job.student
     s = m.shape
     length = job.max_seq_length
-    streams = parallel_windows(m)
-    sizes = []
-    for shape in arch.layer_tensors(m.config).values():
-        sizes.append(rank * sum(shape) if rank else math.prod(shape))
-    gradient = 4 * sum(sizes)
     # gradients of earlier micro-batches, to which those of the next are added
     summed = gradient if job.step > micro * length else 0
     activations = activation_bytes(m, micro, length) // s.layers  # of a block
-    backward = backward_bytes(m, micro, length)
-    backward += min(streams, micro) * gradient + summed
+    backward = backward_bytes(m, micro, length) + summed
+    backward += min(parallel_windows(m), micro) * (gradient + of_stream)
     loss = job.loss.logit_bytes(s.vocab, micro * length)
     if job.loss.on_host:
         loss += activations + summed
     else:
         loss += backward
-    update = gradient + streams * PACKED_UPDATE_ARRAYS * 4 * max(sizes)
     sides = side_bytes(replace(m, item=4), job.step)
     states = 4 * (s.layers * job.step * m.channels + s.vocab * s.hidden)
     ahead = m.in_flight(activations)
@@ -154,34 +162,45 @@ def backward_peak_bytes(job: DistillationSpec, micro: int, rank: int = 0) -> int
 
 
 def tuning_cost(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost:
-    """The packed student whole in memory, its scales learning.
+    """The packed student, whose scales learn block by block (distillation/packed_student).
 
-    Integers; in every stream the matrix that is under way; one block's gradient.
+    What learns, its gradients and moments; the integers of one block, and of as many others as
+    there is room for.
     """
     m = job.student
-    length = job.max_seq_length
+    job = replace(job, iters=iters)
+    layers = m.shape.layers
     trained = 2 * m.blocks_params // job.rounding.q_group_size
-    nbytes = rounding_cost.packed_bytes(m, job.rounding)
-    head = 4 * m.tables_params
-    head += job.loss.logit_bytes(m.shape.vocab, micro * length)
-    work = activation_bytes(m, micro, length)
-    state = STATE_BYTES
-    if job.step > micro * length:  # gradients of micro-batches add up
-        state += GRADIENT_BYTES
-    streams = max(1, min(micro, job.loss.streams))  # a window goes through one stream
-    blocks = m.blocks_params + 4 * m.block_params
-    blocks += streams * rounding_cost.learning_matrix_bytes(m)
-    sides = m.side_params * (1 if m.gpu else 4)  # packed, or de-quantized
+    packed_block = rounding_cost.packed_bytes(m, job.rounding) // layers
+    # a block comes while another one computes, and is unpacked
+    blocks = 2 * packed_block + m.block_params
+    work = _step_bytes(
+        job,
+        micro,
+        gradient=4 * trained // layers,
+        of_stream=rounding_cost.learning_matrix_bytes(m),
+    )
+    flops = 4 * forward_flops(m, job.step, job.max_seq_length, head=False)
+    flops += 4.0 * job.step * m.head_params
     one_step = StageCost(
         name="tune",
-        read_bytes=nbytes,
-        written_bytes=nbytes,
-        peak_bytes=blocks + state * trained + head + work + sides + m.in_flight(work),
-        flops=3 * forward_flops(m, job.step, length),
+        read_bytes=packed_block,
+        written_bytes=rounding_cost.packed_bytes(m, job.rounding),
+        peak_bytes=STATE_BYTES * trained + blocks + work,
+        flops=flops,
         updated=trained,
     )
-    job = replace(job, iters=iters)
-    return _taught(job, one_step, micro, limit=limit, saved=SAVED_BYTES * trained, work=work)
+    saved = SAVED_BYTES * trained
+    least = _taught(job, one_step, micro, limit=0, saved=saved, work=work)
+    kept = min(layers, headroom_bytes(limit, least.peak_bytes, m.gpu) // m.block_params)
+    read = packed_block * (layers + 2 * iters * (layers - kept))
+    one_step = replace(
+        one_step,
+        read_bytes=read,
+        peak_bytes=one_step.peak_bytes + kept * m.block_params,
+        kept=kept,
+    )
+    return _taught(job, one_step, micro, limit=limit, saved=saved, work=work)
 
 
 def _taught(

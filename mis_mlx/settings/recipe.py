@@ -186,12 +186,10 @@ class QuantizationConfig:
         """Whether weights make up for the errors of others, on fitted grids."""
         return self.q_method != "round"
 
-    def steps(self, in_memory: bool) -> int:
-        """Steps after rounding. in_memory: the student is whole in memory."""
+    def steps(self, usual: int = 0) -> int:
+        """Steps after rounding; `usual` where nobody asked for a number."""
         asked = self.affine.q_iters
-        if asked is not None:
-            return asked
-        return TUNE_ITERS if in_memory else 0
+        return usual if asked is None else asked
 
 
 TUNE_ITERS = 20
