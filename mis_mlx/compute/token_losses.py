@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx.compute import host_losses, precision, streams
+from mis_mlx.compute.slab_losses import Slabs
 from mis_mlx.hardware.memory import COMMANDS_AHEAD
 from mis_mlx.maths import losses
 from mis_mlx.storage.files import as_mis_error
@@ -46,6 +47,9 @@ class LossGradients(NamedTuple):
 ByMLX = Callable[..., mx.array]
 # the same arguments -> value and gradients, evaluated
 ByNumpy = Callable[..., LossGradients]
+# (hidden (n, D), slabs of the head, loss_mask (n,), *targets) -> (the sum in nats, its gradient in
+# hidden), evaluated
+BySlabs = Callable[..., tuple[mx.array, mx.array]]
 # primals -> [hidden (n, D), head (V, D), *further outputs], lazy
 Forward = Callable[..., Sequence[mx.array]]
 
@@ -55,11 +59,13 @@ class TokenLoss:
     """A loss of final hidden states (n, D) and a head (V, D), summed over positions.
 
     by_mlx: computes it, for whoever differentiates. by_numpy: computes value and gradients where
-    that is quicker; None: MLX computes these too.
+    that is quicker; None: MLX computes these too. by_slabs: of a frozen head that comes in slabs;
+    None: this loss needs it whole.
     """
 
     by_mlx: ByMLX
     by_numpy: ByNumpy | None = None
+    by_slabs: BySlabs | None = None
 
     def gradients(
         self,
@@ -95,13 +101,26 @@ class TokenLoss:
         windows: int,
         head_index: int | None = None,
         cotangents: Sequence[mx.array] = (),
+        slabs: Slabs | None = None,
     ) -> tuple[mx.array, list[mx.array]]:
         """(the loss behind `forward` in nats, its gradients in `primals`), the gradients lazy.
 
         width: D. windows: of the micro-batch, which may go side by side. head_index: which of the
         primals is the head; None: none of them, the head gets no gradient. cotangents: of the
-        further outputs of `forward`.
+        further outputs of `forward`. slabs: what takes the place of the head that `forward` gives,
+        for a loss that has `by_slabs`.
         """
+        by_slabs = self.by_slabs
+        if slabs and by_slabs:
+
+            def slab_loss(hidden: mx.array, head: mx.array) -> LossGradients:
+                return LossGradients(*by_slabs(hidden, slabs, loss_mask, *targets), head=None)
+
+            shape = (loss_mask.size, width)
+            loss, grads = _vjp_around(
+                slab_loss, forward, primals, cotangents, shape=shape, windows=windows
+            )
+            return loss.value, grads
         frozen = head_index is None
         by_numpy = self.by_numpy
         if by_numpy:

@@ -16,8 +16,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mis_mlx.compute import streams
+from mis_mlx.compute.slab_losses import Slabs
 from mis_mlx.compute.token_losses import TokenLoss
-from mis_mlx.models import block_inputs, distributed, load, stream
+from mis_mlx.models import block_inputs, distributed, load, modules, stream
 from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
 
 MicroBatch = tuple[Any, ...]  # tokens (B, T), learn (B * T,), then the targets of the loss
@@ -27,8 +28,8 @@ MicroBatch = tuple[Any, ...]  # tokens (B, T), learn (B * T,), then the targets 
 class _End:
     """What stands behind the last block in a step: norm, head (V, D) and the loss.
 
-    learning: the norm's weights, by name, if they learn. width: D, which AltUp's hidden states
-    between blocks exceed.
+    learning: the norm's weights, by name, if they learn. slabs: the head in slabs; `head` is a
+    placeholder then. width: D, which AltUp's hidden states between blocks exceed.
     """
 
     loss: TokenLoss
@@ -37,6 +38,7 @@ class _End:
     head: mx.array
     batches: Sequence[MicroBatch]
     width: int
+    slabs: Slabs | None = None
 
     def vjp(
         self,
@@ -67,6 +69,7 @@ class _End:
             width=self.width,
             windows=len(tokens),
             cotangents=shared,
+            slabs=self.slabs,
         )
 
 
@@ -93,7 +96,8 @@ class BlockGradients:
 
     source: streams blocks; it also has embedding and head. norm: the final one. blocks: those that
     get gradients. shard: its `layers` are these blocks, in memory; None: they are streamed, too.
-    norm_learns: the final norm gets a gradient.
+    norm_learns: the final norm gets a gradient. slabs: the head comes in slabs, to losses that
+    take it so.
     """
 
     def __init__(
@@ -104,12 +108,14 @@ class BlockGradients:
         shard: nn.Module | None = None,
         *,
         norm_learns: bool = False,
+        slabs: bool = False,
     ):
         self._source = source
         self._norm = norm
         self._blocks = blocks
         self._shard = shard
         self._norm_learns = norm_learns
+        self._slabs = slabs
 
     def forward(self, batches: Sequence[MicroBatch], loss: TokenLoss) -> ForwardResult:
         """The micro-batches of a step through all blocks, and the last block's gradients.
@@ -223,16 +229,27 @@ class BlockGradients:
         learning = {}
         if self._norm_learns:
             learning = dict(tree_flatten(self._norm.trainable_parameters()))
+        in_slabs = self._slabs and loss.by_slabs is not None
+        head = mx.array(0.0)
+        if not in_slabs:
+            head = modules.dense_weight(self._source.head())
         end = _End(
             loss=loss,
             norm=self._norm,
             learning=learning,
-            head=self._source.head().weight,
+            head=head,
             batches=batches,
             width=self._source.checkpoint.config["hidden_size"],
+            slabs=self._head_slabs if in_slabs else None,
         )
         last = self._source.layers - 1
         return self._backward_block(last, block, hidden, len(batches), end=end)
+
+    def _head_slabs(self, rows: int) -> Iterator[tuple[int, mx.array]]:
+        """(first token, weights (rows, D) float32) of the head, a slab at a time."""
+        vocab = self._source.checkpoint.config["vocab_size"]
+        for start, part in self._source.head_parts(vocab, rows):
+            yield start, modules.dense_weight(part)
 
     def _backward_block(
         self,

@@ -19,6 +19,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mis_mlx.compute import precision, streams
+from mis_mlx.compute.slab_losses import Slabs, sparse_kl_gradients
 from mis_mlx.compute.token_losses import TokenLoss, teacher_kl
 from mis_mlx.data import draws
 from mis_mlx.data.token_windows import Windows, fingerprint
@@ -30,7 +31,7 @@ from mis_mlx.models.config import shape_of, softcap
 from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage import logit_store, run_folder
 from mis_mlx.storage.files import Files
-from mis_mlx.storage.logit_store import SAMPLES
+from mis_mlx.storage.logit_store import SAMPLES, TOP
 from mis_mlx.types import Checkpoint, MisError, Step
 
 # token ids (B, T) int32; learn (B, T) float32: 1 where the prediction there counts
@@ -246,6 +247,7 @@ def write_store(
     files: Files,
     *,
     count: int = SAMPLES,
+    top: int = TOP,
     seed: int = 0,
     windows_per_pass: int = 64,
     show: Callable[[int, str], None] = lambda done, text: None,
@@ -257,14 +259,15 @@ def write_store(
     not on how many windows went through the teacher together, nor on where writing was stopped.
 
     checkpoint: the teacher's. teacher(): opens it; not called when nothing is missing. It is passed
-    through once for every `windows_per_pass` windows. count: samples a position. show(windows done,
-    text). Several machines share the missing parts out, and all have the whole store in the end.
-    together: they share the teacher too (models/pipeline_parallel), so every machine makes as many
-    passes as the one that makes most.
+    through once for every `windows_per_pass` windows. top, count: as of `losses.sample`.
+    show(windows done, text). Several machines share the missing parts out, and all have the whole
+    store in the end. together: they share the teacher too (models/pipeline_parallel), so every
+    machine makes as many passes as the one that makes most.
     """
     n, length = data.tokens.shape
     spec = logit_store.Spec(
-        kind="sampled",
+        kind="top and sampled",
+        top=top,
         count=count,
         vocab=shape_of(checkpoint.config).vocab,
         windows=n,
@@ -321,7 +324,11 @@ def _drawn(
         # Without a name for the logits: the next chunk's would be made beside them.
         parts.append(
             losses.sample(
-                teacher.logits(hidden[start : start + rows]), spec.count, spec.seed, first + start
+                teacher.logits(hidden[start : start + rows]),
+                spec.count,
+                spec.seed,
+                first + start,
+                top=spec.top,
             )
         )
     arrays = zip(*parts, strict=True)
@@ -365,7 +372,13 @@ class CachedTeacher:
 
         MisError from the loss where the student has another vocabulary.
         """
-        return TokenLoss(self._kl_sum)
+        return TokenLoss(self._kl_sum, by_slabs=self._kl_by_slabs)
+
+    def _kl_by_slabs(
+        self, hidden: mx.array, slabs: Slabs, loss_mask: mx.array, *target: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """The same, of a frozen head that comes in slabs; and its gradient in hidden."""
+        return sparse_kl_gradients(hidden, slabs, loss_mask, *target, softcap=self._softcap)
 
     def _kl_sum(
         self,

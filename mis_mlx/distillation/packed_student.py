@@ -43,7 +43,7 @@ class PackedStudent:
             norm.freeze()
             norm.norm.unfreeze()
         self._passes = BlockGradients(
-            self._source, norm, range(self._source.layers), norm_learns=True
+            self._source, norm, range(self._source.layers), norm_learns=True, slabs=True
         )
         self._optimizer = GuardedAdamW(weight_decay=weight_decay, relative=True)
         self.optimizers = [self._optimizer]

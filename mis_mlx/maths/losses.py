@@ -219,13 +219,18 @@ def sample(
     count: int,
     seed: int,
     first: int,
+    *,
+    top: int = 0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`count` tokens for each position, drawn from softmax(logits) (arXiv 2503.16870).
+    """A sparse target for each position: its `top` likeliest tokens, and `count` of the others.
 
-    Draws are with replacement. logits: (n, V), of positions number `first` and up. Returns sizes
-    (n,), the number of distinct tokens of each position; ids and counts (sum of sizes,): one
-    position's after another's, ids rising. counts / count is an unbiased estimate of the softmax.
-    The draws of a position depend on its number and the seed alone, however positions are cut into
+    The likeliest have their probability in softmax(logits). Of the others, tokens are drawn with
+    replacement by their probability, and share what the others have together (arXiv 2503.16870).
+    So the target is an unbiased estimate of the softmax, and sums to 1.
+
+    logits: (n, V), of positions number `first` and up. Returns sizes (n,), the number of tokens of
+    each position; ids and shares (sum of sizes,): one position's after another's, ids rising. The
+    draws of a position depend on its number and the seed alone, however positions are cut into
     calls: Philox is a function of a counter. MisError when logits are not numbers.
     """
     blocks = -(-count // 4)  # one step of Philox's counter makes four numbers
@@ -238,19 +243,36 @@ def sample(
             "the teacher's logits are not numbers: it overflows in this precision, use another "
             "teacher"
         )
-    sizes = []
-    ids = []
-    counts = []
-    for p, u in zip(shares, uniform, strict=True):
-        cdf = np.cumsum(p, dtype=np.float64)  # in float32 it would drift over a whole vocabulary
-        # u < 1, but u * total may round up to the total, which no token's share exceeds.
-        u = np.minimum(u * cdf[-1], np.nextafter(cdf[-1], 0.0))
-        tokens = np.searchsorted(cdf, u, side="right")
-        distinct, repeats = np.unique(tokens, return_counts=True)
-        sizes.append(len(distinct))
-        ids.append(distinct)
-        counts.append(repeats)
-    return np.array(sizes), np.concatenate(ids), np.concatenate(counts)
+    targets = [_target(p, u, top) for p, u in zip(shares, uniform, strict=True)]
+    sizes = [len(ids) for ids, _ in targets]
+    all_ids = np.concatenate([ids for ids, _ in targets])
+    all_shares = np.concatenate([weights for _, weights in targets])
+    return np.array(sizes), all_ids, all_shares.astype(np.float32)
+
+
+def _target(p: np.ndarray, u: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
+    """One position's (ids, shares). p (V,): probabilities. u: numbers in [0, 1), rising."""
+    # In float64: in float32 a running sum would drift over a whole vocabulary.
+    left = p.astype(np.float64)
+    left /= left.sum()
+    likeliest = np.zeros(0, np.int64)
+    if top:
+        top = min(top, len(p))
+        likeliest = np.argpartition(p, len(p) - top)[len(p) - top :]
+    exact = left[likeliest]
+    left[likeliest] = 0.0
+    cdf = np.cumsum(left)
+    rest = cdf[-1]
+    if not rest:
+        order = np.argsort(likeliest)
+        return likeliest[order], exact[order]
+    # u < 1, but u * rest may round up to the total, which no token's share exceeds.
+    drawn = np.searchsorted(cdf, np.minimum(u * rest, np.nextafter(rest, 0.0)), side="right")
+    distinct, repeats = np.unique(drawn, return_counts=True)
+    ids = np.concatenate([likeliest, distinct])
+    weights = np.concatenate([exact, repeats * (rest / len(u))])
+    order = np.argsort(ids)
+    return ids[order], weights[order]
 
 
 def sampled_kl_sum(
@@ -271,8 +293,8 @@ def sampled_kl_sum(
     0 fill a row up. loss_mask: (n,), 0 leaves a position out. frozen_head: the head gets no
     gradient.
 
-    For w = counts / N of `sample` the gradient, p_s - w per logit, is that of the full KL in
-    expectation; the value is larger by a constant, E KL(w || p_t), which no student can lower.
+    For w of `sample` the gradient, p_s - w per logit, is that of the full KL in expectation; the
+    value is larger by a constant, E KL(w || p_t), which no student can lower.
     """
 
     def formula(z: mx.array, ids: mx.array, w: mx.array) -> tuple[mx.array, mx.array]:

@@ -14,7 +14,7 @@ from mis_mlx.settings.recipe import (
     QuantizationConfig,
     steps_of,
 )
-from mis_mlx.storage.logit_store import SAMPLES
+from mis_mlx.storage import logit_store
 
 Mode = Literal["resident", "blocks", "lora", "sharded", "none"]
 
@@ -56,9 +56,9 @@ class DistillationSpec(DistillationConfig):
 
     @property
     def target_bytes(self) -> int:
-        """A position in the logit store, at the most: a size, and id and count of every sample."""
-        id_bytes = 2 if self.teacher.shape.vocab <= 2**16 else 4
-        return 1 + SAMPLES * (id_bytes + 1)
+        """A position in the logit store, at the most."""
+        wide = self.teacher.shape.vocab > 2**16
+        return logit_store.position_bytes(wide)
 
 
 def spec_of(

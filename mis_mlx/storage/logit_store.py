@@ -25,7 +25,8 @@ from mis_mlx.storage.safetensors import write_arrays
 from mis_mlx.types import MisError
 
 MANIFEST = "targets.json"
-SAMPLES = 50  # tokens of a position
+TOP = 64  # of a position: its likeliest tokens, with their probabilities
+SAMPLES = 32  # and how many are drawn of the others
 KEPT_PARTS = 4  # parts that a reader holds in memory
 
 Arrays = Mapping[str, np.ndarray]
@@ -35,8 +36,9 @@ Arrays = Mapping[str, np.ndarray]
 class Spec:
     """What a store holds. Stores with equal specs have equal bytes."""
 
-    kind: Literal["sampled"]  # stands in targets.json
-    count: int  # samples of a position
+    kind: Literal["top and sampled"]  # stands in targets.json
+    top: int  # likeliest tokens of a position
+    count: int  # tokens drawn of the others
     vocab: int
     windows: int
     length: int  # positions in a window
@@ -49,11 +51,18 @@ class Spec:
     def dtypes(self) -> dict[str, type]:
         """The types of a part's arrays.
 
-        sizes: distinct tokens of each position. ids, counts: of all positions, end to end.
+        sizes: distinct tokens of each position. ids, shares: of all positions, end to end.
         """
-        counts = np.uint8 if self.count < 2**8 else np.uint16
+        sizes = np.uint8 if self.top + self.count < 2**8 else np.uint16
         ids = np.uint16 if self.vocab <= 2**16 else np.uint32
-        return {"sizes": counts, "ids": ids, "counts": counts}
+        return {"sizes": sizes, "ids": ids, "shares": np.float32}
+
+
+def position_bytes(wide: bool) -> int:
+    """What a position takes at the most. wide: the vocabulary has more than 2^16 tokens."""
+    id_bytes = 4 if wide else 2
+    share_bytes = 4
+    return 1 + (TOP + SAMPLES) * (id_bytes + share_bytes)
 
 
 def create(folder: Path, spec: Spec, files: Files) -> Targets:
@@ -61,8 +70,9 @@ def create(folder: Path, spec: Spec, files: Files) -> Targets:
 
     Damaged parts count as missing, and `notes` says so. MisError when `folder` holds other targets.
     """
-    if not 1 <= spec.count < 2**16:
-        raise MisError(f"{spec.count} sampled tokens per position: choose 1 to {2**16 - 1}")
+    if not 1 <= spec.count < 2**16 - spec.top:
+        most = 2**16 - spec.top - 1
+        raise MisError(f"{spec.count} sampled tokens per position: choose 1 to {most}")
     with as_mis_error(folder, "the targets"):
         files.make_folder(folder)
     sweep(folder, files)
@@ -197,17 +207,17 @@ class Targets:
     def windows(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Targets of n windows: ids (n, T, m) int32 and weights (n, T, m) float32.
 
-        weights: counts / `Spec.count`. m: the most tokens that a position has; entries of weight 0
-        fill up the others. MisError when a part is missing or damaged. Memory: the last few parts.
+        weights: shares, which sum to 1 for a position. m: the most tokens that one has; entries of
+        weight 0 fill up the others. MisError when a part is missing or damaged. Memory: the last
+        few parts.
         """
         windows = [self._window(int(i)) for i in indices]
         sizes = np.stack([window["sizes"] for window in windows])
         filled = np.arange(sizes.max()) < sizes[..., None]
         ids = np.zeros(filled.shape, np.int32)
         ids[filled] = np.concatenate([window["ids"] for window in windows])
-        counts = np.concatenate([window["counts"] for window in windows])
         weights = np.zeros(filled.shape, np.float32)
-        weights[filled] = counts / np.float32(self.spec.count)
+        weights[filled] = np.concatenate([window["shares"] for window in windows])
         return ids, weights
 
     def _window(self, index: int) -> Arrays:
@@ -223,7 +233,7 @@ class Targets:
         return {
             "sizes": sizes[start:stop],
             "ids": part["ids"][begin:end],
-            "counts": part["counts"][begin:end],
+            "shares": part["shares"][begin:end],
         }
 
     def _read(self, number: int) -> dict[str, np.ndarray]:

@@ -188,7 +188,8 @@ def _distilled(place: Path) -> Outcome:
 def _store(place: Path) -> None:
     """A logit store of three parts."""
     spec = logit_store.Spec(
-        kind="sampled",
+        kind="top and sampled",
+        top=0,
         count=4,
         vocab=64,
         windows=WINDOWS,
@@ -203,7 +204,7 @@ def _store(place: Path) -> None:
         at = np.arange(LENGTH)
         sizes = 1 + (window + at) % 3
         ids = np.concatenate([np.arange(n) for n in sizes])
-        store.put(window, {"sizes": sizes, "ids": ids, "counts": np.ones_like(ids)})
+        store.put(window, {"sizes": sizes, "ids": ids, "shares": np.ones_like(ids)})
 
 
 def _spool(place: Path) -> None:

@@ -25,15 +25,13 @@ def softmax(z: np.ndarray) -> np.ndarray:
     return powers / powers.sum(-1, keepdims=True)
 
 
-def padded(
-    sizes: np.ndarray, ids: np.ndarray, counts: np.ndarray, n: int
-) -> tuple[mx.array, mx.array]:
+def padded(sizes: np.ndarray, ids: np.ndarray, shares: np.ndarray) -> tuple[mx.array, mx.array]:
     """Ragged samples as (n, m) ids and weights."""
     filled = np.arange(sizes.max()) < sizes[:, None]
     wide = np.zeros(filled.shape, np.int32)
     weights = np.zeros(filled.shape, np.float32)
     wide[filled] = ids
-    weights[filled] = counts / n
+    weights[filled] = shares
     return mx.array(wide), mx.array(weights)
 
 
@@ -41,16 +39,16 @@ def test_a_sample_by_pencil() -> None:
     """All the mass on one token: it is drawn every time. Two positions, two tokens, seven draws."""
     logits = mx.array([[0.0, 200.0, 0.0], [200.0, 0.0, 0.0]])
 
-    sizes, ids, counts = losses.sample(logits, 7, 0, 0)
+    sizes, ids, shares = losses.sample(logits, 7, 0, 0)
 
     assert sizes.tolist() == [1, 1]
     assert ids.tolist() == [1, 0]
-    assert counts.tolist() == [7, 7]
+    assert shares.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(("cut", "count"), [(1, 1), (5, 6), (13, 50)])
 def test_positions_are_drawn_one_by_one(cut: int, count: int) -> None:
-    """However positions are cut into calls, each gets the draws of its number; counts sum to N; ids
+    """However positions are cut into calls, each gets the draws of its number; shares sum to 1; ids
     rise.
     """
     logits = mx.random.normal((13, 300), key=mx.random.key(0))
@@ -64,10 +62,10 @@ def test_positions_are_drawn_one_by_one(cut: int, count: int) -> None:
 
     for array, pieces in zip(whole, zip(*parts, strict=True), strict=True):
         assert np.array_equal(array, np.concatenate(pieces))
-    sizes, ids, counts = whole
+    sizes, ids, shares = whole
     ends = np.cumsum(sizes)
     for begin, end in zip(ends - sizes, ends, strict=True):
-        assert counts[begin:end].sum() == count
+        assert shares[begin:end].sum() == pytest.approx(1)
         assert (np.diff(ids[begin:end]) > 0).all()
     assert not np.array_equal(ids, other_seed)
     assert not np.array_equal(ids, other_positions)
@@ -86,8 +84,9 @@ def test_draws_are_independent_and_have_the_teachers_shares() -> None:
     p = softmax(logits)
     expected = n * count * p
 
-    sizes, ids, counts = losses.sample(mx.array(np.tile(logits, (n, 1))), count, 1, 0)
+    sizes, ids, shares = losses.sample(mx.array(np.tile(logits, (n, 1))), count, 1, 0)
 
+    counts = np.round(count * shares)
     seen = np.bincount(ids, counts, 20)
     chi_square = ((seen - expected) ** 2 / expected).sum()
     assert chi_square < 64
@@ -109,8 +108,8 @@ def test_logits_that_are_no_numbers_are_refused() -> None:
 def targets(p: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
     """ids and weights of the problem's teacher."""
     logits = p["teacher"] @ p["teacher_head"].T
-    sizes, ids, counts = losses.sample(logits, 20, 0, 0)
-    return padded(sizes, ids, counts, 20)
+    sizes, ids, shares = losses.sample(logits, 20, 0, 0)
+    return padded(sizes, ids, shares)
 
 
 def ours(p: dict[str, mx.array], rows: int | None) -> Gradients:
@@ -180,14 +179,15 @@ def test_a_certain_student_has_a_finite_loss_and_gradient() -> None:
         assert mx.isfinite(gradient).all().item()
 
 
-def test_sampled_gradients_are_unbiased() -> None:
+@pytest.mark.parametrize("top", [0, 6])
+def test_sampled_gradients_are_unbiased(top: int) -> None:
     """The mean gradient of 400 stores of 10 samples approaches that of the full KL; that of the
-    likeliest 6 never does.
+    likeliest 6 alone never does.
 
-    A sampled gradient in a hidden state is W^T (p_s - counts / N): mean that of the full KL,
-    covariance W^T (diag p - p p^T) W / N. So each of 104 components, over its standard error, is
-    N(0, 1): the largest stays under 5 (P = 6e-5). Top-k misses the same mean by more than ten
-    standard errors (18).
+    A sampled gradient in a hidden state is W^T (p_s - w): mean that of the full KL, covariance
+    R W^T (diag r - r r^T / R) W / N, where r is what is drawn from, all of it R. So each of 104
+    components, over its standard error, is N(0, 1): the largest stays under 5 (P = 6e-5). Top-k
+    misses the same mean by more than ten standard errors of plain draws (18).
     """
     p = problem()
     p["learn"] = mx.ones_like(p["learn"])
@@ -215,14 +215,16 @@ def test_sampled_gradients_are_unbiased() -> None:
         )
 
     def on_a_store(seed: int) -> np.ndarray:
-        sizes, ids, counts = losses.sample(z, count, seed, 0)
-        return on_targets(*padded(sizes, ids, counts, count))
+        sizes, ids, shares = losses.sample(z, count, seed, 0, top=top)
+        return on_targets(*padded(sizes, ids, shares))
 
     likeliest = mx.argpartition(z, -6, axis=-1)[:, -6:]
     shares_of_six = mx.softmax(mx.take_along_axis(z, likeliest, axis=-1), axis=-1)
     share = softmax(np.array(z))
+    np.put_along_axis(share, np.argsort(share)[:, len(share[0]) - top :], 0.0, axis=1)
     w = np.array(p["head"], np.float64)
-    variance = (share @ w**2 - (share @ w) ** 2) / (count * stores)
+    rest = share.sum(axis=1, keepdims=True)
+    variance = (rest * (share @ w**2) - (share @ w) ** 2) / (count * stores)
     standard_error = np.sqrt(variance)
 
     wanted = gradient(full)
@@ -231,3 +233,21 @@ def test_sampled_gradients_are_unbiased() -> None:
 
     assert np.abs((mean - wanted) / standard_error).max() < 5
     assert np.abs((biased - wanted) / standard_error).max() > 10
+
+
+def test_the_likeliest_tokens_are_exact() -> None:
+    """Of six tokens two have their probability, and the others share what is left, however they are
+    drawn; with all six there is nothing to draw.
+    """
+    p = np.array([0.4, 0.05, 0.3, 0.1, 0.1, 0.05])
+    logits = mx.array(np.log(p)[None].astype(np.float32))
+    sizes, ids, shares = losses.sample(logits, 4, 0, 0, top=2)
+    found = dict(zip(ids.tolist(), shares.tolist(), strict=True))
+    assert sizes.tolist() == [len(found)]
+    assert found.pop(0) == pytest.approx(0.4)
+    assert found.pop(2) == pytest.approx(0.3)
+    assert sum(found.values()) == pytest.approx(0.3)
+    assert all((4 * share / 0.3) % 1 == pytest.approx(0, abs=1e-5) for share in found.values())
+    _, ids, shares = losses.sample(logits, 4, 0, 0, top=9)
+    assert ids.tolist() == list(range(6))
+    assert shares == pytest.approx(p)

@@ -21,7 +21,8 @@ from tests.storage.test_checkpoint import flip, names
 from tests.storage.test_files import Short
 
 SAMPLED = Spec(
-    kind="sampled",
+    kind="top and sampled",
+    top=0,
     count=6,
     vocab=512,
     windows=10,
@@ -46,7 +47,11 @@ def made(spec: Spec, window: int) -> dict[str, np.ndarray]:
     drawn = random.integers(0, spec.vocab, (spec.length, spec.count)) // 7
     parts = [np.unique(row, return_counts=True) for row in drawn]
     ids, counts = (np.concatenate(p) for p in zip(*parts, strict=True))
-    return {"sizes": np.array([len(i) for i, _ in parts]), "ids": ids, "counts": counts}
+    return {
+        "sizes": np.array([len(i) for i, _ in parts]),
+        "ids": ids,
+        "shares": counts / spec.count,
+    }
 
 
 def fill(folder: Path, spec: Spec = SAMPLED, files: Files = DISK) -> Targets:
@@ -80,7 +85,7 @@ def test_sampled_targets_come_back(tmp_path: Path) -> None:
         assert np.array_equal(full.sum(axis=1), want["sizes"])
         assert (np.diff(full.astype(int)) <= 0).all()
         assert np.array_equal(ids[row][full], want["ids"])
-        np.testing.assert_allclose(weights[row][full], want["counts"] / 6, rtol=1e-7)
+        np.testing.assert_allclose(weights[row][full], want["shares"], rtol=1e-7)
     np.testing.assert_allclose(weights.sum(axis=-1), 1.0, rtol=1e-6)
 
 
@@ -90,10 +95,11 @@ def test_sampled_targets_come_back(tmp_path: Path) -> None:
 def test_types_are_as_narrow_as_they_can_be(tmp_path: Path, vocab: int, count: int) -> None:
     """Ids up to the last of the vocabulary and counts up to N come back; bytes a token by pencil.
 
-    One token a position: its size, its id and its count are 1 + 2 + 1 bytes, up to 2 + 4 + 2.
+    One token a position: its size, its id and its share are 1 + 2 + 4 bytes, up to 2 + 4 + 4.
     """
     spec = Spec(
-        kind="sampled",
+        kind="top and sampled",
+        top=0,
         count=count,
         vocab=vocab,
         windows=1,
@@ -103,16 +109,14 @@ def test_types_are_as_narrow_as_they_can_be(tmp_path: Path, vocab: int, count: i
         seed=0,
     )
     store = logit_store.create(tmp_path, spec, DISK)
-    store.put(
-        0, {"sizes": np.ones(4000), "ids": np.full(4000, vocab - 1), "counts": np.full(4000, count)}
-    )
+    store.put(0, {"sizes": np.ones(4000), "ids": np.full(4000, vocab - 1), "shares": np.ones(4000)})
     ids, weights = store.windows([0])
     assert (ids == vocab - 1).all()
     assert (weights == 1).all()
     small = 1 if count < 256 else 2
     wide = 2 if vocab <= 2**16 else 4
     # the header is 300 bytes
-    assert store.bytes_per_token == pytest.approx(2 * small + wide, abs=0.1)
+    assert store.bytes_per_token == pytest.approx(small + wide + 4, abs=0.1)
 
 
 def test_a_finished_store_is_not_written_again(tmp_path: Path) -> None:
@@ -216,9 +220,7 @@ def test_too_little_room_for_the_rest_is_seen_early(tmp_path: Path) -> None:
             store.put(window, made(SAMPLED, window))
     said = str(caught.value)
     assert said.startswith(f"Not enough disk space in {tmp_path}: the rest of the targets needs ")
-    assert said.endswith(
-        " bytes, 100 bytes are free; free some and start again, 2 of 4 parts are kept"
-    )
+    assert said.endswith(", 100 bytes are free; free some and start again, 2 of 4 parts are kept")
     assert names(tmp_path) == [*FILES[:2], "targets.json"]
     assert logit_store.create(tmp_path, SAMPLED, DISK).missing() == [6, 7, 8, 9]
 
@@ -230,7 +232,8 @@ def test_reading_holds_a_few_parts(tmp_path: Path) -> None:
     Four are kept, one is being read, and one is for what is handed out and Python's own.
     """
     spec = Spec(
-        kind="sampled",
+        kind="top and sampled",
+        top=0,
         count=50,
         vocab=512,
         windows=320,
@@ -244,7 +247,7 @@ def test_reading_holds_a_few_parts(tmp_path: Path) -> None:
     window = {
         "sizes": np.full(250, 4),
         "ids": np.tile(np.arange(4), 250),
-        "counts": np.full(1000, 12),
+        "shares": np.full(1000, 0.25),
     }
     for number in range(320):
         store.put(number, window)
