@@ -215,7 +215,7 @@ def budget(folder: Path, out: Path, limit: str = "600MiB") -> dict[str, Any]:
         "--layers",
         6,
     ]
-    flags += ["--train", "sharded", "--targets", "cached", "--iters", 2, "--batch-size", 1]
+    flags += ["--train", "sharded", "--iters", 2, "--batch-size", 1]
     flags += [
         "--reconstruct-samples",
         4,

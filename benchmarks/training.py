@@ -42,14 +42,14 @@ from mis_mlx.data import preparation, token_windows
 from mis_mlx.distillation import live_teacher, sharded
 from mis_mlx.hardware.clock import Clock
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import load, lora, model_writer, opening, resolve, stream
+from mis_mlx.models import load, model_writer, opening, resolve, stream
 from mis_mlx.reporting.text import markdown_table
-from mis_mlx.settings.recipe import ADAPTERS, RATE, DistillationConfig
+from mis_mlx.settings.recipe import RATE, DistillationConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, Step
 
 SHAPES = ((2, 256), (1, 1024), (4, 512))  # windows, tokens of each
-OURS = ("resident", "blocks", "lora", "sharded")
+OURS = ("resident", "blocks", "sharded")
 WAYS = ("naive", "mlx_lm.lora", *OURS)
 
 
@@ -150,10 +150,7 @@ def begun(
     if way == "sharded":
         small = model_writer.by_block(small, temp / "parts", DISK)
         layers = -(-layers // 2)
-    adapters = partial(lora.insert, lora=ADAPTERS, seed=0) if way == "lora" else None
-    trained = sharded.Sharded(
-        small, layers, steps_per_shard=steps, weight_decay=0.01, files=DISK, adapters=adapters
-    )
+    trained = sharded.Sharded(small, layers, steps_per_shard=steps, weight_decay=0.01, files=DISK)
     trained.begin()
     micro = partial(live_teacher.step_micro_batches, source, data, recipe)
     return trained.steps(micro, source.token_loss(own_head=True), recipe)

@@ -18,7 +18,7 @@ from mis_mlx.types import Checkpoint
 from tests import stock, tiny
 
 TOKENS = mx.array([[5, 9, 300, 17, 44, 44, 8, 120, 3, 77, 201, 9]])
-WAYS = ["resident", "blocks", "sharded", "lora", "none", "cached"]  # of training
+WAYS = ["resident", "blocks", "sharded", "none", "cached"]  # of training
 # a short run of `distill`
 RUN: dict[str, Any] = {
     "iters": 6,

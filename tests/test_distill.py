@@ -123,8 +123,8 @@ def test_a_run_that_is_done_keeps_no_checkpoints(
         2,
         "--q-iters",
         1,
-        "--targets",
-        "cached",
+        "--config",
+        Path(__file__).parent / "fixtures" / "cached.yaml",
     ]
     done = command("distill", *few, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr

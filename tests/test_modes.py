@@ -13,8 +13,6 @@ from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
-import mlx.core as mx
-import numpy as np
 import pytest
 
 from mis_mlx import distill
@@ -43,24 +41,20 @@ FLAGS += (
     3,
 )
 FLAGS += ("--learning-rate", "1e-2", "--keep-steps")
+CACHED = Path(__file__).parent / "fixtures" / "cached.yaml"
+LIVE = CACHED.with_name("live.yaml")
 WAYS: dict[str, tuple[object, ...]] = {
-    "cached": ("--targets", "cached"),
+    "cached": ("--config", CACHED),
     "blocks": ("--train", "blocks"),
-    "lora": ("--train", "lora"),
-    "sharded": ("--train", "sharded", "--targets", "cached"),
-    "sharded, live": ("--train", "sharded"),
+    "sharded": ("--train", "sharded", "--config", CACHED),
+    "sharded, live": ("--train", "sharded", "--config", LIVE),
     "repaired": ("--train", "none"),
     "tuned": ("--quantize", 4, "--q-iters", 5),
-    "cached, tuned longer": ("--targets", "cached", "--quantize", 4, "--q-iters", 9),
+    "cached, tuned longer": ("--config", CACHED, "--quantize", 4, "--q-iters", 9),
 }
 # Every phase once, and training by each way of streaming; the others of the matrix are slow.
 KILLS = {("targets", "cached"), ("repair", "repaired"), ("tune", "tuned")}
-KILLS |= {
-    ("distil", "sharded, live"),
-    ("distil", "cached"),
-    ("distil", "blocks"),
-    ("distil", "lora"),
-}
+KILLS |= {("distil", "sharded, live"), ("distil", "cached"), ("distil", "blocks")}
 
 
 def weights(run: Path) -> bytes:
@@ -107,7 +101,7 @@ def test_every_way_ends_in_an_ordinary_model(
     assert [r["number"] for r in run_folder.metrics(out)] == list(range(1, 7))[
         : 6 * (way != "repaired")
     ]
-    assert (out / "targets").exists() == ("cached" in WAYS[way])
+    assert (out / "targets").exists() == (CACHED in WAYS[way])
     load.mlx_lm("utils").load(str(out / "model"))
 
 
@@ -148,23 +142,14 @@ def test_killed_in_any_phase_and_resumed(
     assert weights(run) == weights(out)
 
 
-@pytest.mark.parametrize("way", ["blocks", "lora"])
-def test_a_frozen_vocabulary_stays_as_it_is(
-    whole: Callable[[str], tuple[Path, Done]], way: str
-) -> None:
-    """Every matrix of the blocks is another than the pruned student's, by a few directions where
-    adapters learned; the embedding is not.
-    """
-    out, _ = whole(way)
+def test_a_frozen_vocabulary_stays_as_it_is(whole: Callable[[str], tuple[Path, Done]]) -> None:
+    """Every matrix of the blocks is another than the pruned student's; the embedding is not."""
+    out, _ = whole("blocks")
     before, after = (load.open_checkpoint(out / name) for name in ("pruned", "model"))
     arrays = [safetensors.lazy(c.tensors, list(c.tensors)) for c in (before, after)]
     same = {name for name in before.tensors if (arrays[0][name] == arrays[1][name]).all()}
     assert "model.embed_tokens.weight" in same
     assert not [n for n in same if "proj" in n]
-    name = "model.layers.0.mlp.up_proj.weight"  # which no repair changes
-    change = arrays[1][name].astype(mx.float32) - arrays[0][name].astype(mx.float32)
-    sizes = np.linalg.svd(np.array(change), compute_uv=False)
-    assert (sizes[8] < 0.1 * sizes[0]) == (way == "lora")  # but for how bfloat16 rounds
 
 
 def test_scales_learn_what_rounding_cost(whole: Callable[[str], tuple[Path, Done]]) -> None:

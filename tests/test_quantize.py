@@ -273,7 +273,8 @@ def test_sensitivity_and_steps_stay_under_the_plan(tmp_path: Path) -> None:
     def tune() -> None:
         source = live_teacher.StreamedTeacher(checkpoint, None)
         recipe = DistillationConfig(iters=2, batch_size=1, learning_rate=1e-4)
-        pipeline.tuned_in_memory(load.open_checkpoint(tmp_path / "q4"), source, text, recipe)
+        packed = load.open_checkpoint(tmp_path / "q4")
+        pipeline.learn_scales(packed, planned[1].kept, source, text, recipe)
 
     for phase, work in zip(
         planned,

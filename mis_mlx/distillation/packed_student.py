@@ -42,6 +42,7 @@ class PackedStudent:
         if isinstance(norm, altup.Exit):  # the matrices beside the norm do not learn
             norm.freeze()
             norm.norm.unfreeze()
+        (self._norm_name,) = dict[str, Any](tree_flatten(norm.trainable_parameters()))
         self._passes = BlockGradients(
             self._source, norm, range(self._source.layers), norm_learns=True, slabs=True
         )
@@ -54,7 +55,9 @@ class PackedStudent:
         for i, values in enumerate(self._source.learned):
             for name, array in values.items():
                 named[f"model.layers.{i}.{name}"] = array
-        ((_, named[NORM]),) = tree_flatten(self._norm.trainable_parameters())
+        (named[NORM],) = dict[str, mx.array](
+            tree_flatten(self._norm.trainable_parameters())
+        ).values()
         return named
 
     def arrays(self) -> dict[str, dict[str, mx.array]]:
@@ -122,5 +125,4 @@ class PackedStudent:
         for i, values in enumerate(self._source.learned):
             for name in values:
                 values[name] = named[f"model.layers.{i}.{name}"]
-        ((name, _),) = tree_flatten(self._norm.trainable_parameters())
-        self._norm.update(tree_unflatten([(name, named[NORM])]))
+        self._norm.update(tree_unflatten([(self._norm_name, named[NORM])]))

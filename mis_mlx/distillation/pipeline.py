@@ -24,13 +24,13 @@ from mis_mlx.distillation.training_cost import steps_per_shard
 from mis_mlx.hardware import memory
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import distributed, load, lora, model_writer, stream
+from mis_mlx.models import distributed, load, model_writer, stream
 from mis_mlx.models.config import softcap
 from mis_mlx.pruning import reconstruct, vocabulary
 from mis_mlx.quantization import learned_scales, packed_format
 from mis_mlx.reporting import progress, text
 from mis_mlx.runs import pace, run_loop
-from mis_mlx.settings.recipe import ADAPTERS, DistillationConfig, TrainingConfig
+from mis_mlx.settings.recipe import DistillationConfig, TrainingConfig
 from mis_mlx.storage import hidden_spool, run_folder
 from mis_mlx.types import Checkpoint, Step
 
@@ -303,9 +303,6 @@ def _by_blocks(c: Run, pruned: Checkpoint, source: live_teacher.TargetSource) ->
         begun = model_writer.by_block(pruned, c.folder / "parts", c.files)
         shard = c.plan.shard_layers
         visit = steps_per_shard(job, shard)
-    adapters = None
-    if c.plan.mode == "lora":
-        adapters = partial(lora.insert, lora=ADAPTERS, seed=c.recipe.seed)
     student = sharded.Sharded(
         begun,
         shard_layers=shard,
@@ -314,7 +311,6 @@ def _by_blocks(c: Run, pruned: Checkpoint, source: live_teacher.TargetSource) ->
         files=c.files,
         headroom_bytes=4 * job.student.head_params,  # the head stays, the blocks are streamed
         direct=c.direct,
-        adapters=adapters,
     )
     training = run_loop.CheckpointedTraining(c, student, c.remember, c.recall, **_reported(c))
     parts = begun if in_shards else None

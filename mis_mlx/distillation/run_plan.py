@@ -97,10 +97,14 @@ def stored_strategy(plan: strategies.MemoryPlan) -> dict[str, Any]:
 
 
 def _strategy_of(folder: Path | None) -> dict[str, Any] | None:
-    """What the plan.json of a run that goes on says. Older ones do not have the number of steps."""
+    """What the plan.json of a run that goes on says.
+
+    Older ones do not have the number of steps, and their targets are among the run's settings.
+    """
     if folder is None:
         return None
-    return run_folder.stored_settings(folder, run_folder.PLAN)
+    asked = run_folder.stored_settings(folder).get("targets") or "live"
+    return {"targets": asked, **run_folder.stored_settings(folder, run_folder.PLAN)}
 
 
 def _job(request: RunRequest) -> DistillationSpec:

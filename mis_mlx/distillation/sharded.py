@@ -20,7 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mis_mlx.compute import precision, streams
+from mis_mlx.compute import streams
 from mis_mlx.compute.token_losses import TokenLoss
 from mis_mlx.distillation import train_loop
 from mis_mlx.distillation.block_gradients import BlockGradients, ForwardResult, MicroBatch
@@ -44,10 +44,9 @@ class Sharded:
     which one shard is trained, with optimizers of its own; visit v trains shard v modulo their
     number. A shard of all blocks has one visit, and its folder is only read.
 
-    headroom_bytes, direct: as in `stream.Stream`. adapters: adds adapters to the shard, which are
-    then the only weights that learn. Every block has a gradient guard of its own, because a block
-    is updated before the norms of the next ones are known. A loss that is not a number skips the
-    step in all blocks.
+    headroom_bytes, direct: as in `stream.Stream`. Every block has a gradient guard of its own,
+    because a block is updated before the norms of the next ones are known. A loss that is not a
+    number skips the step in all blocks.
 
     Why a resume is exact: a checkpoint holds the shard of its visit, and every other block is on
     disk as it was then, as long as no later visit has written its blocks. A visit writes its
@@ -65,11 +64,9 @@ class Sharded:
         files: Files,
         headroom_bytes: int = 0,
         direct: bool = False,
-        adapters: Callable[[nn.Module], None] | None = None,
     ):
         self._student = student
         self._files = files
-        self._adapters = adapters
         self._shard_layers = shard_layers
         self._steps_per_shard = steps_per_shard
         self._weight_decay = weight_decay
@@ -131,10 +128,7 @@ class Sharded:
             return model_writer.dense(self._student, name)
         path, _, weight = name.split(".", 3)[3].rpartition(".")
         modules = dict(self.shard.layers[i - self.blocks.start].named_modules())
-        owner = modules[path]
-        if hasattr(owner, "fuse"):  # a LoRALinear: its weight with the adapter added
-            owner = owner.fuse()
-        return owner[weight]
+        return modules[path][weight]
 
     def _check(self, visit: int) -> None:
         """Sweep what a crash left half-written; refuse blocks of a visit after `visit`."""
@@ -173,20 +167,14 @@ class Sharded:
         # Both are replaced first: the last shard's memory goes before the next one's is taken.
         self.shard = nn.Module()
         self._passes = BlockGradients(self._source, self._norm, self.blocks, shard=self.shard)
-        dtype = mx.float32
-        if self._adapters:  # the weights themselves do not learn
-            dtype = precision.dtype_of(self._student)
         self.shard.layers = [
-            load.block(self._student, i, self._source.args, dtype) for i in self.blocks
+            load.block(self._student, i, self._source.args, mx.float32) for i in self.blocks
         ]
         replaced = [
-            (name.removeprefix("model."), weight.astype(dtype))
+            (name.removeprefix("model."), weight.astype(mx.float32))
             for name, weight in (repaired or {}).items()
         ]
         self.shard.load_weights(replaced, strict=False)
-        if self._adapters:
-            self._adapters(self.shard)
-        # After the adapters, which a checkpoint holds, too.
         self.shard.load_weights(list((stored or {}).items()), strict=False)
         stream.load_checked(self.shard, f"{self._student.path}, from block {first} on: ")
 

@@ -7,7 +7,7 @@ beside the modules that do it.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -32,11 +32,17 @@ from mis_mlx.planner.distillation_spec import DistillationSpec, Mode
 from mis_mlx.planner.machines import block_shares
 from mis_mlx.pruning.pruning_cost import pruning_cost, repair_by_block_cost, repair_cost
 from mis_mlx.quantization import rounding_cost
-from mis_mlx.settings.recipe import RATE, ROUND_TO_NEAREST, TUNE_ITERS, DistillationConfig
+from mis_mlx.settings.recipe import (
+    RATE,
+    ROUND_TO_NEAREST,
+    TUNE_ITERS,
+    DistillationConfig,
+    Targets,
+)
 from mis_mlx.types import Budget, Checkpoint, MisError, gib
 
-TRAINED_WHOLE = "resident", "blocks", "lora"  # the student, in memory
 RATE_OF_WEIGHTS = 5.35e-4  # learning rate, as a part of their root mean square
+TAUGHT = "distil", "tune"  # phases in which a student learns from its teacher
 TEXTS = 2  # held-out texts that models are measured on
 
 
@@ -120,6 +126,7 @@ class MemoryPlan:
             "micro": self.micro_batch,
             "shard": self.shard_layers,
             "tuned": self.tuned,
+            "targets": self.job.targets,
         }
 
     def recipe(self, asked: DistillationConfig, teacher: Checkpoint) -> DistillationConfig:
@@ -135,6 +142,7 @@ class MemoryPlan:
         return replace(
             asked,
             iters=self.job.iters,
+            targets=self.job.targets,
             batch_size=self.micro_batch,
             grad_accumulation_steps=parts,
             learning_rate=rate,
@@ -165,7 +173,7 @@ class MemoryPlan:
     @property
     def pinned(self) -> int:
         """Teacher blocks that stay in memory during training."""
-        return next((p.pinned for p in self.phases if p.name in ("distil", "tune")), 0)
+        return next((p.pinned for p in self.phases if p.name in TAUGHT), 0)
 
     @property
     def kept(self) -> int:
@@ -229,18 +237,42 @@ def plan_strategy(
     micro: int,
     shard: int,
     tuned: int | None = None,
+    targets: Targets | None = None,
 ) -> MemoryPlan:
     """The plan of one strategy, whether it fits or not.
 
-    tuned: steps after rounding; None: as asked for, else the usual number if they fit.
+    tuned: steps after rounding; None: as asked for, else the usual number if they fit. targets:
+    None: as the job has them, but on disk where they may lie there and the teacher does not fit
+    beside the student.
     """
+    way = _Way(mode=mode, micro=micro, shard=shard, tuned=tuned)
+    if targets is not None:
+        return _planned(replace(job, targets=targets), limit, rates, way)
+    plan = _planned(job, limit, rates, way)
+    fits_beside = plan.fits and plan.pinned == job.teacher.shape.layers
+    taught = any(p.name in TAUGHT for p in plan.phases)
+    if fits_beside or not (job.may_store and taught):
+        return plan
+    return _planned(replace(job, targets="cached"), limit, rates, way)
+
+
+class _Way(NamedTuple):
+    """A strategy, as in `plan_strategy`."""
+
+    mode: Mode
+    micro: int
+    shard: int
+    tuned: int | None
+
+
+def _planned(job: DistillationSpec, limit: int, rates: Rates, way: _Way) -> MemoryPlan:
+    """The plan of one strategy with the job's targets."""
+    mode, micro, shard, tuned = way
     process = _process_overhead(job, limit, mode)
     left = process.left_bytes
     trained_left = left - process.training_bytes
     training_overhead = process.own_bytes + process.training_bytes
     phases = [pruning_cost(job, left)]
-    if job.targets == "cached":
-        phases.append(store_cost(job, left))
     if job.reconstruct_samples:
         item = in_parts(job, mode)
         phases.append(repair_by_block_cost(job, left, item) if item else repair_cost(job))
@@ -263,6 +295,9 @@ def plan_strategy(
         optional = tuned is None and job.rounding.q_iters is None
         if not optional or tuning.peak_bytes + training_overhead <= limit:
             phases.append(tuning)
+    first_taught = next((n for n, p in enumerate(phases) if p.name in TAUGHT), None)
+    if job.targets == "cached" and first_taught is not None:
+        phases.insert(first_taught, store_cost(job, left))
     most_bytes = max(p.peak_bytes for p in phases) + process.own_bytes
     phases.append(measuring_cost(job, most_bytes, limit))
     planned = []
@@ -286,7 +321,7 @@ def _distil(job: DistillationSpec, limit: int, *, mode: Mode, micro: int, shard:
         return resident_cost(job, micro, limit)
     if mode == "sharded":
         return sharded_cost(job, micro, shard)
-    return blockwise_cost(job, micro, limit, lora=mode == "lora")
+    return blockwise_cost(job, micro, limit)
 
 
 def best_plan(job: DistillationSpec, budget_bytes: int, rates: Rates) -> MemoryPlan:

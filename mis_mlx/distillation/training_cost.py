@@ -1,13 +1,14 @@
 """What training a student takes, each strategy and what belongs to it: bytes, memory, operations.
 
 `resident_cost`: the student fits with gradients and moments. `blockwise_cost`: with 8-bit moments
-and one block's gradient. `lora`: only adapters change. `sharded_cost`: streamed, some blocks
-trainable at a time.
+and one block's gradient. `sharded_cost`: streamed, some blocks trainable at a time. `tuning_cost`:
+packed, whose scales learn.
 """
 
 import math
 from dataclasses import replace
 
+from mis_mlx.compute.slab_losses import slab_bytes
 from mis_mlx.distillation import state_cost
 from mis_mlx.distillation.state_cost import STATE_BYTES, block_state_bytes
 from mis_mlx.hardware.stage_cost import StageCost
@@ -25,7 +26,7 @@ from mis_mlx.models.pass_cost import (
 from mis_mlx.planner.block_cost import activation_bytes, backward_bytes
 from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.quantization import rounding_cost
-from mis_mlx.settings.recipe import ADAPTERS, TUNE_ITERS
+from mis_mlx.settings.recipe import TUNE_ITERS
 from mis_mlx.settings.workloads import SAVED_BYTES
 
 PACKED_UPDATE_ARRAYS = 4  # opened moments, a new weight, and codes (measured)
@@ -84,22 +85,16 @@ def resident_cost(job: DistillationSpec, micro: int, limit: int) -> StageCost:
     )
 
 
-def blockwise_cost(job: DistillationSpec, micro: int, limit: int, lora: bool = False) -> StageCost:
+def blockwise_cost(job: DistillationSpec, micro: int, limit: int) -> StageCost:
     """The student's blocks in memory, updated one after the other (distillation/sharded).
 
-    The teacher as in `resident_cost`. lora: only their adapters change, and the weights are in the
-    type that the policy gives.
+    The teacher as in `resident_cost`.
     """
     m = job.student
     layers = m.shape.layers
-    if lora:
-        trained = ADAPTERS.params(m.config) // layers
-        state = m.blocks_params * m.item + layers * STATE_BYTES * trained
-        work = backward_peak_bytes(job, micro, ADAPTERS.rank)
-    else:
-        trained = m.blocks_params // layers
-        state = sum(block_state_bytes(m.config, i) for i in range(layers))
-        work = backward_peak_bytes(job, micro)
+    trained = m.blocks_params // layers
+    state = sum(block_state_bytes(m.config, i) for i in range(layers))
+    work = backward_peak_bytes(job, micro)
     flops = 4 * forward_flops(m, job.step, job.max_seq_length, head=False)
     flops += 4.0 * job.step * m.head_params
     one_step = StageCost(
@@ -121,26 +116,30 @@ def blockwise_cost(job: DistillationSpec, micro: int, limit: int, lora: bool = F
     )
 
 
-def backward_peak_bytes(job: DistillationSpec, micro: int, rank: int = 0) -> int:
+def backward_peak_bytes(job: DistillationSpec, micro: int) -> int:
     """What a step holds besides weights and moments while blocks' own weights are trained.
 
-    As in distillation/sharded. rank: of adapters; 0: the blocks themselves are trained.
+    As in distillation/sharded.
     """
-    sizes = []
-    for shape in arch.layer_tensors(job.student.config).values():
-        sizes.append(rank * sum(shape) if rank else math.prod(shape))
+    sizes = [math.prod(shape) for shape in arch.layer_tensors(job.student.config).values()]
     update = parallel_windows(job.student) * PACKED_UPDATE_ARRAYS * 4 * max(sizes)
     return _step_bytes(job, micro, gradient=4 * sum(sizes), update=4 * sum(sizes) + update)
 
 
 def _step_bytes(
-    job: DistillationSpec, micro: int, *, gradient: int, update: int = 0, of_stream: int = 0
+    job: DistillationSpec,
+    micro: int,
+    *,
+    gradient: int,
+    update: int = 0,
+    of_stream: int = 0,
+    slabs: bool = False,
 ) -> int:
     """What a step holds besides what learns, block by block, in micro-batches of `micro` windows.
 
     The input of each block, the head, and the largest of: the loss, the backward pass of a block,
     its update. gradient: of a block; windows side by side have one each. of_stream: what more the
-    pass through a block takes in every stream.
+    pass through a block takes in every stream. slabs: the head comes in slabs.
     """
     m = job.student
     s = m.shape
@@ -150,15 +149,19 @@ def _step_bytes(
     activations = activation_bytes(m, micro, length) // s.layers  # of a block
     backward = backward_bytes(m, micro, length) + summed
     backward += min(parallel_windows(m), micro) * (gradient + of_stream)
+    head = 4 * s.vocab * s.hidden
     loss = job.loss.logit_bytes(s.vocab, micro * length)
-    if job.loss.on_host:
+    if slabs:
+        head = slab_bytes(micro * length, s.hidden)
+        loss = activations + summed
+    elif job.loss.on_host:
         loss += activations + summed
     else:
         loss += backward
     sides = side_bytes(replace(m, item=4), job.step)
-    states = 4 * (s.layers * job.step * m.channels + s.vocab * s.hidden)
+    states = 4 * s.layers * job.step * m.channels
     ahead = m.in_flight(activations)
-    return SMALL_BYTES + sides + states + max(loss, backward, update) + ahead
+    return SMALL_BYTES + sides + states + head + max(loss, backward, update) + ahead
 
 
 def tuning_cost(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost:
@@ -178,6 +181,7 @@ def tuning_cost(job: DistillationSpec, micro: int, limit: int, iters: int) -> St
         job,
         micro,
         gradient=4 * trained // layers,
+        slabs=job.targets == "cached",
         of_stream=rounding_cost.learning_matrix_bytes(m),
     )
     flops = 4 * forward_flops(m, job.step, job.max_seq_length, head=False)

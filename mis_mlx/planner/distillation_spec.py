@@ -12,14 +12,15 @@ from mis_mlx.settings.recipe import (
     ROUND_TO_NEAREST,
     DistillationConfig,
     QuantizationConfig,
+    Targets,
     steps_of,
 )
 from mis_mlx.storage import logit_store
 
-Mode = Literal["resident", "blocks", "lora", "sharded", "none"]
+Mode = Literal["resident", "blocks", "sharded", "none"]
 
 
-# the best first; adapters only for who asks
+# the best first
 MODES: tuple[Mode, ...] = "resident", "blocks", "sharded"
 
 
@@ -41,6 +42,8 @@ class DistillationSpec(DistillationConfig):
     answers_known: bool = False  # the teacher's are kept from before, or came with the package
     # the student is the teacher: nothing to repair, nothing to learn before rounding
     uncut: bool = False
+    targets: Targets = "live"
+    may_store: bool = False  # targets on disk take the place of a teacher that does not fit
 
     @property
     def step(self) -> int:
@@ -88,6 +91,9 @@ def spec_of(
     )
     settings = {f.name: getattr(asked, f.name) for f in fields(DistillationConfig)}
     settings["iters"] = steps_of(asked, student.config)
+    settings["targets"] = asked.targets or "live"
+    # The store has targets of temperature 1, for steps whose number is known.
+    plain = asked.temperature == 1.0 and not asked.cross_entropy and asked.minutes is None
     # No fit knows what comes of several hidden states.
     if uncut or family(student.config).versions:
         settings["reconstruct_samples"] = 0
@@ -101,6 +107,7 @@ def spec_of(
         shown=shown,
         same_head=copied and _head_type(teacher) == _head_type(student),
         uncut=uncut,
+        may_store=asked.targets is None and plain,
         answers=answers,
         answers_known=answers_known,
     )

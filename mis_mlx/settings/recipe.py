@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 
 from mis_mlx import cli
 from mis_mlx.models.families import family
-from mis_mlx.models.lora import Lora
 from mis_mlx.types import (
     FILE_ONLY,
     Bits,
@@ -26,6 +25,8 @@ from mis_mlx.types import (
     Whole,
     Within,
 )
+
+Targets = Literal["live", "cached"]  # where a step's targets come from
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class DistillationConfig(TrainingConfig):
     """
     minutes: Annotated[float | None, Within(0.05, 1e5)] = None
     """training time in minutes, instead of --iters: times the first steps, and makes as many as
-    fit; sharded training and cached targets need --iters
+    fit; sharded training needs --iters
     """
     # a float wherever steps are made, as iters
     learning_rate: Rate | None = None  # type: ignore[assignment]
@@ -89,14 +90,14 @@ class DistillationConfig(TrainingConfig):
     """T in eq. (2); softens both distributions"""
     halny: Annotated[Share | None, FILE_ONLY] = None
     """spread of eps_halny in eq. (2); 0: off; default: from measured T_env, 0 when unmeasured"""
-    train: Literal["auto", "resident", "blocks", "lora", "sharded", "none"] = "auto"
+    train: Literal["auto", "resident", "blocks", "sharded", "none"] = "auto"
     """resident: all of the student in memory; blocks: the same block by block, with 8-bit moments
-    and frozen embedding and head; lora: only mlx-lm's low-rank adapters, merged at the end;
-    sharded: some blocks at a time; none: repair only. Default: the first that fits, except lora
+    and frozen embedding and head; sharded: some blocks at a time; none: repair only. Default: the
+    first that fits
     """
-    targets: Literal["live", "cached"] = "live"
-    """live: run the teacher at every step; cached: store its sampled logits once, and then train
-    without it
+    targets: Annotated[Targets | None, FILE_ONLY] = None
+    """live: run the teacher at every step; cached: store its likeliest tokens once, and then train
+    without it. Default: live where the teacher fits beside the student
     """
     reconstruct_samples: Whole = 64
     """windows for the closed-form repair before training; 0: no repair"""
@@ -117,13 +118,13 @@ class DistillationConfig(TrainingConfig):
             )
         if self.targets == "cached" and self.temperature != 1.0:
             raise MisError(
-                f"--targets cached holds targets of temperature 1, not {self.temperature:g}: use "
-                f"--targets live"
+                f"targets: cached holds targets of temperature 1, not {self.temperature:g}: use "
+                f"targets: live"
             )
         if self.targets == "cached" and self.cross_entropy:
             raise MisError(
-                "cross_entropy needs the teacher itself, but --targets cached has only samples: "
-                "use --targets live"
+                "cross_entropy needs the teacher itself, but targets: cached has only its tokens: "
+                "use targets: live"
             )
 
 
@@ -201,7 +202,6 @@ ITERS = 30
 RATE = 1e-4
 # costs nothing beside the student
 ROUND_TO_NEAREST = QuantizationConfig(target_bpw=None, q_method="round", q_iters=0)
-ADAPTERS = Lora(-1, 8, 20.0)  # mlx-lm's own rank and scale, in all blocks
 
 
 def steps_of(asked: DistillationConfig, config: Mapping[str, Any]) -> int:

@@ -21,10 +21,11 @@ from mis_mlx.models import arch, load, lora, model_writer
 from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
 from mis_mlx.models.config import shape_of
 from mis_mlx.pruning import reconstruct, slicing
-from mis_mlx.quantization import bit_allocation, learned_scales, packed_format, stage
+from mis_mlx.quantization import bit_allocation, packed_format, stage
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits
 from tests import tiny
+from tests.quantization.test_grid import trainable
 
 TOKENS = mx.random.randint(0, 512, (2, 16), key=mx.random.key(3))
 WINDOWS = [TOKENS, TOKENS + 0]
@@ -279,6 +280,6 @@ def test_tune(model: Checkpoint, tmp_path: Path) -> None:
     )
     packed = load.open_checkpoint(tmp_path / "q")
     assert same(
-        learned_scales.load_trainable(packed)(TOKENS),
+        trainable(packed)(TOKENS),
         load.resident_model(packed, mx.float32)(TOKENS),
     )

@@ -232,7 +232,7 @@ def test_a_rotation_changes_nothing(lfm: Checkpoint, tmp_path: Path) -> None:
     assert apart(streamed(after, TOKENS), streamed(before, TOKENS)) <= 1e-4
 
 
-@pytest.mark.parametrize("way", mostly_slow(family_checks.WAYS, "blocks", "lora"))
+@pytest.mark.parametrize("way", mostly_slow(family_checks.WAYS, "blocks"))
 def test_every_way_of_training(tmp_path: Path, text_folder: Path, way: str) -> None:
     """Of a smaller student: see `check_training`."""
     teacher = tiny.FAMILIES[KIND]

@@ -145,7 +145,7 @@ def test_the_text_as_source_is_cross_entropy(llama: Checkpoint, data: Windows) -
         ({"cross_entropy": float("nan")}, "cross_entropy is nan"),
         (
             {"targets": "cached", "cross_entropy": 0.1},
-            "cross_entropy needs the teacher itself, but --targets cached",
+            "cross_entropy needs the teacher itself, but targets: cached",
         ),
     ],
 )

@@ -398,7 +398,8 @@ def test_nothing_but_tokens_is_cut(
     assert weights(run) == made
 
 
-WAYS = [("--train", "sharded"), ("--train", "blocks"), ("--targets", "cached")]
+CACHED = Path(__file__).parent.parent / "fixtures" / "cached.yaml"
+WAYS = [("--train", "sharded"), ("--train", "blocks"), ("--config", CACHED)]
 
 
 @pytest.mark.parametrize("way", mostly_slow(WAYS, WAYS[0]))

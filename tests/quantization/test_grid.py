@@ -13,7 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mis_mlx.distillation import pipeline
-from mis_mlx.models import load
+from mis_mlx.models import load, stream
 from mis_mlx.quantization import learned_scales, packed_format
 from mis_mlx.settings.recipe import DistillationConfig
 from mis_mlx.storage.files import DISK
@@ -31,11 +31,28 @@ def packed(llama: Checkpoint, tmp_path: Path) -> Checkpoint:
     return load.open_checkpoint(tmp_path / "q")
 
 
+def trainable(checkpoint: Checkpoint) -> nn.Module:
+    """mlx-lm's whole model of a packed folder, in float32, with layers that learn in its blocks."""
+    model = load.resident_model(checkpoint, mx.float32)
+    raw = packed_format.safetensors.lazy(checkpoint.tensors, list(checkpoint.tensors))
+    plan = packed_format.formats(checkpoint)
+    for i, block in enumerate(model.model.layers):
+        learned_scales.with_grids(block, f"model.layers.{i}.", raw, plan)
+    model.model.embed_tokens.freeze()
+    return stream.load_checked(model)
+
+
+def write(checkpoint: Checkpoint, model: nn.Module, out: Path) -> None:
+    """`out`: the folder with what such a model holds."""
+    learned = dict(tree_flatten(model.trainable_parameters()))
+    learned_scales.write_learned(checkpoint, learned, out, DISK)
+
+
 def test_computes_what_the_folder_says(packed: Checkpoint) -> None:
     """The same logits as the model read back densely; trained are scales, biases and norms of
     blocks, and the norm.
     """
-    model = learned_scales.load_trainable(packed)
+    model = trainable(packed)
     dense = load.resident_model(packed, mx.float32)
     assert mx.allclose(model(TOKENS), dense(TOKENS), atol=1e-5)
     trained = dict(tree_flatten(model.trainable_parameters()))
@@ -55,7 +72,7 @@ def test_biases_stay_and_learn(
         models(kind), tmp_path / "q", packed_format.formats_of(models(kind).config, 64), DISK
     )
     packed = load.open_checkpoint(tmp_path / "q")
-    model = learned_scales.load_trainable(packed)
+    model = trainable(packed)
     dense = load.resident_model(packed, mx.float32)
     assert mx.allclose(model(TOKENS), dense(TOKENS), atol=1e-5)
     ours, theirs = (
@@ -68,7 +85,7 @@ def test_biases_stay_and_learn(
     assert all(mx.allclose(ours[n], theirs[n], rtol=1e-3, atol=1e-5 * largest) for n in names)
     linear = model.model.layers[1].self_attn.v_proj
     linear.bias = linear.bias + 1
-    learned_scales.write_learned(packed, model, tmp_path / "other", DISK)
+    write(packed, model, tmp_path / "other")
     other = load.open_checkpoint(tmp_path / "other")
     name = "model.layers.1.self_attn.v_proj.bias"
     assert mx.array_equal(raw(other, name), raw(packed, name) + 1)
@@ -102,7 +119,7 @@ def test_few_files_are_open_at_once(packed: Checkpoint) -> None:
     free = sorted(set(range(1000)) - set(map(int, os.listdir("/dev/fd"))))
     resource.setrlimit(resource.RLIMIT_NOFILE, (free[8], hard))
     try:
-        assert mx.isfinite(learned_scales.load_trainable(packed)(TOKENS)).all().item()
+        assert mx.isfinite(trainable(packed)(TOKENS)).all().item()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -112,7 +129,7 @@ def test_gradients_are_those_of_the_dense_weights(packed: Checkpoint) -> None:
     """d loss / d scale is the sum over the group of integer times d loss / d weight; of a bias
     without the integer.
     """
-    model = learned_scales.load_trainable(packed)
+    model = trainable(packed)
     dense = load.resident_model(packed, mx.float32)
 
     def loss(m: nn.Module) -> mx.array:
@@ -136,13 +153,13 @@ def test_written_back(packed: Checkpoint, tmp_path: Path) -> None:
     """Untouched, the folder has the same bytes; with other scales, only those tensors differ, in
     the same types.
     """
-    model = learned_scales.load_trainable(packed)
-    learned_scales.write_learned(packed, model, tmp_path / "same", DISK)
+    model = trainable(packed)
+    write(packed, model, tmp_path / "same")
     same = (tmp_path / "same" / "model.safetensors").read_bytes()
     assert same == (packed.path / "model.safetensors").read_bytes()
     linear = model.model.layers[1].mlp.up_proj
     linear.scales = linear.scales * 1.5
-    learned_scales.write_learned(packed, model, tmp_path / "other", DISK)
+    write(packed, model, tmp_path / "other")
     other = load.open_checkpoint(tmp_path / "other")
     assert other.config == packed.config
     assert {n: t.dtype for n, t in other.tensors.items()} == {

@@ -108,7 +108,10 @@ def test_the_same_number_of_steps_gives_the_same_student(
     assert weights(tmp_path / "told") == weights(tmp_path / "counted")
 
 
-@pytest.mark.parametrize("more", [("--targets", "cached"), ("--train", "sharded")])
+CACHED = Path(__file__).parent.parent / "fixtures" / "cached.yaml"
+
+
+@pytest.mark.parametrize("more", [("--config", str(CACHED)), ("--train", "sharded")])
 def test_where_the_number_must_be_known_it_is_asked_for(
     flags: tuple[object, ...], tmp_path: Path, more: tuple[Any, ...]
 ) -> None:
