@@ -189,7 +189,16 @@ def test_ctrl_c_in_a_run_names_its_folder(
                 )
     finally:
         signal.signal(signal.SIGINT, before)
-    assert hit == ["prune", "repair", "distil", "step 1", "step 2", "quantize", "tune", "measure"]
+    assert hit == [
+        "prune",
+        "repair",
+        "distil",
+        "step 1",
+        "step 2",
+        "quantize",
+        "distil scales",
+        "measure",
+    ]
     assert codes == [*[130] * len(hit), 0]
 
 

@@ -42,14 +42,14 @@ def test_end_to_end(llama: Checkpoint, command: Callable[..., Done]) -> None:
         3,
         0,
     )
-    assert rows(done.stdout) == [*PHASES[:4], "tune", PHASES[4], "all"]
+    assert rows(done.stdout) == [*PHASES[:4], "distil scales", PHASES[4], "all"]
     assert "assumed" in done.stdout
     assert " of 1.00 GiB |" in done.stdout
     assert "MB when quantized" in done.stdout
     done = command(
         "plan", "--teacher", llama.path, "--budget", "1GiB", "--max-seq-length", 32, "-v"
     )
-    assert rows(done.stdout) == [*PHASES[:4], "tune", *PHASES[4:]]
+    assert rows(done.stdout) == [*PHASES[:4], "distil scales", *PHASES[4:]]
     assert "fits the budget" in done.stdout
     assert {**last_line(done), "seconds": 0} == {**result, "seconds": 0}
     done = command("plan", "--teacher", llama.path, "--budget", "1MiB", "--max-seq-length", 32)

@@ -147,7 +147,7 @@ def test_every_phase_of_a_run_is_told(finished: tuple[Path, Done]) -> None:
     assert lines[plan + 1].startswith("about ")
     assert ", done at " in lines[plan + 1]
     names = [r["phase"] for r in run_folder.records(out / run_folder.PHASES) if "phase" in r]
-    assert names == ["prune", "repair", "distil", "quantize", "tune", "measure"]
+    assert names == ["prune", "repair", "distil", "quantize", "distil scales", "measure"]
     for name in names:
         (line,) = [x for x in lines if x.startswith(name) and " planned" in x]
         assert ("; the run: about " in line) == (name != "measure")
@@ -175,7 +175,7 @@ def test_a_terminal_has_a_bar(
     assert process.wait() == 0, drawn
     # a narrow terminal breaks lines anywhere
     words = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\s+", " ", drawn)
-    for name in ("prune", "repair", "distil", "quantize", "tune", "measure"):
+    for name in ("prune", "repair", "distil", "quantize", "distil scales", "measure"):
         assert re.search(rf"{name}\b[^━]{{,200}} s of [0-9.]+ m?s planned", words), name
     # A phase of a tiny model may end between two pictures (ten a second); no run is all between
     # two.

@@ -295,7 +295,7 @@ def test_what_a_run_writes_down_for_it(finished: tuple[Path, Done], llama: Check
     assert (
         [p["phase"] for p in story.phases]
         == planned
-        == ["prune", "repair", "distil", "quantize", "tune", "measure"]
+        == ["prune", "repair", "distil", "quantize", "distil scales", "measure"]
     )
     assert all(p["seconds"] > 0 and p["peak_bytes"] > 0 for p in story.phases)
     models = ("teacher", "pruned", "distilled", "4-bit")

@@ -5,6 +5,7 @@ from mis_mlx.data import preparation
 from mis_mlx.distillation import pipeline
 from mis_mlx.evaluation import comparison
 from mis_mlx.models import distributed, opening
+from mis_mlx.planner.distillation_spec import SCALES
 from mis_mlx.pruning import select
 from mis_mlx.quantization import stage
 from mis_mlx.reporting import html
@@ -62,5 +63,5 @@ def quantize(c: pipeline.Run, rounding: QuantizationConfig, dense: Checkpoint | 
             )
     if not distributed.broadcast_json(out.exists):
         distributed.broadcast_folder(rounded, c.files)
-        cli.say(f"tune: {c.plan.tuned} steps of scales, biases and norms")
+        cli.say(f"{SCALES}: {c.plan.tuned} steps; biases and norms learn too, integers stay")
         pipeline.tune(c, rounded, out, rounding.q_learning_rate)

@@ -1,7 +1,7 @@
 """The training of a student, from wherever it stands to its end.
 
-First it is repaired, then distilled; once it is rounded, its scales are tuned. mlx-lm's DWQ learns
-from the same model before rounding; here the teacher may be another, bigger one.
+First it is repaired, then its weights are distilled; once it is rounded, its scales are. mlx-lm's
+DWQ learns from the same model before rounding; here the teacher may be another, bigger one.
 """
 
 import json
@@ -26,6 +26,7 @@ from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import distributed, load, model_writer, stream
 from mis_mlx.models.config import softcap
+from mis_mlx.planner.distillation_spec import SCALES
 from mis_mlx.pruning import reconstruct, vocabulary
 from mis_mlx.quantization import learned_scales, packed_format
 from mis_mlx.reporting import progress, text
@@ -35,6 +36,7 @@ from mis_mlx.storage import hidden_spool, run_folder
 from mis_mlx.types import Checkpoint, Step
 
 DTYPE = "bfloat16"  # of unquantized weights on disk
+# Of the steps after rounding, as runs have always called them on disk.
 TUNE_STEPS = "tune-steps"
 TUNE_LOG = "tune.jsonl"
 # Folders that nobody needs once a run is done.
@@ -357,7 +359,7 @@ def learn_scales(
     Without checkpoints. kept: how many blocks' integers stay in memory.
     """
     student = packed_student.PackedStudent(rounded, kept, weight_decay=recipe.weight_decay)
-    with progress.bar("tune", recipe.iters) as show:
+    with progress.bar(SCALES, recipe.iters) as show:
         for step in _scale_steps(student, source, data, recipe):
             show(step.number, text.step_text(step))
             memory.give_back(cache=False)
@@ -388,7 +390,7 @@ def tune(c: Run, rounded: Path, out: Path, rate: float) -> None:
     )
     source = target_source(c)
     training = run_loop.CheckpointedTraining(
-        c, student, c.remember, c.recall, steps=TUNE_STEPS, log=TUNE_LOG, label="tune"
+        c, student, c.remember, c.recall, steps=TUNE_STEPS, log=TUNE_LOG, label=SCALES
     )
     start = training.start(lambda: None)
     steps_of = partial(_scale_steps, student, source, c.data, recipe)

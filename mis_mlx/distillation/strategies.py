@@ -28,7 +28,7 @@ from mis_mlx.models import arch, distributed, load, pass_cost
 from mis_mlx.models.config import attends, shape_of
 from mis_mlx.models.pass_cost import TENSOR_BYTES
 from mis_mlx.planner import estimates
-from mis_mlx.planner.distillation_spec import DistillationSpec, Mode
+from mis_mlx.planner.distillation_spec import SCALES, DistillationSpec, Mode
 from mis_mlx.planner.machines import block_shares
 from mis_mlx.pruning.pruning_cost import pruning_cost, repair_by_block_cost, repair_cost
 from mis_mlx.quantization import rounding_cost
@@ -42,7 +42,7 @@ from mis_mlx.settings.recipe import (
 from mis_mlx.types import Budget, Checkpoint, MisError, gib
 
 RATE_OF_WEIGHTS = 5.35e-4  # learning rate, as a part of their root mean square
-TAUGHT = "distil", "tune"  # phases in which a student learns from its teacher
+TAUGHT = "distil", SCALES  # phases in which a student learns from its teacher
 TEXTS = 2  # held-out texts that models are measured on
 
 
@@ -156,7 +156,7 @@ class MemoryPlan:
     @property
     def tuned(self) -> int:
         """Steps after rounding."""
-        if all(p.name != "tune" for p in self.phases):
+        if all(p.name != SCALES for p in self.phases):
             return 0
         return self.job.rounding.steps(TUNE_ITERS)
 
@@ -178,7 +178,7 @@ class MemoryPlan:
     @property
     def kept(self) -> int:
         """Blocks of the packed student whose integers stay in memory while scales learn."""
-        return next((p.kept for p in self.phases if p.name == "tune"), 0)
+        return next((p.kept for p in self.phases if p.name == SCALES), 0)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from mis_mlx.models.pass_cost import (
     streamed_pass,
 )
 from mis_mlx.planner.block_cost import activation_bytes, backward_bytes
-from mis_mlx.planner.distillation_spec import DistillationSpec
+from mis_mlx.planner.distillation_spec import SCALES, DistillationSpec
 from mis_mlx.quantization import rounding_cost
 from mis_mlx.settings.recipe import TUNE_ITERS
 from mis_mlx.settings.workloads import SAVED_BYTES
@@ -187,7 +187,7 @@ def tuning_cost(job: DistillationSpec, micro: int, limit: int, iters: int) -> St
     flops = 4 * forward_flops(m, job.step, job.max_seq_length, head=False)
     flops += 4.0 * job.step * m.head_params
     one_step = StageCost(
-        name="tune",
+        name=SCALES,
         read_bytes=packed_block,
         written_bytes=rounding_cost.packed_bytes(m, job.rounding),
         peak_bytes=STATE_BYTES * trained + blocks + work,

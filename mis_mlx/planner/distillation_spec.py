@@ -19,7 +19,7 @@ from mis_mlx.storage import logit_store
 
 Mode = Literal["resident", "blocks", "sharded", "none"]
 
-
+SCALES = "distil scales"  # the phase behind rounding; "distil" is the one before it
 # the best first
 MODES: tuple[Mode, ...] = "resident", "blocks", "sharded"
 

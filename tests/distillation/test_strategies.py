@@ -399,10 +399,10 @@ def test_steps_after_rounding_go_where_nobody_asked_for_them() -> None:
     job = replace(JOB, rounding=plain, modes=("none",), batch_size=16, eval_windows=1)
     whole = strategies.plan_strategy(job, GIB, rates=M1_AIR, mode="none", micro=16, shard=0)
     assert whole.tuned == 20
-    assert list(named(whole))[-2:] == ["tune", "measure"]
+    assert list(named(whole))[-2:] == ["distil scales", "measure"]
     less = replace(job, rounding=replace(job.rounding, q_iters=20))
-    most = max(p.peak_bytes for name, p in named(whole).items() if name != "tune")
-    assert named(whole)["tune"].peak_bytes > most
+    most = max(p.peak_bytes for name, p in named(whole).items() if name != "distil scales")
+    assert named(whole)["distil scales"].peak_bytes > most
     plans = [
         strategies.plan_strategy(job, n * MIB // 16, rates=M1_AIR, mode="none", micro=16, shard=0)
         for n in range(64, 2000)

@@ -378,7 +378,7 @@ def test_nothing_but_tokens_is_cut(
         for record in run_folder.records(run / run_folder.PHASES)
         if "seconds" in record
     }
-    assert phases == {"prune", "quantize", "tune", "measure"}
+    assert phases == {"prune", "quantize", "distil scales", "measure"}
     student = load.open_checkpoint(run / "distilled")
     for name in (each for each in big.tensors if "layers." in each):
         assert mx.array_equal(

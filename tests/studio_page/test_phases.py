@@ -35,7 +35,7 @@ from tests.studio_page.driving import (
     to_the_plan,
 )
 
-PHASES = ("prune", "repair", "distil", "quantize", "tune", "measure")
+PHASES = ("prune", "repair", "distil", "quantize", "distil scales", "measure")
 LOOK_S = 0.005
 BRIEF = {**QUICK, "iters": 12, "bench_tokens": 0}  # nothing whose length depends on the clock
 
