@@ -97,7 +97,7 @@ class DistillationConfig(TrainingConfig):
     """
     targets: Annotated[Targets | None, FILE_ONLY] = None
     """live: run the teacher at every step; cached: store its likeliest tokens once, and then train
-    without it. Default: live where the teacher fits beside the student
+    without it. Default: live where the teacher fits next to the student
     """
     reconstruct_samples: Whole = 64
     """windows for the closed-form repair before training; 0: no repair"""
