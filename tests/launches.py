@@ -16,6 +16,8 @@ VIEWS = frozenset(
         "AsStrided",
         "Broadcast",
         "BroadcastAxes",
+        "Copy",
+        "CustomTransforms",
         "Depends",
         "ExpandDims",
         "Flatten",
