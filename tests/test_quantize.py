@@ -16,7 +16,7 @@ import pytest
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher, pipeline, training_cost
 from mis_mlx.hardware import memory
-from mis_mlx.maths import gptq
+from mis_mlx.maths import gptq, rounding
 from mis_mlx.models import load, mlx_generate, opening, pass_cost
 from mis_mlx.models.model_size import model_of
 from mis_mlx.planner.distillation_spec import DistillationSpec
@@ -176,6 +176,11 @@ def test_the_plan_of_gptq_by_pencil() -> None:
     panels = 8 * 512 * (3 * 768 + 3 * 512)
     arrays = 8 * (3 * 64**2 + 768**2) + max(20 * weights + 2 * packed, panels)
     assert planned.peak_bytes == without.peak_bytes + arrays
+    # Three times one group of 64 columns, and twelve of the FFN's 768, in three blocks.
+    fits = 3 * (3 + 12)
+    assert planned.launches == fits * rounding.FIT_LAUNCHES
+    assert planned.waits == 2 * without.waits + fits
+    assert (plain.launches, plain.waits) == (0, 0)
     assert planned.flops > 2 * without.flops
     assert plain.peak_bytes < planned.peak_bytes
     assert (plain.flops, plain.held_tokens) == (0, 0)

@@ -105,7 +105,7 @@ def of_training(folder: Path, emit: Emit, wanted: Precision) -> None:
 
 
 def of_rates(folder: Path, emit: Emit, wanted: Precision) -> None:
-    """Measure this machine's rates, in billions a second, and what a synchronisation costs.
+    """Measure this machine's rates, in billions a second; and what a wait and a launch cost.
 
     Each stands next to an M1 Air's."""
     air = rates.M1_AIR
@@ -119,6 +119,10 @@ def of_rates(folder: Path, emit: Emit, wanted: Precision) -> None:
     here = guarded(lambda: f"{1e6 * rates.wait_seconds():.3g}", str)
     name = "a tiny evaluation, 1,000 in a row, µs"
     beside = f"{1e6 * rates.WAIT_S:.3g}, a guess"
+    emit({"rate": [name, here, beside]})
+    here = guarded(lambda: f"{1e6 * rates.launch_seconds():.3g}", str)
+    name = "a tiny kernel, 1,000 in one evaluation, µs"
+    beside = f"{1e6 * rates.LAUNCH_S:.3g}, from elsewhere"
     emit({"rate": [name, here, beside]})
 
 

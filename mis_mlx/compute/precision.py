@@ -58,6 +58,15 @@ def keeps_packed() -> bool:
     return policy() == "metal"
 
 
+def compiles() -> bool:
+    """Whether chains of element-wise operations are compiled to one kernel each.
+
+    A GPU launches fewer kernels then. A CPU has no launches, and computes what is compiled one
+    element after the other. The numbers are the same.
+    """
+    return policy() == "metal"
+
+
 def usual_dtype(wanted: Precision = UNDECIDED) -> mx.Dtype:
     """The type that a command's models compute in: the one asked for, or the policy's.
 

@@ -32,6 +32,9 @@ from mis_mlx.types import MisError, gib
 ELEMENTWISE = 3.6
 GPU_TRAINING = 1.1 / 1.45  # training's rate as a share of a forward pass's, on an M1
 WAIT_S = 3e-4  # a guess, until `measure` has timed a thousand tiny evaluations
+# Between two published ones: 2.8 µs on an M3 Ultra (ml-explore/mlx issue 4521: 3,200 small kernels
+# that depend on each other take 8.8 ms), and 5.8 (antonellof/ferrox issue 149).
+LAUNCH_S = 5e-6
 # What numpy's solvers reach: on one EPYC thread solve(1024) took 44 ms, GPTQ 0.04 to 0.13 s a group
 # of matrices.
 HOST_FLOPS = 3e10
@@ -59,6 +62,7 @@ class Rates:
     room_bytes: int | None = None  # most a process should take; None: ask hardware.memory
     wait_s: float = WAIT_S  # of one synchronisation with a GPU
     host_flops_per_s: float = HOST_FLOPS  # of numpy's solvers next to a GPU, in float64
+    launch_s: float = LAUNCH_S  # of one small kernel on a GPU, among others
 
     def __str__(self) -> str:
         read = f"{self.read_bytes_per_s / 1e9:.2f} GB/s read"
@@ -198,6 +202,18 @@ def wait_seconds(count: int = 1000) -> float:
     return (time.perf_counter() - began) / count
 
 
+def launch_seconds(count: int = 1000) -> float:
+    """Seconds of one tiny operation, out of `count` in one evaluation, each on the one before."""
+
+    def work() -> None:
+        x = mx.array(0.0)
+        for _ in range(count):
+            x = x + 1
+        x.item()
+
+    return quickest(work, 0.1) / count
+
+
 def quickest(work: Callable[[], object], seconds: float) -> float:
     """Shortest time of `work`, in seconds.
 
@@ -319,6 +335,7 @@ def _rates(read: float, written: float, memory: float, source: str) -> Rates:
         training_flops_per_s=training,
         source=source,
         wait_s=wait_seconds(),
+        launch_s=launch_seconds(),
     )
 
 

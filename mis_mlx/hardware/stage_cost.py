@@ -29,6 +29,7 @@ class StageCost:
     updated: int = 0  # parameters that the optimizer changes, in all steps together
     waits: int = 0  # how often the host waits for the device
     host_flops: float = 0.0  # of numpy's solvers, which a GPU waits for
+    launches: int = 0  # kernels of many small steps; counts where they have little to do
 
     @property
     def operations(self) -> float:
@@ -49,6 +50,7 @@ class StageCost:
             touched_bytes=self.touched_bytes + other.touched_bytes,
             waits=self.waits + other.waits,
             host_flops=self.host_flops + other.host_flops,
+            launches=self.launches + other.launches,
         )
 
     def repeated(self, times: int) -> "StageCost":
@@ -61,14 +63,15 @@ class StageCost:
             touched_bytes=times * self.touched_bytes,
             waits=times * self.waits,
             host_flops=times * self.host_flops,
+            launches=times * self.launches,
         )
 
     def seconds(self, machine: rates.Rates, hot: bool = False) -> float:
         """The time on a machine of these rates: of disk, arithmetic and memory the slowest.
 
         The three overlap. The optimizer's updates come on top of the arithmetic, which ends before
-        one begins. So do, on a GPU, waits and what numpy computes meanwhile. hot: computing at the
-        rates of a hot machine.
+        one begins. So do, on a GPU, launches, waits and what numpy computes meanwhile. hot:
+        computing at the rates of a hot machine.
         """
         disk = self.read_bytes / machine.read_bytes_per_s
         disk += self.written_bytes / machine.write_bytes_per_s
@@ -79,6 +82,7 @@ class StageCost:
             work += UPDATE_TRAFFIC * self.updated / machine.memory_bytes_per_s
             host = self.host_flops / (machine.host_flops_per_s * slowdown)
             work += self.waits * machine.wait_s + host
+            work += self.launches * machine.launch_s
         else:
             work = self.operations / (flops_per_s * slowdown)
         return max(disk, work, self.touched_bytes / machine.memory_bytes_per_s)

@@ -109,18 +109,19 @@ def rounded(
     bits: int,
     *,
     fit: bool = True,
+    fused: bool = False,
 ) -> list[Packed]:
     """Matrices [(out, in)] that read the inputs of the factor, in an affine format.
 
     Columns keep their own order, so that the groups are MLX's. `fit_grids` fits a group's scale and
     bias to its weights as compensated until then. Without `fit` it is MLX's rule; where inputs do
-    not correlate, the result is then `nearest`'s, bit for bit. MisError when a weight exceeds
-    float16's range.
+    not correlate, the result is then `nearest`'s, bit for bit. fused: for a GPU, as of
+    `rounding.fit_grids`. MisError when a weight exceeds float16's range.
     """
     parts = []
     most = max(1, PART // len(factor.costs))
     for rows in _some_rows(weights, most):
-        packed = _by_columns(rows, factor, group, bits, fit=fit)
+        packed = _by_columns(rows, factor, group, bits, fit=fit, fused=fused)
         parts.append(packed)
     joined = concatenated(parts)
     if len(weights) == 1:
@@ -161,6 +162,7 @@ def _by_columns(
     bits: int,
     *,
     fit: bool,
+    fused: bool,
 ) -> Packed:
     """Some rows W (out, in), rounded column by column in the precision of the factor."""
     if np.abs(weight).max() > FLOAT16_MOST:
@@ -184,7 +186,7 @@ def _by_columns(
         # The grid of this group is fitted to its weights as earlier columns have corrected them.
         columns = mx.array(wanted.T.astype(np.float32))
         group_costs = mx.array(costs[start:end].astype(np.float32))
-        group_scales, group_biases = _grids(columns, group_costs, bits, fit=fit)
+        group_scales, group_biases = _grids(columns, group_costs, bits, fit=fit, fused=fused)
         scales.append(group_scales)
         biases.append(group_biases)
         # The float32 scale and bias find an integer. Its value is what the stored float16 ones make
@@ -216,10 +218,11 @@ def _grids(
     bits: int,
     *,
     fit: bool,
+    fused: bool,
 ) -> tuple[mx.array, mx.array]:
     """(scales, biases) (out, 1) of one group of columns (out, G), whose errors cost (G,)."""
     if fit:
-        scales, biases = fit_grids(columns, bits, costs)
+        scales, biases = fit_grids(columns, bits, costs, fused=fused)
     else:
         group = columns.shape[1]
         _, scales, biases = mx.quantize(columns, group_size=group, bits=bits)

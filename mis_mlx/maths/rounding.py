@@ -33,8 +33,14 @@ OPENED = 2**20  # weights that are de-quantized at a time
 PART = 2**24  # weights of a matrix that are rounded at a time
 SAMPLED = 2**15  # weights of a matrix on which `fit_share` is measured, at least a row
 FITTED = 2**18  # weights whose grids are fitted at a time
-# How much of a group's range is cut off at an end in a step, by bits; four steps are tried. Of 8
-# bits nothing is cut off: the range costs next to nothing there.
+# Weights times the grids that are tried for them at once, in arrays of float32. There are at most
+# two of these. A GPU takes more at once, which is fewer launches.
+CANDIDATES = 2**20
+FUSED_CANDIDATES = 4 * CANDIDATES
+FIT_LAUNCHES = 51  # kernels that a GPU launches for them
+RANGE_ENDS = 4  # places of a range's end that are tried, at either end
+# How much of a group's range is cut off at an end in a step, by bits. Of 8 bits nothing is cut off:
+# the range costs next to nothing there.
 RANGE_STEPS = {2: 0.16, 3: 0.1, 4: 0.1, 5: 0.04, 6: 0.02}
 REFINED = 2  # least-squares fits after the best range is found
 LEAST_SCALE = 1e-12
@@ -65,11 +71,12 @@ def nearest(
     return packed, *(scale.astype(mx.float16) for scale in scales)
 
 
-def fitted(weight: mx.array, group: int, bits: int) -> Packed:
+def fitted(weight: mx.array, group: int, bits: int, *, fused: bool = False) -> Packed:
     """A matrix (out, in) with every weight at its group's nearest value, on grids of `fit_grids`.
 
     In groups of 64 its squared error is 65 % of `nearest`'s at 2 bits for normal weights, 75 % at 3
-    and 82 % at 4. Evaluated, some rows at a time. MisError when a weight exceeds float16's range.
+    and 82 % at 4. Evaluated, some rows at a time. fused: as of `_best_grids`. MisError when a
+    weight exceeds float16's range.
     """
     rows = max(1, FITTED // weight.shape[1])
     parts = []
@@ -78,44 +85,55 @@ def fitted(weight: mx.array, group: int, bits: int) -> Packed:
         if (mx.abs(some) > FLOAT16_MOST).any().item():
             raise MisError(BEYOND)
         groups = some.reshape(len(some), -1, group)
-        scales, biases = fit_grids(groups, bits)
-        levels = _levels(groups, scales, biases, bits).reshape(some.shape)
-        words = packed_words(np.array(levels).T, bits)
+        scales, biases = fit_grids(groups, bits, fused=fused)
+        levels = _levels(groups, scales[..., None], biases[..., None], _largest(bits))
+        words = packed_words(np.array(levels.reshape(some.shape)).T, bits)
         # By numpy, so that both are evaluated: a lazy one would keep all candidates' arrays.
         stored = [mx.array(np.array(part.astype(mx.float16))) for part in (scales, biases)]
         parts.append((mx.array(words), *stored))
     return concatenated(parts)
 
 
-def squared_error(weight: mx.array, group: int, bits: int, *, fit: bool) -> float:
+def squared_error(
+    weight: mx.array,
+    group: int,
+    bits: int,
+    *,
+    fit: bool,
+    fused: bool = False,
+) -> float:
     """The sum of squared errors of `fitted`, or of `nearest`, on a small matrix (out, in)."""
     rows = weight.astype(mx.float32)
     if fit:
         groups = rows.reshape(len(rows), -1, group)
-        errors = _best_fit(groups, bits, mx.ones(group)).errors * group
+        _, _, means = _best_grids(groups, bits, fused=fused)
+        errors = means * group
     else:
         errors = mx.square(values(nearest(rows, group, bits), group, bits) - rows)
     return float(errors.sum().item())  # type: ignore[arg-type]
 
 
-def fit_share(weight: mx.array, group: int, bits: int) -> float:
+def fit_share(weight: mx.array, group: int, bits: int, *, fused: bool = False) -> float:
     """The share of `nearest`'s squared error that `fitted` leaves, on some rows of a matrix."""
     step = max(1, weight.size // SAMPLED)
     rows = weight[::step]
     plain = squared_error(rows, group, bits, fit=False)
     if not plain:
         return 1.0
-    return squared_error(rows, group, bits, fit=True) / plain
+    return squared_error(rows, group, bits, fit=True, fused=fused) / plain
 
 
 def fit_grids(
     groups: mx.array,
     bits: int,
     importance: mx.array | None = None,
+    *,
+    fused: bool = False,
 ) -> tuple[mx.array, mx.array]:
     """(scales, biases) (...,) float32 of groups (..., G) whose rounded values are near them. Lazy.
 
-    importance: (G,) or (..., G), what a squared error of each weight counts; None: all the same.
+    importance: (G,), what a squared error of each weight counts; None: all the same. fused: as of
+    `_best_grids`.
 
     MLX spreads the values from a group's least weight to its largest one, and moves an end so that
     zero is among them. A narrower range rounds most weights better and cuts a few off. So several
@@ -123,80 +141,164 @@ def fit_grids(
     scale and bias are a line fitted by least squares. MLX's own grid is the first candidate, so the
     error is never larger than with that.
     """
+    scales, biases, _ = _best_grids(groups, bits, importance, fused=fused)
+    return scales, biases
+
+
+def _best_grids(
+    groups: mx.array,
+    bits: int,
+    importance: mx.array | None = None,
+    *,
+    fused: bool,
+) -> tuple[mx.array, ...]:
+    """Scales and biases of `fit_grids`, and the mean squared errors (...) with them. Lazy.
+
+    fused: chains of element-wise operations are compiled to one kernel each. A GPU launches 51
+    kernels then for a slab of groups, not 137. A CPU is slower with it. The numbers are the same.
+    """
+    size = groups.shape[-1]
     if importance is None:
-        importance = mx.ones(groups.shape[-1])
-    fit = _best_fit(groups, bits, importance)
-    return fit.scales, fit.biases
+        importance = mx.ones(size)
+    shares = importance / importance.sum()
+    ends = list(product(_range_shares(bits), repeat=2))
+    ranges = mx.array(np.array(ends, np.float32).T[..., None, None])
+    largest = _largest(bits)
+    fit = _fit
+    candidates = CANDIDATES
+    if fused:
+        fit = _fused_fit
+        candidates = FUSED_CANDIDATES
+    rows = max(1, candidates // (len(ends) * size))
+    flat = groups.reshape(-1, size)
+    fits: list[tuple[mx.array, ...]] = []
+    for start in range(0, len(flat), rows):
+        some = flat[start : start + rows]
+        if fits:
+            # One slab after the other: MLX would hold the candidates of several at once.
+            some = mx.depends([some], list(fits[-1]))[0]
+        _, *own = mx.quantize(some, group_size=size, bits=bits)
+        fits.append(fit(some, shares, own, ranges=ranges, largest=largest))
+    return tuple(part.reshape(groups.shape[:-1]) for part in concatenated(fits))
+
+
+def _fit(
+    groups: mx.array,
+    shares: mx.array,
+    own: Sequence[mx.array],
+    *,
+    ranges: mx.array,
+    largest: mx.array,
+) -> tuple[mx.array, ...]:
+    """Scales, biases and errors (R, 1) of `fit_grids`, of groups (R, G). Lazy.
+
+    shares: (G,), of the importance. own: MLX's scales and biases (R, 1). ranges: (2, C, 1, 1), the
+    shares of a group's least and of its largest weight where the C ranges end that are tried.
+    largest: `_largest` of the bits.
+    """
+    fit = _GridFit(groups, shares, own, largest)
+    fit.narrow(ranges)
+    for _ in range(REFINED):
+        fit.offer(*fit.line())
+    return fit.scales, fit.biases, fit.errors
+
+
+_fused_fit = mx.compile(_fit)
 
 
 class _GridFit:
-    """The best grids of groups (..., G) so far: scales and biases (...), and their errors (...).
+    """The best grids of groups (R, G) so far: scales, biases and their errors, all (R, 1).
 
-    importance: as of `fit_grids`. MLX's own grids are the first.
+    shares, own, largest: as of `_fit`. Everything keeps the axes of the groups: a change of shape
+    would end a chain of operations that MLX compiles to one kernel.
     """
 
-    def __init__(self, groups: mx.array, bits: int, importance: mx.array):
+    def __init__(
+        self,
+        groups: mx.array,
+        shares: mx.array,
+        own: Sequence[mx.array],
+        largest: mx.array,
+    ):
         self.groups = groups
-        self.bits = bits
-        self.shares = importance / importance.sum(axis=-1, keepdims=True)
-        size = groups.shape[-1]
-        own = mx.quantize(groups.reshape(-1, size), group_size=size, bits=bits)
-        self.scales = own[1].reshape(groups.shape[:-1])
-        self.biases = own[2].reshape(groups.shape[:-1])
+        self.shares = shares
+        self.largest = largest
+        self.scales, self.biases = own
         self.errors = self._error(self.scales, self.biases)
+        self._mean_weight = self._mean(groups)
+
+    def narrow(self, ranges: mx.array) -> None:
+        """Take the best of some ranges (2, C, 1, 1), as of `_fit`, where its error is smaller.
+
+        All are tried at once, in arrays (C, R, G). Of equally good ones the first is taken.
+        """
+        low_shares, high_shares = ranges
+        low = self.groups.min(axis=-1, keepdims=True)
+        high = self.groups.max(axis=-1, keepdims=True)
+        biases = low_shares * low
+        scales = (high_shares * high - biases) / self.largest
+        wins, errors = self._compared(scales, biases)
+        errors = mx.where(wins, errors, mx.inf)
+        least = errors.min(axis=0)
+        best = errors.argmin(axis=0)
+        # The best range's grid is made again: its shares are few, the grids of all ranges many.
+        biases = mx.take(low_shares, best) * low
+        scales = (mx.take(high_shares, best) * high - biases) / self.largest
+        self._choose(least < mx.inf, scales, biases, least)
 
     def offer(self, scales: mx.array, biases: mx.array) -> None:
-        """Take these grids for the groups where their error is smaller."""
+        """Take these grids (R, 1) for the groups where their error is smaller."""
+        wins, errors = self._compared(scales, biases)
+        self._choose(wins, scales, biases, errors)
+
+    def line(self) -> tuple[mx.array, mx.array]:
+        """Scales and biases of least squares, where the integers stay as they are now."""
+        levels = _levels(self.groups, self.scales, self.biases, self.largest)
+        mean_level = self._mean(levels)
+        off_mean = levels - mean_level
+        # The integers' variance, and their covariance with the weights: one array, one sum.
+        is_variance = mx.array([True, False]).reshape(2, 1, 1)
+        other = mx.where(is_variance, off_mean, self.groups)
+        variance, covariance = self._mean(off_mean * other)
+        scales = covariance / mx.maximum(variance, LEAST_VARIANCE)
+        return scales, self._mean_weight - scales * mean_level
+
+    def _compared(self, scales: mx.array, biases: mx.array) -> tuple[mx.array, mx.array]:
+        """Whether grids (..., R, 1) have smaller errors than those so far; and these errors."""
         # A group of equal weights has no range: it keeps MLX's grid.
         usable = mx.abs(scales) > LEAST_SCALE
         safe = mx.where(usable, scales, 1.0)
         errors = self._error(safe, biases)
-        wins = usable & (errors < self.errors)
-        self.errors = mx.where(wins, errors, self.errors)
+        return usable & (errors < self.errors), errors
+
+    def _choose(self, wins: mx.array, scales: mx.array, biases: mx.array, errors: mx.array) -> None:
         self.scales = mx.where(wins, scales, self.scales)
         self.biases = mx.where(wins, biases, self.biases)
-
-    def line(self) -> tuple[mx.array, mx.array]:
-        """Scales and biases of least squares, where the integers stay as they are now."""
-        levels = _levels(self.groups, self.scales, self.biases, self.bits)
-        mean_level = self._mean(levels)
-        mean_weight = self._mean(self.groups)
-        off_mean = levels - mean_level[..., None]
-        variance = self._mean(mx.square(off_mean))
-        covariance = self._mean(off_mean * self.groups)
-        scales = covariance / mx.maximum(variance, LEAST_VARIANCE)
-        return scales, mean_weight - scales * mean_level
+        self.errors = mx.where(wins, errors, self.errors)
 
     def _error(self, scales: mx.array, biases: mx.array) -> mx.array:
-        levels = _levels(self.groups, scales, biases, self.bits)
+        """The mean squared errors (..., R, 1) on grids (..., R, 1)."""
+        levels = _levels(self.groups, scales, biases, self.largest)
         # float16 is stored: of 8 bits its rounding is a good part of the error.
-        scale = scales.astype(mx.float16).astype(mx.float32)[..., None]
-        bias = biases.astype(mx.float16).astype(mx.float32)[..., None]
+        scale = scales.astype(mx.float16).astype(mx.float32)
+        bias = biases.astype(mx.float16).astype(mx.float32)
         rounded = levels * scale + bias
         return self._mean(mx.square(self.groups - rounded))
 
     def _mean(self, values: mx.array) -> mx.array:
-        """The mean (...) over a group (..., G), each weight counted by its share."""
-        return (values * self.shares).sum(axis=-1)
+        """The mean (..., 1) over groups (..., G), each weight counted by its share."""
+        return (values * self.shares).sum(axis=-1, keepdims=True)
 
 
-def _best_fit(groups: mx.array, bits: int, importance: mx.array) -> _GridFit:
-    """The grids of `fit_grids`, with their errors. Lazy."""
-    fit = _GridFit(groups, bits, importance)
-    low = groups.min(axis=-1)
-    high = groups.max(axis=-1)
-    for low_share, high_share in product(_range_shares(bits), repeat=2):
-        width = high * high_share - low * low_share
-        fit.offer(width / (2**bits - 1), low * low_share)
-    for _ in range(REFINED):
-        fit.offer(*fit.line())
-    return fit
+def _largest(bits: int) -> mx.array:
+    """The largest integer of a grid. As an array it lets one compiled function do for all bits."""
+    return mx.array(float(2**bits - 1))
 
 
-def _levels(groups: mx.array, scales: mx.array, biases: mx.array, bits: int) -> mx.array:
-    """The integers (..., G) float32 nearest to groups (..., G), on grids (...)."""
-    levels = mx.round((groups - biases[..., None]) / scales[..., None])
-    return mx.clip(levels, 0, 2**bits - 1)
+def _levels(groups: mx.array, scales: mx.array, biases: mx.array, largest: mx.array) -> mx.array:
+    """The integers (..., G) float32 nearest to groups (..., G), on grids (..., 1)."""
+    levels = mx.round((groups - biases) / scales)
+    return mx.clip(levels, 0, largest)
 
 
 def _range_shares(bits: int) -> tuple[float, ...]:
@@ -204,7 +306,7 @@ def _range_shares(bits: int) -> tuple[float, ...]:
     step = RANGE_STEPS.get(bits)
     if step is None:
         return (1.0,)
-    return tuple(1.0 - step * number for number in range(4))
+    return tuple(1.0 - step * number for number in range(RANGE_ENDS))
 
 
 def values(

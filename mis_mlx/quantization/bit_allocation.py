@@ -275,7 +275,7 @@ def _count_fitted(
         name = f"{path}.weight"
         rows = load.dense_sample(checkpoint, name, "float32", rounding.SAMPLED)
         for bits in cost:
-            cost[bits] *= rounding.fit_share(rows, group, bits)
+            cost[bits] *= rounding.fit_share(rows, group, bits, fused=precision.compiles())
 
 
 class _BlockErrors:

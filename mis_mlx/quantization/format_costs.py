@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mis_mlx.compute import precision
 from mis_mlx.maths import rounding
 from mis_mlx.models import arch, bit_floors, load
 from mis_mlx.quantization.packed_format import WIDE_BITS, Format, formats_of, wide_projections
@@ -120,6 +121,7 @@ def _derived(
 ) -> dict[Format, float]:
     """{format: nats per token} of one matrix. rows: some of its rows (n, in)."""
     fit = how.compensates
+    fused = precision.compiles()
     measured_errors: dict[int, float] = {}
     found = {}
     for kind in formats:
@@ -129,10 +131,10 @@ def _derived(
             continue
         if source not in measured_errors:
             measured_errors[source] = rounding.squared_error(
-                rows, how.q_group_size, source, fit=fitted
+                rows, how.q_group_size, source, fit=fitted, fused=fused
             )
         # A matrix without an error costs nothing in any format that is as exact.
         if measured_errors[source]:
-            error = rounding.squared_error(rows, kind.group, kind.bits, fit=fit)
+            error = rounding.squared_error(rows, kind.group, kind.bits, fit=fit, fused=fused)
             found[kind] *= error / measured_errors[source]
     return found

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mis_mlx import cli
+from mis_mlx.compute import precision
 from mis_mlx.maths import rounding
 from mis_mlx.models import (
     arch,
@@ -321,7 +322,7 @@ def _by_parts(weight: mx.array, kind: Format, *, fit: bool = False) -> rounding.
 def _rounded_rows(rows: mx.array, kind: Format, *, fit: bool) -> rounding.Packed:
     """Rows (n, in) of a matrix rounded to nearest values, on fitted grids or on MLX's."""
     if fit and kind.mode == "affine":
-        return rounding.fitted(rows, kind.group, kind.bits)
+        return rounding.fitted(rows, kind.group, kind.bits, fused=precision.compiles())
     return rounding.nearest(rows, kind.group, kind.bits, kind.mode)
 
 

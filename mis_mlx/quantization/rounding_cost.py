@@ -13,7 +13,17 @@ from mis_mlx.compute.token_losses import Footprint
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths.gptq import PANEL
 from mis_mlx.maths.reconstruction import is_wide, precision
-from mis_mlx.maths.rounding import CANDIDATE_BITS, ENOUGH_BITS, GROUPS, HELD_BYTES, PART, SLAB
+from mis_mlx.maths.rounding import (
+    CANDIDATE_BITS,
+    ENOUGH_BITS,
+    FIT_LAUNCHES,
+    FUSED_CANDIDATES,
+    GROUPS,
+    HELD_BYTES,
+    PART,
+    RANGE_ENDS,
+    SLAB,
+)
 from mis_mlx.models import bit_floors
 from mis_mlx.models.config import Shape
 from mis_mlx.models.model_size import ModelSize
@@ -79,7 +89,15 @@ def quantizing_cost(
         tunes = config.q_method == "blocks"
         beside = _tuning_bytes(m, config, length) if tunes else 0
         tokens = windows * length
-        gptq_cost = partial(_compensated, cost, m, tokens=tokens, length=length, limit_bytes=limit)
+        gptq_cost = partial(
+            _compensated,
+            cost,
+            m,
+            tokens=tokens,
+            length=length,
+            limit_bytes=limit,
+            group=config.q_group_size,
+        )
         cost = gptq_cost(beside_bytes=beside)
         if tunes:
             targets = tokens * m.hidden_bytes
@@ -102,11 +120,13 @@ def _compensated(
     length: int,
     limit_bytes: int,
     beside_bytes: int,
+    group: int,
 ) -> StageCost:
     """`plain`, rounding tensor by tensor, with a pass that makes up for the errors.
 
-    beside_bytes: what tuning a block takes, at another time than the rest. As in
-    quantization/stage: a block's gram matrices stay until their matrices are rounded.
+    beside_bytes: what tuning a block takes, at another time than the rest. group: weights that
+    share a scale. As in quantization/stage: a block's gram matrices stay until their matrices are
+    rounded.
     """
     s = m.wide
     grams = 0
@@ -139,6 +159,7 @@ def _compensated(
         beside_bytes=max(working, beside_bytes),
     )
     held = one_pass.held_tokens * m.hidden_bytes + m.slots_bytes
+    fits = s.layers * _fits(s, group)
     return replace(
         one_pass,
         name=plain.name,
@@ -146,9 +167,19 @@ def _compensated(
         written_bytes=plain.written_bytes + one_pass.written_bytes,
         peak_bytes=max(one_pass.peak_bytes, plain.peak_bytes + held),
         flops=2 * one_pass.flops + s.layers * tokens * gram_flops,
-        waits=2 * one_pass.waits,
+        waits=2 * one_pass.waits + fits,  # numpy goes on from every grid
         host_flops=s.layers * rounding_flops,  # numpy rounds
+        launches=fits * FIT_LAUNCHES,
     )
+
+
+def _fits(s: Shape, group: int) -> int:
+    """How often GPTQ fits grids in a block: for each group of columns, some rows at a time."""
+    fits = 0
+    for inputs, outputs in _sides(s):
+        rows = min(PART // inputs, FUSED_CANDIDATES // (RANGE_ENDS**2 * group))
+        fits += inputs // group * math.ceil(outputs / rows)
+    return fits
 
 
 def _gathering_bytes(m: ModelSize, length: int) -> int:
@@ -172,8 +203,8 @@ def _rounding_bytes(m: ModelSize) -> int:
     """What maths/gptq takes besides the gram matrices, for the largest of a block's matrices.
 
     To factorize, three panels and three corners. To round, 20 bytes for each weight of those
-    rounded at a time, and those already packed. Afterwards the values as the block computes with
-    them, in parts and whole.
+    rounded at a time, and those already packed; on a GPU two arrays of the grids that are tried
+    for a group. Afterwards the values as the block computes with them, in parts and whole.
     """
     sides = _sides(m.wide)
     widest = max(inputs for inputs, _ in sides)
@@ -182,6 +213,9 @@ def _rounding_bytes(m: ModelSize) -> int:
     weights = max(inputs * outputs for inputs, outputs in sides)
     packed = _packed_bytes(weights)
     columns = 20 * min(weights, PART)
+    if m.gpu:
+        tried = RANGE_ENDS**2 * max(GROUPS) * max(outputs for _, outputs in _sides(m.wide))
+        columns += 2 * 4 * min(tried, FUSED_CANDIDATES)
     values = 2 * m.item * _largest(m)
     return max(panels, 2 * packed + columns, packed + values)
 

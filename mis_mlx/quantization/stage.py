@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.compute import streams
+from mis_mlx.compute import precision, streams
 from mis_mlx.maths import gptq, reconstruction, rounding
 from mis_mlx.models import arch, modules, stream
 from mis_mlx.models.stream import Batches, Hidden
@@ -184,13 +184,16 @@ def _rounded_readers(
     by_format: dict[packed_format.Format, list[str]] = {}
     for path in linears:
         by_format.setdefault(plan[path], []).append(path)
+    fused = precision.compiles()
     # All of one format in one go: small matrices share the work.
     for kind, paths in by_format.items():
         weights = [linears[path].weight for path in paths]
         if factor is None or kind.bits >= rounding.ENOUGH_BITS:
-            matrices = [rounding.fitted(weight, kind.group, kind.bits) for weight in weights]
+            matrices = [
+                rounding.fitted(weight, kind.group, kind.bits, fused=fused) for weight in weights
+            ]
         else:
-            matrices = gptq.rounded(weights, factor, kind.group, kind.bits)
+            matrices = gptq.rounded(weights, factor, kind.group, kind.bits, fused=fused)
         for path, packed in zip(paths, matrices, strict=True):
             linear = linears[path]
             dtype = linear.weight.dtype

@@ -159,4 +159,5 @@ def _times(p: StageCost, times: int, *, name: str, written: int = 0, own: int = 
         peak_bytes=p.peak_bytes + own,
         waits=times * p.waits,
         host_flops=times * p.host_flops,
+        launches=times * p.launches,
     )

@@ -261,12 +261,12 @@ def test_the_line_is_that_of_least_squares() -> None:
     rng = np.random.default_rng(7)
     group = rng.normal(size=64)
     importance = rng.uniform(0.5, 2.0, size=64)
-    fit = rounding._GridFit(
-        groups=mx.array(group[None].astype(np.float32)),
-        bits=4,
-        importance=mx.array(importance.astype(np.float32)),
-    )
-    levels = np.array(rounding._levels(fit.groups, fit.scales, fit.biases, 4))[0]
+    groups = mx.array(group[None].astype(np.float32))
+    _, *own = mx.quantize(groups, group_size=64, bits=4)
+    largest = mx.array(15.0)
+    shares = mx.array((importance / importance.sum()).astype(np.float32))
+    fit = rounding._GridFit(groups, shares, own, largest)
+    levels = np.array(rounding._levels(groups, fit.scales, fit.biases, largest))[0]
     slope, start = np.polyfit(levels, group, deg=1, w=np.sqrt(importance))
     scale, bias = fit.line()
     assert scale.item() == pytest.approx(slope, rel=1e-4)
@@ -282,8 +282,10 @@ def test_what_is_important_is_rounded_better() -> None:
     importance = np.ones(64, np.float32)
     importance[9] = 1e4
     scales, biases = rounding.fit_grids(weight, 3, mx.array(importance))
-    levels = rounding._levels(weight, scales, biases, 3)
-    left = np.abs(np.array(levels * scales[..., None] + biases[..., None] - weight))[0]
+    scale = scales[..., None]
+    bias = biases[..., None]
+    levels = rounding._levels(weight, scale, bias, mx.array(7.0))
+    left = np.abs(np.array(levels * scale + bias - weight))[0]
     assert left[9] < 0.02 < left.max()
 
 

@@ -432,11 +432,18 @@ def test_the_engine_keeps_as_many_blocks_as_planned(
 
 
 def test_a_gpu_waits_for_the_host() -> None:
-    """Waits and numpy's solvers come on top of a GPU's arithmetic; a CPU does all of it by itself,
-    at its own rate.
+    """Waits, launches and numpy's solvers come on top of a GPU's arithmetic; a CPU does all of it
+    by itself, at its own rate.
     """
     cost = StageCost(
-        name="x", read_bytes=0, written_bytes=0, peak_bytes=0, flops=6e9, waits=100, host_flops=3e9
+        name="x",
+        read_bytes=0,
+        written_bytes=0,
+        peak_bytes=0,
+        flops=6e9,
+        waits=100,
+        host_flops=3e9,
+        launches=1000,
     )
     gpu = Rates(
         device="pencil",
@@ -450,9 +457,10 @@ def test_a_gpu_waits_for_the_host() -> None:
         hot=0.5,
         wait_s=0.01,
         host_flops_per_s=1e9,
+        launch_s=0.002,
     )
-    assert cost.seconds(gpu) == 6 + 100 * 0.01 + 3
-    assert cost.seconds(gpu, hot=True) == 12 + 100 * 0.01 + 6
+    assert cost.seconds(gpu) == 6 + 100 * 0.01 + 3 + 1000 * 0.002
+    assert cost.seconds(gpu, hot=True) == 12 + 100 * 0.01 + 6 + 1000 * 0.002
     assert cost.operations == 9e9
     assert cost.seconds(replace(gpu, gpu=False)) == 9
 

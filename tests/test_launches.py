@@ -1,0 +1,118 @@
+"""How many kernels a GPU launches for a step of each kind, counted in MLX's graph before it is
+evaluated.
+
+A limit here may fall; where it must rise, say why in the commit. Without a GPU norms, rotations and
+attention of mlx.fast are chains of operations: Metal has a kernel for each, so it launches fewer.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mis_mlx.data.token_windows import Windows
+from mis_mlx.distillation import live_teacher
+from mis_mlx.maths import gptq, rounding
+from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
+from mis_mlx.models import load, mlx_generate, opening
+from mis_mlx.quantization import learned_scales, packed_format, stage
+from mis_mlx.settings.recipe import DistillationConfig
+from mis_mlx.storage.files import DISK
+from mis_mlx.types import UNDECIDED, Checkpoint
+from tests import launches
+
+pytestmark = pytest.mark.usefixtures("metal")
+TEXT = mx.random.randint(0, 512, (2, 32), key=mx.random.key(3))
+
+
+@pytest.fixture
+def packed(llama: Checkpoint, tmp_path: Path) -> Checkpoint:
+    """The tiny llama, three blocks, in 4 bits."""
+    plan = packed_format.formats_of(llama.config, 64)
+    packed_format.write_quantized(llama, tmp_path / "q4", plan, DISK)
+    return opening.open_to_compute(tmp_path / "q4", UNDECIDED)
+
+
+def step_launches(student: object, teacher: Checkpoint, optimizer: GuardedAdamW) -> Counter[str]:
+    """Of a training step: loss, gradients, their norm, the update; not of the teacher's part."""
+    source = live_teacher.StreamedTeacher(teacher, None)
+    data = Windows(np.array(TEXT), np.ones(TEXT.shape, np.float32))
+    recipe = DistillationConfig(iters=2, batch_size=2)
+    gradient_of = live_teacher.value_and_grad(student, source.token_loss())
+    found = Counter[str]()
+    for step in range(2):  # the first one makes the moments
+        (micro_batch,) = live_teacher.step_micro_batches(source, data, recipe, step)
+        mx.eval(micro_batch)
+        (loss, _), grads = gradient_of(student, *micro_batch)
+        norm = global_norm(grads)
+        optimizer.update(student, grads, loss=1.0, norm=1.0, learning_rate=1e-4)
+        made = loss, norm, student.trainable_parameters(), optimizer.adamw.state
+        found = launches.counted(*made)
+        mx.eval(made)
+    return found
+
+
+def test_gptq_fuses(
+    llama: Checkpoint, batches: list[mx.array], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stage rounds a group of 64 columns in the launches that the plan counts."""
+    counts = []
+    fit = gptq.fit_grids
+
+    def counting(
+        columns: mx.array, bits: int, costs: mx.array, *, fused: bool
+    ) -> tuple[mx.array, mx.array]:
+        grids = fit(columns, bits, costs, fused=fused)
+        counts.append(launches.counted(grids).total())
+        return grids
+
+    monkeypatch.setattr(gptq, "fit_grids", counting)
+    plan = packed_format.formats_of(llama.config, 64)
+    next(stage.rounded_blocks(llama, batches, plan))
+    assert len(counts) == 3 + 12
+    assert max(counts) <= rounding.FIT_LAUNCHES
+
+
+def test_a_tuning_step(packed: Checkpoint, llama: Checkpoint) -> None:
+    """Scales, biases and norms of three blocks learn: 49 tensors, of which the norm of gradients
+    takes 4 launches each, and the update 8.
+    """
+    model = learned_scales.load_trainable(packed).train()
+    optimizer = GuardedAdamW(weight_decay=0.0, relative=True)
+    found = step_launches(model, llama, optimizer)
+    assert found.total() <= 1306
+
+
+def test_a_distillation_step(llama: Checkpoint) -> None:
+    """All weights of three blocks, the embedding and the norms: 29 tensors."""
+    model = load.resident_model(llama, mx.float32).train()
+    found = step_launches(model, llama, GuardedAdamW())
+    assert found.total() <= 773
+
+
+def test_a_decoded_token(packed: Checkpoint) -> None:
+    """Three blocks, packed, with a cache of 16 tokens: 21 products, and the head's."""
+    model, _ = mlx_generate.open_model(packed)
+    cache = mlx_generate.filled_cache(model, 16)
+    mx.eval(model.parameters(), [layer.state for layer in cache])
+    found = launches.counted(model(mx.array([[5]]), cache=cache))
+    assert found["QuantizedMatmul"] == 22
+    assert found.total() <= 241
+
+
+def test_the_count() -> None:
+    """By pencil: a product, a sum and a root are three; views none; a compiled chain one."""
+    x = mx.ones((3, 4))
+    mx.eval(x)
+
+    def chain(x: mx.array) -> mx.array:
+        return mx.sqrt(x * x + x)
+
+    assert launches.counted(chain(x.T)[1:].reshape(1, 3, 3)).total() == 3
+    assert launches.counted(mx.compile(chain)(x)).total() == 1
+    assert launches.counted({"both": [x + 1, x.sum()]}) == {"Add": 1, "Sum": 1}
+    assert not launches.counted(x)
