@@ -527,8 +527,7 @@ def lose_briefly(found: Found) -> str:
         label = f"`{loss}`" if seed else loss.replace("teacher in MLX's", "MLX's own")
         loops = f"{row['loops_4-bit']:.0f}"
         lines.append([label, f"{row['bytes_4-bit']:.1f}", f"{row['reached_loss']:.3f}", loops])
-    source = f"`{found['command']}`, one seed.{counted_by(found)}"
-    return "\n".join([words.markdown_table(head, lines), "", source])
+    return "\n".join([words.markdown_table(head, lines), "", f"`{found['command']}`, one seed."])
 
 
 def sizes_of(row: Found) -> list[str]:
