@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import webbrowser
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from mis_mlx.hardware import child_process
+from mis_mlx.hardware import import_path
 
 Show = Callable[[str], object]  # is given a piece of text
 NEAR_S = 2.0  # two readings of a process's start that lie so near are of the same process
@@ -49,7 +48,7 @@ class Answer(NamedTuple):
 
 
 def _line(command: str, flags: Sequence[str]) -> list[str]:
-    return [sys.executable, "-m", f"mis_mlx.{command}", *flags]
+    return import_path.python("-m", f"mis_mlx.{command}", *flags)
 
 
 def start(command: str, flags: Sequence[str], log: Path) -> Started:
@@ -60,7 +59,7 @@ def start(command: str, flags: Sequence[str], log: Path) -> Started:
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
-            env=child_process.environment(),
+            env=import_path.environment(),
             start_new_session=True,
         )
     process.returncode = 0  # nobody waits for it: `alive` asks for it by its number
@@ -165,7 +164,7 @@ async def _run(
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=child_process.environment(),
+        env=import_path.environment(),
         start_new_session=True,
     )
     assert process.stdin is not None
