@@ -54,6 +54,8 @@ def serve(
     nicegui.app.get("/report/{name}")(_report(nicegui))
     nicegui.ui.page("/", title=TITLE)(lambda: _page(studio))
 
+    runs.clear_up()
+
     async def opened() -> None:
         await sockets.listening(HOST, door.port)
         say(door.address)
