@@ -117,6 +117,19 @@ def test_without_the_cookie_nobody_is_let_in(kind: str) -> None:
         assert not inside(sent(door, {"host": HERE}, token, kind))
 
 
+FOREIGN = ("[a]=1", "a b=c", 'a="', "{}", "=", "ż=ó", "a[0]={x: 1}", "\x01=2", "mis_mlx_1=other")
+
+
+@pytest.mark.parametrize("foreign", FOREIGN)
+def test_cookies_of_other_programs_lock_nobody_out(foreign: str) -> None:
+    """Whatever they look like, in front of ours and behind it: cookies do not know ports."""
+    door = Door(PORT)
+    cookie = cookie_of(door)
+    for both in (f"{foreign}; {cookie}", f"{cookie}; {foreign}", f"{cookie};{foreign};"):
+        assert inside(sent(door, {"host": HERE, "cookie": both})), both
+    assert not inside(sent(door, {"host": HERE, "cookie": foreign}))
+
+
 def test_a_header_that_comes_twice_fits_nothing() -> None:
     """Two hosts, of which a program behind might read the other one."""
     door = Door(PORT)
