@@ -10,6 +10,8 @@ import json
 import os
 import signal
 import subprocess
+import sys
+import threading
 import webbrowser
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -216,6 +218,16 @@ def _last_json(text: str) -> dict[str, Any]:
     return {}
 
 
-def open_browser(address: str) -> bool:
-    """Open an address in the user's browser; False where there is none."""
-    return webbrowser.open(address)
+def has_browser() -> bool:
+    """Whether a browser with windows can open here. One in the terminal would take the terminal."""
+    if sys.platform == "darwin":
+        return True
+    return any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))
+
+
+def open_browser(address: str) -> None:
+    """Have the user's browser open an address, and do not wait: some return when they are closed.
+
+    The address is seen by everybody in the list of processes.
+    """
+    threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
