@@ -158,3 +158,16 @@ def test_threads_of_matrix_products_stay(
     assert "OPENBLAS_NUM_THREADS=1, as when the run began, not 2" in done.stderr
     assert weights(out) == weights(finished[0])
     assert losses(out) == losses(finished[0])
+
+
+def test_other_matrix_products_are_said(
+    tmp_path: Path, finished: tuple[Path, Done], own_home: dict[str, str]
+) -> None:
+    """A resume without the fast ones computes on, and says that the bits may differ."""
+    out = shutil.copytree(finished[0], tmp_path / "run")
+    (out / "result.json").unlink()
+    slow = ("LD_PRELOAD", "MLX_BFS_MAX_WIDTH")
+    env = {name: value for name, value in own_home.items() if name not in slow}
+    done = Child({**env, "MIS_MLX_BLAS": "off"}, "--resume", "--out", out).end()
+    assert done.returncode == 0, done.stderr
+    assert "blas was OpenBLAS, is now MLX's own: the result may differ" in done.stderr
