@@ -265,7 +265,8 @@ def windows(
     if count == 0:
         why = f"the text has {len(ids)} tokens, but one window takes {own}"
         raise MisError(f"{why}: add text, or lower --max-seq-length")
-    tokens = ids[: count * own].reshape(count, own)
+    whole = ids[: count * own]
+    tokens = whole.reshape(count, own)
     if first:
         starts = np.array(start, np.int32)
         before = np.broadcast_to(starts, (count, first))
