@@ -178,8 +178,8 @@ def test_the_score_is_that_of_a_student_by_hand(
     tmp_path: Path, done: tuple[Path, Done], small: search.Settings
 ) -> None:
     """Calibrated on the run's windows, pruned by plain importance, every matrix rounded to the bits
-    that its costs in the teacher give it, compared on every twenty-fifth or so held-out window: the
-    log's nats, to the last bit.
+    that its costs in the teacher give it, compared on some windows of valid.jsonl, which judge
+    nothing: the log's nats, to the last bit.
     """
     record = run_folder.records(done[0] / candidates.CANDIDATES)[-1]
     teacher = load.open_checkpoint(str(small.teacher))
@@ -208,7 +208,8 @@ def test_the_score_is_that_of_a_student_by_hand(
     bits = bit_allocation.allocate(costs, weights, record["bits"] - 32 / group)
     layout = {path: packed_format.Format(each, group) for path, each in bits.items()}
     packed_format.write_quantized(student, tmp_path / "m", layout, DISK, fit=True)
-    held_out = comparison.spread_windows(data.held_out["held-out"], 3)
+    assert data.choosing is not None
+    held_out = comparison.spread_windows(data.choosing, 3)
     both = {"teacher": teacher, "student": load.open_checkpoint(tmp_path / "m")}
     kl = comparison.compare(both, held_out)["student", "kl"]
     assert held_out.text_bytes is not None
@@ -876,6 +877,18 @@ def test_windows_that_rank_do_not_judge() -> None:
         MisError, match="the text English has 3 held-out windows, but a search needs 4"
     ):
         candidates.split_held_out({"English": one.pick(slice(3))}, 6, 24)
+
+
+def test_a_text_to_choose_by_ranks_and_all_held_out_windows_judge() -> None:
+    """Where valid and test are two texts, none of one stands in for the other."""
+    tokens = np.arange(40, dtype=np.int32).reshape(20, 2)
+    held_out, choosing = (
+        Windows(tokens + 100 * k, np.ones((20, 2), np.float32), np.arange(20)) for k in (0, 1)
+    )
+    ranking, judging = candidates.split_held_out({"held-out": held_out}, 6, 24, choosing)
+    assert len(ranking.tokens) == 6
+    assert ranking.tokens.min() >= 100
+    assert judging.tokens.tolist() == held_out.tokens.tolist()
 
 
 def test_guard_notes_are_counted() -> None:
