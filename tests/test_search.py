@@ -882,9 +882,9 @@ def test_windows_that_rank_do_not_judge() -> None:
 def test_a_text_to_choose_by_ranks_and_all_held_out_windows_judge() -> None:
     """Where valid and test are two texts, none of one stands in for the other."""
     tokens = np.arange(40, dtype=np.int32).reshape(20, 2)
-    held_out, choosing = (
-        Windows(tokens + 100 * k, np.ones((20, 2), np.float32), np.arange(20)) for k in (0, 1)
-    )
+    loss_mask = np.ones((20, 2), np.float32)
+    held_out = Windows(tokens, loss_mask, np.arange(20))
+    choosing = Windows(tokens + 100, loss_mask, np.arange(20))
     ranking, judging = candidates.split_held_out({"held-out": held_out}, 6, 24, choosing)
     assert len(ranking.tokens) == 6
     assert ranking.tokens.min() >= 100
