@@ -276,7 +276,9 @@ def _stages(
     student = resolved.student
     rounding = student.rounding
     judging = measurement.judging_windows(c, data, teacher, resolved.recipe.eval_windows)
-    load.opened_tokenizer.cache_clear()  # else every phase would hold them, too
+    # Else every phase would hold them, too.
+    load.opened_tokenizer.cache_clear()
+    preparation.forget()
     if student.folder is None:
         pruned = compression.prune(c, student.pruning, data, arch.params(teacher.config))
     else:

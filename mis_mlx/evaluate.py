@@ -281,7 +281,10 @@ def _plan(
         phases.append(comparing)
         estimates.require_fit(limit, comparing)
     rates = estimates.machine_rates()
-    peak = max((phase.peak_bytes for phase in phases), default=0)
+    peak = 0
+    if phases:
+        arrays = max(phase.peak_bytes for phase in phases)
+        peak = arrays + memory.process_bytes(limit.limit_bytes)
     # Several machines share the work.
     seconds = sum(phase.seconds(rates) for phase in phases) / distributed.size()
     cli.say(f"peak {gib(peak)}, about {duration(seconds)}{known}")
@@ -290,9 +293,9 @@ def _plan(
 
 def _need_whole(m: ModelSize, model: Checkpoint, limit: Budget) -> None:
     """MisError where the budget does not hold a whole model that reads 2,048 tokens at once."""
-    weights = m.shape.layers * m.block_work + m.head_work
+    arrays = pass_cost.whole_bytes(m) + pass_cost.workspace_bytes(m, 2048, 2048)
     limit.need(
-        weights + pass_cost.workspace_bytes(m, 2048, 2048),
+        arrays + memory.process_bytes(limit.limit_bytes),
         f"lm-eval's tasks need {model.path} whole in memory, which",
         "give a larger --budget",
     )

@@ -29,7 +29,10 @@ def _questions(
 ) -> tuple[Split, Split, dict[str, Any]]:
     """(questions to train on, held-out questions, facts about the data); every row is checked."""
     kinds = [name.strip() for name in s.tasks.split(",")]
-    data = examples.load(s.data, ("answer",), s.data_licence, scrub=s.scrub_pii, kinds=kinds)
+    visited = s.iters * s.step_tokens
+    data = examples.load(
+        s.data, ("answer",), s.data_licence, scrub=s.scrub_pii, kinds=kinds, tokens=visited
+    )
     tokenizer = load.tokenizer(checkpoint.path)
     room = s.max_seq_length - s.max_completion_length + 1
     splits: list[Split] = []

@@ -62,7 +62,8 @@ def run(settings: Settings) -> dict[str, Any]:
     if rows < m.shape.vocab:
         stages.append(pruning_cost.vocabulary_cost(m, length))
     estimates.require_fit(limit, *stages)
-    data = preparation.prepare(s.data, load.tokenizer(checkpoint.path), length)
+    source = preparation.Source(s.data, tokens=s.num_samples * length)
+    data = preparation.prepare(source, load.tokenizer(checkpoint.path), length)
     with (
         progress.run("prune"),
         memory.limited(limit),

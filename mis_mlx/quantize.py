@@ -145,7 +145,9 @@ def _run(s: Settings, checkpoint: Checkpoint, other: Checkpoint) -> dict[str, An
     files = Files()
     batches: list[mx.array] = []
     if s.looks or steps:
-        data = preparation.prepare(s.data, load.tokenizer(checkpoint.path), s.max_seq_length).train
+        visited = (count + steps * s.batch_size) * s.max_seq_length
+        source = preparation.Source(s.data, tokens=visited)
+        data = preparation.prepare(source, load.tokenizer(checkpoint.path), s.max_seq_length).train
         batches = preparation.calibration(data, count, s.seed)
 
     def quantized(folder: Path) -> dict[str, Any]:

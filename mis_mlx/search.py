@@ -432,7 +432,9 @@ def run(settings: Settings) -> dict[str, Any]:
         about = known or known_losses.identity(teacher, origin["data"], s)
         if s.reuses:
             _lay_out(place, about)
-        ranks, judges = candidates.split_held_out(data.held_out, s.rank_windows, s.eval_windows)
+        ranks, judges = candidates.split_held_out(
+            data.held_out, s.rank_windows, s.eval_windows, data.choosing
+        )
         course = pipeline.Run(**vars(place), recipe=s, teacher=teacher, data=data.train, plan=plan)
         c = candidates.Candidates(course, data, ranks, judges, settings=s, source=source)
         result |= _found(s, c, scope)

@@ -298,7 +298,9 @@ def run(settings: Settings) -> dict[str, Any]:
     planned = {"peak_bytes": writing_plan.peak_bytes, "budget_bytes": limit.limit_bytes}
     if settings.dry_run:
         return planned
-    given = preparation.load(settings.data)
+    # `mix` is a share of all characters, those that the model writes included.
+    mixed = settings.mix / max(1e-9, 1 - settings.mix)
+    given = preparation.load(settings.data, int(mixed * settings.num_samples * settings.max_tokens))
     part = out.absolute().with_name(f".{out.name}.part.jsonl")
     with as_mis_error(part.parent, "the text"):
         DISK.make_folder(part.parent)
@@ -311,13 +313,13 @@ def run(settings: Settings) -> dict[str, Any]:
     other = [*given.train]
     if settings.data is None:
         other += preparation.load(preparation.MIS).train
-    # `mix` is a share of all characters, those that the model wrote included
-    most = sum(map(_length, texts)) * settings.mix / max(1e-9, 1 - settings.mix)
-    mixed_in = _drawn(other, most, settings.seed)
+    mixed_in = _drawn(other, sum(map(_length, texts)) * mixed, settings.seed)
     source = {**asdict(settings), "model": str(checkpoint.path), "written": len(texts)}
     splits = {"train": texts + mixed_in, "valid": given.valid, "test": given.test}
     with protocol.commit_folder(out, DISK, PLACE_BYTES, "the text") as folder:
         for name, rows in splits.items():
+            if not rows:  # a text without a split to choose by
+                continue
             lines = "".join(f"{json.dumps(row)}\n" for row in rows)
             DISK.write(folder / f"{name}.jsonl", lines.encode())
         DISK.write(folder / hub.PROVENANCE, json.dumps(source, indent=1).encode())

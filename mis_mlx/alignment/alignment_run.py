@@ -353,7 +353,8 @@ def data(
     mask_prompt: bool = True,
 ) -> tuple[list[list[examples.Sequenced]], list[list[examples.Sequenced]], dict[str, Any]]:
     """(rows to train on, held-out rows, both encoded; facts about the data). Checks every row."""
-    rows = examples.load(s.data, shapes, s.data_licence, scrub=s.scrub_pii)
+    visited = s.iters * s.step_tokens
+    rows = examples.load(s.data, shapes, s.data_licence, scrub=s.scrub_pii, tokens=visited)
     tokenizer = load.tokenizer(checkpoint.path)
     train, cut = examples.encode(
         rows.train,
@@ -363,7 +364,7 @@ def data(
         mask_prompt=mask_prompt,
     )
     valid, _ = examples.encode(
-        rows.valid,
+        rows.valid[: s.eval_rows],
         tokenizer,
         length=s.max_seq_length,
         answers=answers,
@@ -374,7 +375,7 @@ def data(
         what = "answers" if answers else "rows"
         cli.say(f"{cut} {what} are truncated to {s.max_seq_length} tokens")
     card = {**rows.card, "fingerprint": examples.fingerprint([*train, *valid])}
-    return train, valid[: s.eval_rows], card
+    return train, valid, card
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from mis_mlx.data import rows, token_windows
+from mis_mlx.data import row_draw, rows, token_windows
 from mis_mlx.storage.files import json_sha256
 from mis_mlx.types import MisError
 
@@ -57,11 +57,14 @@ def load(
     licence: str | None = None,
     scrub: bool = False,
     kinds: Sequence[str] = (),
+    tokens: int = 0,
 ) -> Examples:
     """The rows of a folder with train.jsonl and perhaps valid.jsonl, in one of `shapes`.
 
     Without valid.jsonl a tenth of the prompts is held out, by hash. data None: generated tasks, of
-    `kinds`. licence: the user's words. scrub: replace personal data. MisError lists bad rows.
+    `kinds`. licence: the user's words. scrub: replace personal data. tokens: that the training
+    visits; a file too large to be used whole (data/row_draw) is read for so many. MisError lists
+    bad rows, of those that are read.
     """
     folder = BUILT_IN
     source = "generated tasks"
@@ -73,17 +76,11 @@ def load(
             f"{folder} has no train.jsonl: --data takes a folder with one JSON object per line in "
             f"it"
         )
-    train, problems = _read(folder / "train.jsonl", shapes)
-    valid: PlacedRows = []
-    if (folder / "valid.jsonl").exists():
-        valid, valid_problems = _read(folder / "valid.jsonl", shapes)
-        problems += valid_problems
-    rows.refuse(problems)
+    train, valid, notes = _splits(folder, shapes, tokens)
     if data is None and kinds:
         _check_kinds(train, kinds)
         train = _of_kinds(train, kinds)
         valid = _of_kinds(valid, kinds)
-    notes = []
     if not valid:
         train, valid = _held_out(train)
         notes.append(
@@ -110,6 +107,22 @@ def load(
         "valid_rows": len(valid),
     }
     return Examples(train, valid, card, [total, *notes])
+
+
+def _splits(
+    folder: Path,
+    shapes: Sequence[str],
+    tokens: int,
+) -> tuple[PlacedRows, PlacedRows, list[str]]:
+    """(rows to train on, held-out rows if there are any, what was not read in words)."""
+    train = _read(folder / "train.jsonl", shapes, tokens)
+    valid = _Read([], [], [])
+    if (folder / "valid.jsonl").exists():
+        valid = _read(folder / "valid.jsonl", shapes, tokens=0)
+    problems = train.problems + valid.problems
+    rows.refuse(problems)
+    notes = train.left_out + valid.left_out
+    return train.rows, valid.rows, notes
 
 
 def _check_kinds(tasks: PlacedRows, kinds: Sequence[str]) -> None:
@@ -140,8 +153,20 @@ def _held_out(train: PlacedRows) -> tuple[PlacedRows, PlacedRows]:
     return others, held_out
 
 
-def _read(path: Path, shapes: Sequence[str]) -> tuple[PlacedRows, list[str]]:
-    """(good rows, the faults of the others) of one file; a number as an answer becomes text."""
+class _Read(NamedTuple):
+    """Good rows of one file, the faults of the others, and what was not read, in words."""
+
+    rows: PlacedRows
+    problems: list[str]
+    left_out: list[str]
+
+
+def _read(
+    path: Path,
+    shapes: Sequence[str],
+    tokens: int,
+) -> _Read:
+    """The rows of one file; a number as an answer becomes text. tokens: as in `load`."""
     wanted = {shape: SHAPES[shape] for shape in shapes}
 
     def fault(row: object) -> str | None:
@@ -159,11 +184,13 @@ def _read(path: Path, shapes: Sequence[str]) -> tuple[PlacedRows, list[str]]:
             return "chosen and rejected are the same"
         return None
 
-    lines = rows.parsed(path)
-    good, problems = rows.judged(lines, f"{path.name} line", fault)
+    most_bytes = row_draw.drawn_bytes(tokens)
+    lines = rows.drawn_lines(path, most_bytes)
+    values = rows.parsed_lines(lines.items)
+    good, problems = rows.judged(values, f"{path.name} line", fault)
     if not good and not problems:
         problems = [f"{path.name}: it has no rows"]
-    return good, problems
+    return _Read(good, problems, lines.note(path.name))
 
 
 def _licence(folder: Path) -> str:

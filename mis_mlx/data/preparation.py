@@ -5,19 +5,20 @@ English (`pydoc_data`), the Polish Miś texts (benchmarks/polish_text), what the
 wrote. Every row is judged first; notes say what was dropped.
 """
 
-import hashlib
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from mis_mlx.data import draws, token_windows
+from mis_mlx.data import draws, manual, token_windows
+from mis_mlx.data.overlap import without_overlap
+from mis_mlx.data.row_draw import drawn, drawn_bytes
 from mis_mlx.data.rows import Reading, Row, collect, read, split_off
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.storage import files, hub
@@ -27,10 +28,12 @@ MIS = "mis"  # `--data mis`: the Polish texts; a folder of that name is reached 
 TEACHER = "teacher"  # `--data teacher` of distill, which has the teacher write first
 MIS_FOLDER = Path(__file__).parent / "polish" / MIS
 SPLITS = ("train", "valid", "test")
+Stamps = tuple[tuple[str, int, int], ...]  # of a folder's files: name, time of change, bytes
 WRITTEN = Path(__file__).parent / "written" / "train.jsonl"  # ABOUT says by whom
 # of the default teacher, to data/prompts
 ANSWERS = Path(__file__).parent / "written" / "answers.jsonl"
 CONVERSATIONS = "conversations"
+LEAST_CHOOSING = 4  # windows, of which a mean says something
 # Of every draw of the built-in training text, without conversations (benchmarks/teacher_text.py)
 # and with them, which trials on one seed chose: more of them costs the manual, less of them answers
 # (benchmarks/answers.py compares).
@@ -53,16 +56,22 @@ class Source(NamedTuple):
     """Which text a run learns from.
 
     data: as `load` takes it. answers: a file of conversations to learn from besides. share: of
-    conversations in every draw; None: the usual one, where there are any.
+    conversations in every draw; None: the usual one, where there are any. tokens: that the run
+    visits; a text too large to be used whole (data/row_draw) is read for so many.
     """
 
     data: str | None = None
     answers: Path | None = None
     share: float | None = None
+    tokens: int = 0
 
 
 class Texts(NamedTuple):
-    """Rows per split, and sentences on where all this came from."""
+    """Rows per split, and sentences on where all this came from.
+
+    train: to learn from. valid: to choose by, perhaps none. test: to judge by; no row of it chooses
+    anything. Of the built-in text nothing reads `valid`.
+    """
 
     train: Sequence[Row]
     valid: Sequence[Row]
@@ -70,14 +79,16 @@ class Texts(NamedTuple):
     notes: Sequence[str]
 
 
-def load(data: str | None = None) -> Texts:
+def load(data: str | None = None, tokens: int = 0) -> Texts:
     """The rows of `data`: None (the English text built in), "mis" (the Polish), a folder, a hub id.
 
-    MisError where there is no such text, or no row of it is usable.
+    tokens: that are visited; it matters for a large text alone, as in `Source`. What was read last
+    is kept, and read again where a file has changed. MisError where there is no such text, or no
+    row of it is usable.
     """
     if data is None:
         version = ".".join(map(str, sys.version_info[:3]))
-        return _built_in(f"English text: the manual of Python {version}", _manual())
+        return _built_in(f"English text: the manual of Python {version}", manual.splits())
     if data == MIS:
         shared = (
             "; its splits share sentence templates but not values, so runs of 32 tokens from train "
@@ -91,14 +102,24 @@ def load(data: str | None = None) -> Texts:
         )
     folder = Path(data).expanduser()
     if folder.is_dir():  # mlx-lm's: train.jsonl and perhaps valid.jsonl, test.jsonl
-        return _from_folder(folder)
+        stamps = []
+        for file in sorted(folder.glob("*.jsonl")):
+            facts = file.stat()
+            stamps.append((file.name, facts.st_mtime_ns, facts.st_size))
+        return _from_folder(folder.absolute(), tuple(stamps), tokens)
     if folder.exists():
         raise MisError(f"{folder} is a file: --data takes the folder that holds train.jsonl")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", data):
         raise MisError(
             f"there is no folder {folder}: --data takes a folder with train.jsonl, or a hub id"
         )
-    return _from_hub(data)
+    return _from_hub(data, tokens)
+
+
+def forget() -> None:
+    """Let go of what `load` keeps, once all windows are made."""
+    _from_folder.cache_clear()
+    _from_hub.cache_clear()
 
 
 def _built_in(what: str, splits: Mapping[str, Sequence[Row]], note: str = "") -> Texts:
@@ -106,56 +127,27 @@ def _built_in(what: str, splits: Mapping[str, Sequence[Row]], note: str = "") ->
     return Texts(**splits, notes=[f"built-in {what}, {counts} documents{note}"])
 
 
-def _manual() -> Mapping[str, Sequence[Row]]:
-    """One document per help topic of Python's manual."""
-    from pydoc_data.topics import topics
-
-    splits: dict[str, list[Row]] = {name: [] for name in SPLITS}
-    for name in _without_repeats(topics):
-        # The topic's name alone decides, whatever other topics a version of Python has.
-        digest = hashlib.sha256(f"GÓRAL-{name}".encode()).hexdigest()
-        bucket = int(digest[:8], 16) % 100
-        split = "test"
-        if bucket < 80:
-            split = "train"
-        elif bucket < 85:
-            split = "valid"
-        splits[split].append({"text": topics[name]})
-    return splits
+def _most_bytes(split: str, tokens: int) -> int:
+    """Of a large text. The training visits so many tokens; held-out windows are few."""
+    return drawn_bytes(tokens if split == "train" else 0)
 
 
-def _without_repeats(topics: Mapping[str, str]) -> list[str]:
-    """Sorted names of the topics that are not mostly a part of a longer one.
-
-    A quarter of the manual is there twice: it could stand in training and be held out, too.
-    """
-    names = []
-    seen: set[str] = set()
-    # longest first: a part comes after the topic that holds it
-    for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
-        paragraphs = []
-        for paragraph in topics[name].split("\n\n"):
-            if len(paragraph.strip()) > 40:
-                paragraphs.append(" ".join(paragraph.split()))
-        repeated = sum(len(paragraph) for paragraph in paragraphs if paragraph in seen)
-        if 2 * repeated <= sum(map(len, paragraphs)):
-            names.append(name)
-        seen.update(paragraphs)
-    return sorted(names)
-
-
-def _from_folder(folder: Path) -> Texts:
+# A run asks for its text more than once: does it have conversations, its windows, those of another
+# vocabulary.
+@lru_cache(maxsize=1)
+def _from_folder(folder: Path, _: Stamps, tokens: int) -> Texts:
     if not (folder / "train.jsonl").exists():
         raise MisError(f"{folder} has no train.jsonl: put one there, one JSON object per line")
     readings = {}
     for name in SPLITS:
         path = folder / f"{name}.jsonl"
         if path.exists():
-            readings[name] = read(path)
+            readings[name] = read(path, _most_bytes(name, tokens))
     return _splits(readings, str(folder))
 
 
-def _from_hub(name: str) -> Texts:
+@lru_cache(maxsize=1)
+def _from_hub(name: str, tokens: int) -> Texts:
     try:
         import datasets
     except ImportError as error:
@@ -173,8 +165,12 @@ def _from_hub(name: str) -> Texts:
     splits = {"train": "train", "validation": "valid", "valid": "valid", "test": "test"}
     for spelling, split in splits.items():
         if spelling in dataset:
+            called = f"{name}[{spelling}]"
             rows = ((i, dict(row), None) for i, row in enumerate(dataset[spelling], 1))
-            readings[split] = collect(f"{name}[{spelling}]", "row", rows)
+            sized = ((row, len(repr(row[1]))) for row in rows)
+            some = drawn(sized, _most_bytes(split, tokens))
+            reading = collect(called, "row", some.items)
+            readings[split] = reading._replace(left_out=some.note(called))
     if "train" not in readings:
         raise MisError(
             f"the dataset '{name}' has no split called train (it has {', '.join(dataset)}): choose "
@@ -194,16 +190,41 @@ def _splits(readings: Mapping[str, Reading], source: str) -> Texts:
             raise MisError(f"{source}: {reading.name} has 0 usable rows and {bad}: fix that file")
         notes += reading.notes()
     rows = {name: list(reading.rows) for name, reading in readings.items()}
-    if "valid" not in rows:
+    if len(rows) == 1:
         # by hash: the order of the rows does not matter
-        rows["train"], rows["valid"] = _split_by_hash(rows["train"])
+        rows["train"], rows["test"] = _split_by_hash(rows["train"])
         notes.append(
-            f"no valid split: {len(rows['valid'])} rows of train are held out instead, by a hash"
+            f"no valid split: {len(rows['test'])} rows of train are held out instead, by a hash"
         )
-    if "test" not in rows:
-        rows["test"] = rows["valid"]
-        notes.append(f"no test split: the {len(rows['valid'])} rows of valid also serve as test")
+    elif "test" not in rows:
+        rows["test"] = rows.pop("valid")
+        notes.append(f"no test split: the {len(rows['test'])} rows of valid serve as test")
+    if "valid" not in rows:
+        rows["valid"], rows["test"] = _halved(rows["test"])
+        if rows["valid"]:
+            notes.append(
+                f"sizes are chosen by {len(rows['valid'])} held-out conversations, the other "
+                f"{len(rows['test'])} held-out rows judge"
+            )
     return Texts(**rows, notes=notes)
+
+
+def _halved(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """(half of the conversations, by hash; the others and the texts).
+
+    Texts stay together: whoever chooses by their windows takes other ones than those that judge.
+    """
+    chosen = []
+    others = []
+    for row in rows:
+        # The first digits of the hash hold rows out: the last one is as good as another coin.
+        if "text" not in row and int(files.json_sha256(row)[-1], 16) % 2 == 0:
+            chosen.append(row)
+        else:
+            others.append(row)
+    if chosen and not others:
+        others.append(chosen.pop())
+    return chosen, others
 
 
 def _split_by_hash(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
@@ -214,14 +235,16 @@ def _split_by_hash(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
 class Data(NamedTuple):
     """Windows to train on, and held-out windows by name, of which the first is the main one.
 
-    notes: what was done, in words. talks: conversations that stand in no training window; `search`
-    chooses sizes by their answers.
+    notes: what was done, in words. talks: conversations that stand in no training window and in no
+    held-out one; `search` chooses sizes by their answers. choosing: windows to choose by that are
+    not held-out ones; None: the text has no split for that, and some held-out windows choose.
     """
 
     train: Windows
     held_out: dict[str, Windows]
     notes: tuple[str, ...]
     talks: tuple[Row, ...] = ()
+    choosing: Windows | None = None
 
 
 def calibration(data: Windows, count: int, seed: int, use: int = 1) -> list[mx.array]:
@@ -237,9 +260,9 @@ def calibration_indices(data: Windows, count: int, seed: int, use: int = 1) -> n
     return draws.drawn_windows(data, count, (seed, use, 1))
 
 
-def has_conversations(data: str) -> bool:
-    """Whether the training rows of --data are conversations, some of them."""
-    return any("text" not in row for row in load(data).train)
+def has_conversations(data: str, tokens: int = 0) -> bool:
+    """Whether the training rows of --data are conversations, some of them. tokens: as in `load`."""
+    return any("text" not in row for row in load(data, tokens).train)
 
 
 def takes_conversations(tokenizer: Any) -> bool:
@@ -280,6 +303,19 @@ class _Cutter:
         """Windows that begin where a conversation begins."""
         tokenized = token_windows.tokenize(rows, self.tokenizer)
         return token_windows.aligned(tokenized, self.length, self.start)
+
+    def held_out(self, rows: Sequence[Row], train: Windows) -> tuple[Windows, int]:
+        """(windows of rows, less those that overlap training; how many these were).
+
+        Held-out text that was trained on would measure what the model remembers. A question or a
+        template that many conversations share does not count, only a run that is mostly text or
+        answer. MisError where none are left.
+        """
+        marked = list(token_windows.marked(rows, self.tokenizer))
+        windows = token_windows.windows([ids for ids, _ in marked], self.length, self.start)
+        # Windows of marks in the same places, 1 where a token is text or an answer.
+        own = token_windows.windows([marks for _, marks in marked], self.length, self.start)
+        return without_overlap(windows, train, own=own.tokens == 1)
 
 
 @dataclass
@@ -325,7 +361,7 @@ def _own_mixture(
 ) -> _Mixture:
     """The text of --data, each kind by its size, and the conversations of `answers`."""
     sizes = [float(len(part.tokens)) for part in parts]
-    mixture = _Mixture({}, {}, tuple(row for row in texts.test if "text" not in row))
+    mixture = _Mixture({}, {}, tuple(row for row in texts.valid if "text" not in row))
     for number, (part, size) in enumerate(zip(parts, sizes, strict=True), 1):
         mixture.parts[f"--data {number}"] = part
         mixture.shares[f"--data {number}"] = size / sum(sizes)
@@ -368,18 +404,11 @@ def prepare(source: Source | str | None, tokenizer: Any, length: int) -> Data:
     if not isinstance(source, Source):
         source = Source(source)
     data = source.data
-    texts = load(data)
+    texts = load(data, source.tokens)
     cut = _Cutter(tokenizer, length)
-    # own: windows of marks in the same places, 1 where a token is text or an answer.
-    marked = token_windows.marked(texts.test, tokenizer)
-    test = token_windows.windows([ids for ids, _ in marked], length, cut.start)
-    own = token_windows.windows([marks for _, marks in marked], length, cut.start)
     own_parts = _own_parts(texts.train, cut)
     own_train = token_windows.concatenated(own_parts)
-    # Held-out text that was trained on would measure what the model remembers. A question or a
-    # template that many conversations share does not count, only a run that is mostly text or
-    # answer.
-    test, removed = token_windows.without_overlap(test, own_train, own=own.tokens == 1)
+    test, removed = cut.held_out(texts.test, own_train)
     counts = (
         f"{len(own_train.tokens)} training windows of {length} tokens, {len(test.tokens)} held out"
     )
@@ -389,10 +418,13 @@ def prepare(source: Source | str | None, tokenizer: Any, length: int) -> Data:
     notes = [*texts.notes, f"{counts}; {gone}"]
     polish = load(MIS)
     held_out = {"held-out": test}
+    choosing = None
     # A folder that `synthesize` wrote says of what --data its held-out splits are: None, the
     # built-in text.
     if data is None or hub.provenance(Path(data).expanduser()).get("data", data) is None:
         held_out = {"English": test, "Polish": cut.text(polish.test)}
+    else:
+        choosing = _choosing(texts.valid, own_train, cut)
     if data is None:
         mixture = _built_in_mixture(own_train, polish.train, source.answers, cut)
         notes += polish.notes
@@ -403,11 +435,27 @@ def prepare(source: Source | str | None, tokenizer: Any, length: int) -> Data:
         shares = zip(mixture.parts, train.shares, strict=True)
         listed = ", ".join(f"{share:.0%} {kind}" for kind, share in shares)
         notes.append(f"training windows are {listed}")
-    sized = {}
-    for name, windows in held_out.items():
-        # a loss per byte can be compared between tokenizers, one per token cannot
-        sized[name] = replace(windows, text_bytes=token_windows.text_bytes(windows, tokenizer))
-    return Data(train, sized, tuple(notes), mixture.talks)
+    sized = {name: _sized(windows, tokenizer) for name, windows in held_out.items()}
+    return Data(train, sized, tuple(notes), mixture.talks, choosing=choosing)
+
+
+def _sized(windows: Windows, tokenizer: Any) -> Windows:
+    """With bytes: a loss per byte can be compared between tokenizers, one per token cannot."""
+    return replace(windows, text_bytes=token_windows.text_bytes(windows, tokenizer))
+
+
+def _choosing(valid: Sequence[Row], train: Windows, cut: _Cutter) -> Windows | None:
+    """Windows of `valid` to choose sizes by, less those that overlap training.
+
+    None where there are fewer than LEAST_CHOOSING.
+    """
+    try:
+        windows, _ = cut.held_out(valid, train)
+    except MisError:  # less than a window, or nothing but training text
+        return None
+    if len(windows.tokens) < LEAST_CHOOSING:
+        return None
+    return _sized(windows, cut.tokenizer)
 
 
 def _mixed(mixture: _Mixture, source: Source, own_train: Windows) -> Windows:

@@ -2,6 +2,9 @@
 
 Rows of training text are mlx-lm's: {"text"}, {"prompt", "completion"} or {"messages": [{"role",
 "content"}, ...]}.
+
+Of a text that is too large some rows are drawn (data/row_draw), and only these are parsed, judged
+and used.
 """
 
 import codecs
@@ -10,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from mis_mlx.data.row_draw import Drawn, drawn
 from mis_mlx.types import MisError
 
 # a longer line is dropped unread: one 50 MB row would be 17 million tokens
@@ -20,6 +24,7 @@ PROBLEMS_LISTED = 10  # of rows that stop a command
 Row = dict[str, Any]
 Placed = tuple[Row, str]  # and where it stands, for people: "train.jsonl line 3"
 Numbered = tuple[int, object, str | None]  # number, value, None; or number, None, why it is no JSON
+Line = tuple[int, bytes | None]  # number, what stands there; None: it is too long
 Judge = Callable[[object], str | None]  # why a value is no row to use; None: it is one
 T = TypeVar("T")
 # what a row may be, by the keys that make it; the first that fits counts
@@ -41,15 +46,20 @@ _KINDS = {
 
 
 class Reading(NamedTuple):
-    """The usable rows of training text of one file, and the faults of the others."""
+    """The usable rows of training text of one file, and the faults of the others.
+
+    left_out: what was not drawn, in words; empty where all rows were read.
+    """
 
     name: str
     rows: tuple[Row, ...]
     problems: Sequence[str]
+    left_out: Sequence[str] = ()
 
     def notes(self) -> list[str]:
         """Sentences for people: the count, then the first problems as 'file line n: reason'."""
-        notes = [f"{self.name}: {len(self.rows)} rows kept, {len(self.problems)} dropped"]
+        kept = f"{self.name}: {len(self.rows)} rows kept, {len(self.problems)} dropped"
+        notes = [*self.left_out, kept]
         notes += [f"{problem}; skipped" for problem in self.problems[:PROBLEMS_NOTED]]
         unlisted = len(self.problems) - PROBLEMS_NOTED
         if unlisted > 0:
@@ -57,14 +67,23 @@ class Reading(NamedTuple):
         return notes
 
 
-def read(path: Path) -> Reading:
-    """All usable rows of training text of a .jsonl file.
+def read(path: Path, most_bytes: int | None = None) -> Reading:
+    """All usable rows of training text of a .jsonl file, or of those that are `drawn`.
 
     A byte-order mark, CRLF and blank lines are accepted. MisError where there is no such file.
     """
     if not path.is_file():
         raise MisError(f"{path} is not a regular file: put one JSON object per line into it")
-    return collect(path.name, "line", parsed(path))
+    if most_bytes is None:
+        return collect(path.name, "line", parsed(path))
+    lines = drawn_lines(path, most_bytes)
+    reading = collect(path.name, "line", parsed_lines(lines.items))
+    return reading._replace(left_out=lines.note(path.name))
+
+
+def drawn_lines(path: Path, most_bytes: int) -> Drawn[Line]:
+    """Lines of a file that is read once, of which `most_bytes` are held, or WHOLE_BYTES."""
+    return drawn(((line, len(line[1] or b"")) for line in _lines(path)), most_bytes)
 
 
 def collect(name: str, unit: str, numbered: Iterable[Numbered]) -> Reading:
@@ -188,6 +207,20 @@ def parsed(path: Path) -> Iterator[Numbered]:
 
     MisError when the disk fails.
     """
+    return parsed_lines(_lines(path))
+
+
+def parsed_lines(lines: Iterable[Line]) -> Iterator[Numbered]:
+    """The values of lines."""
+    for number, line in lines:
+        if line is None:
+            yield number, None, f"longer than {LINE_LIMIT_BYTES} bytes"
+        else:
+            yield number, *_value(line.rstrip(b"\r\n"))
+
+
+def _lines(path: Path) -> Iterator[Line]:
+    """As `parsed`, before anything is parsed."""
     try:
         with path.open("rb") as file:
             number = 0
@@ -198,9 +231,9 @@ def parsed(path: Path) -> Iterator[Numbered]:
                 if len(line) > LINE_LIMIT_BYTES and not line.endswith(b"\n"):
                     while (rest := file.readline(2**16)) and not rest.endswith(b"\n"):
                         pass
-                    yield number, None, f"longer than {LINE_LIMIT_BYTES} bytes"
+                    yield number, None
                 elif line.strip():
-                    yield number, *_value(line.rstrip(b"\r\n"))
+                    yield number, line
     except OSError as error:
         raise MisError(
             f"{path} cannot be read ({error.strerror}): check the file and its permissions"

@@ -2,12 +2,11 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
 from mis_mlx.data import chat_template
 from mis_mlx.data.rows import Row
@@ -15,6 +14,8 @@ from mis_mlx.types import MisError
 
 Ids = list[int]
 Marked = tuple[Ids, Ids]  # ids, and 1 or 0 for each
+IdArray = np.ndarray  # (T,) int32: a list of Python's takes nine times the memory
+WINDOWS_AT_ONCE = 2**10  # whose bytes are counted at a time
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ def concatenated(parts: Sequence[Windows]) -> Windows:
 
     Their bytes are kept where all parts have them counted.
     """
+    if len(parts) == 1:
+        return replace(parts[0], kind=None, shares=())
     sizes = [part.text_bytes for part in parts if part.text_bytes is not None]
     return Windows(
         tokens=np.concatenate([part.tokens for part in parts]),
@@ -60,7 +63,7 @@ def concatenated(parts: Sequence[Windows]) -> Windows:
     )
 
 
-def tokenize(rows: Iterable[Row], tokenizer: Any) -> list[Ids]:
+def tokenize(rows: Iterable[Row], tokenizer: Any) -> list[IdArray]:
     """Ids of every row, as mlx-lm's, but a special token spelled in a text stays text.
 
     A text row gets the tokenizer's own start token, if it puts one before every text, and the end
@@ -73,22 +76,22 @@ def marked(
     rows: Iterable[Row],
     tokenizer: Any,
     mask_prompt: bool = True,
-) -> list[Marked]:
-    """(`tokenize`'s ids, own) of every row.
+) -> Iterator[tuple[IdArray, IdArray]]:
+    """(`tokenize`'s ids, own) of every row, one after the other.
 
     own: 1 at text and answers; 0 at prompts and the template, if masked.
     """
     end = end_token(tokenizer)
     start = start_tokens(tokenizer)
-    tokenized = []
     for number, row in enumerate(rows, 1):
         if "text" in row:
             text = _encode(tokenizer, row["text"], split=True)
-            ids = [*start, *text, end]
-            tokenized.append((ids, [1] * len(ids)))
+            ids = np.array([*start, *text, end], np.int32)
+            ones = np.broadcast_to(np.int32(1), ids.shape)
+            yield ids, ones
             continue
         try:
-            tokenized.append(conversation(row, tokenizer, mask_prompt))
+            rendered, own = conversation(row, tokenizer, mask_prompt)
         except MisError:
             raise
         # a template is a program that came with the model: it can raise anything
@@ -96,7 +99,9 @@ def marked(
             raise MisError(
                 f"the chat template refuses row {number} ({error}): fix it, or use plain text"
             ) from error
-    return tokenized
+        ids = np.array(rendered, np.int32)
+        marks = np.array(own, np.int32)
+        yield ids, marks
 
 
 def start_tokens(tokenizer: Any) -> Ids:
@@ -263,7 +268,7 @@ def _special_tokens(tokenizer: Any) -> set[str]:
 
 
 def windows(
-    tokenized: Iterable[Sequence[int]],
+    tokenized: Iterable[Sequence[int] | IdArray],
     length: int,
     start: Sequence[int] = (),
 ) -> Windows:
@@ -272,24 +277,29 @@ def windows(
     A partial window at the end goes. MisError where there is not one whole window.
     """
     rows = (np.asarray(row, np.int32) for row in tokenized)
-    ids = np.concatenate([np.zeros(0, np.int32), *rows])
+    nothing = np.zeros(0, np.int32)
+    ids = np.concatenate([nothing, *rows])
     first = len(start)
     own = length - first
     count = len(ids) // own
     if count == 0:
         why = f"the text has {len(ids)} tokens, but one window takes {own}"
         raise MisError(f"{why}: add text, or lower --max-seq-length")
-    tokens = np.empty((count, length), np.int32)
-    tokens[:, :first] = start
-    tokens[:, first:] = ids[: count * own].reshape(count, own)
+    whole = ids[: count * own]
+    tokens = whole.reshape(count, own)
+    if first:
+        starts = np.array(start, np.int32)
+        before = np.broadcast_to(starts, (count, first))
+        tokens = np.concatenate([before, tokens], axis=1)
     return _all_learned(tokens)
 
 
 def _all_learned(tokens: np.ndarray) -> Windows:
     """Windows whose predictions all count, but the last column's: its next token is not there."""
-    loss_mask = np.ones(tokens.shape, np.float32)
-    loss_mask[:, -1] = 0
-    return Windows(tokens, loss_mask)
+    # One line stands for all of them: memory for as many floats as tokens is not needed.
+    line = np.ones(tokens.shape[1], np.float32)
+    line[-1] = 0
+    return Windows(tokens, np.broadcast_to(line, tokens.shape))
 
 
 def text_bytes(windows: Windows, tokenizer: Any) -> np.ndarray:
@@ -309,13 +319,20 @@ def text_bytes(windows: Windows, tokenizer: Any) -> np.ndarray:
         return len(token)
 
     # Each id is sized once, however often it comes up.
-    ids, places = np.unique(windows.tokens, return_inverse=True)
+    ids = np.unique(windows.tokens)
     names = tokenizer.convert_ids_to_tokens(ids.tolist())
-    sizes = np.array([size(name) for name in names])
-    sizes_of_tokens = sizes[places.reshape(windows.tokens.shape)]
-    # The prediction at place t is of the token at t + 1.
-    counts = windows.loss_mask[:, :-1] > 0
-    return np.where(counts, sizes_of_tokens[:, 1:], 0).sum(axis=1)
+    sizes = np.array(list(map(size, names)))
+    counted = np.zeros(len(windows.tokens), np.int64)
+    for first in range(0, len(counted), WINDOWS_AT_ONCE):
+        end = first + WINDOWS_AT_ONCE
+        some = slice(first, end)
+        # The prediction at place t is of the token at t + 1.
+        predicted = windows.tokens[some, 1:]
+        places = np.searchsorted(ids, predicted)
+        counts = windows.loss_mask[some, :-1] > 0
+        sizes_of_tokens = np.where(counts, sizes[places], 0)
+        counted[some] = sizes_of_tokens.sum(axis=1)
+    return counted
 
 
 def retokenized(windows: Windows, tokenizer: Any, other: Any) -> Windows:
@@ -355,7 +372,7 @@ def retokenized(windows: Windows, tokenizer: Any, other: Any) -> Windows:
 
 
 def aligned(
-    tokenized: Sequence[Sequence[int]],
+    tokenized: Iterable[Sequence[int] | IdArray],
     length: int,
     start: Sequence[int] = (),
 ) -> Windows:
@@ -369,27 +386,32 @@ def aligned(
     own = length - len(start)
     rows = []
     for row in tokenized:
+        ids = np.asarray(row, np.int32)
         for begin in range(0, len(row), own):
-            piece = row[begin : begin + own]
-            rows.append(list(piece))
+            end = begin + own
+            rows.append(ids[begin:end])
     if not rows:
         raise MisError(
             f"no conversation has text, and one window takes {own} tokens: add conversations"
         )
     tokens = []
+    before = np.array(start, np.int32)
     first = 0
     while first < len(rows):
-        ids: Ids = []
+        pieces = []
+        count = 0
         last = first
-        while len(ids) < own:
-            ids += rows[last % len(rows)]
+        while count < own:
+            pieces.append(rows[last % len(rows)])
+            count += len(pieces[-1])
             last += 1
-        tokens.append([*start, *ids[:own]])
+        ids = np.concatenate([before, *pieces])
+        tokens.append(ids[:length])
         complete = last - first
-        if len(ids) > own:  # the last row was cut: the next window begins with it
+        if count > own:  # the last row was cut: the next window begins with it
             complete -= 1
         first += max(1, complete)  # a row that fills the window alone must not come again
-    return _all_learned(np.array(tokens, np.int32))
+    return _all_learned(np.stack(tokens))
 
 
 def mixed_kinds(parts: Sequence[Windows], shares: Sequence[float]) -> Windows:
@@ -419,63 +441,10 @@ def order(n_windows: int, batch_size: int, step: int, seed: int) -> np.ndarray:
     return np.resize(permutation[within * batch_size :], batch_size)
 
 
-def overlap(
-    train: Windows,
-    held_out: Windows,
-    span: int = 32,
-    own: Any = 1,
-) -> np.ndarray:
-    """Sorted indices of the held-out windows that share any run of `span` tokens with `train`.
-
-    A window shorter than `span` shares all of it. By 64-bit polynomial hashes: a window may go
-    without need, once in 10^9 times. own (N, T): 0 in prompts and templates, which conversations
-    share; a run counts where half of it or more is 1.
-    """
-    span = min(span, held_out.tokens.shape[1])
-    base = np.uint64(0x9E3779B97F4A7C15)
-    powers = base ** np.arange(span, dtype=np.uint64)
-
-    def hashes(tokens: np.ndarray) -> np.ndarray:
-        """Of every run of `span` tokens; products wrap at 2**64."""
-        runs = sliding_window_view(tokens.astype(np.uint64), span, axis=-1)
-        return runs @ powers
-
-    text = train.tokens
-    # A start token that the windows got, not the text, would break every run across two windows.
-    first = text[:, 0]
-    if len(text) > 1 and (first == first[0]).all():
-        text = text[:, 1:]
-    own = np.broadcast_to(own, held_out.tokens.shape)
-    own_share = sliding_window_view(own, span, axis=-1).mean(axis=-1)
-    # The training windows lie back to back, so their runs are taken across the borders.
-    known = np.isin(hashes(held_out.tokens), hashes(text.reshape(-1)))
-    return np.flatnonzero((known & (own_share >= 0.5)).any(axis=1))
-
-
-def without_overlap(
-    held_out: Windows,
-    train: Windows,
-    span: int = 32,
-    own: Any = 1,
-) -> tuple[Windows, int]:
-    """(held-out windows that share no run of `span` tokens with `train`, how many were removed).
-
-    MisError where none are left.
-    """
-    shared = overlap(train, held_out, span, own)
-    count = len(held_out.tokens)
-    if len(shared) == count:
-        raise MisError(
-            f"all {count} held-out windows share {span} tokens in a row with train: use other test "
-            f"text"
-        )
-    others = np.setdiff1d(np.arange(count), shared)
-    return held_out.pick(others), len(shared)
-
-
 def fingerprint(windows: Windows) -> str:
     """sha256 of the windows' shape and tokens, in hex: the same on every machine."""
-    digest = hashlib.sha256(repr(windows.tokens.shape).encode())
+    shape = repr(windows.tokens.shape)
+    digest = hashlib.sha256(shape.encode())
     digest.update(np.ascontiguousarray(windows.tokens, dtype="<i4").tobytes())
     if windows.kind is not None:
         kinds = (windows.kind.tolist(), windows.shares)

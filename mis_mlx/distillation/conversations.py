@@ -31,13 +31,15 @@ FEW = 4  # prompts; of fewer in a language there is no table
 class Wanted:
     """What a run asks for.
 
-    data: --data. share: --conversations. tokens: of conversations that its training visits.
+    data: --data. share: --conversations. tokens: of conversations that its training visits;
+    visited: of all text.
     """
 
     data: str | None
     share: float | None
     tokens: int
     seed: int
+    visited: int = 0
 
 
 def wanted_of(data: str | None, share: float | None, *, visited: int, seed: int) -> Wanted:
@@ -46,7 +48,8 @@ def wanted_of(data: str | None, share: float | None, *, visited: int, seed: int)
     share: as --conversations; None: the usual one. visited: tokens of the training that follows.
     """
     usual = preparation.SHARES[preparation.CONVERSATIONS] if share is None else share
-    return Wanted(data=data, share=share, tokens=int(usual * visited), seed=seed)
+    tokens = int(usual * visited)
+    return Wanted(data=data, share=share, tokens=tokens, seed=seed, visited=visited)
 
 
 def source(
@@ -58,14 +61,14 @@ def source(
     default teacher's come with the package; another teacher writes them now, once, and they are
     kept and used again. dry_run: says what the writing would take, and writes nothing.
     """
-    plain = preparation.Source(wanted.data, share=wanted.share)
-    without = preparation.Source(wanted.data, share=0.0)
+    plain = preparation.Source(wanted.data, share=wanted.share, tokens=wanted.visited)
+    without = plain._replace(share=0.0)
     if wanted.share == 0 or not preparation.takes_conversations(load.tokenizer(teacher.path)):
         return without
     if (
         wanted.share is None
         and wanted.data is not None
-        and _has_conversations(wanted.data, dry_run=dry_run)
+        and _has_conversations(wanted.data, wanted.visited, dry_run=dry_run)
     ):
         return plain
     if answers.shipped_for(teacher):
@@ -74,13 +77,13 @@ def source(
     return plain._replace(answers=file) if file else without
 
 
-def _has_conversations(data: str, *, dry_run: bool) -> bool:
+def _has_conversations(data: str, visited: int, *, dry_run: bool) -> bool:
     """Whether --data has conversations.
 
     A dry run goes on where its text is not there: with --data teacher it is written later.
     """
     try:
-        return preparation.has_conversations(data)
+        return preparation.has_conversations(data, visited)
     except MisError:
         if dry_run:
             return False

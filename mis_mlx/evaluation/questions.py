@@ -24,6 +24,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, TypeVar
 
@@ -313,7 +314,8 @@ def words(text: str) -> list[str]:
 def training_words(data: str | None) -> list[str]:
     """All words of a data source's training rows.
 
-    None: of all built-in texts, including those that models wrote.
+    None: of all built-in texts, including those that models wrote. Of a text too large to be used
+    whole those of the rows that a short run draws (data/row_draw).
     """
     if data:
         train = list(preparation.load(data).train)
@@ -342,7 +344,8 @@ class Known:
     """
 
     def __init__(self, known: Sequence[str]):
-        self._runs = {hash(run) for run in _runs(known)}
+        hashes = np.fromiter(map(hash, _runs(known)), np.int64)
+        self._runs = np.unique(hashes)  # a set of Python's takes ten times the memory
         self._text = f" {' '.join(known)} "
 
     def holds(self, q: Question) -> bool | None:
@@ -353,7 +356,10 @@ class Known:
         answer = q.options[q.right] if q.options else f" {q.answer}"
         asked = words(q.context + answer)
         if len(asked) >= SPAN:
-            return any(hash(run) in self._runs for run in _runs(asked))
+            hashes = np.fromiter(map(hash, _runs(asked)), np.int64)
+            first = np.searchsorted(self._runs, hashes, "left")
+            behind = np.searchsorted(self._runs, hashes, "right")
+            return bool((behind > first).any())
         if len(asked) < LEAST:
             return None
         return f" {' '.join(asked)} " in self._text
@@ -369,5 +375,5 @@ class Known:
 
 def _runs(known: Sequence[str]) -> Iterable[tuple[str, ...]]:
     """Every SPAN words in a row."""
-    shifted = [known[start:] for start in range(SPAN)]
+    shifted = [islice(known, start, None) for start in range(SPAN)]
     return zip(*shifted, strict=False)

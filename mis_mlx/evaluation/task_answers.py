@@ -115,8 +115,8 @@ def _plan(
     flops = pass_cost.forward_flops(m, sum(lengths) + written, longest)
     one_token = pass_cost.token_cost(m, longest + most, limit.limit_bytes)
     for at_once in AT_ONCE:
-        peak_bytes = resident_bytes(m, at_once, longest=longest, max_tokens=most, limit=limit)
-        if peak_bytes <= limit.limit_bytes:
+        peak_bytes = resident_bytes(m, at_once, longest=longest, max_tokens=most)
+        if peak_bytes + memory.process_bytes(limit.limit_bytes) <= limit.limit_bytes:
             # Every step of a batch fetches the weights once.
             steps = -(-len(prompts) // at_once) * most
             cost = StageCost(
@@ -147,9 +147,8 @@ def resident_bytes(
     *,
     longest: int,
     max_tokens: int,
-    limit: Budget,
 ) -> int:
-    """Memory of a model that is whole there and writes `at_once` answers.
+    """Memory of a model that is whole there and writes `at_once` answers, without the process.
 
     longest: tokens of the longest prompt. max_tokens: of an answer.
     """
@@ -158,9 +157,8 @@ def resident_bytes(
     # grows.
     keys = 3 * at_once * pass_cost.keys_bytes(m, places)
     logits = 8 * at_once * m.shape.vocab * 4
-    weights = m.shape.layers * m.block_work + m.head_work
     reading = pass_cost.workspace_bytes(m, longest, longest)
-    return weights + keys + logits + reading + memory.process_bytes(limit.limit_bytes)
+    return pass_cost.whole_bytes(m) + keys + logits + reading
 
 
 def _writer(

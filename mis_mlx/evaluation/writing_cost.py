@@ -3,7 +3,6 @@
 The model is whole in memory where it fits. Otherwise a token of every text is one streamed pass.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -47,12 +46,8 @@ def resident_bytes(m: ModelSize, at_once: int, tokens: int) -> int:
     Its weights as they compute and one tensor as stored, keys and values, logits. tokens: of a
     text, its prompt included. mlx-lm holds keys and values up to three times."""
     places = CACHE_STEP * -(-tokens // CACHE_STEP)
-    weights = m.whole_work
-    if not m.as_stored:
-        stored_item = m.nbytes / m.params
-        weights += math.ceil(stored_item * pass_cost.largest_matrix(m))
     logits = LOGIT_COPIES * 4 * m.shape.vocab
-    return weights + at_once * (3 * pass_cost.keys_bytes(m, places) + logits)
+    return pass_cost.whole_bytes(m) + at_once * (3 * pass_cost.keys_bytes(m, places) + logits)
 
 
 def plan_writing(

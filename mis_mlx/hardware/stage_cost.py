@@ -6,13 +6,27 @@ from mis_mlx.hardware import rates
 
 # bytes of a parameter that one update moves: these four read, three written, in one kernel
 UPDATE_TRAFFIC = 28
+# fields that add up over stages
+WORK = (
+    "read_bytes",
+    "written_bytes",
+    "flops",
+    "touched_bytes",
+    "updated",
+    "waits",
+    "host_flops",
+    "launches",
+)
 
 
 @dataclass(frozen=True)
 class StageCost:
     """One stage: bytes, memory, operations.
 
-    `pinned` blocks stay in memory between passes; `spooled_bytes` of hidden states lie on disk.
+    peak_bytes: of arrays, without the process (memory.process_bytes), which whoever compares it
+    with a budget adds; the phases of a MemoryPlan alone have it already. `pinned` blocks stay in
+    memory between passes; `spooled_bytes` of hidden states lie on disk. later: stages behind the
+    first one (`then`), whose work is a part of what is counted here.
     """
 
     name: str
@@ -30,6 +44,7 @@ class StageCost:
     waits: int = 0  # how often the host waits for the device
     host_flops: float = 0.0  # of numpy's solvers, which a GPU waits for
     launches: int = 0  # kernels of many small steps; counts where they have little to do
+    later: tuple["StageCost", ...] = ()
 
     @property
     def operations(self) -> float:
@@ -41,38 +56,40 @@ class StageCost:
 
         Name, pinned blocks and places of hidden states are those of this stage.
         """
-        return replace(
-            self,
-            read_bytes=self.read_bytes + other.read_bytes,
-            written_bytes=self.written_bytes + other.written_bytes,
-            peak_bytes=max(self.peak_bytes, other.peak_bytes),
-            flops=self.flops + other.flops,
-            touched_bytes=self.touched_bytes + other.touched_bytes,
-            waits=self.waits + other.waits,
-            host_flops=self.host_flops + other.host_flops,
-            launches=self.launches + other.launches,
-        )
+        work = {}
+        for name in WORK:
+            work[name] = getattr(self, name) + getattr(other, name)
+        peak_bytes = max(self.peak_bytes, other.peak_bytes)
+        return replace(self, **work, peak_bytes=peak_bytes, later=(*self.later, other))
 
     def repeated(self, times: int) -> "StageCost":
         """This stage `times` times in a row, in the memory of one."""
-        return replace(
-            self,
-            read_bytes=times * self.read_bytes,
-            written_bytes=times * self.written_bytes,
-            flops=times * self.flops,
-            touched_bytes=times * self.touched_bytes,
-            waits=times * self.waits,
-            host_flops=times * self.host_flops,
-            launches=times * self.launches,
-        )
+        work = {}
+        for name in WORK:
+            work[name] = times * getattr(self, name)
+        later = tuple(stage.repeated(times) for stage in self.later)
+        return replace(self, **work, later=later)
+
+    @property
+    def first(self) -> "StageCost":
+        """The work of the first stage alone: what is counted, less that of the later ones."""
+        work = {}
+        for name in WORK:
+            work[name] = getattr(self, name)
+            for stage in self.later:
+                work[name] -= getattr(stage, name)
+        return replace(self, **work, later=())
 
     def seconds(self, machine: rates.Rates, hot: bool = False) -> float:
         """The time on a machine of these rates: of disk, arithmetic and memory the slowest.
 
-        The three overlap. The optimizer's updates come on top of the arithmetic, which ends before
-        one begins. So do, on a GPU, launches, waits and what numpy computes meanwhile. hot:
-        computing at the rates of a hot machine.
+        The three overlap within a stage; stages in a row do not. The optimizer's updates come on
+        top of the arithmetic, which ends before one begins. So do, on a GPU, launches, waits and
+        what numpy computes meanwhile. hot: computing at the rates of a hot machine.
         """
+        if self.later:
+            stages = (self.first, *self.later)
+            return sum(stage.seconds(machine, hot) for stage in stages)
         disk = self.read_bytes / machine.read_bytes_per_s
         disk += self.written_bytes / machine.write_bytes_per_s
         slowdown = machine.hot if hot else 1.0

@@ -40,6 +40,15 @@ def largest_matrix(m: ModelSize) -> int:
     return rows * m.shape.hidden
 
 
+def whole_bytes(m: ModelSize) -> int:
+    """Memory of a model that is opened whole: all weights as they compute, one tensor as stored."""
+    weights = m.whole_work
+    if not m.as_stored:
+        stored_item = m.nbytes / m.params
+        weights += math.ceil(stored_item * largest_matrix(m))
+    return weights
+
+
 def stacked_bytes(m: ModelSize) -> int:
     """A matrix of all experts, each packed, and those put together."""
     return 2 * 5 * m.shape.experts * m.shape.ffn * m.shape.hidden // 8

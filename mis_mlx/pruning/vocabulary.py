@@ -210,6 +210,15 @@ def _expected_once(asked: _Expectation) -> np.ndarray:
 
 
 @cache
+def _counts_of(text: str, model: Path, vocab: int) -> np.ndarray:
+    """(`vocab`,) how often each token comes in more text; tokenized once a process, as above."""
+    counts = np.zeros(vocab)
+    for ids, _ in token_windows.marked(preparation.load(text).train, load.tokenizer(model)):
+        counts += np.bincount(ids, minlength=vocab)
+    return counts
+
+
+@cache
 def words(languages: tuple[str, ...]) -> dict[str, float]:
     """{word: how frequent} in the languages together; tens of thousands of each.
 
@@ -254,9 +263,7 @@ def chosen(
     vocab = shape_of(teacher.config).vocab
     counts = draws.token_counts(train, vocab)
     if config.vocab_text is not None:
-        further = np.zeros(vocab)
-        for ids in token_windows.tokenize(preparation.load(config.vocab_text).train, tokenizer):
-            further += np.bincount(ids, minlength=vocab)
+        further = _counts_of(config.vocab_text, teacher.path, vocab)
         counts = counts * train.tokens.size + further
     listed = np.zeros(vocab)
     for word, share in words(config.languages).items():
@@ -375,17 +382,34 @@ def of_run(
 
     own: the text in the teacher's tokens. student: a folder, where it exists already.
     """
+    seen = teacher_of_run(teacher, student, rows, own.train, config=config, run=run, files=files)
+    if seen is teacher:
+        return teacher, own
+    length = own.train.tokens.shape[1]
+    return seen, preparation.prepare(source, load.tokenizer(seen.path), length)
+
+
+def teacher_of_run(
+    teacher: Checkpoint,
+    student: str | None,
+    rows: int,
+    train: token_windows.Windows,
+    *,
+    config: VocabularyConfig,
+    run: Path,
+    files: Files,
+) -> Checkpoint:
+    """The teacher of `of_run`; itself where the student has all rows. train: in its tokens."""
     out = run / FOLDER
     if rows == shape_of(teacher.config).vocab:
-        return teacher, own
+        return teacher
     if distributed.is_main() and not out.exists():
         kept = rows_of(Path(student)) if student else None
         if not kept:
-            kept = chosen(teacher, rows, own.train, config)
+            kept = chosen(teacher, rows, train, config)
         write(teacher, kept, out, files)
     distributed.broadcast_folder(out, files)
     seen = open_trimmed(teacher, out)
     if student:
         comparison.same_vocabulary(seen, load.open_checkpoint(student))
-    length = own.train.tokens.shape[1]
-    return seen, preparation.prepare(source, load.tokenizer(seen.path), length)
+    return seen

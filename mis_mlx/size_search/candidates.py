@@ -50,13 +50,20 @@ Curve = list[tuple[float, float]]  # (size, nats a byte)
 
 
 def split_held_out(
-    held_out: Mapping[str, Windows], ranking: int, judging: int
+    held_out: Mapping[str, Windows],
+    ranking: int,
+    judging: int,
+    choosing: Windows | None = None,
 ) -> tuple[Windows, Windows]:
     """(windows that rank candidates, others that judge finalists).
 
     Windows that selected a student do not judge it. The numbers are of the first text; every other
-    text gives a third as many.
+    text gives a third as many. choosing: a text of its own to rank by; without it some of the
+    held-out windows do.
     """
+    if choosing is not None:
+        judges = [comparison.spread_windows(windows, judging) for windows in held_out.values()]
+        return comparison.spread_windows(choosing, ranking), token_windows.concatenated(judges)
     ranks = list[Windows]()
     judges = []
     for name, windows in held_out.items():
@@ -92,10 +99,9 @@ def vocabularies(teacher: Checkpoint) -> list[int]:
 
 
 class TrimmedTeacher(NamedTuple):
-    """The teacher with the vocabulary of some students, and the texts in its tokens."""
+    """The teacher with the vocabulary of some students, and held-out texts in its tokens."""
 
     teacher: Checkpoint
-    train: Windows
     ranking: Windows
     judging: Windows
 
@@ -236,16 +242,15 @@ class Candidates:
     def _new_trimmed_teacher(self, rows: int) -> TrimmedTeacher:
         run = self.run
         if rows == self._before.vocab:
-            return TrimmedTeacher(run.teacher, run.data, self.ranking, self.judging)
+            return TrimmedTeacher(run.teacher, self.ranking, self.judging)
         place = run.folder / f"{vocabulary.FOLDER}-{rows}"
         run.files.make_folder(place)
-        teacher, data = vocabulary.of_run(
+        teacher = vocabulary.teacher_of_run(
             run.teacher,
             None,
             rows,
-            self.data,
+            self.data.train,
             config=self.settings,
-            source=self.source,
             run=place,
             files=run.files,
         )
@@ -253,10 +258,17 @@ class Candidates:
         after = load.tokenizer(teacher.path)
         return TrimmedTeacher(
             teacher=teacher,
-            train=data.train,
             ranking=token_windows.retokenized(self.ranking, before, after),
             judging=token_windows.retokenized(self.judging, before, after),
         )
+
+    def training_text(self, rows: int) -> Windows:
+        """The text of a student with so many rows, tokenized when a finalist learns from it."""
+        if rows == self._before.vocab:
+            return self.run.data
+        tokenizer = load.tokenizer(self.trimmed_teacher(rows).teacher.path)
+        length = self.run.data.tokens.shape[1]
+        return preparation.prepare(self.source, tokenizer, length).train
 
     def ranking_pass(self, rows: int) -> RankingPass:
         """The pass of the teacher with so many rows over the windows that rank, made once."""

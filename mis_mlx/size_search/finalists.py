@@ -129,7 +129,7 @@ def _own_run(
         folder=folder,
         plan=plan,
         teacher=teacher,
-        data=reader.train,
+        data=c.training_text(choice.shape.vocab),
     )
 
 

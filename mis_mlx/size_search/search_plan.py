@@ -151,13 +151,8 @@ def search_cost(
 def _times(p: StageCost, times: int, *, name: str, written: int = 0, own: int = 0) -> StageCost:
     """A stage `times` times, which writes `written` bytes each time; own: bytes of the process."""
     return replace(
-        p,
+        p.repeated(times),
         name=name,
-        read_bytes=times * p.read_bytes,
         written_bytes=times * written,
-        flops=times * p.flops,
         peak_bytes=p.peak_bytes + own,
-        waits=times * p.waits,
-        host_flops=times * p.host_flops,
-        launches=times * p.launches,
     )

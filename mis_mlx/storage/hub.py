@@ -17,6 +17,8 @@ from mis_mlx.types import MisError
 # Weights that mlx-lm would read, what describes them, the tokenizer. Nothing that can hold code.
 WANTED = ["*.json", "model*.safetensors", "*.jinja", "tokenizer*", "merges.txt", "vocab.txt"]
 UNWANTED = ["*/*", "*.py", "*.bin", "*.pt", "*.onnx", "*.gguf"]
+# Of these a model has at least one.
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 ANSWER_S = 5.0  # the hub client has no time limit of its own for its first question
 PROVENANCE = "source.json"
 
@@ -64,7 +66,8 @@ def snapshot(repo_id: str) -> Path:
     """The newest commit of a model, in the Hugging Face cache: a folder of links, named by it.
 
     Without the hub (or with HF_HUB_OFFLINE) the content of that cache must do. MisError, within
-    seconds, when there is neither, and when the model has no safetensors weights.
+    seconds, when there is neither, when the model has no safetensors weights, and when that cache
+    has only a part of it.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.utils import disable_progress_bars
@@ -102,7 +105,30 @@ def snapshot(repo_id: str) -> Path:
             f"it"
         )
         raise MisError(f"{why}: choose a model published as safetensors")
+    _require_complete(repo_id, path)
     return path
+
+
+def _require_complete(repo_id: str, path: Path) -> None:
+    """MisError where a snapshot misses weights that its index lists, or a tokenizer.
+
+    A download that was stopped, or one of the config alone, leaves a folder that looks like the
+    model's; without the hub the client gives it as it is.
+    """
+    from mis_mlx.storage import safetensors  # as in `locked`
+
+    missing = None
+    try:
+        safetensors.index(path)
+    except MisError as error:
+        missing = str(error)
+    if not any((path / name).exists() for name in VOCABULARIES):
+        missing = missing or f"none of {', '.join(VOCABULARIES)} is there"
+    if missing:
+        raise MisError(
+            f"{repo_id} is not complete in the Hugging Face cache ({missing}): delete "
+            f"{path.parents[1]}, and start again when the hub can be reached"
+        )
 
 
 def _short(error: Exception) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mis_mlx.data import draws, preparation, token_windows
+from mis_mlx.data import draws, overlap, preparation, token_windows
 from mis_mlx.data.rows import split_off
 from mis_mlx.models import load
 from mis_mlx.storage import files
@@ -28,7 +28,7 @@ def test_a_folder_of_the_users(llama: Checkpoint, text_folder: Path) -> None:
     assert data.train.tokens.shape[1] == held_out.tokens.shape[1] == 32
     assert data.train.tokens.dtype == np.int32
     assert data.train.tokens.max() < 512
-    assert len(token_windows.overlap(data.train, held_out)) == 0
+    assert len(overlap.overlap(data.train, held_out)) == 0
     again = preparation.prepare(str(text_folder), load.tokenizer(llama.path), 32)
     assert token_windows.fingerprint(again.train) == token_windows.fingerprint(data.train)
     sentence = f"{len(data.train.tokens)} training windows of 32 tokens"
@@ -50,7 +50,7 @@ def test_held_out_text_that_is_also_trained_on_is_removed(
     data = preparation.prepare(str(tmp_path), tokenizer, 32)
 
     held_out = data.held_out["held-out"]
-    assert len(token_windows.overlap(data.train, held_out)) == 0
+    assert len(overlap.overlap(data.train, held_out)) == 0
     assert abs(len(held_out.tokens) - len(without.tokens)) <= 1
 
 
@@ -133,7 +133,7 @@ def trained(rows: Sequence[Any]) -> list[Any]:
 
 def test_conversations_held_out_are_in_no_training_window(chat: Any, tmp_path: Path) -> None:
     """A tenth of them, with their ids nowhere in the text that trains; none where none are wanted.
-    Of a folder's own conversations those of its test split.
+    Of a folder's own conversations those of its valid split.
     """
     data = preparation.prepare(None, chat, 256)
 
@@ -147,8 +147,9 @@ def test_conversations_held_out_are_in_no_training_window(chat: Any, tmp_path: P
 
     folder = tmp_path / "talks"
     folder.mkdir()
-    path, own = answers_of(folder / "train.jsonl")
-    shutil.copy(path, folder / "test.jsonl")
+    answers_of(folder / "train.jsonl")
+    _, own = answers_of(folder / "valid.jsonl", 5)
+    answers_of(folder / "test.jsonl", 7)
     assert list(preparation.prepare(str(folder), chat, 32).talks) == list(own)
 
 

@@ -12,9 +12,15 @@ from typing import Any
 
 import pytest
 
-from mis_mlx.data import preparation
+from mis_mlx.data import manual, preparation
 from mis_mlx.data.preparation import load
 from mis_mlx.types import MisError
+
+
+@pytest.fixture(autouse=True)
+def nothing_read() -> None:
+    """No text of another test is kept."""
+    preparation.forget()
 
 
 def _write(folder: Path, **files: Sequence[str]) -> str:
@@ -108,17 +114,36 @@ def test_a_folder_with_all_three_files(tmp_path: Path) -> None:
 
 
 def test_missing_splits_are_filled_in(tmp_path: Path) -> None:
-    """Without test.jsonl valid serves, and a note says so; test is never used as valid: that would
-    be cheating.
+    """Without test.jsonl valid serves, and a note says so. Without valid.jsonl nothing is taken
+    from train, which is all there to learn from.
     """
     texts = load(_write(tmp_path, train=["a", "b"], valid=["c"]))
-    assert texts.test == texts.valid == [{"text": "c"}]
-    assert "no test split: the 1 rows of valid also serve as test" in texts.notes
+    assert (texts.valid, texts.test) == ([], [{"text": "c"}])
+    assert any("no test split" in note for note in texts.notes)
     (tmp_path / "valid.jsonl").unlink()
-    texts = load(_write(tmp_path, train=[f"row {i}" for i in range(30)], test=["d"]))
-    assert _texts(texts.test) == ["d"]
-    assert texts.valid
-    assert set(_texts(texts.valid)) | set(_texts(texts.train)) == {f"row {i}" for i in range(30)}
+    rows = [f"row {i}" for i in range(1000)]
+    texts = load(_write(tmp_path, train=rows, test=["d"]))
+    assert (_texts(texts.train), texts.valid, _texts(texts.test)) == (rows, [], ["d"])
+
+
+@pytest.mark.parametrize("held_out", ["valid", "test", "train"])
+def test_conversations_that_choose_do_not_judge(tmp_path: Path, held_out: str) -> None:
+    """Of the conversations in the one split that is held out, or in a tenth of train, about a half
+    chooses and the others judge; texts judge.
+    """
+    rows: list[dict[str, str]] = [{"text": f"text {i}"} for i in range(100)]
+    rows += [{"prompt": f"{i}?", "completion": f"{i}."} for i in range(1000)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "train.jsonl").write_text(lines)
+    (tmp_path / f"{held_out}.jsonl").write_text(lines)
+    texts = load(str(tmp_path))
+    talks = [row for row in texts.test if "text" not in row]
+    assert all("text" not in row for row in texts.valid)
+    assert not [row for row in talks if row in texts.valid]
+    count = len(texts.valid) + len(talks)
+    assert 0.35 * count < len(texts.valid) < 0.65 * count
+    if held_out != "train":
+        assert (len(texts.train), len(texts.valid) + len(texts.test)) == (1100, 1100)
 
 
 def test_with_train_alone_a_tenth_is_held_out(tmp_path: Path) -> None:
@@ -193,7 +218,7 @@ def test_hub_rows_are_judged_like_lines(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch, {"train": [{"text": "a"}, {"text": None}], "validation": [{"text": "b"}]}
     )
     texts = load("some-user/some-data")
-    assert (_texts(texts.train), _texts(texts.valid)) == (["a"], ["b"])
+    assert (_texts(texts.train), _texts(texts.test)) == (["a"], ["b"])
     assert "some-user/some-data[train] row 2: 'text' is null, not text; skipped" in texts.notes
 
 
@@ -214,4 +239,4 @@ def test_mostly_repeated_topics_are_dropped() -> None:
     two = "y" * 50
     three = "z" * 120
     topics = {"big": f"{one}\n\n{two}", "part": two, "own": f"{two}\n\n{three}"}
-    assert preparation._without_repeats(topics) == ["big", "own"]
+    assert manual.without_repeats(topics) == ["big", "own"]

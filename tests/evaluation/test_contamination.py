@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,19 @@ def test_thirteen_words_in_a_row_are_found_whatever_the_case_and_marks() -> None
     assert inside.overlap(task("baca had seven sheep")) == (0, 1)  # not the same word
     assert known.overlap(task("seven sheep")) == (0, 0)
     assert known.overlap(task(thirteen, twelve, "Baca had seven sheep", "sheep")) == (2, 3)
+
+
+def test_long_text_is_held_in_little_memory() -> None:
+    """A run of 13 words is one number: the words themselves are not held 13 times over."""
+    known = [f"word{number}" for number in range(100_000)]
+    tracemalloc.start()
+    try:
+        looked_up = questions.Known(known)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert looked_up.overlap(task(" ".join(known[500:520]))) == (1, 1)
+    assert peak < 60 * len(known)
 
 
 def test_all_training_rows_are_read(tmp_path: Path) -> None:

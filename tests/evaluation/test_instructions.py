@@ -298,10 +298,9 @@ def test_fewer_answers_together_where_memory_is_short(llama: Checkpoint) -> None
     streamed.
     """
     m = answering.estimates.model_of(llama)
-    plenty = memory.budget(None)
 
     needs = [
-        task_answers.resident_bytes(m, size, longest=100, max_tokens=64, limit=plenty)
+        task_answers.resident_bytes(m, size, longest=100, max_tokens=64)
         for size in task_answers.AT_ONCE
     ]
 

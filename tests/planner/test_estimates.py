@@ -17,6 +17,7 @@ import pytest
 from mis_mlx.compute import precision, streams
 from mis_mlx.compute.token_losses import Footprint
 from mis_mlx.distillation import state_cost
+from mis_mlx.evaluation import task_answers
 from mis_mlx.hardware import macos, rates
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import M1_AIR, Rates
@@ -222,6 +223,54 @@ def test_time_is_the_slowest_of_three() -> None:
     assert replace(p, flops=30.0, updated=1).seconds(PLAIN) == 6
     assert p.seconds(PLAIN, hot=True) == 6
     assert replace(p, touched_bytes=9000).seconds(PLAIN) == 9
+
+
+def test_stages_in_a_row_take_the_time_of_each() -> None:
+    """3 s at the disk, then 5 s of arithmetic, are 8 s: they overlap within a stage alone. What is
+    put on a sum later is the first stage's, and a training stays one, behind another or repeated.
+    """
+    reads = StageCost(name="a", read_bytes=300, written_bytes=0, peak_bytes=7, flops=10.0)
+    works = StageCost(name="b", read_bytes=0, written_bytes=0, peak_bytes=9, flops=50.0)
+    trains = replace(works, updated=1)
+    both = reads.then(works)
+    assert (both.name, both.read_bytes, both.flops, both.peak_bytes) == ("a", 300, 60.0, 9)
+    assert both.seconds(PLAIN) == 3 + 5
+    assert both.seconds(PLAIN, hot=True) == 3 + 10
+    assert both.repeated(4).seconds(PLAIN) == 4 * 8
+    assert both.then(reads.then(works)).seconds(PLAIN) == 16
+    assert replace(both, read_bytes=500).seconds(PLAIN) == 5 + 5
+    assert reads.then(trains).seconds(PLAIN) == 3 + 10
+    assert reads.then(trains).updated == 1
+    assert trains.then(reads).repeated(3).updated == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [
+        ("qwen3-8b", 8_190_735_360),
+        ("gemma-4-e2b", 4_628_569_379),
+        ("gemma-4-e4b", 7_463_013_418),
+    ],
+)
+def test_a_whole_model_has_all_its_tables(name: str, total: int) -> None:
+    """A head of its own and the tables of per-layer inputs are in memory, too, where a model that
+    answers or is asked by others is whole.
+    """
+    qwen = {
+        "model_type": "qwen3",
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151_936,
+        "tie_word_embeddings": False,
+    }
+    config = {"qwen3-8b": qwen, **arch.PUBLISHED}[name]
+    m = model_of({**config, "torch_dtype": "bfloat16"}, gpu=True, dtype=mx.bfloat16)
+    assert pass_cost.whole_bytes(m) == 2 * total
+    assert task_answers.resident_bytes(m, 1, longest=1, max_tokens=1) > 2 * total
 
 
 def test_updates_come_on_top_of_the_arithmetic() -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -767,3 +768,36 @@ def test_words_need_a_package(monkeypatch: pytest.MonkeyPatch, big: Checkpoint) 
         MisError, match=r"--languages needs word lists: pip install 'mis-mlx\[languages\]'"
     ):
         vocabulary.rows_left(big, vocabulary.VocabularyConfig(languages=("de",)))
+
+
+def test_a_vocabulary_that_is_only_measured_has_no_training_text(
+    tmp_path: Path, big: Checkpoint, text_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The teacher of fewer rows is made and its held-out text cut again; the training text is
+    tokenized again when a finalist is to learn from it, and not before.
+    """
+    tokenizer = load.tokenizer(big.path)
+    folder = str(text_folder)
+    data = preparation.prepare(folder, tokenizer, 32)
+    ranking, judging = candidates.split_held_out(data.held_out, 3, 3, data.choosing)
+    run: Any = SimpleNamespace(teacher=big, folder=tmp_path, files=DISK, data=data.train)
+    config = vocabulary.VocabularyConfig()
+    c = candidates.Candidates(run, data, ranking, judging, settings=config, source=folder)
+    asked = []
+    prepare = preparation.prepare
+
+    def counted(*given: Any) -> preparation.Data:
+        asked.append(given)
+        return prepare(*given)
+
+    monkeypatch.setattr(preparation, "prepare", counted)
+    rows = candidates.vocabularies(big)
+    assert KEPT in rows
+    for count in rows:
+        trimmed = c.trimmed_teacher(count).teacher
+        assert trimmed.config["vocab_size"] == count
+    assert not asked
+    text = c.training_text(rows[0])
+    assert len(asked) == 1
+    assert text.tokens.max() < rows[0]
+    assert c.training_text(ROWS) is data.train

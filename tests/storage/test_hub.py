@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -178,6 +179,39 @@ def test_a_model_without_safetensors_is_refused(
     done = find("me/tiny", address(server), tmp_path)
     assert "choose a model published as safetensors" in done.stdout, done.stderr
     assert not (tmp_path / "cache" / "me--tiny").exists()
+
+
+@pytest.mark.parametrize(
+    "gone", ["model-00002-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json"]
+)
+def test_a_part_of_a_model_is_not_adopted(
+    server: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: str
+) -> None:
+    """What a stopped download left in the hub's own cache is refused while the hub is away, with
+    the folder to delete; later the same command gets the whole model.
+    """
+    shards = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    monkeypatch.delitem(CONTENT, "model.safetensors")
+    for number, name in enumerate(shards):
+        header = json.dumps({f"w{number}": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}})
+        content = len(header).to_bytes(8, "little") + header.encode() + b"x"
+        monkeypatch.setitem(CONTENT, name, content)
+    index = json.dumps({"weight_map": dict(zip(("w0", "w1"), shards, strict=True))})
+    monkeypatch.setitem(CONTENT, "model.safetensors.index.json", index.encode())
+    whole = dict(CONTENT)
+    monkeypatch.delitem(CONTENT, gone)
+    folder = tmp_path / "hf" / "hub" / "models--me--tiny"
+    download = "from huggingface_hub import snapshot_download; snapshot_download('me/tiny')"
+    env = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": address(server)}
+    subprocess.run([sys.executable, "-c", download], env=env, capture_output=True, check=True)
+    for _ in range(2):
+        done = find("me/tiny", "http://127.0.0.1:9", tmp_path)
+        assert done.stdout.startswith("MisError: "), done.stdout + done.stderr
+        assert str(folder) in done.stdout
+        assert not (tmp_path / "cache" / "me--tiny").exists()
+    shutil.rmtree(folder)
+    CONTENT.update(whole)
+    assert find("me/tiny", address(server), tmp_path).stdout.startswith("Hugging Face hub me/tiny")
 
 
 def test_lock_sweeps_and_waits(tmp_path: Path) -> None:

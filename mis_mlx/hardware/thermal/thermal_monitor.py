@@ -29,6 +29,7 @@ JUST_BOOTED_S = 600.0
 # of TVA0: M1 and M2, later chips
 VIRTUAL_SIGMA_C = 2.5
 VIRTUAL_SIGMA_LATER_C = 4.0
+POWER_SUPPLIES = Path("/sys/class/power_supply")  # Linux: a folder for each
 
 
 NO_AIR = (
@@ -245,6 +246,9 @@ def temperatures() -> Rows:
 
 def battery_charge() -> tuple[float | None, bool | None]:
     """`(percent, plugged in)`; `None` where there is no battery or psutil cannot tell."""
+    # On Linux psutil reads the first battery there is, which may be that of a wireless mouse.
+    if _supplies(scope="Device"):
+        return _machine_battery()
     ask = getattr(psutil, "sensors_battery", None)
     try:
         battery = ask() if ask else None
@@ -253,6 +257,44 @@ def battery_charge() -> tuple[float | None, bool | None]:
     if battery is None:
         return None, None
     return float(battery.percent), battery.power_plugged
+
+
+def _supplies(scope: str) -> list[Path]:
+    """Linux's power supplies, by name, of the machine ("System") or of what it talks to ("Device").
+
+    One that names no scope is the machine's, as in Linux's own power_supply_is_system_supplied.
+    """
+    supplies = []
+    for supply in sorted(POWER_SUPPLIES.glob("*")):
+        if (_fact(supply, "scope") or "System") == scope:
+            supplies.append(supply)
+    return supplies
+
+
+def _machine_battery() -> tuple[float | None, bool | None]:
+    """`battery_charge` of the machine alone, past the batteries of mice and headphones."""
+    kinds = {supply: _fact(supply, "type") for supply in _supplies(scope="System")}
+    batteries = [supply for supply, kind in kinds.items() if kind == "Battery"]
+    if not batteries:
+        return None, None
+    percent = _fact(batteries[0], "capacity")
+    lines = [supply for supply, kind in kinds.items() if kind in ("Mains", "USB")]
+    online = [_fact(line, "online") for line in lines]
+    status = _fact(batteries[0], "status")
+    plugged = None
+    if any(online):
+        plugged = "1" in online
+    elif status:
+        plugged = status != "Discharging"
+    return float(percent) if percent.isdecimal() else None, plugged
+
+
+def _fact(supply: Path, name: str) -> str:
+    """What a power supply says; "" where it does not say it, or is gone by now."""
+    try:
+        return (supply / name).read_text().strip()
+    except (OSError, ValueError):
+        return ""
 
 
 def examined(monitor: Monitor) -> dict[str, Any]:

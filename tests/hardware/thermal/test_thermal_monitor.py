@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import sys
 import threading
 import time
 from contextlib import nullcontext
@@ -54,6 +55,47 @@ def test_a_virtual_machine_measures_nothing_and_says_why(no_sensors):
     assert "--temperature-c" in monitor.reasons["ambient_c"]
     assert "--altitude-m" in monitor.reasons["altitude_m"]
     assert not {"die_c", "ambient_c", "altitude_m"} & set(reading.sources)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux lists power supplies as files")
+@pytest.mark.parametrize(
+    ("others", "charge"),
+    [
+        ({}, (None, None)),
+        (
+            {
+                "macsmc-battery": {"type": "Battery", "status": "Discharging", "capacity": "71"},
+                "macsmc-ac": {"type": "Mains", "online": "0"},
+            },
+            (71.0, False),
+        ),
+        (
+            {
+                "BAT0": {"type": "Battery", "scope": "System", "capacity": "90"},
+                "AC": {"type": "Mains", "online": "1"},
+            },
+            (90.0, True),
+        ),
+        ({"BAT1": {"type": "Battery", "status": "Discharging", "capacity": "8"}}, (8.0, False)),
+    ],
+)
+def test_the_battery_of_a_mouse_is_not_the_machine_s(
+    others: dict[str, dict[str, str]],
+    charge: tuple[float | None, bool | None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A wireless mouse discharges all day: a desktop beside it is not on battery, and a laptop's
+    own battery counts.
+    """
+    mouse = {"type": "Battery", "scope": "Device", "status": "Discharging", "capacity": "55"}
+    for name, facts in {"hidpp_battery_0": mouse, **others}.items():
+        (tmp_path / name).mkdir()
+        for fact, value in facts.items():
+            (tmp_path / name / fact).write_text(f"{value}\n")
+    monkeypatch.setattr("psutil._pslinux.POWER_SUPPLY_PATH", str(tmp_path))
+    monkeypatch.setattr(thermal_monitor, "POWER_SUPPLIES", tmp_path, raising=False)
+    assert thermal_monitor.battery_charge() == charge
 
 
 def test_given_values_are_called_given(no_sensors):
