@@ -33,7 +33,7 @@ from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import Files, as_mis_error, need_place
 from mis_mlx.types import Budget, Checkpoint, MisError, Step
 
-S = TypeVar("S", bound=Any)  # a command's Settings
+S = TypeVar("S", bound=cli.Resumable)  # a command's Settings
 
 
 def resumed(settings: S, free: frozenset[str], under: Path = Path("runs")) -> tuple[S, Path | None]:
@@ -51,7 +51,7 @@ def resumed(settings: S, free: frozenset[str], under: Path = Path("runs")) -> tu
         before = run_folder.stored_settings(folder)
         if isinstance(before.get("scenario"), str):
             before["scenario"] = scenarios.plain(before["scenario"])
-        values = run_folder.merged(asdict(settings), defaults, before, free)
+        values = run_folder.merged(settings.given, defaults, before, free)
         return values, str(folder)
 
     # The first machine alone has the folder.

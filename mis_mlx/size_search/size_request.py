@@ -4,7 +4,7 @@ What `distill` asks for, what it refuses, and what it does where nothing was sai
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from mis_mlx import cli
@@ -17,7 +17,7 @@ from mis_mlx.types import Budget, Checkpoint, MisError, gib
 
 DEFAULT_LOSS = 0.1  # bits a byte that a run allows where nothing is said about sizes
 GIVE_SIZES = "give sizes, such as --vocab 0.5x, and --target-bpw"  # where there is no search
-# Settings that say how large the result is.
+# Settings that say how large the result is; formats other than affine have bits of their own.
 SIZE_SETTINGS = ("student", "scenario", *families.ALL, "ffn_widths", "target_bpw", "q_mode")
 
 
@@ -49,11 +49,9 @@ class SizeRequest:
 
 def request_of(asked: DistillFlags) -> SizeRequest:
     """What the flags of `distill` say about sizes."""
-    defaults = {field.name: field.default for field in fields(asked)}
     given = []
-    for name in SIZE_SETTINGS:
-        value = getattr(asked, name)
-        if value != defaults[name]:
+    for name, value in asked.given.items():
+        if name in SIZE_SETTINGS and (name, value) != ("q_mode", "affine"):
             given.append(f"--{name.replace('_', '-')} {value}")
     others = asked.vocab is not None or asked.target == "conditions"
     limit = memory.budget(asked.budget_bytes)

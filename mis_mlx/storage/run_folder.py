@@ -114,29 +114,26 @@ def merged(
     stored: Mapping[str, Any],
     free: frozenset[str],
 ) -> dict[str, Any]:
-    """Settings of a resumed run: the stored ones.
+    """Settings of a resumed run: the stored ones, and those `given` now that are `free`.
 
-    MisError names a flag that asks for something else. A flag at its default asks for nothing.
-    free: flags that may differ, because they do not change the weights.
+    given: what the command that resumes says. defaults: of all settings; a run has them where
+    `stored` says nothing. free: flags that may differ, because they do not change the weights.
+    MisError names a flag that asks for something else.
     """
-    unknown = sorted(set(stored) - set(given))
+    unknown = sorted(set(stored) - set(defaults))
     if unknown:
         why = f"The run's {CONFIG} has {unknown[0]}, which this command does not know"
         raise MisError(f"{why}: resume it with the command that began it, or start a new run")
-    result = dict(given)
+    result = dict(defaults)
+    for name, value in stored.items():
+        result[name] = tuple(value) if isinstance(value, list) else value  # YAML has lists
     for name, value in given.items():
-        if name not in stored or (name in free and value != defaults[name]):
-            continue
-        before = stored[name]
-        if isinstance(value, tuple):
-            before = tuple(before)  # YAML has lists
-        if value not in (before, defaults[name]):
-            why = (
-                f"The settings differ: --{name.replace('_', '-')} is {value}, but the run has "
-                f"{stored[name]}"
-            )
+        before = result[name]
+        if name not in free and value != before:
+            flag = f"--{name.replace('_', '-')}"
+            why = f"The settings differ: {flag} is {value}, but the run has {before}"
             raise MisError(f"{why}: leave the flag out to continue, or start a new run")
-        result[name] = before
+        result[name] = value
     return result
 
 

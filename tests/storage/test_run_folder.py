@@ -99,21 +99,29 @@ def test_find_takes_the_newest_unfinished(here: Path) -> None:
 
 def test_a_flag_left_out_asks_for_nothing() -> None:
     """Stored values come back; free ones follow the new command; another value is refused with
-    both.
+    both. A value that equals the default asks for it.
     """
     stored = {**SETTINGS, "iters": 7, "budget": "1GiB"}
-    given = {**SETTINGS, "iters": 7, "budget": "2GiB"}
-    assert run_folder.merged(SETTINGS, SETTINGS, stored, FREE)["iters"] == 7
-    assert run_folder.merged(given, SETTINGS, stored, FREE)["budget"] == "2GiB"
-    assert run_folder.merged(SETTINGS, SETTINGS, stored, FREE)["budget"] == "1GiB"
-    several = {"languages": ("pl", "de")}  # which YAML holds as a list
-    for asked in ((), ("pl", "de")):
-        merged = run_folder.merged(
-            {"languages": asked}, {"languages": ()}, {"languages": ["pl", "de"]}, FREE
-        )
-        assert merged == several
-    with pytest.raises(MisError, match=r"--iters is 8, but the run has 7"):
-        run_folder.merged({**SETTINGS, "iters": 8}, SETTINGS, stored, FREE)
+
+    def merged(**given: Any) -> dict[str, Any]:
+        return run_folder.merged(given, SETTINGS, stored, FREE)
+
+    assert merged() == stored
+    assert merged(iters=7, budget="2GiB") == {**stored, "budget": "2GiB"}
+    assert merged(budget=SETTINGS["budget"])["budget"] == SETTINGS["budget"]
+    for iters in (8, SETTINGS["iters"]):
+        with pytest.raises(MisError, match=f"--iters is {iters}, but the run has 7"):
+            merged(iters=iters)
+    # Which YAML holds as a list.
+    several = {"languages": ["pl", "de"]}
+    given = {"languages": ("pl", "de")}
+    assert run_folder.merged(given, {"languages": ()}, several, FREE) == given
+    assert run_folder.merged({}, {"languages": ()}, several, FREE) == given
+    # A setting that an older version did not have is at its default in its runs.
+    newer = {**SETTINGS, "later": 1}
+    assert run_folder.merged({}, newer, stored, FREE)["later"] == 1
+    with pytest.raises(MisError, match="--later is 2, but the run has 1"):
+        run_folder.merged({"later": 2}, newer, stored, FREE)
 
 
 def test_another_teacher_or_text_is_refused_another_version_is_said() -> None:
