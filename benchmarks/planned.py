@@ -108,7 +108,7 @@ def stretch(name: str, teacher: str, out: Path) -> None:
             laboratory.count_anew()
         with plain(course, label):
             yield
-        taken[label] = laboratory.largest() - course.peak.before_bytes
+        taken[label] = laboratory.largest() - course.account.peak.before_bytes
 
     Run.phase = phase  # type: ignore[method-assign,assignment]
     when_tokens_are_chosen(laboratory.count_anew)

@@ -135,7 +135,7 @@ def cell(name: str, teacher: str, out: str) -> None:
         seconds = train_loop.CLOCK.monotonic() - began
         after = me.io_counters()
         moved = after.read_chars - before.read_chars, after.write_chars - before.write_chars
-        taken = seconds, laboratory.largest() - course.peak.before_bytes, *moved
+        taken = seconds, laboratory.largest() - course.account.peak.before_bytes, *moved
         plan = next(p for p in course.plan.phases if p.name == label)
         planned = (
             plan.seconds(course.plan.rates),

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import select
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -392,7 +393,7 @@ def main(config_type: Any, run: Callable[[Any], dict[str, Any]], several: bool =
     except KeyboardInterrupt as stop:
         remedy = "start it again"
         if stop.args:
-            remedy = f"finished work is kept: continue with --out {stop} --resume"
+            remedy = f"finished work is kept: {continuing(str(stop))}"
         say(f"mis_mlx: stopped by hand; {remedy}")
         sys.exit(130)
     if not rank() and (json_alone or not sys.stdout.isatty()):
@@ -406,6 +407,22 @@ def say(*lines: str) -> None:
         return
     for line in lines:
         print(line, file=sys.stderr, flush=True)
+
+
+def continuing(run: str | Path) -> str:
+    """How to go on with a run: the command to paste; the flags, where a program began it."""
+    flags = f"--out {shlex.quote(str(run))} --resume"
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec and spec.name.startswith("mis_mlx."):
+        python = from_here(Path(sys.executable))
+        return f"continue with {shlex.quote(str(python))} -m {spec.name} {flags}"
+    return f"continue with {flags}"
+
+
+def from_here(path: Path) -> Path:
+    """A path relative to the current folder, if it is in it."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def show_progress(label: str, items: Iterable[T], total: int) -> Iterator[T]:
