@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mis_mlx import cli
-from mis_mlx.compute import precision
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import (
