@@ -28,6 +28,7 @@ from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting import progress, text
 from mis_mlx.runs import run_loop
 from mis_mlx.size_search import earlier, size_request
+from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError, Row
@@ -255,17 +256,21 @@ def _write_text(
         return
     if distributed.is_main() and not written.out.exists():
         cli.say(f"--data teacher: the teacher writes first, into {written.out}")
-        synthesize.run(
-            synthesize.Settings(
-                model=str(teacher.path),
-                out=str(written.out),
-                num_samples=written.texts,
-                budget=written.budget,
-                compute_dtype=written.compute_dtype,
-                seed=written.seed,
-                dry_run=dry_run,
-            )
+        asked = synthesize.Settings(
+            model=str(teacher.path),
+            out=str(written.out),
+            num_samples=written.texts,
+            budget=written.budget,
+            compute_dtype=written.compute_dtype,
+            seed=written.seed,
+            dry_run=dry_run,
         )
+        if dry_run:
+            synthesize.run(asked)
+            return
+        with protocol.only_maker(written.out, cli.say) as missing:
+            if missing:
+                synthesize.make(asked)
     if not dry_run:
         distributed.broadcast_folder(written.out, DISK)
 
