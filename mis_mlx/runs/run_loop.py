@@ -76,9 +76,10 @@ def open_model(
 ) -> Checkpoint:
     """The model that a command begins with, opened once the flags are checked.
 
-    MisError, before the model is looked for, where a flag is out of its range, where a run would
-    wait for the plug after its first step, or where a path cannot be written: that of --out, by
-    default under `place`, or of the flag `new`, which names something that is not there yet.
+    MisError where machines have different models; before the model is looked for, where a flag is
+    out of its range, where a run would wait for the plug after its first step, or where a path
+    cannot be written: that of --out, by default under `place`, or of the flag `new`, which names
+    something that is not there yet.
     """
     cli.check_ranges(s)
     if isinstance(s, cli.Resumable) and isinstance(s, ThermalFlags) and not s.dry_run:
@@ -90,6 +91,9 @@ def open_model(
     source = resolve.resolve_model(model)
     cli.say(f"{what}: {source.source}")
     checkpoint = load.open_checkpoint(source.path)
+    # All machines take part in a run; only the first one writes text for it.
+    if distributed.size() > 1 and isinstance(s, cli.Resumable):
+        distributed.check_same({what: run_folder.origin(checkpoint, "")["teacher"]})
     return estimates.settle_precision(memory.budget(s.budget_bytes), checkpoint, s.precision)
 
 
