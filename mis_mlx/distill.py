@@ -136,8 +136,12 @@ def _resolved(
     """
     resolved = resolved_run.resolve(s, sizes, teacher, folder)
     cli.say(text.aligned(plan.table(resolved.plan)))
-    if not (resolved.plan.fits or s.dry_run):
+    if s.dry_run:
+        return resolved
+    if not resolved.plan.fits:
         raise MisError(strategies.remedy(resolved.plan))
+    if folder is None or not run_folder.is_decided(folder):
+        cli.say(progress.promise(sum(resolved.plan.planned.values())))
     return resolved
 
 
@@ -238,8 +242,6 @@ def _work(resolved: ResolvedRun, place: run_loop.Place) -> dict[str, Any]:
     place.decide(resolved.settings.values, resolved.strategy)
     _write_text(resolved.text.written, resolved.teacher)
     source = conversations.source(resolved.teacher, resolved.text.wanted, resolved.budget)
-    if not (place.folder / run_folder.PHASES).exists():
-        cli.say(progress.promise(sum(resolved.plan.planned.values())))
     with progress.run("distill", resolved.plan.planned):
         table, result = _begin(resolved, source, place)
     if table:
