@@ -68,14 +68,14 @@ def plan_run(request: RunRequest, budget: Budget, folder: Path | None) -> strate
     job = measured_block.of_job(_job(request), limit)
     rates = estimates.machine_rates()
     before = distributed.broadcast_json(lambda: _strategy_of(folder))
-    if before and PLANNED_ITERS in before:
-        job = replace(job, iters=before[PLANNED_ITERS])
+    counted = before.pop(PLANNED_ITERS, None)
+    if counted:
+        job = replace(job, iters=counted)
     elif request.recipe.minutes is not None:
         job = _paced(request.recipe.minutes, job, limit, rates)
 
     def strategy() -> dict[str, Any]:
-        decided = before or strategies.best_plan(job, limit, rates).strategy
-        return {name: value for name, value in decided.items() if name != PLANNED_ITERS}
+        return before or strategies.best_plan(job, limit, rates).strategy
 
     plan = strategies.plan_strategy(job, limit, rates, **distributed.broadcast_json(strategy))
     if distributed.size() > 1 and plan.mode == "sharded":
@@ -96,10 +96,13 @@ def stored_strategy(plan: strategies.MemoryPlan) -> dict[str, Any]:
     return {**plan.strategy, PLANNED_ITERS: plan.job.iters}
 
 
-def _strategy_of(folder: Path | None) -> dict[str, Any] | None:
-    """What the plan.json of a run that goes on says. Older ones do not have the number of steps."""
+def _strategy_of(folder: Path | None) -> dict[str, Any]:
+    """What the plan.json of a run that goes on says, {} of a new one.
+
+    Older ones do not have the number of steps; before a run is decided it is all that they have.
+    """
     if folder is None:
-        return None
+        return {}
     return run_folder.stored_settings(folder, run_folder.PLAN)
 
 
