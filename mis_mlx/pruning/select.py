@@ -139,7 +139,9 @@ def select_units(
     layers = importance.select_blocks(blocks, shape.layers, arch.layer_phase(config))
     scores, used = ranking(statistics, cut)
     if cut.target == "conditions":
-        shape = _shape_by_conditions(statistics, cut, shape, layers=layers, used=used)
+        shape = _shape_by_conditions(
+            statistics, cut, shape, layers=layers, used=used, experts=max(1, before.experts)
+        )
     kept: dict[Key, tuple[int, ...]] = {}
     differ: dict[Key, int] = {}
 
@@ -187,9 +189,18 @@ def _block_shapes(config: Mapping[str, Any], cut: PruningConfig, shape: Shape) -
 
 
 def _shape_by_conditions(
-    statistics: Statistics, cut: PruningConfig, shape: Shape, *, layers: Sequence[int], used: str
+    statistics: Statistics,
+    cut: PruningConfig,
+    shape: Shape,
+    *,
+    layers: Sequence[int],
+    used: str,
+    experts: int,
 ) -> Shape:
-    """The shape with the FFN size that eq. (1) gives in the measured air, of the kept layers."""
+    """The shape with the FFN size that eq. (1) gives in the measured air, of the kept layers.
+
+    experts: the teacher's; 1 where it is dense.
+    """
     if used != "aais" or statistics.altitude_m is None:
         lost = "--target conditions needs T_env and the altitude, and one is missing"
         raise MisError(f"{lost}: add --temperature-c and --altitude-m, or use --target fixed")
@@ -199,6 +210,7 @@ def _shape_by_conditions(
         multiple=arch.FFN_MULTIPLE,
         altitude_m=statistics.altitude_m,
         unit=cut.temperature_unit,
+        experts=experts,
     )
     return replace(shape, ffn=ffn)
 
