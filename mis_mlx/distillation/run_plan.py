@@ -11,7 +11,7 @@ from mis_mlx.data import preparation
 from mis_mlx.distillation import pipeline, strategies
 from mis_mlx.evaluation import answers
 from mis_mlx.hardware.rates import Rates
-from mis_mlx.models import arch, distributed, load
+from mis_mlx.models import distributed, load
 from mis_mlx.models.model_size import model_of
 from mis_mlx.planner import estimates, measured_block
 from mis_mlx.planner.distillation_spec import DistillationSpec, spec_of
@@ -113,8 +113,7 @@ def _job(request: RunRequest) -> DistillationSpec:
     if student.folder:
         config = load.open_checkpoint(student.folder).config
     else:
-        shape = select.wanted_shape(seen.config, student.pruning)
-        config = arch.student_config(seen.config, shape, dtype=pipeline.DTYPE)
+        config = select.largest_student(seen.config, student.pruning, pipeline.DTYPE)
     if rounding:
         stage.check(config, rounding, recipe.num_samples)
     prompts = 0
@@ -128,6 +127,7 @@ def _job(request: RunRequest) -> DistillationSpec:
         rotates=student.pruning.hidden_by == "pca",
         shown=model_of(teacher),
         copied=not student.folder,
+        sized=student.pruning.target == "fixed",
         answers=prompts,
         answers_known=prompts > 0 and answers.known(teacher, answers.prompts(prompts)),
     )

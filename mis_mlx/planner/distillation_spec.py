@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from mis_mlx.compute.token_losses import Footprint, teacher_kl_footprint
+from mis_mlx.models import arch
 from mis_mlx.models.families import family
 from mis_mlx.models.model_size import ModelSize
 from mis_mlx.settings.recipe import (
@@ -70,6 +71,7 @@ def spec_of(
     rotates: bool = True,
     shown: ModelSize | None = None,
     copied: bool = False,
+    sized: bool = True,
     answers: int = 0,
     answers_known: bool = False,
 ) -> DistillationSpec:
@@ -77,14 +79,15 @@ def spec_of(
 
     rotates: a smaller hidden size is cut along directions. shown: the teacher with its own
     vocabulary, where the student has another. copied: the student is cut out of this teacher.
-    answers: prompts that the models answer at the end; answers_known: the teacher's answers are
-    there already.
+    sized: its sizes are exact, and not the largest that it may have. answers: prompts that the
+    models answer at the end; answers_known: the teacher's answers are there already.
     """
     uncut = (
         copied
+        and sized
         and asked.train == "auto"
         and not asked.cross_entropy
-        and student.shape == teacher.shape
+        and arch.tensors_of(student.config) == arch.tensors_of(teacher.config)
     )
     settings = {f.name: getattr(asked, f.name) for f in fields(DistillationConfig)}
     settings["iters"] = steps_of(asked, student.config)

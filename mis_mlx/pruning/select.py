@@ -255,15 +255,30 @@ def wanted_shape(config: Mapping[str, Any], cut: PruningConfig) -> Shape:
         exact["ffn"] = before.ffn
     shape = arch.target_shape(config, ratios, **exact)
     widths = asked_widths(config, cut, shape.layers)
-    if widths:  # plans count every block as wide as the widest
+    if widths:  # of the widest
         return replace(shape, ffn=max(widths))
-    if cut.scenario != "none" and shape == before:
+    if cut.scenario != "none" and shape == before and cut.target == "fixed":
         why = (
             f"--scenario {cut.scenario} would cut nothing of {before}, because FFN goes in steps "
             f"of {arch.FFN_MULTIPLE}, hidden in steps of {math.lcm(16, before.heads)}"
         )
         raise MisError(f"{why}: give --layers, --ffn or --hidden, or another scenario")
     return shape
+
+
+def largest_student(config: Mapping[str, Any], cut: PruningConfig, dtype: str) -> dict[str, Any]:
+    """The config of the largest student that `cut` may leave: for plans, which are made before.
+
+    The air decides no sooner than in the pruning, and may leave as many neurons as the teacher has.
+    """
+    shape = wanted_shape(config, cut)
+    if cut.target == "conditions":
+        shape = replace(shape, ffn=shape_of(config).ffn)
+    edited = arch.student_config(config, shape, dtype=dtype)
+    widths = asked_widths(config, cut, shape.layers)
+    if widths and len(set(widths)) > 1:
+        return block_widths.unequal(edited, widths)
+    return edited
 
 
 def asked_widths(
