@@ -11,8 +11,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
 
-from mis_mlx.models import altup, block_state, hybrid, modules
+from mis_mlx.models import altup, arch, block_state, hybrid, modules
 from mis_mlx.models.config import normalised
 from mis_mlx.models.families import Config, Family, family
 
@@ -94,6 +95,19 @@ def new_model(config: Config) -> nn.Module:
     if getattr(model, "lm_head", model) is None:  # nemotron-nas with a tied head
         del model.lm_head
     return model
+
+
+def set_dtype(model: nn.Module, config: Config, dtype: mx.Dtype) -> None:
+    """Cast the floats of a whole model, but for those that are float32 in a model of any type.
+
+    `nn.Module.set_dtype` would cast these, too.
+    """
+    cast = []
+    for name, array in tree_flatten(model.parameters()):
+        if mx.issubdtype(array.dtype, mx.floating):
+            own_dtype = arch.type_of(config, name, dtype)
+            cast.append((name, array.astype(own_dtype)))
+    model.update(tree_unflatten(cast))
 
 
 def window(args: Any, block: nn.Module) -> int | None:

@@ -51,11 +51,13 @@ def leaves_its_slot(checkpoint: Checkpoint, dtype: mx.Dtype) -> bool:
     """Whether weights are converted to `dtype`, and so leave the slot that they were read into.
 
     Weights stored as they are computed with are used where they were read. Packed ones that stay
-    packed need their slot as long as the block lives, whatever type its norms have.
+    packed need their slot as long as the block lives, whatever type its norms have. Tensors that
+    are float32 in any model decide nothing: they stay or are converted by themselves.
     """
     stored = set[str]()
     for name, tensor in checkpoint.tensors.items():
-        if arch.block_of(name) is not None:
+        in_block = arch.block_of(name) is not None
+        if in_block and not arch.always_float32(checkpoint.config, name):
             stored.add(tensor.dtype)
     if "U32" in stored:
         return not precision.keeps_packed()

@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -24,13 +25,18 @@ from mis_mlx.models import (
     bit_floors,
     gated_delta,
     load,
+    mlx_generate,
+    model_writer,
+    residency,
     stream,
     streamed_decode,
     text_writer,
 )
 from mis_mlx.models.config import attends, check_config, read_config
+from mis_mlx.models.model_size import model_of
 from mis_mlx.quantization import packed_format
-from mis_mlx.types import Checkpoint, MisError
+from mis_mlx.storage.files import DISK
+from mis_mlx.types import Checkpoint, MisError, Precision
 from tests import family_checks, stock, tiny
 from tests.conftest import mostly_slow
 from tests.family_checks import TOKENS, apart, streamed
@@ -191,6 +197,52 @@ def test_bits_are_stock(
     tolerance = 1e-5 if policy == "cpu" else 2e-2
     assert apart(streamed(four, TOKENS), theirs(TOKENS)) <= tolerance
     assert apart(load.resident_model(four, mx.float32)(TOKENS), theirs(TOKENS)) <= tolerance
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_decay_keeps_its_digits(
+    qwen: Checkpoint, dtype: Literal["bfloat16", "float16"], tmp_path: Path, text_folder: Path
+) -> None:
+    """As in mlx-lm, the logarithms of the decay stay float32, in memory and on disk, in every way
+    that a model is opened or written.
+    """
+    name = "model.layers.0.linear_attn.A_log"
+    stored = load.dense(qwen, name)
+    assert not mx.array_equal(stored.astype(mx.bfloat16), stored)
+    precision = Precision(asked=dtype, dtype=dtype)
+    out = tmp_path / "pruned"
+    asked = prune.Settings(
+        model=str(qwen.path),
+        mlx_path=str(out),
+        data=str(text_folder),
+        dtype=dtype,
+        ffn=512,
+        **FEW,
+    )
+    prune.run(asked)
+    rounded = family_checks.quantized(out, tmp_path / "four")
+    for checkpoint in (qwen, load.open_checkpoint(out), rounded):
+        half = replace(checkpoint, precision=precision)
+        assert mx.array_equal(load.dense(half, name), stored)
+        whole = load.resident_model(half, getattr(mx, dtype))
+        source = stream.Stream(half)
+        _, block = next(source.blocks())
+        stock_model, _ = mlx_generate.open_model(half)
+        for first in (whole.model.layers[0], block, stock_model.layers[0]):
+            assert mx.array_equal(first.linear_attn.A_log, stored)
+            assert first.linear_attn.dt_bias.dtype == getattr(mx, dtype)
+
+
+def test_half_a_model_computes_where_it_was_read(qwen: Checkpoint, tmp_path: Path) -> None:
+    """Tensors that stay float32 in a folder of bfloat16 do not make every block a copy."""
+    folder = model_writer.by_block(qwen, tmp_path / "half", DISK, "bfloat16")
+    assert not residency.leaves_its_slot(folder, mx.bfloat16)
+    assert residency.leaves_its_slot(folder, mx.float16)
+    assert model_of(folder, gpu=True, dtype=mx.bfloat16).as_stored
+    whole = load.resident_model(folder, mx.bfloat16)
+    expected = whole(TOKENS)
+    source = stream.Stream(folder, mx.bfloat16)
+    assert apart(load.logits(source.head(), source.forward([TOKENS])[0]), expected) <= 0.02
 
 
 def test_too_few_bits_are_a_sentence(qwen: Checkpoint, tmp_path: Path, text_folder: Path) -> None:
