@@ -80,7 +80,8 @@ def _grid_product(integers: mx.array) -> Callable[[mx.array, mx.array, mx.array]
         of_scales = of_values.sum(axis=-1)
         waiting = mx.depends(cotangent, [of_scales, of_biases])
         of_input = waiting @ matrix(scales, biases, waiting)
-        return of_input, of_scales, of_biases
+        # MLX's own products give a gradient in its input's type, and blocks that cast rely on it.
+        return of_input.astype(x.dtype), of_scales, of_biases
 
     return product  # type: ignore[return-value]
 
