@@ -16,7 +16,7 @@ from mis_mlx.models.model_size import model_of
 from mis_mlx.planner import estimates, measured_block
 from mis_mlx.planner.distillation_spec import DistillationSpec, spec_of
 from mis_mlx.pruning import select, vocabulary
-from mis_mlx.quantization import stage
+from mis_mlx.quantization import packed_format, stage
 from mis_mlx.runs.run_loop import OpenRun
 from mis_mlx.settings.recipe import (
     FIRST_STEPS,
@@ -111,7 +111,9 @@ def _job(request: RunRequest) -> DistillationSpec:
     rounding = student.rounding
     seen = vocabulary.first_rows(teacher, student.rows)
     if student.folder:
-        config = load.open_checkpoint(student.folder).config
+        given = load.open_checkpoint(student.folder)
+        packed_format.check_dense(given)
+        config = given.config
     else:
         config = select.largest_student(seen.config, student.pruning, pipeline.DTYPE)
     if rounding:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mis_mlx import distill
+from mis_mlx import distill, plan
 from mis_mlx.compute import precision
 from mis_mlx.distillation import resolved_run
 from mis_mlx.models import load
 from mis_mlx.models.config import ffn_size, shape_of
 from mis_mlx.storage import run_folder
-from mis_mlx.types import Checkpoint
-from tests import tiny
+from mis_mlx.types import Checkpoint, MisError
+from tests import family_checks, tiny
 
 SMALL: dict[str, Any] = {
     "scenario": "none",
@@ -62,6 +63,35 @@ def test_a_student_as_wide_as_its_teacher_in_one_block_is_repaired_and_trained(
     phases = [json.loads(line).get("phase") for line in lines]
     assert {"repair", "distil"} <= set(phases)
     assert result["kl_student"] < result["kl_pruned"]
+
+
+@pytest.mark.parametrize("policy", ["cpu", "metal"])
+@pytest.mark.parametrize("quantize", [0, 1])
+def test_a_packed_student_is_refused_before_anything_begins(
+    quantize: int,
+    policy: str,
+    llama: Checkpoint,
+    text_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its integers cannot learn, and what is written would not open."""
+    monkeypatch.setenv(precision.POLICY, policy)
+    packed = family_checks.quantized(llama.path, tmp_path / "packed")
+    out = tmp_path / "run"
+    asked = distill.Settings(
+        teacher=str(llama.path),
+        student=str(packed.path),
+        data=str(text_folder),
+        out=str(out),
+        **{**SMALL, "scenario": None, "vocab": None, "quantize": quantize},
+    )
+    for settings in (asked, replace(asked, dry_run=True)):
+        with pytest.raises(MisError, match="packed is quantized already"):
+            distill.run(settings)
+    with pytest.raises(MisError, match="packed is quantized already"):
+        plan.run(plan.Settings(teacher=str(llama.path), student=str(packed.path)))
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
