@@ -201,6 +201,11 @@ def _shape_by_conditions(
 
     experts: the teacher's; 1 where it is dense.
     """
+    if cut.importance != "aais":
+        raise MisError(
+            f"--target conditions needs importance aais, but {cut.importance} was given, which "
+            f"does not know the air: leave one of them out"
+        )
     if used != "aais" or statistics.altitude_m is None:
         lost = "--target conditions needs T_env and the altitude, and one is missing"
         raise MisError(f"{lost}: add --temperature-c and --altitude-m, or use --target fixed")
@@ -347,7 +352,7 @@ def prune(
         checkpoint,
         distributed.shard(batches),
         reading=reading,
-        unit=cut.temperature_unit,
+        unit=cut.temperature_unit if cut.importance == "aais" else None,
         relay=_relay(checkpoint, shares, direct=spooled),
         hidden=states(),
     )
