@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx import plan, prune, quantize, search
+from mis_mlx import generate, grpo, plan, prune, quantize, search, sft
 from mis_mlx.evaluation import option_likelihood
 from mis_mlx.models import (
     arch,
@@ -35,6 +35,7 @@ from mis_mlx.models import (
 from mis_mlx.models.config import attends, check_config, read_config
 from mis_mlx.models.model_size import model_of
 from mis_mlx.quantization import packed_format
+from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError, Precision
 from tests import family_checks, stock, tiny
@@ -282,10 +283,38 @@ def test_every_way_of_training(tmp_path: Path, text_folder: Path, way: str) -> N
     family_checks.check_training(tmp_path, text_folder, way, teacher=teacher)
 
 
+def test_rows_of_sft_have_windows_of_their_own(qwen: Checkpoint, tmp_path: Path) -> None:
+    """Packing is the default, and is left out by itself: the rows' losses are those without it."""
+    data = tmp_path / "data"
+    data.mkdir()
+    row = json.dumps({"prompt": "The for statement", "completion": " is used to iterate"})
+    for split in ("train", "valid"):
+        (data / f"{split}.jsonl").write_text(f"{row}\n" * 4)
+    asked = sft.Settings(
+        model=str(qwen.path), data=str(data), iters=1, batch_size=2, max_seq_length=32
+    )
+    losses = []
+    for packing in (True, False):
+        out = tmp_path / f"packing {packing}"
+        sft.run(replace(asked, out=str(out), packing=packing))
+        losses.append(run_folder.metrics(out)[0]["loss"])
+    assert losses[0] == losses[1]
+
+
+def test_grpo_is_refused_before_it_begins(qwen: Checkpoint, tmp_path: Path) -> None:
+    """Not after the first answers; with what to do, in flags that the command has."""
+    out = tmp_path / "run"
+    with pytest.raises(MisError, match="give another --model, or use sft or dpo"):
+        grpo.run(grpo.Settings(model=str(qwen.path), out=str(out)))
+    assert not out.exists()
+    with pytest.raises(MisError, match="leave out --draft-model"):
+        generate.run(generate.Settings(model=str(qwen.path), draft_model=str(qwen.path)))
+
+
 def test_what_is_not_built_is_a_sentence(qwen: Checkpoint, text_folder: Path) -> None:
     """Texts that share a sequence, drafts, searches."""
     source = stream.Stream(qwen, mx.float32)
-    with pytest.raises(MisError, match="read one text after the other"):
+    with pytest.raises(MisError, match="leave out --tasks whose questions have options"):
         option_likelihood.score(source, [([5, 9], [[3], [4]])])
     model = load.resident_model(qwen, mx.float32)
     joined = attention_masks.join([5, 6], [[7, 8], [9]])
