@@ -103,7 +103,8 @@ def set_dtype(model: nn.Module, config: Config, dtype: mx.Dtype) -> None:
     `nn.Module.set_dtype` would cast these, too.
     """
     cast = []
-    for name, array in tree_flatten(model.parameters()):
+    parameters = dict[str, mx.array](tree_flatten(model.parameters()))
+    for name, array in parameters.items():
         if mx.issubdtype(array.dtype, mx.floating):
             own_dtype = arch.type_of(config, name, dtype)
             cast.append((name, array.astype(own_dtype)))
