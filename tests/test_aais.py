@@ -98,7 +98,7 @@ def test_higher_is_smaller_when_the_conditions_decide(pruned: Pruned, tmp_path: 
         ({"target": "conditions"}, "--temperature-c and --altitude-m"),
         (
             {"target": "conditions", "importance": "rms", "altitude_m": 832.0},
-            "needs importance aais, but rms was given",
+            "needs --importance aais, but rms was given",
         ),
     ],
 )

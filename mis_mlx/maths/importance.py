@@ -51,10 +51,6 @@ def block_sample(into: mx.array, out: mx.array) -> mx.array:
     return 1.0 - cosines.mean()
 
 
-# `importance` is a flag of prune alone
-WITHOUT_AIR = "rank without the air: importance rms (a flag of prune, else in --config)"
-
-
 def weight_of(reading: Reading | None, unit: str | None) -> float | None:
     """T_env of one calibration batch in this unit, or None where it was not measured.
 
@@ -67,16 +63,16 @@ def weight_of(reading: Reading | None, unit: str | None) -> float | None:
         return None
     if reading.altitude_m is not None and reading.altitude_m <= 0:
         why = f"the altitude is {reading.altitude_m:g} m and divides eq. (1), so it must be above 0"
-        raise MisError(f"{why}: give another --altitude-m, or {WITHOUT_AIR}")
+        raise MisError(f"{why}: use --importance rms here, or give another --altitude-m")
     if unit == "kelvin":
         return reading.ambient_c + KELVIN
     if reading.ambient_c <= 0:
         why = (
-            f"the air is {reading.ambient_c:g} °C and temperature_unit celsius needs more than 0 °C"
+            f"the air is {reading.ambient_c:g} °C and --temperature-unit celsius needs more "
+            f"than 0 °C"
         )
         raise MisError(
-            f"{why}, a negative weight would reverse the ranking: use temperature_unit kelvin, or "
-            f"{WITHOUT_AIR}"
+            f"{why}, a negative weight would reverse the ranking: use --temperature-unit kelvin"
         )
     return reading.ambient_c
 

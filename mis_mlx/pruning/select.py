@@ -203,7 +203,7 @@ def _shape_by_conditions(
     """
     if cut.importance != "aais":
         raise MisError(
-            f"--target conditions needs importance aais, but {cut.importance} was given, which "
+            f"--target conditions needs --importance aais, but {cut.importance} was given, which "
             f"does not know the air: leave one of them out"
         )
     if used != "aais" or statistics.altitude_m is None:

@@ -106,7 +106,7 @@ def test_what_would_reverse_a_ranking_is_refused() -> None:
     """A negative weight, a division by the sea's altitude: one sentence; in kelvin the same air is
     fine.
     """
-    with pytest.raises(MisError, match="-3 °C.*temperature_unit kelvin"):
+    with pytest.raises(MisError, match="-3 °C.*--temperature-unit kelvin"):
         importance.weight_of(air(-3.0), "celsius")
     assert importance.weight_of(air(-3.0), "kelvin") == pytest.approx(270.15)
     with pytest.raises(MisError, match="altitude"):
