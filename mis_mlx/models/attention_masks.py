@@ -76,7 +76,9 @@ def forward(
     """
     inner = model.model
     mask = _branch_mask(branch)
-    in_text = _positions(branch) if positions is None else mx.array(positions)
+    in_text = _positions(branch)
+    if positions is not None:
+        in_text = mx.array(positions)
     embedded = load.embedded(model, tokens)
     sides = block_inputs.of_model(model, tokens, embedded)
     hidden = altup.enter(model, embedded)
@@ -92,10 +94,15 @@ def forward(
 def _positions(branch: mx.array) -> mx.array:
     """(B, T): how many tokens of its branch, which are neighbours, stand before each token."""
     columns = mx.arange(branch.shape[1])
-    begins = branch[:, 1:] != branch[:, :-1]
-    starts = mx.where(begins, columns[1:], 0)
-    starts = mx.pad(starts, [(0, 0), (1, 0)])
-    return columns - mx.cummax(starts, axis=1)
+    own = branch[:, 1:]
+    before = branch[:, :-1]
+    begins = own != before
+    later = columns[1:]
+    starts = mx.where(begins, later, 0)
+    one_in_front = [(0, 0), (1, 0)]
+    starts = mx.pad(starts, one_in_front)
+    start = mx.cummax(starts, axis=1)
+    return columns - start
 
 
 def _branch_mask(branch: mx.array) -> mx.array:

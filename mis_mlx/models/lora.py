@@ -118,12 +118,15 @@ def _stacked(adapters: Mapping[str, mx.array], config: Mapping[str, Any]) -> dic
     named = dict[str, mx.array]()
     for name, array in adapters.items():
         path, _, part = name.rpartition(".")
-        own = f"{experts.stacked(path, config)}.{part}"
+        stacked = experts.stacked(path, config)
+        own = f"{stacked}.{part}"
         if own == name:
             named[name] = array
         elif own not in named:
-            parts = experts.one_by_one(own, config)
-            named[own] = mx.stack([adapters[expert].T for expert in parts])
+            parts = []
+            for expert in experts.one_by_one(own, config):
+                parts.append(adapters[expert].T)
+            named[own] = mx.stack(parts)
     return named
 
 

@@ -56,8 +56,9 @@ def leaves_its_slot(checkpoint: Checkpoint, dtype: mx.Dtype) -> bool:
     """
     stored = set[str]()
     for name, tensor in checkpoint.tensors.items():
-        in_block = arch.block_of(name) is not None
-        if in_block and not arch.always_float32(checkpoint.config, name):
+        if arch.always_float32(checkpoint.config, name):
+            continue
+        if arch.block_of(name) is not None:
             stored.add(tensor.dtype)
     if "U32" in stored:
         return not precision.keeps_packed()

@@ -82,13 +82,8 @@ def spec_of(
     sized: its sizes are exact, and not the largest that it may have. answers: prompts that the
     models answer at the end; answers_known: the teacher's answers are there already.
     """
-    uncut = (
-        copied
-        and sized
-        and asked.train == "auto"
-        and not asked.cross_entropy
-        and arch.tensors_of(student.config) == arch.tensors_of(teacher.config)
-    )
+    untrained = asked.train == "auto" and not asked.cross_entropy
+    uncut = copied and sized and untrained and _same_tensors(teacher, student)
     settings = {f.name: getattr(asked, f.name) for f in fields(DistillationConfig)}
     settings["iters"] = steps_of(asked, student.config)
     # No fit knows what comes of several hidden states.
@@ -107,6 +102,12 @@ def spec_of(
         answers=answers,
         answers_known=answers_known,
     )
+
+
+def _same_tensors(teacher: ModelSize, student: ModelSize) -> bool:
+    """Whether both have the same tensors, block by block: a shape knows one width for all."""
+    of_teacher = arch.tensors_of(teacher.config)
+    return arch.tensors_of(student.config) == of_teacher
 
 
 def _modes(asked: DistillationConfig, student: ModelSize, *, uncut: bool) -> tuple[Mode, ...]:

@@ -395,8 +395,9 @@ class _PostNorm:
             return old, 1.0
         change = mx.array((growth * self.gain).astype(np.float32))
         gains = old + change
-        self.norm.weight = gains.astype(self.norm.weight.dtype)
-        stream.evaluate_now(gains, self.norm.weight)
+        rounded = gains.astype(self.norm.weight.dtype)
+        stream.evaluate_now(gains, rounded)
+        self.norm.weight = rounded
         return gains, left
 
 

@@ -79,13 +79,9 @@ def test_a_packed_student_is_refused_before_anything_begins(
     monkeypatch.setenv(precision.POLICY, policy)
     packed = family_checks.quantized(llama.path, tmp_path / "packed")
     out = tmp_path / "run"
-    asked = distill.Settings(
-        teacher=str(llama.path),
-        student=str(packed.path),
-        data=str(text_folder),
-        out=str(out),
-        **{**SMALL, "scenario": None, "vocab": None, "quantize": quantize},
-    )
+    flags = {**SMALL, "scenario": None, "vocab": None, "quantize": quantize}
+    flags |= {"teacher": str(llama.path), "student": str(packed.path)}
+    asked = distill.Settings(data=str(text_folder), out=str(out), **flags)
     for settings in (asked, replace(asked, dry_run=True)):
         with pytest.raises(MisError, match="packed is quantized already"):
             distill.run(settings)

@@ -500,10 +500,11 @@ def test_a_run_goes_back_to_the_checkpoint_of_its_visit(
         batches = drawn(*given)
         if given[-1] + 1 not in poisoned:
             return batches
-        return [
-            (tokens, mask, *(target * math.nan for target in targets))
-            for tokens, mask, *targets in batches
-        ]
+        bad = []
+        for tokens, mask, *targets in batches:
+            no_numbers = [target * math.nan for target in targets]
+            bad.append((tokens, mask, *no_numbers))
+        return bad
 
     monkeypatch.setattr(live_teacher, "step_micro_batches", some_bad)
     flags = {**family_checks.RUN, "vocab": "512", "layers": 3, "iters": 12, "save_every": 2}
