@@ -242,6 +242,24 @@ def _refuse_file_only(config_type: type, args: Sequence[str]) -> None:
             )
 
 
+def in_words_of(config_type: Any, message: str) -> str:
+    """The message of a shared module, for one command: what is no flag of it is named as a setting.
+
+    Then it says where settings are given, too.
+    """
+    if not isinstance(config_type, type):
+        return message
+    settings = []
+    for name in sorted(flag_help.quiet(config_type)):
+        flag = "--" + name.replace("_", "-")
+        message, count = re.subn(rf"{flag}(?![\w-])(?! is not a flag)", name, message)
+        if count:
+            settings.append(f"`{name}: ...`")
+    if not settings:
+        return message
+    return f"{message} ({' and '.join(settings)}: in a YAML file, for -c)"
+
+
 def check_ranges(settings: Any) -> None:
     """MisError where a number is outside of its field's `types.Within`, or a text is empty."""
     config_type = type(settings)
@@ -381,7 +399,7 @@ def main(config_type: Any, run: Callable[[Any], dict[str, Any]], several: bool =
         with redirect_stdout(sys.stderr) if json_alone else nullcontext():
             result = run(settings)
     except (MisError, RuntimeError) as error:
-        message = str(error)
+        message = in_words_of(config_type, str(error))
         if not isinstance(error, MisError):
             message = device_trouble(error, config_type)
         if not message:

@@ -11,12 +11,12 @@ from mis_mlx.data import preparation
 from mis_mlx.distillation import pipeline, strategies
 from mis_mlx.evaluation import answers
 from mis_mlx.hardware.rates import Rates
-from mis_mlx.models import arch, distributed, load, resolve
+from mis_mlx.models import distributed, load, resolve
 from mis_mlx.models.model_size import model_of
 from mis_mlx.planner import estimates, measured_block
 from mis_mlx.planner.distillation_spec import DistillationSpec, spec_of
 from mis_mlx.pruning import select, vocabulary
-from mis_mlx.quantization import stage
+from mis_mlx.quantization import packed_format, stage
 from mis_mlx.runs.run_loop import OpenRun
 from mis_mlx.settings.recipe import (
     FIRST_STEPS,
@@ -114,10 +114,11 @@ def _job(request: RunRequest) -> DistillationSpec:
     rounding = student.rounding
     seen = vocabulary.first_rows(teacher, student.rows)
     if student.folder:
-        config = load.open_checkpoint(student.folder).config
+        given = load.open_checkpoint(student.folder)
+        packed_format.check_dense(given)
+        config = given.config
     else:
-        shape = select.wanted_shape(seen.config, student.pruning)
-        config = arch.student_config(seen.config, shape, dtype=pipeline.DTYPE)
+        config = select.largest_student(seen.config, student.pruning, pipeline.DTYPE)
     if rounding:
         stage.check(config, rounding, recipe.num_samples)
     prompts = 0
@@ -131,6 +132,7 @@ def _job(request: RunRequest) -> DistillationSpec:
         rotates=student.pruning.hidden_by == "pca",
         shown=model_of(teacher),
         copied=not student.folder,
+        sized=student.pruning.target == "fixed",
         answers=prompts,
         answers_known=prompts > 0 and answers.known(teacher, answers.prompts(prompts)),
     )
