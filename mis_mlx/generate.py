@@ -17,6 +17,7 @@ from mis_mlx.evaluation.speed import rounds
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models import load, mlx_generate, pass_cost, resolve, stream, streamed_decode
+from mis_mlx.models.config import reads_in_order
 from mis_mlx.models.model_size import model_of
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress
@@ -217,12 +218,22 @@ def _generate(
     }
 
 
+def _refuse_draft(checkpoint: Checkpoint) -> None:
+    """MisError where a model cannot read a tree of guesses."""
+    if reads_in_order(checkpoint.config):
+        raise MisError(
+            f"{checkpoint.path} reads one text after the other, so it cannot judge a draft's "
+            f"guesses in one pass: leave out --draft-model"
+        )
+
+
 def run(settings: Settings) -> dict[str, Any]:
     """The command: text to stdout as it is settled, its cost at the end."""
     cli.check_ranges(settings)
     checkpoint = load.open_checkpoint(resolve.resolve_model(settings.model).path)
     draft = None
     if settings.draft_model:
+        _refuse_draft(checkpoint)
         draft = comparison.same_vocabulary(checkpoint, load.open_checkpoint(settings.draft_model))
     tokenizer = load.tokenizer(checkpoint.path)
     ids = _prompt_ids(settings, checkpoint, tokenizer)

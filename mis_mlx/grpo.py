@@ -14,6 +14,8 @@ from mis_mlx.data import examples, rows
 from mis_mlx.evaluation import rewards
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models import distributed, load, pass_cost, stream
+from mis_mlx.models.config import reads_in_order
+from mis_mlx.models.families import family
 from mis_mlx.models.model_size import ModelSize
 from mis_mlx.planner import block_cost
 from mis_mlx.types import Checkpoint, MisError
@@ -34,14 +36,19 @@ def _questions(
         s.data, ("answer",), s.data_licence, scrub=s.scrub_pii, kinds=kinds, tokens=visited
     )
     tokenizer = load.tokenizer(checkpoint.path)
-    room = s.max_seq_length - s.max_completion_length + 1
+    left = s.max_seq_length - s.max_completion_length
+    limit = (
+        f"--max-seq-length {s.max_seq_length} leaves it {left} beside --max-completion-length "
+        f"{s.max_completion_length}"
+    )
+    room = left + 1  # with a token of the answer
     splits: list[Split] = []
     encoded = []
     for split in (data.train, data.valid[: s.eval_rows]):
         questions = [row for row, _ in split]
         places = [place for _, place in split]
         rows.refuse(rewards.unanswerable(functions, questions, places))
-        sequences, _ = examples.encode(split, tokenizer, room, ("answer",))
+        sequences, _ = examples.encode(split, tokenizer, room, ("answer",), limit=limit)
         # A prompt ends where the answer, which is to be learned, begins.
         prompts = []
         for ((ids, loss_mask),) in sequences:
@@ -138,6 +145,12 @@ def _check_machines(s: Settings) -> None:
 def run(settings: Settings) -> dict[str, Any]:
     """The command: open, check the data and the rewards, plan, sample and learn, write the best."""
     s, folder, checkpoint = alignment_run.open_run_model(settings)
+    if reads_in_order(checkpoint.config):
+        name = family(checkpoint.config).name
+        raise MisError(
+            f"a {name} reads one text after the other, but grpo computes the answers to a prompt "
+            f"in one sequence: give another --model, or use sft or dpo"
+        )
     most = s.max_completion_length
     if most >= s.max_seq_length:
         why = (

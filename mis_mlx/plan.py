@@ -172,6 +172,8 @@ def _pair(s: Settings, opened: Checkpoint | Mapping[str, Any], gpu: bool) -> lis
     student: Checkpoint | Mapping[str, Any]
     if s.student:
         student, _ = _open(s.student)
+        if isinstance(student, Checkpoint):
+            packed_format.check_dense(student)
     else:
         most = shape_of(config).experts or MOST_EXPERTS
         experts = arch.count("--experts", s.experts, most, "experts")

@@ -11,7 +11,8 @@ from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models import opening, pass_cost, resolve
-from mis_mlx.models.config import softcap
+from mis_mlx.models.config import reads_in_order, softcap
+from mis_mlx.models.families import family
 from mis_mlx.models.model_size import model_of
 from mis_mlx.types import Checkpoint, Rate
 
@@ -28,7 +29,7 @@ class Settings(alignment_run.Alignment):
     """
     packing: bool = True
     """pack several rows into one window, where they do not see each other; off with --teacher,
-    which reads row by row
+    which reads row by row, and for Qwen 3.5
     """
     teacher: str | None = None
     """folder or hub id of a model with the same tokenizer, to learn from in addition to the text"""
@@ -61,6 +62,17 @@ def _phase(
         read_bytes=alone.read_bytes + teacher.block_bytes * blocks_read,
         pinned=pinned,
     )
+
+
+def _packs(s: Settings, checkpoint: Checkpoint) -> bool:
+    """Whether rows share windows; a line says so where the model does not allow it."""
+    if not s.packing or s.teacher:
+        return False
+    if reads_in_order(checkpoint.config):
+        name = family(checkpoint.config).name
+        cli.say(f"a {name} reads one text after the other, so every row has a window of its own")
+        return False
+    return True
 
 
 def _source(
@@ -96,7 +108,7 @@ def run(settings: Settings) -> dict[str, Any]:
         ("messages", "completion"),
         mask_prompt=s.mask_prompt,
     )
-    room = s.max_seq_length if s.packing and not s.teacher else 0
+    room = s.max_seq_length if _packs(s, checkpoint) else 0
     train = sequence_packing.PackedDataset([row[0] for row in train_rows], room)
     valid = sequence_packing.PackedDataset([row[0] for row in valid_rows], room)
     length = max(train.lengths)

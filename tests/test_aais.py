@@ -14,6 +14,7 @@ import mlx.core as mx
 import pytest
 
 from mis_mlx import bench, distill, prune
+from mis_mlx.compute import precision
 from mis_mlx.hardware.rates import Roof
 from mis_mlx.types import MisError
 from tests import tiny
@@ -95,6 +96,10 @@ def test_higher_is_smaller_when_the_conditions_decide(pruned: Pruned, tmp_path: 
         ({"temperature_c": -3.0, "altitude_m": 832.0, "temperature_unit": "celsius"}, "-3 °C"),
         ({"temperature_c": 8.0, "altitude_m": -10.0}, "altitude is -10 m"),
         ({"target": "conditions"}, "--temperature-c and --altitude-m"),
+        (
+            {"target": "conditions", "importance": "rms", "altitude_m": 832.0},
+            "needs --importance aais, but rms was given",
+        ),
     ],
 )
 def test_weather_that_eq_1_cannot_bear_is_refused(
@@ -104,6 +109,22 @@ def test_weather_that_eq_1_cannot_bear_is_refused(
     with pytest.raises(MisError, match=words):
         pruned(tmp_path / "out", **flags)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("policy", ["cpu", "metal"])
+@pytest.mark.usefixtures("brief_look")
+def test_plain_importance_prunes_in_any_weather(
+    pruned: Pruned, tmp_path: Path, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below the sea and in frost, where AAIS says to rank without the air: that way is there."""
+    monkeypatch.setenv(precision.POLICY, policy)
+    air: dict[str, Any] = {"temperature_c": -3.0, "temperature_unit": "celsius"}
+    low = pruned(tmp_path / "low", altitude_m=-10.0, importance="rms", **air)
+    pruned(tmp_path / "plain", importance="rms")
+    assert low["altitude_m"] == -10.0
+    assert low["importance"] == "rms"
+    kept = [json.loads((tmp_path / name / "keep.json").read_text()) for name in ("low", "plain")]
+    assert kept[0]["kept"] == kept[1]["kept"]
 
 
 def test_tea_breaks_do_not_touch_the_weights(

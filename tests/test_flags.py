@@ -4,10 +4,12 @@ sentence or a result.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, replace
 from itertools import chain
@@ -17,7 +19,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import mlx.core as mx
 import pytest
 
-from mis_mlx import __main__, cli, flag_help, quantize, thermal
+from mis_mlx import __main__, cli, distill, flag_help, prune, quantize, thermal
 from mis_mlx.hardware import rates
 from mis_mlx.quantization import bit_allocation, stage
 from mis_mlx.settings.recipe import QuantizationConfig
@@ -384,10 +386,68 @@ def test_the_ends_of_every_range_can_be_planned(
     names = set(limits(module.Settings)) - (set() if every else asked_before(name))
     for flags in ends(module.Settings, names):
         try:
-            json.dumps(module.run(replace(base, **flags)), allow_nan=False)
+            json.dumps(module.run(base.with_values(**flags)), allow_nan=False)
         except MisError as error:
             if "\n" in str(error):
                 failed.append(f"{flags}: {error}")
         except Exception as error:
             failed.append(f"{flags}: {type(error).__name__}: {error}")
     assert not failed, "\n".join(failed)
+
+
+PACKAGE = Path(cli.__file__).parent
+# These name flags of other programs, or of commands that they start.
+OTHERS = ("hardware", "studio_page", "cli.py", "flag_help.py", "__main__.py")
+
+
+def flags_of(command: str) -> set[str]:
+    """What a command takes on its command line, as --name."""
+    module = importlib.import_module(f"mis_mlx.{command}")
+    names = {"--config"}
+    for kind in (module.Settings,) if hasattr(module, "Settings") else THERMAL:
+        quiet = flag_help.quiet(kind)
+        names |= {flag(field.name) for field in fields(kind) if field.name not in quiet}
+    return names | {f"--no-{name[2:]}" for name in names}
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def flags_said(source: ast.Module) -> set[str]:
+    """The flags in a module's texts, but for its docstrings."""
+    docs = {id(node.value) for node in ast.walk(source) if isinstance(node, ast.Expr)}
+    said = set[str]()
+    for node in ast.walk(source):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+            said.update(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", node.value))
+    return said
+
+
+def test_messages_name_flags_that_exist() -> None:
+    """A module of a command names flags of commands; a command's own file its own ones, or says of
+    which command they are.
+    """
+    known = {command: flags_of(command) for command in __main__.commands()}
+    every = set(chain.from_iterable(known.values()))
+    aliases = {"--mlx-path", "--outtype"}  # spellings of other programs that `export` takes
+    for path in sorted(PACKAGE.rglob("*.py")):
+        place = path.relative_to(PACKAGE)
+        if place.parts[0] in OTHERS:
+            continue
+        said = flags_said(ast.parse(path.read_text("utf-8"))) - aliases
+        assert said <= every, (str(place), said - every)
+        if place.stem in known and len(place.parts) == 1 and place.stem != "search":
+            assert said <= known[place.stem], (str(place), said - known[place.stem])
+
+
+def test_what_is_no_flag_here_is_named_as_a_setting() -> None:
+    """In `prune` the importance is a flag, in `distill` a line of a file."""
+    sentence = "the altitude is 0 m: use --importance rms here, or give another --altitude-m"
+    assert cli.in_words_of(prune.Settings, sentence) == sentence
+    told = cli.in_words_of(distill.Settings, sentence)
+    assert "--importance" not in told
+    assert "`importance: ...`" in told
+    assert "--altitude-m" in told
+    typed = "--importance is not a flag: write `importance: ...` in a YAML file"
+    assert cli.in_words_of(distill.Settings, typed) == typed

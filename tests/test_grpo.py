@@ -121,7 +121,9 @@ def test_end_to_end(undisturbed: tuple[Path, Done]) -> None:
     assert "kept" in done.stderr
     names = {p.name for p in out.iterdir()}
     assert {
+        "asked.yaml",
         "config.yaml",
+        "taken.json",
         "metrics.jsonl",
         training.SAMPLES,
         "steps",
@@ -392,7 +394,10 @@ def test_the_plan_holds(small: tuple[object, ...], tmp_path: Path) -> None:
     [
         ({"group_size": 1}, "--group-size is 1"),
         ({"max_completion_length": 48}, "leaves no room for a prompt"),
-        ({"max_completion_length": 47}, "the prompt takes"),
+        (
+            {"max_completion_length": 47},
+            "--max-seq-length 48 leaves it 1 beside --max-completion-length 47",
+        ),
         ({"data": None, "tasks": "chess"}, "no tasks called chess"),
     ],
 )

@@ -160,7 +160,7 @@ def train(
             note = f"block {j + 1} of {layers}"
             refitted = dict[str, mx.array]()
             if repair:
-                refitted["mlp.down_proj.weight"], left = reconstruct.fit_down_proj(
+                refitted, left = reconstruct.fit_down_proj(
                     small, block, hidden=own, target=target, kinds=[0] * len(own), columns=columns
                 )
                 note += f": closed form left {left:.0%} of the error held out"

@@ -249,13 +249,16 @@ def encode(
     answers: Sequence[str] = (),
     *,
     mask_prompt: bool = True,
+    limit: str = "",
 ) -> tuple[list[list[Sequenced]], int]:
     """(token sequences of every row, how many of these were cut at `length`).
 
     answers: keys of the row, each an answer to its prompt, which make a sequence each. Without them
     the row is a conversation, all of whose assistant's turns are learned, or prompt/completion.
-    MisError lists rows whose prompt fills the window and those the template refuses.
+    MisError lists rows whose prompt fills the window and those the template refuses; limit: what
+    it says of `length`.
     """
+    limit = limit or f"--max-seq-length is {length}"
     token_windows.end_token(tokenizer)
     templated = getattr(tokenizer, "chat_template", None) is not None
     encoded = []
@@ -277,7 +280,7 @@ def encode(
                 break
             if not any(loss_mask[1:length]):
                 taken = loss_mask.index(1) if 1 in loss_mask else len(ids)
-                why = f"the prompt takes {taken} tokens, but --max-seq-length is {length}"
+                why = f"the prompt takes {taken} tokens, but {limit}"
                 problems.append(f"{place}: {why}: no room is left for an answer")
                 break
             cut += len(ids) > length

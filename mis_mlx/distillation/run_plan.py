@@ -11,12 +11,12 @@ from mis_mlx.data import preparation
 from mis_mlx.distillation import pipeline, strategies
 from mis_mlx.evaluation import answers
 from mis_mlx.hardware.rates import Rates
-from mis_mlx.models import arch, distributed, load, resolve
+from mis_mlx.models import distributed, load, resolve
 from mis_mlx.models.model_size import model_of
 from mis_mlx.planner import estimates, measured_block
 from mis_mlx.planner.distillation_spec import DistillationSpec, spec_of
 from mis_mlx.pruning import select, vocabulary
-from mis_mlx.quantization import stage
+from mis_mlx.quantization import packed_format, stage
 from mis_mlx.runs.run_loop import OpenRun
 from mis_mlx.settings.recipe import (
     FIRST_STEPS,
@@ -68,14 +68,14 @@ def plan_run(request: RunRequest, budget: Budget, folder: Path | None) -> strate
     job = measured_block.of_job(_job(request), limit)
     rates = estimates.machine_rates()
     before = distributed.broadcast_json(lambda: _strategy_of(folder))
-    if before and PLANNED_ITERS in before:
-        job = replace(job, iters=before[PLANNED_ITERS])
+    counted = before.pop(PLANNED_ITERS, None)
+    if counted:
+        job = replace(job, iters=counted)
     elif request.recipe.minutes is not None:
         job = _paced(request.recipe.minutes, job, limit, rates)
 
     def strategy() -> dict[str, Any]:
-        decided = before or strategies.best_plan(job, limit, rates).strategy
-        return {name: value for name, value in decided.items() if name != PLANNED_ITERS}
+        return before or strategies.best_plan(job, limit, rates).strategy
 
     plan = strategies.plan_strategy(job, limit, rates, **distributed.broadcast_json(strategy))
     if distributed.size() > 1 and plan.mode == "sharded":
@@ -96,15 +96,18 @@ def stored_strategy(plan: strategies.MemoryPlan) -> dict[str, Any]:
     return {**plan.strategy, PLANNED_ITERS: plan.job.iters}
 
 
-def _strategy_of(folder: Path | None) -> dict[str, Any] | None:
-    """What the plan.json of a run that goes on says.
+def _strategy_of(folder: Path | None) -> dict[str, Any]:
+    """What the plan.json of a run that goes on says, {} of a new one.
 
-    Older ones do not have the number of steps, and their targets are among the run's settings.
+    Older ones do not have the number of steps, and their targets are among the run's settings;
+    before a run is decided the number is all that they have.
     """
     if folder is None:
-        return None
-    asked = run_folder.stored_settings(folder).get("targets") or "live"
-    return {"targets": asked, **run_folder.stored_settings(folder, run_folder.PLAN)}
+        return {}
+    strategy = run_folder.stored_settings(folder, run_folder.PLAN)
+    if "mode" in strategy and "targets" not in strategy:
+        strategy["targets"] = run_folder.stored_settings(folder).get("targets") or "live"
+    return strategy
 
 
 def _job(request: RunRequest) -> DistillationSpec:
@@ -115,10 +118,11 @@ def _job(request: RunRequest) -> DistillationSpec:
     rounding = student.rounding
     seen = vocabulary.first_rows(teacher, student.rows)
     if student.folder:
-        config = load.open_checkpoint(student.folder).config
+        given = load.open_checkpoint(student.folder)
+        packed_format.check_dense(given)
+        config = given.config
     else:
-        shape = select.wanted_shape(seen.config, student.pruning)
-        config = arch.student_config(seen.config, shape, dtype=pipeline.DTYPE)
+        config = select.largest_student(seen.config, student.pruning, pipeline.DTYPE)
     if rounding:
         stage.check(config, rounding, recipe.num_samples)
     prompts = 0
@@ -132,6 +136,7 @@ def _job(request: RunRequest) -> DistillationSpec:
         rotates=student.pruning.hidden_by == "pca",
         shown=model_of(teacher),
         copied=not student.folder,
+        sized=student.pruning.target == "fixed",
         answers=prompts,
         answers_known=prompts > 0 and answers.known(teacher, answers.prompts(prompts)),
     )

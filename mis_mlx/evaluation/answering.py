@@ -30,7 +30,7 @@ from mis_mlx.evaluation.questions import Task
 from mis_mlx.evaluation.task_answers import Asking, Record
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.models import distributed, load, pass_cost
+from mis_mlx.models import distributed, load, mlx_modules, pass_cost
 from mis_mlx.models.model_size import ModelSize, model_of
 from mis_mlx.planner import estimates, machines
 from mis_mlx.reporting import progress
@@ -253,7 +253,7 @@ def harness_samples(checkpoint: Checkpoint, name: str, count: int) -> dict[str, 
         adapter = load.mlx_lm("evaluate").MLXLM(
             str(checkpoint.path), use_chat_template=False, trust_remote_code=False
         )
-        adapter._model.set_dtype(precision.dtype_of(checkpoint))
+        mlx_modules.set_dtype(adapter._model, checkpoint.config, precision.dtype_of(checkpoint))
         try:
             results = lm_eval.simple_evaluate(
                 adapter,

@@ -141,6 +141,11 @@ def score(
     Each of several machines computes some of the sequences, and all get the same result, which one
     machine alone would find. All of them must call this.
     """
+    if config.reads_in_order(stream.checkpoint.config):
+        raise MisError(
+            f"{stream.checkpoint.path} reads one text after the other, so a question's options "
+            f"cannot share its context: leave out --tasks whose questions have options"
+        )
     packed = list(packs(encoded, rows))
     own = distributed.shard(packed)
     hidden = _final_hidden(stream, packed)

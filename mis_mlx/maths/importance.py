@@ -7,7 +7,6 @@ I_j = |a_j| * T_env / h_npm, with |a_j| the rms over tokens, which picks better 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -52,17 +51,19 @@ def block_sample(into: mx.array, out: mx.array) -> mx.array:
     return 1.0 - cosines.mean()
 
 
-def weight_of(reading: Reading | None, unit: str) -> float | None:
+def weight_of(reading: Reading | None, unit: str | None) -> float | None:
     """T_env of one calibration batch in this unit, or None where it was not measured.
+
+    unit: None: the air does not weigh, so any altitude and temperature will do.
 
     Kelvin is always positive. Celsius, to the letter of the paper, refuses T <= 0, which would
     reverse the ranking: MisError.
     """
-    if reading is None or reading.ambient_c is None:
+    if unit is None or reading is None or reading.ambient_c is None:
         return None
     if reading.altitude_m is not None and reading.altitude_m <= 0:
         why = f"the altitude is {reading.altitude_m:g} m and divides eq. (1), so it must be above 0"
-        raise MisError(f"{why}: use --importance rms here, or give --altitude-m")
+        raise MisError(f"{why}: use --importance rms here, or give another --altitude-m")
     if unit == "kelvin":
         return reading.ambient_c + KELVIN
     if reading.ambient_c <= 0:
@@ -232,21 +233,26 @@ def conditions_size(
     altitude_m: float,
     *,
     unit: str = "kelvin",
+    experts: int = 1,
 ) -> int:
     """FFN size by the absolute threshold of eq. (1) (`--target conditions`).
 
     The threshold is the importance that `size` channels a layer pass at the reference, 8 °C and 832
     m. At the measured conditions more or fewer pass it; their mean per layer is rounded to
     `multiple`. A larger altitude divides by a larger h, so fewer pass: higher altitude prunes
-    harder, as the paper says.
+    harder, as the paper says. experts: parts of equal size that a layer's channels belong to; the
+    size, given and found, is that of one.
     """
     reference_t = REFERENCE_C
     if unit == "kelvin":
         reference_t += KELVIN
     reference = np.concatenate([rms(layer) for layer in sums]) * reference_t / REFERENCE_M
     measured = np.concatenate([aais(layer, altitude_m) for layer in sums])
-    threshold = np.sort(reference)[::-1][size * len(sums) - 1]
-    passing = int((measured >= threshold).sum()) / len(sums)
+    parts = experts * len(sums)
+    threshold = np.sort(reference)[::-1][size * parts - 1]
+    passing = int((measured >= threshold).sum()) / parts
+    whole = len(sums[0].square) // experts
     steps = max(round(passing / multiple), 1)
-    most = math.floor(len(sums[0].square) / multiple)
-    return int(min(steps, most) * multiple)
+    most = whole // multiple
+    # a layer of fewer channels than `multiple` stays as it is
+    return min(steps, most) * multiple or whole

@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from mis_mlx.models import block_widths, experts, stored_form, tensor_shapes
 from mis_mlx.models.config import (
     Shape,
@@ -281,6 +283,16 @@ def _check_tensor(name: str, tensor: TensorAt, shape: tuple[int, ...], *, packed
         raise MisError(
             f"{tensor.file}: {why}: download the model again, or convert it with mlx_lm.convert"
         )
+
+
+def always_float32(config: Config, name: str) -> bool:
+    """Whether a tensor is float32 in a model of any type. name: here, or on disk."""
+    return name.endswith(family(config).wide)
+
+
+def type_of(config: Config, name: str, dtype: mx.Dtype) -> mx.Dtype:
+    """The type that a tensor computes in, and is written in, in a model of `dtype`."""
+    return mx.float32 if always_float32(config, name) else dtype
 
 
 def is_quantized(tensors: Mapping[str, TensorAt]) -> bool:

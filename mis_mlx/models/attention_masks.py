@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mis_mlx.models import altup, block_inputs, block_state, load, streamed_decode
+from mis_mlx.models import altup, block_inputs, block_state, load, modules, streamed_decode
 from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
 
 
@@ -71,20 +71,38 @@ def forward(
     """Final hidden states (B, T, D) of a resident model, each token seeing its own text alone.
 
     tokens, branch (B, T): a token looks back at branch 0 and its own. positions (T,): in its own
-    text; default: they count on from branch to branch. Rotary positions act through their
-    differences alone, so every branch still gets what it would get in a window of its own.
+    text; default: every branch is a text, and they stand one behind the other. Then rotary
+    positions count on from text to text: they act through their differences alone.
     """
     inner = model.model
     mask = _branch_mask(branch)
+    in_text = _positions(branch)
+    if positions is not None:
+        in_text = mx.array(positions)
     embedded = load.embedded(model, tokens)
     sides = block_inputs.of_model(model, tokens, embedded)
     hidden = altup.enter(model, embedded)
     for i, block in enumerate(inner.layers):
         inputs = sides.inputs(i, 0, hidden)
         window = load.window(model.args, block)
-        outputs = run_masked_block(block, inputs, mask, positions, window=window)
+        with modules.at_positions(block, in_text):
+            outputs = run_masked_block(block, inputs, mask, positions, window=window)
         hidden = sides.keep(i, 0, outputs)
     return altup.leave(model, hidden)
+
+
+def _positions(branch: mx.array) -> mx.array:
+    """(B, T): how many tokens of its branch, which are neighbours, stand before each token."""
+    columns = mx.arange(branch.shape[1])
+    own = branch[:, 1:]
+    before = branch[:, :-1]
+    begins = own != before
+    later = columns[1:]
+    starts = mx.where(begins, later, 0)
+    one_in_front = [(0, 0), (1, 0)]
+    starts = mx.pad(starts, one_in_front)
+    start = mx.cummax(starts, axis=1)
+    return columns - start
 
 
 def _branch_mask(branch: mx.array) -> mx.array:

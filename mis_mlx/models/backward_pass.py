@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mis_mlx.compute import token_losses
-from mis_mlx.maths.losses import chunk_rows
+from mis_mlx.maths.losses import chunk_rows, softcap_gradient
 from mis_mlx.models import block_inputs, config, load, stream
 from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
 from mis_mlx.types import Checkpoint
@@ -19,7 +19,7 @@ from mis_mlx.types import Checkpoint
 # and the cotangents of its outputs -> the cotangents of its inputs.
 BlockBackward = Callable[[Sequence[BlockInputs], Sequence[BlockOutputs]], Sequence[BlockInputs]]
 BlockVisitor = Callable[[int, nn.Module], BlockBackward]
-AtHead = Callable[[mx.array, mx.array], None]
+AtHead = Callable[[mx.array, mx.array, mx.array | None], None]
 AtChannels = Callable[[int, int, mx.array], None]
 
 
@@ -30,7 +30,7 @@ def input_gradients(
     seed: int = 0,
     *,
     kept: stream.Hidden | None = None,
-    at_head: AtHead = lambda x, above: None,
+    at_head: AtHead = lambda x, above, slopes: None,
     at_channels: AtChannels = lambda i, b, below: None,
 ) -> list[mx.array]:
     """d log p / d x (B, T, D) of every batch, x the scaled embedding: forward, then back.
@@ -40,7 +40,8 @@ def input_gradients(
     batches: token ids [(B, T)]. visit(i, block): gives the function that takes batches back through
     block i, from the block's inputs and d log p / d outputs to d log p / d inputs. kept: a place
     other than memory for L * len(batches) hidden states (B, T, D). at_head: sees the head's inputs
-    (n, D) and d log p / d logits (n, V), some rows at a time. at_channels: sees d log p / d
+    (n, D), d log p / d logits (n, V) and d logits / d what the head gives (n, V), some rows at a
+    time; the last is None where no softcap is between the two. at_channels: sees d log p / d
     per-layer inputs (B, T, P) of block i and batch b, where the family has them.
     """
     # Forward. `kept` holds the inputs of every block: those of block i and batch b at i n + b. The
@@ -115,6 +116,8 @@ def _drawn(source: stream.Stream, hidden: mx.array, key: mx.array, at_head: AtHe
     # Half a chunk: as many logits again are noise to draw with.
     rows = chunk_rows(2 * config.shape_of(source.checkpoint.config).vocab)
 
+    cap = config.softcap(source.checkpoint.config)
+
     def logits(x: mx.array) -> mx.array:
         return load.wide_logits(head, norm(x))
 
@@ -124,10 +127,14 @@ def _drawn(source: stream.Stream, hidden: mx.array, key: mx.array, at_head: AtHe
         z = logits(some)
         key, subkey = mx.random.split(key)
         drawn = mx.random.categorical(z, key=subkey)
+        slopes = None
+        if cap:
+            slopes = softcap_gradient(z, cap)
+            stream.evaluate_now(slopes)  # before the logits are used up
         above = token_losses.likelihood_gradients(z, drawn)
         gradients = mx.vjp(logits, [some], [above])[1]
         parts.append(gradients[0])
         # Evaluated part by part: the logits of one part alone are in memory.
         stream.evaluate_now(parts[-1])
-        at_head(norm(some), above)
+        at_head(norm(some), above, slopes)
     return mx.concatenate(parts).reshape(hidden.shape)

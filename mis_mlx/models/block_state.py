@@ -96,9 +96,8 @@ def refuse_branches(block: nn.Module) -> None:
     """MisError where a block cannot compute several texts in one sequence."""
     if "linear_attn" in block:
         raise MisError(
-            "blocks with a gated delta rule (qwen3_5) read one text after the other, so drafts, "
-            "questions with options and answers that share a prompt are not supported: leave "
-            "--draft-model and these tasks away"
+            "blocks with a gated delta rule (qwen3_5) read one text after the other, so texts that "
+            "share a sequence and trees of guesses are not supported: use another model"
         )
 
 

@@ -359,6 +359,14 @@ def attending(config: Config) -> int:
     return sum(attends(config, i) for i in range(config["num_hidden_layers"]))
 
 
+def reads_in_order(config: Config) -> bool:
+    """Whether a model reads a sequence as one text: blocks with a gated delta rule do.
+
+    Others take several texts in one sequence, and guesses that form a tree.
+    """
+    return family(config).stateful == "linear_attention"
+
+
 def softcap(config: Config) -> float:
     """c, where a model's logits are c tanh(z / c); 0 where they are z."""
     key = family(config).softcap

@@ -94,6 +94,8 @@ class Family:
     written_as: str = ""
     # the kind in layer_types of blocks that carry a state of one size, and no keys and values
     stateful: str = ""
+    # ends of names of tensors that are float32 in a model of any type, as in mlx-lm
+    wide: tuple[str, ...] = ()
     # (part of a tensor's name here, the same part of its name on disk)
     renamed: tuple[tuple[str, str], ...] = ()
     axes: tuple[str, ...] = DENSE  # that can be cut
@@ -333,6 +335,7 @@ ROWS = (
         partial=True,
         period="full_attention_interval",
         stateful="linear_attention",
+        wide=(".A_log",),
         written_as="qwen3_5",
         renamed=(
             ("model.", "language_model.model."),

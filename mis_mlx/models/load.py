@@ -122,8 +122,8 @@ def weights(
 ) -> list[tuple[str, mx.array]]:
     """(name without prefix, lazy array) of every tensor whose name begins with `prefix`.
 
-    Floats are cast to `dtype`. raw: the tensors as stored, by full name, where they are in memory
-    already. cut: another prefix to cut off.
+    Floats are cast as `arch.type_of` says. raw: the tensors as stored, by full name, where they are
+    in memory already. cut: another prefix to cut off.
     """
     if cut is None:
         cut = prefix
@@ -135,15 +135,16 @@ def weights(
     unpacks = not precision.keeps_packed() and arch.is_quantized(checkpoint.tensors)
     named = []
     for name in names:
+        own_dtype = arch.type_of(checkpoint.config, name, dtype)
         if unpacks:
             if name.endswith((".scales", ".biases")):
                 continue
-            array = dense(checkpoint, name, raw).astype(dtype)
+            array = dense(checkpoint, name, raw).astype(own_dtype)
         else:
             array = raw[name]
             # Integers stay what they are: packed weights, or the 8-bit scales of mxfp4 and nvfp4.
             if mx.issubdtype(array.dtype, mx.floating):
-                array = array.astype(dtype)
+                array = array.astype(own_dtype)
         named.append((name.removeprefix(cut), array))
     return named
 

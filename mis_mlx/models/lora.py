@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mis_mlx.models import arch, load, stored_form, tensor_shapes
+from mis_mlx.models import arch, experts, load, stored_form, tensor_shapes
 from mis_mlx.models.config import shape_of
 from mis_mlx.models.families import family
 from mis_mlx.storage import checkpoint as protocol
@@ -93,6 +93,8 @@ def write(
     """Commit the new folder `out`, which mlx_lm takes as --adapter-path. config: the model's."""
     settings: dict[str, Any] = dict(lora.settings)
     row = family(config)
+    if row.experts:
+        adapters = _stacked(adapters, config)
     if row.written_as and not row.renamed:
         settings["keys"] = sorted({name.split(".", 3)[3].rpartition(".")[0] for name in adapters})
         adapters = {tensor_shapes.outer_name(name): array for name, array in adapters.items()}
@@ -106,6 +108,26 @@ def write(
     with protocol.commit_folder(out, files, nbytes, "the adapters") as folder:
         write_arrays(folder / FILE, adapters, files)
         files.write(folder / CONFIG, json.dumps(adapter_config, indent=2).encode())
+
+
+def _stacked(adapters: Mapping[str, mx.array], config: Mapping[str, Any]) -> dict[str, mx.array]:
+    """The adapters with one for all experts' matrices of a kind in a block, as mlx-lm has them.
+
+    Of E experts A (E, rank, in) and B (E, out, rank): those of matrices by themselves, turned.
+    """
+    named = dict[str, mx.array]()
+    for name, array in adapters.items():
+        path, _, part = name.rpartition(".")
+        stacked = experts.stacked(path, config)
+        own = f"{stacked}.{part}"
+        if own == name:
+            named[name] = array
+        elif own not in named:
+            parts = []
+            for expert in experts.one_by_one(own, config):
+                parts.append(adapters[expert].T)
+            named[own] = mx.stack(parts)
+    return named
 
 
 def fused(

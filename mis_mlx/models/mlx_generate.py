@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.data import token_windows
-from mis_mlx.models import config, continuous_batch, load, tokenizer_check
+from mis_mlx.models import config, continuous_batch, load, mlx_modules, tokenizer_check
 from mis_mlx.models.stream import NotNumbers
 from mis_mlx.types import Checkpoint
 
@@ -35,7 +35,7 @@ def open_model(checkpoint: Checkpoint) -> tuple[nn.Module, Any]:
     model = getattr(model, "language_model", model)  # of a model that also sees
     model.shape = config.shape_of(checkpoint.config)
     model._config = checkpoint.config
-    model.set_dtype(precision.dtype_of(checkpoint))
+    mlx_modules.set_dtype(model, checkpoint.config, precision.dtype_of(checkpoint))
     return model, tokenizer
 
 

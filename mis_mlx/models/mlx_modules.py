@@ -11,10 +11,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
 
-from mis_mlx.models import altup, block_state, hybrid, modules
+from mis_mlx.models import altup, arch, block_state, hybrid, modules
 from mis_mlx.models.config import normalised
 from mis_mlx.models.families import Config, Family, family
+
+SLIDING = "sliding_attention"  # the kind, in layer_types, of a block that sees a window
 
 
 def mlx_lm(module: str) -> ModuleType:
@@ -59,18 +62,22 @@ def new_block(row: Family, args: Any, i: int) -> nn.Module:
     if "layer_idx" in inspect.signature(kind).parameters:
         return kind(args, layer_idx=i)
     types: Any = getattr(args, "layer_types", None)
-    slides = bool(types) and types[i] == "sliding_attention"
     options = {}
     if types and not row.sinks:
-        options["use_sliding"] = slides
+        options["use_sliding"] = types[i] == SLIDING
     new = kind(args, **options)
-    if row.sinks:  # its blocks do not take their kind, and `window` asks them
-        new.use_sliding = slides
+    if row.sinks:
+        _say_kind(new, args, i)
     if row.kinds and not getattr(args, row.kinds)[i]:
         new.self_attn.rope = mlx_lm(f"models.{row.mlx}").NoPE()
     if row.scaled_queries:
         return modules.uniform(new)
     return new
+
+
+def _say_kind(block: nn.Module, args: Any, i: int) -> None:
+    """Give a block i of gpt_oss, which mlx-lm does not tell its kind, what `window` asks for."""
+    block.use_sliding = args.layer_types[i] == SLIDING
 
 
 def new_model(config: Config) -> nn.Module:
@@ -82,18 +89,40 @@ def new_model(config: Config) -> nn.Module:
     if row.stateful:
         return hybrid.Model(_block_module(row), args, mlx_lm("models.cache"))
     model: nn.Module = mlx_lm(f"models.{row.mlx}").Model(args)
+    if row.sinks:
+        for i, block in enumerate(model.model.layers):
+            _say_kind(block, args, i)
     if getattr(model, "lm_head", model) is None:  # nemotron-nas with a tied head
         del model.lm_head
     return model
 
 
+def set_dtype(model: nn.Module, config: Config, dtype: mx.Dtype) -> None:
+    """Cast the floats of a whole model, but for those that are float32 in a model of any type.
+
+    `nn.Module.set_dtype` would cast these, too.
+    """
+    cast = []
+    parameters = dict[str, mx.array](tree_flatten(model.parameters()))
+    for name, array in parameters.items():
+        if mx.issubdtype(array.dtype, mx.floating):
+            own_dtype = arch.type_of(config, name, dtype)
+            cast.append((name, array.astype(own_dtype)))
+    model.update(tree_unflatten(cast))
+
+
 def window(args: Any, block: nn.Module) -> int | None:
-    """The number of tokens that this block looks back at; None: all."""
-    if not block_state.attends(block):
+    """The number of tokens that this block looks back at; None: all.
+
+    block: of `new_block` or `new_model`. AttributeError where a model has windows and its block
+    does not say whether it is one that slides.
+    """
+    width: int | None = getattr(args, "sliding_window", None)
+    if width is None or not block_state.attends(block):
         return None
-    if getattr(block, "use_sliding", False) or getattr(block.self_attn, "is_sliding", False):
-        return args.sliding_window
-    return None
+    attention = block.self_attn
+    slides = attention.is_sliding if hasattr(attention, "is_sliding") else block.use_sliding
+    return width if slides else None
 
 
 def mask(args: Any, block: nn.Module, hidden: mx.array) -> Any:

@@ -153,7 +153,7 @@ class _Stored:
     """A model as it lies on disk, in bytes."""
 
     packed: bool
-    dtypes: set[str]  # of the blocks' tensors
+    dtypes: set[str]  # of the blocks' tensors, but for those that are float32 in any model
     block_bytes: int  # of the largest block
     head_bytes: int
     nbytes: int
@@ -228,7 +228,8 @@ def _stored(checkpoint: Checkpoint, layers: int) -> _Stored:
         number = arch.block_of(name)
         if number is not None:
             blocks[number] += tensor.nbytes
-            dtypes.add(KINDS.get(tensor.dtype, tensor.dtype))
+            if not arch.always_float32(checkpoint.config, name):
+                dtypes.add(KINDS.get(tensor.dtype, tensor.dtype))
     prefix = load.head_prefix(checkpoint)
     return _Stored(
         packed="U32" in dtypes,

@@ -241,12 +241,19 @@ def write_model(
     A tensor in parts goes to disk part by part. file_per_block: one shard for each block, its
     experts not stacked: such a folder is for us alone.
     """
+
+    def type_of(name: str) -> str:
+        return "float32" if arch.always_float32(config, name) else dtype
+
     stacked = families.family(config).stacked and not file_per_block
     shapes = arch.tensors_of(config, stacked=stacked)
-    specs = {name: (SAFETENSORS_NAMES[dtype], shape) for name, shape in shapes.items()}
+    specs = {}
+    for name, shape in shapes.items():
+        specs[name] = (SAFETENSORS_NAMES[type_of(name)], shape)
 
     def tensor(name: str) -> Tensor:
-        taken = [_cast(take(part), dtype) for part in experts.one_by_one(name, config)]
+        own_type = type_of(name)
+        taken = [_cast(take(part), own_type) for part in experts.one_by_one(name, config)]
         arrays = [part for part in taken if isinstance(part, mx.array)]
         if len(arrays) > 1:
             return mx.stack(arrays)

@@ -51,10 +51,13 @@ def leaves_its_slot(checkpoint: Checkpoint, dtype: mx.Dtype) -> bool:
     """Whether weights are converted to `dtype`, and so leave the slot that they were read into.
 
     Weights stored as they are computed with are used where they were read. Packed ones that stay
-    packed need their slot as long as the block lives, whatever type its norms have.
+    packed need their slot as long as the block lives, whatever type its norms have. Tensors that
+    are float32 in any model decide nothing: they stay or are converted by themselves.
     """
     stored = set[str]()
     for name, tensor in checkpoint.tensors.items():
+        if arch.always_float32(checkpoint.config, name):
+            continue
         if arch.block_of(name) is not None:
             stored.add(tensor.dtype)
     if "U32" in stored:

@@ -135,15 +135,13 @@ class Stream:
         )
 
     def _own(self, raw: Arrays) -> Arrays:
-        """Tensors that do not lie in their slot, if weights leave it.
-
-        The few that need no conversion, which would copy them, are multiplied by 1.
-        """
+        """Tensors out of their slot, if weights leave it: a conversion copies, and times 1 does."""
         if not self._copies:
             return raw
         own = {}
         for name, array in raw.items():
-            own[name] = array * 1 if array.dtype == self.dtype else array
+            computed = arch.type_of(self.checkpoint.config, name, self.dtype)
+            own[name] = array * 1 if array.dtype == computed else array
         return own
 
     def _check_once(self, module: nn.Module, name: str, slot: Slot, slots: Slots) -> None:

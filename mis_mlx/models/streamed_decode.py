@@ -20,7 +20,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.maths.losses import chunk_rows
-from mis_mlx.models import block_inputs, block_state, config, load
+from mis_mlx.models import block_inputs, block_state, config, load, modules
 from mis_mlx.models.block_inputs import BlockInputs, KeysValues
 from mis_mlx.models.families import family
 from mis_mlx.models.stream import Stream, evaluate_now
@@ -117,7 +117,7 @@ def accepted(nodes: Sequence[Node], choice: Sequence[int]) -> tuple[list[Node], 
 
 @contextmanager
 def positioned(block: nn.Module, positions: np.ndarray) -> Iterator[None]:
-    """Inside the `with`, the block's RoPE turns row i by positions[i].
+    """Inside the `with`, the block's RoPE turns row i by positions[i], and its queries grow so.
 
     The block may stay in memory, and others use it, so its own RoPE comes back at the end.
     """
@@ -134,7 +134,8 @@ def positioned(block: nn.Module, positions: np.ndarray) -> Iterator[None]:
 
     block.self_attn.rope = rotate
     try:
-        yield
+        with modules.at_positions(block, offsets):
+            yield
     finally:
         block.self_attn.rope = rope
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from mis_mlx.compute.token_losses import Footprint, teacher_kl_footprint
+from mis_mlx.models import arch
 from mis_mlx.models.families import family
 from mis_mlx.models.model_size import ModelSize
 from mis_mlx.settings.recipe import (
@@ -73,6 +74,7 @@ def spec_of(
     rotates: bool = True,
     shown: ModelSize | None = None,
     copied: bool = False,
+    sized: bool = True,
     answers: int = 0,
     answers_known: bool = False,
 ) -> DistillationSpec:
@@ -80,15 +82,11 @@ def spec_of(
 
     rotates: a smaller hidden size is cut along directions. shown: the teacher with its own
     vocabulary, where the student has another. copied: the student is cut out of this teacher.
-    answers: prompts that the models answer at the end; answers_known: the teacher's answers are
-    there already.
+    sized: its sizes are exact, and not the largest that it may have. answers: prompts that the
+    models answer at the end; answers_known: the teacher's answers are there already.
     """
-    uncut = (
-        copied
-        and asked.train == "auto"
-        and not asked.cross_entropy
-        and student.shape == teacher.shape
-    )
+    untrained = asked.train == "auto" and not asked.cross_entropy
+    uncut = copied and sized and untrained and _same_tensors(teacher, student)
     settings = {f.name: getattr(asked, f.name) for f in fields(DistillationConfig)}
     settings["iters"] = steps_of(asked, student.config)
     settings["targets"] = asked.targets or "live"
@@ -111,6 +109,12 @@ def spec_of(
         answers=answers,
         answers_known=answers_known,
     )
+
+
+def _same_tensors(teacher: ModelSize, student: ModelSize) -> bool:
+    """Whether both have the same tensors, block by block: a shape knows one width for all."""
+    of_teacher = arch.tensors_of(teacher.config)
+    return arch.tensors_of(student.config) == of_teacher
 
 
 def _modes(asked: DistillationConfig, student: ModelSize, *, uncut: bool) -> tuple[Mode, ...]:

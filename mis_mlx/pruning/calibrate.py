@@ -167,7 +167,7 @@ def _merge(out: Statistics, experts: Mapping[int, ExpertSums], batches: int) -> 
         out.routed[i] = layer.routed
 
 
-def _air(out: Statistics, readings: Sequence[Reading | None], unit: str) -> None:
+def _air(out: Statistics, readings: Sequence[Reading | None], unit: str | None) -> None:
     """The air and altitude of all machines' batches.
 
     Where one batch has no T_env, none weighs more than another.
@@ -195,7 +195,7 @@ def calibrate(
     checkpoint: Checkpoint,
     batches: stream.Batches,
     reading: Callable[[], Reading | None] = lambda: None,
-    unit: str = "kelvin",
+    unit: str | None = "kelvin",
     hidden: stream.Hidden | None = None,
     relay: pipeline_parallel.Relay | None = None,
 ) -> tuple[Statistics, stream.Hidden]:
@@ -203,6 +203,7 @@ def calibrate(
 
     These are [(B, T, D)]. `reading()` is asked once per batch, as the batch enters the model: its
     T_b weighs that batch in AAIS. If any batch has no T_b, all weigh 1, and `measured` is False.
+    unit: of T_b; None: no batch weighs by its air.
     hidden: a place for the hidden states other than memory. Several machines each bring their own
     batches and get the statistics of all; of a `relay` each looks at its own blocks.
     """

@@ -54,7 +54,10 @@ def reconstruct(
     put: Callable[[str, mx.array], None] | None = None,
     kinds: Sequence[int] = (),
 ) -> tuple[dict[str, mx.array], list[float]]:
-    """({weight name: new matrix (out, in) float32, if it changes}, share of error left per block).
+    """({weight name: new weights, if they change}, share of error left per block).
+
+    New weights are float32, whatever the models compute in: they are put into a student that
+    trains in float32.
 
     batches: ids [(B, T)]. direct: read past the page cache. spool(): a place other than memory for
     hidden states. put(name, array): takes what changes, which then is not returned. kinds: of text,
@@ -82,14 +85,12 @@ def reconstruct(
     # that block is read.
     for _, (j, block) in zip(advance_teacher(big, keep, target), small.blocks(), strict=True):
         if family.experts:
-            weight, error = train_router(small, block, own, target, kinds)
+            router, error = train_router(small, block, own, target, kinds)
+            changed = {repaired_name(student): router}
         else:
-            weight, error = fit_down_proj(small, block, own, target, kinds=kinds, columns=columns)
+            changed, error = fit_down_proj(small, block, own, target, kinds=kinds, columns=columns)
         # The block is repaired in place, so the next one is fitted to the stream that it will see.
         small.run_block(block, own)
-        changed = {repaired_name(student): weight}
-        if family.post_norms:
-            changed[f"{POST_MLP_NORM}.weight"] = block[POST_MLP_NORM].weight
         block.clear()
         small.finite(own[0])
         if error < 1.0:
@@ -262,12 +263,13 @@ def fit_down_proj(
     *,
     kinds: Sequence[int],
     columns: mx.array | None,
-) -> tuple[mx.array, float]:
+) -> tuple[dict[str, mx.array], float]:
     """Give the block the down_proj that best takes `hidden` to `target`.
 
-    target: the teacher's stream behind the block's group. Returns (that matrix (D, F) float32, the
-    share of the error that it leaves on windows held out). The matrix stays as it is, and 1 is
-    left, where none does better there: few tokens against a wide FFN are soon learned by heart.
+    target: the teacher's stream behind the block's group. Returns ({name: new weights in float32}:
+    that matrix (D, F) and the gains (D,) of a norm behind it, the share of the error that they
+    leave on windows held out). Both stay as they are, and 1 is left, where none does better there:
+    few tokens against a wide FFN are soon learned by heart.
 
     Tokens are weighted by 1 / rms of the teacher's stream, because the next norm divides by it: the
     first token of a window is a hundred times longer than the rest.
@@ -306,9 +308,11 @@ def fit_down_proj(
     weight = mx.array(update.astype(np.float32, copy=False))
     linear.weight = weight.astype(linear.weight.dtype)
     stream.evaluate_now(weight, linear.weight)
+    changed = {"mlp.down_proj.weight": weight}
     if post_norm and error < 1.0:
-        error = post_norm.fit_gains()
-    return weight, error
+        gains, error = post_norm.fit_gains()
+        changed[f"{POST_MLP_NORM}.weight"] = gains
+    return changed, error
 
 
 def _rms(rows: mx.array) -> mx.array:
@@ -372,11 +376,13 @@ class _PostNorm:
         task.block[POST_MLP_NORM] = self.norm
         return total
 
-    def fit_gains(self) -> float:
-        """Fit the gains to the new down_proj: the share of the error left on windows held out.
+    def fit_gains(self) -> tuple[mx.array, float]:
+        """Fit the gains to the new down_proj.
 
+        Returns (the norm's weights (D,) float32, the share of the error left on windows held out).
         Where that is none less, it is 1, and the norm and down_proj are as they were.
         """
+        old = self.norm.weight.astype(mx.float32)
         windows = range(len(self.task.target))
         squares, products, _ = self._sums(b for b in windows if b not in self.task.held_out)
         # Least squares of one number a channel: by which share its gain grows.
@@ -386,10 +392,13 @@ class _PostNorm:
         left = float(rest.sum() / self.before)
         if left >= 1.0:
             self.task.block.mlp.down_proj.weight = self.old
-            return 1.0
+            return old, 1.0
         change = mx.array((growth * self.gain).astype(np.float32))
-        self.norm.weight = self.norm.weight + change.astype(self.norm.weight.dtype)
-        return left
+        gains = old + change
+        rounded = gains.astype(self.norm.weight.dtype)
+        stream.evaluate_now(gains, rounded)
+        self.norm.weight = rounded
+        return gains, left
 
 
 def train_router(

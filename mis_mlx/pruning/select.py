@@ -139,7 +139,9 @@ def select_units(
     layers = importance.select_blocks(blocks, shape.layers, arch.layer_phase(config))
     scores, used = ranking(statistics, cut)
     if cut.target == "conditions":
-        shape = _shape_by_conditions(statistics, cut, shape, layers=layers, used=used)
+        shape = _shape_by_conditions(
+            statistics, cut, shape, layers=layers, used=used, experts=max(1, before.experts)
+        )
     kept: dict[Key, tuple[int, ...]] = {}
     differ: dict[Key, int] = {}
 
@@ -187,9 +189,23 @@ def _block_shapes(config: Mapping[str, Any], cut: PruningConfig, shape: Shape) -
 
 
 def _shape_by_conditions(
-    statistics: Statistics, cut: PruningConfig, shape: Shape, *, layers: Sequence[int], used: str
+    statistics: Statistics,
+    cut: PruningConfig,
+    shape: Shape,
+    *,
+    layers: Sequence[int],
+    used: str,
+    experts: int,
 ) -> Shape:
-    """The shape with the FFN size that eq. (1) gives in the measured air, of the kept layers."""
+    """The shape with the FFN size that eq. (1) gives in the measured air, of the kept layers.
+
+    experts: the teacher's; 1 where it is dense.
+    """
+    if cut.importance != "aais":
+        raise MisError(
+            f"--target conditions needs --importance aais, but {cut.importance} was given, which "
+            f"does not know the air: leave one of them out"
+        )
     if used != "aais" or statistics.altitude_m is None:
         lost = "--target conditions needs T_env and the altitude, and one is missing"
         raise MisError(f"{lost}: add --temperature-c and --altitude-m, or use --target fixed")
@@ -199,6 +215,7 @@ def _shape_by_conditions(
         multiple=arch.FFN_MULTIPLE,
         altitude_m=statistics.altitude_m,
         unit=cut.temperature_unit,
+        experts=experts,
     )
     return replace(shape, ffn=ffn)
 
@@ -243,15 +260,30 @@ def wanted_shape(config: Mapping[str, Any], cut: PruningConfig) -> Shape:
         exact["ffn"] = before.ffn
     shape = arch.target_shape(config, ratios, **exact)
     widths = asked_widths(config, cut, shape.layers)
-    if widths:  # plans count every block as wide as the widest
+    if widths:  # of the widest
         return replace(shape, ffn=max(widths))
-    if cut.scenario != "none" and shape == before:
+    if cut.scenario != "none" and shape == before and cut.target == "fixed":
         why = (
             f"--scenario {cut.scenario} would cut nothing of {before}, because FFN goes in steps "
             f"of {arch.FFN_MULTIPLE}, hidden in steps of {math.lcm(16, before.heads)}"
         )
         raise MisError(f"{why}: give --layers, --ffn or --hidden, or another scenario")
     return shape
+
+
+def largest_student(config: Mapping[str, Any], cut: PruningConfig, dtype: str) -> dict[str, Any]:
+    """The config of the largest student that `cut` may leave: for plans, which are made before.
+
+    The air decides no sooner than in the pruning, and may leave as many neurons as the teacher has.
+    """
+    shape = wanted_shape(config, cut)
+    if cut.target == "conditions":
+        shape = replace(shape, ffn=shape_of(config).ffn)
+    edited = arch.student_config(config, shape, dtype=dtype)
+    widths = asked_widths(config, cut, shape.layers)
+    if widths and len(set(widths)) > 1:
+        return block_widths.unequal(edited, widths)
+    return edited
 
 
 def asked_widths(
@@ -320,7 +352,7 @@ def prune(
         checkpoint,
         distributed.shard(batches),
         reading=reading,
-        unit=cut.temperature_unit,
+        unit=cut.temperature_unit if cut.importance == "aais" else None,
         relay=_relay(checkpoint, shares, direct=spooled),
         hidden=states(),
     )

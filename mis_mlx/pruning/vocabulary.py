@@ -134,10 +134,10 @@ def needed(tokens: Vocabulary, model: Path) -> set[int]:
     # A model may have no template, or one that refuses; it is a program and can raise anything.
     with suppress(Exception):
         tokenizer = load.tokenizer(model)
-        talks = token_windows.tokenize([{"messages": SHORTEST_CHAT}], tokenizer)
+        (talk,) = token_windows.tokenize([{"messages": SHORTEST_CHAT}], tokenizer)
         # Before an answer there may be more, such as an empty thought.
-        talks.append(token_windows.prompt_ids(SHORTEST_CHAT[:1], tokenizer))
-        for token in chain.from_iterable(talks):
+        prompt = token_windows.prompt_ids(SHORTEST_CHAT[:1], tokenizer)
+        for token in chain(talk.tolist(), prompt):
             rows |= tokens.parts(token)
     return rows
 

@@ -155,7 +155,8 @@ class BlockTuning:
         for step in range(TUNING_STEPS):
             windows = chance.choice(learning, size=min(TUNED_AT_ONCE, len(learning)), replace=False)
             # Together, so that each matrix is made once.
-            inputs = stream.joined([hidden[b] for b in windows])
+            # In float32, so that no gradient of a large error ends in float16.
+            inputs = stream.joined([hidden[b] for b in windows]).astype(mx.float32)
             targets = stream.joined([self.targets[b] for b in windows])
             _, gradients = gradient_of(block, inputs, targets)
             decay = (1 + math.cos(math.pi * step / TUNING_STEPS)) / 2

@@ -64,15 +64,18 @@ class VocabularyCosts:
             # Evaluated here, so that the table can go: only a number per group stays.
             stream.evaluate_now(self.variances[path])
 
-    def at_head(self, x: mx.array, above: mx.array) -> None:
+    def at_head(self, x: mx.array, above: mx.array, slopes: mx.array | None = None) -> None:
         """Add some positions: head inputs x (n, D), d log p(drawn) / d logits `above` (n, V).
 
         `above` has the mean square p (1 - p) over draws: |above| is p, or 1 - p for the drawn one.
+        slopes (n, V): d logits / d what the head gives, under a softcap.
         """
         inputs = mx.square(x.astype(mx.float32)).reshape(len(x), -1, self.group)
         errors = inputs.sum(axis=-1) @ self.variances[self.head].T
         chance = mx.abs(above)
         expected = chance * (1 - chance) * errors
+        if slopes is not None:
+            expected = expected * mx.square(slopes)
         self.squares[self.head] += float(expected.sum())
 
     def at_rows(self, ids: mx.array, below: mx.array) -> None:

@@ -79,7 +79,10 @@ def _grid_product(integers: mx.array) -> Callable[[mx.array, mx.array, mx.array]
         of_values = of_matrix * integers.astype(mx.float32)
         of_scales = of_values.sum(axis=-1)
         waiting = mx.depends(cotangent, [of_scales, of_biases])
-        of_input = waiting @ matrix(scales, biases, waiting)
+        weight = matrix(scales, biases, waiting)
+        of_input = waiting @ weight
+        # MLX's own products give a gradient in its input's type, and blocks that cast rely on it.
+        of_input = of_input.astype(x.dtype)
         return of_input, of_scales, of_biases
 
     return product  # type: ignore[return-value]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,18 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
+from mis_mlx import distill
 from mis_mlx.compute.token_losses import TokenLoss, teacher_kl
-from mis_mlx.distillation import sharded, train_loop
+from mis_mlx.distillation import live_teacher, sharded, train_loop
 from mis_mlx.hardware.clock import Clock
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
 from mis_mlx.models import load, model_writer, stream
 from mis_mlx.storage import checkpoint as protocol
+from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK, Files
 from mis_mlx.types import Checkpoint, MisError, Step
-from tests import tiny
+from tests import family_checks, tiny
 from tests.conftest import mostly_slow
 
 LAYERS = 4
@@ -484,6 +487,37 @@ def test_three_bad_batches_stop_the_run_across_visits(
         list(student.steps(poisoned, LOSS, schedule(9)))
     end = load.open_checkpoint(tmp_path / "s")
     assert same(*(dict(load.weights(c, "", mx.float32)) for c in (end, source("llama"))))
+
+
+def test_a_run_goes_back_to_the_checkpoint_of_its_visit(
+    tmp_path: Path, llama: Checkpoint, text_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three bad batches around the end of a visit: the run goes on without them, and ends."""
+    drawn = live_teacher.step_micro_batches
+    poisoned = (6, 7, 8)  # steps, from 1
+
+    def some_bad(*given: Any) -> list[Any]:
+        batches = drawn(*given)
+        if given[-1] + 1 not in poisoned:
+            return batches
+        bad = []
+        for tokens, mask, *targets in batches:
+            no_numbers = [target * math.nan for target in targets]
+            bad.append((tokens, mask, *no_numbers))
+        return bad
+
+    monkeypatch.setattr(live_teacher, "step_micro_batches", some_bad)
+    flags = {**family_checks.RUN, "vocab": "512", "layers": 3, "iters": 12, "save_every": 2}
+    asked = distill.Settings(
+        teacher=str(llama.path), data=str(text_folder), out=str(tmp_path / "run"), **flags
+    )
+    result = distill.run(replace(asked, train="sharded", quantize=0))
+    assert result["mode"] == "sharded"
+    steps = run_folder.metrics(tmp_path / "run")
+    assert [step["number"] for step in steps] == list(range(1, 13))
+    skipped = [step["number"] for step in steps if "not a number before" in step.get("note", "")]
+    assert skipped == [7, 8]
+    assert all(math.isfinite(step["loss"]) for step in steps[8:])
 
 
 def test_a_step_in_which_the_machine_slept_changes_nothing(

@@ -111,6 +111,7 @@ def test_what_would_reverse_a_ranking_is_refused() -> None:
     assert importance.weight_of(air(-3.0), "kelvin") == pytest.approx(270.15)
     with pytest.raises(MisError, match="altitude"):
         importance.weight_of(air(8.0, 0.0), "kelvin")
+    assert importance.weight_of(air(8.0, 0.0), None) is None  # where no air is asked for
 
 
 def test_ties_keep_the_lower_index() -> None:

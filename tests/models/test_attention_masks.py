@@ -10,7 +10,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mis_mlx.models import attention_masks, load
+from mis_mlx.alignment import sequence_packing
+from mis_mlx.models import attention_masks, load, mlx_modules
+from mis_mlx.models.families import family
 from mis_mlx.types import Checkpoint
 from tests import tiny
 
@@ -39,7 +41,19 @@ def check(model: nn.Module, tolerance: float = 1e-5) -> None:
         assert b.mask[row].tolist() == [float(t < len(answer)) for t in range(4)]
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma4_text", "gemma3n_text", "lfm2"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "llama",
+        "qwen2",
+        "qwen3",
+        "gemma4_text",
+        "gemma3n_text",
+        "lfm2",
+        "gpt_oss",
+        "ministral3",
+    ],
+)
 def test_every_answer_is_as_if_alone(kind: str, models: Callable[[str], Checkpoint]) -> None:
     """In every architecture; the blocks' own rotary modules are back in their place afterwards."""
     model = load.resident_model(models(kind), mx.float32)
@@ -58,6 +72,50 @@ def test_a_sliding_window_counts_positions_not_columns(tmp_path: Path) -> None:
     layers = ["sliding_attention", "full_attention", "sliding_attention"]
     folder = tiny.make(tmp_path / "near", layer_types=layers, sliding_window=3)
     check(load.resident_model(load.open_checkpoint(folder), mx.float32))
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "ministral3"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(mx.float32, 3e-6), (mx.float16, 5e-3)])
+def test_rows_that_share_a_window_are_as_if_alone(
+    kind: str, dtype: mx.Dtype, tolerance: float, models: Callable[[str], Checkpoint]
+) -> None:
+    """Rows longer than the window of blocks that slide, and than the positions by which queries
+    grow, in the types of both policies.
+
+    `model.model` is what generates, with the masks that mlx-lm makes.
+    """
+    model = load.resident_model(models(kind), dtype)
+    rng = np.random.default_rng(3)
+    rows = [rng.integers(1, 500, length).astype(np.int32) for length in (18, 11)]
+    marked = [(ids, np.ones(len(ids), np.float32)) for ids in rows]
+    tokens, _, branch = sequence_packing.padded_windows([marked])
+    hidden = attention_masks.forward(model, tokens, branch)[0]
+    start = 0
+    for ids in rows:
+        wanted = model.model(mx.array(ids[None]))[0]
+        found = hidden[start : start + len(ids)]
+        # the mean: a rounded router may choose another expert for a token
+        assert mx.abs(found - wanted).mean().item() < tolerance
+        start += len(ids)
+
+
+def test_a_whole_models_blocks_have_the_windows_of_blocks_alone(
+    models: Callable[[str], Checkpoint],
+) -> None:
+    """In every family, whoever asks: as a part of mlx-lm's model or on its own."""
+    for kind in tiny.FAMILIES:
+        values = models(kind).config
+        args = mlx_modules.model_args(values)
+        whole = mlx_modules.new_model(values).model.layers
+        windows = [mlx_modules.window(args, block) for block in whole]
+        row = family(values)
+        for i, window in enumerate(windows):
+            alone = mlx_modules.new_block(row, args, i)
+            assert mlx_modules.window(args, alone) == window, (kind, i)
+        kinds = values.get("layer_types") or []
+        slides = [kind == "sliding_attention" for kind in kinds]
+        if any(slides):
+            assert [window is not None for window in windows] == slides
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx import plan, prune, quantize, search
+from mis_mlx import generate, grpo, plan, prune, quantize, search, sft
 from mis_mlx.evaluation import option_likelihood
 from mis_mlx.models import (
     arch,
@@ -24,13 +25,19 @@ from mis_mlx.models import (
     bit_floors,
     gated_delta,
     load,
+    mlx_generate,
+    model_writer,
+    residency,
     stream,
     streamed_decode,
     text_writer,
 )
 from mis_mlx.models.config import attends, check_config, read_config
+from mis_mlx.models.model_size import model_of
 from mis_mlx.quantization import packed_format
-from mis_mlx.types import Checkpoint, MisError
+from mis_mlx.storage import run_folder
+from mis_mlx.storage.files import DISK
+from mis_mlx.types import Checkpoint, MisError, Precision
 from tests import family_checks, stock, tiny
 from tests.conftest import mostly_slow
 from tests.family_checks import TOKENS, apart, streamed
@@ -193,6 +200,52 @@ def test_bits_are_stock(
     assert apart(load.resident_model(four, mx.float32)(TOKENS), theirs(TOKENS)) <= tolerance
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_decay_keeps_its_digits(
+    qwen: Checkpoint, dtype: Literal["bfloat16", "float16"], tmp_path: Path, text_folder: Path
+) -> None:
+    """As in mlx-lm, the logarithms of the decay stay float32, in memory and on disk, in every way
+    that a model is opened or written.
+    """
+    name = "model.layers.0.linear_attn.A_log"
+    stored = load.dense(qwen, name)
+    assert not mx.array_equal(stored.astype(mx.bfloat16), stored)
+    precision = Precision(asked=dtype, dtype=dtype)
+    out = tmp_path / "pruned"
+    asked = prune.Settings(
+        model=str(qwen.path),
+        mlx_path=str(out),
+        data=str(text_folder),
+        dtype=dtype,
+        ffn=512,
+        **FEW,
+    )
+    prune.run(asked)
+    rounded = family_checks.quantized(out, tmp_path / "four")
+    for checkpoint in (qwen, load.open_checkpoint(out), rounded):
+        half = replace(checkpoint, precision=precision)
+        assert mx.array_equal(load.dense(half, name), stored)
+        whole = load.resident_model(half, getattr(mx, dtype))
+        source = stream.Stream(half)
+        _, block = next(source.blocks())
+        stock_model, _ = mlx_generate.open_model(half)
+        for first in (whole.model.layers[0], block, stock_model.layers[0]):
+            assert mx.array_equal(first.linear_attn.A_log, stored)
+            assert first.linear_attn.dt_bias.dtype == getattr(mx, dtype)
+
+
+def test_half_a_model_computes_where_it_was_read(qwen: Checkpoint, tmp_path: Path) -> None:
+    """Tensors that stay float32 in a folder of bfloat16 do not make every block a copy."""
+    folder = model_writer.by_block(qwen, tmp_path / "half", DISK, "bfloat16")
+    assert not residency.leaves_its_slot(folder, mx.bfloat16)
+    assert residency.leaves_its_slot(folder, mx.float16)
+    assert model_of(folder, gpu=True, dtype=mx.bfloat16).as_stored
+    whole = load.resident_model(folder, mx.bfloat16)
+    expected = whole(TOKENS)
+    source = stream.Stream(folder, mx.bfloat16)
+    assert apart(load.logits(source.head(), source.forward([TOKENS])[0]), expected) <= 0.02
+
+
 def test_too_few_bits_are_a_sentence(qwen: Checkpoint, tmp_path: Path, text_folder: Path) -> None:
     """The floors and 8 bits for the gates take more than the fewest bits of other matrices."""
     asked = quantize.Settings(
@@ -230,10 +283,38 @@ def test_every_way_of_training(tmp_path: Path, text_folder: Path, way: str) -> N
     family_checks.check_training(tmp_path, text_folder, way, teacher=teacher)
 
 
+def test_rows_of_sft_have_windows_of_their_own(qwen: Checkpoint, tmp_path: Path) -> None:
+    """Packing is the default, and is left out by itself: the rows' losses are those without it."""
+    data = tmp_path / "data"
+    data.mkdir()
+    row = json.dumps({"prompt": "The for statement", "completion": " is used to iterate"})
+    for split in ("train", "valid"):
+        (data / f"{split}.jsonl").write_text(f"{row}\n" * 4)
+    asked = sft.Settings(
+        model=str(qwen.path), data=str(data), iters=1, batch_size=2, max_seq_length=32
+    )
+    losses = []
+    for packing in (True, False):
+        out = tmp_path / f"packing {packing}"
+        sft.run(replace(asked, out=str(out), packing=packing))
+        losses.append(run_folder.metrics(out)[0]["loss"])
+    assert losses[0] == losses[1]
+
+
+def test_grpo_is_refused_before_it_begins(qwen: Checkpoint, tmp_path: Path) -> None:
+    """Not after the first answers; with what to do, in flags that the command has."""
+    out = tmp_path / "run"
+    with pytest.raises(MisError, match="give another --model, or use sft or dpo"):
+        grpo.run(grpo.Settings(model=str(qwen.path), out=str(out)))
+    assert not out.exists()
+    with pytest.raises(MisError, match="leave out --draft-model"):
+        generate.run(generate.Settings(model=str(qwen.path), draft_model=str(qwen.path)))
+
+
 def test_what_is_not_built_is_a_sentence(qwen: Checkpoint, text_folder: Path) -> None:
     """Texts that share a sequence, drafts, searches."""
     source = stream.Stream(qwen, mx.float32)
-    with pytest.raises(MisError, match="read one text after the other"):
+    with pytest.raises(MisError, match="leave out --tasks whose questions have options"):
         option_likelihood.score(source, [([5, 9], [[3], [4]])])
     model = load.resident_model(qwen, mx.float32)
     joined = attention_masks.join([5, 6], [[7, 8], [9]])

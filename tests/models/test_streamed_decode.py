@@ -105,6 +105,20 @@ def test_scaled_positions_turn_row_by_row(tmp_path: Path, kind: str, stranger: S
     assert flat(ours(checkpoint, IDS, draft=stranger, size=32)) == stock(checkpoint, IDS)
 
 
+def test_queries_grow_with_positions_not_with_columns(
+    models: Callable[[str], Checkpoint],
+) -> None:
+    """Three guesses for the 8th token stand in columns 8 to 10, where queries would be larger."""
+    source = Stream(models("ministral3"), mx.float32)
+    text = IDS[:7]
+    guesses = [streamed_decode.Node(token, None, depth=1, score=0.0) for token in (5, 90, 200)]
+    context = streamed_decode.Context(source)
+    found = context.read(text, guesses)
+    for row, guess in enumerate(guesses, 1):
+        alone = streamed_decode.Context(source).read([*text, guess.token])
+        assert mx.allclose(found[row], alone[0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_the_real_teacher_says_the_same() -> None:
     """SmolLM2-135M streamed with nothing kept, plain and with itself as the draft: mlx-lm's

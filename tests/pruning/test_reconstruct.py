@@ -14,14 +14,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mis_mlx import distill
 from mis_mlx.maths import reconstruction
 from mis_mlx.maths.reconstruction import RIDGES
 from mis_mlx.models import load, model_writer, modules, stream
 from mis_mlx.models.config import shape_of
 from mis_mlx.pruning import reconstruct, slicing
 from mis_mlx.storage.files import DISK
-from mis_mlx.types import Checkpoint, KeptUnits
-from tests import tiny
+from mis_mlx.types import Checkpoint, KeptUnits, Precision
+from tests import family_checks, tiny
 
 ALL = (0, 1, 2)
 SOME = tuple(range(0, 768, 3))
@@ -318,3 +319,56 @@ def test_a_wide_layer_is_refitted_beside_nothing_in_float64(
     assert len(repaired) == 2
     assert max(left) < 1
     assert peak < 4 * 512**2 * (4 + 2.5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen3_moe"])
+def test_what_is_repaired_is_float32(
+    tmp_path: Path,
+    models: Callable[[str], Checkpoint],
+    windows: list[mx.array],
+    kind: str,
+    dtype: str,
+) -> None:
+    """Whatever the two models compute in: it is put into a student that trains in float32."""
+    teacher = replace(models(kind), precision=Precision(dtype=dtype))
+    layers = tuple(range(shape_of(teacher.config).layers))
+    ffn = shape_of(teacher.config).ffn
+    neurons = tuple(range(0, max(1, shape_of(teacher.config).experts) * ffn, 2))
+    keep = KeptUnits(layers, {(i, "ffn"): neurons for i in layers}, "")
+    student = student_of(teacher, keep, tmp_path / "s", ffn=ffn // 2)
+    student = replace(student, precision=teacher.precision)
+
+    repaired, _ = reconstruct.reconstruct(teacher, student, keep, windows)
+
+    assert repaired
+    assert {array.dtype for array in repaired.values()} == {mx.float32}
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("gemma3_text", "bfloat16"), ("gemma3_text", "float16"), ("gemma4_text", "bfloat16")],
+)
+def test_a_repaired_norm_learns_in_float32(
+    tmp_path: Path,
+    models: Callable[[str], Checkpoint],
+    text_folder: Path,
+    kind: str,
+    dtype: str,
+) -> None:
+    """Every gain behind an MLP moves in a step, by less than half precision would round away."""
+    teacher = models(kind).path
+    out = tmp_path / "run"
+    flags = {**family_checks.RUN, "vocab": "512", "layers": 7, "save_every": 1}
+    flags |= {"compute_dtype": dtype, "keep_steps": True, "quantize": 0}
+    asked = distill.Settings(teacher=str(teacher), data=str(text_folder), out=str(out), **flags)
+    result = distill.run(asked)
+    assert result["mode"] == "resident"
+    before, after = sorted((out / "steps").iterdir())
+    old: Any = mx.load(str(before / "model.safetensors"))
+    new: Any = mx.load(str(after / "model.safetensors"))
+    assert {array.dtype for array in new.values()} == {mx.float32}
+    gains = [name for name in new if name.endswith(f"{reconstruct.POST_MLP_NORM}.weight")]
+    for name in gains:
+        assert mx.isfinite(new[name]).all()
+        assert mx.mean(new[name] != old[name]) > 0.9, name

@@ -1,0 +1,55 @@
+"""Adapters that stock mlx_lm opens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mis_mlx.compute import precision
+from mis_mlx.models import load, lora
+from mis_mlx.storage.files import DISK
+from mis_mlx.types import Checkpoint
+from tests import family_checks
+from tests.family_checks import TOKENS, apart
+
+MIXTURES = ("qwen3_moe", "qwen2_moe", "mixtral", "gpt_oss", "olmoe")
+
+
+@pytest.mark.parametrize(
+    ("kind", "policy"), [*((kind, "cpu") for kind in MIXTURES), ("qwen3_moe", "metal")]
+)
+def test_adapters_of_experts_are_mlx_lms(
+    kind: str,
+    policy: str,
+    models: Callable[[str], Checkpoint],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Experts have one each here, and all of a block one there: mlx_lm computes the same, on packed
+    weights too.
+    """
+    monkeypatch.setenv(precision.POLICY, policy)
+    checkpoint = models(kind)
+    if policy == "metal":
+        checkpoint = family_checks.quantized(checkpoint.path, tmp_path / "packed")
+    settings = lora.Lora(num_layers=3, rank=4, scale=2.0)
+    model = load.resident_model(checkpoint, mx.float32)
+    before = model(TOKENS)
+    lora.insert(model, settings, seed=0)
+    adapters = dict(tree_flatten(model.trainable_parameters()))
+    for number, (name, array) in enumerate(adapters.items()):
+        adapters[name] = 0.05 * mx.random.normal(array.shape, key=mx.random.key(number))
+    model.update(tree_unflatten(list(adapters.items())))
+    wanted = model(TOKENS)
+
+    out = tmp_path / "adapters"
+    lora.write(adapters, settings, out, DISK, config=checkpoint.config)
+
+    assert any(".experts." in name for name in adapters)
+    theirs, _ = load.mlx_lm("utils").load(str(checkpoint.path), adapter_path=str(out))
+    theirs.set_dtype(mx.float32)
+    assert apart(theirs(TOKENS), wanted) < 1e-3 * apart(before, wanted)
