@@ -128,8 +128,9 @@ def test_a_text_that_the_teacher_writes_is_asked_for_once(
     """
     monkeypatch.chdir(tmp_path)
     # A random model writes no words.
-    for name, value in (("WORDLIKE", 0.0), ("SHORT", 10), ("LEAST", 0.0)):
+    for name, value in (("WORDLIKE", 0.0), ("SHORT", 10)):
         monkeypatch.setattr(synthesize, name, value)
+    monkeypatch.setattr(repetition, "loops", lambda text: False)
     monkeypatch.setattr(recipe, "TEACHER_TEXTS", 2)
     monkeypatch.setattr(run_text, "TEXT_TOKENS", 640)
     settings = distill.Settings(
@@ -277,5 +278,5 @@ def test_no_stage_takes_settings_of_any_kind() -> None:
                     kind = ast.unparse(node.annotation) if node.annotation else ""
                     loose += [path.name] * (kind == "Any")
     assert loose == []
-    assert "c" in replaced
+    assert "job" in replaced
     assert not {"s", "settings", "resolved"} & set(replaced)

@@ -511,7 +511,7 @@ def test_a_run_goes_back_to_the_checkpoint_of_its_visit(
     asked = distill.Settings(
         teacher=str(llama.path), data=str(text_folder), out=str(tmp_path / "run"), **flags
     )
-    result = distill.run(replace(asked, train="sharded", quantize=0))
+    result = distill.run(replace(asked, train="sharded", targets="live", quantize=0))
     assert result["mode"] == "sharded"
     steps = run_folder.metrics(tmp_path / "run")
     assert [step["number"] for step in steps] == list(range(1, 13))
