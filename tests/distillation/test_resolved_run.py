@@ -18,6 +18,7 @@ import pytest
 from mis_mlx import distill, synthesize
 from mis_mlx.distillation import pipeline, resolved_run, run_text
 from mis_mlx.distillation.resolved_run import ResolvedRun
+from mis_mlx.evaluation import repetition
 from mis_mlx.planner import estimates
 from mis_mlx.settings import recipe
 from mis_mlx.settings.parts import part_of
