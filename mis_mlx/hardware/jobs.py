@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from mis_mlx.hardware import child_process
+from mis_mlx.hardware import child_process, free_memory
 
 Show = Callable[[str], object]  # is given a piece of text
 NEAR_S = 2.0  # two readings of a process's start that lie so near are of the same process
@@ -97,7 +97,7 @@ def held_bytes(pid: int) -> int:
 
 def free_bytes() -> int:
     """Bytes of memory that programs could take now."""
-    return int(psutil.virtual_memory().available)
+    return free_memory.now().nbytes
 
 
 def total_bytes() -> int:

@@ -1,4 +1,4 @@
-"""Keep macOS from ending a long computation or putting it to sleep. No Mac has run this yet.
+"""Ask macOS, and keep it from ending a long computation or falling asleep. No Mac has run this yet.
 
 `mis_mlx` imports this before anything else, so it imports nothing of the package, and MLX only
 inside functions.
@@ -7,12 +7,13 @@ inside functions.
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 WATCHDOG = "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"
 NO_COMPILE = "MLX_DISABLE_COMPILE"  # read by MLX when it first compiles a function
 DEVICE = "MIS_MLX_DEVICE"
+PATIENCE_S = 10.0  # with a program of macOS that is asked something
 SMALL_BYTES = 8 * 2**30  # on a Mac with no more memory MLX sends small command buffers
 # The most operations and megabytes of a command buffer, read by MLX when it opens the device; else
 # 40 and 40. Metal holds the temporaries of all buffers that are in flight.
@@ -41,6 +42,29 @@ def total_bytes() -> int:
     Without psutil, which takes longer to import than the rest of the package.
     """
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def asked(command: Sequence[str]) -> str:
+    """Run a program and return its output in one line; or in parentheses why there is none."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, stdin=subprocess.DEVNULL, timeout=PATIENCE_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"(refused: {type(error).__name__})"
+    output = _one_line(done.stdout)
+    if output and not done.returncode:
+        return output
+    why = f"exit code {done.returncode}"
+    errors = _one_line(done.stderr)[:120]
+    if errors:
+        why += f", {errors}"
+    return f"(refused: {why})"
+
+
+def _one_line(output: bytes) -> str:
+    """A program's output with every run of white space made one blank."""
+    return " ".join(output.decode(errors="replace").split())
 
 
 def compiler_installed() -> bool:

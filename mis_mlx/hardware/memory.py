@@ -9,17 +9,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from ctypes import CDLL, c_uint64
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import psutil
 
-from mis_mlx.hardware import macos
+from mis_mlx.hardware import free_memory, macos
 from mis_mlx.hardware.thermal import apple_sensors
 from mis_mlx.types import GIB, Budget, MisError, gib
 
-DEFAULT_BYTES = 5 * GIB
-SHARE = 0.75  # of the memory there is: macOS and the browser need some, too
+DEFAULT_BYTES = 5 * GIB  # at the most by default where there is no Metal to recommend anything
+SHARE = 0.75  # of what Metal recommends, or of free memory: macOS and the browser need some, too
 # What a process grows by: Python and libraries on a CPU; Metal's runtime, until measured
 GROWN_BYTES = 40 * 2**20
 GROWN_METAL_BYTES = 150 * 2**20
@@ -40,8 +41,8 @@ WIRED_MARGIN_BYTES = 256 * 2**20  # beyond what a job needs, so that its last bu
 
 
 def usable_memory_bytes() -> int:
-    """The most a process should take: Metal's recommended working set, or the available memory."""
-    return _recommended(mx) or int(psutil.virtual_memory().available)
+    """The most a process can be given: Metal's recommended working set, or all memory."""
+    return _recommended(mx) or int(psutil.virtual_memory().total)
 
 
 def _recommended(device: Any) -> int | None:
@@ -65,36 +66,77 @@ def in_flight_bytes() -> int:
 
 
 def free_for_us_bytes() -> int:
-    """Memory of this machine that other processes leave, including what this process holds.
+    """Memory of this machine that other processes leave, including what this process holds."""
+    own, _ = held_bytes()
+    return free_memory.now().nbytes + own
 
-    macOS counts neither as used nor as available what its compressor holds, 1 to 2 GB on a busy Mac
-    of 8 GB: that belongs to others, so the smaller of the two counts decides.
+
+@dataclass(frozen=True)
+class Room:
+    """What a machine has for a process, in bytes.
+
+    recommended_bytes: by Metal; None where nothing is computed on Metal. free_bytes: what other
+    programs leave now; None: of another machine, on which nothing else runs.
     """
-    machine = psutil.virtual_memory()
-    own = psutil.Process().memory_info().rss
-    unused = machine.total - max(0, machine.used - own)
-    return int(min(unused, machine.available + own))
+
+    usable_bytes: int
+    recommended_bytes: int | None
+    free_bytes: int | None
+
+    def and_free(self, why: str) -> str:
+        """A reason, and what is free now where that is known."""
+        if self.free_bytes is None:
+            return why
+        return f"{why}; {gib(self.free_bytes)} are free now"
+
+
+def room_here() -> Room:
+    """What this machine has now."""
+    return Room(usable_memory_bytes(), _recommended(mx), free_for_us_bytes())
+
+
+def default_budget(room: Room) -> Budget:
+    """The budget where nobody asks for one, in whole MiB: this is the rule, there is no other.
+
+    On Metal three quarters of what Metal recommends, which is two thirds of a small Mac's memory:
+    4.00 GiB of 8 GB. Elsewhere three quarters of what is free, 5 GiB at the most. Never more than
+    other programs leave free now.
+    """
+    if room.recommended_bytes is None:
+        base = room.usable_bytes if room.free_bytes is None else room.free_bytes
+        share = int(SHARE * base)
+        if share > DEFAULT_BYTES:
+            return Budget(DEFAULT_BYTES, room.and_free("the most by default without Metal"))
+        return Budget(_whole(share), f"three quarters of the {gib(base)} that are free now")
+    share = int(SHARE * room.recommended_bytes)
+    rule = f"three quarters of the {gib(room.recommended_bytes)} that Metal recommends"
+    if room.free_bytes is not None and room.free_bytes < share:
+        why = f"what other programs leave free now, less than {gib(share)}, {rule}"
+        return Budget(_whole(room.free_bytes), why)
+    return Budget(_whole(share), room.and_free(rule))
+
+
+def _whole(nbytes: int) -> int:
+    """Bytes in whole MiB, rounded down, so that --budget can say them."""
+    return nbytes // 2**20 * 2**20
 
 
 def budget(asked_bytes: int | None, usable_bytes: int | None = None) -> Budget:
-    """The user's budget, or the least of 5 GiB, 75 % of the room and what others do not use now.
+    """The user's budget, or that of the run that goes on; else the default.
 
-    usable_bytes: bytes of another machine, on which nothing else runs; default: this one's.
-    MisError when more is asked for than there is.
+    usable_bytes: what Metal recommends on another machine, on which nothing else runs; default:
+    this one. MisError when more is asked for than the machine has. That other programs hold some of
+    it now refuses nothing: a run that goes on may have begun beside fewer.
     """
-    most = DEFAULT_BYTES
-    if usable_bytes is None:
-        usable_bytes = usable_memory_bytes()
-        # Other programs on this machine keep what they hold.
-        most = min(most, free_for_us_bytes())
+    room = room_here() if usable_bytes is None else Room(usable_bytes, usable_bytes, None)
     if asked_bytes is None:
-        return Budget(min(most, int(SHARE * usable_bytes)))
-    if asked_bytes > usable_bytes:
+        return default_budget(room)
+    if asked_bytes > room.usable_bytes:
         raise MisError(
-            f"--budget {gib(asked_bytes)} is more than the available {gib(usable_bytes)}: "
-            f"ask for less"
+            f"--budget {gib(asked_bytes)} is more than the {gib(room.usable_bytes)} that this "
+            f"machine can give: ask for less"
         )
-    return Budget(asked_bytes)
+    return Budget(asked_bytes, room.and_free("as asked for"))
 
 
 def held_bytes() -> tuple[int, int]:

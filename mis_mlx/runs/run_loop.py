@@ -31,7 +31,7 @@ from mis_mlx.reporting import progress, text
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import Files, as_mis_error, need_place
-from mis_mlx.types import Budget, Checkpoint, MisError, Step
+from mis_mlx.types import Budget, Checkpoint, MisError, Step, gib
 
 S = TypeVar("S", bound=Any)  # a command's Settings
 
@@ -81,7 +81,9 @@ def open_model(
     source = resolve.resolve_model(model)
     cli.say(f"{what}: {source.source}")
     checkpoint = load.open_checkpoint(source.path)
-    return estimates.settle_precision(memory.budget(s.budget_bytes), checkpoint, s.precision)
+    limit = memory.budget(s.budget_bytes)
+    cli.say(f"memory budget: {gib(limit.limit_bytes)}, {limit.why}")
+    return estimates.settle_precision(limit, checkpoint, s.precision)
 
 
 def prepare_text(
@@ -132,7 +134,8 @@ def open_run(
 ) -> Iterator[OpenRun]:
     """The run in `folder`, or a new one in `out` or in a new folder called `name`.
 
-    stored: the settings, for its config.yaml. A run that goes on must have begun with `origin`.
+    stored: the settings, for its config.yaml, which names the budget in any case. A run that goes
+    on must have begun with `origin`.
     Machines beside the first one work in a folder that is deleted at the end. strategy: how it
     trains, decided once. wired: as of `memory.limited`, in bytes.
     """
@@ -142,6 +145,8 @@ def open_run(
         settings = {
             flag: value for flag, value in stored.items() if flag not in run_folder.NOT_STORED
         }
+        # What other programs leave free on another day does not change a run that goes on.
+        settings["budget"] = settings.get("budget") or estimates.budget_flag(limit.limit_bytes)
         folder = run_folder.create(out, name, settings, origin, plan=strategy, files=files)
     elif folder and distributed.is_main():
         cli.say(*run_folder.same_origin(folder, origin))
