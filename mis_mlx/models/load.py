@@ -41,6 +41,8 @@ from mis_mlx.types import UNDECIDED, Checkpoint, MisError, Precision
 Raw = Mapping[str, mx.array]  # tensors as stored on disk, by full name
 EMBEDDING = "model.embed_tokens."
 NORM = "model.norm."
+# What has a row for each token: too large to be in memory whole while a model is written.
+TABLES = (f"{EMBEDDING}weight", "lm_head.weight", f"{PER_LAYER}weight")
 SETTINGS = ("group_size", "bits", "mode")
 TABLE_PART = 2**23  # numbers of a table that are read and written at a time
 VISION = re.compile(  # tensors of parts that see or hear

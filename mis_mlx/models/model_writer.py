@@ -205,9 +205,9 @@ def write_folder(
 def dense(checkpoint: Checkpoint, name: str) -> Tensor:
     """A checkpoint's tensor for `write_model`: `load.dense`.
 
-    The table of per-layer inputs comes in parts, because it is too large to be whole in memory.
+    A table with a row for each token comes in parts.
     """
-    if name != f"{arch.PER_LAYER}weight":
+    if name not in load.TABLES:
         return load.dense(checkpoint, name)
     shape = arch.tensors_of(checkpoint.config)[name]
     return InParts(("F32", shape), load.dense_parts(checkpoint, name, "float32"))
