@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -262,7 +263,7 @@ def _hf(settings: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, An
     def take(name: str) -> Tensor:
         weight = model_writer.dense(checkpoint, name)
         if isinstance(weight, InParts):
-            return weight._replace(parts=(held(name, part) for part in weight.parts))
+            return weight.mapped(partial(held, name), weight.spec)
         return held(name, weight)
 
     if not settings.dry_run:

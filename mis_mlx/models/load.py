@@ -173,7 +173,7 @@ def dense(checkpoint: Checkpoint, name: str, raw: Raw | None = None) -> mx.array
     values = rounding.values
     # A large matrix goes part by part: a CPU holds several copies of what it de-quantizes.
     large = arrays[name].nbytes * 8 > rounding.OPENED * settings["bits"]
-    if large and not precision.keeps_packed():
+    if large and mx.default_device() == mx.cpu:
         values = rounding.dequantized
     packed = tuple(arrays[part] for part in names)
     group, bits, mode = [settings[key] for key in SETTINGS]

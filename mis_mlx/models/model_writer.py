@@ -219,10 +219,7 @@ def _cast(tensor: Tensor, dtype: str) -> Tensor:
     if isinstance(tensor, mx.array):
         return tensor.astype(mlx_dtype)
     _, shape = tensor.spec
-    return InParts(
-        spec=(SAFETENSORS_NAMES[dtype], shape),
-        parts=(part.astype(mlx_dtype) for part in tensor.parts),
-    )
+    return tensor.mapped(lambda part: part.astype(mlx_dtype), (SAFETENSORS_NAMES[dtype], shape))
 
 
 def write_model(

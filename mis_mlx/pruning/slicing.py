@@ -190,8 +190,9 @@ def rotated_teacher(teacher: Checkpoint, rotation: Rotation) -> Dense:
 def _turned(teacher: Checkpoint, name: str, q: mx.array, gain: mx.array) -> InParts:
     """A table (V, D) with its channels times gain (D,), in the coordinates of q (D, d)."""
     parts = load.dense_parts(teacher, name, "float32")
-    spec = ("F32", (teacher.tensors[name].shape[0], q.shape[1]))
-    return InParts(spec, ((part * gain) @ q for part in parts))
+    rows, channels = arch.tensors_of(teacher.config)[name]
+    whole = InParts(("F32", (rows, channels)), parts)
+    return whole.mapped(lambda part: (part * gain) @ q, ("F32", (rows, q.shape[1])))
 
 
 def _norm_before(name: str) -> str:
@@ -247,8 +248,7 @@ def _cut_table(table: InParts, before: Shape, keep: KeptUnits) -> InParts:
         return table
     columns = _numbers(kept, 1)
     dtype, (rows, _) = table.spec
-    parts = (mx.take(part, columns, axis=1) for part in table.parts)
-    return InParts((dtype, (rows, len(kept))), parts)
+    return table.mapped(lambda part: mx.take(part, columns, axis=1), (dtype, (rows, len(kept))))
 
 
 def _numbers(units: Iterable[int], size: int) -> mx.array:
@@ -269,11 +269,11 @@ def _side(teacher: Checkpoint, name: str, layers: Sequence[int]) -> Tensor:
     width = teacher.config[families.family(teacher.config).per_layer]
     kept = _numbers(layers, width)
     if isinstance(weight, InParts):  # the table, too large to be in memory whole
+        if all_stay:
+            return weight
         dtype, (rows, _) = weight.spec
-        parts = weight.parts
-        if not all_stay:
-            parts = (mx.take(part, kept, axis=1) for part in weight.parts)
-        return InParts((dtype, (rows, len(layers) * width)), parts)
+        spec = (dtype, (rows, len(layers) * width))
+        return weight.mapped(lambda part: mx.take(part, kept, axis=1), spec)
     if all_stay or weight.ndim == 1:  # a norm is of one block's width
         return weight
     return mx.take(weight, kept, axis=0)

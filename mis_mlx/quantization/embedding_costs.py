@@ -60,6 +60,7 @@ class VocabularyCosts:
             for rows in load.dense_parts(checkpoint, f"{path}.weight", "float32"):
                 parts.append(_group_variances(rows, group))
                 stream.evaluate_now(parts[-1])
+                del rows
             self.variances[path] = mx.concatenate(parts)
             stream.evaluate_now(self.variances[path])
 

@@ -283,6 +283,7 @@ def _table_in_parts(
             packed, *others = _rounded_rows(rows, kind, fit=fit)
             stream.evaluate_now(packed, others)
             _refuse_beyond(checkpoint, name, others)
+            del rows
             scales.append(others)
             yield packed
 
@@ -381,6 +382,7 @@ def _finite_parts(
     for rows in parts:
         _refuse_not_numbers(checkpoint, name, rows)
         yield rows
+        del rows  # before the next are read
 
 
 def _refuse_beyond(checkpoint: Checkpoint, name: str, packed: Sequence[mx.array]) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,13 @@ class InParts(NamedTuple):
 
     spec: Spec
     parts: Iterable[mx.array]
+
+    def mapped(self, change: Callable[[mx.array], mx.array], spec: Spec) -> "InParts":
+        """The tensor with every part changed, `spec` being that of the result.
+
+        By `map`, which forgets a part before it asks for the next; a generator's variable does not.
+        """
+        return InParts(spec, map(change, self.parts))
 
 
 Tensor = mx.array | InParts
