@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,7 +27,7 @@ from mis_mlx.models import arch, distributed, load, mlx_generate, opening
 from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting import progress, text
 from mis_mlx.runs import run_loop
-from mis_mlx.size_search import size_request
+from mis_mlx.size_search import shortfall, size_request
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK, json_sha256
 from mis_mlx.types import Checkpoint, MisError, Row
@@ -100,7 +100,8 @@ def run(settings: Settings) -> dict[str, Any]:
     """The command: open, plan, prune, repair, distil, quantize, measure."""
     s, folder = run_loop.resumed(settings, FREE)
     resolved = _resolve(s, folder)
-    cli.say(text.aligned(plan.table(resolved.plan)))
+    cli.say(text.aligned(plan.table(resolved.plan, resolved.report.expected_loss)))
+    resolved = _expecting_more(resolved)
     if s.dry_run:
         return _dry_run(resolved)
     if not resolved.plan.fits:
@@ -129,6 +130,15 @@ def _resolve(s: Settings, folder: Path | None) -> ResolvedRun:
     if folder is None:
         sizes = _chosen_sizes(s, teacher)
     return resolved_run.resolve(s, sizes, teacher, folder)
+
+
+def _expecting_more(resolved: ResolvedRun) -> ResolvedRun:
+    """The run, where its budget leaves something out with the loss that is to be expected of it."""
+    expected = resolved.report.expected_loss
+    if expected is None:
+        return resolved
+    more = round(expected * shortfall.loss_factor(resolved.plan), 4)
+    return replace(resolved, report=replace(resolved.report, expected_loss=more))
 
 
 def _dry_run(resolved: ResolvedRun) -> dict[str, Any]:

@@ -251,6 +251,8 @@ def _hf(settings: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, An
     if packed:
         facts.append(f"{packed} packed matrices de-quantized, then rounded to {dtype}")
 
+    stored = model_writer.SAFETENSORS_NAMES[dtype]
+
     def held(name: str, weight: mx.array) -> mx.array:
         weight = weight.astype(precision.DTYPES[dtype])
         if stream.not_numbers(weight):
@@ -263,7 +265,7 @@ def _hf(settings: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, An
     def take(name: str) -> Tensor:
         weight = model_writer.dense(checkpoint, name)
         if isinstance(weight, InParts):
-            return weight.mapped(partial(held, name), weight.spec)
+            return weight.mapped(partial(held, name), columns=weight.spec[1][1], dtype=stored)
         return held(name, weight)
 
     if not settings.dry_run:

@@ -214,14 +214,24 @@ def wiring_asked() -> bool:
     return os.environ.get("MIS_MLX_WIRE") == "1"
 
 
-def undo_foreign_wiring(device: Any = mx) -> None:
-    """Unwire what a library has just wired without being asked.
+@contextmanager
+def nothing_wired(device: Any = mx) -> Iterator[None]:
+    """Within, MLX's call that wires memory does nothing, unless the user wants memory wired.
 
-    mlx-lm's batch generator wires all that Metal recommends. Nothing happens with MIS_MLX_WIRE=1,
-    or where nothing is wired. device: as in `limited`.
+    For libraries that wire unasked: mlx-lm's batch generator wires all that Metal recommends while
+    it is made, and sets the limit back when it is closed. Each of that moves every living buffer
+    into a resident set or out of it, and the kernel's panics went away only where it was never
+    called (mlx issue 3186). device: as in `limited`.
     """
-    if _recommended(device) and not wiring_asked() and hasattr(device, "set_wired_limit"):
-        device.set_wired_limit(0)
+    wire = getattr(device, "set_wired_limit", None)
+    if wire is None or wiring_asked():
+        yield
+        return
+    device.set_wired_limit = lambda nbytes: 0
+    try:
+        yield
+    finally:
+        device.set_wired_limit = wire
 
 
 def _open_more_files() -> None:

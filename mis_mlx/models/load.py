@@ -12,6 +12,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.compute import precision
+from mis_mlx.hardware.rates import on_gpu
 from mis_mlx.maths import losses, rounding
 from mis_mlx.models import (
     altup,
@@ -173,7 +174,7 @@ def dense(checkpoint: Checkpoint, name: str, raw: Raw | None = None) -> mx.array
     values = rounding.values
     # A large matrix goes part by part: a CPU holds several copies of what it de-quantizes.
     large = arrays[name].nbytes * 8 > rounding.OPENED * settings["bits"]
-    if large and mx.default_device() == mx.cpu:
+    if large and not on_gpu():
         values = rounding.dequantized
     packed = tuple(arrays[part] for part in names)
     group, bits, mode = [settings[key] for key in SETTINGS]

@@ -207,8 +207,13 @@ def dense(checkpoint: Checkpoint, name: str) -> Tensor:
 
     A table with a row for each token comes in parts.
     """
-    if name not in load.TABLES:
-        return load.dense(checkpoint, name)
+    if name in load.TABLES:
+        return table(checkpoint, name)
+    return load.dense(checkpoint, name)
+
+
+def table(checkpoint: Checkpoint, name: str) -> InParts:
+    """One of `load.TABLES` in float32, some rows at a time."""
     shape = arch.tensors_of(checkpoint.config)[name]
     return InParts(("F32", shape), load.dense_parts(checkpoint, name, "float32"))
 
@@ -218,8 +223,11 @@ def _cast(tensor: Tensor, dtype: str) -> Tensor:
     mlx_dtype = precision.DTYPES[dtype]
     if isinstance(tensor, mx.array):
         return tensor.astype(mlx_dtype)
-    _, shape = tensor.spec
-    return tensor.mapped(lambda part: part.astype(mlx_dtype), (SAFETENSORS_NAMES[dtype], shape))
+    return tensor.mapped(
+        lambda part: part.astype(mlx_dtype),
+        columns=tensor.spec[1][1],
+        dtype=SAFETENSORS_NAMES[dtype],
+    )
 
 
 def write_model(

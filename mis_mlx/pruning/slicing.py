@@ -174,9 +174,11 @@ def rotated_teacher(teacher: Checkpoint, rotation: Rotation) -> Dense:
             if tied and name == FINAL:
                 gain = dense(name) @ mx.square(q)
             return (inner * rotation.energy[name] / size) ** 0.5 * gain
-        if name in (f"{load.EMBEDDING}weight", HEAD):
-            # The head reads the stream behind the last norm.
-            return _turned(teacher, name, q, dense(FINAL) if name == HEAD else mx.ones((inner,)))
+        if name in load.TABLES:
+            gain = mx.ones((inner,))
+            if name == HEAD:  # which reads the stream behind the last norm
+                gain = dense(FINAL)
+            return _turned(model_writer.table(teacher, name), q, gain)
         norm = _norm_before(name)
         if kind == "weight" and norm != FINAL:  # reads the stream behind a norm
             return (dense(name) * dense(norm)) @ q
@@ -187,12 +189,9 @@ def rotated_teacher(teacher: Checkpoint, rotation: Rotation) -> Dense:
     return tensor
 
 
-def _turned(teacher: Checkpoint, name: str, q: mx.array, gain: mx.array) -> InParts:
+def _turned(table: InParts, q: mx.array, gain: mx.array) -> InParts:
     """A table (V, D) with its channels times gain (D,), in the coordinates of q (D, d)."""
-    parts = load.dense_parts(teacher, name, "float32")
-    rows, channels = arch.tensors_of(teacher.config)[name]
-    whole = InParts(("F32", (rows, channels)), parts)
-    return whole.mapped(lambda part: (part * gain) @ q, ("F32", (rows, q.shape[1])))
+    return table.mapped(lambda part: (part * gain) @ q, columns=q.shape[1])
 
 
 def _norm_before(name: str) -> str:
@@ -247,8 +246,7 @@ def _cut_table(table: InParts, before: Shape, keep: KeptUnits) -> InParts:
     if before.experts or kept is None or len(kept) == before.hidden:
         return table
     columns = _numbers(kept, 1)
-    dtype, (rows, _) = table.spec
-    return table.mapped(lambda part: mx.take(part, columns, axis=1), (dtype, (rows, len(kept))))
+    return table.mapped(lambda part: mx.take(part, columns, axis=1), columns=len(kept))
 
 
 def _numbers(units: Iterable[int], size: int) -> mx.array:
@@ -271,9 +269,10 @@ def _side(teacher: Checkpoint, name: str, layers: Sequence[int]) -> Tensor:
     if isinstance(weight, InParts):  # the table, too large to be in memory whole
         if all_stay:
             return weight
-        dtype, (rows, _) = weight.spec
-        spec = (dtype, (rows, len(layers) * width))
-        return weight.mapped(lambda part: mx.take(part, kept, axis=1), spec)
+        return weight.mapped(
+            lambda part: mx.take(part, kept, axis=1),
+            columns=len(kept),
+        )
     if all_stay or weight.ndim == 1:  # a norm is of one block's width
         return weight
     return mx.take(weight, kept, axis=0)

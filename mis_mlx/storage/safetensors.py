@@ -27,12 +27,15 @@ class InParts(NamedTuple):
     spec: Spec
     parts: Iterable[mx.array]
 
-    def mapped(self, change: Callable[[mx.array], mx.array], spec: Spec) -> "InParts":
-        """The tensor with every part changed, `spec` being that of the result.
+    def mapped(
+        self, change: Callable[[mx.array], mx.array], *, columns: int, dtype: str = "F32"
+    ) -> "InParts":
+        """The matrix with all parts changed, which then have so many columns and this type.
 
         By `map`, which forgets a part before it asks for the next; a generator's variable does not.
         """
-        return InParts(spec, map(change, self.parts))
+        rows = self.spec[1][0]
+        return InParts((dtype, (rows, columns)), map(change, self.parts))
 
 
 Tensor = mx.array | InParts

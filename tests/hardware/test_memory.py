@@ -106,17 +106,22 @@ def test_nothing_is_wired_elsewhere(device: Device, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     ("device", "said", "wired"),
-    [(Device(), "", 0), (Device(), "1", 3), (Device("cpu"), "", 3), (Device(wires=False), "", 3)],
+    [(Device(), "", 3), (Device(), "1", 5), (Device("cpu"), "", 3), (Device(wires=False), "", 3)],
 )
-def test_foreign_wiring_is_undone(
+def test_a_library_wires_nothing(
     device: Device, said: str, wired: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a library wired goes, unless the user wants it wired, and where there is something to
-    wire.
+    """Its calls do nothing, unless the user wants memory wired; afterwards they count again, also
+    after an error.
     """
     monkeypatch.setenv("MIS_MLX_WIRE", said)
-    memory.undo_foreign_wiring(device)
+    before = getattr(device, "set_wired_limit", None)
+    with pytest.raises(KeyError), memory.nothing_wired(device):
+        if before:
+            device.set_wired_limit(5)
+        raise KeyError
     assert device.limits["wired"] == wired
+    assert getattr(device, "set_wired_limit", None) is before
 
 
 @pytest.mark.parametrize("gpu", [False, True])

@@ -591,7 +591,7 @@ def test_measured_rates_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     kept = {p.name for p in (tmp_path / "cache").iterdir()} - {".lock"}
     assert kept == {"rates.json"}
     assert json.loads((tmp_path / "cache" / "rates.json").read_text())["gpu"] is False
-    assert estimates.machine_rates("m1-air") is M1_AIR
+    assert estimates.machine_rates("m1-air") == M1_AIR
     with pytest.raises(MisError, match="leave one of them out"):
         estimates.machine_rates("m1-air", measure=True)
 
