@@ -15,9 +15,14 @@ NO_COMPILE = "MLX_DISABLE_COMPILE"  # read by MLX when it first compiles a funct
 DEVICE = "MIS_MLX_DEVICE"
 PATIENCE_S = 10.0  # with a program of macOS that is asked something
 SMALL_BYTES = 8 * 2**30  # on a Mac with no more memory MLX sends small command buffers
-# The most operations and megabytes of a command buffer, read by MLX when it opens the device; else
-# 40 and 40. Metal holds the temporaries of all buffers that are in flight.
-COMMAND_BUFFERS = {"MLX_MAX_OPS_PER_BUFFER": "10", "MLX_MAX_MB_PER_BUFFER": "10"}
+# The size of a command buffer, read by MLX when it opens the device, else 40. Metal holds the
+# temporaries of all buffers that are in flight. MLX counts elements, not bytes (mlx issue 3192): a
+# buffer goes when it has more than so many times 2**20 of them, 16 MiB of float32 for 3. The limit
+# on operations saves no memory, and a smaller one costs time.
+MEGABYTES = "MLX_MAX_MB_PER_BUFFER"
+SMALL_MEGABYTES = "3"
+# Commands that only read a model: their arrays are small, and every buffer costs them time.
+READERS = ("bench", "generate")
 
 
 def settle() -> None:
@@ -29,11 +34,21 @@ def settle() -> None:
     if sys.platform != "darwin":
         return
     os.environ.setdefault(WATCHDOG, "1")
-    if total_bytes() <= SMALL_BYTES:
-        for name, value in COMMAND_BUFFERS.items():
-            os.environ.setdefault(name, value)
+    if total_bytes() <= SMALL_BYTES and not reads_only(sys.orig_argv):
+        os.environ.setdefault(MEGABYTES, SMALL_MEGABYTES)
     if os.environ.get(DEVICE) == "cpu" and not compiler_installed():
         os.environ.setdefault(NO_COMPILE, "1")
+
+
+def reads_only(words: Sequence[str]) -> bool:
+    """Whether this process was started for one of READERS. words: its whole command line."""
+    for word in words[1:]:
+        if word.startswith("-") and word != "-m":
+            return False
+        name = os.path.basename(word).removeprefix("mis_mlx.")
+        if name in READERS:
+            return True
+    return False
 
 
 def total_bytes() -> int:

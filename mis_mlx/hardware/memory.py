@@ -35,8 +35,8 @@ FOOTPRINT = 2 + 7
 MOST_FOOTPRINT = 2 + 28
 OPEN_FILES = 4096  # macOS allows 256 at first, too few for a model in many files
 COMMANDS_AHEAD = 10  # command buffers that MLX sends before it waits (scheduler.h)
-MEGABYTES = "MLX_MAX_MB_PER_BUFFER"
 USUAL_MEGABYTES = "40"
+ELEMENT_BYTES = 4  # of a temporary: half precision has fewer
 WIRED_MARGIN_BYTES = 256 * 2**20  # beyond what a job needs, so that its last buffers are wired too
 
 
@@ -55,14 +55,14 @@ def _recommended(device: Any) -> int | None:
 def in_flight_bytes() -> int:
     """Temporaries of commands that a GPU has not done yet.
 
-    MLX sends some ten command buffers ahead, each with as many megabytes as its environment says
-    (`macos.COMMAND_BUFFERS`). Read in MLX's source; no Mac has measured it.
+    MLX sends some ten command buffers ahead. One ends with the operation that takes it over so many
+    times 2**20 elements as its environment says (`macos.MEGABYTES`). Read in MLX's source; no Mac
+    has measured it.
     """
     # Without a GPU the answer is that of a small Mac.
-    usual = USUAL_MEGABYTES
-    if macos.total_bytes() <= macos.SMALL_BYTES or mx.default_device() != mx.gpu:
-        usual = macos.COMMAND_BUFFERS[MEGABYTES]
-    return COMMANDS_AHEAD * int(os.environ.get(MEGABYTES) or usual) * 10**6
+    usual = USUAL_MEGABYTES if mx.default_device() == mx.gpu else macos.SMALL_MEGABYTES
+    millions = int(os.environ.get(macos.MEGABYTES) or usual) + 1
+    return COMMANDS_AHEAD * millions * 2**20 * ELEMENT_BYTES
 
 
 def free_for_us_bytes() -> int:
