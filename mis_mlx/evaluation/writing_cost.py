@@ -90,7 +90,7 @@ def plan_writing(
                 peak_bytes=need,
                 cost=cost,
                 headroom_bytes=pass_cost.headroom_bytes(limit.limit_bytes, one_pass.peak_bytes),
-                direct=m.nbytes > limit.limit_bytes,
+                direct=memory.crowds_page_cache(m.nbytes, limit),
             )
     limit.need(
         need,

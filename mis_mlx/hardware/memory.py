@@ -20,6 +20,7 @@ from mis_mlx.hardware.thermal import apple_sensors
 from mis_mlx.types import GIB, Budget, MisError, gib
 
 DEFAULT_BYTES = 5 * GIB  # at the most by default where there is no Metal to recommend anything
+SYSTEM_BYTES = 2 * GIB  # of all memory, which the system and a program or two hold
 SHARE = 0.75  # of what Metal recommends, or of free memory: macOS and the browser need some, too
 # What a process grows by: Python and libraries on a CPU; Metal's runtime, until measured
 GROWN_BYTES = 40 * 2**20
@@ -137,6 +138,16 @@ def budget(asked_bytes: int | None, usable_bytes: int | None = None) -> Budget:
             f"machine can give: ask for less"
         )
     return Budget(asked_bytes, room.and_free("as asked for"))
+
+
+def crowds_page_cache(streamed_bytes: int, limit: Budget) -> bool:
+    """Whether a model that is streamed again and again should be read past the page cache.
+
+    The cache would keep as much of it as this process and the system leave. Where that is not all
+    of it, the next pass finds none: each block has pushed out the one that is needed next, and the
+    browser before that.
+    """
+    return streamed_bytes + limit.limit_bytes > macos.total_bytes() - SYSTEM_BYTES
 
 
 def held_bytes() -> tuple[int, int]:

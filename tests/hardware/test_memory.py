@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
-from mis_mlx.hardware import free_memory, memory
+from mis_mlx.hardware import free_memory, macos, memory
 from mis_mlx.hardware.rates import M1_AIR
 from mis_mlx.hardware.thermal import apple_sensors
 from mis_mlx.types import GIB, Budget, MisError
@@ -233,3 +233,21 @@ def test_freed_memory_goes_back() -> None:
     memory.give_back()
     assert memory.held_bytes()[0] < before + 50 * MIB
     assert top.sum() == 12_800
+
+
+@pytest.mark.parametrize(
+    ("model", "budget", "total", "past"),
+    [
+        # Qwen3 1.7B in bf16 beside 4 GiB on an Air: 1.2 GiB too much for its memory
+        (3_441_185_608, 4 * GIB, 8 * GIB, True),
+        (3_441_185_608, 4 * GIB, 16 * GIB, False),
+        (270_000_000, 4 * GIB, 8 * GIB, False),  # the default teacher
+        (5 * GIB, GIB, 24 * GIB, False),  # more than the budget, and the cache keeps all of it
+    ],
+)
+def test_what_the_page_cache_cannot_keep_is_read_past_it(
+    model: int, budget: int, total: int, past: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Model, budget and 2 GiB for the system, against all memory."""
+    monkeypatch.setattr(macos, "total_bytes", lambda: total)
+    assert memory.crowds_page_cache(model, Budget(budget)) == past
