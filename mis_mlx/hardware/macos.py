@@ -20,6 +20,7 @@ SMALL_BYTES = 8 * 2**30  # on a Mac with no more memory MLX sends small command 
 # buffer goes when it has more than so many times 2**20 of them, 16 MiB of float32 for 3. The limit
 # on operations saves no memory, and a smaller one costs time.
 MEGABYTES = "MLX_MAX_MB_PER_BUFFER"
+OPERATIONS = "MLX_MAX_OPS_PER_BUFFER"
 SMALL_MEGABYTES = "3"
 # Commands that only read a model: their arrays are small, and every buffer costs them time.
 READERS = ("bench", "generate")
