@@ -5,9 +5,8 @@
 
 Only tokens go: half or a quarter of them stay, and the rest is rounded to 4.5 bits a weight. Once
 as `distill` does it by default, with GPTQ, and once with --q-method round, which takes less memory
-and time. The machine is an M1 Air by published rates; one of 16 GB has twice the room for a
-process. With 8 GB the budget is what `distill` takes by itself there; with 16 GB it is one that has
-to be asked for, `--budget 10GiB`.
+and time. The machines are M1 Airs by published rates. The budget is what `distill` takes by itself
+there: 4 and 8 GiB.
 
 The shapes come with the package; tests/models/test_gemma4.py and test_gemma3n.py compare their
 parameters with the published numbers. Writes benchmarks/results/<machine>/gemma_models.json.
@@ -15,7 +14,7 @@ parameters with the published numbers. Writes benchmarks/results/<machine>/gemma
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import laboratory
@@ -24,6 +23,7 @@ import models_table
 from mis_mlx import cli, plan
 from mis_mlx.hardware import rates
 from mis_mlx.models import arch
+from mis_mlx.planner import estimates
 
 TITLES = {
     "gemma-4-e2b": "Gemma 4 E2B",
@@ -31,7 +31,7 @@ TITLES = {
     "gemma-3n-e2b": "Gemma 3n E2B",
     "gemma-3n-e4b": "Gemma 3n E4B",
 }
-BUDGETS = {"8 GB": "5GiB", "16 GB": "10GiB"}
+MACHINES: dict[str, estimates.Machine] = {"8 GB": "m1-air", "16 GB": "m1-air-16gb"}
 STUDENTS = {"half": "0.5x", "quarter": "0.25x"}
 METHODS = ("gptq", "round")
 
@@ -41,20 +41,16 @@ class Settings:
     """Nothing to set: all four models."""
 
 
-def planned(teacher: str, budget: str, vocab: str, method: str) -> dict[str, Any]:
+def planned(teacher: str, machine: estimates.Machine, vocab: str, method: str) -> dict[str, Any]:
     """What a plan says of one student. method: how it is rounded."""
     settings = plan.Settings(
         teacher=teacher,
-        machine="m1-air",
-        budget=budget,
+        machine=machine,
         scenario="none",
         vocab=vocab,
         q_method=method,  # type: ignore[arg-type]
     )
-    room = rates.M1_AIR.room_bytes
-    assert room is not None
-    machine = replace(rates.M1_AIR, room_bytes=2 * room)
-    made, _ = plan.planned(settings, machine)
+    made, _ = plan.planned(settings, estimates.machine_rates(machine))
     return models_table.student(made)
 
 
@@ -65,8 +61,8 @@ def row(teacher: str) -> dict[str, Any]:
     for student, vocab in STUDENTS.items():
         plans = dict[str, Any]()
         for method in METHODS:
-            for machine, budget in BUDGETS.items():
-                plans[f"{method}, {machine}"] = planned(teacher, budget, vocab, method)
+            for memory, machine in MACHINES.items():
+                plans[f"{method}, {memory}"] = planned(teacher, machine, vocab, method)
         students[student] = plans
     return {
         "title": TITLES[teacher],
@@ -82,7 +78,7 @@ def main(_: Settings) -> None:
     for teacher in TITLES:
         rows[teacher] = row(teacher)
         cli.say(f"{teacher}: planned")
-    given = {"machine": "m1-air", "rates": rates.M1_AIR.source, "budgets": BUDGETS}
+    given = {"machine": "m1-air", "rates": rates.M1_AIR.source, "machines": MACHINES}
     laboratory.write(
         name="gemma_models",
         command="scripts/mis benchmarks/gemma_models.py",

@@ -8,7 +8,7 @@ The shapes are in benchmarks/model_configs/, each with its source; those of Gemm
 package. The machine is an 8 GB MacBook Air M1 by published rates, the budget what `distill` takes
 there by itself. Two students of each model: one that keeps half of the tokens and loses nothing
 else, and the one that `plan` and `distill` take where nothing is said about sizes and no search
-looks for them.
+looks for them. The second is planned for smaller budgets, too, such as a browser leaves.
 
 A config alone does not say whether a model has a chat template. Of one that has, `distill` lets the
 teacher answer prompts before the run, and teacher and student others at its end. The hours of both
@@ -38,11 +38,11 @@ from mis_mlx.models.families import family
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import rounding_cost
 from mis_mlx.settings.recipe import EVAL_PROMPTS
-from mis_mlx.size_search import size_request
+from mis_mlx.size_search import shortfall, size_request
 from mis_mlx.types import Budget, MisError
 
 CONFIGS = Path(__file__).parent / "model_configs"
-BUDGET = "5GiB"  # what `distill` takes by itself of the 5.3 GiB that an 8 GB Mac has to give
+BUDGETS = ("4GiB", "2.5GiB", "1.8GiB")  # the default there, and two where less is free
 # Student: flags of `plan`.
 RECIPES: dict[str, dict[str, Any]] = {
     "half": {"scenario": "none", "vocab": "0.5x"},
@@ -162,10 +162,15 @@ def row(model: Model, folder: Path) -> dict[str, Any]:
         teacher = str(folder)
     students = {}
     for recipe, flags in RECIPES.items():
-        settings = plan.Settings(teacher=teacher, machine="m1-air", budget=BUDGET, **flags)
+        settings = plan.Settings(teacher=teacher, machine="m1-air", **flags)
         made, _ = plan.planned(settings, rates.M1_AIR)
         students[recipe] = student(made)
         budget_bytes = made.budget_bytes
+    budgets = {}
+    for budget in BUDGETS:
+        settings = plan.Settings(teacher=teacher, machine="m1-air", budget=budget)
+        made, _ = plan.planned(settings, rates.M1_AIR)
+        budgets[budget] = within(made)
     return {
         "title": model.title,
         "source": model.source,
@@ -175,6 +180,21 @@ def row(model: Model, folder: Path) -> dict[str, Any]:
         "without_sizes": chosen_without_sizes(model.config, budget_bytes),
         "scenario": vocabulary.defaults(None, None, model.config, None)["scenario"],
         "students": students,
+        "budgets": budgets,
+    }
+
+
+def within(made: strategies.MemoryPlan) -> dict[str, Any]:
+    """What a plan does in its budget; where nothing fits, the least that would do."""
+    return {
+        "fits": made.fits,
+        "least_bytes": strategies.least_bytes(made.job, made.rates),
+        "mode": made.mode,
+        "uncut": made.job.uncut,
+        "tuned": made.tuned,
+        "hours": round(sum(made.planned.values()) / 3600, 3),
+        "peak_bytes": made.peak_bytes,
+        "left_out": {part.name: part.budget_bytes for part in shortfall.left_out(made)},
     }
 
 
@@ -209,7 +229,7 @@ def main(s: Settings) -> None:
     given = {
         "machine": "m1-air",
         "rates": rates.M1_AIR.source,
-        "budget": BUDGET,
+        "budgets": BUDGETS,
         "recipes": RECIPES,
         "lose": size_request.DEFAULT_LOSS,
         "answers_before": conversations.FEWEST,

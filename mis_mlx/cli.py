@@ -74,7 +74,7 @@ class Budgeted(Options):
     """Flags of every command that computes within a budget."""
 
     budget: str | None = None
-    """memory limit, such as 5GiB or 600MiB; default: the least of 5GiB, 75 % of RAM and free RAM"""
+    """memory limit, such as 5GiB or 600MiB; default: 4GiB on a Mac of 8 GB, less if less is free"""
     config: ConfigFile = None
     """YAML file with any of these flags"""
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,7 +27,7 @@ from mis_mlx.models import arch, distributed, load, mlx_generate, opening
 from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting import progress, text
 from mis_mlx.runs import run_loop
-from mis_mlx.size_search import earlier, size_request
+from mis_mlx.size_search import earlier, shortfall, size_request
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK
@@ -135,7 +135,8 @@ def _resolved(
     the plan does not fit the budget, except in a dry run.
     """
     resolved = resolved_run.resolve(s, sizes, teacher, folder)
-    cli.say(text.aligned(plan.table(resolved.plan)))
+    cli.say(text.aligned(plan.table(resolved.plan, resolved.report.expected_loss)))
+    resolved = _expecting_more(resolved)
     if s.dry_run:
         return resolved
     if not resolved.plan.fits:
@@ -143,6 +144,15 @@ def _resolved(
     if folder is None or not run_folder.is_decided(folder):
         cli.say(progress.promise(sum(resolved.plan.planned.values())))
     return resolved
+
+
+def _expecting_more(resolved: ResolvedRun) -> ResolvedRun:
+    """The run, where its budget leaves something out with the loss that is to be expected of it."""
+    expected = resolved.report.expected_loss
+    if expected is None:
+        return resolved
+    more = round(expected * shortfall.loss_factor(resolved.plan), 4)
+    return replace(resolved, report=replace(resolved.report, expected_loss=more))
 
 
 def _dry_run(
@@ -239,7 +249,7 @@ def _searched(sought: search.PlannedSearch, place: run_loop.Place) -> dict[str, 
 
 def _work(resolved: ResolvedRun, place: run_loop.Place) -> dict[str, Any]:
     """Write the text, read it, go through all stages; the result."""
-    place.decide(resolved.settings.values, resolved.strategy)
+    place.decide(resolved.settings.values, resolved.strategy, resolved.budget)
     _write_text(resolved.text.written, resolved.teacher)
     source = conversations.source(resolved.teacher, resolved.text.wanted, resolved.budget)
     with progress.run("distill", resolved.plan.planned):

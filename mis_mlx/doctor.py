@@ -10,18 +10,19 @@ import re
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import psutil
 
 from mis_mlx import cli
 from mis_mlx.checks import groups
 from mis_mlx.checks.groups import Row
 from mis_mlx.compute import precision
-from mis_mlx.hardware import child_process, memory, rates, system_facts
+from mis_mlx.hardware import child_process, free_memory, macos, memory, rates, system_facts
 from mis_mlx.hardware.thermal.thermal_monitor import Monitor, examined
 from mis_mlx.reporting import html
 from mis_mlx.storage.files import DISK, as_mis_error, need_place
@@ -50,6 +51,7 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     rates: list[list[str]] = field(default_factory=list)
     peak_bytes: int = 0
+    devices: dict[str, str] = field(default_factory=dict)  # what each group computed on
     begun: str = ""  # the check that is being done, empty between two
 
     def line(self, text: str) -> None:
@@ -73,8 +75,10 @@ class Report:
         mark = "✓" if row.passed else "✗"
         self.line(f"| {mark} | {row.name} | {result} |{bound} |")
 
-    def take(self, line: dict[str, Any]) -> None:
+    def take(self, group: str, line: dict[str, Any]) -> None:
         """Take a line of a group's journal."""
+        if "device" in line:
+            self.devices[group] = line["device"]
         if "begun" in line:
             self.begun = line["begun"]
             # said before the check runs: where the process dies, this was it
@@ -121,12 +125,14 @@ def run(settings: Settings) -> dict[str, Any]:
     held = gib(report.peak_bytes)
     took = duration(time.monotonic() - began)
     report.line(f"\n**{passed}** in {took}; a group took at most {held}.")
+    report.line("\n" + groups.guarded(lambda: _paragraph(report, passed, failed, settings), str))
     return {
         "checks": total,
         "failed": failed,
         "check_failed": bool(failed),
         "policy": precision.policy(),
         "device": rates.about()["computes_on"],
+        "devices": report.devices,
         "rows": [row._replace(error=_public(row.error))._asdict() for row in report.rows],
     }
 
@@ -144,7 +150,7 @@ def _examine(group: str, folder: Path, compute_dtype: str | None, report: Report
     def look() -> None:
         nonlocal read
         for end, line in groups.lines(journal, read):
-            report.take(line)
+            report.take(group, line)
             read = end
 
     arguments = {
@@ -154,11 +160,26 @@ def _examine(group: str, folder: Path, compute_dtype: str | None, report: Report
         "compute_dtype": compute_dtype,
     }
     try:
-        ask("mis_mlx.checks.groups", "run", arguments, PATIENCE_S, look=look)
+        with _environment(groups.ENVIRONMENT.get(group, {})):
+            ask("mis_mlx.checks.groups", "run", arguments, PATIENCE_S, look=look)
     except child_process.NoAnswer as trouble:
         look()
         report.row(Row(report.begun or group, passed=False, error=str(trouble)))
     look()
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Processes that are started within find these variables."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _head(folder: Path, wanted: Precision) -> str:
@@ -168,9 +189,10 @@ def _head(folder: Path, wanted: Precision) -> str:
     facts = groups.guarded(lambda: list(system_facts.lines()), lambda why: [why])
     values = {
         "about": about,
-        "room": psutil.virtual_memory(),
+        "total": macos.total_bytes(),
+        "free": free_memory.now(),
         "disk": shutil.disk_usage(folder),
-        "budget": memory.budget(None).limit_bytes,
+        "budget": memory.budget(None),
         "recommended": float(mx.device_info().get("max_recommended_working_set_size", 0)),
         "lines": [*sensors.splitlines(), *facts],
         "policy": precision.policy(),
@@ -179,6 +201,23 @@ def _head(folder: Path, wanted: Precision) -> str:
         "gib": gib,
     }
     return html.document("doctor.md", values)
+
+
+def _paragraph(report: Report, passed: str, failed: list[str], settings: Settings) -> str:
+    """What the owner of a Mac can paste into an issue: the machine, and what was found."""
+    values = {
+        "about": rates.about(),
+        "total": macos.total_bytes(),
+        "free": free_memory.now(),
+        "budget": memory.budget(None),
+        "passed": passed,
+        "failed": failed,
+        "devices": sorted(set(report.devices.values())),
+        "dtype": precision.usual_dtype(settings.precision),
+        "rates": report.rates,
+        "gib": gib,
+    }
+    return html.document("paste.md", values)
 
 
 def _sensors() -> str:

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,6 +32,7 @@ from mis_mlx.reporting import html, progress
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import hub
 from mis_mlx.storage.files import DISK, need_place
+from mis_mlx.storage.safetensors import InParts, Tensor
 from mis_mlx.types import Checkpoint, MisError, gib
 
 Type = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q4_k_m", "mxfp4", "nvfp4"]
@@ -249,14 +251,22 @@ def _hf(settings: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, An
     if packed:
         facts.append(f"{packed} packed matrices de-quantized, then rounded to {dtype}")
 
-    def take(name: str) -> mx.array:
-        weight = load.dense(checkpoint, name).astype(precision.DTYPES[dtype])
+    stored = model_writer.SAFETENSORS_NAMES[dtype]
+
+    def held(name: str, weight: mx.array) -> mx.array:
+        weight = weight.astype(precision.DTYPES[dtype])
         if stream.not_numbers(weight):
             raise MisError(
                 f"{name} holds NaN, infinity or more than {dtype} can hold: try the other "
                 f"--out-type"
             )
         return weight
+
+    def take(name: str) -> Tensor:
+        weight = model_writer.dense(checkpoint, name)
+        if isinstance(weight, InParts):
+            return weight.mapped(partial(held, name), columns=weight.spec[1][1], dtype=stored)
+        return held(name, weight)
 
     if not settings.dry_run:
         papers = {

@@ -12,13 +12,14 @@ from mis_mlx.alignment import alignment_run, grpo_rollout
 from mis_mlx.alignment.grpo_rollout import Settings
 from mis_mlx.data import examples, rows
 from mis_mlx.evaluation import rewards
+from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models import distributed, load, pass_cost, stream
 from mis_mlx.models.config import reads_in_order
 from mis_mlx.models.families import family
 from mis_mlx.models.model_size import ModelSize
 from mis_mlx.planner import block_cost
-from mis_mlx.types import Checkpoint, MisError
+from mis_mlx.types import Budget, Checkpoint, MisError
 
 CACHE_STEP = 256  # tokens by which mlx-lm's cache grows
 Split = tuple[list[rows.Row], list[list[int]]]  # rows, and the token ids of their prompts
@@ -180,7 +181,7 @@ def run(settings: Settings) -> dict[str, Any]:
                 checkpoint,
                 dtype=alignment_run.dtype_of(s, checkpoint),
                 headroom_bytes=0,
-                direct=checkpoint.nbytes > alignment.budget_bytes,
+                direct=memory.crowds_page_cache(checkpoint.nbytes, Budget(alignment.budget_bytes)),
             )
         sampler = grpo_rollout.Sampler(
             settings=s,

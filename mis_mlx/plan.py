@@ -22,16 +22,17 @@ from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import packed_format, rounding_cost
 from mis_mlx.reporting import html, text
 from mis_mlx.settings import recipe, workloads
-from mis_mlx.size_search import shape_search
+from mis_mlx.size_search import shape_search, shortfall
 from mis_mlx.types import Checkpoint, duration, gib
 
 LIFE_BYTES = 150e12  # written: 600 times a 256 GB SSD, a rule of thumb; Apple publishes no figure
 
 
-def table(plan: strategies.MemoryPlan) -> str:
+def table(plan: strategies.MemoryPlan, expected_loss: float | None = None) -> str:
     """The plan for people: the student, time and memory of each phase, how; or what would fit.
 
-    With -v every byte of it.
+    What has to be left out comes first. expected_loss: of the student with nothing left out, in
+    bits per byte, where a search says so. With -v every byte of it.
     """
     job = plan.job
     teacher = job.shown or job.teacher
@@ -43,9 +44,6 @@ def table(plan: strategies.MemoryPlan) -> str:
     if any(p.name == "quantize" for p in plan.phases):
         packed = rounding_cost.packed_bytes(job.student, job.rounding)
     layers = plan.shard_layers or job.student.shape.layers
-    training = 0  # the least budget of the strategies that train, where none of them fits
-    if plan.mode == "none" and len(job.modes) > 1:
-        training = strategies.least_bytes(replace(job, modes=job.modes[:-1]), plan.rates)
     return html.document(
         "plan.md",
         {
@@ -65,7 +63,9 @@ def table(plan: strategies.MemoryPlan) -> str:
             "visit": training_cost.steps_per_shard(job, layers),
             "life": LIFE_BYTES,
             "flag": estimates.budget_flag,
-            "trains": training,
+            "left_out": shortfall.left_out(plan),
+            "more_loss": shortfall.loss_factor(plan),
+            "expected_loss": expected_loss,
             "spooled": max(p.spooled_bytes for p in plan.phases),
             "written": sum(p.written_bytes for p in plan.phases),
         },
@@ -78,6 +78,7 @@ def outcome(plan: strategies.MemoryPlan, teacher: str) -> dict[str, Any]:
     teacher: its path or name.
     """
     before = plan.job.shown or plan.job.teacher
+    left_out = {part.name: part.budget_bytes for part in shortfall.left_out(plan)}
     return {
         "teacher": teacher,
         "params_teacher": arch.params(before.config),
@@ -86,6 +87,7 @@ def outcome(plan: strategies.MemoryPlan, teacher: str) -> dict[str, Any]:
         "peak_bytes": plan.peak_bytes,
         "budget_bytes": plan.budget_bytes,
         "seconds": round(sum(plan.planned.values())),
+        "left_out": left_out,
         "check_failed": not plan.fits,
     }
 
@@ -118,8 +120,8 @@ class Settings(cli.Budgeted, recipe.QuantizationConfig, recipe.DistillationConfi
     """folder of a student that is already pruned; default: from --scenario"""
     scenario: scenarios.Scenario | None = None
     """sizes as in `prune`; for mis-137b the default is balanced, the paper's own student"""
-    machine: Literal["here", "m1-air"] = "here"
-    """m1-air: plan for a fanless 8 GB laptop, from published figures"""
+    machine: estimates.Machine = "here"
+    """m1-air, m1-air-16gb: plan for a fanless laptop of 8 or 16 GB, from published figures"""
     measure: bool = False
     """measure this machine's speed first, in 20 s, for this and later plans; without --teacher,
     only measure

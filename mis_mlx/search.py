@@ -348,7 +348,7 @@ def carry_out(planned: PlannedSearch, read: SearchText, place: run_loop.Place) -
     s = planned.settings
     data = read.data
     teacher = planned.teacher
-    place.decide(asdict(s), planned.speeds)
+    place.decide(asdict(s), planned.speeds, planned.limit)
     opening = run_loop.open_run(
         place,
         read.origin,
@@ -397,7 +397,7 @@ def run(settings: Settings) -> dict[str, Any]:
         cli.say(progress.promise(sum(planned.seconds.values())))
     name = f"{UNDER.name}/{teacher.path.name}"
     with run_loop.entered(folder, name, out=s.out, asked=s.given) as place:
-        place.decide(asdict(s), planned.speeds)
+        place.decide(asdict(s), planned.speeds, planned.limit)
         return carry_out(planned, text_of(planned), place)
 
 

@@ -158,9 +158,10 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Budget:
-    """The memory the user allows this process to take."""
+    """The memory the user allows this process to take. why: what decided it, in a few words."""
 
     limit_bytes: int
+    why: str = field(default="", compare=False)
 
     def need(self, nbytes: int, what: str, remedy: str) -> None:
         """Refuse before work starts when `what` needs more than the budget."""

@@ -336,6 +336,27 @@ def models_default(found: Found) -> str:
     return "\n".join([words.markdown_table(head, lines, words=3), "", computed(found)])
 
 
+def models_budgets(found: Found) -> str:
+    """A line a model: what a run does of it in each budget."""
+    budgets = [budget.replace("GiB", " GiB") for budget in found["given"]["budgets"]]
+    lines = list[list[str]]()
+    for row in found["rows"].values():
+        lines.append([row["title"], *map(within_budget, row["budgets"].values())])
+    return "\n".join([words.markdown_table(["model", *budgets], lines), "", computed(found)])
+
+
+def within_budget(plan: Found) -> str:
+    """What a run does in a budget, in one cell."""
+    if not plan["fits"]:
+        return f"needs {gib(plan['least_bytes'])}"
+    done = "not cut"
+    if not plan["uncut"]:
+        done = "repaired" if plan["mode"] == "none" else "trained"
+    if plan["tuned"]:
+        done += ", tuned"
+    return f"{done}, {hours(plan['hours'])}"
+
+
 # Line of the table of runs: the file, what ran.
 RUNS = (
     ("distill-default", "SmolLM2-135M-Instruct, default: sizes by a search"),
@@ -444,7 +465,7 @@ def results_link(name: str) -> str:
 
 def gemma_models(found: Found) -> str:
     """Two lines a model, one for each student: its bytes, and memory and hours by machine."""
-    machines = list(found["given"]["budgets"])
+    machines = list(found["given"]["machines"])
     head = ["model", "bf16", "tokens", "result"]
     for method in ("gptq", "round"):
         head += [f"`{method}`, {machine}" for machine in machines]
@@ -560,6 +581,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "known-numbers": (known_numbers, ("known_numbers.json",)),
     "models-half": (models_half, ("models.json",)),
     "models-default": (models_default, ("models.json",)),
+    "models-budgets": (models_budgets, ("models.json",)),
     "gemma-models": (gemma_models, ("gemma_models.json",)),
     "gemma-4-e2b": (true_shape, ("gemma-4-e2b.json",)),
     "models-measured": (

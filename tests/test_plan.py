@@ -157,7 +157,8 @@ def test_eight_billion_parameters_on_an_air(
     found = plan.run(asked)
     text = capsys.readouterr().out
     assert found["mode"] == "none" and not found["check_failed"] and found["peak_bytes"] < 4.295e9
-    assert "no training, only the repair: training needs --budget 5380MiB or more" in text
+    head, _, _ = text.partition("| phase")
+    assert "--budget 5380MiB" in head
     assert (
         "for training" not in (plan.run(replace(asked, train="none")), capsys.readouterr().out)[1]
     )
@@ -170,7 +171,7 @@ def test_the_papers_teacher_on_an_air(command: Callable[..., Done]) -> None:
     assert done.returncode == 3, done.stderr
     result = last_line(done)
     assert (result["params_teacher"], result["params_student"]) == (84_244_176_896, 47_199_559_680)
-    assert result["budget_bytes"] == int(0.75 * 5_726_633_984) < result["least_budget_bytes"]
+    assert result["budget_bytes"] == 4 * 2**30 < result["least_budget_bytes"]
 
 
 def test_the_papers_figures(capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,6 +236,6 @@ def test_refusals_are_sentences(tmp_path: Path, command: Callable[..., Done]) ->
     said = sentence(
         command("plan", "--teacher", "mis-137b", "--machine", "m1-air", "--budget", "14GB")
     )
-    assert "--budget 13.04 GiB is more than the available 5.33 GiB" in said
+    assert "--budget 13.04 GiB is more than the 5.33 GiB" in said
     with pytest.raises(MisError, match="leave one of them out"):
         plan.run(plan.Settings(machine="m1-air", measure=True))

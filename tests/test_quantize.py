@@ -26,6 +26,7 @@ from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Budget, Checkpoint
 from tests import peaks, tiny
 from tests.conftest import Done, mostly_slow, sentence
+from tests.peaks import allocated
 
 ROOT = Path(__file__).parents[1]
 
@@ -157,7 +158,7 @@ def test_gptq_stays_under_the_plan(
         stage.quantize(
             checkpoint, tmp_path / "q4", rounding=FOUR, files=DISK, batches=batches, held=6
         )
-    assert planned.peak_bytes / 4 < peak.nbytes < planned.peak_bytes
+    assert planned.peak_bytes / 4 < peak.nbytes < allocated(planned.peak_bytes)
     assert packed_format.formats_of(checkpoint.config, 64)
 
 
@@ -298,7 +299,7 @@ def test_sensitivity_and_steps_stay_under_the_plan(tmp_path: Path) -> None:
             mx.set_cache_limit(0)
             work()
         peak = mx.get_peak_memory() - before
-        assert phase.peak_bytes / 4 < peak < phase.peak_bytes, (
+        assert phase.peak_bytes / 4 < peak < allocated(phase.peak_bytes), (
             phase.name,
             peak / 2**20,
             phase.peak_bytes / 2**20,

@@ -394,7 +394,7 @@ def _opened(
     new_name = f"{name_of(checkpoint.path)}-{name}"
     entered = run_loop.entered(folder, new_name, out=s.out, asked=s.given, plan=strategy)
     with entered as place:
-        place.decide(asdict(s), strategy)
+        place.decide(asdict(s), strategy, memory.budget(s.budget_bytes))
         opened_run = run_loop.open_run(
             place,
             run_folder.origin(checkpoint, card["fingerprint"]),

@@ -1,8 +1,8 @@
 """Run the groups of checks, each in a process of its own.
 
 A group that aborts or hangs becomes a row, and the others go on. A group writes into a journal as
-it works, one JSON line each: {"begun": name} before a check, {"row": ...} after it, {"rate": [name,
-here, on an M1 Air]}, and {"peak_bytes": n} at the end.
+it works, one JSON line each: {"device": name} at first, {"begun": name} before a check, {"row":
+...} after it, {"rate": [name, here, on an M1 Air]}, and {"peak_bytes": n} at the end.
 """
 
 import faulthandler
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mis_mlx import cli
-from mis_mlx.checks import engine, full_size, hybrid_kernels, kernels, training_step
-from mis_mlx.hardware import memory, rates
+from mis_mlx.checks import decoding, engine, full_size, hybrid_kernels, kernels, training_step
+from mis_mlx.hardware import macos, memory, rates
 from mis_mlx.types import Precision
 
 SAMPLE_BYTES = 128 * 2**20  # of the disk's rates
@@ -126,6 +126,23 @@ def of_rates(folder: Path, emit: Emit, wanted: Precision) -> None:
     emit({"rate": [name, here, beside]})
 
 
+def of_decoding(folder: Path, emit: Emit, wanted: Precision) -> None:
+    """Time a decoded token of a small model."""
+    name = "decoding, 25 M parameters, tokens/s"
+    emit({"begun": name})
+    here = guarded(lambda: f"{decoding.decoded_tokens_per_s(folder / 'model', wanted):,.0f}", str)
+    beside = f"{decoding.planned_tokens_per_s(rates.M1_AIR):,.0f} at most"
+    emit({"rate": [name, here, beside]})
+
+
+def of_grids(operations: str, folder: Path, emit: Emit, wanted: Precision) -> None:
+    """Time a fit of grids, with so many operations in a command buffer."""
+    name = f"a fit of grids at {operations} operations a buffer, ms"
+    emit({"begun": name})
+    here = guarded(lambda: f"{1e3 * decoding.grid_fit_s():.3g}", str)
+    emit({"rate": [name, here, "not known"]})
+
+
 def _either(disk: Any, number: int) -> float:
     """The number of a (read, written) pair; RuntimeError where `disk` is the text of an error."""
     if isinstance(disk, str):
@@ -147,6 +164,14 @@ GROUPS: dict[str, Callable[[Path, Emit, Precision], None]] = {
     "the engine": of_engine,
     "a training step": of_training,
     "rates": of_rates,
+    "decoding": of_decoding,
+    "grids in small buffers": partial(of_grids, "10"),
+    "grids in usual buffers": partial(of_grids, "40"),
+}
+# What a group's process finds in its environment: MLX reads it when it opens the device.
+ENVIRONMENT = {
+    "grids in small buffers": {macos.OPERATIONS: "10"},
+    "grids in usual buffers": {macos.OPERATIONS: "40"},
 }
 
 
@@ -172,6 +197,7 @@ def run(group: str, folder: str, journal: str, compute_dtype: str | None = None)
             file.write(json.dumps(line) + "\n")
             file.flush()
 
+        emit({"device": rates.about()["computes_on"]})
         GROUPS[group](Path(folder), emit, wanted)
         emit({"peak_bytes": peak.nbytes})
 

@@ -33,7 +33,7 @@ from mis_mlx.reporting import progress, text
 from mis_mlx.runs import pace, run_loop
 from mis_mlx.settings.recipe import DistillationConfig, TrainingConfig
 from mis_mlx.storage import hidden_spool, run_folder
-from mis_mlx.types import Checkpoint, Step
+from mis_mlx.types import Budget, Checkpoint, Step
 
 DTYPE = "bfloat16"  # of unquantized weights on disk
 # Of the steps after rounding, as runs have always called them on disk.
@@ -63,8 +63,8 @@ class Run(run_loop.OpenRun):
 
     @property
     def direct(self) -> bool:
-        """Whether the teacher is read past the page cache: where the budget does not hold it."""
-        return self.teacher.nbytes > self.plan.budget_bytes
+        """Whether the teacher is read past the page cache."""
+        return memory.crowds_page_cache(self.teacher.nbytes, Budget(self.plan.budget_bytes))
 
     def pick(self, count: int, use: int) -> list[mx.array]:
         """`count` training windows (1, T) for one use; different uses get different ones."""

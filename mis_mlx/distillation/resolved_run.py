@@ -5,7 +5,7 @@ resolved to what it was.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from mis_mlx.distillation.run_plan import RunRequest, StudentSpec
 from mis_mlx.distillation.run_text import RunText
 from mis_mlx.distillation.strategies import MemoryPlan
 from mis_mlx.hardware import memory
+from mis_mlx.planner import estimates
 from mis_mlx.pruning import vocabulary
 from mis_mlx.pruning.select import PruningConfig
 from mis_mlx.quantization import packed_format
@@ -88,6 +89,9 @@ def resolve(
     strategy that it began with. MisError where the flags cannot be met. That the plan fits the
     budget is not checked.
     """
+    limit = memory.budget(asked.budget_bytes)
+    # Decided, too: what is free on another day does not change a run that goes on.
+    asked = replace(asked, budget=asked.budget or estimates.budget_flag(limit.limit_bytes))
     values = {**asdict(asked), **sizes}
     _settle(values, teacher)
     student = _student(values, teacher)
@@ -97,7 +101,7 @@ def resolve(
         recipe=part_of(DistillationConfig, values),
         eval_prompts=asked.eval_prompts,
     )
-    plan = run_plan.plan_run(request, memory.budget(asked.budget_bytes), folder)
+    plan = run_plan.plan_run(request, limit, folder)
     recipe = plan.recipe(request.recipe, teacher)
     # With --minutes the first steps say how many there are.
     values["iters"] = recipe.iters if recipe.minutes is None else None

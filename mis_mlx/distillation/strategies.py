@@ -299,7 +299,7 @@ def _planned(job: DistillationSpec, limit: int, rates: Rates, way: _Way) -> Memo
     if job.targets == "cached" and first_taught is not None:
         phases.insert(first_taught, store_cost(job, left))
     most_bytes = max(p.peak_bytes for p in phases) + process.own_bytes
-    phases.append(measuring_cost(job, most_bytes, limit))
+    phases.append(measuring_cost(job, most_bytes, left))
     planned = []
     for p in phases:
         overhead = training_overhead if p.updated else process.own_bytes
@@ -327,7 +327,7 @@ def _distil(job: DistillationSpec, limit: int, *, mode: Mode, micro: int, shard:
 def best_plan(job: DistillationSpec, budget_bytes: int, rates: Rates) -> MemoryPlan:
     """The best plan that fits, else the one of least memory.
 
-    First by `job.modes`, then micro-batch, then bytes read.
+    First by `job.modes`, then with scales that are tuned, then micro-batch, then bytes read.
     """
     plans = [
         plan_strategy(job, budget_bytes, rates, mode=mode, micro=micro, shard=shard)
@@ -340,6 +340,7 @@ def best_plan(job: DistillationSpec, budget_bytes: int, rates: Rates) -> MemoryP
         fitting,
         key=lambda p: (
             job.modes.index(p.mode),
+            not p.tuned,
             -p.micro_batch,
             sum(f.read_bytes for f in p.phases),
         ),

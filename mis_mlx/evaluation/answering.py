@@ -247,7 +247,7 @@ def harness_samples(checkpoint: Checkpoint, name: str, count: int) -> dict[str, 
 
     name: a task, or a group, which gives several tasks. MisError where its data did not come.
     """
-    with _hushed():
+    with _hushed(), memory.nothing_wired():
         import lm_eval
 
         adapter = load.mlx_lm("evaluate").MLXLM(

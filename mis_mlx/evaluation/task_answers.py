@@ -184,7 +184,7 @@ def _writer(
             )
 
         return write_together
-    direct = checkpoint.nbytes > limit.limit_bytes
+    direct = memory.crowds_page_cache(checkpoint.nbytes, limit)
     stream = Stream(checkpoint, dtype, plan.headroom_bytes, direct=direct)
 
     def write_in_turn(prompts: Prompts) -> Iterator[Completion]:

@@ -64,7 +64,7 @@ def plan_writing(
 
     The first plan that fits: whole before streamed, and the most texts side by side first, which
     `at_once` lists in falling order. MisError where none fits."""
-    own_bytes = memory.process_bytes(limit.limit_bytes)
+    own_bytes = memory.process_bytes(limit.limit_bytes, m.gpu)
     for size in at_once:
         cost = _resident(m, count, max_tokens, prompt_tokens=prompt_tokens, at_once=size)
         need = own_bytes + cost.peak_bytes
@@ -85,7 +85,7 @@ def plan_writing(
                 peak_bytes=need,
                 cost=cost,
                 headroom_bytes=pass_cost.headroom_bytes(limit.limit_bytes, one_pass.peak_bytes),
-                direct=m.nbytes > limit.limit_bytes,
+                direct=memory.crowds_page_cache(m.nbytes, limit),
             )
     limit.need(
         need,

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from mis_mlx.hardware import import_path
+from mis_mlx.hardware import free_memory, import_path
 
 Show = Callable[[str], object]  # is given a piece of text
 NEAR_S = 2.0  # two readings of a process's start that lie so near are of the same process
@@ -98,7 +98,7 @@ def held_bytes(pid: int) -> int:
 
 def free_bytes() -> int:
     """Bytes of memory that programs could take now."""
-    return int(psutil.virtual_memory().available)
+    return free_memory.now().nbytes
 
 
 def total_bytes() -> int:

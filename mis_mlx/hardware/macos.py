@@ -1,4 +1,4 @@
-"""Keep macOS from ending a long computation or putting it to sleep. No Mac has run this yet.
+"""Ask macOS, and keep it from ending a long computation or falling asleep. No Mac has run this yet.
 
 `mis_mlx` imports this before anything else, so it imports nothing of the package, and MLX only
 inside functions.
@@ -7,16 +7,23 @@ inside functions.
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 WATCHDOG = "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"
 NO_COMPILE = "MLX_DISABLE_COMPILE"  # read by MLX when it first compiles a function
 DEVICE = "MIS_MLX_DEVICE"
+PATIENCE_S = 10.0  # with a program of macOS that is asked something
 SMALL_BYTES = 8 * 2**30  # on a Mac with no more memory MLX sends small command buffers
-# The most operations and megabytes of a command buffer, read by MLX when it opens the device; else
-# 40 and 40. Metal holds the temporaries of all buffers that are in flight.
-COMMAND_BUFFERS = {"MLX_MAX_OPS_PER_BUFFER": "10", "MLX_MAX_MB_PER_BUFFER": "10"}
+# The size of a command buffer, read by MLX when it opens the device, else 40. Metal holds the
+# temporaries of all buffers that are in flight. MLX counts elements, not bytes (mlx issue 3192): a
+# buffer goes when it has more than so many times 2**20 of them, 16 MiB of float32 for 3. The limit
+# on operations saves no memory, and a smaller one costs time.
+MEGABYTES = "MLX_MAX_MB_PER_BUFFER"
+OPERATIONS = "MLX_MAX_OPS_PER_BUFFER"
+SMALL_MEGABYTES = "3"
+# Commands that only read a model: their arrays are small, and every buffer costs them time.
+READERS = ("bench", "generate")
 
 
 def settle() -> None:
@@ -28,11 +35,21 @@ def settle() -> None:
     if sys.platform != "darwin":
         return
     os.environ.setdefault(WATCHDOG, "1")
-    if total_bytes() <= SMALL_BYTES:
-        for name, value in COMMAND_BUFFERS.items():
-            os.environ.setdefault(name, value)
+    if total_bytes() <= SMALL_BYTES and not reads_only(sys.orig_argv):
+        os.environ.setdefault(MEGABYTES, SMALL_MEGABYTES)
     if os.environ.get(DEVICE) == "cpu" and not compiler_installed():
         os.environ.setdefault(NO_COMPILE, "1")
+
+
+def reads_only(words: Sequence[str]) -> bool:
+    """Whether this process was started for one of READERS. words: its whole command line."""
+    for word in words[1:]:
+        if word.startswith("-") and word != "-m":
+            return False
+        name = os.path.basename(word).removeprefix("mis_mlx.")
+        if name in READERS:
+            return True
+    return False
 
 
 def total_bytes() -> int:
@@ -41,6 +58,29 @@ def total_bytes() -> int:
     Without psutil, which takes longer to import than the rest of the package.
     """
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def asked(command: Sequence[str]) -> str:
+    """Run a program and return its output in one line; or in parentheses why there is none."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, stdin=subprocess.DEVNULL, timeout=PATIENCE_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"(refused: {type(error).__name__})"
+    output = _one_line(done.stdout)
+    if output and not done.returncode:
+        return output
+    why = f"exit code {done.returncode}"
+    errors = _one_line(done.stderr)[:120]
+    if errors:
+        why += f", {errors}"
+    return f"(refused: {why})"
+
+
+def _one_line(output: bytes) -> str:
+    """A program's output with every run of white space made one blank."""
+    return " ".join(output.decode(errors="replace").split())
 
 
 def compiler_installed() -> bool:

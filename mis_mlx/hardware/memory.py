@@ -9,17 +9,19 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from ctypes import CDLL, c_uint64
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import psutil
 
-from mis_mlx.hardware import macos
+from mis_mlx.hardware import free_memory, macos
 from mis_mlx.hardware.thermal import apple_sensors
 from mis_mlx.types import GIB, Budget, MisError, gib
 
-DEFAULT_BYTES = 5 * GIB
-SHARE = 0.75  # of the memory there is: macOS and the browser need some, too
+DEFAULT_BYTES = 5 * GIB  # at the most by default where there is no Metal to recommend anything
+SYSTEM_BYTES = 2 * GIB  # of all memory, which the system and a program or two hold
+SHARE = 0.75  # of what Metal recommends, or of free memory: macOS and the browser need some, too
 # What a process grows by: Python and libraries on a CPU; Metal's runtime, until measured
 GROWN_BYTES = 40 * 2**20
 GROWN_METAL_BYTES = 150 * 2**20
@@ -34,14 +36,14 @@ FOOTPRINT = 2 + 7
 MOST_FOOTPRINT = 2 + 28
 OPEN_FILES = 4096  # macOS allows 256 at first, too few for a model in many files
 COMMANDS_AHEAD = 10  # command buffers that MLX sends before it waits (scheduler.h)
-MEGABYTES = "MLX_MAX_MB_PER_BUFFER"
 USUAL_MEGABYTES = "40"
+ELEMENT_BYTES = 4  # of a temporary: half precision has fewer
 WIRED_MARGIN_BYTES = 256 * 2**20  # beyond what a job needs, so that its last buffers are wired too
 
 
 def usable_memory_bytes() -> int:
-    """The most a process should take: Metal's recommended working set, or the available memory."""
-    return _recommended(mx) or int(psutil.virtual_memory().available)
+    """The most a process can be given: Metal's recommended working set, or all memory."""
+    return _recommended(mx) or int(psutil.virtual_memory().total)
 
 
 def _recommended(device: Any) -> int | None:
@@ -54,47 +56,98 @@ def _recommended(device: Any) -> int | None:
 def in_flight_bytes() -> int:
     """Temporaries of commands that a GPU has not done yet.
 
-    MLX sends some ten command buffers ahead, each with as many megabytes as its environment says
-    (`macos.COMMAND_BUFFERS`). Read in MLX's source; no Mac has measured it.
+    MLX sends some ten command buffers ahead. One ends with the operation that takes it over so many
+    times 2**20 elements as its environment says (`macos.MEGABYTES`). Read in MLX's source; no Mac
+    has measured it.
     """
     # Without a GPU the answer is that of a small Mac.
-    usual = USUAL_MEGABYTES
-    if macos.total_bytes() <= macos.SMALL_BYTES or mx.default_device() != mx.gpu:
-        usual = macos.COMMAND_BUFFERS[MEGABYTES]
-    return COMMANDS_AHEAD * int(os.environ.get(MEGABYTES) or usual) * 10**6
+    usual = USUAL_MEGABYTES if mx.default_device() == mx.gpu else macos.SMALL_MEGABYTES
+    millions = int(os.environ.get(macos.MEGABYTES) or usual) + 1
+    return COMMANDS_AHEAD * millions * 2**20 * ELEMENT_BYTES
 
 
 def free_for_us_bytes() -> int:
-    """Memory of this machine that other processes leave, including what this process holds.
+    """Memory of this machine that other processes leave, including what this process holds."""
+    own, _ = held_bytes()
+    return free_memory.now().nbytes + own
 
-    macOS counts neither as used nor as available what its compressor holds, 1 to 2 GB on a busy Mac
-    of 8 GB: that belongs to others, so the smaller of the two counts decides.
+
+@dataclass(frozen=True)
+class Room:
+    """What a machine has for a process, in bytes.
+
+    recommended_bytes: by Metal; None where nothing is computed on Metal. free_bytes: what other
+    programs leave now; None: of another machine, on which nothing else runs.
     """
-    machine = psutil.virtual_memory()
-    own = psutil.Process().memory_info().rss
-    unused = machine.total - max(0, machine.used - own)
-    return int(min(unused, machine.available + own))
+
+    usable_bytes: int
+    recommended_bytes: int | None
+    free_bytes: int | None
+
+    def and_free(self, why: str) -> str:
+        """A reason, and what is free now where that is known."""
+        if self.free_bytes is None:
+            return why
+        return f"{why}; {gib(self.free_bytes)} are free now"
+
+
+def room_here() -> Room:
+    """What this machine has now."""
+    return Room(usable_memory_bytes(), _recommended(mx), free_for_us_bytes())
+
+
+def default_budget(room: Room) -> Budget:
+    """The budget where nobody asks for one, in whole MiB: this is the rule, there is no other.
+
+    On Metal three quarters of what Metal recommends, which is two thirds of a small Mac's memory:
+    4.00 GiB of 8 GB. Elsewhere three quarters of what is free, 5 GiB at the most. Never more than
+    other programs leave free now.
+    """
+    if room.recommended_bytes is None:
+        base = room.usable_bytes if room.free_bytes is None else room.free_bytes
+        share = int(SHARE * base)
+        if share > DEFAULT_BYTES:
+            return Budget(DEFAULT_BYTES, room.and_free("the most by default without Metal"))
+        return Budget(_whole(share), f"three quarters of the {gib(base)} that are free now")
+    share = int(SHARE * room.recommended_bytes)
+    rule = f"three quarters of the {gib(room.recommended_bytes)} that Metal recommends"
+    if room.free_bytes is not None and room.free_bytes < share:
+        why = f"what other programs leave free now, less than {gib(share)}, {rule}"
+        return Budget(_whole(room.free_bytes), why)
+    return Budget(_whole(share), room.and_free(rule))
+
+
+def _whole(nbytes: int) -> int:
+    """Bytes in whole MiB, rounded down, so that --budget can say them."""
+    return nbytes // 2**20 * 2**20
 
 
 def budget(asked_bytes: int | None, usable_bytes: int | None = None) -> Budget:
-    """The user's budget, or the least of 5 GiB, 75 % of the room and what others do not use now.
+    """The user's budget, or that of the run that goes on; else the default.
 
-    usable_bytes: bytes of another machine, on which nothing else runs; default: this one's.
-    MisError when more is asked for than there is.
+    usable_bytes: what Metal recommends on another machine, on which nothing else runs; default:
+    this one. MisError when more is asked for than the machine has. That other programs hold some of
+    it now refuses nothing: a run that goes on may have begun beside fewer.
     """
-    most = DEFAULT_BYTES
-    if usable_bytes is None:
-        usable_bytes = usable_memory_bytes()
-        # Other programs on this machine keep what they hold.
-        most = min(most, free_for_us_bytes())
+    room = room_here() if usable_bytes is None else Room(usable_bytes, usable_bytes, None)
     if asked_bytes is None:
-        return Budget(min(most, int(SHARE * usable_bytes)))
-    if asked_bytes > usable_bytes:
+        return default_budget(room)
+    if asked_bytes > room.usable_bytes:
         raise MisError(
-            f"--budget {gib(asked_bytes)} is more than the available {gib(usable_bytes)}: "
-            f"ask for less"
+            f"--budget {gib(asked_bytes)} is more than the {gib(room.usable_bytes)} that this "
+            f"machine can give: ask for less"
         )
-    return Budget(asked_bytes)
+    return Budget(asked_bytes, room.and_free("as asked for"))
+
+
+def crowds_page_cache(streamed_bytes: int, limit: Budget) -> bool:
+    """Whether a model that is streamed again and again should be read past the page cache.
+
+    The cache would keep as much of it as this process and the system leave. Where that is not all
+    of it, the next pass finds none: each block has pushed out the one that is needed next, and the
+    browser before that.
+    """
+    return streamed_bytes + limit.limit_bytes > macos.total_bytes() - SYSTEM_BYTES
 
 
 def held_bytes() -> tuple[int, int]:
@@ -172,14 +225,24 @@ def wiring_asked() -> bool:
     return os.environ.get("MIS_MLX_WIRE") == "1"
 
 
-def undo_foreign_wiring(device: Any = mx) -> None:
-    """Unwire what a library has just wired without being asked.
+@contextmanager
+def nothing_wired(device: Any = mx) -> Iterator[None]:
+    """Within, MLX's call that wires memory does nothing, unless the user wants memory wired.
 
-    mlx-lm's batch generator wires all that Metal recommends. Nothing happens with MIS_MLX_WIRE=1,
-    or where nothing is wired. device: as in `limited`.
+    For libraries that wire unasked: mlx-lm's batch generator wires all that Metal recommends while
+    it is made, and sets the limit back when it is closed. Each of that moves every living buffer
+    into a resident set or out of it, and the kernel's panics went away only where it was never
+    called (mlx issue 3186). device: as in `limited`.
     """
-    if _recommended(device) and not wiring_asked() and hasattr(device, "set_wired_limit"):
-        device.set_wired_limit(0)
+    wire = getattr(device, "set_wired_limit", None)
+    if wire is None or wiring_asked():
+        yield
+        return
+    device.set_wired_limit = lambda nbytes: 0
+    try:
+        yield
+    finally:
+        device.set_wired_limit = wire
 
 
 def _open_more_files() -> None:

@@ -98,7 +98,13 @@ class Roof:
         return max(moving, computing)
 
 
-M1_AIR = Rates(**json.loads((Path(__file__).parent / "m1-air.json").read_text("utf-8")))
+def published(name: str) -> Rates:
+    """A machine of which only published figures are known: m1-air, m1-air-16gb."""
+    figures = (Path(__file__).parent / f"{name}.json").read_text("utf-8")
+    return Rates(**json.loads(figures))
+
+
+M1_AIR = published("m1-air")
 
 
 def cores() -> int:

@@ -5,7 +5,6 @@ A line that cannot be had says why. On a Mac nobody has run this yet.
 
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -13,6 +12,8 @@ import mlx.core as mx
 import numpy as np
 import psutil
 
+from mis_mlx.hardware import free_memory
+from mis_mlx.hardware.macos import asked
 from mis_mlx.hardware.thermal.recording import Raw
 from mis_mlx.types import gib
 
@@ -27,30 +28,6 @@ SYSCTL = (
 OURS = ("MIS_", "MLX_", "AGX_", "METAL_", "OPENBLAS_", "VECLIB_")
 GPU_CORES = r'"gpu-core-count" *= *(\d+)'
 LOW_POWER = r"lowpowermode (\d)"
-PATIENCE_S = 10.0
-
-
-def asked(command: Sequence[str]) -> str:
-    """Run a program and return its output in one line; or in parentheses why there is none."""
-    try:
-        done = subprocess.run(
-            command, capture_output=True, stdin=subprocess.DEVNULL, timeout=PATIENCE_S, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"(refused: {type(error).__name__})"
-    output = _one_line(done.stdout)
-    if output and not done.returncode:
-        return output
-    why = f"exit code {done.returncode}"
-    errors = _one_line(done.stderr)[:120]
-    if errors:
-        why += f", {errors}"
-    return f"(refused: {why})"
-
-
-def _one_line(output: bytes) -> str:
-    """A program's output with every run of white space made one blank."""
-    return " ".join(output.decode(errors="replace").split())
 
 
 def _unmatched(output: str) -> str:
@@ -72,11 +49,10 @@ def _found(pattern: str, command: Sequence[str]) -> str:
 def compressed() -> str:
     """Memory that macOS's compressor holds."""
     output = asked(["vm_stat"])
-    page = re.search(r"page size of (\d+) bytes", output)
-    pages = re.search(r"occupied by compressor: (\d+)", output)
-    if not page or not pages:
+    nbytes = free_memory.counted_bytes(output, free_memory.COMPRESSOR)
+    if nbytes is None:
         return _unmatched(output)
-    return gib(int(page[1]) * int(pages[1]))
+    return gib(nbytes)
 
 
 def lines(mac: bool | None = None) -> Iterator[str]:

@@ -65,18 +65,19 @@ def batch_generator(
     model: nn.Module, max_tokens: int, stop: Collection[int], *, at_once: int
 ) -> Iterator[Any]:
     """mlx-lm's generator of up to `at_once` texts side by side, closed at the end."""
-    generator = load.mlx_lm("generate").BatchGenerator(
-        model,
-        max_tokens=max_tokens,
-        stop_tokens=[[token] for token in sorted(stop)],
-        completion_batch_size=at_once,
-        prefill_batch_size=at_once,
-    )
-    memory.undo_foreign_wiring()
+    with memory.nothing_wired():
+        generator = load.mlx_lm("generate").BatchGenerator(
+            model,
+            max_tokens=max_tokens,
+            stop_tokens=[[token] for token in sorted(stop)],
+            completion_batch_size=at_once,
+            prefill_batch_size=at_once,
+        )
     try:
         yield generator
     finally:
-        generator.close()
+        with memory.nothing_wired():
+            generator.close()
 
 
 def _begin(model: nn.Module, generator: Any, prompts: Sequence[Sequence[int]]) -> list[int]:

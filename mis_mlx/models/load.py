@@ -12,6 +12,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.compute import precision
+from mis_mlx.hardware.rates import on_gpu
 from mis_mlx.maths import losses, rounding
 from mis_mlx.models import (
     altup,
@@ -41,6 +42,8 @@ from mis_mlx.types import UNDECIDED, Checkpoint, MisError, Precision
 Raw = Mapping[str, mx.array]  # tensors as stored on disk, by full name
 EMBEDDING = "model.embed_tokens."
 NORM = "model.norm."
+# What has a row for each token: too large to be in memory whole while a model is written.
+TABLES = (f"{EMBEDDING}weight", "lm_head.weight", f"{PER_LAYER}weight")
 SETTINGS = ("group_size", "bits", "mode")
 TABLE_PART = 2**23  # numbers of a table that are read and written at a time
 VISION = re.compile(  # tensors of parts that see or hear
@@ -172,7 +175,7 @@ def dense(checkpoint: Checkpoint, name: str, raw: Raw | None = None) -> mx.array
     values = rounding.values
     # A large matrix goes part by part: a CPU holds several copies of what it de-quantizes.
     large = arrays[name].nbytes * 8 > rounding.OPENED * settings["bits"]
-    if large and not precision.keeps_packed():
+    if large and not on_gpu():
         values = rounding.dequantized
     packed = tuple(arrays[part] for part in names)
     group, bits, mode = [settings[key] for key in SETTINGS]

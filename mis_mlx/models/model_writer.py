@@ -205,10 +205,15 @@ def write_folder(
 def dense(checkpoint: Checkpoint, name: str) -> Tensor:
     """A checkpoint's tensor for `write_model`: `load.dense`.
 
-    The table of per-layer inputs comes in parts, because it is too large to be whole in memory.
+    A table with a row for each token comes in parts.
     """
-    if name != f"{arch.PER_LAYER}weight":
-        return load.dense(checkpoint, name)
+    if name in load.TABLES:
+        return table(checkpoint, name)
+    return load.dense(checkpoint, name)
+
+
+def table(checkpoint: Checkpoint, name: str) -> InParts:
+    """One of `load.TABLES` in float32, some rows at a time."""
     shape = arch.tensors_of(checkpoint.config)[name]
     return InParts(("F32", shape), load.dense_parts(checkpoint, name, "float32"))
 
@@ -218,10 +223,10 @@ def _cast(tensor: Tensor, dtype: str) -> Tensor:
     mlx_dtype = precision.DTYPES[dtype]
     if isinstance(tensor, mx.array):
         return tensor.astype(mlx_dtype)
-    _, shape = tensor.spec
-    return InParts(
-        spec=(SAFETENSORS_NAMES[dtype], shape),
-        parts=(part.astype(mlx_dtype) for part in tensor.parts),
+    return tensor.mapped(
+        lambda part: part.astype(mlx_dtype),
+        columns=tensor.spec[1][1],
+        dtype=SAFETENSORS_NAMES[dtype],
     )
 
 

@@ -11,13 +11,16 @@ from mis_mlx.compute import streams
 from mis_mlx.compute.token_losses import Footprint
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.models import arch, block_inputs, tensor_shapes
+from mis_mlx.models import arch, block_inputs, load, tensor_shapes
 from mis_mlx.models.config import attending, head_size, key_owners
 from mis_mlx.models.model_size import ModelSize
 from mis_mlx.models.residency import batches_per_pass, pass_bytes
 from mis_mlx.models.stream import GROUP_BYTES
 
 SMALL_BYTES = 2**20  # norms, masks, whole pages: too little for a formula
+# Of a number in float32 on its way from one file to another: as stored, twice where it was packed,
+# converted
+DENSE_ITEM = 12
 # that Python and MLX take to know of a tensor: its name and place (measured on 24,302)
 TENSOR_BYTES = 3 * 1024
 BLOCK_WAITS = 2  # for a block's weights, and for the check that its first output is a number
@@ -26,12 +29,24 @@ BLOCK_WAITS = 2  # for a block's weights, and for the check that its first outpu
 def tensor_bytes(m: ModelSize) -> int:
     """Memory to rewrite the largest tensor.
 
-    It lies there as stored, cut and converted; or, of a packed model, de-quantized and converted.
+    A matrix of a block lies there as stored, cut and converted; or, of a packed model, de-quantized
+    and converted. Of a table with a row for each token so do some rows at a time.
     """
-    item = 12
+    item = DENSE_ITEM
     if not m.packed:
         item = 2 * math.ceil(m.nbytes / m.params) + 2
-    return item * largest_matrix(m) + stacked_bytes(m)
+    matrix = item * block_matrix(m) + stacked_bytes(m)
+    return max(matrix, DENSE_ITEM * table_part(m))
+
+
+def block_matrix(m: ModelSize) -> int:
+    """Numbers in the largest matrix of a block: of the FFN, or of the queries."""
+    return m.wide.hidden * max(m.wide.ffn, m.wide.heads * m.wide.head_dim)
+
+
+def table_part(m: ModelSize) -> int:
+    """Numbers of the embedding or the head that are read and written at a time."""
+    return min(load.TABLE_PART, m.head_params)
 
 
 def largest_matrix(m: ModelSize) -> int:

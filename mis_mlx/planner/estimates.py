@@ -21,6 +21,7 @@ from mis_mlx.storage import hub
 from mis_mlx.storage.files import DISK, as_mis_error
 from mis_mlx.types import Budget, Checkpoint, MisError, Precision, duration, gib
 
+Machine = Literal["here", "m1-air", "m1-air-16gb"]
 SETTLED_TOKENS = 512  # of the pass by which a type is chosen
 
 
@@ -95,18 +96,18 @@ def report_costs(
     }
 
 
-def machine_rates(name: Literal["here", "m1-air"] = "here", measure: bool = False) -> rates.Rates:
-    """Rates of this machine, or the published ones of an M1 Air.
+def machine_rates(name: Machine = "here", measure: bool = False) -> rates.Rates:
+    """Rates of this machine, or the published ones of an M1 Air with 8 or 16 GB.
 
     This machine's are measured now, measured earlier (kept in the cache folder), or assumed.
     """
-    if name == "m1-air":
+    if name != "here":
         if measure:
             raise MisError(
-                "--measure measures this machine, but --machine m1-air plans for another: leave "
-                "one of them out"
+                f"--measure measures this machine, but --machine {name} plans for another: leave "
+                f"one of them out"
             )
-        return rates.M1_AIR
+        return rates.published(name)
     path = hub.cache_root() / "rates.json"
     if not measure:
         return rates.load(path) or rates.assumed()

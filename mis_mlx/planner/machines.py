@@ -5,6 +5,7 @@ Not how they find each other (models/distributed), nor how blocks are passed thr
 """
 
 from mis_mlx.compute import precision
+from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.models import distributed, pass_cost, pipeline_parallel
 from mis_mlx.models.model_size import ModelSize, model_of
@@ -28,7 +29,7 @@ def open_stream(
     for the head and for blocks that stay.
     """
     dtype = precision.dtype_of(checkpoint)
-    direct = checkpoint.nbytes > limit.limit_bytes
+    direct = memory.crowds_page_cache(checkpoint.nbytes, limit)
     if distributed.size() == 1 or not layers:
         return Stream(checkpoint, dtype, headroom_bytes, direct)
     m = model_of(checkpoint)

@@ -13,13 +13,15 @@ from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths.reconstruction import HELD_OUT, RIDGES, precision, solver_flops
 from mis_mlx.models.model_size import ModelSize
 from mis_mlx.models.pass_cost import (
+    DENSE_ITEM,
     SMALL_BYTES,
+    block_matrix,
     forward_flops,
     headroom_bytes,
-    largest_matrix,
     parallel_windows,
     pass_workspace,
     streamed_pass,
+    table_part,
     tensor_bytes,
 )
 from mis_mlx.models.stream import HEAD_PART
@@ -108,11 +110,12 @@ def copying_bytes(t: ModelSize, *, rotation: bool) -> int:
     rotation: the hidden size is cut along directions, so it is turned in float32 before that.
     """
     nbytes = tensor_bytes(t)
-    largest = largest_matrix(t)
+    largest = block_matrix(t)
     if not t.packed:
-        nbytes -= 2 * largest  # what was read is gone before the cut part is converted (measured)
+        # What was read is gone before the cut part is converted (measured).
+        nbytes = max(nbytes - 2 * largest, DENSE_ITEM * table_part(t))
     if rotation:
-        nbytes += 2 * 4 * largest
+        nbytes += 2 * 4 * max(largest, table_part(t))
     return nbytes
 
 

@@ -63,7 +63,7 @@ class Rotation:
 
 
 Directions = Callable[[int], Rotation]  # for a cut to so many channels
-Dense = Callable[[str], mx.array]  # a teacher's tensor by its name
+Dense = Callable[[str], Tensor]  # a teacher's tensor by its name
 
 
 def _entering(
@@ -152,6 +152,8 @@ def principal_directions(
 def rotated_teacher(teacher: Checkpoint, rotation: Rotation) -> Dense:
     """name -> the teacher's tensor, float32, in the d coordinates of `rotation`, not D channels.
 
+    Tables come in parts.
+
     Norms get one gain for all coordinates, sqrt(D energy / d): the rms of a cut stream is over d
     numbers instead of D. Gains go into what reads behind the norm; with d = D and an untied head
     the function is the teacher's, to rounding. A tied head cannot take the last gain, for the
@@ -165,23 +167,31 @@ def rotated_teacher(teacher: Checkpoint, rotation: Rotation) -> Dense:
     def dense(name: str) -> mx.array:
         return load.dense(teacher, name).astype(mx.float32)
 
-    def tensor(name: str) -> mx.array:
+    def tensor(name: str) -> Tensor:
         module, kind = name.split(".")[-2:]
         if name in rotation.energy:  # a norm
             gain = mx.ones((size,))
             if tied and name == FINAL:
                 gain = dense(name) @ mx.square(q)
             return (inner * rotation.energy[name] / size) ** 0.5 * gain
+        if name in load.TABLES:
+            gain = mx.ones((inner,))
+            if name == HEAD:  # which reads the stream behind the last norm
+                gain = dense(FINAL)
+            return _turned(model_writer.table(teacher, name), q, gain)
         norm = _norm_before(name)
-        if kind == "weight" and (norm != FINAL or name == HEAD):  # reads the stream behind a norm
+        if kind == "weight" and norm != FINAL:  # reads the stream behind a norm
             return (dense(name) * dense(norm)) @ q
         if module in arch.WRITERS:  # writes into the stream
             return q.T @ dense(name)
-        if name == f"{load.EMBEDDING}weight":
-            return dense(name) @ q
         return dense(name)
 
     return tensor
+
+
+def _turned(table: InParts, q: mx.array, gain: mx.array) -> InParts:
+    """A table (V, D) with its channels times gain (D,), in the coordinates of q (D, d)."""
+    return table.mapped(lambda part: (part * gain) @ q, columns=q.shape[1])
 
 
 def _norm_before(name: str) -> str:
@@ -200,13 +210,15 @@ def _cut(
     before: Shape,
     keep: KeptUnits,
     *,
-    weight: mx.array,
-) -> mx.array:
+    weight: Tensor,
+) -> Tensor:
     """The kept part of one teacher tensor.
 
     Rows, of each of joined matrices, where the module writes an axis, else columns.
     """
     module, kind = name.split(".")[-2:]
+    if isinstance(weight, InParts):
+        return _cut_table(weight, before, keep)
     if before.experts:
         return _mixed_cut(name, layer, before, keep, weight)
     for axis, (rows, columns) in CUTS.items():
@@ -228,6 +240,15 @@ def _cut(
     return weight
 
 
+def _cut_table(table: InParts, before: Shape, keep: KeptUnits) -> InParts:
+    """The kept channels of a table, part by part."""
+    kept = keep.kept.get((-1, "hidden"))
+    if before.experts or kept is None or len(kept) == before.hidden:
+        return table
+    columns = _numbers(kept, 1)
+    return table.mapped(lambda part: mx.take(part, columns, axis=1), columns=len(kept))
+
+
 def _numbers(units: Iterable[int], size: int) -> mx.array:
     """The rows or columns of these units, each of `size` of them."""
     numbers = list[int]()
@@ -246,11 +267,12 @@ def _side(teacher: Checkpoint, name: str, layers: Sequence[int]) -> Tensor:
     width = teacher.config[families.family(teacher.config).per_layer]
     kept = _numbers(layers, width)
     if isinstance(weight, InParts):  # the table, too large to be in memory whole
-        dtype, (rows, _) = weight.spec
-        parts = weight.parts
-        if not all_stay:
-            parts = (mx.take(part, kept, axis=1) for part in weight.parts)
-        return InParts((dtype, (rows, len(layers) * width)), parts)
+        if all_stay:
+            return weight
+        return weight.mapped(
+            lambda part: mx.take(part, kept, axis=1),
+            columns=len(kept),
+        )
     if all_stay or weight.ndim == 1:  # a norm is of one block's width
         return weight
     return mx.take(weight, kept, axis=0)
@@ -314,7 +336,7 @@ def write_student(
 
     directions(): asked for where hidden is cut, but `keep` does not say by which channels; then it
     is by the rotation that they give. tensor(name): the teacher's tensor that is cut, where it is
-    not the one on disk. Memory: the largest tensor, twice.
+    not the one on disk. Memory: the largest matrix of a block twice, or some rows of a table.
     """
     before = shape_of(teacher.config)
     if directions and shape.hidden < before.hidden and (-1, "hidden") not in keep.kept:
@@ -330,7 +352,7 @@ def write_student(
         )
         tensor = rotated_teacher(teacher, rotation)
     if tensor is None:
-        tensor = partial(load.dense, teacher)
+        tensor = partial(model_writer.dense, teacher)
     model_writer.write_model(
         student_config(teacher.config, shape, keep, dtype),
         partial(_taken, teacher, keep, tensor),

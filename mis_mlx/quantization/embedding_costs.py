@@ -16,10 +16,7 @@ from mis_mlx.types import Checkpoint
 
 
 def _group_variances(rows: mx.array, group: int) -> mx.array:
-    """Error variances (rows, D / group) float32 of weights (rows, D), in 1 bit. Lazy.
-
-    Ranges are taken in the type that is stored: a float32 copy would be twice as large.
-    """
+    """Error variances (rows, D / group) float32 of weights (rows, D), in 1 bit. Lazy."""
     groups = mx.unflatten(rows, 1, (-1, group))
     high = groups.max(axis=-1).astype(mx.float32)
     low = groups.min(axis=-1)
@@ -58,10 +55,13 @@ class VocabularyCosts:
         self.squares = dict.fromkeys((self.table, self.head), 0.0)
         self.variances: dict[str, mx.array] = {}  # (V, D / group) float32
         for path in self.squares:
-            weights = load.dense(checkpoint, f"{path}.weight")
-            self.variances[path] = _group_variances(weights, group)
-            del weights
-            # Evaluated here, so that the table can go: only a number per group stays.
+            # Part by part, each evaluated: only a number per group stays of the table.
+            parts = list[mx.array]()
+            for rows in load.dense_parts(checkpoint, f"{path}.weight", "float32"):
+                parts.append(_group_variances(rows, group))
+                stream.evaluate_now(parts[-1])
+                del rows
+            self.variances[path] = mx.concatenate(parts)
             stream.evaluate_now(self.variances[path])
 
     def at_head(self, x: mx.array, above: mx.array, slopes: mx.array | None = None) -> None:

@@ -6,7 +6,7 @@ error and a remedy.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -238,7 +238,7 @@ def _packed(
         if path not in plan:
             yield name, _plain(checkpoint, name)
             continue
-        if name == f"{arch.PER_LAYER}weight":
+        if name in load.TABLES:
             yield from _table_in_parts(checkpoint, plan[path], path, fit=fit)
             continue
         while rounded and arch.block_of(name) is not None and path not in block:
@@ -246,14 +246,16 @@ def _packed(
         parts = block.pop(path, None)
         if parts is None:
             parts = _nearest(checkpoint, plan[path], name, fit=fit)
+        _refuse_beyond(checkpoint, name, parts)
         for part, array in zip(PARTS, parts, strict=False):
-            if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
-                raise MisError(f"{checkpoint.path}: {name}: {rounding.BEYOND}")
             yield f"{path}.{part}", array
 
 
-def _plain(checkpoint: Checkpoint, name: str) -> mx.array:
+def _plain(checkpoint: Checkpoint, name: str) -> safetensors.Tensor:
     """A tensor that is not quantized, of all experts stacked where it belongs to experts."""
+    if name in load.TABLES:
+        table = load.stored_parts(checkpoint, name)
+        return table._replace(parts=_finite_parts(checkpoint, name, table.parts))
     arrays = [_finite(checkpoint, part) for part in experts.one_by_one(name, checkpoint.config)]
     if len(arrays) == 1:
         return arrays[0]
@@ -267,7 +269,7 @@ def _table_in_parts(
     *,
     fit: bool,
 ) -> Iterator[tuple[str, safetensors.Tensor]]:
-    """The table of per-layer inputs rounded to nearest values, some rows at a time.
+    """A table with a row for each token rounded to nearest values, some rows at a time.
 
     Its scales, a thirty-second of its numbers, wait in memory until the integers are written.
     """
@@ -277,10 +279,12 @@ def _table_in_parts(
     scales: list[list[mx.array]] = []  # of each part, with its biases
 
     def integers() -> Iterator[mx.array]:
-        for rows in load.dense_parts(checkpoint, name, "float32"):
-            _refuse_not_numbers(checkpoint, name, rows)
+        table = load.dense_parts(checkpoint, name, "float32")
+        for rows in _finite_parts(checkpoint, name, table):
             packed, *others = _rounded_rows(rows, kind, fit=fit)
             stream.evaluate_now(packed, others)
+            _refuse_beyond(checkpoint, name, others)
+            del rows
             scales.append(others)
             yield packed
 
@@ -370,6 +374,23 @@ def _refuse_not_numbers(checkpoint: Checkpoint, name: str, array: mx.array) -> N
             f"{checkpoint.path}: {name} holds {bad} values that are not numbers: download the "
             f"model again"
         )
+
+
+def _finite_parts(
+    checkpoint: Checkpoint, name: str, parts: Iterable[mx.array]
+) -> Iterator[mx.array]:
+    """The parts of a table. MisError where one holds NaN or infinity."""
+    for rows in parts:
+        _refuse_not_numbers(checkpoint, name, rows)
+        yield rows
+        del rows  # before the next are read
+
+
+def _refuse_beyond(checkpoint: Checkpoint, name: str, packed: Sequence[mx.array]) -> None:
+    """MisError where scales or biases are beyond the type that they are stored in."""
+    for array in packed:
+        if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
+            raise MisError(f"{checkpoint.path}: {name}: {rounding.BEYOND}")
 
 
 def weight_of(packed: rounding.Packed, kind: Format, dtype: mx.Dtype) -> mx.array:

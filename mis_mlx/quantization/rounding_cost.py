@@ -28,11 +28,14 @@ from mis_mlx.models import bit_floors
 from mis_mlx.models.config import Shape
 from mis_mlx.models.model_size import ModelSize
 from mis_mlx.models.pass_cost import (
+    DENSE_ITEM,
+    block_matrix,
     forward_flops,
     headroom_bytes,
     parallel_windows,
     stacked_bytes,
     streamed_pass,
+    table_part,
     workspace_bytes,
 )
 from mis_mlx.models.residency import batches_per_pass
@@ -72,12 +75,13 @@ def quantizing_cost(
     """
     config = rounding.affine
     # as stored, packed, and the part that is rounded at a time
-    largest = max(m.shape.vocab, m.wide.ffn) * m.shape.hidden
+    largest = block_matrix(m)
     stored_item = math.ceil(m.nbytes / m.params)
     peak = (stored_item + 2) * largest + 4 * min(largest, PART)
+    peak = max(peak, (DENSE_ITEM + 2) * table_part(m) + 4 * min(m.head_params, PART))
     peak += stacked_bytes(m)
     # scales of a table, which wait for its integers
-    peak += 2 * 4 * m.side_params // config.q_group_size
+    peak += 2 * 4 * max(m.side_params, m.head_params) // config.q_group_size
     cost = StageCost(
         name="quantize",
         read_bytes=m.nbytes,

@@ -30,7 +30,7 @@ from mis_mlx.runs.account import Account
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import Files, as_mis_error, json_sha256, need_place
-from mis_mlx.types import Budget, Checkpoint, MisError, Step
+from mis_mlx.types import Budget, Checkpoint, MisError, Step, gib
 
 BLAS_THREADS = "blas_threads"  # in origin.json, a number for each machine
 S = TypeVar("S", bound=cli.Resumable)  # a command's Settings
@@ -120,7 +120,9 @@ def open_model(
     # All machines take part in a run; only the first one writes text for it.
     if distributed.size() > 1 and isinstance(s, cli.Resumable):
         distributed.check_same({what: run_folder.origin(checkpoint, "")["teacher"]})
-    return estimates.settle_precision(memory.budget(s.budget_bytes), checkpoint, s.precision)
+    limit = memory.budget(s.budget_bytes)
+    cli.say(f"memory budget: {gib(limit.limit_bytes)}, {limit.why}")
+    return estimates.settle_precision(limit, checkpoint, s.precision)
 
 
 def prepare_text(
@@ -144,10 +146,15 @@ class Place:
     files: Files
     account: Account
 
-    def decide(self, settings: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
-        """Keep all settings of the run and how it trains, unless that is decided already."""
+    def decide(self, settings: Mapping[str, Any], plan: Mapping[str, Any], limit: Budget) -> None:
+        """Keep all settings of the run and how it trains, unless that is decided already.
+
+        limit: named among them in any case: what other programs leave free on another day does not
+        change a run that goes on.
+        """
         if distributed.is_main() and not run_folder.is_decided(self.folder):
-            run_folder.decide(self.folder, settings, plan, self.files)
+            budget = settings.get("budget") or estimates.budget_flag(limit.limit_bytes)
+            run_folder.decide(self.folder, {**settings, "budget": budget}, plan, self.files)
 
     @contextmanager
     def part(self, name: str) -> Iterator["Place"]:

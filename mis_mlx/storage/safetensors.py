@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,16 @@ class InParts(NamedTuple):
 
     spec: Spec
     parts: Iterable[mx.array]
+
+    def mapped(
+        self, change: Callable[[mx.array], mx.array], *, columns: int, dtype: str = "F32"
+    ) -> "InParts":
+        """The matrix with all parts changed, which then have so many columns and this type.
+
+        By `map`, which forgets a part before it asks for the next; a generator's variable does not.
+        """
+        rows = self.spec[1][0]
+        return InParts((dtype, (rows, columns)), map(change, self.parts))
 
 
 Tensor = mx.array | InParts

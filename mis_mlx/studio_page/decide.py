@@ -71,7 +71,7 @@ class _Decide:
         label = "Training: {} minutes"
         self._slider("minutes", label, 0, most=NIGHT_MIN, step=5, nothing=usual)
         most = jobs.total_bytes() // wishes.MIB // STEP_MIB * STEP_MIB
-        usual = "Memory: three quarters of what is free, 5 GiB at the most"
+        usual = "Memory: the default, 4 GiB on a Mac of 8 GB, less if less is free"
         label = "Memory: {} MiB"
         self._slider("memory_mib", label, 0, most=most, step=STEP_MIB, nothing=usual)
 

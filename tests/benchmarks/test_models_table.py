@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from mis_mlx.cli import parse_bytes
 from mis_mlx.models import arch, scenarios
 from mis_mlx.models.config import read_config
 from tests.test_docs import program
@@ -99,11 +100,25 @@ def test_llama_by_pencil(stored: dict[str, Any]) -> None:
     ],
 )
 def test_what_is_taken_without_sizes(made: SimpleNamespace, name: str, chosen: str) -> None:
-    """Twice the teacher within 5 GiB: a search. Else by the vocabulary's share, of a mixture its
-    experts.
+    """Twice the teacher within the default budget: a search. Else by the vocabulary's share, of a
+    mixture its experts.
     """
     config = made.models.opened(name).config
-    assert made.models.chosen_without_sizes(config, 5 * 2**30) == chosen
+    assert made.models.chosen_without_sizes(config, 4 * 2**30) == chosen
+
+
+def test_nothing_that_fits_is_refused(stored: dict[str, Any]) -> None:
+    """All models fit an Air's default budget; what a smaller one refuses needs more, and what it
+    leaves out has a budget that would have it.
+    """
+    for row in stored["rows"].values():
+        assert row["budgets"]["4GiB"]["fits"]
+        for budget, found in row["budgets"].items():
+            limit = parse_bytes(budget)
+            assert found["fits"] == (found["least_bytes"] <= limit)
+            assert all(nbytes > limit for nbytes in found["left_out"].values())
+            trained = found["mode"] != "none" or found["uncut"] or not found["fits"]
+            assert trained == ("training" not in found["left_out"])
 
 
 def test_a_row_is_made_again(made: SimpleNamespace, stored: dict[str, Any], tmp_path: Path) -> None:

@@ -19,12 +19,13 @@ from mis_mlx import distill, synthesize
 from mis_mlx.distillation import pipeline, resolved_run, run_text
 from mis_mlx.distillation.resolved_run import ResolvedRun
 from mis_mlx.evaluation import repetition
+from mis_mlx.hardware import memory
 from mis_mlx.planner import estimates
 from mis_mlx.settings import recipe
 from mis_mlx.settings.parts import part_of
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage import run_folder
-from mis_mlx.types import Checkpoint
+from mis_mlx.types import Checkpoint, MisError
 
 PACKAGE = Path(distill.__file__).parent
 MOST_FUNCTIONS = 12  # that the whole settings of `distill` may pass
@@ -199,6 +200,32 @@ def test_minutes_on_another_day(
     assert replace(resolved[-1], text=begun.text, strategy=begun.strategy) == replace(
         begun, recipe=resolved[-1].recipe
     )
+
+
+def test_other_programs_do_not_stop_a_run_that_goes_on(
+    llama: Checkpoint,
+    text_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    resolved: list[ResolvedRun],
+    stop: list[pipeline.Run],
+) -> None:
+    """It began by default, and next day a browser leaves 8 MiB: the run goes on with the budget
+    that it began with, where a new one would be refused.
+    """
+    monkeypatch.chdir(tmp_path)
+    settings = distill.Settings(
+        teacher=str(llama.path), data=str(text_folder), scenario="gazda", out="run", **QUICK
+    )
+    with pytest.raises(KeyboardInterrupt):
+        distill.run(settings)
+    monkeypatch.setattr(memory, "free_for_us_bytes", lambda: 8 * 2**20)
+    with pytest.raises(KeyboardInterrupt):
+        distill.run(distill.Settings(out="run", resume=True))
+    begun, again = resolved
+    assert again.plan.budget_bytes == begun.plan.budget_bytes > 8 * 2**20
+    with pytest.raises(MisError, match="--budget"):
+        distill.run(replace(settings, out="another"))
 
 
 def test_a_part_has_its_own_fields_alone() -> None:

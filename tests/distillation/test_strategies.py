@@ -46,6 +46,7 @@ from mis_mlx.settings.recipe import (
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Budget, Checkpoint
 from tests import tiny
+from tests.peaks import allocated
 
 MIB = 2**20
 BIG = model_of({**tiny.CONFIG, "num_hidden_layers": 6}, gpu=False)
@@ -562,7 +563,7 @@ def test_resident_training_stays_under_the_plan(
         )
     peak = max(s.peak_bytes for s in steps) - before
     assert planned.pinned == (6 if resident else 0)
-    assert planned.peak_bytes / 4 < peak < planned.peak_bytes, (
+    assert planned.peak_bytes / 4 < peak < allocated(planned.peak_bytes), (
         peak / MIB,
         planned.peak_bytes / MIB,
     )
@@ -652,7 +653,7 @@ def test_training_by_blocks_stays_under_the_plan(
         steps = list(student.steps(micro_batches, source.token_loss(own_head=True), recipe))
     peak = max(s.peak_bytes for s in steps) - before
     assert planned.pinned == (5 if resident else 0)
-    assert planned.peak_bytes / 1.2 < peak < planned.peak_bytes, (
+    assert planned.peak_bytes / 1.2 < peak < allocated(planned.peak_bytes), (
         peak / MIB,
         planned.peak_bytes / MIB,
     )
@@ -696,7 +697,7 @@ def test_sharded_training_stays_under_the_plan(
         del made
     peak = max(s.peak_bytes for s in steps) - before
     array = 4 * 256 * 1536
-    assert planned / 2 < peak < planned + array, (peak / MIB, planned / MIB)
+    assert planned / 2 < peak < allocated(planned + array), (peak / MIB, planned / MIB)
 
 
 def _against_itself(
@@ -750,7 +751,7 @@ def test_pruning_stays_under_the_plan(
             files=DISK,
         )
     peak = mx.get_peak_memory() - before
-    assert planned.peak_bytes / 4 < peak < planned.peak_bytes, (
+    assert planned.peak_bytes / 4 < peak < allocated(planned.peak_bytes), (
         peak / MIB,
         planned.peak_bytes / MIB,
     )
@@ -780,4 +781,7 @@ def test_comparing_stays_under_the_plan(
     with memory.limited(Budget(before + planned)):
         comparison.compare(models, Windows(tokens, np.ones((3, 64), np.float32)))
     peak = mx.get_peak_memory() - before
-    assert planned / 2 < peak < planned + pass_cost.SMALL_BYTES, (peak / MIB, planned / MIB)
+    assert planned / 2 < peak < allocated(planned + pass_cost.SMALL_BYTES), (
+        peak / MIB,
+        planned / MIB,
+    )

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from mis_mlx import doctor
-from mis_mlx.checks import engine, hybrid_kernels, kernels
+from mis_mlx.checks import engine, groups, hybrid_kernels, kernels
 from mis_mlx.compute import precision
-from mis_mlx.hardware import memory
+from mis_mlx.hardware import macos, memory
 from mis_mlx.models import stream
 from mis_mlx.types import Budget
 
@@ -71,14 +71,20 @@ def test_the_budget_holds(device: str, made: engine.Models) -> None:
     assert mx.get_peak_memory() < limit
 
 
-@pytest.mark.gpu
-def test_doctor(tmp_path: Path) -> None:
-    """The whole command passes on the GPU."""
+@pytest.mark.parametrize("word", DEVICES)
+def test_doctor(word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every group of the whole command computes where it is told to, in a process of its own; on a
+    GPU all checks pass there.
+    """
+    monkeypatch.setenv(macos.DEVICE, word)
+    if word == "cpu":  # where the checks have a test of their own
+        monkeypatch.setattr(groups, "GROUPS", {"rates": groups.of_rates})
     before = mx.default_device()
-    mx.set_default_device(mx.gpu)
+    mx.set_default_device(getattr(mx, word))
     try:
         found = doctor.run(doctor.Settings(out=tmp_path / "report.md"))
     finally:
         mx.set_default_device(before)
     assert found["failed"] == []
-    assert found["device"] == "GPU"
+    assert found["device"] == word.upper()
+    assert found["devices"] == dict.fromkeys(groups.GROUPS, word.upper())

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -14,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
-from mis_mlx.hardware import memory
+from mis_mlx.hardware import free_memory, macos, memory
 from mis_mlx.hardware.rates import M1_AIR
 from mis_mlx.hardware.thermal import apple_sensors
 from mis_mlx.types import GIB, Budget, MisError
@@ -107,17 +106,22 @@ def test_nothing_is_wired_elsewhere(device: Device, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     ("device", "said", "wired"),
-    [(Device(), "", 0), (Device(), "1", 3), (Device("cpu"), "", 3), (Device(wires=False), "", 3)],
+    [(Device(), "", 3), (Device(), "1", 5), (Device("cpu"), "", 3), (Device(wires=False), "", 3)],
 )
-def test_foreign_wiring_is_undone(
+def test_a_library_wires_nothing(
     device: Device, said: str, wired: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a library wired goes, unless the user wants it wired, and where there is something to
-    wire.
+    """Its calls do nothing, unless the user wants memory wired; afterwards they count again, also
+    after an error.
     """
     monkeypatch.setenv("MIS_MLX_WIRE", said)
-    memory.undo_foreign_wiring(device)
+    before = getattr(device, "set_wired_limit", None)
+    with pytest.raises(KeyError), memory.nothing_wired(device):
+        if before:
+            device.set_wired_limit(5)
+        raise KeyError
     assert device.limits["wired"] == wired
+    assert getattr(device, "set_wired_limit", None) is before
 
 
 @pytest.mark.parametrize("gpu", [False, True])
@@ -146,16 +150,38 @@ def test_the_real_one_here() -> None:
         mx.set_memory_limit(before)
 
 
-def test_budgets() -> None:
-    """What is asked for, or the default, or 75 % of a small room; more than there is is refused
-    with both numbers.
+AIR = M1_AIR.room_bytes or 0
+
+
+def test_what_is_asked_for() -> None:
+    """It is the budget, whatever else is open; more than the machine has is refused with both
+    numbers.
     """
     assert memory.budget(600 * MIB, GIB) == Budget(600 * MIB)
-    assert memory.budget(None, 100 * GIB) == Budget(5 * GIB)
-    assert memory.budget(None, 4 * GIB) == Budget(3 * GIB)
-    with pytest.raises(MisError, match=r"8.00 GiB is more than the available 4.00 GiB"):
+    assert memory.budget(psutil.virtual_memory().total).limit_bytes > memory.free_for_us_bytes()
+    with pytest.raises(MisError, match=r"8.00 GiB is more than the 4.00 GiB"):
         memory.budget(8 * GIB, 4 * GIB)
     assert 0 < memory.usable_memory_bytes() <= psutil.virtual_memory().total
+
+
+@pytest.mark.parametrize(
+    ("recommended", "free", "default"),
+    [
+        (AIR, 5 * GIB, 4 * GIB),  # the Air's
+        (AIR, None, 4 * GIB),  # one of which only this is known
+        (AIR, 2300 * MIB + 5, 2300 * MIB),
+        (16 * GIB, 15 * GIB, 12 * GIB),  # no more of a large Mac than of a small one is left out
+        (None, 23 * GIB, 5 * GIB),
+        (None, 4 * GIB, 3 * GIB),
+    ],
+)
+def test_the_default(recommended: int | None, free: int | None, default: int) -> None:
+    """Three quarters of what Metal recommends, or of what is free without Metal, 5 GiB at the most;
+    never more than is free; in whole MiB, with the reason.
+    """
+    found = memory.default_budget(memory.Room(24 * GIB, recommended, free))
+    assert found == Budget(default)
+    assert found.why
 
 
 def test_metals_rule() -> None:
@@ -163,28 +189,17 @@ def test_metals_rule() -> None:
     (5461.34 MiB).
     """
     rule = {total: -(-2 * total // (3 * 2**14)) * 2**14 for total in (7_516_192_768, 8 * GIB)}
-    assert rule == {7_516_192_768: 5_010_800_640, 8 * GIB: M1_AIR.room_bytes}
+    assert rule == {7_516_192_768: 5_010_800_640, 8 * GIB: AIR}
 
 
-@pytest.mark.parametrize(
-    ("used", "compressed", "default"),
-    [(3 * GIB, 0, 4 * GIB), (6 * GIB, 0, 2 * GIB), (4 * GIB, 2 * GIB, 2 * GIB)],
-)
-def test_what_others_use_is_left_to_them(
-    used: int, compressed: int, default: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """8 GiB of which others have 3 leave the ordinary default, others' 6 leave 2; this process is
-    none of them. What macOS has compressed is others' as well, though psutil's `used` leaves it
-    out.
-    """
-    own = psutil.Process().memory_info().rss
-    seen = SimpleNamespace(
-        total=8 * GIB, used=used + own, available=8 * GIB - used - own - compressed
-    )
-    monkeypatch.setattr(memory, "usable_memory_bytes", lambda: M1_AIR.room_bytes)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: seen)
+def test_this_process_is_not_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What others leave free is 2 GiB, and what this process holds is its own to use."""
+    free = free_memory.FreeMemory(2 * GIB)
+    monkeypatch.setattr(free_memory, "now", lambda: free)
+    monkeypatch.setattr(memory, "_recommended", lambda device: AIR)
     found = memory.budget(None).limit_bytes
-    assert found == pytest.approx(default, abs=64 * MIB)  # the process may grow between two looks
+    own, _ = memory.held_bytes()
+    assert found == pytest.approx(2 * GIB + own, abs=64 * MIB)  # it may grow between two looks
 
 
 def test_the_peak_is_the_footprint_on_a_mac(
@@ -218,3 +233,21 @@ def test_freed_memory_goes_back() -> None:
     memory.give_back()
     assert memory.held_bytes()[0] < before + 50 * MIB
     assert top.sum() == 12_800
+
+
+@pytest.mark.parametrize(
+    ("model", "budget", "total", "past"),
+    [
+        # Qwen3 1.7B in bf16 beside 4 GiB on an Air: 1.2 GiB too much for its memory
+        (3_441_185_608, 4 * GIB, 8 * GIB, True),
+        (3_441_185_608, 4 * GIB, 16 * GIB, False),
+        (270_000_000, 4 * GIB, 8 * GIB, False),  # the default teacher
+        (5 * GIB, GIB, 24 * GIB, False),  # more than the budget, and the cache keeps all of it
+    ],
+)
+def test_what_the_page_cache_cannot_keep_is_read_past_it(
+    model: int, budget: int, total: int, past: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Model, budget and 2 GiB for the system, against all memory."""
+    monkeypatch.setattr(macos, "total_bytes", lambda: total)
+    assert memory.crowds_page_cache(model, Budget(budget)) == past

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
@@ -10,7 +11,6 @@ import numpy as np
 import pytest
 
 from mis_mlx.evaluation import writing_cost
-from mis_mlx.hardware import memory
 from mis_mlx.models import load, mlx_generate, opening
 from mis_mlx.models.model_size import model_of
 from mis_mlx.types import Checkpoint
@@ -175,24 +175,25 @@ def test_writing_side_by_side_takes_what_the_plan_says(llama: Checkpoint) -> Non
     assert 0.3 * planned < mx.get_peak_memory() - before < 0.55 * planned
 
 
-@pytest.mark.parametrize(("said", "want"), [("", ["all", 0]), ("1", ["all"])])
-def test_what_mlx_lm_wires_is_unwired(
-    said: str, want: list[object], model: nn.Module, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("said", "wires"), [("", False), ("1", True)])
+def test_nothing_is_wired_for_a_batch(
+    said: str, wires: bool, model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On Metal the generator wires all that is recommended, unasked: that goes before a token is
-    drawn, unless MIS_MLX_WIRE=1.
+    """mlx-lm's generator wires all that Metal recommends, and unwires it at its end. Unless
+    MIS_MLX_WIRE=1, MLX is called not once: while it is made, writes, is closed, and is forgotten.
     """
-    calls = list[object]()
-    seen = list[object]()
+    calls = list[int]()
 
-    def draw(logps: mx.array) -> mx.array:
-        seen[:] = calls
-        return mx.argmax(logps, axis=-1)
+    def recording(nbytes: int) -> int:
+        calls.append(nbytes)
+        return 7
 
-    generate = load.mlx_lm("generate")
-    monkeypatch.setattr(generate, "maybe_set_recommended_wired_limit", lambda: calls.append("all"))
-    monkeypatch.setattr(memory, "_recommended", lambda device: 5 * 2**30)
-    monkeypatch.setattr(mx, "set_wired_limit", calls.append)
+    recommended = {"max_recommended_working_set_size": 5 * 2**30}
+    monkeypatch.setattr(mx, "device_info", lambda *device: recommended)
+    monkeypatch.setattr(mx, "set_wired_limit", recording)
     monkeypatch.setenv("MIS_MLX_WIRE", said)
+    draw = mlx_generate.sampler(0.0, 0)
     mlx_generate.groups(model, PROMPTS, count=1, max_tokens=2, stop=[], draw=draw, at_once=3)
-    assert seen == want
+    assert mx.set_wired_limit is recording
+    gc.collect()  # a generator closes itself once more when it goes
+    assert calls == ([5 * 2**30, 7] if wires else [])

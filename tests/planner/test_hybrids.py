@@ -21,6 +21,7 @@ from mis_mlx.settings.recipe import DistillationConfig, TrainingConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Budget
 from tests import tiny
+from tests.peaks import allocated
 
 SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 1024, "vocab_size": 2048}
 GEMMAS = ["gemma4_text", "gemma3n_text"]
@@ -72,7 +73,10 @@ def test_a_pass_stays_under_the_plan(tmp_path: Path, kind: str, windows: int, le
         limit_bytes=GIB,
         head=False,
     ).peak_bytes
-    assert planned - pass_cost.SMALL_BYTES < 1.75 * peak and peak < planned, (peak, planned)
+    assert planned - pass_cost.SMALL_BYTES < 1.75 * peak and peak < allocated(planned), (
+        peak,
+        planned,
+    )
 
 
 @pytest.mark.usefixtures("cpu_policy")
@@ -114,4 +118,4 @@ def test_training_stays_under_the_plan(tmp_path: Path, kind: str, way: str) -> N
         batches = partial(live_teacher.step_micro_batches, source, data, config)
         steps = list(made.steps(batches, source.token_loss(own_head=True), config))
     peak = max(step.peak_bytes for step in steps) - before
-    assert planned / 1.9 < peak < planned, (peak, planned)
+    assert planned / 1.9 < peak < allocated(planned), (peak, planned)

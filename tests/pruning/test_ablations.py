@@ -23,6 +23,7 @@ from mis_mlx.settings.recipe import DistillationConfig
 from mis_mlx.types import Checkpoint, MisError, Step
 from tests import tiny
 from tests.distillation.test_strategies import JOB
+from tests.peaks import allocated
 
 RECIPE = DistillationConfig(
     iters=4,
@@ -191,4 +192,4 @@ def test_training_with_cross_entropy_stays_under_the_plan(
         JOB, teacher=model_of(teacher), student=model_of(student), cross_entropy=0.5, **sizes
     )
     planned = training_cost.resident_cost(job, 2, 0).peak_bytes
-    assert planned / 4 < peak < planned, (peak / 2**20, planned / 2**20)
+    assert planned / 4 < peak < allocated(planned), (peak / 2**20, planned / 2**20)

@@ -1,0 +1,123 @@
+"""Plans of an 8 GB Air where little is free: nothing that fits is refused, and what a budget has no
+room for is not left out without a word.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mis_mlx import plan
+from mis_mlx.cli import parse_bytes
+from mis_mlx.distillation import strategies
+from mis_mlx.hardware.rates import M1_AIR
+from mis_mlx.planner import estimates
+from mis_mlx.size_search import shortfall
+from tests import tiny
+
+CONFIGS = Path(__file__).parents[2] / "benchmarks" / "model_configs"
+WHOLE = {"scenario": "none", "vocab": "0.75x"}  # every block stays
+BUDGETS = ("1.8GiB", "2.3GiB", "3GiB", "4GiB")
+# SmolLM2-135M's own sizes: the default teacher.
+SMOLLM = tiny.CONFIG | {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "vocab_size": 49_152,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
+
+
+def shape(name: str) -> dict[str, Any]:
+    """The config.json of a model that people have."""
+    found = json.loads((CONFIGS / f"{name}.json").read_text("utf-8"))
+    del found["title"], found["source"]
+    return dict(found)
+
+
+TEACHERS = {
+    "default": SMOLLM,
+    "qwen3-1.7b": shape("qwen3-1.7b"),
+    "llama-3.2-3b-4bit": shape("llama-3.2-3b") | {"quantization": {"group_size": 64, "bits": 4}},
+}
+
+
+def planned(folder: Path, teacher: str, budget: str, **flags: Any) -> strategies.MemoryPlan:
+    """The plan of a teacher on an Air by published rates."""
+    (folder / "config.json").write_text(json.dumps(TEACHERS[teacher]))
+    asked = plan.Settings(teacher=str(folder), machine="m1-air", budget=budget, **flags)
+    return plan.planned(asked, M1_AIR)[0]
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.parametrize("flags", [{}, WHOLE], ids=["cut", "whole"])
+def test_it_fits_and_says_what_it_leaves_out(
+    tmp_path: Path, teacher: str, budget: str, flags: dict[str, Any]
+) -> None:
+    """Trained and tuned, or the first lines name the budget that would have it: that much is
+    enough, and it is more than was given.
+    """
+    made = planned(tmp_path, teacher, budget, **flags)
+    assert made.fits
+    missing = {part.name: part for part in shortfall.left_out(made)}
+    trains = made.mode != "none" or made.job.uncut
+    assert trains == ("training" not in missing)
+    assert bool(made.tuned) == ("distillation of scales" not in missing)
+    head, _, _ = plan.table(made).partition("| phase")
+    for name, part in missing.items():
+        flag = estimates.budget_flag(part.budget_bytes)
+        assert flag in head
+        assert part.budget_bytes > made.budget_bytes
+        assert part.loss > 1
+        if part.budget_bytes < (M1_AIR.room_bytes or 0):
+            enough = planned(tmp_path, teacher, flag, **flags)
+            assert name not in {other.name for other in shortfall.left_out(enough)}
+
+
+def test_the_default_run_is_tuned_wherever_it_can_be(tmp_path: Path) -> None:
+    """From 1.8 GiB on, in both ways of cutting; below that in smaller micro-batches first."""
+    for budget in BUDGETS:
+        assert planned(tmp_path, "default", budget).tuned
+    small = planned(tmp_path, "default", "1500MiB")
+    assert small.tuned and small.micro_batch < small.job.batch_size
+    without = planned(tmp_path, "default", "1GiB")
+    least = shortfall.left_out(without)[0].budget_bytes
+    assert planned(tmp_path, "default", estimates.budget_flag(least)).tuned
+
+
+def test_no_budget_between_two_that_fit_is_refused(tmp_path: Path) -> None:
+    """A larger budget never refuses what a smaller one takes: the process has its share in every
+    phase, by the machine that is planned for.
+    """
+    fitting = [planned(tmp_path, "default", f"{mib}MiB").fits for mib in range(400, 2000, 50)]
+    assert fitting == sorted(fitting)
+    assert fitting[-1]
+
+
+def test_what_is_left_out_raises_the_loss(tmp_path: Path) -> None:
+    """Nothing left out: the loss that was promised. A student that does not learn loses most."""
+    whole = shortfall.loss_factor(planned(tmp_path, "default", "4GiB"))
+    untuned = shortfall.loss_factor(planned(tmp_path, "qwen3-1.7b", "4GiB"))
+    untrained = shortfall.loss_factor(planned(tmp_path, "qwen3-1.7b", "2.3GiB"))
+    assert 1 == whole < untuned < untrained
+
+
+def test_a_larger_mac_has_a_larger_budget(tmp_path: Path) -> None:
+    """Of 16 GB: 8 GiB by default, and 10 GiB on demand, which an Air of 8 GB refuses."""
+    (tmp_path / "config.json").write_text(json.dumps(TEACHERS["qwen3-1.7b"]))
+    machine = estimates.machine_rates("m1-air-16gb")
+    asked = plan.Settings(teacher=str(tmp_path), machine="m1-air-16gb")
+    made, _ = plan.planned(asked, machine)
+    assert made.budget_bytes == parse_bytes("8GiB")
+    more, _ = plan.planned(
+        plan.Settings(teacher=str(tmp_path), machine="m1-air-16gb", budget="10GiB"), machine
+    )
+    assert more.fits and more.tuned
