@@ -33,6 +33,7 @@ from mis_mlx.types import Budget, Checkpoint, MisError
 AT_ONCE = (64, 44, 24, 8, 1)  # answers written together, as many as fit
 TYPICAL_TOKENS = 96  # of a prompt of ours, with a template around it
 SENTENCE_END = re.compile(r"[.!?][\"”’)]*(?=\s|$)")
+SEED_BITS = 32  # of a seed that tell prompts apart; turns are told apart by those above
 USABLE = 0.1  # share of the answers, below which a teacher is none to learn answers from
 
 
@@ -121,8 +122,7 @@ def write(teacher: Checkpoint, settings: WritingSettings, out: Path, limit: Budg
             if start in done:
                 continue
             batch = settings.prompts[start : start + size]
-            samplers = [_sampler(settings, start + number) for number in range(len(batch))]
-            talks = _conversations(writer, tokenizer, batch, settings.max_tokens, samplers=samplers)
+            talks = _conversations(writer, tokenizer, batch, settings, first=start)
             record = {"start": start, "rows": talks}
             DISK.append(part, json.dumps(record, ensure_ascii=False))
             done[start] = talks
@@ -152,9 +152,12 @@ def _done_before(part: Path, header: Mapping[str, Any]) -> dict[int, list[Row]]:
     return {}
 
 
-def _sampler(settings: WritingSettings, number: int) -> mlx_generate.Sampler:
-    """Draws the tokens of one prompt, with random numbers of its own."""
-    seed = settings.seed * len(settings.prompts) + number
+def _sampler(settings: WritingSettings, number: int, turn: int) -> mlx_generate.Sampler:
+    """Draws the tokens of one answer, with random numbers of its own.
+
+    They begin anew with every turn: a writer may ask a sampler for more tokens than its text takes.
+    """
+    seed = settings.seed * len(settings.prompts) + number + (turn << SEED_BITS)
     return mlx_generate.sampler(settings.temperature, seed, settings.top_p)
 
 
@@ -162,11 +165,11 @@ def _conversations(
     writer: TextWriter,
     tokenizer: Any,
     batch: Sequence[Prompt],
-    max_tokens: int,
+    settings: WritingSettings,
     *,
-    samplers: Sequence[mlx_generate.Sampler],
+    first: int,
 ) -> list[Row]:
-    """The conversations of a batch.
+    """The conversations of a batch. first: the number of its first prompt among all.
 
     A turn is answered once those before it are. An answer of which nothing is kept, or that was cut
     off, ends its conversation; the turns before it stay.
@@ -188,8 +191,8 @@ def _conversations(
                     language=prompt.language,
                 )
             )
-        drawing = [samplers[number] for number in going_on]
-        replies = answers.answered(writer, tokenizer, asked, max_tokens, samplers=drawing)
+        samplers = [_sampler(settings, first + number, turn) for number in going_on]
+        replies = answers.answered(writer, tokenizer, asked, settings.max_tokens, samplers=samplers)
         for number, asked_prompt, answer in zip(list(going_on), asked, replies, strict=True):
             text = kept_text(answer)
             if text:

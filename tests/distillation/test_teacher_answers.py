@@ -190,6 +190,47 @@ def test_answers_do_not_depend_on_what_is_beside_them(
     assert files[0] == files[1] != files[2]
 
 
+def smallest(teacher: Checkpoint, how: teacher_answers.WritingSettings) -> Budget:
+    """The smallest budget in which this teacher writes."""
+    m = model_of(teacher)
+    for nbytes in range(2**20, 2**30, 2**14):
+        try:
+            teacher_answers.plan(m, how, Budget(nbytes))
+        except MisError:
+            continue
+        return Budget(nbytes)
+    raise AssertionError
+
+
+@pytest.mark.usefixtures("cpu_policy")
+def test_later_turns_do_not_depend_on_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole in memory or read from disk, alone or beside others whose answers end earlier: what a
+    turn draws is decided by its prompt and its number.
+    """
+    deep = load.open_checkpoint(tiny.talking(tmp_path / "deep", num_hidden_layers=16))
+    many = [
+        Prompt("second turn", "en", (f"What is {number}?", "Why?", "Really?"))
+        for number in range(8)
+    ]
+    how = replace(HOW, prompts=many)
+    files = list[bytes]()
+    streamed = list[bool]()
+    for at_once in (3, 8):
+        monkeypatch.setattr(teacher_answers, "AT_ONCE", (at_once,))
+        for limit in (memory.budget(None), smallest(deep, how)):
+            plan = teacher_answers.plan(model_of(deep), how, limit)
+            streamed.append(plan.headroom_bytes is not None)
+            out = tmp_path / f"{at_once} {len(files)}.jsonl"
+            teacher_answers.write(deep, how, out, limit)
+            files.append(out.read_bytes())
+
+    assert streamed == [False, True] * 2
+    assert len(set(files)) == 1
+    assert max(len(row["messages"]) for row in rows_of(out)) >= 4
+
+
 def test_a_second_turn_follows_the_teachers_own_first_answer(
     chat: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
