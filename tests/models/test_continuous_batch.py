@@ -9,7 +9,8 @@ import mlx.nn as nn
 import pytest
 
 from mis_mlx.models import continuous_batch, load
-from mis_mlx.models.continuous_batch import Completion
+from mis_mlx.models.continuous_batch import Completion, Room
+from mis_mlx.models.draws import Draws
 from mis_mlx.types import Checkpoint
 
 # Seven prompts of 1 to 9 tokens: in a batch of three, texts begin beside longer ones.
@@ -55,7 +56,9 @@ def test_greedy_is_the_models_own_text(model: nn.Module, at_once: int) -> None:
     assert len({len(ids) for ids in expected}) > 1
 
     completions = list(
-        continuous_batch.completions(model, PROMPTS, max_tokens=LENGTH, stop=stop, at_once=at_once)
+        continuous_batch.completions(
+            model, PROMPTS, max_tokens=LENGTH, stop=stop, room=Room(at_once), draws=Draws()
+        )
     )
 
     numbers = [completion.number for completion in completions]
@@ -77,7 +80,7 @@ def test_a_text_comes_as_soon_as_it_has_ended(llama: Checkpoint) -> None:
 
     prompts = [Counted(prompt) for prompt in PROMPTS]
     completions = continuous_batch.completions(
-        model, prompts, max_tokens=LENGTH, stop=[], at_once=3
+        model, prompts, max_tokens=LENGTH, stop=[], room=Room(3), draws=Draws()
     )
 
     first = next(completions)
@@ -87,10 +90,3 @@ def test_a_text_comes_as_soon_as_it_has_ended(llama: Checkpoint) -> None:
     assert 1 not in read
     assert len(list(completions)) == len(PROMPTS) - 1
     assert 1 in read
-
-
-def test_no_prompts_give_nothing(llama: Checkpoint) -> None:
-    """A machine of several may have nothing to write."""
-    model = load.resident_model(llama, mx.float32)
-
-    assert list(continuous_batch.completions(model, [], max_tokens=4, stop=[], at_once=3)) == []
