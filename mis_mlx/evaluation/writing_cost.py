@@ -12,7 +12,7 @@ from typing import NamedTuple
 from mis_mlx.evaluation.judging_cost import comparison_cost
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.models import block_inputs, pass_cost, streamed_batch, text_writer
+from mis_mlx.models import block_inputs, pass_cost, stream, streamed_batch, text_writer
 from mis_mlx.models.config import key_owners
 from mis_mlx.models.continuous_batch import Room
 from mis_mlx.models.model_size import ModelSize
@@ -23,7 +23,7 @@ from mis_mlx.types import Budget, Checkpoint
 
 CACHE_STEP = 256  # tokens by which mlx-lm's caches grow
 PROMPT_TOKENS = 56  # of a prompt there, in the mean: 38 to 111 by the default tokenizer
-LOGIT_COPIES = 4  # logits in float32, log-probabilities, what a sampler makes of them
+LOGIT_COPIES = 6  # logits in float32, log-probabilities, what drawing makes of them (measured)
 BLOCK_COPIES = 3  # of what a block keeps, while it grows, loses texts and gets others
 
 
@@ -193,7 +193,7 @@ def _streamed_pass(m: ModelSize, texts: _Texts, at_once: int, *, tokens: int) ->
         beside_bytes=kept,
     )
     logits = at_once * LOGIT_COPIES * 4 * m.shape.vocab
-    drawing = m.head_work + max(logits, pass_cost.head_opening_bytes(m))
+    drawing = m.head_work + max(logits, _head_opening_bytes(m))
     drawing += kept + m.slots_bytes + pass_cost.SMALL_BYTES
     waits_of_block = evaluated + pass_cost.BLOCK_WAITS
     return replace(
@@ -202,6 +202,13 @@ def _streamed_pass(m: ModelSize, texts: _Texts, at_once: int, *, tokens: int) ->
         peak_bytes=max(cost.peak_bytes, drawing),
         waits=m.shape.layers * waits_of_block,
     )
+
+
+def _head_opening_bytes(m: ModelSize) -> int:
+    """What opening the head holds besides it: a part as it is stored, and converted."""
+    stored_item = math.ceil(m.nbytes / m.params)
+    part = min(m.head_params, stream.HEAD_PART)
+    return max(pass_cost.head_opening_bytes(m), part * (stored_item + m.item))
 
 
 def answers_cost(
