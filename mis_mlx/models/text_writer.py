@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 import mlx.nn as nn
 
 from mis_mlx.compute import precision
-from mis_mlx.models import continuous_batch, load, streamed_batch
+from mis_mlx.models import continuous_batch, load, mlx_generate, streamed_batch, streamed_decode
 from mis_mlx.models.continuous_batch import Completion, Room
 from mis_mlx.models.draws import Draws
 from mis_mlx.models.stream import Stream, load_checked
@@ -22,12 +22,18 @@ from mis_mlx.types import Checkpoint
 class TextWriter:
     """A model that writes: whole in memory, as mlx-lm's, or read once for every token.
 
-    room: for texts side by side; None: for all.
+    room: for texts side by side; None: for all. where: what an error calls it.
     """
 
-    def __init__(self, model: nn.Module | Stream, room: Room | None = None):
+    def __init__(self, model: nn.Module | Stream, room: Room | None = None, where: str = ""):
         self._model = model
         self._room = room
+        self._where = where
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that a streamed model was read so far; 0 for one that is whole in memory."""
+        return self._model.reader.nbytes if isinstance(self._model, Stream) else 0
 
     def completions(
         self,
@@ -53,6 +59,29 @@ class TextWriter:
             yield from continuous_batch.completions(
                 self._model, prompts, max_tokens=max_tokens, stop=stop, room=room, draws=draws
             )
+
+    def settled(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        stop: Collection[int],
+        *,
+        draft: Stream | None = None,
+        size: int = streamed_decode.SIZE,
+    ) -> Iterator[list[int]]:
+        """The greedy text behind one prompt, as it is settled: its tokens, some at a time.
+
+        draft, size: as of `streamed_decode.decode`; for a streamed model.
+        """
+        if isinstance(self._model, Stream):
+            yield from streamed_decode.decode(
+                self._model, prompt, max_tokens, ends=stop, draft=draft, size=size
+            )
+            return
+        for token in mlx_generate.greedy(self._model, prompt, max_tokens, where=self._where):
+            yield [token]
+            if token in stop:
+                return
 
     def write(
         self,
@@ -82,5 +111,5 @@ def opened(
     dtype = precision.dtype_of(checkpoint)
     if headroom_bytes is not None:
         return TextWriter(Stream(checkpoint, dtype, headroom_bytes, direct), room)
-    model = load.resident_model(checkpoint, dtype)
-    return TextWriter(load_checked(model, f"{checkpoint.path}: "), room)
+    model = load_checked(load.resident_model(checkpoint, dtype), f"{checkpoint.path}: ")
+    return TextWriter(model, room, where=str(checkpoint.path))

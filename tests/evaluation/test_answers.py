@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mis_mlx.compute import precision
 from mis_mlx.data import token_windows
 from mis_mlx.evaluation import (
     answer_figures,
@@ -29,6 +30,7 @@ from mis_mlx.hardware import memory
 from mis_mlx.models import load, mlx_generate, opening, text_writer
 from mis_mlx.models.continuous_batch import Completion
 from mis_mlx.models.model_size import model_of
+from mis_mlx.models.stream import Stream
 from mis_mlx.planner import estimates
 from mis_mlx.types import Budget, Checkpoint, MisError
 from tests import tiny
@@ -647,6 +649,32 @@ def test_planned_before_anything_is_asked(tmp_path: Path) -> None:
     assert poor.peak_bytes < 20 * MIB
     with pytest.raises(MisError, match="the budget is 1 MiB: give --budget"):
         writing_cost.answers_cost([m], 8, Budget(MIB))
+
+
+def test_a_device_finds_what_numpy_finds(chat: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of texts of several lengths, one of them without tokens, over parts of the vocabulary."""
+    rng = np.random.default_rng(3)
+    targets = [rng.integers(0, 512, count) for count in (5, 0, 300, 1, 40)]
+    source = Stream(chat, mx.float32)
+    keys = mx.random.split(mx.random.key(1), len(targets))
+    hidden = []
+    for target, key in zip(targets, keys, strict=True):
+        hidden.append(mx.random.normal((1, len(target) + 3, 64), key=key))
+    monkeypatch.setattr(answer_likelihood, "HEAD_PART", 64 * 100)
+    found = []
+    for policy in ("cpu", "metal"):
+        monkeypatch.setenv(precision.POLICY, policy)
+        found.append(answer_likelihood._of_targets(source, list(hidden), targets))
+    table = load.dense(chat, f"{load.EMBEDDING}weight").astype(mx.float32)
+    for ours, theirs, states, target in zip(*found, hidden, targets, strict=True):
+        assert len(ours) == len(theirs) == len(target)
+        if not len(target):
+            continue
+        logits = states[0, -len(target) - 1 : -1] @ table.T
+        each = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        wanted = np.array(each)[np.arange(len(target)), target]
+        np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(theirs, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_by_metals_policy(metal: None, chat: Checkpoint, tmp_path: Path) -> None:
