@@ -113,6 +113,7 @@ def test_room_saves_reading(tmp_path: Path) -> None:
     assert read[1] < 0.6 * read[0]
 
 
+@pytest.mark.usefixtures("cpu_policy")
 def test_a_prompt_is_one_pass(tmp_path: Path) -> None:
     """Bytes are those of a pass for each token of the answers, however long the prompts are; room
     is for the tokens that will be, not for twice as many.
