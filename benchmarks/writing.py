@@ -127,7 +127,8 @@ def to_the_border(job: Job, number: int, own: Sequence[int], other: Sequence[int
     """
     same = next(n for n, (a, b) in enumerate(zip(own, other, strict=False)) if a != b)
     model = load.resident_model(job.checkpoint, mx.float32)
-    logits = model(mx.array([[*job.prompts[number], *own[:same]]]))[0, -1:]
+    text = [*job.prompts[number], *own[:same]]
+    logits = model(mx.array([text]))[0, -1:]
     log_probs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     kept = draws.nucleus(log_probs, SAMPLING.top_p) / SAMPLING.temperature
     below = np.array(mx.cumsum(mx.softmax(kept, axis=-1), axis=-1))[0]

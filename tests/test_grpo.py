@@ -474,4 +474,4 @@ def test_a_small_budget_writes_fewer_answers_together(
         answers, *_ = made.scored(made.rows[:2], made.prompts[:2], seeds)
         said.append(answers)
     assert said[0] == said[1]
-    assert len({tuple(ids) for group in said[0] for ids in group}) == 6
+    assert len({tuple(ids) for ids in chain.from_iterable(said[0])}) == 6

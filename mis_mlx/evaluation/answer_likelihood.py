@@ -2,7 +2,8 @@
 
 A model reads a prompt through its own chat template and an answer with its own tokenizer."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -111,6 +112,27 @@ def of_last_tokens(
     return _of_targets(stream, hidden, targets)
 
 
+@dataclass(eq=False)
+class _Last:
+    """The last n tokens of a text.
+
+    states: before each of them (n, D). normalizer, logit: so far (n,): logsumexp over the parts of
+    the vocabulary that were seen, and the token's logit, -inf until its part has come.
+    """
+
+    states: mx.array
+    targets: np.ndarray
+    normalizer: np.ndarray
+    logit: np.ndarray
+
+    def add(self, part: np.ndarray) -> None:
+        """What a part of the vocabulary gives: (2, n)."""
+        normalizer, logit = part
+        self.normalizer = np.logaddexp(self.normalizer, normalizer)
+        # All parts but one have -inf for the target.
+        self.logit = np.maximum(self.logit, logit)
+
+
 def _of_targets(
     stream: Stream,
     hidden: Hidden,
@@ -122,76 +144,67 @@ def _of_targets(
     up over them, and one of them has the target's logit."""
     shape = config.shape_of(stream.checkpoint.config)
     rows = max(1, HEAD_PART // shape.hidden)
-    asked = [number for number, target in enumerate(targets) if len(target)]
-    # A token is predicted one place before it.
-    states = {number: hidden[number][0][-len(targets[number]) - 1 : -1] for number in asked}
-    normalizers = {number: np.full(len(targets[number]), -np.inf) for number in asked}
-    logits = {number: np.full(len(targets[number]), -np.inf) for number in asked}
+    texts = []
+    for states, target in zip(hidden, targets, strict=True):
+        count = len(target)
+        none = np.full(count, -np.inf)
+        # A token is predicted one place before it.
+        before = states[0][-count - 1 : -1]
+        texts.append(_Last(before, target, normalizer=none, logit=none))
+    full = [text for text in texts if len(text.targets)]
     for start, head in stream.head_parts(shape.vocab, rows):
-        places = {number: targets[number] - start for number in asked}
-        for number, (normalizer, logit) in _parts(head, states, places):
-            normalizers[number] = np.logaddexp(normalizers[number], normalizer)
-            # All parts but one have -inf for the target.
-            logits[number] = np.maximum(logits[number], logit)
-    found = [np.zeros(0)] * len(targets)
-    for number in asked:
-        found[number] = logits[number] - normalizers[number]
-    return found
+        for some in _together(full):
+            _add_part(head, some, start)
+    return [text.logit - text.normalizer for text in texts]
 
 
-Found = tuple[np.ndarray, np.ndarray]  # logsumexp, and the target's logit: (n,) float64
-
-
-def _parts(
-    head: nn.Module,
-    states: Mapping[int, mx.array],
-    places: Mapping[int, np.ndarray],
-) -> Iterator[tuple[int, Found]]:
-    """What a part of the head gives for every text, by number.
-
-    states: (n, D) of each text. places: of its targets (n,) in this part.
-    """
+def _add_part(head: nn.Module, texts: Sequence[_Last], start: int) -> None:
+    """Add to these texts what a part of the head gives, whose first token is `start`."""
+    states = mx.concatenate([text.states for text in texts])
+    targets = np.concatenate([text.targets for text in texts])
+    z = load.wide_logits(head, states)
+    places = targets - start
     if precision.policy() == "cpu":  # whose exp takes seven times as long as numpy's
-        for number, rows in states.items():
-            view = host_losses.view(load.wide_logits(head, rows))
-            of_part = host_losses.by_rows(_of_part, view, places[number])
-            normalizer, logit = of_part.astype(np.float64).T
-            yield number, (normalizer, logit)
-        return
-    for some in _together(states):
-        numbers = [number for number, _ in some]
-        rows = mx.concatenate([rows for _, rows in some])
-        targets = np.concatenate([places[number] for number in numbers])
-        found = _on_device(load.wide_logits(head, rows), mx.array(targets))
-        wide = np.array(found).astype(np.float64)
-        ends = np.cumsum([len(rows) for _, rows in some])[:-1]
-        for number, of_text in zip(numbers, np.split(wide, ends, axis=1), strict=True):
-            yield number, (of_text[0], of_text[1])
+        view = host_losses.view(z)
+        found = host_losses.by_rows(_of_part, view, places).T
+    else:
+        found = np.array(_on_device(z, mx.array(places)))
+    wide = found.astype(np.float64)
+    first = 0
+    for text in texts:
+        end = first + len(text.targets)
+        text.add(wide[:, first:end])
+        first = end
 
 
-def _together(states: Mapping[int, mx.array]) -> Iterator[list[tuple[int, mx.array]]]:
-    """Texts whose logits are computed at once: up to CHUNK tokens, or one text."""
-    some = list[tuple[int, mx.array]]()
+def _together(texts: Sequence[_Last]) -> Iterator[list[_Last]]:
+    """Texts whose logits are computed at once: up to CHUNK tokens, or one text; on a CPU one."""
+    most = 1 if precision.policy() == "cpu" else host_losses.CHUNK
+    some = list[_Last]()
     tokens = 0
-    for number, rows in states.items():
-        if some and tokens + len(rows) > host_losses.CHUNK:
+    for text in texts:
+        tokens += len(text.targets)
+        if some and tokens > most:
             yield some
             some = []
-            tokens = 0
-        some.append((number, rows))
-        tokens += len(rows)
+            tokens = len(text.targets)
+        some.append(text)
     if some:
         yield some
 
 
-def _on_device(z: mx.array, targets: mx.array) -> mx.array:
+def _on_device(
+    z: mx.array,
+    targets: mx.array,
+) -> mx.array:
     """`_of_part` by MLX: (2, n) of logits z (n, v) and targets (n,)."""
     vocab = z.shape[-1]
     normalizer = mx.logsumexp(z, axis=-1)
     here = (targets >= 0) & (targets < vocab)
     places = mx.where(here, targets, 0)
-    chosen = mx.take_along_axis(z, places[:, None], axis=-1)[:, 0]
-    right = mx.where(here, chosen, -mx.inf)
+    columns = places[:, None]
+    chosen = mx.take_along_axis(z, columns, axis=-1)
+    right = mx.where(here, chosen[:, 0], -mx.inf)
     return mx.stack([normalizer, right])
 
 
