@@ -35,7 +35,8 @@ from mis_mlx.compute import host_losses
 from mis_mlx.data import token_windows
 from mis_mlx.distillation import live_teacher
 from mis_mlx.maths import losses
-from mis_mlx.models import mlx_generate
+from mis_mlx.models.draws import Draws, Sampling
+from mis_mlx.models.text_writer import TextWriter
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.settings import recipe
 
@@ -119,18 +120,11 @@ def own_text() -> Iterator[None]:
             )
             length = data.tokens.shape[1]
             prompts = data.tokens[at, :PROMPT].tolist()
-            draw = mlx_generate.sampler(1.0, 1000 * r.seed + step)
-            said = mlx_generate.groups(
-                student,
-                prompts,
-                count=1,
-                max_tokens=length - PROMPT,
-                stop=(),
-                draw=draw,
-                at_once=len(prompts),
-            )
+            seeds = np.random.SeedSequence([r.seed, step]).generate_state(len(prompts)).tolist()
+            draws = Draws(Sampling(1.0), seeds)
+            said = TextWriter(student).write(prompts, length - PROMPT, stop=(), draws=draws)
             tokens = np.array(
-                [[*prompt, *ids] for prompt, (ids,) in zip(prompts, said, strict=True)], np.int32
+                [[*prompt, *ids] for prompt, ids in zip(prompts, said, strict=True)], np.int32
             )
             loss_mask = np.zeros(tokens.shape, np.float32)
             loss_mask[:, PROMPT - 1 : -1] = 1

@@ -31,7 +31,8 @@ from laboratory import resumed, start, write
 from mis_mlx import cli, distill, evaluate
 from mis_mlx.data import preparation
 from mis_mlx.hardware.programs import unpack_debian
-from mis_mlx.models import mlx_generate, opening, resolve
+from mis_mlx.models import load, mlx_generate, opening, resolve, text_writer
+from mis_mlx.models.draws import Draws, Sampling
 
 PACKAGES = ("vim-runtime", "fortunes", "fortunes-pl", "manpages-pl")
 # Kinds of the built-in text and their shares without conversations, which came later (answers.py).
@@ -103,19 +104,16 @@ def other_texts(share: Path) -> dict[str, str]:
 
 def answers(teacher: str | None) -> list[dict[str, str]]:
     """What the teacher says to every question; nothing where it has no chat template."""
-    model, tokenizer = mlx_generate.open_model(
-        opening.open_to_compute(resolve.resolve_model(teacher).path)
-    )
+    checkpoint = opening.open_to_compute(resolve.resolve_model(teacher).path)
+    tokenizer = load.tokenizer(checkpoint.path)
     if not tokenizer.has_chat_template:
         return []
     stop = set(tokenizer.eos_token_ids)
-    draw = mlx_generate.sampler(0.7, 1)
+    draws = Draws(Sampling(0.7), range(1, len(QUESTIONS) + 1))
     prompts = [mlx_generate.encode(tokenizer, question) for question in QUESTIONS]
-    said = mlx_generate.groups(
-        model, prompts, count=1, max_tokens=256, stop=stop, draw=draw, at_once=len(prompts)
-    )
+    writer = text_writer.opened(checkpoint, headroom_bytes=None)
     words = []
-    for (ids,) in said:
+    for ids in writer.write(prompts, 256, stop, draws):
         answer = [token for token in ids if token not in stop]
         words.append(tokenizer.decode(answer).strip())
     return [{"prompt": q, "completion": a} for q, a in zip(QUESTIONS, words, strict=True) if a]

@@ -5,7 +5,7 @@ one pass checks them all.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,15 @@ from mis_mlx.evaluation import comparison
 from mis_mlx.evaluation.speed import rounds
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.models import load, mlx_generate, pass_cost, resolve, stream, streamed_decode
+from mis_mlx.models import (
+    load,
+    mlx_generate,
+    pass_cost,
+    resolve,
+    stream,
+    streamed_decode,
+    text_writer,
+)
 from mis_mlx.models.config import reads_in_order
 from mis_mlx.models.model_size import model_of
 from mis_mlx.planner import estimates
@@ -115,11 +123,11 @@ def _streamed_plan(
     """What one pass of the model costs when its blocks are read from disk."""
     m = model_of(checkpoint)
     length = prompt_tokens + settings.max_tokens
-    beside = pass_cost.keys_bytes(m, length)
+    beside = pass_cost.texts_bytes(m, 1, length)
     if draft:  # the draft stays whole, and keeps keys and values too
         small = model_of(draft)
         blocks = small.shape.layers * small.block_work + small.slots_bytes
-        beside += pass_cost.keys_bytes(small, length) + small.head_work + blocks
+        beside += pass_cost.texts_bytes(small, 1, length) + small.head_work + blocks
     # A pass has the prompt, ROWS tokens of it at a time, or the guesses and the token before them.
     rows = max(min(prompt_tokens, streamed_decode.ROWS), settings.num_draft_tokens + 1)
     return pass_cost.streamed_pass(
@@ -133,37 +141,6 @@ def _streamed_plan(
     )
 
 
-def _settled(
-    settings: Settings,
-    checkpoint: Checkpoint,
-    draft: Checkpoint | None,
-    ids: Sequence[int],
-    *,
-    ends: set[int],
-    headroom_bytes: int | None,
-    direct: bool,
-) -> tuple[Iterator[list[int]], Callable[[], int]]:
-    """(tokens, pass by pass; bytes read so far).
-
-    headroom_bytes: bytes for blocks that stay in memory while the others are read from disk; None:
-    mlx-lm has the whole model. direct: read past the page cache.
-    """
-    if headroom_bytes is None:
-        model, _ = mlx_generate.open_model(checkpoint)
-        stream.load_checked(model, f"{checkpoint.path}: ")
-        tokens = mlx_generate.greedy(model, ids, settings.max_tokens, where=str(checkpoint.path))
-        return ([token] for token in tokens), lambda: checkpoint.nbytes
-    big = stream.Stream(checkpoint, precision.dtype_of(checkpoint), headroom_bytes, direct=direct)
-    guesser = None
-    if draft:
-        guesser = stream.Stream(draft, precision.dtype_of(draft), None)
-    size = settings.num_draft_tokens + 1
-    passes = streamed_decode.decode(
-        big, ids, settings.max_tokens, ends=ends, draft=guesser, size=size
-    )
-    return passes, lambda: big.reader.nbytes
-
-
 def _generate(
     settings: Settings,
     checkpoint: Checkpoint,
@@ -174,7 +151,10 @@ def _generate(
     limit: Budget,
     headroom_bytes: int | None,
 ) -> dict[str, Any]:
-    """Print the text as it is settled; the command's result."""
+    """Print the text as it is settled; the command's result.
+
+    headroom_bytes: as of `text_writer.opened`.
+    """
     began = time.monotonic()
     peak = memory.Peak()
     tokens: list[int] = []
@@ -183,26 +163,20 @@ def _generate(
     with memory.limited(limit), progress.bar("generate", settings.max_tokens) as show:
         ends = set(tokenizer.eos_token_ids)
         direct = checkpoint.nbytes > limit.limit_bytes
-        settled, read = _settled(
-            settings,
-            checkpoint,
-            draft,
-            ids,
-            ends=ends,
-            headroom_bytes=headroom_bytes,
-            direct=direct,
-        )
-        for new in settled:
+        writer = text_writer.opened(checkpoint, headroom_bytes, direct=direct)
+        guesser = None
+        if draft:
+            guesser = stream.Stream(draft, precision.dtype_of(draft), None)
+        size = settings.num_draft_tokens + 1
+        for new in writer.settled(ids, settings.max_tokens, ends, draft=guesser, size=size):
             tokens += [token for token in new if token not in ends]
             passes += 1
             text = tokenizer.decode(tokens)
             if not text.endswith("\ufffd"):  # half of a letter waits for its other half
                 print(text[len(printed) :], end="", flush=True)
                 printed = text
-            read_of_token = gib(read() / max(1, len(tokens)))
+            read_of_token = gib(_read_bytes(writer, checkpoint) / max(1, len(tokens)))
             show(len(tokens), f"{len(tokens) / passes:.1f} tokens/pass  {read_of_token}/token")
-            if ends.intersection(new):
-                break
     seconds = time.monotonic() - began
     text = tokenizer.decode(tokens)
     print(text[len(printed) :])
@@ -211,7 +185,7 @@ def _generate(
         "tokens": len(tokens),
         "passes": passes,
         "tokens_per_pass": round(len(tokens) / max(passes, 1), 3),
-        "read_bytes": read(),
+        "read_bytes": _read_bytes(writer, checkpoint),
         "peak_bytes": peak.nbytes,
         "budget_bytes": limit.limit_bytes,
         "seconds": round(seconds, 2),
@@ -225,6 +199,11 @@ def _refuse_draft(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} reads one text after the other, so it cannot judge a draft's "
             f"guesses in one pass: leave out --draft-model"
         )
+
+
+def _read_bytes(writer: text_writer.TextWriter, checkpoint: Checkpoint) -> int:
+    """Bytes read so far; a model that is whole in memory was read once."""
+    return writer.read_bytes or checkpoint.nbytes
 
 
 def run(settings: Settings) -> dict[str, Any]:

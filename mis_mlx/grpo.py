@@ -16,6 +16,7 @@ from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models import distributed, load, pass_cost, stream
 from mis_mlx.models.config import reads_in_order
+from mis_mlx.models.continuous_batch import Room
 from mis_mlx.models.families import family
 from mis_mlx.models.model_size import ModelSize
 from mis_mlx.planner import block_cost
@@ -66,8 +67,12 @@ def _phases(
     s: Settings,
     checkpoint: Checkpoint,
     longest: int,
+    at_once: int,
 ) -> tuple[StageCost, StageCost]:
-    """The costs of (sampling, training), where `longest` is the tokens of the longest prompt."""
+    """The costs of (sampling, training), where `longest` is the tokens of the longest prompt.
+
+    at_once: answers that are written together.
+    """
     m = alignment_run.model_size(s, checkpoint)
     most = s.max_completion_length
     branches = longest + s.batch_size * most  # tokens of a micro-batch: one prompt, its answers
@@ -80,10 +85,21 @@ def _phases(
     single = replace(s, grad_accumulation_steps=1)
     state = alignment_run.training_cost(single, checkpoint, 1, branches).peak_bytes
     state -= block_cost.activation_bytes(m, 1, branches)
-    return _sampling(s, m, longest, state), updating
+    return _sampling(s, m, longest, state, at_once=at_once), updating
 
 
-def _sampling(s: Settings, m: ModelSize, longest: int, state: int) -> StageCost:
+def _together(s: Settings, checkpoint: Checkpoint, longest: int) -> int:
+    """How many answers are written together: as many as fit beside the training's state."""
+    limit_bytes = memory.budget(s.budget_bytes).limit_bytes
+    own_bytes = memory.process_bytes(limit_bytes)
+    for at_once in grpo_rollout.AT_ONCE:
+        play, _ = _phases(s, checkpoint, longest, at_once)
+        if play.peak_bytes + own_bytes <= limit_bytes:
+            break
+    return at_once
+
+
+def _sampling(s: Settings, m: ModelSize, longest: int, state: int, *, at_once: int) -> StageCost:
     """The cost of sampling, and of the reference's pass where KL is asked for.
 
     longest: tokens of the longest prompt. state: bytes of the model and its optimizer.
@@ -93,12 +109,12 @@ def _sampling(s: Settings, m: ModelSize, longest: int, state: int) -> StageCost:
     length = longest + most
     # Twice: the cache grows, and gets rid of finished answers, by being copied.
     places = longest + CACHE_STEP * -(-most // CACHE_STEP)
-    cache = pass_cost.keys_bytes(m, 2 * s.at_once * places)
-    work = pass_cost.workspace_bytes(m, max(longest, s.at_once), length)
-    work += 8 * s.at_once * m.shape.vocab * 4
+    cache = pass_cost.texts_bytes(m, 2 * at_once, places)
+    work = pass_cost.workspace_bytes(m, max(longest, at_once), length)
+    work += 8 * at_once * m.shape.vocab * 4
     measured = (s.iters // s.save_every + 2) * s.eval_rows  # held-out answers
     tokens = s.iters * (s.grad_accumulation_steps * longest + answers * most) + measured * length
-    batches = s.iters * -(-answers // s.at_once) + -(-measured // s.at_once)
+    batches = s.iters * -(-answers // at_once) + -(-measured // at_once)
     play = StageCost(
         name="sample",
         read_bytes=0,
@@ -161,7 +177,9 @@ def run(settings: Settings) -> dict[str, Any]:
         raise MisError(f"{why}: lower the first or raise the second")
     functions = rewards.functions(s.reward_functions, s.reward_functions_file, s.reward_timeout)
     (train, prompts), (valid, valid_prompts), card = _questions(s, checkpoint, functions)
-    phases = _phases(s, checkpoint, max(map(len, [*prompts, *valid_prompts])))
+    longest = max(map(len, [*prompts, *valid_prompts]))
+    at_once = _together(s, checkpoint, longest)
+    phases = _phases(s, checkpoint, longest, at_once)
     planned = alignment_run.report_plan(s, phases)
     _check_machines(s)
     if s.dry_run:
@@ -191,6 +209,7 @@ def run(settings: Settings) -> dict[str, Any]:
             tokenizer=load.tokenizer(checkpoint.path),
             functions=functions,
             reference=reference,
+            room=Room(at_once, longest + most),
             log=partial(alignment.files.append, alignment.folder / grpo_rollout.SAMPLES),
         )
         held_out = partial(grpo_rollout.measure, sampler, valid, valid_prompts)

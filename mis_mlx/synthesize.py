@@ -6,10 +6,11 @@ and texts with few words are left out.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -20,8 +21,10 @@ from mis_mlx.data import preparation
 from mis_mlx.data.rows import Row
 from mis_mlx.evaluation import repetition, writing_cost
 from mis_mlx.hardware import memory
-from mis_mlx.models import load, mlx_generate, stream, streamed_decode
+from mis_mlx.models import load, mlx_generate
+from mis_mlx.models.draws import Draws, Sampling
 from mis_mlx.models.model_size import ModelSize, model_of
+from mis_mlx.models.text_writer import TextWriter
 from mis_mlx.reporting import progress
 from mis_mlx.runs import run_loop
 from mis_mlx.settings.recipe import TEACHER_TEXTS
@@ -46,6 +49,7 @@ PIECE = 1200  # characters of a passage of a long text, at least
 OPENINGS = Path(__file__).parent / "data" / "openings"
 DOCUMENT = "<|endoftext|>"  # what stands between documents, where a vocabulary has it
 AT_ONCE = 48, 16, 4, 1  # texts, as many as fit; a token of all of them reads the weights once
+OPENING_TOKENS = 64  # of what a text begins with, at most by usual tokenizers
 SPARE = 4  # more than are missing, for some are not usable
 TRIES = 4  # texts for each one that would do if every one were usable
 SHORT = 120  # characters of a usable text, at least
@@ -118,78 +122,99 @@ def usable(text: str) -> bool:
 
 def way_of(s: Settings, m: ModelSize, limit: Budget) -> writing_cost.WritingPlan:
     """How the texts are written within the budget. MisError where no way fits."""
-    return writing_cost.plan_writing(m, s.num_samples, s.max_tokens, limit, at_once=AT_ONCE)
+    return writing_cost.plan_writing(
+        m,
+        s.num_samples,
+        s.max_tokens,
+        limit,
+        prompt_tokens=OPENING_TOKENS,
+        at_once=AT_ONCE,
+    )
+
+
+class _Asked(NamedTuple):
+    """What text number `number` begins with.
+
+    text: the opening, or "". head: token ids that belong to the text. prompt: what the model
+    continues. seed: of its random numbers.
+    """
+
+    number: int
+    text: str
+    chat: bool
+    head: list[int]
+    prompt: list[int]
+    seed: int
+
+
+def _asked(s: Settings, tokenizer: Any, number: int, begun: Sequence[str]) -> _Asked:
+    """It depends on the settings and the text's number alone. begun: openings."""
+    rng = np.random.default_rng([s.seed, number])
+    text = ""
+    if begun and number % 2:
+        text = str(rng.choice(begun))
+    head = list(tokenizer.encode(text, add_special_tokens=False))
+    chat = bool(number % 4 == 3 and tokenizer.has_chat_template)  # every second opening
+    if chat:
+        prompt = mlx_generate.encode(tokenizer, text)
+    else:
+        start = tokenizer.get_vocab().get(DOCUMENT, tokenizer.bos_token_id)
+        if start is None:
+            start = tokenizer.eos_token_id
+        prompt = [start, *head]
+    seed = int(rng.integers(2**31))
+    return _Asked(number=number, text=text, chat=chat, head=head, prompt=prompt, seed=seed)
 
 
 def write(
-    s: Settings,
-    model: Any,
-    tokenizer: Any,
-    batch: int,
-    at_once: int,
-) -> list[Row]:
-    """The usable texts of a batch. Every batch has its own random numbers."""
+    s: Settings, writer: TextWriter, tokenizer: Any, numbers: Sequence[int]
+) -> Iterator[tuple[int, Row | None]]:
+    """(number, the text) of these numbers, as they end; None where it is not usable.
+
+    A text has random numbers of its own, so it does not depend on the others.
+    """
     begun = openings(s.languages, s.openings)
-    rng = np.random.default_rng([s.seed, batch])
-    start = tokenizer.get_vocab().get(DOCUMENT, tokenizer.bos_token_id)
-    if start is None:
-        start = tokenizer.eos_token_id
     stop = set(tokenizer.eos_token_ids)
-    texts = []
-    chats = []
-    heads = []
-    prompts = []
-    for i in range(at_once):
-        text = ""
-        if begun and i % 2:
-            text = str(rng.choice(begun))
-        chat = bool(i % 4 == 3 and tokenizer.has_chat_template)  # every second opening
-        head = list(tokenizer.encode(text, add_special_tokens=False))
-        prompt = [start, *head]
-        if chat:
-            prompt = mlx_generate.encode(tokenizer, text)
-        texts.append(text)
-        chats.append(chat)
-        heads.append(head)
-        prompts.append(prompt)
-    draw = mlx_generate.sampler(s.temp, int(rng.integers(2**31)))
-    if isinstance(model, stream.Stream):
-        completions = streamed_decode.sampled(model, prompts, s.max_tokens, stop, draw=draw)
-    else:
-        groups = mlx_generate.groups(
-            model, prompts, 1, s.max_tokens, stop=stop, draw=draw, at_once=at_once
-        )
-        completions = [ids for (ids,) in groups]
-    rows: list[Row] = []
-    for text, chat, head, ids in zip(texts, chats, heads, completions, strict=True):
+    asked = [_asked(s, tokenizer, number, begun) for number in numbers]
+    draws = Draws(Sampling(s.temp), [text.seed for text in asked])
+    prompts = [text.prompt for text in asked]
+    for place, ids in writer.completions(prompts, s.max_tokens, stop, draws):
+        number, text, chat, head, *_ = asked[place]
         new = [token for token in ids if token not in stop]
         # decoded in one piece: head and rest apart may lose a blank
         written = tokenizer.decode(new if chat else head + new).strip()
-        row = {"text": written}
+        row: Row = {"text": written}
         if chat:
             row = {"prompt": text, "completion": written}
-        if usable(written):
-            rows.append(row)
-    mx.clear_cache()
-    return rows
+        yield number, row if usable(written) else None
 
 
-def _stored(part: Path, head: str) -> tuple[list[tuple[Row, int]], int]:
-    """(texts of a stopped run, each with the number of its batch; the batch to begin with).
+def _stored(part: Path, head: str) -> dict[int, Row | None]:
+    """The texts of a stopped run by number; None: one that is not usable.
 
-    The last batch is written again: it may not be complete. head: the file's first line, by which a
-    run of other settings is told apart.
+    head: the file's first line, by which a run of other settings is told apart.
     """
     if not part.is_file():
-        return [], 0
+        return {}
     lines = part.read_text("utf-8").splitlines()
     if lines[:1] != [head]:
-        return [], 0
-    stored = [json.loads(line) for line in lines[1:-1]]  # the last one may be torn
-    if not stored:
-        return [], 0
-    last = stored[-1][1]
-    return [(row, batch) for row, batch in stored if batch < last], last
+        return {}
+    stored = {}
+    for line in lines[1:]:
+        with suppress(ValueError):  # the last one may be torn
+            number, row = json.loads(line)
+            stored[number] = row
+    return stored
+
+
+def _different(stored: Mapping[int, Row | None], most: int) -> list[Row]:
+    """The first `most` different usable texts, in the order of their numbers."""
+    rows = {}
+    for number in sorted(stored):
+        row = stored[number]
+        if row is not None:
+            rows[json.dumps(row)] = row
+    return list(rows.values())[:most]
 
 
 def _texts(
@@ -200,8 +225,7 @@ def _texts(
 ) -> list[Row]:
     """As many different texts as are asked for, each kept in the file `part`.
 
-    Those of a stopped run come first, all but its last batch; then new ones. MisError where too few
-    are usable.
+    Those of a stopped run come first; then new ones. MisError where too few are usable.
     """
     # what the texts depend on, and not where they go
     depends_on = {
@@ -209,43 +233,38 @@ def _texts(
         "model": str(checkpoint.path),
         "budget": 0,
         "out": "",
-        "at_once": writing_plan.at_once,
     }
     head = json.dumps(depends_on, sort_keys=True)
-    stored, batch = _stored(part, head)
-    lines = [head, *map(json.dumps, stored)]
+    stored = _stored(part, head)
+    lines = [head, *map(json.dumps, stored.items())]
     DISK.replace_text(part, "".join(f"{line}\n" for line in lines))
-    model: Any
-    if writing_plan.headroom_bytes is None:
-        model, tokenizer = mlx_generate.open_model(checkpoint)
-    else:
-        dtype = precision.dtype_of(checkpoint)
-        model = stream.Stream(
-            checkpoint, dtype, writing_plan.headroom_bytes, direct=writing_plan.direct
+    writer = writing_plan.open(checkpoint)
+    tokenizer = load.tokenizer(checkpoint.path)
+    count = settings.num_samples
+    most = TRIES * (count + SPARE)
+    asked = 0
+    texts = list[Row]()
+    with progress.bar("text", count) as show:
+        while asked < most and len(texts) < count:
+            # Which texts are asked for depends on the settings alone, so on no budget.
+            end = min(most, asked + SPARE + count - len(texts))
+            missing = [number for number in range(asked, end) if number not in stored]
+            for number, row in write(settings, writer, tokenizer, missing):
+                DISK.append(part, json.dumps([number, row]))
+                stored[number] = row
+                show(len(_different(stored, count)))
+            mx.clear_cache()
+            asked = end
+            texts = _different({n: row for n, row in stored.items() if n < end}, count)
+    if len(texts) < count:
+        why = (
+            f"only {len(texts)} of {most} texts of this model are usable, but {count} were "
+            f"requested"
         )
-        tokenizer = load.tokenizer(checkpoint.path)
-    texts = {json.dumps(row): row for row, _ in stored}
-    count = len(stored)
-    most = TRIES * (settings.num_samples + SPARE)
-    left = most
-    with progress.bar("text", settings.num_samples) as show:
-        while left > 0:
-            missing = max(0, settings.num_samples - count)
-            size = min(writing_plan.at_once, SPARE + missing, left)
-            for row in write(settings, model, tokenizer, batch, size):
-                DISK.append(part, json.dumps([row, batch]))
-                texts[json.dumps(row)] = row
-                count += 1
-                show(len(texts))
-                if len(texts) == settings.num_samples:
-                    return list(texts.values())
-            left -= size
-            batch += 1
-    why = (
-        f"only {len(texts)} of {most} texts of this model are usable, but {settings.num_samples} "
-        f"were requested"
-    )
-    raise MisError(f"{why}: ask for fewer with --num-samples, or try another --temp or --openings")
+        raise MisError(
+            f"{why}: ask for fewer with --num-samples, or try another --temp or --openings"
+        )
+    return texts
 
 
 def _passages(row: Row) -> Iterator[Row]:

@@ -24,9 +24,11 @@ from mis_mlx.alignment import alignment_run
 from mis_mlx.alignment import grpo_rollout as training
 from mis_mlx.compute import precision
 from mis_mlx.distillation import train_loop
+from mis_mlx.hardware import memory
 from mis_mlx.maths import rl_losses as rl_losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import load, mlx_generate, opening, stream
+from mis_mlx.models.continuous_batch import Room
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
 from tests import forks, tiny
@@ -455,3 +457,26 @@ def test_the_reference_is_planned_in_the_type_of_training(
     for settings in (dpo.Settings(fine_tune_type=kind), grpo.Settings(fine_tune_type=kind)):
         assert alignment_run.model_size(settings, llama).item == item
         assert alignment_run.dtype_of(settings, llama).size == item
+
+
+def test_a_small_budget_writes_fewer_answers_together(
+    small: tuple[object, ...], llama: Checkpoint, folder: Path
+) -> None:
+    """As many as fit beside the training's state, and one in any case; the answers stay."""
+    s = settings_of(grpo, small, folder)
+    longest = 40
+    costs = [grpo._phases(s, llama, longest, size)[0] for size in training.AT_ONCE]
+    peaks = [cost.peak_bytes for cost in costs]
+    assert peaks == sorted(peaks, reverse=True)
+    for size, need in zip(training.AT_ONCE, peaks, strict=True):
+        whole = next(n for n in range(need, 2**34, 2**14) if n - memory.process_bytes(n) >= need)
+        assert grpo._together(replace(s, budget=str(whole)), llama, longest) == size
+    assert grpo._together(replace(s, budget="1MiB"), llama, longest) == 1
+    said = []
+    for at_once in (32, 3):
+        made = replace(sampler(llama, folder), room=Room(at_once))
+        seeds = [[1, 2, 3], [4, 5, 6]]
+        answers, *_ = made.scored(made.rows[:2], made.prompts[:2], seeds)
+        said.append(answers)
+    assert said[0] == said[1]
+    assert len({tuple(ids) for ids in chain.from_iterable(said[0])}) == 6

@@ -345,7 +345,7 @@ def test_alignment_is_that_of_one_machine(
 def test_machines_share_the_questions_of_grpo(
     tmp_path: Path, small: tuple[object, ...], own_home: dict[str, str]
 ) -> None:
-    """Each samples its own questions, by a seed of its own; the log holds all of them, and it goes
+    """Each samples its own questions; the log holds all of them, and it goes
     on after a kill.
     """
     out = tmp_path / "run"

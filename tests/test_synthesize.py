@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,14 @@ import mlx.core as mx
 import pytest
 
 from mis_mlx import distill, synthesize
-from mis_mlx.compute import precision
 from mis_mlx.data import preparation
 from mis_mlx.distillation import run_text
 from mis_mlx.evaluation import writing_cost
 from mis_mlx.hardware import memory
-from mis_mlx.models import load, mlx_generate, opening, stream, streamed_decode
+from mis_mlx.models import load, mlx_generate, opening, text_writer
+from mis_mlx.models.continuous_batch import Room
 from mis_mlx.models.model_size import model_of
+from mis_mlx.models.text_writer import TextWriter
 from mis_mlx.planner import distillation_spec
 from mis_mlx.settings import recipe
 from mis_mlx.storage import hub
@@ -70,30 +70,28 @@ def test_our_openings_are_there_and_differ() -> None:
         synthesize.openings(("pl", "de"))
 
 
+def texts_of(
+    s: synthesize.Settings, writer: TextWriter, model: Checkpoint, numbers: Sequence[int]
+) -> dict[int, Any]:
+    """The texts of these numbers, in their order."""
+    found = dict(synthesize.write(s, writer, load.tokenizer(model.path), numbers))
+    return {number: found[number] for number in numbers}
+
+
 def test_texts_are_the_models_own(llama: Checkpoint, anything_goes: None, tmp_path: Path) -> None:
-    """Half begin with an opening; a batch is the same again whichever came before; a text is what
-    the model would say: greedily, the continuation that mlx_lm writes.
+    """Half begin with an opening; a text is the same again whichever came before; it is what the
+    model would say: greedily, the continuation that mlx_lm writes.
     """
     model, tokenizer = mlx_generate.open_model(opening.open_to_compute(llama.path))
+    writer = text_writer.opened(llama, None)
     (tmp_path / "openings.txt").write_text("A shepherd\n")
     asked = synthesize.Settings(openings=str(tmp_path / "openings.txt"), max_tokens=24, seed=5)
-    first = [
-        synthesize.write(asked, model, tokenizer=tokenizer, batch=batch, at_once=4)
-        for batch in range(3)
-    ]
-    assert (
-        synthesize.write(asked, model, tokenizer=tokenizer, batch=1, at_once=4)
-        == first[1]
-        != first[0]
-    )
-    written = [*first[0], *first[1], *first[2]]
-    assert len(written) == 12
-    assert sum(row["text"].startswith("A shepherd") for row in written) == 6
+    first = texts_of(asked, writer, llama, range(12))
+    assert texts_of(asked, writer, llama, [6, 3]) == {6: first[6], 3: first[3]}
+    assert len({str(row) for row in first.values()}) == 12
+    assert sum(row["text"].startswith("A shepherd") for row in first.values()) == 6
     sure = replace(asked, temp=0.0)
-    texts = [
-        row.get("text", "")
-        for row in synthesize.write(sure, model, tokenizer=tokenizer, batch=0, at_once=4)
-    ]
+    texts = [row["text"] for row in texts_of(sure, writer, llama, range(4)).values()]
     (greedy,) = {text for text in texts if text.startswith("A shepherd")}
     start = tokenizer.get_vocab().get(synthesize.DOCUMENT, tokenizer.bos_token_id)
     ids = [start, *tokenizer.encode("A shepherd", add_special_tokens=False)]
@@ -101,30 +99,22 @@ def test_texts_are_the_models_own(llama: Checkpoint, anything_goes: None, tmp_pa
     assert greedy == ("A shepherd" + tokenizer.decode(wanted)).strip()
 
 
+@pytest.mark.usefixtures("cpu_policy")
 def test_a_streamed_model_writes_the_same(
     llama: Checkpoint, anything_goes: None, tmp_path: Path
 ) -> None:
-    """Read from disk for every token, it says greedily what it says whole, after prompts of several
-    lengths; a text that has ended waits for the others.
+    """Read from disk for every token, two or all side by side, it says what it says whole, after
+    openings of several lengths.
     """
     (tmp_path / "openings.txt").write_text(
         "A shepherd\nIn the early morning, before the sun was up, he\n"
     )
-    asked = synthesize.Settings(openings=str(tmp_path / "openings.txt"), max_tokens=24, temp=0.0)
-    model, tokenizer = mlx_generate.open_model(opening.open_to_compute(llama.path))
-    streamed = stream.Stream(llama, precision.dtype_of(llama))
-    whole = synthesize.write(asked, model, tokenizer=tokenizer, batch=0, at_once=8)
-    assert synthesize.write(asked, streamed, tokenizer=tokenizer, batch=0, at_once=8) == whole
-    assert len(whole) == 8
-    prompts = [[5], [7, 9, 11], [3, 4]]
-    free = streamed_decode.sampled(
-        streamed, prompts, max_tokens=8, stop=(), draw=partial(mx.argmax, axis=-1)
-    )
-    assert free == [list(mlx_generate.greedy(model, prompt, 8)) for prompt in prompts]
-    ended = streamed_decode.sampled(
-        streamed, prompts, max_tokens=8, stop={free[1][2]}, draw=partial(mx.argmax, axis=-1)
-    )
-    assert ended[1] == free[1][: free[1].index(free[1][2]) + 1]
+    asked = synthesize.Settings(openings=str(tmp_path / "openings.txt"), max_tokens=24)
+    whole = texts_of(asked, text_writer.opened(llama, None), llama, range(8))
+    for room in (None, Room(2)):
+        streamed = text_writer.opened(llama, 0, room=room)
+        assert texts_of(asked, streamed, llama, range(8)) == whole
+    assert len({str(row) for row in whole.values()}) == 8
 
 
 def test_what_does_not_fit_is_streamed(tmp_path: Path) -> None:
@@ -135,7 +125,9 @@ def test_what_does_not_fit_is_streamed(tmp_path: Path) -> None:
     whole = next(
         n
         for n in range(2**20, 2**30, 2**12)
-        if n >= memory.process_bytes(n) + writing_cost.resident_bytes(m, 1, 64)
+        if n
+        >= memory.process_bytes(n)
+        + writing_cost.resident_bytes(m, 1, 64 + synthesize.OPENING_TOKENS)
     )
     ways = [
         synthesize.way_of(s, m, Budget(nbytes)) for nbytes in (2**34, whole + 2**20, whole - 2**12)
@@ -154,12 +146,11 @@ def test_questions_are_asked_through_the_template(
     (chat / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     )
-    model, tokenizer = mlx_generate.open_model(opening.open_to_compute(chat))
-    written = synthesize.write(
-        synthesize.Settings(max_tokens=16), model, tokenizer=tokenizer, batch=0, at_once=8
-    )
+    model = load.open_checkpoint(chat)
+    assert load.tokenizer(chat).has_chat_template
+    writer = text_writer.opened(model, None)
+    written = texts_of(synthesize.Settings(max_tokens=16), writer, model, range(8)).values()
     asked = [row for row in written if "prompt" in row]
-    assert tokenizer.has_chat_template
     assert len(asked) == 2
     assert len(written) == 8
     assert all(
@@ -177,7 +168,9 @@ def test_end_to_end(
         model=str(llama.path), out=str(tmp_path / "text"), data=str(text_folder), **QUICK
     )
     before = mx.get_active_memory()
-    most = writing_cost.resident_bytes(model_of(llama), synthesize.AT_ONCE[0], 40)
+    most = writing_cost.resident_bytes(
+        model_of(llama), synthesize.AT_ONCE[0], 40 + synthesize.OPENING_TOKENS
+    )
     mx.reset_peak_memory()
     found = synthesize.run(s)
     out = tmp_path / "text"
@@ -283,7 +276,7 @@ def test_stopped_and_started_again_it_writes_the_same(
     anything_goes: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What a stop left is used, but for the batch that it fell into; other settings begin anew."""
+    """What a stop left is used, whatever the budget is now; other settings begin anew."""
     monkeypatch.setattr(synthesize, "AT_ONCE", (2,))
     s = {"model": str(llama.path), "data": str(text_folder), **QUICK}
     synthesize.run(synthesize.Settings(out=str(tmp_path / "whole"), **s))
@@ -297,13 +290,21 @@ def test_stopped_and_started_again_it_writes_the_same(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(synthesize, "_drawn", stop)
         synthesize.run(synthesize.Settings(out=str(tmp_path / "half"), **s))
-    part.write_text("\n".join(kept[:-2]) + "\n", "utf-8")  # as if it had come sooner
+    before = kept[:-2]
+    torn = kept[-2][: len(kept[-2]) // 2]
+    part.write_text("\n".join([*before, torn]), "utf-8")  # as if it had come sooner
     written = list[int]()
     real = synthesize.write
-    monkeypatch.setattr(synthesize, "write", lambda *a: written.append(a[3]) or real(*a))
+
+    def watched(settings: Any, writer: Any, tokenizer: Any, numbers: Sequence[int]) -> Any:
+        written.extend(numbers)
+        return real(settings, writer, tokenizer, numbers)
+
+    monkeypatch.setattr(synthesize, "write", watched)
+    monkeypatch.setattr(synthesize, "AT_ONCE", (5,))
     synthesize.run(synthesize.Settings(out=str(tmp_path / "half"), **s))
     assert rows(tmp_path / "half") == rows(tmp_path / "whole")
-    assert written[0] > 0
+    assert len(written) == 2
     assert not part.exists()
 
 

@@ -514,14 +514,14 @@ CHAT_TEMPLATE = (
 )
 
 
-def talking(folder: Path, seed: int = 0, ending: float = 1.0) -> Path:
+def talking(folder: Path, seed: int = 0, ending: float = 1.0, **changes: Any) -> Path:
     """A llama with a chat template whose answers end: after each token with a probability that
     `ending` raises. 1: most sampled answers end within 12 tokens, and are not empty.
 
     Every token's embedding begins with 1, and so does, nearly, what its head sees; there the end
     token has `ending`, others nothing.
     """
-    make(folder, seed, tie_word_embeddings=False)
+    make(folder, seed, tie_word_embeddings=False, **changes)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     weights = stored_weights(folder)
     first = mx.arange(CONFIG["hidden_size"]) == 0

@@ -24,16 +24,20 @@ from mis_mlx.evaluation import rewards
 from mis_mlx.maths import rl_losses
 from mis_mlx.maths.losses import token_logps
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import attention_masks, distributed, load, mlx_generate, modules, stream
+from mis_mlx.models import attention_masks, distributed, load, modules, stream
 from mis_mlx.models.config import softcap
+from mis_mlx.models.continuous_batch import Room
+from mis_mlx.models.draws import Draws, Sampling
+from mis_mlx.models.text_writer import TextWriter
 from mis_mlx.types import MOST, Count, MisError, Positive, Rate, Step, Within
 
 # micro-batches of a step, for `Settings.loss`; facts about the step
 Rollout = tuple[list[tuple[Any, ...]], dict[str, float]]
 Group = list[list[int]]  # the answers to a prompt, as token ids
 SAMPLES = "samples.jsonl"
-# answers; decoding reads all weights once per token, for one answer or for many
-SAMPLED_TOGETHER = 32
+# Answers that are written together, as many as fit: decoding reads all weights once per token, for
+# one answer or for many.
+AT_ONCE = (32, 16, 8, 4, 1)
 COUNTS = ("unscored", "kept", "groups")  # facts that several machines add up
 TABLE = (
     ("reward", ".3f"),
@@ -86,12 +90,6 @@ class Settings(alignment_run.Alignment):
     """seconds that a function in the file may take per step"""
     tasks: str = "sums,two-digit-sums,bus,recipe,logic"
     """number of generated tasks, if you give no --data"""
-
-    @property
-    def at_once(self) -> int:
-        """Answers generated together: a group, or several groups where groups are small."""
-        groups = SAMPLED_TOGETHER // self.group_size
-        return max(self.group_size, groups * self.group_size)
 
     def logps(self, model: nn.Module, b: attention_masks.Branches, frozen_head: bool) -> mx.array:
         """(B, T) log-probabilities of the answers' tokens at the sampling temperature."""
@@ -148,7 +146,8 @@ class Sampler:
     """Makes this machine's part of a step's rollout.
 
     prompts: token ids of each row of `rows`, in the same order. reference: where KL is asked for,
-    the model as it was. log: takes a line of JSON per prompt.
+    the model as it was. log: takes a line of JSON per prompt. room: for answers side by side;
+    None: for all.
     """
 
     settings: Settings
@@ -159,6 +158,7 @@ class Sampler:
     functions: Sequence[rewards.Function]
     reference: stream.Stream | None = None
     log: Callable[[str], None] = field(default=lambda line: None)
+    room: Room | None = None
 
     def __call__(self, step: int) -> Rollout:
         """Step `step`, counted from 0. MisError when no answer of it could be scored."""
@@ -166,15 +166,17 @@ class Sampler:
         # Every machine draws the same questions and takes its share of them.
         every = order(len(self.rows), s.grad_accumulation_steps, step, s.seed)
         indices = distributed.shard(every)
-        # Several machines draw answers from seeds of their own.
-        own_seed = [s.seed, step]
-        if distributed.size() > 1:
-            own_seed.append(distributed.rank())
-        state = np.random.SeedSequence(own_seed).generate_state(1)
-        draw = mlx_generate.sampler(s.temperature, int(state[0]))
+        # Each answer has random numbers of its own, whichever machine writes it, and beside what.
+        seeds = []
+        places = range(len(every))
+        for place in distributed.shard(places):
+            entropy = [s.seed, step, place]
+            state = np.random.SeedSequence(entropy)
+            of_group = state.generate_state(s.group_size)
+            seeds.append(of_group.tolist())
         rows = [self.rows[i] for i in indices]
         prompts = [self.prompts[i] for i in indices]
-        answers, texts, scores, totals, facts = self.scored(rows, prompts, s.group_size, draw)
+        answers, texts, scores, totals, facts = self.scored(rows, prompts, seeds)
         # A group whose rewards are equal has no advantages: it is logged, and not learned from.
         kept = rl_losses.teaches(totals)
         lines = []
@@ -194,26 +196,17 @@ class Sampler:
         self,
         rows: Sequence[Row],
         prompts: Sequence[list[int]],
-        count: int,
-        draw: mlx_generate.Sampler,
+        seeds: Sequence[Sequence[int]],
     ) -> tuple[list[Group], list[list[str]], list[rewards.Scores], np.ndarray, dict[str, float]]:
-        """`count` answers to each of these prompts, scored: (ids, texts, scores, totals, facts).
+        """Answers to these prompts, scored: (ids, texts, scores, totals, facts).
 
-        ids: of the answers' tokens. texts: without stop tokens. totals: rewards (prompts, answers),
-        NaN where an answer is not scored. facts: what metrics hold beside the loss; means are over
-        answers that were scored. MisError when none could be.
+        seeds: of a prompt's answers, as many for each; none: one greedy answer. ids: of the
+        answers' tokens. texts: without stop tokens. totals: rewards (prompts, answers), NaN where
+        an answer is not scored. facts: what metrics hold beside the loss; means are over answers
+        that were scored. MisError when none could be.
         """
-        s = self.settings
         ends = self.tokenizer.eos_token_ids
-        answers = mlx_generate.groups(
-            self.model,
-            prompts,
-            count=count,
-            max_tokens=s.max_completion_length,
-            stop=ends,
-            draw=draw,
-            at_once=s.at_once,
-        )
+        answers = self._answers(prompts, seeds)
         texts: list[list[str]] = []
         for group in answers:
             texts.append([])
@@ -230,6 +223,33 @@ class Sampler:
                 f"or the data"
             )
         return answers, texts, scores, totals, self._facts(answers, scores, totals)
+
+    def _answers(
+        self,
+        prompts: Sequence[list[int]],
+        seeds: Sequence[Sequence[int]],
+    ) -> list[Group]:
+        """The answers of `scored`, as token ids."""
+        s = self.settings
+        count = 1
+        draws = Draws()
+        if seeds:
+            count = len(seeds[0])
+            in_order = list(chain.from_iterable(seeds))
+            sampling = Sampling(s.temperature)
+            draws = Draws(sampling, in_order)
+        asked = list[list[int]]()
+        for prompt in prompts:
+            asked.extend([prompt] * count)
+        writer = TextWriter(self.model, self.room)
+        stop = self.tokenizer.eos_token_ids
+        longest = s.max_completion_length
+        ids = writer.write(asked, longest, stop, draws)
+        groups = list[Group]()
+        for start in range(0, len(ids), count):
+            group = ids[start : start + count]
+            groups.append(group)
+        return groups
 
     def _facts(
         self,
@@ -417,9 +437,13 @@ def measure(
 
     samples: answers drawn for each row; 0: one greedy answer.
     """
-    s = sampler.settings
-    draw = mlx_generate.sampler(s.temperature if samples else 0.0, s.seed)
-    *_, facts = sampler.scored(rows, prompts, samples or 1, draw)
+    seeds = list[list[int]]()
+    if samples:
+        root = np.random.SeedSequence(sampler.settings.seed)
+        for state in root.spawn(len(prompts)):
+            of_prompt = state.generate_state(samples)
+            seeds.append(of_prompt.tolist())
+    *_, facts = sampler.scored(rows, prompts, seeds)
     measured = {"loss": 0.0 - facts["reward"]}
     for name, value in facts.items():
         if name not in ("kept", "groups"):

@@ -9,8 +9,8 @@ rounding.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from mis_mlx.data.rows import Row
 from mis_mlx.evaluation import answer_figures, answers, repetition, writing_cost
 from mis_mlx.evaluation.answer_records import Answer
 from mis_mlx.hardware import memory
-from mis_mlx.models import load, mlx_generate
+from mis_mlx.models import load
+from mis_mlx.models.draws import Draws, Sampling
 from mis_mlx.models.model_size import ModelSize, model_of
-from mis_mlx.models.text_writer import TextWriter
 from mis_mlx.reporting import progress
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK, json_sha256
@@ -33,6 +33,7 @@ from mis_mlx.types import Budget, Checkpoint, MisError
 AT_ONCE = (64, 44, 24, 8, 1)  # answers written together, as many as fit
 TYPICAL_TOKENS = 96  # of a prompt of ours, with a template around it
 SENTENCE_END = re.compile(r"[.!?][\"”’)]*(?=\s|$)")
+SEED_BITS = 32  # of a seed that tell prompts apart; turns are told apart by those above
 USABLE = 0.1  # share of the answers, below which a teacher is none to learn answers from
 
 
@@ -129,102 +130,112 @@ def write_rows(file: Path, talks: Sequence[Row]) -> None:
 def write(teacher: Checkpoint, settings: WritingSettings, out: Path, limit: Budget) -> int:
     """Write the file `out`: a row {"messages": [...]} for each conversation; return their number.
 
-    Until it is complete, batches are kept in a file next to it: a run that was stopped goes on with
-    the batch that it was at. MisError where too few answers are usable.
+    Until it is complete, answers are kept in a file next to it as they end: a run that was stopped
+    goes on with those that are missing. MisError where too few answers are usable.
     """
     planned = plan(model_of(teacher), settings, limit)
-    size = planned.at_once
-    total = len(settings.prompts)
     part = out.with_name(f".{out.name}.part")
     header = {
         "teacher": run_folder.origin(teacher, "")["teacher"],
         "template": template_sha256(teacher),
-        "at_once": size,
         **settings.settings,
     }
     DISK.make_folder(out.parent)
-    done = _done_before(part, header)
-    tokenizer = load.tokenizer(teacher.path)
+    said = _said_before(part, header)
+    total = sum(len(prompt.turns) for prompt in settings.prompts)
     with progress.bar("teacher's answers", total) as show, memory.limited(limit):
-        show(min(len(done) * size, total))
-        writer = TextWriter(teacher, planned.headroom_bytes, planned.direct)
-        for start in range(0, total, size):
-            if start in done:
-                continue
-            batch = settings.prompts[start : start + size]
-            samplers = [_sampler(settings, start + number) for number in range(len(batch))]
-            talks = _conversations(writer, tokenizer, batch, settings.max_tokens, samplers=samplers)
-            record = {"start": start, "rows": talks}
-            DISK.append(part, json.dumps(record, ensure_ascii=False))
-            done[start] = talks
-            show(min(start + size, total))
+        show(len(said))
+        writer = planned.open(teacher)
+        tokenizer = load.tokenizer(teacher.path)
+
+        def ask(turn: int, asked: Mapping[int, answers.Prompt]) -> None:
+            """Have the prompts answered, by number, whose answers are not there; keep them."""
+            missing = [number for number in asked if (turn, number) not in said]
+            replies = answers.answered(
+                writer,
+                tokenizer,
+                [asked[number] for number in missing],
+                settings.max_tokens,
+                draws=_draws(settings, missing, turn),
+            )
+            for place, answer in replies:
+                number = missing[place]
+                said[turn, number] = answer
+                record = {"turn": turn, "number": number, **asdict(answer)}
+                DISK.append(part, json.dumps(record, ensure_ascii=False))
+                show(len(said))
             mx.clear_cache()
-    kept = []
-    for start in sorted(done):
-        kept += without_loops(done[start])
-    if len(kept) < USABLE * total:
-        why = f"only {len(kept)} of this teacher's {total} answers are neither empty nor loops"
+
+        kept = without_loops(_conversations(settings.prompts, said, ask))
+        show(total)
+    count = len(settings.prompts)
+    if len(kept) < USABLE * count:
+        why = f"only {len(kept)} of this teacher's {count} answers are neither empty nor loops"
         raise MisError(f"{why}: give --conversations 0, or --data with conversations of your own")
     write_rows(out, kept)
     DISK.discard(part)
     return len(kept)
 
 
-def _done_before(part: Path, header: Mapping[str, Any]) -> dict[int, list[Row]]:
-    """{number of its first prompt: its rows} of every batch in `part`, if its header is the same.
+def _said_before(part: Path, header: Mapping[str, Any]) -> dict[tuple[int, int], Answer]:
+    """The answers in `part`, by turn and number of their prompt, if its header is the same.
 
     Otherwise the file is begun anew.
     """
-    first, *batches = run_folder.records(part) or [{}]
+    first, *lines = run_folder.records(part) or [{}]
     if first == header:
-        return {batch["start"]: batch["rows"] for batch in batches if "start" in batch}
+        said = {}
+        for line in lines:
+            said[line["turn"], line["number"]] = Answer(line["text"], line["ended"])
+        return said
     DISK.replace_text(part, json.dumps(header) + "\n")
     return {}
 
 
-def _sampler(settings: WritingSettings, number: int) -> mlx_generate.Sampler:
-    """Draws the tokens of one prompt, with random numbers of its own."""
-    seed = settings.seed * len(settings.prompts) + number
-    return mlx_generate.sampler(settings.temperature, seed, settings.top_p)
+def _draws(settings: WritingSettings, numbers: Sequence[int], turn: int) -> Draws:
+    """The random numbers of a turn's answers to the prompts of these numbers, each its own.
+
+    They begin anew with every turn: how many a writer has taken is not the text's business.
+    """
+    first = settings.seed * len(settings.prompts) + (turn << SEED_BITS)
+    sampling = Sampling(settings.temperature, settings.top_p)
+    return Draws(sampling, [first + number for number in numbers])
 
 
 def _conversations(
-    writer: TextWriter,
-    tokenizer: Any,
-    batch: Sequence[Prompt],
-    max_tokens: int,
-    *,
-    samplers: Sequence[mlx_generate.Sampler],
+    prompts: Sequence[Prompt],
+    said: Mapping[tuple[int, int], Answer],
+    ask: Callable[[int, Mapping[int, answers.Prompt]], None],
 ) -> list[Row]:
-    """The conversations of a batch.
+    """The conversations of all prompts, in their order.
+
+    said: answers by turn and number of the prompt. ask(turn, prompts by number): puts their answers
+    there.
 
     A turn is answered once those before it are. An answer of which nothing is kept, or that was cut
     off, ends its conversation; the turns before it stay.
     """
-    talks: list[list[dict[str, str]]] = [[] for _ in batch]
-    going_on = list(range(len(batch)))
-    for turn in range(max(len(prompt.turns) for prompt in batch)):
-        going_on = [number for number in going_on if len(batch[number].turns) > turn]
-        if not going_on:
-            break
-        asked = []
+    talks: list[list[dict[str, str]]] = [[] for _ in prompts]
+    going_on = list(range(len(prompts)))
+    for turn in range(max(len(prompt.turns) for prompt in prompts)):
+        asked = dict[int, answers.Prompt]()
         for number in going_on:
-            prompt = batch[number]
-            question = {"role": "user", "content": prompt.turns[turn]}
-            asked.append(
-                answers.Prompt(
+            prompt = prompts[number]
+            if len(prompt.turns) > turn:
+                question = {"role": "user", "content": prompt.turns[turn]}
+                asked[number] = answers.Prompt(
                     messages=(*talks[number], question),
                     kind=prompt.kind,
                     language=prompt.language,
                 )
-            )
-        drawing = [samplers[number] for number in going_on]
-        replies = answers.answered(writer, tokenizer, asked, max_tokens, samplers=drawing)
-        for number, asked_prompt, answer in zip(list(going_on), asked, replies, strict=True):
+        ask(turn, asked)
+        going_on = []
+        for number, question_of in asked.items():
+            answer = said[turn, number]
             text = kept_text(answer)
             if text:
                 reply = {"role": "assistant", "content": text}
-                talks[number] = [*asked_prompt.messages, reply]
-            if not text or not answer.ended:
-                going_on.remove(number)
+                talks[number] = [*question_of.messages, reply]
+            if text and answer.ended:
+                going_on.append(number)
     return [{"messages": talk} for talk in talks if talk]

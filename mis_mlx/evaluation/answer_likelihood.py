@@ -2,13 +2,15 @@
 
 A model reads a prompt through its own chat template and an answer with its own tokenizer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
-from mis_mlx.compute import host_losses
+from mis_mlx.compute import host_losses, precision
 from mis_mlx.data import token_windows
 from mis_mlx.evaluation.answer_records import Answer, Prompt
 from mis_mlx.models import config, load, mlx_generate
@@ -110,6 +112,27 @@ def of_last_tokens(
     return _of_targets(stream, hidden, targets)
 
 
+@dataclass(eq=False)
+class _Last:
+    """The last n tokens of a text.
+
+    states: before each of them (n, D). normalizer, logit: so far (n,): logsumexp over the parts of
+    the vocabulary that were seen, and the token's logit, -inf until its part has come.
+    """
+
+    states: mx.array
+    targets: np.ndarray
+    normalizer: np.ndarray
+    logit: np.ndarray
+
+    def add(self, part: np.ndarray) -> None:
+        """What a part of the vocabulary gives: (2, n)."""
+        normalizer, logit = part
+        self.normalizer = np.logaddexp(self.normalizer, normalizer)
+        # All parts but one have -inf for the target.
+        self.logit = np.maximum(self.logit, logit)
+
+
 def _of_targets(
     stream: Stream,
     hidden: Hidden,
@@ -121,23 +144,68 @@ def _of_targets(
     up over them, and one of them has the target's logit."""
     shape = config.shape_of(stream.checkpoint.config)
     rows = max(1, HEAD_PART // shape.hidden)
-    normalizers = [np.full(len(target), -np.inf) for target in targets]
-    logits = [np.full(len(target), -np.inf) for target in targets]
+    texts = []
+    for states, target in zip(hidden, targets, strict=True):
+        count = len(target)
+        none = np.full(count, -np.inf)
+        # A token is predicted one place before it.
+        before = states[0][-count - 1 : -1]
+        texts.append(_Last(before, target, normalizer=none, logit=none))
+    full = [text for text in texts if len(text.targets)]
     for start, head in stream.head_parts(shape.vocab, rows):
-        for number, target in enumerate(targets):
-            if len(target) == 0:
-                continue
-            # A token is predicted one place before it.
-            states = hidden[number][0][-len(target) - 1 : -1]
-            part = load.wide_logits(head, states)
-            view = host_losses.view(part)
-            of_part = host_losses.by_rows(_of_part, view, target - start)
-            normalizer, logit = of_part.astype(np.float64).T
-            normalizers[number] = np.logaddexp(normalizers[number], normalizer)
-            # All parts but one have -inf for the target.
-            logits[number] = np.maximum(logits[number], logit)
-    pairs = zip(logits, normalizers, strict=True)
-    return [logit - normalizer for logit, normalizer in pairs]
+        for some in _together(full):
+            _add_part(head, some, start)
+    return [text.logit - text.normalizer for text in texts]
+
+
+def _add_part(head: nn.Module, texts: Sequence[_Last], start: int) -> None:
+    """Add to these texts what a part of the head gives, whose first token is `start`."""
+    states = mx.concatenate([text.states for text in texts])
+    targets = np.concatenate([text.targets for text in texts])
+    z = load.wide_logits(head, states)
+    places = targets - start
+    if precision.policy() == "cpu":  # whose exp takes seven times as long as numpy's
+        view = host_losses.view(z)
+        found = host_losses.by_rows(_of_part, view, places).T
+    else:
+        found = np.array(_on_device(z, mx.array(places)))
+    wide = found.astype(np.float64)
+    first = 0
+    for text in texts:
+        end = first + len(text.targets)
+        text.add(wide[:, first:end])
+        first = end
+
+
+def _together(texts: Sequence[_Last]) -> Iterator[list[_Last]]:
+    """Texts whose logits are computed at once: up to CHUNK tokens, or one text; on a CPU one."""
+    most = 1 if precision.policy() == "cpu" else host_losses.CHUNK
+    some = list[_Last]()
+    tokens = 0
+    for text in texts:
+        tokens += len(text.targets)
+        if some and tokens > most:
+            yield some
+            some = []
+            tokens = len(text.targets)
+        some.append(text)
+    if some:
+        yield some
+
+
+def _on_device(
+    z: mx.array,
+    targets: mx.array,
+) -> mx.array:
+    """`_of_part` by MLX: (2, n) of logits z (n, v) and targets (n,)."""
+    vocab = z.shape[-1]
+    normalizer = mx.logsumexp(z, axis=-1)
+    here = (targets >= 0) & (targets < vocab)
+    places = mx.where(here, targets, 0)
+    columns = places[:, None]
+    chosen = mx.take_along_axis(z, columns, axis=-1)
+    right = mx.where(here, chosen[:, 0], -mx.inf)
+    return mx.stack([normalizer, right])
 
 
 def _of_part(z: np.ndarray, targets: np.ndarray) -> np.ndarray:

@@ -2,13 +2,13 @@
 
 Nothing in here knows whose answers these are, nor where they are kept."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mis_mlx.evaluation import writing_cost
 from mis_mlx.evaluation.answer_records import Answer, Prompt
 from mis_mlx.models import load, mlx_generate
-from mis_mlx.models.mlx_generate import Sampler
+from mis_mlx.models.draws import Draws
 from mis_mlx.models.model_size import model_of
 from mis_mlx.models.text_writer import TextWriter
 from mis_mlx.types import Budget, Checkpoint
@@ -40,23 +40,21 @@ def plan(
 def answered(
     writer: TextWriter,
     tokenizer: Any,
-    batch: Sequence[Prompt],
+    asked: Sequence[Prompt],
     max_tokens: int,
     *,
-    samplers: Sequence[Sampler] = (),
-) -> list[Answer]:
-    """One answer to each prompt, all written together.
+    draws: Draws | None = None,
+) -> Iterator[tuple[int, Answer]]:
+    """(number, its answer) of every prompt, each as soon as it has ended.
 
-    samplers: one for each prompt; () for greedy answers."""
+    draws: of the answers, by the number of their prompt; default: greedily."""
     stops = set(tokenizer.eos_token_ids)
-    prompt_ids = [mlx_generate.chat_ids(tokenizer, prompt.messages) for prompt in batch]
-    answers = []
-    for ids in writer.write(prompt_ids, max_tokens, stop=stops, samplers=samplers):
+    prompt_ids = [mlx_generate.chat_ids(tokenizer, prompt.messages) for prompt in asked]
+    for number, ids in writer.completions(prompt_ids, max_tokens, stops, draws):
         ended = ids[-1] in stops
         if ended:
             ids = ids[:-1]
         text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         if not ended:
             text = text.rstrip(HALF_LETTER)
-        answers.append(Answer(text, ended))
-    return answers
+        yield number, Answer(text, ended)

@@ -40,9 +40,8 @@ from mis_mlx.evaluation.kept_answers import Kept, all_kept
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models import distributed, load, mlx_generate
-from mis_mlx.models.mlx_generate import Sampler
+from mis_mlx.models.draws import Draws, Sampling
 from mis_mlx.models.model_size import model_of
-from mis_mlx.models.text_writer import TextWriter
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress
 from mis_mlx.settings.workloads import ANSWER_TOKENS, ANSWERS_AT_ONCE, GREEDY_TOKENS
@@ -57,6 +56,7 @@ VERSION = 1  # of the way answers are written: kept ones of another version are 
 TEMPERATURE = 0.8
 TOP_P = 0.95
 SEED = 0
+KEPT_TOGETHER = 72  # prompts of the teacher whose answers are kept together
 LONGEST = 512  # tokens of a prompt and its sampled answer; a longer prompt is left out
 
 
@@ -115,29 +115,25 @@ def greedy(
 ) -> list[Answer]:
     """A model's greedy answers to all prompts, of GREEDY_TOKENS tokens at most.
 
-    keep: takes each answer as soon as its batch is written. MisError where the model has no chat
+    keep: takes each answer as soon as it has ended. MisError where the model has no chat
     template, or does not fit the budget even streamed."""
     need_template(model)
-    written = list[Answer]()
+    written = dict[int, Answer]()
     if not asked:
-        return written
+        return []
     tokenizer = load.tokenizer(model.path)
     writing_plan = answer_writing.plan(model, asked, GREEDY_TOKENS, limit, at_once=ANSWERS_AT_ONCE)
     label = f"answers of {model.path.name}"
     with progress.bar(label, len(asked)) as show, memory.limited(limit):
         show(0)
-        writer = TextWriter(model, writing_plan.headroom_bytes, writing_plan.direct)
-        for start in range(0, len(asked), writing_plan.at_once):
-            batch = asked[start : start + writing_plan.at_once]
-            of_batch = answered(writer, tokenizer, batch, GREEDY_TOKENS)
-            written += of_batch
+        writer = writing_plan.open(model)
+        for number, answer in answered(writer, tokenizer, asked, GREEDY_TOKENS):
+            written[number] = answer
             if keep is not None:
-                for prompt, answer in zip(batch, of_batch, strict=True):
-                    keep(prompt, answer)
+                keep(asked[number], answer)
             show(len(written))
-            # Free the buffers of this batch's keys and values, which MLX keeps for reuse.
-            mx.clear_cache()
-    return written
+    mx.clear_cache()
+    return [written[number] for number in range(len(asked))]
 
 
 def teacher_answers(
@@ -216,11 +212,11 @@ def _write_missing(
     limit: Budget,
     path: Path,
 ) -> dict[str, AnswerPair]:
-    """The answers to these prompts, by a prompt's sha256. Those of a batch are kept at once.
+    """The answers to these prompts, by a prompt's sha256. Both of a prompt are kept together.
 
     Each prompt has two: a sampled one, by which models are judged, and a greedy one, which is shown
     next to a student's own."""
-    written = {}
+    written = dict[str, AnswerPair]()
     tokenizer = load.tokenizer(teacher.path)
     writing_plan = answer_writing.plan(
         teacher, asked, ANSWER_TOKENS, limit, at_once=ANSWERS_AT_ONCE
@@ -229,26 +225,26 @@ def _write_missing(
         DISK.make_folder(path.parent)
     with progress.bar("answers of the teacher", len(asked)) as show, memory.limited(limit):
         show(0)
-        writer = TextWriter(teacher, writing_plan.headroom_bytes, writing_plan.direct)
-        for start in range(0, len(asked), writing_plan.at_once):
-            batch = asked[start : start + writing_plan.at_once]
-            samplers = [_sampler_of(prompt) for prompt in batch]
-            sampled = answered(writer, tokenizer, batch, ANSWER_TOKENS, samplers=samplers)
-            greedily = answered(writer, tokenizer, batch, GREEDY_TOKENS)
-            for prompt, sampled_one, greedy_one in zip(batch, sampled, greedily, strict=True):
-                pair = AnswerPair(sampled=sampled_one, greedy=greedy_one)
+        writer = writing_plan.open(teacher)
+        # In parts: what was said before a kill is kept where both answers are there.
+        for start in range(0, len(asked), KEPT_TOGETHER):
+            part = asked[start : start + KEPT_TOGETHER]
+            sampled = dict(answered(writer, tokenizer, part, ANSWER_TOKENS, draws=_draws_of(part)))
+            for number, greedy_one in answered(writer, tokenizer, part, GREEDY_TOKENS):
+                prompt = part[number]
+                pair = AnswerPair(sampled=sampled[number], greedy=greedy_one)
                 written[prompt.sha256] = pair
                 if distributed.is_main():
                     DISK.append(path, answer_records.line_of(prompt, pair))
-            show(len(written))
+                show(len(written))
             mx.clear_cache()
     return written
 
 
-def _sampler_of(prompt: Prompt) -> Sampler:
-    """The random numbers of one prompt: seeded by the prompt itself, whatever else is asked."""
-    seed = SEED + int(prompt.sha256[:8], 16)
-    return mlx_generate.sampler(TEMPERATURE, seed, TOP_P)
+def _draws_of(asked: Sequence[Prompt]) -> Draws:
+    """The random numbers of prompts: each is a seed itself, whatever else is asked."""
+    seeds = [SEED + int(prompt.sha256[:8], 16) for prompt in asked]
+    return Draws(Sampling(TEMPERATURE, TOP_P), seeds)
 
 
 def _header(teacher: Checkpoint) -> dict[str, Any]:

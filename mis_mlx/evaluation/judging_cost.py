@@ -49,7 +49,8 @@ def _heads_cost(models: Sequence[ModelSize], tokens: int, length: int) -> StageC
     rows = min(HEAD_PART // hidden, vocab)
     parts = math.ceil(vocab / rows)
     heads = [3 * rows * m.head_work // m.shape.vocab for m in models]
-    logits = 2 * 4 * min(length, CHUNK) * rows
+    at_once = CHUNK if any(m.gpu for m in models) else min(length, CHUNK)
+    logits = 2 * 4 * at_once * rows
     temporaries = 3 * rows * hidden
     statistics = 9 * 8 * min(tokens, GROUP + length) * parts
     groups = math.ceil(tokens / GROUP)

@@ -1,23 +1,30 @@
 """What a model takes to write many texts: memory, time, and how many side by side.
 
-The model is whole in memory where it fits. Otherwise a token of every text is one streamed pass.
+The model is whole in memory where it fits. Otherwise a token of every text is one streamed pass;
+the first one reads all prompts.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from mis_mlx.evaluation.judging_cost import comparison_cost
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.models import pass_cost
+from mis_mlx.models import block_inputs, pass_cost, stream, streamed_batch, text_writer
+from mis_mlx.models.config import key_owners
+from mis_mlx.models.continuous_batch import Room
 from mis_mlx.models.model_size import ModelSize
+from mis_mlx.models.text_writer import TextWriter
 from mis_mlx.planner import estimates
 from mis_mlx.settings.workloads import ANSWER_TOKENS, ANSWERS_AT_ONCE, GREEDY_TOKENS
-from mis_mlx.types import Budget
+from mis_mlx.types import Budget, Checkpoint
 
 CACHE_STEP = 256  # tokens by which mlx-lm's caches grow
 PROMPT_TOKENS = 56  # of a prompt there, in the mean: 38 to 111 by the default tokenizer
-LOGIT_COPIES = 4  # logits in float32, log-probabilities, what a sampler makes of them
+LOGIT_COPIES = 6  # logits in float32, log-probabilities, what drawing makes of them (measured)
+BLOCK_COPIES = 3  # of what a block keeps, while it grows, loses texts and gets others
 
 
 @dataclass(frozen=True)
@@ -25,29 +32,36 @@ class WritingPlan:
     """How a model writes: `at_once` texts side by side.
 
     headroom_bytes: memory for blocks that stay between passes of a streamed model; None: the model
-    is
-    whole in memory. direct: a streamed model is read past the page cache."""
+    is whole in memory. direct: a streamed model is read past the page cache."""
 
     at_once: int
     peak_bytes: int  # with what the process itself takes
     cost: StageCost  # its peak is without what the process takes
     headroom_bytes: int | None = None
     direct: bool = False
+    tokens: int | None = None  # of a text, its prompt included, that memory was planned for
 
     @property
     def seconds(self) -> float:
         """How long it takes here. Rates are measured for it where none are kept, for a second."""
         return self.cost.seconds(estimates.machine_rates())
 
+    def open(self, checkpoint: Checkpoint) -> TextWriter:
+        """The writer of a model that this plan was made for."""
+        room = Room(self.at_once, self.tokens)
+        return text_writer.opened(checkpoint, self.headroom_bytes, direct=self.direct, room=room)
+
 
 def resident_bytes(m: ModelSize, at_once: int, tokens: int) -> int:
     """Memory of a model that writes, whole in memory.
 
     Its weights as they compute and one tensor as stored, keys and values, logits. tokens: of a
-    text, its prompt included. mlx-lm holds keys and values up to three times."""
+    text, its prompt included. mlx-lm holds keys and values up to three times.
+    """
     places = CACHE_STEP * -(-tokens // CACHE_STEP)
     logits = LOGIT_COPIES * 4 * m.shape.vocab
-    return pass_cost.whole_bytes(m) + at_once * (3 * pass_cost.keys_bytes(m, places) + logits)
+    texts = 3 * pass_cost.texts_bytes(m, at_once, places) + at_once * logits
+    return pass_cost.whole_bytes(m) + texts
 
 
 def plan_writing(
@@ -64,29 +78,16 @@ def plan_writing(
 
     The first plan that fits: whole before streamed, and the most texts side by side first, which
     `at_once` lists in falling order. MisError where none fits."""
+    texts = _Texts(count, prompt_tokens, max_tokens)
     own_bytes = memory.process_bytes(limit.limit_bytes, m.gpu)
-    for size in at_once:
-        cost = _resident(m, count, max_tokens, prompt_tokens=prompt_tokens, at_once=size)
-        need = own_bytes + cost.peak_bytes
-        if need <= limit.limit_bytes:
-            return WritingPlan(
-                at_once=size,
-                peak_bytes=need,
-                cost=replace(cost, name=name),
-            )
-    for size in at_once:
-        one_pass = _streamed_pass(m, size, max_tokens, prompt_tokens)
-        need = own_bytes + one_pass.peak_bytes
-        if need <= limit.limit_bytes:
-            passes = (prompt_tokens + max_tokens) * -(-count // size)
-            cost = replace(one_pass, name=name).repeated(passes)
-            return WritingPlan(
-                at_once=size,
-                peak_bytes=need,
-                cost=cost,
-                headroom_bytes=pass_cost.headroom_bytes(limit.limit_bytes, one_pass.peak_bytes),
-                direct=memory.crowds_page_cache(m.nbytes, limit),
-            )
+    for cost_of in (_resident, _streamed):
+        for size in at_once:
+            cost = replace(cost_of(m, texts, size), name=name)
+            need = own_bytes + cost.peak_bytes
+            if need > limit.limit_bytes:
+                continue
+            plan = WritingPlan(at_once=size, peak_bytes=need, cost=cost, tokens=texts.tokens)
+            return plan if cost_of is _resident else _from_disk(plan, m, limit)
     limit.need(
         need,
         what="a model that writes, read from disk,",
@@ -95,42 +96,117 @@ def plan_writing(
     raise AssertionError("what does not fit is refused above")
 
 
-def _resident(
-    m: ModelSize, count: int, max_tokens: int, *, prompt_tokens: int, at_once: int
-) -> StageCost:
+def _from_disk(plan: WritingPlan, m: ModelSize, limit: Budget) -> WritingPlan:
+    """The plan of a streamed model with what the budget leaves for blocks that stay."""
+    room_bytes = pass_cost.headroom_bytes(limit.limit_bytes, plan.cost.peak_bytes)
+    return replace(
+        plan,
+        cost=_with_headroom(plan.cost, m, room_bytes),
+        headroom_bytes=room_bytes,
+        direct=m.nbytes > limit.limit_bytes,
+    )
+
+
+class _Texts(NamedTuple):
+    """What is written: so many texts behind prompts of at most so many tokens."""
+
+    number: int
+    prompt_tokens: int
+    max_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Of a text at its end, its prompt included."""
+        return self.prompt_tokens + self.max_tokens
+
+
+def _resident(m: ModelSize, texts: _Texts, at_once: int) -> StageCost:
     """The cost of a model that is whole in memory: every step of a batch fetches all weights."""
-    length = prompt_tokens + max_tokens
-    steps = max_tokens * -(-count // at_once)
-    met_bytes = int(m.active_share * m.shape.layers * m.block_work) + m.head_work
+    steps = texts.max_tokens * -(-texts.number // at_once)
+    blocks_bytes = m.shape.layers * m.block_work
+    met_bytes = int(m.active_share * blocks_bytes) + m.head_work
+    peak_bytes = resident_bytes(m, at_once, texts.tokens)
     return StageCost(
-        name="write",
+        name="",
         read_bytes=m.nbytes,
         written_bytes=0,
-        peak_bytes=resident_bytes(m, at_once, length),
-        flops=pass_cost.forward_flops(m, count * length, length),
+        peak_bytes=peak_bytes,
+        flops=_flops(m, texts),
         touched_bytes=steps * met_bytes,
         waits=steps,
     )
 
 
-def _streamed_pass(
-    m: ModelSize,
-    at_once: int,
-    max_tokens: int,
-    prompt_tokens: int,
-) -> StageCost:
-    """One token of `at_once` texts, keys and values of all of them in memory."""
-    length = prompt_tokens + max_tokens
-    places = CACHE_STEP * (1 + -(-length // CACHE_STEP))
-    return pass_cost.streamed_pass(
-        "a token",
+def _flops(m: ModelSize, texts: _Texts) -> float:
+    return pass_cost.forward_flops(m, texts.number * texts.tokens, texts.tokens)
+
+
+def _streamed(m: ModelSize, texts: _Texts, at_once: int) -> StageCost:
+    """The cost of a model that is read once for a token of `at_once` texts.
+
+    The first pass reads their prompts. New texts begin in the passes of those that go on, so that
+    there are no more passes than if all of a batch ended together.
+    """
+    batches = -(-texts.number // at_once)
+    begins = _streamed_pass(m, texts, at_once, tokens=max(1, texts.prompt_tokens))
+    goes_on = _streamed_pass(m, texts, at_once, tokens=1)
+    further = goes_on.repeated(batches * (texts.max_tokens - 1))
+    cost = begins.repeated(batches).then(further)
+    return replace(cost, flops=_flops(m, texts))
+
+
+def _with_headroom(cost: StageCost, m: ModelSize, headroom_bytes: int) -> StageCost:
+    """The cost of a streamed writer with room for what is read once: the head, then blocks."""
+    left_bytes = headroom_bytes - m.head_work
+    if left_bytes < 0:
+        return cost
+    pinned = pass_cost.resident_blocks(m, left_bytes)
+    once = m.head_bytes + m.shape.layers * m.block_bytes
+    again = m.head_bytes + pinned * m.block_bytes
+    share = 1 - again / once
+    return replace(cost, read_bytes=once + int(share * (cost.read_bytes - once)), pinned=pinned)
+
+
+def _streamed_pass(m: ModelSize, texts: _Texts, at_once: int, *, tokens: int) -> StageCost:
+    """One pass in which `at_once` texts read so many tokens each, and draw one.
+
+    What all blocks keep of all texts is in memory, and copies of what one block keeps.
+    """
+    kept = pass_cost.texts_bytes(m, at_once, texts.tokens + streamed_batch.STEP)
+    shared = {owner for owner in key_owners(m.config) if owner is not None}
+    copies = BLOCK_COPIES + len(shared)
+    kept += copies * -(-kept // m.shape.layers)
+    evaluated = 1 if tokens == 1 else at_once  # each prompt by itself
+    piece = tokens
+    if block_inputs.plain(m.config):
+        piece = min(tokens, streamed_batch.ROWS)
+    cost = pass_cost.streamed_pass(
+        "",
         m,
-        tokens=at_once,
-        micro_tokens=at_once,
-        length=length,
+        tokens=at_once * tokens,
+        micro_tokens=max(at_once, piece),
+        length=texts.tokens,
+        head=False,
         spool=False,
-        beside_bytes=at_once * pass_cost.keys_bytes(m, places),
+        beside_bytes=kept,
     )
+    logits = at_once * LOGIT_COPIES * 4 * m.shape.vocab
+    drawing = m.head_work + max(logits, _head_opening_bytes(m))
+    drawing += kept + m.slots_bytes + pass_cost.SMALL_BYTES
+    waits_of_block = evaluated + pass_cost.BLOCK_WAITS
+    return replace(
+        cost,
+        read_bytes=cost.read_bytes + m.head_bytes,
+        peak_bytes=max(cost.peak_bytes, drawing),
+        waits=m.shape.layers * waits_of_block,
+    )
+
+
+def _head_opening_bytes(m: ModelSize) -> int:
+    """What opening the head holds besides it: a part as it is stored, and converted."""
+    stored_item = math.ceil(m.nbytes / m.params)
+    part = min(m.head_params, stream.HEAD_PART)
+    return max(pass_cost.head_opening_bytes(m), part * (stored_item + m.item))
 
 
 def answers_cost(

@@ -1,4 +1,4 @@
-"""Greedy texts side by side: a new one begins as soon as others have ended.
+"""Texts of a whole model side by side: a new one begins as soon as others have ended.
 
 A batch that waits for its longest text computes less and less with every token, although each
 token still fetches all weights. mlx-lm's generator can take new texts between two tokens, so here
@@ -6,8 +6,9 @@ the batch stays nearly full.
 """
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ import mlx.nn as nn
 
 from mis_mlx.hardware import memory
 from mis_mlx.models import load
+from mis_mlx.models.draws import Draws
 from mis_mlx.models.stream import evaluate_now
 
 # New texts begin when this share of the places is free. Each beginning copies the keys and values
@@ -29,31 +31,103 @@ class Completion(NamedTuple):
     ids: list[int]
 
 
+@dataclass(frozen=True)
+class Room:
+    """The memory in which texts are written side by side.
+
+    at_once: texts, at most. tokens: of each of them, its prompt included; None: however many. Of
+    longer texts as many are written as have as many tokens together.
+    """
+
+    at_once: int
+    tokens: int | None = None
+
+    def texts(self, tokens: int) -> int:
+        """How many texts fit where the longest one may have so many tokens; one always does."""
+        if self.tokens is None or tokens <= self.tokens:
+            return self.at_once
+        return max(1, self.at_once * self.tokens // tokens)
+
+
+class Queue:
+    """Prompts that wait to be continued, the longest first.
+
+    Texts that share a batch then have similar lengths, and memory is at its peak early.
+    """
+
+    def __init__(self, prompts: Sequence[Sequence[int]], max_tokens: int, room: Room):
+        self._tokens = [len(prompt) + max_tokens for prompt in prompts]
+        numbers = range(len(prompts))
+        self._waiting = deque(sorted(numbers, key=self._tokens.__getitem__, reverse=True))
+        self._room = room
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def take(self, going_on: Collection[int], share: float = 0.0) -> list[int]:
+        """The numbers of the prompts that begin now, beside the texts of these numbers.
+
+        share: how much of the room has to be free, or nothing begins.
+        """
+        if not self._waiting:
+            return []
+        longest = max(self._tokens[number] for number in [*going_on, self._waiting[0]])
+        places = self._room.texts(longest)
+        free = places - len(going_on)
+        if free <= 0 or free < share * places:
+            return []
+        return [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+
+
+class _Rows:
+    """`Draws` for mlx-lm's generator, which asks for tokens of rows and does not say whose.
+
+    It asks in a fixed order: for the texts that go on, in the order in which they began, then for
+    those that begin; where none goes on it asks for these twice.
+    """
+
+    def __init__(self, draws: Draws):
+        self._draws = draws
+        self._coming = deque[list[int]]()
+
+    def expect(self, going_on: Sequence[int], beginning: Sequence[int]) -> None:
+        """Which texts, by number, the generator's next step is about."""
+        orders = [list(going_on or beginning)]
+        if beginning:
+            orders.append(list(beginning))
+        self._coming = deque(orders)
+
+    def __call__(self, log_probs: mx.array) -> mx.array:
+        texts = self._coming.popleft()
+        assert len(texts) == len(log_probs), "mlx-lm's generator asks in another order"
+        return self._draws(log_probs, texts)
+
+
 def completions(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int,
     stop: Collection[int],
-    at_once: int,
+    room: Room,
+    draws: Draws,
 ) -> Iterator[Completion]:
-    """The greedy completion of every prompt, each as soon as it has ended.
+    """The completion of every prompt, each as soon as it has ended.
 
-    A text ends with its stop token, or after `max_tokens`. The longest prompts begin first: texts
-    that share a batch then have similar lengths, and memory is at its peak early. at_once: texts
-    that are written side by side, at most.
+    A text ends with its stop token, or after `max_tokens`. draws: of the texts by number.
     """
-    longest_first = sorted(range(len(prompts)), key=lambda n: len(prompts[n]), reverse=True)
-    waiting = deque(longest_first)
+    waiting = Queue(prompts, max_tokens, room)
     begun: dict[int, Completion] = {}  # texts that have not ended, by the generator's own id
-    with batch_generator(model, max_tokens, stop, at_once=at_once) as generator:
+    rows = _Rows(draws)
+    with batch_generator(model, max_tokens, stop, at_once=room.at_once, sampler=rows) as generator:
         while waiting or begun:
-            free = at_once - len(begun)
-            if waiting and free >= FREE_SHARE * at_once:
-                beginning = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+            going_on = [completion.number for completion in begun.values()]
+            beginning = waiting.take(going_on, FREE_SHARE)
+            if beginning:
                 ids = _begin(model, generator, [prompts[number] for number in beginning])
                 for generator_id, number in zip(ids, beginning, strict=True):
                     begun[generator_id] = Completion(number, [])
+            rows.expect(going_on, beginning)
             for response in generator.next_generated():
                 begun[response.uid].ids.append(response.token)
                 if response.finish_reason is not None:
@@ -62,9 +136,17 @@ def completions(
 
 @contextmanager
 def batch_generator(
-    model: nn.Module, max_tokens: int, stop: Collection[int], *, at_once: int
+    model: nn.Module,
+    max_tokens: int,
+    stop: Collection[int],
+    *,
+    at_once: int,
+    sampler: Callable[[mx.array], mx.array],
 ) -> Iterator[Any]:
-    """mlx-lm's generator of up to `at_once` texts side by side, closed at the end."""
+    """mlx-lm's generator of up to `at_once` texts side by side, closed at the end.
+
+    sampler: log-probabilities (n, V) of any texts -> their tokens (n,).
+    """
     with memory.nothing_wired():
         generator = load.mlx_lm("generate").BatchGenerator(
             model,
@@ -72,6 +154,7 @@ def batch_generator(
             stop_tokens=[[token] for token in sorted(stop)],
             completion_batch_size=at_once,
             prefill_batch_size=at_once,
+            sampler=sampler,
         )
     try:
         yield generator
@@ -80,11 +163,15 @@ def batch_generator(
             generator.close()
 
 
-def _begin(model: nn.Module, generator: Any, prompts: Sequence[Sequence[int]]) -> list[int]:
-    """Have the generator continue these prompts; its own ids of them."""
+def _begin(model: nn.Module, generator: Any, prompts: Sequence[Sequence[int]]) -> Any:
+    """Have the generator continue these prompts; its own ids of them.
+
+    A prompt that comes several times is read once: mlx-lm copies its cache for each text.
+    """
     last_tokens = [list(prompt[-1:]) for prompt in prompts]
-    caches = [filled(model, prompt) for prompt in prompts]
-    return generator.insert(last_tokens, caches=caches)
+    keys = [tuple(prompt) for prompt in prompts]
+    caches = {key: filled(model, key) for key in dict.fromkeys(keys)}
+    return generator.insert(last_tokens, caches=[caches[key] for key in keys])
 
 
 def filled(model: nn.Module, prompt: Sequence[int]) -> list[Any]:

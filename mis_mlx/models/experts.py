@@ -25,6 +25,8 @@ ROUTER = re.compile(
     r"\.(mlp|block_sparse_moe)\.(gate|router|shared_expert_gate)(\.weight|\.bias)?$"
 )
 Visit = Callable[[int, int, np.ndarray, mx.array, mx.array], None]  # see `Stream.run_experts`
+# what of a batch, by number, goes before the experts: see `attention_part`
+Attend = Callable[[int, mx.array], tuple[mx.array, mx.array]]
 Activation = Callable[[mx.array, mx.array], mx.array]  # (up, gate), both (n, F) -> (n, F)
 
 
@@ -144,16 +146,66 @@ class Experts(list[Expert]):
         return results
 
 
-def attention_part(block: nn.Module, x: mx.array, mask: Any) -> tuple[mx.array, mx.array]:
+def attention_part(
+    block: nn.Module, x: mx.array, mask: Any, cache: Any = None
+) -> tuple[mx.array, mx.array]:
     """The part of a block before its experts: x (B, T, D) -> two arrays (B, T, D). Lazy.
 
     The first is x behind attention, the second that behind the norm, which the experts read. The
     block's output is the first plus the experts' output.
     """
     normed = block.input_layernorm(x)
-    attended = block.self_attn(normed, mask, None)
+    attended = block.self_attn(normed, mask, cache)
     h = x + attended
     return h, block.post_attention_layernorm(h)
+
+
+def run_group(
+    part: nn.Module,
+    hidden: Sequence[mx.array],
+    numbers: range,
+    attend: Attend,
+    *,
+    visit: Visit | None,
+    router: str,
+    evaluate: Callable[..., None],
+) -> Iterator[mx.array]:
+    """The batches of these numbers, hidden (B, T, D), behind a block, evaluated.
+
+    part: the block's module that has the experts. router: its name in there. Each expert is asked
+    for once. evaluate(arrays): computes them.
+    """
+    # First everything before the experts, for all batches, and which experts each token chose.
+    residual = []
+    inputs = list[mx.array]()
+    chosen = list[mx.array]()
+    gates = list[np.ndarray]()
+    for b in numbers:
+        h, x = attend(b, hidden[b])
+        choice = part.experts.chosen(part, x)
+        evaluate(h, x, choice)
+        residual.append(h)
+        inputs.append(x)
+        chosen.append(choice)
+        if visit:
+            gates.append(_gates(part[router], x, choice))
+    # Then the experts in turn, each for all batches: it is read once. The block's own code finds
+    # their outputs ready, and weighs and adds them.
+    part.experts.ready = part.experts.outputs(
+        inputs, chosen, visit=visit, gates=gates, first=numbers.start
+    )
+    for h, x in zip(residual, inputs, strict=True):
+        out = h + part(x)
+        evaluate(out)
+        yield out
+
+
+def _gates(router: nn.Module, x: mx.array, chosen: mx.array) -> np.ndarray:
+    """Gates of the experts (..., k) chosen for x (..., D), flat; they sum to 1 for every token."""
+    odds = router(x).astype(mx.float32).reshape(*chosen.shape[:-1], -1)
+    odds = mx.take_along_axis(odds, chosen, axis=-1)
+    odds = mx.softmax(odds, axis=-1)
+    return np.array(odds).reshape(-1)
 
 
 def tensors_of(config: Config, stack_experts: bool) -> Shapes:

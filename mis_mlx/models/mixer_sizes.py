@@ -34,6 +34,34 @@ def other(config: Config) -> int:
     return int(3 * joined + 4 * values)
 
 
+def state_bytes(config: Config, item: int) -> int:
+    """What all blocks without attention carry of one text; 0 where all have it.
+
+    item: bytes of a number, except in a gated delta rule's matrices, which are float32.
+    """
+    kind = family(config).stateful
+    if not kind:
+        return 0
+    layers = int(config["num_hidden_layers"])
+    blocks = layers - configs.attending(config)
+    if kind == "conv":
+        reach = int(config["conv_L_cache"]) - 1
+        hidden = int(config["hidden_size"])
+        rows = reach * hidden
+        return blocks * rows * item
+    key_width = int(config["linear_key_head_dim"])
+    keys = int(config["linear_num_key_heads"]) * key_width
+    heads = int(config["linear_num_value_heads"])
+    values = heads * int(config["linear_value_head_dim"])
+    reach = int(config["linear_conv_kernel_dim"]) - 1
+    joined = 2 * keys + values
+    rows = reach * joined
+    matrices = values * key_width
+    of_block = rows * item
+    of_block += 4 * matrices
+    return blocks * of_block
+
+
 def largest(config: Config, length: int) -> int:
     """Of the block that holds most."""
     with_attention = attention(config, length)

@@ -1,6 +1,6 @@
 """Generate with mlx-lm: open a folder as any user would, fill its cache, let it write."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -9,12 +9,10 @@ import mlx.nn as nn
 from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.data import token_windows
-from mis_mlx.models import config, continuous_batch, load, mlx_modules, tokenizer_check
+from mis_mlx.models import config, load, mlx_modules, tokenizer_check
 from mis_mlx.models.stream import NotNumbers
 from mis_mlx.types import Checkpoint
 
-Sampler = Callable[[mx.array], mx.array]  # log-probabilities (B, V) -> tokens (B,)
-LIKELIEST = 1024  # tokens among which a nucleus is looked for first
 PROMPTS = {
     "English": "The for statement is used to",
     "Polish": "Baca wyszedł rano z owcami na halę i",
@@ -133,99 +131,3 @@ def samples(models: Mapping[str, Checkpoint], count: int) -> Iterator[dict[str, 
             yield {"model": name, "language": language, "prompt": prompt, "text": text}
         del model
         mx.clear_cache()
-
-
-def sampler(temperature: float, seed: int, top_p: float = 1.0) -> Sampler:
-    """Draws from softmax(logits / temperature) with random numbers of its own; 0: greedily.
-
-    top_p: only from the `nucleus`; 1: from all tokens.
-    """
-    state = [mx.random.key(seed)]
-
-    def draw(logps: mx.array) -> mx.array:
-        if temperature == 0:
-            return mx.argmax(logps, axis=-1)
-        if top_p < 1.0:
-            logps = nucleus(logps, top_p)
-        key, state[0] = mx.random.split(state[0])
-        return mx.random.categorical(logps / temperature, key=key)
-
-    return draw
-
-
-def nucleus(logps: mx.array, top_p: float) -> mx.array:
-    """Log-probabilities (B, V) of the smallest set of tokens with `top_p` together, else -inf.
-
-    The same as mlx-lm's sampler (Holtzman et al., arXiv 1904.09751), before any temperature. Only
-    the `LIKELIEST` tokens are sorted, or all if these have less than `top_p`: sorting a whole
-    vocabulary takes as long as a pass of a small model.
-    """
-    vocab = logps.shape[-1]
-    for count in (min(LIKELIEST, vocab), vocab):
-        likeliest = mx.sort(mx.topk(logps, count, axis=-1), axis=-1)
-        probabilities = mx.exp(likeliest.astype(mx.float32))
-        # The probability of all likelier tokens together.
-        above = mx.cumsum(probabilities, axis=-1, reverse=True, inclusive=False)
-        if count == vocab or (probabilities.sum(axis=-1) >= top_p).all().item():
-            break
-    least = mx.where(above < top_p, likeliest, mx.inf).min(axis=-1, keepdims=True)
-    return mx.where(logps < least, -mx.inf, logps)
-
-
-def groups(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    count: int,
-    max_tokens: int,
-    stop: Collection[int],
-    draw: Sampler | Sequence[Sampler],
-    at_once: int,
-) -> list[list[list[int]]]:
-    """`count` completions of each prompt as token ids.
-
-    Each completion ends with its stop token, or after `max_tokens`. draw: for all prompts, or one
-    for each prompt, so that its draws do not depend on the other texts of its batch. at_once:
-    completions generated together; a prompt's come in one batch, so that it is read once.
-    """
-    completions = []
-    prompts_at_once = max(1, at_once // count)
-    for start in range(0, len(prompts), prompts_at_once):
-        batch_prompts = prompts[start : start + prompts_at_once]
-        if callable(draw):
-            samplers = [draw] * len(batch_prompts)
-        else:
-            samplers = list(draw[start : start + len(batch_prompts)])
-        batch = _completed(
-            model, batch_prompts, count, max_tokens=max_tokens, stop=stop, samplers=samplers
-        )
-        for i in range(0, len(batch), count):
-            completions.append(batch[i : i + count])
-    return completions
-
-
-def _completed(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    count: int,
-    *,
-    max_tokens: int,
-    stop: Collection[int],
-    samplers: Sequence[Sampler],
-) -> list[list[int]]:
-    """`groups` of one batch, the completions of all prompts in one list. samplers: one a prompt."""
-    last_tokens = []
-    caches = []
-    for prompt in prompts:
-        cache = continuous_batch.filled(model, prompt)
-        last_tokens.extend([list(prompt[-1:])] * count)
-        caches.extend([cache] * count)  # read only: mlx-lm merges them into a new one
-    sampler_of_each = [sampler for sampler in samplers for _ in range(count)]
-    opened = continuous_batch.batch_generator(model, max_tokens, stop, at_once=len(caches))
-    with opened as generator:
-        uids = generator.insert(last_tokens, caches=caches, samplers=sampler_of_each)
-        del cache, caches  # the generator has copies, once it has begun
-        tokens: dict[int, list[int]] = {uid: [] for uid in uids}
-        while responses := generator.next_generated():
-            for response in responses:
-                tokens[response.uid].append(response.token)
-    return list(tokens.values())

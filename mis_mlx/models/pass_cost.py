@@ -11,7 +11,7 @@ from mis_mlx.compute import streams
 from mis_mlx.compute.token_losses import Footprint
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.models import arch, block_inputs, load, tensor_shapes
+from mis_mlx.models import arch, block_inputs, load, mixer_sizes, tensor_shapes
 from mis_mlx.models.config import attending, head_size, key_owners
 from mis_mlx.models.model_size import ModelSize
 from mis_mlx.models.residency import batches_per_pass, pass_bytes
@@ -143,6 +143,12 @@ def keys_bytes(m: ModelSize, tokens: int) -> int:
     return blocks * tokens * numbers * m.item
 
 
+def texts_bytes(m: ModelSize, texts: int, tokens: int) -> int:
+    """What all blocks keep of so many texts, of so many tokens each: keys, values and states."""
+    states = mixer_sizes.state_bytes(m.config, m.item)
+    return texts * (keys_bytes(m, tokens) + states)
+
+
 def headroom_bytes(limit_bytes: int, taken_bytes: int, gpu: bool | None = None) -> int:
     """What a budget leaves for things that are welcome but not needed.
 
@@ -221,10 +227,14 @@ def _logit_bytes(m: ModelSize, tokens: int) -> int:
     """What the head holds besides itself for the logits of so many tokens."""
     logits = Footprint(gpu=m.gpu).logit_bytes(m.shape.vocab, tokens)
     logits += m.widened_bytes
-    if m.packed and not m.as_stored:  # de-quantizing it, MLX runs ahead here too
-        opening = m.head_work * 3 // 2
-        return max(logits, opening)
-    return logits
+    return max(logits, head_opening_bytes(m))
+
+
+def head_opening_bytes(m: ModelSize) -> int:
+    """What opening the head holds besides it: de-quantizing it, MLX runs ahead here too."""
+    if m.packed and not m.as_stored:
+        return m.head_work * 3 // 2
+    return 0
 
 
 def pass_waits(

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 from mis_mlx import cli
 from mis_mlx.compute import precision, streams
 from mis_mlx.models import altup, arch, block_inputs, experts, families, load, residency
-from mis_mlx.models.experts import Expert, Visit
+from mis_mlx.models.experts import Attend, Expert, Visit
 from mis_mlx.storage.block_reader import PAGE, Reader, Slot, Slots
 from mis_mlx.types import Checkpoint, MisError, TensorAt
 
@@ -377,15 +377,28 @@ class Stream:
             return streams.count()
         return max(1, self._at_once(batch) // 2)
 
+    @property
+    def mixture(self) -> bool:
+        """Whether blocks have experts, each of which is read when it is needed."""
+        return self._experts is not None
+
     def run_experts(
-        self, block: nn.Module, hidden: Hidden, visit: Visit | None = None
+        self,
+        block: nn.Module,
+        hidden: Hidden,
+        visit: Visit | None = None,
+        attend: Attend | None = None,
     ) -> Iterator[mx.array]:
         """Every batch's hidden states (B, T, D) behind a block that has experts, evaluated.
 
         Each expert is read once for as many batches as GROUP_BYTES hold the outputs of.
         visit(batch, expert, gates (n,), neurons (n, F), outputs (n, D)): what the expert did for
-        the n tokens of a batch that chose it; gates sum to 1 for every token.
+        the n tokens of a batch that chose it; gates sum to 1 for every token. attend: what a batch
+        goes through before the experts; default: attention over its own tokens.
         """
+        row = families.family(self.checkpoint.config)
+        part = block[row.mlp]
+        attend = attend or partial(self._attend, block)
         count = len(hidden)
         size = 1
         if count:
@@ -393,37 +406,18 @@ class Stream:
             size = max(1, GROUP_BYTES // output_bytes)
         for first in range(0, count, size):
             numbers = range(first, min(first + size, count))
-            yield from self._run_expert_group(block, hidden, numbers, visit)
+            yield from experts.run_group(
+                part,
+                hidden,
+                numbers,
+                attend,
+                visit=visit,
+                router=row.router,
+                evaluate=evaluate_now,
+            )
 
-    def _run_expert_group(
-        self, block: nn.Module, hidden: Hidden, numbers: range, visit: Visit | None
-    ) -> Iterator[mx.array]:
-        """`run_experts` for the batches of these numbers."""
-        row = families.family(self.checkpoint.config)
-        part = block[row.mlp]
-        # First everything before the experts, for all batches, and which experts each token chose.
-        residual = []
-        inputs = list[mx.array]()
-        chosen = list[mx.array]()
-        gates = list[np.ndarray]()
-        for b in numbers:
-            h, x = experts.attention_part(block, hidden[b], load.mask(self.args, block, hidden[b]))
-            choice = part.experts.chosen(part, x)
-            mx.eval(h, x, choice)
-            residual.append(h)
-            inputs.append(x)
-            chosen.append(choice)
-            if visit:
-                gates.append(_gates(part[row.router], x, choice))
-        # Then the experts in turn, each for all batches: it is read once. The block's own code
-        # finds their outputs ready, and weighs and adds them.
-        part.experts.ready = part.experts.outputs(
-            inputs, chosen, visit=visit, gates=gates, first=numbers.start
-        )
-        for h, x in zip(residual, inputs, strict=True):
-            out = h + part(x)
-            mx.eval(out)
-            yield out
+    def _attend(self, block: nn.Module, _: int, hidden: mx.array) -> tuple[mx.array, mx.array]:
+        return experts.attention_part(block, hidden, load.mask(self.args, block, hidden))
 
     def finite(self, out: mx.array) -> mx.array:
         """`out` itself, which the last block gave for a pass's first batch.
@@ -445,14 +439,6 @@ class Stream:
         for _, block in self.blocks():
             self.run_block(block, hidden)
         return self.norm(hidden)
-
-
-def _gates(router: nn.Module, x: mx.array, chosen: mx.array) -> np.ndarray:
-    """Gates of the experts (..., k) chosen for x (..., D), flat; they sum to 1 for every token."""
-    odds = router(x).astype(mx.float32).reshape(*chosen.shape[:-1], -1)
-    odds = mx.take_along_axis(odds, chosen, axis=-1)
-    odds = mx.softmax(odds, axis=-1)
-    return np.array(odds).reshape(-1)
 
 
 def joined(some: Sequence[mx.array]) -> mx.array:

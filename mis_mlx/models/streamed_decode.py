@@ -1,10 +1,9 @@
-"""Decode with a streamed model and a key-value cache: one pass gives one token or more.
+"""Decode one text with a streamed model and a key-value cache: a pass gives one token or more.
 
-Many texts are sampled together. One text is decoded greedily: a small resident draft proposes a
-tree of continuations, one pass of the model reads the whole tree, and the longest branch that the
-model itself would have chosen is kept (arXiv 2305.09781). The tokens are those of plain greedy
-decoding, except after an exact tie: logits of one pass over n tokens differ in their last bits from
-those of n passes.
+It is decoded greedily: a small resident draft proposes a tree of continuations, one pass of the
+model reads the whole tree, and the longest branch that the model itself would have chosen is kept
+(arXiv 2305.09781). The tokens are those of plain greedy decoding, except after an exact tie:
+logits of one pass over n tokens differ in their last bits from those of n passes.
 """
 
 from __future__ import annotations
@@ -356,66 +355,3 @@ def decode(
             return
         text = text + new
         left = left - len(new)
-
-
-def sampled(
-    model: Stream,
-    prompts: Sequence[Sequence[int]],
-    max_tokens: int,
-    stop: Container[int],
-    draw: Callable[[mx.array], mx.array],
-) -> list[list[int]]:
-    """A completion of each prompt, as `mlx_generate.groups`; one pass gives all texts a token.
-
-    All texts stand at the same position, so that none needs a mask: a longer prompt is still read
-    while the others write.
-    """
-    texts = [list(prompt) for prompt in prompts]
-    caches = list[Any]()  # one a block
-    unfinished = set(range(len(texts)))
-    longest_prompt = max(map(len, prompts))
-    for position in range(longest_prompt + max_tokens - 1):
-        # A text that is done repeats its last token, so that the batch keeps its shape.
-        column = []
-        for text in texts:
-            index = min(position, len(text) - 1)
-            column.append([text[index]])
-        hidden = _through_column(model, mx.array(column), caches)
-        drawn = np.array(draw(_log_probs(model, hidden)))
-        for number in list(unfinished):
-            text = texts[number]
-            if position != len(text) - 1:
-                continue  # its prompt goes on
-            text.append(int(drawn[number]))
-            if text[-1] in stop or len(text) == len(prompts[number]) + max_tokens:
-                unfinished.remove(number)
-        if not unfinished:
-            break
-    return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
-
-
-def _through_column(model: Stream, column: mx.array, caches: list[Any]) -> mx.array:
-    """Token ids (B, 1), one a text -> hidden states (B, 1, D) after the last block.
-
-    caches: one for every block; empty before the first column, which makes them.
-    """
-    cache = load.mlx_lm("models.cache")
-    hidden = model.embed([column])[0]
-    for i, block in model.blocks():
-        if i == len(caches):
-            window = load.window(model.args, block)
-            caches.append(block_state.cache(cache, block, window))
-        inputs = model.sides.inputs(i, 0, hidden)
-        own_cache = None if inputs.shared else caches[i]
-        # Unnamed outputs: keys and values that no later block uses are freed at once.
-        hidden = model.sides.keep(i, 0, block_inputs.run(block, inputs, None, own_cache))
-        _evaluate(hidden, own_cache)  # as in `Context._through`
-    return hidden
-
-
-def _log_probs(model: Stream, hidden: mx.array) -> mx.array:
-    """Hidden states (B, 1, D) after the last block -> log-probabilities (B, V) in float32."""
-    head = model.head()
-    last = model.norm([model.finite(hidden)])[0][:, 0]
-    logits = load.logits(head, last).astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)

@@ -1,86 +1,115 @@
-"""A model, opened to write: whole in memory, or streamed from disk. Both write the same.
+"""The writer of texts: prompts in, texts out as they end, of a model whole in memory or streamed.
 
-evaluation/writing_cost says what each takes, and which of them fits.
+Both write the same, and so do many texts side by side and each alone: a text depends on its prompt
+and its seed (models/draws). Only where two tokens are equally likely, to the last digits that a
+batch of another shape rounds differently, may texts part.
+
+evaluation/writing_cost says what each way takes, and which of them fits.
 """
 
-import itertools
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
 
-import mlx.core as mx
+import mlx.nn as nn
 
 from mis_mlx.compute import precision
-from mis_mlx.models import load, mlx_generate, streamed_decode
-from mis_mlx.models.mlx_generate import Sampler
+from mis_mlx.models import continuous_batch, load, mlx_generate, streamed_batch, streamed_decode
+from mis_mlx.models.continuous_batch import Completion, Room
+from mis_mlx.models.draws import Draws
 from mis_mlx.models.stream import Stream, load_checked
 from mis_mlx.types import Checkpoint
 
 
 class TextWriter:
-    """A model that is read once, or once for every token.
+    """A model that writes: whole in memory, as mlx-lm's, or read once for every token.
 
-    headroom_bytes: memory for blocks of a streamed model that stay between passes; None: the model
-    is whole in memory. direct: a streamed model is read past the page cache.
+    room: for texts side by side; None: for all. where: what an error calls it.
     """
 
-    def __init__(self, checkpoint: Checkpoint, headroom_bytes: int | None, direct: bool = False):
-        dtype = precision.dtype_of(checkpoint)
-        self._resident: Any = None
-        self._stream: Stream | None = None
-        if headroom_bytes is None:
-            self._resident = load_checked(
-                load.resident_model(checkpoint, dtype), f"{checkpoint.path}: "
+    def __init__(self, model: nn.Module | Stream, room: Room | None = None, where: str = ""):
+        self._model = model
+        self._room = room
+        self._where = where
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that a streamed model was read so far; 0 for one that is whole in memory."""
+        return self._model.reader.nbytes if isinstance(self._model, Stream) else 0
+
+    def completions(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        stop: Collection[int],
+        draws: Draws | None = None,
+    ) -> Iterator[Completion]:
+        """The token ids behind each prompt, each text as soon as it has ended.
+
+        It ends with its stop token, or after `max_tokens`. draws: of the texts, by the number of
+        their prompt; default: greedily.
+        """
+        if not prompts:
+            return
+        room = self._room or Room(len(prompts))
+        draws = draws or Draws()
+        if isinstance(self._model, Stream):
+            yield from streamed_batch.completions(
+                self._model, prompts, max_tokens=max_tokens, stop=stop, room=room, draws=draws
             )
         else:
-            self._stream = Stream(checkpoint, dtype, headroom_bytes, direct)
+            yield from continuous_batch.completions(
+                self._model, prompts, max_tokens=max_tokens, stop=stop, room=room, draws=draws
+            )
+
+    def settled(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        stop: Collection[int],
+        *,
+        draft: Stream | None = None,
+        size: int = streamed_decode.SIZE,
+    ) -> Iterator[list[int]]:
+        """The greedy text behind one prompt, as it is settled: its tokens, some at a time.
+
+        draft, size: as of `streamed_decode.decode`; for a streamed model.
+        """
+        if isinstance(self._model, Stream):
+            yield from streamed_decode.decode(
+                self._model, prompt, max_tokens, ends=stop, draft=draft, size=size
+            )
+            return
+        for token in mlx_generate.greedy(self._model, prompt, max_tokens, where=self._where):
+            yield [token]
+            if token in stop:
+                return
 
     def write(
         self,
         prompts: Sequence[Sequence[int]],
         max_tokens: int,
         stop: Collection[int],
-        samplers: Sequence[Sampler] = (),
+        draws: Draws | None = None,
     ) -> list[list[int]]:
-        """Token ids behind each prompt, all written side by side.
-
-        Each ends with its stop token, or after `max_tokens`. samplers: one a prompt, so that a text
-        does not depend on the others; none: greedily.
-        """
-        greedily = mlx_generate.sampler(0.0, 0)
-        if self._stream is not None:
-            draw = _side_by_side(samplers, prompts) if samplers else greedily
-            return streamed_decode.sampled(
-                self._stream, prompts, max_tokens=max_tokens, stop=stop, draw=draw
-            )
-        completions = mlx_generate.groups(
-            self._resident,
-            prompts,
-            count=1,
-            max_tokens=max_tokens,
-            stop=stop,
-            draw=samplers or greedily,
-            at_once=len(prompts),
-        )
-        return [ids for (ids,) in completions]
+        """`completions` in the order of the prompts."""
+        ids = dict(self.completions(prompts, max_tokens, stop, draws))
+        return [ids[number] for number in range(len(prompts))]
 
 
-def _side_by_side(samplers: Sequence[Sampler], prompts: Sequence[Sequence[int]]) -> Sampler:
-    """One sampler for `streamed_decode.sampled`, which asks for a token of every text at a time.
+def opened(
+    checkpoint: Checkpoint,
+    headroom_bytes: int | None,
+    *,
+    direct: bool = False,
+    room: Room | None = None,
+) -> TextWriter:
+    """A model's writer.
 
-    A text's own sampler is first asked at the end of its prompt, as for a model that is whole in
-    memory.
+    headroom_bytes: memory for blocks of a streamed model that stay between passes; None: the model
+    is whole in memory. direct: a streamed model is read past the page cache. room: as of
+    TextWriter.
     """
-    positions = itertools.count()
-
-    def draw(log_probs: mx.array) -> mx.array:
-        position = next(positions)
-        tokens = []
-        for number, sampler in enumerate(samplers):
-            in_answer = position >= len(prompts[number]) - 1
-            if in_answer:
-                tokens.append(sampler(log_probs[number : number + 1]))
-            else:
-                tokens.append(mx.zeros(1, mx.uint32))
-        return mx.concatenate(tokens)
-
-    return draw
+    dtype = precision.dtype_of(checkpoint)
+    if headroom_bytes is not None:
+        return TextWriter(Stream(checkpoint, dtype, headroom_bytes, direct), room)
+    model = load_checked(load.resident_model(checkpoint, dtype), f"{checkpoint.path}: ")
+    return TextWriter(model, room, where=str(checkpoint.path))

@@ -307,4 +307,4 @@ def test_no_stage_takes_settings_of_any_kind() -> None:
                     loose += [path.name] * (kind == "Any")
     assert loose == []
     assert "job" in replaced
-    assert not {"s", "settings", "resolved"} & set(replaced)
+    assert not {"s", "settings"} & set(replaced)

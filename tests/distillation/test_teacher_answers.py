@@ -5,9 +5,8 @@ follow the first.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -52,18 +51,22 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def watched(monkeypatch: pytest.MonkeyPatch, stop_after: int = 10**9) -> list[list[answers.Prompt]]:
-    """The prompts of every batch that is answered from now on; after so many the run is killed."""
-    seen = list[list[answers.Prompt]]()
+Reply = tuple[answers.Prompt, Answer]
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, stop_after: int = 10**9) -> list[Reply]:
+    """Every prompt that is answered from now on, and its answer; after so many a kill."""
+    seen = list[Reply]()
     real = answers.answered
 
     def answered(
-        writer: Any, tokenizer: Any, batch: Sequence[answers.Prompt], *rest: Any, **how: Any
-    ) -> list[Answer]:
-        if len(seen) == stop_after:
-            raise KeyboardInterrupt
-        seen.append(list(batch))
-        return real(writer, tokenizer, batch, *rest, **how)
+        writer: Any, tokenizer: Any, asked: Sequence[answers.Prompt], *rest: Any, **how: Any
+    ) -> Iterator[tuple[int, Answer]]:
+        for number, answer in real(writer, tokenizer, asked, *rest, **how):
+            if len(seen) == stop_after:
+                raise KeyboardInterrupt
+            seen.append((asked[number], answer))
+            yield number, answer
 
     monkeypatch.setattr(answers, "answered", answered)
     return seen
@@ -78,24 +81,18 @@ def test_what_is_kept_is_what_says_something(
     """A row for every conversation that is kept, in the order of the prompts; nothing else is left
     in the folder.
     """
-    said = list[tuple[answers.Prompt, Answer]]()
-    real = answers.answered
-
-    def answered(
-        writer: Any, tokenizer: Any, batch: Sequence[answers.Prompt], *rest: Any, **how: Any
-    ) -> list[Answer]:
-        found = real(writer, tokenizer, batch, *rest, **how)
-        said.extend(zip(batch, found, strict=True))
-        return found
-
-    monkeypatch.setattr(answers, "answered", answered)
+    said = watched(monkeypatch)
     one_turn = [prompt for prompt in prompts.train(30) if len(prompt.turns) == 1]
     out = tmp_path / "new" / "answers.jsonl"
 
     kept = teacher_answers.write(chat, replace(HOW, prompts=one_turn), out, memory.budget(None))
 
-    texts = [(prompt, teacher_answers.kept_text(answer)) for prompt, answer in said]
-    good = [(prompt, text) for prompt, text in texts if text]
+    texts = {
+        prompt.messages[0]["content"]: (prompt, teacher_answers.kept_text(answer))
+        for prompt, answer in said
+    }
+    in_order = [texts[prompt.turns[0]] for prompt in one_turn]
+    good = [(prompt, text) for prompt, text in in_order if text]
     assert 0 < kept == len(good) <= len(said) == len(one_turn)
     wanted = [[*prompt.messages, {"role": "assistant", "content": text}] for prompt, text in good]
     assert [row["messages"] for row in rows_of(out)] == wanted
@@ -119,31 +116,34 @@ def test_what_is_kept_by_hand() -> None:
     assert teacher_answers.kept_text(Answer("I'm not sure. " * 30, ended=True)) == ""
 
 
-@pytest.mark.parametrize("batches", [0, 1, 3])
+@pytest.mark.parametrize("done", [0, 1, 8])
 def test_a_killed_run_goes_on(
-    chat: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: int
+    chat: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int
 ) -> None:
-    """After so many of its four batches, and in the middle of the next one's line: no batch is
-    written twice, and the file is the same to the byte.
+    """After so many answers, and in the middle of the next one's line, with another budget: no
+    prompt is answered twice, and the file is the same to the byte.
     """
     limit = memory.budget(None)
-    teacher_answers.write(chat, HOW, tmp_path / "whole.jsonl", limit)
+    with monkeypatch.context() as patch:
+        wanted = watched(patch)
+        teacher_answers.write(chat, HOW, tmp_path / "whole.jsonl", limit)
     out = tmp_path / "answers.jsonl"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        watched(patch, stop_after=batches)
+        before = watched(patch, stop_after=done)
         teacher_answers.write(chat, HOW, out, limit)
     part = tmp_path / ".answers.jsonl.part"
     assert part.exists()
     assert not out.exists()
     with part.open("a") as file:
-        file.write('{"start": 9, "ro')
+        file.write('{"turn": 0, "nu')
+    monkeypatch.setattr(teacher_answers, "AT_ONCE", (2,))
     seen = watched(monkeypatch)
 
     teacher_answers.write(chat, HOW, out, limit)
 
-    openings = [prompt for prompt in chain.from_iterable(seen) if len(prompt.messages) == 1]
-    firsts = [prompt.messages[0]["content"] for prompt in openings]
-    assert firsts == [prompt.turns[0] for prompt in ASKED[3 * batches :]]
+    assert len(before) == done
+    asked = [prompt.messages for prompt, _ in [*before, *seen]]
+    assert sorted(map(str, asked)) == sorted(str(prompt.messages) for prompt, _ in wanted)
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not part.exists()
 
@@ -168,7 +168,7 @@ def test_what_was_begun_otherwise_begins_anew(
         with monkeypatch.context() as patch:
             seen = watched(patch)
             teacher_answers.write(teacher, how, out, limit)
-        firsts = [prompt for prompt in chain.from_iterable(seen) if len(prompt.messages) == 1]
+        firsts = [prompt for prompt, _ in seen if len(prompt.messages) == 1]
         assert len(firsts) == len(how.prompts)
 
 
@@ -188,6 +188,47 @@ def test_answers_do_not_depend_on_what_is_beside_them(
         files.append(out.read_bytes())
 
     assert files[0] == files[1] != files[2]
+
+
+def smallest(teacher: Checkpoint, how: teacher_answers.WritingSettings) -> Budget:
+    """The smallest budget in which this teacher writes."""
+    m = model_of(teacher)
+    for nbytes in range(2**20, 2**30, 2**14):
+        try:
+            teacher_answers.plan(m, how, Budget(nbytes))
+        except MisError:
+            continue
+        return Budget(nbytes)
+    raise AssertionError
+
+
+@pytest.mark.usefixtures("cpu_policy")
+def test_later_turns_do_not_depend_on_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole in memory or read from disk, alone or beside others whose answers end earlier: what a
+    turn draws is decided by its prompt and its number.
+    """
+    deep = load.open_checkpoint(tiny.talking(tmp_path / "deep", num_hidden_layers=16))
+    many = [
+        Prompt("second turn", "en", (f"What is {number}?", "Why?", "Really?"))
+        for number in range(8)
+    ]
+    how = replace(HOW, prompts=many)
+    files = list[bytes]()
+    streamed = list[bool]()
+    for at_once in (3, 8):
+        monkeypatch.setattr(teacher_answers, "AT_ONCE", (at_once,))
+        for limit in (memory.budget(None), smallest(deep, how)):
+            plan = teacher_answers.plan(model_of(deep), how, limit)
+            streamed.append(plan.headroom_bytes is not None)
+            out = tmp_path / f"{at_once} {len(files)}.jsonl"
+            teacher_answers.write(deep, how, out, limit)
+            files.append(out.read_bytes())
+
+    assert streamed == [False, True] * 2
+    assert len(set(files)) == 1
+    assert max(len(row["messages"]) for row in rows_of(out)) >= 4
 
 
 def test_a_second_turn_follows_the_teachers_own_first_answer(
@@ -210,13 +251,14 @@ def test_a_second_turn_follows_the_teachers_own_first_answer(
     seen = list[list[tuple[dict[str, str], ...]]]()
 
     def answered(
-        writer: Any, tokenizer: Any, batch: Sequence[answers.Prompt], *rest: Any, **how: Any
-    ) -> list[Answer]:
-        seen.append([prompt.messages for prompt in batch])
-        assert len(how["samplers"]) == len(batch)
-        if len(batch[0].messages) == 1:
-            return [Answer(f" {said[prompt.messages[0]['content']]}\n", True) for prompt in batch]
-        return [second[prompt.messages[1]["content"]] for prompt in batch]
+        writer: Any, tokenizer: Any, asked: Sequence[answers.Prompt], *rest: Any, **how: Any
+    ) -> Iterator[tuple[int, Answer]]:
+        seen.append([prompt.messages for prompt in asked])
+        for number, prompt in reversed(list(enumerate(asked))):
+            if len(prompt.messages) == 1:
+                yield number, Answer(f" {said[prompt.messages[0]['content']]}\n", True)
+            else:
+                yield number, second[prompt.messages[1]["content"]]
 
     monkeypatch.setattr(answers, "answered", answered)
     monkeypatch.setattr(teacher_answers, "AT_ONCE", (4,))
@@ -257,7 +299,7 @@ def test_second_turns_of_a_real_teacher(
     )
 
     rows = [row["messages"] for row in rows_of(tmp_path / "a.jsonl")]
-    asked = [list(prompt.messages) for prompt in chain.from_iterable(seen)]
+    asked = [list(prompt.messages) for prompt, _ in seen]
     assert {len(row) for row in rows} == {2, 4, 6}
     for row in rows:
         assert all(row[:end] in asked for end in range(1, len(row), 2))

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -200,19 +201,29 @@ def test_written_answers_are_judged_by_their_last_line(llama: Checkpoint) -> Non
     assert kept[0]["text"]
 
 
-def test_the_same_is_written_where_the_model_does_not_fit(llama: Checkpoint) -> None:
-    """Token by token from disk instead of many answers at once in memory."""
+@pytest.mark.usefixtures("cpu_policy")  # its budgets are for float32
+def test_the_same_is_written_where_the_model_does_not_fit(tmp_path: Path) -> None:
+    """A pass over the file for every token of all answers instead of a model in memory."""
+    deep = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=24))
     prompt = "if the loop is true " * 60
     rows = [{"prompt": prompt + name, "answer": "4"} for name in ("Ala", "Ola")]
     task = replace(questions.task("written", rows, ""), max_tokens=6)
-    poor = answering.plan(llama, "0" * 64, task, Budget(8 * MIB))
-    rich = answering.plan(llama, "0" * 64, task, Budget(1000 * MIB))
+    little = Budget(14 * MIB)
+    much = Budget(1000 * MIB)
+    poor = answering.plan(deep, "0" * 64, task, little)
+    rich = answering.plan(deep, "0" * 64, task, much)
     assert poor
     assert rich
-    assert poor.peak_bytes <= 8 * MIB < rich.peak_bytes
+    assert poor.peak_bytes <= little.limit_bytes < rich.peak_bytes
+    assert poor.read_bytes > 4 * rich.read_bytes
     said = []
-    for mib in (8, 1000):
-        answering.scores(llama, "0" * 64, task, Budget(mib * MIB))
+    for limit in (little, much):
+        mx.clear_cache()
+        before_bytes = mx.get_active_memory()
+        mx.reset_peak_memory()
+        answering.scores(deep, "0" * 64, task, limit)
+        plan = poor if limit is little else rich
+        assert mx.get_peak_memory() - before_bytes <= plan.peak_bytes
         said.append(answering.read(answering.answers_path("0" * 64, task.sha256)))
         answering.answers_path("0" * 64, task.sha256).unlink()
     assert said[0] == said[1]

@@ -21,10 +21,11 @@ from mis_mlx.evaluation import (
     recovery_table,
     task_answers,
     task_registry,
+    writing_cost,
 )
 from mis_mlx.evaluation.instructions import Instruction, Levels
 from mis_mlx.hardware import child_process, memory
-from mis_mlx.types import Checkpoint, MisError
+from mis_mlx.types import Budget, Checkpoint, MisError
 
 NO_COMMA = "punctuation:no_comma"
 TITLE = "detectable_format:title"
@@ -298,15 +299,17 @@ def test_fewer_answers_together_where_memory_is_short(llama: Checkpoint) -> None
     streamed.
     """
     m = answering.estimates.model_of(llama)
-
-    needs = [
-        task_answers.resident_bytes(m, size, longest=100, max_tokens=64)
-        for size in task_answers.AT_ONCE
-    ]
+    how = {"prompt_tokens": 100, "at_once": task_answers.AT_ONCE}
+    needs = [writing_cost.resident_bytes(m, size, 164) for size in task_answers.AT_ONCE]
 
     assert task_answers.AT_ONCE[0] == 48
     assert needs == sorted(needs, reverse=True)
     assert len(set(needs)) == len(needs)
+    for size, need in zip(task_answers.AT_ONCE, needs, strict=True):
+        whole = next(n for n in range(need, 2**30, 2**12) if memory.process_bytes(n) + need <= n)
+        limit = Budget(whole)
+        plan = writing_cost.plan_writing(m, 100, 64, limit, **how)
+        assert (plan.at_once, plan.headroom_bytes) == (size, None)
 
 
 def test_the_table_tells_both_accuracies() -> None:

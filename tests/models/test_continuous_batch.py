@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
@@ -9,7 +10,8 @@ import mlx.nn as nn
 import pytest
 
 from mis_mlx.models import continuous_batch, load
-from mis_mlx.models.continuous_batch import Completion
+from mis_mlx.models.continuous_batch import Completion, Room
+from mis_mlx.models.draws import Draws
 from mis_mlx.types import Checkpoint
 
 # Seven prompts of 1 to 9 tokens: in a batch of three, texts begin beside longer ones.
@@ -55,7 +57,9 @@ def test_greedy_is_the_models_own_text(model: nn.Module, at_once: int) -> None:
     assert len({len(ids) for ids in expected}) > 1
 
     completions = list(
-        continuous_batch.completions(model, PROMPTS, max_tokens=LENGTH, stop=stop, at_once=at_once)
+        continuous_batch.completions(
+            model, PROMPTS, max_tokens=LENGTH, stop=stop, room=Room(at_once), draws=Draws()
+        )
     )
 
     numbers = [completion.number for completion in completions]
@@ -77,7 +81,7 @@ def test_a_text_comes_as_soon_as_it_has_ended(llama: Checkpoint) -> None:
 
     prompts = [Counted(prompt) for prompt in PROMPTS]
     completions = continuous_batch.completions(
-        model, prompts, max_tokens=LENGTH, stop=[], at_once=3
+        model, prompts, max_tokens=LENGTH, stop=[], room=Room(3), draws=Draws()
     )
 
     first = next(completions)
@@ -89,8 +93,28 @@ def test_a_text_comes_as_soon_as_it_has_ended(llama: Checkpoint) -> None:
     assert 1 in read
 
 
-def test_no_prompts_give_nothing(llama: Checkpoint) -> None:
-    """A machine of several may have nothing to write."""
-    model = load.resident_model(llama, mx.float32)
+@pytest.mark.parametrize(("said", "wires"), [("", False), ("1", True)])
+def test_nothing_is_wired_for_a_batch(
+    said: str, wires: bool, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mlx-lm's generator wires all that Metal recommends, and unwires it at its end. Unless
+    MIS_MLX_WIRE=1, MLX is called not once: while it is made, writes, is closed, and is forgotten.
+    """
+    calls = list[int]()
 
-    assert list(continuous_batch.completions(model, [], max_tokens=4, stop=[], at_once=3)) == []
+    def recording(nbytes: int) -> int:
+        calls.append(nbytes)
+        return 7
+
+    recommended = {"max_recommended_working_set_size": 5 * 2**30}
+    monkeypatch.setattr(mx, "device_info", lambda *device: recommended)
+    monkeypatch.setattr(mx, "set_wired_limit", recording)
+    monkeypatch.setenv("MIS_MLX_WIRE", said)
+    list(
+        continuous_batch.completions(
+            model, PROMPTS, max_tokens=2, stop=[], room=Room(3), draws=Draws()
+        )
+    )
+    assert mx.set_wired_limit is recording
+    gc.collect()  # a generator closes itself once more when it goes
+    assert calls == ([5 * 2**30, 7] if wires else [])

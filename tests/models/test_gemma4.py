@@ -8,7 +8,6 @@ import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ from mis_mlx.models import (
     model_writer,
     pipeline_parallel,
     stream,
-    streamed_decode,
     text_writer,
 )
 from mis_mlx.models.config import check_config, key_owners, read_config, softcap
@@ -342,10 +340,7 @@ def test_bits_go_to_the_table_of_per_layer_inputs(
 def test_many_texts_are_written_as_each_alone(gemma: Checkpoint) -> None:
     """Streamed, side by side, past the window; a text's tokens are stock mlx_lm's."""
     prompts = [[5, 9, 300], [44, 8, 120, 3, 77]]
-    greedy = partial(mx.argmax, axis=-1)
-    ours = streamed_decode.sampled(
-        stream.Stream(gemma, mx.float32), prompts, max_tokens=12, stop=(), draw=greedy
-    )
+    ours = text_writer.TextWriter(stream.Stream(gemma, mx.float32)).write(prompts, 12, ())
     model = stock(gemma.path)
     for prompt, text in zip(prompts, ours, strict=True):
         want = list[int]()
@@ -469,7 +464,7 @@ def test_a_teacher_and_its_own_logits(gemma: Checkpoint) -> None:
 def test_answers_are_the_same_whole_and_streamed(gemma: Checkpoint) -> None:
     """Several prompts side by side, by mlx_lm's batches and block by block."""
     prompts = [[5, 9, 300], [44, 8, 120, 3, 77], [7]]
-    whole, pieces = (text_writer.TextWriter(gemma, room) for room in (None, 0))
+    whole, pieces = (text_writer.opened(gemma, room) for room in (None, 0))
     assert whole.write(prompts, 10, ()) == pieces.write(prompts, 10, ())
 
 

@@ -157,7 +157,7 @@ def test_streamed_text_is_the_whole_models(
     passes = streamed_decode.decode(stream.Stream(qwen, mx.float32), prompt, 8)
     assert list(chain.from_iterable(passes)) == want
     prompts = [[5, 9, 300], [44, 8, 120, 3, 77], [7]]
-    whole, pieces = (text_writer.TextWriter(qwen, room) for room in (None, 0))
+    whole, pieces = (text_writer.opened(qwen, room) for room in (None, 0))
     assert whole.write(prompts, 10, ()) == pieces.write(prompts, 10, ())
 
 

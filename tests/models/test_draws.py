@@ -1,0 +1,111 @@
+"""What is drawn: against mlx_lm's sampler and MLX's own draws of one text at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import pytest
+
+from mis_mlx.compute import precision
+from mis_mlx.models import draws, load
+from mis_mlx.models.draws import Draws, Sampling
+
+SEEDS = [3, 99, 2**31 + 5, (3 << 32) + 9, 0]
+
+
+def log_probs(rows: int, vocab: int, spread: float, seed: int = 7) -> mx.array:
+    """Of random logits: (rows, vocab)."""
+    z = spread * mx.random.normal((rows, vocab), key=mx.random.key(seed))
+    return z - mx.logsumexp(z, axis=-1, keepdims=True)
+
+
+def drawn_alone(row: mx.array, sampling: Sampling, key: mx.array) -> int:
+    """One token of one text (V,), by MLX's own function."""
+    logits = row[None]
+    if sampling.top_p < 1.0:
+        logits = load.mlx_lm("sample_utils").apply_top_p(logits, sampling.top_p)
+    return int(mx.random.categorical(logits / sampling.temperature, key=key).item())
+
+
+@pytest.mark.usefixtures("cpu_policy")
+@pytest.mark.parametrize("sampling", [Sampling(0.8), Sampling(0.8, 0.95), Sampling(1.3, 0.5)])
+def test_a_batch_is_drawn_as_each_text_alone(sampling: Sampling) -> None:
+    """The token that mx.random.categorical draws of a row alone by the text's own key, which is
+    split once a token: whichever rows are beside it, and however often it was left out.
+    """
+    table = log_probs(len(SEEDS), 5000, 3.0)
+    keys = [mx.random.key(seed) for seed in SEEDS]
+    found = Draws(sampling, SEEDS)
+    steps: list[Sequence[int]] = [range(5), [4, 1], [2], range(5), [0, 3]]
+    for texts in steps:
+        together = found(table[mx.array(list(texts))], texts).tolist()
+        for text, token in zip(texts, together, strict=True):
+            key, keys[text] = mx.random.split(keys[text])
+            assert token == drawn_alone(table[text], sampling, key)
+
+
+def test_a_draw_has_the_distribution() -> None:
+    """Four thousand texts: no share of a token is further from its probability than chance has it;
+    what has none is never drawn, nor is anything behind the last token.
+    """
+    p = mx.array([0.0, 0.5, 0.3, 0.0, 0.15, 0.05, 0.0])
+    count = 4000
+    table = mx.broadcast_to(mx.log(p), (count, len(p)))
+    tokens = Draws(Sampling(1.0), range(count))(table, range(count))
+    shares = mx.array([float((tokens == token).mean()) for token in range(len(p))])
+    chance = mx.sqrt(p * (1 - p) / count)
+    assert mx.all(mx.abs(shares - p) <= 4 * chance).item()
+
+
+def test_no_temperature_is_greedy() -> None:
+    """The likeliest token, whatever the seeds."""
+    table = log_probs(3, 50, 1.0)
+    expected = mx.argmax(table, axis=-1).tolist()
+    assert Draws()(table, range(3)).tolist() == expected
+    assert Draws(Sampling(0.0, 0.9), [1, 2, 3])(table, range(3)).tolist() == expected
+
+
+@pytest.mark.parametrize("policy", ["cpu", "metal"])
+def test_a_nucleus_by_hand(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 0.5, 0.3, 0.15, 0.05 in any order: the fewest tokens that have as much together; the
+    likeliest one always; tokens that are equally likely all.
+    """
+    monkeypatch.setenv(precision.POLICY, policy)
+    p = mx.array([[0.05, 0.5, 0.15, 0.3], [0.3, 0.15, 0.05, 0.5]])
+
+    def kept(p: mx.array, top_p: float) -> list[list[bool]]:
+        return (draws.nucleus(mx.log(p), top_p) > -mx.inf).tolist()
+
+    assert kept(p, 0.0001) == kept(p, 0.4)
+    assert kept(p, 0.4) == [[False, True, False, False], [False, False, False, True]]
+    assert kept(p, 0.79) == [[False, True, False, True], [True, False, False, True]]
+    assert kept(p, 0.81) == [[False, True, True, True], [True, True, False, True]]
+    assert kept(p, 0.96) == [[True] * 4] * 2
+    assert kept(mx.array([[0.25, 0.5, 0.25, 0.0]]), 0.6) == [[True, True, True, False]]
+
+
+@pytest.mark.parametrize("policy", ["cpu", "metal"])
+@pytest.mark.parametrize("spread", [0.1, 1.0, 6.0])
+def test_a_nucleus_is_mlx_lms(spread: float, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the likeliest tokens that are looked at first have less than it takes. A token at
+    the edge may be on either side by rounding.
+    """
+    monkeypatch.setenv(precision.POLICY, policy)
+    monkeypatch.setattr(draws, "LIKELIEST", 64)
+    table = log_probs(5, 3000, spread)
+    expected = load.mlx_lm("sample_utils").apply_top_p(table, 0.95)
+    found = draws.nucleus(table, 0.95)
+    if policy == "cpu":
+        assert mx.array_equal(found, expected)
+    assert mx.all((found != expected).sum(axis=-1) <= 1).item()
+
+
+@pytest.mark.usefixtures("cpu_policy")
+def test_a_nucleus_does_not_depend_on_other_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row whose nucleus is among the likeliest tokens, beside one that needs all."""
+    monkeypatch.setattr(draws, "LIKELIEST", 64)
+    table = mx.concatenate([log_probs(2, 3000, 6.0), log_probs(2, 3000, 0.1)])
+    together = draws.nucleus(table, 0.95)
+    for row, expected in zip(table, together, strict=True):
+        assert mx.array_equal(draws.nucleus(row[None], 0.95)[0], expected)
