@@ -250,10 +250,11 @@ def plan_strategy(
         return _planned(replace(job, targets=targets), limit, rates, way)
     plan = _planned(job, limit, rates, way)
     fits_beside = plan.fits and plan.pinned == job.teacher.shape.layers
-    taught = any(p.name in TAUGHT for p in plan.phases)
-    if fits_beside or not (job.may_store and taught):
+    if fits_beside or not job.may_store:
         return plan
-    return _planned(replace(job, targets="cached"), limit, rates, way)
+    stored = _planned(replace(job, targets="cached"), limit, rates, way)
+    taught = any(p.name in TAUGHT for p in stored.phases)
+    return stored if taught else plan
 
 
 class _Way(NamedTuple):
