@@ -1,5 +1,6 @@
 """A packed model whose scales, biases and norms learn; integers, embedding and head stay."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mis_mlx.maths import rounding
+from mis_mlx.maths.optimizer import Part
 from mis_mlx.models import arch, load, model_writer, stream
 from mis_mlx.quantization import packed_format
+from mis_mlx.quantization.scale_state import ScaleState
 from mis_mlx.storage import safetensors
 from mis_mlx.storage.files import Files
 from mis_mlx.types import Checkpoint
@@ -93,22 +96,27 @@ def _rows(x: mx.array) -> mx.array:
 class PackedStream(stream.Stream):
     """Streams a packed model whose scales, biases and norms learn, in float32.
 
-    learned: what the blocks have learned so far, {name in the block: array}; a block that comes has
-    these values in place of the stored ones. Whoever trains replaces them there. kept: how many
-    blocks' integers stay in memory.
+    kept: how many blocks' integers stay in memory. state: holds what the blocks have learned, at
+    first what is stored; a block that comes has these values. Whoever trains replaces them there.
     """
 
-    def __init__(self, checkpoint: Checkpoint, kept: int, direct: bool = False):
+    def __init__(
+        self, checkpoint: Checkpoint, kept: int, state: ScaleState, *, direct: bool = False
+    ):
         super().__init__(checkpoint, mx.float32, direct=direct)
         self._formats = packed_format.formats(checkpoint)
         self._copies = True  # integers leave their slot: see `with_grids`
-        self.learned: list[dict[str, mx.array]] = []
-        for _, block in super().blocks():
+        self._state = state
+        # of every block: what learns, {name in the block: shape}
+        self.shapes: list[dict[str, tuple[int, ...]]] = []
+        for i, block in super().blocks():
             values = dict[str, mx.array](tree_flatten(block.trainable_parameters()))
             for name, array in values.items():
                 values[name] = array * 1  # a copy: the block's memory is used again
-            stream.evaluate_now(values)
-            self.learned.append(values)
+            state.put(i, Part(values, {}))
+            self.shapes.append({name: array.shape for name, array in values.items()})
+        sizes = [sum(map(math.prod, named.values())) for named in self.shapes]
+        self.most_learns = max(sizes)  # numbers that learn in a block, at the most
         self.resident_blocks = kept
 
     def opened(self, i: int, raw: stream.Arrays) -> nn.Module:
@@ -119,8 +127,11 @@ class PackedStream(stream.Stream):
     def blocks(self, order: Sequence[int] | None = None) -> Iterator[tuple[int, nn.Module]]:
         """As `Stream.blocks`, with what the blocks have learned."""
         for i, block in super().blocks(order):
-            block.update(tree_unflatten(list(self.learned[i].items())))
+            block.update(tree_unflatten(list(self._state.values(i).items())))
             yield i, block
+            # A block that stays does not keep values that are soon old.
+            away = [(name, mx.array(0.0)) for name in self.shapes[i]]
+            block.update(tree_unflatten(away))
 
 
 def with_grids(
