@@ -257,16 +257,14 @@ def _work_of_scales(job: DistillationSpec, micro: int) -> int:
 def _step_of_scales(job: DistillationSpec, micro: int) -> StageCost:
     """One step of scales that learn, without them. No block stays in memory."""
     m = job.student
-    packed = rounding_cost.packed_bytes(m, job.rounding)
-    packed_block = packed // m.shape.layers
     flops = 4 * forward_flops(m, job.step, job.max_seq_length, head=False)
     flops += 4.0 * job.step * m.head_params
     return StageCost(
         name=SCALES,
         read_bytes=0,
-        written_bytes=packed,
-        # a block comes while another one computes, and is unpacked
-        peak_bytes=2 * packed_block + m.block_params + _work_of_scales(job, micro),
+        written_bytes=rounding_cost.packed_bytes(m, job.rounding),
+        # a block comes while another one computes, and leaves its slot
+        peak_bytes=2 * _packed_block(job) + _integers_bytes(job) + _work_of_scales(job, micro),
         flops=flops,
         updated=learning_scales(job),
     )
@@ -274,16 +272,27 @@ def _step_of_scales(job: DistillationSpec, micro: int) -> StageCost:
 
 def _with_kept_blocks(job: DistillationSpec, step: StageCost, room: int) -> StageCost:
     """The step, with as many blocks' integers in memory as there is room for, in bytes."""
-    m = job.student
-    layers = m.shape.layers
-    packed_block = rounding_cost.packed_bytes(m, job.rounding) // layers
-    kept = min(layers, room // m.block_params)
+    layers = job.student.shape.layers
+    kept = min(layers, room // _integers_bytes(job))
     return replace(
         step,
-        read_bytes=packed_block * (layers + 2 * job.iters * (layers - kept)),
-        peak_bytes=step.peak_bytes + kept * m.block_params,
+        read_bytes=_packed_block(job) * (layers + 2 * job.iters * (layers - kept)),
+        peak_bytes=step.peak_bytes + kept * _integers_bytes(job),
         kept=kept,
     )
+
+
+def _packed_block(job: DistillationSpec) -> int:
+    """Bytes of a rounded block on disk."""
+    m = job.student
+    share = m.blocks_params / m.params / m.shape.layers
+    return int(share * rounding_cost.packed_bytes(m, job.rounding))
+
+
+def _integers_bytes(job: DistillationSpec) -> int:
+    """Integers of a block in memory: as on disk on Metal; a CPU has a byte for each."""
+    m = job.student
+    return _packed_block(job) if m.gpu else m.block_params
 
 
 def _taught(
