@@ -153,7 +153,7 @@ def _step_bytes(
     head = 4 * s.vocab * s.hidden
     loss = job.loss.logit_bytes(s.vocab, micro * length)
     if slabs:
-        head = slab_bytes(micro * length, s.hidden)
+        head = slab_bytes(micro * length, s.hidden, s.vocab)
         loss = activations + summed
     elif job.loss.on_host:
         loss += activations + summed
