@@ -67,6 +67,7 @@ def table(plan: strategies.MemoryPlan, expected_loss: float | None = None) -> st
             "more_loss": shortfall.loss_factor(plan),
             "expected_loss": expected_loss,
             "spooled": max(p.spooled_bytes for p in plan.phases),
+            "state": max(p.state_bytes for p in plan.phases),
             "written": sum(p.written_bytes for p in plan.phases),
         },
     )
@@ -105,6 +106,11 @@ def disk_bytes(plan: strategies.MemoryPlan) -> int:
     for p in plan.phases:
         if p.name in ("quantize", "logit store"):
             files += p.written_bytes
+        if p.name == distillation_spec.SCALES:
+            # the rounded model stays beside the one with what was learned
+            files += rounding_cost.packed_bytes(m, plan.job.rounding)
+            files += p.state_bytes
+            files += 2 * workloads.SAVED_BYTES * training_cost.learning_scales(plan.job)
     return files + max(p.spooled_bytes for p in plan.phases)
 
 

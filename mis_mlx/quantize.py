@@ -19,7 +19,13 @@ from mis_mlx.models.model_size import model_of
 from mis_mlx.planner import estimates
 from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.pruning import vocabulary
-from mis_mlx.quantization import learned_scales, packed_format, rounding_cost, stage
+from mis_mlx.quantization import (
+    learned_scales,
+    packed_format,
+    rounding_cost,
+    scale_state,
+    stage,
+)
 from mis_mlx.reporting import progress
 from mis_mlx.runs import run_loop
 from mis_mlx.settings.recipe import DistillationConfig, QuantizationConfig
@@ -113,8 +119,9 @@ def _tuned(
     source = live_teacher.StreamedTeacher(other, room)
     asked = DistillationConfig(batch_size=s.batch_size, seed=s.seed)
     recipe = pipeline.tuning_recipe(asked, checkpoint, s.steps(), s.q_learning_rate)
-    learned = pipeline.learn_scales(checkpoint, planned.kept, source, data, recipe)
-    learned_scales.write_learned(checkpoint, learned, out, files)
+    with scale_state.place(planned, rounded, files) as state:
+        learned = pipeline.learn_scales(checkpoint, planned.kept, source, data, recipe, state)
+        learned_scales.write_learned(checkpoint, learned, out, files)
 
 
 def run(settings: Settings) -> dict[str, Any]:

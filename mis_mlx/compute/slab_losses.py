@@ -23,9 +23,9 @@ def slab_rows(positions: int) -> int:
     return max(256, LOGIT_BYTES // (4 * positions))
 
 
-def slab_bytes(positions: int, width: int) -> int:
+def slab_bytes(positions: int, width: int, vocab: int) -> int:
     """What a slab takes: its part of the head, as read and in float32, and logits in flight."""
-    rows = slab_rows(positions)
+    rows = min(slab_rows(positions), vocab)
     return 4 * rows * (2 * width + 4 * positions)
 
 

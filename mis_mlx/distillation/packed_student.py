@@ -2,77 +2,165 @@
 
 A step goes forward through all blocks and back, as in distillation/block_gradients: the integers of
 one block are in memory at a time, and of as many others as there is room for. What learns is small,
-a twentieth of the weights, and stays in memory with its gradients and moments. So every block
-learns in every step, under one guard, and the bits of the result do not depend on the room.
+a twentieth of the weights; it is in memory with its gradients and moments, or in a file a block
+(quantization/scale_state). Every block learns in every step, under one guard: the norm over all
+gradients is known before the first block is updated. So the bits of the result do not depend on
+what is in memory.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mis_mlx.compute import streams
 from mis_mlx.compute.token_losses import TokenLoss
 from mis_mlx.distillation import train_loop
 from mis_mlx.distillation.block_gradients import BlockGradients, MicroBatch
-from mis_mlx.distillation.train_loop import Applied, StepGradients, Update
-from mis_mlx.maths.optimizer import GuardedAdamW
+from mis_mlx.distillation.train_loop import Applied, Update
+from mis_mlx.maths import optimizer
+from mis_mlx.maths.optimizer import GuardedAdamW, Part
 from mis_mlx.models import altup, distributed, load, stream
 from mis_mlx.models.stream import evaluate_now
+from mis_mlx.quantization import scale_state
 from mis_mlx.quantization.learned_scales import PackedStream
+from mis_mlx.quantization.scale_state import ScaleState
 from mis_mlx.settings.recipe import TrainingConfig
+from mis_mlx.storage.checkpoint import Written
 from mis_mlx.types import Checkpoint, Step
 
 NORM = "model.norm.weight"  # what the final norm's weight is called in the whole model
 
 
+@dataclass(frozen=True)
+class FoundGradients:
+    """Loss and gradients of a step, summed over tokens and machines, evaluated.
+
+    loss: per token, in nats. tokens: how many count. blocks: a vector of each block, the last one
+    first. norm: the final norm's. squares: their sums of squares, tensor by tensor in the order of
+    the model.
+    """
+
+    loss: float
+    tokens: float
+    blocks: MutableSequence[mx.array]
+    norm: mx.array
+    squares: list[mx.array]
+
+
+class Learned(Mapping[str, mx.array]):
+    """What a student has learned, by name in the whole model; read where it is asked for."""
+
+    def __init__(
+        self,
+        state: ScaleState,
+        shapes: Sequence[Mapping[str, tuple[int, ...]]],
+        further: Mapping[str, mx.array],
+    ):
+        self._state = state
+        self._further = further
+        self._places = {}
+        for i, named in enumerate(shapes):
+            for name in named:
+                self._places[f"{scale_state.prefix(i)}{name}"] = i, name
+
+    def __getitem__(self, name: str) -> mx.array:
+        if name in self._further:
+            return self._further[name]
+        i, inside = self._places[name]
+        return self._state.value(i, inside)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places or name in self._further
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._places
+        yield from self._further
+
+    def __len__(self) -> int:
+        return len(self._places) + len(self._further)
+
+
 class PackedStudent:
     """A packed student whose scales, biases and norms learn.
 
-    kept: how many blocks' integers stay in memory; the others are read twice a step. direct: as in
-    `stream.Stream`. As `train_loop.WholeModel` for checkpoints, whose files are the same.
+    kept: how many blocks' integers stay in memory; the others are read twice a step. state: where
+    what learns lives; default: in memory. direct: as in `stream.Stream`. As `train_loop.WholeModel`
+    for checkpoints; a checkpoint of one state can be put back into another.
     """
 
     def __init__(
-        self, student: Checkpoint, kept: int, *, weight_decay: float = 0.0, direct: bool = False
+        self,
+        student: Checkpoint,
+        kept: int,
+        *,
+        weight_decay: float = 0.0,
+        state: ScaleState | None = None,
+        direct: bool = False,
     ):
-        self._source = PackedStream(student, kept, direct=direct)
+        self._state = state or scale_state.InMemory()
+        self._source = PackedStream(student, kept, self._state, direct=direct)
         norm = load.final_norm(student, mx.float32)
         self._norm = stream.load_checked(norm, f"{student.path}: {load.NORM}")
         if isinstance(norm, altup.Exit):  # the matrices beside the norm do not learn
             norm.freeze()
             norm.norm.unfreeze()
         (self._norm_name,) = dict[str, Any](tree_flatten(norm.trainable_parameters()))
+        self._norm_moments: Mapping[str, Mapping[str, mx.array]] = {}
         self._passes = BlockGradients(
             self._source, norm, range(self._source.layers), norm_learns=True, slabs=True
         )
         self._optimizer = GuardedAdamW(weight_decay=weight_decay, relative=True)
         self.optimizers = [self._optimizer]
 
-    def learned(self) -> dict[str, mx.array]:
+    def learned(self) -> Mapping[str, mx.array]:
         """What learns, by its name in the whole model."""
-        named = {}
-        for i, values in enumerate(self._source.learned):
-            for name, array in values.items():
-                named[f"model.layers.{i}.{name}"] = array
-        (named[NORM],) = dict[str, mx.array](
-            tree_flatten(self._norm.trainable_parameters())
-        ).values()
-        return named
+        return Learned(self._state, self._source.shapes, self._of_norm().weights)
 
-    def arrays(self) -> dict[str, dict[str, mx.array]]:
-        """The arrays that a resumed run needs, by checkpoint file."""
-        return {"model": self.learned(), "optimizer": self._optimizer.arrays()}
+    def arrays(self) -> dict[str, dict[str, mx.array] | Written]:
+        """The arrays that a resumed run needs, by checkpoint file: written already, or as they are.
+
+        Moments have the names of their values, and .m or .v.
+        """
+        files = self._state.entries()
+        parts = [self._of_norm()]
+        if not files:
+            whole = [self._whole(i) for i in range(self._source.layers)]
+            parts = [*whole, *parts]
+        values: dict[str, mx.array] = {}
+        moments = self._optimizer.arrays()
+        for part in parts:
+            values |= part.weights
+            moments |= scale_state.joined(Part({}, part.moments))
+        return {"model": values, "optimizer": moments, **files}
 
     def memory(self) -> dict[str, Any]:
         """The part of a checkpoint that is not an array, for its state.json."""
         return self._optimizer.memory()
 
-    def restore(self, arrays: Mapping[str, Mapping[str, mx.array]], memory: dict[str, Any]) -> None:
-        """Put a checkpoint's arrays back, evaluated: a file may go once this returns."""
-        self._put(arrays["model"])
-        self._optimizer.restore(dict(arrays["optimizer"]), memory)
-        evaluate_now(self.learned(), self._optimizer.adamw.state)
+    def restore(self, arrays: Mapping[str, dict[str, mx.array]], memory: dict[str, Any]) -> None:
+        """Put a checkpoint's arrays back, evaluated: a file may go once this returns.
+
+        The mappings are emptied, so that arrays which are lazy are in memory a block at a time.
+        """
+        found: dict[str, mx.array] = {}
+        for named in arrays.values():
+            found |= named
+            named.clear()
+        counts = {name: found.pop(name) for name in list(found) if "." not in name}
+        self._optimizer.restore(counts, memory)
+        for i, shapes in enumerate(self._source.shapes):
+            named = {}
+            for name in shapes:
+                whole = f"{scale_state.prefix(i)}{name}"
+                for ending in ("", *scale_state.MOMENTS):
+                    if whole + ending in found:
+                        named[name + ending] = found.pop(whole + ending)
+            self._state.put(i, scale_state.split(named))
+        self._put_norm(scale_state.split(found))
 
     def steps(
         self,
@@ -84,7 +172,7 @@ class PackedStudent:
     ) -> Iterator[Step]:
         """Run steps `start` to `recipe.iters` as `train_loop.train` does."""
 
-        def look(step: int) -> StepGradients:
+        def look(step: int) -> FoundGradients:
             return self._gradients(micro_batches(step), loss)
 
         return train_loop.run_steps(
@@ -96,33 +184,88 @@ class PackedStudent:
             factor=factor,
         )
 
-    def _gradients(self, batches: Sequence[MicroBatch], loss: TokenLoss) -> StepGradients:
-        """Of all that learns, by name; of all machines."""
+    def _gradients(self, batches: Sequence[MicroBatch], loss: TokenLoss) -> FoundGradients:
+        """Of all that learns; of all machines."""
         forward = self._passes.forward(batches, loss)
-        of_block = dict(self._passes.backward_blocks(forward))
-        named = {}
-        # In the order of the whole model: sums over tensors depend on it.
-        for i in range(self._source.layers):
-            for name, gradient in of_block.pop(i).items():
-                named[f"model.layers.{i}.{name}"] = gradient
-        (named[NORM],) = forward.norm.values()
-        distributed.all_reduce_gradients(named)
-        return StepGradients(
-            forward.loss, forward.tokens, grads=tree_unflatten(list(named.items()))
+        vectors = self._state.new_gradients()
+        squares = []
+        for i, gradients in self._passes.backward_blocks(forward):
+            distributed.all_reduce_gradients(gradients)
+            found = optimizer.sums_of_squares(gradients, streams.stream)
+            in_turn = [gradients[name] for name in self._source.shapes[i]]
+            vector = _as_vector(in_turn, self._source.most_learns)
+            evaluate_now(found, vector)
+            vectors.append(vector)
+            squares.append(found)
+            gradients.clear()
+            del vector, in_turn
+        of_norm = forward.norm
+        distributed.all_reduce_gradients(of_norm)
+        squares.insert(0, optimizer.sums_of_squares(of_norm))
+        (norm,) = of_norm.values()
+        evaluate_now(squares, norm)
+        # In the order of the whole model: the sum over tensors depends on it.
+        in_order = [square for found in reversed(squares) for square in found]
+        return FoundGradients(
+            forward.loss, forward.tokens, blocks=vectors, norm=norm, squares=in_order
         )
 
-    def _apply(self, found: StepGradients, update: Update) -> Applied:
-        """One step of all that learns."""
-        learned = tree_unflatten(list(self.learned().items()))
-        done = train_loop.guarded_update(learned, found, self._optimizer, update)
-        self._put(dict(tree_flatten(learned)))
-        del learned
-        evaluate_now(self.learned(), self._optimizer.adamw.state)
-        return done
+    def _apply(self, found: FoundGradients, update: Update) -> Applied:
+        """One step of all that learns, a block at a time."""
+        scale = update.noise / found.tokens
+        # The first machine's norm on all machines: the guard must decide alike everywhere.
+        whole = optimizer.norm_of_squares(found.squares)
+        norm = scale * distributed.broadcast_json(lambda: float(whole))
+        learns, note = self._optimizer.decide(
+            found.loss, norm, update.rate, batch=update.batch, scale=scale
+        )
+        if learns:
+            self._optimizer.begin_parts(streams.stream)
+            for i in range(self._source.layers):
+                self._update_block(i, found.blocks[-1 - i])
+            part = self._optimizer.updated(self._of_norm(), {NORM: found.norm})
+            self._put_norm(part)
+            evaluate_now(self._optimizer.adamw.state)
+        return Applied(found.loss, found.tokens, norm=norm, note=note, further={})
 
-    def _put(self, named: Mapping[str, mx.array]) -> None:
-        """Replace what was learned, by its name in the whole model."""
-        for i, values in enumerate(self._source.learned):
-            for name in values:
-                values[name] = named[f"model.layers.{i}.{name}"]
-        self._norm.update(tree_unflatten([(self._norm_name, named[NORM])]))
+    def _update_block(self, i: int, vector: mx.array) -> None:
+        """Block i's step. vector: its gradients."""
+        gradients = self._by_name(i, vector)
+        self._state.put(i, self._optimizer.updated(self._state.part(i), gradients))
+
+    def _by_name(self, i: int, vector: mx.array) -> dict[str, mx.array]:
+        """Block i's gradients by name in the block, of their vector; lazy."""
+        named = {}
+        start = 0
+        for name, shape in self._source.shapes[i].items():
+            numbers = math.prod(shape)
+            named[name] = vector[start : start + numbers].reshape(shape)
+            start += numbers
+        return named
+
+    def _whole(self, i: int) -> Part:
+        """Block i's values and moments, by name in the whole model."""
+        part = self._state.part(i)
+        prefix = scale_state.prefix(i)
+        weights = {f"{prefix}{name}": array for name, array in part.weights.items()}
+        moments = {f"{prefix}{name}": of_value for name, of_value in part.moments.items()}
+        return Part(weights, moments)
+
+    def _of_norm(self) -> Part:
+        """The final norm's value and moments, by name in the whole model."""
+        (norm,) = dict[str, mx.array](tree_flatten(self._norm.trainable_parameters())).values()
+        return Part({NORM: norm}, self._norm_moments)
+
+    def _put_norm(self, part: Part) -> None:
+        """Replace the final norm's value and moments, which may be lazy."""
+        evaluate_now(part)
+        self._norm.update(tree_unflatten([(self._norm_name, part.weights[NORM])]))
+        self._norm_moments = part.moments
+
+
+def _as_vector(arrays: Sequence[mx.array], size: int) -> mx.array:
+    """All numbers of some arrays one after the other, and zeros up to `size`; lazy."""
+    flat = mx.concatenate([array.reshape(-1) for array in arrays])
+    if len(flat) < size:
+        flat = mx.pad(flat, (0, size - len(flat)))
+    return flat

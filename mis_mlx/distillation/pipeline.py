@@ -28,7 +28,7 @@ from mis_mlx.models import distributed, load, model_writer, stream
 from mis_mlx.models.config import softcap
 from mis_mlx.planner.distillation_spec import SCALES
 from mis_mlx.pruning import reconstruct, vocabulary
-from mis_mlx.quantization import learned_scales, packed_format
+from mis_mlx.quantization import learned_scales, packed_format, scale_state
 from mis_mlx.reporting import progress, text
 from mis_mlx.runs import pace, run_loop
 from mis_mlx.settings.recipe import DistillationConfig, TrainingConfig
@@ -354,12 +354,16 @@ def learn_scales(
     source: live_teacher.TargetSource,
     data: token_windows.Windows,
     recipe: TrainingConfig,
-) -> dict[str, mx.array]:
+    state: scale_state.ScaleState | None = None,
+) -> Mapping[str, mx.array]:
     """What a packed model's scales, biases and norms are after their steps, by name.
 
-    Without checkpoints. kept: how many blocks' integers stay in memory.
+    Without checkpoints. kept: how many blocks' integers stay in memory. state: where what learns
+    lives, also after this returns; default: in memory.
     """
-    student = packed_student.PackedStudent(rounded, kept, weight_decay=recipe.weight_decay)
+    student = packed_student.PackedStudent(
+        rounded, kept, weight_decay=recipe.weight_decay, state=state
+    )
     with progress.bar(SCALES, recipe.iters) as show:
         for step in _scale_steps(student, source, data, recipe):
             show(step.number, text.step_text(step))
@@ -386,16 +390,18 @@ def tune(c: Run, rounded: Path, out: Path, rate: float) -> None:
     """
     checkpoint = load.open_checkpoint(rounded)
     recipe = tuning_recipe(c.recipe, checkpoint, c.plan.tuned, rate)
-    student = packed_student.PackedStudent(
-        checkpoint, c.plan.kept, weight_decay=recipe.weight_decay
-    )
-    source = target_source(c)
-    training = run_loop.CheckpointedTraining(
-        c, student, c.remember, c.recall, steps=TUNE_STEPS, log=TUNE_LOG, label=SCALES
-    )
-    start = training.start(lambda: None)
-    steps_of = partial(_scale_steps, student, source, c.data, recipe)
-    with c.phase(training.label):
-        training.finish(steps_of, start, c.plan.tuned, c.recipe.save_every)
-    if distributed.is_main():
-        learned_scales.write_learned(checkpoint, student.learned(), out, c.files)
+    planned = next(phase for phase in c.plan.phases if phase.name == SCALES)
+    source = target_source(c)  # its pass is over before the student takes memory
+    with scale_state.place(planned, c.folder, c.files) as state:
+        student = packed_student.PackedStudent(
+            checkpoint, planned.kept, weight_decay=recipe.weight_decay, state=state
+        )
+        training = run_loop.CheckpointedTraining(
+            c, student, c.remember, c.recall, steps=TUNE_STEPS, log=TUNE_LOG, label=SCALES
+        )
+        start = training.start(lambda: None)
+        steps_of = partial(_scale_steps, student, source, c.data, recipe)
+        with c.phase(training.label):
+            training.finish(steps_of, start, c.plan.tuned, c.recipe.save_every)
+        if distributed.is_main():
+            learned_scales.write_learned(checkpoint, student.learned(), out, c.files)

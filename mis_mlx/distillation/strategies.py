@@ -175,11 +175,6 @@ class MemoryPlan:
         """Teacher blocks that stay in memory during training."""
         return next((p.pinned for p in self.phases if p.name in TAUGHT), 0)
 
-    @property
-    def kept(self) -> int:
-        """Blocks of the packed student whose integers stay in memory while scales learn."""
-        return next((p.kept for p in self.phases if p.name == SCALES), 0)
-
 
 @dataclass(frozen=True)
 class _ProcessOverhead:

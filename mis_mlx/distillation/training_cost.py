@@ -11,8 +11,9 @@ from dataclasses import replace
 from mis_mlx.compute.slab_losses import slab_bytes
 from mis_mlx.distillation import state_cost
 from mis_mlx.distillation.state_cost import STATE_BYTES, block_state_bytes
+from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.models import arch
+from mis_mlx.models import arch, distributed
 from mis_mlx.models.pass_cost import (
     SMALL_BYTES,
     forward_flops,
@@ -152,7 +153,7 @@ def _step_bytes(
     head = 4 * s.vocab * s.hidden
     loss = job.loss.logit_bytes(s.vocab, micro * length)
     if slabs:
-        head = slab_bytes(micro * length, s.hidden)
+        head = slab_bytes(micro * length, s.hidden, s.vocab)
         loss = activations + summed
     elif job.loss.on_host:
         loss += activations + summed
@@ -167,44 +168,131 @@ def _step_bytes(
 def tuning_cost(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost:
     """The packed student, whose scales learn block by block (distillation/packed_student).
 
-    What learns, its gradients and moments; the integers of one block, and of as many others as
-    there is room for.
+    What learns, its gradients and moments, where they fit; else they are in files, a block at a
+    time in memory. The integers of one block, and of as many others as there is room for.
+    """
+    gpu = job.student.gpu
+    in_memory = _scales_in_memory(job, micro, limit, iters)
+    fits = in_memory.peak_bytes + process_bytes(limit, gpu) <= limit
+    if fits or distributed.size() > 1:  # machines send each other what is in memory
+        return in_memory
+    on_disk = _scales_on_disk(job, micro, limit, iters)
+    return min(in_memory, on_disk, key=lambda cost: cost.peak_bytes)
+
+
+def learning_scales(job: DistillationSpec) -> int:
+    """Scales and biases of the student's blocks."""
+    return 2 * job.student.blocks_params // job.rounding.q_group_size
+
+
+def _scales_in_memory(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost:
+    """`tuning_cost`, with all that learns in memory."""
+    m = job.student
+    trained = learning_scales(job)
+    step = _step_of_scales(job, micro)
+    step = replace(step, peak_bytes=step.peak_bytes + STATE_BYTES * trained)
+    saved = SAVED_BYTES * trained
+    work = _work_of_scales(job, micro)
+    job = replace(job, iters=iters)
+    least = _taught(job, step, micro, limit=0, saved=saved, work=work)
+    step = _with_kept_blocks(job, step, headroom_bytes(limit, least.peak_bytes, m.gpu))
+    return _taught(job, step, micro, limit=limit, saved=saved, work=work)
+
+
+def _scales_on_disk(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost:
+    """`tuning_cost`, with what learns and its moments in a file a block.
+
+    Checkpoints are second names of these files. Room is for gradients first, which would be written
+    and read at every step, then for integers, which are only read.
     """
     m = job.student
-    job = replace(job, iters=iters)
     layers = m.shape.layers
-    trained = 2 * m.blocks_params // job.rounding.q_group_size
-    packed_block = rounding_cost.packed_bytes(m, job.rounding) // layers
-    # a block comes while another one computes, and is unpacked
-    blocks = 2 * packed_block + m.block_params
-    work = _step_bytes(
+    trained = learning_scales(job)
+    of_block = 4 * _learning_in_block(job)
+    step = _step_of_scales(job, micro)
+    # values of the block that computes; its gradients, as they came and as a vector
+    step = replace(step, peak_bytes=step.peak_bytes + 3 * of_block)
+    work = _work_of_scales(job, micro)
+    job = replace(job, iters=iters)
+    least = _taught(job, step, micro, limit=0, saved=0, work=work)
+    room = headroom_bytes(limit, least.peak_bytes, m.gpu)
+    held = min(layers, room // of_block)
+    step = replace(step, peak_bytes=step.peak_bytes + held * of_block)
+    step = _with_kept_blocks(job, step, room - held * of_block)
+    put_away = (layers - held) * of_block
+    state = SAVED_BYTES * trained
+    # values on the way there and back, all for the update, which writes all of it
+    read = iters * (2 * 4 * trained + state + put_away)
+    written = 4 * trained + iters * (state + put_away)
+    step = replace(
+        step,
+        read_bytes=step.read_bytes + read,
+        written_bytes=step.written_bytes + written,
+        # a block's new file is there before the old one goes
+        state_bytes=state + SAVED_BYTES * _learning_in_block(job) + put_away,
+        held_gradients=held,
+    )
+    return _taught(job, step, micro, limit=limit, saved=0, work=work)
+
+
+def _learning_in_block(job: DistillationSpec) -> int:
+    """Scales and biases of a block, of the largest."""
+    return 2 * job.student.block_params // job.rounding.q_group_size
+
+
+def _work_of_scales(job: DistillationSpec, micro: int) -> int:
+    """What a step of scales that learn holds beside what learns and integers."""
+    of_block = 4 * _learning_in_block(job)
+    return _step_bytes(
         job,
         micro,
-        gradient=4 * trained // layers,
+        gradient=of_block,
+        # values and moments, old and new; gradients as a vector and by name
+        update=8 * of_block,
         slabs=job.targets == "cached",
-        of_stream=rounding_cost.learning_matrix_bytes(m),
+        of_stream=rounding_cost.learning_matrix_bytes(job.student),
     )
+
+
+def _step_of_scales(job: DistillationSpec, micro: int) -> StageCost:
+    """One step of scales that learn, without them. No block stays in memory."""
+    m = job.student
     flops = 4 * forward_flops(m, job.step, job.max_seq_length, head=False)
     flops += 4.0 * job.step * m.head_params
-    one_step = StageCost(
+    return StageCost(
         name=SCALES,
-        read_bytes=packed_block,
+        read_bytes=0,
         written_bytes=rounding_cost.packed_bytes(m, job.rounding),
-        peak_bytes=STATE_BYTES * trained + blocks + work,
+        # a block comes while another one computes, and leaves its slot
+        peak_bytes=2 * _packed_block(job) + _integers_bytes(job) + _work_of_scales(job, micro),
         flops=flops,
-        updated=trained,
+        updated=learning_scales(job),
     )
-    saved = SAVED_BYTES * trained
-    least = _taught(job, one_step, micro, limit=0, saved=saved, work=work)
-    kept = min(layers, headroom_bytes(limit, least.peak_bytes, m.gpu) // m.block_params)
-    read = packed_block * (layers + 2 * iters * (layers - kept))
-    one_step = replace(
-        one_step,
-        read_bytes=read,
-        peak_bytes=one_step.peak_bytes + kept * m.block_params,
+
+
+def _with_kept_blocks(job: DistillationSpec, step: StageCost, room: int) -> StageCost:
+    """The step, with as many blocks' integers in memory as there is room for, in bytes."""
+    layers = job.student.shape.layers
+    kept = min(layers, room // _integers_bytes(job))
+    return replace(
+        step,
+        read_bytes=_packed_block(job) * (layers + 2 * job.iters * (layers - kept)),
+        peak_bytes=step.peak_bytes + kept * _integers_bytes(job),
         kept=kept,
     )
-    return _taught(job, one_step, micro, limit=limit, saved=saved, work=work)
+
+
+def _packed_block(job: DistillationSpec) -> int:
+    """Bytes of a rounded block on disk."""
+    m = job.student
+    share = m.blocks_params / m.params / m.shape.layers
+    return int(share * rounding_cost.packed_bytes(m, job.rounding))
+
+
+def _integers_bytes(job: DistillationSpec) -> int:
+    """Integers of a block in memory: as on disk on Metal; a CPU has a byte for each."""
+    m = job.student
+    return _packed_block(job) if m.gpu else m.block_params
 
 
 def _taught(

@@ -38,6 +38,9 @@ class StageCost:
     touched_bytes: int = 0
     pinned: int = 0
     kept: int = 0  # blocks of a packed student whose integers stay in memory
+    # of scales that learn and their moments, in files meanwhile; 0: they are in memory
+    state_bytes: int = 0
+    held_gradients: int = 0  # blocks whose gradients are in memory all the same
     spooled_bytes: int = 0
     held_tokens: int = 0  # whose hidden states stay in memory
     updated: int = 0  # parameters that the optimizer changes, in all steps together

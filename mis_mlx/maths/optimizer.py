@@ -5,9 +5,9 @@ gradient norm before every update.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -43,6 +43,19 @@ StreamOf = Callable[
 ]  # where MLX computes the i-th of several things
 
 
+Named = Mapping[str, mx.array]
+
+
+class Part(NamedTuple):
+    """Some of a model's weights by name, and their moments {name: {"m": ..., "v": ...}}.
+
+    moments: {} before the first step.
+    """
+
+    weights: Named
+    moments: Mapping[str, Named]
+
+
 def _lightest(loads: list[int], size: int) -> int:
     """The stream with the least work so far; this item's size is added to its load."""
     i = loads.index(min(loads))
@@ -56,6 +69,14 @@ def global_norm(gradients: Any, stream_of: StreamOf = nullcontext) -> mx.array:
     Sums each tensor's last axis first: float32 sums drift. stream_of: where MLX computes the i-th
     of two halves.
     """
+    return norm_of_squares(sums_of_squares(gradients, stream_of))
+
+
+def sums_of_squares(gradients: Any, stream_of: StreamOf = nullcontext) -> list[mx.array]:
+    """Of each tensor, scalars: `global_norm` in parts, for gradients that come one after the other.
+
+    As of `global_norm`.
+    """
     squares = []
     loads = [0, 0]
     named = dict[str, mx.array](tree_flatten(gradients))
@@ -63,6 +84,11 @@ def global_norm(gradients: Any, stream_of: StreamOf = nullcontext) -> mx.array:
         with stream_of(_lightest(loads, gradient.size)):
             rows = mx.square(gradient.astype(mx.float32)).sum(axis=-1)
             squares.append(rows.sum())
+    return squares
+
+
+def norm_of_squares(squares: Sequence[mx.array]) -> mx.array:
+    """The global norm of tensors with these sums of squares, in the order of the model."""
     return mx.sqrt(sum(squares, mx.array(0.0)))
 
 
@@ -109,8 +135,30 @@ class _Fused(optim.AdamW):
     relative: bool
 
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
-        """The new weights, lazy. Everything that all weights share is computed once, here."""
+        """The new weights, lazy."""
+        self._share(self.step + 1)
+        return super().apply_gradients(gradients, parameters)
+
+    def begin_parts(self) -> None:
+        """Count a step whose weights come in parts: then call `apply_part` for each of them."""
         step = self.step + 1
+        self._share(step)
+        self.state["step"] = step
+
+    def apply_part(self, part: Part, gradients: Named) -> Part:
+        """Some weights with their moments after the step that has begun, lazy."""
+        weights = {}
+        moments = {}
+        for name, weight in part.weights.items():
+            state = dict(part.moments.get(name, {}))
+            if not state:
+                self.init_single(weight, state)
+            weights[name] = self.apply_single(gradients[name], weight, state)
+            moments[name] = state
+        return Part(weights, moments)
+
+    def _share(self, step: mx.array) -> None:
+        """Compute once what all weights of a step share. step: its number, from 1."""
         beta1, beta2 = self.betas
         rate = self.learning_rate
         # Bias correction: m / (1 - b1^t), and 1 / sqrt(1 - b2^t) beside sqrt(v). Weight decay is
@@ -120,7 +168,6 @@ class _Fused(optim.AdamW):
         decay = 1 - rate * self.weight_decay
         self._shared = (mx.array(self.scale), corrected_rate, root, decay)
         self._loads = [0, 0]
-        return super().apply_gradients(gradients, parameters)
 
     def apply_single(
         self,
@@ -319,14 +366,34 @@ class GuardedAdamW:
         The note is '' where the guard did nothing. scale: of the gradients; `norm` is that of the
         scaled ones. stream_of: where MLX computes the i-th of several weights. Raises `Diverged`.
         """
+        learns, note = self.decide(loss, norm, learning_rate, batch=batch, scale=scale)
+        if learns:
+            self.adamw.stream_of = stream_of
+            self.adamw.update(model, gradients)
+        return note
+
+    def decide(
+        self,
+        loss: float,
+        norm: float,
+        learning_rate: float,
+        *,
+        batch: int = 0,
+        scale: float = 1.0,
+    ) -> tuple[bool, str]:
+        """(whether the step may change weights, a note), by the loss and norm of all of it.
+
+        Sets rate and scale of the update that may follow: `update`, or `begin_parts` and
+        `updated`. The rest as of `update`.
+        """
         if batch in self.skipped:
-            return "skipped: not a number before"
+            return False, "skipped: not a number before"
         # Before the update: moments that have taken in a NaN never lose it again.
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.bad = [*self.bad, batch]
             if len(self.bad) >= PATIENCE:
                 raise Diverged(self.bad, loss)
-            return "skipped: not a number"
+            return False, "skipped: not a number"
         self.bad = []
         bound = self.bound()
         note = ""
@@ -337,9 +404,19 @@ class GuardedAdamW:
         self.norms = [*self.norms, min(norm, bound)][-WINDOW:]
         self.adamw.learning_rate = learning_rate * self.lr_scale
         self.adamw.scale = scale
+        return True, note
+
+    def begin_parts(self, stream_of: StreamOf = nullcontext) -> None:
+        """Begin the update of a step that `decide` lets learn, whose weights come in parts."""
         self.adamw.stream_of = stream_of
-        self.adamw.update(model, gradients)
-        return note
+        self.adamw.begin_parts()
+
+    def updated(self, part: Part, gradients: Named) -> Part:
+        """Some weights and their moments after the step, lazy: to the bit as `update` makes them.
+
+        gradients: of these weights, not scaled.
+        """
+        return self.adamw.apply_part(part, gradients)
 
     def arrays(self) -> dict[str, mx.array]:
         """Moments and step count by name, for a checkpoint."""

@@ -382,6 +382,26 @@ def integers(packed: mx.array, group: int, bits: int) -> mx.array:
     return levels.astype(mx.uint8)
 
 
+def unpacked(packed: mx.array, bits: int) -> mx.array:
+    """`integers`, evaluated, by numpy: on a CPU about ten times as quick, in little memory."""
+    words = np.array(packed)
+    rows = len(words)
+    levels = np.empty((rows, words.shape[1] * 32 // bits), np.uint8)
+    step = max(1, OPENED // levels.shape[1])
+    mask = np.uint64(2**bits - 1)
+    for start in range(0, rows, step):
+        # Eight integers lie in as many bytes as each has bits.
+        eights = words[start : start + step].view(np.uint8).reshape(-1, bits)
+        wide = np.zeros((len(eights), 8), np.uint8)
+        wide[:, :bits] = eights
+        codes = wide.view("<u8").reshape(-1)
+        some = np.empty((len(codes), 8), np.uint8)
+        for k in range(8):
+            some[:, k] = (codes >> np.uint64(bits * k)) & mask
+        levels[start : start + step] = some.reshape(-1, levels.shape[1])
+    return mx.array(levels)
+
+
 def concatenated(parts: Sequence[Packed]) -> Packed:
     """One packed matrix, made of some rows of it after the others."""
     if len(parts) == 1:

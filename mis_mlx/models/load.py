@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -77,16 +77,19 @@ def open_checkpoint(
     return checkpoint
 
 
-def _quantize(module: nn.Module, prefix: str, checkpoint: Checkpoint) -> None:
+def _quantize(
+    module: nn.Module, prefix: str, checkpoint: Checkpoint, without: Collection[str] = ()
+) -> None:
     """Replace the layers under `prefix` whose weights are packed on disk by quantized ones.
 
-    A CPU reads packed weights slowly: there the layers stay, and `weights` de-quantizes.
+    A CPU reads packed weights slowly: there the layers stay, and `weights` de-quantizes. without:
+    as of `block`.
     """
     if not arch.is_quantized(checkpoint.tensors) or not precision.keeps_packed():
         return
 
     def settings(path: str, layer: nn.Module) -> bool | dict[str, Any]:
-        if not hasattr(layer, "to_quantized"):
+        if not hasattr(layer, "to_quantized") or prefix + path in without:
             return False
         return packing(checkpoint, prefix + path)
 
@@ -122,11 +125,12 @@ def weights(
     raw: Raw | None = None,
     *,
     cut: str | None = None,
+    without: Collection[str] = (),
 ) -> list[tuple[str, mx.array]]:
     """(name without prefix, lazy array) of every tensor whose name begins with `prefix`.
 
     Floats are cast as `arch.type_of` says. raw: the tensors as stored, by full name, where they are
-    in memory already. cut: another prefix to cut off.
+    in memory already. cut: another prefix to cut off. without: as of `block`.
     """
     if cut is None:
         cut = prefix
@@ -135,6 +139,7 @@ def weights(
         raw = safetensors.lazy(checkpoint.tensors, names)
     elif family(checkpoint.config).experts:  # a block and its experts are read apart
         names = [name for name in names if name in raw]
+    names = [name for name in names if name.rpartition(".")[0] not in without or _is_bias(name)]
     unpacks = not precision.keeps_packed() and arch.is_quantized(checkpoint.tensors)
     named = []
     for name in names:
@@ -150,6 +155,11 @@ def weights(
                 array = array.astype(own_dtype)
         named.append((name.removeprefix(cut), array))
     return named
+
+
+def _is_bias(name: str) -> bool:
+    """Whether a tensor is a layer's own bias, which is no part of a packed matrix."""
+    return name.endswith(".bias")
 
 
 def _names_under(checkpoint: Checkpoint, prefix: str) -> list[str]:
@@ -250,10 +260,12 @@ def block(
     dtype: mx.Dtype,
     raw: Raw | None = None,
     read_experts: ReadExperts | None = None,
+    without: Collection[str] = (),
 ) -> nn.Module:
     """mlx-lm's transformer block `i` with its weights, lazy.
 
     raw: as in `weights`. read_experts: where its experts come from, if they are not parts of it.
+    without: paths of packed matrices that the caller brings; their layers have no weights yet.
     """
     row = family(checkpoint.config)
     prefix = f"model.layers.{i}."
@@ -261,8 +273,8 @@ def block(
     if row.experts:  # first, for their matrices are quantized and loaded by their own names
         modules.separate_experts(new, checkpoint.config, read_experts)
     # Then the layers that are packed on disk, so that the weights find a layer of their kind.
-    _quantize(new, prefix, checkpoint)
-    new.load_weights(weights(checkpoint, prefix, dtype, raw))
+    _quantize(new, prefix, checkpoint, without)
+    new.load_weights(weights(checkpoint, prefix, dtype, raw, without=without), strict=not without)
     new.eval()
     return new
 

@@ -247,7 +247,7 @@ def _learners(
         grid = learned_scales.TrainableQuantizedLinear(
             rounded[path], plan[path], linear.get("bias")
         )
-        stream.evaluate_now(grid._integers, grid.scales, grid.biases)
+        stream.evaluate_now(grid._stored, grid.scales, grid.biases)
         block[part][name] = grid
         # The rounded weight goes: it is made again at the end, of what was learned or was there.
         dtype = linear.pop("weight").dtype

@@ -1,5 +1,6 @@
 """A packed model whose scales, biases and norms learn; integers, embedding and head stay."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -7,9 +8,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mis_mlx.compute import precision
 from mis_mlx.maths import rounding
+from mis_mlx.maths.optimizer import Part
 from mis_mlx.models import arch, load, model_writer, stream
 from mis_mlx.quantization import packed_format
+from mis_mlx.quantization.scale_state import ScaleState
+from mis_mlx.settings.workloads import LEARNED_AT_ONCE
 from mis_mlx.storage import safetensors
 from mis_mlx.storage.files import Files
 from mis_mlx.types import Checkpoint
@@ -18,8 +23,10 @@ from mis_mlx.types import Checkpoint
 class TrainableQuantizedLinear(nn.Module):
     """A linear layer of values integer * scale + bias, whose scales and biases learn.
 
-    Integers are (out, groups, group), scales and biases (out, groups) float32. added: the layer's
-    own bias (out,), which belongs to no group and learns too; None where it has none.
+    Integers are (out, groups, group), scales and biases (out, groups) float32. Under Metal's policy
+    integers stay packed words, which a product unpacks; a CPU does that slowly, so there they are
+    bytes. added: the layer's own bias (out,), which belongs to no group and learns too; None where
+    it has none.
     """
 
     def __init__(
@@ -29,14 +36,15 @@ class TrainableQuantizedLinear(nn.Module):
         added: mx.array | None = None,
     ):
         super().__init__()
-        rows = rounding.integers(packed[0], kind.group, kind.bits)
-        groups = rows.reshape(len(rows), -1, kind.group)
-        self._integers = groups  # underscore: not a parameter
+        self._stored = packed[0]  # underscore: not a parameter
+        self._kind = kind
+        if not precision.keeps_packed():
+            self._stored = rounding.unpacked(packed[0], kind.bits)
         self.scales = packed[1].astype(mx.float32)
         self.biases = packed[2].astype(mx.float32)
         if added is not None:
             self.bias = added
-        self._product = _grid_product(self._integers)
+        self._product = _grid_product(self._stored, kind)
 
     def __call__(self, x: mx.array) -> mx.array:
         """x (..., in) -> (..., out)."""
@@ -45,26 +53,52 @@ class TrainableQuantizedLinear(nn.Module):
             output = output + self.bias
         return output
 
+    def levels(self) -> mx.array:
+        """The integers (out, groups, group) in float32, lazy."""
+        return _levels(self._stored, self._kind)
 
-def _grid_product(integers: mx.array) -> Callable[[mx.array, mx.array, mx.array], mx.array]:
+
+def _levels(stored: mx.array, kind: packed_format.Format) -> mx.array:
+    """Some rows of integers (rows, groups, group) in float32, lazy.
+
+    stored: these rows in packed words, or as bytes.
+    """
+    if stored.dtype == mx.uint32:
+        groups = stored.shape[1] * 32 // kind.bits // kind.group
+        # A scale of 1 and a bias of 0 leave the integers as they are.
+        ones = mx.ones((len(stored), groups))
+        zeros = mx.zeros((len(stored), groups))
+        stored = mx.dequantize(stored, ones, zeros, group_size=kind.group, bits=kind.bits)
+    return stored.reshape(len(stored), -1, kind.group).astype(mx.float32)
+
+
+def _grid_product(
+    stored: mx.array, kind: packed_format.Format
+) -> Callable[[mx.array, mx.array, mx.array], mx.array]:
     """The product of x (..., in) with a matrix of integers (out, groups, group) on its grid.
 
-    As a function of x, scales and biases (out, groups). The way back makes the matrix again: kept
-    from the way forward, all matrices of a block in float32 would be there at once. For the same
-    reason a matrix waits for the array that it meets, and the gradient of the input for those of
-    the grid: MLX may compute what is ready in any order, and much is ready early.
+    As a function of x, scales and biases (out, groups). stored: the integers, as of `_levels`. The
+    way back makes the matrix again: kept from the way forward, all matrices of a block in float32
+    would be there at once. For the same reason a matrix waits for the array that it meets, and the
+    gradient of the input for those of the grid: MLX may compute what is ready in any order, and
+    much is ready early. A large matrix is there some rows at a time, each slab after the one
+    before.
     """
 
-    def matrix(scales: mx.array, biases: mx.array, met: mx.array) -> mx.array:
-        ready_scales, ready_biases = mx.depends([scales, biases], [met])
-        levels = integers.astype(mx.float32)
-        weight = levels * ready_scales[..., None]
+    def matrix(slab: slice, scales: mx.array, biases: mx.array, met: mx.array) -> mx.array:
+        parts = [stored[slab], scales[slab], biases[slab]]
+        rows, ready_scales, ready_biases = mx.depends(parts, [met])
+        weight = _levels(rows, kind) * ready_scales[..., None]
         weight = weight + ready_biases[..., None]
         return weight.reshape(len(weight), -1)
 
     @mx.custom_function
     def product(x: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
-        return x @ matrix(scales, biases, x).T
+        outputs = list[mx.array]()
+        for slab in _slabs(len(scales), x.shape[-1]):
+            met = outputs[-1] if outputs else x
+            outputs.append(x @ matrix(slab, scales, biases, met).T)
+        return _joined(outputs, axis=-1)
 
     @product.vjp
     def product_vjp(
@@ -72,20 +106,42 @@ def _grid_product(integers: mx.array) -> Callable[[mx.array, mx.array, mx.array]
     ) -> tuple[mx.array, mx.array, mx.array]:
         x, scales, biases = primals
         inputs = _rows(x)
-        pulls = _rows(cotangent)
-        of_matrix = pulls.T @ inputs
-        of_matrix = of_matrix.reshape(integers.shape)
-        of_biases = of_matrix.sum(axis=-1)
-        of_values = of_matrix * integers.astype(mx.float32)
-        of_scales = of_values.sum(axis=-1)
-        waiting = mx.depends(cotangent, [of_scales, of_biases])
-        weight = matrix(scales, biases, waiting)
-        of_input = waiting @ weight
+        of_scales = []
+        of_biases = []
+        of_inputs = list[mx.array]()
+        for slab in _slabs(len(scales), x.shape[-1]):
+            pull = cotangent[..., slab]
+            if of_inputs:
+                pull = mx.depends(pull, [of_inputs[-1]])
+            of_matrix = _rows(pull).T @ inputs
+            of_matrix = of_matrix.reshape(len(of_matrix), -1, kind.group)
+            of_biases.append(of_matrix.sum(axis=-1))
+            rows = mx.depends(stored[slab], [of_biases[-1]])
+            of_values = of_matrix * _levels(rows, kind)
+            of_scales.append(of_values.sum(axis=-1))
+            waiting = mx.depends(pull, [of_scales[-1], of_biases[-1]])
+            part = waiting @ matrix(slab, scales, biases, waiting)
+            if of_inputs:
+                part = of_inputs[-1] + part
+            of_inputs.append(part)
         # MLX's own products give a gradient in its input's type, and blocks that cast rely on it.
-        of_input = of_input.astype(x.dtype)
-        return of_input, of_scales, of_biases
+        of_input = of_inputs[-1].astype(x.dtype)
+        return of_input, _joined(of_scales, axis=0), _joined(of_biases, axis=0)
 
     return product  # type: ignore[return-value]
+
+
+def _slabs(rows: int, width: int) -> list[slice]:
+    """The rows of a matrix (rows, width) that are there at a time."""
+    step = max(1, LEARNED_AT_ONCE // width)
+    return [slice(start, start + step) for start in range(0, rows, step)]
+
+
+def _joined(parts: Sequence[mx.array], axis: int) -> mx.array:
+    """Parts one after the other along an axis; one alone as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    return mx.concatenate(list(parts), axis=axis)
 
 
 def _rows(x: mx.array) -> mx.array:
@@ -96,34 +152,50 @@ def _rows(x: mx.array) -> mx.array:
 class PackedStream(stream.Stream):
     """Streams a packed model whose scales, biases and norms learn, in float32.
 
-    learned: what the blocks have learned so far, {name in the block: array}; a block that comes has
-    these values in place of the stored ones. Whoever trains replaces them there. kept: how many
-    blocks' integers stay in memory.
+    kept: how many blocks' integers stay in memory. state: holds what the blocks have learned, at
+    first what is stored; a block that comes has these values. Whoever trains replaces them there.
     """
 
-    def __init__(self, checkpoint: Checkpoint, kept: int, direct: bool = False):
+    def __init__(
+        self, checkpoint: Checkpoint, kept: int, state: ScaleState, *, direct: bool = False
+    ):
         super().__init__(checkpoint, mx.float32, direct=direct)
         self._formats = packed_format.formats(checkpoint)
         self._copies = True  # integers leave their slot: see `with_grids`
-        self.learned: list[dict[str, mx.array]] = []
-        for _, block in super().blocks():
+        self._state = state
+        # of every block: what learns, {name in the block: shape}
+        self.shapes: list[dict[str, tuple[int, ...]]] = []
+        for i, block in super().blocks():
             values = dict[str, mx.array](tree_flatten(block.trainable_parameters()))
             for name, array in values.items():
                 values[name] = array * 1  # a copy: the block's memory is used again
-            stream.evaluate_now(values)
-            self.learned.append(values)
+            state.put(i, Part(values, {}))
+            self.shapes.append({name: array.shape for name, array in values.items()})
+        sizes = [sum(map(math.prod, named.values())) for named in self.shapes]
+        self.most_learns = max(sizes)  # numbers that learn in a block, at the most
         self.resident_blocks = kept
 
     def opened(self, i: int, raw: stream.Arrays) -> nn.Module:
         """Block i, whose packed matrices are layers that learn."""
-        block = super().opened(i, raw)
-        return with_grids(block, f"model.layers.{i}.", raw, self._formats)
+        prefix = f"model.layers.{i}."
+        block = load.block(
+            self.checkpoint,
+            i,
+            self.args,
+            self.dtype,
+            raw=raw,
+            without=[path for path in self._formats if path.startswith(prefix)],
+        )
+        return with_grids(block, prefix, raw, self._formats)
 
     def blocks(self, order: Sequence[int] | None = None) -> Iterator[tuple[int, nn.Module]]:
         """As `Stream.blocks`, with what the blocks have learned."""
         for i, block in super().blocks(order):
-            block.update(tree_unflatten(list(self.learned[i].items())))
+            block.update(tree_unflatten(list(self._state.values(i).items())))
             yield i, block
+            # A block that stays does not keep values that are soon old.
+            away = [(name, mx.array(0.0)) for name in self.shapes[i]]
+            block.update(tree_unflatten(away))
 
 
 def with_grids(
@@ -142,11 +214,12 @@ def with_grids(
             continue
         inside, _, matrix = path.removeprefix(prefix).rpartition(".")
         owner = modules[inside]
-        packed = tuple(raw[f"{path}.{part}"] for part in packed_format.PARTS)
+        # Copies, for their memory is used again.
+        packed = tuple(raw[f"{path}.{part}"] * 1 for part in packed_format.PARTS)
         grid = TrainableQuantizedLinear(packed, kind, owner[matrix].get("bias"))
         owner[matrix] = grid
         # An array that stays lazy keeps its file open, or its slot.
-        stream.evaluate_now(grid._integers, grid.scales, grid.biases)
+        stream.evaluate_now(grid._stored, grid.scales, grid.biases)
     return block
 
 

@@ -41,7 +41,7 @@ from mis_mlx.models.pass_cost import (
 from mis_mlx.models.residency import batches_per_pass
 from mis_mlx.planner.block_cost import backward_bytes
 from mis_mlx.settings.recipe import QuantizationConfig
-from mis_mlx.settings.workloads import TUNED_AT_ONCE, TUNING_STEPS
+from mis_mlx.settings.workloads import LEARNED_AT_ONCE, TUNED_AT_ONCE, TUNING_STEPS
 
 BIAS_BITS = 32  # scale and bias of a group
 SENSED = 8  # windows that say what bits cost
@@ -244,9 +244,10 @@ def _tuning_bytes(m: ModelSize, how: QuantizationConfig, length: int) -> int:
 def learning_matrix_bytes(m: ModelSize) -> int:
     """What the product with a matrix takes whose scales learn (quantization/learned_scales).
 
-    Four arrays in float32: weights, their gradient, integers, and the product of these two.
+    Four arrays in float32: weights, their gradient, integers, and the product of these two. A large
+    matrix is there in slabs.
     """
-    return 4 * 4 * _largest(m)
+    return 4 * 4 * min(_largest(m), LEARNED_AT_ONCE)
 
 
 def _packed_bytes(weights: int) -> int:

@@ -37,6 +37,7 @@ MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 STEP = re.compile(r"step-(\d{8,})")
 Arrays = Mapping[str, Mapping[str, mx.array]]  # by checkpoint file and name
+ARRAYS = ".safetensors"  # how the name of a checkpoint file ends
 
 
 class Saved(NamedTuple):
@@ -49,6 +50,23 @@ class Saved(NamedTuple):
     path: Path
     state: Mapping[str, Any]
     notes: tuple[str, ...]
+
+
+class Written(NamedTuple):
+    """A file of arrays that is on disk, synced, and never changes: a step needs only link it."""
+
+    path: Path
+    nbytes: int
+    sha256: str
+
+
+Entries = Mapping[str, Mapping[str, mx.array] | Written]  # by checkpoint file
+
+
+def write_once(path: Path, named: Mapping[str, mx.array], files: Files) -> Written:
+    """Write a new file of arrays, which no one may change afterwards."""
+    facts = write_arrays(path, named, files)
+    return Written(path, nbytes=facts["bytes"], sha256=facts["sha256"])
 
 
 @contextlib.contextmanager
@@ -96,15 +114,17 @@ def _remove_leftovers(tmp: Path, stem: str, files: Files) -> None:
 def save_step(
     steps_dir: Path,
     number: int,
-    arrays: Arrays,
+    arrays: Entries,
     state: Mapping[str, Any],
     files: Files,
     keep: int = 2,
 ) -> Path:
     """Commit step-<number> with one <key>.safetensors per entry of `arrays`, and state.json.
 
-    Returns its path. Then deletes all but the last `keep` steps (2 or more). After a MisError older
-    steps are as they were. `state` comes back as JSON reads it: tuples as lists, keys as text.
+    Files that are `Written` become files of the step by a hard link, so whoever wrote them may
+    delete them. Returns its path. Then deletes all but the last `keep` steps (2 or more). After a
+    MisError older steps are as they were. `state` comes back as JSON reads it: tuples as lists,
+    keys as text.
     """
     if keep < 2:
         raise ValueError(f"keep={keep}: with fewer than 2 steps one damaged file loses the run")
@@ -112,12 +132,19 @@ def save_step(
     listed: dict[str, Any] = {}
     older = [n for n in _numbers(steps_dir) if n < number]
     last = f"the last good step is {older[-1]}" if older else "no step is saved yet"
-    nbytes = sum(array.nbytes for named in arrays.values() for array in named.values())
+    nbytes = 0
+    for named in arrays.values():
+        if not isinstance(named, Written):
+            nbytes += sum(array.nbytes for array in named.values())
     remedy = f"free some and start again with --resume; {last}"
     with commit_folder(final, files, nbytes, "the checkpoint", remedy=remedy) as tmp:
         for key, named in arrays.items():
-            file = f"{key}.safetensors"
-            listed[file] = write_arrays(tmp / file, named, files)
+            file = f"{key}{ARRAYS}"
+            if isinstance(named, Written):
+                files.link(named.path, tmp / file)
+            else:
+                named = write_once(tmp / file, named, files)
+            listed[file] = {"bytes": named.nbytes, "sha256": named.sha256}
         text = json.dumps(state, indent=2).encode()
         files.write(tmp / STATE, text)
         listed[STATE] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
@@ -156,7 +183,7 @@ def newest(steps_dir: Path, files: Files = DISK) -> Saved | None:
 
 def load_arrays(saved: Saved, key: str) -> dict[str, mx.array]:
     """All arrays of <key>.safetensors, still lazy: evaluate them before the next step is saved."""
-    tensors, _ = check(saved.path / f"{key}.safetensors")
+    tensors, _ = check(saved.path / f"{key}{ARRAYS}")
     return lazy(tensors, tensors)
 
 

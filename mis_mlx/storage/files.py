@@ -21,6 +21,8 @@ LEFTOVER = (".tmp-", ".trash-")
 SPARE = 1.2  # free space asked for, as a multiple of what will be written
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+# What a file system says that has no second names, or has them on one disk only.
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EXDEV, errno.EMLINK)
 BROKEN = {
     errno.EFBIG: "The disk does not accept files this large",
     **dict.fromkeys(
@@ -98,6 +100,15 @@ class Files:
     def rename(self, source: Path, target: Path) -> None:
         """Put `source` in the place of `target` in one step."""
         os.rename(source, target)
+
+    def link(self, source: Path, target: Path) -> None:
+        """Give the file `source` a second name; where the disk knows no such thing, copy it."""
+        try:
+            os.link(source, target)
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            shutil.copyfile(source, target)
 
     def remove_tree(self, path: Path) -> None:
         """Delete a folder with its contents, or one file; a link is deleted, never followed."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -34,14 +35,15 @@ SHOWN = ("llama", "gemma3_text", "lfm2", "gemma3n_text")
 @pytest.fixture
 def packed(tmp_path: Path) -> Callable[[str], tuple[Checkpoint, Checkpoint]]:
     """`packed(kind)`: a tiny teacher, and itself in 4 bits."""
+    return lambda kind: pair(tmp_path, kind)
 
-    def made(kind: str) -> tuple[Checkpoint, Checkpoint]:
-        teacher = load.open_checkpoint(tiny.make(tmp_path / "teacher", **KINDS[kind]))
-        plan = packed_format.formats_of(teacher.config, 32)
-        packed_format.write_quantized(teacher, tmp_path / "packed", plan, DISK)
-        return teacher, load.open_checkpoint(tmp_path / "packed")
 
-    return made
+def pair(place: Path, kind: str) -> tuple[Checkpoint, Checkpoint]:
+    """A tiny teacher, and itself in 4 bits."""
+    teacher = load.open_checkpoint(tiny.make(place / "teacher", **KINDS[kind]))
+    plan = packed_format.formats_of(teacher.config, 32)
+    packed_format.write_quantized(teacher, place / "packed", plan, DISK)
+    return teacher, load.open_checkpoint(place / "packed")
 
 
 def text(windows: int = 12) -> Windows:
@@ -107,7 +109,7 @@ def test_gradients_are_those_of_one_graph(
         for name, gradient in tree_flatten(grads):
             summed[name] = summed.get(name, mx.array(0.0)) + gradient
     ours = packed_student.PackedStudent(student, 0)
-    found = dict(tree_flatten(ours._gradients(batches, source.token_loss()).grads))
+    found = gradients_by_name(ours, batches, source)
     for path, kind_of_format in packed_format.formats(student).items():
         if not path.startswith("model.layers."):
             continue
@@ -117,6 +119,20 @@ def test_gradients_are_those_of_one_graph(
     for name in found:
         if "norm" in name and not family(student.config).versions:
             near(found[name], summed[name])
+
+
+def gradients_by_name(
+    student: packed_student.PackedStudent,
+    batches: Sequence[Any],
+    source: live_teacher.TargetSource,
+) -> dict[str, mx.array]:
+    """A step's gradients of all that learns, by name in the whole model."""
+    found = student._gradients(batches, source.token_loss())
+    named = {packed_student.NORM: found.norm}
+    for i, vector in enumerate(reversed(found.blocks)):
+        for name, gradient in student._by_name(i, vector).items():
+            named[f"model.layers.{i}.{name}"] = gradient
+    return named
 
 
 def near(found: mx.array, want: mx.array) -> None:

@@ -20,6 +20,7 @@ OPERATIONS = (
     "put",
     "fsync",
     "rename",
+    "link",
     "remove_tree",
 )
 KILLED = "killed"

@@ -20,8 +20,10 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
 from mis_mlx import distill, export, prune, quantize, sft
+from mis_mlx.distillation import strategies, training_cost
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import logit_store, run_folder
 from mis_mlx.storage.files import Files
@@ -152,6 +154,7 @@ def jobs(model: Path, text: Path) -> dict[str, Job]:
         Job(
             "distill, block by block", _running(distill, {**asked, "train": "sharded"}), _distilled
         ),
+        Job("distill, scales on disk", _with_scales_on_disk(_running(distill, asked)), _distilled),
         Job("sft", _running(sft, taught), _distilled),
         Job("logit store", _store, lambda place: contents(place / "targets")),
         Job("spool", _spool, lambda place: contents(place)),
@@ -171,6 +174,17 @@ def _running(command: Any, asked: dict[str, Any]) -> Callable[[Path], None]:
             command.run(command.Settings(out=str(out), **begun))
 
     return run
+
+
+def _with_scales_on_disk(run: Callable[[Path], None]) -> Callable[[Path], None]:
+    """The same as planned where scales and their moments do not fit in memory."""
+
+    def run_on_disk(place: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(strategies, "tuning_cost", training_cost._scales_on_disk)
+            run(place)
+
+    return run_on_disk
 
 
 def _distilled(place: Path) -> Outcome:

@@ -70,6 +70,8 @@ class Drive:
             grown = self.content[self.seen[path]]
             assert grown is not None
             grown += extra
+        elif kind == "link":
+            self._name(("add", extra, self.seen[path]))
         elif kind == "fsync file":
             self.durable_bytes[self.seen[path]] = len(self.content[self.seen[path]] or b"")
         elif kind == "fsync folder":

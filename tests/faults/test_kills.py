@@ -20,7 +20,11 @@ KILLS = 300  # in all, of the slow run
 
 @pytest.mark.parametrize(
     "name",
-    mostly_slow(["prune", "quantize", "export", "distill", "logit store"], "export", "distill"),
+    mostly_slow(
+        ["prune", "quantize", "export", "distill", "distill, scales on disk", "logit store"],
+        "export",
+        "distill",
+    ),
 )
 def test_killed_and_gone_on_with(name: str, bench: Benches) -> None:
     """Four kills that came in time, and then the end."""

@@ -16,14 +16,22 @@ from typing import Any
 
 import pytest
 
+from mis_mlx.distillation import pipeline
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import Files
 from tests.conftest import mostly_slow
+from tests.faults import jobs
 from tests.faults.conftest import Note
 from tests.faults.verdicts import FATES, Bench
 
 SHORT = ("prune", "quantize", "quantize, tuned", "export", "logit store", "spool")
-LONG = ("distill", "distill, targets on disk", "distill, block by block", "sft")
+LONG = (
+    "distill",
+    "distill, targets on disk",
+    "distill, scales on disk",
+    "distill, block by block",
+    "sft",
+)
 FEW = 3  # operations of a long job in the quick run
 
 Benches = Callable[[str], Bench]
@@ -51,6 +59,19 @@ def test_a_run_goes_on_after_any_operation(name: str, bench: Benches) -> None:
     for i in range(FEW):
         b.operation(1 + (2 * i + 1) * b.operations // (2 * FEW), fates[i % 3])
     assert not b.bad
+
+
+def test_scales_on_disk_make_the_same_run(all_jobs: dict[str, jobs.Job], tmp_path: Path) -> None:
+    """The same models and losses as with scales in memory; nothing of them stays."""
+    outcomes = []
+    for name in ("distill", "distill, scales on disk"):
+        place = tmp_path / name
+        all_jobs[name].run(place)
+        outcomes.append(all_jobs[name].outcome(place))
+        assert not list(place.rglob(".tmp-*"))
+    assert outcomes[0] == outcomes[1]
+    steps = tmp_path / name / "run" / pipeline.TUNE_STEPS
+    assert len(list(steps.glob("step-*/block-*"))) == 2 * 2
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from tests.faults.test_operations import LONG, SHORT, Benches
 CUTS = 2000  # in all, of the slow run: of each job CUTS / number of jobs
 
 
-@pytest.mark.parametrize("name", (*SHORT, "distill", "sft"))
+@pytest.mark.parametrize("name", (*SHORT, "distill", "distill, scales on disk", "sft"))
 def test_a_power_cut_loses_nothing_that_was_safe(name: str, bench: Benches) -> None:
     """Forty cuts a job; from two of a run's different disks it goes on to its end, of a command's
     from all.

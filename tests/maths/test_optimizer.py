@@ -12,7 +12,16 @@ import mlx.optimizers as optim
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
-from mis_mlx.maths.optimizer import PATIENCE, WAKE, GuardedAdamW, global_norm, group_of
+from mis_mlx.maths.optimizer import (
+    PATIENCE,
+    WAKE,
+    GuardedAdamW,
+    Part,
+    global_norm,
+    group_of,
+    norm_of_squares,
+    sums_of_squares,
+)
 from mis_mlx.types import MisError
 from tests import tiny
 
@@ -270,6 +279,45 @@ def test_cosine_by_pencil() -> None:
     assert rates[6] == pytest.approx(0.1 + 0.9 * 0.5)
     assert rates[10] == pytest.approx(0.1)
     assert rates[2:] == sorted(rates[2:], reverse=True)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_in_parts_it_is_the_same_to_the_bit(relative: bool) -> None:
+    """Layer by layer, in an order of its own, past an outlier that is clipped and a step of no
+    number: weights, moments, step count and what the guard says and remembers.
+    """
+    whole = net()
+    at_once = GuardedAdamW(relative=relative)
+    in_parts = GuardedAdamW(relative=relative)
+    parts: dict[str, Part] = {}
+    for name, weight in tree_flatten(whole.parameters()):
+        layer, _, _ = name.rpartition(".")
+        before = parts.setdefault(layer, Part({}, {}))
+        parts[layer] = Part({**before.weights, name: weight}, {})
+    scales = [1.0] * (WAKE + 2) + [100.0, math.nan, 1.0]
+    for step, scale in enumerate(scales):
+        grads = gradients(whole, step, scale)
+        named = dict[str, mx.array](tree_flatten(grads))
+        norm = float(global_norm(grads))
+        squares = [square for grad in named.values() for square in sums_of_squares([grad])]
+        assert mx.array_equal(norm_of_squares(squares), mx.array(norm), equal_nan=True)
+        note = at_once.update(whole, grads, loss=1.0, norm=norm, learning_rate=1e-2, batch=step)
+        learns, said = in_parts.decide(1.0, norm, 1e-2, batch=step)
+        assert said == note
+        if learns:
+            in_parts.begin_parts()
+            for layer in reversed(parts):
+                parts[layer] = in_parts.updated(parts[layer], named)
+    learned = {}
+    moments = in_parts.arrays()
+    for part in parts.values():
+        learned |= part.weights
+        for name, of_weight in part.moments.items():
+            moments |= {f"{name}.{moment}": array for moment, array in of_weight.items()}
+    assert flat(learned) == flat(dict(tree_flatten(whole.parameters())))
+    assert flat(moments) == flat(at_once.arrays())
+    assert in_parts.memory() == at_once.memory()
+    assert in_parts.bad == []
 
 
 def test_global_norm_by_pencil() -> None:

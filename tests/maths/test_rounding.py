@@ -246,6 +246,7 @@ def test_fitted_integers_are_packed_as_mlx_packs_them() -> None:
         scale, bias = (np.repeat(np.array(a, np.float32), 64, axis=1) for a in (scales, biases))
         assert np.abs(levels * scale + bias - np.array(weight)).max() < 3 * scale.max()
         assert levels.max() == 2**bits - 1 and levels.min() == 0
+        assert (np.array(rounding.unpacked(packed, bits)) == levels).all()
 
 
 def test_a_group_of_equal_weights_stays_as_it_is() -> None:

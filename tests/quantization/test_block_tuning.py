@@ -26,6 +26,7 @@ from mis_mlx.quantization import (
     stage,
 )
 from mis_mlx.settings.recipe import QuantizationConfig
+from mis_mlx.settings.workloads import LEARNED_AT_ONCE
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.storage.safetensors import write_tensors
@@ -211,9 +212,15 @@ def test_the_error_is_that_of_the_blocks_output(narrow: Checkpoint) -> None:
     assert found == pytest.approx(squares / norm, rel=1e-3)
 
 
+@pytest.mark.parametrize("at_once", [LEARNED_AT_ONCE, 20 * 128])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
-def test_the_gradients_of_a_grid(dtype: mx.Dtype) -> None:
-    """Of input, scales and biases, against the same product by plain operations, in their types."""
+def test_the_gradients_of_a_grid(
+    dtype: mx.Dtype, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of input, scales and biases, against the same product by plain operations, in their types;
+    the matrix at once, and in slabs of 20, 20 and 8 rows.
+    """
+    monkeypatch.setattr(learned_scales, "LEARNED_AT_ONCE", at_once)
     weight = mx.random.normal((48, 128), key=mx.random.key(1))
     packed = rounding.fitted(weight, 32, 3)
     grid = learned_scales.TrainableQuantizedLinear(packed, packed_format.Format(3, 32))
@@ -221,7 +228,7 @@ def test_the_gradients_of_a_grid(dtype: mx.Dtype) -> None:
     pull = mx.random.normal((2, 5, 48), key=mx.random.key(3))
 
     def plain(x: mx.array, scales: mx.array, biases: mx.array) -> list[mx.array]:
-        values = grid._integers * scales[..., None] + biases[..., None]
+        values = grid.levels() * scales[..., None] + biases[..., None]
         return [x @ values.reshape(48, 128).T]
 
     def ours(x: mx.array, scales: mx.array, biases: mx.array) -> list[mx.array]:
@@ -236,6 +243,34 @@ def test_the_gradients_of_a_grid(dtype: mx.Dtype) -> None:
         assert a.shape == b.shape
         assert a.dtype == b.dtype
         assert mx.allclose(a, b, rtol=1e-5, atol=1e-4 if a.dtype == mx.float32 else 1e-2)
+
+
+def test_a_wide_matrix_is_never_there_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its product and its gradients take eight arrays of a slab at the most, where it has 32
+    slabs.
+    """
+    monkeypatch.setattr(learned_scales, "LEARNED_AT_ONCE", 2**16)
+    weight = mx.random.normal((4096, 512), key=mx.random.key(1))
+    packed = rounding.nearest(weight, 64, 4)
+    grid = learned_scales.TrainableQuantizedLinear(packed, packed_format.Format(4, 64))
+    x = mx.random.normal((4, 512), key=mx.random.key(2))
+    pull = mx.random.normal((4, 4096), key=mx.random.key(3))
+
+    def ours(x: mx.array, scales: mx.array, biases: mx.array) -> list[mx.array]:
+        grid.scales = scales
+        grid.biases = biases
+        return [grid(x)]
+
+    primals = [x, grid.scales, grid.biases]
+    mx.eval(primals, pull, grid._stored)
+    del weight, packed
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(mx.vjp(ours, primals, [pull]))
+    results = 4 * (2 * 4096 * 512 // 64 + 4 * 4096 + 4 * 512)
+    # gradients of scales twice: slab by slab, and joined
+    assert mx.get_peak_memory() - before < 2 * results + 8 * 4 * 2**16
 
 
 def test_a_step_is_adams(narrow: Checkpoint) -> None:

@@ -20,6 +20,7 @@ from mis_mlx.storage.checkpoint import (
     newest,
     save_step,
     sweep,
+    write_once,
 )
 from mis_mlx.storage.files import DISK, Files
 from mis_mlx.types import GIB, MisError
@@ -300,3 +301,34 @@ def test_what_a_dead_process_left_is_swept(name: str, tmp_path: Path) -> None:
     assert living.exists()
     assert other.exists()
     assert [p.name for p in (tmp_path / "m").iterdir()] == ["whole"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_is_written_already_becomes_part_of_a_step(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a second name, or by a copy on a disk that knows none; whoever wrote it may delete it, and
+    a changed byte is found.
+    """
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    steps = tmp_path / "steps"
+    values = mx.arange(40)
+    written = write_once(tmp_path / "values", {"w": values}, DISK)
+    for number in (1, 2):
+        arrays = {"block": written, "count": {"n": mx.array(number)}}
+        made = save_step(steps, number, arrays=arrays, state={}, files=DISK)
+        assert (made / "block.safetensors").samefile(written.path) == links
+    DISK.remove_tree(written.path)
+    saved = newest(steps)
+    assert saved and saved.number == 2
+    assert mx.array_equal(load_arrays(saved, "block")["w"], values)
+    assert load_arrays(saved, "count")["n"].item() == 2
+    path = saved.path / "block.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    damaged = newest(steps)
+    assert damaged is None if links else damaged and damaged.number == 1

@@ -1,0 +1,173 @@
+"""Plans of scales that learn: in memory where they fit, else on disk; never less than it takes."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mis_mlx import plan as planning
+from mis_mlx.compute.precision import POLICY
+from mis_mlx.data.token_windows import Windows
+from mis_mlx.distillation import live_teacher, pipeline, strategies, training_cost
+from mis_mlx.hardware import memory
+from mis_mlx.hardware.memory import process_bytes
+from mis_mlx.hardware.rates import M1_AIR
+from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.models import load
+from mis_mlx.models.model_size import model_of
+from mis_mlx.planner.distillation_spec import DistillationSpec
+from mis_mlx.quantization import packed_format, scale_state
+from mis_mlx.settings.recipe import DistillationConfig, QuantizationConfig
+from mis_mlx.storage.files import DISK
+from mis_mlx.types import GIB, Budget
+from tests import tiny
+
+SIZES = {
+    **tiny.CONFIG,
+    "hidden_size": 256,
+    "head_dim": 64,
+    "intermediate_size": 1536,
+    "vocab_size": 2048,
+}
+STEPS = 2
+
+
+def spec(layers: int, **changes: Any) -> DistillationSpec:
+    """Two steps of a window of 64 tokens, against targets on disk."""
+    m = model_of({**SIZES, "num_hidden_layers": layers}, gpu=False)
+    return DistillationSpec(
+        teacher=m,
+        student=m,
+        iters=STEPS,
+        batch_size=1,
+        max_seq_length=64,
+        num_samples=6,
+        save_every=STEPS,
+        rounding=QuantizationConfig(q_method="round", target_bpw=None, q_iters=STEPS),
+        targets="cached",
+        **changes,
+    )
+
+
+def tuned(job: DistillationSpec, limit: int) -> StageCost:
+    return training_cost.tuning_cost(job, 1, limit, STEPS)
+
+
+def least_on_disk(job: DistillationSpec) -> int:
+    """A budget that holds a state on disk and nothing that is not needed."""
+    peak = tuned(job, 0).peak_bytes
+    gpu = job.student.gpu
+    return next(n for n in range(peak, 40 * peak, 1000) if n - process_bytes(n, gpu) >= peak)
+
+
+def test_on_disk_by_pencil() -> None:
+    """Beside integers and work three vectors of a block's numbers; a step reads values twice and
+    state once, writes state, and both gradients that find no room. With room, gradients stay first.
+    """
+    job = spec(12)
+    block = 2 * job.student.block_params // 64
+    learning = training_cost.learning_scales(job)
+    in_memory = tuned(job, GIB)
+    bare = tuned(job, least_on_disk(job))
+    assert (in_memory.state_bytes, in_memory.held_gradients) == (0, 0)
+    assert (bare.held_gradients, bare.kept) == (0, 0)
+    kept_integers = in_memory.kept * job.student.block_params
+    assert in_memory.peak_bytes - kept_integers - bare.peak_bytes == 16 * learning - 3 * 4 * block
+    assert bare.state_bytes == 12 * learning + 12 * block + 12 * 4 * block
+    targets = STEPS * job.step * job.target_bytes
+    packed = bare.read_bytes - targets - STEPS * (20 * learning + 12 * 4 * block)
+    # once at first, then twice a step
+    assert packed == (12 + 2 * STEPS * 12) * (in_memory.read_bytes - targets) // 12
+    model = in_memory.written_bytes - 3 * 12 * learning
+    assert bare.written_bytes == model + 4 * learning + STEPS * (12 * learning + 12 * 4 * block)
+    # of so small a budget the process has a sixth
+    more = tuned(job, least_on_disk(job) + 7 * 4 * block)
+    assert (more.held_gradients, more.kept) == (5, 0)
+    assert bare.written_bytes - more.written_bytes == STEPS * 5 * 4 * block
+    assert bare.read_bytes - more.read_bytes == STEPS * 5 * 4 * block
+    assert bare.state_bytes - more.state_bytes == 5 * 4 * block
+
+
+def test_a_deeper_model_takes_more_disk_and_hardly_more_memory() -> None:
+    """On disk the inputs of the blocks alone grow with the depth."""
+    shallow = tuned(spec(4), 0)
+    deep = tuned(spec(40), 0)
+    inputs = 36 * 4 * 64 * 256
+    assert deep.peak_bytes - shallow.peak_bytes == pytest.approx(inputs, rel=0.1)
+    assert deep.state_bytes > 8 * shallow.state_bytes
+
+
+def test_a_plan_says_what_lies_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much room less in memory as the state takes there, and it lies in files: the plan still
+    fits, and counts them.
+    """
+    # a step outweighs what the other phases take
+    job = replace(spec(40), modes=("none",), uncut=True, eval_windows=1, batch_size=16)
+    way: dict[str, Any] = {"mode": "none", "micro": 16, "shard": 0, "targets": "cached"}
+    roomy = strategies.plan_strategy(job, GIB, M1_AIR, **way)
+    budgets = [n * 2**18 for n in range(4, 4000)]
+    plans = (strategies.plan_strategy(job, n, M1_AIR, **way) for n in budgets)
+    tight = next(plan for plan in plans if plan.fits)
+    state = max(phase.state_bytes for phase in tight.phases)
+    assert tight.tuned == roomy.tuned == STEPS
+    assert max(phase.state_bytes for phase in roomy.phases) == 0 < state
+    spooled = max(phase.spooled_bytes for phase in tight.phases)
+    assert planning.disk_bytes(tight) - spooled >= planning.disk_bytes(roomy) + state - 2**20
+    monkeypatch.setenv("MIS_MLX_DETAILS", "1")
+    assert "scales" in planning.table(tight)
+
+
+@pytest.mark.parametrize("policy", ["cpu", "metal"])
+@pytest.mark.parametrize("room", [0, 500_000])
+def test_learning_on_disk_stays_under_the_plan(
+    tmp_path: Path, policy: str, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLX's peak and the files, under what the plan says, and not by more than a factor of four and
+    two.
+    """
+    monkeypatch.setenv(POLICY, policy)
+    checkpoint = load.open_checkpoint(
+        tiny.make(tmp_path / "m", dtype="F32", **{**SIZES, "num_hidden_layers": 8})
+    )
+    m = model_of(checkpoint, gpu=policy == "metal")
+    job = replace(spec(8), teacher=m, student=m)
+    planned = tuned(job, least_on_disk(job) + room)
+    assert planned.state_bytes
+    assert planned.held_gradients == (2 if room else 0)
+    packed_format.write_quantized(
+        checkpoint, tmp_path / "q4", packed_format.formats_of(checkpoint.config, 64), DISK
+    )
+    packed = load.open_checkpoint(tmp_path / "q4")
+    tokens = np.random.default_rng(0).integers(0, 512, (6, 64)).astype(np.int32)
+    text = Windows(tokens, np.ones((6, 64), np.float32))
+    recipe = DistillationConfig(iters=STEPS, batch_size=1, learning_rate=1e-4)
+    visited = live_teacher.visited_windows(text, recipe)
+    store = live_teacher.write_store(
+        checkpoint,
+        lambda: live_teacher.StreamedTeacher(checkpoint),
+        text.pick(visited),
+        tmp_path / "targets",
+        DISK,
+    )
+    source = live_teacher.CachedTeacher(store, visited)
+    gc.collect()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    with (
+        memory.limited(Budget(before + planned.peak_bytes)),
+        scale_state.place(planned, tmp_path, DISK) as state,
+    ):
+        mx.set_cache_limit(0)
+        pipeline.learn_scales(packed, planned.kept, source, text, recipe, state)
+        peak = mx.get_peak_memory() - before
+        files = sum(file.nbytes for file in state.entries().values())
+    assert planned.peak_bytes / 4 < peak < planned.peak_bytes, (peak, planned.peak_bytes)
+    assert planned.state_bytes / 2 < files < planned.state_bytes
+    assert not list(tmp_path.glob(".tmp-*"))
