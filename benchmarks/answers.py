@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def row(label: str, s: Settings, run: Path, folders: dict[str, Path]) -> dict[st
         asked = distill.Settings(
             out=str(run), teacher=s.teacher, seed=s.seed, bench_tokens=0, eval_prompts=0
         )
-        done = distill.run(replace(asked, **ROWS[label]))
+        done = distill.run(asked.with_values(**ROWS[label]))
     teacher = opening.open_to_compute(Path(done["teacher"]))
     folders_of = {"distilled": run / "distilled", "4-bit": run / "model"}
     students = {name: opening.open_to_compute(folder) for name, folder in folders_of.items()}

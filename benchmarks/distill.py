@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import laboratory
@@ -30,7 +29,7 @@ def main(label: str, flags: list[str]) -> None:
     with tempfile.TemporaryDirectory() as temp:
         asked = cli.parse(distill.Settings, flags)
         folder = Path(asked.out or Path(temp) / f"distill-{label}")
-        result = distill.run(replace(asked, out=str(folder)))
+        result = distill.run(asked.with_values(out=str(folder)))
         table = (folder / "table.md").read_text(encoding="utf-8")
         phases = {
             name: round(seconds, 1) for name, seconds in run_reader.read(folder).took().items()

@@ -60,7 +60,7 @@ def row(iters: int, seed: int, run: Path, folders: dict[str, Path]) -> dict[str,
     """{"seconds" by phase, "pruned" and "distilled": bits per byte above the teacher's, by
     text}.
     """
-    begun = (run / run_folder.CONFIG).is_file()
+    begun = run_folder.is_run(run)
     distill.run(
         distill.Settings(
             out=str(run), resume=begun, iters=iters, seed=seed, quantize=0, bench_tokens=0

@@ -20,7 +20,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -111,7 +110,7 @@ def main(flags: list[str]) -> None:
 
     progress.phase = phase  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as temp:
-        distill.run(replace(cli.parse(distill.Settings, flags), out=f"{temp}/run"))
+        distill.run(cli.parse(distill.Settings, flags).with_values(out=f"{temp}/run"))
     found = watch.close()
     for name, kinds in found.items():
         cli.say(f"{name}: {kinds['seconds']:.1f} s, {kinds['cpu_seconds']:.1f} of all cores")

@@ -23,7 +23,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +108,12 @@ def stretch(name: str, teacher: str, out: Path) -> None:
             laboratory.count_anew()
         with plain(course, label):
             yield
-        taken[label] = laboratory.largest() - course.peak.before_bytes
+        taken[label] = laboratory.largest() - course.account.peak.before_bytes
 
     Run.phase = phase  # type: ignore[method-assign,assignment]
     when_tokens_are_chosen(laboratory.count_anew)
-    s = replace(
-        distill.Settings(teacher=teacher, out=str(out), **BRIEF), **CASES[name], resume=out.exists()
-    )
+    asked = distill.Settings(teacher=teacher, out=str(out), **BRIEF)
+    s = asked.with_values(**CASES[name], resume=out.exists())
     with redirect_stdout(sys.stderr):
         distill.run(s)
     print(json.dumps(taken))

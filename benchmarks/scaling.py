@@ -25,7 +25,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,7 @@ def cell(name: str, teacher: str, out: str) -> None:
         seconds = train_loop.CLOCK.monotonic() - began
         after = me.io_counters()
         moved = after.read_chars - before.read_chars, after.write_chars - before.write_chars
-        taken = seconds, laboratory.largest() - course.peak.before_bytes, *moved
+        taken = seconds, laboratory.largest() - course.account.peak.before_bytes, *moved
         plan = next(p for p in course.plan.phases if p.name == label)
         planned = (
             plan.seconds(course.plan.rates),
@@ -152,7 +152,8 @@ def cell(name: str, teacher: str, out: str) -> None:
     Run.phase = phase  # type: ignore[method-assign,assignment]
     when_tokens_are_chosen(partial(start, "prune"))
     with redirect_stdout(sys.stderr):
-        distill.run(replace(distill.Settings(teacher=teacher, out=out, **SHARED), **CASES[name][1]))
+        asked = distill.Settings(teacher=teacher, out=out, **SHARED)
+        distill.run(asked.with_values(**CASES[name][1]))
     print(json.dumps({"mode": mode[0], "phases": phases}))
 
 

@@ -10,7 +10,6 @@ The run is runs/search/LABEL. Writes benchmarks/results/<machine>/search-<label>
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 
 import laboratory
 
@@ -24,7 +23,8 @@ PRIVATE = ("teacher", "run")  # paths of the machine
 def main(label: str, flags: list[str]) -> None:
     """Run once, or go on, and store what came out."""
     folder = search.UNDER / label
-    asked = replace(cli.parse(search.Settings, flags), out=str(folder), resume=folder.exists())
+    asked = cli.parse(search.Settings, flags)
+    asked = asked.with_values(out=str(folder), resume=folder.exists())
     result = search.run(asked)
     result["recommended"] = result.pop("command")
     kept = {name: value for name, value in result.items() if name not in PRIVATE}

@@ -58,7 +58,9 @@ class Function(ModuleType):
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.Settings)
+        made = inspect.signature(self.Settings.__init__)
+        _, *settings = made.parameters.values()
+        return made.replace(parameters=settings)
 
 
 def _plain(value: Any) -> Any:

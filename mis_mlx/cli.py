@@ -10,6 +10,7 @@ import json
 import os
 import re
 import select
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,9 +23,10 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import tyro
 
 from mis_mlx import __version__, flag_help
-from mis_mlx.types import GIB, MisError, Within
+from mis_mlx.types import GIB, MisError, Options, Within
 
 T = TypeVar("T")
+Made = TypeVar("Made", bound="Options")
 ConfigFile = Annotated[str | None, tyro.conf.arg(aliases=["-c"], metavar="FILE")]
 BLAS = Path(__file__).parent / "hardware" / "blas.py"  # a program of its own
 BLAS_THREADS = "OPENBLAS_NUM_THREADS"
@@ -68,7 +70,7 @@ def parse_bytes(text: str, flag: str = "--budget") -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Budgeted:
+class Budgeted(Options):
     """Flags of every command that computes within a budget."""
 
     budget: str | None = None
@@ -175,6 +177,7 @@ def parse(config_type: Any, argv: Sequence[str] | None = None, prog: str | None 
     """
     args = list(sys.argv[1:] if argv is None else argv)
     default: Any = tyro.MISSING_NONPROP
+    given: dict[str, Any] = {}
     if is_dataclass(config_type) and isinstance(config_type, type):
         args = _config_apart(args)
         help_flags = {"-h", "--help", "--help-all"} & set(args)
@@ -183,7 +186,6 @@ def parse(config_type: Any, argv: Sequence[str] | None = None, prog: str | None 
             print(flag_help.text(config_type, prog or "mis_mlx", every=every))
             sys.exit(0)
         _refuse_file_only(config_type, args)
-        given: dict[str, Any] = {}
         for flag, file in itertools.pairwise(args):
             if flag in ("-c", "--config"):
                 if file:
@@ -195,7 +197,28 @@ def parse(config_type: Any, argv: Sequence[str] | None = None, prog: str | None 
     options = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
     settings = tyro.cli(config_type, args=args, prog=prog, config=options, default=default)
     check_ranges(settings)
+    if isinstance(settings, Options):
+        return _as_said(settings, {*given, *_names(args)})
     return settings
+
+
+def _as_said(settings: Made, named: set[str]) -> Made:
+    """The settings as made of these names, and of what differs from the defaults, alone."""
+    said = {}
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        default = field.default
+        if field.default_factory is not MISSING:
+            default = field.default_factory()
+        if field.name in named or value != default:
+            said[field.name] = value
+    return type(settings)(**said)
+
+
+def _names(args: Sequence[str]) -> list[str]:
+    """The names of settings behind the flags in `args`: `--target-bpw=4` is target_bpw's."""
+    flags = [arg.partition("=")[0] for arg in args if arg.startswith("--")]
+    return [flag.removeprefix("--").replace("-", "_") for flag in flags]
 
 
 def _config_apart(args: Sequence[str]) -> list[str]:
@@ -370,7 +393,7 @@ def main(config_type: Any, run: Callable[[Any], dict[str, Any]], several: bool =
     except KeyboardInterrupt as stop:
         remedy = "start it again"
         if stop.args:
-            remedy = f"finished work is kept: continue with --out {stop} --resume"
+            remedy = f"finished work is kept: {continuing(str(stop))}"
         say(f"mis_mlx: stopped by hand; {remedy}")
         sys.exit(130)
     if not rank() and (json_alone or not sys.stdout.isatty()):
@@ -384,6 +407,22 @@ def say(*lines: str) -> None:
         return
     for line in lines:
         print(line, file=sys.stderr, flush=True)
+
+
+def continuing(run: str | Path) -> str:
+    """How to go on with a run: the command to paste; the flags, where a program began it."""
+    flags = f"--out {shlex.quote(str(run))} --resume"
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec and spec.name.startswith("mis_mlx."):
+        python = from_here(Path(sys.executable))
+        return f"continue with {shlex.quote(str(python))} -m {spec.name} {flags}"
+    return f"continue with {flags}"
+
+
+def from_here(path: Path) -> Path:
+    """A path relative to the current folder, if it is in it."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def show_progress(label: str, items: Iterable[T], total: int) -> Iterator[T]:

@@ -27,9 +27,10 @@ from mis_mlx.models import arch, distributed, load, mlx_generate, opening
 from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting import progress, text
 from mis_mlx.runs import run_loop
-from mis_mlx.size_search import size_request
+from mis_mlx.size_search import earlier, size_request
+from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
-from mis_mlx.storage.files import DISK, json_sha256
+from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError, Row
 
 # Settings that may differ when a run is resumed: none of them changes a weight.
@@ -97,96 +98,154 @@ class Settings(DistillFlags):
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """The command: open, plan, prune, repair, distil, quantize, measure."""
-    s, folder = run_loop.resumed(settings, FREE)
-    resolved = _resolve(s, folder)
-    cli.say(text.aligned(plan.table(resolved.plan)))
-    if s.dry_run:
-        return _dry_run(resolved)
-    if not resolved.plan.fits:
-        raise MisError(strategies.remedy(resolved.plan))
-    _write_text(resolved.text.written, resolved.teacher)
-    source = conversations.source(resolved.teacher, resolved.text.wanted, resolved.budget)
-    if folder is None:
-        cli.say(progress.promise(sum(resolved.plan.planned.values())))
-    with progress.run("distill", resolved.plan.planned):
-        table, result = _begin(resolved, source, folder, s.out)
-    if table:
-        print(text.aligned(table))
-        cli.say(summary.next_steps(Path(result["run"])))
-    return result
+    """The command: open, plan, prune, repair, distil, quantize, measure.
 
-
-def _resolve(s: Settings, folder: Path | None) -> ResolvedRun:
-    """The run that the settings ask for, with its teacher and everything else decided.
-
-    folder: of a run that goes on. Only a new run looks for sizes.
+    Where sizes are to be found, the first phase of the run is a search, in the run's folder.
     """
+    s, folder = run_loop.resumed(settings, FREE)
     s.check()
     summary.trackers(s.report_to)
     teacher = run_loop.open_model(s, s.teacher, "teacher")
-    sizes: Mapping[str, Any] = {}
-    if folder is None:
-        sizes = _chosen_sizes(s, teacher)
-    return resolved_run.resolve(s, sizes, teacher, folder)
+    begun = None  # the folder of a run whose settings are all decided
+    if distributed.broadcast_json(lambda: folder is not None and run_folder.is_decided(folder)):
+        begun = folder
+    sought = None if begun else _sought(s, teacher, folder)
+    if s.dry_run:
+        return _dry_run(s, teacher, sought, begun)
+    if sought is None:
+        resolved = _resolved(s, {}, teacher, begun)
+        name = resolved.name
+        plan_now = resolved.strategy
+        with run_loop.entered(folder, name, out=s.out, asked=s.given, plan=plan_now) as place:
+            return _work(resolved, place)
+    name = f"{teacher.path.name}-{size_request.SCENARIO}"
+    plan_now = {run_plan.PLANNED_ITERS: sought.settings.student_iters}
+    with run_loop.entered(folder, name, out=s.out, asked=s.given, plan=plan_now) as place:
+        _write_text(run_text.teacher_text(s, teacher), teacher)
+        sizes = _found(sought, place)
+        return _work(_resolved(s, sizes, teacher, place.folder), place)
 
 
-def _dry_run(resolved: ResolvedRun) -> dict[str, Any]:
+def _resolved(
+    s: Settings, sizes: Mapping[str, Any], teacher: Checkpoint, folder: Path | None
+) -> ResolvedRun:
+    """The run with everything decided, its plan said.
+
+    sizes: that a search chose. folder: of a run for which some of it is decided. MisError where
+    the plan does not fit the budget, except in a dry run.
+    """
+    resolved = resolved_run.resolve(s, sizes, teacher, folder)
+    cli.say(text.aligned(plan.table(resolved.plan)))
+    if not (resolved.plan.fits or s.dry_run):
+        raise MisError(strategies.remedy(resolved.plan))
+    return resolved
+
+
+def _dry_run(
+    s: Settings, teacher: Checkpoint, sought: search.PlannedSearch | None, folder: Path | None
+) -> dict[str, Any]:
     """What a run would do before its first stage, said; its plan for machines."""
+    sizes: dict[str, Any] = {}
+    if sought is not None:
+        sizes = {"lose": sought.settings.lose, **size_request.likely_sizes(teacher)}
+    resolved = _resolved(s, sizes, teacher, folder)
     if resolved.plan.fits:
-        _write_text(resolved.text.written, resolved.teacher, dry_run=True)
-        conversations.source(resolved.teacher, resolved.text.wanted, resolved.budget, dry_run=True)
+        _write_text(resolved.text.written, teacher, dry_run=True)
+        conversations.source(teacher, resolved.text.wanted, resolved.budget, dry_run=True)
     note = battery(resolved.student.pruning)  # a run says it when it begins
     if note:
         cli.say(note)
-    return plan.outcome(resolved.plan, str(resolved.teacher.path))
+    return plan.outcome(resolved.plan, str(teacher.path))
 
 
-def _chosen_sizes(s: Settings, teacher: Checkpoint) -> dict[str, Any]:
-    """Settings of sizes and bits that a search chooses, and the loss that it expects.
+def _sought(s: Settings, teacher: Checkpoint, folder: Path | None) -> search.PlannedSearch | None:
+    """The search that chooses sizes and bits; None where they were given, or chosen before.
 
-    {} where sizes were given, or chosen before.
+    folder: of a run that was stopped before they were.
     """
     if s.expected_loss is not None:
-        return {}
+        return None
     request = size_request.request_of(s)
     loss = size_request.allowed_loss(request, teacher)
     flags = request.flags(loss)
     if not flags:
-        return {}
+        return None
     size_request.refuse_impossible(request, flags, teacher)
     cli.say(f"{flags}: a search chooses sizes and bits; the plan for the rest follows it")
-    searched = _searched(s, teacher, loss)
-    if s.dry_run:
-        return {"lose": loss, **size_request.likely_sizes(teacher)}
-    expected = max(0.0, searched["expected_bits"])
-    return {"lose": loss, **searched["best"], "expected_loss": expected}
-
-
-def _searched(s: Settings, teacher: Checkpoint, loss: float | None) -> dict[str, Any]:
-    """The result of a search for this loss or --bytes; with --dry-run its plan.
-
-    A search with the same settings that was stopped goes on; one that has ended is read.
-    """
     names = {field.name for field in fields(search.Settings)} & {field.name for field in fields(s)}
     # A search has its own, and the minutes are the distillation's that follows it.
     names -= {"out", "resume", "iters", "eval_windows", "minutes"}
     given: dict[str, Any] = {name: getattr(s, name) for name in names}
     written = run_text.teacher_text(s, teacher)
     if written:
-        _write_text(written, teacher, dry_run=s.dry_run)
         given["data"] = str(written.out)
-    given["lose"] = loss
     if not s.quantize:
         given["axes"] = tuple(axis for axis in search.Settings.axes if axis != "bits")
-    given |= {"finalists": 0, "student_iters": s.iters}
-    asked = search.Settings(**given)
-    if s.dry_run:
-        return search.run(asked)
-    same = {name: value for name, value in asdict(asked).items() if name not in search.FREE}
-    out = search.UNDER / f"{teacher.path.name}-{json_sha256(same)[:8]}"
-    begun = (out / run_folder.CONFIG).is_file()
-    return search.run(search.Settings(**given, out=str(out), resume=begun))
+    steps = _steps_to_follow(s, teacher, folder)
+    given |= {"lose": loss, "finalists": 0, "student_iters": steps}
+    return search.plan(search.Settings(**given), teacher, None)
+
+
+def _steps_to_follow(s: Settings, teacher: Checkpoint, folder: Path | None) -> int | None:
+    """The steps on whose number a search counts; None: the usual one.
+
+    With --minutes: as many as a likely student makes in them; counted once for a run, as rates
+    are others on another day. folder: of a run that goes on.
+    """
+    if s.minutes is None:
+        return s.iters
+    if folder is not None:
+        counted = run_folder.stored_settings(folder, run_folder.PLAN)
+        return int(counted[run_plan.PLANNED_ITERS])
+    likely = size_request.likely_student(teacher)
+    return resolved_run.resolve(s, likely, teacher, None).plan.job.iters
+
+
+def _found(sought: search.PlannedSearch, place: run_loop.Place) -> dict[str, Any]:
+    """Settings of the sizes and bits that the run's search chooses, and the loss it expects."""
+    result = _searched(sought, place)
+    expected = max(0.0, result["expected_bits"])
+    return {"lose": sought.settings.lose, **result["best"], "expected_loss": expected}
+
+
+def _searched(sought: search.PlannedSearch, place: run_loop.Place) -> dict[str, Any]:
+    """The result of the run's search, or of an equal one that has ended.
+
+    One that was stopped goes on. Where its teacher or text is another by now, it is set aside, and
+    a new one begins.
+    """
+    read = search.text_of(sought)
+    wanted = earlier.identity(asdict(sought.settings), read.origin, search.FREE)
+    own = place.folder / run_folder.SEARCH
+    others = earlier.beside(place.folder)
+    done = earlier.ended(wanted, [own, *others], search.FREE)
+    if done:
+        cli.say(f"sizes and bits as in {done}, which was the same search")
+        return earlier.result_of(done)
+    if earlier.of_folder(own, search.FREE) not in ({}, wanted):
+        why = earlier.changed(wanted, [own], search.FREE) or f"{own} is another search"
+        cli.say(f"{why}; what was measured is kept in {earlier.set_aside(own, place.files)}")
+    elif not own.exists():
+        why = earlier.changed(wanted, others, search.FREE)
+        if why:
+            cli.say(why)
+    with place.part(run_folder.SEARCH) as part:
+        return search.carry_out(sought, read, part)
+
+
+def _work(resolved: ResolvedRun, place: run_loop.Place) -> dict[str, Any]:
+    """Write the text, read it, go through all stages; the result."""
+    place.decide(resolved.settings.values, resolved.strategy)
+    _write_text(resolved.text.written, resolved.teacher)
+    source = conversations.source(resolved.teacher, resolved.text.wanted, resolved.budget)
+    if not (place.folder / run_folder.PHASES).exists():
+        cli.say(progress.promise(sum(resolved.plan.planned.values())))
+    with progress.run("distill", resolved.plan.planned):
+        table, result = _begin(resolved, source, place)
+    if table:
+        print(text.aligned(table))
+        cli.say(summary.next_steps(Path(result["run"])))
+    return result
 
 
 def _write_text(
@@ -197,17 +256,21 @@ def _write_text(
         return
     if distributed.is_main() and not written.out.exists():
         cli.say(f"--data teacher: the teacher writes first, into {written.out}")
-        synthesize.run(
-            synthesize.Settings(
-                model=str(teacher.path),
-                out=str(written.out),
-                num_samples=written.texts,
-                budget=written.budget,
-                compute_dtype=written.compute_dtype,
-                seed=written.seed,
-                dry_run=dry_run,
-            )
+        asked = synthesize.Settings(
+            model=str(teacher.path),
+            out=str(written.out),
+            num_samples=written.texts,
+            budget=written.budget,
+            compute_dtype=written.compute_dtype,
+            seed=written.seed,
+            dry_run=dry_run,
         )
+        if dry_run:
+            synthesize.run(asked)
+            return
+        with protocol.only_maker(written.out, cli.say) as missing:
+            if missing:
+                synthesize.make(asked)
     if not dry_run:
         distributed.broadcast_folder(written.out, DISK)
 
@@ -223,28 +286,24 @@ class Measured:
 
 
 def _begin(
-    resolved: ResolvedRun, source: preparation.Source, folder: Path | None, out: str | None
+    resolved: ResolvedRun, source: preparation.Source, place: run_loop.Place
 ) -> tuple[str, dict[str, Any]]:
-    """Read the data, enter the run folder, go through all stages."""
+    """Read the data, open the run, go through all stages."""
     teacher = resolved.teacher
     student = resolved.student
     memory_plan = resolved.plan
     length = resolved.recipe.max_seq_length
     data, origin = run_loop.prepare_text(teacher, source, length)
     with run_loop.open_run(
-        resolved.settings.values,
-        folder,
-        resolved.name,
+        place,
         origin,
-        out=out,
         thermal=student.pruning,
-        strategy=resolved.strategy,
         limit=resolved.budget,
         wired=memory_plan.peak_bytes if memory_plan.mode != "sharded" else 0,
-    ) as place:
-        run_plan.log(resolved.settings.given, place, memory_plan)
+    ) as opened:
+        run_plan.log(resolved.settings.given, opened, memory_plan)
         reported = resolved.report.report_to if distributed.is_main() else None
-        report = summary.reporter(reported, place.folder, resolved.settings.values)
+        report = summary.reporter(reported, opened.folder, resolved.settings.values)
         seen, data = vocabulary.of_run(
             teacher,
             student.folder,
@@ -252,11 +311,11 @@ def _begin(
             data,
             config=student.pruning,
             source=source,
-            run=place.folder,
-            files=place.files,
+            run=opened.folder,
+            files=opened.files,
         )
         c = pipeline.Run(
-            **vars(place),
+            **vars(opened),
             recipe=resolved.recipe,
             teacher=seen,
             data=data.train,

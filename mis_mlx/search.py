@@ -14,13 +14,11 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.compute import precision
-from mis_mlx.distillation import conversations, pipeline
-from mis_mlx.evaluation import judging_cost
+from mis_mlx.data import preparation
+from mis_mlx.distillation import conversations, pipeline, strategies
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
-from mis_mlx.models import families
 from mis_mlx.models.config import Shape, shape_of
-from mis_mlx.models.model_size import model_of
 from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting import progress, text
 from mis_mlx.runs import run_loop
@@ -32,14 +30,14 @@ from mis_mlx.size_search import (
     known_losses,
     ranking,
     search_plan,
-    shape_search,
+    search_scope,
     size_request,
 )
 from mis_mlx.size_search import limits as limiting
-from mis_mlx.size_search.limits import Limit, Timing
 from mis_mlx.size_search.ranking import flags_of
 from mis_mlx.size_search.shape_search import Choice
 from mis_mlx.storage import run_folder
+from mis_mlx.storage.files import json_sha256
 from mis_mlx.types import FILE_ONLY, MOST, Budget, Checkpoint, Count, MisError, Whole, Within
 
 # Settings that may differ when a search is resumed: none of them changes what is measured.
@@ -47,7 +45,7 @@ FREE = frozenset(
     {"out", "resume", "dry_run", "config", "budget", "save_every", "governor", "thermal_replay"}
 )
 # Apart from distillations, so that --resume of one never finds the other.
-UNDER = Path("runs") / "search"
+UNDER = Path("runs") / run_folder.SEARCH
 Axis = Literal["layers", "ffn", "heads", "hidden", "vocab", "bits"]
 
 
@@ -142,131 +140,7 @@ class Settings(
         return {flag: counts for flag, counts in tokens.items() if getattr(self, flag)}
 
 
-@dataclass(frozen=True)
-class Scope:
-    """The students of a search. limits: what they may cost. speeds: the teacher's, by flag."""
-
-    sizes: shape_search.Sizes
-    limits: list[Limit]
-    speeds: dict[str, Timing]
-    within: list[Choice]
-    flags: list[str]
-
-
-def scope_of(s: Settings, teacher: Checkpoint, folder: Path | None, budget: Budget) -> Scope:
-    """The students that the settings ask for. folder: of a run that goes on."""
-    sizes = tried_sizes(s, teacher)
-    limits, speeds = limits_of(s, teacher, folder, budget)
-    flags = [limit.flag for limit in limits]
-    if s.lose is not None:
-        flags.insert(0, f"--lose {s.lose:g}")
-    if s.frontier:
-        flags.insert(0, "--frontier")
-    within = _within(s, teacher, sizes, limits)
-    measured = min(s.evaluations, len(within))
-    cli.say(f"students within {' '.join(flags)}: {len(within):,}; {measured} are measured")
-    return Scope(
-        sizes=sizes,
-        limits=limits,
-        speeds=speeds,
-        within=within,
-        flags=flags,
-    )
-
-
-def limits_of(
-    s: Settings, teacher: Checkpoint, folder: Path | None, budget: Budget
-) -> tuple[list[Limit], dict[str, Timing]]:
-    """(what the student may cost; the teacher's speed by flag).
-
-    The speed is timed now, or read where it was timed when the run in `folder` began.
-    """
-    config = teacher.config
-    limits = []
-    if s.bytes:
-        limits.append(limiting.bytes_limit(config, s.bytes))
-    if s.memory:
-        limits.append(limiting.memory_limit(config, s.memory, s.max_kv_size))
-    if s.params or not (limits or s.timed_at or s.lose is not None or s.frontier):
-        limits.append(limiting.params_limit(config, s.params or "0.667x"))
-    speeds = _speeds(s, teacher, folder, budget) if s.timed_at else {}
-    for flag, timing in speeds.items():
-        asked = getattr(s, flag)
-        limits.append(limiting.time_limit(config, f"--{flag}", asked, timing))
-    return limits, speeds
-
-
-def _speeds(
-    s: Settings, teacher: Checkpoint, folder: Path | None, budget: Budget
-) -> dict[str, Timing]:
-    """The teacher's speed by flag."""
-    if folder:
-        stored = run_folder.stored_settings(folder, run_folder.PLAN)
-        return {flag: Timing(**timing) for flag, timing in stored.items()}
-    family = families.family(teacher.config)
-    if family.per_layer:
-        flags = " and ".join(f"--{flag}" for flag in s.timed_at)
-        raise MisError(
-            f"{flags} cannot be estimated for a {family.name}, whose blocks are not alike: limit "
-            f"--bytes, --memory or --params"
-        )
-    for flag in s.timed_at:
-        limiting.speed(f"--{flag}", getattr(s, flag))  # refuses before the timing, not after
-    need = judging_cost.timed_bytes(model_of(teacher).params)
-    budget.need(need, "timing the teacher, whole in memory,", "give limits of size alone")
-    cli.say("timing the teacher, whole and with half of its blocks")
-    speeds = {}
-    with memory.limited(budget):
-        for flag, (cached, prompt) in s.timed_at.items():
-            speeds[flag] = finalists.timed_token(teacher, cached, prompt)
-    return speeds
-
-
-def tried_sizes(s: Settings, teacher: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Sizes of every axis that are tried. Axes that cannot be cut are said."""
-    config = teacher.config
-    if families.family(config).experts:
-        raise MisError(
-            "search supports dense models only, and --experts of prune and distill cuts a mixture "
-            "of experts"
-        )
-    if s.mixed and not shape_search.group_of(shape_of(config)):
-        why = (
-            "the rows of this teacher's matrices are not divisible by 32, so the cost of bits "
-            "cannot be measured"
-        )
-        raise MisError(f"{why}: leave bits out of `search --axes`, or limit --params")
-    rows = candidates.vocabularies(teacher) if "vocab" in s.axes else []
-    sizes = shape_search.axis_sizes(config, s.axes, rows)
-    if s.vocab:
-        sizes["vocab"] = (vocabulary.rows_left(teacher, s),)
-    stuck = []
-    for axis, values in sizes.items():
-        if axis in s.axes and len(values) == 1:
-            stuck.append(f"{axis} {values[0]:,}")
-    # With --vocab the vocabulary has the one size that was asked for.
-    all_rows = shape_of(config).vocab
-    asked_vocab = s.vocab and sizes["vocab"] != (all_rows,)
-    if stuck and not (asked_vocab and len(stuck) == 1):
-        cli.say(f"this teacher cannot be cut along every axis: {', '.join(stuck)} stay unchanged")
-    return sizes
-
-
-def _within(
-    s: Settings, teacher: Checkpoint, sizes: shape_search.Sizes, limits: list[Limit]
-) -> list[Choice]:
-    """The students that come into question.
-
-    With --lose and --frontier these are all shapes, whose bits are chosen later.
-    """
-    if s.lose is None and not s.frontier:
-        return shape_search.choices(teacher.config, sizes, limits, "bits" in s.axes)
-    shapes = shape_search.shapes(teacher.config, sizes)
-    bpw = shape_search.USUAL_BPW
-    return [Choice(shape, bpw) for shape in shapes if shape_search.group_of(shape)]
-
-
-def drawn(s: Settings, c: candidates.Candidates, scope: Scope) -> dict[str, Any]:
+def drawn(s: Settings, c: candidates.Candidates, scope: search_scope.Scope) -> dict[str, Any]:
     """Print the table of --frontier, write its page, and return what goes into the JSON line."""
     with progress.phase("rank"):
         losses = c.losses(scope.sizes)
@@ -308,7 +182,7 @@ def _distilled(c: candidates.Candidates, choices: Sequence[Choice]) -> list[dict
 
 def report(
     c: candidates.Candidates,
-    scope: Scope,
+    scope: search_scope.Scope,
     ranked: Sequence[Choice],
     records: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
@@ -370,7 +244,7 @@ def _identity_of_built_in(s: Settings, teacher: Checkpoint) -> dict[str, Any]:
     return known_losses.identity(teacher, "built-in", s)
 
 
-def _found(s: Settings, c: candidates.Candidates, scope: Scope) -> dict[str, Any]:
+def _found(s: Settings, c: candidates.Candidates, scope: search_scope.Scope) -> dict[str, Any]:
     """Measure, distil the finalists, print the result, and return what goes into the JSON line."""
     if s.frontier:
         return drawn(s, c, scope)
@@ -387,62 +261,142 @@ def _found(s: Settings, c: candidates.Candidates, scope: Scope) -> dict[str, Any
     }
 
 
-def run(settings: Settings) -> dict[str, Any]:
-    """The command: limits, students within them, calibrate once, measure axes, rank, distil the
-    best, judge.
+@dataclass(frozen=True)
+class PlannedSearch:
+    """A search that nothing has been measured for yet.
+
+    plan: of its largest finalist. seconds: of its phases. outcome: of a --dry-run. known: the
+    identity of measurements that are perhaps kept; {}: none are.
     """
-    s, folder = run_loop.resumed(settings, FREE, UNDER)
-    s.check()
-    teacher = run_loop.open_model(s, s.teacher, "teacher", UNDER)
+
+    settings: Settings
+    teacher: Checkpoint
+    scope: search_scope.Scope
+    limit: Budget
+    plan: strategies.MemoryPlan
+    seconds: Mapping[str, float]
+    outcome: Mapping[str, Any]
+    known: Mapping[str, Any]
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """The beginning of its result."""
+        return {
+            "teacher": str(self.teacher.path),
+            "limits": self.scope.flags,
+            "students": len(self.scope.within),
+        }
+
+    @property
+    def speeds(self) -> dict[str, Any]:
+        """The teacher's, by flag, for plan.json."""
+        return {flag: timing._asdict() for flag, timing in self.scope.speeds.items()}
+
+    def source(self) -> preparation.Source:
+        """The text, which the teacher perhaps writes now; with a --dry-run what that would take."""
+        s = self.settings
+        visited = (s.student_iters or ITERS) * s.step_tokens
+        wanted = conversations.wanted_of(s.data, s.conversations, visited=visited, seed=s.seed)
+        return conversations.source(self.teacher, wanted, self.limit, dry_run=s.dry_run)
+
+
+@dataclass(frozen=True)
+class SearchText:
+    """The text that a search measures on: where it is from, in windows, and its fingerprints."""
+
+    source: preparation.Source
+    data: preparation.Data
+    origin: dict[str, str]
+
+
+def plan(s: Settings, teacher: Checkpoint, folder: Path | None) -> PlannedSearch:
+    """Limits, students within them, and what the search takes.
+
+    folder: of a run that goes on. MisError where the search cannot be, or does not fit the budget.
+    """
     why = size_request.unsearchable(teacher.config)
     if why:
         raise MisError(f"{why}: {size_request.GIVE_SIZES}")
     limit = memory.budget(s.budget_bytes)
-    scope = scope_of(s, teacher, folder, limit)
+    scope = search_scope.scope_of(s, teacher, folder, limit)
     known = _identity_of_built_in(s, teacher) if s.reuses else {}
-    plan, seconds, outcome = search_plan.plan_search(
+    largest, seconds, outcome = search_plan.plan_search(
         s, teacher, scope.within, scope.sizes, limit=limit, known=known
     )
-    result = {
-        "teacher": str(teacher.path),
-        "limits": scope.flags,
-        "students": len(scope.within),
-    }
-    visited = (s.student_iters or ITERS) * s.step_tokens
-    wanted = conversations.wanted_of(s.data, s.conversations, visited=visited, seed=s.seed)
-    source = conversations.source(teacher, wanted, limit, dry_run=s.dry_run)
-    if s.dry_run:
-        return {**result, **outcome}
-    if folder is None:
-        planned_s = sum(seconds.values())
-        cli.say(progress.promise(planned_s))
-    data, origin = run_loop.prepare_text(teacher, source, s.max_seq_length)
-    opening = run_loop.open_run(
-        asdict(s),
-        folder,
-        f"{UNDER.name}/{teacher.path.name}",
-        origin,
-        out=s.out,
-        thermal=s,
-        strategy={flag: timing._asdict() for flag, timing in scope.speeds.items()},
+    return PlannedSearch(
+        settings=s,
+        teacher=teacher,
+        scope=scope,
         limit=limit,
-        wired=plan.peak_bytes if plan.mode != "sharded" else 0,
+        plan=largest,
+        seconds=seconds,
+        outcome=outcome,
+        known=known,
     )
-    with progress.run("search", seconds), opening as place:
-        about = known or known_losses.identity(teacher, origin["data"], s)
+
+
+def text_of(planned: PlannedSearch) -> SearchText:
+    """The text of a search, prepared."""
+    source = planned.source()
+    length = planned.settings.max_seq_length
+    data, origin = run_loop.prepare_text(planned.teacher, source, length)
+    return SearchText(source, data, origin)
+
+
+def carry_out(planned: PlannedSearch, read: SearchText, place: run_loop.Place) -> dict[str, Any]:
+    """Calibrate once, measure axes, rank, distil the best, judge; the result."""
+    s = planned.settings
+    data = read.data
+    teacher = planned.teacher
+    place.decide(asdict(s), planned.speeds)
+    opening = run_loop.open_run(
+        place,
+        read.origin,
+        same=tuple(run_folder.WORDS),
+        thermal=s,
+        limit=planned.limit,
+        wired=planned.plan.peak_bytes if planned.plan.mode != "sharded" else 0,
+    )
+    with progress.run("search", planned.seconds), opening as opened:
+        about = planned.known or known_losses.identity(teacher, _text_sha256(read.origin), s)
         if s.reuses:
-            _lay_out(place, about)
+            _lay_out(opened, about)
         ranks, judges = candidates.split_held_out(data.held_out, s.rank_windows, s.eval_windows)
-        course = pipeline.Run(**vars(place), recipe=s, teacher=teacher, data=data.train, plan=plan)
-        c = candidates.Candidates(course, data, ranks, judges, settings=s, source=source)
-        result |= _found(s, c, scope)
+        course = pipeline.Run(
+            **vars(opened), recipe=s, teacher=teacher, data=data.train, plan=planned.plan
+        )
+        c = candidates.Candidates(course, data, ranks, judges, settings=s, source=read.source)
+        found = _found(s, c, planned.scope)
         if s.reuses:
-            known_losses.keep_logs(place.folder, about)
-        result = course.finish({**result, "run": str(course.folder)})
+            known_losses.keep_logs(opened.folder, about)
+        result = course.finish({**planned.result, **found, "run": str(course.folder)})
         # Teachers of fewer rows: nobody needs them once a search is done.
         for rows in course.folder.glob(f"{vocabulary.FOLDER}-*"):
             course.files.remove_tree(rows)
     return result
+
+
+def _text_sha256(origin: Mapping[str, str]) -> str:
+    """Of the text to learn from and of that which measures."""
+    return json_sha256([origin["data"], origin["held_out"]])
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """The command: plan, enter the run folder, search."""
+    s, folder = run_loop.resumed(settings, FREE, UNDER)
+    s.check()
+    teacher = run_loop.open_model(s, s.teacher, "teacher", UNDER)
+    decided = folder if folder and run_folder.is_decided(folder) else None
+    planned = plan(s, teacher, decided)
+    if s.dry_run:
+        planned.source()
+        return {**planned.result, **planned.outcome}
+    if folder is None:
+        cli.say(progress.promise(sum(planned.seconds.values())))
+    name = f"{UNDER.name}/{teacher.path.name}"
+    with run_loop.entered(folder, name, out=s.out, asked=s.given) as place:
+        place.decide(asdict(s), planned.speeds)
+        return carry_out(planned, text_of(planned), place)
 
 
 def _lay_out(place: run_loop.OpenRun, about: Mapping[str, Any]) -> None:

@@ -28,7 +28,7 @@ from mis_mlx.runs import run_loop
 from mis_mlx.settings.recipe import TEACHER_TEXTS
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import hub
-from mis_mlx.storage.files import DISK, as_mis_error
+from mis_mlx.storage.files import DISK, as_mis_error, need_place
 from mis_mlx.types import (
     Budget,
     Checkpoint,
@@ -287,7 +287,16 @@ def _drawn(rows: Sequence[Row], most: float, seed: int) -> list[Row]:
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """The command: plan, write, mix, commit."""
+    """The command, which writes a folder alone."""
+    if settings.dry_run:
+        return make(settings)
+    need_place("--out", settings.out, "new")
+    with protocol.only_maker(Path(settings.out), cli.say):
+        return make(settings)
+
+
+def make(settings: Settings) -> dict[str, Any]:
+    """Plan, write, mix, commit. Nobody else makes the same folder meanwhile."""
     out = Path(settings.out)
     checkpoint = run_loop.open_model(settings, settings.model, place=settings.out, new="--out")
     openings(settings.languages, settings.openings)

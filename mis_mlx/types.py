@@ -9,9 +9,9 @@ level).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 GIB = 2**30
 T = TypeVar("T")
@@ -235,3 +235,36 @@ class Row:
     low: float | None = None
     high: float | None = None
     n: int | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings that know which of them were said: by a flag, in a YAML file, or as a keyword.
+
+    A value that equals the default can be said, too. What was not said has its default.
+    """
+
+    _said: ClassVar = frozenset[str]()
+
+    def __new__(cls, *values: Any, **named: Any) -> Self:
+        """Remember the names of the arguments; the dataclass sets the values."""
+        made = super().__new__(cls)
+        by_place = [setting.name for setting in fields(cls) if not setting.kw_only]
+        said = frozenset(named).union(by_place[: len(values)])
+        object.__setattr__(made, "_said", said)  # frozen, but still being made
+        return made
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What was said, by name. None says nothing where it is the default."""
+        values = {}
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            says_nothing = value is None and setting.default is None
+            if setting.name in self._said and not says_nothing:
+                values[setting.name] = value
+        return values
+
+    def with_values(self, **values: Any) -> Self:
+        """The same but for `values`, which are said with this; `dataclasses.replace` says all."""
+        return type(self)(**{**self.given, **values})

@@ -23,7 +23,7 @@ stage() {
 train() {
     run=$out/$1
     shift
-    if [ -e "$run/config.yaml" ]; then
+    if [ -e "$run/asked.yaml" ] || [ -e "$run/config.yaml" ]; then
         stage "$run/result.json" "$1" --out "$run" --resume
     else
         stage "$run/result.json" "$@" --out "$run"

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -351,4 +350,5 @@ def undisturbed(
 
 def settings_of(command: Any, flags: Sequence[object], out: Path, **changes: Any) -> Any:
     """The settings of a command that these flags stand for."""
-    return replace(cli.parse(command.Settings, [*map(str, flags), "--out", str(out)]), **changes)
+    made = cli.parse(command.Settings, [*map(str, flags), "--out", str(out)])
+    return made.with_values(**changes)

@@ -471,3 +471,28 @@ def test_tables_stand_in_columns(monkeypatch: pytest.MonkeyPatch) -> None:
         "",
         "after",
     ]
+
+
+def test_what_was_said_is_known(tmp_path: Path) -> None:
+    """By a flag, in a file or as a keyword, also where it equals the default; nothing else is, and
+    None is not where it is the default. What is said later comes to it.
+    """
+    said = {"target_bpw": 4.5, "seed": 0}
+    by_flag = cli.parse(Settings, ["--target-bpw=4.5", "--seed", "0"])
+    by_file = parsed(tmp_path, "target-bpw: 4.5\nseed: 0\nvocab: null\n")
+    by_keyword = Settings(target_bpw=4.5, seed=0, vocab=None)
+    assert by_flag.given == by_keyword.given == said
+    assert by_file.given == {**said, "config": str(tmp_path / "settings.yaml")}
+    assert Settings().given == cli.parse(Settings, []).given == {}
+    assert Settings(target_bpw=None).given == {"target_bpw": None}  # the default is a number
+    both = parsed(tmp_path, "iters: 7\n", "--seed", "0")
+    assert both.given == {"iters": 7, "seed": 0, "config": both.config}
+    later = by_flag.with_values(iters=3)
+    assert later.given == {**said, "iters": 3}
+    assert later == Settings(target_bpw=4.5, seed=0, iters=3)
+
+
+def test_a_switch_that_is_turned_off_was_said() -> None:
+    """--no-fuse, as fuse=True where somebody writes that."""
+    assert cli.parse(sft.Settings, ["--no-fuse"]).given == {"fuse": False}
+    assert sft.Settings(fuse=True).given == {"fuse": True}

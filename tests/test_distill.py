@@ -91,7 +91,9 @@ def test_what_a_run_leaves_on_disk(finished: tuple[Path, Done]) -> None:
     out, _ = finished
     assert {p.name for p in out.iterdir()} - {"thermal.jsonl"} == {
         ".lock",
+        "asked.yaml",
         "config.yaml",
+        "taken.json",
         "origin.json",
         "plan.json",
         "metrics.jsonl",

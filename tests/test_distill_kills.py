@@ -52,7 +52,7 @@ def holds(out: Path, process: int) -> bool:
 
 def start(out: Path, flags: tuple[object, ...], env: dict[str, str]) -> Child:
     """A new run, or what there is of it resumed."""
-    born = (out / "config.yaml").exists()
+    born = run_folder.is_run(out)
     return Child(env, *(("--resume",) if born else flags), "--out", out)
 
 

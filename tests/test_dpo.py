@@ -9,7 +9,6 @@ import math
 import os
 import signal
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +96,7 @@ def test_a_stopped_run_ends_with_the_same_bits_and_asks_the_reference_once(
     monkeypatch.setattr(dpo, "padded_pairs", stopping)
     with pytest.raises(MisError, match="stopped at step 3 of 6"):
         dpo.run(settings)
-    dpo.run(replace(settings, resume=True))
+    dpo.run(settings.with_values(resume=True))
     weights = [
         (folder / "model/model.safetensors").read_bytes()
         for folder in (tmp_path / "run", undisturbed[0])

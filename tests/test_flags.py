@@ -384,7 +384,7 @@ def test_the_ends_of_every_range_can_be_planned(
     names = set(limits(module.Settings)) - (set() if every else asked_before(name))
     for flags in ends(module.Settings, names):
         try:
-            json.dumps(module.run(replace(base, **flags)), allow_nan=False)
+            json.dumps(module.run(base.with_values(**flags)), allow_nan=False)
         except MisError as error:
             if "\n" in str(error):
                 failed.append(f"{flags}: {error}")

@@ -121,7 +121,9 @@ def test_end_to_end(undisturbed: tuple[Path, Done]) -> None:
     assert "kept" in done.stderr
     names = {p.name for p in out.iterdir()}
     assert {
+        "asked.yaml",
         "config.yaml",
+        "taken.json",
         "metrics.jsonl",
         training.SAMPLES,
         "steps",

@@ -293,10 +293,12 @@ def test_by_default_a_loss_is_allowed(llama: Checkpoint, monkeypatch: pytest.Mon
     plain = distill.Settings(teacher=str(llama.path))
 
     def allowed(**given: Any) -> float | None:
-        request = size_request.request_of(replace(plain, **given))
+        request = size_request.request_of(plain.with_values(**given))
         return size_request.allowed_loss(request, llama)
 
     assert allowed() == size_request.DEFAULT_LOSS
+    assert allowed(target_bpw=4.5) is None  # said, though it is the default
+    assert allowed(q_mode="affine", vocab=None) == size_request.DEFAULT_LOSS
     for given in ({"scenario": "gazda"}, {"layers": 2}, {"vocab": "0.5x"}, {"target_bpw": 5.0}):
         assert allowed(**given) is None
     assert allowed(budget=str(llama.nbytes)) is None
@@ -327,7 +329,7 @@ def test_what_no_search_knows_keeps_to_a_scenario(
         with pytest.raises(
             MisError, match=re.escape(f"{flags} cannot be searched for, because {why}: give sizes")
         ):
-            distill.run(replace(plain, data="teacher", **given))  # type: ignore[arg-type]
+            distill.run(plain.with_values(data="teacher", **given))
 
 
 def said(excess: float) -> answers.ModelAnswers:

@@ -115,7 +115,9 @@ def test_end_to_end(done: tuple[Path, Done], llama: Checkpoint) -> None:
     assert all(sizes(each) in measured for each in result["finalists"])
     assert len(result["finalists"]) == 2
     assert {p.name for p in out.iterdir()} - {"thermal.jsonl", ".lock"} == {
+        "asked.yaml",
         "config.yaml",
+        "taken.json",
         "origin.json",
         "plan.json",
         "result.json",
@@ -226,8 +228,8 @@ def test_distill_in_so_many_bytes(
     done = command("distill", *flags, "--bytes", "190KB", "--out", tmp_path / "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = last_line(done)
-    (searched,) = (tmp_path / "runs" / "search").iterdir()
-    (searched / run_folder.RESULT).unlink()  # as if it had been stopped at its end
+    assert not (tmp_path / "runs").exists()
+    searched = tmp_path / "run" / run_folder.SEARCH
     measured = {path: path.stat().st_mtime_ns for path in searched.rglob("*.json*")}
     again = command(
         "distill", *flags, "--bytes", "190KB", "--out", tmp_path / "again", cwd=tmp_path

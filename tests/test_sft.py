@@ -240,7 +240,7 @@ def test_a_stopped_run_ends_with_the_same_bits(
     monkeypatch.setattr(sequence_packing, "drawn_indices", stopping)
     with pytest.raises(MisError, match="stopped at step 3 of 6; everything is saved"):
         sft.run(settings)
-    settings = replace(settings, resume=True)
+    settings = settings.with_values(resume=True)
     result = sft.run(settings)
     assert (tmp_path / "run/model/model.safetensors").read_bytes() == (
         undisturbed[0] / "model/model.safetensors"
@@ -401,7 +401,7 @@ def test_steps_are_cut_where_memory_is_short_and_stay_so(small: Any, tmp_path: P
     ]
     limit = next(n for n in range(2**23, 2**26, 2**12) if peaks[0] + memory.process_bytes(n) <= n)
     assert min(peaks[1:]) + memory.process_bytes(limit) > limit
-    tight = replace(wide, out=str(tmp_path / "tight"), budget=f"{limit}")
+    tight = wide.with_values(out=str(tmp_path / "tight"), budget=f"{limit}")
     cut = alignment_run.fit_micro_batches(tight, None, phase)
     assert (cut.batch_size, cut.grad_accumulation_steps) == (1, 4)
     assert alignment_run.fit_micro_batches(wide, None, phase) == wide
@@ -410,7 +410,7 @@ def test_steps_are_cut_where_memory_is_short_and_stay_so(small: Any, tmp_path: P
     one, other = (run_folder.metrics(tmp_path / name) for name in ("wide", "tight"))
     assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in other], rel=1e-5)
     assert run_folder.stored_settings(tmp_path / "tight", run_folder.PLAN)["micro"] == 1
-    again = replace(tight, budget=None, resume=True)
+    again = tight.with_values(budget=None, resume=True)
     assert alignment_run.fit_micro_batches(again, tmp_path / "tight", phase).batch_size == 1
 
 

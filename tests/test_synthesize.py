@@ -227,7 +227,7 @@ def test_distill_has_its_teacher_write(
         bench_tokens=0,
         **small,
     )
-    assert distill.run(replace(s, dry_run=True))
+    assert distill.run(s.with_values(dry_run=True))
     assert not Path("runs/text").exists()
     result = distill.run(s)
     (folder,) = Path("runs/text").iterdir()
@@ -238,8 +238,8 @@ def test_distill_has_its_teacher_write(
     table = Path("run/table.md").read_text()
     assert "English, " in table
     assert "Polish, " in table
-    assert distill.run(replace(s, resume=True))["params_student"] == result["params_student"]
-    distill.run(replace(s, iters=8, out="longer", dry_run=False))
+    assert distill.run(s.with_values(resume=True))["params_student"] == result["params_student"]
+    distill.run(s.with_values(iters=8, out="longer", dry_run=False))
     assert sorted(int(path.name.rpartition("-")[2]) for path in Path("runs/text").iterdir()) == [
         6,
         8,

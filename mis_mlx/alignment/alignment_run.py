@@ -378,6 +378,34 @@ def data(
 
 
 @contextmanager
+def _opened(
+    s: Alignment,
+    folder: Path | None,
+    checkpoint: Checkpoint,
+    *,
+    micro: int,
+    card: Mapping[str, Any],
+    name: str,
+    wired: int,
+) -> Iterator[run_loop.OpenRun]:
+    """The run's folder, new or that of a run that goes on, at work; as in `start_run`."""
+    strategy = {"mode": "resident", "micro": micro}
+    new_name = f"{name_of(checkpoint.path)}-{name}"
+    entered = run_loop.entered(folder, new_name, out=s.out, asked=s.given, plan=strategy)
+    with entered as place:
+        place.decide(asdict(s), strategy)
+        opened_run = run_loop.open_run(
+            place,
+            run_folder.origin(checkpoint, card["fingerprint"]),
+            thermal=s,
+            limit=memory.budget(s.budget_bytes),
+            wired=wired,
+        )
+        with opened_run as run:
+            yield run
+
+
+@contextmanager
 def start_run(
     s: Alignment,
     folder: Path | None,
@@ -405,17 +433,7 @@ def start_run(
     )
     if folder is None:
         cli.say(progress.promise(seconds))
-    opened_run = run_loop.open_run(
-        asdict(s),
-        folder,
-        name=f"{name_of(checkpoint.path)}-{name}",
-        origin=run_folder.origin(checkpoint, card["fingerprint"]),
-        out=s.out,
-        thermal=s,
-        strategy={"mode": "resident", "micro": micro},
-        limit=budget,
-        wired=peak,
-    )
+    opened_run = _opened(s, folder, checkpoint, micro=micro, card=card, name=name, wired=peak)
     with progress.run(name, {name: seconds}), opened_run as run:
         if not (run.folder / run_folder.DATA).exists():
             facts = json.dumps(dict(card), indent=2, ensure_ascii=False)

@@ -14,6 +14,7 @@ from mis_mlx.evaluation.answer_figures import MORE_LOOPS
 from mis_mlx.models import distributed, load
 from mis_mlx.models.model_size import model_of
 from mis_mlx.reporting import html
+from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK, Files, json_sha256
 from mis_mlx.types import Budget, Checkpoint, MisError, Row, duration, evenly, gib
@@ -112,8 +113,10 @@ def _written(teacher: Checkpoint, wanted: Wanted, limit: Budget, *, dry_run: boo
         return file
     if distributed.is_main():
         try:
-            kept = teacher_answers.write(teacher, writing, file, limit)
-            cli.say(f"conversations: {kept} of {count} are kept")
+            with protocol.only_maker(file, cli.say) as missing:
+                if missing:
+                    kept = teacher_answers.write(teacher, writing, file, limit)
+                    cli.say(f"conversations: {kept} of {count} are kept")
         except MisError as error:
             cli.say(f"conversations are left out of the training text: {error}")
     if not distributed.broadcast_json(file.exists):

@@ -98,7 +98,7 @@ class Run(run_loop.OpenRun):
         """Measure a phase, named as in the plan, and log what it takes; also when it is stopped."""
         memory.give_back()
         began = train_loop.CLOCK.monotonic()
-        self.peak.note(mx.get_peak_memory())
+        self.account.peak.note(mx.get_peak_memory())
         mx.reset_peak_memory()
         try:
             with progress.phase(name):
@@ -112,6 +112,7 @@ class Run(run_loop.OpenRun):
                 "peak_bytes": mx.get_peak_memory(),
             }
             self.files.append(self.folder / run_folder.PHASES, json.dumps(record))
+            self.account.keep()
 
 
 def distil(c: Run, pruned: Checkpoint, out: Path) -> None:

@@ -68,14 +68,14 @@ def plan_run(request: RunRequest, budget: Budget, folder: Path | None) -> strate
     job = measured_block.of_job(_job(request), limit)
     rates = estimates.machine_rates()
     before = distributed.broadcast_json(lambda: _strategy_of(folder))
-    if before and PLANNED_ITERS in before:
-        job = replace(job, iters=before[PLANNED_ITERS])
+    counted = before.pop(PLANNED_ITERS, None)
+    if counted:
+        job = replace(job, iters=counted)
     elif request.recipe.minutes is not None:
         job = _paced(request.recipe.minutes, job, limit, rates)
 
     def strategy() -> dict[str, Any]:
-        decided = before or strategies.best_plan(job, limit, rates).strategy
-        return {name: value for name, value in decided.items() if name != PLANNED_ITERS}
+        return before or strategies.best_plan(job, limit, rates).strategy
 
     plan = strategies.plan_strategy(job, limit, rates, **distributed.broadcast_json(strategy))
     if distributed.size() > 1 and plan.mode == "sharded":
@@ -96,15 +96,19 @@ def stored_strategy(plan: strategies.MemoryPlan) -> dict[str, Any]:
     return {**plan.strategy, PLANNED_ITERS: plan.job.iters}
 
 
-def _strategy_of(folder: Path | None) -> dict[str, Any] | None:
-    """What the plan.json of a run that goes on says.
+def _strategy_of(folder: Path | None) -> dict[str, Any]:
+    """What the plan.json of a run that goes on says, {} of a new one.
 
-    Older ones do not have the number of steps, and their targets are among the run's settings.
+    Before a run is decided it has the number of steps alone. Older ones do not have it, and their
+    targets are among the run's settings.
     """
     if folder is None:
-        return None
+        return {}
+    planned = run_folder.stored_settings(folder, run_folder.PLAN)
+    if not run_folder.is_decided(folder):
+        return planned
     asked = run_folder.stored_settings(folder).get("targets") or "live"
-    return {"targets": asked, **run_folder.stored_settings(folder, run_folder.PLAN)}
+    return {"targets": asked, **planned}
 
 
 def _job(request: RunRequest) -> DistillationSpec:

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.distillation import conversations
 from mis_mlx.evaluation import answers, comparison
@@ -258,14 +259,8 @@ def next_steps(folder: Path) -> str:
     model = folder / "model"
     exports = not model.is_dir() or families.family(read_config(model)).gguf != ""
     values = {
-        "python": _from_here(Path(sys.executable)),
-        "run": shlex.quote(str(_from_here(folder.absolute()))),
+        "python": cli.from_here(Path(sys.executable)),
+        "run": shlex.quote(str(cli.from_here(folder.absolute()))),
         "exports": exports,
     }
     return html.document("next.md", values)
-
-
-def _from_here(path: Path) -> Path:
-    """A path relative to the current folder, if it is in it."""
-    here = Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path

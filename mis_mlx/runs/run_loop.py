@@ -6,15 +6,13 @@ disk is storage/checkpoint's.
 
 import json
 import signal
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mis_mlx import cli
-from mis_mlx.compute import precision
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import (
@@ -28,30 +26,34 @@ from mis_mlx.maths.optimizer import Diverged
 from mis_mlx.models import distributed, load, resolve, scenarios
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress, text
+from mis_mlx.runs.account import Account
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
-from mis_mlx.storage.files import Files, as_mis_error, need_place
+from mis_mlx.storage.files import Files, as_mis_error, json_sha256, need_place
 from mis_mlx.types import Budget, Checkpoint, MisError, Step
 
-S = TypeVar("S", bound=Any)  # a command's Settings
+S = TypeVar("S", bound=cli.Resumable)  # a command's Settings
 
 
 def resumed(settings: S, free: frozenset[str], under: Path = Path("runs")) -> tuple[S, Path | None]:
     """The settings to run with, and with --resume the folder of the run that goes on.
 
-    That is the run in `--out`, or the newest unfinished one right under `under`. MisError where
-    settings that are not `free` differ from the run's.
+    That is the run in `--out`, or the newest unfinished one right under `under`. A run of which
+    nothing is decided yet has the settings that were said when it began. MisError where settings
+    that are not `free` differ from the run's.
     """
     if not settings.resume:
         return settings, None
 
     def stored() -> tuple[dict[str, Any], str]:
         folder = run_folder.find(settings.out, under)
+        asked = _plain(run_folder.asked_settings(folder))
+        decided = run_folder.is_decided(folder)
+        before = _plain(run_folder.stored_settings(folder)) if decided else asked
         defaults = asdict(type(settings)())
-        before = run_folder.stored_settings(folder)
-        if isinstance(before.get("scenario"), str):
-            before["scenario"] = scenarios.plain(before["scenario"])
-        values = run_folder.merged(asdict(settings), defaults, before, free)
+        values = run_folder.merged(settings.given, defaults, before, free, asked=asked)
+        if not decided:
+            values = {name: values[name] for name in {**asked, **settings.given}}
         return values, str(folder)
 
     # The first machine alone has the folder.
@@ -60,6 +62,13 @@ def resumed(settings: S, free: frozenset[str], under: Path = Path("runs")) -> tu
         if isinstance(value, list):  # JSON has no tuples
             values[name] = tuple(value)
     return type(settings)(**values), Path(folder)
+
+
+def _plain(stored: dict[str, Any]) -> dict[str, Any]:
+    """The same with the scenario's plain name."""
+    if isinstance(stored.get("scenario"), str):
+        return {**stored, "scenario": scenarios.plain(stored["scenario"])}
+    return stored
 
 
 def open_model(
@@ -90,28 +99,95 @@ def prepare_text(
     """(the text of `source`; what a resumed run must have begun with). length: of its windows."""
     data = preparation.prepare(source, load.tokenizer(teacher.path), length)
     cli.say(*data.notes)
-    return data, run_folder.origin(teacher, token_windows.fingerprint(data.train))
+    judging = {name: token_windows.fingerprint(data.held_out[name]) for name in data.held_out}
+    return data, {
+        **run_folder.origin(teacher, token_windows.fingerprint(data.train)),
+        "held_out": json_sha256([judging, data.talks]),
+    }
+
+
+@dataclass(frozen=True)
+class Place:
+    """The folder of a run on this machine, which nobody else works in meanwhile."""
+
+    folder: Path
+    files: Files
+    account: Account
+
+    def decide(self, settings: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
+        """Keep all settings of the run and how it trains, unless that is decided already."""
+        if distributed.is_main() and not run_folder.is_decided(self.folder):
+            run_folder.decide(self.folder, settings, plan, self.files)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator["Place"]:
+        """A run that is a part of this one, in a folder of its own."""
+        folder = self.folder / name
+        with protocol.lock(folder):
+            protocol.sweep(folder, self.files)
+            yield Place(folder, self.files, Account(folder, self.files, whole=self.account))
+
+
+@contextmanager
+def entered(
+    folder: Path | None,
+    name: str,
+    *,
+    out: str | None,
+    asked: Mapping[str, Any],
+    plan: Mapping[str, Any] | None = None,
+) -> Iterator[Place]:
+    """The place of the run in `folder`, or of a new one: `out`, or a new folder called `name`.
+
+    It is made and locked before anything works in it, and can be resumed from then on. A new run
+    that is refused before any work leaves nothing. Machines beside the first one work in a folder
+    that is deleted at the end. asked, plan: as in `run_folder.begin`.
+    """
+    files = Files()
+    new = folder is None and distributed.is_main()
+    if new:
+        folder = run_folder.make(out, name, files)
+    cli.say(f"run folder: {folder}")
+    try:
+        with distributed.workplace(folder) as path, protocol.lock(path):
+            if new:
+                run_folder.begin(path, asked, plan, files)
+            protocol.sweep(path, files)
+            place = Place(path, files, Account(path, files))
+            try:
+                yield place
+            except BaseException as stop:
+                with suppress(MisError, OSError):
+                    place.account.keep()
+                if new and isinstance(stop, MisError):
+                    run_folder.forget_bare(path, files)
+                raise
+    except KeyboardInterrupt:
+        # The closing sentence names the folder.
+        raise KeyboardInterrupt(folder) from None
 
 
 @dataclass
 class OpenRun:
-    """A run folder at work: locked, its memory limited, its temperatures watched."""
+    """A run folder at work: its memory limited, its temperatures watched."""
 
     folder: Path
     thermal_monitor: ThermalMonitor
     files: Files
-    peak: memory.Peak
-    began_s: float
+    account: Account
     budget_bytes: int
 
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Write the run's result into its folder, with memory, weather and time; return it."""
+        """Write the run's result into its folder, with memory, weather and time; return it.
+
+        They are those of all processes that worked on the run.
+        """
         complete = {
             **result,
-            "peak_bytes": self.peak.nbytes,
+            "peak_bytes": self.account.peak_bytes,
             "budget_bytes": self.budget_bytes,
             **self.thermal_monitor.account(),
-            "seconds": round(time.monotonic() - self.began_s, 1),
+            "seconds": round(self.account.seconds, 1),
         }
         self.files.replace_text(self.folder / run_folder.RESULT, json.dumps(complete, indent=2))
         return complete
@@ -119,55 +195,37 @@ class OpenRun:
 
 @contextmanager
 def open_run(
-    stored: Mapping[str, Any],
-    folder: Path | None,
-    name: str,
+    place: Place,
     origin: Mapping[str, str],
     *,
-    out: str | None,
+    same: tuple[str, ...] = run_folder.SAME,
     thermal: ThermalFlags,
-    strategy: Mapping[str, Any],
     limit: Budget,
     wired: int,
 ) -> Iterator[OpenRun]:
-    """The run in `folder`, or a new one in `out` or in a new folder called `name`.
+    """The run in a place, at work.
 
-    stored: the settings, for its config.yaml. A run that goes on must have begun with `origin`.
-    Machines beside the first one work in a folder that is deleted at the end. strategy: how it
-    trains, decided once. wired: as of `memory.limited`, in bytes.
+    One that goes on must have begun with what is `same` in `origin`. wired: as of
+    `memory.limited`, in bytes.
     """
-    files = Files()
     distributed.check_same(origin)
-    if folder is None and distributed.is_main():
-        settings = {
-            flag: value for flag, value in stored.items() if flag not in run_folder.NOT_STORED
-        }
-        folder = run_folder.create(out, name, settings, origin, plan=strategy, files=files)
-    elif folder and distributed.is_main():
-        cli.say(*run_folder.same_origin(folder, origin))
-    cli.say(f"run folder: {folder}")
-    try:
-        with (
-            distributed.workplace(folder) as place,
-            protocol.lock(place),
-            memory.limited(limit, wired),
-            ThermalMonitor(thermal, place / "thermal.jsonl", files) as thermal_monitor,
-        ):
-            protocol.sweep(place, files)
-            note = battery(thermal)
-            if note:
-                cli.say(note)
-            yield OpenRun(
-                folder=place,
-                thermal_monitor=thermal_monitor,
-                files=files,
-                peak=memory.Peak(),
-                began_s=time.monotonic(),
-                budget_bytes=limit.limit_bytes,
-            )
-    except KeyboardInterrupt:
-        # The closing sentence names the folder.
-        raise KeyboardInterrupt(folder) from None
+    if distributed.is_main():
+        cli.say(*run_folder.same_origin(place.folder, origin, place.files, same))
+    with (
+        memory.limited(limit, wired),
+        ThermalMonitor(thermal, place.folder / "thermal.jsonl", place.files) as thermal_monitor,
+    ):
+        thermal_monitor.breaks = place.account.breaks
+        note = battery(thermal)
+        if note:
+            cli.say(note)
+        yield OpenRun(
+            folder=place.folder,
+            thermal_monitor=thermal_monitor,
+            files=place.files,
+            account=place.account,
+            budget_bytes=limit.limit_bytes,
+        )
 
 
 def _cooldowns(
@@ -241,7 +299,8 @@ class CheckpointedTraining:
             cli.say(*saved.notes, f"continuing from step {saved.number}")
             arrays = {key: protocol.load_arrays(saved, key) for key in saved.state["arrays"]}
             self.trained.restore({"optimizer": {}, **arrays}, saved.state["optimizer"])
-            self.run.thermal_monitor.breaks = PauseCounter(**saved.state["tea"])
+            if not self.run.account.known:  # an earlier version kept it here alone
+                self.run.thermal_monitor.breaks = PauseCounter(**saved.state["tea"])
         newest: Any = distributed.broadcast_json(
             lambda: [saved.number, saved.state] if saved else None
         )
@@ -266,6 +325,7 @@ class CheckpointedTraining:
         }
         folder = self.run.folder / self.steps
         protocol.save_step(folder, number, arrays, state, files=self.run.files)
+        self.run.account.keep()
 
     def _log(self, step: Step, show: Callable[[int, str], None]) -> None:
         """Write a step into the run's log, show it, and report it."""
@@ -274,6 +334,7 @@ class CheckpointedTraining:
         del facts["reading"], facts["further"]
         record = {**run.thermal_monitor.now(), **facts, **step.further}
         run.files.append(run.folder / self.log, json.dumps(record))
+        run.account.keep_sometimes()
         seen = replace(step, reading=run.thermal_monitor.last())
         show(step.number, text.step_text(seen, run.budget_bytes, self.planned_tps))
         if self.report:
@@ -286,13 +347,13 @@ class CheckpointedTraining:
         another machine, or when another machine is gone.
         """
         run = self.run
-        where = f"continue with --out {run.folder} --resume"
+        where = cli.continuing(run.folder)
         unsaved = 0  # the number of a step that no checkpoint holds
         with cli.stop_asked() as asked, progress.bar(self.label, iters) as show:
             try:
                 for step in steps:
                     memory.give_back(cache=False)
-                    run.peak.note(step.peak_bytes)
+                    run.account.peak.note(step.peak_bytes)
                     self._log(step, show)
                     unsaved = step.number
                     due = step.number % save_every == 0 or step.number == iters

@@ -478,6 +478,7 @@ def logged_or_measured(
             return line
     record = {**sizes, **measured()}
     run.files.append(path, json.dumps(record))
+    run.account.keep_sometimes()
     return record
 
 

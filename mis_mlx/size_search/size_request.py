@@ -4,7 +4,7 @@ What `distill` asks for, what it refuses, and what it does where nothing was sai
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from mis_mlx import cli
@@ -15,9 +15,10 @@ from mis_mlx.models.config import shape_of
 from mis_mlx.size_search import candidates, shape_search
 from mis_mlx.types import Budget, Checkpoint, MisError, gib
 
+SCENARIO = "none"  # of students whose sizes are searched for
 DEFAULT_LOSS = 0.1  # bits a byte that a run allows where nothing is said about sizes
 GIVE_SIZES = "give sizes, such as --vocab 0.5x, and --target-bpw"  # where there is no search
-# Settings that say how large the result is.
+# Settings that say how large the result is; formats other than affine have bits of their own.
 SIZE_SETTINGS = ("student", "scenario", *families.ALL, "ffn_widths", "target_bpw", "q_mode")
 
 
@@ -49,11 +50,9 @@ class SizeRequest:
 
 def request_of(asked: DistillFlags) -> SizeRequest:
     """What the flags of `distill` say about sizes."""
-    defaults = {field.name: field.default for field in fields(asked)}
     given = []
-    for name in SIZE_SETTINGS:
-        value = getattr(asked, name)
-        if value != defaults[name]:
+    for name, value in asked.given.items():
+        if name in SIZE_SETTINGS and (name, value) != ("q_mode", "affine"):
             given.append(f"--{name.replace('_', '-')} {value}")
     others = asked.vocab is not None or asked.target == "conditions"
     limit = memory.budget(asked.budget_bytes)
@@ -143,21 +142,29 @@ def refuse_impossible(request: SizeRequest, flags: str, teacher: Checkpoint) -> 
         )
 
 
-def likely_sizes(teacher: Checkpoint) -> dict[str, Any]:
-    """The settings of the student that a --dry-run plans in place of a search's choice.
+def likely_student(teacher: Checkpoint) -> dict[str, Any]:
+    """The settings of a student such as a search chooses.
 
     Searches take tokens and bits first. Where no tokens can go, it is a student without one block.
     """
     rows = candidates.vocabularies(teacher)
     if rows:
-        cli.say(
-            f"the plan below keeps every block and {rows[-1]:,} tokens, as a search usually does; "
-            f"if it cuts blocks, repair and training take longer"
-        )
-        return {"scenario": "none", "vocab": str(rows[-1])}
+        return {"scenario": SCENARIO, "vocab": str(rows[-1])}
     layers = shape_of(teacher.config).layers
-    cli.say(
-        "the plan below is for a student without one of the blocks; a smaller student takes less "
-        "time"
-    )
-    return {"scenario": "none", "layers": max(1, layers - 1)}
+    return {"scenario": SCENARIO, "layers": max(1, layers - 1)}
+
+
+def likely_sizes(teacher: Checkpoint) -> dict[str, Any]:
+    """`likely_student`, which a --dry-run plans in place of a search's choice, and says so."""
+    likely = likely_student(teacher)
+    if "vocab" in likely:
+        cli.say(
+            f"the plan below keeps every block and {int(likely['vocab']):,} tokens, as a search "
+            f"usually does; if it cuts blocks, repair and training take longer"
+        )
+    else:
+        cli.say(
+            "the plan below is for a student without one of the blocks; a smaller student takes "
+            "less time"
+        )
+    return likely

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -166,25 +166,30 @@ def lock(
     what: str = "the lock of the run",
     remedy: str = "fix that and start again",
     wait: bool = False,
+    waiting: Callable[[str], object] | None = None,
 ) -> Iterator[None]:
     """Hold a run's folder for this process. MisError names the process that holds it already.
 
-    wait: wait for that process instead. The kernel releases the lock when the holder ends, however
-    it ends. The file .lock stays: after a deletion two processes could lock two different files. A
-    fork of the holder holds the lock too, a subprocess does not.
+    wait: wait for that process instead. waiting: is told its name before that. The kernel releases
+    the lock when the holder ends, however it ends. The file .lock stays: after a deletion two
+    processes could lock two different files. A fork of the holder holds the lock too, a subprocess
+    does not.
     """
     with as_mis_error(folder, what, remedy=remedy):
         DISK.make_folder(folder)
         fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         try:
-            operation = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
-            fcntl.flock(fd, operation)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(fd, 100, 0).decode(errors="replace").strip() or "another process"
-            raise MisError(
-                f"Run {folder} is already in use by {holder}: wait for it or stop it"
-            ) from None
+            if not wait:
+                raise MisError(
+                    f"Run {folder} is already in use by {holder}: wait for it or stop it"
+                ) from None
+            if waiting:
+                waiting(holder)
+            fcntl.flock(fd, fcntl.LOCK_EX)
         with as_mis_error(folder, what, remedy=remedy):
             holder = f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M')}"
             os.ftruncate(fd, 0)
@@ -192,6 +197,23 @@ def lock(
         yield
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def only_maker(made: Path, say: Callable[[str], object]) -> Iterator[bool]:
+    """Whether this process is to make the folder or file `made`: False where it is there by now.
+
+    Of several processes one makes it, and the others wait for that.
+    """
+    guard = made.with_name(f".{made.name}.lock")
+
+    def waiting(holder: str) -> None:
+        say(f"{holder} is making {made}: waiting for it")
+
+    with lock(guard, f"the lock of {made.name}", wait=True, waiting=waiting):
+        yield not made.exists()
+        if made.exists():
+            DISK.discard(guard)  # nobody needs it any more
 
 
 def _numbers(steps_dir: Path) -> list[int]:

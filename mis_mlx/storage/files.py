@@ -128,7 +128,11 @@ class Files:
         """Make `path` and its missing parents durable; nothing happens when it is there."""
         if not path.is_dir():
             self.make_folder(path.parent)
-            self.mkdir(path)
+            try:
+                self.mkdir(path)
+            except FileExistsError:  # another process made it at the same moment
+                if not path.is_dir():
+                    raise
             self.fsync(path.parent)
 
     @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The run folder: its name, its config.yaml, and the check that a resumed run is the same run."""
+"""The run folder: its name, its settings, and the check that a resumed run is the same run."""
 
 import hashlib
 import importlib.metadata
@@ -15,7 +15,8 @@ from mis_mlx import __version__
 from mis_mlx.storage.files import Files, as_mis_error
 from mis_mlx.types import Checkpoint, MisError
 
-CONFIG = "config.yaml"
+ASKED = "asked.yaml"  # the settings that were said; the first file of a run
+CONFIG = "config.yaml"  # all settings, once they are decided
 ORIGIN = "origin.json"
 RESULT = "result.json"
 METRICS = "metrics.jsonl"
@@ -27,69 +28,151 @@ LATER = "second turn"  # kind of those prompts that say little without the turns
 SAMPLES = "samples.jsonl"  # what each model writes after the same words
 # Source and licence of the data of an alignment, beside the run and its model.
 DATA = "data.json"
+TAKEN = "taken.json"  # seconds, memory and tea breaks so far
+SEARCH = "search"  # the folder, in a run's, of the search for its sizes
 SAMPLE_BYTES = 4096  # of every tensor, for the teacher's fingerprint
-# What a crash can leave in a folder before the run's config.yaml is written. It is no run.
-_UNBORN = re.compile(rf"\.lock|{ORIGIN}|{PLAN}|\.tmp-.*")
+# In origin.json, each with its words: what trains and is trained on, and the text that judges.
+WORDS = {"teacher": "teacher", "data": "data", "held_out": "held-out text"}
+SAME = ("teacher", "data")  # a run goes on with these alone
+# What a crash can leave in a folder before its run has begun. It is no run.
+_UNBORN = re.compile(rf"\.lock|{ORIGIN}|{PLAN}|{TAKEN}|\.tmp-.*")
+# What the folder of a run holds before any work was done in it.
+_BARE = re.compile(rf"\.lock|{ASKED}|{PLAN}|{CONFIG}|{TAKEN}|\.tmp-.*")
+# The same, and a search: origin.json is still to be written.
+_UNMADE = re.compile(rf"{_BARE.pattern}|{SEARCH}(-before-\d+)?")
 
 
-def create(
-    out: str | None,
-    name: str,
-    settings: Mapping[str, Any],
-    origin: Mapping[str, str],
-    plan: Mapping[str, Any],
-    files: Files,
-) -> Path:
-    """A new run folder, `out` or the next free runs/NAME-001, with settings, origin and plan.
+def make(out: str | None, name: str, files: Files) -> Path:
+    """The empty folder of a new run: `out`, or the next free runs/NAME-001.
 
-    settings: for config.yaml, which `-c` reads too. origin: what it was made from. plan: how it
-    trains. MisError when `out` holds a run already.
+    Two processes never get the same runs/NAME-001. MisError when `out` holds a run already.
     """
-    folder = _next_free(name) if out is None else Path(out)
-    if out is not None and folder.exists() and not _is_unborn(folder):
+    if out is not None:
+        folder = Path(out)
+        _refuse_taken(folder)
+        with as_mis_error(folder.parent, "the run folder"):
+            files.make_folder(folder)
+        return folder
+    first = Path("runs") / name
+    with as_mis_error(first.parent, "the run folder"):
+        files.make_folder(first.parent)
+        number = 1
+        while True:
+            folder = first.with_name(f"{first.name}-{number:03d}")
+            with suppress(FileExistsError):
+                files.mkdir(folder)
+                files.fsync(folder.parent)
+                return folder
+            number += 1
+
+
+def _refuse_taken(folder: Path) -> None:
+    """MisError where a folder holds more than what a crash before its run began can have left."""
+    if not folder.exists():
+        return
+    if not (folder.is_dir() and _holds_only(folder, _UNBORN)):
         raise MisError(
             f"{folder} is not empty: add --resume to continue the run in it, or choose another "
             f"--out"
         )
-    with as_mis_error(folder.parent, "the run folder"):
-        files.make_folder(folder)
-    for file, value in ((ORIGIN, origin), (PLAN, plan)):
-        files.replace_text(folder / file, json.dumps(dict(value), indent=2))
-    # Last: a folder with config.yaml is a run that can be resumed.
-    text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
-    files.replace_text(folder / CONFIG, text)
-    return folder
 
 
-def _next_free(name: str) -> Path:
-    """The first of runs/NAME-001, runs/NAME-002 ... that does not exist."""
-    number = 1
-    while True:
-        folder = Path("runs") / f"{name}-{number:03d}"
-        if not folder.exists():
-            return folder
-        number += 1
+def _holds_only(folder: Path, names: re.Pattern[str]) -> bool:
+    return all(names.fullmatch(path.name) for path in folder.iterdir())
 
 
-def _is_unborn(folder: Path) -> bool:
-    """Whether it holds nothing, or only what a crash before the run began can have left."""
-    return folder.is_dir() and all(_UNBORN.fullmatch(path.name) for path in folder.iterdir())
+def begin(
+    folder: Path,
+    asked: Mapping[str, Any],
+    plan: Mapping[str, Any] | None,
+    files: Files,
+) -> None:
+    """Make a folder, which this process has locked, that of a run, which can be resumed.
+
+    asked: the settings that were said; the rest is to be decided. plan: what is decided already.
+    MisError when it holds a run.
+    """
+    _refuse_taken(folder)
+    if plan is not None:
+        _write_json(folder / PLAN, plan, files)
+    # Last: a folder with it is a run.
+    files.replace_text(folder / ASKED, _as_yaml(asked))
+
+
+def decide(
+    folder: Path,
+    settings: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    files: Files,
+) -> None:
+    """Write what a run is: settings for config.yaml, which `-c` reads, too, and how it trains."""
+    _write_json(folder / PLAN, plan, files)
+    files.replace_text(folder / CONFIG, _as_yaml(settings))  # last
+
+
+def _write_json(path: Path, values: Mapping[str, Any], files: Files) -> None:
+    text = json.dumps(dict(values), indent=2)
+    files.replace_text(path, text)
+
+
+def _as_yaml(settings: Mapping[str, Any]) -> str:
+    """The settings that a run keeps."""
+    kept = dict(settings)
+    for name in NOT_STORED:
+        kept.pop(name, None)
+    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+
+
+def forget_bare(folder: Path, files: Files) -> None:
+    """Delete the folder of a new run that was refused before any work."""
+    if folder.is_dir() and _holds_only(folder, _BARE):
+        files.discard(folder)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run: --resume continues it."""
+    return is_decided(folder) or (folder / ASKED).is_file()
+
+
+def is_decided(folder: Path) -> bool:
+    """Whether all settings of a run are decided: a search for sizes, if there was one, is over."""
+    return (folder / CONFIG).is_file()
+
+
+def all_under(under: Path) -> list[Path]:
+    """The runs directly in a folder."""
+    return [folder for folder in under.glob("*") if is_run(folder)]
+
+
+def began_s(folder: Path) -> float:
+    """When a run's settings were written, in seconds since 1970. OSError where they are gone."""
+    name = CONFIG if is_decided(folder) else ASKED
+    return (folder / name).stat().st_mtime
 
 
 def find(out: str | None, under: Path = Path("runs")) -> Path:
     """The run to continue: `out`, or the newest unfinished one directly under `under`."""
     if out is not None:
-        if not (Path(out) / CONFIG).is_file():
+        if not is_run(Path(out)):
             raise MisError(f"{out} holds no run to continue: start one there without --resume")
         return Path(out)
-    folders = [path.parent for path in under.glob(f"*/{CONFIG}")]
-    unfinished = [folder for folder in folders if not (folder / RESULT).exists()]
+    unfinished = []
+    for folder in all_under(under):
+        if not (folder / RESULT).exists():
+            unfinished.append(folder)
     if not unfinished:
         raise MisError(
             f"There is no unfinished run under {under}/: start one without --resume, or name it "
             f"with --out"
         )
-    return max(unfinished, key=lambda folder: (folder / CONFIG).stat().st_mtime)
+    return max(unfinished, key=began_s)
+
+
+def asked_settings(folder: Path) -> dict[str, Any]:
+    """The settings that were said when a run began; {} of a run of an earlier version."""
+    if not (folder / ASKED).is_file():
+        return {}
+    return stored_settings(folder, ASKED)
 
 
 def stored_settings(folder: Path, file: str = CONFIG) -> dict[str, Any]:
@@ -113,31 +196,40 @@ def merged(
     defaults: Mapping[str, Any],
     stored: Mapping[str, Any],
     free: frozenset[str],
+    *,
+    asked: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Settings of a resumed run: the stored ones.
+    """Settings of a resumed run: the stored ones, and those `given` now that are `free`.
 
-    MisError names a flag that asks for something else. A flag at its default asks for nothing.
-    free: flags that may differ, because they do not change the weights.
+    given: what the command that resumes says. defaults: of all settings; a run has them where
+    `stored` says nothing. free: flags that may differ, because they do not change the weights.
+    asked: what the command said that began the run; it may be said again, whatever was decided
+    then. MisError names a flag that asks for something else.
     """
-    unknown = sorted(set(stored) - set(given))
+    unknown = sorted(set(stored) - set(defaults))
     if unknown:
         why = f"The run's {CONFIG} has {unknown[0]}, which this command does not know"
         raise MisError(f"{why}: resume it with the command that began it, or start a new run")
-    result = dict(given)
+    begun = _with_tuples(asked or {})
+    result = {**defaults, **_with_tuples(stored)}
     for name, value in given.items():
-        if name not in stored or (name in free and value != defaults[name]):
-            continue
-        before = stored[name]
-        if isinstance(value, tuple):
-            before = tuple(before)  # YAML has lists
-        if value not in (before, defaults[name]):
-            why = (
-                f"The settings differ: --{name.replace('_', '-')} is {value}, but the run has "
-                f"{stored[name]}"
-            )
+        before = result[name]
+        if name in free:
+            result[name] = value
+        elif value not in (before, begun.get(name, before)):
+            flag = f"--{name.replace('_', '-')}"
+            why = f"The settings differ: {flag} is {value}, but the run has {before}"
             raise MisError(f"{why}: leave the flag out to continue, or start a new run")
-        result[name] = before
     return result
+
+
+def _with_tuples(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that YAML or JSON holds: these have lists."""
+    values = dict(settings)
+    for name, value in settings.items():
+        if isinstance(value, list):
+            values[name] = tuple(value)
+    return values
 
 
 def origin(teacher: Checkpoint, data: str) -> dict[str, str]:
@@ -157,23 +249,37 @@ def origin(teacher: Checkpoint, data: str) -> dict[str, str]:
     return {"teacher": digest.hexdigest(), "data": data, "mis_mlx": __version__, **versions}
 
 
-def same_origin(folder: Path, origin: Mapping[str, str]) -> list[str]:
-    """MisError for another teacher or other data than the run began with.
+def same_origin(
+    folder: Path,
+    origin: Mapping[str, str],
+    files: Files,
+    same: tuple[str, ...] = SAME,
+) -> list[str]:
+    """Keep what a run was made from; of one that goes on, check it.
 
-    Returns sentences about everything else that changed.
+    MisError where one of `same` is another than the run began with. Returns sentences about
+    everything else that changed.
     """
+    if not (folder / ORIGIN).exists() and _holds_only(folder, _UNMADE):
+        _write_json(folder / ORIGIN, origin, files)
+        return []
     before = stored_settings(folder, ORIGIN)
-    for name in ("teacher", "data"):
-        if before.get(name) != origin[name]:
-            then = str(before.get(name))[:12]
-            why = f"The {name} changed since {folder} began ({then} is now {origin[name][:12]})"
-            raise MisError(f"{why}: start a new run")
     notes = []
     for name, now in origin.items():
-        if before.get(name, now) != now:
-            notes.append(
-                f"{name} was {before[name]}, is now {now}: the result may differ in the last bits"
-            )
+        then = before.get(name)
+        if then is None and name not in SAME:  # an earlier version did not keep it
+            continue
+        if then == now:
+            continue
+        if name in same:
+            what = f"{WORDS[name]} changed since {folder} began"
+            why = f"The {what} ({str(then)[:12]} is now {now[:12]})"
+            raise MisError(f"{why}: start a new run")
+        if name in WORDS:
+            notes.append(f"the {WORDS[name]} changed: the figures are of what it is now")
+        else:
+            changed = f"{name} was {then}, is now {now}"
+            notes.append(f"{changed}: the result may differ in the last bits")
     return notes
 
 

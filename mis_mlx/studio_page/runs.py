@@ -71,8 +71,9 @@ class Listed:
 def listed() -> list[Listed]:
     """All runs right under runs/, and those that have no folder yet; the newest first."""
     names = set[str]()
-    for path in (*RUNS.glob(f"*/{run_folder.CONFIG}"), *BOOKS.glob("*.json")):
-        name = path.stem if path.parent == BOOKS else path.parent.name
+    known = [folder.name for folder in run_folder.all_under(RUNS)]
+    known += [path.stem for path in BOOKS.glob("*.json")]
+    for name in known:
         if NAME.fullmatch(name) and not (RUNS / name).is_symlink():
             names.add(name)
     found = [_listed(name) for name in names]
@@ -97,7 +98,7 @@ def _listed(name: str) -> Listed:
         state = FINISHED
     began_s = job.began_s if job else 0.0
     with contextlib.suppress(OSError):
-        began_s = began_s or (folder / run_folder.CONFIG).stat().st_mtime
+        began_s = began_s or run_folder.began_s(folder)
     model_bytes = 0
     with contextlib.suppress(OSError):
         for file in (folder / "model").glob("*.safetensors"):
@@ -212,9 +213,8 @@ def resume(name: object) -> None:
         _refuse_second()
         if run.state == FINISHED:
             raise MisError(f"{run.name} is finished: there is nothing to go on with")
-        begun = (run.folder / run_folder.CONFIG).is_file()
         line = ["--out", str(run.folder)]
-        if begun:
+        if run_folder.is_run(run.folder):
             line.append("--resume")
         elif run.job:
             line = [*run.job.flags, *line]

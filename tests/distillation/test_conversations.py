@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from mis_mlx.evaluation.answers import Judgement, ModelAnswers, TeacherAnswers
 from mis_mlx.hardware import memory
 from mis_mlx.models import load
 from mis_mlx.settings import workloads
+from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
@@ -110,6 +113,28 @@ def test_another_teacher_writes_its_own_once(
         chat, Wanted(None, None, 0, seed=1), memory.budget(None), dry_run=True
     )
     assert other.answers != first.answers
+
+
+def test_two_runs_of_a_new_teacher_write_once(
+    chat: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one waits for the first, says so, and takes what that wrote."""
+    file = source(chat, wanted(), dry_run=True).answers
+    assert file is not None
+    said = list[str]()
+    monkeypatch.setattr(conversations.cli, "say", lambda *lines: said.extend(lines))
+    monkeypatch.setattr(teacher_answers, "write", lambda *_: pytest.fail("written twice"))
+    with ThreadPoolExecutor(1) as pool:
+        with protocol.only_maker(file, said.append) as missing:
+            assert missing
+            second = pool.submit(source, chat, wanted())
+            while not any("waiting for it" in line for line in said):
+                assert not second.done(), second.result()
+                time.sleep(0.01)
+            assert not second.done()
+            file.write_text(json.dumps({"messages": []}) + "\n")
+        assert second.result().answers == file
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
 def test_as_many_prompts_as_the_training_visits(

@@ -99,7 +99,8 @@ def test_a_run_that_goes_on_is_what_it_was(
         teacher=str(llama.path), data=str(text_folder), out="run", **{**QUICK, **flags}
     )
     begin_and_resume(settings)
-    begun, resumed = resolved
+    # With minutes a search asks first how many steps a likely student makes in them.
+    *likely, begun, resumed = resolved
     assert begun == resumed
     assert begun.plan.phases == resumed.plan.phases
     assert begun.recipe.iters
@@ -109,6 +110,9 @@ def test_a_run_that_goes_on_is_what_it_was(
     assert stored == json.loads(json.dumps(begun.settings.values))
     assert run_folder.stored_settings(tmp_path / "run", run_folder.PLAN) == begun.strategy
     if "lose" in flags:
+        searched = run_folder.stored_settings(tmp_path / "run" / run_folder.SEARCH)
+        assert [run.recipe.iters for run in likely] == [searched["student_iters"]]
+        assert searched["student_iters"] == begun.recipe.iters > 10 * recipe.ITERS
         assert begun.report.expected_loss == stored["expected_loss"] is not None
 
 

@@ -166,7 +166,7 @@ def _running(command: Any, asked: dict[str, Any]) -> Callable[[Path], None]:
         out = place / "run"
         if (out / run_folder.RESULT).exists():
             return
-        begun = {"resume": True} if (out / run_folder.CONFIG).exists() else asked
+        begun = {"resume": True} if run_folder.is_run(out) else asked
         with contextlib.redirect_stdout(io.StringIO()):
             command.run(command.Settings(out=str(out), **begun))
 

@@ -13,8 +13,8 @@ import pytest
 
 from mis_mlx import distill
 from mis_mlx.distillation import train_loop
-from mis_mlx.runs import pace
 from mis_mlx.hardware import clock
+from mis_mlx.runs import pace
 from mis_mlx.settings.recipe import FIRST_STEPS
 from mis_mlx.storage import run_folder
 from mis_mlx.types import MisError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ SETTINGS: dict[str, Any] = {
     "seed": 0,
 }
 PLAN = {"mode": "resident", "micro": 2, "shard": 0}
-ORIGIN = {"teacher": "a" * 64, "data": "b" * 64, "mlx": "0.32.4"}
+ORIGIN = {"teacher": "a" * 64, "data": "b" * 64, "held_out": "d" * 64, "mlx": "0.32.4"}
 FREE = frozenset({"budget"})
 
 
@@ -33,61 +34,95 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def create(out: str | None) -> Path:
+    """A new run of which everything is decided."""
+    folder = run_folder.make(out, "r", DISK)
+    run_folder.begin(folder, {"iters": 100}, None, DISK)
+    run_folder.decide(folder, SETTINGS, PLAN, DISK)
+    assert run_folder.same_origin(folder, ORIGIN, DISK) == []
+    return folder
+
+
 def test_names_are_counted() -> None:
     """runs/NAME-001, then -002; what is in them comes back."""
-    first, second = (
-        run_folder.create(
-            None, "tiny-goral", settings=SETTINGS, origin=ORIGIN, plan=PLAN, files=DISK
-        )
-        for _ in range(2)
-    )
-    assert [str(first), str(second)] == ["runs/tiny-goral-001", "runs/tiny-goral-002"]
+    first = create(None)
+    second = create(None)
+    assert [str(first), str(second)] == ["runs/r-001", "runs/r-002"]
     assert run_folder.stored_settings(first) == SETTINGS
+    assert run_folder.asked_settings(first) == {"iters": 100}
     # plain, for -c and people
     assert list(yaml.safe_load((first / run_folder.CONFIG).read_text())) == list(SETTINGS)
-    assert run_folder.same_origin(first, ORIGIN) == []
+    assert run_folder.same_origin(first, ORIGIN, DISK) == []
+
+
+def test_two_processes_never_make_the_same_folder(here: Path) -> None:
+    """Many at the same moment: as many folders."""
+    with ThreadPoolExecutor(16) as pool:
+        made = list(pool.map(lambda _: run_folder.make(None, "r", DISK), range(64)))
+    assert len(set(made)) == 64
+    assert all(folder.is_dir() for folder in made)
 
 
 def test_a_folder_of_ones_own(here: Path) -> None:
-    """--out takes a new, an empty or a just locked folder, and refuses one with something in it."""
+    """--out takes a new, an empty or a just locked folder, and refuses one with something in it;
+    again once it is locked, for somebody else may have been there first.
+    """
     (here / "empty").mkdir()
     (here / "locked").mkdir()
     (here / "locked" / ".lock").touch()
     for name in ("new/deep", "empty", "locked"):
-        assert run_folder.create(
-            name, "x", settings=SETTINGS, origin=ORIGIN, plan=PLAN, files=DISK
-        ) == Path(name)
+        assert create(name) == Path(name)
     for name in ("empty", "new"):
         with pytest.raises(MisError, match="not empty: add --resume"):
-            run_folder.create(name, "x", settings=SETTINGS, origin=ORIGIN, plan=PLAN, files=DISK)
+            run_folder.make(name, "x", DISK)
+    before = (here / "empty" / run_folder.ASKED).read_text()
+    with pytest.raises(MisError, match="not empty: add --resume"):
+        run_folder.begin(Path("empty"), {"iters": 3}, None, DISK)
+    assert (here / "empty" / run_folder.ASKED).read_text() == before
     (here / "file").write_text("x")
     with pytest.raises(MisError, match="not empty|is a file"):
-        run_folder.create("file", "x", settings=SETTINGS, origin=ORIGIN, plan=PLAN, files=DISK)
+        run_folder.make("file", "x", DISK)
     assert (here / "file").read_text() == "x"
 
 
-def test_a_run_killed_while_it_was_made_can_be_made_again(here: Path) -> None:
-    """Before config.yaml is there nothing was done: neither --resume nor a new start may be blocked
+def test_a_folder_from_before_the_beginning_is_no_run(here: Path) -> None:
+    """Before asked.yaml is there nothing was done: neither --resume nor a new start may be blocked
     for good.
     """
     (here / "half").mkdir()
-    (here / "half" / run_folder.ORIGIN).write_text("{}")
-    (here / "half" / f".tmp-{run_folder.CONFIG}-123").write_text("it")
+    (here / "half" / run_folder.PLAN).write_text("{}")
+    (here / "half" / f".tmp-{run_folder.ASKED}-123").write_text("it")
     with pytest.raises(MisError, match="start one there without --resume"):
         run_folder.find("half")
-    run_folder.create("half", "x", settings=SETTINGS, origin=ORIGIN, plan=PLAN, files=DISK)
-    assert run_folder.find("half") == Path("half")
-    assert run_folder.same_origin(Path("half"), ORIGIN) == []
+    assert create("half") == run_folder.find("half") == Path("half")
+
+
+def test_a_run_of_which_little_is_decided_is_one(here: Path) -> None:
+    """It is found, as a run that was stopped in its search; so is one of an earlier version, which
+    did not keep what was said. Refused before any work it goes, and with work in it it stays.
+    """
+    folder = run_folder.make(None, "r", DISK)
+    run_folder.begin(folder, {"lose": 0.1, "out": "x"}, {"iters": 7}, DISK)
+    assert run_folder.find(None) == folder
+    assert not run_folder.is_decided(folder)
+    assert run_folder.asked_settings(folder) == {"lose": 0.1}
+    (here / "older").mkdir()
+    (here / "older" / run_folder.CONFIG).write_text("iters: 3\n")
+    assert run_folder.find("older") == Path("older")
+    assert run_folder.asked_settings(Path("older")) == {}
+    (folder / run_folder.SEARCH).mkdir()
+    run_folder.forget_bare(folder, DISK)
+    assert folder.exists()
+    (folder / run_folder.SEARCH).rmdir()
+    run_folder.forget_bare(folder, DISK)
+    assert not folder.exists()
 
 
 def test_find_takes_the_newest_unfinished(here: Path) -> None:
     """Finished ones are passed over; --out names one; nothing there is a sentence."""
     with pytest.raises(MisError, match="no unfinished run"):
         run_folder.find(None)
-    a, b, c = (
-        run_folder.create(None, "r", settings=SETTINGS, origin=ORIGIN, plan=PLAN, files=DISK)
-        for _ in range(3)
-    )
+    a, b, c = (create(None) for _ in range(3))
     for age, folder in ((30, a), (20, b), (10, c)):
         os.utime(folder / run_folder.CONFIG, (1e9 - age, 1e9 - age))
     (c / run_folder.RESULT).write_text("{}")
@@ -99,46 +134,76 @@ def test_find_takes_the_newest_unfinished(here: Path) -> None:
 
 def test_a_flag_left_out_asks_for_nothing() -> None:
     """Stored values come back; free ones follow the new command; another value is refused with
-    both.
+    both. A value that equals the default asks for it.
     """
     stored = {**SETTINGS, "iters": 7, "budget": "1GiB"}
-    given = {**SETTINGS, "iters": 7, "budget": "2GiB"}
-    assert run_folder.merged(SETTINGS, SETTINGS, stored, FREE)["iters"] == 7
-    assert run_folder.merged(given, SETTINGS, stored, FREE)["budget"] == "2GiB"
-    assert run_folder.merged(SETTINGS, SETTINGS, stored, FREE)["budget"] == "1GiB"
-    several = {"languages": ("pl", "de")}  # which YAML holds as a list
-    for asked in ((), ("pl", "de")):
-        merged = run_folder.merged(
-            {"languages": asked}, {"languages": ()}, {"languages": ["pl", "de"]}, FREE
-        )
-        assert merged == several
-    with pytest.raises(MisError, match=r"--iters is 8, but the run has 7"):
-        run_folder.merged({**SETTINGS, "iters": 8}, SETTINGS, stored, FREE)
+
+    def merged(**given: Any) -> dict[str, Any]:
+        return run_folder.merged(given, SETTINGS, stored, FREE)
+
+    assert merged() == stored
+    assert merged(iters=7, budget="2GiB") == {**stored, "budget": "2GiB"}
+    assert merged(budget=SETTINGS["budget"])["budget"] == SETTINGS["budget"]
+    for iters in (8, SETTINGS["iters"]):
+        with pytest.raises(MisError, match=f"--iters is {iters}, but the run has 7"):
+            merged(iters=iters)
+    # Which YAML holds as a list.
+    several = {"languages": ["pl", "de"]}
+    given = {"languages": ("pl", "de")}
+    assert run_folder.merged(given, {"languages": ()}, several, FREE) == given
+    assert run_folder.merged({}, {"languages": ()}, several, FREE) == given
+    # A setting that an older version did not have is at its default in its runs.
+    newer = {**SETTINGS, "later": 1}
+    assert run_folder.merged({}, newer, stored, FREE)["later"] == 1
+    with pytest.raises(MisError, match="--later is 2, but the run has 1"):
+        run_folder.merged({"later": 2}, newer, stored, FREE)
+
+
+def test_what_began_a_run_may_be_said_again() -> None:
+    """Though it was decided otherwise, as micro-batches are; a third value may not."""
+    stored = {**SETTINGS, "iters": 7}
+    asked = {"iters": 9}
+    for said in (7, 9):
+        merged = run_folder.merged({"iters": said}, SETTINGS, stored, FREE, asked=asked)
+        assert merged["iters"] == 7
+    with pytest.raises(MisError, match="--iters is 8, but the run has 7"):
+        run_folder.merged({"iters": 8}, SETTINGS, stored, FREE, asked=asked)
 
 
 def test_another_teacher_or_text_is_refused_another_version_is_said() -> None:
-    """Named, with both hashes; a version may change last bits, no more."""
-    folder = run_folder.create(None, "r", settings=SETTINGS, origin=ORIGIN, plan=PLAN, files=DISK)
+    """Named, with both hashes; a version may change last bits, no more; another text to judge by
+    is said, and refused where that matters.
+    """
+    folder = create(None)
     for what in ("teacher", "data"):
         with pytest.raises(
             MisError, match=rf"The {what} changed.*{ORIGIN[what][:12]} is now cccccccccccc"
         ):
-            run_folder.same_origin(folder, {**ORIGIN, what: "c" * 64})
-    (note,) = run_folder.same_origin(folder, {**ORIGIN, "mlx": "0.33.0"})
+            run_folder.same_origin(folder, {**ORIGIN, what: "c" * 64}, DISK)
+    (note,) = run_folder.same_origin(folder, {**ORIGIN, "mlx": "0.33.0"}, DISK)
     assert "mlx was 0.32.4, is now 0.33.0" in note
+    other = {**ORIGIN, "held_out": "c" * 64}
+    (note,) = run_folder.same_origin(folder, other, DISK)
+    assert "held-out text changed" in note
+    with pytest.raises(MisError, match="The held-out text changed since"):
+        run_folder.same_origin(folder, other, DISK, (*run_folder.SAME, "held_out"))
+    # An earlier version did not keep it.
+    (folder / run_folder.ORIGIN).write_text(json.dumps({"teacher": "a" * 64, "data": "b" * 64}))
+    assert run_folder.same_origin(folder, other, DISK, (*run_folder.SAME, "held_out")) == []
 
 
 @pytest.mark.parametrize("content", [None, b"", b"[1]", b"{", b"\xff", b"null"])
 def test_damage_is_a_sentence(content: bytes | None) -> None:
     """config.yaml, origin.json or plan.json gone, empty or garbled."""
-    folder = run_folder.create(None, "r", settings=SETTINGS, origin=ORIGIN, plan=PLAN, files=DISK)
+    folder = create(None)
     assert run_folder.stored_settings(folder, run_folder.PLAN) == PLAN
     for name, read in (
         (run_folder.CONFIG, run_folder.stored_settings),
-        (run_folder.ORIGIN, lambda f: run_folder.same_origin(f, ORIGIN)),
+        (run_folder.ORIGIN, lambda f: run_folder.same_origin(f, ORIGIN, DISK)),
         (run_folder.PLAN, lambda f: run_folder.stored_settings(f, run_folder.PLAN)),
     ):
         (folder / name).unlink()
+        (folder / run_folder.METRICS).touch()  # it was at work
         if content is not None:
             (folder / name).write_bytes(content)
         with pytest.raises(MisError, match="damaged"):
@@ -147,7 +212,7 @@ def test_damage_is_a_sentence(content: bytes | None) -> None:
 
 def test_metrics_forgive_a_torn_line_and_a_repeated_step() -> None:
     """A crash tore line 3; after the resume step 2 came again: the last one counts, in order."""
-    folder = run_folder.create(None, "r", settings=SETTINGS, origin=ORIGIN, plan=PLAN, files=DISK)
+    folder = create(None)
     assert run_folder.metrics(folder) == []
     lines = [{"number": 1, "loss": 3.0}, {"number": 2, "loss": 2.5}]
     with (folder / run_folder.METRICS).open("ab") as file:

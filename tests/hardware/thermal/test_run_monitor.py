@@ -5,7 +5,7 @@ lid.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -23,7 +23,7 @@ from mis_mlx.hardware.thermal.governor import Mode
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, ThermalMonitor, battery
 from mis_mlx.maths.losses import HALNY_CLIP
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.runs.run_loop import open_model, open_run
+from mis_mlx.runs.run_loop import entered, open_model, open_run
 from mis_mlx.types import GIB, Budget, MisError, Reading, Step
 from tests import tiny
 from tests.hardware.plant import LidClock
@@ -174,16 +174,9 @@ def test_a_run_on_battery_says_so_first(
     monkeypatch.setattr(psutil, "sensors_battery", lambda: charge, raising=False)
     assert battery(replace(flags, thermal_replay=str(HALNY))) == ""
     settings = sft.Settings(governor=mode, out=str(tmp_path / "run"))
-    with open_run(
-        asdict(settings),
-        None,
-        name="x",
-        origin={},
-        out=settings.out,
-        thermal=settings,
-        strategy={},
-        limit=Budget(GIB),
-        wired=0,
+    with (
+        entered(None, "x", out=settings.out, asked=settings.given) as place,
+        open_run(place, {}, thermal=settings, limit=Budget(GIB), wired=0),
     ):
         text = capsys.readouterr().err
     assert f"on battery, 55 %: --governor {mode} " in text

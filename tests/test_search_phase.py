@@ -1,0 +1,171 @@
+"""The search for sizes is the first phase of a run: stopped, killed, gone on with; other text."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mis_mlx import distill
+from mis_mlx.size_search import candidates
+from mis_mlx.storage import run_folder
+from mis_mlx.types import Checkpoint, MisError
+from tests import forks, tiny
+from tests.conftest import Done, last_line, weights
+
+LOSE = ("--lose", "0.03")
+Line = tuple[object, ...]
+
+
+@pytest.fixture(scope="module")
+def line(llama: Checkpoint, text_folder: Path) -> Line:
+    """Flags of a `distill` that searches first."""
+    return (*tiny.run_flags(llama.path, text_folder), *LOSE)
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, line: Line, command: Callable[..., Done]
+) -> tuple[Path, Done]:
+    """(run folder, process) of an undisturbed run; do not write into it."""
+    here = tmp_path_factory.mktemp("whole")
+    done = command("distill", *line, "--out", here / "run", cwd=here)
+    assert done.returncode == 0, done.stderr
+    return here / "run", done
+
+
+def measured(run: Path) -> int:
+    """How many measurements its search has logged."""
+    return len(run_folder.records(run / run_folder.SEARCH / candidates.PROBES))
+
+
+@pytest.fixture
+def environment(own_home: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """With a cache of its own: nothing that another search measured is known."""
+    cache = tmp_path / "cache"
+    shutil.copytree(own_home["MIS_MLX_CACHE"], cache)
+    shutil.rmtree(cache / "searches", ignore_errors=True)
+    return {**own_home, "MIS_MLX_CACHE": str(cache), "PYTHONPATH": str(forks.ROOT)}
+
+
+def stopped_in_search(
+    line: Line, here: Path, env: dict[str, str], number: int, *, out: Path | None = None
+) -> tuple[Path, str]:
+    """Send this signal to a run in its search: its folder, and what it said."""
+    words = [sys.executable, "-m", "mis_mlx.distill", *map(str, line)]
+    if out is not None:
+        words += ["--out", str(out)]
+    with subprocess.Popen(words, cwd=here, env=env, text=True, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and not any(map(measured, runs_in(here, out))):
+            time.sleep(0.005)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode in (-number, 130), said
+    (run,) = [run for run in runs_in(here, out) if measured(run)]
+    assert not run_folder.is_decided(run)
+    assert not run_folder.records(run / run_folder.PHASES)
+    return run, said
+
+
+def runs_in(here: Path, out: Path | None) -> list[Path]:
+    """The one that was named, or all."""
+    return [out] if out else list((here / "runs").glob("*"))
+
+
+def test_killed_in_its_search(
+    tmp_path: Path,
+    line: Line,
+    whole: tuple[Path, Done],
+    environment: dict[str, str],
+) -> None:
+    """--resume finds it, although an older run is unfinished, too; what was measured is not
+    measured again; the weights are those of the undisturbed run, to the last bit.
+    """
+    older = tmp_path / "runs" / "older-001"
+    older.mkdir(parents=True)
+    shutil.copy(whole[0] / run_folder.CONFIG, older)
+    os.utime(older / run_folder.CONFIG, (1e9, 1e9))
+    run, _ = stopped_in_search(line, tmp_path, environment, signal.SIGKILL)
+    before = (run / run_folder.SEARCH / candidates.PROBES).read_text()
+    done = forks.run(["-m", "mis_mlx.distill", "--resume"], environment, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert last_line(done)["run"] == str(run.relative_to(tmp_path))
+    assert (run / run_folder.SEARCH / candidates.PROBES).read_text().startswith(before)
+    assert weights(run) == weights(whole[0])
+    assert run_folder.stored_settings(run) == run_folder.stored_settings(whole[0])
+    assert {path.name for path in older.iterdir()} == {run_folder.CONFIG}
+
+
+def test_the_line_that_a_stop_leaves_can_be_pasted(
+    tmp_path: Path, line: Line, whole: tuple[Path, Done], environment: dict[str, str]
+) -> None:
+    """Ctrl-C in the search; then the very line, into a shell."""
+    out = tmp_path / "a run"
+    run, said = stopped_in_search(line, tmp_path, environment, signal.SIGINT, out=out)
+    last = said.splitlines()[-1]
+    assert last.startswith("mis_mlx: stopped by hand; finished work is kept: ")
+    pasted = last.partition("continue with ")[2]
+    done = subprocess.run(
+        pasted, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["run"] == str(run)
+    assert weights(run) == weights(whole[0])
+
+
+def test_other_text_makes_another_search(
+    tmp_path: Path,
+    llama: Checkpoint,
+    text_folder: Path,
+    environment: dict[str, str],
+) -> None:
+    """Edited after a kill in the search, and after the end of a run: it is said, a new search
+    begins, and what the old one measured stays. The same text again is not searched for again.
+    """
+    text = shutil.copytree(text_folder, tmp_path / "text")
+    line = (*tiny.run_flags(llama.path, text), *LOSE)
+    run, _ = stopped_in_search(line, tmp_path, environment, signal.SIGKILL, out=tmp_path / "a")
+    before = (run / run_folder.SEARCH / candidates.PROBES).read_text()
+
+    def edited() -> None:
+        rows = (text / "test.jsonl").read_text().splitlines()
+        (text / "test.jsonl").write_text("\n".join(rows[:-1]) + "\n")
+
+    def distilled(*flags: object) -> str:
+        done = forks.run(["-m", "mis_mlx.distill", *flags], environment, tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    edited()
+    said = distilled("--out", run, "--resume")
+    assert "the held-out text changed since the search in" in said
+    aside = run / f"{run_folder.SEARCH}-before-1"
+    assert f"is kept in {aside}" in said
+    assert (aside / candidates.PROBES).read_text() == before
+    said = distilled(*line, "--out", tmp_path / "b")
+    assert f"sizes and bits as in {run / run_folder.SEARCH}" in said
+    assert not (tmp_path / "b" / run_folder.SEARCH).exists()
+    edited()
+    said = distilled(*line, "--out", tmp_path / "c")
+    assert "the held-out text changed since the search in" in said
+    assert measured(tmp_path / "c")
+
+
+def test_a_refusal_leaves_no_run(
+    tmp_path: Path, llama: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text that is not there: nothing that --resume would find, with a search and without."""
+    monkeypatch.chdir(tmp_path)
+    plain = distill.Settings(teacher=str(llama.path), data="nowhere")
+    for settings in (plain.with_values(lose=0.03), plain.with_values(scenario="gazda")):
+        with pytest.raises(MisError, match="nowhere"):
+            distill.run(settings)
+    assert not list((tmp_path / "runs").glob("*"))
