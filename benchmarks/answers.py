@@ -30,7 +30,7 @@ from laboratory import bits_per_byte, packed, resumed, start, stored, write
 from mis_mlx import cli, distill
 from mis_mlx.data import preparation
 from mis_mlx.distillation import conversations
-from mis_mlx.evaluation import answers
+from mis_mlx.evaluation import answers, repetition
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, opening, resolve
 from mis_mlx.reporting import run_reader
@@ -201,7 +201,11 @@ def main(s: Settings) -> None:
     if s.table:
         print(table(s.teacher))
         return
-    given = {"eval_windows": EVAL_WINDOWS, "shares": preparation.SHARES}
+    given = {
+        "eval_windows": EVAL_WINDOWS,
+        "shares": preparation.SHARES,
+        "loops_version": repetition.VERSION,
+    }
     name = name_of(s.seed, s.teacher)
     rows = resumed(name, given, ["rows"]).get("rows", {})
     command = f"scripts/mis benchmarks/answers.py --seed {s.seed}" + (

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from mis_mlx.compute import precision
-from mis_mlx.models import load, resolve
+from mis_mlx.models import load, mlx_generate, resolve
 
 TOPICS = (
     "a lighthouse",
@@ -105,12 +105,7 @@ def main(folder: Path) -> None:
     rows = []
     for start in range(0, len(asked), BATCH):
         prompts = asked[start : start + BATCH]
-        chats = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": p}], add_generation_prompt=True
-            )
-            for p in prompts
-        ]
+        chats = [mlx_generate.encode(tokenizer, p) for p in prompts]
         done = load.mlx_lm("generate").batch_generate(model, tokenizer, chats, max_tokens=TOKENS)
         rows += [
             {"prompt": p, "completion": text} for p, text in zip(prompts, done.texts, strict=True)

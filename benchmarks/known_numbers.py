@@ -33,6 +33,7 @@ from mis_mlx.evaluation import (
     answers,
     instructions,
     questions,
+    repetition,
     task_answers,
     task_registry,
 )
@@ -215,6 +216,7 @@ def main(s: Settings) -> None:
         "max_tokens": questions.INSTRUCTION_TOKENS,
         "ifeval_step": s.ifeval_step,
         "blimp_step": s.blimp_step,
+        "loops_version": repetition.VERSION,
     }
     rows: dict[str, Any] = resumed(RESULT, given, ["rows"]).get("rows", {})
     for name in s.models:

@@ -23,7 +23,7 @@ from typing import Any
 from laboratory import packed, resumed, start, stored, unpacked, write
 
 from mis_mlx import cli, distill
-from mis_mlx.evaluation import answers
+from mis_mlx.evaluation import answers, repetition
 from mis_mlx.evaluation.answer_likelihood import has_template
 from mis_mlx.hardware import memory
 from mis_mlx.models import opening, resolve
@@ -123,7 +123,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 def main(s: Settings) -> None:
     """Every row that is not there yet."""
     name = "lose" if s.teacher is None else f"lose-{Path(s.teacher).name}"
-    rows = resumed(name, {}, ["rows"]).get("rows", {})
+    given = {"loops_version": repetition.VERSION}
+    rows = resumed(name, given, ["rows"]).get("rows", {})
     command = "scripts/mis benchmarks/lose.py"
     if s.teacher is not None:
         command += f" --teacher {s.teacher}"
@@ -131,7 +132,7 @@ def main(s: Settings) -> None:
     def keep(label: str, row: dict[str, Any]) -> None:
         rows[label] = row
         cli.say(f"{label}: {row}")
-        write(name, command, {"given": {}, "rows": rows})
+        write(name, command, {"given": given, "rows": rows})
 
     if not s.table:
         for seed in s.seeds:

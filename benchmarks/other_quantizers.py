@@ -219,7 +219,9 @@ def llama_cpp(dense: Checkpoint, out: Path, kind: str, importance: Importance) -
     values = source.with_name("importance.npz")
     mx.savez(str(values), **{name: mx.array(of_part) for name, of_part in importance.items()})
     arguments = [str(source), str(target), kind, str(values)]
-    subprocess.run([sys.executable, "-c", LLAMA_CPP, *arguments], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-P", "-c", LLAMA_CPP, *arguments], check=True, capture_output=True
+    )
     stored = {tensor.name: tensor for tensor in GGUFReader(target).tensors}
     found = {}
     for part in tensors.parts(dense, "f16"):

@@ -227,7 +227,7 @@ def budget(folder: Path, out: Path, limit: str = "600MiB") -> dict[str, Any]:
         3,
     ]
     flags += ["--bench-tokens", 0, "--quantize", 0]
-    command = [sys.executable, "-m", "mis_mlx.distill", *map(str, flags)]
+    command = [sys.executable, "-P", "-m", "mis_mlx.distill", *map(str, flags)]
     began = time.perf_counter()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     result = json.loads(done.stdout.splitlines()[-1])

@@ -76,7 +76,7 @@ def trial(browser: Any, folder: Path) -> dict[str, Any]:
     """One start of the page: seconds and bytes."""
     root = str(laboratory.ROOT)
     environment = {**os.environ, "PYTHONPATH": root}
-    line = [sys.executable, "-m", "mis_mlx.studio", "--no-browser"]
+    line = [sys.executable, "-P", "-m", "mis_mlx.studio", "--no-browser"]
     page = browser.new_context().new_page()
     began_s = time.time()
     with subprocess.Popen(

@@ -47,7 +47,7 @@ from mis_mlx.compute import precision
 from mis_mlx.evaluation.speed import rounds
 from mis_mlx.evaluation.speed.rounds import BenchmarkModel, Request
 from mis_mlx.hardware.rates import M1_AIR
-from mis_mlx.maths.stats import interval
+from mis_mlx.maths.stats import bounds, interval
 from mis_mlx.models import load, mlx_generate, opening, resolve
 from mis_mlx.models.stream import evaluate_now
 from mis_mlx.types import MisError
@@ -190,7 +190,7 @@ def agreement(_: Path, s: Settings) -> dict[str, Any]:
     }
 
 
-def paired(ratios: np.ndarray) -> dict[str, float]:
+def paired(ratios: np.ndarray) -> dict[str, float | None]:
     """What rounds say about two clocks: the median of their ratios, and the mean's 95 %
     interval.
     """
@@ -198,8 +198,8 @@ def paired(ratios: np.ndarray) -> dict[str, float]:
     return {
         "median": float(np.median(ratios)),
         "mean": mean,
-        "low": low,
-        "high": high,
+        "low": bounds((low,))[0],
+        "high": bounds((high,))[0],
         "n": len(ratios),
     }
 

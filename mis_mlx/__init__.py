@@ -4,6 +4,9 @@
 `mis_mlx.open(folder)`. Nothing is imported before it is used (docs/python-api.md).
 """
 
+from mis_mlx.hardware import import_path  # noqa: F401  before what could lie in the current folder
+
+# isort: split
 import inspect
 import os
 import sys

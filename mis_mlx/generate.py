@@ -56,7 +56,7 @@ def _prompt_ids(settings: Settings, checkpoint: Checkpoint, tokenizer: Any) -> l
     """
     if settings.messages is None:
         plain = settings.ignore_chat_template
-        ids = mlx_generate.encode(tokenizer, settings.prompt, plain=plain)
+        ids = mlx_generate.encode(tokenizer, settings.prompt, plain=plain, today=True)
     else:
         ids = _conversation_ids(settings, checkpoint, tokenizer)
     context = _context_tokens(checkpoint)
@@ -84,7 +84,7 @@ def _conversation_ids(settings: Settings, checkpoint: Checkpoint, tokenizer: Any
         raise MisError(f"{why}: leave --messages out, or take a model that has a template")
     asked = [*before, {"role": "user", "content": settings.prompt}]
     try:
-        return mlx_generate.chat_ids(tokenizer, asked)
+        return mlx_generate.chat_ids(tokenizer, asked, today=True)
     except Exception as error:  # a template is a program of the model's: it can raise anything
         why = f"the chat template of {checkpoint.path.name} refuses the conversation ({error})"
         raise MisError(f"{why}: leave --messages out") from error

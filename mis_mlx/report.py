@@ -16,7 +16,7 @@ import tyro
 
 from mis_mlx import cli
 from mis_mlx.distillation import run_verdict
-from mis_mlx.evaluation import answer_figures
+from mis_mlx.evaluation import answer_figures, repetition
 from mis_mlx.models import scenarios
 from mis_mlx.reporting import axes, baseline, figures, html, run_reader, smoothing, timeline
 from mis_mlx.reporting.run_reader import Point, Record, RunRecord, Series
@@ -154,7 +154,7 @@ def _warning(talks: Sequence[Talk], models: Sequence[str]) -> str:
     loops = []
     for name in models:
         texts = [talk.answers[name]["text"] for talk in talks]
-        loops.append(sum(map(answer_figures.loops, texts)))
+        loops.append(sum(map(repetition.loops, texts)))
     teacher, student = loops
     allowed = answer_figures.MORE_LOOPS * len(talks)
     if 100 * (student - teacher) <= allowed:

@@ -6,7 +6,6 @@ and texts with few words are left out.
 """
 
 import json
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.data import preparation
 from mis_mlx.data.rows import Row
-from mis_mlx.evaluation import writing_cost
+from mis_mlx.evaluation import repetition, writing_cost
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, mlx_generate, stream, streamed_decode
 from mis_mlx.models.model_size import ModelSize, model_of
@@ -50,7 +49,6 @@ AT_ONCE = 48, 16, 4, 1  # texts, as many as fit; a token of all of them reads th
 SPARE = 4  # more than are missing, for some are not usable
 TRIES = 4  # texts for each one that would do if every one were usable
 SHORT = 120  # characters of a usable text, at least
-LEAST = 0.28  # share of a usable text that compression leaves, at least: loops leave less
 WORDLIKE = 0.6  # share of letters and blanks in a usable text, at least
 
 
@@ -115,9 +113,7 @@ def openings(languages: Sequence[str], file: str | None = None) -> list[str]:
 def usable(text: str) -> bool:
     """Whether a text is long enough, no loop, and made of words."""
     words = sum(char.isalpha() or char.isspace() for char in text)
-    raw = text.encode()
-    packed = zlib.compress(raw)
-    return len(text) >= SHORT and len(packed) >= LEAST * len(raw) and words >= WORDLIKE * len(text)
+    return len(text) >= SHORT and words >= WORDLIKE * len(text) and not repetition.loops(text)
 
 
 def way_of(s: Settings, m: ModelSize, limit: Budget) -> writing_cost.WritingPlan:

@@ -156,7 +156,7 @@ def screen(words: list[str], folder: Path) -> str:
     fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", 50, COLUMNS, 0, 0))
     # Where it is not set, a line on the threads would come before all else.
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, *words]
+    command = [sys.executable, "-P", *words]
     with subprocess.Popen(command, cwd=folder, env=environment, stdout=inside, stderr=inside):
         os.close(inside)
         shown = bytearray()

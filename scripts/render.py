@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mis_mlx import cli
+from mis_mlx.evaluation import repetition
 from mis_mlx.evaluation.speed import rounds
 from mis_mlx.reporting import text as words
 from mis_mlx.types import MisError, Row, duration, gib
@@ -267,7 +268,8 @@ def known_numbers(found: Found) -> str:
         f"{', '.join(asked)}; answers to IFEval have at most {found['given']['max_tokens']} "
         f"tokens; the teacher's card says {found['card']}"
     )
-    return "\n".join([words.markdown_table(KNOWN_HEAD, lines), "", where(found, sizes)])
+    source = where(found, sizes) + counted_by(found)
+    return "\n".join([words.markdown_table(KNOWN_HEAD, lines), "", source])
 
 
 def known_cells(name: str, row: Found) -> list[str]:
@@ -488,6 +490,14 @@ def largest_first(found: Found) -> list[tuple[str, Found]]:
     return sorted(found["rows"].items(), key=lambda item: -float(item[1]["bytes_4-bit"]))
 
 
+def counted_by(found: Found) -> str:
+    """A sentence where loops were counted by another version than today's."""
+    version = found.get("given", {}).get("loops_version", 1)
+    if version == repetition.VERSION:
+        return ""
+    return f" Loops by version {version} of what counts as one; now it is {repetition.VERSION}."
+
+
 def lose(found: Found) -> str:
     """What was allowed, expected and reached."""
     head = ["run", "MB", "expected", "reached", "loops, %", "teacher's, %"]
@@ -503,7 +513,7 @@ def lose(found: Found) -> str:
     source = (
         f"`{found['command']}`, on {found['chip']} next to other jobs, with one thread of BLAS."
     )
-    return "\n".join([words.markdown_table(head, lines), "", source])
+    return "\n".join([words.markdown_table(head, lines), "", source + counted_by(found)])
 
 
 def lose_briefly(found: Found) -> str:

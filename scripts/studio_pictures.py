@@ -47,7 +47,7 @@ class Settings:
 @contextlib.contextmanager
 def served() -> Iterator[str]:
     """The address of a page."""
-    line = [sys.executable, "-m", "mis_mlx.studio", "--no-browser"]
+    line = [sys.executable, "-P", "-m", "mis_mlx.studio", "--no-browser"]
     with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from tests import fast_products  # noqa: F401
+
+# isort: split
 import contextlib
 import fcntl
 import gc

@@ -6,6 +6,7 @@ The script itself is the real one; what stands in is what another machine would 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ WORKERS = min(4, os.sysconf("SC_NPROCESSORS_ONLN") + 1)
 
 # A Python that notes what it is asked, makes a "venv" of itself, and can be told to fail at pip.
 PYTHON = """#!/bin/sh
-echo "python $*" >>"$LOG"
+echo "in $PWD: python $*" >>"$LOG"
 case "$*" in
 *"-m venv"*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
 *"-m pip"*)
@@ -263,6 +264,24 @@ def test_a_misspelled_command_gets_the_nearest_one(machine: Machine) -> None:
         said = f"mis: there is no command {name}: {hint}scripts/mis --help lists all commands\n"
         assert machine.mis(name).stderr == said
     assert not machine.venv.exists()
+
+
+def test_nothing_is_imported_from_where_it_was_called(machine: Machine) -> None:
+    """A Python file there is not run, whether a Python is looked for, an environment is made, pip
+    installs, or a name is guessed: each starts in the checkout or is isolated from both.
+    """
+    machine.mis("distill")
+    calls = re.findall("^in (.*): python (-.)", machine.log.read_text(), re.MULTILINE)
+    here = [flag for place, flag in calls if place == str(machine.cwd)]
+    assert set(here) == {"-I", "-P"}
+    assert [flag for place, flag in calls if place == str(machine.checkout)] == ["-m", "-m"]
+    (machine.bin / "python3").unlink()
+    (machine.bin / "python3").symlink_to(sys.executable)
+    shutil.rmtree(machine.venv)
+    for name in ("difflib", "ensurepip", "platform", "random"):
+        (machine.cwd / f"{name}.py").write_text(f"open('marks', 'a').write('{name} ')")
+    assert "did you mean distill? " in machine.mis("distil").stderr
+    assert not (machine.cwd / "marks").exists()
 
 
 def test_help_lists_commands_without_installing(machine: Machine) -> None:

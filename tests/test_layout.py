@@ -241,7 +241,7 @@ def only_names(module: Module) -> list[str]:
     """Importing a module only defines names. The package itself settles what macOS reads from the
     environment.
     """
-    settling = "macos.settle()" if module.name == "__init__" else ""
+    settling = {"__init__": "macos.settle()", "hardware.import_path": "_settle()"}.get(module.name)
     harmless = (
         ast.Import,
         ast.ImportFrom,

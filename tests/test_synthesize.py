@@ -36,7 +36,7 @@ def anything_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A random model writes no words: its texts are long enough and that is all."""
     monkeypatch.setattr(synthesize, "WORDLIKE", 0.0)
     monkeypatch.setattr(synthesize, "SHORT", 10)
-    monkeypatch.setattr(synthesize, "LEAST", 0.0)
+    monkeypatch.setattr(synthesize.repetition, "loops", lambda _text: False)
 
 
 def rows(folder: Path, split: str = "train") -> list[dict[str, Any]]:

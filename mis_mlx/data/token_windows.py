@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+from mis_mlx.data import chat_template
 from mis_mlx.data.rows import Row
 from mis_mlx.types import MisError
 
@@ -162,29 +163,41 @@ def conversation(row: Row, tokenizer: Any, mask_prompt: bool) -> Marked:
     """(ids, learn) of a prompt/completion or messages row.
 
     mask_prompt: only answers are learned, all of them. Learn starts where the ids part from those
-    of the conversation before an answer, and ends where they part from those of the conversation up
-    to it: the templates of some models rewrite earlier turns.
+    of the conversation before an answer. It ends where they part from the answer's own ids, which
+    are those of the conversation up to it: the templates of some models rewrite earlier turns.
     """
     messages = _messages(row)
-    ids = _render(messages, tokenizer)
+    thinking = chat_template.thinks(messages, tokenizer)
+    ids = _render(messages, tokenizer, thinking=thinking)
     if not mask_prompt:
         return ids, [1] * len(ids)
     loss_mask = [0] * len(ids)
     for last, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        begin = 0
+        before: Ids = []
         if last:
-            before = _render(messages[:last], tokenizer, add_generation_prompt=True)
-            begin = _shared(ids, before)
+            before = _render(messages[:last], tokenizer, prompt=True, thinking=thinking)
+        begin = _shared(ids, before)
         end = len(ids)
         if last < len(messages) - 1:
-            so_far = _render(messages[: last + 1], tokenizer)
-            end = _shared(ids, so_far)
-        # A rewritten turn may part before the answer begins: then nothing of it is learned.
-        count = max(0, end - begin)
+            so_far = _render(messages[: last + 1], tokenizer, thinking=thinking)
+            # Behind the prompt, wherever that has led: Qwen 3 drops the thoughts of earlier turns,
+            # so the answer stands in another place than when it was the last one.
+            first = _shared(so_far, before)
+            own = so_far[first:]
+            end = begin + _shared(ids[begin:], own)
+        count = end - begin
         loss_mask[begin:end] = [1] * count
     return ids, loss_mask
+
+
+def prompt_ids(messages: Sequence[Row], tokenizer: Any, *, today: bool = False) -> Ids:
+    """Ids of a conversation up to where the next answer begins. today: as `chat_template.text`.
+
+    Errors of the template pass through.
+    """
+    return _render(messages, tokenizer, prompt=True, today=today)
 
 
 def _shared(left: Sequence[int], right: Sequence[int]) -> int:
@@ -198,9 +211,12 @@ def _shared(left: Sequence[int], right: Sequence[int]) -> int:
 def _render(
     messages: Sequence[Row],
     tokenizer: Any,
-    add_generation_prompt: bool = False,
+    *,
+    prompt: bool = False,
+    thinking: bool = False,
+    today: bool = False,
 ) -> Ids:
-    """Ids of the rendered conversation, where only the template's own special tokens are special.
+    """Ids of `chat_template.text`, where only the template's own special tokens are special.
 
     A special token spelled in a message passes through the template as one private character and is
     cut up afterwards. A conversation without any, nearly every one, is encoded in one go, exactly
@@ -219,8 +235,12 @@ def _render(
     for message in messages:
         text = known.sub(lambda match: stand_ins[match[0]], message["content"])
         safe.append({**message, "content": text})
-    rendered = tokenizer.apply_chat_template(
-        safe, tokenize=False, add_generation_prompt=add_generation_prompt
+    rendered = chat_template.text(
+        safe,
+        tokenizer,
+        prompt=prompt,
+        thinking=thinking,
+        today=today,
     )
     if not spelled:
         return _encode(tokenizer, rendered, split=False)

@@ -100,8 +100,12 @@ def _written(teacher: Checkpoint, wanted: Wanted, limit: Budget, *, dry_run: boo
     folder = WRITTEN / f"{teacher.path.name}-{identity[:8]}-{json_sha256(settings)[:8]}"
     file = folder / "answers.jsonl"
     if distributed.broadcast_json(file.exists):
+        fallen = 0
+        if distributed.is_main() and not dry_run:
+            fallen = teacher_answers.filter_again(file)
         distributed.broadcast_folder(folder, DISK)
-        cli.say(f"conversations: reusing the teacher's answers in {file}")
+        gone = f"; {fallen} that repeat themselves are left out now" if fallen else ""
+        cli.say(f"conversations: reusing the teacher's answers in {file}{gone}")
         return file
     plan = teacher_answers.plan(model_of(teacher), writing, limit)
     size = f"{gib(plan.peak_bytes)} of {gib(limit.limit_bytes)}, about {duration(plan.seconds)}"

@@ -11,7 +11,7 @@ from mis_mlx.data import preparation
 from mis_mlx.distillation import pipeline, strategies
 from mis_mlx.evaluation import answers
 from mis_mlx.hardware.rates import Rates
-from mis_mlx.models import arch, distributed, load
+from mis_mlx.models import arch, distributed, load, resolve
 from mis_mlx.models.model_size import model_of
 from mis_mlx.planner import estimates, measured_block
 from mis_mlx.planner.distillation_spec import DistillationSpec, spec_of
@@ -161,6 +161,19 @@ def _paced(minutes: float, job: DistillationSpec, limit: int, rates: Rates) -> D
     return replace(job, iters=iters)
 
 
+def _hub_ids(given: Mapping[str, Any]) -> list[str]:
+    """Those of a run's models and text that are of the hub: no folder here has their name.
+
+    A model card tells such a name, and of a folder only the last part.
+    """
+    found = []
+    for name in ("teacher", "student", "data"):
+        value = given.get(name)
+        if isinstance(value, str) and resolve.REPO_ID.fullmatch(value) and not Path(value).exists():
+            found.append(value)
+    return found
+
+
 def log(given: Mapping[str, Any], place: OpenRun, plan: strategies.MemoryPlan) -> None:
     """Write the first line of a run's phases: its flags, and memory and time as planned.
 
@@ -177,6 +190,7 @@ def log(given: Mapping[str, Any], place: OpenRun, plan: strategies.MemoryPlan) -
     record = {
         **place.thermal_monitor.now(),
         "flags": dict(given),
+        "hub_ids": _hub_ids(given),
         "planned": planned,
         "mode": plan.mode,
         "budget_bytes": plan.budget_bytes,

@@ -7,7 +7,6 @@ prompt and the seed; not on the budget, nor on the answers written together with
 rounding.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -17,9 +16,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from mis_mlx.data import chat_template
 from mis_mlx.data.prompts import Prompt
 from mis_mlx.data.rows import Row
-from mis_mlx.evaluation import answer_figures, answers, writing_cost
+from mis_mlx.evaluation import answer_figures, answers, repetition, writing_cost
 from mis_mlx.evaluation.answer_records import Answer
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, mlx_generate
@@ -74,9 +74,8 @@ def plan(model: ModelSize, settings: WritingSettings, limit: Budget) -> writing_
 
 
 def template_sha256(teacher: Checkpoint) -> str:
-    """Of the chat template, in hex: another template gives other answers."""
-    template = str(load.tokenizer(teacher.path).chat_template)
-    return hashlib.sha256(template.encode()).hexdigest()
+    """Of the chat template and what it is told, in hex: others give other answers."""
+    return chat_template.identity(load.tokenizer(teacher.path))
 
 
 def kept_text(answer: Answer) -> str:
@@ -93,6 +92,38 @@ def kept_text(answer: Answer) -> str:
         if ends:
             text = text[: ends[-1]]
     return text.strip()
+
+
+def without_loops(talks: Sequence[Row]) -> list[Row]:
+    """Conversations up to the first answer that repeats itself; without one before it they go."""
+    kept = []
+    for talk in talks:
+        messages = talk["messages"]
+        for number, message in enumerate(messages):
+            if message["role"] == "assistant" and repetition.loops(message["content"]):
+                messages = messages[: max(0, number - 1)]  # the question goes, too
+                break
+        if messages:
+            kept.append({"messages": messages})
+    return kept
+
+
+def filter_again(file: Path) -> int:
+    """Take loops out of a file that `write` made when others were known; return how many rows fell.
+
+    Conversations are kept for years, and nobody wants to write them again for a better filter.
+    """
+    talks = run_folder.records(file)
+    kept = without_loops(talks)
+    if kept != talks:
+        write_rows(file, kept)
+    return len(talks) - len(kept)
+
+
+def write_rows(file: Path, talks: Sequence[Row]) -> None:
+    """The file of conversations, one a line."""
+    lines = [json.dumps(talk, ensure_ascii=False) + "\n" for talk in talks]
+    DISK.replace_text(file, "".join(lines))
 
 
 def write(teacher: Checkpoint, settings: WritingSettings, out: Path, limit: Budget) -> int:
@@ -130,12 +161,11 @@ def write(teacher: Checkpoint, settings: WritingSettings, out: Path, limit: Budg
             mx.clear_cache()
     kept = []
     for start in sorted(done):
-        kept += done[start]
+        kept += without_loops(done[start])
     if len(kept) < USABLE * total:
         why = f"only {len(kept)} of this teacher's {total} answers are neither empty nor loops"
         raise MisError(f"{why}: give --conversations 0, or --data with conversations of your own")
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in kept]
-    DISK.replace_text(out, "".join(lines))
+    write_rows(out, kept)
     DISK.discard(part)
     return len(kept)
 

@@ -4,19 +4,17 @@ Texts and numbers only: no model is asked here.
 """
 
 import math
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from mis_mlx.evaluation import repetition
 from mis_mlx.evaluation.answer_records import Answer
 from mis_mlx.maths import stats
 from mis_mlx.types import Row
 
-LOOP_WORDS = 20  # an answer that loops has more
-LOOP_SHARE = 0.35  # zlib packs an answer that loops to a smaller share of its bytes
 MORE_LOOPS = 10.0  # points above the teacher's loops, from which on a student is warned about
 
 
@@ -43,16 +41,12 @@ class Verdict(NamedTuple):
     endless: bool
 
 
-def loops(text: str) -> bool:
-    """Whether a text repeats itself: more than LOOP_WORDS words that pack to under LOOP_SHARE."""
-    raw = text.encode()
-    return len(text.split()) > LOOP_WORDS and len(zlib.compress(raw)) < LOOP_SHARE * len(raw)
-
-
 def verdict(answer: Answer) -> Verdict:
     """The faults of a greedy answer."""
     has_words = any(character.isalnum() for character in answer.text)
-    return Verdict(loops=loops(answer.text), empty=not has_words, endless=not answer.ended)
+    return Verdict(
+        loops=repetition.loops(answer.text), empty=not has_words, endless=not answer.ended
+    )
 
 
 def rows_of(

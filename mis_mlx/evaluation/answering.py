@@ -23,6 +23,7 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.compute import precision
+from mis_mlx.data import chat_template
 from mis_mlx.evaluation import instructions, option_likelihood, questions, task_answers
 from mis_mlx.evaluation.option_likelihood import Encoded
 from mis_mlx.evaluation.questions import Task
@@ -49,7 +50,7 @@ Asked = dict[int, Record]
 
 
 def sha256(checkpoint: Checkpoint) -> str:
-    """In hex, of config, tokenizer and weights, the type they compute in, and `VERSION`."""
+    """In hex, of config, tokenizer, weights, their type, `chat_template.changes` and `VERSION`."""
     files = {tensor.file for tensor in checkpoint.tensors.values()}
     files.add(checkpoint.path / "config.json")
     files |= {path for path in checkpoint.path.glob("tokenizer*") if path.is_file()}
@@ -58,7 +59,8 @@ def sha256(checkpoint: Checkpoint) -> str:
     for file in cli.show_progress("hash: file", files, len(files)):
         known.append((file.name, file_sha256(file)))
     # Not the folder's name: a copy elsewhere is the same model.
-    decisive = [VERSION, str(precision.dtype_of(checkpoint)), sorted(known)]
+    told = chat_template.changes(load.tokenizer(checkpoint.path))
+    decisive = [VERSION, str(precision.dtype_of(checkpoint)), sorted(known), *filter(None, [told])]
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 

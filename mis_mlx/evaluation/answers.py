@@ -13,7 +13,6 @@ template is not judged.
 Answers are written once and kept: the teacher's (evaluation/answer_records; those of the default
 teacher come with the package) and its students' (evaluation/kept_answers)."""
 
-import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -24,7 +23,7 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.data import rows
+from mis_mlx.data import chat_template, rows
 from mis_mlx.evaluation import answer_records, answer_writing, answering, writing_cost
 from mis_mlx.evaluation.answer_figures import AnswerBits
 from mis_mlx.evaluation.answer_likelihood import has_template, log_probabilities, need_template
@@ -256,7 +255,6 @@ def _header(teacher: Checkpoint) -> dict[str, Any]:
     """Everything that an answer depends on, apart from its prompt.
 
     Without the type that the teacher computes in, which changes roundings only."""
-    template = str(load.tokenizer(teacher.path).chat_template)
     settings = {
         "version": VERSION,
         "temperature": TEMPERATURE,
@@ -264,7 +262,7 @@ def _header(teacher: Checkpoint) -> dict[str, Any]:
         "seed": SEED,
         "answer_tokens": ANSWER_TOKENS,
         "greedy_tokens": GREEDY_TOKENS,
-        "template_sha256": hashlib.sha256(template.encode()).hexdigest(),
+        "template_sha256": chat_template.identity(load.tokenizer(teacher.path)),
     }
     return {"teacher": _identity(teacher), "settings": settings}
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mis_mlx.evaluation.instructions import Levels
-from mis_mlx.maths.stats import interval, recovery
+from mis_mlx.maths.stats import LEAST_FOR_INTERVAL, bounds, interval, plus_minus, recovery
 from mis_mlx.reporting import figures, html
 
 
@@ -62,10 +62,10 @@ class Outcome(NamedTuple):
         models = {}
         for name, marks in self.marks.items():
             of_model: dict[str, Any] = {
-                "score": interval(marks),
+                "score": bounds(interval(marks)),
                 "recovery": self.recovered(name),
                 "marks": marks.tolist(),
-                "less_teacher": interval(marks - self.teacher),
+                "less_teacher": bounds(interval(marks - self.teacher)),
             }
             if self.levels:
                 of_model |= self.levels[name].json()
@@ -118,6 +118,9 @@ def markdown(outcomes: Sequence[Outcome], tables: str = "") -> str:
     values: dict[str, Any] = {
         "names": students,
         "interval": interval,
+        "plus_minus": plus_minus,
+        "few": [outcome.task for outcome in outcomes if len(outcome.chance) < LEAST_FOR_INTERVAL],
+        "least": LEAST_FOR_INTERVAL,
         "tables": tables,
         "outcomes": outcomes,
         "constant": constants,

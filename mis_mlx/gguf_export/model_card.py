@@ -68,7 +68,9 @@ def base_of(folder: Path) -> str | None:
         return resolve.DEFAULT
     if Path(base).is_dir():
         return base_of(Path(base))
-    return base if resolve.REPO_ID.fullmatch(base) else None
+    if resolve.REPO_ID.fullmatch(base) and run_facts.is_hub_id(run, base):
+        return str(base)
+    return None
 
 
 def readme(

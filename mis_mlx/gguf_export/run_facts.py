@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from mis_mlx.models import resolve
 from mis_mlx.storage import run_folder
 from mis_mlx.types import evenly
 
@@ -34,7 +35,7 @@ LEFT_OUT = ("altitude_m", "temperature_c", "thermal_replay", "report_to", "expec
 def recipe(run: Path) -> str:
     """YAML for `distill -c`: the settings of a run that differ from the defaults.
 
-    "" where the run's log does not tell them. A path of this machine becomes its last name.
+    "" where the run's log does not tell them. A path becomes its last name.
     """
     flags = _start(run).get("flags")
     if not isinstance(flags, dict):
@@ -44,7 +45,7 @@ def recipe(run: Path) -> str:
     for name, value in flags.items():
         if name in LEFT_OUT or (by_search and name in SEARCHED):
             continue
-        told[name] = _public(value)
+        told[name] = _public(value, run)
     if not told:
         return ""
     return yaml.safe_dump(told, sort_keys=False, allow_unicode=True).strip()
@@ -102,11 +103,21 @@ def _start(run: Path) -> Mapping[str, Any]:
     return next(iter(run_folder.records(run / run_folder.PHASES)), {})
 
 
-def _public(value: Any) -> Any:
-    """A setting as others may see it: of a path on this machine the last name."""
-    if not isinstance(value, str):
+def is_hub_id(run: Path, name: str) -> bool:
+    """Whether a run took this teacher or text from the hub. A folder may look like an owner/model.
+
+    Only `distill` writes down which they are; of others the cache knows.
+    """
+    known = _start(run).get("hub_ids")
+    if isinstance(known, list):
+        return name in known
+    return resolve.came_from_hub(name)
+
+
+def _public(value: Any, run: Path) -> Any:
+    """A setting as others may see it: of a path the last name, wherever it begins."""
+    if isinstance(value, list):
+        return [_public(each, run) for each in value]
+    if not isinstance(value, str) or is_hub_id(run, value):
         return value
-    path = Path(value).expanduser()
-    if path.is_absolute() or path.exists():
-        return path.name
-    return value
+    return Path(value).name or value

@@ -25,6 +25,10 @@ SLOW = (
     f"install --force-reinstall scipy-openblas32, and XDG_CACHE_HOME must be a writable folder "
     f"without a space in its name"
 )
+LATE = (
+    "MLX was imported first, so matrix products take 20 to 50 times as long, and their last bits "
+    "differ from a command's: take mis_mlx.distill, or what you call of it, before you import MLX"
+)
 # ELF: types of sections and of entries of the dynamic section, and the bytes of one symbol.
 SHT_DYNSYM = 11
 SHT_GNU_HASH = 0x6FFFFFF6
@@ -199,9 +203,33 @@ def _say(lines: list[str]) -> None:
 
 def load() -> None:
     """Load fast products into a process that imports this file, before MLX is imported."""
-    if not _needed() or "mlx.core" in sys.modules:  # MLX has linked its own BLAS by then
+    if not _needed():
+        return
+    if "mlx.core" in sys.modules:  # MLX has linked its own BLAS by then
+        if not hasattr(ctypes.CDLL(None), "cblas_sgemm"):
+            _say([LATE])
         return
     library, lines = settled()
+    if library:
+        ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    _say(lines)
+
+
+def for_children() -> tuple[Path | None, list[str]]:
+    """`settled`, for all that this process starts or becomes: it begins with the library."""
+    os.environ[MARK] = "on"
+    library, lines = settled()
+    if library:
+        preloaded = f"{library}:{os.environ.get('LD_PRELOAD', '')}"
+        os.environ["LD_PRELOAD"] = preloaded.rstrip(":")
+    return library, lines
+
+
+def load_for_children() -> None:
+    """`load`, and the same for all that this process starts: as if it had begun under this file."""
+    if not _needed() or "mlx.core" in sys.modules:
+        return
+    library, lines = for_children()
     if library:
         ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
     _say(lines)
@@ -211,11 +239,7 @@ def main() -> None:
     """Become the command of our arguments. What is preloaded or set already stays."""
     try:
         if _needed():
-            os.environ[MARK] = "on"
-            library, lines = settled()
-            if library:
-                preloaded = f"{library}:{os.environ.get('LD_PRELOAD', '')}"
-                os.environ["LD_PRELOAD"] = preloaded.rstrip(":")
+            _, lines = for_children()
             # Of several machines or processes one speaks.
             if os.environ.get("MLX_RANK", "0") in ("", "0"):
                 with suppress(BrokenPipeError):

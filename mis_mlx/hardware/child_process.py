@@ -20,16 +20,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mis_mlx.hardware import import_path
 from mis_mlx.types import gib
 
 LOOK_S = 0.05  # between two looks at the memory of a child that the kernel does not limit
-PACKAGE = Path(__file__).resolve().parents[2]
-
-
-def environment() -> dict[str, str]:
-    """The environment in which a child finds this package, wherever it was started."""
-    paths = [str(PACKAGE), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 class NoAnswer(Exception):
@@ -66,10 +60,10 @@ def ask(
     # A session of its own: Ctrl-C is for us, not for an answer under way; and what it starts ends
     # with it.
     with subprocess.Popen(
-        [sys.executable, "-m", "mis_mlx.hardware.child_process"],
+        import_path.python("-m", "mis_mlx.hardware.child_process"),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env=environment(),
+        env=import_path.environment(),
         start_new_session=True,
     ) as process:
         try:
@@ -168,6 +162,8 @@ def _serve() -> None:
 def _call(source: str, function: str, arguments: Mapping[str, Any]) -> Any:
     """Import the function and call it with those of the arguments that it names."""
     if source.endswith(".py"):
+        # What lies beside a file that the user brought, behind everything that is installed.
+        sys.path.append(str(Path(source).resolve().parent))
         called = runpy.run_path(source)[function]
     else:
         called = getattr(importlib.import_module(source), function)

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import webbrowser
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from mis_mlx.hardware import child_process
+from mis_mlx.hardware import import_path
 
 Show = Callable[[str], object]  # is given a piece of text
 NEAR_S = 2.0  # two readings of a process's start that lie so near are of the same process
@@ -49,7 +50,7 @@ class Answer(NamedTuple):
 
 
 def _line(command: str, flags: Sequence[str]) -> list[str]:
-    return [sys.executable, "-m", f"mis_mlx.{command}", *flags]
+    return import_path.python("-m", f"mis_mlx.{command}", *flags)
 
 
 def start(command: str, flags: Sequence[str], log: Path) -> Started:
@@ -60,7 +61,7 @@ def start(command: str, flags: Sequence[str], log: Path) -> Started:
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
-            env=child_process.environment(),
+            env=import_path.environment(),
             start_new_session=True,
         )
     process.returncode = 0  # nobody waits for it: `alive` asks for it by its number
@@ -165,7 +166,7 @@ async def _run(
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=child_process.environment(),
+        env=import_path.environment(),
         start_new_session=True,
     )
     assert process.stdin is not None
@@ -217,6 +218,16 @@ def _last_json(text: str) -> dict[str, Any]:
     return {}
 
 
-def open_browser(address: str) -> bool:
-    """Open an address in the user's browser; False where there is none."""
-    return webbrowser.open(address)
+def has_browser() -> bool:
+    """Whether a browser with windows can open here. One in the terminal would take the terminal."""
+    if sys.platform == "darwin":
+        return True
+    return any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))
+
+
+def open_browser(address: str) -> None:
+    """Have the user's browser open an address, and do not wait: some return when they are closed.
+
+    The address is seen by everybody in the list of processes.
+    """
+    threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()

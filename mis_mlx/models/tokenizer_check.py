@@ -164,7 +164,7 @@ def _rendered(template: str, settings: dict[str, Any]) -> int:
     """
     from jinja2.exceptions import SecurityError, TemplateError
 
-    values: dict[str, Any] = {"tools": None, "documents": None}
+    values: dict[str, Any] = {"tools": None, "documents": None, "enable_thinking": False}
     for key, value in settings.items():
         if key.endswith("_token") and isinstance(value, str):
             values[key] = value

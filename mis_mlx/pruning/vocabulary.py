@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +131,14 @@ def defaults(
 def needed(tokens: Vocabulary, model: Path) -> set[int]:
     """Rows that must stay, with those of the text that a chat template writes around messages."""
     rows = tokens.needed(read_config(model))
-    with suppress(MisError):  # of a model without a template, or one that refuses
-        for ids in token_windows.tokenize([{"messages": SHORTEST_CHAT}], load.tokenizer(model)):
-            for token in ids:
-                rows |= tokens.parts(token)
+    # A model may have no template, or one that refuses; it is a program and can raise anything.
+    with suppress(Exception):
+        tokenizer = load.tokenizer(model)
+        talks = token_windows.tokenize([{"messages": SHORTEST_CHAT}], tokenizer)
+        # Before an answer there may be more, such as an empty thought.
+        talks.append(token_windows.prompt_ids(SHORTEST_CHAT[:1], tokenizer))
+        for token in chain.from_iterable(talks):
+            rows |= tokens.parts(token)
     return rows
 
 

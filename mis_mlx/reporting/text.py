@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
+from mis_mlx.maths import stats
 from mis_mlx.types import Row, Step, gib
 
 Metrics = Mapping[str, Sequence[str]]  # of a table's lines: {name in rows: (label, number format)}
@@ -101,8 +102,7 @@ def table(rows: Sequence[Row], models: Sequence[str], metrics: Metrics) -> str:
                 continue
             text = format(row.value, form)
             if row.low is not None and row.high is not None:
-                half = (row.high - row.low) / 2
-                text += f" ± {format(half, form)}"
+                text += stats.plus_minus(row.low, row.high, form)
             line.append(text)
         if any(text != "–" for text in line[1:]):
             lines.append(line)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
-from mis_mlx.hardware import memory
+from mis_mlx.hardware import blas_threads, memory
 from mis_mlx.hardware.thermal.run_monitor import (
     PauseCounter,
     ThermalFlags,
@@ -32,6 +32,7 @@ from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import Files, as_mis_error, json_sha256, need_place
 from mis_mlx.types import Budget, Checkpoint, MisError, Step
 
+BLAS_THREADS = "blas_threads"  # in origin.json, a number for each machine
 S = TypeVar("S", bound=cli.Resumable)  # a command's Settings
 
 
@@ -58,6 +59,7 @@ def resumed(settings: S, free: frozenset[str], under: Path = Path("runs")) -> tu
 
     # The first machine alone has the folder.
     values, folder = distributed.broadcast_json(stored)
+    _restore_threads(Path(folder))
     for name, value in values.items():
         if isinstance(value, list):  # JSON has no tuples
             values[name] = tuple(value)
@@ -69,6 +71,30 @@ def _plain(stored: dict[str, Any]) -> dict[str, Any]:
     if isinstance(stored.get("scenario"), str):
         return {**stored, "scenario": scenarios.plain(stored["scenario"])}
     return stored
+
+
+def _restore_threads(folder: Path) -> None:
+    """Have matrix products take as many threads as when the run began, on each machine."""
+
+    def stored() -> list[str]:
+        # A run that has not begun may have a search in it, which did.
+        for file in (folder / run_folder.ORIGIN, *folder.glob(f"*/{run_folder.ORIGIN}")):
+            if file.is_file():
+                known = run_folder.stored_settings(file.parent, file.name)
+                return str(known.get(BLAS_THREADS, "")).split()
+        return []
+
+    threads = distributed.broadcast_json(stored)
+    if len(threads) == distributed.size() and threads[distributed.rank()].isdigit():
+        note = blas_threads.go_on_with(int(threads[distributed.rank()]))
+        if note:
+            cli.say(note)
+
+
+def _arithmetic() -> dict[str, str]:
+    """What computes matrix products: on the CPU their last bits depend on it. For origin.json."""
+    threads = map(str, distributed.all_gather(blas_threads.at_start()))
+    return {"blas": blas_threads.name(), BLAS_THREADS: " ".join(threads)}
 
 
 def open_model(
@@ -209,6 +235,7 @@ def open_run(
     `memory.limited`, in bytes.
     """
     distributed.check_same(origin)
+    origin = {**origin, **_arithmetic()}
     if distributed.is_main():
         cli.say(*run_folder.same_origin(place.folder, origin, place.files, same))
     with (

@@ -20,7 +20,7 @@ from mis_mlx.distillation import pipeline, strategies
 from mis_mlx.evaluation import comparison
 from mis_mlx.evaluation.speed import rounds
 from mis_mlx.maths.optimizer import Diverged
-from mis_mlx.maths.stats import interval
+from mis_mlx.maths.stats import LEAST_FOR_INTERVAL, interval
 from mis_mlx.models import arch, block_state, load, mlx_generate, opening
 from mis_mlx.models.model_size import model_of
 from mis_mlx.planner import measured_block
@@ -320,7 +320,8 @@ def best_candidate(records: Sequence[Record]) -> Verdict:
     best = min(bits, key=lambda number: bits[number].mean(), default=None)
     others = [number for number in bits if number != best]
     gaps = {number: interval(bits[number] - bits[best]) for number in others}
-    second = min(gaps, key=lambda number: gaps[number][1], default=None)
+    # Where too few windows were read, all intervals are without bounds: then the mean decides.
+    second = min(gaps, key=lambda number: (gaps[number][1], gaps[number][0]), default=None)
     gap = gaps.get(second)
     clear = best is not None and (gap is None or gap[1] > 0)
     return Verdict(best, second, gap, clear)
@@ -370,6 +371,7 @@ def advice(
         "second": None if verdict.second is None else names[verdict.second],
         "why": zip(names, map(instability, records), strict=True),
         "count": len(best.get(judged, ())),
+        "few": len(best.get(judged, ())) < LEAST_FOR_INTERVAL,
         "unit": "answers" if judged == "answers_rounded" else "windows",
     }
     return html.document("search.md", values)

@@ -20,7 +20,15 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import psutil
 
-from mis_mlx.storage.files import AGAIN, DISK, Files, as_mis_error, file_sha256, json_sha256
+from mis_mlx.storage.files import (
+    AGAIN,
+    DISK,
+    Files,
+    as_mis_error,
+    file_sha256,
+    json_sha256,
+    sweep,
+)
 from mis_mlx.storage.header_check import check
 from mis_mlx.storage.safetensors import lazy, write_arrays
 from mis_mlx.types import MisError
@@ -29,7 +37,6 @@ MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 STEP = re.compile(r"step-(\d{8,})")
 Arrays = Mapping[str, Mapping[str, mx.array]]  # by checkpoint file and name
-LEFTOVER = (".tmp-", ".trash-")
 
 
 class Saved(NamedTuple):
@@ -151,13 +158,6 @@ def load_arrays(saved: Saved, key: str) -> dict[str, mx.array]:
     """All arrays of <key>.safetensors, still lazy: evaluate them before the next step is saved."""
     tensors, _ = check(saved.path / f"{key}.safetensors")
     return lazy(tensors, tensors)
-
-
-def sweep(folder: Path, files: Files = DISK) -> None:
-    """Delete half-made and half-deleted folders of a crash in `folder`. Hold the run's `lock`."""
-    for path in folder.iterdir():
-        if path.name.startswith(LEFTOVER):
-            files.discard(path)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from mis_mlx.types import MisError, gib
 
 CHUNK = 1 << 26  # bytes per pwrite(2): macOS refuses 2 GiB and more in one call
 AGAIN = "free some and start again"
+LEFTOVER = (".tmp-", ".trash-")
 SPARE = 1.2  # free space asked for, as a multiple of what will be written
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -164,6 +165,13 @@ class Files:
 
 
 DISK = Files()
+
+
+def sweep(folder: Path, files: Files = DISK) -> None:
+    """Delete half-made and half-deleted folders of a crash in `folder`. Hold its lock."""
+    for path in folder.iterdir():
+        if path.name.startswith(LEFTOVER):
+            files.discard(path)
 
 
 def file_sha256(path: Path) -> str:

@@ -6,7 +6,6 @@ Stands before every request, also for pictures and for the page's own connection
 import hmac
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -16,19 +15,24 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 HOST = "127.0.0.1"
 MONTH_S = 30 * 24 * 3600
-# What a page of ours may load: nothing from elsewhere. NiceGUI's pages hold scripts and styles.
-POLICY = (
-    "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' ws:; "
-    "frame-ancestors 'none'; form-action 'self'; base-uri 'self'; object-src 'none'"
-)
 HEADERS = {
-    "content-security-policy": POLICY,
     "x-frame-options": "DENY",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",
 }
+# What a page of ours may load: nothing from elsewhere. NiceGUI's pages hold scripts and styles.
+# Old browsers do not count a WebSocket to the same port as 'self'.
+POLICY = (
+    "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
+    "connect-src 'self' ws://127.0.0.1:{port} ws://localhost:{port}; "
+    "frame-ancestors 'none'; form-action 'self'; base-uri 'self'; object-src 'none'"
+)
 REFUSED = "mis_mlx studio: {}. Open the address that `mis_mlx studio` printed.\n"
+# A page and not a redirect: the cookie is not sent on while the way leads here from a file.
+ENTERED = (
+    '<!doctype html><meta http-equiv="refresh" content="0;url=/"><title>mis_mlx studio</title>'
+)
 
 
 class Door:
@@ -50,10 +54,7 @@ class Door:
         return f"mis_mlx_{self.port}"
 
     def take(self, token: str) -> bool:
-        """Whether this is the token; then it is spent.
-
-        An address is seen in the list of processes and in the browser's history.
-        """
+        """Whether this is the token; then it is spent: an address stays in a browser's history."""
         right = bool(self._token) and hmac.compare_digest(token.encode(), self._token.encode())
         if right:
             self._token = ""
@@ -68,20 +69,22 @@ class Door:
         origin = headers.get("origin")
         if origin is not None and origin != f"http://{host}":
             return f"the origin {origin[:80]!r} is another page"
+        return ""
+
+    def from_elsewhere(self, headers: Mapping[str, str]) -> str:
+        """Why a request without a token is another page's; empty where it is our own page's."""
         if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
             return "another page sent this"
         return ""
 
     def known(self, headers: Mapping[str, str]) -> bool:
         """Whether the request brings our cookie."""
-        try:
-            cookies = SimpleCookie(headers.get("cookie", ""))
-        except CookieError:
-            return False
-        brought = cookies.get(self.cookie)
-        if brought is None:
-            return False
-        return hmac.compare_digest(brought.value.encode(), self.key.encode())
+        # Other programs of this machine set cookies, too; a parser may drop all for one of them.
+        for cookie in headers.get("cookie", "").split(";"):
+            name, _, value = cookie.strip().partition("=")
+            if name == self.cookie and hmac.compare_digest(value.encode(), self.key.encode()):
+                return True
+        return False
 
 
 class Guard:
@@ -98,12 +101,19 @@ class Guard:
             return
         headers = _headers(scope)
         why = self.door.refusal(headers)
-        if why:
-            await _refuse(scope, send, why)
-        elif self.door.known(headers):
-            await self.app(scope, receive, _with_headers(send))
-        elif scope["type"] == "http" and self.door.take(_token(scope)):
+        elsewhere = self.door.from_elsewhere(headers)
+        # Our own file in the browser counts as another page. That one may open us as a page, with
+        # the token, and nothing else.
+        may_enter = scope["type"] == "http" and not why
+        if elsewhere and headers.get("sec-fetch-mode") != "navigate":
+            may_enter = False
+        why = why or elsewhere
+        if not why and self.door.known(headers):
+            await self.app(scope, receive, _with_headers(send, self.door.port))
+        elif may_enter and self.door.take(_token(scope)):
             await _let_in(send, self.door)
+        elif why:
+            await _refuse(scope, send, why)
         else:
             await _refuse(scope, send, "no token, or one that was used before")
 
@@ -137,23 +147,25 @@ async def _let_in(send: Send, door: Door) -> None:
     """The cookie, and an address without the token."""
     cookie = f"{door.cookie}={door.key}; Path=/; Max-Age={MONTH_S}; HttpOnly; SameSite=Strict"
     headers = [
-        (b"location", b"/"),
+        (b"content-type", b"text/html; charset=utf-8"),
+        (b"content-security-policy", b"default-src 'none'"),
         (b"set-cookie", cookie.encode()),
         (b"referrer-policy", b"no-referrer"),
         (b"cache-control", b"no-store"),
     ]
-    await send({"type": "http.response.start", "status": 303, "headers": headers})
-    await send({"type": "http.response.body", "body": b""})
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": ENTERED.encode()})
 
 
-def _with_headers(send: Send) -> Send:
-    """`send` that adds HEADERS to a response, as far as it has none of its own."""
+def _with_headers(send: Send, port: int) -> Send:
+    """`send` that adds HEADERS and POLICY to a response, as far as it has none of its own."""
+    ours = {**HEADERS, "content-security-policy": POLICY.format(port=port)}
 
     async def sending(message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
             given = list(message.get("headers", []))
             names = {name.lower() for name, _ in given}
-            for name, value in HEADERS.items():
+            for name, value in ours.items():
                 if name.encode() not in names:
                     given.append((name.encode(), value.encode()))
             message = {**message, "headers": given}

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from mis_mlx.hardware import jobs, sockets
-from mis_mlx.studio_page import choose, decide, judge, keep, run_panel, runs
+from mis_mlx.studio_page import choose, decide, entrance, judge, keep, run_panel, runs
 from mis_mlx.studio_page.guard import HOST, Door, Guard
 from mis_mlx.studio_page.studio_state import Studio
 from mis_mlx.studio_page.wishes import Wishes
@@ -54,14 +54,20 @@ def serve(
     nicegui.app.get("/report/{name}")(_report(nicegui))
     nicegui.ui.page("/", title=TITLE)(lambda: _page(studio))
 
-    async def opened() -> None:
-        await sockets.listening(HOST, door.port)
-        say(door.address)
-        if browser:
-            jobs.open_browser(door.address)
+    runs.clear_up()
+    wanted = browser and jobs.has_browser()
+    with (
+        entrance.redirecting(door.address, wanted=wanted) as redirect,
+        contextlib.suppress(KeyboardInterrupt),
+    ):
 
-    nicegui.app.on_startup(lambda: nicegui.background_tasks.create(opened()))
-    with contextlib.suppress(KeyboardInterrupt):
+        async def opened() -> None:
+            await sockets.listening(HOST, door.port)
+            say(door.address)
+            if redirect:
+                jobs.open_browser(redirect.as_uri())
+
+        nicegui.app.on_startup(lambda: nicegui.background_tasks.create(opened()))
         nicegui.ui.run(
             host=HOST,
             port=door.port,

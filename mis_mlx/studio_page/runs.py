@@ -18,7 +18,7 @@ from typing import Any
 from mis_mlx.hardware import jobs
 from mis_mlx.hardware.jobs import Started
 from mis_mlx.storage import run_folder
-from mis_mlx.storage.files import DISK, as_mis_error
+from mis_mlx.storage.files import DISK, as_mis_error, sweep
 from mis_mlx.types import MisError, gib
 
 RUNS = Path("runs")
@@ -136,16 +136,36 @@ def _locked(path: Path) -> bool:
     return False
 
 
+def make_books() -> None:
+    """Make the folder of records. MisError where a file is in its place."""
+    for _ in BOOKS.parts:
+        with contextlib.suppress(FileExistsError):  # two may make each part at the same moment
+            DISK.make_folder(BOOKS)
+    if not BOOKS.is_dir():
+        raise MisError(
+            f"{RUNS} or {BOOKS} is a file here: move it away, or start in another folder"
+        )
+
+
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """Nobody else starts, resumes or deletes meanwhile, in this process or another."""
+    """Nobody else starts, resumes or deletes meanwhile, in this process or another.
+
+    What a crash left half-written or half-deleted goes.
+    """
     with as_mis_error(RUNS, "the list of runs"):
-        while not BOOKS.is_dir():
-            with contextlib.suppress(FileExistsError):  # two may make it at the same moment
-                DISK.make_folder(BOOKS)
+        make_books()
         with (BOOKS / ".lock").open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
+            sweep(BOOKS)
             yield
+
+
+def clear_up() -> None:
+    """Delete what a crash has left of a run that was being deleted: it may be large."""
+    if BOOKS.is_dir():
+        with contextlib.suppress(MisError), _alone():
+            pass
 
 
 def running() -> Listed | None:

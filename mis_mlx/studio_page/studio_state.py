@@ -1,5 +1,6 @@
 """What all pages of one server share: folders of models, the library, answers that take seconds."""
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -9,16 +10,19 @@ from mis_mlx.hardware import child_process
 
 EXPECTED = "mis_mlx.studio_page.expected"
 PATIENCE_S = 120.0
+UNKNOWN_S = 60.0  # for which a model's curve that is not known is not asked for again
 MOST_BYTES = 4 * 2**30  # of address space, for a process that reads configs and a tokenizer
 
 
 @dataclass
 class Studio:
-    """more: folders of --models. nicegui: the library, which only an extra brings."""
+    """more: folders of --models. nicegui: the library, which only an extra brings. curves: of a
+    model the seconds when it was asked for, and its points.
+    """
 
     more: tuple[Path, ...]
     nicegui: ModuleType
-    curves: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    curves: dict[str, tuple[float, list[dict[str, Any]]]] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
 
     @property
@@ -27,11 +31,16 @@ class Studio:
         return self.nicegui.ui
 
     async def curve(self, model: str | None) -> list[dict[str, Any]]:
-        """What students of a model should lose, asked once; [] where that is not known."""
+        """What students of a model should lose; [] where that is not known.
+
+        Asked once if it is known. If not, a search in a terminal may make it known, or a download.
+        """
         key = model or ""
-        if key not in self.curves:
-            self.curves[key] = await self._asked("curve", {"teacher": model}) or []
-        return self.curves[key]
+        asked_s, points = self.curves.get(key, (-UNKNOWN_S, []))
+        if not points and time.monotonic() - asked_s >= UNKNOWN_S:
+            points = await self._asked("curve", {"teacher": model}) or []
+            self.curves[key] = time.monotonic(), points
+        return points
 
     async def scenarios(self) -> list[str]:
         """Names that --scenario takes."""

@@ -320,3 +320,26 @@ def test_our_prompts_come_in_turn() -> None:
     assert {prompt.kind for prompt in everything[:240]} == {prompt.kind for prompt in everything}
     assert len({prompt.turns for prompt in everything}) == len(everything) == 2800
     assert any(len(prompt.turns) > 1 for prompt in everything[:240])
+
+
+def test_kept_answers_are_filtered_again(tmp_path: Path) -> None:
+    """What was no loop when it was written goes, with its question; the turns before it stay."""
+
+    def talk(*turns: str) -> dict[str, Any]:
+        roles = ("user", "assistant") * len(turns)
+        messages = [
+            {"role": role, "content": text} for role, text in zip(roles, turns, strict=False)
+        ]
+        return {"messages": messages}
+
+    late = "Dear Ann, thank you for the letter that came on Monday. " + "I am glad to hear it. " * 6
+    good = talk("Who are you?", "A model.")
+    file = tmp_path / "answers.jsonl"
+    rows = [good, talk("Write.", late), talk("Who are you?", "A model.", "And?", "呵呵" * 90)]
+    teacher_answers.write_rows(file, rows)
+
+    assert teacher_answers.filter_again(file) == 1
+    assert rows_of(file) == [good, good]
+    before = file.stat().st_mtime_ns
+    assert teacher_answers.filter_again(file) == 0
+    assert file.stat().st_mtime_ns == before

@@ -95,20 +95,6 @@ def plain_log_probabilities(model: Checkpoint, ids: list[int], count: int) -> np
     return np.array([log_p[place - 1, ids[place]] for place in range(len(ids) - count, len(ids))])
 
 
-def test_a_loop_by_hand() -> None:
-    """The same words again and again; not a list, nor a short text, nor twenty words."""
-    assert answer_figures.loops("I'm not sure. " * 30)
-    assert answer_figures.loops("is a Spanish language that " * 12)
-    assert not answer_figures.loops("yes " * 20)  # twenty words: one more is a loop
-    assert answer_figures.loops("yes " * 21)
-    sentence = (
-        "A bicycle has two wheels, a frame, a saddle and handlebars; you sit on it, push the "
-        "pedals, and the chain turns the rear wheel, which moves you forward along the road."
-    )
-    assert not answer_figures.loops(sentence)
-    assert not answer_figures.loops("")
-
-
 def test_verdicts_by_hand() -> None:
     """Each fault alone, all together where they are, and an answer without any."""
     good = answer_figures.verdict(Answer("Forty-two.", ended=True))

@@ -23,9 +23,8 @@ from typing import Any
 import mlx.core as mx
 
 from mis_mlx.planner import estimates
-from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
-from mis_mlx.storage.files import Files
+from mis_mlx.storage.files import LEFTOVER, Files
 from mis_mlx.types import MisError
 from tests.faults.broken import KILLED, Killed, breaking, changed, half
 from tests.faults.jobs import (
@@ -258,7 +257,7 @@ class Bench:
     def _compare(self, what: str, here: Path, but: Sequence[str] = (), swept: bool = True) -> bool:
         """swept: there was something left to do, and whoever does it sweeps up first."""
         wrong = self._differs(here, but)
-        left = [p.name for p in here.rglob("*") if swept and p.name.startswith(protocol.LEFTOVER)]
+        left = [p.name for p in here.rglob("*") if swept and p.name.startswith(LEFTOVER)]
         self.bad += [f"{what}: other bytes at the end: {wrong}"] if wrong else []
         self.bad += [f"{what}: left behind: {sorted(left)}"] if left else []
         return not (wrong or left)

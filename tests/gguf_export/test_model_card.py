@@ -48,12 +48,17 @@ def test_names_and_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert model_card.name_of(run / "model") == "goral-001"
     assert model_card.name_of(run / "pruned") == "goral-001-pruned"
     assert model_card.base_of(run / "model") == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    for teacher, base in (("/home/me/model", None), ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B")):
+    monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path))
+    cached = tmp_path / "Qwen--Qwen3-0.6B"
+    cached.mkdir()
+    (cached / "source.json").write_text('{"source": "Hugging Face hub Qwen/Qwen3-0.6B at 0123"}')
+    folders = ("/home/me/model", "clients/acme")
+    bases = (*((folder, None) for folder in folders), ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"))
+    for teacher, base in bases:
         (run / "config.yaml").write_text(f"teacher: {teacher}\n")
         assert model_card.base_of(run / "model") == base
     assert model_card.name_of(tmp_path / "SmolLM2") == "SmolLM2"
-    assert model_card.base_of(tmp_path / "SmolLM2") is None
-    monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path))
+    assert model_card.base_of(tmp_path / "none" / "SmolLM2") is None
     assert model_card.base_of(tmp_path / "Qwen--Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
     assert (
         model_card.base_of(tmp_path / "SmolLM2-135M-Instruct")

@@ -13,16 +13,19 @@ import yaml
 from huggingface_hub import ModelCard
 
 from mis_mlx import cli, distill
+from mis_mlx.distillation import run_plan
 from mis_mlx.gguf_export import model_card, run_facts
 from mis_mlx.models import load
 from mis_mlx.types import Checkpoint
 from tests.conftest import ITERS, Done
 
 
-def run_with(folder: Path, flags: dict[str, Any], answers: list[dict[str, Any]]) -> Path:
+def run_with(
+    folder: Path, flags: dict[str, Any], answers: list[dict[str, Any]], **more: Any
+) -> Path:
     """A run's folder with a first line of phases and some answers."""
     folder.mkdir()
-    start = {"flags": flags, "rates": {"device": "CPU Some Chip"}}
+    start = {"flags": flags, "rates": {"device": "CPU Some Chip"}, **more}
     (folder / "phases.jsonl").write_text(json.dumps(start) + "\n{torn")
     (folder / "origin.json").write_text('{"mis_mlx": "0.1.0", "mlx": "0.32.4", "teacher": "ab"}')
     (folder / "config.yaml").write_text("teacher: owner/big\n")
@@ -58,9 +61,46 @@ def test_nothing_private_is_told(tmp_path: Path) -> None:
     """No folder of this machine, no altitude; a hub id stays."""
     (tmp_path / "texts").mkdir()
     flags = {"data": str(tmp_path / "texts"), "teacher": "owner/big", "altitude_m": 832.0}
-    run = run_with(tmp_path / "run", flags, [])
+    run = run_with(tmp_path / "run", flags, [], hub_ids=["owner/big"])
     assert yaml.safe_load(run_facts.recipe(run)) == {"data": "texts", "teacher": "owner/big"}
     assert run_facts.machine(run) == "CPU Some Chip, mis_mlx 0.1.0, mlx 0.32.4"
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("clients/acme/emails-2024", "emails-2024"),
+        ("clients/acme", "acme"),  # looks like a hub id
+        ("../clients/acme", "acme"),
+        ("~/clients/acme/", "acme"),
+        ("~", "~"),
+        ("mis", "mis"),
+    ],
+)
+def test_of_a_relative_path_the_last_name_is_told(tmp_path: Path, value: str, told: str) -> None:
+    """Wherever the card is written, also where the path leads nowhere any more."""
+    flags = {"data": value, "languages": ["pl", value]}
+    run = run_with(tmp_path / "run", flags, [], hub_ids=["owner/big"])
+    assert yaml.safe_load(run_facts.recipe(run)) == {"data": told, "languages": ["pl", told]}
+
+
+def test_what_came_from_the_hub_is_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the run: a folder that looks like a hub id is none. Of a run that did not, the cache
+    knows.
+    """
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "big").mkdir(parents=True)
+    given = {"teacher": "models/big", "data": "owner/texts", "student": None, "vocab_text": "a/b"}
+    assert run_plan._hub_ids(given) == ["owner/texts"]
+    monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
+    cached = tmp_path / "cache" / "owner--big"
+    cached.mkdir(parents=True)
+    run = run_with(tmp_path / "run", {"teacher": "owner/big"}, [])
+    assert yaml.safe_load(run_facts.recipe(run)) == {"teacher": "big"}
+    (cached / "source.json").write_text('{"source": "Hugging Face hub owner/big at 0123456789ab"}')
+    assert yaml.safe_load(run_facts.recipe(run)) == {"teacher": "owner/big"}
 
 
 def test_three_english_prompts_with_both_answers(tmp_path: Path) -> None:

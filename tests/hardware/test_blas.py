@@ -274,3 +274,48 @@ def test_nothing_starts_again_where_nothing_is_computed(bare: Bare, flags: list[
     assert done.returncode == (2 if "no-such" in flags[0] else 0)
     assert not note["fast"]
     assert "OPENBLAS" not in done.stderr
+
+
+@pytest.mark.parametrize("first", ["mlx.core", "mis_mlx"])
+def test_a_program_that_imported_mlx_first_is_told(bare: Bare, first: str) -> None:
+    """MLX has linked its own products by then, which are slow and add up in another order."""
+    code = f"import {first}, mis_mlx; mis_mlx.quantize; from mis_mlx.hardware import blas_threads; "
+    done, _ = bare.run("-c", f"{code}print(blas_threads.name())", OPENBLAS_NUM_THREADS="1")
+    late = first == "mlx.core"
+    assert done.stdout == ("MLX's own\n" if late else "OpenBLAS\n")
+    assert (blas.LATE in done.stderr) == late
+
+
+CHANGE = """
+import hashlib, os, sys
+import mis_mlx
+mis_mlx.quantize
+import mlx.core as mx
+import numpy as np
+from mis_mlx.hardware import blas_threads
+cores, *wanted = map(int, sys.argv[1:])
+os.sched_getaffinity = lambda process: range(cores)
+for threads in wanted:
+    blas_threads.go_on_with(threads)
+a, b = (np.random.default_rng(i).standard_normal((130, 1000), np.float32) for i in (1, 2))
+by_mlx = mx.matmul(mx.array(a), mx.array(b).T, stream=mx.cpu)
+bits = hashlib.sha256(np.array(by_mlx).tobytes() + (a @ b.T).tobytes()).hexdigest()
+print(blas_threads.at_start(), os.environ["OPENBLAS_NUM_THREADS"], bits)
+"""
+
+
+def test_threads_of_a_beginning_come_back(bare: Bare) -> None:
+    """Of MLX's products and of numpy's, which have a library of their own: the bits are those of a
+    process that began with as many. More than there are cores are not taken.
+    """
+
+    def computed(begins: str, *argv: int) -> list[str]:
+        done, _ = bare.run("-c", CHANGE, *argv, OPENBLAS_NUM_THREADS=begins)
+        return done.stdout.split()
+
+    one = computed("1", 2)
+    two = computed("2", 2)
+    assert [one[:2], two[:2]] == [["1", "1"], ["2", "2"]]
+    assert computed("1", 2, 2) == two
+    assert computed("2", 2, 1) == one
+    assert computed("1", 1, 2) == one

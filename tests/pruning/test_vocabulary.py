@@ -295,9 +295,8 @@ def test_bits_per_byte_by_pencil() -> None:
     rows = {r.metric: r for r in comparison.rows_of({("m", "nll"): nll}, held_out)}
     assert rows["bpb"].value == pytest.approx((2 * 2 + 3 * 3) / 10)
     assert rows["tpb"].value == pytest.approx(0.5)
-    even = comparison.rows_of(
-        {("m", "nll"): nll[:1].repeat(2)}, replace(held_out, text_bytes=np.array([4, 6]))
-    )
+    many = held_out.pick(np.tile([0, 1], 6))
+    even = comparison.rows_of({("m", "nll"): nll[:1].repeat(12)}, many)
     bits = next(r for r in even if r.metric == "bpb")
     assert bits.low == bits.high == pytest.approx(bits.value) == pytest.approx(1.0)
 

@@ -75,9 +75,13 @@ class Served(NamedTuple):
 
 
 @contextlib.contextmanager
-def page_of(folder: Path, env: dict[str, str], *flags: str) -> Iterator[Served]:
-    """The page's process; a run that it started ends with the test."""
-    line = [sys.executable, "-m", "mis_mlx.studio", "--no-browser", *flags]
+def page_of(
+    folder: Path, env: dict[str, str], *flags: str, opens: bool = False
+) -> Iterator[Served]:
+    """The page's process; a run that it started ends with the test. opens: a browser, too."""
+    line = [sys.executable, "-m", "mis_mlx.studio", *flags]
+    if not opens:
+        line.append("--no-browser")
     whole = {**env, "PYTHONPATH": str(forks.ROOT)}
     whole.pop("PYTEST_CURRENT_TEST", None)  # NiceGUI would take it for a test of itself
     with (

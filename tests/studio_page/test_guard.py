@@ -44,10 +44,10 @@ def sent(door: Door, headers: Mapping[str, str], query: str = "", kind: str = "h
 def cookie_of(door: Door) -> str:
     """A cookie, got as the browser gets it."""
     _, _, token = door.address.partition("?")
-    start, _ = sent(door, {"host": HERE}, token)
-    assert start["status"] == 303
+    start, body = sent(door, {"host": HERE}, token)
+    assert start["status"] == 200
+    assert b"url=/" in body["body"]
     headers = dict(start["headers"])
-    assert headers[b"location"] == b"/"
     cookie = headers[b"set-cookie"].decode()
     assert "HttpOnly" in cookie
     assert "SameSite=Strict" in cookie
@@ -115,6 +115,48 @@ def test_without_the_cookie_nobody_is_let_in(kind: str) -> None:
     if kind == "websocket":
         _, _, token = door.address.partition("?")
         assert not inside(sent(door, {"host": HERE}, token, kind))
+
+
+FOREIGN = ("[a]=1", "a b=c", 'a="', "{}", "=", "ż=ó", "a[0]={x: 1}", "\x01=2", "mis_mlx_1=other")
+
+
+@pytest.mark.parametrize("foreign", FOREIGN)
+def test_cookies_of_other_programs_lock_nobody_out(foreign: str) -> None:
+    """Whatever they look like, in front of ours and behind it: cookies do not know ports."""
+    door = Door(PORT)
+    cookie = cookie_of(door)
+    for both in (f"{foreign}; {cookie}", f"{cookie}; {foreign}", f"{cookie};{foreign};"):
+        assert inside(sent(door, {"host": HERE, "cookie": both})), both
+    assert not inside(sent(door, {"host": HERE, "cookie": foreign}))
+
+
+FROM_FILE = {"host": HERE, "sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
+
+
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+def test_a_file_may_lead_here_with_the_token_and_nothing_else(kind: str) -> None:
+    """The browser is opened by one. Another page that opens ours without the token sees nothing of
+    it, also where the browser brings the cookie.
+    """
+    door = Door(PORT)
+    _, _, token = door.address.partition("?")
+    assert not inside(sent(door, FROM_FILE, "token=x", kind))
+    answers = sent(door, FROM_FILE, token, kind)
+    assert (answers[0].get("status") == 200) == (kind == "http")
+    cookie = f"{door.cookie}={door.key}"
+    assert not inside(sent(door, {**FROM_FILE, "cookie": cookie}, kind=kind))
+    if kind == "http":
+        assert sent(door, FROM_FILE, token)[0]["status"] == 403
+
+
+def test_a_page_talks_to_its_own_port_only() -> None:
+    """By WebSocket, also in a browser that does not count that as 'self'."""
+    door = Door(PORT)
+    start, _ = sent(door, {"host": HERE, "cookie": cookie_of(door)})
+    policy = dict(start["headers"])[b"content-security-policy"].decode()
+    directives = [part.split() for part in policy.split(";")]
+    talks = next(sources for name, *sources in directives if name == "connect-src")
+    assert talks == ["'self'", f"ws://127.0.0.1:{PORT}", f"ws://localhost:{PORT}"]
 
 
 def test_a_header_that_comes_twice_fits_nothing() -> None:

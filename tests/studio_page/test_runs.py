@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -255,3 +256,29 @@ def test_a_record_names_one_process() -> None:
         started = Started(process.pid, time.time())
     assert not jobs.alive(started)
     jobs.stop(started, at_once=True)
+
+
+def test_what_a_crash_left_of_a_deleted_run_goes(here: Path) -> None:
+    """When a page starts, and when a run is: it may be as large as a model."""
+    for begin in (runs.clear_up, lambda: runs.delete("no-such-run")):
+        trash = runs.BOOKS / ".trash-tiny-001-4321" / "model"
+        trash.mkdir(parents=True)
+        (trash / "model.safetensors").write_bytes(b"large")
+        (runs.BOOKS / ".tmp-tiny-001.json-4321").write_text("half")
+        (runs.BOOKS / "tiny-002.log").write_text("stays")
+        with contextlib.suppress(MisError):
+            begin()
+        assert {path.name for path in runs.BOOKS.iterdir()} == {".lock", "tiny-002.log"}
+
+
+def test_a_page_of_a_folder_without_runs_makes_none(here: Path) -> None:
+    """Looking is not writing."""
+    runs.clear_up()
+    assert not list(here.iterdir())
+
+
+def test_a_file_in_the_place_of_the_records_is_one_sentence(here: Path) -> None:
+    """Nobody waits for a folder that cannot come."""
+    (here / "runs").write_text("a file")
+    with pytest.raises(MisError, match="is a file here: move it away"):
+        runs.start("tiny", [])
