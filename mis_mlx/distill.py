@@ -13,6 +13,7 @@ from mis_mlx.distillation import (
     conversations,
     measurement,
     pipeline,
+    plan_report,
     resolved_run,
     run_plan,
     run_text,
@@ -155,7 +156,7 @@ def _dry_run(
     note = battery(resolved.student.pruning)  # a run says it when it begins
     if note:
         cli.say(note)
-    return plan.outcome(resolved.plan, str(teacher.path))
+    return plan_report.outcome(resolved.plan, str(teacher.path))
 
 
 def _sought(s: Settings, teacher: Checkpoint, folder: Path | None) -> search.PlannedSearch | None:

@@ -233,7 +233,7 @@ def test_mixed_bits_and_steps_end_to_end(
         ),
         (
             ("--q-method", "round", "--target-bpw", "None", "--q-iters", 3, "--budget", "6MiB"),
-            "tune needs",
+            "distil scales needs",
         ),
     ],
 )

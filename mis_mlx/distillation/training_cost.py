@@ -173,7 +173,7 @@ def tuning_cost(job: DistillationSpec, micro: int, limit: int, iters: int) -> St
     m = job.student
     job = replace(job, iters=iters)
     layers = m.shape.layers
-    trained = 2 * m.blocks_params // job.rounding.q_group_size
+    trained = _learned_params(job)
     packed_block = rounding_cost.packed_bytes(m, job.rounding) // layers
     # a block comes while another one computes, and is unpacked
     blocks = 2 * packed_block + m.block_params
@@ -205,6 +205,19 @@ def tuning_cost(job: DistillationSpec, micro: int, limit: int, iters: int) -> St
         kept=kept,
     )
     return _taught(job, one_step, micro, limit=limit, saved=saved, work=work)
+
+
+def _learned_params(job: DistillationSpec) -> int:
+    """Scales and biases of the packed student's blocks."""
+    return 2 * job.student.blocks_params // job.rounding.q_group_size
+
+
+def scales_bytes(job: DistillationSpec, steps: int) -> int:
+    """Files of a packed student whose scales learn: the result, and two checkpoints."""
+    if not steps:
+        return 0
+    packed = rounding_cost.packed_bytes(job.student, job.rounding)
+    return packed + 2 * SAVED_BYTES * _learned_params(job)
 
 
 def _taught(

@@ -1,0 +1,109 @@
+"""A plan as people and machines read it: phases, seconds, memory, bytes on disk."""
+
+import os
+from dataclasses import replace
+from typing import Any
+
+from mis_mlx import cli
+from mis_mlx.distillation import state_cost, strategies, training_cost
+from mis_mlx.models import arch, pass_cost
+from mis_mlx.models.model_size import BY_FORMULA
+from mis_mlx.planner import estimates
+from mis_mlx.quantization import rounding_cost
+from mis_mlx.reporting import html
+from mis_mlx.settings import workloads
+from mis_mlx.types import duration, gib
+
+LIFE_BYTES = 150e12  # written: 600 times a 256 GB SSD, a rule of thumb; Apple publishes no figure
+
+
+def table(plan: strategies.MemoryPlan, words: str = "") -> str:
+    """The plan for people: the student, time and memory of each phase, how; or what would fit.
+
+    words: the cuts that make the student. With -v every byte of it.
+    """
+    job = plan.job
+    teacher = job.shown or job.teacher
+    hours = duration(sum(plan.planned.values()))
+    if plan.rates.hot < 1:
+        hot = sum(p.seconds(plan.rates, hot=True) for p in plan.phases)
+        hours += f" ({duration(hot)} once hot)"
+    packed = 0
+    if any(p.name == "quantize" for p in plan.phases):
+        packed = rounding_cost.packed_bytes(job.student, job.rounding)
+    layers = plan.shard_layers or job.student.shape.layers
+    training = 0  # the least budget of the strategies that train, where none of them fits
+    if plan.mode == "none" and len(job.modes) > 1:
+        training = strategies.least_bytes(replace(job, modes=job.modes[:-1]), plan.rates)
+    return html.document(
+        "plan.md",
+        {
+            "plan": plan,
+            "before": arch.params(teacher.config),
+            "after": arch.params(job.student.config),
+            "gib": gib,
+            "words": words,
+            "hours": hours,
+            "duration": duration,
+            "packed": packed,
+            "measured": job.student.block_factors != BY_FORMULA,
+            "one": pass_cost.token_cost(job.teacher, job.max_seq_length, plan.budget_bytes),
+            "remedy": strategies.remedy(plan),
+            "disk": disk_bytes(plan),
+            "verbose": cli.DETAILS in os.environ,
+            "visit": training_cost.steps_per_shard(job, layers),
+            "life": LIFE_BYTES,
+            "flag": estimates.budget_flag,
+            "trains": training,
+            "spooled": max(p.spooled_bytes for p in plan.phases),
+            "written": sum(p.written_bytes for p in plan.phases),
+        },
+    )
+
+
+def outcome(plan: strategies.MemoryPlan, teacher: str) -> dict[str, Any]:
+    """The plan for machines: the last line of `distill --dry-run`, too.
+
+    teacher: its path or name.
+    """
+    before = plan.job.shown or plan.job.teacher
+    return {
+        "teacher": teacher,
+        "params_teacher": arch.params(before.config),
+        "params_student": arch.params(plan.job.student.config),
+        "mode": plan.mode,
+        **totals(plan),
+    }
+
+
+def totals(plan: strategies.MemoryPlan) -> dict[str, Any]:
+    """Memory and time of all phases together."""
+    return {
+        "peak_bytes": plan.peak_bytes,
+        "budget_bytes": plan.budget_bytes,
+        "seconds": round(sum(plan.planned.values())),
+        "check_failed": not plan.fits,
+    }
+
+
+def disk_bytes(plan: strategies.MemoryPlan) -> int:
+    """Files there may be at once, without the teacher's: models, two checkpoints, scratch."""
+    m = plan.job.student
+    params = arch.params(m.config)
+    files = 0
+    if plan.job.rounds_only:
+        files += training_cost.scales_bytes(plan.job, plan.tuned)
+    else:
+        files += 2 * m.nbytes
+    files += params * strategies.in_parts(plan.job, plan.mode)
+    if plan.mode == "resident":
+        files += 2 * workloads.SAVED_BYTES * params
+    elif plan.mode != "none":
+        blocks = plan.shard_layers or m.shape.layers
+        files += 2 * blocks * state_cost.block_state_bytes(m.config)
+    for p in plan.phases:
+        if p.name == "quantize":
+            files += rounding_cost.files_bytes(m, plan.job.rounding)
+        if p.name == "logit store":
+            files += p.written_bytes
+    return files + max(p.spooled_bytes for p in plan.phases)
