@@ -27,7 +27,7 @@ from mis_mlx.settings.parts import part_of
 from mis_mlx.settings.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
-from mis_mlx.storage.files import Files, as_mis_error, need_place
+from mis_mlx.storage.files import DiskRefused, Files, as_mis_error, need_place
 from mis_mlx.types import Budget, Checkpoint, Count, MisError, Seed, Tokens, Whole
 
 MODEL = "model"  # the result, before it is moved to --mlx-path
@@ -147,22 +147,8 @@ def _plan(
     decided when it began.
     """
     limit = memory.budget(s.budget_bytes).limit_bytes
-    steps = s.steps()
-    job = DistillationSpec(
-        teacher=model_of(other),
-        student=model_of(checkpoint),
-        iters=max(1, steps),
-        batch_size=s.batch_size,
-        max_seq_length=s.max_seq_length,
-        num_samples=s.num_samples if s.looks else 0,
-        save_every=s.save_every,
-        reconstruct_samples=0,
-        modes=("none",),
-        rounding=replace(part_of(QuantizationConfig, asdict(s)), q_iters=steps),
-        rounds_only=True,
-        may_store=True,
-    )
-    if steps:
+    job = _job(s, checkpoint, other)
+    if s.steps():
         job = measured_block.of_job(job, limit)
     rates = estimates.machine_rates()
     if folder is not None and run_folder.is_decided(folder):
@@ -172,16 +158,39 @@ def _plan(
     return strategies.plan_strategy(job, limit, rates, **strategy)
 
 
+def _job(s: Settings, checkpoint: Checkpoint, other: Checkpoint) -> DistillationSpec:
+    """The work in sizes and counts: a distillation that has nothing but its end."""
+    steps = s.steps()
+    rounding = replace(part_of(QuantizationConfig, asdict(s)), q_iters=steps)
+    return DistillationSpec(
+        teacher=model_of(other),
+        student=model_of(checkpoint),
+        iters=max(1, steps),
+        batch_size=s.batch_size,
+        max_seq_length=s.max_seq_length,
+        num_samples=s.num_samples if s.looks else 0,
+        save_every=s.save_every,
+        reconstruct_samples=0,
+        modes=("none",),
+        rounding=rounding,
+        rounds_only=True,
+        may_store=True,
+    )
+
+
 def _dry_run(s: Settings, checkpoint: Checkpoint, plan: strategies.MemoryPlan) -> dict[str, Any]:
     """The plan for machines."""
     note = battery(s)  # a run says it when it begins
     if note:
         cli.say(note)
+    phases = {}
+    for name, taken in plan.planned.items():
+        phases[name] = round(taken, 3)
     return {
         "model": str(checkpoint.path),
         "mlx_path": s.mlx_path,
         "method": s.q_method,
-        "seconds_by_phase": {name: round(taken, 3) for name, taken in plan.planned.items()},
+        "phases": phases,
         "disk_bytes": plan_report.disk_bytes(plan),
         **plan_report.totals(plan),
     }
@@ -189,12 +198,17 @@ def _dry_run(s: Settings, checkpoint: Checkpoint, plan: strategies.MemoryPlan) -
 
 @contextmanager
 def _no_empty_work(place: run_loop.Place, *, new: bool) -> Iterator[None]:
-    """Delete the folder of new work that ends before anything in it is worth going on with."""
+    """Delete the folder of new work that ends before there is anything to go on with.
+
+    A rounding that ends for another reason than the disk would end again in the same way.
+    """
     try:
         yield
-    except MisError:
-        kept = [name for name in (*pipeline.TEMPORARY, MODEL) if (place.folder / name).exists()]
-        if new and not kept:
+    except MisError as error:
+        begun = {pipeline.ROUNDED, pipeline.TARGETS, pipeline.TUNE_STEPS, MODEL}
+        if isinstance(error, DiskRefused):
+            begun.add(pipeline.ROUNDING)
+        if new and not any((place.folder / name).exists() for name in begun):
             place.files.discard(place.folder)
         raise
 
@@ -209,25 +223,20 @@ def _work(
 ) -> dict[str, Any]:
     """Round, and let scales learn from the model `other`, which reads the same tokens."""
     asked = part_of(DistillationConfig, asdict(s))
-    data = Windows(
-        np.zeros((0, s.max_seq_length), np.int32),
-        np.zeros((0, s.max_seq_length), np.float32),
+    data = _text(s, checkpoint)
+    origin = {
+        "model": run_folder.origin(checkpoint, "")["teacher"],
+        **run_folder.origin(other, fingerprint(data)),
+    }
+    at_work = run_loop.open_run(
+        place,
+        origin,
+        same=("model", *run_folder.SAME),
+        thermal=s,
+        limit=Budget(plan.budget_bytes),
+        wired=0,
     )
-    if s.looks or plan.tuned:
-        data = preparation.prepare(s.data, load.tokenizer(checkpoint.path), s.max_seq_length).train
-    origin = run_folder.origin(other, fingerprint(data))
-    origin["model"] = run_folder.origin(checkpoint, "")["teacher"]
-    with (
-        progress.run("quantize", plan.planned),
-        run_loop.open_run(
-            place,
-            origin,
-            same=("model", *run_folder.SAME),
-            thermal=s,
-            limit=Budget(plan.budget_bytes),
-            wired=0,
-        ) as opened,
-    ):
+    with progress.run("quantize", plan.planned), at_work as opened:
         c = pipeline.Run(
             **vars(opened),
             recipe=plan.recipe(asked, other),
@@ -240,6 +249,15 @@ def _work(
         figures = packed_format.figures(checkpoint, packed)
         c.finish({"model": str(checkpoint.path), "method": s.q_method, **figures})
     return _deliver(s, place.folder, place.files)
+
+
+def _text(s: Settings, checkpoint: Checkpoint) -> Windows:
+    """The windows to look at and to learn from; none where nothing does."""
+    if s.looks or s.steps():
+        tokenizer = load.tokenizer(checkpoint.path)
+        return preparation.prepare(s.data, tokenizer, s.max_seq_length).train
+    empty = np.zeros((0, s.max_seq_length))
+    return Windows(empty.astype(np.int32), empty.astype(np.float32))
 
 
 def _deliver(s: Settings, folder: Path, files: Files) -> dict[str, Any]:

@@ -35,28 +35,35 @@ def table(plan: strategies.MemoryPlan, words: str = "") -> str:
     training = 0  # the least budget of the strategies that train, where none of them fits
     if plan.mode == "none" and len(job.modes) > 1:
         training = strategies.least_bytes(replace(job, modes=job.modes[:-1]), plan.rates)
+    before = arch.params(teacher.config)
+    after = arch.params(job.student.config)
+    measured = job.student.block_factors != BY_FORMULA
+    visit = training_cost.steps_per_shard(job, layers)
+    cost_of_a_token = pass_cost.token_cost(job.teacher, job.max_seq_length, plan.budget_bytes)
+    spooled_bytes = max(p.spooled_bytes for p in plan.phases)
+    written_bytes = sum(p.written_bytes for p in plan.phases)
     return html.document(
         "plan.md",
         {
             "plan": plan,
-            "before": arch.params(teacher.config),
-            "after": arch.params(job.student.config),
+            "before": before,
+            "after": after,
             "gib": gib,
             "words": words,
             "hours": hours,
             "duration": duration,
             "packed": packed,
-            "measured": job.student.block_factors != BY_FORMULA,
-            "one": pass_cost.token_cost(job.teacher, job.max_seq_length, plan.budget_bytes),
+            "measured": measured,
+            "one": cost_of_a_token,
             "remedy": strategies.remedy(plan),
             "disk": disk_bytes(plan),
             "verbose": cli.DETAILS in os.environ,
-            "visit": training_cost.steps_per_shard(job, layers),
+            "visit": visit,
             "life": LIFE_BYTES,
             "flag": estimates.budget_flag,
             "trains": training,
-            "spooled": max(p.spooled_bytes for p in plan.phases),
-            "written": sum(p.written_bytes for p in plan.phases),
+            "spooled": spooled_bytes,
+            "written": written_bytes,
         },
     )
 

@@ -68,25 +68,16 @@ def quantize(
             return Spool(beside, held * passes, files)
         return None
 
-    wide: tuple[int, ...] = ()
-    if rounding.q_mode == "affine":
-        wide = packed_format.blocks_after_removed(checkpoint)
-    plan: packed_format.Formats = packed_format.formats_of(
-        checkpoint.config,
-        rounding.q_group_size,
-        wide,
-        rounding.q_mode,
-    )
     extra = {}
-    if rounding.target_bpw is not None:
+    if rounding.target_bpw is None:
+        plan = _usual_layout(checkpoint, rounding)
+    else:
         known = journal.layout() if journal else None
         if known is None:
             cli.say("sensitivity: what fewer bits cost in each matrix")
             # The pass back needs the hidden states at every block's input: one per layer.
-            layers = checkpoint.config["num_hidden_layers"]
-            known = bit_allocation.mixed(
-                checkpoint, batches, rounding, seed=seed, kept=hidden(layers)
-            )
+            kept = hidden(checkpoint.config["num_hidden_layers"])
+            known = bit_allocation.mixed(checkpoint, batches, rounding, seed=seed, kept=kept)
             if journal:
                 journal.keep_layout(*known)
         plan, report = known
@@ -96,15 +87,8 @@ def quantize(
         tuning = None
         if rounding.q_method == "blocks":
             tuning = _block_tuning(hidden(0), seed)
-        if journal and journal.blocks:
-            cli.say(f"continuing after {journal.blocks} rounded blocks")
         rounded = rounded_blocks(
-            checkpoint,
-            batches,
-            plan,
-            hidden=hidden(1),
-            tuning=tuning,
-            journal=journal,
+            checkpoint, batches, plan, hidden(1), tuning=tuning, journal=journal
         )
     return packed_format.write_quantized(
         checkpoint,
@@ -114,6 +98,19 @@ def quantize(
         rounded=rounded,
         extra=extra,
         fit=rounded is not None,
+    )
+
+
+def _usual_layout(checkpoint: Checkpoint, rounding: QuantizationConfig) -> packed_format.Formats:
+    """The format of every matrix, where no cost is measured."""
+    wide: tuple[int, ...] = ()
+    if rounding.q_mode == "affine":
+        wide = packed_format.blocks_after_removed(checkpoint)
+    return packed_format.formats_of(
+        checkpoint.config,
+        rounding.q_group_size,
+        wide,
+        rounding.q_mode,
     )
 
 
@@ -138,6 +135,8 @@ def rounded_blocks(
     tunes a block once it is rounded. journal: of blocks that are rounded already. MisError when an
     input's products overflow.
     """
+    if journal and journal.blocks:
+        cli.say(f"continuing after {journal.blocks} rounded blocks")
     source = stream.Stream(checkpoint, direct=hidden is not None)
     hidden = source.embed(batches, hidden)
 

@@ -100,16 +100,11 @@ def jobs(model: Path, text: Path) -> dict[str, Job]:
 
     def quantized(out: Path) -> None:
         rough: dict[str, Any] = {"q_method": "round", "target_bpw": None}
-        quantize.run(quantize.Settings(model=str(model), mlx_path=str(out), **rough))
+        _quantized(out, model=str(model), **rough)
 
     def tuned(out: Path) -> None:
-        learning: dict[str, Any] = {
-            "q_method": "round",
-            "target_bpw": None,
-            "teacher": str(model),
-            "q_iters": 1,
-        }
-        quantize.run(quantize.Settings(model=str(model), mlx_path=str(out), **few, **learning))
+        learning: dict[str, Any] = {"teacher": str(model), "q_iters": 2, "save_every": 1}
+        _quantized(out, model=str(model), target_bpw=4.6, **few, **learning)
 
     def exported(out: Path) -> None:
         export.run(export.Settings(model=str(model), out=str(out)))
@@ -157,6 +152,13 @@ def jobs(model: Path, text: Path) -> dict[str, Job]:
         Job("spool", _spool, lambda place: contents(place)),
     ]
     return {job.name: replace(job, made=(model, text)) for job in found}
+
+
+def _quantized(out: Path, **asked: Any) -> None:
+    """`quantize`, begun or gone on with."""
+    begun = run_folder.is_run(out.with_name(f"{out.name}-unfinished"))
+    flags = {"resume": True} if begun else asked
+    quantize.run(quantize.Settings(mlx_path=str(out), **flags))
 
 
 def _running(command: Any, asked: dict[str, Any]) -> Callable[[Path], None]:
