@@ -14,7 +14,7 @@ from mis_mlx.models import stream
 from mis_mlx.quantization.packed_format import PARTS, Format, Formats, RoundedBlock
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
-from mis_mlx.storage.files import Files
+from mis_mlx.storage.files import Files, as_mis_error
 from mis_mlx.types import MisError
 
 LAYOUT = "layout.json"  # the format of every matrix, and what led to it
@@ -51,7 +51,8 @@ class Journal:
 
     def keep_layout(self, formats: Formats, report: Mapping[str, Any]) -> None:
         """Keep the chosen formats, and the costs behind the choice."""
-        self._files.make_folder(self._folder)
+        with as_mis_error(self._folder.parent, "the journal of the rounding"):
+            self._files.make_folder(self._folder)
         text = json.dumps({"formats": formats, "report": report})
         self._files.replace_text(self._folder / LAYOUT, text)
 

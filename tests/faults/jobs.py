@@ -277,6 +277,8 @@ def lost(said: Iterable[Said], then: Path, now: Path) -> list[str]:
     newest = dict[Path, Said]()
     for each in said:
         here = now / each.path.relative_to(then)
+        if _served(each, here, now):
+            continue
         if each.step is not None:
             newest[here.parent] = each
         elif each.files != (contents(here) if here.is_dir() else _file(here)):
@@ -290,6 +292,17 @@ def lost(said: Iterable[Said], then: Path, now: Path) -> list[str]:
         elif saved.number == each.step and contents(saved.path) != each.files:
             bad.append(f"{steps_dir.name} {each.step}, other bytes")
     return bad
+
+
+def _served(each: Said, here: Path, now: Path) -> bool:
+    """Whether the unfinished work of `quantize` has gone on, so that this is no longer needed."""
+    work = now / "out-unfinished"
+    if not here.is_relative_to(work):
+        return False
+    if (now / "out").is_dir():
+        return here.name != "model" or contents(now / "out") == each.files
+    later = (work / "rounded", work / "model")
+    return here.is_relative_to(work / "rounding") and any(path.is_dir() for path in later)
 
 
 def _file(path: Path) -> Outcome:
