@@ -162,20 +162,20 @@ def _job(s: Settings, checkpoint: Checkpoint, other: Checkpoint) -> Distillation
     """The work in sizes and counts: a distillation that has nothing but its end."""
     steps = s.steps()
     rounding = replace(part_of(QuantizationConfig, asdict(s)), q_iters=steps)
-    return DistillationSpec(
-        teacher=model_of(other),
-        student=model_of(checkpoint),
+    count = s.num_samples if s.looks else 0
+    teacher = model_of(other)
+    student = model_of(checkpoint)
+    asked = DistillationSpec(
+        teacher=teacher,
+        student=student,
         iters=max(1, steps),
         batch_size=s.batch_size,
         max_seq_length=s.max_seq_length,
-        num_samples=s.num_samples if s.looks else 0,
+        num_samples=count,
         save_every=s.save_every,
-        reconstruct_samples=0,
-        modes=("none",),
         rounding=rounding,
-        rounds_only=True,
-        may_store=True,
     )
+    return replace(asked, reconstruct_samples=0, modes=("none",), rounds_only=True, may_store=True)
 
 
 def _dry_run(s: Settings, checkpoint: Checkpoint, plan: strategies.MemoryPlan) -> dict[str, Any]:

@@ -225,7 +225,8 @@ def test_work_that_is_there_is_not_begun_again(
     out.mkdir()
     assert "exists already" in sentence(command(*again))
     elsewhere = tmp_path / "elsewhere"
-    done = command("quantize", "--out", work, "--resume", "--mlx-path", elsewhere)
+    moved = ("--out", work, "--mlx-path", elsewhere)
+    done = command("quantize", "--resume", *moved)
     assert done.returncode == 0, done.stderr
     assert load.open_checkpoint(elsewhere).config["quantization"]
     assert not work.exists()
@@ -248,7 +249,8 @@ def test_another_model_or_text_is_not_gone_on_with(
         shutil.copy(text_folder / f"{split}.jsonl", text)
     out = tmp_path / "out"
     work = tmp_path / "out-unfinished"
-    child = Child(own_home, "--model", model, "--data", text, *BRIEF, "--mlx-path", out)
+    flags = ("--model", model, "--data", text, "--mlx-path", out)
+    child = Child(own_home, *flags, *BRIEF)
     child.wait_for(work / BEGUN["a block"])
     child.process.kill()
     assert child.end().returncode == -signal.SIGKILL
@@ -283,12 +285,12 @@ def test_a_packed_model_is_refused(
 ) -> None:
     """By a dry run, too."""
     plain = ("--q-method", "round", "--target-bpw", "None")
-    made = command("quantize", "--model", deep, "--mlx-path", tmp_path / "four", *plain)
+    places = ("--model", deep, "--mlx-path", tmp_path / "four")
+    made = command("quantize", *places, *plain)
     assert made.returncode == 0, made.stderr
     for more in ((), ("--dry-run",)):
-        done = command(
-            "quantize", "--model", tmp_path / "four", "--mlx-path", tmp_path / "o", *more
-        )
+        places = ("--model", tmp_path / "four", "--mlx-path", tmp_path / "out")
+        done = command("quantize", *places, *more)
         assert "quantized already" in sentence(done)
     assert [path.name for path in tmp_path.iterdir()] == ["four"]
 

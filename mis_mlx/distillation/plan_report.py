@@ -42,30 +42,30 @@ def table(plan: strategies.MemoryPlan, words: str = "") -> str:
     cost_of_a_token = pass_cost.token_cost(job.teacher, job.max_seq_length, plan.budget_bytes)
     spooled_bytes = max(p.spooled_bytes for p in plan.phases)
     written_bytes = sum(p.written_bytes for p in plan.phases)
-    return html.document(
-        "plan.md",
-        {
-            "plan": plan,
-            "before": before,
-            "after": after,
-            "gib": gib,
-            "words": words,
-            "hours": hours,
-            "duration": duration,
-            "packed": packed,
-            "measured": measured,
-            "one": cost_of_a_token,
-            "remedy": strategies.remedy(plan),
-            "disk": disk_bytes(plan),
-            "verbose": cli.DETAILS in os.environ,
-            "visit": visit,
-            "life": LIFE_BYTES,
-            "flag": estimates.budget_flag,
-            "trains": training,
-            "spooled": spooled_bytes,
-            "written": written_bytes,
-        },
-    )
+    page = {
+        "plan": plan,
+        "before": before,
+        "after": after,
+        "words": words,
+        "hours": hours,
+        "packed": packed,
+        "measured": measured,
+        "one": cost_of_a_token,
+        "remedy": strategies.remedy(plan),
+        "disk": disk_bytes(plan),
+        "visit": visit,
+        "trains": training,
+        "spooled": spooled_bytes,
+        "written": written_bytes,
+    }
+    forms = {
+        "gib": gib,
+        "duration": duration,
+        "flag": estimates.budget_flag,
+        "life": LIFE_BYTES,
+        "verbose": cli.DETAILS in os.environ,
+    }
+    return html.document("plan.md", {**page, **forms})
 
 
 def outcome(plan: strategies.MemoryPlan, teacher: str) -> dict[str, Any]:
