@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from mis_mlx import quantize
+from mis_mlx.compute import precision
 from mis_mlx.models import load
 from mis_mlx.quantization import stage
 from mis_mlx.quantization.journal import Journal
@@ -125,6 +126,28 @@ def test_killed_in_each_phase_it_goes_on_to_the_same_bytes(
     assert "sensitivity" not in done.stderr
     assert contents(out) == whole
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_same_under_metals_policy(
+    tmp_path: Path, deep: Path, text_folder: Path, own_home: dict[str, str]
+) -> None:
+    """In float16, with packed weights: killed among the blocks and among the steps."""
+    env = {**own_home, precision.POLICY: "metal"}
+    flags = ("--model", deep, "--data", text_folder, *BRIEF, *STEPS, "--target-bpw", None)
+    whole = Child(env, *flags, "--mlx-path", tmp_path / "whole").end()
+    assert whole.returncode == 0, whole.stderr
+    out = tmp_path / "out"
+    line = (*flags, "--mlx-path", out)
+    for phase in ("a block", "steps"):
+        child = Child(env, *line)
+        child.wait_for(tmp_path / "out-unfinished" / BEGUN[phase])
+        child.process.kill()
+        assert child.end().returncode == -signal.SIGKILL
+        line = ("--mlx-path", out, "--resume")
+    done = Child(env, *line).end()
+    assert done.returncode == 0, done.stderr
+    assert "continuing from step" in done.stderr
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_a_ctrl_c_ends_with_the_line_that_continues(
