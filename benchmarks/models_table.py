@@ -30,7 +30,7 @@ import laboratory
 
 from mis_mlx import cli, plan
 from mis_mlx.data import prompts
-from mis_mlx.distillation import conversations, strategies, teacher_answers
+from mis_mlx.distillation import conversations, plan_report, strategies, teacher_answers
 from mis_mlx.hardware import rates
 from mis_mlx.models import arch, stored_form
 from mis_mlx.models.config import read_config
@@ -212,7 +212,7 @@ def student(made: strategies.MemoryPlan) -> dict[str, Any]:
         "hours_of_answers": hours_of_answers(made),
         "mode": made.mode,
         "uncut": made.job.uncut,
-        "disk_bytes": plan.disk_bytes(made),
+        "disk_bytes": plan_report.disk_bytes(made),
     }
 
 

@@ -3,115 +3,49 @@
 Only configs are read.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from mis_mlx import cli
-from mis_mlx.distillation import state_cost, strategies, training_cost
+from mis_mlx.distillation import plan_report, strategies
 from mis_mlx.evaluation import answers
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, battery
-from mis_mlx.models import arch, load, pass_cost, resolve, scenarios
+from mis_mlx.models import arch, load, resolve, scenarios
 from mis_mlx.models.config import MOST_EXPERTS, read_config, shape_of
-from mis_mlx.models.model_size import BY_FORMULA, ModelSize, model_of
+from mis_mlx.models.model_size import ModelSize, model_of
 from mis_mlx.planner import distillation_spec, estimates, measured_block
 from mis_mlx.pruning import vocabulary
-from mis_mlx.quantization import packed_format, rounding_cost
-from mis_mlx.reporting import html, text
-from mis_mlx.settings import recipe, workloads
+from mis_mlx.quantization import packed_format
+from mis_mlx.reporting import text
+from mis_mlx.settings import recipe
 from mis_mlx.size_search import shape_search, shortfall
-from mis_mlx.types import Checkpoint, duration, gib
-
-LIFE_BYTES = 150e12  # written: 600 times a 256 GB SSD, a rule of thumb; Apple publishes no figure
+from mis_mlx.types import Checkpoint
 
 
 def table(plan: strategies.MemoryPlan, expected_loss: float | None = None) -> str:
-    """The plan for people: the student, time and memory of each phase, how; or what would fit.
+    """The plan of a distillation for people, as `plan_report.table`.
 
     What has to be left out comes first. expected_loss: of the student with nothing left out, in
-    bits per byte, where a search says so. With -v every byte of it.
+    bits per byte, where a search says so.
     """
     job = plan.job
     teacher = job.shown or job.teacher
-    hours = duration(sum(plan.planned.values()))
-    if plan.rates.hot < 1:
-        hot = sum(p.seconds(plan.rates, hot=True) for p in plan.phases)
-        hours += f" ({duration(hot)} once hot)"
-    packed = 0
-    if any(p.name == "quantize" for p in plan.phases):
-        packed = rounding_cost.packed_bytes(job.student, job.rounding)
-    layers = plan.shard_layers or job.student.shape.layers
-    return html.document(
-        "plan.md",
-        {
-            "plan": plan,
-            "before": arch.params(teacher.config),
-            "after": arch.params(job.student.config),
-            "gib": gib,
-            "words": shape_search.words(job.student.shape, teacher.shape),
-            "hours": hours,
-            "duration": duration,
-            "packed": packed,
-            "measured": job.student.block_factors != BY_FORMULA,
-            "one": pass_cost.token_cost(job.teacher, job.max_seq_length, plan.budget_bytes),
-            "remedy": strategies.remedy(plan),
-            "disk": disk_bytes(plan),
-            "verbose": cli.DETAILS in os.environ,
-            "visit": training_cost.steps_per_shard(job, layers),
-            "life": LIFE_BYTES,
-            "flag": estimates.budget_flag,
-            "left_out": shortfall.left_out(plan),
-            "more_loss": shortfall.loss_factor(plan),
-            "expected_loss": expected_loss,
-            "spooled": max(p.spooled_bytes for p in plan.phases),
-            "state": max(p.state_bytes for p in plan.phases),
-            "written": sum(p.written_bytes for p in plan.phases),
-        },
+    return plan_report.table(
+        plan,
+        shape_search.words(job.student.shape, teacher.shape),
+        left_out=shortfall.left_out(plan),
+        more_loss=shortfall.loss_factor(plan),
+        expected_loss=expected_loss,
     )
 
 
 def outcome(plan: strategies.MemoryPlan, teacher: str) -> dict[str, Any]:
-    """The plan for machines: the last line of `distill --dry-run`, too.
-
-    teacher: its path or name.
-    """
-    before = plan.job.shown or plan.job.teacher
+    """The plan of a distillation for machines, as `plan_report.outcome`."""
     left_out = {part.name: part.budget_bytes for part in shortfall.left_out(plan)}
-    return {
-        "teacher": teacher,
-        "params_teacher": arch.params(before.config),
-        "params_student": arch.params(plan.job.student.config),
-        "mode": plan.mode,
-        "peak_bytes": plan.peak_bytes,
-        "budget_bytes": plan.budget_bytes,
-        "seconds": round(sum(plan.planned.values())),
-        "left_out": left_out,
-        "check_failed": not plan.fits,
-    }
-
-
-def disk_bytes(plan: strategies.MemoryPlan) -> int:
-    """Files there may be at once, without the teacher's: models, two checkpoints, scratch."""
-    m = plan.job.student
-    params = arch.params(m.config)
-    files = 2 * m.nbytes + params * strategies.in_parts(plan.job, plan.mode)
-    if plan.mode == "resident":
-        files += 2 * workloads.SAVED_BYTES * params
-    elif plan.mode != "none":
-        blocks = plan.shard_layers or m.shape.layers
-        files += 2 * blocks * state_cost.block_state_bytes(m.config)
-    for p in plan.phases:
-        if p.name in ("quantize", "logit store"):
-            files += p.written_bytes
-        if p.name == distillation_spec.SCALES:
-            # the rounded model stays beside the one with what was learned
-            files += rounding_cost.packed_bytes(m, plan.job.rounding)
-            files += p.state_bytes
-            files += 2 * workloads.SAVED_BYTES * training_cost.learning_scales(plan.job)
-    return files + max(p.spooled_bytes for p in plan.phases)
+    return {**plan_report.outcome(plan, teacher), "left_out": left_out}
 
 
 @dataclass(frozen=True)
@@ -249,7 +183,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "spooled_bytes": max(p.spooled_bytes for p in plan.phases),
         "read_bytes": sum(p.read_bytes for p in plan.phases),
         "written_bytes": sum(p.written_bytes for p in plan.phases),
-        "disk_bytes": disk_bytes(plan),
+        "disk_bytes": plan_report.disk_bytes(plan),
         "least_budget_bytes": strategies.least_bytes(plan.job, rates),
         "rates": rates.source,
     }

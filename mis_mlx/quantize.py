@@ -1,41 +1,57 @@
 """Quantize every linear layer; stock mlx-lm opens the result."""
 
-import os
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import mlx.core as mx
+import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.data import preparation
-from mis_mlx.data.token_windows import Windows
-from mis_mlx.distillation import live_teacher, pipeline, training_cost
+from mis_mlx.data.token_windows import Windows, fingerprint
+from mis_mlx.distillation import compression, pipeline, plan_report, strategies
 from mis_mlx.hardware import memory
-from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, battery
 from mis_mlx.models import load, model_writer, opening, resolve
 from mis_mlx.models.model_size import model_of
-from mis_mlx.planner import estimates
+from mis_mlx.planner import estimates, measured_block
 from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.pruning import vocabulary
-from mis_mlx.quantization import (
-    learned_scales,
-    packed_format,
-    rounding_cost,
-    scale_state,
-    stage,
-)
-from mis_mlx.reporting import progress
+from mis_mlx.quantization import packed_format, stage
+from mis_mlx.reporting import progress, text
 from mis_mlx.runs import run_loop
+from mis_mlx.settings.parts import part_of
 from mis_mlx.settings.recipe import DistillationConfig, QuantizationConfig
-from mis_mlx.storage.files import Files
+from mis_mlx.storage import checkpoint as protocol
+from mis_mlx.storage import run_folder
+from mis_mlx.storage.files import DiskRefused, Files, as_mis_error, need_place
 from mis_mlx.types import Budget, Checkpoint, Count, MisError, Seed, Tokens, Whole
+
+MODEL = "model"  # the result, before it is moved to --mlx-path
+# Settings that may differ when work is resumed: none of them changes a weight.
+FREE = frozenset(
+    {
+        "out",
+        "resume",
+        "dry_run",
+        "config",
+        "budget",
+        "mlx_path",
+        "save_every",
+        "governor",
+        "thermal_replay",
+    }
+)
 
 
 @dataclass(frozen=True)
-class Settings(cli.Budgeted, precision.Computing, QuantizationConfig):
+class Settings(cli.Resumable, precision.Computing, ThermalFlags, QuantizationConfig):
     """Only quantizes; `distill` does this in its last stages."""
+
+    RARE: ClassVar = frozenset({"out", "save_every", "altitude_m"})
 
     model: str | None = None
     """folder or hub id of an unquantized model; default: SmolLM2-135M-Instruct"""
@@ -45,6 +61,12 @@ class Settings(cli.Budgeted, precision.Computing, QuantizationConfig):
     """
     mlx_path: str = "quantized"
     """folder to write"""
+    out: str | None = None
+    """folder of the unfinished work, gone once --mlx-path is written; default: beside that, its
+    name with -unfinished
+    """
+    resume: bool = False
+    """continue the unfinished work for --mlx-path, or in --out"""
     data: str | None = None
     """calibration text: a folder with train.jsonl, or a hub data set; default: built-in text"""
     num_samples: Whole = 32
@@ -53,147 +75,211 @@ class Settings(cli.Budgeted, precision.Computing, QuantizationConfig):
     """tokens per window"""
     batch_size: Count = 2
     """windows per --q-iters step"""
+    save_every: Count = 5
+    """--q-iters steps between checkpoints"""
     seed: Seed = 0
     """selects the windows, and the tokens that the model samples after them"""
 
 
-def _planned(
-    s: Settings,
-    checkpoint: Checkpoint,
-    other: Checkpoint,
-    *,
-    count: int,
-    limit: Budget,
-) -> list[StageCost]:
-    """The costs of rounding, and of the steps after it, if any; MisError when one does not fit.
-
-    other: the model that the scales learn from. count: windows to look at.
-    """
-    m = model_of(checkpoint)
-    rounding = rounding_cost.quantizing_cost(
-        m,
-        s,
-        windows=count,
-        length=s.max_seq_length,
-        limit=limit.limit_bytes,
-    )
-    remedy = ", or --q-method round without --target-bpw" if count else ""
-    steps = s.steps()
-    if not steps:
-        estimates.require_fit(limit, rounding, other=remedy)
-        return [rounding]
-    job = DistillationSpec(
-        teacher=model_of(other),
-        student=m,
-        iters=steps,
-        batch_size=s.batch_size,
-        max_seq_length=s.max_seq_length,
-        save_every=steps,
-        rounding=s,
-    )
-    tuning = training_cost.tuning_cost(job, s.batch_size, limit.limit_bytes, steps)
-    estimates.require_fit(limit, rounding, other=remedy)
-    estimates.require_fit(limit, tuning, other=", or --q-iters 0")
-    return [rounding, tuning]
-
-
-def _tuned(
-    s: Settings,
-    rounded: Path,
-    *,
-    other: Checkpoint,
-    data: Windows,
-    planned: StageCost,
-    out: Path,
-    files: Files,
-) -> None:
-    """Write `out`: `rounded`, whose scales have learned from the model `other`.
-
-    planned: how many blocks of both stay in memory.
-    """
-    checkpoint = load.open_checkpoint(rounded)
-    m = model_of(other)
-    room = None  # everything
-    if planned.pinned != m.shape.layers:
-        room = planned.pinned * m.block_work + m.head_work
-    source = live_teacher.StreamedTeacher(other, room)
-    asked = DistillationConfig(batch_size=s.batch_size, seed=s.seed)
-    recipe = pipeline.tuning_recipe(asked, checkpoint, s.steps(), s.q_learning_rate)
-    with scale_state.place(planned, rounded, files) as state:
-        learned = pipeline.learn_scales(checkpoint, planned.kept, source, data, recipe, state)
-        learned_scales.write_learned(checkpoint, learned, out, files)
-
-
 def run(settings: Settings) -> dict[str, Any]:
-    """The command."""
-    s = settings
+    """The command: open, plan, round, let scales learn, put the result in its place.
+
+    The work lies in a folder of its own, where it goes on after a kill.
+    """
+    out = settings.out or f"{Path(settings.mlx_path)}-unfinished"
+    s, folder = run_loop.resumed(settings.with_values(out=out), FREE)
+    if folder is not None and (folder / run_folder.RESULT).exists() and not s.dry_run:
+        with protocol.lock(folder):
+            return _deliver(s, folder, Files())
     checkpoint = run_loop.open_model(s, s.model, place=s.mlx_path, new="--mlx-path")
-    s = replace(s, **packed_format.of_mixture(checkpoint.config, s))
+    s = s.with_values(**packed_format.of_mixture(checkpoint.config, s))
+    _check(s, checkpoint, folder)
+    other = checkpoint
+    if s.teacher:
+        other = opening.open_to_compute(resolve.resolve_model(s.teacher).path, s.precision)
+    with vocabulary.shared(other, [checkpoint]) as teacher:
+        plan = _plan(s, checkpoint, teacher, folder)
+        cli.say(text.aligned(plan_report.table(plan)))
+        if s.dry_run:
+            return _dry_run(s, checkpoint, plan)
+        if not plan.fits:
+            raise MisError(strategies.remedy(plan))
+        strategy = plan.strategy
+        with run_loop.entered(folder, out, out=s.out, asked=settings.given, plan=strategy) as place:
+            place.decide(asdict(s), strategy, memory.budget(s.budget_bytes))
+            with _no_empty_work(place, new=folder is None):
+                return _work(s, checkpoint, teacher, plan=plan, place=place)
+
+
+def _check(s: Settings, checkpoint: Checkpoint, folder: Path | None) -> None:
+    """Refuse, before any work, what cannot be done.
+
+    folder: of work that goes on.
+    """
     if s.looks and s.num_samples < 1:
         flag = f"--q-method {s.q_method}" if s.compensates else "--target-bpw"
         raise MisError(f"{flag} needs text, but --num-samples is {s.num_samples}: give 1 or more")
     packed_format.check_dense(checkpoint)
     model_writer.need_tokenizer(checkpoint.path)
     stage.check(checkpoint.config, s, s.num_samples)
-    other = checkpoint
-    if s.teacher:
-        other = opening.open_to_compute(resolve.resolve_model(s.teacher).path, s.precision)
-    with vocabulary.shared(other, [checkpoint]) as teacher:
-        return _run(s, checkpoint, teacher)
-
-
-def _run(s: Settings, checkpoint: Checkpoint, other: Checkpoint) -> dict[str, Any]:
-    """Plan, round, and let scales learn from the model `other`, which reads the same tokens."""
-    limit = memory.budget(s.budget_bytes)
-    count = s.num_samples if s.looks else 0
-    steps = s.steps()
-    planned = _planned(s, checkpoint, other, count=count, limit=limit)
-    out = Path(s.mlx_path)
-    files = Files()
-    batches: list[mx.array] = []
-    if s.looks or steps:
-        visited = (count + steps * s.batch_size) * s.max_seq_length
-        source = preparation.Source(s.data, tokens=visited)
-        data = preparation.prepare(source, load.tokenizer(checkpoint.path), s.max_seq_length).train
-        batches = preparation.calibration(data, count, s.seed)
-
-    def quantized(folder: Path) -> dict[str, Any]:
-        held = planned[0].held_tokens // s.max_seq_length
-        return stage.quantize(
-            checkpoint,
-            folder,
-            rounding=s,
-            files=files,
-            batches=batches,
-            held=held,
-            seed=s.seed,
+    work = folder or Path(s.out or "")
+    need_place("--out", work)
+    if _disk_of(work) != _disk_of(Path(s.mlx_path)):
+        raise MisError(
+            f"--out {work} is on another disk than --mlx-path {s.mlx_path}: put both on one disk"
         )
 
-    with progress.run("quantize"), memory.limited(limit):
-        if not steps:
-            done = quantized(out)
-        else:
-            # swept where we are killed
-            rounded = out.absolute().with_name(f".tmp-{out.name}-rounded-{os.getpid()}")
-            files.discard(rounded)  # left behind by a process of the same number
-            try:
-                done = quantized(rounded)
-                _tuned(
-                    s,
-                    rounded,
-                    other=other,
-                    data=data,
-                    planned=planned[1],
-                    out=out,
-                    files=files,
-                )
-            finally:
-                files.discard(rounded)
+
+def _disk_of(path: Path) -> int:
+    """The number of the disk where `path` is, or will be."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path.stat().st_dev
+
+
+def _plan(
+    s: Settings, checkpoint: Checkpoint, other: Checkpoint, folder: Path | None
+) -> strategies.MemoryPlan:
+    """What rounding takes, and the steps after it, if any.
+
+    other: the model that the scales learn from. folder: of work that goes on, in the way that was
+    decided when it began.
+    """
+    limit = memory.budget(s.budget_bytes).limit_bytes
+    job = _job(s, checkpoint, other)
+    if s.steps():
+        job = measured_block.of_job(job, limit)
+    rates = estimates.machine_rates()
+    if folder is not None and run_folder.is_decided(folder):
+        strategy = run_folder.stored_settings(folder, run_folder.PLAN)
+    else:
+        strategy = strategies.best_plan(job, limit, rates).strategy
+    return strategies.plan_strategy(job, limit, rates, **strategy)
+
+
+def _job(s: Settings, checkpoint: Checkpoint, other: Checkpoint) -> DistillationSpec:
+    """The work in sizes and counts: a distillation that has nothing but its end."""
+    steps = s.steps()
+    rounding = replace(part_of(QuantizationConfig, asdict(s)), q_iters=steps)
+    count = s.num_samples if s.looks else 0
+    teacher = model_of(other)
+    student = model_of(checkpoint)
+    asked = DistillationSpec(
+        teacher=teacher,
+        student=student,
+        iters=max(1, steps),
+        batch_size=s.batch_size,
+        max_seq_length=s.max_seq_length,
+        num_samples=count,
+        save_every=s.save_every,
+        rounding=rounding,
+    )
+    return replace(asked, reconstruct_samples=0, modes=("none",), rounds_only=True, may_store=True)
+
+
+def _dry_run(s: Settings, checkpoint: Checkpoint, plan: strategies.MemoryPlan) -> dict[str, Any]:
+    """The plan for machines."""
+    note = battery(s)  # a run says it when it begins
+    if note:
+        cli.say(note)
+    phases = {}
+    for name, taken in plan.planned.items():
+        phases[name] = round(taken, 3)
+    return {
+        "model": str(checkpoint.path),
+        "mlx_path": s.mlx_path,
+        "method": s.q_method,
+        "phases": phases,
+        "disk_bytes": plan_report.disk_bytes(plan),
+        **plan_report.totals(plan),
+    }
+
+
+@contextmanager
+def _no_empty_work(place: run_loop.Place, *, new: bool) -> Iterator[None]:
+    """Delete the folder of new work that ends before there is anything to go on with.
+
+    A rounding that ends for another reason than the disk would end again in the same way.
+    """
+    try:
+        yield
+    except MisError as error:
+        begun = {pipeline.ROUNDED, pipeline.TARGETS, pipeline.TUNE_STEPS, MODEL}
+        if isinstance(error, DiskRefused):
+            begun.add(pipeline.ROUNDING)
+        if new and not any((place.folder / name).exists() for name in begun):
+            place.files.discard(place.folder)
+        raise
+
+
+def _work(
+    s: Settings,
+    checkpoint: Checkpoint,
+    other: Checkpoint,
+    *,
+    plan: strategies.MemoryPlan,
+    place: run_loop.Place,
+) -> dict[str, Any]:
+    """Round, and let scales learn from the model `other`, which reads the same tokens."""
+    asked = part_of(DistillationConfig, asdict(s))
+    data = _text(s, checkpoint)
+    origin = {
+        "model": run_folder.origin(checkpoint, "")["teacher"],
+        **run_folder.origin(other, fingerprint(data)),
+    }
+    at_work = run_loop.open_run(
+        place,
+        origin,
+        same=("model", *run_folder.SAME),
+        thermal=s,
+        limit=Budget(plan.budget_bytes),
+        wired=0,
+    )
+    with progress.run("quantize", plan.planned), at_work as opened:
+        c = pipeline.Run(
+            **vars(opened),
+            recipe=plan.recipe(asked, other),
+            teacher=other,
+            data=data,
+            plan=plan,
+        )
+        compression.quantize(c, s, checkpoint)
+        packed = packed_format.formats(load.open_checkpoint(place.folder / MODEL))
+        figures = packed_format.figures(checkpoint, packed)
+        c.finish({"model": str(checkpoint.path), "method": s.q_method, **figures})
+    return _deliver(s, place.folder, place.files)
+
+
+def _text(s: Settings, checkpoint: Checkpoint) -> Windows:
+    """The windows to look at and to learn from; none where nothing does."""
+    if s.looks or s.steps():
+        tokenizer = load.tokenizer(checkpoint.path)
+        count = s.num_samples if s.looks else 0
+        visited = (count + s.steps() * s.batch_size) * s.max_seq_length
+        source = preparation.Source(s.data, tokens=visited)
+        return preparation.prepare(source, tokenizer, s.max_seq_length).train
+    empty = np.zeros((0, s.max_seq_length))
+    return Windows(empty.astype(np.int32), empty.astype(np.float32))
+
+
+def _deliver(s: Settings, folder: Path, files: Files) -> dict[str, Any]:
+    """Move the finished model from its folder to --mlx-path, delete the folder; the result."""
+    done = run_folder.stored_settings(folder, run_folder.RESULT)
+    out = Path(s.mlx_path)
+    if (folder / MODEL).exists():
+        need_place("--mlx-path", out, "new")
+        parent = out.absolute().parent
+        with as_mis_error(parent, "the model", remedy=cli.continuing(folder)):
+            files.make_folder(parent)
+            files.rename(folder / MODEL, out)
+            files.fsync(parent)
+    files.discard(folder)
     cli.say(
         f"{out}: {done['bits_per_weight']:.2f} bits per weight, "
         f"{done['bits_per_block_weight']:.2f} in blocks"
     )
-    return {"model": str(checkpoint.path), "mlx_path": s.mlx_path, "method": s.q_method, **done}
+    return {**done, "mlx_path": s.mlx_path}
 
 
 if __name__ == "__main__":

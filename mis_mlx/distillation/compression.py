@@ -8,6 +8,7 @@ from mis_mlx.models import distributed, opening
 from mis_mlx.planner.distillation_spec import SCALES
 from mis_mlx.pruning import select
 from mis_mlx.quantization import stage
+from mis_mlx.quantization.journal import Journal
 from mis_mlx.reporting import html
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.types import Checkpoint
@@ -44,13 +45,15 @@ def prune(
 def quantize(c: pipeline.Run, rounding: QuantizationConfig, dense: Checkpoint | None) -> None:
     """Round the student, then tune its scales; a folder that is there is not made again.
 
-    dense: the student; None on machines beside the first one.
+    A rounding that was stopped goes on after the last block that it kept. dense: the student; None
+    on machines beside the first one.
     """
     out = c.folder / "model"
-    rounded = c.folder / ("rounded" if c.plan.tuned else "model")
+    rounded = c.folder / (pipeline.ROUNDED if c.plan.tuned else "model")
     if dense is not None and not rounded.exists() and not out.exists():
         batches = c.pick(c.recipe.num_samples * rounding.looks, use=1)
         held = c.plan.held_windows("quantize")
+        kept = c.folder / pipeline.ROUNDING
         with c.phase("quantize"):
             stage.quantize(
                 dense,
@@ -60,7 +63,9 @@ def quantize(c: pipeline.Run, rounding: QuantizationConfig, dense: Checkpoint | 
                 batches=batches,
                 held=held,
                 seed=c.recipe.seed,
+                journal=Journal(kept, c.files),
             )
+        c.files.discard(kept)
     if not distributed.broadcast_json(out.exists):
         distributed.broadcast_folder(rounded, c.files)
         cli.say(f"{SCALES}: {c.plan.tuned} steps; biases and norms learn too, integers stay")

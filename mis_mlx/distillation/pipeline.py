@@ -39,8 +39,11 @@ DTYPE = "bfloat16"  # of unquantized weights on disk
 # Of the steps after rounding, as runs have always called them on disk.
 TUNE_STEPS = "tune-steps"
 TUNE_LOG = "tune.jsonl"
+ROUNDING = "rounding"  # the journal of a rounding that is not done
+ROUNDED = "rounded"  # the model before its scales learn
+TARGETS = "targets"
 # Folders that nobody needs once a run is done.
-TEMPORARY = ("steps", TUNE_STEPS, "rounded", "parts", "targets", vocabulary.FOLDER)
+TEMPORARY = ("steps", TUNE_STEPS, ROUNDING, ROUNDED, "parts", TARGETS, vocabulary.FOLDER)
 
 
 @dataclass
@@ -199,7 +202,7 @@ def target_source(c: Run) -> live_teacher.TargetSource:
             c.teacher,
             partial(_streamed_teacher, c, 0),
             c.data.pick(windows),
-            c.folder / "targets",
+            c.folder / TARGETS,
             files=c.files,
             seed=c.recipe.seed,
             windows_per_pass=max(1, held // max(1, len(c.shares))),

@@ -268,7 +268,7 @@ def _planned(job: DistillationSpec, limit: int, rates: Rates, way: _Way) -> Memo
     left = process.left_bytes
     trained_left = left - process.training_bytes
     training_overhead = process.own_bytes + process.training_bytes
-    phases = [pruning_cost(job, left)]
+    phases = [] if job.rounds_only else [pruning_cost(job, left)]
     if job.reconstruct_samples:
         item = in_parts(job, mode)
         phases.append(repair_by_block_cost(job, left, item) if item else repair_cost(job))
@@ -294,8 +294,9 @@ def _planned(job: DistillationSpec, limit: int, rates: Rates, way: _Way) -> Memo
     first_taught = next((n for n, p in enumerate(phases) if p.name in TAUGHT), None)
     if job.targets == "cached" and first_taught is not None:
         phases.insert(first_taught, store_cost(job, left))
-    most_bytes = max(p.peak_bytes for p in phases) + process.own_bytes
-    phases.append(measuring_cost(job, most_bytes, left))
+    if not job.rounds_only:
+        most_bytes = max(p.peak_bytes for p in phases) + process.own_bytes
+        phases.append(measuring_cost(job, most_bytes, left))
     planned = []
     for p in phases:
         overhead = training_overhead if p.updated else process.own_bytes

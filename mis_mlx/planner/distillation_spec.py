@@ -43,6 +43,8 @@ class DistillationSpec(DistillationConfig):
     answers_known: bool = False  # the teacher's are kept from before, or came with the package
     # the student is the teacher: nothing to repair, nothing to learn before rounding
     uncut: bool = False
+    # the student is there already: it is rounded, its scales may learn, and nothing is measured
+    rounds_only: bool = False
     targets: Targets = "live"
     may_store: bool = False  # targets on disk take the place of a teacher that does not fit
 

@@ -190,21 +190,13 @@ def write_quantized(
     the model is quantized already, or has weights that are not numbers or too large.
     """
     check_dense(checkpoint)
-    in_blocks = [kind for path, kind in plan.items() if arch.block_of(path) is not None]
-    common = max(set(in_blocks), key=lambda kind: (in_blocks.count(kind), kind))
+    common = _usual_format(plan)
     settings = common.settings
     for path, kind in plan.items():
         if kind != common:
             settings[path] = kind.settings
     config = {**checkpoint.config, "quantization": settings, "quantization_config": settings}
-    specs: dict[str, safetensors.Spec] = {}
-    for name, shape in arch.tensors_of(checkpoint.config, stacked=True).items():
-        path = name.removesuffix(".weight")
-        if path in plan:
-            specs |= plan[path].specs(path, *shape)
-        else:
-            first = experts.one_by_one(name, checkpoint.config)[0]
-            specs[name] = (checkpoint.tensors[first].dtype, shape)
+    specs = _specs(checkpoint, plan)
     model_writer.write_folder(
         config,
         specs,
@@ -214,12 +206,36 @@ def write_quantized(
         files=files,
         extra=extra,
     )
-    nbytes = sum(map(safetensors.spec_bytes, specs.values()))
+    return figures(checkpoint, plan)
+
+
+def _usual_format(plan: Formats) -> Format:
+    """The format that most matrices of blocks have."""
+    in_blocks = [kind for path, kind in plan.items() if arch.block_of(path) is not None]
+    return max(set(in_blocks), key=lambda kind: (in_blocks.count(kind), kind))
+
+
+def _specs(checkpoint: Checkpoint, plan: Formats) -> dict[str, safetensors.Spec]:
+    """{name: (type, shape)} of a dense model's tensors, once its matrices are packed as planned."""
+    specs: dict[str, safetensors.Spec] = {}
+    for name, shape in arch.tensors_of(checkpoint.config, stacked=True).items():
+        path = name.removesuffix(".weight")
+        if path in plan:
+            specs |= plan[path].specs(path, *shape)
+        else:
+            first = experts.one_by_one(name, checkpoint.config)[0]
+            specs[name] = (checkpoint.tensors[first].dtype, shape)
+    return specs
+
+
+def figures(checkpoint: Checkpoint, plan: Formats) -> dict[str, Any]:
+    """Bits per weight, bytes and the group size used most, of a dense model packed as planned."""
+    nbytes = sum(map(safetensors.spec_bytes, _specs(checkpoint, plan).values()))
     return {
         "bits_per_weight": 8 * nbytes / arch.params(checkpoint.config),
         "bits_per_block_weight": block_bits(checkpoint.config, plan),
         "nbytes": nbytes,
-        "group_size": common.group,
+        "group_size": _usual_format(plan).group,
     }
 
 

@@ -60,6 +60,14 @@ def packed_bytes(m: ModelSize, rounding: QuantizationConfig) -> int:
     return int(bits / 8)
 
 
+def files_bytes(m: ModelSize, rounding: QuantizationConfig) -> int:
+    """Bytes on disk once a model is rounded: itself, and its blocks in the journal."""
+    packed = packed_bytes(m, rounding)
+    if not rounding.affine.compensates:
+        return packed
+    return packed + packed * m.blocks_params // m.params
+
+
 def quantizing_cost(
     m: ModelSize,
     rounding: QuantizationConfig,
@@ -85,7 +93,7 @@ def quantizing_cost(
     cost = StageCost(
         name="quantize",
         read_bytes=m.nbytes,
-        written_bytes=packed_bytes(m, config),
+        written_bytes=files_bytes(m, config),
         peak_bytes=peak,
         flops=0.0,
     )

@@ -22,6 +22,7 @@ from mis_mlx.maths import gptq, reconstruction, rounding
 from mis_mlx.models import arch, modules, stream
 from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.quantization import bit_allocation, block_tuning, packed_format
+from mis_mlx.quantization.journal import Journal
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.hidden_spool import Spool
@@ -48,12 +49,14 @@ def quantize(
     batches: Batches = (),
     held: int = 0,
     seed: int = 0,
+    journal: Journal | None = None,
 ) -> dict[str, Any]:
     """Write the quantized model `out` from a dense model.
 
     Returns bits per weight and the group size used. batches: token ids [(B, T)] for calibration.
     held: batches whose hidden states stay in memory; the others' lie in a file beside `out`. seed:
-    of the tokens that the model draws.
+    of the tokens that the model draws. journal: what is in it is not made again, what is made goes
+    into it.
     """
     rounding = rounding.affine
     beside = out.absolute().parent
@@ -65,30 +68,28 @@ def quantize(
             return Spool(beside, held * passes, files)
         return None
 
-    wide: tuple[int, ...] = ()
-    if rounding.q_mode == "affine":
-        wide = packed_format.blocks_after_removed(checkpoint)
-    plan: packed_format.Formats = packed_format.formats_of(
-        checkpoint.config,
-        rounding.q_group_size,
-        wide,
-        rounding.q_mode,
-    )
     extra = {}
-    if rounding.target_bpw is not None:
-        cli.say("sensitivity: what fewer bits cost in each matrix")
-        # The pass back needs the hidden states at every block's input, so there is one per layer.
-        layers = checkpoint.config["num_hidden_layers"]
-        plan, report = bit_allocation.mixed(
-            checkpoint, batches, rounding, seed=seed, kept=hidden(layers)
-        )
+    if rounding.target_bpw is None:
+        plan = _usual_layout(checkpoint, rounding)
+    else:
+        known = journal.layout() if journal else None
+        if known is None:
+            cli.say("sensitivity: what fewer bits cost in each matrix")
+            # The pass back needs the hidden states at every block's input: one per layer.
+            kept = hidden(checkpoint.config["num_hidden_layers"])
+            known = bit_allocation.mixed(checkpoint, batches, rounding, seed=seed, kept=kept)
+            if journal:
+                journal.keep_layout(*known)
+        plan, report = known
         extra[packed_format.SENSITIVITY] = json.dumps(report).encode()
     rounded = None
     if rounding.compensates:
         tuning = None
         if rounding.q_method == "blocks":
             tuning = _block_tuning(hidden(0), seed)
-        rounded = rounded_blocks(checkpoint, batches, plan, hidden(1), tuning=tuning)
+        rounded = rounded_blocks(
+            checkpoint, batches, plan, hidden(1), tuning=tuning, journal=journal
+        )
     return packed_format.write_quantized(
         checkpoint,
         out,
@@ -97,6 +98,19 @@ def quantize(
         rounded=rounded,
         extra=extra,
         fit=rounded is not None,
+    )
+
+
+def _usual_layout(checkpoint: Checkpoint, rounding: QuantizationConfig) -> packed_format.Formats:
+    """The format of every matrix, where no cost is measured."""
+    wide: tuple[int, ...] = ()
+    if rounding.q_mode == "affine":
+        wide = packed_format.blocks_after_removed(checkpoint)
+    return packed_format.formats_of(
+        checkpoint.config,
+        rounding.q_group_size,
+        wide,
+        rounding.q_mode,
     )
 
 
@@ -113,26 +127,51 @@ def rounded_blocks(
     plan: packed_format.Formats,
     hidden: Hidden | None = None,
     tuning: block_tuning.BlockTuning | None = None,
+    journal: Journal | None = None,
 ) -> Iterator[packed_format.RoundedBlock]:
     """Per block, in order, {module path: packed matrix}, calibrated on token ids [(B, T)].
 
     plan: affine formats only. hidden: a place for the hidden states other than memory. tuning: what
-    tunes a block once it is rounded. MisError when an input's products overflow.
+    tunes a block once it is rounded. journal: of blocks that are rounded already. MisError when an
+    input's products overflow.
     """
+    if journal and journal.blocks:
+        cli.say(f"continuing after {journal.blocks} rounded blocks")
     source = stream.Stream(checkpoint, direct=hidden is not None)
     hidden = source.embed(batches, hidden)
-    for i, block in source.blocks():
+
+    def finished(i: int, block: nn.Module) -> packed_format.RoundedBlock:
         # hidden: (B, T, D) of every batch, the input of block i as the rounded blocks before it
         # make it, which is what the quantized model will have there.
-        if tuning is None:
-            yield _rounded_block(source, i, block, plan=plan, hidden=hidden)
-        else:
+        known = journal.block(i) if journal else None
+        if known is not None:
+            _put_back(block, f"model.layers.{i}.", known, plan)
+            return known
+        if tuning is not None:
             tuning.look(source, block, hidden)
-            rounded = _rounded_block(source, i, block, plan=plan, hidden=hidden)
-            yield tuning.tuned(source, block, hidden, rounded=rounded, plan=plan)
+        rounded = _rounded_block(source, i, block, plan=plan, hidden=hidden)
+        if tuning is not None:
+            rounded = tuning.tuned(source, block, hidden, rounded=rounded, plan=plan)
+        if journal:
+            journal.keep_block(i, rounded)
+        return rounded
+
+    for i, block in source.blocks():
+        yield finished(i, block)
         if i + 1 < source.layers:
             # The block's weights are the rounded ones now. Nothing reads the last block's output.
             source.run_block(block, hidden)
+
+
+def _put_back(
+    block: nn.Module, prefix: str, rounded: packed_format.RoundedBlock, plan: packed_format.Formats
+) -> None:
+    """Give the layers of a block the weights that `rounded` stands for, as rounding leaves them."""
+    for part, names in arch.readers(block).values():
+        for name in names:
+            linear = block[part][name]
+            path = f"{prefix}{part}.{name}"
+            linear.weight = packed_format.weight_of(rounded[path], plan[path], linear.weight.dtype)
 
 
 def _rounded_block(
@@ -142,7 +181,7 @@ def _rounded_block(
     *,
     plan: packed_format.Formats,
     hidden: Hidden,
-) -> dict[str, rounding.Packed]:
+) -> packed_format.RoundedBlock:
     """{module path: packed matrix} of block i, whose weights become the rounded ones."""
     prefix = f"model.layers.{i}."
     readers = arch.readers(block)

@@ -164,8 +164,13 @@ def newest(steps_dir: Path, files: Files = DISK) -> Saved | None:
 
     Leftovers of a crash are swept. A damaged step is set aside as damaged-step-..., never deleted.
     """
+    return next(whole_steps(steps_dir, files), None)
+
+
+def whole_steps(steps_dir: Path, files: Files = DISK) -> Iterator[Saved]:
+    """All steps whose manifest and hashes are right, the highest first; as `newest`."""
     if not steps_dir.is_dir():
-        return None
+        return
     sweep(steps_dir, files)
     damaged: list[str] = []
     for number in reversed(_numbers(steps_dir)):
@@ -174,11 +179,11 @@ def newest(steps_dir: Path, files: Files = DISK) -> Saved | None:
         if not why:
             state = json.loads((path / STATE).read_bytes())
             notes = tuple(f"{sentence}, using {number}" for sentence in damaged)
-            return Saved(number, path, state, notes)
+            yield Saved(number, path, state, notes)
+            continue
         damaged.append(f"step {number} is damaged ({why})")
         with contextlib.suppress(OSError):
             files.rename(path, steps_dir / f"damaged-{path.name}-{os.getpid()}")
-    return None
 
 
 def load_arrays(saved: Saved, key: str) -> dict[str, mx.array]:

@@ -33,6 +33,10 @@ BROKEN = {
 }
 
 
+class DiskRefused(MisError):
+    """A disk took no more, for a reason that may be gone later: the work can go on then."""
+
+
 class Files:
     """The real disk. Methods raise OSError; callers wrap them in `as_mis_error`.
 
@@ -240,17 +244,17 @@ def as_mis_error(
                 free = DISK.free_bytes(folder)
             raise _no_space(folder, what, nbytes, free, remedy=remedy) from error
         if error.errno in BROKEN:
-            raise MisError(
+            raise DiskRefused(
                 f"{BROKEN[error.errno]} in {folder}: {what} was not saved; {remedy}"
             ) from error
         # An external disk that was pulled out.
         if error.errno == errno.ENOENT and not folder.exists():
-            raise MisError(f"{folder} vanished: {what} was not saved; {remedy}") from error
+            raise DiskRefused(f"{folder} vanished: {what} was not saved; {remedy}") from error
         raise
 
 
-def _no_space(folder: Path, what: str, need: int, free: int | None, *, remedy: str) -> MisError:
+def _no_space(folder: Path, what: str, need: int, free: int | None, *, remedy: str) -> DiskRefused:
     room = "an unknown amount is" if free is None else f"{gib(free)} are"
-    return MisError(
+    return DiskRefused(
         f"Not enough disk space in {folder}: {what} needs {gib(need)}, {room} free; {remedy}"
     )

@@ -31,8 +31,9 @@ DATA = "data.json"
 TAKEN = "taken.json"  # seconds, memory and tea breaks so far
 SEARCH = "search"  # the folder, in a run's, of the search for its sizes
 SAMPLE_BYTES = 4096  # of every tensor, for the teacher's fingerprint
-# In origin.json, each with its words: what trains and is trained on, and the text that judges.
-WORDS = {"teacher": "teacher", "data": "data", "held_out": "held-out text"}
+# In origin.json, each with its words: what trains and is trained on, the text that judges, and the
+# model that is rounded.
+WORDS = {"teacher": "teacher", "data": "data", "held_out": "held-out text", "model": "model"}
 SAME = ("teacher", "data")  # a run goes on with these alone
 # What a crash can leave in a folder before its run has begun. It is no run.
 _UNBORN = re.compile(rf"\.lock|{ORIGIN}|{PLAN}|{TAKEN}|\.tmp-.*")

@@ -102,16 +102,11 @@ def jobs(model: Path, text: Path) -> dict[str, Job]:
 
     def quantized(out: Path) -> None:
         rough: dict[str, Any] = {"q_method": "round", "target_bpw": None}
-        quantize.run(quantize.Settings(model=str(model), mlx_path=str(out), **rough))
+        _quantized(out, model=str(model), **rough)
 
     def tuned(out: Path) -> None:
-        learning: dict[str, Any] = {
-            "q_method": "round",
-            "target_bpw": None,
-            "teacher": str(model),
-            "q_iters": 1,
-        }
-        quantize.run(quantize.Settings(model=str(model), mlx_path=str(out), **few, **learning))
+        learning: dict[str, Any] = {"teacher": str(model), "q_iters": 2, "save_every": 1}
+        _quantized(out, model=str(model), target_bpw=4.6, **few, **learning)
 
     def exported(out: Path) -> None:
         export.run(export.Settings(model=str(model), out=str(out)))
@@ -160,6 +155,13 @@ def jobs(model: Path, text: Path) -> dict[str, Job]:
         Job("spool", _spool, lambda place: contents(place)),
     ]
     return {job.name: replace(job, made=(model, text)) for job in found}
+
+
+def _quantized(out: Path, **asked: Any) -> None:
+    """`quantize`, begun or gone on with."""
+    begun = run_folder.is_run(out.with_name(f"{out.name}-unfinished"))
+    flags = {"resume": True} if begun else asked
+    quantize.run(quantize.Settings(mlx_path=str(out), **flags))
 
 
 def _running(command: Any, asked: dict[str, Any]) -> Callable[[Path], None]:
@@ -289,6 +291,8 @@ def lost(said: Iterable[Said], then: Path, now: Path) -> list[str]:
     newest = dict[Path, Said]()
     for each in said:
         here = now / each.path.relative_to(then)
+        if _served(each, here, now):
+            continue
         if each.step is not None:
             newest[here.parent] = each
         elif each.files != (contents(here) if here.is_dir() else _file(here)):
@@ -302,6 +306,17 @@ def lost(said: Iterable[Said], then: Path, now: Path) -> list[str]:
         elif saved.number == each.step and contents(saved.path) != each.files:
             bad.append(f"{steps_dir.name} {each.step}, other bytes")
     return bad
+
+
+def _served(each: Said, here: Path, now: Path) -> bool:
+    """Whether the unfinished work of `quantize` has gone on, so that this is no longer needed."""
+    work = now / "out-unfinished"
+    if not here.is_relative_to(work):
+        return False
+    if (now / "out").is_dir():
+        return here.name != "model" or contents(now / "out") == each.files
+    later = (work / "rounded", work / "model")
+    return here.is_relative_to(work / "rounding") and any(path.is_dir() for path in later)
 
 
 def _file(path: Path) -> Outcome:
