@@ -120,7 +120,9 @@ def _tuned(
     asked = DistillationConfig(batch_size=s.batch_size, seed=s.seed)
     recipe = pipeline.tuning_recipe(asked, checkpoint, s.steps(), s.q_learning_rate)
     with scale_state.place(planned, rounded, files) as state:
-        learned = pipeline.learn_scales(checkpoint, planned.kept, source, data, recipe, state)
+        learned = pipeline.learn_scales(
+            checkpoint, planned.kept, source, data, recipe=recipe, state=state
+        )
         learned_scales.write_learned(checkpoint, learned, out, files)
 
 
