@@ -11,6 +11,7 @@ what is in memory.
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import mlx.core as mx
@@ -111,7 +112,11 @@ class PackedStudent:
         (self._norm_name,) = dict[str, Any](tree_flatten(norm.trainable_parameters()))
         self._norm_moments: Mapping[str, Mapping[str, mx.array]] = {}
         self._passes = BlockGradients(
-            self._source, norm, range(self._source.layers), norm_learns=True, slabs=True
+            self._source,
+            norm,
+            range(self._source.layers),
+            norm_learns=True,
+            slabs=True,
         )
         self._optimizer = GuardedAdamW(weight_decay=weight_decay, relative=True)
         self.optimizers = [self._optimizer]
@@ -205,9 +210,13 @@ class PackedStudent:
         (norm,) = of_norm.values()
         evaluate_now(squares, norm)
         # In the order of the whole model: the sum over tensors depends on it.
-        in_order = [square for found in reversed(squares) for square in found]
+        in_order = list(chain.from_iterable(reversed(squares)))
         return FoundGradients(
-            forward.loss, forward.tokens, blocks=vectors, norm=norm, squares=in_order
+            loss=forward.loss,
+            tokens=forward.tokens,
+            blocks=vectors,
+            norm=norm,
+            squares=in_order,
         )
 
     def _apply(self, found: FoundGradients, update: Update) -> Applied:
@@ -217,7 +226,11 @@ class PackedStudent:
         whole = optimizer.norm_of_squares(found.squares)
         norm = scale * distributed.broadcast_json(lambda: float(whole))
         learns, note = self._optimizer.decide(
-            found.loss, norm, update.rate, batch=update.batch, scale=scale
+            found.loss,
+            norm,
+            update.rate,
+            batch=update.batch,
+            scale=scale,
         )
         if learns:
             self._optimizer.begin_parts(streams.stream)
@@ -253,7 +266,8 @@ class PackedStudent:
 
     def _of_norm(self) -> Part:
         """The final norm's value and moments, by name in the whole model."""
-        (norm,) = dict[str, mx.array](tree_flatten(self._norm.trainable_parameters())).values()
+        named = dict[str, mx.array](tree_flatten(self._norm.trainable_parameters()))
+        (norm,) = named.values()
         return Part({NORM: norm}, self._norm_moments)
 
     def _put_norm(self, part: Part) -> None:

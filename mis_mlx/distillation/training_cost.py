@@ -222,16 +222,12 @@ def _scales_on_disk(job: DistillationSpec, micro: int, limit: int, iters: int) -
     put_away = (layers - held) * of_block
     state = SAVED_BYTES * trained
     # values on the way there and back, all for the update, which writes all of it
-    read = iters * (2 * 4 * trained + state + put_away)
-    written = 4 * trained + iters * (state + put_away)
-    step = replace(
-        step,
-        read_bytes=step.read_bytes + read,
-        written_bytes=step.written_bytes + written,
-        # a block's new file is there before the old one goes
-        state_bytes=state + SAVED_BYTES * _learning_in_block(job) + put_away,
-        held_gradients=held,
-    )
+    read = step.read_bytes + iters * (2 * 4 * trained + state + put_away)
+    written = step.written_bytes + 4 * trained + iters * (state + put_away)
+    step = replace(step, read_bytes=read, written_bytes=written, held_gradients=held)
+    # a block's new file is there before the old one goes
+    files = state + SAVED_BYTES * _learning_in_block(job) + put_away
+    step = replace(step, state_bytes=files)
     return _taught(job, step, micro, limit=limit, saved=0, work=work)
 
 
@@ -259,12 +255,13 @@ def _step_of_scales(job: DistillationSpec, micro: int) -> StageCost:
     m = job.student
     flops = 4 * forward_flops(m, job.step, job.max_seq_length, head=False)
     flops += 4.0 * job.step * m.head_params
+    # a block comes while another one computes, and leaves its slot
+    integers = 2 * _packed_block(job) + _integers_bytes(job)
     return StageCost(
         name=SCALES,
         read_bytes=0,
         written_bytes=rounding_cost.packed_bytes(m, job.rounding),
-        # a block comes while another one computes, and leaves its slot
-        peak_bytes=2 * _packed_block(job) + _integers_bytes(job) + _work_of_scales(job, micro),
+        peak_bytes=integers + _work_of_scales(job, micro),
         flops=flops,
         updated=learning_scales(job),
     )
@@ -273,13 +270,11 @@ def _step_of_scales(job: DistillationSpec, micro: int) -> StageCost:
 def _with_kept_blocks(job: DistillationSpec, step: StageCost, room: int) -> StageCost:
     """The step, with as many blocks' integers in memory as there is room for, in bytes."""
     layers = job.student.shape.layers
-    kept = min(layers, room // _integers_bytes(job))
-    return replace(
-        step,
-        read_bytes=_packed_block(job) * (layers + 2 * job.iters * (layers - kept)),
-        peak_bytes=step.peak_bytes + kept * _integers_bytes(job),
-        kept=kept,
-    )
+    integers = _integers_bytes(job)
+    kept = min(layers, room // integers)
+    reads = layers + 2 * job.iters * (layers - kept)
+    peak = step.peak_bytes + kept * integers
+    return replace(step, read_bytes=reads * _packed_block(job), peak_bytes=peak, kept=kept)
 
 
 def _packed_block(job: DistillationSpec) -> int:

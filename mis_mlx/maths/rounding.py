@@ -392,12 +392,14 @@ def unpacked(packed: mx.array, bits: int) -> mx.array:
     for start in range(0, rows, step):
         # Eight integers lie in as many bytes as each has bits.
         eights = words[start : start + step].view(np.uint8).reshape(-1, bits)
-        wide = np.zeros((len(eights), 8), np.uint8)
-        wide[:, :bits] = eights
-        codes = wide.view("<u8").reshape(-1)
+        padded = np.zeros((len(eights), 8), np.uint8)
+        padded[:, :bits] = eights
+        codes = padded.view("<u8").reshape(-1)
         some = np.empty((len(codes), 8), np.uint8)
         for k in range(8):
-            some[:, k] = (codes >> np.uint64(bits * k)) & mask
+            shift = np.uint64(bits * k)
+            shifted = codes >> shift
+            some[:, k] = shifted & mask
         levels[start : start + step] = some.reshape(-1, levels.shape[1])
     return mx.array(levels)
 

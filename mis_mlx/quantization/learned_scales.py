@@ -178,14 +178,8 @@ class PackedStream(stream.Stream):
     def opened(self, i: int, raw: stream.Arrays) -> nn.Module:
         """Block i, whose packed matrices are layers that learn."""
         prefix = f"model.layers.{i}."
-        block = load.block(
-            self.checkpoint,
-            i,
-            self.args,
-            self.dtype,
-            raw=raw,
-            without=[path for path in self._formats if path.startswith(prefix)],
-        )
+        inside = [path for path in self._formats if path.startswith(prefix)]
+        block = load.block(self.checkpoint, i, self.args, self.dtype, raw=raw, without=inside)
         return with_grids(block, prefix, raw, self._formats)
 
     def blocks(self, order: Sequence[int] | None = None) -> Iterator[tuple[int, nn.Module]]:

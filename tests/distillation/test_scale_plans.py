@@ -153,7 +153,7 @@ def test_learning_on_disk_stays_under_the_plan(
         lambda: live_teacher.StreamedTeacher(checkpoint),
         text.pick(visited),
         tmp_path / "targets",
-        DISK,
+        files=DISK,
     )
     source = live_teacher.CachedTeacher(store, visited)
     gc.collect()
@@ -165,7 +165,7 @@ def test_learning_on_disk_stays_under_the_plan(
         scale_state.place(planned, tmp_path, DISK) as state,
     ):
         mx.set_cache_limit(0)
-        pipeline.learn_scales(packed, planned.kept, source, text, recipe, state)
+        pipeline.learn_scales(packed, planned.kept, source, text, recipe=recipe, state=state)
         peak = mx.get_peak_memory() - before
         files = sum(file.nbytes for file in state.entries().values())
     assert planned.peak_bytes / 4 < peak < planned.peak_bytes, (peak, planned.peak_bytes)

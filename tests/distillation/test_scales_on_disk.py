@@ -68,7 +68,9 @@ class Trained:
         else:
             self._files.make_folder(self._steps)
             self.save(0)
-        steps = pipeline._scale_steps(self.student, self._source, text(), self._recipe, start)
+        steps = pipeline._scale_steps(
+            self.student, self._source, text(), recipe=self._recipe, start=start
+        )
         for step in steps:
             self.norms.append(step.grad_norm)
             self.save(step.number)
@@ -217,7 +219,7 @@ def test_the_peak_does_not_grow_with_depth(tmp_path: Path) -> None:
             state: scale_state.ScaleState = scale_state.InMemory()
             if held is not None:
                 state = scale_state.OnDisk(place / HIDDEN, held, DISK)
-            pipeline.learn_scales(packed, 0, source, text(), recipe(packed), state)
+            pipeline.learn_scales(packed, 0, source, text(), recipe=recipe(packed), state=state)
             peak[layers, on_disk] = mx.get_peak_memory() - seen._before
             learning = sum(array.size for array in state.values(0).values())
             del state
