@@ -64,7 +64,6 @@ class Settings(DistillFlags):
             "eval_windows",
             "eval_prompts",
             "heads",
-            "targets",
             "train",
             "reconstruct_samples",
             "q_group_size",

@@ -40,7 +40,7 @@ def _questions(
     tokenizer = load.tokenizer(checkpoint.path)
     left = s.max_seq_length - s.max_completion_length
     limit = (
-        f"--max-seq-length {s.max_seq_length} leaves it {left} beside --max-completion-length "
+        f"--max-seq-length {s.max_seq_length} leaves it {left} next to --max-completion-length "
         f"{s.max_completion_length}"
     )
     room = left + 1  # with a token of the answer

@@ -62,7 +62,7 @@ class Settings(cli.Resumable, precision.Computing, ThermalFlags, QuantizationCon
     mlx_path: str = "quantized"
     """folder to write"""
     out: str | None = None
-    """folder of the unfinished work, gone once --mlx-path is written; default: beside that, its
+    """folder of the unfinished work, gone once --mlx-path is written; default: next to it, its
     name with -unfinished
     """
     resume: bool = False

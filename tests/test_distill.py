@@ -456,6 +456,8 @@ def test_streaming_the_teacher_gives_the_same_student(
         2,
         "--q-iters",
         2,
+        "--config",
+        Path(__file__).parent / "fixtures" / "live.yaml",
     )
     resident = command("distill", *common, "--out", tmp_path / "resident")
     assert resident.returncode == 0

@@ -398,7 +398,7 @@ def test_the_plan_holds(small: tuple[object, ...], tmp_path: Path) -> None:
         ({"max_completion_length": 48}, "leaves no room for a prompt"),
         (
             {"max_completion_length": 47},
-            "--max-seq-length 48 leaves it 1 beside --max-completion-length 47",
+            "--max-seq-length 48 leaves it 1 next to --max-completion-length 47",
         ),
         ({"data": None, "tasks": "chess"}, "no tasks called chess"),
     ],

@@ -149,7 +149,8 @@ def test_every_phase_of_a_run_is_told(finished: tuple[Path, Done]) -> None:
     names = [r["phase"] for r in run_folder.records(out / run_folder.PHASES) if "phase" in r]
     assert names == ["prune", "repair", "distil", "quantize", "distil scales", "measure"]
     for name in names:
-        (line,) = [x for x in lines if x.startswith(name) and " planned" in x]
+        # "prune: 0.1 s", but "distil 4/4" and not "distil scales 1/1"
+        (line,) = [x for x in lines if re.match(rf"{name}(:| \d)", x) and " planned" in x]
         assert ("; the run: about " in line) == (name != "measure")
     assert json.loads(done.stdout.splitlines()[-1])["run"] == str(out)
 

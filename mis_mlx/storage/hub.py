@@ -123,7 +123,7 @@ def _require_complete(repo_id: str, path: Path) -> None:
     except MisError as error:
         missing = str(error)
     if not any((path / name).exists() for name in VOCABULARIES):
-        missing = missing or f"none of {', '.join(VOCABULARIES)} is there"
+        missing = missing or f"it has none of {', '.join(VOCABULARIES)}"
     if missing:
         raise MisError(
             f"{repo_id} is not complete in the Hugging Face cache ({missing}): delete "

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from mis_mlx.storage.files import DISK
 from mis_mlx.studio_page import runs
 from mis_mlx.types import MisError
 
@@ -36,4 +37,4 @@ def redirecting(address: str, wanted: bool) -> Iterator[Path | None]:
         yield path
     finally:
         if path:
-            path.unlink(missing_ok=True)
+            DISK.discard(path)

@@ -161,7 +161,8 @@ def test_a_sharded_run_goes_back_too(
     monkeypatch.setattr(
         strategies, "candidate_strategies", lambda job: (way for way in ways(job) if way[2] == 1)
     )
-    s, cut = (replace(settings(name), train="sharded") for name in ("whole", "cut"))
+    live = {"train": "sharded", "targets": "live"}
+    s, cut = (replace(settings(name), **live) for name in ("whole", "cut"))
     bad |= {first, first + 1, first + 2}
     distill.run(s)
     sentence = (
