@@ -32,8 +32,10 @@ KINDS: dict[str, dict[str, Any]] = {
 # Their ministral3 has one window for all blocks, mlx-lm's goes by the blocks' kinds; the published
 # ones have none.
 KINDS["ministral3"] = {**KINDS["ministral3"], "sliding_window": None, "layer_types": None}
-# written as a part of a model that sees and hears, whose towers they would want
-del KINDS["gemma3n_text"]
+# Written in mlx-lm's names, which transformers does not know: parts of models that see and hear,
+# experts with gates and ups apart, and an architecture whose code only its folder has.
+for unknown in ("gemma3n_text", "qwen3_5_text", "gpt_oss", "nemotron-nas"):
+    del KINDS[unknown]
 WINDOW = {"num_samples": 4, "max_seq_length": 32}
 
 

@@ -466,7 +466,7 @@ def embedded(model: nn.Module, tokens: mx.array) -> mx.array:
 
 
 def activation_dtype(model: nn.Module) -> mx.Dtype:
-    """The type that a resident model computes in, whatever its weights are packed as."""
+    """The type that a resident model computes in."""
     return model.model.norm.weight.dtype  # type: ignore[no-any-return]
 
 

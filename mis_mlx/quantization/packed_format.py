@@ -364,8 +364,11 @@ def check_dense(checkpoint: Checkpoint) -> None:
 
 
 def block_bits(config: Mapping[str, Any], plan: Formats) -> float:
-    """Mean bits per weight of the blocks' matrices, scales and biases included."""
-    shapes = arch.tensors_of(config, stacked=True)
+    """Mean bits per weight of the blocks' matrices, scales and biases included.
+
+    A plan may name experts one by one, or stacked as mlx-lm has them.
+    """
+    shapes = {**arch.tensors_of(config), **arch.tensors_of(config, stacked=True)}
     bits = 0.0
     weights = 0
     for path, kind in plan.items():

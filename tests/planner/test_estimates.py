@@ -17,7 +17,7 @@ import pytest
 from mis_mlx.compute import precision, streams
 from mis_mlx.compute.token_losses import Footprint
 from mis_mlx.distillation import state_cost
-from mis_mlx.evaluation import task_answers
+from mis_mlx.evaluation import writing_cost
 from mis_mlx.hardware import macos, rates
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import M1_AIR, Rates
@@ -271,7 +271,7 @@ def test_a_whole_model_has_all_its_tables(name: str, total: int) -> None:
     config = {"qwen3-8b": qwen, **arch.PUBLISHED}[name]
     m = model_of({**config, "torch_dtype": "bfloat16"}, gpu=True, dtype=mx.bfloat16)
     assert pass_cost.whole_bytes(m) == 2 * total
-    assert task_answers.resident_bytes(m, 1, longest=1, max_tokens=1) > 2 * total
+    assert writing_cost.resident_bytes(m, at_once=1, tokens=2) > 2 * total
 
 
 def test_updates_come_on_top_of_the_arithmetic() -> None:
