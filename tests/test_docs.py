@@ -1,5 +1,4 @@
-"""The pages for people against the code: links lead somewhere, commands parse, flags exist, nothing
-is too long.
+"""The pages for people against the code: links lead somewhere, commands parse, flags exist.
 
 Every problem is one line: `page:line: what is wrong: what to do`.
 """
@@ -38,9 +37,6 @@ PAGES = [
     *(ROOT / name for name in TOP if (ROOT / name).exists()),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
-LINES = 200
-README_LINES = 150
-README_BYTES = 9 * 1024
 SCRIPT = ("test", "lint", "help", "--help", "-h")  # what scripts/mis does itself
 # of every command: cli.main
 EVERYWHERE = {"--help", "--help-all", "--json", "--version", "--accept-gemma-terms"}
@@ -342,63 +338,6 @@ def bad_span(text: str) -> list[str]:
     return [f"{whose.format(flag)}: {how}" for flag in FLAG.findall(text) if flag not in known]
 
 
-# Length and spelling
-
-
-def length_problems(page: Path, root: Path = ROOT) -> list[str]:
-    """A page is read in one sitting, README.md on one screen after the other."""
-    text = page.read_text("utf-8")
-    name = str(page.relative_to(root))
-    limit = README_LINES if name == "README.md" else LINES
-    lines = len(text.splitlines())
-    nbytes = len(text.encode())
-    result = []
-    if lines > limit and (name == "README.md" or name.startswith("docs/")):
-        result.append(
-            f"{name}:{limit + 1}: {lines} lines, {limit} are allowed: move some to another page"
-        )
-    if name == "README.md" and nbytes > README_BYTES:
-        result.append(
-            f"{name}:1: {nbytes:,} bytes, {README_BYTES:,} are allowed: move some to a page in "
-            f"docs/"
-        )
-    return result
-
-
-def docstrings(text: str) -> str:
-    """A module of which only strings that are statements are left, each on its line."""
-    lines = text.splitlines()
-    kept = dict[int, str]()
-    for node in ast.walk(ast.parse(text)):
-        if (
-            isinstance(node, ast.Expr)
-            and isinstance(node.value, ast.Constant)
-            and isinstance(node.value.value, str)
-        ):
-            kept |= {
-                at: lines[at - 1] for at in range(node.lineno, (node.end_lineno or node.lineno) + 1)
-            }
-    return "\n".join(kept.get(at, "") for at in range(1, len(lines) + 1))
-
-
-def misspelled(folder: Path, names: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """`file:line: word ==> words` for what codespell finds in files of a folder, by the settings in
-    pyproject.toml.
-    """
-    from codespell_lib import main
-
-    monkeypatch.chdir(folder)
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
-        main("--toml", str(ROOT / "pyproject.toml"), *names)
-    how = "mend the word, or add it to ignore-words-list in pyproject.toml"
-    return [
-        f"{line.removeprefix('./')}: {how}"
-        for line in said.getvalue().splitlines()
-        if " ==> " in line
-    ]
-
-
 # Tests
 
 
@@ -417,25 +356,6 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_commands_parse(page: Path) -> None:
     """By the settings of the command that they call; a flag in prose is a command's."""
     assert not (bad := command_problems(page)), "\n".join(bad)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=shown)
-def test_pages_are_short(page: Path) -> None:
-    """200 lines, README.md 150."""
-    assert not (bad := length_problems(page)), "\n".join(bad)
-
-
-def test_words_are_spelled_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In pages, and in docstrings of the package."""
-    names = list[str]()
-    for path in [*PAGES, *sorted((ROOT / "mis_mlx").rglob("*.py"))]:
-        text = path.read_text("utf-8")
-        copy = tmp_path / path.relative_to(ROOT)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_text(docstrings(text) if path.suffix == ".py" else text, encoding="utf-8")
-        names.append(str(path.relative_to(ROOT)))
-    bad = misspelled(tmp_path, names, monkeypatch)
-    assert not bad, "\n".join(bad)
 
 
 GOOD_PAGE = """# A page
@@ -489,12 +409,7 @@ def test_a_good_page_is_let_through(root: Path) -> None:
     """With placeholders, variables, operators of the shell, and other programs' flags."""
     page = root / "docs" / "good.md"
     page.write_text(GOOD_PAGE)
-    assert (
-        link_problems(page, root)
-        == command_problems(page, root)
-        == length_problems(page, root)
-        == []
-    )
+    assert link_problems(page, root) == command_problems(page, root) == []
 
 
 def test_a_bad_page_is_found_out(root: Path) -> None:
@@ -516,27 +431,3 @@ def test_a_bad_page_is_found_out(root: Path) -> None:
     assert "languages: ..." in calls[3]
     assert "there is no command disill" in calls[4]
     assert "--ffn" in calls[5]
-
-
-def test_long_pages_are_found_out(root: Path) -> None:
-    """By a line and by a byte too many."""
-    for name, text, count in (
-        ("docs/long.md", "x\n" * (LINES + 1), 1),
-        ("docs/right.md", "x\n" * LINES, 0),
-        ("CHANGELOG.md", "x\n" * 999, 0),
-        ("README.md", "x\n" * (README_LINES + 1), 1),
-        ("README.md", "x" * (README_BYTES + 1), 1),
-        ("README.md", "x\n" * README_LINES, 0),
-    ):
-        (root / name).write_text(text)
-        assert len(length_problems(root / name, root)) == count, name
-
-
-def test_misspelled_words_are_found_out(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a page and in a docstring, not in code, with their lines."""
-    (root / "a.md").write_text("Mis and GÓRAL.\n\nTeh end.\n")
-    (root / "b.py").write_text(
-        docstrings('"""A."""\nteh = 1\n\n\ndef f():\n    """Gives\n    teh end."""\n')
-    )
-    bad = misspelled(root, ["a.md", "b.py"], monkeypatch)
-    assert [line.split(": ")[0] for line in bad] == ["a.md:3", "b.py:7"]

@@ -451,3 +451,14 @@ def test_what_is_no_flag_here_is_named_as_a_setting() -> None:
     assert "--altitude-m" in told
     typed = "--importance is not a flag: write `importance: ...` in a YAML file"
     assert cli.in_words_of(distill.Settings, typed) == typed
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=name_of)
+def test_every_flag_is_explained(kind: Any) -> None:
+    """No line of help is a name and a default alone, and no default is empty."""
+    if kind in THERMAL:
+        pytest.skip("tyro writes this command's help")
+    name = kind.__module__.rpartition(".")[2]
+    about = flag_help.docs(kind)
+    assert not [field.name for field in fields(kind) if not about.get(field.name)]
+    assert "(default: )" not in flag_help.text(kind, name, every=True)

@@ -14,7 +14,7 @@ import pytest
 
 from mis_mlx.evaluation import instructions, questions
 from mis_mlx.models import mlx_generate, opening
-from mis_mlx.types import Checkpoint, MisError
+from mis_mlx.types import Checkpoint
 from tests.test_docs import program
 
 ROOT = Path(__file__).parents[2]
@@ -133,25 +133,3 @@ def kept_texts(cache: Path) -> list[str]:
             record: dict[str, Any] = json.loads(line)
             texts.append(record["text"])
     return texts
-
-
-@pytest.mark.parametrize(
-    ("settings", "why"),
-    [
-        ({"models": ("student",)}, "--models names 'student': known are teacher, distilled"),
-        ({"measures": ("mmlu",)}, "--measures names 'mmlu': known are grammar-en, blimp"),
-        ({"measures": ("blimp",)}, "--blimp is not given: name its file"),
-        (
-            {"measures": ("grammar-en",), "models": ("4-bit",)},
-            "--run is not given, which holds the model '4-bit'",
-        ),
-    ],
-)
-def test_what_is_missing_is_said_in_a_sentence(
-    lab: SimpleNamespace, settings: dict[str, Any], why: str
-) -> None:
-    """Before any model is asked."""
-    with pytest.raises(MisError, match=why):
-        lab.program.main(lab.program.Settings(**settings))
-
-    assert not lab.stored.exists()

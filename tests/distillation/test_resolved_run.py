@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import sys
 import threading
@@ -287,24 +286,3 @@ def test_few_functions_see_all_settings(
     assert len(met) <= MOST_FUNCTIONS, "\n".join(sorted(met))
     stages = ("pruning", "quantization", "evaluation", "planner", "maths", "distillation/pipeline")
     assert not [name for name in met if name.startswith(stages)]
-
-
-def test_no_stage_takes_settings_of_any_kind() -> None:
-    """In distillation/, pruning/ and quantization/ no parameter called s or settings is an Any, and
-    nothing in `distill` and distillation/ calls `replace` on settings.
-    """
-    loose = []
-    replaced = []
-    for path in [PACKAGE / "distill.py", *(PACKAGE / "distillation").glob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "replace":
-                replaced.append(ast.unparse(node.args[0]))
-    for package in ("distillation", "pruning", "quantization"):
-        for path in (PACKAGE / package).glob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-                if isinstance(node, ast.arg) and node.arg in ("s", "settings", "asked"):
-                    kind = ast.unparse(node.annotation) if node.annotation else ""
-                    loose += [path.name] * (kind == "Any")
-    assert loose == []
-    assert "job" in replaced
-    assert not {"s", "settings"} & set(replaced)

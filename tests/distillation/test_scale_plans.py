@@ -66,34 +66,6 @@ def least_on_disk(job: DistillationSpec) -> int:
     return next(n for n in range(peak, 40 * peak, 1000) if n - process_bytes(n, gpu) >= peak)
 
 
-def test_on_disk_by_pencil() -> None:
-    """Beside integers and work three vectors of a block's numbers; a step reads values twice and
-    state once, writes state, and both gradients that find no room. With room, gradients stay first.
-    """
-    job = spec(12)
-    block = 2 * job.student.block_params // 64
-    learning = training_cost.learning_scales(job)
-    in_memory = tuned(job, GIB)
-    bare = tuned(job, least_on_disk(job))
-    assert (in_memory.state_bytes, in_memory.held_gradients) == (0, 0)
-    assert (bare.held_gradients, bare.kept) == (0, 0)
-    kept_integers = in_memory.kept * job.student.block_params
-    assert in_memory.peak_bytes - kept_integers - bare.peak_bytes == 16 * learning - 3 * 4 * block
-    assert bare.state_bytes == 12 * learning + 12 * block + 12 * 4 * block
-    targets = STEPS * job.step * job.target_bytes
-    packed = bare.read_bytes - targets - STEPS * (20 * learning + 12 * 4 * block)
-    # once at first, then twice a step
-    assert packed == (12 + 2 * STEPS * 12) * (in_memory.read_bytes - targets) // 12
-    model = in_memory.written_bytes - 3 * 12 * learning
-    assert bare.written_bytes == model + 4 * learning + STEPS * (12 * learning + 12 * 4 * block)
-    # of so small a budget the process has a sixth
-    more = tuned(job, least_on_disk(job) + 7 * 4 * block)
-    assert (more.held_gradients, more.kept) == (5, 0)
-    assert bare.written_bytes - more.written_bytes == STEPS * 5 * 4 * block
-    assert bare.read_bytes - more.read_bytes == STEPS * 5 * 4 * block
-    assert bare.state_bytes - more.state_bytes == 5 * 4 * block
-
-
 def test_a_deeper_model_takes_more_disk_and_hardly_more_memory() -> None:
     """On disk the inputs of the blocks alone grow with the depth."""
     shallow = tuned(spec(4), 0)

@@ -1,6 +1,4 @@
-"""The phases of a distillation: by pencil, chosen by the budget, and real training that stays under
-the plan.
-"""
+"""Phases of a distillation: chosen by the budget, and real training that stays under the plan."""
 
 from __future__ import annotations
 
@@ -16,26 +14,22 @@ import numpy as np
 import pytest
 
 from mis_mlx.cli import parse_bytes
-from mis_mlx.compute import streams
 from mis_mlx.compute.token_losses import TokenLoss
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distill import Settings as Distilled
-from mis_mlx.distillation import live_teacher, sharded, state_cost, strategies, training_cost
-from mis_mlx.evaluation import comparison, writing_cost
+from mis_mlx.distillation import live_teacher, sharded, strategies, training_cost
+from mis_mlx.evaluation import comparison
 from mis_mlx.evaluation.judging_cost import comparison_cost
 from mis_mlx.hardware import memory
-from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import M1_AIR
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import arch, load, model_writer, pass_cost
 from mis_mlx.models.model_size import model_of
-from mis_mlx.models.pass_cost import forward_flops
-from mis_mlx.planner import block_cost
 from mis_mlx.planner.distillation_spec import MODES, DistillationSpec, Mode, spec_of
 from mis_mlx.pruning import pruning_cost, select
-from mis_mlx.quantization import packed_format, rounding_cost
+from mis_mlx.quantization import packed_format
 from mis_mlx.settings.recipe import (
     RATE,
     TUNE_ITERS,
@@ -74,162 +68,6 @@ BLOCKY = replace(
 
 def named(plan: strategies.MemoryPlan) -> dict[str, StageCost]:
     return {p.name: p for p in plan.phases}
-
-
-def test_resident_by_pencil() -> None:
-    """10 steps of 384 tokens: forward and twice back for the student, forward for the teacher; four
-    checkpoints.
-    """
-    plan = strategies.best_plan(JOB, GIB, M1_AIR)
-    p = named(plan)["distil"]
-    assert (plan.mode, plan.micro_batch, plan.pinned) == ("resident", 4, 6)
-    assert p.flops == 10 * (3 * forward_flops(SMALL, 384, 32) + forward_flops(BIG, 384, 32))
-    assert p.read_bytes == SMALL.nbytes + BIG.head_bytes + 6 * BIG.block_bytes
-    assert p.written_bytes == 4 * 12 * arch.params(SMALL.config) + SMALL.nbytes
-    # with training's share of the process
-    own = 3 * 1024 * BIG.tensors
-    more = pass_cost.parallel_windows(SMALL) * 80 * MIB
-    arrays = training_cost.resident_cost(JOB, 4, GIB - own - more).peak_bytes
-    assert p.peak_bytes == arrays + own + process_bytes(GIB - own) + more
-    assert list(named(plan)) == ["prune", "distil", "quantize", "measure"]
-    assert (
-        list(named(strategies.best_plan(replace(JOB, reconstruct_samples=2), GIB, M1_AIR)))[1]
-        == "repair"
-    )
-
-
-def test_blocks_by_pencil(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step forth, forth again and twice back; the head forth and back once; beside weights and
-    moments of 8 bits the head, 12 windows at 4 entrances, and one block's gradient with its way
-    back or its update.
-    """
-    p = training_cost.blockwise_cost(replace(JOB, targets="cached"), 4, GIB)
-    b = SMALL.block_params
-    state = 4 * state_cost.block_state_bytes(SMALL.config)
-    assert p.flops == 10 * (4 * forward_flops(SMALL, 384, 32, False) + 4 * 384 * 512 * 64)
-    assert p.updated == 10 * 4 * b
-    assert p.written_bytes == SMALL.nbytes + 4 * state
-    kept = MIB + 4 * (4 * 384 + 512) * 64
-    ways = dict[int, int]()
-    for count in (2, 1):
-        monkeypatch.setattr(streams, "count", lambda n=count: n)
-        ways[count] = training_cost.backward_peak_bytes(JOB, 4) - kept
-    assert ways[1] == block_cost.backward_bytes(SMALL, 4, 32) + 2 * 4 * b
-    assert ways[2] == ways[1] + 4 * b
-    wide = model_of({**SMALL.config, "intermediate_size": 90_000}, gpu=False)
-    single = replace(JOB, student=wide, batch_size=1, grad_accumulation_steps=1, max_seq_length=1)
-    once = training_cost.backward_peak_bytes(single, 1)
-    assert once == MIB + 4 * (4 + 512) * 64 + 4 * wide.block_params + 4 * 4 * 64 * 90_000
-
-
-def test_a_streamed_teacher_is_read_at_every_step_but_for_what_stays() -> None:
-    """Each block's room less, one block more is read ten times instead of once."""
-    everything = training_cost.resident_cost(JOB, 4, GIB)
-    bare = everything.peak_bytes - 6 * BIG.block_work
-    for kept in range(7):
-        p = training_cost.resident_cost(
-            JOB,
-            4,
-            next(
-                n
-                for n in range(bare, GIB, 1000)
-                if pass_cost.headroom_bytes(n, bare) >= kept * BIG.block_work
-            ),
-        )
-        assert p.pinned == kept
-        assert p.peak_bytes == bare + kept * BIG.block_work
-        assert p.read_bytes == SMALL.nbytes + BIG.head_bytes + BIG.block_bytes * (
-            kept + 10 * (6 - kept)
-        )
-
-
-def test_the_logit_store_by_pencil() -> None:
-    """120 windows of 32 tokens, 96 tokens of 6 bytes and a size each; one pass, or one for each
-    handful of windows.
-    """
-    job = replace(JOB, targets="cached")
-    p = training_cost.store_cost(job, GIB)
-    assert p.written_bytes == 120 * 32 * 577
-    assert p.read_bytes == 6 * BIG.block_bytes + BIG.head_bytes
-    assert p.held_tokens == 120 * 32
-    assert p.flops == forward_flops(BIG, 120 * 32, 32)
-    least = training_cost.store_cost(job, 0)
-    assert least.held_tokens == 32
-    assert least.read_bytes == 120 * p.read_bytes
-    assert p.peak_bytes - least.peak_bytes == 119 * 32 * 64 * 4
-    plan = strategies.best_plan(job, GIB, M1_AIR)
-    own = 3 * 1024 * BIG.tensors
-    assert named(plan)["logit store"] == replace(
-        p, peak_bytes=p.peak_bytes + own + process_bytes(GIB - own)
-    )
-    assert plan.held_windows("logit store") == 120
-    assert plan.pinned == 0
-    assert named(plan)["distil"].read_bytes == SMALL.nbytes + 120 * 32 * 577
-    wide = {**tiny.CONFIG, "vocab_size": 70_000}
-    assert replace(job, teacher=model_of(wide, gpu=False)).target_bytes == 1 + 96 * 8
-
-
-def test_sharded_by_pencil() -> None:
-    """Two shards of two blocks, five steps each; targets cached so that only the student is
-    counted.
-    """
-    job = replace(JOB, targets="cached")
-    b = SMALL.block_params
-    p = training_cost.sharded_cost(job, 4, 2)
-    assert training_cost.steps_per_shard(job, 2) == 5
-    assert training_cost.steps_per_shard(job, 3) == 5
-    assert training_cost.steps_per_shard(job, 1) == 3
-    # Two blocks forth; back to the lower shard (half of the steps) two, of which the last is there
-    # already. Each visit reads head and shard once.
-    steps = 10 * (int(2.5 * 4 * b) + 384 * 577)
-    assert p.read_bytes == steps + 2 * 4 * 512 * 64 + 4 * 4 * b
-    state = state_cost.block_state_bytes(SMALL.config)
-    assert p.written_bytes == 4 * 4 * b + 2 * state * 4
-    assert state == pytest.approx((4 + 2 + 8 / 128) * b, rel=0.01)
-    # three forth; 3, 2, 1 and 0 are above, so 2, 1, 0 and 0 are read back
-    one = training_cost.sharded_cost(job, 4, 1)
-    assert one.read_bytes == 10 * (int(3.75 * 4 * b) + 384 * 577) + 4 * 4 * 512 * 64 + 4 * 4 * b
-    assert p.peak_bytes - one.peak_bytes == state
-    block = forward_flops(SMALL, 384, 32, False) / 4
-    assert p.flops == 10 * (block * (4 - 1 + 2 * 1 + 3 * 2) + 4 * 384 * 512 * 64)
-    live = training_cost.sharded_cost(JOB, 4, 2)
-    assert live.flops == p.flops + 10 * forward_flops(BIG, 384, 32)
-    assert live.peak_bytes > p.peak_bytes
-    assert live.read_bytes == p.read_bytes - 10 * 384 * 577 + 10 * 6 * BIG.block_bytes
-
-
-def test_the_repair_of_parts_by_pencil() -> None:
-    """The teacher once, the student's blocks written twice; streams of 128 tokens in memory, or all
-    on disk.
-    """
-    job = replace(JOB, reconstruct_samples=4)
-    b = SMALL.block_params
-    p, poor = (pruning_cost.repair_by_block_cost(job, limit, 4) for limit in (GIB, 0))
-    assert p.read_bytes == 6 * BIG.block_bytes + SMALL.nbytes
-    assert p.written_bytes == 4 * (arch.params(SMALL.config) + 4 * b)
-    half = pruning_cost.repair_by_block_cost(job, GIB, 2)
-    assert 2 * half.written_bytes == p.written_bytes
-    # two slots of half the size, and a block's float32 copy beside the solving
-    assert half.peak_bytes == p.peak_bytes
-    width = 64 * 4 + 64 * 4
-    assert (p.held_tokens, p.spooled_bytes) == (128, 0)
-    assert (
-        poor.held_tokens,
-        poor.spooled_bytes,
-    ) == (0, 128 * width)
-    assert p.peak_bytes - poor.peak_bytes == 128 * width
-    moved = 128 * (64 * 4 * 7 + 64 * 4 * 5)
-    assert poor.written_bytes - p.written_bytes == moved == poor.read_bytes - p.read_bytes
-    assert [
-        f.name
-        for f in strategies.plan_strategy(
-            job, GIB, rates=M1_AIR, mode="sharded", micro=1, shard=1
-        ).phases
-    ][:3] == [
-        "prune",
-        "repair",
-        "distil",
-    ]
 
 
 def test_budgets_choose() -> None:
@@ -493,33 +331,6 @@ def test_the_remedy_is_one_that_helps() -> None:
     assert "--max-seq-length 128 instead of 512" in said
     assert strategies.best_plan(replace(long, max_seq_length=128), budget, M1_AIR).fits
     assert "do not help" in strategies.remedy(strategies.best_plan(long, MIB, M1_AIR))
-
-
-def test_what_models_answer_is_part_of_measuring() -> None:
-    """By evaluation/writing_cost: the trained student reads the teacher's answers, the rounded one
-    writes as well; where it stays unrounded, that one writes. Answers that are not kept are the
-    teacher's work first. Where no student can write in the budget nobody is asked.
-    """
-    rounded = replace(JOB, rounding=QuantizationConfig())
-    four = replace(SMALL, nbytes=rounding_cost.packed_bytes(SMALL, rounded.rounding), packed=True)
-
-    for job, models in ((rounded, [BIG, SMALL, four]), (JOB, [BIG, SMALL])):
-        texts = strategies.measuring_cost(job, GIB, GIB)
-        both = strategies.measuring_cost(replace(job, answers=24, answers_known=True), GIB, GIB)
-        said = writing_cost.answers_cost(
-            models, 24, Budget(GIB), teacher_kept=True, silent=len(models) - 2
-        )
-        assert both.flops == texts.flops + said.flops
-        assert both.read_bytes == texts.read_bytes + said.read_bytes
-        assert both.touched_bytes == texts.touched_bytes + said.touched_bytes
-        assert both.peak_bytes == max(texts.peak_bytes, said.peak_bytes)
-    new = strategies.measuring_cost(replace(JOB, answers=24), GIB, GIB)
-    known = strategies.measuring_cost(replace(JOB, answers=24, answers_known=True), GIB, GIB)
-    assert new.flops > known.flops
-    assert new.touched_bytes > known.touched_bytes
-    assert strategies.measuring_cost(
-        replace(JOB, answers=24), GIB, MIB
-    ) == strategies.measuring_cost(JOB, GIB, MIB)
 
 
 @pytest.mark.parametrize(

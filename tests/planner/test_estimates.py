@@ -1,6 +1,4 @@
-"""What a pass takes: formulas by pencil, the engine's own counts beside them, refusals, rates that
-are kept.
-"""
+"""What a pass takes: MLX's own peaks and counts beside the plan, refusals, rates that are kept."""
 
 from __future__ import annotations
 
@@ -14,18 +12,17 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mis_mlx.compute import precision, streams
+from mis_mlx.compute import precision
 from mis_mlx.compute.token_losses import Footprint
-from mis_mlx.distillation import state_cost
 from mis_mlx.evaluation import writing_cost
-from mis_mlx.hardware import macos, rates
+from mis_mlx.hardware import rates
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import M1_AIR, Rates
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths.losses import chunk_rows
 from mis_mlx.models import arch, load, opening, pass_cost, stream
 from mis_mlx.models.model_size import model_of
-from mis_mlx.planner import block_cost, estimates
+from mis_mlx.planner import estimates
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, UNDECIDED, Budget, Checkpoint, MisError
@@ -70,53 +67,6 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoi
     return get
 
 
-def test_sizes_by_pencil() -> None:
-    """A block of the tiny config, as float32 on a CPU (as stored), on Metal (a float16 copy), and
-    in bfloat16.
-    """
-    m = model_of(tiny.CONFIG, gpu=False)
-    assert (m.block_params, m.block_bytes, m.head_bytes, m.nbytes) == (
-        BLOCK,
-        4 * BLOCK,
-        4 * 512 * 64,
-        4 * arch_params(),
-    )
-    assert m.as_stored
-    assert m.item == 4
-    assert m.head_work == m.head_bytes
-    assert m.body_bytes(5) == 5
-    m = model_of(tiny.CONFIG, gpu=True)
-    assert (m.item, m.as_stored, m.block_work, m.body_bytes(5)) == (
-        2,
-        False,
-        2 * BLOCK,
-        2 * BLOCK + 5,
-    )
-    m = model_of({**tiny.CONFIG, "torch_dtype": "bfloat16"}, gpu=False)
-    assert (m.block_bytes, m.block_work, m.body_bytes(5)) == (2 * BLOCK, 4 * BLOCK, 4 * BLOCK + 5)
-    half = model_of({**tiny.CONFIG, "torch_dtype": "float16"}, gpu=True)
-    assert half.as_stored
-    assert half.block_bytes == 2 * BLOCK
-
-
-def arch_params() -> int:
-    """Parameters of tiny.CONFIG: three blocks, a tied embedding, the last norm."""
-    return 3 * BLOCK + 512 * 64 + 64
-
-
-def test_four_bits_in_groups_of_64_are_four_and_a_half() -> None:
-    """Used as stored on Metal; on a CPU a converted copy, and another while it is made."""
-    config = {**tiny.CONFIG, "quantization": {"bits": 4, "group_size": 64}}
-    metal = model_of(config, gpu=True)
-    cpu = model_of(config, gpu=False)
-    assert metal.block_bytes == cpu.block_bytes == int(0.5625 * BLOCK)
-    assert metal.as_stored
-    assert metal.head_work == metal.head_bytes == 0.5625 * 512 * 64
-    assert not cpu.as_stored
-    assert cpu.body_bytes(5) == 8 * BLOCK
-    assert cpu.body_bytes(4 * BLOCK + 5) == 8 * BLOCK + 5
-
-
 @pytest.mark.parametrize("kind", ["F32", "BF16", "4-bit"])
 def test_a_config_alone_says_what_the_files_say(
     stored: Callable[[str], Checkpoint], kind: str
@@ -138,38 +88,6 @@ def test_a_config_alone_says_what_the_files_say(
 
 
 DTYPE: dict[str, dict[str, Any]] = {"F32": {}, "BF16": {"torch_dtype": "bfloat16"}, "4-bit": {}}
-
-
-def test_a_pass_by_pencil(monkeypatch: pytest.MonkeyPatch) -> None:
-    """128 tokens, 64 at a time: two slots, the workspace of 64, all hidden states; blocks and head
-    read once. Two streams have a workspace each.
-    """
-    monkeypatch.setattr(streams, "count", lambda: 2)
-    assert pass_cost.workspace_bytes(model_of(tiny.CONFIG, gpu=False), 64, 32) == 2 * 802_816
-    monkeypatch.setattr(streams, "count", lambda: 1)
-    m = model_of(tiny.CONFIG, gpu=False)
-    workspace = 4 * 64 * (8 * 64 + 3 * 768 + 2 * 6 * 16 + 4 * 32)
-    assert pass_cost.workspace_bytes(m, 64, 32) == workspace == 802_816
-    p = pass_cost.streamed_pass(
-        "pass", m, tokens=128, micro_tokens=64, length=32, limit_bytes=GIB, head=False
-    )
-    assert p.peak_bytes == m.slots_bytes + MIB + workspace + 128 * 64 * 4
-    assert (p.read_bytes, p.written_bytes, p.spooled_bytes, p.held_tokens) == (
-        3 * 4 * BLOCK,
-        0,
-        0,
-        128,
-    )
-    assert p.flops == 2 * 128 * 3 * (BLOCK + 4 * 16 * 32)
-    with_head = pass_cost.streamed_pass(
-        "pass", m, tokens=128, micro_tokens=64, length=32, limit_bytes=GIB
-    )
-    assert with_head.read_bytes == p.read_bytes + 4 * 512 * 64
-    assert with_head.flops == p.flops + 2 * 128 * 512 * 64
-    logits = 5 * 1 * 256 * 512 * 4  # one chunk of 256 positions
-    assert Footprint().logit_bytes(512, 64) == logits
-    assert Footprint().logit_bytes(512, 10_000) == 3 * logits
-    assert with_head.peak_bytes == m.slots_bytes + MIB + 4 * 512 * 64 + logits + 128 * 64 * 4
 
 
 def test_what_finds_no_room_is_spooled() -> None:
@@ -212,18 +130,6 @@ def test_what_finds_no_room_is_spooled() -> None:
         ).peak_bytes
         == whole.peak_bytes
     )
-
-
-def test_time_is_the_slowest_of_three() -> None:
-    """Disk 100 and 50 bytes/s, 10 operations/s (5 in training, half of it when hot), memory 1000
-    bytes/s.
-    """
-    p = StageCost(name="p", read_bytes=200, written_bytes=100, peak_bytes=0, flops=30.0)
-    assert p.seconds(PLAIN) == 2 + 2
-    assert replace(p, flops=50.0).seconds(PLAIN) == 5
-    assert replace(p, flops=30.0, updated=1).seconds(PLAIN) == 6
-    assert p.seconds(PLAIN, hot=True) == 6
-    assert replace(p, touched_bytes=9000).seconds(PLAIN) == 9
 
 
 def test_stages_in_a_row_take_the_time_of_each() -> None:
@@ -274,17 +180,6 @@ def test_a_whole_model_has_all_its_tables(name: str, total: int) -> None:
     assert writing_cost.resident_bytes(m, at_once=1, tokens=2) > 2 * total
 
 
-def test_updates_come_on_top_of_the_arithmetic() -> None:
-    """28 bytes of each parameter through 1000 bytes/s of memory, on Metal, cool or hot; a CPU's
-    rate has them in it.
-    """
-    p = StageCost(name="p", read_bytes=0, written_bytes=0, peak_bytes=0, flops=30.0, updated=1000)
-    metal = replace(PLAIN, gpu=True)
-    assert p.seconds(metal) == 6 + 28
-    assert p.seconds(metal, hot=True) == 12 + 28
-    assert p.seconds(PLAIN) == 6
-
-
 def test_a_budget_has_no_cache_in_it() -> None:
     """150 MiB for the process on Metal, whatever computes here; on a CPU 40."""
     assert pass_cost.headroom_bytes(GIB, 100 * MIB, True) == GIB - 250 * MIB
@@ -295,43 +190,6 @@ def test_a_budget_has_no_cache_in_it() -> None:
         one = pass_cost.token_cost(m, 16, GIB)
         least = one.peak_bytes - one.pinned * m.block_work
         assert 0 < one.pinned == pass_cost.headroom_bytes(GIB, least, gpu) // m.block_work < 4000
-
-
-def test_training_by_pencil(monkeypatch: pytest.MonkeyPatch) -> None:
-    """12 bytes a parameter and gradients; beside them what is largest of activations and the
-    vocabulary's part, the way back, the update. On the host there are no gradients yet where the
-    logits are, and then some in every stream.
-    """
-    params = arch_params()
-    head = 2 * 512 * 64 * 4 + 5 * 256 * 512 * 4
-    per_token = 6 * 64 + 5 * 768 + 2 * 6 * 16 + 4 * 32
-    m = model_of(tiny.CONFIG)
-    assert block_cost.activation_bytes(m, 2, 32) == 4 * 3 * 64 * per_token
-    assert state_cost.training_bytes(m, 2, 32) == 16 * params + 4 * 3 * 64 * per_token + head
-    wide = model_of({**tiny.CONFIG, "intermediate_size": 30_000})
-    trained = state_cost.training_bytes(wide, 1, 2)
-    assert trained == 16 * arch.params(wide.config) + 2 * 4 * 64 * 30_000
-    kept = 4 * 3 * 64 * per_token
-    block = 4 * 64 * per_token
-    assert block_cost.backward_bytes(model_of(tiny.CONFIG), 2, 32) == 11 * block // 5
-    logits = 2 * 64 * 512 * 4
-    head = 512 * 64 * 4
-    for side_by_side in (1, 2):
-        back = (
-            max(kept + head, side_by_side * (4 * params - head) + 3 * head)
-            + 11 * block // 5
-            - block
-        )
-        monkeypatch.setattr(streams, "count", lambda count=side_by_side: count)
-        loss = Footprint(on_host=True)
-        found = state_cost.training_bytes(model_of(tiny.CONFIG), 2, 32, loss=loss)
-        assert found == 12 * params + max(
-            kept + 2 * head + logits, back, 4 * params + 2 * 4 * 64 * 768
-        )
-        summed = state_cost.training_bytes(
-            model_of(tiny.CONFIG), 2, length=32, loss=loss, accumulates=True
-        )  # those of a micro-batch before
-        assert summed == 16 * params + max(kept + 2 * head + logits, back)
 
 
 PASSES = [(1, 16), (6, 64), (2, 256)]
@@ -481,60 +339,6 @@ def test_the_engine_keeps_as_many_blocks_as_planned(
     assert source.reader.nbytes - first == pytest.approx((6 - blocks) * m.block_bytes, rel=0.01)
 
 
-def test_a_gpu_waits_for_the_host() -> None:
-    """Waits, launches and numpy's solvers come on top of a GPU's arithmetic; a CPU does all of it
-    by itself, at its own rate.
-    """
-    cost = StageCost(
-        name="x",
-        read_bytes=0,
-        written_bytes=0,
-        peak_bytes=0,
-        flops=6e9,
-        waits=100,
-        host_flops=3e9,
-        launches=1000,
-    )
-    gpu = Rates(
-        device="pencil",
-        gpu=True,
-        read_bytes_per_s=1.0,
-        write_bytes_per_s=1.0,
-        memory_bytes_per_s=1e12,
-        forward_flops_per_s=1e9,
-        training_flops_per_s=1e9,
-        source="by hand",
-        hot=0.5,
-        wait_s=0.01,
-        host_flops_per_s=1e9,
-        launch_s=0.002,
-    )
-    assert cost.seconds(gpu) == 6 + 100 * 0.01 + 3 + 1000 * 0.002
-    assert cost.seconds(gpu, hot=True) == 12 + 100 * 0.01 + 6 + 1000 * 0.002
-    assert cost.operations == 9e9
-    assert cost.seconds(replace(gpu, gpu=False)) == 9
-
-
-def test_waits_are_counted_by_pencil() -> None:
-    """Of eight windows a GPU waits once a block, beside weights and the look at the first; a CPU
-    eight times; and once a window for logits.
-    """
-    sizes: dict[str, Any] = {
-        "tokens": 8 * 32,
-        "micro_tokens": 32,
-        "length": 32,
-        "head": False,
-        "spool": False,
-    }
-    waits = {
-        gpu: pass_cost.streamed_pass("", model_of(tiny.CONFIG, gpu=gpu), **sizes).waits
-        for gpu in (True, False)
-    }
-    assert waits == {True: 3 * (1 + 2), False: 3 * (8 + 2)}
-    headed = pass_cost.streamed_pass("", model_of(tiny.CONFIG, gpu=True), **{**sizes, "head": True})
-    assert headed.waits == 3 * (1 + 2) + 8
-
-
 def test_a_gpu_holds_what_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten command buffers, each with as many float32 elements as MLX counts before it sends one,
     and those of the operation that takes it over; never more than the work; a CPU holds none.
@@ -554,27 +358,6 @@ def test_a_gpu_holds_what_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Footprint(gpu=True).logit_bytes(512, 10_000) == 15 * one
 
 
-def test_training_on_a_gpu_is_planned_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every way of training is planned with more on a GPU than the same in a CPU's one graph, and
-    by 8 GB's 100 MB.
-    """
-    monkeypatch.setattr(macos, "total_bytes", lambda: 8 * GIB)
-    config = {
-        **tiny.CONFIG,
-        "hidden_size": 512,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 12,
-        "vocab_size": 32_768,
-    }
-    rows = chunk_rows(32_768)
-    more = []
-    for gpu in (False, True):
-        loss = Footprint(gpu=gpu)
-        assert loss.logit_bytes(32_768, 2048) == 15 * rows * 4 * 32_768
-        more.append(state_cost.training_bytes(model_of(config), 4, 512, loss=loss))
-    assert more[1] - more[0] == 10 * 16 * 2**20
-
-
 def test_a_token_keeps_what_fits() -> None:
     """More budget, never more read; with all of it in memory nothing, and memory's own speed is
     what is left.
@@ -590,32 +373,6 @@ def test_a_token_keeps_what_fits() -> None:
     assert all(p.peak_bytes <= n * MIB // 4 for n, p in enumerate(passes, 1) if p.pinned)
     cache = 2 * 3 * 32 * 2 * 16 * 4  # keys and values of 32 tokens
     assert passes[-1].touched_bytes == 3 * m.block_work + 4 * 512 * 64 + cache
-
-
-def test_the_papers_teacher() -> None:
-    """84.2B parameters by its shape; 70 GB at 2.5 GB/s are 28.0 s, and 137B meet them at 148 tokens
-    a pass.
-    """
-    m = model_of(arch.PUBLISHED["mis-137b"], gpu=True)
-    block = 2 * 8192**2 + 2 * 1024 * 8192 + 3 * 28672 * 8192 + 2 * 8192
-    assert m.block_params == block == 855_654_400
-    assert (
-        arch.params(arch.PUBLISHED["mis-137b"])
-        == 96 * block + 2 * 128256 * 8192 + 8192
-        == 84_244_176_896
-    )
-    assert m.nbytes == int(0.5625 * 84_244_176_896)
-    assert m.as_stored
-    assert 70e9 / M1_AIR.read_bytes_per_s == 28.0
-    assert round(70e9 / M1_AIR.read_bytes_per_s * M1_AIR.forward_flops_per_s / (2 * 137e9)) == 148
-    p = pass_cost.streamed_pass("pass", m, tokens=1, micro_tokens=1, length=1, spool=False)
-    assert p.seconds(M1_AIR) == pytest.approx((96 * block + 128256 * 8192) * 0.5625 / 2.5e9)
-    many = pass_cost.streamed_pass(
-        "pass", m, tokens=4096, micro_tokens=512, length=512, limit_bytes=4 * GIB
-    )
-    waited = many.waits * M1_AIR.wait_s
-    assert many.seconds(M1_AIR) == many.flops / 1.45e12 + waited
-    assert many.seconds(M1_AIR, hot=True) == pytest.approx(many.flops / 1.45e12 / 0.75 + waited)
 
 
 def test_a_refusal_names_both_numbers_and_a_budget_that_does() -> None:
