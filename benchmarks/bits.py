@@ -8,8 +8,8 @@
 A row is the whole teacher, all its tokens and blocks, in so many bits per weight, scales included.
 "before": each matrix has 3 to 8 bits in groups of 64. "now": 2 bits and groups of 32 and 128 join
 the choice. Both are chosen by the same measured costs and rounded by GPTQ on fitted grids, without
-tuning. "blocks": scales then learn block by block (--q-method blocks). "tuned": scales and norms
-then learn end to end, for 20 steps, from the model itself or from --teacher (--q-iters 20).
+tuning. "tuned": scales and norms then learn, for 20 steps, from the model itself or from --teacher
+(--q-iters 20).
 mlx_lm's rows are `mlx_lm.convert -q`. --others adds dwq and dynamic_quant and files of llama.cpp
 with an importance matrix, all from our text.
 
@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 import laboratory
-import mlx.core as mx
 import other_quantizers
 from laboratory import resumed, start, write
 
@@ -47,7 +46,6 @@ from mis_mlx.maths import rounding
 from mis_mlx.models import arch, load, opening, resolve
 from mis_mlx.quantization import (
     bit_allocation,
-    block_tuning,
     format_costs,
     packed_format,
     stage,
@@ -172,12 +170,11 @@ class Bench:
         target: float,
         *,
         before: bool = False,
-        blocks: bool = False,
         tunes: bool = False,
     ) -> Callable[[Path], Made]:
         """The teacher in so many bits per weight, on fitted grids, by GPTQ.
 
-        blocks: then scales learn block by block. tunes: then they learn end to end.
+        tunes: then scales learn.
         """
 
         def make(out: Path) -> Made:
@@ -186,8 +183,7 @@ class Bench:
                 costs = {path: older_formats(of_path) for path, of_path in costs.items()}
             layout, report = bit_allocation.chosen_layout(self.teacher.config, costs, target)
             began = time.monotonic()
-            tuning = block_tuning.BlockTuning(list[mx.array]()) if blocks else None
-            rounded = stage.rounded_blocks(self.teacher, self.batches, layout, tuning=tuning)
+            rounded = stage.rounded_blocks(self.teacher, self.batches, layout)
             untuned = out.with_name("untuned") if tunes else out
             packed_format.write_quantized(
                 self.teacher, untuned, layout, DISK, rounded=rounded, fit=True
@@ -347,14 +343,11 @@ def rows_of(bench: Bench) -> Iterator[tuple[str, Callable[[Path], Made]]]:
         yield f"now, {target:g}", bench.ours(target)
         if target >= least_before:
             yield f"before, {target:g}", bench.ours(target, before=True)
-    for target in bench.s.targets:
-        yield f"blocks, {target:g}", bench.ours(target, blocks=True)
     tuned = "tuned"
     if bench.s.q_iters != TUNING_STEPS:
         tuned += f" in {bench.s.q_iters} steps"
     for target in bench.s.targets:
         yield f"{tuned}, {target:g}", bench.ours(target, tunes=True)
-        yield f"blocks, {tuned}, {target:g}", bench.ours(target, blocks=True, tunes=True)
     for label, (bits, group) in PACKED.items():
         yield f"mlx_lm.convert, {label}", bench.packed(bits, group)
     if bench.s.others:

@@ -47,10 +47,7 @@ OURS: dict[str, dict[str, Any]] = {
     "ours, mixed gptq tuned": {"budget": "6GiB"},
 }
 EIGHT: dict[str, Any] = {"num_samples": 8, "target_bpw": None, "q_iters": 0}
-BLOCKWISE: dict[str, dict[str, Any]] = {
-    "ours, gptq, 8 windows": EIGHT,
-    "ours, blocks, 8 windows": EIGHT | {"q_method": "blocks"},
-}
+OF_EIGHT = "ours, gptq, 8 windows"
 SEVEN = {
     "num_hidden_layers": 2,
     "hidden_size": 4096,
@@ -62,7 +59,7 @@ SEVEN = {
 }
 SEVEN_ROWS: dict[str, dict[str, Any]] = {
     "ours, mixed rounded": EIGHT | {"target_bpw": 3.5, "q_method": "round"},
-    **BLOCKWISE,
+    OF_EIGHT: EIGHT,
 }
 SMALL = "2GiB"
 LARGE = "4GiB"
@@ -88,7 +85,7 @@ def maker(name: str, model: str) -> Callable[[Path], Any]:
         bench = quality_4bit.Bench(quality_4bit.Settings(model=model, eval_windows=1, **GIVEN))
         return lambda out: THEIRS[name](bench, out)
     label, _, budget = name.partition(" under ")
-    how = {**GIVEN, **(OURS | BLOCKWISE | SEVEN_ROWS)[label]}
+    how = {**GIVEN, **(OURS | SEVEN_ROWS)[label]}
     if budget:
         how["budget"] = budget
     return lambda out: quantize.run(quantize.Settings(model=model, mlx_path=str(out), **how))
@@ -133,7 +130,7 @@ def names_of(shape: str) -> list[str]:
     if shape == "7b":
         return [f"{name} under {LARGE}" for name in SEVEN_ROWS]
     slow = [name for name in THEIRS if "dwq" in name]
-    small = [name for name in OURS if "tuned" not in name] + list(BLOCKWISE)
+    small = [*(name for name in OURS if "tuned" not in name), OF_EIGHT]
     return [
         *(name for name in THEIRS if name not in slow),
         *OURS,

@@ -13,7 +13,7 @@ import select
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import tyro
 
 from mis_mlx import __version__, flag_help
-from mis_mlx.types import GIB, MisError, Options, Within
+from mis_mlx.types import GIB, Gone, MisError, Options, Within
 
 T = TypeVar("T")
 Made = TypeVar("Made", bound="Options")
@@ -112,6 +112,7 @@ def read_yaml(path: str, config_type: type) -> dict[str, Any]:
             )
             raise MisError(f"{path}: {key!r} is not a setting of this command: {hint}")
         value = _converted(value, hints[name])
+        _refuse_gone(config_type, {name: value}, where=f"{path}: ")
         if not _fits(value, hints[name]):
             annotated = get_type_hints(config_type, include_extras=True)
             takes = flag_help.metavar(annotated[name]) or "true or false"
@@ -186,6 +187,7 @@ def parse(config_type: Any, argv: Sequence[str] | None = None, prog: str | None 
             print(flag_help.text(config_type, prog or "mis_mlx", every=every))
             sys.exit(0)
         _refuse_file_only(config_type, args)
+        _refuse_gone(config_type, _said(args))
         for flag, file in itertools.pairwise(args):
             if flag in ("-c", "--config"):
                 if file:
@@ -198,7 +200,7 @@ def parse(config_type: Any, argv: Sequence[str] | None = None, prog: str | None 
     settings = tyro.cli(config_type, args=args, prog=prog, config=options, default=default)
     check_ranges(settings)
     if isinstance(settings, Options):
-        return _as_said(settings, {*given, *_names(args)})
+        return _as_said(settings, {*given, *_said(args)})
     return settings
 
 
@@ -215,10 +217,18 @@ def _as_said(settings: Made, named: set[str]) -> Made:
     return type(settings)(**said)
 
 
-def _names(args: Sequence[str]) -> list[str]:
-    """The names of settings behind the flags in `args`: `--target-bpw=4` is target_bpw's."""
-    flags = [arg.partition("=")[0] for arg in args if arg.startswith("--")]
-    return [flag.removeprefix("--").replace("-", "_") for flag in flags]
+def _said(args: Sequence[str]) -> dict[str, str]:
+    """Settings behind the flags in `args`: `--target-bpw=4` and `--target-bpw 4` are target_bpw's.
+
+    A switch has whatever follows it for a value.
+    """
+    said = {}
+    for arg, following in itertools.pairwise([*args, ""]):
+        if arg.startswith("--"):
+            flag, joined, value = arg.partition("=")
+            name = flag.removeprefix("--").replace("-", "_")
+            said[name] = value if joined else following
+    return said
 
 
 def _config_apart(args: Sequence[str]) -> list[str]:
@@ -242,6 +252,26 @@ def _refuse_file_only(config_type: type, args: Sequence[str]) -> None:
             )
 
 
+def _refuse_gone(config_type: type, values: Mapping[str, Any], where: str = "") -> None:
+    """MisError, with `where`, for a value that its setting took in an earlier version.
+
+    values: by name.
+    """
+    file_only = flag_help.quiet(config_type)
+    for name, hint in get_type_hints(config_type, include_extras=True).items():
+        for part in getattr(hint, "__metadata__", ()):
+            if isinstance(part, Gone) and values.get(name) == part.value:
+                shown = _shown(name, file_only)
+                raise MisError(f"{where}{shown} {part.value} is no longer there: {part.remedy}")
+
+
+def _shown(name: str, file_only: Collection[str]) -> str:
+    """What a setting is called in messages: as a flag, where it is one."""
+    if name in file_only:
+        return name
+    return f"--{name.replace('_', '-')}"
+
+
 def in_words_of(config_type: Any, message: str) -> str:
     """The message of a shared module, for one command: what is no flag of it is named as a setting.
 
@@ -261,12 +291,16 @@ def in_words_of(config_type: Any, message: str) -> str:
 
 
 def check_ranges(settings: Any) -> None:
-    """MisError where a number is outside of its field's `types.Within`, or a text is empty."""
+    """MisError where a number is outside of its field's `types.Within`, or a text is empty.
+
+    Or where a value is `types.Gone`.
+    """
     config_type = type(settings)
+    _refuse_gone(config_type, vars(settings))
     file_only = flag_help.quiet(config_type)
     for name, hint in get_type_hints(config_type, include_extras=True).items():
         value = getattr(settings, name)
-        shown = name if name in file_only else f"--{name.replace('_', '-')}"
+        shown = _shown(name, file_only)
         texts = value if isinstance(value, tuple) else (value,)
         if "" in texts and value != getattr(config_type, name, None):
             raise MisError(f"{shown} is empty: give a value, or leave it out")

@@ -121,7 +121,7 @@ def _check(s: Settings, checkpoint: Checkpoint, folder: Path | None) -> None:
         raise MisError(f"{flag} needs text, but --num-samples is {s.num_samples}: give 1 or more")
     packed_format.check_dense(checkpoint)
     model_writer.need_tokenizer(checkpoint.path)
-    stage.check(checkpoint.config, s, s.num_samples)
+    stage.check(checkpoint.config, s)
     work = folder or Path(s.out or "")
     need_place("--out", work)
     if _disk_of(work) != _disk_of(Path(s.mlx_path)):

@@ -56,6 +56,14 @@ class Shown:
     words: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Gone:
+    """In the annotation of a setting: a value that it no longer takes, and what to do instead."""
+
+    value: Any
+    remedy: str
+
+
 def _readable(number: float) -> str:
     return f"{number:,}" if isinstance(number, int) else f"{number:g}"
 

@@ -110,6 +110,28 @@ def test_bad_yaml_is_a_sentence(tmp_path: Path, yaml: str, sentence: str) -> Non
     assert "\n" not in said
 
 
+@pytest.mark.parametrize(
+    ("kind", "flag", "value", "remedy"),
+    [
+        (Settings, "--train", "lora", "adapters are trained by `sft --fine-tune-type lora`"),
+        (quantize.Settings, "--q-method", "blocks", "give --q-iters 20"),
+    ],
+)
+def test_values_of_earlier_versions_are_a_sentence(
+    tmp_path: Path, kind: Any, flag: str, value: str, remedy: str
+) -> None:
+    """As a flag in both spellings, in a file, and from Python or a run that goes on."""
+    name = flag.removeprefix("--").replace("-", "_")
+    sentence = f"{flag} {value} is no longer there: {remedy}"
+    for line in ([flag, value], [f"{flag}={value}"]):
+        with pytest.raises(MisError, match=f"^{sentence}$"):
+            cli.parse(kind, line)
+    with pytest.raises(MisError, match=rf"settings\.yaml: {sentence}$"):
+        parsed(tmp_path, f"{name}: {value}\n", kind=kind)
+    with pytest.raises(MisError, match=f"^{sentence}$"):
+        cli.check_ranges(kind(**{name: value}))
+
+
 def test_no_yaml_there(tmp_path: Path) -> None:
     """A missing file, a folder, bytes that are no text."""
     (tmp_path / "s.yaml").write_bytes(b"iters: \xff\xfe\n")

@@ -334,13 +334,12 @@ def test_a_result_that_was_not_put_in_its_place(tmp_path: Path, llama: Checkpoin
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("method", ["gptq", "blocks"])
 @pytest.mark.parametrize("damaged", [None, 1])
 def test_a_journal_gives_the_same_bytes(
-    tmp_path: Path, llama: Checkpoint, method: str, damaged: int | None, batches: list
+    tmp_path: Path, llama: Checkpoint, damaged: int | None, batches: list
 ) -> None:
     """Some blocks from the journal, others made, a damaged one too: as if all were made."""
-    how = QuantizationConfig(q_method=method, target_bpw=None)
+    how = QuantizationConfig(target_bpw=None)
     windows = [*batches, *batches, *batches, *batches]
 
     def made(name: str, journal: Journal | None) -> bytes:

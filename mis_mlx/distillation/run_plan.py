@@ -124,7 +124,7 @@ def _job(request: RunRequest) -> DistillationSpec:
     else:
         config = select.largest_student(seen.config, student.pruning, pipeline.DTYPE)
     if rounding:
-        stage.check(config, rounding, recipe.num_samples)
+        stage.check(config, rounding)
     prompts = 0
     if preparation.takes_conversations(load.tokenizer(teacher.path)):
         prompts = request.eval_prompts

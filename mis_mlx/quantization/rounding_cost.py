@@ -5,7 +5,6 @@ Arithmetic on sizes, beside the modules that allocate them.
 
 import math
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 
@@ -41,7 +40,7 @@ from mis_mlx.models.pass_cost import (
 from mis_mlx.models.residency import batches_per_pass
 from mis_mlx.planner.block_cost import backward_bytes
 from mis_mlx.settings.recipe import QuantizationConfig
-from mis_mlx.settings.workloads import LEARNED_AT_ONCE, TUNED_AT_ONCE, TUNING_STEPS
+from mis_mlx.settings.workloads import LEARNED_AT_ONCE
 
 BIAS_BITS = 32  # scale and bias of a group
 SENSED = 8  # windows that say what bits cost
@@ -98,27 +97,14 @@ def quantizing_cost(
         flops=0.0,
     )
     if config.compensates:
-        tunes = config.q_method == "blocks"
-        beside = _tuning_bytes(m, config, length) if tunes else 0
-        tokens = windows * length
-        gptq_cost = partial(
-            _compensated,
+        cost = _compensated(
             cost,
             m,
-            tokens=tokens,
+            tokens=windows * length,
             length=length,
             limit_bytes=limit,
             group=config.q_group_size,
         )
-        cost = gptq_cost(beside_bytes=beside)
-        if tunes:
-            targets = tokens * m.hidden_bytes
-            in_memory = gptq_cost(beside_bytes=beside + targets)
-            # Targets are in memory where all hidden states are, else all of them are in a file.
-            if in_memory.held_tokens == tokens:
-                cost = in_memory
-                targets = 0
-            cost = _tuned(cost, m, windows=windows, length=length, target_bytes=targets)
     if config.target_bpw is not None:
         cost = _sensed(cost, m, windows=windows, length=length, limit=limit)
     return cost
@@ -131,14 +117,12 @@ def _compensated(
     tokens: int,
     length: int,
     limit_bytes: int,
-    beside_bytes: int,
     group: int,
 ) -> StageCost:
     """`plain`, rounding tensor by tensor, with a pass that makes up for the errors.
 
-    beside_bytes: what tuning a block takes, at another time than the rest. group: weights that
-    share a scale. As in quantization/stage: a block's gram matrices stay until their matrices are
-    rounded.
+    group: weights that share a scale. As in quantization/stage: a block's gram matrices stay until
+    their matrices are rounded.
     """
     s = m.wide
     grams = 0
@@ -168,7 +152,7 @@ def _compensated(
         length=length,
         limit_bytes=limit_bytes,
         head=False,
-        beside_bytes=max(working, beside_bytes),
+        beside_bytes=working,
     )
     held = one_pass.held_tokens * m.hidden_bytes + m.slots_bytes
     fits = s.layers * _fits(s, group)
@@ -232,23 +216,6 @@ def _rounding_bytes(m: ModelSize) -> int:
     return max(panels, 2 * packed + columns, packed + values)
 
 
-def _tuning_bytes(m: ModelSize, how: QuantizationConfig, length: int) -> int:
-    """What a block holds while its scales learn (quantization/block_tuning).
-
-    Integers in a byte; the matrices as they were packed, of which those come back where nothing is
-    won; seven numbers for each scale and bias: value, gradient, Adam's two means, and three that
-    replace others. One matrix at a time, and the backward pass of a step. Of a block with groups of
-    32, which have the most scales, where groups may be mixed.
-    """
-    group: int = how.q_group_size
-    if how.target_bpw is not None and how.q_groups != "one":
-        group = min(GROUPS)
-    grids = 2 * m.block_params // group
-    held = m.block_params + _packed_bytes(m.block_params) + 7 * 4 * grids
-    step = learning_matrix_bytes(m) + backward_bytes(m, TUNED_AT_ONCE, length)
-    return held + max(step, m.item * m.block_params)  # afterwards all weights are made again
-
-
 def learning_matrix_bytes(m: ModelSize) -> int:
     """What the product with a matrix takes whose scales learn (quantization/learned_scales).
 
@@ -268,36 +235,6 @@ def _largest(m: ModelSize) -> int:
     """Weights of a block's largest matrix: of the FFN, or of the queries."""
     queries = m.wide.heads * m.wide.head_dim
     return m.wide.hidden * max(m.wide.ffn, queries)
-
-
-def _tuned(
-    rounded: StageCost,
-    m: ModelSize,
-    *,
-    windows: int,
-    length: int,
-    target_bytes: int,
-) -> StageCost:
-    """`rounded`, and every block's scales learn. target_bytes: of targets that lie in a file.
-
-    Operations: a forward pass for the targets, two over a quarter of the windows that judge, and
-    three for every window of a step.
-    """
-    layers = m.shape.layers
-    passes = windows + 2 * windows // 4 + 3 * TUNED_AT_ONCE * TUNING_STEPS
-    moved = layers * target_bytes
-    read = math.ceil(moved * TUNED_AT_ONCE * TUNING_STEPS / windows) + moved
-    more_flops = forward_flops(m, passes * length, length)
-    more_waits = layers * (TUNING_STEPS + 2 * windows)
-    tuning = StageCost(
-        name="",
-        read_bytes=read,
-        written_bytes=moved,
-        peak_bytes=0,
-        flops=more_flops,
-        waits=more_waits,
-    )
-    return rounded.then(tuning)
 
 
 def _sides(s: Shape) -> list[tuple[int, int]]:

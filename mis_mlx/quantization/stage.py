@@ -21,7 +21,7 @@ from mis_mlx.compute import precision, streams
 from mis_mlx.maths import gptq, reconstruction, rounding
 from mis_mlx.models import arch, modules, stream
 from mis_mlx.models.stream import Batches, Hidden
-from mis_mlx.quantization import bit_allocation, block_tuning, packed_format
+from mis_mlx.quantization import bit_allocation, packed_format
 from mis_mlx.quantization.journal import Journal
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage.files import Files
@@ -29,16 +29,13 @@ from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import Checkpoint, MisError
 
 
-def check(config: Mapping[str, Any], rounding: QuantizationConfig, windows: int) -> None:
+def check(config: Mapping[str, Any], rounding: QuantizationConfig) -> None:
     """Refuse, before hours of work, what cannot be rounded in this way.
 
-    A shape that groups do not divide, a target out of reach, blocks that cannot learn from so many
-    windows.
+    A shape that groups do not divide, a target out of reach.
     """
     packed_format.formats_of(config, rounding.q_group_size, mode=rounding.q_mode)
     bit_allocation.check(config, rounding.affine)
-    if rounding.affine.q_method == "blocks":
-        block_tuning.check(config, windows)
 
 
 def quantize(
@@ -84,12 +81,7 @@ def quantize(
         extra[packed_format.SENSITIVITY] = json.dumps(report).encode()
     rounded = None
     if rounding.compensates:
-        tuning = None
-        if rounding.q_method == "blocks":
-            tuning = _block_tuning(hidden(0), seed)
-        rounded = rounded_blocks(
-            checkpoint, batches, plan, hidden(1), tuning=tuning, journal=journal
-        )
+        rounded = rounded_blocks(checkpoint, batches, plan, hidden(1), journal)
     return packed_format.write_quantized(
         checkpoint,
         out,
@@ -114,26 +106,17 @@ def _usual_layout(checkpoint: Checkpoint, rounding: QuantizationConfig) -> packe
     )
 
 
-def _block_tuning(targets: Hidden | None, seed: int) -> block_tuning.BlockTuning:
-    """The tuning of blocks, whose targets lie in memory where no place is given for them."""
-    if targets is None:
-        targets = list[mx.array]()
-    return block_tuning.BlockTuning(targets, seed)
-
-
 def rounded_blocks(
     checkpoint: Checkpoint,
     batches: Batches,
     plan: packed_format.Formats,
     hidden: Hidden | None = None,
-    tuning: block_tuning.BlockTuning | None = None,
     journal: Journal | None = None,
 ) -> Iterator[packed_format.RoundedBlock]:
     """Per block, in order, {module path: packed matrix}, calibrated on token ids [(B, T)].
 
-    plan: affine formats only. hidden: a place for the hidden states other than memory. tuning: what
-    tunes a block once it is rounded. journal: of blocks that are rounded already. MisError when an
-    input's products overflow.
+    plan: affine formats only. hidden: a place for the hidden states other than memory. journal: of
+    blocks that are rounded already. MisError when an input's products overflow.
     """
     if journal and journal.blocks:
         cli.say(f"continuing after {journal.blocks} rounded blocks")
@@ -147,11 +130,7 @@ def rounded_blocks(
         if known is not None:
             _put_back(block, f"model.layers.{i}.", known, plan)
             return known
-        if tuning is not None:
-            tuning.look(source, block, hidden)
         rounded = _rounded_block(source, i, block, plan=plan, hidden=hidden)
-        if tuning is not None:
-            rounded = tuning.tuned(source, block, hidden, rounded=rounded, plan=plan)
         if journal:
             journal.keep_block(i, rounded)
         return rounded

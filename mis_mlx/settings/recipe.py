@@ -16,6 +16,7 @@ from mis_mlx.types import (
     FILE_ONLY,
     Bits,
     Count,
+    Gone,
     MisError,
     Positive,
     Rate,
@@ -90,7 +91,10 @@ class DistillationConfig(TrainingConfig):
     """T in eq. (2); softens both distributions"""
     halny: Annotated[Share | None, FILE_ONLY] = None
     """spread of eps_halny in eq. (2); 0: off; default: from measured T_env, 0 when unmeasured"""
-    train: Literal["auto", "resident", "blocks", "sharded", "none"] = "auto"
+    train: Annotated[
+        Literal["auto", "resident", "blocks", "sharded", "none"],
+        Gone("lora", "adapters are trained by `sft --fine-tune-type lora`"),
+    ] = "auto"
     """resident: all of the student in memory; blocks: the same block by block, with 8-bit moments
     and frozen embedding and head; sharded: some blocks at a time; none: repair only. Default: the
     first that fits
@@ -148,9 +152,9 @@ class QuantizationConfig:
     (32, 64 or 128), where that costs less; one: 3 to 8 bits, all with q_group_size; auto: mixed if
     target_bpw is below what 3 bits take
     """
-    q_method: Literal["round", "gptq", "blocks"] = "gptq"
+    q_method: Annotated[Literal["round", "gptq"], Gone("blocks", "give --q-iters 20")] = "gptq"
     """round: each weight to its nearest value; gptq: so that outputs on calibration windows change
-    least; blocks: gptq, then each block's scales learn to give the unrounded block's output
+    least
     """
     q_iters: Whole | None = None
     """steps in which scales, biases and norms learn from the teacher, and integers stay; default:
