@@ -2,7 +2,6 @@
 
     scripts/mis benchmarks/bits.py --num-samples 32          # two minutes a row on a core
     scripts/mis benchmarks/bits.py --model gemma-3-270m --targets 3 4.5
-    scripts/mis benchmarks/bits.py --others                  # dwq takes hours on a CPU
     scripts/mis scripts/render.py                            # puts the rows into a table
 
 A row is the whole teacher, all its tokens and blocks, in so many bits per weight, scales included.
@@ -10,8 +9,7 @@ A row is the whole teacher, all its tokens and blocks, in so many bits per weigh
 the choice. Both are chosen by the same measured costs and rounded by GPTQ on fitted grids, without
 tuning. "tuned": scales and norms then learn, for 20 steps, from the model itself or from --teacher
 (--q-iters 20).
-mlx_lm's rows are `mlx_lm.convert -q`. --others adds dwq and dynamic_quant and files of llama.cpp
-with an importance matrix, all from our text.
+mlx_lm's rows are `mlx_lm.convert -q`; rivals.py has all other programs.
 
 Every row is judged by its float32 weights: bits per byte above the unrounded model, of the
 teacher's own answers to held-out prompts and of the built-in held-out text. Writes
@@ -33,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import laboratory
-import other_quantizers
 from laboratory import resumed, start, write
 
 from mis_mlx import cli
@@ -58,10 +55,6 @@ HOW = QuantizationConfig(q_groups="mixed", q_iters=0)
 LENGTH = 256  # tokens of a window
 LEAST_BEFORE = 3
 PACKED = {"2 bits, groups of 32": (2, 32), "3 bits": (3, 64), "4 bits": (4, 64)}
-DWQ_BITS = (4, 3)
-# Bits per weight, and the two formats that mlx_lm.dynamic_quant mixes.
-DYNAMIC = ((4.5, 3, 5), (3.5, 2, 4), (3.0, 2, 4))
-LLAMA_CPP = ("Q4_K_M", "Q3_K_M", "IQ3_M", "IQ2_M")
 TUNING_STEPS = 20
 Made = dict[str, Any]  # what is known of a row before it is judged
 
@@ -90,8 +83,6 @@ class Settings:
     """of the choice of calibration windows, and of the batches that scales learn from"""
     name: str | None = None
     """what to call the model in the results; default: its folder's name"""
-    others: bool = False
-    """mlx_lm.dwq, mlx_lm.dynamic_quant and llama.cpp, too"""
     q_iters: int = TUNING_STEPS
     """steps of the rows "tuned"; their name says it where it is another number"""
     sensitivity: str | None = None
@@ -117,6 +108,7 @@ class Bench:
         before = resumed(self.name, self.given, ["rows"])
         self.rows: dict[str, Any] = before.get("rows", {})
         data = preparation.prepare(None, load.tokenizer(self.teacher.path), LENGTH)
+        self.data = data
         self.train = data.train
         self.batches = preparation.calibration(data.train, s.num_samples, s.seed)
         self.held_out = {}
@@ -159,11 +151,6 @@ class Bench:
         found = format_costs.of_formats(self.teacher, nats, HOW, fitted=fitted)
         cli.say(f"costs of all formats: {time.monotonic() - began:.0f} s")
         return found
-
-    @cached_property
-    def importance(self) -> other_quantizers.Importance:
-        """The importance matrix of all files of llama.cpp."""
-        return other_quantizers.importance(self.teacher, self.batches)
 
     def ours(
         self,
@@ -214,41 +201,6 @@ class Bench:
         def make(out: Path) -> Made:
             laboratory.packed(self.teacher.path, out, bits, group)
             return {}
-
-        return make
-
-    def dwq(self, bits: int) -> Callable[[Path], Made]:
-        """`mlx_lm.dwq`, for as many steps as "tuned"."""
-
-        def make(out: Path) -> Made:
-            began = time.monotonic()
-            other_quantizers.dwq(self.teacher.path, out, self.train, iters=TUNING_STEPS, bits=bits)
-            return {"tuning_s": round(time.monotonic() - began)}
-
-        return make
-
-    def dynamic_quant(self, target: float, low_bits: int, high_bits: int) -> Callable[[Path], Made]:
-        """`mlx_lm.dynamic_quant`."""
-
-        def make(out: Path) -> Made:
-            other_quantizers.dynamic_quant(
-                self.teacher.path,
-                out,
-                self.batches,
-                target_bpw=target,
-                low_bits=low_bits,
-                high_bits=high_bits,
-            )
-            return {}
-
-        return make
-
-    def llama_cpp(self, kind: str) -> Callable[[Path], Made]:
-        """llama.cpp's file of that type, with an importance matrix."""
-
-        def make(out: Path) -> Made:
-            nbytes = other_quantizers.llama_cpp(self.teacher, out, kind, self.importance)
-            return {"nbytes": nbytes}
 
         return make
 
@@ -350,19 +302,6 @@ def rows_of(bench: Bench) -> Iterator[tuple[str, Callable[[Path], Made]]]:
         yield f"{tuned}, {target:g}", bench.ours(target, tunes=True)
     for label, (bits, group) in PACKED.items():
         yield f"mlx_lm.convert, {label}", bench.packed(bits, group)
-    if bench.s.others:
-        yield from other_rows(bench)
-
-
-def other_rows(bench: Bench) -> Iterator[tuple[str, Callable[[Path], Made]]]:
-    """Those of other programs than mlx_lm.convert."""
-    for kind in LLAMA_CPP:
-        yield f"llama.cpp, {kind}", bench.llama_cpp(kind)
-    for target, low_bits, high_bits in DYNAMIC:
-        label = f"mlx_lm.dynamic_quant, {target:g}"
-        yield label, bench.dynamic_quant(target, low_bits, high_bits)
-    for bits in DWQ_BITS:
-        yield f"mlx_lm.dwq, {bits} bits", bench.dwq(bits)
 
 
 def main(s: Settings) -> None:

@@ -273,7 +273,7 @@ class Judge:
                 theirs = self.source.logits(target[0, at])
                 right = tokens[1:][at]
                 whole = host_losses.compared(theirs, hidden[at] @ head.T, right)
-                found.append(host_losses.over_parts([whole])[:, 1:].T)
+                found.append(host_losses.over_parts([whole])[:, 1:4].T)
             means.append(
                 (np.concatenate(found, axis=1) * loss_mask[:-1]).sum(axis=1)
                 / max(loss_mask.sum(), 1.0)

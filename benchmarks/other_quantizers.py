@@ -41,6 +41,7 @@ import llama_cpp, numpy
 source, target, kind, importance = sys.argv[1:]
 parameters = llama_cpp.llama_model_quantize_default_params()
 parameters.ftype = getattr(llama_cpp, "LLAMA_FTYPE_MOSTLY_" + kind)
+parameters.nthread = 1
 values = dict(numpy.load(importance))
 listed = (llama_cpp.llama_model_imatrix_data * (len(values) + 1))()
 for place, (name, of_matrix) in zip(listed, values.items()):
@@ -64,23 +65,34 @@ def _save(folder: Path, out: Path, *, model: Any, tokenizer: Any, config: dict[s
     load.mlx_lm("utils").save(out, str(folder), model=model, tokenizer=tokenizer, config=config)
 
 
-def gptq(folder: Path, out: Path, batches: Sequence[mx.array]) -> None:
-    """mlx_lm.gptq's function: 4 bits, 8 for the embedding."""
+def gptq(folder: Path, out: Path, batches: Sequence[mx.array], *, embedding_bits: int = 6) -> None:
+    """mlx_lm.gptq's function: 4 bits, and its own 6 for the embedding."""
     model, tokenizer, config = opened(folder)
     model, how = load.mlx_lm("quant.gptq").gptq_quantize(
         model,
         mx.concatenate(list(batches)),
         bits=4,
         group_size=GROUP,
-        fallback_bits=8,
+        fallback_bits=embedding_bits,
         fallback_group_size=GROUP,
     )
     config = {**config, "quantization": how}
     _save(folder, out, model=model, tokenizer=tokenizer, config=config)
 
 
-def awq(folder: Path, out: Path, batches: Sequence[mx.array]) -> None:
-    """mlx_lm.awq's function on a share of the windows: 4 bits, 8 for the embedding."""
+def awq(
+    folder: Path,
+    out: Path,
+    batches: Sequence[mx.array],
+    *,
+    embedding_bits: int = 4,
+    embedding_group: int = 32,
+    steps: int = 20,
+) -> None:
+    """mlx_lm.awq's function on a share of the windows: 4 bits.
+
+    steps: of its search for a scale. These and the embedding's bits are its own defaults.
+    """
     program = load.mlx_lm("quant.awq")
     model, tokenizer, config = opened(folder)
     inputs = mx.concatenate(list(batches[: len(batches) // AWQ_SHARE]))
@@ -91,18 +103,84 @@ def awq(folder: Path, out: Path, batches: Sequence[mx.array]) -> None:
         awq_config=how,
         group_size=GROUP,
         bits=4,
-        embed_group_size=GROUP,
-        embed_bits=8,
-        n_grid=10,
+        embed_group_size=embedding_group,
+        embed_bits=embedding_bits,
+        n_grid=steps,
     )
     program.update_config(model, config)
     _save(folder, out, model=model, tokenizer=tokenizer, config=config)
 
 
+class Unpacked(nn.Module):
+    """A quantized layer or embedding that multiplies by its de-quantized weights.
+
+    MLX's kernels for few bits take minutes a window on a CPU. It has what mlx_lm.dwq looks for, and
+    the gradients of its scales and biases are those of the packed layer.
+    """
+
+    def __init__(self, packed: nn.Module):
+        super().__init__()
+        self.bits = packed.bits
+        self.group_size = packed.group_size
+        self.mode = packed.mode
+        self.scales = packed.scales
+        self.biases = packed.biases
+        if "bias" in packed:
+            self.bias = packed.bias
+        ones = mx.ones_like(packed.scales)
+        zeros = mx.zeros_like(packed.biases)
+        whole = mx.dequantize(
+            packed.weight, ones, zeros, group_size=self.group_size, bits=self.bits
+        )
+        # The underscore keeps them out of the parameters.
+        self._integers = mx.round(whole).astype(mx.uint8)
+        self._looks_up = isinstance(packed, nn.QuantizedEmbedding)
+        mx.eval(self._integers)
+        self.freeze()
+
+    def weight_of(self, rows: mx.array | None = None) -> mx.array:
+        """(out, in) float weights, or those of some rows."""
+        integers, scales, biases = self._integers, self.scales, self.biases
+        if rows is not None:
+            integers, scales, biases = integers[rows], scales[rows], biases[rows]
+        grouped = mx.unflatten(integers.astype(scales.dtype), -1, (-1, self.group_size))
+        return mx.flatten(grouped * scales[..., None] + biases[..., None], -2, -1)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """As the packed one."""
+        if self._looks_up:
+            return self.weight_of(x)
+        product = self.as_linear(x)
+        return product + self.bias if "bias" in self else product
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """x times the weights, as the head of a tied embedding."""
+        return x @ self.weight_of().T
+
+
+def unpack(model: nn.Module) -> dict[str, tuple[nn.Module, Unpacked]]:
+    """Put an `Unpacked` in the place of every quantized layer; {path: (packed, unpacked)}."""
+    pairs = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
+            pairs[path] = (module, Unpacked(module))
+    model.update_modules(tree_unflatten([(path, wide) for path, (_, wide) in pairs.items()]))
+    return pairs
+
+
+def pack_again(model: nn.Module, pairs: dict[str, tuple[nn.Module, Unpacked]]) -> None:
+    """Undo `unpack`: the packed layers, with what the others have learned."""
+    for packed, wide in pairs.values():
+        packed.scales = wide.scales
+        packed.biases = wide.biases
+    model.update_modules(tree_unflatten([(path, packed) for path, (packed, _) in pairs.items()]))
+
+
 def dwq(folder: Path, out: Path, windows: Windows, iters: int, bits: int = 4) -> None:
     """mlx_lm.dwq's function at its own learning rate, from its rounded model.
 
-    windows: of training text; the first few judge, and every step reads two of the others.
+    Its products are those of de-quantized weights. windows: of training text; the first few judge,
+    and every step reads two of the others.
     """
     program = load.mlx_lm("quant.dwq")
     model, tokenizer, config = opened(folder)
@@ -113,6 +191,7 @@ def dwq(folder: Path, out: Path, windows: Windows, iters: int, bits: int = 4) ->
     learns = rows[DWQ_HELD_OUT:]
     judges = rows[:DWQ_HELD_OUT]
     adam = program.optimizers.Adam(learning_rate=DWQ_RATE, bias_correction=True)
+    pairs = unpack(small)
 
     def targets(batch: mx.array, i: int, split: str) -> mx.array:
         return model(batch)
@@ -128,6 +207,7 @@ def dwq(folder: Path, out: Path, windows: Windows, iters: int, bits: int = 4) ->
         seed=0,
         dtype=mx.float32,
     )
+    pack_again(small, pairs)
     _save(folder, out, model=small, tokenizer=tokenizer, config=config)
 
 

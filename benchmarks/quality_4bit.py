@@ -91,7 +91,7 @@ class Bench:
             at = np.concatenate(
                 [*comparison.by_window((self.dense, self.mine[name]), (other, theirs), text)]
             ).T
-            f = comparison.figures(*at)
+            f = comparison.figures(*at[:4])
             added = at[1] - at[0]
             found[name] = {
                 key: f[key] for key in ("mean_kld", "p999_kld", "same_top_p", "ppl_ratio")
@@ -131,11 +131,13 @@ class Bench:
 
     def gptq(self, out: Path) -> None:
         """mlx_lm.gptq's function."""
-        other_quantizers.gptq(self.path, out, self.batches)
+        other_quantizers.gptq(self.path, out, self.batches, embedding_bits=8)
 
     def awq(self, out: Path) -> None:
         """mlx_lm.awq's function, on a quarter of the windows."""
-        other_quantizers.awq(self.path, out, self.batches)
+        other_quantizers.awq(
+            self.path, out, self.batches, embedding_bits=8, embedding_group=64, steps=10
+        )
 
     def dwq(self, out: Path) -> None:
         """mlx_lm.dwq's function, for as many steps as ours."""

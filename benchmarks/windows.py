@@ -104,7 +104,7 @@ class Bench:
         before = (self.checkpoint, self.states[name])
         after = (self.checkpoint, self.hidden(model, text))
         each = comparison.by_window(before, after, text)
-        _, nll, kl, _ = np.array([values.mean(axis=0) for values in each]).T
+        _, nll, kl, *_ = np.array([values.mean(axis=0) for values in each]).T
         found = {"kl": float(kl.mean())}
         if text.text_bytes is not None and text.text_bytes.any():
             found["bits_per_byte"] = comparison.per_byte(nll, text) / math.log(2)

@@ -78,6 +78,10 @@ class Settings(cli.Budgeted, precision.Computing):
     """
     num_questions: Annotated[int, Within(2, MOST)] = 100
     """questions per task, and prompts for `answers`"""
+    apply_chat_template: bool = True
+    """ask questions with options through the chat template of a model that has one, with each
+    option as the reply; lm-eval's own tasks are plain text for all
+    """
     out: str | None = None
     """folder for recovery.md, .json, .svg and .html, and answers.jsonl; default: print the table
     only
@@ -312,6 +316,8 @@ def _examine(
     """The tasks: judge the rows, plan, ask all models, print and write the recovery table."""
     began = time.monotonic()
     wanted = task_registry.find(s.tasks, s.num_questions, s.data)
+    if not s.apply_chat_template:
+        wanted = wanted._replace(tasks=tuple(task.as_text() for task in wanted.tasks))
     if wanted.harness:
         answering.check_harness(wanted.harness)
     for task in wanted.tasks:

@@ -42,6 +42,19 @@ def test_recovery_by_hand() -> None:
     assert o.recovered("teacher") == (1.0, 1.0, 1.0)
 
 
+def test_the_page_says_how_models_were_asked() -> None:
+    """In one way, or each in its own; the marks of both stand in one table."""
+    o = outcome(teacher=90, student=70)
+    same = o._replace(ways={"teacher": "as plain text", "student": "as plain text"})
+    assert "made for a test; every model was asked as plain text." in markdown([same])
+    ways = {"teacher": "through its chat template", "student": "as plain text"}
+    apart = o._replace(ways=ways)
+    said = "asked: student as plain text; teacher through its chat template"
+    assert said in markdown([apart])
+    assert apart.json()["models"]["teacher"]["asked"] == "through its chat template"
+    assert "asked" not in o.json()["models"]["teacher"]
+
+
 def test_the_interval_is_paired() -> None:
     """A student that loses two of the teacher's answers is judged by these two, not by the luck of
     the questions.

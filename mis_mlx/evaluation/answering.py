@@ -26,7 +26,7 @@ from mis_mlx.compute import precision
 from mis_mlx.data import chat_template
 from mis_mlx.evaluation import instructions, option_likelihood, questions, task_answers
 from mis_mlx.evaluation.option_likelihood import Encoded
-from mis_mlx.evaluation.questions import Task
+from mis_mlx.evaluation.questions import Question, Task
 from mis_mlx.evaluation.task_answers import Asking, Record
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
@@ -42,6 +42,8 @@ VERSION = 2  # of the way marks are made: kept answers of another version are no
 # tokens of questions that share a pass, where all blocks stay in memory: the answers are written to
 # disk after each pass
 PART = 4096
+CHAT = "through its chat template"  # how options are put to a model
+PLAIN = "as plain text"
 METRICS = ("acc", "exact_match", "f1")  # of lm-eval; the first one that a task has is its mark
 # lm-eval's record of one question: "doc_id", "filtered_resps", and its metrics by name
 Sample = Mapping[str, Any]
@@ -365,7 +367,7 @@ def uniform(checkpoint: Checkpoint, task: Task) -> np.ndarray | None:
     expected = np.zeros(len(task.questions))
     tokenizer = _tokenizer(checkpoint.path)
     for n, question in enumerate(task.questions):
-        _, options = option_likelihood.encode(tokenizer, question.context, question.options)
+        _, options = _encoded_question(tokenizer, question)
         tokens = np.array([len(option) for option in options])
         rate = tokens / _lengths(task, n)
         chosen = np.isclose(rate, rate.min())
@@ -439,13 +441,27 @@ def _choosing(
     return Asking(parts.cost, records)
 
 
+def way_of(checkpoint: Checkpoint, task: Task) -> str | None:
+    """How the options of a task are put to a model, in words; None: all models get the same."""
+    if not task.asks:
+        return None
+    return CHAT if _tokenizer(checkpoint.path).has_chat_template else PLAIN
+
+
+def _encoded_question(tokenizer: Any, question: Question) -> Encoded:
+    """Token ids of one question, as a model with this tokenizer is asked."""
+    if question.asked and tokenizer.has_chat_template:
+        return option_likelihood.encode_replies(tokenizer, question.asked, question.options)
+    return option_likelihood.encode(tokenizer, question.context, question.options)
+
+
 def _encoded(tokenizer: Any, task: Task, left: Sequence[int]) -> list[Encoded]:
     """Token ids of the questions `left`. MisError names the question that cannot be asked."""
     encoded = []
     for n in left:
         question = task.questions[n]
         try:
-            ids = option_likelihood.encode(tokenizer, question.context, question.options)
+            ids = _encoded_question(tokenizer, question)
         except MisError as error:
             raise MisError(f"{task.name} question {n + 1}: {error}") from None
         encoded.append(ids)

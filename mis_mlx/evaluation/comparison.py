@@ -35,7 +35,7 @@ ACROSS = (
     "teacher reads their tokens, and only the shared rows count."
 )
 FEW = 100  # tokens; llama.cpp makes no statistics of fewer
-METRICS = ("nll", "kl", "top1")  # of a student, in the order of `by_window`
+METRICS = ("nll", "kl", "top1", "ear")  # of a student, in the order of `by_window`
 # {metric: (value, its standard error where there is one)}
 Figures = dict[str, tuple[float, float | None]]
 
@@ -91,8 +91,9 @@ def compare(
     """Per-window means (N,) of every model, by (model, metric). Streamed.
 
     The first model is the teacher; it has "nll" only. Students have "nll", "kl" (teacher to
-    student), both in nats, and "top1", the share of equal top tokens. A window without predictions
-    that count has 0 everywhere: leave it out, as `rows_of` does.
+    student), both in nats, "top1", the share of equal top tokens, and "ear", how often both can draw
+    the same token. A window without predictions that count has 0 everywhere: leave it out, as
+    `rows_of` does.
 
     One block of one model is in memory at a time, then parts of the teacher's head and of one
     student's. hidden: the teacher's `final_hidden`, where it is compared with many students in
@@ -117,14 +118,14 @@ def compare(
 
 
 def _window_means(base: Passed, other: Passed, held_out: Windows) -> np.ndarray:
-    """(4, N): the means of `by_window` over the predictions of each window, 0 where it has none."""
+    """(5, N): the means of `by_window` over the predictions of each window, 0 where it has none."""
     means = []
     for values in by_window(base, other, held_out):
         if len(values):
             means.append(values.mean(axis=0))
         else:
-            means.append(np.zeros(4))
-    return np.array(means).reshape(-1, 4).T
+            means.append(np.zeros(5))
+    return np.array(means).reshape(-1, 5).T
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class _Chunk:
     """Up to CHUNK predictions of one window.
 
     positions (n,): where the predictions are made. targets (n,): the tokens that follow there.
-    parts: of each part of the vocabulary so far, what `host_losses.compared` says, (n, 9).
+    parts: of each part of the vocabulary so far, what `host_losses.compared` says, (n, 11).
     """
 
     window: int
@@ -146,10 +147,9 @@ def by_window(
     other: Passed,
     held_out: Windows,
 ) -> Iterator[np.ndarray]:
-    """(n, 4) float64 for each window, one row for each of its n predictions that count.
+    """(n, 5) float64 for each window, one row for each of its n predictions that count.
 
-    Columns: the base's nll, the other's nll, KL(base || other), all in nats, and 1 where both have
-    the same top token. The heads come in parts of the vocabulary; each part is read once for as
+    Columns: those of `host_losses.over_parts`, the base being the teacher there. The heads come in parts of the vocabulary; each part is read once for as
     many windows as have GROUP tokens together.
     """
     total, length = held_out.tokens.shape
@@ -162,7 +162,7 @@ def by_window(
         for of_window in chunks_of:
             values = [host_losses.over_parts(chunk.parts) for chunk in of_window]
             # A window without predictions that count still has its entry, with no rows.
-            none = np.zeros((0, 4))
+            none = np.zeros((0, 5))
             yield np.concatenate([none, *values])
 
 
@@ -337,7 +337,8 @@ def kld(
             own_rows += values.tolist()
         gathered = distributed.all_gather(own_rows)
         every = np.array(list(chain.from_iterable(gathered)))
-        report[name] = figures(*every.T)
+        base_nll, nll, kl, same, _ = every.T
+        report[name] = figures(base_nll, nll, kl, same)
     return report
 
 

@@ -48,6 +48,7 @@ def outcomes(
             sha256=task.sha256,
             uniform=answering.uniform(models["teacher"], task),
             levels=levels,
+            ways=_ways(models, task),
         )
     if wanted.harness:
         yield from _harness_outcomes(wanted, models, hashes, num_questions)
@@ -61,6 +62,16 @@ def _levels(hashes: Hashes, task: questions.Task) -> dict[str, instructions.Leve
         if levels:
             levels_of[name] = levels
     return levels_of or None
+
+
+def _ways(models: Models, task: questions.Task) -> dict[str, str] | None:
+    """{model: how the task's options were put to it}; None where all models get the same."""
+    ways = {}
+    for name, model in models.items():
+        way = answering.way_of(model, task)
+        if way:
+            ways[name] = way
+    return ways or None
 
 
 def _harness_outcomes(

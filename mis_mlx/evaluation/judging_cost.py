@@ -52,7 +52,7 @@ def _heads_cost(models: Sequence[ModelSize], tokens: int, length: int) -> StageC
     at_once = CHUNK if any(m.gpu for m in models) else min(length, CHUNK)
     logits = 2 * 4 * at_once * rows
     temporaries = 3 * rows * hidden
-    statistics = 9 * 8 * min(tokens, GROUP + length) * parts
+    statistics = 11 * 8 * min(tokens, GROUP + length) * parts
     groups = math.ceil(tokens / GROUP)
     return StageCost(
         name="heads",

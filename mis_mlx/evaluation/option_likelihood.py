@@ -1,5 +1,7 @@
 """How likely each option is after its question: log-likelihoods, as lm-eval defines them. Streamed.
 
+A question is plain text, or a user's turn in the model's chat template, and the options replies.
+
 A question is computed once for all its options, which do not see each other. Questions share
 sequences, without padding.
 """
@@ -12,7 +14,14 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.maths.losses import chunk_rows
-from mis_mlx.models import attention_masks, config, distributed, load, pipeline_parallel
+from mis_mlx.models import (
+    attention_masks,
+    config,
+    distributed,
+    load,
+    mlx_generate,
+    pipeline_parallel,
+)
 from mis_mlx.models.stream import Hidden, Stream, evaluate_now
 from mis_mlx.types import MisError, grouped
 
@@ -47,6 +56,27 @@ def encode(tokenizer: Any, context: str, options: Sequence[str]) -> Encoded:
             f"a word"
         )
     return before, added
+
+
+def encode_replies(tokenizer: Any, asked: str, options: Sequence[str]) -> Encoded:
+    """Token ids of a user's turn through the chat template, and of every option as the reply to it.
+
+    MisError where the template refuses the turn, or a reply has no token.
+    """
+    try:
+        before = mlx_generate.chat_ids(tokenizer, [{"role": "user", "content": asked}])
+    except Exception as error:  # a template is a program of the model's: it can raise anything
+        raise MisError(
+            f"the chat template refuses {asked[:40]!r} ({error}): remove the question, or give "
+            f"--no-apply-chat-template"
+        ) from error
+    replies = []
+    for option in options:
+        reply = option.strip()
+        replies.append(list(tokenizer.encode(reply, add_special_tokens=False)))
+    if not all(replies):
+        raise MisError(f"an option of {asked[:40]!r} has no token: write words there")
+    return before, replies
 
 
 def _first_token(tokenizer: Any) -> int:

@@ -3,7 +3,8 @@
 A file holds rows of one kind and is one task, named like the file:
 
     choice        {"question", "options", "answer"}
-                  Which option is likeliest after the question? "question" may be "".
+                  Which option is likeliest after the question? "question" may be "". A model with a
+                  chat template is asked through it, and an option is its whole reply.
     cloze         {"text", "options", "answer"}
                   Which option fits the blank ___ of the text?
     checked       {"prompt", "answer"}
@@ -58,7 +59,8 @@ class Question(NamedTuple):
     """One question.
 
     options: as they continue `context`; right: the number of the right one. Without options a model
-    writes, and its text is compared with `answer` or must follow `instructions`.
+    writes, and its text is compared with `answer` or must follow `instructions`. asked: what a user
+    would say, of a question with options that has words of its own; a chat model is asked this.
     """
 
     context: str
@@ -67,6 +69,7 @@ class Question(NamedTuple):
     right: int = 0
     language: str | None = None
     instructions: tuple[Instruction, ...] = ()
+    asked: str = ""
 
     @property
     def chance(self) -> float:
@@ -95,10 +98,22 @@ class Task:
         """Of everything that decides the answers, in hex."""
         asked = []
         for q in self.questions:
-            asked.append([q.context, q.answer, q.language, *q.options, *q.instructions])
+            decided = [q.context, q.answer, q.language, *q.options, *q.instructions]
+            # What is asked in one way only keeps the hash that it has always had.
+            asked.append([*decided, {"asked": q.asked}] if q.asked else decided)
         decisive = [self.kind, self.max_tokens, asked]
         text = json.dumps(decisive, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def asks(self) -> bool:
+        """Whether chat models are asked some of its questions through their templates."""
+        return any(q.asked for q in self.questions)
+
+    def as_text(self) -> Self:
+        """The same task, every question of which is plain text to all models."""
+        questions = tuple(q._replace(asked="") for q in self.questions)
+        return replace(self, questions=questions)
 
     def chosen(self, count: int) -> Self:
         """`count` of its questions, spread evenly, or all when there are fewer."""
@@ -256,6 +271,7 @@ def _question(row: Mapping) -> Question:
     context = ""
     lead = ""
     after = ""
+    asked = ""
     if shape == "cloze":
         before, after = row["text"].split(BLANK)
         context = before.rstrip(" ")
@@ -263,7 +279,8 @@ def _question(row: Mapping) -> Question:
         lead = before[len(context) :]
     elif row["question"]:
         mark = MARK[row.get("language") or "en"]
-        context = f"{row['question'].rstrip()}\n{mark}:"
+        asked = row["question"].rstrip()
+        context = f"{asked}\n{mark}:"
         lead = " "
     return Question(
         context=context,
@@ -271,6 +288,7 @@ def _question(row: Mapping) -> Question:
         options=tuple(f"{lead}{option}{after}" for option in row["options"]),
         right=row["options"].index(row["answer"]),
         language=row.get("language"),
+        asked=asked,
     )
 
 

@@ -16,8 +16,8 @@ class Outcome(NamedTuple):
     marks: {model: (n,)}, the teacher first. chance (n,): expected marks of guessing. constant:
     (share, answer) of the best constant answer, U Zośki. overlap: as `questions.Known.overlap`.
     uniform (n,): expected marks of a model to which all tokens are equally likely. levels: {model:
-    IFEval's two accuracies}, whose mean is the mean of the marks. None: not known, or a task
-    without instructions.
+    IFEval's two accuracies}, whose mean is the mean of the marks. ways: {model: how options were
+    put to it}. None: not known, or a task of another kind.
     """
 
     task: str
@@ -29,6 +29,7 @@ class Outcome(NamedTuple):
     sha256: str = ""
     uniform: np.ndarray | None = None
     levels: Mapping[str, Levels] | None = None
+    ways: Mapping[str, str] | None = None
 
     @property
     def teacher(self) -> np.ndarray:
@@ -69,6 +70,8 @@ class Outcome(NamedTuple):
             }
             if self.levels:
                 of_model |= self.levels[name].json()
+            if self.ways:
+                of_model["asked"] = self.ways[name]
             models[name] = of_model
         constant: dict[str, Any] | None = None
         if self.constant:
@@ -145,7 +148,9 @@ def _is_constant(outcome: Outcome) -> bool:
 
 
 def _about(outcome: Outcome) -> str:
-    """A task's origin, and both accuracies of every model where it has them."""
+    """A task's origin, how the models were asked, and both accuracies where they have them."""
+    if outcome.ways:
+        return f"{outcome.about}; {_asked(outcome.ways)}"
     if not outcome.levels:
         return outcome.about
     accuracies = []
@@ -155,6 +160,18 @@ def _about(outcome: Outcome) -> str:
             f"mean {levels.mean:.1%}"
         )
     return f"{outcome.about}; strict accuracies of {'; '.join(accuracies)}"
+
+
+def _asked(ways: Mapping[str, str]) -> str:
+    """How the models were asked, in words."""
+    different = sorted(set(ways.values()))
+    if len(different) == 1:
+        return f"every model was asked {different[0]}"
+    parts = []
+    for way in different:
+        names = [name for name, of_model in ways.items() if of_model == way]
+        parts.append(f"{', '.join(names)} {way}")
+    return f"asked: {'; '.join(parts)}"
 
 
 def _compared(name: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:

@@ -137,6 +137,47 @@ def test_another_model_task_version_or_type_has_answers_of_its_own(
     assert answering.sha256(llama) != before
 
 
+@pytest.mark.usefixtures("cpu_policy")
+def test_a_chat_model_is_asked_through_its_template(tmp_path: Path, llama: Checkpoint) -> None:
+    """An option is the reply to the question as a user's turn; as text it is what base models get,
+    and both are kept side by side.
+    """
+    chat = load.open_checkpoint(tiny.talking(tmp_path / "chat"))
+    task = quiz(12)
+    limit = memory.budget(None)
+    answering.scores(chat, answering.sha256(chat), task, limit)
+    asked = likelihoods(chat, task)
+    answering.scores(chat, answering.sha256(chat), task.as_text(), limit)
+    as_text = likelihoods(chat, task.as_text())
+
+    model = load.resident_model(chat, mx.float32)
+    tokenizer = load.tokenizer(chat.path)
+    question = task.questions[3]
+    turn = tokenizer.encode(f"user\n{question.asked}<|endoftext|>\nassistant\n")
+    reply = tokenizer.encode(question.options[1].strip())
+    logits = np.array(model(mx.array([[*turn, *reply]]))[0], np.float64)
+    logps = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+    places = np.arange(len(reply)) + len(turn) - 1
+    assert asked[3][1] == pytest.approx(logps[places, reply].sum(), abs=1e-3)
+    assert asked[3][1] != pytest.approx(as_text[3][1], abs=1e-3)
+
+    assert answering.way_of(chat, task) == answering.CHAT
+    assert answering.way_of(llama, task) == answering.PLAIN
+    assert answering.way_of(chat, task.as_text()) is None
+    _, option_ids = answering._encoded_question(load.tokenizer(llama.path), question)
+    plain = task.as_text().questions[3]
+    assert answering._encoded_question(load.tokenizer(llama.path), plain)[1] == option_ids
+
+
+def test_a_template_that_refuses_a_question_is_named(tmp_path: Path) -> None:
+    """With the number of the question, before any is asked."""
+    chat = load.open_checkpoint(tiny.talking(tmp_path / "chat"))
+    refusal = "{{ raise_exception('no users here') }}"
+    (chat.path / "chat_template.jinja").write_text(refusal)
+    with pytest.raises(MisError, match=r"quiz question 1: the chat template refuses .*no users"):
+        answering.plan(chat, "0" * 64, quiz(4), memory.budget(None))
+
+
 def test_options_of_unlike_length_are_compared_per_character(llama: Checkpoint) -> None:
     """lm-eval's acc_norm: the space before an option is none of its characters."""
     task = quiz(30, per_character=True)

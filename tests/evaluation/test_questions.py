@@ -40,6 +40,11 @@ def test_the_three_formats_as_a_model_reads_them(tmp_path: Path) -> None:
     choice, cloze, checked = questions.folder(tmp_path)
     assert [t.name for t in (choice, cloze, checked)] == ["a", "b", "c"]
     assert [q.context for q in choice.questions] == ["2 + 2?\nAnswer:", "2 + 2?\nOdpowiedź:", ""]
+    assert [q.asked for q in choice.questions] == ["2 + 2?", "2 + 2?", ""]
+    assert choice.asks
+    assert not cloze.asks
+    assert choice.as_text().sha256 != choice.sha256
+    assert cloze.as_text().sha256 == cloze.sha256
     assert choice.questions[0].options == (" 3", " 4", " 5")
     assert choice.questions[2].options == (
         "3",
