@@ -27,6 +27,7 @@ from tests.gguf_export.test_gemma import GEMMA3N
 from tests.gguf_export.test_tensors import packed
 from tests.test_export import IDS, forward
 
+pytestmark = pytest.mark.slow  # it is no part of what the README installs
 llama_cpp = pytest.importorskip(
     "llama_cpp", reason="llama.cpp is not here: pip install -e '.[llama]', 18 minutes"
 )

@@ -19,6 +19,7 @@ from mis_mlx.__main__ import commands
 from mis_mlx.hardware import child_process, import_path, jobs, programs
 from mis_mlx.studio_page import studio_state
 from mis_mlx.types import Checkpoint
+from tests.conftest import mostly_slow
 
 ROOT = Path(__file__).parent.parent
 # Of Python's library, of installed packages, and of packages that are not in every environment.
@@ -79,7 +80,7 @@ def folder(llama: Checkpoint, tmp_path: Path) -> Folder:
     return Folder(llama.path, tmp_path)
 
 
-@pytest.mark.parametrize("command", sorted(commands()))
+@pytest.mark.parametrize("command", mostly_slow(sorted(commands()), "distill", "studio", "thermal"))
 def test_no_command_imports_from_the_current_folder(
     folder: Folder, own_home: dict[str, str], command: str
 ) -> None:
@@ -92,8 +93,16 @@ def test_no_command_imports_from_the_current_folder(
 @pytest.mark.parametrize(
     ("command", "door"),
     [
-        *(("export", door) for door in DOORS),
-        *((name, DOORS[i % 3]) for i, name in enumerate(SHORT) if name != "export"),
+        *mostly_slow(
+            [
+                *(("export", door) for door in DOORS),
+                *((name, DOORS[i % 3]) for i, name in enumerate(SHORT) if name != "export"),
+            ],
+            ("export", "module"),
+            ("export", "scripts/mis"),
+            ("generate", "console"),
+            of_several=True,
+        )
     ],
 )
 def test_no_child_imports_from_the_current_folder(

@@ -16,6 +16,7 @@ from mis_mlx import export, prune
 from mis_mlx.models import load, resolve
 from tests import tiny
 
+pytestmark = pytest.mark.slow  # it is no part of what the README installs
 torch = pytest.importorskip(
     "torch", reason="transformers runs models on torch: pip install -e '.[transformers]'"
 )

@@ -121,6 +121,7 @@ def test_nothing_that_fits_is_refused(stored: dict[str, Any]) -> None:
             assert trained == ("training" not in found["left_out"])
 
 
+@pytest.mark.slow
 def test_a_row_is_made_again(made: SimpleNamespace, stored: dict[str, Any], tmp_path: Path) -> None:
     """The stored plan of a small model is today's, but for answers, which are planned by the
     machine that does it.

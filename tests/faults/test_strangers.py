@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -241,13 +242,17 @@ def doors(path: Path) -> list[str]:
         "MLXLM",
         "snapshot_download",
     )
+    if not re.search(
+        r"utils|transformers|from_pretrained|MLXLM|sharded_load", path.read_text("utf-8")
+    ):
+        return found
     for call in calls(path):
         called = ast.unparse(call.func)
-        whole = ast.unparse(call)
         foreign = called.endswith(tuple(f"utils').{n}" for n in names)) or called.startswith(
             ("utils.", "transformers.")
         )
         foreign = foreign or called.split(".")[-1] in ("from_pretrained", "MLXLM", "sharded_load")
+        whole = ast.unparse(call) if foreign else ""
         if foreign and "trust_remote_code" not in whole and "**trust" not in whole:
             found.append(f"{path.name}:{call.lineno} {whole[:80]}")
     return found
@@ -263,7 +268,8 @@ def test_foreign_code_is_refused_explicitly_wherever_it_could_run() -> None:
             "trust_remote_code=True" not in source and '"trust_remote_code": True' not in source
         ), path
         assert "mlx_lm.benchmark" not in source and "sharded_load" not in source, path
-        assert not doors(path), doors(path)
+        found = doors(path)
+        assert not found, found
 
 
 @pytest.mark.parametrize(
@@ -277,8 +283,12 @@ def test_the_look_at_doors_can_fail(line: str, tmp_path: Path) -> None:
 
 def test_nothing_is_unpickled() -> None:
     """No module reads what can run code while it is read."""
+    said = r"pickle|marshal|shelve|dill|joblib|(?<![\w.])(eval|exec)\(|\.load\("
     for path in PACKAGE.rglob("*.py"):
-        tree = ast.parse(path.read_text("utf-8"))
+        source = path.read_text("utf-8")
+        if not re.search(said, source):
+            continue
+        tree = ast.parse(source)
         named = set[str]()
         for node in ast.walk(tree):
             if isinstance(node, ast.Import | ast.ImportFrom):

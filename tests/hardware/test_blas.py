@@ -250,18 +250,26 @@ def test_without_a_library_the_first_line_says_so(bare: Bare) -> None:
     assert f"{sys.executable} -m pip install" in first
 
 
-def test_commands_start_again_with_it_once(bare: Bare, llama: Checkpoint) -> None:
-    """`python -m mis_mlx.plan` and `python -m mis_mlx plan`: Python's flags and ours as they were,
+@pytest.mark.parametrize(
+    "way", [["mis_mlx", "plan"], pytest.param(["mis_mlx.plan"], marks=pytest.mark.slow)]
+)
+def test_commands_start_again_with_it_once(bare: Bare, llama: Checkpoint, way: list[str]) -> None:
+    """`python -m mis_mlx plan` and `python -m mis_mlx.plan`: Python's flags and ours as they were,
     all of them.
     """
-    for way in (["mis_mlx.plan"], ["mis_mlx", "plan"]):
-        line = ["-X", "utf8", "-W", "error", "-P", "-m", *way, "--teacher", str(llama.path)]
-        done, (note,) = bare.run(*line)
-        assert done.returncode == 0, done.stderr
-        assert note["argv"] == line
-        assert note["fast"]
-        assert done.stderr.count("OPENBLAS_NUM_THREADS=") == 1
-        json.loads(done.stdout.splitlines()[-1])
+    line = ["-X", "utf8", "-W", "error", "-P", "-m", *way, "--teacher", str(llama.path)]
+    done, (note,) = bare.run(*line)
+    assert done.returncode == 0, done.stderr
+    assert note["argv"] == line
+    assert note["fast"]
+    assert done.stderr.count("OPENBLAS_NUM_THREADS=") == 1
+    json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_a_command_runs_without_it(bare: Bare, llama: Checkpoint) -> None:
+    """Where a user switched it off."""
+    line = ["-m", "mis_mlx.plan", "--teacher", str(llama.path)]
     done, (note,) = bare.run(*line, MIS_MLX_BLAS="off")
     assert done.returncode == 0
     assert not note["fast"]
@@ -304,6 +312,7 @@ print(blas_threads.at_start(), os.environ["OPENBLAS_NUM_THREADS"], bits)
 """
 
 
+@pytest.mark.slow
 def test_threads_of_a_beginning_come_back(bare: Bare) -> None:
     """Of MLX's products and of numpy's, which have a library of their own: the bits are those of a
     process that began with as many. More than there are cores are not taken.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from functools import partial
 from typing import Any
@@ -202,6 +203,21 @@ def test_restore_continues_bit_equal(eight_bit: bool) -> None:
     assert flat(second.parameters()) == flat(whole.parameters())
     assert flat(after.adamw.state) == flat(optimizer.adamw.state)
     assert after.memory() == optimizer.memory()
+
+
+def test_batches_that_were_left_out_stay_so_at_half_the_rate() -> None:
+    """Also in a run that goes on from what a checkpoint keeps."""
+    first = GuardedAdamW()
+    first.skip_batches([3, 4])
+    later = GuardedAdamW()
+    later.restore(first.arrays(), json.loads(json.dumps(first.memory())))
+    for optimizer in (first, later):
+        learns, note = optimizer.decide(1.0, 1.0, 1e-3, batch=4)
+        assert not learns
+        assert note
+        learns, _ = optimizer.decide(1.0, 1.0, 1e-3, batch=5)
+        assert learns
+        assert float(optimizer.adamw.learning_rate) == pytest.approx(5e-4)
 
 
 def test_relative_steps_are_a_share_of_each_tensor() -> None:

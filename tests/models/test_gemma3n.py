@@ -98,7 +98,7 @@ def test_weights_are_not_changed_by_a_pass(gemma: Checkpoint) -> None:
 
 
 @pytest.mark.usefixtures("cpu_policy")
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_tokens_behind_the_end_of_the_table(tmp_path: Path, packed: bool) -> None:
     """The published table of per-layer inputs has fewer rows than the embedding: token 0's count
     for the others, also in a teacher of some of the tokens.

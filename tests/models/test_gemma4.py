@@ -551,7 +551,10 @@ def test_what_is_not_capped_is_another_loss() -> None:
     assert mx.allclose(dw, bw, atol=1e-5)
 
 
-@pytest.mark.parametrize(("teacher", "params"), [("gemma-4-e2b", 0.703), ("gemma-4-e4b", 0.766)])
+@pytest.mark.parametrize(
+    ("teacher", "params"),
+    [("gemma-4-e2b", 0.703), pytest.param("gemma-4-e4b", 0.766, marks=pytest.mark.slow)],
+)
 def test_the_plan_of_the_published_ones(teacher: str, params: float) -> None:
     """Half of the tokens and nothing else by default, within 5 GiB of a laptop of 8; or cut and
     trained, if it fits.

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +147,10 @@ def test_options_share_their_question(lfm: Checkpoint) -> None:
             assert value == pytest.approx(want, rel=1e-5)
 
 
-@pytest.mark.parametrize("method", ["round", "gptq"])
-@pytest.mark.parametrize("policy", ["cpu", "metal"])
+@pytest.mark.parametrize(
+    ("policy", "method"),
+    mostly_slow(product(("cpu", "metal"), ("round", "gptq")), ("cpu", "gptq"), of_several=True),
+)
 def test_four_bits_are_stock(
     lfm: Checkpoint,
     method: Any,

@@ -200,7 +200,7 @@ def test_bits_are_stock(
     assert apart(load.resident_model(four, mx.float32)(TOKENS), theirs(TOKENS)) <= tolerance
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", mostly_slow(["bfloat16", "float16"], "bfloat16"))
 def test_decay_keeps_its_digits(
     qwen: Checkpoint, dtype: Literal["bfloat16", "float16"], tmp_path: Path, text_folder: Path
 ) -> None:
@@ -276,7 +276,7 @@ def test_depth_keeps_the_period(qwen: Checkpoint, tmp_path: Path, text_folder: P
         prune.run(prune.Settings(mlx_path=str(tmp_path / "x"), heads=2, **asked))
 
 
-@pytest.mark.parametrize("way", mostly_slow(family_checks.WAYS, "resident", "blocks"))
+@pytest.mark.parametrize("way", mostly_slow(family_checks.WAYS, "blocks"))
 def test_every_way_of_training(tmp_path: Path, text_folder: Path, way: str) -> None:
     """Of a smaller student: see `check_training`."""
     teacher = {**tiny.FAMILIES[KIND], "linear_value_head_dim": 32}

@@ -12,6 +12,7 @@ import pytest
 from mis_mlx.models import load, stream, streamed_batch
 from mis_mlx.types import Checkpoint
 from tests import tiny
+from tests.conftest import mostly_slow
 
 Models = Callable[[str], Checkpoint]
 # of several lengths; longer than the tiny models' windows, of one token, and alike
@@ -61,7 +62,9 @@ def test_what_comes_next_is_what_a_text_alone_says(
     assert len(texts) == 2
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3n_text", "qwen3_5_text", "gpt_oss"])
+@pytest.mark.parametrize(
+    "kind", mostly_slow(["llama", "gemma3n_text", "qwen3_5_text", "gpt_oss"], "llama", "gpt_oss")
+)
 def test_by_metals_policy(models: Models, kind: str, metal: None) -> None:
     """In float16, prompts evaluated several together: near the whole text, which is read in float16
     too, and always a number.

@@ -280,11 +280,13 @@ def test_a_second_process_is_told_who_holds_the_run(tmp_path: Path) -> None:
         assert str(os.getpid()) in (run / ".lock").read_text()
 
 
-@pytest.mark.parametrize("name", [".tmp-m-{}", ".tmp-m-rounded-{}-{}"])
-def test_what_a_dead_process_left_is_swept(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", ["m", "m[1]"])  # a name, no pattern
+@pytest.mark.parametrize("end", ["-{}", "-rounded-{}-{}"])
+def test_what_a_dead_process_left_is_swept(folder: str, end: str, tmp_path: Path) -> None:
     """Of the same folder, whatever it was for; not what a process that lives is making, nor of
     another folder.
     """
+    name = f".tmp-{folder}{end}"
     dead = subprocess.run(
         [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
     ).stdout
@@ -295,12 +297,12 @@ def test_what_a_dead_process_left_is_swept(name: str, tmp_path: Path) -> None:
     for path in (left, living, other):
         path.mkdir()
         (path / "half").write_bytes(b"x")
-    with commit_folder(tmp_path / "m", DISK, 1) as tmp:
+    with commit_folder(tmp_path / folder, DISK, 1) as tmp:
         DISK.write(tmp / "whole", b"y")
     assert not left.exists()
     assert living.exists()
     assert other.exists()
-    assert [p.name for p in (tmp_path / "m").iterdir()] == ["whole"]
+    assert [p.name for p in (tmp_path / folder).iterdir()] == ["whole"]
 
 
 @pytest.mark.parametrize("links", [True, False])
