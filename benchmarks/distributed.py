@@ -39,6 +39,7 @@ from mis_mlx.compute import precision
 from mis_mlx.data import preparation
 from mis_mlx.distillation import live_teacher, strategies
 from mis_mlx.distillation.strategies import MemoryPlan
+from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.hardware import memory, rates, stage_cost
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import arch, distributed, load, opening, pipeline_parallel, resolve, stream
@@ -106,7 +107,7 @@ def steps(s: Settings) -> dict[str, Any]:
     losses = []
     began = time.perf_counter()
     before = sent_bytes()
-    for step in live_teacher.steps(student, source, data=data, recipe=r, optimizer=GuardedAdamW()):
+    for step in live_teacher.steps(WholeModel(student, GuardedAdamW()), source, data, r):
         distributed.all_gather(0)  # nobody measures what another is still sending
         now = time.perf_counter()
         after = sent_bytes()

@@ -427,14 +427,15 @@ class GuardedAdamW:
         return {
             "norms": self.norms,
             "bad": self.bad,
-            "passed": self.skipped,
-            "calm": self.lr_scale,
+            "skipped": self.skipped,
+            "lr_scale": self.lr_scale,
         }
 
     def restore(self, arrays: dict[str, mx.array], memory: dict[str, Any]) -> None:
-        """Put back what `arrays` and `memory` gave."""
+        """Put back what `arrays` and `memory` gave; memory of earlier versions, too."""
         self.adamw.state = tree_unflatten(list(arrays.items()))
         self.norms = memory["norms"]
         self.bad = memory["bad"]
-        self.skipped = memory["passed"]
-        self.lr_scale = memory["calm"]
+        older = "passed" in memory
+        self.skipped = memory["passed" if older else "skipped"]
+        self.lr_scale = memory["calm" if older else "lr_scale"]

@@ -21,6 +21,7 @@ from mis_mlx.compute.token_losses import TokenLoss
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distill import Settings as Distilled
 from mis_mlx.distillation import live_teacher, sharded, state_cost, strategies, training_cost
+from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.evaluation import comparison, writing_cost
 from mis_mlx.evaluation.judging_cost import comparison_cost
 from mis_mlx.hardware import memory
@@ -558,9 +559,7 @@ def test_resident_training_stays_under_the_plan(
     with memory.limited(Budget(before + planned.peak_bytes)):
         model = load.resident_model(student, mx.float32)
         source = live_teacher.StreamedTeacher(teacher, None if resident else 0)
-        steps = list(
-            live_teacher.steps(model, source, data=data, recipe=recipe, optimizer=GuardedAdamW())
-        )
+        steps = list(live_teacher.steps(WholeModel(model, GuardedAdamW()), source, data, recipe))
     peak = max(s.peak_bytes for s in steps) - before
     assert planned.pinned == (6 if resident else 0)
     assert planned.peak_bytes / 4 < peak < allocated(planned.peak_bytes), (
