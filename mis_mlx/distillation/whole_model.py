@@ -67,9 +67,24 @@ class WholeModel:
 
     def apply(self, found: StepGradients, update: Update) -> Applied:
         """As `train_loop.Student.apply`; all weights at once."""
-        applied = guarded_update(self.model, found, self.optimizers[0], update)
-        mx.eval(self.model.parameters(), self.optimizers[0].adamw.state)
-        return applied
+        optimizer = self.optimizers[0]
+        grads = found.take()
+        scale = update.noise / found.tokens
+        norm = scale * train_loop.agreed(global_norm(grads, streams.stream))
+        note = optimizer.update(
+            self.model,
+            grads,
+            found.loss,
+            norm,
+            learning_rate=update.rate,
+            batch=update.batch,
+            scale=scale,
+            stream_of=streams.stream,
+        )
+        # Nothing but the lazy update holds the gradients then, so they go as it is evaluated.
+        del grads
+        mx.eval(self.model.parameters(), optimizer.adamw.state)
+        return Applied(found.loss, found.tokens, norm=norm, note=note, further=found.further)
 
     def end_step(self, number: int, *, last: bool) -> None:
         """Nothing: weights are in memory, and checkpoints hold them."""
@@ -95,27 +110,6 @@ class WholeModel:
         self.model.update(tree_unflatten(list(arrays["model"].items())))
         optimizer.restore(arrays["optimizer"], guard)
         mx.eval(self.model.parameters(), optimizer.adamw.state)
-
-
-def guarded_update(
-    model: Any, found: StepGradients, optimizer: GuardedAdamW, update: Update
-) -> Applied:
-    """Update all of a model's weights at once, lazily. model: a module, or nested weights."""
-    grads = found.take()
-    scale = update.noise / found.tokens
-    norm = scale * train_loop.agreed(global_norm(grads, streams.stream))
-    note = optimizer.update(
-        model,
-        grads,
-        found.loss,
-        norm,
-        learning_rate=update.rate,
-        batch=update.batch,
-        scale=scale,
-        stream_of=streams.stream,
-    )
-    # Nothing but the lazy update holds the gradients then, so they go as it is evaluated.
-    return Applied(found.loss, found.tokens, norm=norm, note=note, further=found.further)
 
 
 def value_and_grad(model: nn.Module, loss: Loss | TokenLoss) -> ValueAndGrad:
