@@ -222,7 +222,7 @@ def computed(s: Settings) -> list[dict[str, Any]]:
         )
         plan = strategies.best_plan(spec_of(big, small, asked, asked), AIR_BYTES, at)
         one = step_seconds(plan, 1, 1.0)
-        row: dict[str, Any] = {"windows": 2 * count, "tokens": plan.job.step, "one_s": one}
+        row: dict[str, Any] = {"windows": 2 * count, "tokens": plan.job.step_tokens, "one_s": one}
         row["link_bytes"] = gradient_bytes(plan.job, 2)
         for link, rate in LINKS.items():
             row[f"two_{link.lower()}_s"] = two = step_seconds(plan, 2, rate)

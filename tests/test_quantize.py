@@ -187,7 +187,7 @@ def test_the_plan_of_gptq_by_pencil() -> None:
     assert (plain.flops, plain.held_tokens) == (0, 0)
     assert planned.read_bytes == plain.read_bytes
     # the blocks once more, in the journal
-    blocks = plain.written_bytes * m.blocks_params // m.params
+    blocks = plain.written_bytes * m.all_block_params // m.params
     assert planned.written_bytes == plain.written_bytes + blocks
     # every hidden state spooled: written by each block, read twice
     poor = rounding_cost.quantizing_cost(m, FOUR, windows=4, length=32, limit=0)

@@ -32,7 +32,7 @@ from mis_mlx.storage.files import Files
 from mis_mlx.storage.logit_store import SAMPLES, TOP
 from mis_mlx.types import Checkpoint, MisError, Step
 
-# token ids (B, T) int32; learn (B, T) float32: 1 where the prediction there counts
+# token ids (B, T) int32; loss_mask (B, T) float32: 1 where the prediction there counts
 Batch = tuple[mx.array, mx.array]
 
 
@@ -92,7 +92,7 @@ class StreamedTeacher:
     def micro_batches(
         self, batches: Sequence[Batch], windows: Sequence[np.ndarray] = ()
     ) -> list[MicroBatch]:
-        """Tokens (B, T), learn (B * T,), the teacher's hidden states (B * T, D).
+        """Tokens (B, T), loss_mask (B * T,), the teacher's hidden states (B * T, D).
 
         For cross-entropy also labels (B * T,).
         """
@@ -142,7 +142,7 @@ class TextTargets:
     def micro_batches(
         self, batches: Sequence[Batch], windows: Sequence[np.ndarray] = ()
     ) -> list[MicroBatch]:
-        """Tokens (B, T), learn (B * T,), the next tokens as ids and their weights (B * T, 1)."""
+        """Tokens (B, T), loss_mask (B * T,), the next tokens as ids, their weights (B * T, 1)."""
         micro_batches = list[MicroBatch]()
         for tokens, loss_mask in batches:
             ids = next_tokens(tokens)[:, None]
@@ -313,7 +313,7 @@ class CachedTeacher:
     def micro_batches(
         self, batches: Sequence[Batch], windows: Sequence[np.ndarray]
     ) -> list[MicroBatch]:
-        """Tokens (B, T), learn (B * T,), ids and weights (B * T, m).
+        """Tokens (B, T), loss_mask (B * T,), ids and weights (B * T, m).
 
         windows: which windows of the data each batch holds, (B,).
         """

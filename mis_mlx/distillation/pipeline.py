@@ -144,7 +144,7 @@ def train(c: Run, pruned: Checkpoint) -> model_writer.Take:
         return _repaired_only(c, pruned)
     source = target_source(c)
     student, begin = _student(c, pruned)
-    tokens = c.plan.job.step * c.plan.job.iters
+    tokens = c.plan.job.step_tokens * c.plan.job.iters
     training = run_loop.CheckpointedTraining(
         c,
         student,
@@ -248,7 +248,7 @@ def target_source(c: Run) -> live_teacher.TargetSource:
             headroom_bytes = c.plan.pinned * teacher.block_work + teacher.head_work
         return _streamed_teacher(c, headroom_bytes)
     # Tuning may take more steps than the distillation: windows for either.
-    iters = max(c.plan.job.iters, c.plan.tuned)
+    iters = max(c.plan.job.iters, c.plan.tuning_steps)
     windows = live_teacher.visited_windows(c.data, replace(c.recipe, iters=iters))
     cli.say(f"logit store: {len(windows)} windows")
     # Each machine brings its own windows into a pass through a teacher that several share.
@@ -346,7 +346,7 @@ def tune(c: Run, rounded: Path, out: Path, rate: float) -> None:
     A run that was killed goes on from its checkpoints. rate: as of `tuning_recipe`.
     """
     checkpoint = load.open_checkpoint(rounded)
-    recipe = tuning_recipe(c.recipe, checkpoint, c.plan.tuned, rate)
+    recipe = tuning_recipe(c.recipe, checkpoint, c.plan.tuning_steps, rate)
     planned = next(phase for phase in c.plan.phases if phase.name == SCALES)
     source = target_source(c)  # its pass is over before the student takes memory
     with scale_state.place(planned, c.folder, c.files) as state:

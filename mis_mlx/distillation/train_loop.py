@@ -18,8 +18,8 @@ from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.types import Step
 
 CLOCK = clock.Clock()
-# The arguments of a loss. Of a TokenLoss: tokens (B, T), learn (B * T,), then its targets of these
-# B * T positions.
+# The arguments of a loss. Of a TokenLoss: tokens (B, T), loss_mask (B * T,), then the targets of
+# these B * T positions.
 MicroBatch = tuple[Any, ...]
 MicroBatches = Callable[[int], Sequence[MicroBatch]]  # of a step, counted from 0
 F = TypeVar("F")  # what a step finds before it changes a weight

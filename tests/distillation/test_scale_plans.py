@@ -71,16 +71,16 @@ def test_on_disk_by_pencil() -> None:
     state once, writes state, and both gradients that find no room. With room, gradients stay first.
     """
     job = spec(12)
-    block = 2 * job.student.block_params // 64
+    block = 2 * job.student.largest_block_params // 64
     learning = training_cost.learning_scales(job)
     in_memory = tuned(job, GIB)
     bare = tuned(job, least_on_disk(job))
     assert (in_memory.state_bytes, in_memory.held_gradients) == (0, 0)
     assert (bare.held_gradients, bare.kept) == (0, 0)
-    kept_integers = in_memory.kept * job.student.block_params
+    kept_integers = in_memory.kept * job.student.largest_block_params
     assert in_memory.peak_bytes - kept_integers - bare.peak_bytes == 16 * learning - 3 * 4 * block
     assert bare.state_bytes == 12 * learning + 12 * block + 12 * 4 * block
-    targets = STEPS * job.step * job.target_bytes
+    targets = STEPS * job.step_tokens * job.target_bytes
     packed = bare.read_bytes - targets - STEPS * (20 * learning + 12 * 4 * block)
     # once at first, then twice a step
     assert packed == (12 + 2 * STEPS * 12) * (in_memory.read_bytes - targets) // 12
@@ -115,7 +115,7 @@ def test_a_plan_says_what_lies_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     plans = (strategies.plan_strategy(job, n, M1_AIR, **way) for n in budgets)
     tight = next(plan for plan in plans if plan.fits)
     state = max(phase.state_bytes for phase in tight.phases)
-    assert tight.tuned == roomy.tuned == STEPS
+    assert tight.tuning_steps == roomy.tuning_steps == STEPS
     assert max(phase.state_bytes for phase in roomy.phases) == 0 < state
     spooled = max(phase.spooled_bytes for phase in tight.phases)
     assert planning.disk_bytes(tight) - spooled >= planning.disk_bytes(roomy) + state - 2**20

@@ -105,7 +105,7 @@ def test_blocks_by_pencil(monkeypatch: pytest.MonkeyPatch) -> None:
     back or its update.
     """
     p = training_cost.blockwise_cost(replace(JOB, targets="cached"), 4, GIB)
-    b = SMALL.block_params
+    b = SMALL.largest_block_params
     state = 4 * state_cost.block_state_bytes(SMALL.config)
     assert p.flops == 10 * (4 * forward_flops(SMALL, 384, 32, False) + 4 * 384 * 512 * 64)
     assert p.updated == 10 * 4 * b
@@ -120,7 +120,7 @@ def test_blocks_by_pencil(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = model_of({**SMALL.config, "intermediate_size": 90_000}, gpu=False)
     single = replace(JOB, student=wide, batch_size=1, grad_accumulation_steps=1, max_seq_length=1)
     once = training_cost.backward_peak_bytes(single, 1)
-    assert once == MIB + 4 * (4 + 512) * 64 + 4 * wide.block_params + 4 * 4 * 64 * 90_000
+    assert once == MIB + 4 * (4 + 512) * 64 + 4 * wide.largest_block_params + 4 * 4 * 64 * 90_000
 
 
 def test_a_streamed_teacher_is_read_at_every_step_but_for_what_stays() -> None:
@@ -175,7 +175,7 @@ def test_sharded_by_pencil() -> None:
     counted.
     """
     job = replace(JOB, targets="cached")
-    b = SMALL.block_params
+    b = SMALL.largest_block_params
     p = training_cost.sharded_cost(job, 4, 2)
     assert training_cost.steps_per_shard(job, 2) == 5
     assert training_cost.steps_per_shard(job, 3) == 5
@@ -204,7 +204,7 @@ def test_the_repair_of_parts_by_pencil() -> None:
     on disk.
     """
     job = replace(JOB, reconstruct_samples=4)
-    b = SMALL.block_params
+    b = SMALL.largest_block_params
     p, poor = (pruning_cost.repair_by_block_cost(job, limit, 4) for limit in (GIB, 0))
     assert p.read_bytes == 6 * BIG.block_bytes + SMALL.nbytes
     assert p.written_bytes == 4 * (arch.params(SMALL.config) + 4 * b)
@@ -309,7 +309,7 @@ def test_a_student_that_is_its_teacher(
     assert not spec_of(teacher, student, DistillationConfig(**asked)).uncut
     plan = strategies.best_plan(job, GIB, M1_AIR)
     assert {"repair", "distil"}.isdisjoint(p.name for p in plan.phases) == uncut
-    assert plan.tuned == TUNE_ITERS
+    assert plan.tuning_steps == TUNE_ITERS
     assert (plan.mode == "none") == uncut
 
 
@@ -400,7 +400,7 @@ def test_steps_after_rounding_go_where_nobody_asked_for_them() -> None:
     # nothing is trained before, and windows enough that a step outweighs what rounding takes
     job = replace(JOB, rounding=plain, modes=("none",), batch_size=16, eval_windows=1)
     whole = strategies.plan_strategy(job, GIB, rates=M1_AIR, mode="none", micro=16, shard=0)
-    assert whole.tuned == 20
+    assert whole.tuning_steps == 20
     assert list(named(whole))[-2:] == ["distil scales", "measure"]
     less = replace(job, rounding=replace(job.rounding, q_iters=20))
     most = max(p.peak_bytes for name, p in named(whole).items() if name != "distil scales")
@@ -409,7 +409,7 @@ def test_steps_after_rounding_go_where_nobody_asked_for_them() -> None:
         strategies.plan_strategy(job, n * MIB // 16, rates=M1_AIR, mode="none", micro=16, shard=0)
         for n in range(64, 2000)
     ]
-    plan = next(plan for plan in plans if plan.fits and plan.tuned == 0)
+    plan = next(plan for plan in plans if plan.fits and plan.tuning_steps == 0)
     assert not strategies.plan_strategy(
         less, plan.budget_bytes, rates=M1_AIR, mode="none", micro=16, shard=0
     ).fits

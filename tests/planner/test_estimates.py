@@ -75,7 +75,7 @@ def test_sizes_by_pencil() -> None:
     in bfloat16.
     """
     m = model_of(tiny.CONFIG, gpu=False)
-    assert (m.block_params, m.block_bytes, m.head_bytes, m.nbytes) == (
+    assert (m.largest_block_params, m.block_bytes, m.head_bytes, m.nbytes) == (
         BLOCK,
         4 * BLOCK,
         4 * 512 * 64,
@@ -598,7 +598,7 @@ def test_the_papers_teacher() -> None:
     """
     m = model_of(arch.PUBLISHED["mis-137b"], gpu=True)
     block = 2 * 8192**2 + 2 * 1024 * 8192 + 3 * 28672 * 8192 + 2 * 8192
-    assert m.block_params == block == 855_654_400
+    assert m.largest_block_params == block == 855_654_400
     assert (
         arch.params(arch.PUBLISHED["mis-137b"])
         == 96 * block + 2 * 128256 * 8192 + 8192
