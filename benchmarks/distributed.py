@@ -39,6 +39,7 @@ from mis_mlx.compute import precision
 from mis_mlx.data import preparation
 from mis_mlx.distillation import live_teacher, strategies
 from mis_mlx.distillation.strategies import MemoryPlan
+from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.hardware import memory, rates, stage_cost
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import arch, distributed, load, opening, pipeline_parallel, resolve, stream
@@ -106,7 +107,7 @@ def steps(s: Settings) -> dict[str, Any]:
     losses = []
     began = time.perf_counter()
     before = sent_bytes()
-    for step in live_teacher.steps(student, source, data=data, recipe=r, optimizer=GuardedAdamW()):
+    for step in live_teacher.steps(WholeModel(student, GuardedAdamW()), source, data, r):
         distributed.all_gather(0)  # nobody measures what another is still sending
         now = time.perf_counter()
         after = sent_bytes()
@@ -221,7 +222,7 @@ def computed(s: Settings) -> list[dict[str, Any]]:
         )
         plan = strategies.best_plan(spec_of(big, small, asked, asked), AIR_BYTES, at)
         one = step_seconds(plan, 1, 1.0)
-        row: dict[str, Any] = {"windows": 2 * count, "tokens": plan.job.step, "one_s": one}
+        row: dict[str, Any] = {"windows": 2 * count, "tokens": plan.job.step_tokens, "one_s": one}
         row["link_bytes"] = gradient_bytes(plan.job, 2)
         for link, rate in LINKS.items():
             row[f"two_{link.lower()}_s"] = two = step_seconds(plan, 2, rate)

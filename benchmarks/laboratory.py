@@ -24,9 +24,9 @@ from mis_mlx import cli
 from mis_mlx.compute import host_losses
 from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.distillation import live_teacher, pipeline
+from mis_mlx.distillation import live_teacher, packed_student, pipeline
 from mis_mlx.evaluation import comparison
-from mis_mlx.hardware import rates
+from mis_mlx.hardware import memory, rates
 from mis_mlx.maths import losses
 from mis_mlx.models import load, opening, resolve
 from mis_mlx.pruning import vocabulary
@@ -111,8 +111,10 @@ def tuned(
     with vocabulary.shared(taught_by, [checkpoint]) as teacher:
         source = live_teacher.StreamedTeacher(teacher, None)
         layers = checkpoint.config["num_hidden_layers"]
-        learned = pipeline.learn_scales(checkpoint, layers, source, train, recipe)
-        learned_scales.write_learned(checkpoint, learned, out, DISK)
+        student = packed_student.PackedStudent(checkpoint, layers)
+        for _ in live_teacher.steps(student, source, train, recipe):
+            memory.give_back(cache=False)
+        learned_scales.write_learned(checkpoint, student.learned(), out, DISK)
 
 
 def unpacked(folder: Path, out: Path) -> Path:

@@ -191,7 +191,7 @@ def within(made: strategies.MemoryPlan) -> dict[str, Any]:
         "least_bytes": strategies.least_bytes(made.job, made.rates),
         "mode": made.mode,
         "uncut": made.job.uncut,
-        "tuned": made.tuned,
+        "tuned": made.tuning_steps,
         "hours": round(sum(made.planned.values()) / 3600, 3),
         "peak_bytes": made.peak_bytes,
         "left_out": {part.name: part.budget_bytes for part in shortfall.left_out(made)},

@@ -122,7 +122,7 @@ def own_text() -> Iterator[None]:
             prompts = data.tokens[at, :PROMPT].tolist()
             seeds = np.random.SeedSequence([r.seed, step]).generate_state(len(prompts)).tolist()
             draws = Draws(Sampling(1.0), seeds)
-            said = TextWriter(student).write(prompts, length - PROMPT, stop=(), draws=draws)
+            said = TextWriter(student.model).write(prompts, length - PROMPT, stop=(), draws=draws)
             tokens = np.array(
                 [[*prompt, *ids] for prompt, ids in zip(prompts, said, strict=True)], np.int32
             )

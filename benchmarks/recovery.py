@@ -31,6 +31,7 @@ from laboratory import Laboratory, stored, write
 from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.distillation import live_teacher
+from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.maths.importance import Key, Statistics
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import arch, load, model_writer, opening, stream
@@ -297,13 +298,8 @@ class Bench(Laboratory):
             temperature=recipe.temperature,
             cross_entropy=recipe.cross_entropy,
         )
-        model.train()
-        optimizer = GuardedAdamW(weight_decay=recipe.weight_decay)
-        steps = list(
-            live_teacher.steps(
-                model, source, data=self.data.train, recipe=recipe, optimizer=optimizer
-            )
-        )
+        student = WholeModel(model, GuardedAdamW(weight_decay=recipe.weight_decay))
+        steps = list(live_teacher.steps(student, source, self.data.train, recipe))
         model.eval()
         return {
             "group": arm.group,

@@ -25,6 +25,7 @@ from mis_mlx import cli, distill
 from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher, pipeline
+from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.evaluation import comparison
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import load, model_writer, opening, resolve, stream
@@ -122,9 +123,7 @@ def train(
             target = live_teacher.CachedTeacher(store, at)
         model = stream.load_checked(load.resident_model(student, mx.float32))
         model.train()
-        steps = list(
-            live_teacher.steps(model, target, data=data, recipe=recipe, optimizer=GuardedAdamW())
-        )
+        steps = list(live_teacher.steps(WholeModel(model, GuardedAdamW()), target, data, recipe))
     model.eval()
     return model, {**cost, "seconds": round(sum(s.seconds for s in steps), 1)}
 

@@ -27,7 +27,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from laboratory import busy, resumed, start, stored, write
 from mis_mlx import cli, prune
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.distillation import live_teacher, sharded
+from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.hardware.clock import Clock
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import load, model_writer, opening, resolve, stream
@@ -145,15 +145,14 @@ def begun(
     if way == "resident":
         model = load.resident_model(small, mx.float32)
         stream.load_checked(model)
-        return live_teacher.steps(model, source, data=data, recipe=recipe, optimizer=GuardedAdamW())
+        return live_teacher.steps(WholeModel(model, GuardedAdamW()), source, data, recipe)
     layers = int(small.config["num_hidden_layers"])
     if way == "sharded":
         small = model_writer.by_block(small, temp / "parts", DISK)
         layers = -(-layers // 2)
     trained = sharded.Sharded(small, layers, steps_per_shard=steps, weight_decay=0.01, files=DISK)
     trained.begin()
-    micro = partial(live_teacher.step_micro_batches, source, data, recipe)
-    return trained.steps(micro, source.token_loss(own_head=True), recipe)
+    return live_teacher.steps(trained, source, data, recipe)
 
 
 def ours(

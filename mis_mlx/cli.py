@@ -13,7 +13,7 @@ import select
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import tyro
 
 from mis_mlx import __version__, flag_help
-from mis_mlx.types import GIB, Gone, MisError, Options, Within
+from mis_mlx.types import GIB, MisError, Options, Within
 
 T = TypeVar("T")
 Made = TypeVar("Made", bound="Options")
@@ -112,7 +112,7 @@ def read_yaml(path: str, config_type: type) -> dict[str, Any]:
             )
             raise MisError(f"{path}: {key!r} is not a setting of this command: {hint}")
         value = _converted(value, hints[name])
-        _refuse_gone(config_type, {name: value}, where=f"{path}: ")
+        flag_help.refuse_gone(config_type, {name: value}, where=f"{path}: ")
         if not _fits(value, hints[name]):
             annotated = get_type_hints(config_type, include_extras=True)
             takes = flag_help.metavar(annotated[name]) or "true or false"
@@ -187,7 +187,7 @@ def parse(config_type: Any, argv: Sequence[str] | None = None, prog: str | None 
             print(flag_help.text(config_type, prog or "mis_mlx", every=every))
             sys.exit(0)
         _refuse_file_only(config_type, args)
-        _refuse_gone(config_type, _said(args))
+        flag_help.refuse_gone(config_type, _said(args))
         for flag, file in itertools.pairwise(args):
             if flag in ("-c", "--config"):
                 if file:
@@ -252,26 +252,6 @@ def _refuse_file_only(config_type: type, args: Sequence[str]) -> None:
             )
 
 
-def _refuse_gone(config_type: type, values: Mapping[str, Any], where: str = "") -> None:
-    """MisError, with `where`, for a value that its setting took in an earlier version.
-
-    values: by name.
-    """
-    file_only = flag_help.quiet(config_type)
-    for name, hint in get_type_hints(config_type, include_extras=True).items():
-        for part in getattr(hint, "__metadata__", ()):
-            if isinstance(part, Gone) and values.get(name) == part.value:
-                shown = _shown(name, file_only)
-                raise MisError(f"{where}{shown} {part.value} is no longer there: {part.remedy}")
-
-
-def _shown(name: str, file_only: Collection[str]) -> str:
-    """What a setting is called in messages: as a flag, where it is one."""
-    if name in file_only:
-        return name
-    return f"--{name.replace('_', '-')}"
-
-
 def in_words_of(config_type: Any, message: str) -> str:
     """The message of a shared module, for one command: what is no flag of it is named as a setting.
 
@@ -296,11 +276,11 @@ def check_ranges(settings: Any) -> None:
     Or where a value is `types.Gone`.
     """
     config_type = type(settings)
-    _refuse_gone(config_type, vars(settings))
+    flag_help.refuse_gone(config_type, vars(settings))
     file_only = flag_help.quiet(config_type)
     for name, hint in get_type_hints(config_type, include_extras=True).items():
         value = getattr(settings, name)
-        shown = _shown(name, file_only)
+        shown = flag_help.shown(name, file_only)
         texts = value if isinstance(value, tuple) else (value,)
         if "" in texts and value != getattr(config_type, name, None):
             raise MisError(f"{shown} is empty: give a value, or leave it out")

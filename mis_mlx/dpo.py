@@ -16,7 +16,8 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.alignment import alignment_run, sequence_packing
 from mis_mlx.data.examples import Sequenced
-from mis_mlx.distillation import live_teacher, train_loop
+from mis_mlx.distillation import live_teacher
+from mis_mlx.distillation.whole_model import as_in_training
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths import losses, rl_losses
 from mis_mlx.models import distributed, load, pass_cost
@@ -127,7 +128,7 @@ def reference(
     for batch in sequence_packing.by_length("reference: batch", lengths, batch_size):
         tokens, loss_mask = padded_pairs([pairs[i] for i in batch])
         work = partial(_row_sums, tokens=tokens, loss_mask=loss_mask)
-        sums = train_loop.as_in_training(model, work) if trained else work(model)
+        sums = as_in_training(model, work) if trained else work(model)
         logps[batch] = np.array(sums).reshape(2, -1).T
     return logps
 

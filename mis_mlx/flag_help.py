@@ -1,10 +1,13 @@
-"""--help and --help-all of a command: its settings as flags, in groups, with their docstrings."""
+"""--help and --help-all of a command: its settings as flags, in groups, with their docstrings.
+
+And what is said of a value that a setting no longer takes.
+"""
 
 import inspect
 import json
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -12,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from docstring_parser import parse_from_object
 
-from mis_mlx.types import FILE_ONLY, Shown
+from mis_mlx.types import FILE_ONLY, Gone, MisError, Shown
 
 # Titles and the commands or flags under them, in this order; flags that no group names come last.
 GROUPS = json.loads((Path(__file__).parent / "help.json").read_text("utf-8"))
@@ -28,6 +31,26 @@ def quiet(kind: type) -> frozenset[str]:
     return listed | {
         name for name, hint in hints.items() if FILE_ONLY in getattr(hint, "__metadata__", ())
     }
+
+
+def refuse_gone(config_type: type, values: Mapping[str, Any], where: str = "") -> None:
+    """MisError, with `where`, for a value that its setting took in an earlier version.
+
+    values: by name.
+    """
+    file_only = quiet(config_type)
+    for name, hint in get_type_hints(config_type, include_extras=True).items():
+        for part in getattr(hint, "__metadata__", ()):
+            if isinstance(part, Gone) and values.get(name) == part.value:
+                flag = shown(name, file_only)
+                raise MisError(f"{where}{flag} {part.value} is no longer there: {part.remedy}")
+
+
+def shown(name: str, file_only: Collection[str]) -> str:
+    """What a setting is called in messages: as a flag, where it is one."""
+    if name in file_only:
+        return name
+    return f"--{name.replace('_', '-')}"
 
 
 def docs(kind: type) -> dict[str, str]:

@@ -213,7 +213,7 @@ def run(settings: Settings) -> dict[str, Any]:
             log=partial(alignment.files.append, alignment.folder / grpo_rollout.SAMPLES),
         )
         held_out = partial(grpo_rollout.measure, sampler, valid, valid_prompts)
-        return alignment.train(sampler, s.loss, held_out, grpo_rollout.train)
+        return alignment.train(sampler, s.loss, held_out, grpo_rollout.steps_of)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from mis_mlx.alignment import sequence_packing
 from mis_mlx.compute import precision
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher, train_loop
+from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import distributed, load, pipeline_parallel, stream
 from mis_mlx.pruning import calibrate
@@ -128,9 +129,7 @@ def distilled(
     source = live_teacher.StreamedTeacher(teacher, shares=shares)
     return _learned(
         model,
-        list(
-            live_teacher.steps(model, source, data=uneven(24), recipe=RECIPE, optimizer=optimizer)
-        ),
+        list(live_teacher.steps(WholeModel(model, optimizer), source, uneven(24), RECIPE)),
     )
 
 
@@ -145,12 +144,8 @@ def tuned(student: Checkpoint) -> dict[str, np.ndarray]:
     return _learned(
         model,
         list(
-            train_loop.train(
-                model,
-                batches,
-                loss=partial(rows.loss, text, False),
-                optimizer=optimizer,
-                recipe=RECIPE,
+            train_loop.steps(
+                WholeModel(model, optimizer), batches, partial(rows.loss, text, False), RECIPE
             )
         ),
     )

@@ -24,6 +24,7 @@ from mis_mlx.alignment import alignment_run
 from mis_mlx.alignment import grpo_rollout as training
 from mis_mlx.compute import precision
 from mis_mlx.distillation import train_loop
+from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.hardware import memory
 from mis_mlx.maths import rl_losses as rl_losses
 from mis_mlx.maths.optimizer import GuardedAdamW
@@ -257,12 +258,11 @@ def test_the_reference_is_the_model_as_it_was(llama: Checkpoint, folder: Path) -
     still = tiny.schedule(1, 0.0, 0)
     found = [
         next(
-            train_loop.train(
-                made.model,
+            train_loop.steps(
+                WholeModel(made.model, GuardedAdamW()),
                 lambda _, p=parts: p,
-                loss=made.settings.loss,
-                optimizer=GuardedAdamW(),
-                recipe=still,
+                made.settings.loss,
+                still,
             )
         )
         for parts in (sampled, plain)
@@ -302,9 +302,8 @@ def test_learning_begins_at_exactly_zero(
 
     monkeypatch.setattr(nn, "value_and_grad", lambda model, work: lambda *a: (work(*a), still))
     still = tree_map(mx.zeros_like, made.model.trainable_parameters())
-    (_,) = training.train(
-        made.model, lambda _: (apart, facts), loss=loss, optimizer=GuardedAdamW(), s=s
-    )
+    student = WholeModel(made.model, GuardedAdamW())
+    (_,) = training.steps_of(student, lambda _: (apart, facts), loss, s)
     assert len(seen) == iterations * len(apart)
     for old, b, advantage, total, clipped in seen[: len(apart)]:
         assert old is None

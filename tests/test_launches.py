@@ -16,6 +16,7 @@ import pytest
 
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher
+from mis_mlx.distillation.whole_model import value_and_grad
 from mis_mlx.maths import gptq, rounding
 from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
 from mis_mlx.models import load, mlx_generate, opening
@@ -43,7 +44,7 @@ def step_launches(student: object, teacher: Checkpoint, optimizer: GuardedAdamW)
     source = live_teacher.StreamedTeacher(teacher, None)
     data = Windows(np.array(TEXT), np.ones(TEXT.shape, np.float32))
     recipe = DistillationConfig(iters=2, batch_size=2)
-    gradient_of = live_teacher.value_and_grad(student, source.token_loss())
+    gradient_of = value_and_grad(student, source.token_loss())
     found = Counter[str]()
     for step in range(2):  # the first one makes the moments
         (micro_batch,) = live_teacher.step_micro_batches(source, data, recipe, step)

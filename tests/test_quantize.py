@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.distillation import live_teacher, pipeline, training_cost
+from mis_mlx.distillation import live_teacher, packed_student, training_cost
 from mis_mlx.hardware import memory
 from mis_mlx.maths import gptq, rounding
 from mis_mlx.models import load, mlx_generate, opening, pass_cost
@@ -187,7 +187,7 @@ def test_the_plan_of_gptq_by_pencil() -> None:
     assert (plain.flops, plain.held_tokens) == (0, 0)
     assert planned.read_bytes == plain.read_bytes
     # the blocks once more, in the journal
-    blocks = plain.written_bytes * m.blocks_params // m.params
+    blocks = plain.written_bytes * m.all_block_params // m.params
     assert planned.written_bytes == plain.written_bytes + blocks
     # every hidden state spooled: written by each block, read twice
     poor = rounding_cost.quantizing_cost(m, FOUR, windows=4, length=32, limit=0)
@@ -283,7 +283,9 @@ def test_sensitivity_and_steps_stay_under_the_plan(tmp_path: Path) -> None:
         source = live_teacher.StreamedTeacher(checkpoint, None)
         recipe = DistillationConfig(iters=2, batch_size=1, learning_rate=1e-4)
         packed = load.open_checkpoint(tmp_path / "q4")
-        pipeline.learn_scales(packed, planned[1].kept, source, data=text, recipe=recipe)
+        student = packed_student.PackedStudent(packed, planned[1].kept)
+        for _ in live_teacher.steps(student, source, text, recipe):
+            memory.give_back(cache=False)
 
     for phase, work in zip(
         planned,

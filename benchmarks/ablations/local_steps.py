@@ -22,6 +22,7 @@ from mis_mlx import cli
 from mis_mlx.compute import precision, streams
 from mis_mlx.data import token_windows
 from mis_mlx.distillation import train_loop
+from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import load, model_writer, stream
 from mis_mlx.models.config import shape_of
@@ -217,13 +218,8 @@ def _steps(
 
     optimizer = GuardedAdamW(weight_decay=recipe.weight_decay)
     cut = partial(streams.micro_batches, recipe, own_share)
-    for step in train_loop.train(
-        block,
-        lambda n: cut(first + n),
-        loss=partial(error, args),
-        optimizer=optimizer,
-        recipe=recipe,
-    ):
+    student = WholeModel(block, optimizer)
+    for step in train_loop.steps(student, lambda n: cut(first + n), partial(error, args), recipe):
         notes = "; ".join(filter(None, (note, step.note)))
         yield replace(
             step, number=first + step.number, peak_bytes=max(before, step.peak_bytes), note=notes

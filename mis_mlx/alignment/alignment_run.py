@@ -21,6 +21,7 @@ from mis_mlx.compute import precision
 from mis_mlx.compute.token_losses import Footprint
 from mis_mlx.data import examples
 from mis_mlx.distillation import state_cost, train_loop
+from mis_mlx.distillation.whole_model import Loss, WholeModel
 from mis_mlx.gguf_export.model_card import name_of
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
@@ -214,16 +215,16 @@ class AlignmentRun(run_loop.OpenRun):
     def train(
         self,
         micro_batches: Callable[[int], Any],
-        loss: train_loop.Loss,
+        loss: Loss,
         held_out: Callable[[], Mapping[str, float]],
-        train: Callable[..., Iterator[Step]] = train_loop.train,
+        steps_of: Callable[..., Iterator[Step]] = train_loop.steps,
         judge: str = "loss",
     ) -> dict[str, Any]:
         """Train from the run's state to its end and write the best student; the run's result.
 
-        micro_batches, loss: as in `train_loop.train`; pure functions of the step and of the model.
+        micro_batches, loss: as in `train_loop.steps`; pure functions of the step and of the model.
         held_out(): measures `model` at every checkpoint; the one with the lowest `judge` becomes
-        the result. train: called as `train_loop.train`, yields the steps; `micro_batches` and it
+        the result. steps_of: called as `train_loop.steps`, yields the steps; `micro_batches` and it
         agree on what a step gets.
         """
         s = self.settings
@@ -239,16 +240,16 @@ class AlignmentRun(run_loop.OpenRun):
             number, value = state["best"]
             self.best = (number, value)
 
+        student = WholeModel(self.model, self.optimizer)
         training = run_loop.CheckpointedTraining(
             run=self,
-            trained=train_loop.WholeModel(self.model, self.optimizer),
+            trained=student,
             remember=remember,
             recall=recall,
             label=self.name,
         )
         start = training.start(lambda: None)
-        self.model.train()
-        steps = partial(train, self.model, micro_batches, loss, self.optimizer, s)
+        steps = partial(steps_of, student, micro_batches, loss, s)
         training.finish(steps, start, s.iters, s.save_every)
         if not distributed.is_main():
             return {}

@@ -20,10 +20,10 @@ from mis_mlx.alignment import alignment_run
 from mis_mlx.data.rows import Row
 from mis_mlx.data.token_windows import order
 from mis_mlx.distillation import train_loop
+from mis_mlx.distillation.whole_model import Loss, WholeModel, as_in_training
 from mis_mlx.evaluation import rewards
 from mis_mlx.maths import rl_losses
 from mis_mlx.maths.losses import token_logps
-from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import attention_masks, distributed, load, modules, stream
 from mis_mlx.models.config import softcap
 from mis_mlx.models.continuous_batch import Room
@@ -291,7 +291,7 @@ class Sampler:
                     # computes them: they differ from 1 by learning, not by another kernel's
                     # rounding.
                     work = partial(s.logps, b=branches, frozen_head=True)
-                    old = train_loop.as_in_training(self.model, work)
+                    old = as_in_training(self.model, work)
                 length = branches.targets.shape[1]  # of the longest answer in this cut
                 ref = None if reference is None else reference[cut, :length]
                 mx.eval([array for array in (old, ref) if array is not None])
@@ -374,15 +374,14 @@ def _joined(facts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return joined
 
 
-def train(
-    model: nn.Module,
+def steps_of(
+    student: WholeModel,
     rollouts: Callable[[int], Rollout],
-    loss: train_loop.Loss,
-    optimizer: GuardedAdamW,
+    loss: Loss,
     s: Settings,
     start: int = 0,
 ) -> Iterator[Step]:
-    """Steps as `train_loop.train` gives them; each samples, then updates on its own samples.
+    """Steps as `train_loop.steps` gives them; each samples, then updates on its own samples.
 
     A step in which every group has equal rewards leaves weights and moments as they are. Prints one
     line of the table a step.
@@ -392,7 +391,7 @@ def train(
         began = train_loop.CLOCK.monotonic()
         mx.reset_peak_memory()
         parts, facts = rollouts(step)
-        # `train_loop.train` starts the count of the peak anew, so the sampling's is read here.
+        # `train_loop.steps` starts the count of the peak anew, so the sampling's is read here.
         peak = mx.get_peak_memory()
         done = Step(
             number=step + 1,
@@ -413,9 +412,7 @@ def train(
         for _ in range(updates):
             batches = {step: seen}
             # The generator is not named: it would live on, and with it the arrays of its frame.
-            done = next(
-                train_loop.train(model, batches.__getitem__, loss, optimizer, s, start=step)
-            )
+            done = next(train_loop.steps(student, batches.__getitem__, loss, s, start=step))
             seen = parts
         facts = {**done.further, **facts}
         seconds = train_loop.CLOCK.monotonic() - began

@@ -119,7 +119,7 @@ class PackedDataset:
             self.lengths.append(sum(lengths[index] for index in group))
 
     def micro_batches(self, source: TargetSource, s: TrainingConfig, step: int) -> list[MicroBatch]:
-        """Those of a step: tokens and rows (B, T), then learn (B * T,) and the source's targets."""
+        """Those of a step: tokens and rows (B, T), loss_mask (B * T,), the source's targets."""
         indices = drawn_indices(self.lengths, s, step)
         batches = []
         rows_of_batches = []

@@ -20,7 +20,8 @@ from mlx.utils import tree_flatten
 
 from mis_mlx.checks.kernels import Found, on_cpu, random_normal, relative_error, to_float64
 from mis_mlx.compute import precision
-from mis_mlx.distillation.train_loop import train
+from mis_mlx.distillation import train_loop
+from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import arch, load, lora, mlx_generate, pass_cost, stream, streamed_decode
@@ -153,7 +154,8 @@ def _trained(model: nn.Module) -> Trained:
     so the norm stands for that; moments keep its last bits."""
     optimizer = GuardedAdamW()
     settings = recipe.TrainingConfig(iters=3, learning_rate=1e-3, warmup=0)
-    steps = list(train(model, lambda step: [(TOKENS,)], _loss, optimizer, settings))
+    student = WholeModel(model, optimizer)
+    steps = list(train_loop.steps(student, lambda step: [(TOKENS,)], _loss, settings))
     tensors = dict(tree_flatten(model.trainable_parameters())) | optimizer.arrays()
     first = steps[0]
     measured = [first.loss, first.grad_norm, first.loss - steps[-1].loss]

@@ -18,8 +18,8 @@ from mis_mlx.checks import engine
 from mis_mlx.checks.kernels import Found, random_normal
 from mis_mlx.compute import precision
 from mis_mlx.compute.token_losses import Footprint
-from mis_mlx.distillation import state_cost
-from mis_mlx.distillation.train_loop import train
+from mis_mlx.distillation import state_cost, train_loop
+from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.hardware import rates
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths import losses
@@ -109,7 +109,8 @@ def measured(folder: Path, wanted: Precision = UNDECIDED) -> tuple[Found, float]
     settings = recipe.TrainingConfig(iters=STEPS, learning_rate=1e-4, warmup=0)
     batch = (tokens, mx.ones(tokens.size))
     loss = partial(_loss, teacher_states, teacher_head)
-    steps = list(train(student, lambda step: [batch], loss, GuardedAdamW(), settings))
+    trained = WholeModel(student, GuardedAdamW())
+    steps = list(train_loop.steps(trained, lambda step: [batch], loss, settings))
     peak_bytes = max(step.peak_bytes for step in steps) - before
     seconds = min(step.seconds for step in steps)
     return (peak_bytes / planned_bytes(dtype), 1.05), seconds

@@ -34,7 +34,7 @@ LICENCE_CHARACTERS = 500  # of a licence file, kept as a note
 PERSONAL: dict[str, str] = yaml.safe_load(
     (Path(__file__).parent / "personal.yaml").read_text("utf-8")
 )
-# token ids (T,) int32, learn (T,) float32: 1 on tokens to be predicted
+# token ids (T,) int32, loss_mask (T,) float32: 1 on tokens to be predicted
 Sequenced = tuple[np.ndarray, np.ndarray]
 PlacedRows = list[rows.Placed]
 

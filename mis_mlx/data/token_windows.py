@@ -22,8 +22,8 @@ WINDOWS_AT_ONCE = 2**10  # whose bytes are counted at a time
 class Windows:
     """Windows of T tokens, N of them.
 
-    tokens (N, T) int32: their ids. learn (N, T) float32: 1 where the prediction made there, of the
-    next token, counts; so its last column is 0. text_bytes (N,): bytes of text of these
+    tokens (N, T) int32: their ids. loss_mask (N, T) float32: 1 where the prediction made there, of
+    the next token, counts; so its last column is 0. text_bytes (N,): bytes of text of these
     predictions; None where that was not counted.
 
     kind (N,): the number of the kind of text that a window is of; None: all are of one kind.

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,10 +17,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mis_mlx.compute import streams
 from mis_mlx.compute.slab_losses import Slabs
 from mis_mlx.compute.token_losses import TokenLoss
+from mis_mlx.distillation.train_loop import MicroBatch
 from mis_mlx.models import block_inputs, distributed, load, modules, stream
 from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
-
-MicroBatch = tuple[Any, ...]  # tokens (B, T), learn (B * T,), then the targets of the loss
 
 
 @dataclass(frozen=True)

@@ -49,9 +49,10 @@ def quantize(c: pipeline.Run, rounding: QuantizationConfig, dense: Checkpoint | 
     on machines beside the first one.
     """
     out = c.folder / "model"
-    rounded = c.folder / (pipeline.ROUNDED if c.plan.tuned else "model")
+    rounded = c.folder / (pipeline.ROUNDED if c.plan.tuning_steps else "model")
     if dense is not None and not rounded.exists() and not out.exists():
-        batches = c.pick(c.recipe.num_samples * rounding.looks, use=1)
+        samples = c.recipe.num_samples if rounding.looks else 0
+        batches = c.pick(samples, use=1)
         held = c.plan.held_windows("quantize")
         kept = c.folder / pipeline.ROUNDING
         with c.phase("quantize"):
@@ -68,5 +69,5 @@ def quantize(c: pipeline.Run, rounding: QuantizationConfig, dense: Checkpoint | 
         c.files.discard(kept)
     if not distributed.broadcast_json(out.exists):
         distributed.broadcast_folder(rounded, c.files)
-        cli.say(f"{SCALES}: {c.plan.tuned} steps; biases and norms learn too, integers stay")
+        cli.say(f"{SCALES}: {c.plan.tuning_steps} steps; biases and norms learn too, integers stay")
         pipeline.tune(c, rounded, out, rounding.q_learning_rate)

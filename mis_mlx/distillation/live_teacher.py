@@ -11,21 +11,19 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
 
 from mis_mlx.compute import precision, streams
 from mis_mlx.compute.slab_losses import Slabs, sparse_kl_gradients
 from mis_mlx.compute.token_losses import TokenLoss, teacher_kl
 from mis_mlx.data import draws
 from mis_mlx.data.token_windows import Windows, fingerprint
-from mis_mlx.distillation.train_loop import train
+from mis_mlx.distillation import train_loop
+from mis_mlx.distillation.train_loop import F, MicroBatch
 from mis_mlx.maths import losses
-from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import distributed, load, pipeline_parallel, stream
 from mis_mlx.models.config import shape_of, softcap
 from mis_mlx.settings.recipe import TrainingConfig
@@ -34,10 +32,16 @@ from mis_mlx.storage.files import Files
 from mis_mlx.storage.logit_store import SAMPLES, TOP
 from mis_mlx.types import Checkpoint, MisError, Step
 
-# token ids (B, T) int32; learn (B, T) float32: 1 where the prediction there counts
+# token ids (B, T) int32; loss_mask (B, T) float32: 1 where the prediction there counts
 Batch = tuple[mx.array, mx.array]
-# tokens (B, T), learn (B * T,), then the targets of these B * T positions
-MicroBatch = tuple[mx.array, ...]
+
+
+class DistilledStudent(train_loop.Student[TokenLoss, F], Protocol[F]):
+    """A student that learns from a teacher, by a TokenLoss."""
+
+    @property
+    def own_head(self) -> bool:
+        """Whether its head is the one that pruning left, neither rounded nor trained."""
 
 
 class StreamedTeacher:
@@ -88,7 +92,7 @@ class StreamedTeacher:
     def micro_batches(
         self, batches: Sequence[Batch], windows: Sequence[np.ndarray] = ()
     ) -> list[MicroBatch]:
-        """Tokens (B, T), learn (B * T,), the teacher's hidden states (B * T, D).
+        """Tokens (B, T), loss_mask (B * T,), the teacher's hidden states (B * T, D).
 
         For cross-entropy also labels (B * T,).
         """
@@ -138,7 +142,7 @@ class TextTargets:
     def micro_batches(
         self, batches: Sequence[Batch], windows: Sequence[np.ndarray] = ()
     ) -> list[MicroBatch]:
-        """Tokens (B, T), learn (B * T,), the next tokens as ids and their weights (B * T, 1)."""
+        """Tokens (B, T), loss_mask (B * T,), the next tokens as ids, their weights (B * T, 1)."""
         micro_batches = list[MicroBatch]()
         for tokens, loss_mask in batches:
             ids = next_tokens(tokens)[:, None]
@@ -154,48 +158,6 @@ def next_tokens(tokens: mx.array) -> mx.array:
     return mx.roll(tokens, -1, 1).reshape(-1)
 
 
-def value_and_grad(student: nn.Module, loss: TokenLoss) -> Callable[..., Any]:
-    """As `nn.value_and_grad`, of a resident student.
-
-    The function that it returns takes the student and a micro-batch, and gives ((the loss in nats,
-    tokens that count), gradients by name).
-    """
-    return partial(_gradients, loss)
-
-
-def _gradients(
-    loss: TokenLoss,
-    student: nn.Module,
-    tokens: mx.array,
-    loss_mask: mx.array,
-    *targets: mx.array,
-) -> tuple[tuple[mx.array, mx.array], Any]:
-    """What `value_and_grad` says of one micro-batch."""
-    trained = dict(tree_flatten(student.trainable_parameters()))
-    names = list(trained)
-    head = "lm_head.weight" if hasattr(student, "lm_head") else "model.embed_tokens.weight"
-
-    def forward(*weights: mx.array) -> tuple[mx.array, mx.array]:
-        student.update(tree_unflatten(list(zip(names, weights, strict=True))))
-        hidden = loss.map_windows(student.model, tokens)
-        return hidden.reshape(-1, hidden.shape[-1]), load.head_weight(student)
-
-    value, grads = loss.vjp(
-        forward,
-        list(trained.values()),
-        loss_mask,
-        targets,
-        width=student.args.hidden_size,
-        windows=len(tokens),
-        head_index=names.index(head) if head in trained else None,
-    )
-    student.update(tree_unflatten(list(trained.items())))  # `forward` left tracers there
-    named = list(zip(names, grads, strict=True))
-    del grads
-    loss.evaluate(named, len(tokens))
-    return (value, loss_mask.sum()), tree_unflatten(named)
-
-
 def step_micro_batches(
     source: TargetSource, data: Windows, recipe: TrainingConfig, step: int
 ) -> list[MicroBatch]:
@@ -209,24 +171,21 @@ def step_micro_batches(
 
 
 def steps(
-    student: nn.Module,
+    student: DistilledStudent[F],
     source: TargetSource,
     data: Windows,
     recipe: TrainingConfig,
-    optimizer: GuardedAdamW,
     start: int = 0,
     factor: Callable[[int], float] = lambda step: 1.0,
 ) -> Iterator[Step]:
-    """Optimizer steps `start` to `recipe.iters`, as `train_loop.train`."""
-    return train(
+    """Optimizer steps `start` to `recipe.iters` towards `source`, as `train_loop.steps`."""
+    return train_loop.steps(
         student,
         partial(step_micro_batches, source, data, recipe),
-        source.token_loss(),
-        optimizer,
-        recipe=recipe,
+        source.token_loss(own_head=student.own_head),
+        recipe,
         start=start,
         factor=factor,
-        value_and_grad=value_and_grad,
     )
 
 
@@ -354,7 +313,7 @@ class CachedTeacher:
     def micro_batches(
         self, batches: Sequence[Batch], windows: Sequence[np.ndarray]
     ) -> list[MicroBatch]:
-        """Tokens (B, T), learn (B * T,), ids and weights (B * T, m).
+        """Tokens (B, T), loss_mask (B * T,), ids and weights (B * T, m).
 
         windows: which windows of the data each batch holds, (B,).
         """

@@ -9,7 +9,7 @@ what is in memory.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
+from collections.abc import Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -20,18 +20,17 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mis_mlx.compute import streams
 from mis_mlx.compute.token_losses import TokenLoss
 from mis_mlx.distillation import train_loop
-from mis_mlx.distillation.block_gradients import BlockGradients, MicroBatch
-from mis_mlx.distillation.train_loop import Applied, Update
+from mis_mlx.distillation.block_gradients import BlockGradients
+from mis_mlx.distillation.train_loop import Applied, MicroBatch, Update
 from mis_mlx.maths import optimizer
 from mis_mlx.maths.optimizer import GuardedAdamW, Part
-from mis_mlx.models import altup, distributed, load, stream
+from mis_mlx.models import altup, arch, distributed, load, stream
 from mis_mlx.models.stream import evaluate_now
 from mis_mlx.quantization import scale_state
 from mis_mlx.quantization.learned_scales import PackedStream
 from mis_mlx.quantization.scale_state import ScaleState
-from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage.checkpoint import Written
-from mis_mlx.types import Checkpoint, Step
+from mis_mlx.types import MOST, Checkpoint
 
 NORM = "model.norm.weight"  # what the final norm's weight is called in the whole model
 
@@ -66,7 +65,7 @@ class Learned(Mapping[str, mx.array]):
         self._places = {}
         for i, named in enumerate(shapes):
             for name in named:
-                self._places[f"{scale_state.prefix(i)}{name}"] = i, name
+                self._places[f"{arch.block_prefix(i)}{name}"] = i, name
 
     def __getitem__(self, name: str) -> mx.array:
         if name in self._further:
@@ -86,12 +85,15 @@ class Learned(Mapping[str, mx.array]):
 
 
 class PackedStudent:
-    """A packed student whose scales, biases and norms learn.
+    """A `train_loop.Student`: a packed one whose scales, biases and norms learn.
 
     kept: how many blocks' integers stay in memory; the others are read twice a step. state: where
-    what learns lives; default: in memory. direct: as in `stream.Stream`. As `train_loop.WholeModel`
-    for checkpoints; a checkpoint of one state can be put back into another.
+    what learns lives; default: in memory. direct: as in `stream.Stream`. A checkpoint of one state
+    can be put back into another.
     """
+
+    own_head = False
+    longest_unsaved = MOST
 
     def __init__(
         self,
@@ -144,7 +146,7 @@ class PackedStudent:
 
     def memory(self) -> dict[str, Any]:
         """The part of a checkpoint that is not an array, for its state.json."""
-        return self._optimizer.memory()
+        return train_loop.remembered(self.optimizers)
 
     def restore(self, arrays: Mapping[str, dict[str, mx.array]], memory: dict[str, Any]) -> None:
         """Put a checkpoint's arrays back, evaluated: a file may go once this returns.
@@ -156,41 +158,20 @@ class PackedStudent:
             found |= named
             named.clear()
         counts = {name: found.pop(name) for name in list(found) if "." not in name}
-        self._optimizer.restore(counts, memory)
+        (guard,) = train_loop.guards(memory)
+        self._optimizer.restore(counts, guard)
         for i, shapes in enumerate(self._source.shapes):
             named = {}
             for name in shapes:
-                whole = f"{scale_state.prefix(i)}{name}"
+                whole = f"{arch.block_prefix(i)}{name}"
                 for ending in ("", *scale_state.MOMENTS):
                     if whole + ending in found:
                         named[name + ending] = found.pop(whole + ending)
             self._state.put(i, scale_state.split(named))
         self._put_norm(scale_state.split(found))
 
-    def steps(
-        self,
-        micro_batches: Callable[[int], Sequence[MicroBatch]],
-        loss: TokenLoss,
-        recipe: TrainingConfig,
-        start: int = 0,
-        factor: Callable[[int], float] = lambda step: 1.0,
-    ) -> Iterator[Step]:
-        """Run steps `start` to `recipe.iters` as `train_loop.train` does."""
-
-        def look(step: int) -> FoundGradients:
-            return self._gradients(micro_batches(step), loss)
-
-        return train_loop.run_steps(
-            look,
-            self._apply,
-            recipe,
-            lambda: self._optimizer.lr_scale,
-            start=start,
-            factor=factor,
-        )
-
-    def _gradients(self, batches: Sequence[MicroBatch], loss: TokenLoss) -> FoundGradients:
-        """Of all that learns; of all machines."""
+    def look(self, batches: Sequence[MicroBatch], loss: TokenLoss) -> FoundGradients:
+        """As `train_loop.Student.look`, of all that learns."""
         forward = self._passes.forward(batches, loss)
         vectors = self._state.new_gradients()
         squares = []
@@ -219,12 +200,10 @@ class PackedStudent:
             squares=in_order,
         )
 
-    def _apply(self, found: FoundGradients, update: Update) -> Applied:
+    def apply(self, found: FoundGradients, update: Update) -> Applied:
         """One step of all that learns, a block at a time."""
         scale = update.noise / found.tokens
-        # The first machine's norm on all machines: the guard must decide alike everywhere.
-        whole = optimizer.norm_of_squares(found.squares)
-        norm = scale * distributed.broadcast_json(lambda: float(whole))
+        norm = scale * train_loop.agreed(optimizer.norm_of_squares(found.squares))
         learns, note = self._optimizer.decide(
             found.loss,
             norm,
@@ -240,6 +219,9 @@ class PackedStudent:
             self._put_norm(part)
             evaluate_now(self._optimizer.adamw.state)
         return Applied(found.loss, found.tokens, norm=norm, note=note, further={})
+
+    def end_step(self, number: int, *, last: bool) -> None:
+        """Nothing: whoever saves asks for what was learned."""
 
     def _update_block(self, i: int, vector: mx.array) -> None:
         """Block i's step. vector: its gradients."""
@@ -259,7 +241,7 @@ class PackedStudent:
     def _whole(self, i: int) -> Part:
         """Block i's values and moments, by name in the whole model."""
         part = self._state.part(i)
-        prefix = scale_state.prefix(i)
+        prefix = arch.block_prefix(i)
         weights = {f"{prefix}{name}": array for name, array in part.weights.items()}
         moments = {f"{prefix}{name}": of_value for name, of_value in part.moments.items()}
         return Part(weights, moments)

@@ -5,7 +5,7 @@ DWQ learns from the same model before rounding; here the teacher may be another,
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
-from mis_mlx.distillation import live_teacher, packed_student, sharded, train_loop
+from mis_mlx.distillation import live_teacher, packed_student, train_loop
+from mis_mlx.distillation.sharded import Sharded
 from mis_mlx.distillation.strategies import MemoryPlan, in_parts
 from mis_mlx.distillation.training_cost import steps_per_shard
+from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.hardware import memory
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
@@ -29,9 +30,9 @@ from mis_mlx.models.config import softcap
 from mis_mlx.planner.distillation_spec import SCALES
 from mis_mlx.pruning import reconstruct, vocabulary
 from mis_mlx.quantization import learned_scales, packed_format, scale_state
-from mis_mlx.reporting import progress, text
+from mis_mlx.reporting import progress
 from mis_mlx.runs import pace, run_loop
-from mis_mlx.settings.recipe import DistillationConfig, TrainingConfig
+from mis_mlx.settings.recipe import DistillationConfig
 from mis_mlx.storage import hidden_spool, run_folder
 from mis_mlx.types import Budget, Checkpoint, Step
 
@@ -142,16 +143,71 @@ def train(c: Run, pruned: Checkpoint) -> model_writer.Take:
     if c.plan.mode == "none":
         return _repaired_only(c, pruned)
     source = target_source(c)
-    if c.plan.mode != "resident":
-        return _by_blocks(c, pruned, source)
-    student = load.resident_model(pruned, mx.float32)
+    student, begin = _student(c, pruned)
+    tokens = c.plan.job.step_tokens * c.plan.job.iters
+    training = run_loop.CheckpointedTraining(
+        c,
+        student,
+        c.remember,
+        c.recall,
+        planned_tps=tokens / max(c.plan.planned["distil"], 1e-9),
+        report=c.report,
+    )
+    _learn(c, student, training, source=source, recipe=c.recipe, begin=begin, factor=c.factor)
+    return student.take
 
-    def begin() -> None:
-        student.load_weights(list(_repaired(c, pruned).items()), strict=False)
-        stream.load_checked(student, f"{pruned.path}: ")
 
-    train_whole(c, student, source, begin)
-    return dict(tree_flatten(student.parameters())).__getitem__
+def _learn(
+    c: Run,
+    student: live_teacher.DistilledStudent[Any],
+    training: run_loop.CheckpointedTraining,
+    *,
+    source: live_teacher.TargetSource,
+    recipe: DistillationConfig,
+    begin: Callable[[], object],
+    factor: Callable[[int], float] = lambda step: 1.0,
+) -> None:
+    """All of the recipe's steps of a student, from wherever they stand.
+
+    begin: called before the first step of a new run. factor: as in `train_loop.steps`.
+    """
+    start = training.start(begin)
+
+    def steps_of(recipe: DistillationConfig) -> Callable[[int], Iterator[Step]]:
+        return partial(live_teacher.steps, student, source, c.data, recipe, factor=factor)
+
+    with c.phase(training.label):
+        pace.finish(training, recipe, steps_of, start, save_every=c.recipe.save_every)
+
+
+def _student(c: Run, pruned: Checkpoint) -> tuple[WholeModel | Sharded, Callable[[], object]]:
+    """The student as planned: in memory whole, or block by block. And what begins a new run."""
+    job = c.plan.job
+    if c.plan.mode == "resident":
+        model = load.resident_model(pruned, mx.float32)
+
+        def begin() -> None:
+            model.load_weights(list(_repaired(c, pruned).items()), strict=False)
+            stream.load_checked(model, f"{pruned.path}: ")
+
+        return WholeModel(model, GuardedAdamW(weight_decay=c.recipe.weight_decay)), begin
+    parts = None
+    shard = job.student.shape.layers
+    visit = job.iters
+    if c.plan.mode == "sharded":
+        parts = model_writer.by_block(pruned, c.folder / "parts", c.files)
+        shard = c.plan.shard_layers
+        visit = steps_per_shard(job, shard)
+    student = Sharded(
+        parts or pruned,
+        shard_layers=shard,
+        steps_per_shard=visit,
+        weight_decay=c.recipe.weight_decay,
+        files=c.files,
+        headroom_bytes=4 * job.student.head_params,  # the head stays, the blocks are streamed
+        direct=c.direct,
+    )
+    return student, lambda: student.begin(_repaired(c, pruned, parts))
 
 
 def _repaired_only(c: Run, pruned: Checkpoint) -> model_writer.Take:
@@ -192,7 +248,7 @@ def target_source(c: Run) -> live_teacher.TargetSource:
             headroom_bytes = c.plan.pinned * teacher.block_work + teacher.head_work
         return _streamed_teacher(c, headroom_bytes)
     # Tuning may take more steps than the distillation: windows for either.
-    iters = max(c.plan.job.iters, c.plan.tuned)
+    iters = max(c.plan.job.iters, c.plan.tuning_steps)
     windows = live_teacher.visited_windows(c.data, replace(c.recipe, iters=iters))
     cli.say(f"logit store: {len(windows)} windows")
     # Each machine brings its own windows into a pass through a teacher that several share.
@@ -264,80 +320,6 @@ def _put_in_block(c: Run, parts: Checkpoint, name: str, weight: mx.array) -> Non
     model_writer.replace_block(parts, int(number), weights, c.files)
 
 
-def train_whole(
-    c: Run,
-    student: nn.Module,
-    source: live_teacher.TargetSource,
-    begin: Callable[[], object],
-) -> None:
-    """All of `c.recipe`'s steps of a student in memory, from wherever they stand.
-
-    begin: called before the first step of a new run.
-    """
-    optimizer = GuardedAdamW(weight_decay=c.recipe.weight_decay)
-    trained = train_loop.WholeModel(student, optimizer)
-    training = run_loop.CheckpointedTraining(c, trained, c.remember, c.recall, **_reported(c))
-    start = training.start(begin)
-    student.train()
-
-    def steps_of(recipe: DistillationConfig) -> Callable[[int], Iterator[Step]]:
-        return partial(
-            live_teacher.steps, student, source, c.data, recipe, optimizer, factor=c.factor
-        )
-
-    with c.phase(training.label):
-        pace.finish(training, c.recipe, steps_of, start, save_every=c.recipe.save_every)
-
-
-def _reported(c: Run) -> Mapping[str, Any]:
-    """How a distillation's steps are reported, as fields of `CheckpointedTraining`."""
-    tokens = c.plan.job.step * c.plan.job.iters
-    return {
-        "planned_tps": tokens / max(c.plan.planned["distil"], 1e-9),
-        "report": c.report,
-    }
-
-
-def _by_blocks(c: Run, pruned: Checkpoint, source: live_teacher.TargetSource) -> model_writer.Take:
-    """Train a student block by block: all of its blocks in memory, or a shard at a time."""
-    job = c.plan.job
-    in_shards = c.plan.mode == "sharded"
-    begun = pruned
-    shard = job.student.shape.layers
-    visit = job.iters
-    if in_shards:
-        begun = model_writer.by_block(pruned, c.folder / "parts", c.files)
-        shard = c.plan.shard_layers
-        visit = steps_per_shard(job, shard)
-    student = sharded.Sharded(
-        begun,
-        shard_layers=shard,
-        steps_per_shard=visit,
-        weight_decay=c.recipe.weight_decay,
-        files=c.files,
-        headroom_bytes=4 * job.student.head_params,  # the head stays, the blocks are streamed
-        direct=c.direct,
-    )
-    training = run_loop.CheckpointedTraining(c, student, c.remember, c.recall, **_reported(c))
-    parts = begun if in_shards else None
-    start = training.start(lambda: student.begin(_repaired(c, pruned, parts)))
-    micro_batches = partial(live_teacher.step_micro_batches, source, c.data, c.recipe)
-    loss = source.token_loss(own_head=True)
-
-    def steps_of(recipe: DistillationConfig) -> Callable[[int], Iterator[Step]]:
-        return partial(student.steps, micro_batches, loss, recipe, factor=c.factor)
-
-    save_every = c.recipe.save_every
-    with c.phase("distil"):
-        if in_shards:
-            # Two checkpoints of every visit: see Sharded.
-            save_every = min(save_every, max(1, visit // 2))
-            training.finish(steps_of(c.recipe), start, job.iters, save_every)
-        else:
-            pace.finish(training, c.recipe, steps_of, start, save_every=save_every)
-    return student.take
-
-
 def tuning_recipe(
     asked: DistillationConfig, rounded: Checkpoint, iters: int, rate: float
 ) -> DistillationConfig:
@@ -348,42 +330,14 @@ def tuning_recipe(
     """
     bits = packed_format.block_bits(rounded.config, packed_format.formats(rounded))
     rate *= 2 ** (4.5 - bits)
-    return replace(asked, iters=iters, learning_rate=rate, warmup=min(3, iters), weight_decay=0.0)
-
-
-def learn_scales(
-    rounded: Checkpoint,
-    kept: int,
-    source: live_teacher.TargetSource,
-    data: token_windows.Windows,
-    recipe: TrainingConfig,
-    state: scale_state.ScaleState | None = None,
-) -> Mapping[str, mx.array]:
-    """What a packed model's scales, biases and norms are after their steps, by name.
-
-    Without checkpoints. kept: how many blocks' integers stay in memory. state: where what learns
-    lives, also after this returns; default: in memory.
-    """
-    student = packed_student.PackedStudent(
-        rounded, kept, weight_decay=recipe.weight_decay, state=state
+    return replace(
+        asked,
+        iters=iters,
+        minutes=None,
+        learning_rate=rate,
+        warmup=min(3, iters),
+        weight_decay=0.0,
     )
-    with progress.bar(SCALES, recipe.iters) as show:
-        for step in _scale_steps(student, source, data, recipe):
-            show(step.number, text.step_text(step))
-            memory.give_back(cache=False)
-    return student.learned()
-
-
-def _scale_steps(
-    student: packed_student.PackedStudent,
-    source: live_teacher.TargetSource,
-    data: token_windows.Windows,
-    recipe: TrainingConfig,
-    start: int = 0,
-) -> Iterator[Step]:
-    micro_batches = partial(live_teacher.step_micro_batches, source, data, recipe)
-    loss = source.token_loss()
-    return student.steps(micro_batches, loss, recipe, start=start)
 
 
 def tune(c: Run, rounded: Path, out: Path, rate: float) -> None:
@@ -392,7 +346,7 @@ def tune(c: Run, rounded: Path, out: Path, rate: float) -> None:
     A run that was killed goes on from its checkpoints. rate: as of `tuning_recipe`.
     """
     checkpoint = load.open_checkpoint(rounded)
-    recipe = tuning_recipe(c.recipe, checkpoint, c.plan.tuned, rate)
+    recipe = tuning_recipe(c.recipe, checkpoint, c.plan.tuning_steps, rate)
     planned = next(phase for phase in c.plan.phases if phase.name == SCALES)
     source = target_source(c)  # its pass is over before the student takes memory
     with scale_state.place(planned, c.folder, c.files) as state:
@@ -402,9 +356,6 @@ def tune(c: Run, rounded: Path, out: Path, rate: float) -> None:
         training = run_loop.CheckpointedTraining(
             c, student, c.remember, c.recall, steps=TUNE_STEPS, log=TUNE_LOG, label=SCALES
         )
-        start = training.start(lambda: None)
-        steps_of = partial(_scale_steps, student, source, c.data, recipe)
-        with c.phase(training.label):
-            training.finish(steps_of, start, c.plan.tuned, c.recipe.save_every)
+        _learn(c, student, training, source=source, recipe=recipe, begin=lambda: None)
         if distributed.is_main():
             learned_scales.write_learned(checkpoint, student.learned(), out, c.files)

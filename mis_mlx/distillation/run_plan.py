@@ -195,7 +195,7 @@ def log(given: Mapping[str, Any], place: OpenRun, plan: strategies.MemoryPlan) -
         "planned": planned,
         "mode": plan.mode,
         "budget_bytes": plan.budget_bytes,
-        "step_tokens": plan.job.step,
+        "step_tokens": plan.job.step_tokens,
         "iters": plan.job.iters,
         "rates": asdict(plan.rates),
     }

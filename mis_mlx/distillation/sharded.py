@@ -12,8 +12,7 @@ and head are not trained.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -23,14 +22,14 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mis_mlx.compute import streams
 from mis_mlx.compute.token_losses import TokenLoss
 from mis_mlx.distillation import train_loop
-from mis_mlx.distillation.block_gradients import BlockGradients, ForwardResult, MicroBatch
+from mis_mlx.distillation.block_gradients import BlockGradients, ForwardResult
+from mis_mlx.distillation.train_loop import Applied, MicroBatch, Update
 from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
 from mis_mlx.models import arch, distributed, load, model_writer, stream
-from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage.checkpoint import sweep
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.safetensors import Tensor
-from mis_mlx.types import Checkpoint, MisError, Step
+from mis_mlx.types import MOST, Checkpoint, MisError
 
 # A file in the student's folder: the last visit that wrote, or began to write, its blocks.
 VISIT = "visit.json"
@@ -38,7 +37,7 @@ Named = Mapping[str, mx.array]
 
 
 class Sharded:
-    """A student whose shard is in memory and trainable.
+    """A `train_loop.Student` whose shard is in memory and trainable.
 
     Call `begin` or `restore` first, and `take` last. A visit is the `steps_per_shard` steps for
     which one shard is trained, with optimizers of its own; visit v trains shard v modulo their
@@ -51,9 +50,11 @@ class Sharded:
     Why a resume is exact: a checkpoint holds the shard of its visit, and every other block is on
     disk as it was then, as long as no later visit has written its blocks. A visit writes its
     number, then its blocks, and only then the next visit begins. So each visit needs a checkpoint
-    of its own: save at least every `steps_per_shard` steps. Save every half of that, and one
-    damaged checkpoint can be done without at any time.
+    of its own, and two, so that one damaged checkpoint can be done without at any time:
+    `longest_unsaved` is half of a visit.
     """
+
+    own_head = True
 
     def __init__(
         self,
@@ -75,6 +76,13 @@ class Sharded:
         norm = load.final_norm(student, mx.float32)
         self._norm = stream.load_checked(norm, f"{student.path}: model.norm.")
 
+    @property
+    def longest_unsaved(self) -> int:
+        """As in `run_loop.Trained`."""
+        if self._shard_layers >= self._student.config["num_hidden_layers"]:
+            return MOST
+        return max(1, self._steps_per_shard // 2)
+
     def begin(self, repaired: Named | None = None) -> None:
         """Enter the first visit of a new run.
 
@@ -84,12 +92,19 @@ class Sharded:
         self._enter(0, repaired)
 
     def arrays(self) -> dict[str, dict[str, mx.array]]:
-        """The shard's weights and moments for a checkpoint, by checkpoint file."""
+        """The shard's weights and moments for a checkpoint, by checkpoint file.
+
+        By name in the whole model; the counts of a block's optimizer have its prefix, too.
+        """
+        weights = {}
         moments = {}
-        for number, optimizer in enumerate(self.optimizers):
+        for i, block, optimizer in self._learning():
+            before = arch.block_prefix(i)
+            for name, array in dict[str, mx.array](tree_flatten(block.parameters())).items():
+                weights[before + name] = array
             for name, array in optimizer.arrays().items():
-                moments[f"{number}.{name}"] = array
-        return {"model": dict(tree_flatten(self.shard.parameters())), "optimizer": moments}
+                moments[before + name] = array
+        return {"model": weights, "optimizer": moments}
 
     def memory(self) -> dict[str, Any]:
         """The part of a checkpoint that is not an array, for its state.json."""
@@ -97,7 +112,7 @@ class Sharded:
             "visit": self.visit,
             "shard_layers": self._shard_layers,
             "steps_per_shard": self._steps_per_shard,
-            "blocks": [optimizer.memory() for optimizer in self.optimizers],
+            **train_loop.remembered(self.optimizers),
         }
 
     def restore(self, arrays: dict[str, dict[str, mx.array]], memory: dict[str, Any]) -> None:
@@ -108,16 +123,12 @@ class Sharded:
         self._check(memory["visit"])
         self._shard_layers = memory["shard_layers"]
         self._steps_per_shard = memory["steps_per_shard"]
-        self._enter(memory["visit"], stored=arrays["model"])
-        guards = memory["blocks"]
-        for number, (optimizer, guard) in enumerate(zip(self.optimizers, guards, strict=True)):
-            prefix = f"{number}."
-            moments = {
-                name.removeprefix(prefix): array
-                for name, array in arrays["optimizer"].items()
-                if name.startswith(prefix)
-            }
-            optimizer.restore(moments, guard)
+        blocks = self._blocks_of(memory["visit"])
+        self._enter(memory["visit"], _in_whole_model(arrays["model"], blocks))
+        moments = _in_whole_model(arrays["optimizer"], blocks)
+        guards = train_loop.guards(memory)
+        for (i, _, optimizer), guard in zip(self._learning(), guards, strict=True):
+            optimizer.restore(_of_block(moments, i), guard)
             # Now, not later: the checkpoint's file may go once this method returns.
             mx.eval(optimizer.adamw.state)
 
@@ -146,39 +157,45 @@ class Sharded:
             f"{self._student.path} holds blocks from visit {written}, but {begun}: start a new run"
         )
 
-    def _enter(
-        self, visit: int, repaired: Named | None = None, stored: Named | None = None
-    ) -> None:
-        """Load the shard of a visit, with new optimizers.
-
-        repaired: of the whole model. stored: of the shard, as `arrays` gave them.
-        """
-        # A new stream: the old one refuses files that changed since it was made.
-        self._source = stream.Stream(self._student, mx.float32, self._headroom_bytes, self._direct)
-        layers = self._source.layers
+    def _blocks_of(self, visit: int) -> range:
+        """The shard of a visit."""
+        layers = self._student.config["num_hidden_layers"]
         size = self._shard_layers
         shards = -(-layers // size)
         first = visit % shards * size
+        return range(first, min(first + size, layers))
+
+    def _learning(self) -> Iterator[tuple[int, nn.Module, GuardedAdamW]]:
+        """(i, block i, its optimizer) of the shard."""
+        yield from zip(self.blocks, self.shard.layers, self.optimizers, strict=True)
+
+    def _enter(self, visit: int, replaced: Named | None = None) -> None:
+        """Load the shard of a visit, with new optimizers.
+
+        replaced: weights in place of stored ones, by name in the whole model.
+        """
+        # A new stream: the old one refuses files that changed since it was made.
+        self._source = stream.Stream(self._student, mx.float32, self._headroom_bytes, self._direct)
         self.visit = visit
-        self.blocks = range(first, min(first + size, layers))
+        self.blocks = self._blocks_of(visit)
         self.optimizers = [
             GuardedAdamW(weight_decay=self._weight_decay, eight_bit=True) for _ in self.blocks
         ]
         # Both are replaced first: the last shard's memory goes before the next one's is taken.
         self.shard = nn.Module()
-        self._passes = BlockGradients(self._source, self._norm, self.blocks, shard=self.shard)
+        self.passes = BlockGradients(self._source, self._norm, self.blocks, shard=self.shard)
         self.shard.layers = [
             load.block(self._student, i, self._source.args, mx.float32) for i in self.blocks
         ]
-        replaced = [
-            (name.removeprefix("model."), weight.astype(mx.float32))
-            for name, weight in (repaired or {}).items()
-        ]
-        self.shard.load_weights(replaced, strict=False)
-        self.shard.load_weights(list((stored or {}).items()), strict=False)
-        stream.load_checked(self.shard, f"{self._student.path}, from block {first} on: ")
+        for i, block in zip(self.blocks, self.shard.layers, strict=True):
+            own = _of_block(replaced or {}, i)
+            block.load_weights(
+                [(name, weight.astype(mx.float32)) for name, weight in own.items()], strict=False
+            )
+        where = f"{self._student.path}, from block {self.blocks.start} on: "
+        stream.load_checked(self.shard, where)
 
-    def _end_step(self, number: int, *, last: bool) -> None:
+    def end_step(self, number: int, *, last: bool) -> None:
         """End a visit, or the run, after step `number` (from 1): write its blocks to disk.
 
         This comes before the checkpoint of that step.
@@ -202,47 +219,24 @@ class Sharded:
             optimizer.skipped = before.skipped
             optimizer.lr_scale = before.lr_scale
 
-    def steps(
-        self,
-        micro_batches: Callable[[int], Sequence[MicroBatch]],
-        loss: TokenLoss,
-        recipe: TrainingConfig,
-        start: int = 0,
-        factor: Callable[[int], float] = lambda step: 1.0,
-    ) -> Iterator[Step]:
-        """Run steps `start` to `recipe.iters` as `train_loop.train` does."""
+    def look(self, batches: Sequence[MicroBatch], loss: TokenLoss) -> ForwardResult:
+        """Forward through all blocks; `apply` goes back."""
+        return self.passes.forward(batches, loss)
 
-        def forward_of(step: int) -> ForwardResult:
-            return self._passes.forward(micro_batches(step), loss)
-
-        steps = train_loop.run_steps(
-            forward_of,
-            self._apply,
-            recipe,
-            lambda: self.optimizers[0].lr_scale,
-            start=start,
-            factor=factor,
-        )
-        for step in steps:
-            self._end_step(step.number, last=step.number == recipe.iters)
-            yield step
-
-    def _apply(self, forward: ForwardResult, update: train_loop.Update) -> train_loop.Applied:
+    def apply(self, found: ForwardResult, update: Update) -> Applied:
         """Back through the shard, whose blocks are updated on the way."""
         norms = []
         notes = dict[str, None]()  # each sentence once, in order
-        for i, grads in self._passes.backward_blocks(forward):
-            norm, said = self._update(
-                i, grads, forward, update.noise, update.rate, batch=update.batch
-            )
+        for i, grads in self.passes.backward_blocks(found):
+            norm, said = self._update(i, grads, found, update)
             norms.append(norm)
             if said.startswith("clipped"):  # every block has a bound of its own
                 said = f"block {i}: {said}"
             if said:
                 notes[said] = None
-        return train_loop.Applied(
-            forward.loss,
-            forward.tokens,
+        return Applied(
+            found.loss,
+            found.tokens,
             norm=math.hypot(*norms),
             note="; ".join(notes),
             further={},
@@ -252,11 +246,8 @@ class Sharded:
         self,
         i: int,
         grads: dict[str, mx.array],
-        forward: ForwardResult,
-        noise: float,
-        rate: float,
-        *,
-        batch: int,
+        found: ForwardResult,
+        update: Update,
     ) -> tuple[float, str]:
         """Update block i: (its gradient norm per token, what the guard did).
 
@@ -265,17 +256,16 @@ class Sharded:
         block = self.shard.layers[i - self.blocks.start]
         optimizer = self.optimizers[i - self.blocks.start]
         distributed.all_reduce_gradients(grads)
-        # The first machine's norm on all machines: the guard must decide alike everywhere.
-        norm = distributed.broadcast_json(partial(float, global_norm(grads, streams.stream)))
-        norm = norm * noise / forward.tokens
+        norm = train_loop.agreed(global_norm(grads, streams.stream))
+        norm = norm * update.noise / found.tokens
         note = optimizer.update(
             block,
             tree_unflatten(list(grads.items())),
-            forward.loss,
+            found.loss,
             norm,
-            learning_rate=rate,
-            batch=batch,
-            scale=noise / forward.tokens,
+            learning_rate=update.rate,
+            batch=update.batch,
+            scale=update.noise / found.tokens,
             stream_of=streams.stream,
         )
         # Nothing but the lazy update holds the gradients now, so they go as it is evaluated.
@@ -283,10 +273,26 @@ class Sharded:
         mx.eval(block.parameters(), optimizer.adamw.state)
         return norm, note
 
-    def gradients(
-        self, batches: Sequence[MicroBatch], loss: TokenLoss
-    ) -> Iterator[tuple[Any, Any]]:
-        """First (loss per token in nats, tokens) of a step, then what `backward_blocks` yields."""
-        forward = self._passes.forward(batches, loss)
-        yield forward.loss, forward.tokens
-        yield from self._passes.backward_blocks(forward)
+
+def _of_block(named: Named, i: int) -> dict[str, mx.array]:
+    """Those of block i, by name in it. named: by name in the whole model."""
+    before = arch.block_prefix(i)
+    found = {}
+    for name, array in named.items():
+        if name.startswith(before):
+            found[name.removeprefix(before)] = array
+    return found
+
+
+def _in_whole_model(named: Named, blocks: range) -> dict[str, mx.array]:
+    """A checkpoint's arrays of a shard by name in the whole model.
+
+    Earlier versions counted its blocks from 0: `layers.0.x` for a weight, `0.x` for a moment.
+    """
+    found = {}
+    for name, array in named.items():
+        number, _, inside = name.removeprefix("layers.").partition(".")
+        if number.isdigit():
+            name = arch.block_prefix(blocks[int(number)]) + inside
+        found[name] = array
+    return found

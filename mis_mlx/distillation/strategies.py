@@ -125,7 +125,7 @@ class MemoryPlan:
             "mode": self.mode,
             "micro": self.micro_batch,
             "shard": self.shard_layers,
-            "tuned": self.tuned,
+            "tuned": self.tuning_steps,
             "targets": self.job.targets,
         }
 
@@ -154,7 +154,7 @@ class MemoryPlan:
         return phase.held_tokens // self.job.max_seq_length
 
     @property
-    def tuned(self) -> int:
+    def tuning_steps(self) -> int:
         """Steps after rounding."""
         if all(p.name != SCALES for p in self.phases):
             return 0
@@ -337,7 +337,7 @@ def best_plan(job: DistillationSpec, budget_bytes: int, rates: Rates) -> MemoryP
         fitting,
         key=lambda p: (
             job.modes.index(p.mode),
-            not p.tuned,
+            not p.tuning_steps,
             -p.micro_batch,
             sum(f.read_bytes for f in p.phases),
         ),
@@ -399,7 +399,11 @@ def blocks_by_machine(plan: MemoryPlan) -> tuple[int, ...]:
         return ()
     job = plan.job
     counts = block_shares(
-        job.teacher, plan.pinned, tokens=job.step, length=job.max_seq_length, rates=plan.rates
+        job.teacher,
+        plan.pinned,
+        tokens=job.step_tokens,
+        length=job.max_seq_length,
+        rates=plan.rates,
     )
     cli.say(f"teacher blocks by machine: {', '.join(map(str, counts))}")
     return tuple(counts)

@@ -69,15 +69,15 @@ def resident_cost(job: DistillationSpec, micro: int, limit: int) -> StageCost:
         m,
         micro,
         length,
-        loss=job.loss,
-        accumulates=job.step > micro * length,
+        loss=job.loss_footprint,
+        accumulates=job.step_tokens > micro * length,
     )
     one_step = StageCost(
         name="distil",
         read_bytes=m.nbytes,
         written_bytes=m.nbytes,
         peak_bytes=nbytes,
-        flops=3 * forward_flops(m, job.step, length),
+        flops=3 * forward_flops(m, job.step_tokens, length),
         updated=m.params,
     )
     activations = activation_bytes(m, micro, length)
@@ -93,11 +93,11 @@ def blockwise_cost(job: DistillationSpec, micro: int, limit: int) -> StageCost:
     """
     m = job.student
     layers = m.shape.layers
-    trained = m.blocks_params // layers
+    trained = m.all_block_params // layers
     state = sum(block_state_bytes(m.config, i) for i in range(layers))
     work = backward_peak_bytes(job, micro)
-    flops = 4 * forward_flops(m, job.step, job.max_seq_length, head=False)
-    flops += 4.0 * job.step * m.head_params
+    flops = 4 * forward_flops(m, job.step_tokens, job.max_seq_length, head=False)
+    flops += 4.0 * job.step_tokens * m.head_params
     one_step = StageCost(
         name="distil",
         read_bytes=m.nbytes,
@@ -146,21 +146,21 @@ def _step_bytes(
     s = m.shape
     length = job.max_seq_length
     # gradients of earlier micro-batches, to which those of the next are added
-    summed = gradient if job.step > micro * length else 0
+    summed = gradient if job.step_tokens > micro * length else 0
     activations = activation_bytes(m, micro, length) // s.layers  # of a block
     backward = backward_bytes(m, micro, length) + summed
     backward += min(parallel_windows(m), micro) * (gradient + of_stream)
     head = 4 * s.vocab * s.hidden
-    loss = job.loss.logit_bytes(s.vocab, micro * length)
+    loss = job.loss_footprint.logit_bytes(s.vocab, micro * length)
     if slabs:
         head = slab_bytes(micro * length, s.hidden, s.vocab)
         loss = activations + summed
-    elif job.loss.on_host:
+    elif job.loss_footprint.on_host:
         loss += activations + summed
     else:
         loss += backward
-    sides = side_bytes(replace(m, item=4), job.step)
-    states = 4 * s.layers * job.step * m.channels
+    sides = side_bytes(replace(m, item=4), job.step_tokens)
+    states = 4 * s.layers * job.step_tokens * m.channels
     ahead = m.in_flight(activations)
     return SMALL_BYTES + sides + states + head + max(loss, backward, update) + ahead
 
@@ -182,7 +182,7 @@ def tuning_cost(job: DistillationSpec, micro: int, limit: int, iters: int) -> St
 
 def learning_scales(job: DistillationSpec) -> int:
     """Scales and biases of the student's blocks."""
-    return 2 * job.student.blocks_params // job.rounding.q_group_size
+    return 2 * job.student.all_block_params // job.rounding.q_group_size
 
 
 def _scales_in_memory(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost:
@@ -233,7 +233,7 @@ def _scales_on_disk(job: DistillationSpec, micro: int, limit: int, iters: int) -
 
 def _learning_in_block(job: DistillationSpec) -> int:
     """Scales and biases of a block, of the largest."""
-    return 2 * job.student.block_params // job.rounding.q_group_size
+    return 2 * job.student.largest_block_params // job.rounding.q_group_size
 
 
 def _work_of_scales(job: DistillationSpec, micro: int) -> int:
@@ -253,8 +253,8 @@ def _work_of_scales(job: DistillationSpec, micro: int) -> int:
 def _step_of_scales(job: DistillationSpec, micro: int) -> StageCost:
     """One step of scales that learn, without them. No block stays in memory."""
     m = job.student
-    flops = 4 * forward_flops(m, job.step, job.max_seq_length, head=False)
-    flops += 4.0 * job.step * m.head_params
+    flops = 4 * forward_flops(m, job.step_tokens, job.max_seq_length, head=False)
+    flops += 4.0 * job.step_tokens * m.head_params
     # a block comes while another one computes, and leaves its slot
     integers = 2 * _packed_block(job) + _integers_bytes(job)
     return StageCost(
@@ -280,14 +280,14 @@ def _with_kept_blocks(job: DistillationSpec, step: StageCost, room: int) -> Stag
 def _packed_block(job: DistillationSpec) -> int:
     """Bytes of a rounded block on disk."""
     m = job.student
-    share = m.blocks_params / m.params / m.shape.layers
+    share = m.all_block_params / m.params / m.shape.layers
     return int(share * rounding_cost.packed_bytes(m, job.rounding))
 
 
 def _integers_bytes(job: DistillationSpec) -> int:
     """Integers of a block in memory: as on disk on Metal; a CPU has a byte for each."""
     m = job.student
-    return _packed_block(job) if m.gpu else m.block_params
+    return _packed_block(job) if m.gpu else m.largest_block_params
 
 
 def _taught(
@@ -312,24 +312,24 @@ def _taught(
     peak = one_step.peak_bytes
     flops = one_step.flops
     # of a step: loss and gradients of every micro-batch, the norm, the update
-    waits = 2 * (job.step // (micro * length)) + 2
+    waits = 2 * (job.step_tokens // (micro * length)) + 2
     pinned = 0
     if job.targets == "live":
         # The teacher's workspace and the student's activations do not meet, its head and hidden
         # states do.
-        workspace = pass_workspace(t, job.step, micro * length, length)
+        workspace = pass_workspace(t, job.step_tokens, micro * length, length)
         peak += max(0, t.body_bytes(workspace) - work) + t.slots_bytes
         head_read = 0
         if not same_head:
             peak += t.head_work + t.widened_bytes
             head_read = t.head_bytes
-        peak += job.step * t.hidden_bytes + side_bytes(t, job.step)
+        peak += job.step_tokens * t.hidden_bytes + side_bytes(t, job.step_tokens)
         pinned = resident_blocks(t, headroom_bytes(limit, peak, t.gpu))
         read = head_read + t.block_bytes * (pinned + iters * (t.shape.layers - pinned))
-        flops += forward_flops(t, job.step, length)
+        flops += forward_flops(t, job.step_tokens, length)
         waits += _teachers_pass(job, micro).waits
     else:
-        read = iters * job.step * job.target_bytes
+        read = iters * job.step_tokens * job.target_bytes
     return replace(
         one_step,
         read_bytes=one_step.read_bytes + read,
@@ -348,7 +348,7 @@ def _teachers_pass(job: DistillationSpec, micro: int) -> StageCost:
     return streamed_pass(
         "",
         job.teacher,
-        tokens=job.step,
+        tokens=job.step_tokens,
         micro_tokens=micro * length,
         length=length,
         head=False,
@@ -365,7 +365,7 @@ def sharded_cost(job: DistillationSpec, micro: int, shard: int) -> StageCost:
     m = job.student
     layers = m.shape.layers
     length = job.max_seq_length
-    block_bytes = 4 * m.block_params
+    block_bytes = 4 * m.largest_block_params
     shards = math.ceil(layers / shard)
     visits = math.ceil(job.iters / steps_per_shard(job, shard))
     # the mean number of blocks above a shard, and of those that are read again: the last one
@@ -375,9 +375,9 @@ def sharded_cost(job: DistillationSpec, micro: int, shard: int) -> StageCost:
     again = sum(max(0, n - 1) for n in blocks_above) / shards
     state = shard * block_state_bytes(m.config)
     peak = 2 * block_bytes + state + backward_peak_bytes(job, micro)
-    read = 4.0 * m.block_params * (layers - shard + again)
-    block_flops = forward_flops(m, job.step, length, head=False) / layers
-    head_flops = 4.0 * job.step * m.head_params
+    read = 4.0 * m.largest_block_params * (layers - shard + again)
+    block_flops = forward_flops(m, job.step_tokens, length, head=False) / layers
+    head_flops = 4.0 * job.step_tokens * m.head_params
     flops = block_flops * (layers - 1 + 2 * above + 3 * shard) + head_flops
     if job.targets == "live":
         teacher = _teachers_pass(job, micro)
@@ -385,9 +385,9 @@ def sharded_cost(job: DistillationSpec, micro: int, shard: int) -> StageCost:
         if not job.same_head:
             peak += t.head_work
         read += teacher.read_bytes
-        flops += forward_flops(t, job.step, length)
+        flops += forward_flops(t, job.step_tokens, length)
     else:
-        read += job.step * job.target_bytes
+        read += job.step_tokens * job.target_bytes
     trained = block_bytes * min(layers, visits * shard)
     # A resume needs one checkpoint of every visit.
     checkpoints = max(job.iters // job.save_every + 2, 2 * visits)
@@ -397,7 +397,7 @@ def sharded_cost(job: DistillationSpec, micro: int, shard: int) -> StageCost:
         written_bytes=trained + state * checkpoints,
         peak_bytes=peak,
         flops=job.iters * flops,
-        updated=job.iters * m.block_params * shard,
+        updated=job.iters * m.largest_block_params * shard,
     )
 
 

@@ -127,7 +127,7 @@ class _Fused(optim.AdamW):
     compiles nothing anew.
 
     scale, stream: of this update, as in `GuardedAdamW.update`; these kernels scale the gradient.
-    relative: as in `GuardedAdamW`, for weights without 8-bit moments.
+    relative: as in `GuardedAdamW`.
     """
 
     scale: float
@@ -169,6 +169,15 @@ class _Fused(optim.AdamW):
         self._shared = (mx.array(self.scale), corrected_rate, root, decay)
         self._loads = [0, 0]
 
+    def _factors(self, gradient: mx.array, parameter: mx.array) -> tuple[mx.array, ...]:
+        """(gradient's scale, rate, bias correction of a root, decay) of one weight's step."""
+        # In the gradient's type: a float32 scalar array would widen half precision.
+        scale, rate, root, decay = (a.astype(gradient.dtype) for a in self._shared)
+        if self.relative:
+            # The step becomes a share of the weight's root mean square.
+            rate = rate * mx.sqrt(mx.square(parameter).mean())
+        return scale, rate, root, decay
+
     def apply_single(
         self,
         gradient: mx.array,
@@ -177,11 +186,7 @@ class _Fused(optim.AdamW):
     ) -> mx.array:
         """The new weight; the moments in `state` with it. Lazy."""
         with self.stream_of(_lightest(self._loads, parameter.size)):
-            # In the gradient's type: a float32 scalar array would widen half precision.
-            scale, rate, root, decay = (a.astype(gradient.dtype) for a in self._shared)
-            if self.relative:
-                # The step becomes a share of the weight's root mean square.
-                rate = rate * mx.sqrt(mx.square(parameter).mean())
+            scale, rate, root, decay = self._factors(gradient, parameter)
             state["m"] = _first_moment(state["m"], gradient, scale, self.betas[0])
             state["v"] = _second_moment(state["v"], gradient, scale, self.betas[1])
             return _weight(
@@ -286,7 +291,7 @@ class _Packed(_Fused):
         if "m_top" not in state:
             return super().apply_single(gradient, parameter, state)
         with self.stream_of(_lightest(self._loads, parameter.size)):
-            scale, rate, root, decay = (a.astype(gradient.dtype) for a in self._shared)
+            scale, rate, root, decay = self._factors(gradient, parameter)
             # (groups, group), as the moments lie
             g = gradient.reshape(state["m"].shape)
             m = _first_of_code(state["m"], state["m_top"], g, scale, beta=self.betas[0])
@@ -427,14 +432,15 @@ class GuardedAdamW:
         return {
             "norms": self.norms,
             "bad": self.bad,
-            "passed": self.skipped,
-            "calm": self.lr_scale,
+            "skipped": self.skipped,
+            "lr_scale": self.lr_scale,
         }
 
     def restore(self, arrays: dict[str, mx.array], memory: dict[str, Any]) -> None:
-        """Put back what `arrays` and `memory` gave."""
+        """Put back what `arrays` and `memory` gave; memory of earlier versions, too."""
         self.adamw.state = tree_unflatten(list(arrays.items()))
         self.norms = memory["norms"]
         self.bad = memory["bad"]
-        self.skipped = memory["passed"]
-        self.lr_scale = memory["calm"]
+        older = "passed" in memory
+        self.skipped = memory["passed" if older else "skipped"]
+        self.lr_scale = memory["calm" if older else "lr_scale"]

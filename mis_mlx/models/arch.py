@@ -92,6 +92,11 @@ def fixed_blocks(config: Config) -> set[int]:
     return owners
 
 
+def block_prefix(i: int) -> str:
+    """What the names of block i's tensors have before them in the whole model."""
+    return f"model.layers.{i}."
+
+
 def block_of(name: str) -> int | None:
     """The number N of the block of the tensor `model.layers.N. ...`; None outside of blocks."""
     return int(name.split(".")[2]) if name.startswith("model.layers.") else None

@@ -42,7 +42,7 @@ class ModelSize:
     config: Mapping[str, Any]
     shape: Shape
     params: int  # a tied embedding counts once
-    block_params: int
+    largest_block_params: int
     block_bytes: int  # on disk, of the largest block
     head_bytes: int  # on disk
     nbytes: int  # on disk, all of it
@@ -59,8 +59,8 @@ class ModelSize:
     block_factors: BlockFactors = BY_FORMULA
 
     @property
-    def blocks_params(self) -> int:
-        """Parameters of all blocks; `block_params` are those of the largest."""
+    def all_block_params(self) -> int:
+        """Parameters of all blocks."""
         return self.params - self.tables_params - self.side_params - self.shape.hidden
 
     @property
@@ -88,7 +88,7 @@ class ModelSize:
         """Bytes of a block that stays in memory."""
         if self.as_stored:
             return self.block_bytes + SLOT_BYTES
-        return self.block_params * self.item
+        return self.largest_block_params * self.item
 
     @property
     def head_params(self) -> int:
@@ -191,7 +191,7 @@ def model_of(
         config=config,
         shape=shape,
         params=params,
-        block_params=block_params,
+        largest_block_params=block_params,
         block_bytes=stored.block_bytes,
         head_bytes=stored.head_bytes,
         nbytes=stored.nbytes,

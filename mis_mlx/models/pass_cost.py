@@ -79,7 +79,7 @@ def forward_flops(m: ModelSize, tokens: int, length: int, head: bool = True) -> 
     attention = s.heads * s.head_dim * length  # 2 products x 2 x length / 2 positions seen
     rows = m.config.get("vocab_size_per_layer_input", 0)
     projected = m.side_params - rows * arch.channels(m.config)
-    params = m.active_share * m.blocks_params + attending(m.config) * attention + projected
+    params = m.active_share * m.all_block_params + attending(m.config) * attention + projected
     if head:
         params += m.head_params
     return 2.0 * tokens * params

@@ -49,12 +49,7 @@ class DistillationSpec(DistillationConfig):
     may_store: bool = False  # targets on disk take the place of a teacher that does not fit
 
     @property
-    def step(self) -> int:
-        """Tokens of one optimizer step."""
-        return self.step_tokens
-
-    @property
-    def loss(self) -> Footprint:
+    def loss_footprint(self) -> Footprint:
         """What the loss holds while it is computed."""
         if self.targets != "live":
             return Footprint(gpu=self.student.gpu)

@@ -168,11 +168,11 @@ def _divided(shape: Shape, divisor: int) -> Shape | None:
 def _is_small(sample: _Sample, limit_bytes: int) -> bool:
     """Whether the sample is quick to measure, in half of the budget."""
     m = model_of(sample.config, dtype=mx.float32)
-    needed = 3 * 4 * m.block_params  # weights, gradients, and those of a second stream
+    needed = 3 * 4 * m.largest_block_params  # weights, gradients, and those of a second stream
     needed += 2 * block_cost.backward_bytes(m, sample.batch, sample.length)
     needed += memory.process_bytes(limit_bytes)
     short = sample.batch * sample.length <= MOST_TOKENS
-    return short and m.block_params <= MOST_PARAMS and needed <= limit_bytes // 2
+    return short and m.largest_block_params <= MOST_PARAMS and needed <= limit_bytes // 2
 
 
 def _measured(sample: _Sample) -> BlockFactors:

@@ -173,7 +173,7 @@ def repair_cost(job: DistillationSpec) -> StageCost:
         beside += 2 * outputs_bytes + tokens * m.hidden_bytes
         read += students_pass.read_bytes
         asked = min(tokens, outputs_bytes // (2 * token_bytes))
-        flops = 2.0 * asked * m.shape.layers * m.block_params
+        flops = 2.0 * asked * m.shape.layers * m.largest_block_params
     else:
         fit_bytes, fit_flops, solver = fit_cost(m, tokens)
         teachers = t.body_bytes(pass_workspace(t, tokens, length, length))
@@ -211,7 +211,7 @@ def repair_by_block_cost(job: DistillationSpec, limit: int, item: int) -> StageC
     tokens = job.reconstruct_samples * length
     m = replace(
         job.student,
-        block_bytes=item * job.student.block_params,
+        block_bytes=item * job.student.largest_block_params,
         as_stored=item == job.student.item == 4,
     )
     layers = m.shape.layers
@@ -220,7 +220,7 @@ def repair_by_block_cost(job: DistillationSpec, limit: int, item: int) -> StageC
     body = max(teachers, students)
     fit_bytes, fit_flops, solver = fit_cost(m, tokens, body)
     peak = t.slots_bytes + m.slots_bytes + SMALL_BYTES
-    peak += max(fit_bytes, body + 4 * m.block_params)
+    peak += max(fit_bytes, body + 4 * m.largest_block_params)
     peak += 4 * m.shape.ffn * m.shape.hidden
     token_bytes = t.hidden_bytes + m.hidden_bytes
     held = headroom_bytes(limit, peak, t.gpu) // (length * token_bytes) * length
@@ -233,7 +233,7 @@ def repair_by_block_cost(job: DistillationSpec, limit: int, item: int) -> StageC
     return StageCost(
         name="repair",
         read_bytes=t.shape.layers * t.block_bytes + m.nbytes + moved,
-        written_bytes=item * (m.params + layers * m.block_params) + moved,
+        written_bytes=item * (m.params + layers * m.largest_block_params) + moved,
         peak_bytes=peak + held * token_bytes,
         flops=flops + layers * fit_flops,
         spooled_bytes=spooled * token_bytes,

@@ -177,7 +177,7 @@ class PackedStream(stream.Stream):
 
     def opened(self, i: int, raw: stream.Arrays) -> nn.Module:
         """Block i, whose packed matrices are layers that learn."""
-        prefix = f"model.layers.{i}."
+        prefix = arch.block_prefix(i)
         inside = [path for path in self._formats if path.startswith(prefix)]
         block = load.block(self.checkpoint, i, self.args, self.dtype, raw=raw, without=inside)
         return with_grids(block, prefix, raw, self._formats)

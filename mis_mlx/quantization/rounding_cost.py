@@ -64,7 +64,7 @@ def files_bytes(m: ModelSize, rounding: QuantizationConfig) -> int:
     packed = packed_bytes(m, rounding)
     if not rounding.affine.compensates:
         return packed
-    return packed + packed * m.blocks_params // m.params
+    return packed + packed * m.all_block_params // m.params
 
 
 def quantizing_cost(
@@ -141,7 +141,7 @@ def _compensated(
         rounding_flops += work
     # Weights that need no conversion stay where they were read while rounded ones take their place.
     # The widest matrix is the first.
-    replaced = m.item * m.block_params if m.as_stored else 0
+    replaced = m.item * m.largest_block_params if m.as_stored else 0
     rounding_first = grams + max(_gathering_bytes(m, length), _rounding_bytes(m))
     working = max(rounding_first, grams - widest_gram + replaced + _rounding_bytes(m))
     one_pass = streamed_pass(
@@ -276,7 +276,7 @@ def _sensed(
     # inputs of a block's matrices, and gradients of their outputs, in one window
     attention = 2 * (s.heads + s.kv_heads) * s.head_dim
     seen = 4 * length * (4 * s.hidden + attention + 3 * s.ffn)
-    at_once = max(HELD_BYTES, 4 * m.block_params) // seen
+    at_once = max(HELD_BYTES, 4 * m.largest_block_params) // seen
     batch = min(windows, max(1, at_once))
     batches = math.ceil(windows / batch)
     sensing_bytes = _sensing_bytes(
@@ -294,7 +294,7 @@ def _sensed(
         written_bytes=spooled,
         peak_bytes=peak + held * inputs_bytes,
         flops=4 * forward_flops(m, windows * length, length),
-        touched_bytes=touched * s.layers * m.block_params,
+        touched_bytes=touched * s.layers * m.largest_block_params,
         waits=one_pass.waits + s.layers * (7 * (formats + batches) + windows),
     )
     held_tokens = min(plain.held_tokens or windows * length, held * length)

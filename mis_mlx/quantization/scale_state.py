@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths.optimizer import Named, Part
+from mis_mlx.models import arch
 from mis_mlx.models.stream import evaluate_now
 from mis_mlx.storage.checkpoint import Written, write_once
 from mis_mlx.storage.files import Files, as_mis_error
@@ -121,7 +122,7 @@ class OnDisk:
 
     def value(self, i: int, name: str) -> mx.array:
         """As `ScaleState.value`."""
-        return self._read(i, [prefix(i) + name])[name]
+        return self._read(i, [arch.block_prefix(i) + name])[name]
 
     def part(self, i: int) -> Part:
         """As `ScaleState.part`."""
@@ -129,7 +130,7 @@ class OnDisk:
 
     def put(self, i: int, part: Part) -> None:
         """As `ScaleState.put`. The old file goes once the new one is whole."""
-        named = joined(part, before=prefix(i))
+        named = joined(part, before=arch.block_prefix(i))
         nbytes = sum(array.nbytes for array in named.values())
         self._count += 1
         path = self._folder / f"block-{i:05d}-{self._count:08d}.safetensors"
@@ -152,12 +153,7 @@ class OnDisk:
         tensors, _ = check(self._written[i].path)
         arrays = lazy(tensors, wanted or tensors)
         evaluate_now(arrays)
-        return {name.removeprefix(prefix(i)): array for name, array in arrays.items()}
-
-
-def prefix(i: int) -> str:
-    """What a name in block i has before it in the whole model."""
-    return f"model.layers.{i}."
+        return {name.removeprefix(arch.block_prefix(i)): array for name, array in arrays.items()}
 
 
 def joined(part: Part, before: str = "") -> dict[str, mx.array]:

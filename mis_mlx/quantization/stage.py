@@ -128,7 +128,7 @@ def rounded_blocks(
         # make it, which is what the quantized model will have there.
         known = journal.block(i) if journal else None
         if known is not None:
-            _put_back(block, f"model.layers.{i}.", known, plan)
+            _put_back(block, arch.block_prefix(i), known, plan)
             return known
         rounded = _rounded_block(source, i, block, plan=plan, hidden=hidden)
         if journal:
@@ -162,7 +162,7 @@ def _rounded_block(
     hidden: Hidden,
 ) -> packed_format.RoundedBlock:
     """{module path: packed matrix} of block i, whose weights become the rounded ones."""
-    prefix = f"model.layers.{i}."
+    prefix = arch.block_prefix(i)
     readers = arch.readers(block)
     tapped = []
     for axis, (part, names) in readers.items():

@@ -6,11 +6,13 @@ disk is storage/checkpoint's.
 
 import json
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
+
+import mlx.core as mx
 
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
@@ -22,7 +24,7 @@ from mis_mlx.hardware.thermal.run_monitor import (
     battery,
     check_power,
 )
-from mis_mlx.maths.optimizer import Diverged
+from mis_mlx.maths.optimizer import Diverged, GuardedAdamW
 from mis_mlx.models import distributed, load, resolve, scenarios
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress, text
@@ -283,18 +285,43 @@ def _cooldowns(
             yield
 
 
+class Trained(Protocol):
+    """What a training changes, as far as checkpoints go.
+
+    All students save by names in the whole model: weights, and moments as the name of their weight
+    and .m, .v.
+    """
+
+    @property
+    def longest_unsaved(self) -> int:
+        """At most so many steps are made between two checkpoints."""
+
+    @property
+    def optimizers(self) -> Sequence[GuardedAdamW]:
+        """Whose guards decide about steps: one, or one for each block that learns."""
+
+    def arrays(self) -> Mapping[str, Mapping[str, mx.array] | protocol.Written]:
+        """The arrays that a resumed run needs, by checkpoint file: as they are, or written."""
+
+    def memory(self) -> dict[str, Any]:
+        """The part of a checkpoint that is not an array, for its state.json."""
+
+    def restore(self, arrays: dict[str, dict[str, mx.array]], memory: dict[str, Any]) -> None:
+        """Put back what `arrays` and `memory` gave, evaluated: a file may go once this returns."""
+
+
 @dataclass(frozen=True)
 class CheckpointedTraining:
     """A training that can be stopped and resumed at any time.
 
-    trained: a train_loop.WholeModel or sharded.Sharded. remember(number): further state for a
+    remember(number): further state for a
     checkpoint, asked for on every machine; recall(state) gets it again. steps, log: the folder of
     its checkpoints and the file of its steps, in the run's folder. planned_tps: shown beside the
     speed. report: called with every step.
     """
 
     run: OpenRun
-    trained: Any
+    trained: Trained
     remember: Callable[[int], dict[str, Any]]
     recall: Callable[[dict[str, Any]], None]
     steps: str = "steps"
@@ -324,10 +351,18 @@ class CheckpointedTraining:
         if distributed.size() == 1:
             return
         # Every machine takes part in both sums, the first one too.
-        arrays = distributed.broadcast_arrays(self.trained.arrays)
+        arrays = distributed.broadcast_arrays(self._in_memory)
         state = distributed.broadcast_json(self.trained.memory)
         if not distributed.is_main():
             self.trained.restore({"optimizer": {}, **arrays}, state)
+
+    def _in_memory(self) -> dict[str, Mapping[str, mx.array]]:
+        """The trained arrays; where there are several machines, they are all in memory."""
+        found = {}
+        for key, named in self.trained.arrays().items():
+            assert not isinstance(named, protocol.Written)
+            found[key] = named
+        return found
 
     def restore_newest(self) -> int | None:
         """Put the newest checkpoint back on every machine: its number; None when there is none."""
@@ -431,6 +466,7 @@ class CheckpointedTraining:
         raise `Diverged`. A run that is killed before the second attempt has a checkpoint makes both
         attempts again, with the same bits.
         """
+        save_every = min(save_every, self.trained.longest_unsaved)
         try:
             self._run(steps(start), iters, save_every)
         except Diverged as error:

@@ -36,7 +36,7 @@ def left_out(plan: strategies.MemoryPlan) -> list[LeftOut]:
         training = replace(job, modes=job.modes[:-1])
         least = strategies.least_bytes(training, plan.rates)
         parts.append(LeftOut("training", least, _untrained_loss(plan)))
-    if not plan.tuned and job.rounding.q_iters is None:
+    if not plan.tuning_steps and job.rounding.q_iters is None:
         rounding = replace(job.rounding, q_iters=TUNE_ITERS)
         tuning = replace(job, modes=(plan.mode,), rounding=rounding)
         least = strategies.least_bytes(tuning, plan.rates)

@@ -16,6 +16,7 @@ import pytest
 from mis_mlx.data import draws
 from mis_mlx.data.token_windows import Windows, order
 from mis_mlx.distillation import live_teacher
+from mis_mlx.distillation.whole_model import WholeModel, value_and_grad
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import load
 from mis_mlx.settings.recipe import TrainingConfig
@@ -71,9 +72,7 @@ def train(
     recipe: TrainingConfig = RECIPE,
 ) -> tuple[nn.Module, list[Step]]:
     model = load.resident_model(student, mx.float32)
-    return model, list(
-        live_teacher.steps(model, source, data=data, recipe=recipe, optimizer=GuardedAdamW())
-    )
+    return model, list(live_teacher.steps(WholeModel(model, GuardedAdamW()), source, data, recipe))
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -233,4 +232,4 @@ def test_what_a_store_cannot_do_is_said(whole: Path, student: Checkpoint) -> Non
         [(mx.zeros((1, 16), mx.int32), mx.ones((1, 16)))], [np.array([0])]
     )[0]
     with pytest.raises(MisError, match="for 512 tokens, but the student has 500"):
-        live_teacher.value_and_grad(model, source.token_loss())(model, *arguments)
+        value_and_grad(model, source.token_loss())(model, *arguments)

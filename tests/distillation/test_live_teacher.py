@@ -16,6 +16,7 @@ from mis_mlx.compute import streams, token_losses
 from mis_mlx.compute.token_losses import TokenLoss
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher
+from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.maths.losses import loss_noise_factor
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import load, modules, stream
@@ -60,12 +61,10 @@ def distil(
     model = load.resident_model(student, mx.float32)
     source = live_teacher.StreamedTeacher(teacher, None if resident else 0, temperature=temperature)
     steps = live_teacher.steps(
-        model,
+        WholeModel(model, GuardedAdamW()),
         source,
-        data=data,
-        recipe=recipe,
-        optimizer=GuardedAdamW(),
-        start=0,
+        data,
+        recipe,
         factor=partial(loss_noise_factor, sigma, recipe.seed),
     )
     return model, list(steps)

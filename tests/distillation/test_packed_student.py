@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher, packed_student, pipeline
+from mis_mlx.distillation.whole_model import value_and_grad
 from mis_mlx.models import load
 from mis_mlx.models.families import family
 from mis_mlx.quantization import learned_scales, packed_format
@@ -65,8 +66,10 @@ def learned(
 ) -> dict[str, np.ndarray]:
     """What a student has learned in the end."""
     source = source or live_teacher.StreamedTeacher(teacher, None)
-    found = pipeline.learn_scales(packed, kept, source, text(), recipe(packed))
-    return {name: np.array(array) for name, array in found.items()}
+    student = packed_student.PackedStudent(packed, kept)
+    for _ in live_teacher.steps(student, source, text(), recipe(packed)):
+        pass
+    return {name: np.array(array) for name, array in student.learned().items()}
 
 
 @pytest.mark.parametrize("kind", mostly_slow(KINDS, *SHOWN))
@@ -104,7 +107,7 @@ def test_gradients_are_those_of_one_graph(
         live_teacher.StreamedTeacher(teacher, None), text(), recipe(student), 0
     )
     source = live_teacher.StreamedTeacher(teacher, None)
-    dense_loss = live_teacher.value_and_grad(model, source.token_loss())
+    dense_loss = value_and_grad(model, source.token_loss())
     summed: dict[str, mx.array] = {}
     for batch in batches:
         _, grads = dense_loss(model, *batch)
@@ -129,7 +132,7 @@ def gradients_by_name(
     source: live_teacher.TargetSource,
 ) -> dict[str, mx.array]:
     """A step's gradients of all that learns, by name in the whole model."""
-    found = student._gradients(batches, source.token_loss())
+    found = student.look(batches, source.token_loss())
     named = {packed_student.NORM: found.norm}
     for i, vector in enumerate(reversed(found.blocks)):
         for name, gradient in student._by_name(i, vector).items():

@@ -14,7 +14,7 @@ import pytest
 from mis_mlx import plan as planning
 from mis_mlx.compute.precision import POLICY
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.distillation import live_teacher, pipeline, strategies, training_cost
+from mis_mlx.distillation import live_teacher, packed_student, strategies, training_cost
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import M1_AIR
@@ -87,7 +87,7 @@ def test_a_plan_says_what_lies_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     plans = (strategies.plan_strategy(job, n, M1_AIR, **way) for n in budgets)
     tight = next(plan for plan in plans if plan.fits)
     state = max(phase.state_bytes for phase in tight.phases)
-    assert tight.tuned == roomy.tuned == STEPS
+    assert tight.tuning_steps == roomy.tuning_steps == STEPS
     assert max(phase.state_bytes for phase in roomy.phases) == 0 < state
     spooled = max(phase.spooled_bytes for phase in tight.phases)
     assert planning.disk_bytes(tight) - spooled >= planning.disk_bytes(roomy) + state - 2**20
@@ -137,7 +137,9 @@ def test_learning_on_disk_stays_under_the_plan(
         scale_state.place(planned, tmp_path, DISK) as state,
     ):
         mx.set_cache_limit(0)
-        pipeline.learn_scales(packed, planned.kept, source, text, recipe=recipe, state=state)
+        student = packed_student.PackedStudent(packed, planned.kept, state=state)
+        for _ in live_teacher.steps(student, source, text, recipe):
+            memory.give_back(cache=False)
         peak = mx.get_peak_memory() - before
         files = sum(file.nbytes for file in state.entries().values())
     assert planned.peak_bytes / 4 < peak < planned.peak_bytes, (peak, planned.peak_bytes)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from mis_mlx.compute.precision import POLICY
-from mis_mlx.distillation import live_teacher, packed_student, pipeline
+from mis_mlx.distillation import live_teacher, packed_student
+from mis_mlx.hardware import memory
 from mis_mlx.models import load
 from mis_mlx.quantization import packed_format, scale_state
 from mis_mlx.storage import checkpoint as protocol
@@ -68,9 +69,7 @@ class Trained:
         else:
             self._files.make_folder(self._steps)
             self.save(0)
-        steps = pipeline._scale_steps(
-            self.student, self._source, text(), recipe=self._recipe, start=start
-        )
+        steps = live_teacher.steps(self.student, self._source, text(), self._recipe, start)
         for step in steps:
             self.norms.append(step.grad_norm)
             self.save(step.number)
@@ -219,7 +218,10 @@ def test_the_peak_does_not_grow_with_depth(tmp_path: Path) -> None:
             state: scale_state.ScaleState = scale_state.InMemory()
             if held is not None:
                 state = scale_state.OnDisk(place / HIDDEN, held, DISK)
-            pipeline.learn_scales(packed, 0, source, text(), recipe=recipe(packed), state=state)
+            student = packed_student.PackedStudent(packed, 0, state=state)
+            for _ in live_teacher.steps(student, source, text(), recipe(packed)):
+                memory.give_back(cache=False)
+            del student
             peak[layers, on_disk] = mx.get_peak_memory() - seen._before
             learning = sum(array.size for array in state.values(0).values())
             del state

@@ -27,6 +27,7 @@ from mis_mlx.models import load, model_writer, stream
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK, Files
+from mis_mlx.storage.safetensors import InParts
 from mis_mlx.types import Checkpoint, MisError, Step
 from tests import family_checks, tiny
 from tests.conftest import mostly_slow
@@ -157,10 +158,14 @@ def resident(
                 scale=1 / tokens,
             )
         mx.eval(shard.parameters(), [o.adamw.state for o in optimizers])
+        weights = {}
         moments = {}
-        for index, optimizer in enumerate(optimizers):
-            moments |= {f"{index}.{name}": a for name, a in optimizer.arrays().items()}
-        arrays.append({"model": dict(tree_flatten(shard.parameters())), "optimizer": moments})
+        for i, (block, optimizer) in enumerate(zip(shard.layers, optimizers, strict=True), first):
+            for name, array in tree_flatten(block.parameters()):
+                weights[f"model.layers.{i}.{name}"] = array
+            for name, array in optimizer.arrays().items():
+                moments[f"model.layers.{i}.{name}"] = array
+        arrays.append({"model": weights, "optimizer": moments})
         steps.append(
             Step(
                 number=number + 1,
@@ -200,6 +205,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
+def taken(student: sharded.Sharded, name: str) -> mx.array:
+    """A weight of the end; one in parts is joined."""
+    weight = student.take(name)
+    if isinstance(weight, InParts):
+        return mx.concatenate(list(weight.parts))
+    return weight
+
+
 def same(a: dict[str, mx.array], b: dict[str, mx.array]) -> bool:
     return a.keys() == b.keys() and all(mx.array_equal(a[name], b[name]) for name in a)
 
@@ -229,7 +242,7 @@ def test_sharded_is_resident_bit_for_bit(
     model, wanted, arrays = resident(source(kind), each, iters)
     student = opened(source(kind), tmp_path / "s", each)
     got = []
-    for step in student.steps(micro_batches, LOSS, schedule(iters)):
+    for step in train_loop.steps(student, micro_batches, LOSS, schedule(iters)):
         got.append(step)
         if step.number % VISIT:
             assert all(
@@ -238,13 +251,13 @@ def test_sharded_is_resident_bit_for_bit(
             )
     assert facts(got) == facts(wanted)
     wanted_weights = dict(tree_flatten(model.parameters()))
-    assert same({name: student.take(name) for name in wanted_weights}, wanted_weights)
+    assert same({name: taken(student, name) for name in wanted_weights}, wanted_weights)
     end = load.open_checkpoint(tmp_path / "s")
     assert each == LAYERS or same(
         {name: load.dense(end, name) for name in wanted_weights}, wanted_weights
     )
     assert mx.array_equal(
-        student.take("model.embed_tokens.weight"), load.embedding(source(kind), mx.float32).weight
+        taken(student, "model.embed_tokens.weight"), load.embedding(source(kind), mx.float32).weight
     )
 
 
@@ -262,7 +275,7 @@ def test_room_and_the_page_cache_change_no_bit(
     read = {}
     for name, how in hows.items():
         student = opened(source("llama"), tmp_path / name, 2, **how)
-        for _ in student.steps(micro_batches, LOSS, schedule(4)):
+        for _ in train_loop.steps(student, micro_batches, LOSS, schedule(4)):
             read[name] = student._source.reader.nbytes  # since the visit began
         assert contents(tmp_path / name) == contents(tmp_path / "plain"), name
     assert read["room"] < read["plain"] == read["direct"]
@@ -287,7 +300,7 @@ def test_memory_holds_a_shard_not_the_student(tmp_path: Path) -> None:
     mx.clear_cache()
     before = mx.get_active_memory()
     student.begin()
-    steps = list(student.steps(micro, LOSS, schedule(2)))
+    steps = list(train_loop.steps(student, micro, LOSS, schedule(2)))
     assert max(s.peak_bytes for s in steps) - before < 6 * 2**20 < source.nbytes
 
 
@@ -315,7 +328,7 @@ def test_blocks_are_written_at_the_end_of_a_visit_only(
     student = opened(source("llama"), tmp_path / "s", 2, files)
     before = contents(tmp_path / "s")
     files.written = 0
-    for _ in student.steps(micro_batches, LOSS, schedule(5)):
+    for _ in train_loop.steps(student, micro_batches, LOSS, schedule(5)):
         now = contents(tmp_path / "s")
         written.append(
             (sorted(name for name in now if now[name] != before.get(name)), files.written)
@@ -340,6 +353,27 @@ class Killed(BaseException):
     """Stands for the end of the process: no `except` and no clean-up gets past it."""
 
 
+def in_older_words(arrays: Arrays, memory: dict[str, Any], first: int) -> tuple[Arrays, Any]:
+    """A checkpoint as versions up to 2026-11 wrote it: blocks of a shard counted from 0."""
+    renamed: Arrays = {}
+    for key, before in (("model", "layers."), ("optimizer", "")):
+        renamed[key] = {}
+        for name, array in arrays.get(key, {}).items():
+            _, _, number, inside = name.split(".", 3)
+            renamed[key][f"{before}{int(number) - first}.{inside}"] = array
+    kept = {key: value for key, value in memory.items() if key != "guards"}
+    kept["blocks"] = [
+        {
+            "norms": guard["norms"],
+            "bad": guard["bad"],
+            "passed": guard["skipped"],
+            "calm": guard["lr_scale"],
+        }
+        for guard in memory["guards"]
+    ]
+    return renamed, kept
+
+
 def run(
     source: Checkpoint,
     root: Path,
@@ -348,9 +382,11 @@ def run(
     every: int = VISIT,
     iters: int = 5,
     stop: int | None = None,
+    *,
+    older: bool = False,
 ) -> list[Step]:
     """What a command does: start or resume, train, save `every` steps; killed after step `stop` is
-    saved, or not.
+    saved, or not. older: in the words of earlier versions.
     """
     steps_dir = root / "steps"
     done = []
@@ -365,7 +401,10 @@ def run(
 
     def save(number: int) -> None:
         arrays = {key: named for key, named in student.arrays().items() if named}
-        state = {"arrays": list(arrays), "shard": student.memory()}
+        memory = student.memory()
+        if older:
+            arrays, memory = in_older_words(arrays, memory, student.blocks.start)
+        state = {"arrays": list(arrays), "shard": memory}
         protocol.save_step(steps_dir, number, arrays=arrays, state=state, files=files)
 
     if saved := protocol.newest(steps_dir, files):
@@ -376,7 +415,7 @@ def run(
         student.begin()
         save(start := 0)
     micro = partial(micro_batches, count=2, width=16, windows=1)
-    for step in student.steps(micro, LOSS, schedule(iters), start):
+    for step in train_loop.steps(student, micro, LOSS, schedule(iters), start):
         done.append(step)
         if step.number % every == 0 or step.number == iters:
             save(step.number)
@@ -395,16 +434,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory, smallest: Checkpoint) -> Who
     return facts(run(smallest, root, each=1, iters=6)), contents(root / "s")
 
 
+@pytest.mark.parametrize("older", [False, True])
 @pytest.mark.parametrize("stop", [(1, 1), (2, 1), (3, 2), (4, 2)])
 def test_killed_after_a_step(
-    tmp_path: Path, smallest: Checkpoint, whole: Whole, stop: tuple[int, int]
+    tmp_path: Path, smallest: Checkpoint, whole: Whole, stop: tuple[int, int], older: bool
 ) -> None:
-    """Saved or not, at the end of a visit or not: the rest of the run and the model are the
-    undisturbed run's.
+    """Saved or not, at the end of a visit or not, by an earlier version or not: the rest of the run
+    and the model are the undisturbed run's.
     """
     number, every = stop
     with pytest.raises(Killed):
-        run(smallest, tmp_path, each=1, every=every, iters=6, stop=number)
+        run(smallest, tmp_path, each=1, every=every, iters=6, stop=number, older=older)
     rest = run(smallest, tmp_path, each=1, every=every, iters=6)
     assert (facts(rest), contents(tmp_path / "s")) == (
         whole[0][number // every * every :],
@@ -484,7 +524,7 @@ def test_three_bad_batches_stop_the_run_across_visits(
         ]
 
     with pytest.raises(MisError, match="3 steps in a row"):
-        list(student.steps(poisoned, LOSS, schedule(9)))
+        list(train_loop.steps(student, poisoned, LOSS, schedule(9)))
     end = load.open_checkpoint(tmp_path / "s")
     assert same(*(dict(load.weights(c, "", mx.float32)) for c in (end, source("llama"))))
 
@@ -535,9 +575,11 @@ def test_a_step_in_which_the_machine_slept_changes_nothing(
             return slept
 
     plain, disturbed = (opened(source("llama"), tmp_path / name, LAYERS) for name in ("a", "b"))
-    one = next(plain.steps(micro_batches, LOSS, schedule(2), factor=lambda step: 1.1))
+    one = next(train_loop.steps(plain, micro_batches, LOSS, schedule(2), factor=lambda step: 1.1))
     monkeypatch.setattr(train_loop, "CLOCK", Lid())
-    two = next(disturbed.steps(micro_batches, LOSS, schedule(2), factor=lambda step: 1.1))
+    two = next(
+        train_loop.steps(disturbed, micro_batches, LOSS, schedule(2), factor=lambda step: 1.1)
+    )
     assert facts([one]) == facts([two])
     assert two.note == "the machine slept 2 min; step done again."
     assert all(same(plain.arrays()[key], disturbed.arrays()[key]) for key in ("model", "optimizer"))
@@ -552,7 +594,7 @@ def test_every_block_has_its_own_dog(tmp_path: Path, source: Callable[[str], Che
     def loud(step: int) -> float:
         return 100.0 if step == 10 else 1.0
 
-    *_, last = student.steps(micro_batches, LOSS, schedule(11), factor=loud)
+    *_, last = train_loop.steps(student, micro_batches, LOSS, schedule(11), factor=loud)
     clipped = [
         float(bound) for bound in re.findall(r"block \d: clipped \S+ to ([0-9.]+)", last.note)
     ]
@@ -563,7 +605,7 @@ def test_every_block_has_its_own_dog(tmp_path: Path, source: Callable[[str], Che
     )
     again.restore(student.arrays(), student.memory())
     assert again.memory() == student.memory()
-    assert again.memory()["blocks"][0]["norms"]
+    assert again.memory()["guards"][0]["norms"]
 
 
 @pytest.mark.usefixtures("cpu_policy")
@@ -585,10 +627,12 @@ def test_numpy_computes_the_loss_of_the_graph(
     batches = micro_batches(0)
     by_numpy = teacher_kl(lambda head: logits)
     assert by_numpy.by_numpy
-    (a, n), *left = student.gradients(batches, LOSS)
-    (b, m), *right = student.gradients(batches, by_numpy)
-    assert n == m
-    assert a == pytest.approx(b, rel=1e-6)
+    a = student.look(batches, LOSS)
+    left = list(student.passes.backward_blocks(a))
+    b = student.look(batches, by_numpy)
+    right = list(student.passes.backward_blocks(b))
+    assert a.tokens == b.tokens
+    assert a.loss == pytest.approx(b.loss, rel=1e-6)
     assert [i for i, _ in left] == [i for i, _ in right] == list(reversed(student.blocks))
     for (_, ours), (_, theirs) in zip(left, right, strict=True):
         for name, gradient in ours.items():

@@ -18,6 +18,7 @@ from mis_mlx.compute.token_losses import TokenLoss
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distill import Settings as Distilled
 from mis_mlx.distillation import live_teacher, sharded, strategies, training_cost
+from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.evaluation import comparison
 from mis_mlx.evaluation.judging_cost import comparison_cost
 from mis_mlx.hardware import memory
@@ -146,7 +147,7 @@ def test_a_student_that_is_its_teacher(
     assert not spec_of(teacher, student, DistillationConfig(**asked)).uncut
     plan = strategies.best_plan(job, GIB, M1_AIR)
     assert {"repair", "distil"}.isdisjoint(p.name for p in plan.phases) == uncut
-    assert plan.tuned == TUNE_ITERS
+    assert plan.tuning_steps == TUNE_ITERS
     assert (plan.mode == "none") == uncut
 
 
@@ -237,7 +238,7 @@ def test_steps_after_rounding_go_where_nobody_asked_for_them() -> None:
     # nothing is trained before, and windows enough that a step outweighs what rounding takes
     job = replace(JOB, rounding=plain, modes=("none",), batch_size=16, eval_windows=1)
     whole = strategies.plan_strategy(job, GIB, rates=M1_AIR, mode="none", micro=16, shard=0)
-    assert whole.tuned == 20
+    assert whole.tuning_steps == 20
     assert list(named(whole))[-2:] == ["distil scales", "measure"]
     less = replace(job, rounding=replace(job.rounding, q_iters=20))
     most = max(p.peak_bytes for name, p in named(whole).items() if name != "distil scales")
@@ -246,7 +247,7 @@ def test_steps_after_rounding_go_where_nobody_asked_for_them() -> None:
         strategies.plan_strategy(job, n * MIB // 16, rates=M1_AIR, mode="none", micro=16, shard=0)
         for n in range(64, 2000)
     ]
-    plan = next(plan for plan in plans if plan.fits and plan.tuned == 0)
+    plan = next(plan for plan in plans if plan.fits and plan.tuning_steps == 0)
     assert not strategies.plan_strategy(
         less, plan.budget_bytes, rates=M1_AIR, mode="none", micro=16, shard=0
     ).fits
@@ -369,9 +370,7 @@ def test_resident_training_stays_under_the_plan(
     with memory.limited(Budget(before + planned.peak_bytes)):
         model = load.resident_model(student, mx.float32)
         source = live_teacher.StreamedTeacher(teacher, None if resident else 0)
-        steps = list(
-            live_teacher.steps(model, source, data=data, recipe=recipe, optimizer=GuardedAdamW())
-        )
+        steps = list(live_teacher.steps(WholeModel(model, GuardedAdamW()), source, data, recipe))
     peak = max(s.peak_bytes for s in steps) - before
     assert planned.pinned == (6 if resident else 0)
     assert planned.peak_bytes / 4 < peak < allocated(planned.peak_bytes), (

@@ -239,7 +239,7 @@ def test_again_three_in_a_row_stop_the_run(
     saved = protocol.newest(Path(str(s.out)) / "steps")
     assert saved
     assert saved.number == 8
-    assert saved.state["optimizer"]["passed"] == [2, 3, 4]
+    assert saved.state["optimizer"]["guards"][0]["skipped"] == [2, 3, 4]
     assert all(mx.isfinite(a).all().item() for a in protocol.load_arrays(saved, "model").values())
     with pytest.raises(Diverged, match="10, 11 and 12"):
         distill.run(distill.Settings(out=s.out, resume=True))

@@ -220,16 +220,17 @@ def test_batches_that_were_left_out_stay_so_at_half_the_rate() -> None:
         assert float(optimizer.adamw.learning_rate) == pytest.approx(5e-4)
 
 
-def test_relative_steps_are_a_share_of_each_tensor() -> None:
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_relative_steps_are_a_share_of_each_tensor(eight_bit: bool) -> None:
     """Scales of 8 bits are a seventeenth of those of 4 and go a seventeenth as far; AdamW takes
-    both equally far.
+    both equally far. With moments of 8 bits, too.
     """
     sizes = {"four": 0.06, "eight": 0.06 * 15 / 255}
     moved = {}
     for relative in (False, True):
         model = nn.Module()
-        optimizer = GuardedAdamW(weight_decay=0.0, relative=relative)
-        dict.update(model, {name: mx.full((4, 2), size) for name, size in sizes.items()})
+        optimizer = GuardedAdamW(weight_decay=0.0, relative=relative, eight_bit=eight_bit)
+        dict.update(model, {name: mx.full((4, 32), size) for name, size in sizes.items()})
         ones = tree_map(mx.ones_like, model.parameters())
         optimizer.update(model, ones, loss=1.0, norm=1.0, learning_rate=1e-3)
         moved[relative] = {

@@ -20,6 +20,7 @@ from mis_mlx import distill, prune, quantize
 from mis_mlx.compute import precision
 from mis_mlx.compute.token_losses import TokenLoss
 from mis_mlx.distillation import live_teacher
+from mis_mlx.distillation.whole_model import value_and_grad
 from mis_mlx.maths import losses
 from mis_mlx.models import arch, experts, load, stream, streamed_decode
 from mis_mlx.models.config import _opened_as, check_config, normalised, read_config, shape_of
@@ -234,7 +235,7 @@ def test_gradients_are_those_of_the_whole_model(models: Models, kind: str, tmp_p
     by_numpy = teacher.token_loss()
     assert by_numpy.by_numpy
     for token_loss in (by_numpy, TokenLoss(by_numpy.by_mlx)):
-        gradient_of = live_teacher.value_and_grad(student, token_loss)
+        gradient_of = value_and_grad(student, token_loss)
         (value, _), gradients = gradient_of(student, *batch)
         assert abs(value.item() - loss.item()) <= 1e-4 * abs(loss.item())
         ours = dict(tree_flatten(gradients))

@@ -277,9 +277,9 @@ def test_gradients_block_by_block_are_the_whole_models(
     seen = set[int]()
     for visit in range(-(-7 // each)):
         student._enter(visit)
-        coming = student.gradients(batches, TokenLoss(loss))
-        assert next(coming)[0] == pytest.approx(value.item() / (2 * windows * 12), rel=1e-5)
-        for i, gradients in coming:
+        found = student.look(batches, TokenLoss(loss))
+        assert found.loss == pytest.approx(value.item() / (2 * windows * 12), rel=1e-5)
+        for i, gradients in student.passes.backward_blocks(found):
             seen.add(i)
             for name, gradient in gradients.items():
                 theirs = named[f"model.layers.{i}.{name}"]

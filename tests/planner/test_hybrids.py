@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +114,6 @@ def test_training_stays_under_the_plan(tmp_path: Path, kind: str, way: str) -> N
             headroom_bytes=headroom_bytes,
         )
         made.begin()
-        batches = partial(live_teacher.step_micro_batches, source, data, config)
-        steps = list(made.steps(batches, source.token_loss(own_head=True), config))
+        steps = list(live_teacher.steps(made, source, data, config))
     peak = max(step.peak_bytes for step in steps) - before
     assert planned / 1.9 < peak < allocated(planned), (peak, planned)

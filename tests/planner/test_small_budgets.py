@@ -82,7 +82,7 @@ def test_it_fits_and_says_what_it_leaves_out(
     missing = {part.name: part for part in shortfall.left_out(made)}
     trains = made.mode != "none" or made.job.uncut
     assert trains == ("training" not in missing)
-    assert bool(made.tuned) == ("distillation of scales" not in missing)
+    assert bool(made.tuning_steps) == ("distillation of scales" not in missing)
     head, _, _ = plan.table(made).partition("| phase")
     for name, part in missing.items():
         flag = estimates.budget_flag(part.budget_bytes)
@@ -97,7 +97,7 @@ def test_it_fits_and_says_what_it_leaves_out(
 def test_the_default_run_is_tuned_wherever_it_can_be(tmp_path: Path) -> None:
     """In every budget that the run fits in, of a gibibyte and more."""
     for budget in ("1GiB", "1500MiB", "4GiB"):
-        assert planned(tmp_path, "default", budget).tuned
+        assert planned(tmp_path, "default", budget).tuning_steps
 
 
 def test_no_budget_between_two_that_fit_is_refused(tmp_path: Path) -> None:
@@ -131,4 +131,4 @@ def test_a_larger_mac_has_a_larger_budget(tmp_path: Path) -> None:
     more, _ = plan.planned(
         plan.Settings(teacher=str(tmp_path), machine="m1-air-16gb", budget="10GiB"), machine
     )
-    assert more.fits and more.tuned
+    assert more.fits and more.tuning_steps

@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher, training_cost
 from mis_mlx.distillation.live_teacher import StreamedTeacher, TextTargets
+from mis_mlx.distillation.whole_model import WholeModel, value_and_grad
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import load
 from mis_mlx.models.model_size import model_of
@@ -70,9 +71,7 @@ def data() -> Windows:
 def distil(source: live_teacher.TargetSource, student: Checkpoint, data: Windows) -> list[Any]:
     """Losses, norms, and all weights after RECIPE."""
     model = load.resident_model(student, mx.float32)
-    steps = list(
-        live_teacher.steps(model, source, data=data, recipe=RECIPE, optimizer=GuardedAdamW())
-    )
+    steps = list(live_teacher.steps(WholeModel(model, GuardedAdamW()), source, data, RECIPE))
     return facts(steps) + [p.tolist() for _, p in tree_flatten(model.parameters())]
 
 
@@ -106,7 +105,7 @@ def test_the_gradient_is_that_of_the_formula(
         return (each * loss_mask).sum()
 
     loss, wanted = nn.value_and_grad(student, naive)()
-    gradient_of = live_teacher.value_and_grad(student, source.token_loss())
+    gradient_of = value_and_grad(student, source.token_loss())
     (value, _), got = gradient_of(student, *cut[0])
     assert value.item() == pytest.approx(loss.item(), rel=1e-5)
     largest = max(mx.abs(g).max().item() for _, g in tree_flatten(wanted))
@@ -128,11 +127,7 @@ def test_the_text_as_source_is_cross_entropy(llama: Checkpoint, data: Windows) -
     ).sum() / loss_mask.sum()
     steps = list(
         live_teacher.steps(
-            model,
-            TextTargets(),
-            data=few,
-            recipe=replace(RECIPE, iters=12),
-            optimizer=GuardedAdamW(),
+            WholeModel(model, GuardedAdamW()), TextTargets(), few, replace(RECIPE, iters=12)
         )
     )
     assert steps[0].loss == pytest.approx(wanted.item(), rel=1e-5)
@@ -183,9 +178,7 @@ def test_training_with_cross_entropy_stays_under_the_plan(
     before = mx.get_active_memory()
     model = load.resident_model(student, mx.float32)
     source = StreamedTeacher(teacher, 0, direct=False, temperature=2.0, cross_entropy=0.5)
-    steps = list(
-        live_teacher.steps(model, source, data=data, recipe=recipe, optimizer=GuardedAdamW())
-    )
+    steps = list(live_teacher.steps(WholeModel(model, GuardedAdamW()), source, data, recipe))
     peak = max(s.peak_bytes for s in steps) - before
     sizes = {"batch_size": 2, "grad_accumulation_steps": 2, "max_seq_length": length}
     job = replace(

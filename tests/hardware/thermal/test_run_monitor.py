@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import sft
 from mis_mlx.distillation import train_loop
+from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.hardware.clock import VirtualClock
 from mis_mlx.hardware.thermal.governor import Mode
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, ThermalMonitor, battery
@@ -121,12 +122,8 @@ def trained(clock: VirtualClock, close: bool) -> tuple[dict[str, mx.array], list
 
     with mock.patch.object(train_loop, "CLOCK", clock):
         steps = list(
-            train_loop.train(
-                model,
-                micro_batches,
-                loss=loss,
-                optimizer=GuardedAdamW(),
-                recipe=tiny.schedule(3, 1e-2, 1),
+            train_loop.steps(
+                WholeModel(model, GuardedAdamW()), micro_batches, loss, tiny.schedule(3, 1e-2, 1)
             )
         )
     return dict(tree_flatten(model.parameters())), steps

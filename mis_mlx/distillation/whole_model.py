@@ -1,0 +1,207 @@
+"""A student that is in memory whole and learns as one graph: all weights, or those of adapters."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from mis_mlx.compute import streams
+from mis_mlx.compute.token_losses import TokenLoss
+from mis_mlx.distillation import train_loop
+from mis_mlx.distillation.train_loop import Applied, MicroBatch, Update
+from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
+from mis_mlx.models import distributed, load
+from mis_mlx.types import MOST
+
+# (model, *micro-batch) -> (sum in nats, token count); and, if a loss wants, further sums {name:
+# scalar}, whose means come with the step. "tokens" among these is no mean: how many tokens went
+# through, where the count is of other things.
+Loss = Callable[..., tuple[Any, ...]]
+# (model, *micro-batch) -> (a loss's sums, gradients of the first of them)
+ValueAndGrad = Callable[..., tuple[tuple[Any, ...], Any]]
+# Names of the first two sums of a loss, beside those that a loss names itself.
+_LOSS = "loss, summed"
+_COUNT = "tokens that count"
+
+
+@dataclass
+class StepGradients:
+    """Loss and gradients of one step on all machines, evaluated.
+
+    loss: per token, in nats. tokens: how many count. grads: of the *sum* over tokens, nested as the
+    model is. further: means of the loss's further sums.
+    """
+
+    loss: float
+    tokens: float
+    grads: Any
+    further: dict[str, float] = field(default_factory=dict)
+
+    def take(self) -> Any:
+        """The gradients, which whoever takes them alone holds from then on."""
+        grads = self.grads
+        self.grads = None
+        return grads
+
+
+class WholeModel:
+    """A `train_loop.Student`: a module whose trainable parameters learn under one guard.
+
+    It learns by any `Loss`, or by a TokenLoss.
+    """
+
+    own_head = False
+    longest_unsaved = MOST
+
+    def __init__(self, model: nn.Module, optimizer: GuardedAdamW):
+        self.model = model.train()
+        self.optimizers = [optimizer]
+
+    def look(self, batches: Sequence[MicroBatch], loss: Loss | TokenLoss) -> StepGradients:
+        """As `train_loop.Student.look`."""
+        return _gradients(self.model, value_and_grad(self.model, loss), batches)
+
+    def apply(self, found: StepGradients, update: Update) -> Applied:
+        """As `train_loop.Student.apply`; all weights at once."""
+        optimizer = self.optimizers[0]
+        grads = found.take()
+        scale = update.noise / found.tokens
+        norm = scale * train_loop.agreed(global_norm(grads, streams.stream))
+        note = optimizer.update(
+            self.model,
+            grads,
+            found.loss,
+            norm,
+            learning_rate=update.rate,
+            batch=update.batch,
+            scale=scale,
+            stream_of=streams.stream,
+        )
+        # Nothing but the lazy update holds the gradients then, so they go as it is evaluated.
+        del grads
+        mx.eval(self.model.parameters(), optimizer.adamw.state)
+        return Applied(found.loss, found.tokens, norm=norm, note=note, further=found.further)
+
+    def end_step(self, number: int, *, last: bool) -> None:
+        """Nothing: weights are in memory, and checkpoints hold them."""
+
+    def take(self, name: str) -> mx.array:
+        """A weight by name."""
+        weight: mx.array = dict(tree_flatten(self.model.parameters()))[name]
+        return weight
+
+    def arrays(self) -> dict[str, dict[str, mx.array]]:
+        """The arrays that a resumed run needs, by checkpoint file."""
+        trained = dict(tree_flatten(self.model.trainable_parameters()))
+        return {"model": trained, "optimizer": self.optimizers[0].arrays()}
+
+    def memory(self) -> dict[str, Any]:
+        """The part of a checkpoint that is not an array, for its state.json."""
+        return train_loop.remembered(self.optimizers)
+
+    def restore(self, arrays: dict[str, dict[str, mx.array]], memory: dict[str, Any]) -> None:
+        """Put a checkpoint's arrays back, evaluated: a file may go once this returns."""
+        (guard,) = train_loop.guards(memory)
+        optimizer = self.optimizers[0]
+        self.model.update(tree_unflatten(list(arrays["model"].items())))
+        optimizer.restore(arrays["optimizer"], guard)
+        mx.eval(self.model.parameters(), optimizer.adamw.state)
+
+
+def value_and_grad(model: nn.Module, loss: Loss | TokenLoss) -> ValueAndGrad:
+    """As `nn.value_and_grad`; a TokenLoss is computed between the passes."""
+    if isinstance(loss, TokenLoss):
+        return partial(_by_token_loss, loss)
+    return nn.value_and_grad(model, loss)
+
+
+def _by_token_loss(
+    loss: TokenLoss,
+    student: nn.Module,
+    tokens: mx.array,
+    loss_mask: mx.array,
+    *targets: mx.array,
+) -> tuple[tuple[mx.array, mx.array], Any]:
+    """((loss in nats, tokens that count), gradients by name) of one micro-batch."""
+    trained = dict(tree_flatten(student.trainable_parameters()))
+    names = list(trained)
+    head = "lm_head.weight" if hasattr(student, "lm_head") else "model.embed_tokens.weight"
+
+    def forward(*weights: mx.array) -> tuple[mx.array, mx.array]:
+        student.update(tree_unflatten(list(zip(names, weights, strict=True))))
+        hidden = loss.map_windows(student.model, tokens)
+        return hidden.reshape(-1, hidden.shape[-1]), load.head_weight(student)
+
+    value, grads = loss.vjp(
+        forward,
+        list(trained.values()),
+        loss_mask,
+        targets,
+        width=student.args.hidden_size,
+        windows=len(tokens),
+        head_index=names.index(head) if head in trained else None,
+    )
+    student.update(tree_unflatten(list(trained.items())))  # `forward` left tracers there
+    named = list(zip(names, grads, strict=True))
+    del grads
+    loss.evaluate(named, len(tokens))
+    return (value, loss_mask.sum()), tree_unflatten(named)
+
+
+def as_in_training(model: nn.Module, work: Callable[[nn.Module], mx.array]) -> mx.array:
+    """`work(model)` as it is where a gradient is taken of it, evaluated; no gradient is computed.
+
+    MLX then leaves out its fused attention, which has no gradient, so the last bits differ from a
+    plain forward pass.
+    """
+    results = []
+
+    def summed(model: nn.Module) -> mx.array:
+        results.append(work(model))
+        return results[0].sum()
+
+    _, grads = nn.value_and_grad(model, summed)(model)
+    del grads  # never evaluated; they would keep all activations
+    mx.eval(results)
+    return results[0]
+
+
+def _gradients(
+    model: nn.Module, gradient_of: ValueAndGrad, batches: Sequence[MicroBatch]
+) -> StepGradients:
+    """Of one step."""
+    summed_grads = None
+    sums = {_LOSS: mx.array(0.0), _COUNT: mx.array(0.0)}
+    for arguments in batches:
+        (loss_sum, count, *further), grads = gradient_of(model, *arguments)
+        summed_grads = grads if summed_grads is None else tree_map(mx.add, summed_grads, grads)
+        parts = {_LOSS: loss_sum, _COUNT: count}
+        if further:
+            parts |= further[0]
+        for name, part in parts.items():
+            sums[name] = sums.get(name, mx.array(0.0)) + part
+        # After each micro-batch: lazily, the activations of all of them would be held together.
+        mx.eval(summed_grads, sums)
+        del grads
+    if summed_grads is None:  # a machine without a part in this step
+        summed_grads = tree_map(mx.zeros_like, model.trainable_parameters())
+    totals = dict[str, float]()
+    own_sums = {name: float(part) for name, part in sums.items()}
+    for machine in distributed.all_gather(own_sums):
+        for name, value in machine.items():
+            totals[name] = totals.get(name, 0.0) + value
+    tokens = max(totals.pop(_COUNT), 1.0)
+    loss = totals.pop(_LOSS) / tokens
+    means = {name: value / tokens for name, value in totals.items()}
+    if "tokens" in totals:
+        means["tokens"] = totals["tokens"]
+    # By name: the sums over machines replace the gradients one group after the other.
+    named = dict(tree_flatten(summed_grads))
+    del summed_grads
+    distributed.all_reduce_gradients(named)
+    grads = tree_unflatten(list(named.items()))
+    return StepGradients(loss, tokens, grads=grads, further=means)
