@@ -29,7 +29,7 @@ from laboratory import write
 from polish_text import problems
 
 from mis_mlx.compute import precision
-from mis_mlx.evaluation import answering, questions
+from mis_mlx.evaluation import answering, harness, questions
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, opening, resolve
 from mis_mlx.types import Checkpoint
@@ -105,7 +105,7 @@ def theirs(adapter: Any, name: str, folder: Path) -> tuple[float, float, list[li
 
 def main(model: str | None) -> None:
     """Compare, print and store."""
-    answering.check_harness(())
+    harness.check_harness(())
     checkpoint = opening.open_to_compute(resolve.resolve_model(model).path)
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as name:
@@ -116,7 +116,7 @@ def main(model: str | None) -> None:
             "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in question_rows(COUNT))
         )
         (folder / "generated.yaml").write_text(YAML.format(name="generated", file=file))
-        task = questions.file(file)
+        task = questions.file(file).as_text()
         adapter = load.mlx_lm("evaluate").MLXLM(str(checkpoint.path), use_chat_template=False)
         dtype = precision.usual_dtype()
         adapter._model.set_dtype(dtype)

@@ -160,7 +160,7 @@ class Unpacked(nn.Module):
 
 def unpack(model: nn.Module) -> dict[str, tuple[nn.Module, Unpacked]]:
     """Put an `Unpacked` in the place of every quantized layer; {path: (packed, unpacked)}."""
-    pairs = {}
+    pairs = dict[str, tuple[nn.Module, Unpacked]]()
     for path, module in model.named_modules():
         if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
             pairs[path] = (module, Unpacked(module))

@@ -16,6 +16,7 @@ from mis_mlx.evaluation import (
     answers,
     comparison,
     examination,
+    harness,
     recovery_table,
     task_registry,
 )
@@ -73,8 +74,8 @@ class Settings(cli.Budgeted, precision.Computing):
     of every window
     """
     tasks: tuple[str, ...] = ()
-    """answers, builtin, polish-offline, dialects, polish, english, one of their tasks, lm_eval/ID,
-    your own folders or .jsonl files; without --tasks: held-out text
+    """answers, tools, builtin, polish-offline, dialects, polish, english, one of their tasks,
+    lm_eval/ID, your own folders or .jsonl files; without --tasks: held-out text
     """
     num_questions: Annotated[int, Within(2, MOST)] = 100
     """questions per task, and prompts for `answers`"""
@@ -305,6 +306,14 @@ def _need_whole(m: ModelSize, model: Checkpoint, limit: Budget) -> None:
     )
 
 
+def _wanted(s: Settings) -> EvaluationSet:
+    """What --tasks asks for, through chat templates or as plain text."""
+    wanted = task_registry.find(s.tasks, s.num_questions, s.data)
+    if s.apply_chat_template:
+        return wanted
+    return wanted._replace(tasks=tuple(task.as_text() for task in wanted.tasks))
+
+
 def _examine(
     s: Settings,
     models: Models,
@@ -315,11 +324,9 @@ def _examine(
 ) -> dict[str, Any]:
     """The tasks: judge the rows, plan, ask all models, print and write the recovery table."""
     began = time.monotonic()
-    wanted = task_registry.find(s.tasks, s.num_questions, s.data)
-    if not s.apply_chat_template:
-        wanted = wanted._replace(tasks=tuple(task.as_text() for task in wanted.tasks))
+    wanted = _wanted(s)
     if wanted.harness:
-        answering.check_harness(wanted.harness)
+        harness.check_harness(wanted.harness)
     for task in wanted.tasks:
         cli.say(f"{task.name}: {len(task.questions)} questions; {task.about}")
     distributed.check_same({task.name: task.sha256 for task in wanted.tasks})

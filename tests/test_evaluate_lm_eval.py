@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from mis_mlx.data import examples
-from mis_mlx.evaluation import answering, questions, task_registry
+from mis_mlx.evaluation import answering, harness, questions, task_registry
 from mis_mlx.hardware import memory
 from mis_mlx.types import Checkpoint, MisError
 from tests.conftest import Done, sentence
 
 WHY = "the extra `evaluate` is not installed: pip install 'mis-mlx[evaluate]'"
-here = pytest.mark.skipif(answering.find_spec("lm_eval") is None, reason=WHY)
+here = pytest.mark.skipif(harness.find_spec("lm_eval") is None, reason=WHY)
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's and datasets' own
 
 COUNT = 150
@@ -57,7 +57,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     file.write_text("".join(json.dumps(row) + "\n" for row in made))
     (tmp_path / "task" / "generated.yaml").write_text(YAML.format(file=file))
     own = pytest.importorskip("lm_eval.tasks").TaskManager(include_path=str(tmp_path / "task"))
-    monkeypatch.setattr(answering, "_manager", lambda: own)
+    monkeypatch.setattr(harness, "_manager", lambda: own)
     return tmp_path / "task"
 
 
@@ -65,7 +65,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_log_likelihoods_are_lm_evals(folder: Path, llama: Checkpoint) -> None:
     """Every option of every question to 1e-4 nats; both accuracies question by question."""
     witness = sorted(
-        answering.harness_samples(llama, "generated", COUNT)["generated"],
+        harness.harness_samples(llama, "generated", COUNT)["generated"],
         key=lambda s: s["doc_id"],
     )
     task = questions.file(folder / "generated.jsonl")
@@ -87,8 +87,8 @@ def test_log_likelihoods_are_lm_evals(folder: Path, llama: Checkpoint) -> None:
 @here
 def test_its_marks_come_in_order_with_their_chance(folder: Path, llama: Checkpoint) -> None:
     """What `evaluate` takes from lm-eval is what we count ourselves."""
-    found = answering.harness_marks(
-        "generated", answering.harness_samples(llama, "generated", 30)["generated"]
+    found = harness.harness_marks(
+        "generated", harness.harness_samples(llama, "generated", 30)["generated"]
     )
     task = questions.file(folder / "generated.jsonl")
     ours = answering.scores(llama, "0" * 64, task, memory.budget(None))[:30]
@@ -115,14 +115,14 @@ def test_a_model_that_does_not_fit_is_a_sentence(
 def test_presets_name_tasks_that_lm_eval_has() -> None:
     """And a typo brings the nearest of its own."""
     ids = task_registry.find(["polish", "english"], 10).harness
-    answering.check_harness(ids)
+    harness.check_harness(ids)
     with pytest.raises(
         MisError, match="lm-eval has no task belebele_pol_Latm: did you mean belebele_pol_Latn"
     ):
-        answering.check_harness(["belebele_pol_Latm"])
+        harness.check_harness(["belebele_pol_Latm"])
 
 
-@pytest.mark.skipif(answering.find_spec("lm_eval") is not None, reason="lm-eval is installed")
+@pytest.mark.skipif(harness.find_spec("lm_eval") is not None, reason="lm-eval is installed")
 def test_without_lm_eval_the_extra_is_named(
     llama: Checkpoint, command: Callable[..., Done]
 ) -> None:

@@ -513,6 +513,14 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}assistant\n{% endif %}"
 )
 
+# Tells of tools, calls and results, as most templates do.
+TOOL_TEMPLATE = (
+    "{% if tools %}tools\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}{% endif %}"
+    "{% for m in messages %}{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}<|endoftext|>\n"
+    "{% endfor %}{% if add_generation_prompt %}assistant\n{% endif %}"
+)
+
 
 def talking(folder: Path, seed: int = 0, ending: float = 1.0, **changes: Any) -> Path:
     """A llama with a chat template whose answers end: after each token with a probability that

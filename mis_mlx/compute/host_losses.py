@@ -220,7 +220,7 @@ def _compared_on_device(
 
 
 def over_parts(parts: Sequence[np.ndarray | mx.array]) -> np.ndarray:
-    """Figures of a whole vocabulary from those of its parts (n, 11), in their order: (n, 5) float64.
+    """Figures of a whole vocabulary from its parts' (n, 11), in their order: (n, 5) float64.
 
     The five are the teacher's negative log-likelihood, the student's, KL(teacher || student), all
     in nats, 1 where the top token is the same, and an estimate of 1 - total variation: how often

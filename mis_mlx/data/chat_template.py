@@ -30,8 +30,19 @@ LEAST_EFFORT = "low"
 # Stands in for an answer, to find out where a template puts it: of a private plane, no word.
 ANSWER = "\U000ffffd"
 PROBE = [{"role": "user", "content": "Who are you?"}]
+# A tool that no model knows, to find out whether a template says anything of tools.
+UNKNOWN = "polish_the_barometer"
+UNKNOWN_TOOL = {
+    "type": "function",
+    "function": {
+        "name": UNKNOWN,
+        "description": "Polishes it.",
+        "parameters": {"type": "object", "properties": {}, "required": []},
+    },
+}
 
 Messages = Sequence[Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]]  # as OpenAI's API and transformers write them
 
 
 def text(
@@ -41,15 +52,18 @@ def text(
     prompt: bool = False,
     thinking: bool = False,
     today: bool = False,
+    tools: Tools = (),
 ) -> str:
     """The conversation as the template writes it.
 
     prompt: up to where the next answer begins. thinking: with the switch for thoughts on. today:
-    dated today instead of DATE. Errors of the template pass through: it is a program of the
-    model's, and can raise anything.
+    dated today instead of DATE. tools: that the model may call. Errors of the template pass
+    through: it is a program of the model's, and can raise anything.
     """
     day = date.today() if today else DATE
     options = _options(tokenizer, day, thinking=thinking)
+    if tools:
+        options["tools"] = [dict(tool) for tool in tools]
     if not prompt:
         return str(_applied(messages, tokenizer, options))
     asked = str(_applied(messages, tokenizer, {**options, "add_generation_prompt": True}))
@@ -67,6 +81,17 @@ def thinks(messages: Messages, tokenizer: Any) -> bool:
         if mark in message["content"] or any(message.get(key) for key in THOUGHTS):
             return True
     return False
+
+
+def knows_tools(tokenizer: Any) -> bool:
+    """Whether the template tells the model which tools it may call."""
+    if not getattr(tokenizer, "has_chat_template", False):
+        return False
+    try:
+        said = text(PROBE, tokenizer, prompt=True, tools=[UNKNOWN_TOOL])
+    except Exception:  # as in `text`
+        return False
+    return UNKNOWN in said
 
 
 def identity(tokenizer: Any) -> str:

@@ -173,7 +173,8 @@ def conversation(row: Row, tokenizer: Any, mask_prompt: bool) -> Marked:
     """
     messages = _messages(row)
     thinking = chat_template.thinks(messages, tokenizer)
-    ids = _render(messages, tokenizer, thinking=thinking)
+    told: dict[str, Any] = {"thinking": thinking, "tools": row.get("tools") or ()}
+    ids = _render(messages, tokenizer, **told)
     if not mask_prompt:
         return ids, [1] * len(ids)
     loss_mask = [0] * len(ids)
@@ -182,11 +183,11 @@ def conversation(row: Row, tokenizer: Any, mask_prompt: bool) -> Marked:
             continue
         before: Ids = []
         if last:
-            before = _render(messages[:last], tokenizer, prompt=True, thinking=thinking)
+            before = _render(messages[:last], tokenizer, prompt=True, **told)
         begin = _shared(ids, before)
         end = len(ids)
         if last < len(messages) - 1:
-            so_far = _render(messages[: last + 1], tokenizer, thinking=thinking)
+            so_far = _render(messages[: last + 1], tokenizer, **told)
             # Behind the prompt, wherever that has led: Qwen 3 drops the thoughts of earlier turns,
             # so the answer stands in another place than when it was the last one.
             first = _shared(so_far, before)
@@ -197,12 +198,19 @@ def conversation(row: Row, tokenizer: Any, mask_prompt: bool) -> Marked:
     return ids, loss_mask
 
 
-def prompt_ids(messages: Sequence[Row], tokenizer: Any, *, today: bool = False) -> Ids:
-    """Ids of a conversation up to where the next answer begins. today: as `chat_template.text`.
+def prompt_ids(
+    messages: Sequence[Row],
+    tokenizer: Any,
+    *,
+    today: bool = False,
+    tools: chat_template.Tools = (),
+) -> Ids:
+    """Ids of a conversation up to where the next answer begins. today, tools: as
+    `chat_template.text`.
 
     Errors of the template pass through.
     """
-    return _render(messages, tokenizer, prompt=True, today=today)
+    return _render(messages, tokenizer, prompt=True, today=today, tools=tools)
 
 
 def _shared(left: Sequence[int], right: Sequence[int]) -> int:
@@ -220,6 +228,7 @@ def _render(
     prompt: bool = False,
     thinking: bool = False,
     today: bool = False,
+    tools: chat_template.Tools = (),
 ) -> Ids:
     """Ids of `chat_template.text`, where only the template's own special tokens are special.
 
@@ -246,6 +255,7 @@ def _render(
         prompt=prompt,
         thinking=thinking,
         today=today,
+        tools=tools,
     )
     if not spelled:
         return _encode(tokenizer, rendered, split=False)

@@ -1,21 +1,14 @@
 """One model, one task: the mark of every question. Answers are kept, so nothing is asked twice.
 
-Tasks of ours are asked here: options are chosen by log-likelihood (evaluation/option_likelihood),
-and texts are written (evaluation/task_answers). lm-eval's own tasks go through mlx-lm's adapter
-(mlx_lm.evaluate); these need the extra `evaluate`, data sets from the hub, and the whole model in
-memory.
+Options are chosen by log-likelihood (evaluation/option_likelihood), and texts are written
+(evaluation/task_answers). lm-eval's own tasks are in evaluation/harness.
 """
 
-import difflib
 import hashlib
-import importlib.metadata
 import json
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cache, lru_cache
-from importlib.util import find_spec
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,13 +17,19 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.data import chat_template
-from mis_mlx.evaluation import instructions, option_likelihood, questions, task_answers
+from mis_mlx.evaluation import (
+    instructions,
+    option_likelihood,
+    questions,
+    task_answers,
+    tool_tasks,
+)
 from mis_mlx.evaluation.option_likelihood import Encoded
 from mis_mlx.evaluation.questions import Question, Task
 from mis_mlx.evaluation.task_answers import Asking, Record
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.models import distributed, load, mlx_modules, pass_cost
+from mis_mlx.models import distributed, load, pass_cost
 from mis_mlx.models.model_size import ModelSize, model_of
 from mis_mlx.planner import estimates, machines
 from mis_mlx.reporting import progress
@@ -44,10 +43,7 @@ VERSION = 2  # of the way marks are made: kept answers of another version are no
 PART = 4096
 CHAT = "through its chat template"  # how options are put to a model
 PLAIN = "as plain text"
-METRICS = ("acc", "exact_match", "f1")  # of lm-eval; the first one that a task has is its mark
-# lm-eval's record of one question: "doc_id", "filtered_resps", and its metrics by name
-Sample = Mapping[str, Any]
-# {question's number: its record: {"ll": [...]}, {"text", "mark"} or {"text", "followed"}}
+# {question's number: its record: {"ll": [...]}, or {"text"} and "mark", "followed" or "calls"}
 Asked = dict[int, Record]
 
 
@@ -115,13 +111,16 @@ def scores(
     """(n,) the mark of every question.
 
     1 or 0 where an answer is right or wrong, otherwise from 0 to 1; for instructions as
-    `instructions.marks`. Several machines ask together, and all of them must call this. layers: the
-    model's blocks are shared out among them, where options are chosen.
+    `instructions.marks`, for tools as `tool_tasks.marks`. Several machines ask together, and all of
+    them must call this. layers: the model's blocks are shared out among them, where options are
+    chosen.
     """
     numbers = range(len(task.questions))
     answers = asked(checkpoint, model_sha256, task, limit=limit, numbers=numbers, layers=layers)
     if task.kind == "instructions":
         return np.array(instructions.marks(*_followed_of(task, answers)))
+    if task.kind in tool_tasks.KINDS:
+        return tool_tasks.marks(task, _calls_of(task, answers))
     return np.array([mark_of(task, number, answers[number]) for number in numbers])
 
 
@@ -178,8 +177,23 @@ def levels(model_sha256: str, task: Task) -> instructions.Levels | None:
     return instructions.levels(*_followed_of(task, answers))
 
 
+def calls(model_sha256: str, task: Task) -> list[tool_tasks.Calls]:
+    """The calls of all answers to a task of tools, which `scores` has kept."""
+    _, answers, _ = unanswered(model_sha256, task)
+    return _calls_of(task, answers)
+
+
+def _calls_of(task: Task, answers: Asked) -> list[tool_tasks.Calls]:
+    """The calls of every question's answer."""
+    return [answers[n]["calls"] for n in range(len(task.questions))]
+
+
 def chance(task: Task) -> np.ndarray:
-    """(n,) expected marks of guessing; for instructions those of the constant answer PLAIN."""
+    """(n,) expected marks of guessing; for instructions those of the constant answer PLAIN, for
+    tools of never calling one.
+    """
+    if task.kind in tool_tasks.KINDS:
+        return tool_tasks.chance(task)
     if task.kind == "instructions":
         return _constant_marks(task, instructions.CONSTANT_ANSWER)
     return np.array([question.chance for question in task.questions])
@@ -209,139 +223,6 @@ def _followed_of(task: Task, answers: Asked) -> tuple[list[int], list[int]]:
     followed = [int(answers[n]["followed"]) for n in range(len(task.questions))]
     counts = [len(question.instructions) for question in task.questions]
     return followed, counts
-
-
-@contextmanager
-def _hushed() -> Iterator[None]:
-    """Keep the logs of lm-eval and datasets off the user's screen; their errors still appear."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
-@cache
-def _manager() -> Any:
-    """lm-eval's list of tasks, whose 14,000 files take 10 s to read."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager()
-
-
-def check_harness(ids: Sequence[str]) -> None:
-    """MisError where lm-eval is not installed, or does not have one of these tasks."""
-    if find_spec("lm_eval") is None:
-        raise MisError(
-            "lm-eval's tasks need lm-eval, which is not installed: pip install 'mis-mlx[evaluate]'"
-        )
-    with _hushed():
-        known = _manager().all_tasks
-    for name in ids:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 3, 0.5) or known[:3]
-            raise MisError(f"lm-eval has no task {name}: did you mean {' or '.join(near)}?")
-
-
-def harness_samples(checkpoint: Checkpoint, name: str, count: int) -> dict[str, list[Sample]]:
-    """{task: lm-eval's own records} of `count` questions, asked greedily.
-
-    name: a task, or a group, which gives several tasks. MisError where its data did not come.
-    """
-    with _hushed(), memory.nothing_wired():
-        import lm_eval
-
-        adapter = load.mlx_lm("evaluate").MLXLM(
-            str(checkpoint.path), use_chat_template=False, trust_remote_code=False
-        )
-        mlx_modules.set_dtype(adapter._model, checkpoint.config, precision.dtype_of(checkpoint))
-        try:
-            results = lm_eval.simple_evaluate(
-                adapter,
-                tasks=[name],
-                task_manager=_manager(),
-                limit=count,
-                log_samples=True,
-                bootstrap_iters=0,
-                random_seed=0,
-                numpy_random_seed=0,
-                torch_random_seed=0,
-                fewshot_random_seed=0,
-            )
-        # The hub, datasets and requests say with one of these that no data came.
-        except (OSError, ValueError, RuntimeError) as error:
-            message = " ".join(str(error).split())[:160]
-            why = f"{name} ({type(error).__name__}: {message})"
-            remedy = (
-                "check the network, because the data comes from the hub, or use --tasks "
-                "polish-offline"
-            )
-            raise MisError(f"lm-eval could not run {why}: {remedy}") from None
-    return results["samples"]
-
-
-def harness_marks(name: str, samples: Sequence[Sample]) -> dict[str, Any]:
-    """A task of lm-eval, for JSON: its name, marks from 0 to 1, chance of all questions, metric.
-
-    Where a task has several filters, the first one's records count. MisError where it has none of
-    METRICS.
-    """
-    same_filter = [sample for sample in samples if sample.get("filter") == samples[0].get("filter")]
-    ordered = sorted(same_filter, key=lambda sample: sample["doc_id"])
-    metric = next((metric for metric in METRICS if metric in ordered[0]), None)
-    if metric is None:
-        raise MisError(f"{name} has none of the metrics {', '.join(METRICS)}: use another task")
-    is_choice = ordered[0].get("resps") and metric == "acc"
-    chance = []
-    for sample in ordered:
-        options = len(sample["resps"]) if is_choice else 1
-        chance.append(1 / options if options > 1 else 0.0)
-    return {
-        "task": name,
-        "marks": [float(np.mean(sample[metric])) for sample in ordered],
-        "chance": chance,
-        "metric": metric,
-    }
-
-
-def by_harness(
-    checkpoint: Checkpoint,
-    model_sha256: str,
-    ids: Sequence[str],
-    count: int,
-) -> list[dict[str, Any]]:
-    """`harness_marks` of the first `count` questions of each; a group gives several.
-
-    The first of several machines asks; all of them must call this.
-    """
-
-    def rows() -> list[dict[str, Any]]:
-        every = list[dict[str, Any]]()
-        for name in ids:
-            every += _harness_rows(checkpoint, model_sha256, name, count)
-        return every
-
-    return distributed.broadcast_json(rows)
-
-
-def _harness_rows(
-    checkpoint: Checkpoint,
-    model_sha256: str,
-    name: str,
-    count: int,
-) -> list[dict[str, Any]]:
-    """`harness_marks` of one task or group, kept or asked now."""
-    key = f"lm_eval {importlib.metadata.version('lm_eval')} {name} {count}"
-    path = answers_path(model_sha256, hashlib.sha256(key.encode()).hexdigest())
-    if not path.is_file():
-        by_task = harness_samples(checkpoint, name, count)
-        DISK.make_folder(path.parent)
-        lines = [
-            json.dumps(harness_marks(task, samples)) + "\n" for task, samples in by_task.items()
-        ]
-        DISK.replace_text(path, "".join(lines))
-    return run_folder.records(path)
 
 
 # Opened once for all tasks: models come one after the other, in planning and in asking.

@@ -91,8 +91,8 @@ def compare(
     """Per-window means (N,) of every model, by (model, metric). Streamed.
 
     The first model is the teacher; it has "nll" only. Students have "nll", "kl" (teacher to
-    student), both in nats, "top1", the share of equal top tokens, and "ear", how often both can draw
-    the same token. A window without predictions that count has 0 everywhere: leave it out, as
+    student), both in nats, "top1", the share of equal top tokens, and "ear", how often both can
+    draw the same token. A window without predictions that count has 0 everywhere: leave it out, as
     `rows_of` does.
 
     One block of one model is in memory at a time, then parts of the teacher's head and of one
@@ -149,8 +149,9 @@ def by_window(
 ) -> Iterator[np.ndarray]:
     """(n, 5) float64 for each window, one row for each of its n predictions that count.
 
-    Columns: those of `host_losses.over_parts`, the base being the teacher there. The heads come in parts of the vocabulary; each part is read once for as
-    many windows as have GROUP tokens together.
+    Columns: those of `host_losses.over_parts`, the base being the teacher there. The heads come in
+    parts of the vocabulary; each part is read once for as many windows as have GROUP tokens
+    together.
     """
     total, length = held_out.tokens.shape
     size = max(1, GROUP // length)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mis_mlx.evaluation import answering, instructions, questions
+from mis_mlx.evaluation import answering, harness, instructions, questions, tool_tasks
 from mis_mlx.evaluation.comparison import Models
 from mis_mlx.evaluation.recovery_table import Outcome
 from mis_mlx.evaluation.task_registry import EvaluationSet
@@ -37,6 +37,9 @@ def outcomes(
             for task in wanted.tasks
         ]
     for number, task in enumerate(wanted.tasks):
+        if task.kind in tool_tasks.KINDS:
+            yield _tools_outcome(task, hashes, wanted)
+            continue
         levels = _levels(hashes, task)
         yield Outcome(
             task=task.name,
@@ -64,6 +67,33 @@ def _levels(hashes: Hashes, task: questions.Task) -> dict[str, instructions.Leve
     return levels_of or None
 
 
+def _tools_outcome(task: questions.Task, hashes: Hashes, wanted: EvaluationSet) -> Outcome:
+    """Of answers that are kept. Where the teacher is right in less than half of the cases, all
+    models are compared with its own calls; what it gets right is said in either case.
+    """
+    said = {name: answering.calls(sha256, task) for name, sha256 in hashes.items()}
+    teacher = next(iter(said))
+    shares = {name: tool_tasks.shares(task, calls) for name, calls in said.items()}
+    about = f"{task.about}; every model is told of the tools by its chat template"
+    judged_by = task
+    right = [verdict.right for verdict in tool_tasks.verdicts(task, said[teacher])]
+    if np.mean(right) < tool_tasks.ENOUGH:
+        judged_by = tool_tasks.as_said(task, said[teacher])
+        about += (
+            f"; {teacher} is right in {np.mean(right):.0%} of the cases, under half, so the marks "
+            f"say how often a model does what {teacher} does"
+        )
+    return Outcome(
+        task=task.name,
+        about=about,
+        marks={name: tool_tasks.marks(judged_by, calls) for name, calls in said.items()},
+        chance=tool_tasks.chance(judged_by),
+        overlap=wanted.known.overlap(task),
+        sha256=task.sha256,
+        shares=shares,
+    )
+
+
 def _ways(models: Models, task: questions.Task) -> dict[str, str] | None:
     """{model: how the task's options were put to it}; None where all models get the same."""
     ways = {}
@@ -80,7 +110,7 @@ def _harness_outcomes(
     """lm-eval's tasks, by its own harness."""
     by_model = list[list[dict[str, Any]]]()
     for name, model in models.items():
-        rows = answering.by_harness(model, hashes[name], wanted.harness, num_questions)
+        rows = harness.by_harness(model, hashes[name], wanted.harness, num_questions)
         by_model.append(rows)
     version = importlib.metadata.version("lm_eval")
     for of_task in zip(*by_model, strict=True):

@@ -61,6 +61,9 @@ class Question(NamedTuple):
     options: as they continue `context`; right: the number of the right one. Without options a model
     writes, and its text is compared with `answer` or must follow `instructions`. asked: what a user
     would say, of a question with options that has words of its own; a chat model is asked this.
+
+    tools: that the model may call, as chat templates take them; calls: those that it should make,
+    {"name", "arguments"}. messages: what was said before `context`.
     """
 
     context: str
@@ -70,6 +73,9 @@ class Question(NamedTuple):
     language: str | None = None
     instructions: tuple[Instruction, ...] = ()
     asked: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    calls: tuple[Mapping[str, Any], ...] | None = ()
+    messages: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def chance(self) -> float:
@@ -87,7 +93,7 @@ class Task:
     """
 
     name: str
-    kind: Literal["choice", "checked", "instructions"]
+    kind: Literal["choice", "checked", "instructions", "tools", "rounds"]
     questions: tuple[Question, ...]
     about: str = ""
     per_character: bool = False
@@ -99,8 +105,10 @@ class Task:
         asked = []
         for q in self.questions:
             decided = [q.context, q.answer, q.language, *q.options, *q.instructions]
-            # What is asked in one way only keeps the hash that it has always had.
-            asked.append([*decided, {"asked": q.asked}] if q.asked else decided)
+            # What has none of these keeps the hash that it has always had.
+            more = {"asked": q.asked, "tools": q.tools, "messages": q.messages}
+            more = {key: value for key, value in more.items() if value}
+            asked.append([*decided, more] if more else decided)
         decisive = [self.kind, self.max_tokens, asked]
         text = json.dumps(decisive, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -127,10 +135,10 @@ class Task:
 def best_constant_answer(task: Task) -> tuple[float, str] | None:
     """(share of right answers, answer) of the best constant answer: U Zośki in the table.
 
-    It is a place in the list of options, or a text. None for instructions:
-    `answering.best_constant` asks their checker.
+    It is a place in the list of options, or a text. None for instructions, whose checker
+    `answering.best_constant` asks, and for tools.
     """
-    if task.kind == "instructions":
+    if task.kind in ("instructions", "tools", "rounds"):
         return None
     counts = Counter[str]()
     for q in task.questions:

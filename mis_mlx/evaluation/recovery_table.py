@@ -17,7 +17,8 @@ class Outcome(NamedTuple):
     (share, answer) of the best constant answer, U Zośki. overlap: as `questions.Known.overlap`.
     uniform (n,): expected marks of a model to which all tokens are equally likely. levels: {model:
     IFEval's two accuracies}, whose mean is the mean of the marks. ways: {model: how options were
-    put to it}. None: not known, or a task of another kind.
+    put to it}. shares: {model: figures of its calls, by name, a tool's task}. None: not known, or
+    a task of another kind.
     """
 
     task: str
@@ -30,6 +31,7 @@ class Outcome(NamedTuple):
     uniform: np.ndarray | None = None
     levels: Mapping[str, Levels] | None = None
     ways: Mapping[str, str] | None = None
+    shares: Mapping[str, Mapping[str, float]] | None = None
 
     @property
     def teacher(self) -> np.ndarray:
@@ -72,6 +74,8 @@ class Outcome(NamedTuple):
                 of_model |= self.levels[name].json()
             if self.ways:
                 of_model["asked"] = self.ways[name]
+            if self.shares:
+                of_model["calls"] = dict(self.shares[name])
             models[name] = of_model
         constant: dict[str, Any] | None = None
         if self.constant:
@@ -151,6 +155,8 @@ def _about(outcome: Outcome) -> str:
     """A task's origin, how the models were asked, and both accuracies where they have them."""
     if outcome.ways:
         return f"{outcome.about}; {_asked(outcome.ways)}"
+    if outcome.shares:
+        return f"{outcome.about}; {_called(outcome.shares)}"
     if not outcome.levels:
         return outcome.about
     accuracies = []
@@ -172,6 +178,18 @@ def _asked(ways: Mapping[str, str]) -> str:
         names = [name for name, of_model in ways.items() if of_model == way]
         parts.append(f"{', '.join(names)} {way}")
     return f"asked: {'; '.join(parts)}"
+
+
+def _called(shares: Mapping[str, Mapping[str, float]]) -> str:
+    """Every model's figures of its calls, in words."""
+    models = []
+    for name, figures_of in shares.items():
+        parts = []
+        for figure_name, value in figures_of.items():
+            shown = f"{value:.1%}" if value <= 1 and "rounds" not in figure_name else f"{value:.1f}"
+            parts.append(f"{figure_name} {shown}")
+        models.append(f"{name}: {', '.join(parts)}")
+    return "; ".join(models)
 
 
 def _compared(name: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:

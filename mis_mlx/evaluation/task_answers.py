@@ -9,10 +9,11 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from mis_mlx import cli
-from mis_mlx.evaluation import instructions, rewards, writing_cost
-from mis_mlx.evaluation.questions import Task
+from mis_mlx.data import chat_template
+from mis_mlx.evaluation import instructions, rewards, tool_tasks, writing_cost
+from mis_mlx.evaluation.questions import Question, Task
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.models import distributed, mlx_generate
+from mis_mlx.models import distributed, mlx_generate, tool_calls
 from mis_mlx.models.continuous_batch import Completion
 from mis_mlx.models.model_size import model_of
 from mis_mlx.types import Budget, Checkpoint
@@ -52,7 +53,10 @@ def asking(
     MisError where the model does not fit the budget even streamed. Records hold the question's
     number "n", the "text" written and the judge's verdict.
     """
-    prompts = [mlx_generate.encode(tokenizer, task.questions[n].context) for n in left]
+    if task.kind in tool_tasks.KINDS:
+        known = chat_template.knows_tools(tokenizer)
+        tool_tasks.need_tools(checkpoint.path, known=known)
+    prompts = [_prompt(tokenizer, task.questions[n]) for n in left]
     m = model_of(checkpoint)
     count = len(prompts)
     lengths = [len(prompt) for prompt in prompts]
@@ -74,7 +78,7 @@ def asking(
         completions = writer.completions(prompts[own], task.max_tokens, ends)
         texts = _texts(tokenizer, left[own], completions, ends)
         judged_at_once = JUDGED_AT_ONCE if plan.headroom_bytes is None else JUDGED_IF_STREAMED
-        written = _judged_parts(task, texts, judged_at_once)
+        written = _judged_parts(task, texts, judged_at_once, tokenizer)
         # Every round ends with a gathering, which a machine that had stopped would block for ever.
         # So all machines make rounds until the last one has nothing more.
         while True:
@@ -85,6 +89,14 @@ def asking(
                 yield from part or ()
 
     return Asking(plan.cost, records)
+
+
+def _prompt(tokenizer: Any, question: Question) -> list[int]:
+    """Token ids that the answer to a question follows."""
+    if question.tools:
+        messages = tool_tasks.prompt(question)
+        return mlx_generate.chat_ids(tokenizer, messages, tools=question.tools)
+    return mlx_generate.encode(tokenizer, question.context)
 
 
 def _texts(
@@ -106,21 +118,35 @@ def _judged_parts(
     task: Task,
     texts: Iterator[tuple[int, str]],
     judged_at_once: int,
+    tokenizer: Any,
 ) -> Iterator[list[Record]]:
     """The records of answers, `judged_at_once` together, none of them empty."""
     while part := list(islice(texts, judged_at_once)):
         numbers = [number for number, _ in part]
-        yield judged(task, numbers, [text for _, text in part])
+        yield judged(task, numbers, [text for _, text in part], tokenizer)
 
 
 def judged(
     task: Task,
     numbers: Sequence[int],
     texts: Sequence[str],
+    tokenizer: Any = None,
 ) -> list[Record]:
-    """The records of answers: the question's number, the text, and the verdict of its kind."""
-    key, judge = JUDGES[task.kind]
-    verdicts = judge(task, numbers, texts)
+    """The records of answers: the question's number, the text, and the verdict of its kind.
+
+    Of a task of tools the calls that the text makes: evaluation/tool_tasks judges them. tokenizer:
+    it knows how its model writes calls.
+    """
+    key = "calls"
+    verdicts: Sequence[Any]
+    if task.kind in tool_tasks.KINDS:
+        verdicts = [
+            tool_calls.read(text, tokenizer, task.questions[number].tools)
+            for number, text in zip(numbers, texts, strict=True)
+        ]
+    else:
+        key, judge = JUDGES[task.kind]
+        verdicts = judge(task, numbers, texts)
     records = []
     for number, text, verdict in zip(numbers, texts, verdicts, strict=True):
         records.append({"n": number, "text": text, key: verdict})

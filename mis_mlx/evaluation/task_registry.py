@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from mis_mlx import cli
 from mis_mlx.data import preparation, rows
-from mis_mlx.evaluation import instructions, questions, rewards
+from mis_mlx.evaluation import instructions, questions, rewards, tool_tasks
 from mis_mlx.evaluation.sets import polish
 from mis_mlx.hardware.programs import download_wheel, unpack_debian
 from mis_mlx.storage import files, hub
@@ -20,6 +20,8 @@ TEXT = "text"
 CONTINUE = "continue"
 HARNESS = "lm_eval/"
 ANSWERS = "answers"  # to held-out prompts (evaluation/answers)
+TOOLS_PRESET = "tools"
+TOOLS = [tool_tasks.CALLS, tool_tasks.ROUNDS]
 PLACE_WORDS = 30  # of a place in held-out text that `continue` is made of
 CONTEXT_WORDS = 24  # of these; the others are the ending
 WRONG_ENDINGS = 3
@@ -57,11 +59,13 @@ def find(
     """
     parts = list[str]()
     for name in names:
-        parts += PRESETS.get(name, [name])
+        parts += PRESETS.get(name, TOOLS if name == TOOLS_PRESET else [name])
     harness = [name.removeprefix(HARNESS) for name in parts if name.startswith(HARNESS)]
     ours = [name for name in parts if name not in (TEXT, ANSWERS) and not name.startswith(HARNESS)]
+    of_tools = [name for name in ours if name in TOOLS]
+    ours = [name for name in ours if name not in TOOLS]
     known = questions.Known(questions.training_words(data) if ours else [])
-    tasks = list[questions.Task]()
+    tasks = tool_tasks.tasks(of_tools, count) if of_tools else list[questions.Task]()
     for name in ours:
         tasks += _tasks_of(name, count, data, known)
     for task in tasks:
@@ -127,7 +131,8 @@ def _brought(name: str) -> list[questions.Task]:
         return questions.folder(folder)
     if folder.suffix == ".jsonl":
         return [questions.file(folder)]
-    known = [*PRESETS, *ABOUT, *polish.SETS, CONTINUE, "dialects", *polish.SLOTS, TEXT, ANSWERS]
+    known = [*PRESETS, *ABOUT, *polish.SETS, CONTINUE, "dialects", *polish.SLOTS]
+    known += [TOOLS_PRESET, *TOOLS, TEXT, ANSWERS]
     hint = f"known tasks: {', '.join(known)}"
     near = difflib.get_close_matches(name, known, 3, 0.5)
     if near:

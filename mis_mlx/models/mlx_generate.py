@@ -48,16 +48,20 @@ def encode(tokenizer: Any, prompt: str, plain: bool = False, *, today: bool = Fa
 
 
 def chat_ids(
-    tokenizer: Any, messages: Sequence[Mapping[str, str]], *, today: bool = False
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    today: bool = False,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> list[int]:
     """Token ids of a conversation through the chat template, up to where the answer begins.
 
-    today: a template that asks for the date gets today's, for people who chat; otherwise it is the
-    same on every day. Errors of the template pass through: it is a program that came with the
-    model.
+    tools: that the model may call. today: a template that asks for the date gets today's, for
+    people who chat; otherwise it is the same on every day. Errors of the template pass through: it
+    is a program that came with the model.
     """
     conversation = [dict(message) for message in messages]
-    return token_windows.prompt_ids(conversation, tokenizer, today=today)
+    return token_windows.prompt_ids(conversation, tokenizer, today=today, tools=tools)
 
 
 def prompt_ids(tokenizer: Any, text: str, count: int) -> mx.array:
