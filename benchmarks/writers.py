@@ -204,7 +204,9 @@ def main(s: Settings) -> None:
             if name not in rows:
                 rows[name] = row(place, label, seed)
                 cli.say(f"{name}: {rows[name]}")
-                write("writers", "scripts/mis benchmarks/writers.py", {"given": given, "rows": rows})
+                write(
+                    "writers", "scripts/mis benchmarks/writers.py", {"given": given, "rows": rows}
+                )
     lines = []
     for name, of in rows.items():
         interval = f"{of['excess']:.3f} ({of['low']:.3f} to {of['high']:.3f})"

@@ -501,7 +501,7 @@ def test_what_models_answer_is_part_of_measuring() -> None:
     teacher's work first. Where no student can write in the budget nobody is asked.
     """
     rounded = replace(JOB, rounding=QuantizationConfig())
-    four = replace(SMALL, nbytes=rounding_cost.packed_bytes(SMALL, rounded.rounding), packed=True)
+    four = rounding_cost.packed_size(SMALL, rounded.rounding)
 
     for job, models in ((rounded, [BIG, SMALL, four]), (JOB, [BIG, SMALL])):
         texts = strategies.measuring_cost(job, GIB, GIB)
