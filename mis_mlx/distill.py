@@ -11,6 +11,7 @@ from mis_mlx.data import preparation
 from mis_mlx.distillation import (
     compression,
     conversations,
+    later_text,
     measurement,
     pipeline,
     resolved_run,
@@ -164,7 +165,13 @@ def _dry_run(
     resolved = _resolved(s, sizes, teacher, folder)
     if resolved.plan.fits:
         _write_text(resolved.text.written, teacher, dry_run=True)
-        conversations.source(teacher, resolved.text.wanted, resolved.budget, dry_run=True)
+        conversations.source(
+            teacher,
+            resolved.text.wanted,
+            resolved.budget,
+            writer=resolved.plan.job.writer,
+            dry_run=True,
+        )
     note = battery(resolved.student.pruning)  # a run says it when it begins
     if note:
         cli.say(note)
@@ -250,8 +257,13 @@ def _work(resolved: ResolvedRun, place: run_loop.Place) -> dict[str, Any]:
     """Write the text, read it, go through all stages; the result."""
     place.decide(resolved.settings.values, resolved.strategy, resolved.budget)
     _write_text(resolved.text.written, resolved.teacher)
-    source = conversations.source(resolved.teacher, resolved.text.wanted, resolved.budget)
     with progress.run("distill", resolved.plan.planned):
+        source = conversations.source(
+            resolved.teacher,
+            resolved.text.wanted,
+            resolved.budget,
+            writer=resolved.plan.job.writer,
+        )
         table, result = _begin(resolved, source, place)
     if table:
         print(text.aligned(table))
@@ -334,11 +346,14 @@ def _begin(
             report=report,
             shares=resolved.shares,
         )
-        return _stages(resolved, c, data)
+        return _stages(resolved, c, data, source)
 
 
 def _stages(
-    resolved: ResolvedRun, c: pipeline.Run, data: preparation.Data
+    resolved: ResolvedRun,
+    c: pipeline.Run,
+    data: preparation.Data,
+    source: preparation.Source,
 ) -> tuple[str, dict[str, Any]]:
     """(what the screen shows, the result); ("", {}) on machines beside the first one."""
     folder = c.folder
@@ -360,7 +375,12 @@ def _stages(
     if main:
         models["distilled"] = opening.open_to_compute(distilled, teacher.precision)
     if rounding:
-        compression.quantize(c, rounding, models.get("distilled"))
+        compression.quantize(
+            c,
+            rounding,
+            models.get("distilled"),
+            lambda rounded: later_text.of_student(c, rounded, source, resolved.text.wanted),
+        )
     # Other machines are needed only for a teacher whose blocks are shared.
     if not main and not c.shares:
         return "", {}

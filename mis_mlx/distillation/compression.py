@@ -1,5 +1,8 @@
 """The stages of a run around its training: prune the teacher, round the student."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 from mis_mlx import cli
 from mis_mlx.data import preparation
 from mis_mlx.distillation import pipeline
@@ -42,11 +45,17 @@ def prune(
     return opening.open_to_compute(out, c.teacher.precision)
 
 
-def quantize(c: pipeline.Run, rounding: QuantizationConfig, dense: Checkpoint | None) -> None:
+def quantize(
+    c: pipeline.Run,
+    rounding: QuantizationConfig,
+    dense: Checkpoint | None,
+    later_text: Callable[[Path], pipeline.Run] | None = None,
+) -> None:
     """Round the student, then tune its scales; a folder that is there is not made again.
 
     A rounding that was stopped goes on after the last block that it kept. dense: the student; None
-    on machines beside the first one.
+    on machines beside the first one. later_text: the run with the text that the scales of the
+    rounded student in this folder learn from; default: the same text.
     """
     out = c.folder / "model"
     rounded = c.folder / (pipeline.ROUNDED if c.plan.tuning_steps else "model")
@@ -69,5 +78,7 @@ def quantize(c: pipeline.Run, rounding: QuantizationConfig, dense: Checkpoint | 
         c.files.discard(kept)
     if not distributed.broadcast_json(out.exists):
         distributed.broadcast_folder(rounded, c.files)
+        if later_text:
+            c = later_text(rounded)
         cli.say(f"{SCALES}: {c.plan.tuning_steps} steps; biases and norms learn too, integers stay")
         pipeline.tune(c, rounded, out, rounding.q_learning_rate)

@@ -4,16 +4,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mis_mlx import cli
-from mis_mlx.data import preparation, prompts
-from mis_mlx.distillation import teacher_answers
+from mis_mlx.data import preparation
+from mis_mlx.distillation import teacher_answers, writers
 from mis_mlx.evaluation import answers
 from mis_mlx.evaluation.answer_figures import MORE_LOOPS
 from mis_mlx.models import distributed, load
 from mis_mlx.models.model_size import model_of
-from mis_mlx.reporting import html
+from mis_mlx.planner.distillation_spec import Writer
+from mis_mlx.reporting import html, progress
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK, Files, json_sha256
@@ -54,28 +55,89 @@ def wanted_of(data: str | None, share: float | None, *, visited: int, seed: int)
 
 
 def source(
-    teacher: Checkpoint, wanted: Wanted, limit: Budget, *, dry_run: bool = False
+    teacher: Checkpoint,
+    wanted: Wanted,
+    limit: Budget,
+    *,
+    writer: Writer | None = None,
+    dry_run: bool = False,
 ) -> preparation.Source:
-    """The text of a run.
+    """The text of a run, before its student is rounded.
 
-    With a teacher that has a chat template, its own answers to our prompts are a part of it. The
-    default teacher's come with the package; another teacher writes them now, once, and they are
-    kept and used again. dry_run: says what the writing would take, and writes nothing.
+    With a teacher that has a chat template, answers to our prompts are a part of it. The default
+    teacher's come with the package; another teacher writes them now, once, and they are kept and
+    used again. Where the student is to write, those of the package stand in. writer: None: as
+    `writers.chosen` says. dry_run: says what the writing would take, and writes nothing.
     """
     plain = preparation.Source(wanted.data, share=wanted.share, tokens=wanted.visited)
     without = plain._replace(share=0.0)
-    if wanted.share == 0 or not preparation.takes_conversations(load.tokenizer(teacher.path)):
+    if not _may_answer(teacher, wanted):
         return without
-    if (
-        wanted.share is None
-        and wanted.data is not None
-        and _has_conversations(wanted.data, wanted.visited, dry_run=dry_run)
-    ):
+    if _has_own(wanted, dry_run=dry_run):
         return plain
+    shipped = plain if wanted.data is None else plain._replace(answers=preparation.ANSWERS)
     if answers.shipped_for(teacher):
-        return plain if wanted.data is None else plain._replace(answers=preparation.ANSWERS)
+        return shipped
+    if (writer or _writer(teacher, wanted, limit)) == "student":
+        cli.say(
+            "conversations: the teacher would be read from disk for every token that it writes, so "
+            "the text begins with the answers that come with the package"
+        )
+        return shipped
     file = _written(teacher, wanted, limit, dry_run=dry_run)
     return plain._replace(answers=file) if file else without
+
+
+def _writer(teacher: Checkpoint, wanted: Wanted, limit: Budget) -> Writer:
+    """Who writes where that is not decided yet."""
+    found = to_answer(teacher, wanted)
+    return "teacher" if found.known else writers.chosen(model_of(teacher), found.count, limit)
+
+
+class ToAnswer(NamedTuple):
+    """Prompts that are answered so that a student learns from it.
+
+    count: 0: none. known: whether the teacher's answers are there from an earlier run.
+    """
+
+    count: int
+    known: bool = False
+
+
+def to_answer(teacher: Checkpoint, wanted: Wanted) -> ToAnswer:
+    """What a run asks for that has not come with the package or with its text."""
+    if not _may_answer(teacher, wanted) or _has_own(wanted, dry_run=True):
+        return ToAnswer(0)
+    if answers.shipped_for(teacher):
+        return ToAnswer(0)
+    file = _file_of(teacher, wanted)
+    return ToAnswer(_count(wanted), known=distributed.broadcast_json(file.exists))
+
+
+def _file_of(teacher: Checkpoint, wanted: Wanted) -> Path:
+    """The file of a teacher's answers, which later runs use again."""
+    identity = run_folder.origin(teacher, "")["teacher"]
+    template = teacher_answers.template_sha256(teacher)
+    settings = {**settings_of(wanted).settings, "template": template}
+    folder = WRITTEN / f"{teacher.path.name}-{identity[:8]}-{json_sha256(settings)[:8]}"
+    return folder / "answers.jsonl"
+
+
+def _count(wanted: Wanted) -> int:
+    """How many prompts are asked for so much training."""
+    return max(FEWEST, min(MOST, wanted.tokens // teacher_answers.TYPICAL_TOKENS))
+
+
+def _may_answer(teacher: Checkpoint, wanted: Wanted) -> bool:
+    """Whether a run asks for conversations, and its teacher has a template for them."""
+    return wanted.share != 0 and preparation.takes_conversations(load.tokenizer(teacher.path))
+
+
+def _has_own(wanted: Wanted, *, dry_run: bool) -> bool:
+    """Whether --data has conversations, and no others are asked for."""
+    if wanted.share is not None or wanted.data is None:
+        return False
+    return _has_conversations(wanted.data, wanted.visited, dry_run=dry_run)
 
 
 def _has_conversations(data: str, visited: int, *, dry_run: bool) -> bool:
@@ -91,17 +153,20 @@ def _has_conversations(data: str, visited: int, *, dry_run: bool) -> bool:
         raise
 
 
+def settings_of(wanted: Wanted) -> teacher_answers.WritingSettings:
+    """How our prompts are answered for a run."""
+    return writers.settings_of(_count(wanted), wanted.seed)
+
+
 def _written(teacher: Checkpoint, wanted: Wanted, limit: Budget, *, dry_run: bool) -> Path | None:
     """The file of a teacher's answers, made now if it is not there.
 
     None where too few answers were usable, which is said.
     """
-    count = max(FEWEST, min(MOST, wanted.tokens // teacher_answers.TYPICAL_TOKENS))
-    writing = teacher_answers.WritingSettings(prompts.train(count), seed=wanted.seed)
-    identity = run_folder.origin(teacher, "")["teacher"]
-    settings = {**writing.settings, "template": teacher_answers.template_sha256(teacher)}
-    folder = WRITTEN / f"{teacher.path.name}-{identity[:8]}-{json_sha256(settings)[:8]}"
-    file = folder / "answers.jsonl"
+    count = _count(wanted)
+    writing = settings_of(wanted)
+    file = _file_of(teacher, wanted)
+    folder = file.parent
     if distributed.broadcast_json(file.exists):
         fallen = 0
         if distributed.is_main() and not dry_run:
@@ -122,7 +187,8 @@ def _written(teacher: Checkpoint, wanted: Wanted, limit: Budget, *, dry_run: boo
         try:
             with protocol.only_maker(file, cli.say) as missing:
                 if missing:
-                    kept = teacher_answers.write(teacher, writing, file, limit)
+                    with progress.phase(writers.TEACHER):
+                        kept = teacher_answers.write(teacher, writing, file, limit)
                     cli.say(f"conversations: {kept} of {count} are kept")
         except MisError as error:
             cli.say(f"conversations are left out of the training text: {error}")

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
-from mis_mlx.distillation import live_teacher, packed_student, train_loop
+from mis_mlx.distillation import live_teacher, packed_student, train_loop, writers
 from mis_mlx.distillation.sharded import Sharded
 from mis_mlx.distillation.strategies import MemoryPlan, in_parts
 from mis_mlx.distillation.training_cost import steps_per_shard
@@ -27,7 +27,7 @@ from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models import distributed, load, model_writer, stream
 from mis_mlx.models.config import softcap
-from mis_mlx.planner.distillation_spec import SCALES
+from mis_mlx.planner.distillation_spec import SCALES, STORE
 from mis_mlx.pruning import reconstruct, vocabulary
 from mis_mlx.quantization import learned_scales, packed_format, scale_state
 from mis_mlx.reporting import progress
@@ -43,8 +43,18 @@ TUNE_LOG = "tune.jsonl"
 ROUNDING = "rounding"  # the journal of a rounding that is not done
 ROUNDED = "rounded"  # the model before its scales learn
 TARGETS = "targets"
+LEARNED_TARGETS = "targets-learned"  # on the text that the student wrote
 # Folders that nobody needs once a run is done.
-TEMPORARY = ("steps", TUNE_STEPS, ROUNDING, ROUNDED, "parts", TARGETS, vocabulary.FOLDER)
+TEMPORARY = (
+    "steps",
+    TUNE_STEPS,
+    ROUNDING,
+    ROUNDED,
+    "parts",
+    TARGETS,
+    LEARNED_TARGETS,
+    vocabulary.FOLDER,
+)
 
 
 @dataclass
@@ -54,7 +64,7 @@ class Run(run_loop.OpenRun):
     recipe: as asked for, its micro-batches as planned. report: is told of every step of the
     distillation. shares: how many of the teacher's blocks each machine has; (): each has all.
     sigma: spread of eps_halny, fixed from one checkpoint to the next, so that a resumed run has the
-    same.
+    same. targets: the folder of those that are stored.
     """
 
     recipe: DistillationConfig
@@ -64,6 +74,7 @@ class Run(run_loop.OpenRun):
     report: Callable[[Step], None] | None = None
     shares: tuple[int, ...] = ()
     sigma: float = 0.0
+    targets: str = TARGETS
 
     @property
     def direct(self) -> bool:
@@ -247,18 +258,22 @@ def target_source(c: Run) -> live_teacher.TargetSource:
         if c.plan.pinned != teacher.shape.layers:
             headroom_bytes = c.plan.pinned * teacher.block_work + teacher.head_work
         return _streamed_teacher(c, headroom_bytes)
+    learned = c.targets == LEARNED_TARGETS
     # Tuning may take more steps than the distillation: windows for either.
-    iters = max(c.plan.job.iters, c.plan.tuning_steps)
+    iters = c.plan.tuning_steps if learned else max(c.plan.job.iters, c.plan.tuning_steps)
+    name = STORE
+    if learned and writers.SECOND_STORE in c.plan.planned:
+        name = writers.SECOND_STORE
     windows = live_teacher.visited_windows(c.data, replace(c.recipe, iters=iters))
     cli.say(f"logit store: {len(windows)} windows")
     # Each machine brings its own windows into a pass through a teacher that several share.
-    held = c.plan.held_windows("logit store")
-    with c.phase("logit store"), progress.bar("targets", len(windows)) as show:
+    held = c.plan.held_windows(name)
+    with c.phase(name), progress.bar("targets", len(windows)) as show:
         store = live_teacher.write_store(
             c.teacher,
             partial(_streamed_teacher, c, 0),
             c.data.pick(windows),
-            c.folder / TARGETS,
+            c.folder / c.targets,
             files=c.files,
             seed=c.recipe.seed,
             windows_per_pass=max(1, held // max(1, len(c.shares))),

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from mis_mlx import cli
-from mis_mlx.distillation import state_cost, strategies, training_cost
+from mis_mlx.distillation import state_cost, strategies, training_cost, writers
 from mis_mlx.models import arch, pass_cost
 from mis_mlx.models.model_size import BY_FORMULA
 from mis_mlx.planner import estimates
-from mis_mlx.planner.distillation_spec import SCALES
+from mis_mlx.planner.distillation_spec import SCALES, STORE
 from mis_mlx.quantization import rounding_cost
 from mis_mlx.reporting import html
 from mis_mlx.settings import workloads
@@ -119,7 +119,7 @@ def disk_bytes(plan: strategies.MemoryPlan) -> int:
     for p in plan.phases:
         if p.name == "quantize":
             files += rounding_cost.files_bytes(m, plan.job.rounding)
-        if p.name == "logit store":
+        if p.name in (STORE, writers.SECOND_STORE):
             files += p.written_bytes
         if p.name == SCALES:
             # the rounded model stays beside the one with what was learned

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mis_mlx.distillation import run_plan, run_text, strategies
+from mis_mlx.distillation import conversations, run_plan, run_text, strategies
 from mis_mlx.distillation.distill_flags import DistillFlags
 from mis_mlx.distillation.run_plan import RunRequest, StudentSpec
 from mis_mlx.distillation.run_text import RunText
@@ -95,11 +95,16 @@ def resolve(
     values = {**asdict(asked), **sizes}
     _settle(values, teacher)
     student = _student(values, teacher)
+
+    def to_answer(iters: int) -> conversations.ToAnswer:
+        return conversations.to_answer(teacher, run_text.text_of(asked, teacher, iters).wanted)
+
     request = RunRequest(
         teacher=teacher,
         student=student,
         recipe=part_of(DistillationConfig, values),
         eval_prompts=asked.eval_prompts,
+        to_answer=to_answer,
     )
     plan = run_plan.plan_run(request, limit, folder)
     recipe = plan.recipe(request.recipe, teacher)

@@ -1,20 +1,21 @@
 """The plan of a run of `distill`: what its flags ask for, in sizes, and the way that fits."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mis_mlx.compute import precision
 from mis_mlx.data import preparation
-from mis_mlx.distillation import pipeline, strategies
+from mis_mlx.distillation import pipeline, strategies, writers
+from mis_mlx.distillation.conversations import ToAnswer
 from mis_mlx.evaluation import answers
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.models import distributed, load, resolve
 from mis_mlx.models.model_size import model_of
 from mis_mlx.planner import estimates, measured_block
-from mis_mlx.planner.distillation_spec import DistillationSpec, spec_of
+from mis_mlx.planner.distillation_spec import DistillationSpec, Writer, spec_of
 from mis_mlx.pruning import select, vocabulary
 from mis_mlx.quantization import packed_format, stage
 from mis_mlx.runs.run_loop import OpenRun
@@ -27,7 +28,9 @@ from mis_mlx.settings.recipe import (
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Budget, Checkpoint, MisError, gib
 
-PLANNED_ITERS = "iters"  # in plan.json
+# In plan.json, beside the strategy.
+PLANNED_ITERS = "iters"
+WRITER = "writer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +52,15 @@ class RunRequest:
     """What a run is to do, before it is known how.
 
     teacher: with its own vocabulary. recipe: the number of steps may be open. eval_prompts:
-    held-out prompts that the models answer at the end.
+    held-out prompts that the models answer at the end. to_answer: prompts that are answered so that
+    the student learns from it in so many steps.
     """
 
     teacher: Checkpoint
     student: StudentSpec
     recipe: DistillationConfig
     eval_prompts: int
+    to_answer: Callable[[int], ToAnswer]
 
 
 def plan_run(request: RunRequest, budget: Budget, folder: Path | None) -> strategies.MemoryPlan:
@@ -69,10 +74,14 @@ def plan_run(request: RunRequest, budget: Budget, folder: Path | None) -> strate
     rates = estimates.machine_rates()
     before = distributed.broadcast_json(lambda: _strategy_of(folder))
     counted = before.pop(PLANNED_ITERS, None)
+    writer: Writer | None = before.pop(WRITER, None)
     if counted:
         job = replace(job, iters=counted)
     elif request.recipe.minutes is not None:
         job = _paced(request.recipe.minutes, job, limit, rates)
+    found = request.to_answer(job.iters)
+    if found.count:
+        job = _with_writer(job, found, writer, budget)
 
     def strategy() -> dict[str, Any]:
         return before or strategies.best_plan(job, limit, rates).strategy
@@ -87,26 +96,42 @@ def plan_run(request: RunRequest, budget: Budget, folder: Path | None) -> strate
     return plan
 
 
+def _with_writer(
+    job: DistillationSpec, found: ToAnswer, writer: Writer | None, budget: Budget
+) -> DistillationSpec:
+    """The job with those who answer prompts. writer: of a run that goes on, whatever it may take
+    by now.
+    """
+    teacher = job.shown or job.teacher
+    if writer is None:
+        writer = "teacher" if found.known else writers.chosen(teacher, found.count, budget)
+    count = 0 if found.known and writer == "teacher" else found.count
+    return replace(job, conversations=count, writer=writer)
+
+
 def stored_strategy(plan: strategies.MemoryPlan) -> dict[str, Any]:
     """What plan.json keeps: how the student trains, and in how many steps.
 
-    With --minutes that is the number which the plan expected when the run began. How much the
-    teacher answers first depends on it, so a run that goes on must not count again.
+    With --minutes that is the number which the plan expected when the run began. How much is
+    answered first depends on it, so a run that goes on must not count again; nor does it choose
+    again who writes.
     """
-    return {**plan.strategy, PLANNED_ITERS: plan.job.iters}
+    return {**plan.strategy, PLANNED_ITERS: plan.job.iters, WRITER: plan.job.writer}
 
 
 def _strategy_of(folder: Path | None) -> dict[str, Any]:
     """What the plan.json of a run that goes on says, {} of a new one.
 
-    Older ones do not have the number of steps, and their targets are among the run's settings;
-    before a run is decided the number is all that they have.
+    Older ones do not have the number of steps, their targets are among the run's settings, and
+    their teacher wrote; before a run is decided the number is all that they have.
     """
     if folder is None:
         return {}
     strategy = run_folder.stored_settings(folder, run_folder.PLAN)
     if "mode" in strategy and "targets" not in strategy:
         strategy["targets"] = run_folder.stored_settings(folder).get("targets") or "live"
+    if "mode" in strategy:
+        strategy.setdefault(WRITER, "teacher")
     return strategy
 
 

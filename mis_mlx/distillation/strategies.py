@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mis_mlx import cli
+from mis_mlx.distillation import writers
 from mis_mlx.distillation.training_cost import (
     blockwise_cost,
     resident_cost,
@@ -52,9 +53,7 @@ def measuring_cost(job: DistillationSpec, most_bytes: int, limit: int) -> StageC
     Side by side where the phases before, which took `most_bytes`, leave room for all of them, else
     one by one. Then models answer prompts, where the student can write in the budget `limit`.
     """
-    four_bit = replace(
-        job.student, nbytes=rounding_cost.packed_bytes(job.student, job.rounding), packed=True
-    )
+    four_bit = rounding_cost.packed_size(job.student, job.rounding)
     teacher = job.shown or job.teacher
     models = [teacher, job.student, job.student, four_bit]
     cost = comparison_cost(models, job.eval_windows, job.max_seq_length).repeated(TEXTS)
@@ -159,6 +158,11 @@ class MemoryPlan:
         if all(p.name != SCALES for p in self.phases):
             return 0
         return self.job.rounding.steps(TUNE_ITERS)
+
+    @property
+    def student_writes(self) -> bool:
+        """Whether the rounded student writes the conversations that its scales learn from."""
+        return any(p.name == writers.STUDENT for p in self.phases)
 
     @property
     def fits(self) -> bool:
@@ -268,7 +272,9 @@ def _planned(job: DistillationSpec, limit: int, rates: Rates, way: _Way) -> Memo
     left = process.left_bytes
     trained_left = left - process.training_bytes
     training_overhead = process.own_bytes + process.training_bytes
-    phases = [] if job.rounds_only else [pruning_cost(job, left)]
+    phases = writers.teacher_cost(job, left)
+    if not job.rounds_only:
+        phases.append(pruning_cost(job, left))
     if job.reconstruct_samples:
         item = in_parts(job, mode)
         phases.append(repair_by_block_cost(job, left, item) if item else repair_cost(job))
@@ -294,6 +300,7 @@ def _planned(job: DistillationSpec, limit: int, rates: Rates, way: _Way) -> Memo
     first_taught = next((n for n, p in enumerate(phases) if p.name in TAUGHT), None)
     if job.targets == "cached" and first_taught is not None:
         phases.insert(first_taught, store_cost(job, left))
+    phases = [*writers.with_student(job, phases, left)]
     if not job.rounds_only:
         most_bytes = max(p.peak_bytes for p in phases) + process.own_bytes
         phases.append(measuring_cost(job, most_bytes, left))

@@ -127,11 +127,18 @@ def write_rows(file: Path, talks: Sequence[Row]) -> None:
     DISK.replace_text(file, "".join(lines))
 
 
-def write(teacher: Checkpoint, settings: WritingSettings, out: Path, limit: Budget) -> int:
+def write(
+    teacher: Checkpoint,
+    settings: WritingSettings,
+    out: Path,
+    limit: Budget,
+    who: str = "teacher's answers",
+) -> int:
     """Write the file `out`: a row {"messages": [...]} for each conversation; return their number.
 
     Until it is complete, answers are kept in a file next to it as they end: a run that was stopped
-    goes on with those that are missing. MisError where too few answers are usable.
+    goes on with those that are missing. who: what the bar is called, of another model than a
+    teacher. MisError where too few answers are usable.
     """
     planned = plan(model_of(teacher), settings, limit)
     part = out.with_name(f".{out.name}.part")
@@ -143,7 +150,7 @@ def write(teacher: Checkpoint, settings: WritingSettings, out: Path, limit: Budg
     DISK.make_folder(out.parent)
     said = _said_before(part, header)
     total = sum(len(prompt.turns) for prompt in settings.prompts)
-    with progress.bar("teacher's answers", total) as show, memory.limited(limit):
+    with progress.bar(who, total) as show, memory.limited(limit):
         show(len(said))
         writer = planned.open(teacher)
         tokenizer = load.tokenizer(teacher.path)
@@ -170,7 +177,7 @@ def write(teacher: Checkpoint, settings: WritingSettings, out: Path, limit: Budg
         show(total)
     count = len(settings.prompts)
     if len(kept) < USABLE * count:
-        why = f"only {len(kept)} of this teacher's {count} answers are neither empty nor loops"
+        why = f"of {count} {who} only {len(kept)} are neither empty nor loops"
         raise MisError(f"{why}: give --conversations 0, or --data with conversations of your own")
     write_rows(out, kept)
     DISK.discard(part)

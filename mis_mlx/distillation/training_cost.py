@@ -25,7 +25,7 @@ from mis_mlx.models.pass_cost import (
     streamed_pass,
 )
 from mis_mlx.planner.block_cost import activation_bytes, backward_bytes
-from mis_mlx.planner.distillation_spec import SCALES, DistillationSpec
+from mis_mlx.planner.distillation_spec import SCALES, STORE, DistillationSpec
 from mis_mlx.quantization import rounding_cost
 from mis_mlx.settings.recipe import TUNE_ITERS
 from mis_mlx.settings.workloads import SAVED_BYTES
@@ -49,7 +49,7 @@ def store_cost(job: DistillationSpec, limit: int) -> StageCost:
     extra = headroom_bytes(limit, one_window.peak_bytes, t.gpu) // window_bytes
     at_once = 1 + min(extra, windows - 1)
     return StageCost(
-        name="logit store",
+        name=STORE,
         read_bytes=math.ceil(windows / at_once) * one_window.read_bytes,
         written_bytes=windows * length * job.target_bytes,
         peak_bytes=one_window.peak_bytes + (at_once - 1) * window_bytes,

@@ -41,16 +41,21 @@ def answered(
     writer: TextWriter,
     tokenizer: Any,
     asked: Sequence[Prompt],
-    max_tokens: int,
+    max_tokens: int | Sequence[int],
     *,
     draws: Draws | None = None,
 ) -> Iterator[tuple[int, Answer]]:
     """(number, its answer) of every prompt, each as soon as it has ended.
 
-    draws: of the answers, by the number of their prompt; default: greedily."""
+    max_tokens: of every answer, or of each. draws: of the answers, by the number of their prompt;
+    default: greedily."""
+    limits = max_tokens
+    if isinstance(limits, int):
+        limits = [limits] * len(asked)
     stops = set(tokenizer.eos_token_ids)
     prompt_ids = [mlx_generate.chat_ids(tokenizer, prompt.messages) for prompt in asked]
-    for number, ids in writer.completions(prompt_ids, max_tokens, stops, draws):
+    for number, ids in writer.completions(prompt_ids, max(limits, default=0), stops, draws):
+        ids = ids[: limits[number]]  # it was written beside longer ones
         ended = ids[-1] in stops
         if ended:
             ids = ids[:-1]

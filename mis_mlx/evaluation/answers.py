@@ -14,7 +14,7 @@ Answers are written once and kept: the teacher's (evaluation/answer_records; tho
 teacher come with the package) and its students' (evaluation/kept_answers)."""
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,15 @@ from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models import distributed, load, mlx_generate
 from mis_mlx.models.draws import Draws, Sampling
 from mis_mlx.models.model_size import model_of
+from mis_mlx.models.text_writer import TextWriter
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress
-from mis_mlx.settings.workloads import ANSWER_TOKENS, ANSWERS_AT_ONCE, GREEDY_TOKENS
+from mis_mlx.settings.workloads import (
+    ANSWER_TOKENS,
+    ANSWERS_AT_ONCE,
+    GREEDY_TOKENS,
+    PAIRS_AT_ONCE,
+)
 from mis_mlx.storage import hub, run_folder
 from mis_mlx.storage.files import DISK, json_sha256
 from mis_mlx.types import Budget, Checkpoint, MisError
@@ -187,9 +193,11 @@ def _measured(
 ) -> dict[str, AnswerPair]:
     """The answers to these prompts with their cost under the teacher itself, which is kept."""
     pairs = [known[prompt.sha256] for prompt in asked]
-    # Two streamed passes of the teacher: one for each kind of answer.
-    sampled = log_probabilities(teacher, asked, [pair.sampled for pair in pairs])
-    greedy = log_probabilities(teacher, asked, [pair.greedy for pair in pairs])
+    # One streamed pass of the teacher, over both kinds of answers.
+    both = [*(pair.sampled for pair in pairs), *(pair.greedy for pair in pairs)]
+    logprobs = log_probabilities(teacher, [*asked, *asked], both)
+    sampled = logprobs[: len(asked)]
+    greedy = logprobs[len(asked) :]
     measured = {}
     if distributed.is_main() and asked:
         DISK.make_folder(path.parent)
@@ -215,11 +223,12 @@ def _write_missing(
     """The answers to these prompts, by a prompt's sha256. Both of a prompt are kept together.
 
     Each prompt has two: a sampled one, by which models are judged, and a greedy one, which is shown
-    next to a student's own."""
+    next to a student's own. They are written side by side, so that a teacher that is read from disk
+    is read once for a token of both."""
     written = dict[str, AnswerPair]()
     tokenizer = load.tokenizer(teacher.path)
     writing_plan = answer_writing.plan(
-        teacher, asked, ANSWER_TOKENS, limit, at_once=ANSWERS_AT_ONCE
+        teacher, [*asked, *asked], ANSWER_TOKENS, limit, at_once=PAIRS_AT_ONCE
     )
     if distributed.is_main():
         DISK.make_folder(path.parent)
@@ -229,10 +238,7 @@ def _write_missing(
         # In parts: what was said before a kill is kept where both answers are there.
         for start in range(0, len(asked), KEPT_TOGETHER):
             part = asked[start : start + KEPT_TOGETHER]
-            sampled = dict(answered(writer, tokenizer, part, ANSWER_TOKENS, draws=_draws_of(part)))
-            for number, greedy_one in answered(writer, tokenizer, part, GREEDY_TOKENS):
-                prompt = part[number]
-                pair = AnswerPair(sampled=sampled[number], greedy=greedy_one)
+            for prompt, pair in _pairs(writer, tokenizer, part):
                 written[prompt.sha256] = pair
                 if distributed.is_main():
                     DISK.append(path, answer_records.line_of(prompt, pair))
@@ -241,10 +247,24 @@ def _write_missing(
     return written
 
 
-def _draws_of(asked: Sequence[Prompt]) -> Draws:
-    """The random numbers of prompts: each is a seed itself, whatever else is asked."""
+def _pairs(
+    writer: TextWriter, tokenizer: Any, asked: Sequence[Prompt]
+) -> Iterator[tuple[Prompt, AnswerPair]]:
+    """Each prompt with its two answers, as soon as both have ended.
+
+    A prompt is a seed itself, whatever else is asked.
+    """
+    count = len(asked)
     seeds = [SEED + int(prompt.sha256[:8], 16) for prompt in asked]
-    return Draws(Sampling(TEMPERATURE, TOP_P), seeds)
+    draws = Draws(Sampling(TEMPERATURE, TOP_P), [*seeds, *([None] * count)])
+    limits = [ANSWER_TOKENS] * count + [GREEDY_TOKENS] * count
+    known = dict[int, Answer]()
+    for number, answer in answered(writer, tokenizer, [*asked, *asked], limits, draws=draws):
+        known[number] = answer
+        place = number % count
+        if place in known and place + count in known:
+            pair = AnswerPair(sampled=known[place], greedy=known[place + count])
+            yield asked[place], pair
 
 
 def _header(teacher: Checkpoint) -> dict[str, Any]:

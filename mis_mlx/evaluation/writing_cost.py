@@ -18,7 +18,12 @@ from mis_mlx.models.continuous_batch import Room
 from mis_mlx.models.model_size import ModelSize
 from mis_mlx.models.text_writer import TextWriter
 from mis_mlx.planner import estimates
-from mis_mlx.settings.workloads import ANSWER_TOKENS, ANSWERS_AT_ONCE, GREEDY_TOKENS
+from mis_mlx.settings.workloads import (
+    ANSWER_TOKENS,
+    ANSWERS_AT_ONCE,
+    GREEDY_TOKENS,
+    PAIRS_AT_ONCE,
+)
 from mis_mlx.types import Budget, Checkpoint
 
 CACHE_STEP = 256  # tokens by which mlx-lm's caches grow
@@ -227,14 +232,13 @@ def answers_cost(
     teacher, *students = models
     costs = list[StageCost]()
     if not teacher_kept:
-        costs.append(_answering(teacher, count, ANSWER_TOKENS, limit))
-        costs.append(_answering(teacher, count, GREEDY_TOKENS, limit))
-        costs.append(_reading(teacher, count, ANSWER_TOKENS))
-        costs.append(_reading(teacher, count, GREEDY_TOKENS))
+        # sampled and greedy answers side by side, and one pass over both
+        costs.append(_answering(teacher, 2 * count, ANSWER_TOKENS, limit, PAIRS_AT_ONCE))
+        costs.append(_reading(teacher, 2 * count, ANSWER_TOKENS))
     for number, student in enumerate(students):
         costs.append(_reading(student, count, ANSWER_TOKENS))
         if number >= silent:
-            costs.append(_answering(student, count, GREEDY_TOKENS, limit))
+            costs.append(_answering(student, count, GREEDY_TOKENS, limit, ANSWERS_AT_ONCE))
             costs.append(_reading(teacher, count, GREEDY_TOKENS))
     total = StageCost(name="answers", read_bytes=0, written_bytes=0, peak_bytes=0, flops=0.0)
     for cost in costs:
@@ -242,7 +246,9 @@ def answers_cost(
     return total
 
 
-def _answering(m: ModelSize, count: int, max_tokens: int, limit: Budget) -> StageCost:
+def _answering(
+    m: ModelSize, count: int, max_tokens: int, limit: Budget, at_once: Sequence[int]
+) -> StageCost:
     """The cost of `count` answers of a model, written as the budget allows."""
     plan = plan_writing(
         m,
@@ -250,7 +256,7 @@ def _answering(m: ModelSize, count: int, max_tokens: int, limit: Budget) -> Stag
         max_tokens,
         limit,
         prompt_tokens=PROMPT_TOKENS,
-        at_once=[min(size, count) for size in ANSWERS_AT_ONCE],
+        at_once=[min(size, count) for size in at_once],
     )
     return plan.cost
 

@@ -30,14 +30,16 @@ GREEDILY = Sampling(0.0)
 class Draws:
     """The random numbers of texts that are being written.
 
-    seeds: one a text, by its number; none are needed where tokens are taken greedily.
+    seeds: one a text, by its number; None: its tokens are taken greedily; none are needed where all
+    are.
     """
 
-    def __init__(self, sampling: Sampling = GREEDILY, seeds: Sequence[int] = ()):
+    def __init__(self, sampling: Sampling = GREEDILY, seeds: Sequence[int | None] = ()):
         self._sampling = sampling
         self._keys: mx.array | None = None
-        if sampling.temperature and seeds:
-            keys = [mx.random.key(seed) for seed in seeds]
+        self._greedy = {number for number, seed in enumerate(seeds) if seed is None}
+        if sampling.temperature and len(self._greedy) < len(seeds):
+            keys = [mx.random.key(seed or 0) for seed in seeds]
             self._keys = mx.stack(keys)
 
     def __call__(
@@ -48,6 +50,17 @@ class Draws:
         """The next tokens (n,) of these texts, by number, from log-probabilities (n, V); lazy."""
         if self._keys is None:
             return mx.argmax(log_probs, axis=-1)
+        drawn = [place for place, text in enumerate(texts) if text not in self._greedy]
+        if len(drawn) == len(texts):
+            return self._drawn(log_probs, texts)
+        tokens = mx.argmax(log_probs, axis=-1)
+        if drawn:
+            rows = mx.array(drawn)
+            tokens[rows] = self._drawn(log_probs[rows], [texts[place] for place in drawn])
+        return tokens
+
+    def _drawn(self, log_probs: mx.array, texts: Sequence[int]) -> mx.array:
+        """The tokens of texts that have random numbers."""
         sampling = self._sampling
         if sampling.top_p < 1.0:
             log_probs = nucleus(log_probs, sampling.top_p)

@@ -19,8 +19,10 @@ from mis_mlx.settings.recipe import (
 from mis_mlx.storage import logit_store
 
 Mode = Literal["resident", "blocks", "sharded", "none"]
+Writer = Literal["teacher", "student"]  # of conversations to learn from
 
 SCALES = "distil scales"  # the phase behind rounding; "distil" is the one before it
+STORE = "logit store"  # the phase that keeps a teacher's targets
 # the best first
 MODES: tuple[Mode, ...] = "resident", "blocks", "sharded"
 
@@ -39,6 +41,8 @@ class DistillationSpec(DistillationConfig):
     rounding: QuantizationConfig = ROUND_TO_NEAREST  # of the trained student
     # the teacher with its own vocabulary, where the student has another
     shown: ModelSize | None = None
+    conversations: int = 0  # prompts that are answered so that the student learns from that
+    writer: Writer = "teacher"  # of these answers; nobody is, where a student would learn nothing
     answers: int = 0  # held-out prompts that teacher and student answer at the end
     answers_known: bool = False  # the teacher's are kept from before, or came with the package
     # the student is the teacher: nothing to repair, nothing to learn before rounding

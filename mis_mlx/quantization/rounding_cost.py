@@ -59,6 +59,20 @@ def packed_bytes(m: ModelSize, rounding: QuantizationConfig) -> int:
     return int(bits / 8)
 
 
+def packed_size(m: ModelSize, rounding: QuantizationConfig) -> ModelSize:
+    """A model once it is rounded."""
+    nbytes = packed_bytes(m, rounding)
+    share = nbytes / m.params
+    return replace(
+        m,
+        nbytes=nbytes,
+        block_bytes=int(share * m.block_params),
+        head_bytes=int(share * m.head_params),
+        packed=True,
+        as_stored=m.gpu,
+    )
+
+
 def files_bytes(m: ModelSize, rounding: QuantizationConfig) -> int:
     """Bytes on disk once a model is rounded: itself, and its blocks in the journal."""
     packed = packed_bytes(m, rounding)

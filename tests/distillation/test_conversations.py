@@ -197,7 +197,7 @@ def test_a_teacher_that_answers_nonsense_is_none_to_learn_answers_from(
     assert source(silent, wanted()) == preparation.Source(None, share=0.0)
 
     said = capsys.readouterr().err
-    why = "only 0 of this teacher's 6 answers are neither empty nor loops"
+    why = "of 6 teacher's answers only 0 are neither empty nor loops"
     assert f"conversations are left out of the training text: {why}" in said
 
 

@@ -316,7 +316,7 @@ def test_hardly_any_usable_answer_is_a_sentence(tmp_path: Path) -> None:
         teacher_answers.write(silent, replace(HOW, max_tokens=2), out, memory.budget(None))
 
     assert str(refused.value) == (
-        "only 0 of this teacher's 10 answers are neither empty nor loops: "
+        "of 10 teacher's answers only 0 are neither empty nor loops: "
         "give --conversations 0, or --data with conversations of your own"
     )
     assert not out.exists()

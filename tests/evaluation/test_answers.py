@@ -328,13 +328,38 @@ def test_a_streamed_model_answers_the_same(tmp_path: Path, monkeypatch: pytest.M
     assert whole_teacher.sampled != whole_teacher.greedy
 
 
+@pytest.mark.usefixtures("cpu_policy")
+def test_both_kinds_of_answers_come_from_the_same_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A teacher that is read from disk is read once for a token of all answers, then once more to
+    read them all.
+    """
+    passes = list[int]()
+    blocks = Stream.blocks
+
+    def counted(stream: Stream, *given: Any, **how: Any) -> Any:
+        passes.append(1)
+        return blocks(stream, *given, **how)
+
+    deep = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=24))
+    chat = chatting(deep, tmp_path / "chat")
+    monkeypatch.setattr(Stream, "blocks", counted)
+
+    found = answers.teacher_answers(chat, THREE, Budget(20 * MIB))
+
+    assert sum(passes) == answers.ANSWER_TOKENS + 1
+    assert all(pair.nats and pair.greedy_nats for pair in found.pairs)
+    assert [answer.ended for answer in found.greedy] == [False] * 3
+
+
 def test_answers_do_not_depend_on_the_batch(
     chat: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One prompt at a time, in another order: the same sampled answers."""
     together = answers.teacher_answers(chat, THREE, memory.budget(None))
     shutil.rmtree(answers._kept_path(answers._header(chat)).parent)
-    monkeypatch.setattr(answers, "ANSWERS_AT_ONCE", (1,))
+    monkeypatch.setattr(answers, "PAIRS_AT_ONCE", (1,))
 
     apart = answers.teacher_answers(chat, THREE[::-1], memory.budget(None))
 

@@ -58,6 +58,22 @@ def test_a_draw_has_the_distribution() -> None:
     assert mx.all(mx.abs(shares - p) <= 4 * chance).item()
 
 
+@pytest.mark.usefixtures("cpu_policy")
+def test_greedy_texts_beside_drawn_ones() -> None:
+    """A text without a seed takes the likeliest token and no random number of the others."""
+    table = log_probs(4, 50, 1.0)
+    likeliest = mx.argmax(table, axis=-1).tolist()
+    sampling = Sampling(1.2, 0.9)
+    drawn = Draws(sampling, [5, 6])
+    mixed = Draws(sampling, [5, None, 6, None])
+    for _ in range(8):
+        first, second = drawn(table[mx.array([0, 2])], range(2)).tolist()
+        wanted = [first, likeliest[1], second, likeliest[3]]
+        assert mixed(table, range(4)).tolist() == wanted
+    assert mixed(table[1:2], [1]).tolist() == likeliest[1:2]
+    assert Draws(sampling, [None, None])(table[:2], range(2)).tolist() == likeliest[:2]
+
+
 def test_no_temperature_is_greedy() -> None:
     """The likeliest token, whatever the seeds."""
     table = log_probs(3, 50, 1.0)

@@ -1,0 +1,88 @@
+"""Who writes the conversations that a student learns from, and what that takes.
+
+What is learned are the teacher's probabilities, and they can be read off any text. So a teacher
+that fits in memory answers our prompts itself, before anything else. One that would be read from
+disk for every token does not. Then the answers that come with the package stand in where text
+calibrates, and the rounded student, which is small, writes those that its scales learn from.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+
+from mis_mlx.data import prompts
+from mis_mlx.distillation import teacher_answers
+from mis_mlx.evaluation.writing_cost import WritingPlan
+from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.models.model_size import ModelSize
+from mis_mlx.planner.distillation_spec import SCALES, STORE, DistillationSpec, Writer
+from mis_mlx.quantization import rounding_cost
+from mis_mlx.types import Budget, MisError
+
+# The phases in which they write.
+TEACHER = "teacher's answers"
+STUDENT = "student's answers"
+# The teacher's logits on what the student wrote, where there are others before.
+SECOND_STORE = "second logit store"
+
+
+def settings_of(count: int, seed: int = 0) -> teacher_answers.WritingSettings:
+    """How the first `count` of our prompts are answered."""
+    return teacher_answers.WritingSettings(_prompts(count), seed=seed)
+
+
+@cache
+def _prompts(count: int) -> tuple[prompts.Prompt, ...]:
+    """The first ones, read once a process: a plan asks many times."""
+    return tuple(prompts.train(count))
+
+
+def chosen(teacher: ModelSize, count: int, limit: Budget) -> Writer:
+    """Who answers `count` prompts: the teacher, where it is whole in memory meanwhile."""
+    plan = _plan(teacher, count, limit)
+    return "teacher" if plan and plan.headroom_bytes is None else "student"
+
+
+def _plan(m: ModelSize, count: int, limit: Budget) -> WritingPlan | None:
+    """How a model writes; None where it does not fit the budget in any way."""
+    try:
+        return teacher_answers.plan(m, settings_of(count), limit)
+    except MisError:
+        return None
+
+
+def teacher_cost(job: DistillationSpec, limit: int) -> list[StageCost]:
+    """[what the teacher takes to answer], [] where nobody or the student does."""
+    if not job.conversations or job.writer != "teacher":
+        return []
+    plan = _plan(job.shown or job.teacher, job.conversations, Budget(limit))
+    return [replace(plan.cost, name=TEACHER)] if plan else []
+
+
+def with_student(
+    job: DistillationSpec, phases: Sequence[StageCost], limit: int
+) -> Sequence[StageCost]:
+    """The phases of a run, with what its rounded student takes to answer.
+
+    Where targets are stored, those of its answers are stored behind that, and no others if nothing
+    was learned before.
+    """
+    names = [phase.name for phase in phases]
+    if not job.conversations or job.writer != "student" or SCALES not in names:
+        return phases
+    plan = _plan(
+        rounding_cost.packed_size(job.student, job.rounding), job.conversations, Budget(limit)
+    )
+    if plan is None:
+        return phases
+    begin = list(phases[: names.index(SCALES)])
+    end = phases[names.index(SCALES) :]
+    added = [replace(plan.cost, name=STUDENT)]
+    if STORE in names:
+        store = phases[names.index(STORE)]
+        if begin[-1] is store:
+            begin.pop()
+        else:
+            store = replace(store, name=SECOND_STORE)
+        added.append(store)
+    return [*begin, *added, *end]

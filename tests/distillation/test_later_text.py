@@ -1,0 +1,236 @@
+"""A teacher that would be read from disk for every token does not write: its rounded student does,
+and the teacher reads that once.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mis_mlx import distill
+from mis_mlx.data import prompts
+from mis_mlx.distillation import conversations, later_text, pipeline, teacher_answers, writers
+from mis_mlx.evaluation import answers
+from mis_mlx.models import load
+from mis_mlx.models.model_size import model_of
+from mis_mlx.runs import run_loop
+from mis_mlx.storage import logit_store, run_folder
+from mis_mlx.types import Budget, MisError
+from tests import tiny
+from tests.conftest import near, weights
+
+MIB = 2**20
+LAYERS = 26
+ASKED = 12
+# Families beside the llama that talks: of these, answers are cut off.
+OTHERS = {"qwen3": tiny.KINDS["qwen3"], "gemma3_text": tiny.FAMILIES["gemma3_text"]}
+
+
+@pytest.fixture(autouse=True)
+def brief(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, brief_look: None) -> None:
+    """A folder and a cache of this test's own, few prompts, short answers."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(conversations, "FEWEST", ASKED)
+    monkeypatch.setattr(
+        teacher_answers, "WritingSettings", partial(teacher_answers.WritingSettings, max_tokens=12)
+    )
+    monkeypatch.setattr(answers, "ANSWER_TOKENS", 10)
+    monkeypatch.setattr(answers, "GREEDY_TOKENS", 6)
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    """A deep one whose answers end."""
+    return tiny.talking(tmp_path / "teacher", num_hidden_layers=LAYERS)
+
+
+def settings(teacher: Path, data: Path, out: Path, **changes: Any) -> distill.Settings:
+    """A run of seconds in a budget in which this teacher streams; nothing is cut or trained before
+    rounding.
+    """
+    given: dict[str, Any] = {
+        "teacher": str(teacher),
+        "data": str(data),
+        "out": str(out),
+        "budget": f"{int(near(20, 14))}MiB",
+        "scenario": "none",
+        "vocab": "1x",
+        "max_seq_length": 32,
+        "num_samples": 4,
+        "reconstruct_samples": 0,
+        "eval_windows": 3,
+        "eval_prompts": 3,
+        "bench_tokens": 0,
+        "q_group_size": 32,
+        "q_method": "round",
+        "target_bpw": None,
+        "q_iters": 4,
+        "iters": 2,
+        "save_every": 2,
+    }
+    return distill.Settings(**{**given, **changes})
+
+
+def origin(run: Path) -> dict[str, str]:
+    """What a run was made from."""
+    found = json.loads((run / run_folder.ORIGIN).read_text())
+    assert isinstance(found, dict)
+    return found
+
+
+def talks(run: Path) -> list[dict[str, Any]]:
+    """What the student of a run wrote."""
+    return run_folder.records(run / later_text.FOLDER / "answers.jsonl")
+
+
+def test_the_student_writes_and_the_teacher_reads_once(
+    teacher: Path, text_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The answers are the rounded student's, to our prompts; the run has two texts, and targets of
+    the second one alone; every phase stays under its plan.
+    """
+    out = tmp_path / "run"
+
+    distill.run(settings(teacher, text_folder, out, keep_steps=True))
+
+    said = capfd.readouterr().err
+    assert "the text begins with the answers that come with the package" in said
+    assert f"the rounded student answers {ASKED} prompts" in said
+    assert not Path("runs/answers").exists()
+    first = {prompt.turns[0] for prompt in prompts.train(ASKED)}
+    assert 0 < len(talks(out)) <= ASKED
+    assert {talk["messages"][0]["content"] for talk in talks(out)} <= first
+    fingerprints = origin(out)
+    assert fingerprints["learned"] != fingerprints["data"]
+    assert not (out / pipeline.TARGETS).exists()
+    stored = json.loads((out / pipeline.LEARNED_TARGETS / logit_store.MANIFEST).read_text())
+    assert stored["windows"] <= 4 * 2  # of the steps with scales alone
+    start, *took = run_folder.records(out / run_folder.PHASES)
+    planned = {phase["phase"]: phase["peak_bytes"] for phase in start["planned"]}
+    names = ["prune", "quantize", writers.STUDENT, "logit store", "distil scales", "measure"]
+    assert list(planned) == names == [phase["phase"] for phase in took]
+    assert all(phase["peak_bytes"] <= planned[phase["phase"]] for phase in took)
+    student = load.open_checkpoint(out / pipeline.ROUNDED)
+    alone = tmp_path / "alone.jsonl"
+    how = writers.settings_of(ASKED)
+    teacher_answers.write(student, how, alone, Budget(500 * MIB))
+    assert run_folder.records(alone) == talks(out)
+
+
+class Killed(BaseException):
+    """As a signal would."""
+
+
+def after(count: int, real: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which is killed when it is called once more than so often."""
+    calls = list[int]()
+
+    def counted(*given: Any, **how: Any) -> Any:
+        calls.append(1)
+        if len(calls) > count:
+            raise Killed
+        return real(*given, **how)
+
+    return counted
+
+
+def answered(count: int, real: Callable[..., Any]) -> Callable[..., Any]:
+    """Answers, of which the one after so many is not there any more."""
+
+    def some(*given: Any, **how: Any) -> Iterator[Any]:
+        for number, found in enumerate(real(*given, **how)):
+            if number == count:
+                raise Killed
+            yield found
+
+    return some
+
+
+KILLS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
+    "before the first answer": (answers, "answered", partial(answered, 0)),
+    "among answers": (answers, "answered", partial(answered, 5)),
+    "behind the answers": (later_text.token_windows, "fingerprint", partial(after, 1)),
+    "among targets": (logit_store.Targets, "put", partial(after, 2)),
+    "among steps": (run_loop.CheckpointedTraining, "save", partial(after, 1)),
+}
+
+
+def test_killed_in_each_phase_it_ends_the_same(
+    teacher: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same answers, texts and weights; and who writes is decided once: another budget, in which
+    the teacher would fit, changes nothing.
+    """
+    distill.run(settings(teacher, text_folder, tmp_path / "whole"))
+    for number, (place, name, kill) in enumerate(KILLS.values()):
+        out = tmp_path / f"run {number}"
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(place, name, kill(getattr(place, name)))
+            distill.run(settings(teacher, text_folder, out))
+        again = distill.Settings(out=str(out), resume=True, eval_prompts=0)
+        if number == 1:
+            again = distill.Settings(out=str(out), resume=True, eval_prompts=0, budget="200MiB")
+        distill.run(again)
+        assert talks(out) == talks(tmp_path / "whole")
+        assert weights(out) == weights(tmp_path / "whole")
+        mine, whole = origin(out), origin(tmp_path / "whole")
+        assert (mine["data"], mine["learned"]) == (whole["data"], whole["learned"])
+        shutil.rmtree(out)
+
+
+def test_another_text_is_another_run(teacher: Path, text_folder: Path, tmp_path: Path) -> None:
+    """A run whose scales began to learn from a text is refused with another one."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / run_folder.ORIGIN).write_text(json.dumps({"data": "0"}))
+    files = run_folder.Files()
+    run_folder.same_learned(out, "a" * 20, files)
+    run_folder.same_learned(out, "a" * 20, files)
+    with pytest.raises(MisError, match=r"learn from \(aaaaaaaaaaaa is now bbbbbbbbbbbb\) changed"):
+        run_folder.same_learned(out, "b" * 20, files)
+
+
+def test_a_student_that_says_nothing_learns_from_the_first_text(
+    text_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Said, with both numbers."""
+    silent = tiny.talking(tmp_path / "silent", ending=50.0, num_hidden_layers=LAYERS)
+    out = tmp_path / "run"
+
+    distill.run(settings(silent, text_folder, out, eval_prompts=0))
+
+    said = capfd.readouterr().err
+    why = f"of {ASKED} student's answers only 0 are neither empty nor loops"
+    assert f"scales learn from the same text as before: {why}" in said
+    assert "learned" not in origin(out)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_families(kind: str, text_folder: Path, tmp_path: Path) -> None:
+    """Their students write, too."""
+    changes = {"num_hidden_layers": LAYERS, "model_type": kind, **OTHERS[kind]}
+    teacher = tiny.make(tmp_path / "teacher", **changes)
+    (teacher / "chat_template.jinja").write_text(tiny.CHAT_TEMPLATE)
+    out = tmp_path / "run"
+
+    result = distill.run(settings(teacher, text_folder, out, eval_prompts=0))
+
+    assert 0 < len(talks(out)) <= ASKED
+    assert origin(out)["learned"] != origin(out)["data"]
+    assert result["nll_quantized"] < result["nll_teacher"] + 1
+
+
+def test_a_teacher_that_fits_writes(teacher: Path) -> None:
+    """And one that does not fit whole does not."""
+    m = model_of(load.open_checkpoint(teacher))
+
+    assert writers.chosen(m, ASKED, Budget(200 * MIB)) == "teacher"
+    assert writers.chosen(m, ASKED, Budget(int(near(20, 14)) * MIB)) == "student"
+    assert writers.chosen(m, ASKED, Budget(MIB)) == "student"
