@@ -21,20 +21,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import laboratory
 import mlx.core as mx
 from laboratory import resumed, start, unpacked, write
 
 from mis_mlx import cli
 from mis_mlx.data import preparation, prompts
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.distillation import live_teacher, pipeline, teacher_answers
+from mis_mlx.distillation import teacher_answers
 from mis_mlx.evaluation import answer_figures, answers, comparison, repetition
 from mis_mlx.evaluation.judgement import TeacherAnswers
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, opening, resolve
-from mis_mlx.quantization import learned_scales, stage
+from mis_mlx.quantization import stage
 from mis_mlx.reporting.text import markdown_table
-from mis_mlx.settings.recipe import TUNE_ITERS, DistillationConfig, QuantizationConfig
+from mis_mlx.settings.recipe import TUNE_ITERS, QuantizationConfig
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
@@ -117,16 +118,9 @@ def answers_of(place: Place, writer: str, count: int) -> Path:
 
 def learned(place: Place, train: Windows, seed: int, out: Path) -> None:
     """Write `out`: the rounded student after its steps on these windows."""
-    recipe = pipeline.tuning_recipe(
-        DistillationConfig(seed=seed),
-        place.rounded,
-        TUNE_ITERS,
-        QuantizationConfig().q_learning_rate,
+    laboratory.tuned(
+        place.rounded.path, out, taught_by=place.teacher, train=train, q_iters=TUNE_ITERS, seed=seed
     )
-    source = live_teacher.StreamedTeacher(place.teacher, None)
-    layers = place.rounded.config["num_hidden_layers"]
-    found = pipeline.learn_scales(place.rounded, layers, source, train, recipe)
-    learned_scales.write_learned(place.rounded, found, out, DISK)
 
 
 def judged(place: Place, student: Checkpoint) -> dict[str, Any]:

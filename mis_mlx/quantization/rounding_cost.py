@@ -66,7 +66,7 @@ def packed_size(m: ModelSize, rounding: QuantizationConfig) -> ModelSize:
     return replace(
         m,
         nbytes=nbytes,
-        block_bytes=int(share * m.block_params),
+        block_bytes=int(share * m.largest_block_params),
         head_bytes=int(share * m.head_params),
         packed=True,
         as_stored=m.gpu,
