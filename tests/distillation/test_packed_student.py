@@ -94,7 +94,7 @@ def test_the_same_bits_in_every_residency(
     )
 
 
-@pytest.mark.parametrize("kind", mostly_slow(KINDS, "llama", "qwen3_5_text"))
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, "llama", "biased", "qwen3_5_text"))
 def test_gradients_are_those_of_one_graph(
     packed: Callable[[str], tuple[Checkpoint, Checkpoint]], kind: str
 ) -> None:

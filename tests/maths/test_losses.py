@@ -272,3 +272,17 @@ def test_no_fresh_head_a_chunk(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert made == [12 * 8, 12 * 8, 12 * 8, 12 * 8, 2 * 8] * 3
     for a, b in zip(found, want, strict=True):
         np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("wide", ["hidden", "head", "neither"])
+def test_logits_of_half_precision_are_float32s(dtype: mx.Dtype, wide: str) -> None:
+    """Numbers are what their types hold; their products and sums are not rounded to these again."""
+    p = problem()
+    hidden = p["student"].astype(mx.float32 if wide == "hidden" else dtype)
+    head = p["head"].astype(mx.float32 if wide == "head" else dtype)
+    exact = np.array(hidden.astype(mx.float32), np.float64)
+    exact = exact @ np.array(head.astype(mx.float32), np.float64).T
+    found = losses.wide_product(hidden, head)
+    assert found.dtype == mx.float32
+    np.testing.assert_allclose(np.array(found), exact, rtol=1e-5, atol=1e-5)
