@@ -399,14 +399,16 @@ def _stages(
 def _sizes(c: pipeline.Run, models: comparison.Models, tokens: int) -> list[Row]:
     """Rows of size and speed. The models that are timed also write samples, for the report.
 
-    tokens: timed; 0: none.
+    These are the teacher and the result, as far as they fit. tokens: timed; 0: none.
     """
+    teacher, *_, result = models
     sizes = []
     fitting = {}
     for name, model in models.items():
         params = arch.params(model.config)
         sizes.append(Row(name, "params", params / 1e6))
-        if judging_cost.timed_bytes(params) <= c.plan.budget_bytes:
+        fits = judging_cost.timed_bytes(params) <= c.plan.budget_bytes
+        if name in (teacher, result) and fits:
             fitting[name] = model
     sizes += [Row(name, "bytes", model.nbytes / 1e6) for name, model in models.items()]
     if tokens:

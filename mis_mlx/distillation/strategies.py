@@ -27,6 +27,7 @@ from mis_mlx.hardware.rates import Rates
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models import arch, distributed, load, pass_cost
 from mis_mlx.models.config import attends, shape_of
+from mis_mlx.models.model_size import ModelSize
 from mis_mlx.models.pass_cost import TENSOR_BYTES
 from mis_mlx.planner import estimates
 from mis_mlx.planner.distillation_spec import SCALES, DistillationSpec, Mode
@@ -50,22 +51,31 @@ TEXTS = 2  # held-out texts that models are measured on
 def measuring_cost(job: DistillationSpec, most_bytes: int, limit: int) -> StageCost:
     """Teacher, pruned, distilled and 4-bit student on every text; then those that fit are timed.
 
-    Side by side where the phases before, which took `most_bytes`, leave room for all of them, else
-    one by one. Then models answer prompts, where the student can write in the budget `limit`.
+    Models that are one are measured once. Teacher and result are timed, side by side where the
+    phases before, which took `most_bytes`, leave room for both, else one by one. Then models answer
+    prompts, where the student can write in the budget `limit`.
     """
     four_bit = rounding_cost.packed_size(job.student, job.rounding)
+    rounds = job.rounding is not ROUND_TO_NEAREST
+    result = four_bit if rounds else job.student
     teacher = job.shown or job.teacher
-    models = [teacher, job.student, job.student, four_bit]
-    cost = comparison_cost(models, job.eval_windows, job.max_seq_length).repeated(TEXTS)
+    compared = [job.teacher]
+    if not job.uncut:
+        compared += [job.student, job.student]
+    if rounds:
+        compared.append(four_bit)
+    cost = _on_texts(job, compared)
+    if job.shown:  # in its own vocabulary
+        cost = cost.then(_on_texts(job, [job.shown]))
     peak = cost.peak_bytes
-    timed = timed_weights(models, most_bytes, limit)
+    timed = timed_weights([teacher, result], most_bytes, limit)
     if timed:
         peak = max(peak, timed + 2 * teacher.head_params)  # its head, while it is converted
     cost = replace(cost, peak_bytes=peak)
     if not job.answers:
         return cost
     students = [job.student]
-    if job.rounding is not ROUND_TO_NEAREST:
+    if rounds:
         students.append(four_bit)
     try:
         answers = writing_cost.answers_cost(
@@ -78,6 +88,13 @@ def measuring_cost(job: DistillationSpec, most_bytes: int, limit: int) -> StageC
     except MisError:  # the student cannot write in the budget, so nobody is asked
         return cost
     return cost.then(answers)
+
+
+def _on_texts(job: DistillationSpec, models: list[ModelSize]) -> StageCost:
+    """The passes of models over the held-out windows: of the first text, and of all others."""
+    first = comparison_cost(models, job.eval_windows, job.max_seq_length)
+    others = comparison_cost(models, max(1, job.eval_windows // 3), job.max_seq_length)
+    return first.then(others.repeated(TEXTS - 1))
 
 
 def usual_rate(teacher: Checkpoint) -> float:

@@ -17,13 +17,14 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.compute import host_losses
+from mis_mlx.compute import host_losses, precision
 from mis_mlx.compute.host_losses import CHUNK, GROUP
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.evaluation.answer_figures import bits_per_byte
 from mis_mlx.maths import stats
 from mis_mlx.models import config, distributed, load
 from mis_mlx.models.stream import HEAD_PART, Hidden, Stream, evaluate_now
+from mis_mlx.storage import safetensors
 from mis_mlx.types import Checkpoint, MisError, Row
 
 Models = Mapping[str, Checkpoint]  # by name
@@ -97,24 +98,50 @@ def compare(
 
     One block of one model is in memory at a time, then parts of the teacher's head and of one
     student's. hidden: the teacher's `final_hidden`, where it is compared with many students in
-    several calls.
+    several calls. A model that is an earlier one, to the byte, is not measured again.
     """
     (teacher, base), *students = models.items()
     if hidden is None:
         hidden = final_hidden(base, held_out, opened)
-    means_of: dict[tuple[str, str], np.ndarray] = {}
-    # A teacher without students is compared with itself: that is how its own nll comes about.
-    for name, model in students or [(teacher, base)]:
+    twins = _twins(models)
+    measured = {}
+    # A teacher without other students is compared with itself: that is how its own nll comes about.
+    for name in [name for name, _ in students if name not in twins] or [teacher]:
+        model = models[name]
         states = hidden
         if model is not base:
             states = final_hidden(model, held_out, opened)
-        means = _window_means((base, hidden), (model, states), held_out)
-        teacher_nll, *student_means = means
-        means_of.setdefault((teacher, "nll"), teacher_nll)
-        if students:
-            for metric, values in zip(METRICS, student_means, strict=True):
-                means_of[name, metric] = values
+        teacher_nll, *measured[name] = _window_means((base, hidden), (model, states), held_out)
+    means_of: dict[tuple[str, str], np.ndarray] = {(teacher, "nll"): teacher_nll}
+    # What a student is given that is the teacher; a window without predictions has 0 everywhere.
+    counted = np.asarray(held_out.loss_mask[:, :-1].any(axis=1))
+    measured[teacher] = [teacher_nll, np.zeros(len(counted)), counted.astype(np.float64)]
+    for name, _ in students:
+        for metric, values in zip(METRICS, measured[twins.get(name, name)], strict=True):
+            means_of[name, metric] = values
     return means_of
+
+
+def _twins(models: Models) -> dict[str, str]:
+    """{a model's name: that of the first one which it is, to the byte}, without the first ones."""
+    first = list[str]()
+    twins = {}
+    for name, model in models.items():
+        twin = next((other for other in first if _is_same(models[other], model)), None)
+        if twin is None:
+            first.append(name)
+        else:
+            twins[name] = twin
+    return twins
+
+
+def _is_same(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether two models are one: config, type of computation, and every byte of their weights."""
+    if dict(one.config) != dict(other.config):
+        return False
+    if precision.dtype_of(one) != precision.dtype_of(other):
+        return False
+    return safetensors.same_bytes(one.tensors, other.tensors)
 
 
 def _window_means(base: Passed, other: Passed, held_out: Windows) -> np.ndarray:
@@ -202,7 +229,10 @@ def _compare_chunks(base: Passed, other: Passed, chunks: Sequence[_Chunk]) -> No
     for (start, base_head), (_, other_head) in zip(base_parts, other_parts, strict=True):
         for chunk in chunks:
             base_logits = _logits(base_head, base_hidden, chunk)
-            other_logits = _logits(other_head, other_hidden, chunk)
+            if other_hidden is base_hidden:  # a model beside itself
+                other_logits = base_logits * 1
+            else:
+                other_logits = _logits(other_head, other_hidden, chunk)
             # This overwrites the logits.
             part = host_losses.compared(base_logits, other_logits, chunk.targets, start)
             chunk.parts.append(part)

@@ -98,20 +98,28 @@ def _grads_at_head(
     Every batch draws with a key of its own, so the draws do not depend on the number of streams.
     """
     outputs = source.run_block(last_block, hidden)
+    norm = load.final_norm(source.checkpoint, source.dtype)
+    head = source.head()
     grads = []
     for b, output in enumerate(outputs):
         key = mx.random.key(seed * len(outputs) + b)
-        grads.append(_drawn(source, output, key, at_head))
+        grads.append(_drawn(source, norm, head, hidden=output, key=key, at_head=at_head))
     return grads
 
 
-def _drawn(source: stream.Stream, hidden: mx.array, key: mx.array, at_head: AtHead) -> mx.array:
+def _drawn(
+    source: stream.Stream,
+    norm: nn.Module,
+    head: nn.Module,
+    *,
+    hidden: mx.array,
+    key: mx.array,
+    at_head: AtHead,
+) -> mx.array:
     """d log p(drawn token) / d hidden (B, T, D), the last block's output.
 
     One token is drawn for each position.
     """
-    norm = load.final_norm(source.checkpoint, source.dtype)
-    head = source.head()
     flat = hidden.reshape(-1, hidden.shape[-1])
     # Half a chunk: as many logits again are noise to draw with.
     rows = chunk_rows(2 * config.shape_of(source.checkpoint.config).vocab)

@@ -25,7 +25,13 @@ from mis_mlx.storage.block_reader import PAGE, Reader, Slot, Slots
 from mis_mlx.types import Checkpoint, MisError, TensorAt
 
 evaluate_now = mx.eval  # what the arrays were made of may be freed, or changed, after this line
-CHECKED = 2**22  # numbers that are looked at together, with three bytes for each
+CHECKED = 2**18  # numbers that are looked at together, with up to five bytes for each
+# of a type of floats: integers as wide, and the bits of its exponent
+EXPONENTS = {
+    mx.float32: (mx.uint32, np.uint32(0x7F800000)),
+    mx.float16: (mx.uint16, np.uint16(0x7C00)),
+    mx.bfloat16: (mx.uint16, np.uint16(0x7F80)),
+}
 HEAD_PART = 2**22  # numbers of a head that are read at a time where it comes in parts
 GROUP_BYTES = 2**27  # of outputs of experts, (B, T, k, D), at a time
 Batches = Sequence[mx.array]  # token ids [(B, T)]
@@ -456,13 +462,18 @@ def not_numbers(array: mx.array) -> int:
     if not array.ndim:
         return _not_finite(array)
     step = max(1, CHECKED // math.prod(array.shape[1:]))
-    # part by part: numpy gets a copy
+    # part by part, for numpy makes a copy
     return sum(_not_finite(array[i : i + step]) for i in range(0, len(array), step))
 
 
 def _not_finite(part: mx.array) -> int:
-    finite = np.array(mx.isfinite(part))
-    return int(np.count_nonzero(~finite))
+    """As `not_numbers`, of a part: NaN and infinity have all bits of the exponent."""
+    kind, exponent = EXPONENTS[part.dtype]
+    words: Any = part.view(kind)
+    evaluate_now(words)
+    # By numpy, which reads the memory where it is: MLX takes 15 times as long on a CPU.
+    ones = np.asarray(memoryview(words)) & exponent
+    return int(np.count_nonzero(ones == exponent))
 
 
 def load_checked(module: nn.Module, where: str = "") -> nn.Module:

@@ -55,10 +55,13 @@ def vocabulary_cost(t: ModelSize, length: int) -> StageCost:
 
 
 def pruning_cost(job: DistillationSpec, limit: int) -> StageCost:
-    """Choose the tokens, calibrate, then copy what is kept, tensor by tensor."""
+    """Choose the tokens, calibrate where something is cut, then copy tensor by tensor."""
     t = job.teacher
     length = job.max_seq_length
-    cost = calibration_cost(t, job.num_samples, length, limit, rotation=job.rotation)
+    if job.uncut:  # nothing is ranked
+        cost = StageCost(name="", read_bytes=0, written_bytes=0, peak_bytes=0, flops=0.0)
+    else:
+        cost = calibration_cost(t, job.num_samples, length, limit, rotation=job.rotation)
     if job.shown and job.shown.shape != t.shape:
         tokens = vocabulary_cost(job.shown, length)
         cost = cost.then(replace(tokens, waits=0))  # its waits are not counted

@@ -33,6 +33,9 @@ from mis_mlx.storage.files import Files
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import Checkpoint, Count, KeptUnits, MisError, Precision, Reading
 
+# Of a report where all units stay, so that none were ranked.
+UNCUT = "nothing is cut"
+NOT_RANKED = {"importance": UNCUT, "block_importance": {}}
 # in a report, for pictures: not for a line of JSON
 BULKY = ("block_importance", "differing", "profile")
 
@@ -319,6 +322,12 @@ def asked_widths(
     return widths
 
 
+def cuts_nothing(config: Mapping[str, Any], cut: PruningConfig) -> bool:
+    """Whether all of a model stays, so that nobody need say what of it matters least."""
+    exact = cut.target == "fixed" and not cut.ffn_widths
+    return exact and wanted_shape(config, cut) == shape_of(config)
+
+
 def prune(
     checkpoint: Checkpoint,
     batches: stream.Batches,
@@ -334,10 +343,10 @@ def prune(
 ) -> dict[str, Any]:
     """Calibrate on token ids [(B, T)], choose, write the folder `out`.
 
-    Returns what was done, for the JSON line. Where AAIS keeps other channels than plain importance,
-    a plain student is made too and the two are compared on `held_out`. Of several machines the
-    first one chooses and writes; shares: how many blocks each has (a `Relay`). held: batches whose
-    hidden states stay in memory (default: all).
+    Returns what was done, for the JSON line. Nothing is calibrated where nothing is cut. Where AAIS
+    keeps other channels than plain importance, a plain student is made too and the two are compared
+    on `held_out`. Of several machines the first one chooses and writes; shares: how many blocks
+    each has (a `Relay`). held: batches whose hidden states stay in memory (default: all).
     """
     wanted_shape(checkpoint.config, cut)  # refuses before the pass, not after
     folder = out.absolute().parent
@@ -348,18 +357,18 @@ def prune(
         """A place for the hidden states of a pass."""
         return Spool(folder, held or 0, files) if spooled else []
 
-    statistics, _ = calibrate.calibrate(
-        checkpoint,
-        distributed.shard(batches),
-        reading=reading,
-        unit=cut.temperature_unit if cut.importance == "aais" else None,
-        relay=_relay(checkpoint, shares, direct=spooled),
-        hidden=states(),
-    )
+    uncut = cuts_nothing(checkpoint.config, cut)
+    if uncut:
+        statistics = Statistics(block=dict.fromkeys(range(shape_of(checkpoint.config).layers), 0.0))
+    else:
+        relay = _relay(checkpoint, shares, direct=spooled)
+        statistics = _calibrated(checkpoint, batches, cut, reading, relay=relay, hidden=states())
     # Every machine has brought its part; the student is the first one's to make.
     if not distributed.is_main():
         return {}
     shape, keep = select_units(checkpoint.config, statistics, cut)
+    if uncut:
+        keep = replace(keep, why=UNCUT, report={**keep.report, **NOT_RANKED})
 
     @cache  # two more passes, for both students
     def directions() -> slicing.Directions:
@@ -378,6 +387,27 @@ def prune(
         )
         keep = replace(keep, report={**keep.report, **losses})
     return _outcome(checkpoint.config, shape, write(keep, out), dtype)
+
+
+def _calibrated(
+    checkpoint: Checkpoint,
+    batches: stream.Batches,
+    cut: PruningConfig,
+    reading: Callable[[], Reading | None],
+    *,
+    relay: pipeline_parallel.Relay | None,
+    hidden: stream.Hidden,
+) -> Statistics:
+    """What all machines see of the units on their batches, for `cut` to rank them by."""
+    statistics, _ = calibrate.calibrate(
+        checkpoint,
+        distributed.shard(batches),
+        reading=reading,
+        unit=cut.temperature_unit if cut.importance == "aais" else None,
+        relay=relay,
+        hidden=hidden,
+    )
+    return statistics
 
 
 def _outcome(

@@ -19,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx import cli
+from mis_mlx.compute import quick_exp
 from mis_mlx.data import draws, preparation, token_windows
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
@@ -184,10 +185,15 @@ def expected(teacher: Checkpoint, windows: token_windows.Windows) -> np.ndarray:
         for _, head in source.head_parts(s.vocab, rows):
             logits.append(load.wide_logits(head, chunk))
             stream.evaluate_now(logits[-1])  # else every part of the head waits in memory
-        # A softmax over parts: its denominator needs all of them.
-        parts = [mx.logsumexp(part, axis=-1) for part in logits]
-        total = mx.logsumexp(mx.stack(parts), axis=0)[:, None]
-        sums += np.concatenate([np.array(mx.exp(part - total).sum(axis=0)) for part in logits])
+        # A softmax over parts: its denominator needs all of them. The largest logit is taken off
+        # first, so that one exponential of each is enough.
+        largest = mx.stack([part.max(axis=-1) for part in logits]).max(axis=0)[:, None]
+        for number, part in enumerate(logits):
+            logits[number] = quick_exp.exp(part - largest)
+            stream.evaluate_now(logits[number])
+        total = mx.stack([part.sum(axis=-1) for part in logits]).sum(axis=0)
+        weights = 1 / total
+        sums += np.concatenate([np.array(weights @ part) for part in logits])
     return sums
 
 

@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.compute import precision, streams
+from mis_mlx.compute import host_losses, precision, streams
 from mis_mlx.maths import gptq, reconstruction, rounding
 from mis_mlx.models import arch, modules, stream
 from mis_mlx.models.stream import Batches, Hidden
@@ -281,10 +281,12 @@ def _add(sums: np.ndarray, seen: mx.array, where: str) -> None:
     if reconstruction.is_wide(len(sums)):
         slabs = _product_slabs(seen)
     for start, product in slabs:
-        # Checked before it is added: a sum with one infinity is lost.
-        if not mx.isfinite(product).all().item():
+        values = host_losses.view(product)
+        # Checked before it is added: a sum with one infinity is lost. By numpy, in place: MLX takes
+        # as long for that on a CPU as for the product.
+        if not np.isfinite(values).all():
             raise MisError(f"{where} meets values that are not finite: use plain rounding")
-        sums[start : start + len(product), start:] += np.asarray(product)
+        sums[start : start + len(values), start:] += values
 
 
 def _product_slabs(inputs: mx.array) -> Iterator[tuple[int, mx.array]]:

@@ -15,7 +15,7 @@ import pytest
 
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.evaluation import comparison
-from mis_mlx.models import load
+from mis_mlx.models import load, stream
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 
@@ -62,6 +62,45 @@ def test_against_float64(tmp_path: Path, llama: Checkpoint, held_out: Windows) -
         wanted["student", "ear"] = ear
         assert found["student", "top1"][w] == pytest.approx(wanted["student", "top1"])
         assert {key: values[w] for key, values in found.items()} == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_model_that_is_an_earlier_one_is_measured_once(
+    tmp_path: Path, llama: Checkpoint, held_out: Windows
+) -> None:
+    """Its figures are a copy, the same to the bit as those that it would have got."""
+    other = load.open_checkpoint(tiny.make(tmp_path / "other", seed=1))
+    copy = load.open_checkpoint(tiny.make(tmp_path / "copy", seed=1))
+    passed = []
+
+    def opened(model: Checkpoint) -> stream.Stream:
+        passed.append(model.path.name)
+        return stream.Stream(model)
+
+    models = {"teacher": llama, "pruned": llama, "student": other, "again": copy}
+    found = comparison.compare(models, held_out, opened=opened)
+    assert passed == [llama.path.name, "other"]
+    assert list(found) == [
+        ("teacher", "nll"),
+        *((name, metric) for name in list(models)[1:] for metric in comparison.METRICS),
+    ]
+    alone = comparison.compare({"teacher": llama, "student": other}, held_out)
+    for metric in comparison.METRICS:
+        np.testing.assert_array_equal(found["again", metric], alone["student", metric])
+    np.testing.assert_array_equal(found["pruned", "nll"], alone["teacher", "nll"])
+    assert not found["pruned", "kl"].any()
+    assert (found["pruned", "top1"] == 1).all()
+
+    # One byte in another place is another model.
+    weights = other.path / "model.safetensors"
+    changed = bytearray((copy.path / "model.safetensors").read_bytes())
+    assert weights.read_bytes() == bytes(changed)
+    changed[-2] ^= 1
+    (copy.path / "model.safetensors").write_bytes(bytes(changed))
+    found = comparison.compare({"teacher": other, "student": copy}, held_out)
+    assert (
+        found["student", "kl"].any()
+        or not (found["student", "nll"] == found["teacher", "nll"]).all()
+    )
 
 
 def test_rows_have_intervals_and_perplexity() -> None:

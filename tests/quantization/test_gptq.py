@@ -149,7 +149,7 @@ def test_wide_sums_are_made_in_slabs(
         packed = gptq.rounded([down], gptq.factorize(gram), 64, 3)[0]
         left = np.array(down - rounding.values(packed, 64, 3), np.float64)
         errors.append((left * (left @ whole)).sum())
-    assert errors[1] == pytest.approx(errors[0], rel=0.01)
+    assert errors[1] <= 1.01 * errors[0]
 
 
 def test_the_model_stays_nearer_to_itself(tmp_path: Path) -> None:
