@@ -22,24 +22,23 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import laboratory
 
 from mis_mlx import cli, plan
-from mis_mlx.data import prompts
-from mis_mlx.distillation import conversations, plan_report, strategies, teacher_answers
+from mis_mlx.distillation import conversations, plan_report, strategies, writers
 from mis_mlx.hardware import rates
 from mis_mlx.models import arch, stored_form
 from mis_mlx.models.config import read_config
 from mis_mlx.models.families import family
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import rounding_cost
-from mis_mlx.settings.recipe import EVAL_PROMPTS
+from mis_mlx.settings.recipe import EVAL_PROMPTS, EVAL_PROMPTS_STREAMED
 from mis_mlx.size_search import shortfall, size_request
-from mis_mlx.types import Budget, MisError
+from mis_mlx.types import Budget
 
 CONFIGS = Path(__file__).parent / "model_configs"
 BUDGETS = ("4GiB", "2.5GiB", "1.8GiB")  # the default there, and two where less is free
@@ -128,27 +127,19 @@ def chosen_without_sizes(config: Mapping[str, Any], budget_bytes: int) -> str:
 def hours_of_answers(made: strategies.MemoryPlan) -> dict[str, float | None]:
     """Hours that a teacher with a chat template adds.
 
-    before: it answers the fewest prompts that a run asks for, once. at_end: it and its student
-    answer others. None where a model cannot write in the budget, so that nobody is asked."""
-    before = None
-    try:
-        writing = teacher_answers.plan(
-            model=made.job.shown or made.job.teacher,
-            settings=teacher_answers.WritingSettings(prompts.train(conversations.FEWEST)),
-            limit=Budget(made.budget_bytes),
-        )
-        before = writing.cost.seconds(made.rates) / 3600
-    except MisError:
-        pass
+    before: it, or the rounded student in its place, answers the fewest prompts that a run asks for.
+    at_end: it and its student answer others. None where a model cannot write in the budget, so that
+    nobody is asked, or where nothing is learned from answers."""
     asked = strategies.plan_strategy(
-        job=replace(made.job, answers=EVAL_PROMPTS),
+        job=plan.talking(made.job, Budget(made.budget_bytes), known=False),
         limit=made.budget_bytes,
         rates=made.rates,
         **made.strategy,
     )
+    before = sum(asked.planned.get(name, 0.0) for name in (writers.TEACHER, writers.STUDENT))
     at_end = asked.planned["measure"] - made.planned["measure"]
     return {
-        "before": round(before, 3) if before is not None else None,
+        "before": round(before / 3600, 3) if before else None,
         "at_end": round(at_end / 3600, 3) if at_end else None,
     }
 
@@ -233,7 +224,7 @@ def main(s: Settings) -> None:
         "recipes": RECIPES,
         "lose": size_request.DEFAULT_LOSS,
         "answers_before": conversations.FEWEST,
-        "answers_at_end": EVAL_PROMPTS,
+        "answers_at_end": [EVAL_PROMPTS, EVAL_PROMPTS_STREAMED],
     }
     laboratory.write(
         name="models",

@@ -7,8 +7,8 @@ SmolLM2-135M-Instruct, whole, is rounded to 3.25 bits a weight on text in which 
 its scales learn from the teacher for the usual 20 steps, on the built-in text with the usual share
 of conversations. All rows have the same integers, prompts and steps. They differ by who wrote the
 answers: the teacher, the rounded student itself, another model's folder, or nobody, who leaves the
-conversations out. Judged by the teacher's answers to 60 other prompts, by loops in 60 own answers,
-and by held-out text.
+conversations out. Judged by the teacher's answers to 60 other prompts, by loops in 24 own answers,
+and by a little held-out text.
 
 Finished rows are not made again. Writes benchmarks/results/<machine>/writers.json after every row.
 """
@@ -44,7 +44,8 @@ BITS = 3.25
 LENGTH = 256
 CALIBRATING = 64  # windows: 32, looked at twice
 JUDGING = 60  # prompts
-TEXT_WINDOWS = 12  # of held-out text
+LOOPING = 24  # of these prompts that a student answers in its own words
+TEXT_WINDOWS = 4  # of held-out text
 ROUNDED = "rounded"  # the row without any step
 NOBODY = "nobody"
 ROWS = (ROUNDED, NOBODY, "teacher:240", "itself:240", "teacher:48", "teacher:96")
@@ -126,7 +127,8 @@ def learned(place: Place, train: Windows, seed: int, out: Path) -> None:
 def judged(place: Place, student: Checkpoint) -> dict[str, Any]:
     """The figures of a student, in bits per byte above the teacher, and its loops."""
     cost = answers.bits(student, place.judging)
-    said = answers.greedy(student, place.judging.prompts, memory.budget(None))
+    own = answers.prompts(LOOPING)
+    said = answers.greedy(student, own, memory.budget(None))
     teacher = place.judging.as_model
     rows = answer_figures.rows_of("student", cost, said, teacher_bits=teacher.bits)
     by_metric = {row.metric: row for row in rows}
@@ -179,6 +181,7 @@ def main(s: Settings) -> None:
         "bits": BITS,
         "steps": TUNE_ITERS,
         "prompts": JUDGING,
+        "own_answers": LOOPING,
         "text_windows": TEXT_WINDOWS,
         "loops_version": repetition.VERSION,
     }
@@ -205,7 +208,12 @@ def main(s: Settings) -> None:
     for name, of in rows.items():
         interval = f"{of['excess']:.3f} ({of['low']:.3f} to {of['high']:.3f})"
         lines.append([name, str(of.get("conversations", "")), interval, str(of["loops"])])
-    head = ["who answers, seed", "conversations", "answers above the teacher", "loops of 60"]
+    head = [
+        "who answers, seed",
+        "conversations",
+        "answers above the teacher",
+        f"loops of {LOOPING}",
+    ]
     print(markdown_table(head, lines, words=1))
 
 

@@ -14,6 +14,7 @@ from mis_mlx.distillation import (
     later_text,
     measurement,
     pipeline,
+    plan_report,
     resolved_run,
     run_plan,
     run_text,
@@ -32,7 +33,7 @@ from mis_mlx.size_search import earlier, shortfall, size_request
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK
-from mis_mlx.types import Checkpoint, MisError, Row
+from mis_mlx.types import Checkpoint, MisError, Row, duration
 
 # Settings that may differ when a run is resumed: none of them changes a weight.
 FREE = frozenset(
@@ -118,6 +119,7 @@ def run(settings: Settings) -> dict[str, Any]:
         plan_now = resolved.strategy
         with run_loop.entered(folder, name, out=s.out, asked=s.given, plan=plan_now) as place:
             return _work(resolved, place)
+    _say_whole(s, sought, teacher)
     name = f"{teacher.path.name}-{size_request.SCENARIO}"
     plan_now = {run_plan.PLANNED_ITERS: sought.settings.student_iters}
     with run_loop.entered(folder, name, out=s.out, asked=s.given, plan=plan_now) as place:
@@ -127,15 +129,22 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def _resolved(
-    s: Settings, sizes: Mapping[str, Any], teacher: Checkpoint, folder: Path | None
+    s: Settings,
+    sizes: Mapping[str, Any],
+    teacher: Checkpoint,
+    folder: Path | None,
+    *,
+    search_seconds: float = 0.0,
 ) -> ResolvedRun:
     """The run with everything decided, its plan said.
 
-    sizes: that a search chose. folder: of a run for which some of it is decided. MisError where
-    the plan does not fit the budget, except in a dry run.
+    sizes: that a search chose. folder: of a run for which some of it is decided. search_seconds:
+    of a search that comes first. MisError where the plan does not fit the budget, except in a dry
+    run.
     """
     resolved = resolved_run.resolve(s, sizes, teacher, folder)
-    cli.say(text.aligned(plan.table(resolved.plan, resolved.report.expected_loss)))
+    table = plan.table(resolved.plan, resolved.report.expected_loss, search_seconds=search_seconds)
+    cli.say(text.aligned(table))
     resolved = _expecting_more(resolved)
     if s.dry_run:
         return resolved
@@ -144,6 +153,19 @@ def _resolved(
     if folder is None or not run_folder.is_decided(folder):
         cli.say(progress.promise(sum(resolved.plan.planned.values())))
     return resolved
+
+
+def _say_whole(s: Settings, sought: search.PlannedSearch, teacher: Checkpoint) -> None:
+    """What all of a run should take that begins with a search, by a likely student."""
+    sizes = {"lose": sought.settings.lose, **size_request.likely_student(teacher)}
+    rest = resolved_run.resolve(s, sizes, teacher, None).plan
+    seconds = sum(sought.seconds.values())
+    phases = {"search": seconds, **rest.planned}
+    parts = [f"{name} {duration(of)}" for name, of in phases.items()]
+    cli.say(f"all of it: {progress.promise(sum(phases.values()))}: {', '.join(parts)}")
+    note = plan_report.night(rest, sum(phases.values()))
+    if note:
+        cli.say(note)
 
 
 def _expecting_more(resolved: ResolvedRun) -> ResolvedRun:
@@ -160,9 +182,11 @@ def _dry_run(
 ) -> dict[str, Any]:
     """What a run would do before its first stage, said; its plan for machines."""
     sizes: dict[str, Any] = {}
+    search_seconds = 0.0
     if sought is not None:
         sizes = {"lose": sought.settings.lose, **size_request.likely_sizes(teacher)}
-    resolved = _resolved(s, sizes, teacher, folder)
+        search_seconds = sum(sought.seconds.values())
+    resolved = _resolved(s, sizes, teacher, folder, search_seconds=search_seconds)
     if resolved.plan.fits:
         _write_text(resolved.text.written, teacher, dry_run=True)
         conversations.source(
@@ -175,7 +199,8 @@ def _dry_run(
     note = battery(resolved.student.pruning)  # a run says it when it begins
     if note:
         cli.say(note)
-    return plan.outcome(resolved.plan, str(teacher.path))
+    outcome = plan.outcome(resolved.plan, str(teacher.path))
+    return {**outcome, "seconds": outcome["seconds"] + round(search_seconds)}
 
 
 def _sought(s: Settings, teacher: Checkpoint, folder: Path | None) -> search.PlannedSearch | None:

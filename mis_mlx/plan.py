@@ -5,10 +5,11 @@ Only configs are read.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from mis_mlx import cli
-from mis_mlx.distillation import plan_report, strategies
+from mis_mlx.distillation import conversations, plan_report, strategies, writers
 from mis_mlx.evaluation import answers
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import Rates
@@ -22,14 +23,19 @@ from mis_mlx.quantization import packed_format
 from mis_mlx.reporting import text
 from mis_mlx.settings import recipe
 from mis_mlx.size_search import shape_search, shortfall
-from mis_mlx.types import Checkpoint
+from mis_mlx.types import Budget, Checkpoint
 
 
-def table(plan: strategies.MemoryPlan, expected_loss: float | None = None) -> str:
+def table(
+    plan: strategies.MemoryPlan,
+    expected_loss: float | None = None,
+    *,
+    search_seconds: float = 0.0,
+) -> str:
     """The plan of a distillation for people, as `plan_report.table`.
 
     What has to be left out comes first. expected_loss: of the student with nothing left out, in
-    bits per byte, where a search says so.
+    bits per byte, where a search says so. search_seconds: of a search before it.
     """
     job = plan.job
     teacher = job.shown or job.teacher
@@ -39,6 +45,7 @@ def table(plan: strategies.MemoryPlan, expected_loss: float | None = None) -> st
         left_out=shortfall.left_out(plan),
         more_loss=shortfall.loss_factor(plan),
         expected_loss=expected_loss,
+        search_seconds=search_seconds,
     )
 
 
@@ -124,18 +131,34 @@ def _pair(s: Settings, opened: Checkpoint | Mapping[str, Any], gpu: bool) -> lis
     return [model_of(model, gpu) for model in (teacher, student)]
 
 
-def _prompts(opened: Checkpoint | Mapping[str, Any]) -> int:
-    """How many prompts a run's models answer at its end: none without a chat template.
+def has_template(folder: Path) -> bool:
+    """Whether a model's folder has a chat template, without which nobody answers.
 
     Its file is looked for, not opened, for a plan takes no second.
     """
-    if not isinstance(opened, Checkpoint):
-        return 0
-    tokenizer = opened.path / "tokenizer_config.json"
+    tokenizer = folder / "tokenizer_config.json"
     if tokenizer.is_file() and '"chat_template"' in tokenizer.read_text("utf-8", "replace"):
-        return recipe.EVAL_PROMPTS
-    template = opened.path / "chat_template.jinja"
-    return recipe.EVAL_PROMPTS if template.is_file() else 0
+        return True
+    return (folder / "chat_template.jinja").is_file()
+
+
+def talking(
+    job: distillation_spec.DistillationSpec, budget: Budget, *, known: bool
+) -> distillation_spec.DistillationSpec:
+    """The job of a teacher with a chat template: what is answered before and behind it.
+
+    known: its answers come with the package.
+    """
+    teacher = job.shown or job.teacher
+    if known:
+        return replace(job, answers=recipe.EVAL_PROMPTS, answers_known=True)
+    count = conversations.FEWEST
+    return replace(
+        job,
+        conversations=count,
+        writer=writers.chosen(teacher, count, budget),
+        answers=writers.judging_prompts(teacher, budget),
+    )
 
 
 def planned(settings: Settings, rates: Rates) -> tuple[strategies.MemoryPlan, str]:
@@ -145,7 +168,6 @@ def planned(settings: Settings, rates: Rates) -> tuple[strategies.MemoryPlan, st
     settings = replace(settings, **packed_format.of_mixture(config, settings))
     teacher_as_is = model_of(opened, rates.gpu)
     teacher, student = _pair(settings, opened, rates.gpu)
-    prompts = _prompts(opened)
     job = distillation_spec.spec_of(
         teacher,
         student,
@@ -153,12 +175,13 @@ def planned(settings: Settings, rates: Rates) -> tuple[strategies.MemoryPlan, st
         settings if settings.quantize else recipe.ROUND_TO_NEAREST,
         shown=teacher_as_is,
         copied=not settings.student,
-        answers=prompts,
-        answers_known=isinstance(opened, Checkpoint)
-        and prompts > 0
-        and answers.shipped_for(opened),
     )
     budget = memory.budget(settings.budget_bytes, rates.room_bytes)
+    if has_template(Path(name)):
+        known = isinstance(opened, Checkpoint) and answers.shipped_for(opened)
+        job = talking(job, budget, known=known)
+    else:
+        cli.say(f"{name} has no chat template here: a plan counts no answers")
     if settings.machine == "here":
         job = measured_block.of_job(job, budget.limit_bytes)
     return strategies.best_plan(job, budget.limit_bytes, rates), name

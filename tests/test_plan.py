@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from mis_mlx import cli, plan
+from mis_mlx.distillation import writers
 from mis_mlx.hardware import rates
+from mis_mlx.hardware.rates import M1_AIR
 from mis_mlx.models import arch
 from mis_mlx.types import GIB, Checkpoint, MisError
 from tests import tiny
@@ -239,3 +241,61 @@ def test_refusals_are_sentences(tmp_path: Path, command: Callable[..., Done]) ->
     assert "--budget 13.04 GiB is more than the 5.33 GiB" in said
     with pytest.raises(MisError, match="leave one of them out"):
         plan.run(plan.Settings(machine="m1-air", measure=True))
+
+
+def test_a_teacher_with_a_template_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A template beside the config: answers are counted, those of the student where the teacher is
+    read from disk, and fewer prompts judge; without one that is said.
+    """
+    (tmp_path / "config.json").write_text(json.dumps({**tiny.CONFIG, "num_hidden_layers": 40}))
+    # the scales of a whole student that learn: what is asked for does not train its weights
+    asked = plan.Settings(
+        teacher=str(tmp_path),
+        scenario="none",
+        vocab="1x",
+        machine="m1-air",
+        max_seq_length=32,
+        reconstruct_samples=0,
+        target_bpw=None,
+        q_method="round",
+        budget="1GiB",
+    )
+    silent, _ = plan.planned(asked, M1_AIR)
+    assert "has no chat template here: a plan counts no answers" in capsys.readouterr().err
+    (tmp_path / "chat_template.jinja").write_text(tiny.CHAT_TEMPLATE)
+    whole, _ = plan.planned(asked, M1_AIR)
+    streamed, _ = plan.planned(replace(asked, budget="32MiB"), M1_AIR)
+
+    assert list(whole.planned) == [writers.TEACHER, *silent.planned]
+    assert whole.planned["measure"] > silent.planned["measure"]
+    assert not whole.student_writes
+    assert (whole.job.answers, streamed.job.answers) == (60, 24)
+    assert streamed.fits
+    assert list(streamed.planned) == [
+        "prune",
+        "quantize",
+        writers.STUDENT,
+        "logit store",
+        "distil scales",
+        "measure",
+    ]
+
+
+def test_longer_than_a_night_is_said_first(tmp_path: Path) -> None:
+    """With what saves most of it; a shorter one says nothing."""
+    (tmp_path / "config.json").write_text(json.dumps(tiny.CONFIG))
+    (tmp_path / "chat_template.jinja").write_text(tiny.CHAT_TEMPLATE)
+    asked = plan.Settings(teacher=str(tmp_path), machine="m1-air", budget="1GiB")
+    slow = replace(M1_AIR, forward_flops_per_s=2e5, training_flops_per_s=1e12)
+    long, _ = plan.planned(asked, slow)
+    short, _ = plan.planned(asked, M1_AIR)
+
+    first, *_ = plan.table(long).split("| phase")
+    assert "This takes longer than a night: --conversations 0 saves " in first
+    assert "--eval-prompts 0 saves " in first
+    assert "longer than a night" not in plan.table(short)
+    searched = plan.table(short, search_seconds=9 * 3600.0)
+    assert "| search for sizes | 9.0 h |" in searched
+    assert "This takes longer than a night: a smaller model takes less." in searched

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.pruning.select import PruningConfig
-from mis_mlx.settings.recipe import EVAL_PROMPTS, DistillationConfig, QuantizationConfig
+from mis_mlx.settings.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.types import MOST, Whole, Within
 
 
@@ -45,8 +45,10 @@ class DistillFlags(
     """
     quantize: Literal[4, 0] = 4
     """bits per weight of the result; 0: no quantization"""
-    eval_prompts: Whole = EVAL_PROMPTS
-    """held-out prompts that teacher and student answer at the end; 0: none"""
+    eval_prompts: Whole | None = None
+    """held-out prompts that teacher and student answer at the end; 0: none. Default: 60, or 24 of a
+    teacher that would be read from disk for every token of its answers
+    """
     bench_tokens: Whole = 16
     """tokens timed per model; each model then writes twice as many for `report`; 0: neither"""
     report_to: str | None = None

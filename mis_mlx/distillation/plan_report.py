@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from mis_mlx import cli
@@ -15,6 +16,7 @@ from mis_mlx.reporting import html
 from mis_mlx.settings import workloads
 from mis_mlx.types import duration, gib
 
+NIGHT_S = 8 * 3600.0  # a run that takes longer says so first, and what would take less
 LIFE_BYTES = 150e12  # written: 600 times a 256 GB SSD, a rule of thumb; Apple publishes no figure
 
 
@@ -25,18 +27,21 @@ def table(
     left_out: Sequence[Any] = (),
     more_loss: float = 1.0,
     expected_loss: float | None = None,
+    search_seconds: float = 0.0,
 ) -> str:
     """The plan for people: the student, time and memory of each phase, how; or what would fit.
 
     words: the cuts that make the student. left_out: parts that the budget has no room for, with
     name and budget_bytes, which come first. more_loss: what the student loses without them, as a
-    multiple. expected_loss: with them, in bits per byte. With -v every byte of it.
+    multiple. expected_loss: with them, in bits per byte. search_seconds: of a search for sizes
+    before it. With -v every byte of it.
     """
     job = plan.job
     teacher = job.shown or job.teacher
-    hours = duration(sum(plan.planned.values()))
+    seconds = search_seconds + sum(plan.planned.values())
+    hours = duration(seconds)
     if plan.rates.hot < 1:
-        hot = sum(p.seconds(plan.rates, hot=True) for p in plan.phases)
+        hot = search_seconds + sum(p.seconds(plan.rates, hot=True) for p in plan.phases)
         hours += f" ({duration(hot)} once hot)"
     packed = 0
     if any(p.name == "quantize" for p in plan.phases):
@@ -55,6 +60,8 @@ def table(
         "after": after,
         "words": words,
         "hours": hours,
+        "search_seconds": search_seconds,
+        "night": night(plan, seconds),
         "packed": packed,
         "measured": measured,
         "one": cost_of_a_token,
@@ -76,6 +83,28 @@ def table(
         "verbose": cli.DETAILS in os.environ,
     }
     return html.document("plan.md", {**page, **forms})
+
+
+def night(plan: strategies.MemoryPlan, seconds: float) -> str:
+    """What to leave out of a run of so many seconds longer than a night; '' of another."""
+    if seconds <= NIGHT_S or not plan.fits:
+        return ""
+    job = plan.job
+    blind = replace(job.rounding, q_method="round", target_bpw=None)
+    ways = {
+        "--eval-prompts 0": replace(job, answers=0),
+        "--conversations 0": replace(job, conversations=0),
+        "--q-method round": replace(job, rounding=blind),
+    }
+    saved = {}
+    for flags, less in ways.items():
+        other = strategies.plan_strategy(less, plan.budget_bytes, plan.rates, **plan.strategy)
+        saved[flags] = sum(plan.planned.values()) - sum(other.planned.values())
+    most = sorted(saved, key=saved.__getitem__, reverse=True)
+    told = [
+        f"{flags} saves {duration(saved[flags])}" for flags in most if 10 * saved[flags] > seconds
+    ]
+    return f"This takes longer than a night: {', '.join(told) or 'a smaller model takes less'}."
 
 
 def outcome(plan: strategies.MemoryPlan, teacher: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from mis_mlx.pruning import vocabulary
 from mis_mlx.pruning.select import PruningConfig
 from mis_mlx.quantization import packed_format
 from mis_mlx.settings.parts import part_of
-from mis_mlx.settings.recipe import DistillationConfig, QuantizationConfig
+from mis_mlx.settings.recipe import EVAL_PROMPTS, DistillationConfig, QuantizationConfig
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Budget, Checkpoint
 
@@ -111,6 +111,8 @@ def resolve(
     # With --minutes the first steps say how many there are.
     values["iters"] = recipe.iters if recipe.minutes is None else None
     values["learning_rate"] = recipe.learning_rate
+    if values["eval_prompts"] is None:
+        values["eval_prompts"] = plan.job.answers or EVAL_PROMPTS
     shares: tuple[int, ...] = ()
     if asked.spread == "layers":
         shares = strategies.blocks_by_machine(plan)

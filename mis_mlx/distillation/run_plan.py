@@ -20,6 +20,7 @@ from mis_mlx.pruning import select, vocabulary
 from mis_mlx.quantization import packed_format, stage
 from mis_mlx.runs.run_loop import OpenRun
 from mis_mlx.settings.recipe import (
+    EVAL_PROMPTS,
     FIRST_STEPS,
     ROUND_TO_NEAREST,
     DistillationConfig,
@@ -52,14 +53,14 @@ class RunRequest:
     """What a run is to do, before it is known how.
 
     teacher: with its own vocabulary. recipe: the number of steps may be open. eval_prompts:
-    held-out prompts that the models answer at the end. to_answer: prompts that are answered so that
-    the student learns from it in so many steps.
+    held-out prompts that the models answer at the end; None: the usual number. to_answer: prompts
+    that are answered so that the student learns from it in so many steps.
     """
 
     teacher: Checkpoint
     student: StudentSpec
     recipe: DistillationConfig
-    eval_prompts: int
+    eval_prompts: int | None
     to_answer: Callable[[int], ToAnswer]
 
 
@@ -70,7 +71,7 @@ def plan_run(request: RunRequest, budget: Budget, folder: Path | None) -> strate
     train a student in parts.
     """
     limit = budget.limit_bytes
-    job = measured_block.of_job(_job(request), limit)
+    job = measured_block.of_job(_job(request, budget), limit)
     rates = estimates.machine_rates()
     before = distributed.broadcast_json(lambda: _strategy_of(folder))
     counted = before.pop(PLANNED_ITERS, None)
@@ -135,7 +136,7 @@ def _strategy_of(folder: Path | None) -> dict[str, Any]:
     return strategy
 
 
-def _job(request: RunRequest) -> DistillationSpec:
+def _job(request: RunRequest, budget: Budget) -> DistillationSpec:
     """The distillation that is asked for. MisError where the result cannot be rounded."""
     teacher = request.teacher
     recipe = request.recipe
@@ -152,7 +153,7 @@ def _job(request: RunRequest) -> DistillationSpec:
         stage.check(config, rounding)
     prompts = 0
     if preparation.takes_conversations(load.tokenizer(teacher.path)):
-        prompts = request.eval_prompts
+        prompts = _judging_prompts(request, budget)
     return spec_of(
         model_of(seen, dtype=precision.dtype_of(teacher)),
         model_of(config, dtype=precision.usual_dtype(teacher.precision)),
@@ -165,6 +166,15 @@ def _job(request: RunRequest) -> DistillationSpec:
         answers=prompts,
         answers_known=prompts > 0 and answers.known(teacher, answers.prompts(prompts)),
     )
+
+
+def _judging_prompts(request: RunRequest, budget: Budget) -> int:
+    """Held-out prompts: as asked for; all, where their answers are there; or the usual number."""
+    if request.eval_prompts is not None:
+        return request.eval_prompts
+    if answers.known(request.teacher, answers.prompts(EVAL_PROMPTS)):
+        return EVAL_PROMPTS
+    return writers.judging_prompts(model_of(request.teacher), budget)
 
 
 def _paced(minutes: float, job: DistillationSpec, limit: int, rates: Rates) -> DistillationSpec:

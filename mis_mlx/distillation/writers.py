@@ -17,6 +17,7 @@ from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models.model_size import ModelSize
 from mis_mlx.planner.distillation_spec import SCALES, STORE, DistillationSpec, Writer
 from mis_mlx.quantization import rounding_cost
+from mis_mlx.settings.recipe import EVAL_PROMPTS, EVAL_PROMPTS_STREAMED
 from mis_mlx.types import Budget, MisError
 
 # The phases in which they write.
@@ -41,6 +42,13 @@ def chosen(teacher: ModelSize, count: int, limit: Budget) -> Writer:
     """Who answers `count` prompts: the teacher, where it is whole in memory meanwhile."""
     plan = _plan(teacher, count, limit)
     return "teacher" if plan and plan.headroom_bytes is None else "student"
+
+
+def judging_prompts(teacher: ModelSize, limit: Budget) -> int:
+    """How many held-out prompts teacher and student answer where nobody says a number."""
+    if chosen(teacher, EVAL_PROMPTS_STREAMED, limit) == "teacher":
+        return EVAL_PROMPTS
+    return EVAL_PROMPTS_STREAMED
 
 
 def _plan(m: ModelSize, count: int, limit: Budget) -> WritingPlan | None:

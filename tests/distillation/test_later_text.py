@@ -215,7 +215,7 @@ def test_a_student_that_says_nothing_learns_from_the_first_text(
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_families(kind: str, text_folder: Path, tmp_path: Path) -> None:
     """Their students write, too."""
-    changes = {"num_hidden_layers": LAYERS, "model_type": kind, **OTHERS[kind]}
+    changes = {**OTHERS[kind], "model_type": kind, "num_hidden_layers": LAYERS}
     teacher = tiny.make(tmp_path / "teacher", **changes)
     (teacher / "chat_template.jinja").write_text(tiny.CHAT_TEMPLATE)
     out = tmp_path / "run"
