@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mis_mlx import cli
-from mis_mlx.data import preparation, prompts
+from mis_mlx.data import chat_template, preparation, prompts
 from mis_mlx.distillation import teacher_answers
 from mis_mlx.evaluation import answers
 from mis_mlx.evaluation.answer_figures import MORE_LOOPS
@@ -97,7 +97,10 @@ def _written(teacher: Checkpoint, wanted: Wanted, limit: Budget, *, dry_run: boo
     None where too few answers were usable, which is said.
     """
     count = max(FEWEST, min(MOST, wanted.tokens // teacher_answers.TYPICAL_TOKENS))
-    writing = teacher_answers.WritingSettings(prompts.train(count), seed=wanted.seed)
+    # A model that can call tools shall not forget it.
+    calls = chat_template.knows_tools(load.tokenizer(teacher.path))
+    asked = prompts.train(count, tools=calls)
+    writing = teacher_answers.WritingSettings(asked, seed=wanted.seed)
     identity = run_folder.origin(teacher, "")["teacher"]
     settings = {**writing.settings, "template": teacher_answers.template_sha256(teacher)}
     folder = WRITTEN / f"{teacher.path.name}-{identity[:8]}-{json_sha256(settings)[:8]}"
