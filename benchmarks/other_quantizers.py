@@ -125,7 +125,8 @@ class Unpacked(nn.Module):
         self.mode = packed.mode
         self.scales = packed.scales
         self.biases = packed.biases
-        if "bias" in packed:
+        self.freeze()
+        if "bias" in packed:  # which mlx_lm leaves trainable
             self.bias = packed.bias
         ones = mx.ones_like(packed.scales)
         zeros = mx.zeros_like(packed.biases)
@@ -134,9 +135,14 @@ class Unpacked(nn.Module):
         )
         # The underscore keeps them out of the parameters.
         self._integers = mx.round(whole).astype(mx.uint8)
+        self._packed = packed.weight
         self._looks_up = isinstance(packed, nn.QuantizedEmbedding)
         mx.eval(self._integers)
-        self.freeze()
+
+    @property
+    def weight(self) -> mx.array:
+        """The packed integers, whose number mlx_lm counts."""
+        return self._packed
 
     def weight_of(self, rows: mx.array | None = None) -> mx.array:
         """(out, in) float weights, or those of some rows."""
@@ -173,6 +179,8 @@ def pack_again(model: nn.Module, pairs: dict[str, tuple[nn.Module, Unpacked]]) -
     for packed, wide in pairs.values():
         packed.scales = wide.scales
         packed.biases = wide.biases
+        if "bias" in wide:
+            packed.bias = wide.bias
     model.update_modules(tree_unflatten([(path, packed) for path, (packed, _) in pairs.items()]))
 
 

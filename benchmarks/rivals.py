@@ -250,7 +250,7 @@ class Rivals:
         write(self.name, command, {"given": self.given, "rows": self.rows})
 
     def add(self, label: str, make: Make) -> None:
-        """A row, if it is not there. Another program that does not run here is a finding, too."""
+        """A row, if it is not there. Another program that fails here is said, and left out."""
         if label in self.rows:
             return
         cli.say(f"{label}: begins")
@@ -260,7 +260,7 @@ class Rivals:
             if label.startswith("ours"):
                 raise
             cli.say(f"{label}: {type(error).__name__}: {error}")
-            found = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
+            return
         self.rows[label] = found
         cli.say(f"{label}: {found}")
         self.keep()

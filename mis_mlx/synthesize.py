@@ -1,8 +1,9 @@
 """Let a model write training text, into a folder for --data.
 
 Half of the texts begin with nothing, half with an opening; a chat model gets every second opening
-as a question. They are drawn from the model's probabilities: text that it expects. Loops, repeats
-and texts with few words are left out.
+as a question, and a model that calls tools gets one text in sixteen as a question with tools. They
+are drawn from the model's probabilities: text that it expects. Loops, repeats, texts with few words
+and broken calls are left out.
 """
 
 import json
@@ -17,11 +18,11 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.compute import precision
-from mis_mlx.data import preparation
+from mis_mlx.data import chat_template, preparation, prompts
 from mis_mlx.data.rows import Row
 from mis_mlx.evaluation import repetition, writing_cost
 from mis_mlx.hardware import memory
-from mis_mlx.models import load, mlx_generate
+from mis_mlx.models import load, mlx_generate, tool_calls
 from mis_mlx.models.draws import Draws, Sampling
 from mis_mlx.models.model_size import ModelSize, model_of
 from mis_mlx.models.text_writer import TextWriter
@@ -50,6 +51,7 @@ OPENINGS = Path(__file__).parent / "data" / "openings"
 DOCUMENT = "<|endoftext|>"  # what stands between documents, where a vocabulary has it
 AT_ONCE = 48, 16, 4, 1  # texts, as many as fit; a token of all of them reads the weights once
 OPENING_TOKENS = 64  # of what a text begins with, at most by usual tokenizers
+TOOLS_TOKENS = 512  # of a question with its tools
 SPARE = 4  # more than are missing, for some are not usable
 TRIES = 4  # texts for each one that would do if every one were usable
 SHORT = 120  # characters of a usable text, at least
@@ -120,14 +122,19 @@ def usable(text: str) -> bool:
     return len(text) >= SHORT and words >= WORDLIKE * len(text) and not repetition.loops(text)
 
 
-def way_of(s: Settings, m: ModelSize, limit: Budget) -> writing_cost.WritingPlan:
-    """How the texts are written within the budget. MisError where no way fits."""
+def way_of(
+    s: Settings, m: ModelSize, limit: Budget, *, tools: bool = False
+) -> writing_cost.WritingPlan:
+    """How the texts are written within the budget. tools: some prompts have them.
+
+    MisError where no way fits.
+    """
     return writing_cost.plan_writing(
         m,
         s.num_samples,
         s.max_tokens,
         limit,
-        prompt_tokens=OPENING_TOKENS,
+        prompt_tokens=TOOLS_TOKENS if tools else OPENING_TOKENS,
         at_once=AT_ONCE,
     )
 
@@ -136,7 +143,7 @@ class _Asked(NamedTuple):
     """What text number `number` begins with.
 
     text: the opening, or "". head: token ids that belong to the text. prompt: what the model
-    continues. seed: of its random numbers.
+    continues. seed: of its random numbers. tools: that it may call.
     """
 
     number: int
@@ -145,25 +152,43 @@ class _Asked(NamedTuple):
     head: list[int]
     prompt: list[int]
     seed: int
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
-def _asked(s: Settings, tokenizer: Any, number: int, begun: Sequence[str]) -> _Asked:
-    """It depends on the settings and the text's number alone. begun: openings."""
+def _asked(
+    s: Settings,
+    tokenizer: Any,
+    number: int,
+    begun: Sequence[str],
+    calling: Sequence[prompts.Prompt] = (),
+) -> _Asked:
+    """It depends on the settings and the text's number alone.
+
+    begun: openings. calling: prompts with tools, where the model calls any.
+    """
     rng = np.random.default_rng([s.seed, number])
     text = ""
     if begun and number % 2:
         text = str(rng.choice(begun))
     head = list(tokenizer.encode(text, add_special_tokens=False))
     chat = bool(number % 4 == 3 and tokenizer.has_chat_template)  # every second opening
+    tools: tuple[Mapping[str, Any], ...] = ()
+    if chat and calling and number % prompts.TOOLS_EVERY == prompts.TOOLS_EVERY - 1:
+        chosen = calling[int(rng.integers(len(calling)))]
+        text = chosen.turns[0]
+        tools = chosen.tools
     if chat:
-        prompt = mlx_generate.encode(tokenizer, text)
+        question = [{"role": "user", "content": text}]
+        prompt = mlx_generate.chat_ids(tokenizer, question, tools=tools)
     else:
         start = tokenizer.get_vocab().get(DOCUMENT, tokenizer.bos_token_id)
         if start is None:
             start = tokenizer.eos_token_id
         prompt = [start, *head]
     seed = int(rng.integers(2**31))
-    return _Asked(number=number, text=text, chat=chat, head=head, prompt=prompt, seed=seed)
+    return _Asked(
+        number=number, text=text, chat=chat, head=head, prompt=prompt, seed=seed, tools=tools
+    )
 
 
 def write(
@@ -175,18 +200,32 @@ def write(
     """
     begun = openings(s.languages, s.openings)
     stop = set(tokenizer.eos_token_ids)
-    asked = [_asked(s, tokenizer, number, begun) for number in numbers]
+    calling = prompts.calling() if chat_template.knows_tools(tokenizer) else []
+    asked = [_asked(s, tokenizer, number, begun, calling) for number in numbers]
     draws = Draws(Sampling(s.temp), [text.seed for text in asked])
-    prompts = [text.prompt for text in asked]
-    for place, ids in writer.completions(prompts, s.max_tokens, stop, draws):
-        number, text, chat, head, *_ = asked[place]
+    continued = [text.prompt for text in asked]
+    for place, ids in writer.completions(continued, s.max_tokens, stop, draws):
+        number, text, chat, head, *_, tools = asked[place]
         new = [token for token in ids if token not in stop]
         # decoded in one piece: head and rest apart may lose a blank
         written = tokenizer.decode(new if chat else head + new).strip()
+        if tools:
+            yield number, _called(text, written, tokenizer, tools)
+            continue
         row: Row = {"text": written}
         if chat:
             row = {"prompt": text, "completion": written}
         yield number, row if usable(written) else None
+
+
+def _called(
+    text: str, written: str, tokenizer: Any, tools: Sequence[Mapping[str, Any]]
+) -> Row | None:
+    """A conversation with tools; None where its call is broken, or it says nothing."""
+    reply = tool_calls.reply(written, tokenizer, tools)
+    if reply is None or (not reply.get("tool_calls") and not usable(written)):
+        return None
+    return {"messages": [{"role": "user", "content": text}, reply], "tools": list(tools)}
 
 
 def _stored(part: Path, head: str) -> dict[int, Row | None]:
@@ -316,7 +355,8 @@ def make(settings: Settings) -> dict[str, Any]:
     checkpoint = run_loop.open_model(settings, settings.model, place=settings.out, new="--out")
     openings(settings.languages, settings.openings)
     limit = memory.budget(settings.budget_bytes)
-    writing_plan = way_of(settings, model_of(checkpoint), limit)
+    calls = chat_template.knows_tools(load.tokenizer(checkpoint.path))
+    writing_plan = way_of(settings, model_of(checkpoint), limit, tools=calls)
     streamed = ""
     if writing_plan.headroom_bytes is not None:
         streamed = ", read from disk for every token of them"

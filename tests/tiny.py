@@ -543,6 +543,13 @@ def talking(folder: Path, seed: int = 0, ending: float = 1.0, **changes: Any) ->
     return folder
 
 
+def calling(folder: Path) -> Path:
+    """`talking`, with a template that tells of tools; it babbles, and calls none."""
+    talking(folder, max_position_embeddings=4096)
+    (folder / "chat_template.jinja").write_text(TOOL_TEMPLATE)
+    return folder
+
+
 def joined(folder: Path) -> Path:
     """A phi3: the tiny untied llama of seed 0, its q, k and v in one matrix and its gate and up in
     another.

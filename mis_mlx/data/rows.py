@@ -1,7 +1,7 @@
 """Rows of JSON lines: read line by line, judged by the keys that they owe, refused or counted.
 
 Rows of training text are mlx-lm's: {"text"}, {"prompt", "completion"} or {"messages": [{"role",
-"content"}, ...]}.
+"content"}, ...]}, the last one perhaps with "tools" and with messages that call them.
 
 Of a text that is too large some rows are drawn (data/row_draw), and only these are parsed, judged
 and used.
@@ -144,9 +144,7 @@ def fault(row: object, shapes: Shapes) -> str | None:
         wanted = " nor ".join(map(_quoted, shapes.values()))
         return f"has {'no' if len(shapes) == 1 else 'neither'} {wanted} (its keys: {keys})"
     if shape == "messages":
-        if row.get("tools"):
-            return "tools are not supported"
-        return _messages_fault(row["messages"])
+        return _tools_fault(row.get("tools")) or _messages_fault(row["messages"])
     for key in shapes[shape]:
         why = None if key == "options" else text_fault(key, row[key])
         if why:
@@ -164,12 +162,46 @@ def _messages_fault(messages: object) -> str | None:
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict):
             return f"message {number} is {_kind(message)}, not an object"
-        if message.get("tool_calls"):
-            return f"message {number} calls tools, which is not supported"
+        calls = message.get("tool_calls")
+        reason = _calls_fault(calls)
+        if reason:
+            return f"message {number}: {reason}"
         for key in ("role", "content"):
-            reason = text_fault(key, message.get(key))
+            value = message.get(key)
+            if key == "content" and calls and value == "":
+                continue
+            reason = text_fault(key, value)
             if reason:
                 return f"message {number}: {reason}"
+    return None
+
+
+def _tools_fault(tools: object) -> str | None:
+    """Why a row's tools are not what chat templates take; None: they are, or there are none."""
+    if not tools:
+        return None
+    if not isinstance(tools, list):
+        return f"'tools' is {_kind(tools)}, not a list"
+    for number, tool in enumerate(tools, 1):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            return f"tool {number} is not {{'type': 'function', 'function': {{'name': ...}}}}"
+    return None
+
+
+def _calls_fault(calls: object) -> str | None:
+    """Why a message's calls are not what chat templates take; None as in `_tools_fault`."""
+    if not calls:
+        return None
+    if not isinstance(calls, list):
+        return f"'tool_calls' is {_kind(calls)}, not a list"
+    for number, call in enumerate(calls, 1):
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            return f"call {number} is not {{'function': {{'name': ..., 'arguments': ...}}}}"
+        if not isinstance(function.get("arguments"), dict):
+            given = _kind(function.get("arguments"))
+            return f"the arguments of call {number} are {given}, not an object"
     return None
 
 
@@ -198,7 +230,17 @@ def _bare(row: Row) -> Row:
     keys = TEXT[shape_of(row, TEXT) or "text"]
     bare = {key: row[key] for key in keys}
     if "messages" in bare:
-        bare["messages"] = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
+        bare["messages"] = [_bare_message(message) for message in row["messages"]]
+        if row.get("tools"):
+            bare["tools"] = row["tools"]
+    return bare
+
+
+def _bare_message(message: Row) -> Row:
+    bare = {"role": message["role"], "content": message["content"]}
+    for key in ("tool_calls", "name", "tool_call_id"):
+        if message.get(key) and (key == "tool_calls" or message["role"] == "tool"):
+            bare[key] = message[key]
     return bare
 
 

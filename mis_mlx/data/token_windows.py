@@ -172,6 +172,7 @@ def conversation(row: Row, tokenizer: Any, mask_prompt: bool) -> Marked:
     are those of the conversation up to it: the templates of some models rewrite earlier turns.
     """
     messages = _messages(row)
+    _check_tools(row, tokenizer)
     thinking = chat_template.thinks(messages, tokenizer)
     told: dict[str, Any] = {"thinking": thinking, "tools": row.get("tools") or ()}
     ids = _render(messages, tokenizer, **told)
@@ -196,6 +197,17 @@ def conversation(row: Row, tokenizer: Any, mask_prompt: bool) -> Marked:
         count = end - begin
         loss_mask[begin:end] = [1] * count
     return ids, loss_mask
+
+
+def _check_tools(row: Row, tokenizer: Any) -> None:
+    """MisError for a row with tools that the chat template would leave out in silence."""
+    if not row.get("tools") and not any(m.get("tool_calls") for m in _messages(row)):
+        return
+    if not chat_template.knows_tools(tokenizer):
+        raise MisError(
+            "the text has conversations with tools, but this model's chat template knows none: "
+            "leave these rows out, or take a model that calls tools"
+        )
 
 
 def prompt_ids(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mis_mlx import cli
-from mis_mlx.data import preparation
+from mis_mlx.data import chat_template, preparation
 from mis_mlx.distillation import teacher_answers, writers
 from mis_mlx.evaluation import answers
 from mis_mlx.evaluation.answer_figures import MORE_LOOPS
@@ -91,17 +91,21 @@ def source(
 def _writer(teacher: Checkpoint, wanted: Wanted, limit: Budget) -> Writer:
     """Who writes where that is not decided yet."""
     found = to_answer(teacher, wanted)
-    return "teacher" if found.known else writers.chosen(model_of(teacher), found.count, limit)
+    if found.known:
+        return "teacher"
+    return writers.chosen(model_of(teacher), found.asked, limit, tools=found.tools)
 
 
 class ToAnswer(NamedTuple):
     """Prompts that are answered so that a student learns from it.
 
-    count: 0: none. known: whether the teacher's answers are there from an earlier run.
+    asked: 0: none. known: whether the teacher's answers are there from an earlier run. tools:
+    whether some ask for calls of tools.
     """
 
-    count: int
+    asked: int
     known: bool = False
+    tools: bool = False
 
 
 def to_answer(teacher: Checkpoint, wanted: Wanted) -> ToAnswer:
@@ -111,14 +115,15 @@ def to_answer(teacher: Checkpoint, wanted: Wanted) -> ToAnswer:
     if answers.shipped_for(teacher):
         return ToAnswer(0)
     file = _file_of(teacher, wanted)
-    return ToAnswer(_count(wanted), known=distributed.broadcast_json(file.exists))
+    known = distributed.broadcast_json(file.exists)
+    return ToAnswer(_count(wanted), known=known, tools=_knows_tools(teacher))
 
 
 def _file_of(teacher: Checkpoint, wanted: Wanted) -> Path:
     """The file of a teacher's answers, which later runs use again."""
     identity = run_folder.origin(teacher, "")["teacher"]
     template = teacher_answers.template_sha256(teacher)
-    settings = {**settings_of(wanted).settings, "template": template}
+    settings = {**settings_of(teacher, wanted).settings, "template": template}
     folder = WRITTEN / f"{teacher.path.name}-{identity[:8]}-{json_sha256(settings)[:8]}"
     return folder / "answers.jsonl"
 
@@ -153,9 +158,16 @@ def _has_conversations(data: str, visited: int, *, dry_run: bool) -> bool:
         raise
 
 
-def settings_of(wanted: Wanted) -> teacher_answers.WritingSettings:
-    """How our prompts are answered for a run."""
-    return writers.settings_of(_count(wanted), wanted.seed)
+def settings_of(teacher: Checkpoint, wanted: Wanted) -> teacher_answers.WritingSettings:
+    """How our prompts are answered for a run.
+
+    A model that can call tools shall not forget it, so some prompts ask it to.
+    """
+    return writers.settings_of(_count(wanted), wanted.seed, tools=_knows_tools(teacher))
+
+
+def _knows_tools(teacher: Checkpoint) -> bool:
+    return chat_template.knows_tools(load.tokenizer(teacher.path))
 
 
 def _written(teacher: Checkpoint, wanted: Wanted, limit: Budget, *, dry_run: bool) -> Path | None:
@@ -164,7 +176,7 @@ def _written(teacher: Checkpoint, wanted: Wanted, limit: Budget, *, dry_run: boo
     None where too few answers were usable, which is said.
     """
     count = _count(wanted)
-    writing = settings_of(wanted)
+    writing = settings_of(teacher, wanted)
     file = _file_of(teacher, wanted)
     folder = file.parent
     if distributed.broadcast_json(file.exists):

@@ -81,7 +81,7 @@ def plan_run(request: RunRequest, budget: Budget, folder: Path | None) -> strate
     elif request.recipe.minutes is not None:
         job = _paced(request.recipe.minutes, job, limit, rates)
     found = request.to_answer(job.iters)
-    if found.count:
+    if found.asked:
         job = _with_writer(job, found, writer, budget)
 
     def strategy() -> dict[str, Any]:
@@ -105,9 +105,11 @@ def _with_writer(
     """
     teacher = job.shown or job.teacher
     if writer is None:
-        writer = "teacher" if found.known else writers.chosen(teacher, found.count, budget)
-    count = 0 if found.known and writer == "teacher" else found.count
-    return replace(job, conversations=count, writer=writer)
+        writer = "teacher"
+        if not found.known:
+            writer = writers.chosen(teacher, found.asked, budget, tools=found.tools)
+    count = 0 if found.known and writer == "teacher" else found.asked
+    return replace(job, conversations=count, asks_tools=found.tools, writer=writer)
 
 
 def stored_strategy(plan: strategies.MemoryPlan) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from mis_mlx.data.rows import Row
 from mis_mlx.evaluation import answer_figures, answers, repetition, writing_cost
 from mis_mlx.evaluation.answer_records import Answer
 from mis_mlx.hardware import memory
-from mis_mlx.models import load
+from mis_mlx.models import load, tool_calls
 from mis_mlx.models.draws import Draws, Sampling
 from mis_mlx.models.model_size import ModelSize, model_of
 from mis_mlx.reporting import progress
@@ -32,6 +32,7 @@ from mis_mlx.types import Budget, Checkpoint, MisError
 
 AT_ONCE = (64, 44, 24, 8, 1)  # answers written together, as many as fit
 TYPICAL_TOKENS = 96  # of a prompt of ours, with a template around it
+TOOLS_TOKENS = 512  # of one that tells of tools
 SENTENCE_END = re.compile(r"[.!?][\"”’)]*(?=\s|$)")
 SEED_BITS = 32  # of a seed that tell prompts apart; turns are told apart by those above
 USABLE = 0.1  # share of the answers, below which a teacher is none to learn answers from
@@ -50,7 +51,9 @@ class WritingSettings:
     @property
     def settings(self) -> dict[str, Any]:
         """What answers depend on, apart from the teacher."""
-        asked = [[prompt.kind, prompt.language, *prompt.turns] for prompt in self.prompts]
+        asked = [
+            [prompt.kind, prompt.language, *prompt.turns, *prompt.tools] for prompt in self.prompts
+        ]
         return {
             "prompts": json_sha256(asked),
             "max_tokens": self.max_tokens,
@@ -63,12 +66,13 @@ class WritingSettings:
 def plan(model: ModelSize, settings: WritingSettings, limit: Budget) -> writing_cost.WritingPlan:
     """Memory and time of the writing. MisError where the teacher does not fit the budget."""
     answered = sum(len(prompt.turns) for prompt in settings.prompts)
+    with_tools = any(prompt.tools for prompt in settings.prompts)
     return writing_cost.plan_writing(
         model,
         answered,
         settings.max_tokens,
         limit,
-        prompt_tokens=TYPICAL_TOKENS,
+        prompt_tokens=TOOLS_TOKENS if with_tools else TYPICAL_TOKENS,
         at_once=AT_ONCE,
         name="teacher's answers",
     )
@@ -105,7 +109,7 @@ def without_loops(talks: Sequence[Row]) -> list[Row]:
                 messages = messages[: max(0, number - 1)]  # the question goes, too
                 break
         if messages:
-            kept.append({"messages": messages})
+            kept.append({**talk, "messages": messages})
     return kept
 
 
@@ -173,7 +177,7 @@ def write(
                 show(len(said))
             mx.clear_cache()
 
-        kept = without_loops(_conversations(settings.prompts, said, ask))
+        kept = without_loops(_conversations(settings.prompts, said, ask, tokenizer))
         show(total)
     count = len(settings.prompts)
     if len(kept) < USABLE * count:
@@ -213,16 +217,17 @@ def _conversations(
     prompts: Sequence[Prompt],
     said: Mapping[tuple[int, int], Answer],
     ask: Callable[[int, Mapping[int, answers.Prompt]], None],
+    tokenizer: Any = None,
 ) -> list[Row]:
     """The conversations of all prompts, in their order.
 
     said: answers by turn and number of the prompt. ask(turn, prompts by number): puts their answers
-    there.
+    there. tokenizer: it knows how its model calls tools.
 
     A turn is answered once those before it are. An answer of which nothing is kept, or that was cut
     off, ends its conversation; the turns before it stay.
     """
-    talks: list[list[dict[str, str]]] = [[] for _ in prompts]
+    talks: list[list[dict[str, Any]]] = [[] for _ in prompts]
     going_on = list(range(len(prompts)))
     for turn in range(max(len(prompt.turns) for prompt in prompts)):
         asked = dict[int, answers.Prompt]()
@@ -234,15 +239,31 @@ def _conversations(
                     messages=(*talks[number], question),
                     kind=prompt.kind,
                     language=prompt.language,
+                    tools=prompt.tools,
                 )
         ask(turn, asked)
         going_on = []
         for number, question_of in asked.items():
             answer = said[turn, number]
-            text = kept_text(answer)
-            if text:
-                reply = {"role": "assistant", "content": text}
-                talks[number] = [*question_of.messages, reply]
-            if text and answer.ended:
+            reply = _reply(answer, question_of, tokenizer)
+            if reply is None:
+                continue
+            talks[number] = [*question_of.messages, reply]
+            if answer.ended:
                 going_on.append(number)
-    return [{"messages": talk} for talk in talks if talk]
+    rows = list[Row]()
+    for prompt, talk in zip(prompts, talks, strict=True):
+        if talk:
+            tools = {"tools": list(prompt.tools)} if prompt.tools else {}
+            rows.append({"messages": talk, **tools})
+    return rows
+
+
+def _reply(answer: Answer, question: answers.Prompt, tokenizer: Any) -> dict[str, Any] | None:
+    """The message to learn from; None where nothing of an answer is kept."""
+    text = kept_text(answer)
+    if not text:
+        return None
+    if question.tools:
+        return tool_calls.reply(text, tokenizer, question.tools)
+    return {"role": "assistant", "content": text}

@@ -27,20 +27,22 @@ STUDENT = "student's answers"
 SECOND_STORE = "second logit store"
 
 
-def settings_of(count: int, seed: int = 0) -> teacher_answers.WritingSettings:
-    """How the first `count` of our prompts are answered."""
-    return teacher_answers.WritingSettings(_prompts(count), seed=seed)
+def settings_of(
+    count: int, seed: int = 0, *, tools: bool = False
+) -> teacher_answers.WritingSettings:
+    """How the first `count` of our prompts are answered. tools: as in `prompts.train`."""
+    return teacher_answers.WritingSettings(_prompts(count, tools), seed=seed)
 
 
 @cache
-def _prompts(count: int) -> tuple[prompts.Prompt, ...]:
+def _prompts(count: int, tools: bool) -> tuple[prompts.Prompt, ...]:
     """The first ones, read once a process: a plan asks many times."""
-    return tuple(prompts.train(count))
+    return tuple(prompts.train(count, tools=tools))
 
 
-def chosen(teacher: ModelSize, count: int, limit: Budget) -> Writer:
+def chosen(teacher: ModelSize, count: int, limit: Budget, *, tools: bool = False) -> Writer:
     """Who answers `count` prompts: the teacher, where it is whole in memory meanwhile."""
-    plan = _plan(teacher, count, limit)
+    plan = _plan(teacher, count, limit, tools=tools)
     return "teacher" if plan and plan.headroom_bytes is None else "student"
 
 
@@ -51,10 +53,10 @@ def judging_prompts(teacher: ModelSize, limit: Budget) -> int:
     return EVAL_PROMPTS_STREAMED
 
 
-def _plan(m: ModelSize, count: int, limit: Budget) -> WritingPlan | None:
+def _plan(m: ModelSize, count: int, limit: Budget, *, tools: bool) -> WritingPlan | None:
     """How a model writes; None where it does not fit the budget in any way."""
     try:
-        return teacher_answers.plan(m, settings_of(count), limit)
+        return teacher_answers.plan(m, settings_of(count, tools=tools), limit)
     except MisError:
         return None
 
@@ -63,7 +65,8 @@ def teacher_cost(job: DistillationSpec, limit: int) -> list[StageCost]:
     """[what the teacher takes to answer], [] where nobody or the student does."""
     if not job.conversations or job.writer != "teacher":
         return []
-    plan = _plan(job.shown or job.teacher, job.conversations, Budget(limit))
+    teacher = job.shown or job.teacher
+    plan = _plan(teacher, job.conversations, Budget(limit), tools=job.asks_tools)
     return [replace(plan.cost, name=TEACHER)] if plan else []
 
 
@@ -78,9 +81,8 @@ def with_student(
     names = [phase.name for phase in phases]
     if not job.conversations or job.writer != "student" or SCALES not in names:
         return phases
-    plan = _plan(
-        rounding_cost.packed_size(job.student, job.rounding), job.conversations, Budget(limit)
-    )
+    student = rounding_cost.packed_size(job.student, job.rounding)
+    plan = _plan(student, job.conversations, Budget(limit), tools=job.asks_tools)
     if plan is None:
         return phases
     begin = list(phases[: names.index(SCALES)])

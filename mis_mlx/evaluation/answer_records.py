@@ -5,6 +5,7 @@ A file is JSON lines: an optional header, then a record for every prompt, {"prom
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,15 @@ LANGUAGES = ("en", "pl")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation whose last message is the user's: {"role", "content"} each."""
+    """A conversation whose last message is the user's: {"role", "content"} each.
 
-    messages: tuple[dict[str, str], ...]
+    tools: that the model may call, as chat templates take them.
+    """
+
+    messages: tuple[dict[str, Any], ...]
     kind: str
     language: str
+    tools: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def sha256(self) -> str:

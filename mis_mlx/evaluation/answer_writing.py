@@ -26,7 +26,7 @@ def plan(
 ) -> writing_cost.WritingPlan:
     """How a model's answers are written within the budget. MisError where nothing fits."""
     tokenizer = load.tokenizer(model.path)
-    lengths = [len(mlx_generate.chat_ids(tokenizer, prompt.messages)) for prompt in asked]
+    lengths = [len(_ids(tokenizer, prompt)) for prompt in asked]
     return writing_cost.plan_writing(
         model_of(model),
         len(asked),
@@ -35,6 +35,11 @@ def plan(
         prompt_tokens=max(lengths),
         at_once=[min(size, len(asked)) for size in at_once],
     )
+
+
+def _ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Token ids up to where the answer begins."""
+    return mlx_generate.chat_ids(tokenizer, prompt.messages, tools=prompt.tools)
 
 
 def answered(
@@ -53,7 +58,7 @@ def answered(
     if isinstance(limits, int):
         limits = [limits] * len(asked)
     stops = set(tokenizer.eos_token_ids)
-    prompt_ids = [mlx_generate.chat_ids(tokenizer, prompt.messages) for prompt in asked]
+    prompt_ids = [_ids(tokenizer, prompt) for prompt in asked]
     for number, ids in writer.completions(prompt_ids, max(limits, default=0), stops, draws):
         ids = ids[: limits[number]]  # it was written beside longer ones
         ended = ids[-1] in stops

@@ -24,6 +24,26 @@ def read(text: str, tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> list[
     return _by_json(text)
 
 
+def reply(text: str, tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What a model has written as a message of a conversation; None for a call that is broken.
+
+    Calls between the model's own marks stand apart from the text, so that its template writes them
+    again; others stay what they are, words.
+    """
+    calls = read(text, tokenizer, tools)
+    if calls is None:
+        return None
+    start = getattr(tokenizer, "tool_call_start", None)
+    if not calls or not start or start not in text:
+        return {"role": "assistant", "content": text}
+    called = []
+    for number, call in enumerate(calls):
+        name = f"call{number:05d}"  # Mistral's templates want nine characters
+        called.append({"id": name, "type": "function", "function": call})
+    before = text.partition(start)[0].strip()
+    return {"role": "assistant", "content": before, "tool_calls": called}
+
+
 def _by_mlx_lm(text: str, tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> list[Call] | None:
     """As `read`, by the parser of the model's own marks."""
     calls = []

@@ -42,6 +42,7 @@ class DistillationSpec(DistillationConfig):
     # the teacher with its own vocabulary, where the student has another
     shown: ModelSize | None = None
     conversations: int = 0  # prompts that are answered so that the student learns from that
+    asks_tools: bool = False  # whether some of them ask for calls of tools
     writer: Writer = "teacher"  # of these answers; nobody is, where a student would learn nothing
     answers: int = 0  # held-out prompts that teacher and student answer at the end
     answers_known: bool = False  # the teacher's are kept from before, or came with the package

@@ -37,11 +37,25 @@ BAD_LINES = {
     ),
     "tools": (
         b'{"messages": [{"role": "user", "content": "a"}], "tools": [{}]}',
-        "tools are not supported",
+        "tool 1 is not {'type': 'function', 'function': {'name': ...}}",
+    ),
+    "tools a text": (
+        b'{"messages": [{"role": "user", "content": "a"}], "tools": "all"}',
+        "'tools' is text, not a list",
     ),
     "tool calls": (
-        b'{"messages": [{"role": "assistant", "tool_calls": [{}]}]}',
-        "message 1 calls tools",
+        b'{"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}',
+        "message 1: call 1 is not {'function': {'name': ..., 'arguments': ...}}",
+    ),
+    "arguments in a text": (
+        b'{"messages": [{"role": "assistant", "content": "", "tool_calls": [{"function": '
+        b'{"name": "a", "arguments": "{}"}}]}]}',
+        "message 1: the arguments of call 1 are text, not an object",
+    ),
+    "a call without content": (
+        b'{"messages": [{"role": "assistant", "tool_calls": [{"function": '
+        b'{"name": "a", "arguments": {}}}]}]}',
+        "message 1: 'content' is null",
     ),
     "too deep": (b"[" * 200_000, "not valid JSON (nested too deeply)"),
     "huge number": (
@@ -134,3 +148,25 @@ def test_rows_lose_the_keys_nothing_reads(tmp_path: Path) -> None:
         {"prompt": "a", "completion": "b"},
         {"messages": [{"role": "user", "content": "a"}]},
     )
+
+
+def test_conversations_with_tools_are_kept_whole(tmp_path: Path) -> None:
+    """The tools, the calls, and what came of them; keys that nothing reads go."""
+    call = {"id": "a", "type": "function", "function": {"name": "get_time", "arguments": {}}}
+    row = {
+        "messages": [
+            {"role": "user", "content": "What time is it?", "name": "Ola"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "12:30", "tool_call_id": "a", "name": "get_time"},
+            {"role": "assistant", "content": "Half past twelve."},
+        ],
+        "tools": [{"type": "function", "function": {"name": "get_time", "parameters": {}}}],
+        "source": "nobody",
+    }
+    reading = rows.read(_file(tmp_path, json.dumps(row).encode()))
+    (kept,) = reading.rows
+    assert not reading.problems
+    assert kept["tools"] == row["tools"]
+    assert kept["messages"][1:] == row["messages"][1:]
+    assert kept["messages"][0] == {"role": "user", "content": "What time is it?"}
+    assert "source" not in kept

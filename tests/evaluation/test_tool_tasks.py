@@ -171,9 +171,7 @@ def test_a_model_without_tools_in_its_template_is_refused(tmp_path: Path) -> Non
 @pytest.fixture
 def calling(tmp_path: Path) -> Checkpoint:
     """A tiny model whose template tells of tools; it babbles."""
-    folder = tiny.talking(tmp_path / "calling", max_position_embeddings=4096)
-    (folder / "chat_template.jinja").write_text(tiny.TOOL_TEMPLATE)
-    return load.open_checkpoint(folder)
+    return load.open_checkpoint(tiny.calling(tmp_path / "calling"))
 
 
 def test_the_template_tells_of_tools(calling: Checkpoint) -> None:

@@ -1,0 +1,110 @@
+"""Tools in the text to learn from: prompts, what a teacher makes of them, and their tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mis_mlx import synthesize
+from mis_mlx.data import preparation, prompts, token_windows
+from mis_mlx.distillation import conversations, teacher_answers
+from mis_mlx.hardware import memory
+from mis_mlx.models import load, tool_calls
+from mis_mlx.types import Checkpoint, MisError
+from tests import tiny
+
+CALL = {"name": "set_alarm", "arguments": {"time": "06:30"}}
+JSON = '{"name": "set_alarm", "arguments": {"time": "06:30"}}'
+
+
+@pytest.fixture
+def calling(tmp_path: Path) -> Checkpoint:
+    """A model whose template tells of tools."""
+    return load.open_checkpoint(tiny.calling(tmp_path / "calling"))
+
+
+class Marked:
+    """A tokenizer whose model marks its calls."""
+
+    tool_call_start = "<tool_call>"
+    tool_call_end = "</tool_call>"
+
+    @staticmethod
+    def tool_parser(text: str, _tools: Any) -> Any:
+        return json.loads(text)
+
+
+def test_one_prompt_in_sixteen_has_tools() -> None:
+    """The others stay what they are, in their order, and a model without tools gets these alone."""
+    plain = prompts.train()
+    both = prompts.train(tools=True)
+    assert [prompt for prompt in both if not prompt.tools] == plain
+    with_tools = [number for number, prompt in enumerate(both) if prompt.tools]
+    assert with_tools[:3] == [15, 31, 47]
+    assert len(prompts.train(240, tools=True)) == 240
+    assert {prompt.kind for prompt in prompts.calling()} == {"tools"}
+    assert all(len(prompt.tools) == 3 for prompt in prompts.calling())
+
+
+def test_calls_stand_apart_from_words_where_the_model_marks_them() -> None:
+    """Its template writes them again; what is not marked stays words, and a broken call goes."""
+    called = tool_calls.reply(f"Well:\n<tool_call>\n{JSON}\n</tool_call>", Marked(), [])
+    assert called is not None
+    assert called["content"] == "Well:"
+    assert [call["function"] for call in called["tool_calls"]] == [CALL]
+    assert tool_calls.reply(JSON, Marked(), []) == {"role": "assistant", "content": JSON}
+    assert tool_calls.reply('<tool_call>{"name": ', Marked(), []) is None
+    prompt = prompts.calling()[0]
+    row = synthesize._called("Wake me.", f"<tool_call>{JSON}</tool_call>", Marked(), prompt.tools)
+    assert row is not None
+    assert row["messages"][0] == {"role": "user", "content": "Wake me."}
+    assert row["tools"] == list(prompt.tools)
+    assert synthesize._called("Wake me.", "No.", Marked(), prompt.tools) is None
+
+
+def test_the_tokens_of_a_call_are_learned(calling: Checkpoint) -> None:
+    """Behind the tools and the question, which are not."""
+    tokenizer = load.tokenizer(calling.path)
+    prompt = prompts.calling()[0]
+    called = {"type": "function", "function": CALL}
+    messages = [
+        {"role": "user", "content": "Wake me."},
+        {"role": "assistant", "content": "", "tool_calls": [called]},
+    ]
+    row = {"messages": messages, "tools": list(prompt.tools)}
+    ids, learned = token_windows.conversation(row, tokenizer, mask_prompt=True)
+    own = [token for token, mark in zip(ids, learned, strict=True) if mark]
+    assert JSON in tokenizer.decode(own)
+    others = [token for token, mark in zip(ids, learned, strict=True) if not mark]
+    assert prompt.tools[0]["function"]["name"] in tokenizer.decode(others)
+
+
+def test_a_template_without_tools_refuses_them(tmp_path: Path) -> None:
+    """It would leave them out without a word."""
+    chat = load.open_checkpoint(tiny.talking(tmp_path / "chat"))
+    row = {"messages": preparation.TALK["messages"], "tools": list(prompts.calling()[0].tools)}
+    with pytest.raises(MisError, match="this model's chat template knows none"):
+        token_windows.conversation(row, load.tokenizer(chat.path), mask_prompt=True)
+
+
+def test_a_teacher_that_calls_tools_is_asked_to(
+    calling: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answers come with the tools, and are text to learn from."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(conversations, "FEWEST", 48)
+    monkeypatch.setattr(teacher_answers.WritingSettings, "max_tokens", 8)
+    wanted = conversations.wanted_of(None, None, visited=0, seed=0)
+    source = conversations.source(calling, wanted, memory.budget(None))
+    assert source.answers is not None
+    lines = source.answers.read_text("utf-8").splitlines()
+    with_tools = [row for row in map(json.loads, lines) if row.get("tools")]
+    assert 0 < len(with_tools) <= 3
+    asked = {prompt.turns[0] for prompt in prompts.calling()}
+    assert all(row["messages"][0]["content"] in asked for row in with_tools)
+    (kept,) = [row for row in preparation.read(source.answers).rows if row.get("tools")][:1]
+    ids, _ = token_windows.conversation(kept, load.tokenizer(calling.path), mask_prompt=True)
+    assert len(ids) > 100
