@@ -184,9 +184,9 @@ def write_quantized(
     """Commit the new folder `out`, which stock mlx-lm reads.
 
     It has packed weights, and scales and biases in float16 (or scales of 8 bits, in other modes).
-    rounded: the blocks' matrices, from quantization/stage; default: the nearest values. extra: more
-    files, by name. fit: nearest values are those of `rounding.fitted` in place of MLX's own, in
-    affine formats. Returns the bits per weight, bytes and the group size used most. MisError when
+    rounded: the blocks' matrices, and then the head where `compensated_head` names it, from
+    quantization/stage; default: the nearest values. extra: more files, by name. fit: nearest values
+    are those of `rounding.fitted` in place of MLX's own, in affine formats. Returns the bits per weight, bytes and the group size used most. MisError when
     the model is quantized already, or has weights that are not numbers or too large.
     """
     check_dense(checkpoint)
@@ -196,11 +196,12 @@ def write_quantized(
         if kind != common:
             settings[path] = kind.settings
     config = {**checkpoint.config, "quantization": settings, "quantization_config": settings}
-    specs = _specs(checkpoint, plan)
+    last = compensated_head(checkpoint, plan) if rounded else None
+    specs = _specs(checkpoint, plan, last)
     model_writer.write_folder(
         config,
         specs,
-        _packed(checkpoint, plan, rounded, fit=fit),
+        _packed(checkpoint, plan, rounded, last=last, fit=fit),
         source=checkpoint.path,
         out=out,
         files=files,
@@ -209,16 +210,42 @@ def write_quantized(
     return figures(checkpoint, plan)
 
 
+def compensated_head(checkpoint: Checkpoint, plan: Formats) -> str | None:
+    """The module path of a head that is rounded by what reaches it, behind the blocks.
+
+    None where it has so many bits, or such a format, that it gets its nearest values. A tied head
+    is the embedding, too.
+    """
+    path = load.head_prefix(checkpoint).rstrip(".")
+    kind = plan.get(path)
+    if kind is None or kind.mode != "affine" or kind.bits >= rounding.ENOUGH_BITS:
+        return None
+    return path
+
+
 def _usual_format(plan: Formats) -> Format:
     """The format that most matrices of blocks have."""
     in_blocks = [kind for path, kind in plan.items() if arch.block_of(path) is not None]
     return max(set(in_blocks), key=lambda kind: (in_blocks.count(kind), kind))
 
 
-def _specs(checkpoint: Checkpoint, plan: Formats) -> dict[str, safetensors.Spec]:
-    """{name: (type, shape)} of a dense model's tensors, once its matrices are packed as planned."""
+def _names(checkpoint: Checkpoint, last: str | None) -> list[str]:
+    """A dense model's tensors in the order of a file. last: the module that is rounded last."""
+    names = list(arch.tensors_of(checkpoint.config, stacked=True))
+    return sorted(names, key=lambda name: name == f"{last}.weight")
+
+
+def _specs(
+    checkpoint: Checkpoint, plan: Formats, last: str | None = None
+) -> dict[str, safetensors.Spec]:
+    """{name: (type, shape)} of a dense model's tensors, once its matrices are packed as planned.
+
+    last: as of `_names`.
+    """
     specs: dict[str, safetensors.Spec] = {}
-    for name, shape in arch.tensors_of(checkpoint.config, stacked=True).items():
+    shapes = arch.tensors_of(checkpoint.config, stacked=True)
+    for name in _names(checkpoint, last):
+        shape = shapes[name]
         path = name.removesuffix(".weight")
         if path in plan:
             specs |= plan[path].specs(path, *shape)
@@ -244,20 +271,22 @@ def _packed(
     plan: Formats,
     rounded: Rounded | None,
     *,
+    last: str | None,
     fit: bool,
 ) -> Iterator[tuple[str, safetensors.Tensor]]:
-    """(name, tensor) of everything in the folder to be written."""
-    names = arch.tensors_of(checkpoint.config, stacked=True)
+    """(name, tensor) of everything in the folder to be written. last: as of `_names`."""
+    names = _names(checkpoint, last)
     block: dict[str, rounding.Packed] = {}
     for name in cli.show_progress("tensor", names, len(names)):
         path = name.removesuffix(".weight")
         if path not in plan:
             yield name, _plain(checkpoint, name)
             continue
-        if name in load.TABLES:
+        if name in load.TABLES and path != last:
             yield from _table_in_parts(checkpoint, plan[path], path, fit=fit)
             continue
-        while rounded and arch.block_of(name) is not None and path not in block:
+        comes = path == last or arch.block_of(name) is not None
+        while rounded and comes and path not in block:
             block = dict(next(rounded))
         parts = block.pop(path, None)
         if parts is None:
@@ -271,7 +300,7 @@ def _plain(checkpoint: Checkpoint, name: str) -> safetensors.Tensor:
     """A tensor that is not quantized, of all experts stacked where it belongs to experts."""
     if name in load.TABLES:
         table = load.stored_parts(checkpoint, name)
-        return table._replace(parts=_finite_parts(checkpoint, name, table.parts))
+        return table._replace(parts=finite_parts(checkpoint, name, table.parts))
     arrays = [_finite(checkpoint, part) for part in experts.one_by_one(name, checkpoint.config)]
     if len(arrays) == 1:
         return arrays[0]
@@ -296,7 +325,7 @@ def _table_in_parts(
 
     def integers() -> Iterator[mx.array]:
         table = load.dense_parts(checkpoint, name, "float32")
-        for rows in _finite_parts(checkpoint, name, table):
+        for rows in finite_parts(checkpoint, name, table):
             packed, *others = _rounded_rows(rows, kind, fit=fit)
             stream.evaluate_now(packed, others)
             _refuse_beyond(checkpoint, name, others)
@@ -395,7 +424,7 @@ def _refuse_not_numbers(checkpoint: Checkpoint, name: str, array: mx.array) -> N
         )
 
 
-def _finite_parts(
+def finite_parts(
     checkpoint: Checkpoint, name: str, parts: Iterable[mx.array]
 ) -> Iterator[mx.array]:
     """The parts of a table. MisError where one holds NaN or infinity."""

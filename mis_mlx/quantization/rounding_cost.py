@@ -4,6 +4,7 @@ Arithmetic on sizes, beside the modules that allocate them.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -74,11 +75,11 @@ def packed_size(m: ModelSize, rounding: QuantizationConfig) -> ModelSize:
 
 
 def files_bytes(m: ModelSize, rounding: QuantizationConfig) -> int:
-    """Bytes on disk once a model is rounded: itself, and its blocks in the journal."""
+    """Bytes on disk once a model is rounded: itself, and its blocks and head in the journal."""
     packed = packed_bytes(m, rounding)
     if not rounding.affine.compensates:
         return packed
-    return packed + packed * m.all_block_params // m.params
+    return packed + packed * (m.all_block_params + m.head_params) // m.params
 
 
 def quantizing_cost(
@@ -169,24 +170,30 @@ def _compensated(
         beside_bytes=working,
     )
     held = one_pass.held_tokens * m.hidden_bytes + m.slots_bytes
-    fits = s.layers * _fits(s, group)
+    # The head is rounded behind the blocks, and waits packed until it is written.
+    head = _square_bytes(s.hidden) + _packed_bytes(m.head_params)
+    head += (DENSE_ITEM + 20) * table_part(m)
+    fits = s.layers * _fits(_sides(s), group) + _fits([(s.hidden, s.vocab)], group)
+    head_flops = s.hidden**2 * (s.hidden / 3 + s.vocab)
     return replace(
         one_pass,
         name=plain.name,
         read_bytes=plain.read_bytes + 2 * one_pass.written_bytes,
         written_bytes=plain.written_bytes + one_pass.written_bytes,
-        peak_bytes=max(one_pass.peak_bytes, plain.peak_bytes + held),
-        flops=2 * one_pass.flops + s.layers * tokens * gram_flops,
+        peak_bytes=max(one_pass.peak_bytes, plain.peak_bytes + held, held + head),
+        flops=2 * one_pass.flops + tokens * (s.layers * gram_flops + 2 * s.hidden**2),
         waits=2 * one_pass.waits + fits,  # numpy goes on from every grid
-        host_flops=s.layers * rounding_flops,  # numpy rounds
+        host_flops=s.layers * rounding_flops + head_flops,  # numpy rounds
         launches=fits * FIT_LAUNCHES,
     )
 
 
-def _fits(s: Shape, group: int) -> int:
-    """How often GPTQ fits grids in a block: for each group of columns, some rows at a time."""
+def _fits(sides: Sequence[tuple[int, int]], group: int) -> int:
+    """How often GPTQ fits grids of matrices of (in, out): for each group of columns, some rows at
+    a time.
+    """
     fits = 0
-    for inputs, outputs in _sides(s):
+    for inputs, outputs in sides:
         rows = min(PART // inputs, FUSED_CANDIDATES // (RANGE_ENDS**2 * group))
         fits += inputs // group * math.ceil(outputs / rows)
     return fits

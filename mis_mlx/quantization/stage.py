@@ -4,7 +4,7 @@ least on text.
 Blocks are streamed and rounded one by one, each on the outputs of the rounded blocks before it.
 GPTQ (arXiv 2210.17323): every matrix is rounded so that its output changes least on the inputs that
 calibration sees (maths/rounding). The inputs of a block's matrices are gathered once per block,
-with the block's own weights as they were.
+with the block's own weights as they were. The head comes last, by what the rounded blocks give it.
 """
 
 import json
@@ -19,7 +19,8 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.compute import host_losses, precision, streams
 from mis_mlx.maths import gptq, reconstruction, rounding
-from mis_mlx.models import arch, modules, stream
+from mis_mlx.models import arch, load, modules, stream
+from mis_mlx.models.config import shape_of
 from mis_mlx.models.stream import Batches, Hidden
 from mis_mlx.quantization import bit_allocation, packed_format
 from mis_mlx.quantization.journal import Journal
@@ -27,6 +28,10 @@ from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import Checkpoint, MisError
+
+# Share of the mean square of a tied head's inputs. Its rows go into the first block, too, where all
+# columns of their error count alike (benchmarks/README.md).
+TIED_RIDGE = 0.1
 
 
 def check(config: Mapping[str, Any], rounding: QuantizationConfig) -> None:
@@ -115,8 +120,9 @@ def rounded_blocks(
 ) -> Iterator[packed_format.RoundedBlock]:
     """Per block, in order, {module path: packed matrix}, calibrated on token ids [(B, T)].
 
-    plan: affine formats only. hidden: a place for the hidden states other than memory. journal: of
-    blocks that are rounded already. MisError when an input's products overflow.
+    Behind the blocks comes the head, where `packed_format.compensated_head` names it. plan: affine
+    formats only. hidden: a place for the hidden states other than memory. journal: of blocks that
+    are rounded already. MisError when an input's products overflow.
     """
     if journal and journal.blocks:
         cli.say(f"continuing after {journal.blocks} rounded blocks")
@@ -135,11 +141,19 @@ def rounded_blocks(
             journal.keep_block(i, rounded)
         return rounded
 
+    head = packed_format.compensated_head(checkpoint, plan)
     for i, block in source.blocks():
         yield finished(i, block)
-        if i + 1 < source.layers:
-            # The block's weights are the rounded ones now. Nothing reads the last block's output.
+        if head or i + 1 < source.layers:
+            # The block's weights are the rounded ones now.
             source.run_block(block, hidden)
+    if head:
+        rounded = journal.block(source.layers) if journal else None
+        if rounded is None:
+            rounded = _rounded_head(source, head, plan[head], hidden)
+            if journal:
+                journal.keep_block(source.layers, rounded)
+        yield rounded
 
 
 def _put_back(
@@ -184,6 +198,39 @@ def _rounded_block(
             weight = modules.dense_weight(linear)
             rounded[path] = rounding.nearest(weight, plan[path].group, plan[path].bits)
     return rounded
+
+
+def _rounded_head(
+    source: stream.Stream, path: str, kind: packed_format.Format, hidden: Hidden
+) -> packed_format.RoundedBlock:
+    """{module path: packed matrix} of the head, some rows at a time.
+
+    hidden: (B, T, D) of every batch, which the last block gives.
+    """
+    where = f"{source.checkpoint.path}: {path}"
+    size = source.checkpoint.config["hidden_size"]
+    gram = np.zeros((size, size), reconstruction.precision(size))
+
+    def work(stack: tuple[int, list[mx.array]]) -> mx.array:
+        _, batches = stack
+        (inputs,) = source.norm([stream.joined(batches)])
+        return _summand(inputs)
+
+    for product in streams.parallel_map(work, source.stacks(hidden)):
+        _add(gram, product, where)
+    if shape_of(source.checkpoint.config).tied:
+        np.einsum("ii->i", gram)[:] += TIED_RIDGE * np.trace(gram) / size
+    factor = gptq.factorize(gram)
+    name = f"{path}.weight"
+    table = load.dense_parts(source.checkpoint, name, "float32")
+    fused = precision.compiles()
+    parts = []
+    for rows in packed_format.finite_parts(source.checkpoint, name, table):
+        packed = gptq.rounded([rows], factor, kind.group, kind.bits, fused=fused)
+        stream.evaluate_now(packed)
+        parts += packed
+        del rows  # before the next are read
+    return {path: rounding.concatenated(parts)}
 
 
 def _rounded_readers(
@@ -254,11 +301,7 @@ def _grams(
         source.run(source.block_index, block, first, stream.joined(batches))
         found = {}
         for axis, tap in taps.items():
-            inputs = tap.take().astype(mx.float32)
-            inputs = inputs.reshape(-1, inputs.shape[-1])
-            found[axis] = inputs
-            if not reconstruction.is_wide(inputs.shape[1]):
-                found[axis] = inputs.T @ inputs
+            found[axis] = _summand(tap.take())
         return found
 
     # A sum does not ask which window a token belongs to: all windows of a stack are one product.
@@ -269,6 +312,15 @@ def _grams(
         part, name = layers[axis]
         block[part][name] = tap.inner
     return sums
+
+
+def _summand(inputs: mx.array) -> mx.array:
+    """What `_add` adds for inputs (..., n): a a^T of all of them; of wide ones they themselves."""
+    inputs = inputs.astype(mx.float32)
+    inputs = inputs.reshape(-1, inputs.shape[-1])
+    if reconstruction.is_wide(inputs.shape[1]):
+        return inputs
+    return inputs.T @ inputs
 
 
 def _add(sums: np.ndarray, seen: mx.array, where: str) -> None:

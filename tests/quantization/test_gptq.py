@@ -18,6 +18,7 @@ from mis_mlx.models import arch, load, opening, stream
 from mis_mlx.models.config import shape_of
 from mis_mlx.pruning import slicing
 from mis_mlx.quantization import packed_format, stage
+from mis_mlx.quantization.journal import Journal
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.storage.safetensors import write_tensors
@@ -96,6 +97,76 @@ def test_each_block_is_fitted_to_the_stream_of_the_rounded_ones(
     wanted = gptq.rounded([down], gptq.factorize(grams["ffn"]), 64, 4)[0]
     for a, b in zip(chosen[2]["model.layers.2.mlp.down_proj"], wanted, strict=True):
         assert (a == b).all()
+
+
+def narrow_head(checkpoint: Checkpoint) -> packed_format.Formats:
+    """4 bits everywhere, 3 for the head; the embedding keeps its 8 where it is another matrix."""
+    head = load.head_prefix(checkpoint).rstrip(".")
+    plan = packed_format.formats_of(checkpoint.config, 64)
+    return {**plan, head: packed_format.Format(3, 64)}
+
+
+@pytest.mark.usefixtures("cpu_policy")
+@pytest.mark.parametrize("kind", ["llama", "untied"])
+def test_the_head_is_fitted_to_what_the_rounded_blocks_give_it(
+    tmp_path: Path, models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str
+) -> None:
+    """It comes behind the blocks, in the folder too; the logits are nearer than with nearest
+    values, and the integers are those of the final states that the rounded blocks make.
+    """
+    model = models(kind)
+    plan = narrow_head(model)
+    head = load.head_prefix(model).rstrip(".")
+    *blocks, last = stage.rounded_blocks(model, batches, plan)
+    assert len(blocks) == 3 and list(last) == [head]
+    packed_format.write_quantized(
+        model, tmp_path / "q", plan, DISK, rounded=iter([*blocks, last]), fit=True
+    )
+    made = load.open_checkpoint(tmp_path / "q")
+    stored = load.dense(made, f"{head}.weight")
+    assert (stored == rounding.values(last[head], 64, 3)).all()
+
+    rounded = stream.Stream(made, mx.float32)
+    hidden = stream.Stream(model, mx.float32).embed(batches)
+    for _, block in rounded.blocks():
+        rounded.run_block(block, hidden)
+    states = np.concatenate([np.array(h)[0] for h in rounded.norm(hidden)])
+    weight = load.dense(model, f"{head}.weight")
+    gram = (states.T @ states).astype(float)
+    if kind == "llama":  # tied: the rows are inputs, too
+        gram += stage.TIED_RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram))
+    (wanted,) = gptq.rounded([weight], gptq.factorize(gram), 64, 3)
+    assert (last[head][0] == wanted[0]).mean() > 0.99
+
+    def error(weight_there: mx.array) -> float:
+        return float(np.square(states @ np.array(weight - weight_there).T).sum())
+
+    nearest = rounding.values(rounding.fitted(weight, 64, 3), 64, 3)
+    assert error(stored) < 0.8 * error(nearest)
+    stock, _ = load.mlx_lm("utils").load(str(tmp_path / "q"))
+    assert mx.isfinite(stock(batches[0])).all()
+
+
+def test_a_head_in_the_journal_is_not_made_again(
+    tmp_path: Path, llama: Checkpoint, batches: list[mx.array], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor the blocks: the same numbers without a sum over text."""
+    plan = narrow_head(llama)
+    whole = list(stage.rounded_blocks(llama, batches, plan, journal=Journal(tmp_path, DISK)))
+    monkeypatch.delattr(gptq, "rounded")
+    again = stage.rounded_blocks(llama, batches, plan, journal=Journal(tmp_path, DISK))
+    for a, b in zip(whole, again, strict=True):
+        assert a.keys() == b.keys()
+        for path in a:
+            assert all((x == y).all() for x, y in zip(a[path], b[path], strict=True))
+
+
+def test_a_head_of_eight_bits_gets_its_nearest_values(llama: Checkpoint) -> None:
+    """And so does one in a format that has no integers on a line."""
+    plan = packed_format.formats_of(llama.config, 64)
+    assert packed_format.compensated_head(llama, plan) is None
+    plan = {**plan, "model.embed_tokens": packed_format.Format(4, 32, "mxfp4")}
+    assert packed_format.compensated_head(llama, plan) is None
 
 
 def test_the_gram_matrices(llama: Checkpoint, batches: list[mx.array]) -> None:
@@ -204,7 +275,7 @@ def test_hidden_states_on_disk_change_nothing(
     tmp_path: Path, llama: Checkpoint, batches: list[mx.array]
 ) -> None:
     """One window in memory, the other spooled: the same bits."""
-    plan = packed_format.formats_of(llama.config, 32)
+    plan = narrow_head(llama)
     spooled = stage.rounded_blocks(llama, batches, plan, Spool(tmp_path, 1, DISK))
     for a, b in zip(stage.rounded_blocks(llama, batches, plan), spooled, strict=True):
         for path in a:
@@ -237,7 +308,7 @@ def test_not_a_number_is_refused(
 ) -> None:
     """By name, and nothing is left of the folder that was begun."""
     bad = spoilt(tmp_path, name, float("nan"))
-    plan = packed_format.formats_of(bad.config, 64)
+    plan = narrow_head(bad)
     rounded = stage.rounded_blocks(bad, batches, plan) if method == "gptq" else None
     with pytest.raises(MisError, match=f"{name} holds 1 values that are not numbers"):
         packed_format.write_quantized(bad, tmp_path / "q4", plan=plan, files=DISK, rounded=rounded)
