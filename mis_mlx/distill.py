@@ -112,7 +112,7 @@ def run(settings: Settings) -> dict[str, Any]:
     if s.dry_run:
         return _dry_run(s, teacher, sought, begun)
     if sought is None:
-        resolved = _resolved(s, {}, teacher, begun)
+        resolved = _resolved(s, size_request.unsearched(s), teacher, begun)
         name = resolved.name
         plan_now = resolved.strategy
         with run_loop.entered(folder, name, out=s.out, asked=s.given, plan=plan_now) as place:
@@ -158,7 +158,7 @@ def _dry_run(
     s: Settings, teacher: Checkpoint, sought: search.PlannedSearch | None, folder: Path | None
 ) -> dict[str, Any]:
     """What a run would do before its first stage, said; its plan for machines."""
-    sizes: dict[str, Any] = {}
+    sizes = size_request.unsearched(s)
     if sought is not None:
         sizes = {"lose": sought.settings.lose, **size_request.likely_sizes(teacher)}
     resolved = _resolved(s, sizes, teacher, folder)

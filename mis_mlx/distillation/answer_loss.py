@@ -23,12 +23,17 @@ MOST = 40
 
 @dataclass(frozen=True)
 class AnswerLoss:
-    """The teacher's answers to some prompts. nbytes (N,): of each answer's text."""
+    """Answers to some prompts. nbytes (N,): of each answer's text.
+
+    own: the teacher gave them; else another model did, and what is lost on them is told by the
+    teacher's probabilities, not by what the answers cost.
+    """
 
     teacher: Checkpoint
     prompts: list[Prompt]
     answers: list[Answer]
     nbytes: np.ndarray
+    own: bool = True
 
     @cached_property
     def nats(self) -> np.ndarray:
@@ -58,10 +63,10 @@ class AnswerLoss:
         return [float(value) / math.log(2) for value in self.by_answer(student)]
 
 
-def of_talks(teacher: Checkpoint, talks: Sequence[Row]) -> AnswerLoss | None:
+def of_talks(teacher: Checkpoint, talks: Sequence[Row], *, own: bool = True) -> AnswerLoss | None:
     """The loss on the last answer of each conversation, up to MOST of them, evenly spread.
 
-    None where there are fewer than FEWEST: it would say nothing.
+    own: as of `AnswerLoss`. None where there are fewer than FEWEST: it would say nothing.
     """
     prompts = []
     answers = []
@@ -82,6 +87,7 @@ def of_talks(teacher: Checkpoint, talks: Sequence[Row]) -> AnswerLoss | None:
         prompts=prompts,
         answers=answers,
         nbytes=np.array([len(answer.text.encode()) for answer in answers], np.float64),
+        own=own,
     )
 
 

@@ -288,8 +288,11 @@ def _planned(job: DistillationSpec, limit: int, rates: Rates, way: _Way) -> Memo
         steps = job.rounding.steps(TUNE_ITERS)
     if steps:
         tuning = tuning_cost(job, micro, trained_left, steps)
+        needed = tuning.peak_bytes + training_overhead
+        if job.targets == "cached":
+            needed = max(needed, store_cost(job, left).peak_bytes + process.own_bytes)
         optional = tuned is None and job.rounding.q_iters is None
-        if not optional or tuning.peak_bytes + training_overhead <= limit:
+        if not optional or needed <= limit:
             phases.append(tuning)
     first_taught = next((n for n, p in enumerate(phases) if p.name in TAUGHT), None)
     if job.targets == "cached" and first_taught is not None:

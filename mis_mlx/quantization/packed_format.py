@@ -6,7 +6,7 @@ error and a remedy.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -217,15 +217,36 @@ def _usual_format(plan: Formats) -> Format:
 
 def _specs(checkpoint: Checkpoint, plan: Formats) -> dict[str, safetensors.Spec]:
     """{name: (type, shape)} of a dense model's tensors, once its matrices are packed as planned."""
+
+    def stored_type(name: str) -> str:
+        first = experts.one_by_one(name, checkpoint.config)[0]
+        return checkpoint.tensors[first].dtype
+
+    return _specs_of(checkpoint.config, plan, stored_type)
+
+
+def _specs_of(
+    config: Mapping[str, Any], plan: Formats, type_of: Callable[[str], str]
+) -> dict[str, safetensors.Spec]:
+    """`_specs` of a config. type_of: of a tensor that is not packed, as safetensors calls it."""
     specs: dict[str, safetensors.Spec] = {}
-    for name, shape in arch.tensors_of(checkpoint.config, stacked=True).items():
+    for name, shape in arch.tensors_of(config, stacked=True).items():
         path = name.removesuffix(".weight")
         if path in plan:
             specs |= plan[path].specs(path, *shape)
         else:
-            first = experts.one_by_one(name, checkpoint.config)[0]
-            specs[name] = (checkpoint.tensors[first].dtype, shape)
+            specs[name] = (type_of(name), shape)
     return specs
+
+
+def packed_bytes(config: Mapping[str, Any], plan: Formats, dtype: str) -> int:
+    """Bytes of a model packed as planned. dtype: of what is not packed: 'bfloat16'."""
+    usual = model_writer.SAFETENSORS_NAMES[dtype]
+
+    def type_of(name: str) -> str:
+        return "F32" if arch.always_float32(config, name) else usual
+
+    return sum(map(safetensors.spec_bytes, _specs_of(config, plan, type_of).values()))
 
 
 def figures(checkpoint: Checkpoint, plan: Formats) -> dict[str, Any]:
@@ -319,13 +340,13 @@ def _nearest(
     """A matrix, or those of all experts stacked, rounded to nearest values."""
     rounded = []
     for part in experts.one_by_one(name, checkpoint.config):
-        rounded.append(_by_parts(_finite(checkpoint, part), kind, fit=fit))
+        rounded.append(rounded_matrix(_finite(checkpoint, part), kind, fit=fit))
     if len(rounded) == 1:
         return rounded[0]
     return tuple(mx.stack(list(arrays)) for arrays in zip(*rounded, strict=True))
 
 
-def _by_parts(weight: mx.array, kind: Format, *, fit: bool = False) -> rounding.Packed:
+def rounded_matrix(weight: mx.array, kind: Format, *, fit: bool = False) -> rounding.Packed:
     """A matrix (out, in) rounded to nearest values, some rows at a time.
 
     An embedding can be most of a model, too large to be widened as a whole.

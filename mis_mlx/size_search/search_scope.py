@@ -100,11 +100,6 @@ def _speeds(s: Any, teacher: Checkpoint, folder: Path | None, budget: Budget) ->
 def tried_sizes(s: Any, teacher: Checkpoint) -> dict[str, tuple[int, ...]]:
     """Sizes of every axis that are tried. Axes that cannot be cut are said."""
     config = teacher.config
-    if families.family(config).experts:
-        raise MisError(
-            "search supports dense models only, and --experts of prune and distill cuts a mixture "
-            "of experts"
-        )
     if s.mixed and not shape_search.group_of(shape_of(config)):
         why = (
             "the rows of this teacher's matrices are not divisible by 32, so the cost of bits "
