@@ -210,7 +210,7 @@ def _steps_to_follow(s: Settings, teacher: Checkpoint, folder: Path | None) -> i
     if folder is not None:
         counted = run_folder.stored_settings(folder, run_folder.PLAN)
         return int(counted[run_plan.PLANNED_ITERS])
-    likely = size_request.likely_student(teacher)
+    likely = size_request.likely_student(teacher.config, teacher.path)
     return resolved_run.resolve(s, likely, teacher, None).plan.job.iters
 
 
@@ -349,16 +349,20 @@ def _stages(
     # Else every phase would hold them, too.
     load.opened_tokenizer.cache_clear()
     preparation.forget()
-    if student.folder is None:
+    viewed = compression.view(c)
+    if viewed:
+        pruned = viewed
+    elif student.folder is None:
         pruned = compression.prune(c, student.pruning, data, arch.params(teacher.config))
     else:
         pruned = opening.open_to_compute(student.folder, teacher.precision)
     models = {"teacher": teacher, "pruned": pruned}
     distilled = folder / ("distilled" if rounding else "model")
-    pipeline.distil(c, pruned, distilled)
+    if not viewed:
+        pipeline.distil(c, pruned, distilled)
     main = distributed.is_main()
     if main:
-        models["distilled"] = opening.open_to_compute(distilled, teacher.precision)
+        models["distilled"] = viewed or opening.open_to_compute(distilled, teacher.precision)
     if rounding:
         compression.quantize(c, rounding, models.get("distilled"))
     # Other machines are needed only for a teacher whose blocks are shared.

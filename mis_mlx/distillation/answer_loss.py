@@ -19,6 +19,8 @@ from mis_mlx.types import Checkpoint
 
 FEWEST = 8  # conversations, below which the loss is measured on text
 MOST = 40
+# answers of another model: the teacher's probabilities say more of a token than one draw does
+MOST_OF_OTHERS = 24
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ class AnswerLoss:
 def of_talks(teacher: Checkpoint, talks: Sequence[Row], *, own: bool = True) -> AnswerLoss | None:
     """The loss on the last answer of each conversation, up to MOST of them, evenly spread.
 
-    own: as of `AnswerLoss`. None where there are fewer than FEWEST: it would say nothing.
+    own: as of `AnswerLoss`; up to MOST_OF_OTHERS else. None where there are fewer than FEWEST: it
+    would say nothing.
     """
     prompts = []
     answers = []
@@ -79,7 +82,8 @@ def of_talks(teacher: Checkpoint, talks: Sequence[Row], *, own: bool = True) -> 
         answers.append(Answer(last["content"], ended=False))
     if len(prompts) < FEWEST:
         return None
-    chosen = np.unique(np.linspace(0, len(prompts) - 1, MOST).round().astype(int))
+    most = MOST if own else MOST_OF_OTHERS
+    chosen = np.unique(np.linspace(0, len(prompts) - 1, most).round().astype(int))
     prompts = [prompts[number] for number in chosen]
     answers = [answers[number] for number in chosen]
     return AnswerLoss(

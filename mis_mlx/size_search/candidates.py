@@ -75,16 +75,17 @@ def split_held_out(
     return token_windows.concatenated(ranks), token_windows.concatenated(judges)
 
 
-def vocabularies(teacher: Checkpoint) -> list[int]:
+def vocabularies(config: Mapping[str, Any], folder: Path | None) -> list[int]:
     """Numbers of rows that a student may have, apart from the teacher's own.
 
-    These are shares of the teacher's rows, as far as its tokenizer allows.
+    These are shares of the teacher's rows, as far as its tokenizer allows. folder: where it is;
+    None: it allows all of them.
     """
     rows = set[int]()
-    all_rows = shape_of(teacher.config).vocab
+    all_rows = shape_of(config).vocab
     for share in VOCABULARIES:
         with suppress(MisError):
-            rows.add(vocabulary.size(share, teacher.path, all_rows))
+            rows.add(vocabulary.size(share, folder, all_rows))
     return sorted(rows - {all_rows})
 
 

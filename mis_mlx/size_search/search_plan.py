@@ -16,7 +16,7 @@ from mis_mlx.models.model_size import model_of
 from mis_mlx.models.pass_cost import TENSOR_BYTES
 from mis_mlx.planner import estimates, measured_block
 from mis_mlx.planner.distillation_spec import DistillationSpec, spec_of
-from mis_mlx.pruning.pruning_cost import vocabulary_cost
+from mis_mlx.pruning.pruning_cost import calibration_cost, vocabulary_cost
 from mis_mlx.quantization.rounding_cost import sensitivity_cost
 from mis_mlx.size_search import excess, known_losses, limits, shape_search
 from mis_mlx.size_search.measuring_cost import passes_cost
@@ -113,19 +113,20 @@ def search_cost(
     length = job.max_seq_length
     known = TENSOR_BYTES * t.tensors
     own = known + process_bytes(max(0, limit - known))  # as in a plan, whose phases have it
-    cut = next(p for p in planned if p.name == "prune")
     # of two texts
     windows = -(-4 * s.rank_windows // 3)
     judging = -(-4 * s.eval_windows // 3)
     rank = []
     if {axis for axis, _ in probes} - {"vocab"}:
-        rank.append(_times(cut, 1, name="calibrate", written=cut.written_bytes - m.nbytes))
+        seen = calibration_cost(t, s.num_samples, length, limit, rotation="hidden" in s.axes)
+        rank.append(_times(seen, 1, name="calibrate", written=seen.written_bytes, own=own))
     if s.mixed:
         bits = sensitivity_cost(t, length, limit)
         rank.append(_times(bits, 1, name="sensitivity", own=own))
     if rows:
         rank.append(_times(vocabulary_cost(t, length), 1, name="choose tokens", own=own))
-    texts = max(windows, answer_loss.MOST)
+    most = answer_loss.MOST_OF_OTHERS if s.streams else answer_loss.MOST
+    texts = max(windows, most)
     if probes:
         students = len(probes) + len(excess.BITS_PROBED)
         alone = passes_cost(t, students, 1, texts, length, limit)

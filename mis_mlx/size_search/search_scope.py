@@ -106,7 +106,7 @@ def tried_sizes(s: Any, teacher: Checkpoint) -> dict[str, tuple[int, ...]]:
             "cannot be measured"
         )
         raise MisError(f"{why}: leave bits out of `search --axes`, or limit --params")
-    rows = candidates.vocabularies(teacher) if "vocab" in s.axes else []
+    rows = candidates.vocabularies(config, teacher.path) if "vocab" in s.axes else []
     sizes = shape_search.axis_sizes(config, s.axes, rows)
     if s.vocab:
         sizes["vocab"] = (vocabulary.rows_left(teacher, s),)

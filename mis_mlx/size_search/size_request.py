@@ -5,6 +5,7 @@ What `distill` asks for, what it refuses, and what it does where nothing was sai
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mis_mlx import cli
@@ -163,29 +164,27 @@ def refuse_impossible(request: SizeRequest, flags: str, teacher: Checkpoint) -> 
         )
 
 
-def likely_student(teacher: Checkpoint) -> dict[str, Any]:
+def likely_student(config: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
     """The settings of a student such as a search chooses.
 
-    Searches take tokens and bits first. Where no tokens can go, it is a student without one block.
+    Searches take tokens and bits first; where no tokens can go, bits alone. folder: of the model,
+    if there is one, with its tokenizer; else this is taken for one that can be trimmed. Mixtures
+    keep all tokens and experts, for there is no search.
     """
-    rows = candidates.vocabularies(teacher)
-    if rows:
-        return {"scenario": SCENARIO, "vocab": str(rows[-1])}
-    layers = shape_of(teacher.config).layers
-    return {"scenario": SCENARIO, "layers": max(1, layers - 1)}
+    rows = candidates.vocabularies(config, folder)
+    if not rows or families.family(config).experts:
+        return {"scenario": SCENARIO}
+    return {"scenario": SCENARIO, "vocab": str(rows[-1])}
 
 
 def likely_sizes(teacher: Checkpoint) -> dict[str, Any]:
     """`likely_student`, which a --dry-run plans in place of a search's choice, and says so."""
-    likely = likely_student(teacher)
+    likely = likely_student(teacher.config, teacher.path)
+    kept = "every token"
     if "vocab" in likely:
-        cli.say(
-            f"the plan below keeps every block and {int(likely['vocab']):,} tokens, as a search "
-            f"usually does; if it cuts blocks, repair and training take longer"
-        )
-    else:
-        cli.say(
-            "the plan below is for a student without one of the blocks; a smaller student takes "
-            "less time"
-        )
+        kept = f"{int(likely['vocab']):,} tokens"
+    cli.say(
+        f"the plan below keeps every block and {kept}, as a search usually does; if it cuts "
+        f"blocks, repair and training take longer"
+    )
     return likely

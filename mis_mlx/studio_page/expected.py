@@ -78,7 +78,9 @@ def _known_curve(teacher: Checkpoint) -> list[dict[str, Any]]:
     if not has_template(teacher):
         return []
     about = known_losses.identity(teacher, "built-in", VocabularyConfig())
-    sizes = shape_search.axis_sizes(teacher.config, AXES, candidates.vocabularies(teacher))
+    sizes = shape_search.axis_sizes(
+        teacher.config, AXES, candidates.vocabularies(teacher.config, teacher.path)
+    )
     wanted: list[tuple[str, float]] = [("bits", bits) for bits in excess.BITS_PROBED]
     wanted += shape_search.probes_of(sizes, before.vocab)
     if not known_losses.all_known(about, wanted):
