@@ -6,9 +6,9 @@ measured.
 
 The shapes are in benchmarks/model_configs/, each with its source; those of Gemma 4 come with the
 package. The machine is an 8 GB MacBook Air M1 by published rates, the budget what `distill` takes
-there by itself. Two students of each model: one that keeps half of the tokens and loses nothing
-else, and the one that `plan` and `distill` take where nothing is said about sizes and no search
-looks for them. The second is planned for smaller budgets, too, such as a browser leaves.
+there by itself. The student is the one that `plan` counts where nothing is said about sizes: every
+block and three quarters of the tokens, as a search usually leaves them. It is planned for smaller
+budgets, too, such as a browser leaves. So are the hours of the search.
 
 A config alone does not say whether a model has a chat template. Of one that has, `distill` lets the
 teacher answer prompts before the run, and teacher and student others at its end. The hours of both
@@ -22,31 +22,26 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import laboratory
 
-from mis_mlx import cli, plan
+from mis_mlx import cli, plan, search
 from mis_mlx.distillation import conversations, plan_report, strategies, writers
 from mis_mlx.hardware import rates
 from mis_mlx.models import arch, stored_form
 from mis_mlx.models.config import read_config
-from mis_mlx.models.families import family
-from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import rounding_cost
 from mis_mlx.settings.recipe import EVAL_PROMPTS, EVAL_PROMPTS_STREAMED
-from mis_mlx.size_search import shortfall, size_request
+from mis_mlx.size_search import candidates, search_plan, shape_search, shortfall, size_request
 from mis_mlx.types import Budget
 
 CONFIGS = Path(__file__).parent / "model_configs"
 BUDGETS = ("4GiB", "2.5GiB", "1.8GiB")  # the default there, and two where less is free
 # Student: flags of `plan`.
-RECIPES: dict[str, dict[str, Any]] = {
-    "half": {"scenario": "none", "vocab": "0.5x"},
-    "default": {},
-}
+RECIPES: dict[str, dict[str, Any]] = {"default": {}}
 PACKAGED = {"gemma-4-e2b": "Gemma 4 E2B, text part", "gemma-4-e4b": "Gemma 4 E4B, text part"}
 PACKAGED_SOURCE = (
     "mis_mlx/models/{}.json; tests/models/test_gemma4.py compares its parameters with the "
@@ -108,20 +103,27 @@ def opened(name: str) -> Model:
     return Model(name=name, title=title, source=source, config=config)
 
 
-def chosen_without_sizes(config: Mapping[str, Any], budget_bytes: int) -> str:
-    """What `distill` does with this model in this budget where nothing is said about sizes.
+def hours_of_search(made: strategies.MemoryPlan, config: Mapping[str, Any]) -> float | None:
+    """Hours in which a search chooses tokens and bits, as `distill` does without sizes.
 
-    "search" where it looks for sizes; else flags. As distill's own rule, but without weights: a
+    None of a mixture, for which there is no search. As distill's own rule, but without weights: a
     tokenizer is taken for one that can be trimmed."""
-    nbytes = 2 * arch.params(config)
-    row = family(config)
-    searched = not row.experts and not row.per_layer and not size_request.unsearchable(config)
-    if searched and 2 * nbytes <= budget_bytes:
-        return "search"
-    flags = vocabulary.defaults(name=None, asked=None, config=config, model=None)
-    if flags["scenario"] == "none":
-        return f"none --vocab {flags['vocab']}"
-    return str(flags["scenario"])
+    if size_request.unsearchable(config):
+        return None
+    teacher = made.job.shown or made.job.teacher
+    streams = 2 * teacher.nbytes > made.budget_bytes
+    asked = search.Settings(lose=size_request.DEFAULT_LOSS, streams=streams, finalists=0)
+    axes = ("vocab", "bits") if streams else asked.axes
+    evaluations = search.PASSES if streams else asked.evaluations
+    asked = replace(asked, axes=axes, evaluations=evaluations)
+    rows = candidates.vocabularies(config, None)
+    sizes = shape_search.axis_sizes(config, asked.axes, rows)
+    probes = shape_search.probes_of(sizes, teacher.shape.vocab)
+    job = replace(made.job, teacher=teacher)
+    costs = search_plan.search_cost(
+        asked, job, made.phases, probes, rows=bool(rows), limit=made.budget_bytes
+    )
+    return sum(cost.seconds(made.rates) for cost in costs["rank"]) / 3600
 
 
 def hours_of_answers(made: strategies.MemoryPlan) -> dict[str, float | None]:
@@ -156,7 +158,7 @@ def row(model: Model, folder: Path) -> dict[str, Any]:
         settings = plan.Settings(teacher=teacher, machine="m1-air", **flags)
         made, _ = plan.planned(settings, rates.M1_AIR)
         students[recipe] = student(made)
-        budget_bytes = made.budget_bytes
+        hours = hours_of_search(made, model.config)
     budgets = {}
     for budget in BUDGETS:
         settings = plan.Settings(teacher=teacher, machine="m1-air", budget=budget)
@@ -168,8 +170,7 @@ def row(model: Model, folder: Path) -> dict[str, Any]:
         "model_type": model.config["model_type"],
         "params": arch.params(model.config),
         "bytes": 2 * arch.params(model.config),
-        "without_sizes": chosen_without_sizes(model.config, budget_bytes),
-        "scenario": vocabulary.defaults(None, None, model.config, None)["scenario"],
+        "hours_of_search": round(hours, 3) if hours is not None else None,
         "students": students,
         "budgets": budgets,
     }
@@ -213,7 +214,7 @@ def main(s: Settings) -> None:
     for name in s.only or ORDER:
         with tempfile.TemporaryDirectory() as folder:
             rows[name] = row(opened(name), Path(folder))
-        cli.say(f"{name}: {rows[name]['students']['half']['hours']} h")
+        cli.say(f"{name}: {rows[name]['students']['default']['hours']} h")
     if s.only:
         print(json.dumps(rows, indent=1))
         return

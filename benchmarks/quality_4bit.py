@@ -33,6 +33,7 @@ from mis_mlx import cli
 from mis_mlx.data import preparation
 from mis_mlx.evaluation import comparison
 from mis_mlx.models import arch, load, opening, resolve
+from mis_mlx.models.stream import Stream
 from mis_mlx.quantization import stage
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.settings.recipe import QuantizationConfig
@@ -87,10 +88,9 @@ class Bench:
         """Mean KLD and added loss with standard errors, agreement; by text."""
         found: dict[str, Any] = {}
         for name, text in self.held_out.items():
-            theirs = comparison.final_hidden(other, text)
-            at = np.concatenate(
-                [*comparison.by_window((self.dense, self.mine[name]), (other, theirs), text)]
-            ).T
+            mine = Stream(self.dense), self.mine[name]
+            theirs = Stream(other), comparison.final_hidden(other, text)
+            at = np.concatenate([*comparison.by_window(mine, theirs, text)]).T
             f = comparison.figures(*at[:4])
             added = at[1] - at[0]
             found[name] = {

@@ -27,7 +27,7 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.evaluation import comparison
-from mis_mlx.models import load, opening, resolve
+from mis_mlx.models import load, opening, resolve, stream
 from mis_mlx.reporting.text import markdown_table
 
 
@@ -101,8 +101,8 @@ class Bench:
         are known.
         """
         text = self.texts[name]
-        before = (self.checkpoint, self.states[name])
-        after = (self.checkpoint, self.hidden(model, text))
+        before = (stream.Stream(self.checkpoint), self.states[name])
+        after = (stream.Stream(self.checkpoint), self.hidden(model, text))
         each = comparison.by_window(before, after, text)
         _, nll, kl, *_ = np.array([values.mean(axis=0) for values in each]).T
         found = {"kl": float(kl.mean())}

@@ -114,7 +114,7 @@ def run(settings: Settings) -> dict[str, Any]:
     if s.dry_run:
         return _dry_run(s, teacher, sought, begun)
     if sought is None:
-        resolved = _resolved(s, {}, teacher, begun)
+        resolved = _resolved(s, size_request.unsearched(s), teacher, begun)
         name = resolved.name
         plan_now = resolved.strategy
         with run_loop.entered(folder, name, out=s.out, asked=s.given, plan=plan_now) as place:
@@ -157,7 +157,10 @@ def _resolved(
 
 def _say_whole(s: Settings, sought: search.PlannedSearch, teacher: Checkpoint) -> None:
     """What all of a run should take that begins with a search, by a likely student."""
-    sizes = {"lose": sought.settings.lose, **size_request.likely_student(teacher)}
+    sizes = {
+        "lose": sought.settings.lose,
+        **size_request.likely_student(teacher.config, teacher.path),
+    }
     rest = resolved_run.resolve(s, sizes, teacher, None).plan
     seconds = sum(sought.seconds.values())
     phases = {"search": seconds, **rest.planned}
@@ -181,7 +184,7 @@ def _dry_run(
     s: Settings, teacher: Checkpoint, sought: search.PlannedSearch | None, folder: Path | None
 ) -> dict[str, Any]:
     """What a run would do before its first stage, said; its plan for machines."""
-    sizes: dict[str, Any] = {}
+    sizes = size_request.unsearched(s)
     search_seconds = 0.0
     if sought is not None:
         sizes = {"lose": sought.settings.lose, **size_request.likely_sizes(teacher)}
@@ -242,7 +245,7 @@ def _steps_to_follow(s: Settings, teacher: Checkpoint, folder: Path | None) -> i
     if folder is not None:
         counted = run_folder.stored_settings(folder, run_folder.PLAN)
         return int(counted[run_plan.PLANNED_ITERS])
-    likely = size_request.likely_student(teacher)
+    likely = size_request.likely_student(teacher.config, teacher.path)
     return resolved_run.resolve(s, likely, teacher, None).plan.job.iters
 
 
@@ -389,16 +392,20 @@ def _stages(
     # Else every phase would hold them, too.
     load.opened_tokenizer.cache_clear()
     preparation.forget()
-    if student.folder is None:
+    viewed = compression.view(c)
+    if viewed:
+        pruned = viewed
+    elif student.folder is None:
         pruned = compression.prune(c, student.pruning, data, arch.params(teacher.config))
     else:
         pruned = opening.open_to_compute(student.folder, teacher.precision)
     models = {"teacher": teacher, "pruned": pruned}
     distilled = folder / ("distilled" if rounding else "model")
-    pipeline.distil(c, pruned, distilled)
+    if not viewed:
+        pipeline.distil(c, pruned, distilled)
     main = distributed.is_main()
     if main:
-        models["distilled"] = opening.open_to_compute(distilled, teacher.precision)
+        models["distilled"] = viewed or opening.open_to_compute(distilled, teacher.precision)
     if rounding:
         compression.quantize(
             c,

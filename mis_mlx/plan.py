@@ -22,7 +22,7 @@ from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import packed_format
 from mis_mlx.reporting import text
 from mis_mlx.settings import recipe
-from mis_mlx.size_search import shape_search, shortfall
+from mis_mlx.size_search import shape_search, shortfall, size_request
 from mis_mlx.types import Budget, Checkpoint
 
 
@@ -64,7 +64,9 @@ class Settings(cli.Budgeted, recipe.QuantizationConfig, recipe.DistillationConfi
     gemma-4-e4b, gemma-3n-e2b or gemma-3n-e4b; default: SmolLM2-135M-Instruct
     """
     student: str | None = None
-    """folder of a student that is already pruned; default: from --scenario"""
+    """folder of a student that is already pruned; default: from --scenario, or as a search usually
+    leaves it: every block, and most of the tokens
+    """
     scenario: scenarios.Scenario | None = None
     """sizes as in `prune`; for mis-137b the default is balanced, the paper's own student"""
     machine: estimates.Machine = "here"
@@ -112,7 +114,10 @@ def _pair(s: Settings, opened: Checkpoint | Mapping[str, Any], gpu: bool) -> lis
         folder = None
     if not s.student:
         name = s.scenario or ("balanced" if s.teacher == "mis-137b" else None)
-        s = replace(s, **vocabulary.defaults(name, s.vocab, config, folder))
+        sizes = vocabulary.defaults(name, s.vocab, config, folder)
+        if not (name or s.vocab or s.experts):  # as `distill` without sizes
+            sizes = size_request.likely_student(config, folder)
+        s = replace(s, **sizes)
     rows = vocabulary.size(s.vocab, folder, shape_of(config).vocab)
     config = vocabulary.with_rows(config, rows)
     teacher: Checkpoint | Mapping[str, Any] = config

@@ -6,7 +6,7 @@ Layers, neurons, heads, vocabulary and bits are chosen together.
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +16,7 @@ from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.data import preparation
 from mis_mlx.distillation import conversations, pipeline, strategies
+from mis_mlx.evaluation import answers
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.models.config import Shape, shape_of
@@ -25,6 +26,7 @@ from mis_mlx.runs import run_loop
 from mis_mlx.settings.recipe import ITERS, DistillationConfig
 from mis_mlx.size_search import (
     candidates,
+    excess,
     finalists,
     frontier,
     known_losses,
@@ -46,6 +48,7 @@ FREE = frozenset(
 )
 # Apart from distillations, so that --resume of one never finds the other.
 UNDER = Path("runs") / run_folder.SEARCH
+PASSES = 3  # over a teacher that streams, each of which measures a choice
 Axis = Literal["layers", "ffn", "heads", "hidden", "vocab", "bits"]
 
 
@@ -115,6 +118,9 @@ class Settings(
     """optimizer steps per finalist; Minitron's rankings were stable after about 300, 20 give a
     first impression
     """
+    streams: Annotated[bool, FILE_ONLY] = False
+    """the teacher is read from disk in every pass, and has written nothing
+    """
     student_iters: Annotated[Count | None, FILE_ONLY] = None
     """optimizer steps of the final student, on which its expected loss depends; default: 30"""
     rank_windows: Count = 6
@@ -143,7 +149,7 @@ class Settings(
 def drawn(s: Settings, c: candidates.Candidates, scope: search_scope.Scope) -> dict[str, Any]:
     """Print the table of --frontier, write its page, and return what goes into the JSON line."""
     with progress.phase("rank"):
-        losses = c.losses(scope.sizes)
+        losses = excess.losses(c, scope.sizes)
         shapes = [choice.shape for choice in scope.within]
         points, chosen = frontier.expected_curve(c, losses, shapes, scope.limits)
         if not points:
@@ -241,7 +247,10 @@ def _identity_of_built_in(s: Settings, teacher: Checkpoint) -> dict[str, Any]:
     """
     if s.data is not None or s.conversations == 0:
         return {}
-    return known_losses.identity(teacher, "built-in", s)
+    text = "built-in"
+    if s.streams and not answers.shipped_for(teacher):
+        text = "built-in, with another teacher's answers"
+    return known_losses.identity(teacher, text, s)
 
 
 def _found(s: Settings, c: candidates.Candidates, scope: search_scope.Scope) -> dict[str, Any]:
@@ -296,8 +305,18 @@ class PlannedSearch:
         """The text, which the teacher perhaps writes now; with a --dry-run what that would take."""
         s = self.settings
         visited = (s.student_iters or ITERS) * s.step_tokens
+        if s.streams:
+            return _packaged_text(s, visited)
         wanted = conversations.wanted_of(s.data, s.conversations, visited=visited, seed=s.seed)
         return conversations.source(self.teacher, wanted, self.limit, dry_run=s.dry_run)
+
+
+def _packaged_text(s: Settings, visited: int) -> preparation.Source:
+    """Text that no teacher has to write: where conversations are missing, those of the package."""
+    text = preparation.Source(s.data, share=s.conversations, tokens=visited)
+    if s.data is None or s.conversations == 0 or preparation.has_conversations(s.data, visited):
+        return text
+    return text._replace(answers=preparation.ANSWERS)
 
 
 @dataclass(frozen=True)
@@ -318,6 +337,8 @@ def plan(s: Settings, teacher: Checkpoint, folder: Path | None) -> PlannedSearch
     if why:
         raise MisError(f"{why}: {size_request.GIVE_SIZES}")
     limit = memory.budget(s.budget_bytes)
+    if folder is None:
+        s = _of_teacher(s, teacher, limit)
     scope = search_scope.scope_of(s, teacher, folder, limit)
     known = _identity_of_built_in(s, teacher) if s.reuses else {}
     largest, seconds, outcome = search_plan.plan_search(
@@ -333,6 +354,22 @@ def plan(s: Settings, teacher: Checkpoint, folder: Path | None) -> PlannedSearch
         outcome=outcome,
         known=known,
     )
+
+
+def _of_teacher(s: Settings, teacher: Checkpoint, limit: Budget) -> Settings:
+    """The settings of a search that finds sizes for this teacher in this budget.
+
+    Some teachers keep their blocks, where nobody named axes and bytes or a loss are asked for.
+    """
+    s = replace(s, streams=size_request.streams(teacher, limit))
+    if s.streams:
+        s = replace(s, evaluations=min(s.evaluations, PASSES))
+    why = size_request.why_whole_blocks(teacher, limit)
+    named = not set(Settings.axes) - {"bits"} <= set(s.axes)
+    if not why or named or not (s.reuses or s.mixed):
+        return s
+    cli.say(f"every block stays whole, tokens and bits are chosen: {why}")
+    return replace(s, axes=tuple(axis for axis in s.axes if axis in ("vocab", "bits")))
 
 
 def text_of(planned: PlannedSearch) -> SearchText:

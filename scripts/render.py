@@ -306,34 +306,18 @@ def computed(found: Found) -> str:
     )
 
 
-def models_half(found: Found) -> str:
-    """A line a model: what it is, and what comes of it with half of its tokens."""
+def models_default(found: Found) -> str:
+    """A line a model: what it is, and what comes of it where nothing is said about sizes."""
     head = ["model", "parameters", "bf16", "student", "result", "peak memory", "time", "training"]
-    head += ["answers first", "answers last"]
+    head += ["search", "answers first", "answers last"]
     lines = list[list[str]]()
     for row in found["rows"].values():
-        student = row["students"]["half"]
+        student = row["students"]["default"]
         answers = student["hours_of_answers"]
         before = [row["title"], f"{row['params'] / 1e9:.2f} B", f"{row['bytes'] / 1e9:.2f} GB"]
-        after = [hours(answers["before"]), hours(answers["at_end"])]
-        lines.append([*before, *planned_cells(student), *after])
+        after = [row["hours_of_search"], answers["before"], answers["at_end"]]
+        lines.append([*before, *planned_cells(student), *map(hours, after)])
     return "\n".join([words.markdown_table(head, lines), "", computed(found)])
-
-
-def models_default(found: Found) -> str:
-    """A line a model: the student that is planned where nothing is said about sizes."""
-    head = ["model", "`distill` takes", "the plan counts", "student", "result", "peak memory"]
-    head += ["time", "training"]
-    lines = list[list[str]]()
-    for row in found["rows"].values():
-        taken = f"`--scenario {row['without_sizes']}`"
-        counted = "the same"
-        if row["without_sizes"] == "search":
-            taken = f"a search, `--lose {found['given']['lose']}`"
-            counted = f"`--scenario {row['scenario']}`"
-        cells = planned_cells(row["students"]["default"])
-        lines.append([row["title"], taken, counted, *cells])
-    return "\n".join([words.markdown_table(head, lines, words=3), "", computed(found)])
 
 
 def models_budgets(found: Found) -> str:
@@ -579,7 +563,6 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "few-bits-gemma": (few_bits, ("bits-gemma-3-270m.json",)),
     "few-bits-student": (few_bits, ("bits-half-vocab-student.json",)),
     "known-numbers": (known_numbers, ("known_numbers.json",)),
-    "models-half": (models_half, ("models.json",)),
     "models-default": (models_default, ("models.json",)),
     "models-budgets": (models_budgets, ("models.json",)),
     "gemma-models": (gemma_models, ("gemma_models.json",)),

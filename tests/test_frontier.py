@@ -18,7 +18,7 @@ from mis_mlx.data import preparation
 from mis_mlx.evaluation import comparison
 from mis_mlx.models import load
 from mis_mlx.quantization import packed_format
-from mis_mlx.size_search import candidates, frontier
+from mis_mlx.size_search import candidates, excess, frontier
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
@@ -123,6 +123,7 @@ def test_what_few_bits_lose_is_what_mlx_lm_loses(
         teacher = llama
         folder = tmp_path
         files = DISK
+        direct = False
 
     run: Any = Run()
     run.data = data.train
@@ -138,7 +139,7 @@ def test_what_few_bits_lose_is_what_mlx_lm_loses(
             q_bits=bits,
             dtype="float16",
         )
-        theirs = c.excess_loss(load.open_checkpoint(folder), tiny.CONFIG["vocab_size"])
+        theirs = excess.of_written(c, load.open_checkpoint(folder), tiny.CONFIG["vocab_size"])
         assert point.loss == pytest.approx(theirs / math.log(2), rel=0.08, abs=2e-4)
 
 

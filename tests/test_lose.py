@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from mis_mlx.models import load
 from mis_mlx.models.config import shape_of
 from mis_mlx.size_search import (
     candidates,
+    excess,
     known_losses,
     limits,
     ranking,
@@ -185,7 +186,7 @@ def test_a_smaller_loss_needs_more_bytes(
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
     many = searched(llama, text_folder, tmp_path / "many", lose=0.015)
     probes = (tmp_path / "many" / candidates.PROBES).read_text()
-    monkeypatch.setattr(candidates.Candidates, "_probe", _known_only(candidates.Candidates._probe))
+    monkeypatch.setattr(excess, "_measured", _no_axis_alone(excess._measured))
     some = searched(llama, text_folder, tmp_path / "some", lose=0.007)
     few = searched(llama, text_folder, tmp_path / "few", lose=0.003)
     sizes = [result["expected_bytes"] for result in (many, some, few)]
@@ -196,15 +197,12 @@ def test_a_smaller_loss_needs_more_bytes(
     assert many["best"].keys() >= {"scenario", "target_bpw"}
 
 
-def _known_only(probe: Callable[..., float]) -> Callable[..., float]:
-    """A probe that must stand in the log."""
+def _no_axis_alone(measured: Callable[..., Any]) -> Callable[..., Any]:
+    """What measures students, which must not be asked for one axis alone."""
 
-    def known(self: candidates.Candidates, axis: str, size: int) -> float:
-        lines = run_folder.records(self.run.folder / candidates.PROBES)
-        assert any(line["axis"] == axis and line["size"] == size for line in lines), (
-            "measured again"
-        )
-        return probe(self, axis, size)
+    def known(c: candidates.Candidates, asked: Sequence[Any]) -> Any:
+        assert not any("axis" in one.sizes for one in asked), "measured again"
+        return measured(c, asked)
 
     return known
 
@@ -287,8 +285,8 @@ def test_a_distillation_by_its_loss(
 
 
 def test_by_default_a_loss_is_allowed(llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing is said about sizes; else, and where a search would go through a large teacher
-    again and again, sizes are as they were.
+    """Where nothing is said about sizes, whether the teacher fits or streams; else, and on several
+    machines, nothing is searched for.
     """
     plain = distill.Settings(teacher=str(llama.path))
 
@@ -301,20 +299,22 @@ def test_by_default_a_loss_is_allowed(llama: Checkpoint, monkeypatch: pytest.Mon
     assert allowed(q_mode="affine", vocab=None) == size_request.DEFAULT_LOSS
     for given in ({"scenario": "gazda"}, {"layers": 2}, {"vocab": "0.5x"}, {"target_bpw": 5.0}):
         assert allowed(**given) is None
-    assert allowed(budget=str(llama.nbytes)) is None
+    assert allowed(budget=str(llama.nbytes)) == size_request.DEFAULT_LOSS
     assert allowed(lose=0.2, layers=2) == 0.2  # refused later, with the sizes
     monkeypatch.setattr(size_request.distributed, "size", lambda: 2)
     assert allowed() is None
 
 
-def test_what_no_search_knows_keeps_to_a_scenario(
+def test_what_no_search_knows_is_not_cut(
     models: Callable[[str], Checkpoint], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of a gemma4_text: a plain run says why and goes on; what is to be searched for is refused
-    before the teacher writes any text.
+    """Of a gemma4_text: a plain run says why, and keeps the teacher's sizes; what is to be searched
+    for is refused before the teacher writes any text.
     """
     gemma = models("gemma4_text")
     plain = distill.Settings(teacher=str(gemma.path))
+    assert size_request.unsearched(plain) == {"scenario": "none"}
+    assert size_request.unsearched(plain.with_values(scenario="gazda")) == {}
     assert size_request.allowed_loss(size_request.request_of(plain), gemma) is None
     told = capsys.readouterr().err
     why = (
@@ -322,7 +322,7 @@ def test_what_no_search_knows_keeps_to_a_scenario(
         "divide by"
     )
     assert (
-        f"the sizes come from a scenario, not from a search by loss: {why}\n" in told
+        f"nothing is cut, for no search measures what that costs: {why}: give sizes" in told
         and "--lose" not in told
     )
     for given, flags in (({"lose": 0.1}, "--lose 0.1"), ({"bytes": "1MB"}, "--bytes 1MB")):

@@ -509,7 +509,7 @@ def test_memory_as_a_user_asks_for_it(llama: Checkpoint, command: Callable[..., 
     assert "finalists" in done.stderr
     assert "run" not in result
     assert "candidates" not in result
-    done = command("search", *flags, "--budget", "1MiB")
+    done = command("search", *flags, "--budget", "1MiB", "--axes", "layers", "ffn", "bits")
     assert done.returncode == 3
     assert last_line(done)["check_failed"] is True
 

@@ -19,16 +19,23 @@ from mis_mlx.types import Checkpoint
 
 FEWEST = 8  # conversations, below which the loss is measured on text
 MOST = 40
+# answers of another model: the teacher's probabilities say more of a token than one draw does
+MOST_OF_OTHERS = 24
 
 
 @dataclass(frozen=True)
 class AnswerLoss:
-    """The teacher's answers to some prompts. nbytes (N,): of each answer's text."""
+    """Answers to some prompts. nbytes (N,): of each answer's text.
+
+    own: the teacher gave them; else another model did, and what is lost on them is told by the
+    teacher's probabilities, not by what the answers cost.
+    """
 
     teacher: Checkpoint
     prompts: list[Prompt]
     answers: list[Answer]
     nbytes: np.ndarray
+    own: bool = True
 
     @cached_property
     def nats(self) -> np.ndarray:
@@ -58,10 +65,11 @@ class AnswerLoss:
         return [float(value) / math.log(2) for value in self.by_answer(student)]
 
 
-def of_talks(teacher: Checkpoint, talks: Sequence[Row]) -> AnswerLoss | None:
+def of_talks(teacher: Checkpoint, talks: Sequence[Row], *, own: bool = True) -> AnswerLoss | None:
     """The loss on the last answer of each conversation, up to MOST of them, evenly spread.
 
-    None where there are fewer than FEWEST: it would say nothing.
+    own: as of `AnswerLoss`; up to MOST_OF_OTHERS else. None where there are fewer than FEWEST: it
+    would say nothing.
     """
     prompts = []
     answers = []
@@ -74,7 +82,8 @@ def of_talks(teacher: Checkpoint, talks: Sequence[Row]) -> AnswerLoss | None:
         answers.append(Answer(last["content"], ended=False))
     if len(prompts) < FEWEST:
         return None
-    chosen = np.unique(np.linspace(0, len(prompts) - 1, MOST).round().astype(int))
+    most = MOST if own else MOST_OF_OTHERS
+    chosen = np.unique(np.linspace(0, len(prompts) - 1, most).round().astype(int))
     prompts = [prompts[number] for number in chosen]
     answers = [answers[number] for number in chosen]
     return AnswerLoss(
@@ -82,6 +91,7 @@ def of_talks(teacher: Checkpoint, talks: Sequence[Row]) -> AnswerLoss | None:
         prompts=prompts,
         answers=answers,
         nbytes=np.array([len(answer.text.encode()) for answer in answers], np.float64),
+        own=own,
     )
 
 

@@ -7,7 +7,7 @@ from mis_mlx import cli
 from mis_mlx.data import preparation
 from mis_mlx.distillation import pipeline
 from mis_mlx.evaluation import comparison
-from mis_mlx.models import distributed, opening
+from mis_mlx.models import distributed, model_writer, opening
 from mis_mlx.planner.distillation_spec import SCALES
 from mis_mlx.pruning import select
 from mis_mlx.quantization import stage
@@ -43,6 +43,19 @@ def prune(
             cli.say(html.document("pruned.md", {**report, "params_before": before}))
     distributed.broadcast_folder(out, c.files)
     return opening.open_to_compute(out, c.teacher.precision)
+
+
+def view(c: pipeline.Run) -> Checkpoint | None:
+    """The teacher itself, where nothing is cut and it is to be rounded: nobody needs copies of it.
+
+    None where the student is another, or a copy was begun. A teacher that was pruned itself has a
+    record of that beside it, which would be taken for this student's.
+    """
+    begun = distributed.broadcast_json((c.folder / "pruned").exists)
+    if not c.plan.job.viewed or begun or model_writer.read_keep(c.teacher.path):
+        return None
+    cli.say("nothing is cut from the blocks: the teacher's own files are rounded, without a copy")
+    return c.teacher
 
 
 def quantize(

@@ -137,7 +137,7 @@ def disk_bytes(plan: strategies.MemoryPlan) -> int:
     m = plan.job.student
     params = arch.params(m.config)
     files = 0
-    if not plan.job.rounds_only:
+    if not plan.job.rounds_only and not plan.job.viewed:
         files += 2 * m.nbytes
     files += params * strategies.in_parts(plan.job, plan.mode)
     if plan.mode == "resident":

@@ -32,7 +32,12 @@ from mis_mlx.models.pass_cost import TENSOR_BYTES
 from mis_mlx.planner import estimates
 from mis_mlx.planner.distillation_spec import SCALES, DistillationSpec, Mode
 from mis_mlx.planner.machines import block_shares
-from mis_mlx.pruning.pruning_cost import pruning_cost, repair_by_block_cost, repair_cost
+from mis_mlx.pruning.pruning_cost import (
+    pruning_cost,
+    repair_by_block_cost,
+    repair_cost,
+    vocabulary_cost,
+)
 from mis_mlx.quantization import rounding_cost
 from mis_mlx.settings.recipe import (
     RATE,
@@ -166,8 +171,8 @@ class MemoryPlan:
 
     def held_windows(self, name: str) -> int:
         """How many windows of hidden states the phase of this name keeps in memory."""
-        phase = next(p for p in self.phases if p.name == name)
-        return phase.held_tokens // self.job.max_seq_length
+        held = next((p.held_tokens for p in self.phases if p.name == name), 0)
+        return held // self.job.max_seq_length
 
     @property
     def tuning_steps(self) -> int:
@@ -290,11 +295,7 @@ def _planned(job: DistillationSpec, limit: int, rates: Rates, way: _Way) -> Memo
     trained_left = left - process.training_bytes
     training_overhead = process.own_bytes + process.training_bytes
     phases = writers.teacher_cost(job, left)
-    if not job.rounds_only:
-        phases.append(pruning_cost(job, left))
-    if job.reconstruct_samples:
-        item = in_parts(job, mode)
-        phases.append(repair_by_block_cost(job, left, item) if item else repair_cost(job))
+    phases += _cutting(job, left, mode)
     if mode != "none":
         phases.append(_distil(job, trained_left, mode=mode, micro=micro, shard=shard))
     phases.append(
@@ -311,8 +312,11 @@ def _planned(job: DistillationSpec, limit: int, rates: Rates, way: _Way) -> Memo
         steps = job.rounding.steps(TUNE_ITERS)
     if steps:
         tuning = tuning_cost(job, micro, trained_left, steps)
+        needed = tuning.peak_bytes + training_overhead
+        if job.targets == "cached":
+            needed = max(needed, store_cost(job, left).peak_bytes + process.own_bytes)
         optional = tuned is None and job.rounding.q_iters is None
-        if not optional or tuning.peak_bytes + training_overhead <= limit:
+        if not optional or needed <= limit:
             phases.append(tuning)
     first_taught = next((n for n, p in enumerate(phases) if p.name in TAUGHT), None)
     if job.targets == "cached" and first_taught is not None:
@@ -334,6 +338,20 @@ def _planned(job: DistillationSpec, limit: int, rates: Rates, way: _Way) -> Memo
         shard_layers=shard,
         phases=tuple(planned),
     )
+
+
+def _cutting(job: DistillationSpec, limit: int, mode: Mode) -> list[StageCost]:
+    """The phases that make the student which is trained or rounded."""
+    phases = []
+    if job.viewed:
+        if job.shown and job.shown.shape != job.teacher.shape:
+            phases.append(vocabulary_cost(job.shown, job.max_seq_length))
+    elif not job.rounds_only:
+        phases.append(pruning_cost(job, limit))
+    if job.reconstruct_samples:
+        item = in_parts(job, mode)
+        phases.append(repair_by_block_cost(job, limit, item) if item else repair_cost(job))
+    return phases
 
 
 def _distil(job: DistillationSpec, limit: int, *, mode: Mode, micro: int, shard: int) -> StageCost:

@@ -37,8 +37,20 @@ def log_probabilities(
 ) -> list[np.ndarray]:
     """The log-probabilities of every answer's tokens after its prompt, in nats: [(n,) float64].
 
-    One streamed pass: one block in memory at a time, then parts of the head. MisError where the
-    model has no chat template, or one that refuses a prompt."""
+    One streamed pass: one block in memory at a time, then parts of the head. MisError as of
+    `tokens_of`."""
+    texts, counts = tokens_of(model, asked, answers)
+    return of_last_tokens(model, texts, counts)
+
+
+def tokens_of(
+    model: Checkpoint,
+    asked: Sequence[Prompt],
+    answers: Sequence[Answer],
+) -> tuple[list[list[int]], list[int]]:
+    """(ids of every prompt with its answer; how many of them, at the end, are the answer's).
+
+    MisError where the model has no chat template, or one that refuses a prompt."""
     need_template(model)
     tokenizer = load.tokenizer(model.path)
     end = _end_of_turn(tokenizer)
@@ -48,7 +60,7 @@ def log_probabilities(
         before, own = _tokens_of(tokenizer, prompt, answer, end)
         texts.append([*before, *own])
         counts.append(len(own))
-    return of_last_tokens(model, texts, counts)
+    return texts, counts
 
 
 def _tokens_of(
@@ -104,11 +116,21 @@ def of_last_tokens(
     in memory at a time, then parts of its head."""
     if not texts:
         return []
+    stream = Stream(model)
+    hidden = stream.forward([mx.array([text]) for text in texts])
+    return after_pass(stream, hidden, texts, counts)
+
+
+def after_pass(
+    stream: Stream,
+    hidden: Hidden,
+    texts: Sequence[Sequence[int]],
+    counts: Sequence[int],
+) -> list[np.ndarray]:
+    """`of_last_tokens` of a model that has read the texts: hidden [(1, T, D)], its final states."""
     targets = []
     for text, count in zip(texts, counts, strict=True):
         targets.append(np.array(text[len(text) - count :], np.int32))
-    stream = Stream(model)
-    hidden = stream.forward([mx.array([text]) for text in texts])
     return _of_targets(stream, hidden, targets)
 
 

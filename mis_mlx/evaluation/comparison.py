@@ -30,7 +30,7 @@ from mis_mlx.types import Checkpoint, MisError, Row
 Models = Mapping[str, Checkpoint]  # by name
 OpenStream = Callable[[Checkpoint], Stream]  # opens a model for one pass
 Means = Mapping[tuple[str, str], np.ndarray]  # (model, metric) -> (N,), one value per window
-Passed = tuple[Checkpoint, Hidden]  # a model and its final states [(1, T, D)] of every window
+Passed = tuple[Stream, Hidden]  # a model and its final states [(1, T, D)] of every window
 ACROSS = (
     "The other models have a smaller vocabulary than the teacher. For KL and same top token, the "
     "teacher reads their tokens, and only the shared rows count."
@@ -111,7 +111,8 @@ def compare(
         states = hidden
         if model is not base:
             states = final_hidden(model, held_out, opened)
-        teacher_nll, *measured[name] = _window_means((base, hidden), (model, states), held_out)
+        passed = (Stream(model), states)
+        teacher_nll, *measured[name] = window_means((Stream(base), hidden), passed, held_out)
     means_of: dict[tuple[str, str], np.ndarray] = {(teacher, "nll"): teacher_nll}
     # What a student is given that is the teacher; a window without predictions has 0 everywhere.
     counted = np.asarray(held_out.loss_mask[:, :-1].any(axis=1))
@@ -144,7 +145,7 @@ def _is_same(one: Checkpoint, other: Checkpoint) -> bool:
     return safetensors.same_bytes(one.tensors, other.tensors)
 
 
-def _window_means(base: Passed, other: Passed, held_out: Windows) -> np.ndarray:
+def window_means(base: Passed, other: Passed, held_out: Windows) -> np.ndarray:
     """(5, N): the means of `by_window` over the predictions of each window, 0 where it has none."""
     means = []
     for values in by_window(base, other, held_out):
@@ -216,15 +217,15 @@ def _compare_chunks(base: Passed, other: Passed, chunks: Sequence[_Chunk]) -> No
     each part leaves its share of the normalizers, the KL, the target's logit and the top token;
     `host_losses.over_parts` puts them together.
     """
-    base_model, base_hidden = base
-    other_model, other_hidden = other
-    base_shape = config.shape_of(base_model.config)
-    other_shape = config.shape_of(other_model.config)
+    base_stream, base_hidden = base
+    other_stream, other_hidden = other
+    base_shape = config.shape_of(base_stream.checkpoint.config)
+    other_shape = config.shape_of(other_stream.checkpoint.config)
     # A student with a trimmed vocabulary is compared over the rows that both have.
     vocab = min(base_shape.vocab, other_shape.vocab)
     rows = HEAD_PART // max(base_shape.hidden, other_shape.hidden)
-    base_parts = Stream(base_model).head_parts(vocab, rows)
-    other_parts = Stream(other_model).head_parts(vocab, rows)
+    base_parts = base_stream.head_parts(vocab, rows)
+    other_parts = other_stream.head_parts(vocab, rows)
     # Both heads advance in step: one part of each is in memory.
     for (start, base_head), (_, other_head) in zip(base_parts, other_parts, strict=True):
         for chunk in chunks:
@@ -359,8 +360,8 @@ def kld(
     for name, other in cli.show_progress("model", others, len(others)):
         # The other's hidden states get no name: it would keep them during the next model's pass.
         windows = by_window(
-            base=(base, hidden),
-            other=(other, final_hidden(other, held_out, opened)),
+            base=(Stream(base), hidden),
+            other=(Stream(other), final_hidden(other, held_out, opened)),
             held_out=held_out,
         )
         own_rows = list[list[float]]()

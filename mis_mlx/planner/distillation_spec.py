@@ -48,6 +48,8 @@ class DistillationSpec(DistillationConfig):
     answers_known: bool = False  # the teacher's are kept from before, or came with the package
     # the student is the teacher: nothing to repair, nothing to learn before rounding
     uncut: bool = False
+    # it is rounded from the teacher's own files, and no copy is written
+    viewed: bool = False
     # the student is there already: it is rounded, its scales may learn, and nothing is measured
     rounds_only: bool = False
     targets: Targets = "live"
@@ -107,6 +109,7 @@ def spec_of(
         shown=shown,
         same_head=copied and _head_type(teacher) == _head_type(student),
         uncut=uncut,
+        viewed=uncut and not teacher.packed and rounding is not ROUND_TO_NEAREST,
         may_store=asked.targets is None and plain,
         answers=answers,
         answers_known=answers_known,

@@ -47,11 +47,11 @@ class PruningConfig(ThermalFlags, vocabulary.VocabularyConfig):
     scenario: scenarios.Scenario | None = None
     """what to cut: half-vocab (half of the vocabulary, a third of the FFN), half-ffn (half of the
     FFN, few layers), or as in table 1 of the paper: balanced (layers, FFN), narrow (hidden),
-    ffn-only (FFN), shallow (layers), smallest (layers, FFN). Default: in distill, sizes by --lose.
-    Otherwise fewer-experts (three quarters of the experts) for a mixture of experts; half-vocab if
-    the vocabulary holds an eighth of the parameters or more; none (only tokens go) if half of the
-    vocabulary holds nearly a third; else half-ffn. The mountain names are accepted, too: redyk,
-    gazda, goral, baca, halny, juhas, zbojnik and stado, in this order
+    ffn-only (FFN), shallow (layers), smallest (layers, FFN). Default: in distill, sizes by --lose,
+    or nothing. In prune, fewer-experts (three quarters of the experts) for a mixture of experts;
+    half-vocab if the vocabulary holds an eighth of the parameters or more; none (only tokens go) if
+    half of the vocabulary holds nearly a third; else half-ffn. The mountain names are accepted,
+    too: redyk, gazda, goral, baca, halny, juhas, zbojnik and stado, in this order
     """
     layers: Count | None = None
     """keep this many layers"""

@@ -355,7 +355,7 @@ def write_student(
         tensor = partial(model_writer.dense, teacher)
     model_writer.write_model(
         student_config(teacher.config, shape, keep, dtype),
-        partial(_taken, teacher, keep, tensor),
+        partial(taken, teacher, keep, tensor),
         source=teacher.path,
         out=out,
         dtype=dtype,
@@ -365,7 +365,7 @@ def write_student(
     return keep
 
 
-def _taken(
+def taken(
     teacher: Checkpoint,
     keep: KeptUnits,
     tensor: Dense,

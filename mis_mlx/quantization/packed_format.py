@@ -6,7 +6,7 @@ error and a remedy.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -186,8 +186,9 @@ def write_quantized(
     It has packed weights, and scales and biases in float16 (or scales of 8 bits, in other modes).
     rounded: the blocks' matrices, and then the head where `compensated_head` names it, from
     quantization/stage; default: the nearest values. extra: more files, by name. fit: nearest values
-    are those of `rounding.fitted` in place of MLX's own, in affine formats. Returns the bits per weight, bytes and the group size used most. MisError when
-    the model is quantized already, or has weights that are not numbers or too large.
+    are those of `rounding.fitted` in place of MLX's own, in affine formats. Returns the bits per
+    weight, bytes and the group size used most. MisError when the model is quantized already, or has
+    weights that are not numbers or too large.
     """
     check_dense(checkpoint)
     common = _usual_format(plan)
@@ -229,9 +230,9 @@ def _usual_format(plan: Formats) -> Format:
     return max(set(in_blocks), key=lambda kind: (in_blocks.count(kind), kind))
 
 
-def _names(checkpoint: Checkpoint, last: str | None) -> list[str]:
+def _names(config: Mapping[str, Any], last: str | None) -> list[str]:
     """A dense model's tensors in the order of a file. last: the module that is rounded last."""
-    names = list(arch.tensors_of(checkpoint.config, stacked=True))
+    names = list(arch.tensors_of(config, stacked=True))
     return sorted(names, key=lambda name: name == f"{last}.weight")
 
 
@@ -242,17 +243,41 @@ def _specs(
 
     last: as of `_names`.
     """
+
+    def stored_type(name: str) -> str:
+        first = experts.one_by_one(name, checkpoint.config)[0]
+        return checkpoint.tensors[first].dtype
+
+    return _specs_of(checkpoint.config, plan, stored_type, last)
+
+
+def _specs_of(
+    config: Mapping[str, Any],
+    plan: Formats,
+    type_of: Callable[[str], str],
+    last: str | None = None,
+) -> dict[str, safetensors.Spec]:
+    """`_specs` of a config. type_of: of a tensor that is not packed, as safetensors calls it."""
     specs: dict[str, safetensors.Spec] = {}
-    shapes = arch.tensors_of(checkpoint.config, stacked=True)
-    for name in _names(checkpoint, last):
+    shapes = arch.tensors_of(config, stacked=True)
+    for name in _names(config, last):
         shape = shapes[name]
         path = name.removesuffix(".weight")
         if path in plan:
             specs |= plan[path].specs(path, *shape)
         else:
-            first = experts.one_by_one(name, checkpoint.config)[0]
-            specs[name] = (checkpoint.tensors[first].dtype, shape)
+            specs[name] = (type_of(name), shape)
     return specs
+
+
+def packed_bytes(config: Mapping[str, Any], plan: Formats, dtype: str) -> int:
+    """Bytes of a model packed as planned. dtype: of what is not packed: 'bfloat16'."""
+    usual = model_writer.SAFETENSORS_NAMES[dtype]
+
+    def type_of(name: str) -> str:
+        return "F32" if arch.always_float32(config, name) else usual
+
+    return sum(map(safetensors.spec_bytes, _specs_of(config, plan, type_of).values()))
 
 
 def figures(checkpoint: Checkpoint, plan: Formats) -> dict[str, Any]:
@@ -275,7 +300,7 @@ def _packed(
     fit: bool,
 ) -> Iterator[tuple[str, safetensors.Tensor]]:
     """(name, tensor) of everything in the folder to be written. last: as of `_names`."""
-    names = _names(checkpoint, last)
+    names = _names(checkpoint.config, last)
     block: dict[str, rounding.Packed] = {}
     for name in cli.show_progress("tensor", names, len(names)):
         path = name.removesuffix(".weight")
@@ -348,13 +373,13 @@ def _nearest(
     """A matrix, or those of all experts stacked, rounded to nearest values."""
     rounded = []
     for part in experts.one_by_one(name, checkpoint.config):
-        rounded.append(_by_parts(_finite(checkpoint, part), kind, fit=fit))
+        rounded.append(rounded_matrix(_finite(checkpoint, part), kind, fit=fit))
     if len(rounded) == 1:
         return rounded[0]
     return tuple(mx.stack(list(arrays)) for arrays in zip(*rounded, strict=True))
 
 
-def _by_parts(weight: mx.array, kind: Format, *, fit: bool = False) -> rounding.Packed:
+def rounded_matrix(weight: mx.array, kind: Format, *, fit: bool = False) -> rounding.Packed:
     """A matrix (out, in) rounded to nearest values, some rows at a time.
 
     An embedding can be most of a model, too large to be widened as a whole.

@@ -1,13 +1,7 @@
-"""Students measured as pruned and rounded, and what each axis costs by itself.
-
-The unit is nats a byte of text, which students of other vocabularies have in common. Every
-measurement is a line in a log before the next one begins, so a search that was killed goes on from
-there.
-"""
+"""What the measurements of a search share: text, readers, calibration, sensitivities, logs."""
 
 import json
 import math
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -18,35 +12,31 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import answer_loss, pipeline
-from mis_mlx.evaluation import comparison
+from mis_mlx.evaluation import answers, comparison
 from mis_mlx.evaluation.answer_likelihood import has_template
 from mis_mlx.maths import rounding
 from mis_mlx.maths.importance import Statistics
-from mis_mlx.models import arch, load, model_writer, opening, stream
+from mis_mlx.models import arch, bit_floors, load, opening, stream
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.models.model_size import model_of
 from mis_mlx.pruning import calibrate, select, slicing, vocabulary
 from mis_mlx.quantization import bit_allocation, packed_format, rounding_cost
 from mis_mlx.runs.run_loop import OpenRun
-from mis_mlx.size_search import shape_search
-from mis_mlx.size_search.shape_search import CUTS, Choice, Losses, Sizes, group_of
+from mis_mlx.size_search import measuring_cost, unwritten
+from mis_mlx.size_search.shape_search import Choice, group_of
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.hidden_spool import Spool
-from mis_mlx.types import Checkpoint, MisError
+from mis_mlx.types import Checkpoint, KeptUnits, MisError
 
 PROBES = "probes.jsonl"
 CANDIDATES = "candidates.jsonl"
 # Shares of the teacher's rows that a search tries.
 VOCABULARIES = "0.75x", "0.5x", "0.375x", "0.25x", "0.125x"
-# Bits of a weight, scales included, at which rounding is measured on answers.
-BITS_PROBED = 4.0, 5.0
 WORST = 100.0  # nats a byte of a student whose loss is not a number
 Costs = dict[str, dict[int, float]]  # module path: bits: nats
-Curve = list[tuple[float, float]]  # (size, nats a byte)
 
 
 def split_held_out(
@@ -85,16 +75,17 @@ def split_held_out(
     return token_windows.concatenated(ranks), token_windows.concatenated(judges)
 
 
-def vocabularies(teacher: Checkpoint) -> list[int]:
+def vocabularies(config: Mapping[str, Any], folder: Path | None) -> list[int]:
     """Numbers of rows that a student may have, apart from the teacher's own.
 
-    These are shares of the teacher's rows, as far as its tokenizer allows.
+    These are shares of the teacher's rows, as far as its tokenizer allows. folder: where it is;
+    None: it allows all of them.
     """
     rows = set[int]()
-    all_rows = shape_of(teacher.config).vocab
+    all_rows = shape_of(config).vocab
     for share in VOCABULARIES:
         with suppress(MisError):
-            rows.add(vocabulary.size(share, teacher.path, all_rows))
+            rows.add(vocabulary.size(share, folder, all_rows))
     return sorted(rows - {all_rows})
 
 
@@ -104,18 +95,6 @@ class TrimmedTeacher(NamedTuple):
     teacher: Checkpoint
     ranking: Windows
     judging: Windows
-
-
-class RankingPass(NamedTuple):
-    """The result of a reader's pass over the windows that rank.
-
-    hidden: its final states [(B, T, D)]. nats: of a byte. lost: how many more these are than with
-    the teacher's own vocabulary.
-    """
-
-    hidden: stream.Hidden
-    nats: float
-    lost: float
 
 
 @dataclass
@@ -133,14 +112,19 @@ class Candidates:
     settings: Any
     source: preparation.Source | str | None = None
     _trimmed_teachers: dict[int, TrimmedTeacher] = field(default_factory=dict)
-    _ranking_passes: dict[int, RankingPass] = field(default_factory=dict)
+    # nats a byte of readers, by their rows
+    reader_nats: dict[int, float] = field(default_factory=dict)
 
     @cached_property
     def answers(self) -> answer_loss.AnswerLoss | None:
-        """The teacher's answers, on which losses are measured; None: they are measured on text."""
+        """The answers on which losses are measured; None: they are measured on text.
+
+        A teacher that streams has not written any: they came with the package.
+        """
         if not has_template(self.teacher):
             return None
-        return answer_loss.of_talks(self.teacher, self.data.talks)
+        own = not self.settings.streams or answers.shipped_for(self.teacher)
+        return answer_loss.of_talks(self.teacher, self.data.talks, own=own)
 
     @cached_property
     def samples(self) -> stream.Batches:
@@ -153,14 +137,22 @@ class Candidates:
         return self.run.teacher
 
     @cached_property
-    def _before(self) -> Shape:
+    def students_at_once(self) -> int:
+        """How many students are measured in one pass, within the budget."""
+        length = self.run.recipe.max_seq_length
+        windows = len(self.answers.prompts) if self.answers else len(self.ranking.tokens)
+        limit = self.run.plan.budget_bytes
+        return measuring_cost.at_once(model_of(self.teacher), windows, length, limit)
+
+    @cached_property
+    def before(self) -> Shape:
         """The teacher's shape."""
         return shape_of(self.teacher.config)
 
     @cached_property
-    def _group(self) -> int:
+    def group(self) -> int:
         """Weights of the teacher that share a scale."""
-        return group_of(self._before)
+        return group_of(self.before)
 
     def _states(self) -> stream.Hidden:
         """A place for calibration's hidden states: a file for those that memory does not hold."""
@@ -192,6 +184,8 @@ class Candidates:
         stored = json.loads(path.read_text("utf-8"))
         for name, costs in stored.items():  # JSON's keys are text
             stored[name] = {int(bits): cost for bits, cost in costs.items()}
+        for name, fewest in bit_floors.delta_floors(self.teacher.config).items():
+            stored[name] = {bits: cost for bits, cost in stored[name].items() if bits >= fewest}
         # Small matrices of fixed bits have no choice, but their bits count towards the mean.
         for name in packed_format.wide_projections(self.teacher.config):
             stored[name] = {packed_format.WIDE_BITS: 0.0}
@@ -208,13 +202,13 @@ class Candidates:
         # What enters each block is kept: as many arrays for a window as the teacher has blocks.
         states = None
         if held < len(batches):
-            arrays = held * self._before.layers
+            arrays = held * self.before.layers
             states = Spool(run.folder, arrays, run.files)
         seed = run.recipe.seed
         nats = bit_allocation.costs(
             run.teacher,
             batches,
-            self._group,
+            self.group,
             rounding.CANDIDATE_BITS,
             seed=seed,
             kept=states,
@@ -241,7 +235,7 @@ class Candidates:
 
     def _new_trimmed_teacher(self, rows: int) -> TrimmedTeacher:
         run = self.run
-        if rows == self._before.vocab:
+        if rows == self.before.vocab:
             return TrimmedTeacher(run.teacher, self.ranking, self.judging)
         place = run.folder / f"{vocabulary.FOLDER}-{rows}"
         run.files.make_folder(place)
@@ -264,148 +258,38 @@ class Candidates:
 
     def training_text(self, rows: int) -> Windows:
         """The text of a student with so many rows, tokenized when a finalist learns from it."""
-        if rows == self._before.vocab:
+        if rows == self.before.vocab:
             return self.run.data
         tokenizer = load.tokenizer(self.trimmed_teacher(rows).teacher.path)
         length = self.run.data.tokens.shape[1]
         return preparation.prepare(self.source, tokenizer, length).train
 
-    def ranking_pass(self, rows: int) -> RankingPass:
-        """The pass of the teacher with so many rows over the windows that rank, made once."""
-        if rows not in self._ranking_passes:
-            reader = self.trimmed_teacher(rows)
-            hidden = comparison.final_hidden(reader.teacher, reader.ranking)
-            figures = comparison.compare({"teacher": reader.teacher}, reader.ranking, hidden)
-            nats = comparison.per_byte(figures["teacher", "nll"], reader.ranking)
-            all_rows = self._before.vocab
-            lost = 0.0
-            if rows != all_rows:
-                lost = nats - self.ranking_pass(all_rows).nats
-            self._ranking_passes[rows] = RankingPass(hidden, nats, lost)
-        return self._ranking_passes[rows]
+    def unwritten(
+        self, shape: Shape, bits: Mapping[str, int] | None = None, *, fit: bool = True
+    ) -> unwritten.Student:
+        """The student of this shape, in memory alone. bits: of each matrix; None: not rounded.
 
-    def excess_loss(self, student: Checkpoint, rows: int) -> float:
-        """Nats a byte that a student with so many rows loses, on answers or else on text.
-
-        On the teacher's answers it is what the student needs more than the teacher with all rows.
-        On text it is KL(teacher || student), the teacher having the student's vocabulary, and what
-        that vocabulary costs the teacher.
+        fit: on fitted grids; else on MLX's own.
         """
-        if self.answers is not None:
-            return self.answers.excess(student)
-        reader = self.trimmed_teacher(rows)
-        passed = self.ranking_pass(rows)
-        if student is reader.teacher:
-            return passed.lost
-        models = {"teacher": reader.teacher, "student": student}
-        figures = comparison.compare(models, reader.ranking, passed.hidden)
-        divergence = comparison.per_byte(figures["student", "kl"], reader.ranking)
-        return divergence + passed.lost
+        reader = self.trimmed_teacher(shape.vocab).teacher
+        keep = None
+        if replace(shape, vocab=self.before.vocab) != self.before:
+            keep = self.kept(shape)
+        group = group_of(shape)
+        formats = {path: packed_format.Format(n, group) for path, n in (bits or {}).items()}
+        return unwritten.Student(reader, shape, keep, formats, fit=fit)
 
-    def losses(self, sizes: Sizes) -> Losses:
-        """What every axis costs by itself: measured, or read from the log."""
-        probes = shape_search.probes_of(sizes, self._before.vocab)
-        points: dict[str, Curve] = {axis: [] for axis in CUTS}
-        for axis, size in cli.show_progress("axis alone", probes, len(probes)):
-            nats = self._probe(axis, size)
-            points[axis].append((size, nats))
-        if self.settings.mixed:
-            points["bits"] = self._bits_alone()
-        remaining = shape_search.REMAINING_LOSS
-        if self.answers is not None:
-            remaining = shape_search.REMAINING_ANSWER_LOSS
-        remaining = shape_search.remaining_after(self.settings.student_iters, remaining)
-        return Losses(self._before, points, remaining)
-
-    def _bits_alone(self) -> Curve:
-        """(bits, nats a byte) of the teacher in so many bits a weight.
-
-        They are sums of what each matrix costs on calibration text. On answers bits cost something
-        else: there some sizes are measured, and the curve is stretched to these.
-        """
-        ones = np.ones(len(self.ranking.tokens))
-        tokens_a_byte = comparison.per_byte(ones, self.ranking)
-        fewest, most = shape_search.bpw_range(self._group, self.teacher.config, self._before)
-        curve = Curve()
-        for bpw in np.arange(fewest, most, 0.125):
-            chosen = self._teacher_bits(float(bpw))
-            costs = [self.sensitivity[path][bits] for path, bits in chosen.items()]
-            nats = sum(costs) * tokens_a_byte
-            curve.append((float(bpw), nats))
-        if self.answers is None:
-            return curve
-        sizes, estimated = np.array(curve).T
-        measured = [self._rounded_teacher(bpw) for bpw in BITS_PROBED]
-        stretch = np.array(measured) / np.interp(BITS_PROBED, sizes, estimated)
-        stretched = estimated * np.interp(sizes, BITS_PROBED, stretch)
-        return list(zip(sizes.tolist(), stretched.tolist(), strict=True))
-
-    def _teacher_bits(self, bpw: float) -> dict[str, int]:
-        """{module path: bits} of the teacher in so many bits a weight."""
-        choice = Choice(self._before, bpw)
-        return self._allocated(choice, range(self._before.layers))
-
-    def _rounded_teacher(self, bpw: float) -> float:
-        """Nats a byte that the teacher loses when it is rounded to so many bits on average.
-
-        Every weight goes to its nearest value.
-        """
-
-        def measured() -> dict[str, Any]:
-            bits = self._teacher_bits(bpw)
-            lost, _ = self.rounded_excess_loss(self.teacher, bits, self._group)
-            return {"nats": finite_or_none(lost)}
-
-        sizes = {"axis": "bits", "size": bpw}
-        record = logged_or_measured(self.run, PROBES, sizes, measured)
-        nats = record["nats"]
-        return WORST if nats is None else max(float(nats), 1e-6)
-
-    def rounded_excess_loss(
-        self, model: Checkpoint, bits: Mapping[str, int], group: int, *, fit: bool = True
-    ) -> tuple[float, int]:
-        """(nats a byte that a model loses when it is rounded, bytes of its file then).
-
-        Every weight goes to its nearest value. bits: of each matrix, by its path. group: weights
-        that share a scale. fit: on fitted grids; else on MLX's own.
-        """
-        layout = {path: packed_format.Format(width, group) for path, width in bits.items()}
-        with self._temporary("rounded") as place:
-            out = Path(place) / "model"
-            packed_format.write_quantized(model, out, layout, self.run.files, fit=fit)
-            rounded = opening.open_to_compute(out, model.precision)
-            rows = shape_of(model.config).vocab
-            return self.excess_loss(rounded, rows), rounded.nbytes
-
-    def _temporary(self, name: str) -> tempfile.TemporaryDirectory[str]:
-        """A folder in the run's, which goes at the end of its `with`."""
-        return tempfile.TemporaryDirectory(prefix=f".tmp-{name}-", dir=self.run.folder)
-
-    def _probe(self, axis: str, size: int) -> float:
-        """Nats a byte that the teacher loses when one axis is cut to a size."""
-        if axis == "vocab":
-            shape = replace(self._before, vocab=size)
-        else:
-            shape = arch.target_shape(self.teacher.config, {}, **{axis: size})
-
-        def measured() -> dict[str, Any]:
-            if axis == "vocab":
-                teacher = self.trimmed_teacher(size).teacher
-                return {"nats": finite_or_none(self.excess_loss(teacher, size))}
-            with self._temporary("candidate") as place:
-                student = self.prune(shape, Path(place) / "pruned")
-                return {"nats": finite_or_none(self.excess_loss(student, shape.vocab))}
-
-        sizes = {"axis": axis, "size": size, "kv_heads": shape.kv_heads}
-        record = logged_or_measured(self.run, PROBES, sizes, measured)
-        nats = record["nats"]
-        return WORST if nats is None else float(nats)
+    def kept(self, shape: Shape) -> KeptUnits:
+        """What stays of the teacher in a student of this shape, by plain importance."""
+        cut = select.PruningConfig(scenario="none", importance="rms")
+        config = self.trimmed_teacher(shape.vocab).teacher.config
+        _, keep = select.select_units(config, self.statistics, cut, shape)
+        return keep
 
     def prune(self, shape: Shape, out: Path) -> Checkpoint:
         """The teacher cut to `shape` by plain importance, as the new folder `out`."""
         teacher = self.trimmed_teacher(shape.vocab).teacher
-        cut = select.PruningConfig(scenario="none", importance="rms")
-        _, keep = select.select_units(teacher.config, self.statistics, cut, shape)
+        keep = self.kept(shape)
         slicing.write_student(
             teacher,
             shape,
@@ -417,7 +301,7 @@ class Candidates:
         )
         return opening.open_to_compute(out, teacher.precision)
 
-    def _allocated(self, choice: Choice, layers: Sequence[int]) -> dict[str, int]:
+    def allocated(self, choice: Choice, layers: Sequence[int]) -> dict[str, int]:
         """{module path of the student: bits}, given to matrices where they pay.
 
         A matrix costs what it costs in the teacher, by the weights that it still has. layers: the
@@ -442,39 +326,6 @@ class Candidates:
         group = group_of(choice.shape)
         scales = packed_format.Format(0, group).bits_per_weight
         return bit_allocation.allocate(costs, sizes, choice.bpw - scales)
-
-    def score(self, choice: Choice, losses: Losses) -> float:
-        """Nats a byte that should be left of the student's loss once it has learned.
-
-        The loss as pruned and rounded is measured, or read from the log. Its ratio to the sum of
-        what each axis costs alone is that of before learning; it corrects the expected loss.
-        """
-
-        def measured() -> dict[str, Any]:
-            group = group_of(choice.shape)
-            with self._temporary("candidate") as place:
-                pruned = self.prune(choice.shape, Path(place) / "pruned")
-                keep = model_writer.read_keep(pruned.path)
-                assert keep is not None
-                if self.settings.mixed:
-                    bits = self._allocated(choice, keep.layers)
-                else:
-                    paths = packed_format.formats_of(pruned.config, group)
-                    bits = dict.fromkeys(paths, packed_format.USUAL_BITS)
-                lost, nbytes = self.rounded_excess_loss(pruned, bits, group)
-                return {
-                    "params": arch.params(pruned.config),
-                    "bytes": nbytes,
-                    "nats": finite_or_none(lost),
-                    "predicted": losses.raw(choice),
-                }
-
-        record = logged_or_measured(self.run, CANDIDATES, choice.sizes, measured)
-        nats = record["nats"]
-        if nats is None:
-            return math.inf
-        alone = max(losses.raw(choice), 1e-9)
-        return losses.expected(choice) * max(nats, 0.0) / alone
 
 
 def logged_or_measured(

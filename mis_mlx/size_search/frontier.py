@@ -21,7 +21,7 @@ from mis_mlx.models import load, opening, resolve
 from mis_mlx.models.config import Shape
 from mis_mlx.quantization import packed_format
 from mis_mlx.reporting import figures, html, text
-from mis_mlx.size_search import candidates, limits, shape_search
+from mis_mlx.size_search import candidates, excess, limits, shape_search, unwritten
 from mis_mlx.size_search.shape_search import Choice, Losses
 from mis_mlx.storage.files import Files
 from mis_mlx.types import Checkpoint
@@ -84,7 +84,7 @@ def _measured_over_expected(
     students = shape_search.smallest(config, shapes, losses, nats, within=within)
     if not students:
         return 1.0
-    score = c.score(students[0], losses)
+    (score,) = excess.scores(c, students[:1], losses)
     if not math.isfinite(score):
         return 1.0
     expected = max(losses.expected(students[0]), 1e-9)
@@ -93,13 +93,14 @@ def _measured_over_expected(
 
 def converted_teachers(c: candidates.Candidates) -> Iterable[Point]:
     """The teacher with every matrix in N bits, as `mlx_lm.convert -q --q-bits N` writes it."""
-    teacher = c.run.teacher
+    paths = packed_format.formats_of(c.run.teacher.config, GROUP)
     for bits in CONVERTED:
-        uniform = dict.fromkeys(packed_format.formats_of(teacher.config, GROUP), bits)
-        lost, nbytes = c.rounded_excess_loss(teacher, uniform, GROUP, fit=False)
+        formats = dict.fromkeys(paths, packed_format.Format(bits, GROUP))
+        student = unwritten.Student(c.run.teacher, c.before, formats=formats, fit=False)
+        (lost,) = excess.of_students(c, [student])
         yield Point(
             f"teacher, mlx_lm.convert in {bits} bits",
-            nbytes,
+            student.nbytes,
             round(lost / math.log(2), 4),
             measured=True,
         )

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from mis_mlx import cli
 from mis_mlx.models.config import Shape
 from mis_mlx.reporting import progress
-from mis_mlx.size_search import candidates, shape_search
+from mis_mlx.size_search import candidates, excess, shape_search
 from mis_mlx.size_search.limits import Limit, file_bytes
 from mis_mlx.size_search.shape_search import Choice, Losses, Sizes
 from mis_mlx.types import MisError
@@ -31,13 +32,12 @@ def rank(c: candidates.Candidates, within: Sequence[Choice], sizes: Sizes) -> Ra
     MisError where no loss is a number; students whose loss is not a number are left out.
     """
     with progress.phase("rank"):
-        losses = c.losses(sizes)
+        losses = excess.losses(c, sizes)
         likely = shape_search.best(within, sizes, losses, c.settings.evaluations)
-        scores = {}
-        with progress.bar("rank", len(likely)) as show:
-            for number, choice in enumerate(likely, 1):
-                scores[choice] = c.score(choice, losses)
-                show(number, _shown(choice, scores[choice]))
+        found = excess.scores(c, likely, losses)
+        scores = dict(zip(likely, found, strict=True))
+        for choice, score in scores.items():
+            cli.say(_shown(choice, score))
     finite = [choice for choice, score in scores.items() if math.isfinite(score)]
     if not finite:
         raise MisError(
@@ -67,7 +67,7 @@ def smallest(
     config = c.teacher.config
     scores = dict[Choice, float]()
     with progress.phase("rank"):
-        losses = c.losses(sizes)
+        losses = excess.losses(c, sizes)
         together = 1.0  # the measured loss over the sum
         with progress.bar("rank", evaluations) as show:
             for number in range(1, evaluations + 1):
@@ -79,7 +79,7 @@ def smallest(
                 if not fitting or fitting[0] in scores:
                     break
                 choice = fitting[0]
-                score = c.score(choice, losses)
+                (score,) = excess.scores(c, [choice], losses)
                 scores[choice] = score
                 show(number, _shown(choice, score))
                 if abs(score - lose) <= NEAR * lose:

@@ -6,19 +6,20 @@ from typing import Any
 
 from mis_mlx import cli
 from mis_mlx.compute import precision
-from mis_mlx.distillation import strategies
+from mis_mlx.distillation import answer_loss, strategies
 from mis_mlx.evaluation.judging_cost import comparison_cost
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models import arch
 from mis_mlx.models.config import shape_of
 from mis_mlx.models.model_size import model_of
-from mis_mlx.models.pass_cost import TENSOR_BYTES, forward_flops, tensor_bytes
+from mis_mlx.models.pass_cost import TENSOR_BYTES
 from mis_mlx.planner import estimates, measured_block
 from mis_mlx.planner.distillation_spec import DistillationSpec, spec_of
-from mis_mlx.pruning.pruning_cost import vocabulary_cost
+from mis_mlx.pruning.pruning_cost import calibration_cost, vocabulary_cost
 from mis_mlx.quantization.rounding_cost import sensitivity_cost
-from mis_mlx.size_search import known_losses, limits, shape_search
+from mis_mlx.size_search import excess, known_losses, limits, shape_search
+from mis_mlx.size_search.measuring_cost import passes_cost
 from mis_mlx.size_search.shape_search import Choice, Sizes, probes_of
 from mis_mlx.types import Budget, Checkpoint, MisError
 
@@ -46,7 +47,7 @@ def plan_search(
         s,
         plan.job,
         plan.phases,
-        len(probes),
+        probes,
         rows=any(axis == "vocab" for axis, _ in probes),
         limit=limit.limit_bytes,
     )
@@ -97,7 +98,7 @@ def search_cost(
     s: Any,
     job: DistillationSpec,
     planned: Sequence[StageCost],
-    probes: int,
+    probes: Sequence[tuple[str, int]],
     *,
     rows: bool,
     limit: int,
@@ -112,30 +113,27 @@ def search_cost(
     length = job.max_seq_length
     known = TENSOR_BYTES * t.tensors
     own = known + process_bytes(max(0, limit - known))  # as in a plan, whose phases have it
-    cut = next(p for p in planned if p.name == "prune")
     # of two texts
     windows = -(-4 * s.rank_windows // 3)
     judging = -(-4 * s.eval_windows // 3)
-    comparison = comparison_cost([t, m], windows, length)
-    # the teacher's pass, which is done once
-    teachers_flops = forward_flops(t, windows * length, length, head=False)
-    comparison = replace(
-        comparison,
-        peak_bytes=max(comparison.peak_bytes, tensor_bytes(t)),
-        flops=comparison.flops - teachers_flops,
-    )
-    rank = [_times(cut, 1, name="calibrate", written=cut.written_bytes - m.nbytes)]
+    rank = []
+    if {axis for axis, _ in probes} - {"vocab"}:
+        seen = calibration_cost(t, s.num_samples, length, limit, rotation="hidden" in s.axes)
+        rank.append(_times(seen, 1, name="calibrate", written=seen.written_bytes, own=own))
     if s.mixed:
         bits = sensitivity_cost(t, length, limit)
         rank.append(_times(bits, 1, name="sensitivity", own=own))
-    rank.append(_times(comparison, probes, name=f"{probes} axes alone", written=m.nbytes, own=own))
-    rank.append(
-        _times(
-            comparison, s.evaluations, name=f"rank {s.evaluations}", written=2 * m.nbytes, own=own
-        )
-    )
     if rows:
         rank.append(_times(vocabulary_cost(t, length), 1, name="choose tokens", own=own))
+    most = answer_loss.MOST_OF_OTHERS if s.streams else answer_loss.MOST
+    texts = max(windows, most)
+    if probes:
+        students = len(probes) + len(excess.BITS_PROBED)
+        alone = passes_cost(t, students, 1, texts, length, limit)
+        rank.append(_times(alone, 1, name=f"{students} axes alone", own=own))
+    # sizes are corrected by what was found, so these are measured one after the other
+    each = passes_cost(t, 1, 1, texts, length, limit)
+    rank.append(_times(each, s.evaluations, name=f"rank {s.evaluations}", own=own))
     if not s.finalists:
         return {"rank": rank, "finalists": []}
     finalists = []

@@ -100,18 +100,13 @@ def _speeds(s: Any, teacher: Checkpoint, folder: Path | None, budget: Budget) ->
 def tried_sizes(s: Any, teacher: Checkpoint) -> dict[str, tuple[int, ...]]:
     """Sizes of every axis that are tried. Axes that cannot be cut are said."""
     config = teacher.config
-    if families.family(config).experts:
-        raise MisError(
-            "search supports dense models only, and --experts of prune and distill cuts a mixture "
-            "of experts"
-        )
     if s.mixed and not shape_search.group_of(shape_of(config)):
         why = (
             "the rows of this teacher's matrices are not divisible by 32, so the cost of bits "
             "cannot be measured"
         )
         raise MisError(f"{why}: leave bits out of `search --axes`, or limit --params")
-    rows = candidates.vocabularies(teacher) if "vocab" in s.axes else []
+    rows = candidates.vocabularies(config, teacher.path) if "vocab" in s.axes else []
     sizes = shape_search.axis_sizes(config, s.axes, rows)
     if s.vocab:
         sizes["vocab"] = (vocabulary.rows_left(teacher, s),)

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mis_mlx.maths.rounding import CANDIDATE_BITS
-from mis_mlx.models import arch
+from mis_mlx.models import arch, bit_floors
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.models.families import family
+from mis_mlx.quantization import format_costs
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.size_search import limits, unequal_blocks
 from mis_mlx.types import MisError
@@ -117,6 +118,11 @@ def bpw_range(group: int, config: Mapping[str, Any], shape: Shape) -> tuple[floa
         fewest = (
             math.ceil(100 * (fewest + share * (max(CANDIDATE_BITS) - min(CANDIDATE_BITS)))) / 100
         )
+    elif bit_floors.delta_floors(config):
+        student = arch.student_config(config, shape)
+        one_group = QuantizationConfig(q_group_size=group, q_groups="one")  # type: ignore[arg-type]
+        least, _ = format_costs.limits(student, one_group)
+        fewest = math.ceil(100 * least) / 100
     return fewest, most
 
 

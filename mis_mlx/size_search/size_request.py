@@ -5,6 +5,7 @@ What `distill` asks for, what it refuses, and what it does where nothing was sai
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mis_mlx import cli
@@ -12,6 +13,7 @@ from mis_mlx.distillation.distill_flags import DistillFlags
 from mis_mlx.hardware import memory
 from mis_mlx.models import distributed, families
 from mis_mlx.models.config import shape_of
+from mis_mlx.quantization import packed_format
 from mis_mlx.size_search import candidates, shape_search
 from mis_mlx.types import Budget, Checkpoint, MisError, gib
 
@@ -67,10 +69,13 @@ def request_of(asked: DistillFlags) -> SizeRequest:
 
 
 def unsearchable(config: Mapping[str, Any]) -> str:
-    """Why a search refuses a dense model of this config; empty where it does not."""
+    """Why a search refuses a model of this config; empty where it does not."""
     family = families.family(config)
-    if family.stateful == "linear_attention":
-        return f"a search does not know the bits that a {family.name}'s delta rule needs"
+    if family.experts:
+        return (
+            "search supports dense models only, and --experts of prune and distill cuts a mixture "
+            "of experts"
+        )
     group = max(shape_search.GROUPS)
     for key in (family.per_layer, family.laurel):
         if key and config[key] % group:
@@ -78,6 +83,11 @@ def unsearchable(config: Mapping[str, Any]) -> str:
                 f"a search rounds in groups of {group} weights, which {key} ({config[key]}) does "
                 f"not divide by"
             )
+    if family.stateful:  # whose matrices are of more widths than a shape says
+        try:
+            packed_format.formats_of(config, shape_search.group_of(shape_of(config)) or group)
+        except MisError as error:
+            return str(error).partition(":")[0]
     return ""
 
 
@@ -89,35 +99,47 @@ def allowed_loss(request: SizeRequest, teacher: Checkpoint) -> float | None:
     """
     if request.lose is not None or request.bytes:
         return request.lose
-    if request.given or request.others or families.family(teacher.config).experts:
+    if request.given or request.others:
         return None
-    kept = "the sizes come from a scenario, not from a search by loss"
-    why = unsearchable(teacher.config)
+    why = unsearchable(teacher.config) or _undecided(teacher)
     if why:
-        cli.say(f"{kept}: {why}")
-        return None
-    why = _discouraged(request, teacher)
-    if why:
-        cli.say(f"{kept}: {why}; --lose {DEFAULT_LOSS:g} searches anyway")
+        cli.say(f"nothing is cut, for no search measures what that costs: {why}: {GIVE_SIZES}")
         return None
     return DEFAULT_LOSS
 
 
-def _discouraged(request: SizeRequest, teacher: Checkpoint) -> str:
-    """Why nobody should search for this teacher's sizes unasked; empty where it is worth it."""
-    family = families.family(teacher.config)
-    if family.per_layer:
-        return f"most of a {family.name} is tables with a row for each token"
+def _undecided(teacher: Checkpoint) -> str:
+    """Why there is no search for this teacher's sizes unasked; empty where there is one."""
     if distributed.size() > 1:
         return "a search runs on one machine only"
     if not shape_search.group_of(shape_of(teacher.config)):
         return "the rows of this teacher's matrices are not divisible by 32"
-    if 2 * teacher.nbytes > request.limit.limit_bytes:
-        return (
-            f"the teacher has {gib(teacher.nbytes)}, and a search for sizes would read it many "
-            f"times"
-        )
     return ""
+
+
+def streams(teacher: Checkpoint, limit: Budget) -> bool:
+    """Whether every pass of a search reads this teacher from disk."""
+    return 2 * teacher.nbytes > limit.limit_bytes
+
+
+def why_whole_blocks(teacher: Checkpoint, limit: Budget) -> str:
+    """Why a search that is told no axes leaves blocks as they are; empty where it cuts them."""
+    family = families.family(teacher.config)
+    if streams(teacher, limit):
+        return f"the teacher ({gib(teacher.nbytes)}) is read from disk"
+    if family.stateful == "linear_attention":
+        return f"no student of a {family.name} with fewer neurons was ever measured"
+    if family.per_layer:
+        return f"most of a {family.name} is tables with a row for each token"
+    return ""
+
+
+def unsearched(asked: DistillFlags) -> dict[str, Any]:
+    """Settings of sizes where no search chooses them: the teacher's own where none was given."""
+    request = request_of(asked)
+    if request.given or request.others or asked.expected_loss is not None:
+        return {}
+    return {"scenario": SCENARIO}
 
 
 def refuse_impossible(request: SizeRequest, flags: str, teacher: Checkpoint) -> None:
@@ -142,29 +164,27 @@ def refuse_impossible(request: SizeRequest, flags: str, teacher: Checkpoint) -> 
         )
 
 
-def likely_student(teacher: Checkpoint) -> dict[str, Any]:
+def likely_student(config: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
     """The settings of a student such as a search chooses.
 
-    Searches take tokens and bits first. Where no tokens can go, it is a student without one block.
+    Searches take tokens and bits first; where no tokens can go, bits alone. folder: of the model,
+    if there is one, with its tokenizer; else this is taken for one that can be trimmed. Mixtures
+    keep all tokens and experts, for there is no search.
     """
-    rows = candidates.vocabularies(teacher)
-    if rows:
-        return {"scenario": SCENARIO, "vocab": str(rows[-1])}
-    layers = shape_of(teacher.config).layers
-    return {"scenario": SCENARIO, "layers": max(1, layers - 1)}
+    rows = candidates.vocabularies(config, folder)
+    if not rows or families.family(config).experts:
+        return {"scenario": SCENARIO}
+    return {"scenario": SCENARIO, "vocab": str(rows[-1])}
 
 
 def likely_sizes(teacher: Checkpoint) -> dict[str, Any]:
     """`likely_student`, which a --dry-run plans in place of a search's choice, and says so."""
-    likely = likely_student(teacher)
+    likely = likely_student(teacher.config, teacher.path)
+    kept = "every token"
     if "vocab" in likely:
-        cli.say(
-            f"the plan below keeps every block and {int(likely['vocab']):,} tokens, as a search "
-            f"usually does; if it cuts blocks, repair and training take longer"
-        )
-    else:
-        cli.say(
-            "the plan below is for a student without one of the blocks; a smaller student takes "
-            "less time"
-        )
+        kept = f"{int(likely['vocab']):,} tokens"
+    cli.say(
+        f"the plan below keeps every block and {kept}, as a search usually does; if it cuts "
+        f"blocks, repair and training take longer"
+    )
     return likely

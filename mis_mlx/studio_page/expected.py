@@ -1,7 +1,7 @@
 """What students of a teacher should lose, from measurements that are known: bytes against loss.
 
 A search measures; this only reads what it kept, or what came with the package. It computes nothing
-of its own: `Candidates.losses` adds up, as in a search, and finds every measurement in its logs.
+of its own: `excess.losses` adds up, as in a search, and finds every measurement in its logs.
 """
 
 import math
@@ -21,7 +21,14 @@ from mis_mlx.models.scenarios import PLAIN_NAMES
 from mis_mlx.pruning.vocabulary import VocabularyConfig
 from mis_mlx.quantization import packed_format
 from mis_mlx.settings.recipe import ITERS
-from mis_mlx.size_search import candidates, known_losses, limits, ranking, shape_search
+from mis_mlx.size_search import (
+    candidates,
+    excess,
+    known_losses,
+    limits,
+    ranking,
+    shape_search,
+)
 from mis_mlx.storage import hub, run_folder
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
@@ -71,8 +78,10 @@ def _known_curve(teacher: Checkpoint) -> list[dict[str, Any]]:
     if not has_template(teacher):
         return []
     about = known_losses.identity(teacher, "built-in", VocabularyConfig())
-    sizes = shape_search.axis_sizes(teacher.config, AXES, candidates.vocabularies(teacher))
-    wanted: list[tuple[str, float]] = [("bits", bits) for bits in candidates.BITS_PROBED]
+    sizes = shape_search.axis_sizes(
+        teacher.config, AXES, candidates.vocabularies(teacher.config, teacher.path)
+    )
+    wanted: list[tuple[str, float]] = [("bits", bits) for bits in excess.BITS_PROBED]
     wanted += shape_search.probes_of(sizes, before.vocab)
     if not known_losses.all_known(about, wanted):
         return []
@@ -99,9 +108,9 @@ def _losses(teacher: Checkpoint, folder: Path, sizes: shape_search.Sizes) -> sha
         data=nothing,
         ranking=window,
         judging=nothing,
-        settings=SimpleNamespace(mixed=True, student_iters=ITERS),
+        settings=SimpleNamespace(mixed=True, student_iters=ITERS, streams=False),
     )
-    return known.losses(sizes)
+    return excess.losses(known, sizes)
 
 
 def _together(folder: Path, losses: shape_search.Losses) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mis_mlx.cli import parse_bytes
-from mis_mlx.models import arch, scenarios
+from mis_mlx.models import arch
 from mis_mlx.models.config import read_config
 from tests.test_docs import program
 
@@ -43,15 +43,13 @@ def stored() -> dict[str, Any]:
 
 
 def test_the_page_says_what_the_file_says(made: SimpleNamespace, stored: dict[str, Any]) -> None:
-    """All three tables, and that a changed number would be seen."""
+    """And a changed number would be seen."""
     page = (ROOT / "docs/models.md").read_text("utf-8")
     assert made.render.rendered(ROOT, page, "docs/models.md") == page
     students = stored["rows"]["qwen3-4b"]["students"]
-    tables = {"half": made.render.models_half, "default": made.render.models_default}
-    for recipe, table in tables.items():
-        assert table(stored) in page
-        students[recipe]["params"] += 10_000_000
-        assert table(stored) not in page
+    assert made.render.models_default(stored) in page
+    students["default"]["params"] += 10_000_000
+    assert made.render.models_default(stored) not in page
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -75,36 +73,26 @@ def test_all_rows_are_there(made: SimpleNamespace, stored: dict[str, Any]) -> No
 
 
 def test_llama_by_pencil(stored: dict[str, Any]) -> None:
-    """Llama 3.2 1B: 16 blocks, a tied embedding; with half of the tokens in 4.5 bits."""
+    """Llama 3.2 1B: 16 blocks, a tied embedding; with three quarters of the tokens in 4.5 bits."""
     attention = 2 * 2048 * 2048 + 2 * 2048 * 512
     mlp = 3 * 2048 * 8192
     norms = 2 * 2048
     blocks = 16 * (attention + mlp + norms)
     row = stored["rows"]["llama-3.2-1b"]
     assert row["params"] == blocks + 128_256 * 2048 + 2048
-    tokens = 64_256  # half is 64,128, the next multiple of 256 is this
-    half = row["students"]["half"]
-    assert half["params"] == blocks + tokens * 2048 + 2048
-    assert half["bytes"] == int(half["params"] * 4.5 / 8)
-    assert half["mode"] == "none" and half["uncut"]
+    tokens = 96_256  # of 96,192 this is the next multiple of 256
+    small = row["students"]["default"]
+    assert small["params"] == blocks + tokens * 2048 + 2048
+    assert small["bytes"] == int(small["params"] * 4.5 / 8)
+    assert small["mode"] == "none" and small["uncut"]
 
 
-@pytest.mark.parametrize(
-    ("name", "chosen"),
-    [
-        ("qwen3-0.6b", "search"),
-        ("qwen3-1.7b", "half-vocab"),
-        ("qwen3-4b", "half-ffn"),
-        ("gemma-4-e2b", "none --vocab 0.5x"),
-        ("gpt-oss-20b", "fewer-experts"),
-    ],
-)
-def test_what_is_taken_without_sizes(made: SimpleNamespace, name: str, chosen: str) -> None:
-    """Twice the teacher within the default budget: a search. Else by the vocabulary's share, of a
-    mixture its experts.
-    """
-    config = made.models.opened(name).config
-    assert made.models.chosen_without_sizes(config, 4 * 2**30) == chosen
+def test_a_mixture_is_not_searched_for(stored: dict[str, Any]) -> None:
+    """All others are, in minutes to hours; of a mixture nothing is cut."""
+    for name, row in stored["rows"].items():
+        searched = row["hours_of_search"] is not None
+        assert searched == (name != "gpt-oss-20b")
+        assert row["students"]["default"]["uncut"]
 
 
 def test_nothing_that_fits_is_refused(stored: dict[str, Any]) -> None:
@@ -128,7 +116,6 @@ def test_a_row_is_made_again(made: SimpleNamespace, stored: dict[str, Any], tmp_
     """
     row = made.models.row(made.models.opened("qwen3-0.6b"), tmp_path)
     there = dict(stored["rows"]["qwen3-0.6b"])
-    there["scenario"] = scenarios.plain(there["scenario"])
     for found in (row, there):
         for student in found["students"].values():
             assert student.pop("hours_of_answers")

@@ -164,7 +164,7 @@ def test_four_bits_are_stock(
         name = "model.embed_tokens_per_layer.weight"
         kind = formats["model.embed_tokens_per_layer"]
         table = load.dense(gemma, name)
-        packed = packed_format._by_parts(table, kind, fit=method == "gptq")
+        packed = packed_format.rounded_matrix(table, kind, fit=method == "gptq")
         assert mx.array_equal(
             load.dense(
                 four,

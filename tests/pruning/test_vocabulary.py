@@ -791,7 +791,7 @@ def test_a_vocabulary_that_is_only_measured_has_no_training_text(
         return prepare(*given)
 
     monkeypatch.setattr(preparation, "prepare", counted)
-    rows = candidates.vocabularies(big)
+    rows = candidates.vocabularies(big.config, big.path)
     assert KEPT in rows
     for count in rows:
         trimmed = c.trimmed_teacher(count).teacher

@@ -1,0 +1,55 @@
+"""What measuring students takes, several in one pass over their teacher (size_search/unwritten)."""
+
+import math
+from dataclasses import replace
+
+from mis_mlx.evaluation.judging_cost import comparison_cost
+from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.models.model_size import ModelSize
+from mis_mlx.models.pass_cost import block_matrix, headroom_bytes
+
+MOST = 8  # students in one pass
+TEXT_TOKENS = 160  # of a question and its answer, about
+# Of a weight that is rounded to its nearest value: in float32, packed, and made again.
+ROUNDED_BYTES = 4 + 1 + 4 + 4
+
+
+def passes_cost(
+    t: ModelSize, students: int, readers: int, texts: int, length: int, limit: int
+) -> StageCost:
+    """`students` of a teacher measured on the same texts, beside the readers that they need.
+
+    Each student has its own block, made of the teacher's, while this is in memory. All are taken
+    for as large as the teacher. length: of the longest text. limit: bytes of memory.
+    """
+    some = min(students, at_once(t, texts, length, limit))
+    work = _forward(t, texts, min(length, TEXT_TOKENS)).repeated(students + readers)
+    return replace(
+        work,
+        name=f"measure {students}",
+        read_bytes=math.ceil(students / some) * t.nbytes,
+        peak_bytes=_one(t, texts, length) + (some - 1) * _states(t, texts, length),
+    )
+
+
+def at_once(t: ModelSize, texts: int, length: int, limit: int) -> int:
+    """How many students, each with its reader, go through one pass within `limit` bytes."""
+    room = headroom_bytes(limit, _one(t, texts, length), t.gpu)
+    return min(MOST, 1 + room // _states(t, texts, length))
+
+
+def _forward(t: ModelSize, texts: int, length: int) -> StageCost:
+    """A student in a pass, compared with its reader."""
+    both = comparison_cost([t, t], texts, length)
+    return replace(both, flops=both.flops / 2, waits=both.waits // 2)
+
+
+def _states(t: ModelSize, texts: int, length: int) -> int:
+    """Final states of a student and of its reader, in bytes."""
+    return 2 * texts * length * t.hidden_bytes
+
+
+def _one(t: ModelSize, texts: int, length: int) -> int:
+    """What one student and its reader hold in a pass, in bytes."""
+    own = t.item * t.largest_block_params + ROUNDED_BYTES * block_matrix(t)
+    return _forward(t, texts, length).peak_bytes + own

@@ -1,0 +1,190 @@
+"""Students that nobody writes: the teacher's blocks, cut and rounded in memory as they stream past.
+
+A search asks what many students lose. All of them go through one pass over the teacher's file: a
+block is read once, and every student makes its own of it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mis_mlx.models import arch, load, mlx_modules, modules, stream
+from mis_mlx.models.config import Shape, shape_of
+from mis_mlx.models.families import family
+from mis_mlx.models.stream import Arrays, Batches, Hidden, Stream
+from mis_mlx.pruning import slicing
+from mis_mlx.quantization import packed_format
+from mis_mlx.storage.block_reader import Reader
+from mis_mlx.types import Checkpoint, KeptUnits
+
+DTYPE = "bfloat16"  # of a cut student's weights before they are rounded, as on disk
+Running = tuple["StudentStream", Hidden]
+
+
+@dataclass(frozen=True)
+class Student:
+    """The teacher cut and rounded. reader: the teacher with the student's vocabulary.
+
+    keep: the units that stay; None: all. formats: of each matrix that is rounded, by its path; {}:
+    none is. fit: on fitted grids, else on MLX's own.
+    """
+
+    reader: Checkpoint
+    shape: Shape
+    keep: KeptUnits | None = field(default=None, compare=False)
+    formats: packed_format.Formats = field(default_factory=dict, compare=False)
+    fit: bool = True
+
+    @property
+    def changed(self) -> bool:
+        """Whether its blocks are others than the teacher's."""
+        return bool(self.keep or self.formats)
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """Its config.json, before it is rounded."""
+        if self.keep is None:
+            return self.reader.config
+        return slicing.student_config(self.reader.config, self.shape, self.keep, DTYPE)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its file: rounded matrices, and all else in 2 bytes a number."""
+        return packed_format.packed_bytes(self.config, self.formats, DTYPE)
+
+
+class StudentStream(Stream):
+    """A student in a pass over its teacher: it reads the tables, and is given the blocks."""
+
+    def __init__(self, student: Student):
+        tensors = student.reader.tensors
+        outside = {name: t for name, t in tensors.items() if arch.block_of(name) is None}
+        super().__init__(replace(student.reader, config=student.config, tensors=outside))
+        self.student = student
+        self._outside = outside
+        # tables that are cut or rounded here are not packed
+        stored = {}
+        for name, tensor in outside.items():
+            path, _, kind = name.rpartition(".")
+            made = student.keep or path in student.formats
+            if not (made and f"{path}.weight" in load.TABLES and kind != "weight"):
+                stored[name] = tensor
+        self.checkpoint = replace(self.checkpoint, tensors=stored)
+        self.reader = Reader(outside)
+        layers = range(shape_of(student.reader.config).layers)
+        kept = student.keep.layers if student.keep else layers
+        self._numbers = {layer: number for number, layer in enumerate(kept)}
+
+    def _stored(self, prefix: str, rows: np.ndarray | None = None) -> Arrays:
+        """As of a model on disk; rows of a table that is rounded are so."""
+        kind = self.student.formats.get(prefix.removesuffix("."))
+        if kind is None and self.student.keep is None:
+            return super()._stored(prefix, rows)
+        raw = {}
+        for name, tensor in self._outside.items():
+            if name.startswith(prefix):
+                ids = np.arange(tensor.shape[0]) if rows is None else rows
+                raw[name] = self.reader.rows(tensor, ids)
+        name = f"{prefix}weight"
+        weight = load.dense(self.student.reader, name, raw)
+        if self.student.keep:
+            weight = weight.astype(arch.type_of(self.student.config, name, mx.bfloat16))
+        if kind is not None:
+            weight = self._rounded(weight, kind)
+        return {name: weight}
+
+    def _rounded(self, weight: mx.array, kind: packed_format.Format) -> mx.array:
+        packed = packed_format.rounded_matrix(weight, kind, fit=self.student.fit)
+        return packed_format.weight_of(packed, kind, self.dtype)
+
+    def through(self, layer: int, block: nn.Module, hidden: Hidden) -> None:
+        """All batches through what the student has in place of a block of the teacher, in place."""
+        number = self._numbers.get(layer)
+        if number is None:
+            return
+        self.block_index = number
+        self.run_block(self._own_block(number, block), hidden)
+
+    def _own_block(self, number: int, block: nn.Module) -> nn.Module:
+        """Block `number` of the student, made of the teacher's, evaluated."""
+        student = self.student
+        if not student.changed:
+            return block
+        own = mlx_modules.new_block(family(student.config), self.args, number)
+        take = partial(_dense, dict(block.named_modules()))
+        prefix = f"model.layers.{number}."
+        weights = []
+        for name in arch.tensors_of(student.config):
+            if not name.startswith(prefix):
+                continue
+            path = name.removesuffix(".weight")
+            if student.keep:
+                array = slicing.taken(student.reader, student.keep, take, name)
+                assert isinstance(array, mx.array)  # tables alone come in parts
+                array = array.astype(arch.type_of(student.config, name, mx.bfloat16))
+            else:
+                array = take(name)
+            if path in student.formats:
+                array = self._rounded(array, student.formats[path])
+            # as from a file: a product of other strides has other last bits
+            array = mx.contiguous(array.astype(arch.type_of(student.config, name, self.dtype)))
+            stream.evaluate_now(array)  # one by one: temporaries of one matrix alone
+            weights.append((name.removeprefix(prefix), array))
+        own.load_weights(weights)
+        own.eval()
+        stream.evaluate_now(own.parameters(), mx.random.state)
+        return own
+
+
+def _dense(parts: Mapping[str, nn.Module], name: str) -> mx.array:
+    """A tensor of the block in memory that has these modules, de-quantized where it is packed."""
+    _, _, _, inside = name.split(".", 3)
+    path, _, kind = inside.rpartition(".")
+    module = parts[path]
+    if kind == "weight" and "scales" in module:
+        return modules.dense_weight(module)
+    array: mx.array = module[kind]
+    return array
+
+
+def passed(
+    teacher: Checkpoint,
+    students: Sequence[Student],
+    batches: Sequence[Batches],
+    *,
+    direct: bool = False,
+) -> list[Running]:
+    """Every student with its final states [(1, T, D)], from one pass over the teacher.
+
+    batches: token ids [(1, T)] for each of them, in its own tokens. Memory: a block of the
+    teacher's, one of a student's, hidden states of all.
+    """
+    source = Stream(teacher, direct=direct)
+    running = []
+    for student, own_batches in zip(students, batches, strict=True):
+        own = StudentStream(student)
+        running.append((own, own.embed(own_batches)))
+    for layer, block in source.blocks():
+        for own, hidden in running:
+            own.through(layer, block, hidden)
+    for own, hidden in running:
+        own.norm(hidden)
+    return running
+
+
+def possible(teacher: Checkpoint, shape: Shape) -> bool:
+    """Whether a student of this shape is made in memory; others have to be written.
+
+    A narrower stream is a rotation of the whole teacher; where blocks have a part of the per-layer
+    tables, those are cut with them; experts are read one by one.
+    """
+    before = shape_of(teacher.config)
+    row = family(teacher.config)
+    if row.experts or shape.hidden != before.hidden:
+        return False
+    return not row.per_layer or shape.layers == before.layers

@@ -1,0 +1,180 @@
+"""Students that nobody writes: what a pass in memory finds is what a folder would give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mis_mlx import search
+from mis_mlx.models import arch, load, opening
+from mis_mlx.models.config import Shape, shape_of
+from mis_mlx.models.stream import Stream
+from mis_mlx.pruning import calibrate, select, slicing
+from mis_mlx.quantization import format_costs, packed_format
+from mis_mlx.settings.recipe import QuantizationConfig
+from mis_mlx.size_search import candidates, size_request, unwritten
+from mis_mlx.size_search.candidates import PROBES
+from mis_mlx.storage import run_folder
+from mis_mlx.storage.files import DISK
+from mis_mlx.types import Checkpoint, KeptUnits
+from tests import tiny
+
+CUT = select.PruningConfig(scenario="none", importance="rms")
+
+
+def cut(teacher: Checkpoint, batches: list[mx.array], **sizes: int) -> tuple[Shape, KeptUnits]:
+    """A smaller shape of a teacher, and what stays of it."""
+    statistics, _ = calibrate.calibrate(teacher, batches)
+    shape = arch.target_shape(teacher.config, {}, **sizes)
+    return select.select_units(teacher.config, statistics, CUT, shape)
+
+
+def mixed_formats(config: Any) -> dict[str, packed_format.Format]:
+    """4, 5 and 8 bits in turn."""
+    paths = packed_format.formats_of(config, 32)
+    widths = (4, 5, 8)
+    return {path: packed_format.Format(widths[i % 3], 32) for i, path in enumerate(paths)}
+
+
+def same(own: unwritten.Running, other: Checkpoint, batches: list[mx.array]) -> None:
+    """Final states and logits are those of the folder, to the bit."""
+    stream, hidden = own
+    theirs = Stream(other)
+    for mine, wanted in zip(hidden, theirs.forward(batches), strict=True):
+        assert mx.array_equal(mine, wanted)
+    vocab = shape_of(other.config).vocab
+    for (_, head), (_, wanted_head) in zip(
+        stream.head_parts(vocab, 200), theirs.head_parts(vocab, 200), strict=True
+    ):
+        logits = load.wide_logits(head, hidden[0])
+        assert mx.array_equal(logits, load.wide_logits(wanted_head, hidden[0]))
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", "untied", "qwen3", "gemma3_text", "qwen3_5_text", "lfm2"]
+)
+@pytest.mark.parametrize("fit", [False, True])
+def test_rounded_in_memory_is_rounded_in_a_folder(
+    kind: str,
+    fit: bool,
+    models: Callable[[str], Checkpoint],
+    batches: list[mx.array],
+    tmp_path: Path,
+) -> None:
+    """Blocks, embedding and head, in mixed formats: the same states and logits, and bytes."""
+    teacher = models(kind)
+    formats = mixed_formats(teacher.config)
+    packed_format.write_quantized(teacher, tmp_path / "model", formats, DISK, fit=fit)
+    model = opening.open_to_compute(tmp_path / "model", teacher.precision)
+    student = unwritten.Student(teacher, shape_of(teacher.config), formats=formats, fit=fit)
+    bare = unwritten.Student(teacher, shape_of(teacher.config))
+    first, second = unwritten.passed(teacher, [bare, student], [batches, batches])
+    same(first, teacher, batches)
+    same(second, model, batches)
+
+
+@pytest.mark.parametrize("sizes", [{"layers": 2, "ffn": 512}, {"heads": 2}], ids=["ffn", "heads"])
+def test_cut_in_memory_is_cut_in_a_folder(
+    sizes: dict[str, int], llama: Checkpoint, batches: list[mx.array], tmp_path: Path
+) -> None:
+    """Blocks, neurons and heads: as pruned, and as pruned and rounded."""
+    shape, keep = cut(llama, batches, **sizes)
+    slicing.write_student(llama, shape, keep, tmp_path / "cut", dtype="bfloat16", files=DISK)
+    pruned = opening.open_to_compute(tmp_path / "cut", llama.precision)
+    formats = mixed_formats(pruned.config)
+    packed_format.write_quantized(pruned, tmp_path / "model", formats, DISK, fit=True)
+    model = opening.open_to_compute(tmp_path / "model", llama.precision)
+    students = [
+        unwritten.Student(llama, shape, keep),
+        unwritten.Student(llama, shape, keep, formats),
+    ]
+    first, second = unwritten.passed(llama, students, [batches, batches])
+    same(first, pruned, batches)
+    same(second, model, batches)
+    assert students[1].nbytes == model.nbytes
+
+
+def searched(teacher: Checkpoint, text: Path, out: Path, **given: Any) -> dict[str, Any]:
+    """The result of a small search by loss, and what it chose among."""
+    asked = {
+        "teacher": str(teacher.path),
+        "data": str(text),
+        "out": str(out),
+        "lose": 0.01,
+        "max_seq_length": 32,
+        "num_samples": 4,
+        "rank_windows": 3,
+        "finalists": 0,
+        **given,
+    }
+    return search.run(search.Settings(**asked))
+
+
+def test_a_teacher_that_streams_keeps_its_blocks(
+    llama: Checkpoint,
+    text_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Bits are chosen, as measured; no model is written; both losses are near those that the same
+    choice has where the teacher fits. Axes that are named are cut.
+    """
+    monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(packed_format, "write_quantized", _never)
+    monkeypatch.setattr(slicing, "write_student", _never)
+    axes = ("vocab", "bits")
+    whole = searched(llama, text_folder, tmp_path / "whole", axes=axes)
+    monkeypatch.setattr(size_request, "streams", lambda *_: True)
+    found = searched(llama, text_folder, tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "every block stays whole, tokens and bits are chosen: the teacher (" in said
+    assert found["best"].keys() <= {"scenario", "target_bpw", "vocab"}
+    assert found["best"]["target_bpw"] == pytest.approx(whole["best"]["target_bpw"], abs=0.15)
+    assert found["expected_bits"] == pytest.approx(whole["expected_bits"], rel=0.1)
+    assert len(found["candidates"]) <= search.PASSES
+    axes_alone = {line["axis"] for line in run_folder.records(tmp_path / "run" / PROBES)}
+    assert axes_alone == {"bits"}  # the tiny tokenizer is as small as can be
+    named = searched(llama, text_folder, tmp_path / "named", axes=("ffn", "bits"), evaluations=2)
+    assert "ffn" in {line["axis"] for line in run_folder.records(tmp_path / "named" / PROBES)}
+    assert named["candidates"]
+
+
+def _never(*_: Any, **__: Any) -> None:
+    pytest.fail("a model was written")
+
+
+def test_bits_of_a_delta_rule(
+    models: Callable[[str], Checkpoint],
+    text_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A search finds them; those around the rule have no fewer than their floor. One whose rows no
+    group divides is refused.
+    """
+    monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
+    narrow = models("qwen3_5_text")
+    assert "rows of 96 weights, which are not" in size_request.unsearchable(narrow.config)
+    wide = {**tiny.MODELS["qwen3_5_text"], "linear_num_value_heads": 8}
+    hybrid = load.open_checkpoint(tiny.make(tmp_path / "teacher", **wide))
+    found = searched(hybrid, text_folder, tmp_path / "run")
+    assert found["best"].keys() <= {"scenario", "target_bpw", "vocab", "q_group_size"}
+    least, _ = format_costs.limits(hybrid.config, QuantizationConfig(q_groups="one"))
+    assert found["best"]["target_bpw"] >= least - 0.01
+
+
+def test_several_students_in_one_pass_and_one_by_one(
+    llama: Checkpoint, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same lines in the logs, however many the budget holds."""
+    monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
+    searched(llama, text_folder, tmp_path / "many", lose=None, bytes="190KB", evaluations=3)
+    monkeypatch.setattr(candidates.Candidates, "students_at_once", 1)
+    searched(llama, text_folder, tmp_path / "few", lose=None, bytes="190KB", evaluations=3)
+    for log in (PROBES, candidates.CANDIDATES):
+        assert (tmp_path / "many" / log).read_text() == (tmp_path / "few" / log).read_text()
