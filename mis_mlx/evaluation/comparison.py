@@ -115,8 +115,8 @@ def compare(
         teacher_nll, *measured[name] = window_means((Stream(base), hidden), passed, held_out)
     means_of: dict[tuple[str, str], np.ndarray] = {(teacher, "nll"): teacher_nll}
     # What a student is given that is the teacher; a window without predictions has 0 everywhere.
-    counted = np.asarray(held_out.loss_mask[:, :-1].any(axis=1))
-    measured[teacher] = [teacher_nll, np.zeros(len(counted)), counted.astype(np.float64)]
+    counted = np.asarray(held_out.loss_mask[:, :-1].any(axis=1)).astype(np.float64)
+    measured[teacher] = [teacher_nll, np.zeros(len(counted)), counted, counted]
     for name, _ in students:
         for metric, values in zip(METRICS, measured[twins.get(name, name)], strict=True):
             means_of[name, metric] = values

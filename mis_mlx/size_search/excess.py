@@ -119,7 +119,7 @@ def _nats(text: Text, run: Running) -> float:
 
 def _divergence(text: Text, reader: comparison.Passed, student: comparison.Passed) -> float:
     """KL(reader || student), in nats a byte."""
-    _, _, divergence, _ = comparison.window_means(reader, student, text.windows)
+    _, _, divergence, *_ = comparison.window_means(reader, student, text.windows)
     return comparison.per_byte(divergence, text.windows)
 
 
