@@ -295,9 +295,7 @@ def test_cut_along_every_axis_it_opens_in_stock(
     )
 
 
-@pytest.mark.parametrize(
-    "kind", mostly_slow(tiny.MODELS, "granite", "phi3", "Bielik-4.5B-v3", "qwen2_moe")
-)
+@pytest.mark.parametrize("kind", mostly_slow(tiny.MODELS, "Bielik-4.5B-v3", "qwen2_moe"))
 def test_the_whole_way(models: Models, kind: str, tmp_path: Path, text_folder: Path) -> None:
     """Every family and every Polish model; gemma3_text in the short run too, as the text part of a
     model that sees.
@@ -374,6 +372,7 @@ def test_of_a_model_that_sees_the_opened_as_is_opened(
         )
 
 
+@pytest.mark.slow
 def test_the_whole_way_of_a_model_that_sees(tmp_path: Path, text_folder: Path) -> None:
     """Its students are gemma3_text folders; of the teacher too speed is measured."""
     seen = tiny.seeing(tmp_path / "gemma3")

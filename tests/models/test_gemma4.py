@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +135,17 @@ def test_of_a_model_that_sees_and_hears_the_text_part_is_opened(
     assert mx.abs(logits(opened, TOKENS) - stock_logits(opened)).max().item() <= near(1e-5, 0.02)
 
 
-@pytest.mark.parametrize("method", ["round", "gptq"])
-@pytest.mark.parametrize("policy", ["cpu", "metal"])
+@pytest.mark.parametrize(
+    ("gemma", "policy", "method"),
+    mostly_slow(
+        product(BOTH, ("cpu", "metal"), ("round", "gptq")),
+        (BOTH[0], "cpu", "round"),
+        (BOTH[0], "metal", "gptq"),
+        (BOTH[1], "cpu", "gptq"),
+        of_several=True,
+    ),
+    indirect=["gemma"],
+)
 def test_four_bits_are_stock(
     gemma: Checkpoint,
     method: Any,
@@ -381,8 +391,10 @@ def test_depth_keeps_who_makes_keys(gemma: Checkpoint, tmp_path: Path, text_fold
         )
 
 
-@pytest.mark.parametrize("way", mostly_slow(family_checks.WAYS, "blocks"))
-@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    mostly_slow(product(BOTH, family_checks.WAYS), (BOTH[1], "blocks"), of_several=True),
+)
 def test_every_way_of_training(tmp_path: Path, text_folder: Path, kind: str, way: str) -> None:
     """Of a smaller student: see `check_training`."""
     teacher = tiny.FAMILIES[kind]

@@ -20,6 +20,7 @@ from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import MisError
 from tests import tiny
+from tests.conftest import mostly_slow
 
 KINDS = ("gemma4_text", "gemma3n_text")
 WIDE: dict[str, Any] = {"hidden_size_per_layer_input": 64, "laurel_rank": 64}
@@ -108,7 +109,7 @@ def test_the_fewest_bits_count_small_matrices(kind: str) -> None:
     assert shape_search.bpw_range(64, tiny.CONFIG, shape_of(tiny.CONFIG)) == (3.5, 8.5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, "gemma4_text"))
 def test_a_search_by_bytes(tmp_path: Path, text_folder: Path, kind: str) -> None:
     """Candidates and the finalist are within the bytes asked for, as they are on disk."""
     model = made(tmp_path / "m", kind)
@@ -126,7 +127,7 @@ def test_a_search_by_bytes(tmp_path: Path, text_folder: Path, kind: str) -> None
     assert found["best"]["scenario"] == "none"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, "gemma4_text"))
 def test_distill_by_loss(tmp_path: Path, text_folder: Path, kind: str) -> None:
     """The student of `distill --lose` is the one that the search found, and stock sizes fit it."""
     model = made(tmp_path / "m", kind)

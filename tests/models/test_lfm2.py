@@ -235,7 +235,7 @@ def test_a_rotation_changes_nothing(lfm: Checkpoint, tmp_path: Path) -> None:
     assert apart(streamed(after, TOKENS), streamed(before, TOKENS)) <= 1e-4
 
 
-@pytest.mark.parametrize("way", mostly_slow(family_checks.WAYS, "blocks"))
+@pytest.mark.parametrize("way", mostly_slow(family_checks.WAYS))
 def test_every_way_of_training(tmp_path: Path, text_folder: Path, way: str) -> None:
     """Of a smaller student: see `check_training`."""
     teacher = tiny.FAMILIES[KIND]
@@ -256,6 +256,7 @@ def test_adapters_open_in_stock(lfm: Checkpoint, tmp_path: Path) -> None:
     assert apart(streamed(fused, TOKENS), want) < 0.1 * apart(want, streamed(lfm, TOKENS))
 
 
+@pytest.mark.slow
 def test_a_search_finds_one(lfm: Checkpoint, tmp_path: Path, text_folder: Path) -> None:
     """The command, with a limit of size: what it recommends fits and opens in stock mlx_lm."""
     result = search.run(

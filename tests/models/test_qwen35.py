@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -161,8 +161,15 @@ def test_streamed_text_is_the_whole_models(
     assert whole.write(prompts, 10, ()) == pieces.write(prompts, 10, ())
 
 
-@pytest.mark.parametrize("method", ["round", "gptq"])
-@pytest.mark.parametrize("policy", ["cpu", "metal"])
+@pytest.mark.parametrize(
+    ("policy", "method"),
+    mostly_slow(
+        product(("cpu", "metal"), ("round", "gptq")),
+        ("cpu", "round"),
+        ("metal", "gptq"),
+        of_several=True,
+    ),
+)
 def test_bits_are_stock(
     qwen: Checkpoint,
     method: Any,
@@ -200,9 +207,16 @@ def test_bits_are_stock(
     assert apart(load.resident_model(four, mx.float32)(TOKENS), theirs(TOKENS)) <= tolerance
 
 
-@pytest.mark.parametrize("dtype", mostly_slow(["bfloat16", "float16"], "bfloat16"))
+@pytest.mark.parametrize(
+    "written", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["opened", "written"]
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_decay_keeps_its_digits(
-    qwen: Checkpoint, dtype: Literal["bfloat16", "float16"], tmp_path: Path, text_folder: Path
+    qwen: Checkpoint,
+    dtype: Literal["bfloat16", "float16"],
+    written: bool,
+    tmp_path: Path,
+    text_folder: Path,
 ) -> None:
     """As in mlx-lm, the logarithms of the decay stay float32, in memory and on disk, in every way
     that a model is opened or written.
@@ -220,9 +234,12 @@ def test_decay_keeps_its_digits(
         ffn=512,
         **FEW,
     )
-    prune.run(asked)
-    rounded = family_checks.quantized(out, tmp_path / "four")
-    for checkpoint in (qwen, load.open_checkpoint(out), rounded):
+    checkpoints = [qwen]
+    if written:
+        prune.run(asked)
+        rounded = family_checks.quantized(out, tmp_path / "four")
+        checkpoints += [load.open_checkpoint(out), rounded]
+    for checkpoint in checkpoints:
         half = replace(checkpoint, precision=precision)
         assert mx.array_equal(load.dense(half, name), stored)
         whole = load.resident_model(half, getattr(mx, dtype))
@@ -263,7 +280,8 @@ def test_too_few_bits_are_a_sentence(qwen: Checkpoint, tmp_path: Path, text_fold
 
 def test_depth_keeps_the_period(qwen: Checkpoint, tmp_path: Path, text_folder: Path) -> None:
     """Every third block has attention in the student, too; what is written is a whole model."""
-    asked = {"model": str(qwen.path), "scenario": "none", "data": str(text_folder)}
+    asked: dict[str, Any] = {"model": str(qwen.path), "scenario": "none", "data": str(text_folder)}
+    asked |= FEW
     prune.run(prune.Settings(mlx_path=str(tmp_path / "cut"), layers=4, dtype="float32", **asked))
     student = load.open_checkpoint(tmp_path / "cut")
     assert [attends(student.config, i) for i in range(4)] == [False, False, True, False]
