@@ -78,7 +78,9 @@ def _plan_of_largest(
         arch.student_config(teacher.config, shape), dtype=precision.usual_dtype(s.precision)
     )
     rounding = shape_search.rounding_of(Choice(shape, shape_search.USUAL_BPW))
-    job = spec_of(model_of(teacher), student, s, rounding)
+    before = shape_of(teacher.config)
+    whole = all(replace(choice.shape, vocab=before.vocab) == before for choice in within)
+    job = spec_of(model_of(teacher), student, s, rounding, copied=whole)
     job = measured_block.of_job(job, limit.limit_bytes)
     return strategies.best_plan(job, limit.limit_bytes, estimates.machine_rates())
 
