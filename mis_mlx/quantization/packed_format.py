@@ -186,8 +186,9 @@ def write_quantized(
     It has packed weights, and scales and biases in float16 (or scales of 8 bits, in other modes).
     rounded: the blocks' matrices, and then the head where `compensated_head` names it, from
     quantization/stage; default: the nearest values. extra: more files, by name. fit: nearest values
-    are those of `rounding.fitted` in place of MLX's own, in affine formats. Returns the bits per weight, bytes and the group size used most. MisError when
-    the model is quantized already, or has weights that are not numbers or too large.
+    are those of `rounding.fitted` in place of MLX's own, in affine formats. Returns the bits per
+    weight, bytes and the group size used most. MisError when the model is quantized already, or has
+    weights that are not numbers or too large.
     """
     check_dense(checkpoint)
     common = _usual_format(plan)
