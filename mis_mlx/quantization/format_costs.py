@@ -23,6 +23,9 @@ from mis_mlx.types import Checkpoint
 
 FormatCosts = Mapping[Format, float]  # nats per token of a matrix
 LEAST_BITS = 2
+# Of what nearest values cost in a head, the share that GPTQ leaves there, over the share that it
+# leaves in blocks, on text that calibration has not seen (benchmarks/README.md).
+HEAD_SHARE = 0.45
 # More bits have one group size: other ones would save next to nothing there.
 MOST_BITS_OF_OTHER_GROUPS = 5
 
@@ -108,7 +111,20 @@ def of_formats(
     # They have no choice, but their bits count towards the mean.
     for path in wide_projections(checkpoint.config):
         found[path] = {Format(WIDE_BITS, how.q_group_size): 0.0}
+    head = load.head_prefix(checkpoint).rstrip(".")
+    if how.compensates and head in found:
+        found[head] = _compensated_head(found[head])
     return found
+
+
+def _compensated_head(costs: FormatCosts) -> FormatCosts:
+    """Costs of the head beside those of blocks, all rounded by GPTQ."""
+    shared = {}
+    for kind, nats in costs.items():
+        shared[kind] = nats
+        if kind.bits < rounding.ENOUGH_BITS:
+            shared[kind] = HEAD_SHARE * nats
+    return shared
 
 
 def _derived(

@@ -148,12 +148,7 @@ def rounded_blocks(
             # The block's weights are the rounded ones now.
             source.run_block(block, hidden)
     if head:
-        rounded = journal.block(source.layers) if journal else None
-        if rounded is None:
-            rounded = _rounded_head(source, head, plan[head], hidden)
-            if journal:
-                journal.keep_block(source.layers, rounded)
-        yield rounded
+        yield _kept_head(source, head, plan[head], hidden=hidden, journal=journal)
 
 
 def _put_back(
@@ -198,6 +193,24 @@ def _rounded_block(
             weight = modules.dense_weight(linear)
             rounded[path] = rounding.nearest(weight, plan[path].group, plan[path].bits)
     return rounded
+
+
+def _kept_head(
+    source: stream.Stream,
+    path: str,
+    kind: packed_format.Format,
+    *,
+    hidden: Hidden,
+    journal: Journal | None,
+) -> packed_format.RoundedBlock:
+    """As `_rounded_head`; in the journal it is what follows the last block."""
+    if journal is None:
+        return _rounded_head(source, path, kind, hidden)
+    head = journal.block(source.layers)
+    if head is None:
+        head = _rounded_head(source, path, kind, hidden)
+        journal.keep_block(source.layers, head)
+    return head
 
 
 def _rounded_head(

@@ -115,7 +115,22 @@ def test_costs_of_the_usual_formats_are_those_of_fitted_grids(
     assert from_fitted[UP][Format(2, 32)] == pytest.approx(derived[UP][Format(2, 32)], rel=1e-5)
     for path, costs in fitted.items():
         for bits, cost in costs.items():
-            assert derived[path][Format(bits, 64)] == pytest.approx(cost, rel=1e-5)
+            share = 1.0
+            if path == "model.embed_tokens" and bits < 8:
+                share = format_costs.HEAD_SHARE
+            assert derived[path][Format(bits, 64)] == pytest.approx(share * cost, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["round", "gptq"])
+def test_a_head_that_gptq_rounds_costs_less_beside_blocks(llama: Checkpoint, method: str) -> None:
+    """A share of what was measured, below 8 bits, which get nearest values."""
+    how = QuantizationConfig(q_method=method)
+    nats = {"model.embed_tokens": {3: 0.9, 4: 0.2, 5: 0.05, 6: 0.01, 8: 0.001}, UP: {8: 0.001}}
+    found = format_costs.of_formats(llama, nats, how, fitted=method == "gptq")
+    share = format_costs.HEAD_SHARE if method == "gptq" else 1.0
+    assert found["model.embed_tokens"][Format(4, 64)] == pytest.approx(share * 0.2)
+    assert found["model.embed_tokens"][Format(8, 64)] == 0.001
+    assert found[UP][Format(8, 64)] == 0.001
 
 
 def test_formats_of_two_matrices_by_pencil(llama: Checkpoint) -> None:
