@@ -11,10 +11,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx import plan as planning
 from mis_mlx.compute.precision import POLICY
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher, packed_student, strategies, training_cost
+from mis_mlx.distillation import plan_report as planning
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import M1_AIR

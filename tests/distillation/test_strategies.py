@@ -17,7 +17,7 @@ from mis_mlx.cli import parse_bytes
 from mis_mlx.compute.token_losses import TokenLoss
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distill import Settings as Distilled
-from mis_mlx.distillation import live_teacher, sharded, strategies, training_cost
+from mis_mlx.distillation import live_teacher, sharded, strategies, train_loop, training_cost
 from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.evaluation import comparison
 from mis_mlx.evaluation.judging_cost import comparison_cost
@@ -459,8 +459,7 @@ def test_training_by_blocks_stays_under_the_plan(
             headroom_bytes=4 * small.head_params,
         )
         student.begin()
-        micro_batches = partial(live_teacher.step_micro_batches, source, data, recipe)
-        steps = list(student.steps(micro_batches, source.token_loss(own_head=True), recipe))
+        steps = list(live_teacher.steps(student, source, data, recipe))
     peak = max(s.peak_bytes for s in steps) - before
     assert planned.pinned == (5 if resident else 0)
     assert planned.peak_bytes / 1.2 < peak < allocated(planned.peak_bytes), (
@@ -503,7 +502,7 @@ def test_sharded_training_stays_under_the_plan(
             ]
 
         loss = TokenLoss(partial(_against_itself, load.head(wide[0], mx.float32)))
-        steps = list(made.steps(micro_batches, loss, tiny.schedule(6, 1e-3, 1)))
+        steps = list(train_loop.steps(made, micro_batches, loss, tiny.schedule(6, 1e-3, 1)))
         del made
     peak = max(s.peak_bytes for s in steps) - before
     array = 4 * 256 * 1536
