@@ -309,13 +309,13 @@ def computed(found: Found) -> str:
 def models_half(found: Found) -> str:
     """A line a model: what it is, and what comes of it with half of its tokens."""
     head = ["model", "parameters", "bf16", "student", "result", "peak memory", "time", "training"]
-    head += ["answers first", "answers last"]
+    head += ["answers to learn from", "by", "answers that judge"]
     lines = list[list[str]]()
     for row in found["rows"].values():
         student = row["students"]["half"]
         answers = student["hours_of_answers"]
         before = [row["title"], f"{row['params'] / 1e9:.2f} B", f"{row['bytes'] / 1e9:.2f} GB"]
-        after = [hours(answers["before"]), hours(answers["at_end"])]
+        after = [hours(answers["before"]), answers["writer"], hours(answers["at_end"])]
         lines.append([*before, *planned_cells(student), *after])
     return "\n".join([words.markdown_table(head, lines), "", computed(found)])
 

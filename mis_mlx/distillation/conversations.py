@@ -91,16 +91,16 @@ def source(
 def _writer(teacher: Checkpoint, wanted: Wanted, limit: Budget) -> Writer:
     """Who writes where that is not decided yet."""
     found = to_answer(teacher, wanted)
-    return "teacher" if found.known else writers.chosen(model_of(teacher), found.count, limit)
+    return "teacher" if found.known else writers.chosen(model_of(teacher), found.prompts, limit)
 
 
 class ToAnswer(NamedTuple):
-    """Prompts that are answered so that a student learns from it.
+    """How many prompts are answered so that a student learns from it; 0: none.
 
-    count: 0: none. known: whether the teacher's answers are there from an earlier run.
+    known: whether the teacher's answers are there from an earlier run.
     """
 
-    count: int
+    prompts: int
     known: bool = False
 
 

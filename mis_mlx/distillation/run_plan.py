@@ -81,7 +81,7 @@ def plan_run(request: RunRequest, budget: Budget, folder: Path | None) -> strate
     elif request.recipe.minutes is not None:
         job = _paced(request.recipe.minutes, job, limit, rates)
     found = request.to_answer(job.iters)
-    if found.count:
+    if found.prompts:
         job = _with_writer(job, found, writer, budget)
 
     def strategy() -> dict[str, Any]:
@@ -105,8 +105,8 @@ def _with_writer(
     """
     teacher = job.shown or job.teacher
     if writer is None:
-        writer = "teacher" if found.known else writers.chosen(teacher, found.count, budget)
-    count = 0 if found.known and writer == "teacher" else found.count
+        writer = "teacher" if found.known else writers.chosen(teacher, found.prompts, budget)
+    count = 0 if found.known and writer == "teacher" else found.prompts
     return replace(job, conversations=count, writer=writer)
 
 
