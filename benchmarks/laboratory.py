@@ -100,6 +100,7 @@ def tuned(
     train: Windows,
     q_iters: int,
     seed: int = 0,
+    batch_size: int = DistillationConfig.batch_size,
 ) -> None:
     """Write `out`: the packed model in `folder`, whose scales and norms have learned from another.
 
@@ -107,7 +108,9 @@ def tuned(
     """
     checkpoint = opening.open_to_compute(folder)
     rate = QuantizationConfig().q_learning_rate
-    recipe = pipeline.tuning_recipe(DistillationConfig(seed=seed), checkpoint, q_iters, rate)
+    recipe = pipeline.tuning_recipe(
+        DistillationConfig(seed=seed, batch_size=batch_size), checkpoint, q_iters, rate
+    )
     with vocabulary.shared(taught_by, [checkpoint]) as teacher:
         source = live_teacher.StreamedTeacher(teacher, None)
         layers = checkpoint.config["num_hidden_layers"]

@@ -126,12 +126,12 @@ def hours_of_search(made: strategies.MemoryPlan, config: Mapping[str, Any]) -> f
     return sum(cost.seconds(made.rates) for cost in costs["rank"]) / 3600
 
 
-def hours_of_answers(made: strategies.MemoryPlan) -> dict[str, float | None]:
+def hours_of_answers(made: strategies.MemoryPlan) -> dict[str, float | str | None]:
     """Hours that a teacher with a chat template adds.
 
     before: it, or the rounded student in its place, answers the fewest prompts that a run asks for.
     at_end: it and its student answer others. None where a model cannot write in the budget, so that
-    nobody is asked, or where nothing is learned from answers."""
+    nobody is asked, or where nothing is learned from answers. writer: of those before."""
     asked = strategies.plan_strategy(
         job=plan.talking(made.job, Budget(made.budget_bytes), known=False),
         limit=made.budget_bytes,
@@ -141,6 +141,7 @@ def hours_of_answers(made: strategies.MemoryPlan) -> dict[str, float | None]:
     before = sum(asked.planned.get(name, 0.0) for name in (writers.TEACHER, writers.STUDENT))
     at_end = asked.planned["measure"] - made.planned["measure"]
     return {
+        "writer": asked.job.writer if before else "nobody",
         "before": round(before / 3600, 3) if before else None,
         "at_end": round(at_end / 3600, 3) if at_end else None,
     }

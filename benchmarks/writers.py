@@ -3,12 +3,12 @@
     scripts/mis benchmarks/writers.py --work FOLDER            # ten minutes a row on 2 busy cores
     scripts/mis benchmarks/writers.py --work FOLDER --seeds 0 1 2 --only teacher:240 itself:240
 
-SmolLM2-135M-Instruct, whole, is rounded to 3.25 bits a weight on text in which nobody answers. Then
-its scales learn from the teacher for the usual 20 steps, on the built-in text with the usual share
-of conversations. All rows have the same integers, prompts and steps. They differ by who wrote the
-answers: the teacher, the rounded student itself, another model's folder, or nobody, who leaves the
-conversations out. Judged by the teacher's answers to 60 other prompts, by loops in 24 own answers,
-and by a little held-out text.
+SmolLM2-135M-Instruct, whole, is rounded to 3 bits in groups of 64 by mlx_lm.convert, which looks at
+no text. Then its scales learn from the teacher for the usual 20 steps, on the built-in text with
+the usual share of conversations. All rows have the same integers, prompts and steps. They differ by
+who wrote the answers: the teacher, the rounded student itself, another model's folder, or nobody,
+who leaves the conversations out. Judged by the teacher's answers to 60 other prompts, by loops in
+24 own answers, and by a little held-out text.
 
 Finished rows are not made again. Writes benchmarks/results/<machine>/writers.json after every row.
 """
@@ -23,7 +23,7 @@ from typing import Any
 
 import laboratory
 import mlx.core as mx
-from laboratory import resumed, start, unpacked, write
+from laboratory import packed, resumed, start, unpacked, write
 
 from mis_mlx import cli
 from mis_mlx.data import preparation, prompts
@@ -33,16 +33,13 @@ from mis_mlx.evaluation import answer_figures, answers, comparison, repetition
 from mis_mlx.evaluation.judgement import TeacherAnswers
 from mis_mlx.hardware import memory
 from mis_mlx.models import load, opening, resolve
-from mis_mlx.quantization import stage
 from mis_mlx.reporting.text import markdown_table
-from mis_mlx.settings.recipe import TUNE_ITERS, QuantizationConfig
+from mis_mlx.settings.recipe import TUNE_ITERS
 from mis_mlx.storage import run_folder
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
 
-BITS = 3.25
+BITS = 3
 LENGTH = 256
-CALIBRATING = 64  # windows: 32, looked at twice
 JUDGING = 60  # prompts
 LOOPING = 24  # of these prompts that a student answers in its own words
 TEXT_WINDOWS = 4  # of held-out text
@@ -61,6 +58,8 @@ class Settings:
     """of the windows that steps visit"""
     only: tuple[str, ...] = ROWS
     """rows, as WRITER:ANSWERS; a writer is teacher, itself, or a model's folder"""
+    windows: int = 2
+    """of a step, 256 tokens each"""
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,7 @@ class Place:
     rounded: Checkpoint
     judging: TeacherAnswers
     held_out: Windows
+    windows: int
 
 
 def text(teacher: Checkpoint, answered: Path | None) -> preparation.Data:
@@ -82,11 +82,9 @@ def text(teacher: Checkpoint, answered: Path | None) -> preparation.Data:
 
 
 def rounded(teacher: Checkpoint, out: Path) -> Checkpoint:
-    """The teacher in BITS bits a weight, made unless it is there."""
+    """The teacher in BITS bits, made unless it is there."""
     if not out.exists():
-        windows = preparation.calibration(text(teacher, None).train, CALIBRATING, 0)
-        how = QuantizationConfig(target_bpw=BITS)
-        stage.quantize(teacher, out, how, DISK, batches=windows, held=len(windows))
+        packed(teacher.path, out, bits=BITS)
     return opening.open_to_compute(out)
 
 
@@ -120,7 +118,13 @@ def answers_of(place: Place, writer: str, count: int) -> Path:
 def learned(place: Place, train: Windows, seed: int, out: Path) -> None:
     """Write `out`: the rounded student after its steps on these windows."""
     laboratory.tuned(
-        place.rounded.path, out, taught_by=place.teacher, train=train, q_iters=TUNE_ITERS, seed=seed
+        place.rounded.path,
+        out,
+        taught_by=place.teacher,
+        train=train,
+        q_iters=TUNE_ITERS,
+        seed=seed,
+        batch_size=place.windows,
     )
 
 
@@ -180,6 +184,7 @@ def main(s: Settings) -> None:
     given = {
         "bits": BITS,
         "steps": TUNE_ITERS,
+        "windows": s.windows,
         "prompts": JUDGING,
         "own_answers": LOOPING,
         "text_windows": TEXT_WINDOWS,
@@ -194,6 +199,7 @@ def main(s: Settings) -> None:
         rounded=rounded(teacher, work / "rounded"),
         judging=judging,
         held_out=comparison.spread_windows(held_out, TEXT_WINDOWS),
+        windows=s.windows,
     )
     for seed in s.seeds:
         for label in s.only:

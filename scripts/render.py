@@ -309,14 +309,15 @@ def computed(found: Found) -> str:
 def models_default(found: Found) -> str:
     """A line a model: what it is, and what comes of it where nothing is said about sizes."""
     head = ["model", "parameters", "bf16", "student", "result", "peak memory", "time", "training"]
-    head += ["search", "answers first", "answers last"]
+    head += ["search", "answers to learn from", "by", "answers that judge"]
     lines = list[list[str]]()
     for row in found["rows"].values():
         student = row["students"]["default"]
         answers = student["hours_of_answers"]
         before = [row["title"], f"{row['params'] / 1e9:.2f} B", f"{row['bytes'] / 1e9:.2f} GB"]
-        after = [row["hours_of_search"], answers["before"], answers["at_end"]]
-        lines.append([*before, *planned_cells(student), *map(hours, after)])
+        search = hours(row["hours_of_search"])
+        after = [search, hours(answers["before"]), answers["writer"], hours(answers["at_end"])]
+        lines.append([*before, *planned_cells(student), *after])
     return "\n".join([words.markdown_table(head, lines), "", computed(found)])
 
 

@@ -257,6 +257,7 @@ def test_a_teacher_with_a_template_is_asked(
         vocab="1x",
         machine="m1-air",
         max_seq_length=32,
+        eval_windows=3,
         reconstruct_samples=0,
         target_bpw=None,
         q_method="round",
@@ -266,13 +267,12 @@ def test_a_teacher_with_a_template_is_asked(
     assert "has no chat template here: a plan counts no answers" in capsys.readouterr().err
     (tmp_path / "chat_template.jinja").write_text(tiny.CHAT_TEMPLATE)
     whole, _ = plan.planned(asked, M1_AIR)
-    streamed, _ = plan.planned(replace(asked, budget="32MiB"), M1_AIR)
+    streamed, _ = plan.planned(replace(asked, budget="22MiB"), M1_AIR)
 
     assert list(whole.planned) == [writers.TEACHER, *silent.planned]
     assert whole.planned["measure"] > silent.planned["measure"]
     assert not whole.student_writes
     assert (whole.job.answers, streamed.job.answers) == (60, 24)
-    assert streamed.fits
     assert list(streamed.planned) == [
         "prune",
         "quantize",

@@ -93,17 +93,17 @@ def _writer(teacher: Checkpoint, wanted: Wanted, limit: Budget) -> Writer:
     found = to_answer(teacher, wanted)
     if found.known:
         return "teacher"
-    return writers.chosen(model_of(teacher), found.asked, limit, tools=found.tools)
+    return writers.chosen(model_of(teacher), found.prompts, limit, tools=found.tools)
 
 
 class ToAnswer(NamedTuple):
-    """Prompts that are answered so that a student learns from it.
+    """How many prompts are answered so that a student learns from it; 0: none.
 
-    asked: 0: none. known: whether the teacher's answers are there from an earlier run. tools:
-    whether some ask for calls of tools.
+    known: whether the teacher's answers are there from an earlier run. tools: whether some ask for
+    calls of tools.
     """
 
-    asked: int
+    prompts: int
     known: bool = False
     tools: bool = False
 

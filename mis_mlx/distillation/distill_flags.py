@@ -27,9 +27,10 @@ class DistillFlags(
     teacher writes a quarter of the text first; default: built-in text
     """
     conversations: Annotated[float | None, Within(0.0, 0.95)] = None
-    """share of the training text in which the teacher answers our prompts, so that the student
-    learns to answer; any teacher but the default one writes its answers first, once. Default: 0.44
-    if the teacher has a chat template and --data has no conversations; 0: none
+    """share of the training text in which our prompts are answered, so that the student learns to
+    answer; any teacher but the default one writes first, once, or its rounded student does, if it
+    would be read from disk. Default: 0.44 if the teacher has a chat template and --data has no
+    conversations; 0: none
     """
     lose: Annotated[float | None, Within(0.0, MOST)] = None
     """bits per byte that the result may lose on the teacher's answers (on text, if the teacher has

@@ -81,7 +81,7 @@ def plan_run(request: RunRequest, budget: Budget, folder: Path | None) -> strate
     elif request.recipe.minutes is not None:
         job = _paced(request.recipe.minutes, job, limit, rates)
     found = request.to_answer(job.iters)
-    if found.asked:
+    if found.prompts:
         job = _with_writer(job, found, writer, budget)
 
     def strategy() -> dict[str, Any]:
@@ -107,8 +107,8 @@ def _with_writer(
     if writer is None:
         writer = "teacher"
         if not found.known:
-            writer = writers.chosen(teacher, found.asked, budget, tools=found.tools)
-    count = 0 if found.known and writer == "teacher" else found.asked
+            writer = writers.chosen(teacher, found.prompts, budget, tools=found.tools)
+    count = 0 if found.known and writer == "teacher" else found.prompts
     return replace(job, conversations=count, asks_tools=found.tools, writer=writer)
 
 

@@ -12,6 +12,7 @@ from functools import cache
 
 from mis_mlx.data import prompts
 from mis_mlx.distillation import teacher_answers
+from mis_mlx.distillation.training_cost import store_cost
 from mis_mlx.evaluation.writing_cost import WritingPlan
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models.model_size import ModelSize
@@ -89,8 +90,9 @@ def with_student(
     end = phases[names.index(SCALES) :]
     added = [replace(plan.cost, name=STUDENT)]
     if STORE in names:
-        store = phases[names.index(STORE)]
-        if begin[-1] is store:
+        # of the steps with scales alone
+        store = store_cost(replace(job, iters=1), limit)
+        if begin[-1].name == STORE:
             begin.pop()
         else:
             store = replace(store, name=SECOND_STORE)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,19 @@ import pytest
 
 from mis_mlx import distill
 from mis_mlx.data import prompts
-from mis_mlx.distillation import conversations, later_text, pipeline, teacher_answers, writers
+from mis_mlx.distillation import (
+    conversations,
+    later_text,
+    pipeline,
+    strategies,
+    teacher_answers,
+    writers,
+)
 from mis_mlx.evaluation import answers
+from mis_mlx.hardware.rates import M1_AIR
 from mis_mlx.models import load
 from mis_mlx.models.model_size import model_of
+from mis_mlx.planner import distillation_spec
 from mis_mlx.runs import run_loop
 from mis_mlx.storage import logit_store, run_folder
 from mis_mlx.types import Budget, MisError
@@ -234,3 +244,26 @@ def test_a_teacher_that_fits_writes(teacher: Path) -> None:
     assert writers.chosen(m, ASKED, Budget(200 * MIB)) == "teacher"
     assert writers.chosen(m, ASKED, Budget(int(near(20, 14)) * MIB)) == "student"
     assert writers.chosen(m, ASKED, Budget(MIB)) == "student"
+
+
+def test_a_second_store_where_weights_learned_before() -> None:
+    """Targets of both texts are kept, each before the phase that learns from them; nothing where
+    nobody writes.
+    """
+    m = model_of({**tiny.CONFIG, "num_hidden_layers": LAYERS}, gpu=False)
+    asked = distill.Settings(iters=10, max_seq_length=32, q_iters=4, targets="cached")
+    job = distillation_spec.spec_of(m, m, asked, asked)
+
+    def names(conversations: int) -> list[str]:
+        wanted = replace(job, conversations=conversations, writer="student")
+        plan = strategies.best_plan(wanted, 400 * MIB, M1_AIR)
+        return list(plan.planned)
+
+    silent = ["prune", "repair", "logit store", "distil", "quantize", "distil scales", "measure"]
+    assert names(0) == silent
+    assert names(ASKED) == [
+        *silent[:5],
+        writers.STUDENT,
+        writers.SECOND_STORE,
+        *silent[5:],
+    ]
