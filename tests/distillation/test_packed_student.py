@@ -32,7 +32,7 @@ ALL_KINDS = {
 }
 # A mixture of experts is rounded, and nothing of it learns (packed_format.of_mixture).
 KINDS = {kind: config for kind, config in ALL_KINDS.items() if not family(config).experts}
-SHOWN = ("llama", "gemma3_text", "lfm2", "gemma3n_text")
+SHOWN = ("llama", "lfm2", "gemma3n_text")
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mis_mlx.models.config import ffn_size, shape_of
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
 from tests import family_checks, tiny
+from tests.conftest import mostly_slow
 
 SMALL: dict[str, Any] = {
     "scenario": "none",
@@ -65,8 +67,11 @@ def test_a_student_as_wide_as_its_teacher_in_one_block_is_repaired_and_trained(
     assert result["kl_student"] < result["kl_pruned"]
 
 
-@pytest.mark.parametrize("policy", ["cpu", "metal"])
-@pytest.mark.parametrize("quantize", [0, 1])
+@pytest.mark.usefixtures("brief_look")
+@pytest.mark.parametrize(
+    ("quantize", "policy"),
+    mostly_slow(product((0, 1), ("cpu", "metal")), (1, "metal"), of_several=True),
+)
 def test_a_packed_student_is_refused_before_anything_begins(
     quantize: int,
     policy: str,

@@ -96,7 +96,7 @@ def test_a_plan_says_what_lies_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("policy", ["cpu", "metal"])
-@pytest.mark.parametrize("room", [0, 500_000])
+@pytest.mark.parametrize("room", [0, pytest.param(500_000, marks=pytest.mark.slow)])
 def test_learning_on_disk_stays_under_the_plan(
     tmp_path: Path, policy: str, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 
 import mlx.core as mx
@@ -27,7 +28,7 @@ from tests.conftest import mostly_slow
 from tests.distillation.test_packed_student import KINDS, pair, recipe, text
 from tests.faults.broken import KILLED, Killed, breaking
 
-SHOWN = ("llama", "gemma3_text", "lfm2")
+SHOWN = (("llama", "cpu"), ("llama", "metal"), ("lfm2", "metal"))
 HIDDEN = ".tmp-scales-1"  # of a process that is gone, for whoever comes next
 Everything = dict[str, np.ndarray]
 
@@ -100,8 +101,10 @@ def assert_equal(found: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]
     assert not different
 
 
-@pytest.mark.parametrize("policy", ["cpu", "metal"])
-@pytest.mark.parametrize("kind", mostly_slow(KINDS, *SHOWN))
+@pytest.mark.parametrize(
+    ("kind", "policy"),
+    mostly_slow(product(KINDS, ("cpu", "metal")), *SHOWN, of_several=True),
+)
 def test_the_same_bytes_in_memory_and_on_disk(
     tmp_path: Path, kind: str, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,18 @@ NEAR = {"gemma4_text": 1e-2}
 PROMPTS = [[5, 9, 300, 17, 21, 8, 40, 41, 42, 43, 44, 45, 46], [40], [21, 22, 23], [7, 7], [3] * 6]
 
 
+SHOWN = (
+    "llama",
+    "gemma3_text",
+    "ministral3",
+    "qwen3_moe",
+    "gpt_oss",
+    "gemma3n_text",
+    "lfm2",
+    "qwen3_5_text",
+)
+
+
 def log_probs_of(whole: nn.Module, text: Sequence[int]) -> mx.array:
     """Of the token behind a text (V,), all of which is read at once."""
     logits = whole(mx.array([text]))[0, -1].astype(mx.float32)
@@ -28,7 +40,7 @@ def log_probs_of(whole: nn.Module, text: Sequence[int]) -> mx.array:
 
 
 @pytest.mark.usefixtures("cpu_policy")
-@pytest.mark.parametrize("kind", ["llama", "biased", *tiny.MODELS])
+@pytest.mark.parametrize("kind", mostly_slow(["llama", "biased", *tiny.MODELS], *SHOWN))
 def test_what_comes_next_is_what_a_text_alone_says(
     models: Models, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

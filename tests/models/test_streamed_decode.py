@@ -52,7 +52,8 @@ def stranger(tmp_path: Path) -> Stream:
 
 
 @pytest.mark.parametrize(
-    "kind", mostly_slow([*tiny.KINDS, *MORE], "llama", "qwen2", "qwen3", *MORE)
+    "kind",
+    mostly_slow([*tiny.KINDS, *MORE], "llama", "qwen3", "ministral3", "gemma3n_text", "lfm2"),
 )
 def test_the_tokens_are_mlx_lms(
     models: Callable[[str], Checkpoint],

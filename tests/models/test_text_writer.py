@@ -18,6 +18,7 @@ from mis_mlx.models.model_size import model_of
 from mis_mlx.models.stream import Stream
 from mis_mlx.models.text_writer import TextWriter
 from mis_mlx.types import Checkpoint
+from tests.conftest import mostly_slow
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [40], [21, 22, 23], [7, 9]]
 
@@ -51,7 +52,7 @@ def plainly(
 
 
 @pytest.mark.usefixtures("cpu_policy")
-@pytest.mark.parametrize("at_once", [1, 2, 16])
+@pytest.mark.parametrize("at_once", mostly_slow([1, 2, 16], 2))
 def test_greedy_is_the_models_own_text(
     checkpoint: Checkpoint, model: nn.Module | Stream, at_once: int
 ) -> None:
