@@ -185,8 +185,6 @@ def planned(settings: Settings, rates: Rates) -> tuple[strategies.MemoryPlan, st
     if has_template(Path(name)):
         known = isinstance(opened, Checkpoint) and answers.shipped_for(opened)
         job = talking(job, budget, known=known)
-    else:
-        cli.say(f"{name} has no chat template here: a plan counts no answers")
     if settings.machine == "here":
         job = measured_block.of_job(job, budget.limit_bytes)
     return strategies.best_plan(job, budget.limit_bytes, rates), name
@@ -199,6 +197,8 @@ def run(settings: Settings) -> dict[str, Any]:
     if settings.measure and settings.teacher is None:
         return asdict(rates)
     plan, name = planned(settings, rates)
+    if not has_template(Path(name)):
+        cli.say(f"{name} has no chat template here: the plan counts no answers")
     print(text.aligned(table(plan)))
     if settings.machine == "here":
         state = battery(ThermalFlags())
