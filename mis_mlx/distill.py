@@ -26,6 +26,7 @@ from mis_mlx.distillation.resolved_run import ResolvedRun
 from mis_mlx.evaluation import answers, comparison, judging_cost
 from mis_mlx.hardware.thermal.run_monitor import battery
 from mis_mlx.models import arch, distributed, load, mlx_generate, opening
+from mis_mlx.models.config import shape_of
 from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting import progress, text
 from mis_mlx.runs import run_loop
@@ -237,15 +238,16 @@ def _sought(s: Settings, teacher: Checkpoint, folder: Path | None) -> search.Pla
 def _steps_to_follow(s: Settings, teacher: Checkpoint, folder: Path | None) -> int | None:
     """The steps on whose number a search counts; None: the usual one.
 
-    With --minutes: as many as a likely student makes in them; counted once for a run, as rates
-    are others on another day. folder: of a run that goes on.
+    With --minutes: as many as a student without one block makes in them, which learns; counted once
+    for a run, as rates are others on another day. folder: of a run that goes on.
     """
     if s.minutes is None:
         return s.iters
     if folder is not None:
         counted = run_folder.stored_settings(folder, run_folder.PLAN)
         return int(counted[run_plan.PLANNED_ITERS])
-    likely = size_request.likely_student(teacher.config, teacher.path)
+    layers = max(1, shape_of(teacher.config).layers - 1)
+    likely = {"scenario": size_request.SCENARIO, "layers": layers}
     return resolved_run.resolve(s, likely, teacher, None).plan.job.iters
 
 

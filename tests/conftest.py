@@ -307,10 +307,12 @@ def mostly_slow(cases: Iterable[Any], *quick: Any, of_several: bool = False) -> 
 
 
 def weights(run: Path) -> dict[str, bytes]:
-    """The bytes of the distilled and of the 4-bit model."""
-    return {
-        name: (run / name / "model.safetensors").read_bytes() for name in ("distilled", "model")
-    }
+    """The bytes of the distilled model, where there is one of its own, and of the 4-bit model."""
+    found = {"model": (run / "model" / "model.safetensors").read_bytes()}
+    distilled = run / "distilled" / "model.safetensors"
+    if distilled.is_file():
+        found["distilled"] = distilled.read_bytes()
+    return found
 
 
 def losses(run: Path) -> list[tuple[int, float, float]]:

@@ -33,7 +33,8 @@ def test_end_to_end(llama: Checkpoint, command: Callable[..., Done]) -> None:
     """A table, JSON last, exit code 0; a budget too small is a check that failed: 3; a wrong flag:
     2.
     """
-    done = command("plan", "--teacher", llama.path, "--budget", "1GiB", "--max-seq-length", 32)
+    asked = ("plan", "--teacher", llama.path, "--scenario", "gazda", "--max-seq-length", 32)
+    done = command(*asked, "--budget", "1GiB")
     assert done.returncode == 0, done.stderr
     result = last_line(done)
     assert result["params_teacher"] == arch.params(llama.config) > result["params_student"]
@@ -48,13 +49,11 @@ def test_end_to_end(llama: Checkpoint, command: Callable[..., Done]) -> None:
     assert "assumed" in done.stdout
     assert " of 1.00 GiB |" in done.stdout
     assert "MB when quantized" in done.stdout
-    done = command(
-        "plan", "--teacher", llama.path, "--budget", "1GiB", "--max-seq-length", 32, "-v"
-    )
+    done = command(*asked, "--budget", "1GiB", "-v")
     assert rows(done.stdout) == [*PHASES[:4], "distil scales", *PHASES[4:]]
     assert "fits the budget" in done.stdout
     assert {**last_line(done), "seconds": 0} == {**result, "seconds": 0}
-    done = command("plan", "--teacher", llama.path, "--budget", "1MiB", "--max-seq-length", 32)
+    done = command(*asked, "--budget", "1MiB")
     assert done.returncode == 3
     assert "This does NOT fit: " in done.stdout
     assert "the budget is 1 MiB" in done.stdout
@@ -137,8 +136,9 @@ def test_the_decision_in_words(
 def test_eight_billion_parameters_on_an_air(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The default student of a Llama of 8 B, by its config, in the Air's default budget: repaired,
-    not trained, and what training would take. In less it is refused.
+    """A Llama of 8 B, by its config, in the Air's default budget: a student with half of its tokens
+    is repaired, not trained, and what training would take is said. In less it is refused. Without
+    sizes it keeps its blocks.
     """
     shape = {
         "num_hidden_layers": 32,
@@ -155,7 +155,10 @@ def test_eight_billion_parameters_on_an_air(
     (tmp_path / "config.json").write_text(
         json.dumps({**tiny.CONFIG, **shape, "torch_dtype": "bfloat16"})
     )
-    asked = plan.Settings(teacher=str(tmp_path), machine="m1-air")
+    whole = plan.run(plan.Settings(teacher=str(tmp_path), machine="m1-air"))
+    assert whole["params_teacher"] - whole["params_student"] == 2 * 4096 * (128_256 - 96_256)
+    capsys.readouterr()
+    asked = plan.Settings(teacher=str(tmp_path), machine="m1-air", scenario="half-vocab")
     found = plan.run(asked)
     text = capsys.readouterr().out
     assert found["mode"] == "none" and not found["check_failed"] and found["peak_bytes"] < 4.295e9

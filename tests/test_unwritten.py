@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
-from mis_mlx import search
+from mis_mlx import distill, search
+from mis_mlx.distillation import compression, plan_report, resolved_run
 from mis_mlx.models import arch, load, opening
 from mis_mlx.models.config import Shape, shape_of
 from mis_mlx.models.stream import Stream
@@ -178,3 +180,40 @@ def test_several_students_in_one_pass_and_one_by_one(
     searched(llama, text_folder, tmp_path / "few", lose=None, bytes="190KB", evaluations=3)
     for log in (PROBES, candidates.CANDIDATES):
         assert (tmp_path / "many" / log).read_text() == (tmp_path / "few" / log).read_text()
+
+
+def test_a_student_that_is_not_cut_is_no_copy(
+    tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is rounded from the teacher's own files, to the bytes that a copy gives; the plan counts
+    no disk for one.
+    """
+    teacher = tiny.make(tmp_path / "teacher", dtype="BF16")
+    made = {}
+    disk = {}
+    for name in ("view", "copy"):
+        if name == "copy":
+            monkeypatch.setattr(compression, "view", lambda _: None)
+        asked = distill.Settings(
+            teacher=str(teacher),
+            data=str(text_folder),
+            out=str(tmp_path / name),
+            scenario="none",
+            target_bpw=4.5,
+            max_seq_length=32,
+            num_samples=4,
+            eval_windows=2,
+            eval_prompts=0,
+            bench_tokens=0,
+            q_iters=1,
+        )
+        distill.run(asked)
+        made[name] = (tmp_path / name / "model" / "model.safetensors").read_bytes()
+        disk[name] = {path.name for path in (tmp_path / name).iterdir() if path.is_dir()}
+    assert made["view"] == made["copy"]
+    assert disk == {"view": {"model"}, "copy": {"model", "pruned", "distilled"}}
+    resolved = resolved_run.resolve(asked, {}, load.open_checkpoint(teacher), None)
+    assert resolved.plan.job.viewed
+    copied = replace(resolved.plan, job=replace(resolved.plan.job, viewed=False))
+    written = 2 * resolved.plan.job.student.nbytes
+    assert plan_report.disk_bytes(copied) == plan_report.disk_bytes(resolved.plan) + written

@@ -46,6 +46,7 @@ def shape(name: str) -> dict[str, Any]:
     return dict(found)
 
 
+CUT = {"scenario": "half-vocab"}
 TEACHERS = {
     "default": SMOLLM,
     "qwen3-1.7b": shape("qwen3-1.7b"),
@@ -114,8 +115,8 @@ def test_what_is_left_out_raises_the_loss(tmp_path: Path) -> None:
     and one whose scales do not learn either loses most.
     """
     whole = shortfall.loss_factor(planned(tmp_path, "default", "4GiB"))
-    trained = planned(tmp_path, "qwen3-1.7b", "4GiB")
-    untrained = planned(tmp_path, "qwen3-1.7b", "2.3GiB")
+    trained = planned(tmp_path, "qwen3-1.7b", "4GiB", **CUT)
+    untrained = planned(tmp_path, "qwen3-1.7b", "2.3GiB", **CUT)
     untuned = replace(untrained, phases=untrained.phases[:1])
     factors = [shortfall.loss_factor(made) for made in (trained, untrained, untuned)]
     assert 1 == whole == factors[0] < factors[1] < factors[2]
