@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -180,6 +181,11 @@ def test_the_plan_of_gptq_by_pencil() -> None:
     # Three times one group of 64 columns, and twelve of the FFN's 768, in three blocks.
     fits = 3 * (3 + 12)
     assert planned.launches == fits * rounding.FIT_LAUNCHES
+    # A head of measured bits is rounded so, too: one group of its 64 columns, 512 rows.
+    mixed = replace(FOUR, target_bpw=5.0)
+    measured = rounding_cost.quantizing_cost(m, mixed, windows=4, length=32, limit=GIB)
+    assert measured.launches == (fits + 1) * rounding.FIT_LAUNCHES
+    assert measured.host_flops == planned.host_flops + 64**2 * (64 / 3 + 512)
     assert planned.waits == 2 * without.waits + fits
     assert (plain.launches, plain.waits) == (0, 0)
     assert planned.flops > 2 * without.flops

@@ -79,7 +79,15 @@ def files_bytes(m: ModelSize, rounding: QuantizationConfig) -> int:
     packed = packed_bytes(m, rounding)
     if not rounding.affine.compensates:
         return packed
-    return packed + packed * (m.all_block_params + m.head_params) // m.params
+    kept = m.all_block_params
+    if _head_too(rounding.affine):
+        kept += m.head_params
+    return packed + packed * kept // m.params
+
+
+def _head_too(config: QuantizationConfig) -> bool:
+    """Whether the head may get fewer than 8 bits, and is rounded by what reaches it then."""
+    return config.target_bpw is not None
 
 
 def quantizing_cost(
@@ -119,6 +127,7 @@ def quantizing_cost(
             length=length,
             limit_bytes=limit,
             group=config.q_group_size,
+            head_too=_head_too(config),
         )
     if config.target_bpw is not None:
         cost = _sensed(cost, m, windows=windows, length=length, limit=limit)
@@ -133,11 +142,12 @@ def _compensated(
     length: int,
     limit_bytes: int,
     group: int,
+    head_too: bool,
 ) -> StageCost:
     """`plain`, rounding tensor by tensor, with a pass that makes up for the errors.
 
     group: weights that share a scale. As in quantization/stage: a block's gram matrices stay until
-    their matrices are rounded.
+    their matrices are rounded. head_too: the head is rounded so, too.
     """
     s = m.wide
     grams = 0
@@ -170,21 +180,40 @@ def _compensated(
         beside_bytes=working,
     )
     held = one_pass.held_tokens * m.hidden_bytes + m.slots_bytes
-    # The head is rounded behind the blocks, and waits packed until it is written.
-    head = _square_bytes(s.hidden) + _packed_bytes(m.head_params)
-    head += (DENSE_ITEM + 20) * table_part(m)
-    fits = s.layers * _fits(_sides(s), group) + _fits([(s.hidden, s.vocab)], group)
-    head_flops = s.hidden**2 * (s.hidden / 3 + s.vocab)
-    return replace(
+    fits = s.layers * _fits(_sides(s), group)
+    planned = replace(
         one_pass,
         name=plain.name,
         read_bytes=plain.read_bytes + 2 * one_pass.written_bytes,
         written_bytes=plain.written_bytes + one_pass.written_bytes,
-        peak_bytes=max(one_pass.peak_bytes, plain.peak_bytes + held, held + head),
-        flops=2 * one_pass.flops + tokens * (s.layers * gram_flops + 2 * s.hidden**2),
+        peak_bytes=max(one_pass.peak_bytes, plain.peak_bytes + held),
+        flops=2 * one_pass.flops + s.layers * tokens * gram_flops,
         waits=2 * one_pass.waits + fits,  # numpy goes on from every grid
-        host_flops=s.layers * rounding_flops + head_flops,  # numpy rounds
+        host_flops=s.layers * rounding_flops,  # numpy rounds
         launches=fits * FIT_LAUNCHES,
+    )
+    if head_too:
+        return _with_head(planned, m, tokens=tokens, held=held, group=group)
+    return planned
+
+
+def _with_head(blocks: StageCost, m: ModelSize, *, tokens: int, held: int, group: int) -> StageCost:
+    """`blocks`, and then the head, which waits packed until it is written.
+
+    held: bytes of hidden states and slots beside it.
+    """
+    width = m.wide.hidden
+    vocab = m.wide.vocab
+    taken = _square_bytes(width) + _packed_bytes(m.head_params)
+    taken += (DENSE_ITEM + 20) * table_part(m)
+    fits = _fits([(width, vocab)], group)
+    return replace(
+        blocks,
+        peak_bytes=max(blocks.peak_bytes, held + taken),
+        flops=blocks.flops + 2 * tokens * width**2,
+        waits=blocks.waits + fits,
+        host_flops=blocks.host_flops + width**2 * (width / 3 + vocab),
+        launches=blocks.launches + fits * FIT_LAUNCHES,
     )
 
 
