@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mis_mlx.data import draws, manual, token_windows
+from mis_mlx.data import chat_template, draws, manual, token_windows
 from mis_mlx.data.overlap import without_overlap
 from mis_mlx.data.row_draw import drawn, drawn_bytes
 from mis_mlx.data.rows import Reading, Row, collect, read, split_off
@@ -333,12 +333,36 @@ class _Mixture:
         """Train on those of a file, all but a tenth, by hash. Their share is still to be set."""
         train, held_out = _split_by_hash(read(file).rows)
         self.parts[CONVERSATIONS] = cut.conversations(train)
-        self.talks = tuple(held_out)
+        self.talks = _answered(held_out)
 
     def set_conversations_share(self, share: float) -> None:
         """Give conversations this share of every draw; the others keep theirs among each other."""
         others = sum(self.shares.values()) - self.shares.get(CONVERSATIONS, 0)
         self.shares[CONVERSATIONS] = others * share / max(1e-9, 1 - share)
+
+
+def _answered(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Conversations whose answers are words; those with tools are learned from alone."""
+    return tuple(row for row in rows if "text" not in row and not row.get("tools"))
+
+
+def _taken(texts: Texts, tokenizer: Any) -> Texts:
+    """The texts without conversations that a chat template would strip of their tools."""
+    splits = {name: getattr(texts, name) for name in SPLITS}
+    taken = {}
+    for name, rows in splits.items():
+        taken[name] = [row for row in rows if not row.get("tools")]
+    count = sum(len(rows) - len(taken[name]) for name, rows in splits.items())
+    if not count or chat_template.knows_tools(tokenizer):
+        return texts
+    for name in ("train", "test"):
+        if not taken[name]:
+            raise MisError(
+                f"all {len(splits[name])} rows of {name} have tools, but this model's chat "
+                f"template knows none: add other text, or take a model that calls tools"
+            )
+    note = f"{count} conversations with tools are left out: the chat template knows none"
+    return Texts(**taken, notes=[*texts.notes, note])
 
 
 def _own_parts(rows: Sequence[Row], cut: _Cutter) -> list[Windows]:
@@ -361,7 +385,7 @@ def _own_mixture(
 ) -> _Mixture:
     """The text of --data, each kind by its size, and the conversations of `answers`."""
     sizes = [float(len(part.tokens)) for part in parts]
-    mixture = _Mixture({}, {}, tuple(row for row in texts.valid if "text" not in row))
+    mixture = _Mixture({}, {}, _answered(texts.valid))
     for number, (part, size) in enumerate(zip(parts, sizes, strict=True), 1):
         mixture.parts[f"--data {number}"] = part
         mixture.shares[f"--data {number}"] = size / sum(sizes)
@@ -404,7 +428,7 @@ def prepare(source: Source | str | None, tokenizer: Any, length: int) -> Data:
     if not isinstance(source, Source):
         source = Source(source)
     data = source.data
-    texts = load(data, source.tokens)
+    texts = _taken(load(data, source.tokens), tokenizer)
     cut = _Cutter(tokenizer, length)
     own_parts = _own_parts(texts.train, cut)
     own_train = token_windows.concatenated(own_parts)

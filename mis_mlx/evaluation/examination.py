@@ -88,7 +88,6 @@ def _tools_outcome(task: questions.Task, hashes: Hashes, wanted: EvaluationSet) 
         about=about,
         marks={name: tool_tasks.marks(judged_by, calls) for name, calls in said.items()},
         chance=tool_tasks.chance(judged_by),
-        overlap=wanted.known.overlap(task),
         sha256=task.sha256,
         shares=shares,
     )

@@ -108,3 +108,31 @@ def test_a_teacher_that_calls_tools_is_asked_to(
     (kept,) = [row for row in preparation.read(source.answers).rows if row.get("tools")][:1]
     ids, _ = token_windows.conversation(kept, load.tokenizer(calling.path), mask_prompt=True)
     assert len(ids) > 100
+
+
+def test_rows_with_tools_are_left_out_where_nobody_is_told(
+    calling: Checkpoint, tmp_path: Path
+) -> None:
+    """A note says how many; a model that calls tools learns from them; they are no talks that
+    choose sizes.
+    """
+    talk = {"messages": preparation.TALK["messages"]}
+    with_tools = {**talk, "tools": list(prompts.calling()[0].tools)}
+    text = {"text": "The loop is true if the value of the name is all of them. " * 20}
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for split in preparation.SPLITS:
+        others = [{"text": f"{split} {number} {text['text']}"} for number in range(3)]
+        lines = [json.dumps(row) for row in (*others, talk, with_tools)]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    chat = load.tokenizer(tiny.talking(tmp_path / "chat"))
+    noted = "3 conversations with tools are left out"
+    kept = preparation.prepare(str(folder), load.tokenizer(calling.path), 16)
+    fewer = preparation.prepare(str(folder), chat, 16)
+    assert any(note.startswith(noted) for note in fewer.notes)
+    assert not any(note.startswith(noted) for note in kept.notes)
+    assert len(kept.train.tokens) > len(fewer.train.tokens)
+    assert kept.talks == fewer.talks == (talk,)
+    (folder / "train.jsonl").write_text(json.dumps(with_tools))
+    with pytest.raises(MisError, match="all 1 rows of train have tools"):
+        preparation.prepare(str(folder), chat, 16)
