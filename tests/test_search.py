@@ -410,6 +410,7 @@ def test_a_training_that_diverges_is_unstable_and_not_the_end(
     assert result["command"] is None and "No finalist was stable" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_times_are_measured_on_the_teacher_and_on_finalists(
     tmp_path: Path, text_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
