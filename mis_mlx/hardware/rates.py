@@ -27,9 +27,9 @@ from mis_mlx.storage import block_reader, files
 from mis_mlx.types import MisError, gib
 
 # On a CPU a pass over a model, forward or in training, takes this many times as long as its matrix
-# products; the rest is element-wise work (measured on the phases of the default run, two cores: 3.1
-# to 4.3).
-ELEMENTWISE = 3.6
+# products; the rest is element-wise work (measured on phases of the default run, one thread of a
+# Xeon: 2.2 of distilled scales, 2.7 of quantize; 2.7 and 3.6 before compute/quick_exp).
+ELEMENTWISE = 2.5
 GPU_TRAINING = 1.1 / 1.45  # training's rate as a share of a forward pass's, on an M1
 WAIT_S = 3e-4  # a guess, until `measure` has timed a thousand tiny evaluations
 # Between two published ones: 2.8 µs on an M3 Ultra (ml-explore/mlx issue 4521: 3,200 small kernels
