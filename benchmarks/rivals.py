@@ -13,6 +13,8 @@ program has it by default. Every row is judged by its weights as float32 numbers
                      it Polish: KL in nats, same top token, tokens that both can draw
     answers_excess   bits per byte of the unrounded model's answers to held-out prompts, above it
     loops, endless   percent of its own answers to them
+    tools            with --tools N: its calls of tools in N prompts (evaluation/tool_tasks), and
+                     how many more are right than of the unrounded model's
     seconds, cpu_seconds, peak_gib   of making it, the unrounded model's files being there
 
 Writes benchmarks/results/<machine>/rivals-<name>.json after every row (with another seed than 0,
@@ -37,7 +39,7 @@ import other_quantizers
 from laboratory import resumed, start, write
 
 from mis_mlx import cli
-from mis_mlx.evaluation import answers, comparison
+from mis_mlx.evaluation import answering, answers, comparison, tool_tasks
 from mis_mlx.hardware import memory
 from mis_mlx.maths import stats
 from mis_mlx.models import arch, opening
@@ -73,6 +75,8 @@ class Settings:
     """tokens of held-out text"""
     prompts: Count = 60
     """held-out prompts that the models answer"""
+    tools: int = 0
+    """prompts with tools that the models answer; their chat template must know tools"""
     seed: int = 0
     """of our choice of windows and batches"""
 
@@ -97,6 +101,8 @@ class Rivals:
             "prompts": s.prompts,
             "seed": s.seed,
         }
+        if s.tools:
+            self.given["tools"] = s.tools
         self.rows: dict[str, Any] = resumed(self.name, self.given, ["rows"]).get("rows", {})
 
     @cached_property
@@ -132,10 +138,10 @@ class Rivals:
         found: dict[str, Any] = {"texts": {}}
         for metric in comparison.METRICS:
             every = [values[metric] for values in of_texts.values()]
-            found[metric] = bits.digits(*stats.interval(np.concatenate(every)))
+            found[metric] = with_bounds(stats.interval(np.concatenate(every)))
             for text, values in of_texts.items():
                 row = found["texts"].setdefault(text, {})
-                row[metric] = bits.digits(*stats.interval(values[metric]))
+                row[metric] = with_bounds(stats.interval(values[metric]))
         return found
 
     def answers(self, model: Checkpoint) -> dict[str, Any]:
@@ -152,8 +158,21 @@ class Rivals:
             if row.model == list(models)[-1] and row.metric in FIGURES:
                 found[row.metric] = bits.digits(row.value)
                 if row.low is not None and row.high is not None:
-                    found[row.metric] = bits.digits(row.value, row.low, row.high)
+                    found[row.metric] = with_bounds((row.value, row.low, row.high))
         return found
+
+    def calls(self, model: Checkpoint) -> dict[str, Any]:
+        """Figures of its calls of tools beside the unrounded model's; {} without --tools."""
+        if not self.s.tools:
+            return {}
+        (task,) = tool_tasks.tasks([tool_tasks.CALLS], self.s.tools)
+        limit = memory.budget(None)
+        sha256 = answering.sha256(model)
+        marks = answering.scores(model, sha256, task, limit)
+        base = answering.scores(self.teacher, answering.sha256(self.teacher), task, limit)
+        found: dict[str, Any] = dict(tool_tasks.shares(task, answering.calls(sha256, task)))
+        found["more_right"] = with_bounds(stats.interval(marks - base))
+        return {"tools": found}
 
     def convert(self, width: int) -> Make:
         """`mlx_lm.convert -q`."""
@@ -233,6 +252,7 @@ class Rivals:
                 "effective_bits": round(8 * nbytes / arch.params(self.teacher.config), 3),
                 **self.agreement(model),
                 **self.answers(model),
+                **self.calls(model),
                 **cost,
                 **made,
             }
@@ -243,7 +263,7 @@ class Rivals:
         defaults = Settings()
         if self.s.model is not None:
             command += f" --model FOLDER --name {self.s.name or self.teacher.path.name}"
-        for flag in ("num_samples", "q_iters", "eval_tokens", "prompts", "seed"):
+        for flag in ("num_samples", "q_iters", "eval_tokens", "prompts", "tools", "seed"):
             value = getattr(self.s, flag)
             if value != getattr(defaults, flag):
                 command += f" --{flag.replace('_', '-')} {value}"
@@ -266,6 +286,12 @@ class Rivals:
         self.keep()
 
 
+def with_bounds(interval: tuple[float, float, float]) -> list[float | None]:
+    """[mean, low, high] to four digits; None for a bound that is not known."""
+    known = stats.bounds(interval)
+    return [None if value is None else round(value, 4) for value in known]
+
+
 def main(s: Settings) -> None:
     """Every row that is not there yet."""
     rivals = Rivals(s)
@@ -276,6 +302,7 @@ def main(s: Settings) -> None:
                 8 * rivals.teacher.nbytes / arch.params(rivals.teacher.config), 3
             ),
             **rivals.answers(rivals.teacher),
+            **rivals.calls(rivals.teacher),
         }
         rivals.keep()
     for label, make in rivals.recipes():
