@@ -105,7 +105,7 @@ def _with_writer(
     """
     teacher = job.shown or job.teacher
     if writer is None:
-        writer = "teacher" if found.known else writers.chosen(teacher, found.prompts, budget)
+        writer = "teacher" if found.known else writers.who_writes(teacher, found.prompts, budget)
     count = 0 if found.known and writer == "teacher" else found.prompts
     return replace(job, conversations=count, writer=writer)
 
