@@ -120,7 +120,9 @@ def run(settings: Settings) -> dict[str, Any]:
         plan_now = resolved.strategy
         with run_loop.entered(folder, name, out=s.out, asked=s.given, plan=plan_now) as place:
             return _work(resolved, place)
-    _say_whole(s, sought, teacher)
+    likely = size_request.likely_student(teacher.config, teacher.path)
+    sizes = {"lose": sought.settings.lose, **likely}
+    _say_whole(sought, resolved_run.resolve(s, sizes, teacher, None).plan)
     name = f"{teacher.path.name}-{size_request.SCENARIO}"
     plan_now = {run_plan.PLANNED_ITERS: sought.settings.student_iters}
     with run_loop.entered(folder, name, out=s.out, asked=s.given, plan=plan_now) as place:
@@ -156,13 +158,8 @@ def _resolved(
     return resolved
 
 
-def _say_whole(s: Settings, sought: search.PlannedSearch, teacher: Checkpoint) -> None:
-    """What all of a run should take that begins with a search, by a likely student."""
-    sizes = {
-        "lose": sought.settings.lose,
-        **size_request.likely_student(teacher.config, teacher.path),
-    }
-    rest = resolved_run.resolve(s, sizes, teacher, None).plan
+def _say_whole(sought: search.PlannedSearch, rest: strategies.MemoryPlan) -> None:
+    """What all of a run should take that begins with a search; rest: by a likely student."""
     seconds = sum(sought.seconds.values())
     phases = {"search": seconds, **rest.planned}
     parts = [f"{name} {duration(of)}" for name, of in phases.items()]

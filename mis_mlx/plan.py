@@ -136,7 +136,7 @@ def _pair(s: Settings, opened: Checkpoint | Mapping[str, Any], gpu: bool) -> lis
     return [model_of(model, gpu) for model in (teacher, student)]
 
 
-def has_template(folder: Path) -> bool:
+def template_beside(folder: Path) -> bool:
     """Whether a model's folder has a chat template, without which nobody answers.
 
     Its file is looked for, not opened, for a plan takes no second.
@@ -161,7 +161,7 @@ def talking(
     return replace(
         job,
         conversations=count,
-        writer=writers.chosen(teacher, count, budget),
+        writer=writers.who_writes(teacher, count, budget),
         answers=writers.judging_prompts(teacher, budget),
     )
 
@@ -182,7 +182,7 @@ def planned(settings: Settings, rates: Rates) -> tuple[strategies.MemoryPlan, st
         copied=not settings.student,
     )
     budget = memory.budget(settings.budget_bytes, rates.room_bytes)
-    if has_template(Path(name)):
+    if template_beside(Path(name)):
         known = isinstance(opened, Checkpoint) and answers.shipped_for(opened)
         job = talking(job, budget, known=known)
     if settings.machine == "here":
@@ -197,7 +197,7 @@ def run(settings: Settings) -> dict[str, Any]:
     if settings.measure and settings.teacher is None:
         return asdict(rates)
     plan, name = planned(settings, rates)
-    if not has_template(Path(name)):
+    if not template_beside(Path(name)):
         cli.say(f"{name} has no chat template here: the plan counts no answers")
     print(text.aligned(table(plan)))
     if settings.machine == "here":

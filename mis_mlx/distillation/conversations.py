@@ -67,7 +67,7 @@ def source(
     With a teacher that has a chat template, answers to our prompts are a part of it. The default
     teacher's come with the package; another teacher writes them now, once, and they are kept and
     used again. Where the student is to write, those of the package stand in. writer: None: as
-    `writers.chosen` says. dry_run: says what the writing would take, and writes nothing.
+    `writers.who_writes` says. dry_run: says what the writing would take, and writes nothing.
     """
     plain = preparation.Source(wanted.data, share=wanted.share, tokens=wanted.visited)
     without = plain._replace(share=0.0)
@@ -93,7 +93,7 @@ def _writer(teacher: Checkpoint, wanted: Wanted, limit: Budget) -> Writer:
     found = to_answer(teacher, wanted)
     if found.known:
         return "teacher"
-    return writers.chosen(model_of(teacher), found.prompts, limit, tools=found.tools)
+    return writers.who_writes(model_of(teacher), found.prompts, limit, tools=found.tools)
 
 
 class ToAnswer(NamedTuple):
@@ -123,7 +123,7 @@ def _file_of(teacher: Checkpoint, wanted: Wanted) -> Path:
     """The file of a teacher's answers, which later runs use again."""
     identity = run_folder.origin(teacher, "")["teacher"]
     template = teacher_answers.template_sha256(teacher)
-    settings = {**settings_of(teacher, wanted).settings, "template": template}
+    settings = {**writing_of(teacher, wanted).settings, "template": template}
     folder = WRITTEN / f"{teacher.path.name}-{identity[:8]}-{json_sha256(settings)[:8]}"
     return folder / "answers.jsonl"
 
@@ -158,7 +158,7 @@ def _has_conversations(data: str, visited: int, *, dry_run: bool) -> bool:
         raise
 
 
-def settings_of(teacher: Checkpoint, wanted: Wanted) -> teacher_answers.WritingSettings:
+def writing_of(teacher: Checkpoint, wanted: Wanted) -> teacher_answers.WritingSettings:
     """How our prompts are answered for a run.
 
     A model that can call tools shall not forget it, so some prompts ask it to.
@@ -176,7 +176,7 @@ def _written(teacher: Checkpoint, wanted: Wanted, limit: Budget, *, dry_run: boo
     None where too few answers were usable, which is said.
     """
     count = _count(wanted)
-    writing = settings_of(teacher, wanted)
+    writing = writing_of(teacher, wanted)
     file = _file_of(teacher, wanted)
     folder = file.parent
     if distributed.broadcast_json(file.exists):

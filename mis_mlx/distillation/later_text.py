@@ -31,7 +31,7 @@ def of_student(
         return c
     file = c.folder / FOLDER / "answers.jsonl"
     if distributed.is_main() and not file.exists():
-        _write(c, rounded, conversations.settings_of(c.teacher, wanted), file)
+        _write(c, rounded, conversations.writing_of(c.teacher, wanted), file)
     if not distributed.broadcast_json(file.exists):
         return c
     distributed.broadcast_folder(file.parent, c.files)

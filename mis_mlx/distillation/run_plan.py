@@ -107,7 +107,7 @@ def _with_writer(
     if writer is None:
         writer = "teacher"
         if not found.known:
-            writer = writers.chosen(teacher, found.prompts, budget, tools=found.tools)
+            writer = writers.who_writes(teacher, found.prompts, budget, tools=found.tools)
     count = 0 if found.known and writer == "teacher" else found.prompts
     return replace(job, conversations=count, asks_tools=found.tools, writer=writer)
 

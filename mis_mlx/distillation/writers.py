@@ -41,7 +41,7 @@ def _prompts(count: int, tools: bool) -> tuple[prompts.Prompt, ...]:
     return tuple(prompts.train(count, tools=tools))
 
 
-def chosen(teacher: ModelSize, count: int, limit: Budget, *, tools: bool = False) -> Writer:
+def who_writes(teacher: ModelSize, count: int, limit: Budget, *, tools: bool = False) -> Writer:
     """Who answers `count` prompts: the teacher, where it is whole in memory meanwhile."""
     plan = _plan(teacher, count, limit, tools=tools)
     return "teacher" if plan and plan.headroom_bytes is None else "student"
@@ -49,7 +49,7 @@ def chosen(teacher: ModelSize, count: int, limit: Budget, *, tools: bool = False
 
 def judging_prompts(teacher: ModelSize, limit: Budget) -> int:
     """How many held-out prompts teacher and student answer where nobody says a number."""
-    if chosen(teacher, EVAL_PROMPTS_STREAMED, limit) == "teacher":
+    if who_writes(teacher, EVAL_PROMPTS_STREAMED, limit) == "teacher":
         return EVAL_PROMPTS
     return EVAL_PROMPTS_STREAMED
 

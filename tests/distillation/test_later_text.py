@@ -242,9 +242,9 @@ def test_a_teacher_that_fits_writes(teacher: Path) -> None:
     """And one that does not fit whole does not."""
     m = model_of(load.open_checkpoint(teacher))
 
-    assert writers.chosen(m, ASKED, Budget(200 * MIB)) == "teacher"
-    assert writers.chosen(m, ASKED, Budget(int(near(20, 14)) * MIB)) == "student"
-    assert writers.chosen(m, ASKED, Budget(MIB)) == "student"
+    assert writers.who_writes(m, ASKED, Budget(200 * MIB)) == "teacher"
+    assert writers.who_writes(m, ASKED, Budget(int(near(20, 14)) * MIB)) == "student"
+    assert writers.who_writes(m, ASKED, Budget(MIB)) == "student"
 
 
 def test_a_second_store_where_weights_learned_before() -> None:
