@@ -138,7 +138,8 @@ def of_coarse(c: Candidates, students: Sequence[Student]) -> list[float]:
     """`of_students`, where all will be rounded on fitted grids, and some are on MLX's own here.
 
     The loss is quadratic in the error that rounding makes, and of that error grids that are fitted
-    leave a share, which some rows of each matrix tell. Fitting takes 30 times as long.
+    leave a share, which some rows of each matrix tell. Fitting takes 30 times as long. SmolLM2-135M
+    in 4 and 5 bits, on its answers: 0.219 and 0.050 bits a byte so, 0.258 and 0.054 on fitted ones.
     """
     shares = [1.0 if student.fit else _fitted_share(c, student) for student in students]
     return [lost * share for lost, share in zip(of_students(c, students), shares, strict=True)]
@@ -311,7 +312,9 @@ def _measured(c: Candidates, asked: Sequence[_Asked]) -> list[Record]:
         bits = None
         if one.bpw is not None:
             bits = _bits(c, Choice(one.shape, one.bpw))
-        students.append(c.unwritten(one.shape, bits, fit=not c.settings.streams))
+        # Of a teacher that streams bits alone are measured coarsely: what is chosen by that is not.
+        fit = not c.settings.streams or one.predicted is not None
+        students.append(c.unwritten(one.shape, bits, fit=fit))
     lost = of_coarse(c, students)
     records = []
     for one, student, nats in zip(asked, students, lost, strict=True):

@@ -19,7 +19,7 @@ from mis_mlx.planner.distillation_spec import DistillationSpec, spec_of
 from mis_mlx.pruning.pruning_cost import calibration_cost, vocabulary_cost
 from mis_mlx.quantization.rounding_cost import sensitivity_cost
 from mis_mlx.size_search import excess, known_losses, limits, shape_search
-from mis_mlx.size_search.measuring_cost import passes_cost
+from mis_mlx.size_search.measuring_cost import fitting_cost, passes_cost
 from mis_mlx.size_search.shape_search import Choice, Sizes, probes_of
 from mis_mlx.types import Budget, Checkpoint, MisError
 
@@ -134,7 +134,7 @@ def search_cost(
         alone = passes_cost(t, students, 1, texts, length, limit)
         rank.append(_times(alone, 1, name=f"{students} axes alone", own=own))
     # sizes are corrected by what was found, so these are measured one after the other
-    each = passes_cost(t, 1, 1, texts, length, limit)
+    each = passes_cost(t, 1, 1, texts, length, limit).then(fitting_cost(t))
     rank.append(_times(each, s.evaluations, name=f"rank {s.evaluations}", own=own))
     if not s.finalists:
         return {"rank": rank, "finalists": []}

@@ -59,7 +59,10 @@ class Student:
 
 
 class StudentStream(Stream):
-    """A student in a pass over its teacher: it reads the tables, and is given the blocks."""
+    """A student in a pass over its teacher: it reads the tables, and is given the blocks.
+
+    Small matrices outside of blocks, which have 8 bits in some families, stay as they are.
+    """
 
     def __init__(self, student: Student):
         tensors = student.reader.tensors
