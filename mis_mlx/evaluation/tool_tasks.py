@@ -8,8 +8,8 @@
 
 The prompts are ours (benchmarks/tool_prompts.py) and come with the package. A model is told of the
 tools by its own chat template and does not think aloud; `models/tool_calls` reads its calls. An
-argument must have its type; case, blanks around a text and the order of a list do not count, and an
-optional one that nobody asked for may have its default.
+argument must have its type; case, blanks around a text and the order of a list do not count. An
+optional one that nobody asked for may have its default, or be a free text, such as a timer's label.
 """
 
 from collections.abc import Mapping, Sequence
@@ -110,30 +110,33 @@ def _name(call: Mapping[str, Any]) -> str:
 def _same_call(
     wanted: Mapping[str, Any], made: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]
 ) -> bool:
-    """Whether a call is the wanted one. An argument too many must have its default."""
+    """Whether a call is the wanted one. An argument too many must have its default, or be free."""
     if wanted["name"] != made["name"]:
         return False
     given = dict(made["arguments"])
     for argument, value in wanted["arguments"].items():
         if argument not in given or not _same(value, given.pop(argument)):
             return False
-    defaults = _defaults(str(wanted["name"]), tools)
-    return all(
-        argument in defaults and _same(defaults[argument], value)
-        for argument, value in given.items()
-    )
+    schemas = _schemas(str(wanted["name"]), tools)
+    return all(_harmless(schemas.get(argument), value) for argument, value in given.items())
 
 
-def _defaults(name: str, tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """{argument: its default} of a tool."""
-    found = {}
+def _schemas(name: str, tools: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """{argument: its schema} of a tool."""
     for tool in tools:
         function = tool["function"]
         if function["name"] == name:
-            for argument, schema in function["parameters"]["properties"].items():
-                if "default" in schema:
-                    found[argument] = schema["default"]
-    return found
+            return dict(function["parameters"]["properties"])
+    return {}
+
+
+def _harmless(schema: Mapping[str, Any] | None, value: Any) -> bool:
+    """Whether an argument that nobody asked for changes nothing."""
+    if schema is None:
+        return False
+    if "default" in schema:
+        return _same(schema["default"], value)
+    return schema["type"] == "string" and "enum" not in schema and isinstance(value, str)
 
 
 def _same(wanted: Any, given: Any) -> bool:

@@ -91,6 +91,16 @@ WEATHER = {"name": "get_weather", "arguments": {"city": "Lyon"}}
         ([CALL], [{"name": "set_timer", "arguments": {"minutes": 12.0}}], (True, True, True)),
         ([CALL], [{"name": "set_timer", "arguments": {"minutes": "12"}}], (True, True, False)),
         ([CALL], [{"name": "set_timer", "arguments": {}}], (True, True, False)),
+        (
+            [CALL],
+            [{"name": "set_timer", "arguments": {"minutes": 12, "label": "tea"}}],
+            (True, True, True),
+        ),
+        (
+            [CALL],
+            [{"name": "set_timer", "arguments": {"minutes": 12, "hours": 0}}],
+            (True, True, False),
+        ),
         ([CALL, WEATHER], [WEATHER, CALL], (True, True, True)),
         ([CALL, WEATHER], [CALL], (True, False, False)),
         (
@@ -118,7 +128,7 @@ WEATHER = {"name": "get_weather", "arguments": {"city": "Lyon"}}
 def test_what_counts_as_the_right_call(
     wanted: list[dict[str, Any]], made: list[dict[str, Any]] | None, verdict: tuple[bool, ...]
 ) -> None:
-    """Types count; case, order and a default that nobody asked for do not."""
+    """Types count; case, order, and a default or a label that nobody asked for do not."""
     assert tool_tasks.verdict(question(*wanted), made) == verdict
 
 
