@@ -150,25 +150,14 @@ def _compensated(
     their matrices are rounded. head_too: the head is rounded so, too.
     """
     s = m.wide
-    grams = 0
-    widest_gram = 0
-    gram_flops: float = 0
-    rounding_flops: float = 0
-    for inputs, outputs in _sides(s):
-        grams += _square_bytes(inputs)
-        widest_gram = max(widest_gram, _square_bytes(inputs))
-        products: float = 2 * inputs**2
-        work = inputs**2 * (inputs / 3 + outputs)
-        if is_wide(inputs):  # one triangle of the sums, and float32, twice as quick as float64
-            products /= 2
-            work /= 2
-        gram_flops += products
-        rounding_flops += work
+    squares = [_square_bytes(inputs) for inputs, _ in _sides(s)]
+    grams = sum(squares)
+    gram_flops, rounding_flops = _block_flops(s)
     # Weights that need no conversion stay where they were read while rounded ones take their place.
     # The widest matrix is the first.
     replaced = m.item * m.largest_block_params if m.as_stored else 0
     rounding_first = grams + max(_gathering_bytes(m, length), _rounding_bytes(m))
-    working = max(rounding_first, grams - widest_gram + replaced + _rounding_bytes(m))
+    working = max(rounding_first, grams - max(squares) + replaced + _rounding_bytes(m))
     one_pass = streamed_pass(
         "",
         m,
@@ -195,6 +184,21 @@ def _compensated(
     if head_too:
         return _with_head(planned, m, tokens=tokens, held=held, group=group)
     return planned
+
+
+def _block_flops(s: Shape) -> tuple[float, float]:
+    """(operations of a token's products in a block; of rounding its matrices, in numpy)."""
+    gram_flops: float = 0
+    rounding_flops: float = 0
+    for inputs, outputs in _sides(s):
+        products: float = 2 * inputs**2
+        work = inputs**2 * (inputs / 3 + outputs)
+        if is_wide(inputs):  # one triangle of the sums, and float32, twice as quick as float64
+            products /= 2
+            work /= 2
+        gram_flops += products
+        rounding_flops += work
+    return gram_flops, rounding_flops
 
 
 def _with_head(blocks: StageCost, m: ModelSize, *, tokens: int, held: int, group: int) -> StageCost:
