@@ -294,7 +294,7 @@ def test_heads_are_not_cut(gemma: Checkpoint, tmp_path: Path) -> None:
 
 
 def test_the_plan_of_the_published_ones() -> None:
-    """Three quarters of the tokens, no training by default: E2B in 5 GiB; E4B where it is rounded."""
+    """Most tokens, and no training by default: E2B in 5 GiB; E4B where it is rounded."""
     asked = plan.Settings(teacher="gemma-3n-e2b", budget="5GiB", machine="m1-air")
     made = plan.run(asked)
     assert made["mode"] == "none" and not made["check_failed"] and made["peak_bytes"] < 5 * GIB
