@@ -16,6 +16,7 @@ from mis_mlx.distillation.training_cost import store_cost
 from mis_mlx.evaluation.writing_cost import WritingPlan
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models.model_size import ModelSize
+from mis_mlx.models.pass_cost import TENSOR_BYTES
 from mis_mlx.planner.distillation_spec import SCALES, STORE, DistillationSpec, Writer
 from mis_mlx.quantization import rounding_cost
 from mis_mlx.settings.recipe import EVAL_PROMPTS, EVAL_PROMPTS_STREAMED
@@ -43,7 +44,9 @@ def _prompts(count: int, tools: bool) -> tuple[prompts.Prompt, ...]:
 
 def who_writes(teacher: ModelSize, count: int, limit: Budget, *, tools: bool = False) -> Writer:
     """Who answers `count` prompts: the teacher, where it is whole in memory meanwhile."""
-    plan = _plan(teacher, count, limit, tools=tools)
+    # as in a plan of all phases
+    left = limit.limit_bytes - TENSOR_BYTES * teacher.tensors
+    plan = _plan(teacher, count, Budget(max(0, left)), tools=tools)
     return "teacher" if plan and plan.headroom_bytes is None else "student"
 
 
