@@ -179,7 +179,7 @@ def test_help_names_every_flag(kind: Any, capsys: pytest.CaptureFixture[str]) ->
     assert rare <= {f.name for f in fields(kind)} - quiet
     for name in (f.name for f in fields(kind)):
         # further in than two blanks, a flag is named only
-        line = re.compile(rf"(?m)^  --{name.replace('_', '-')}(?![-\w])")
+        line = re.compile(rf"(?m)^  --(no-)?{name.replace('_', '-')}(?![-\w])")
         if name in quiet:
             assert name in shown["--help-all"], name
         else:

@@ -287,7 +287,7 @@ def test_the_baseline_is_what_a_search_measured(same: bool, copy: Path) -> None:
 
 
 def test_what_a_run_writes_down_for_it(finished: tuple[Path, Done], llama: Checkpoint) -> None:
-    """The plan's phases and what each took, texts of four models in two languages, a profile of
+    """The plan's phases and what each took, texts of two models in two languages, a profile of
     every layer.
     """
     story = run_reader.read(finished[0])
@@ -298,7 +298,7 @@ def test_what_a_run_writes_down_for_it(finished: tuple[Path, Done], llama: Check
         == ["prune", "repair", "distil", "quantize", "distil scales", "measure"]
     )
     assert all(p["seconds"] > 0 and p["peak_bytes"] > 0 for p in story.phases)
-    models = ("teacher", "pruned", "distilled", "4-bit")
+    models = ("teacher", "4-bit")
     shown = {(sample["model"], sample["language"]) for sample in story.samples}
     assert shown == set(product(models, ("English", "Polish")))
     profile = story.keep["report"]["profile"]

@@ -362,7 +362,7 @@ def test_distill_a_phi(
 
 
 def test_nothing_but_tokens_is_cut(
-    tmp_path: Path, big: Checkpoint, small: tuple[object, ...], command: Callable[..., Done]
+    tmp_path: Path, small: tuple[object, ...], command: Callable[..., Done]
 ) -> None:
     """Such a student is its teacher, so nobody repairs or trains it: weights as they were, then
     rounded and tuned.
@@ -378,12 +378,8 @@ def test_nothing_but_tokens_is_cut(
         for record in run_folder.records(run / run_folder.PHASES)
         if "seconds" in record
     }
-    assert phases == {"prune", "quantize", "distil scales", "measure"}
-    student = load.open_checkpoint(run / "distilled")
-    for name in (each for each in big.tensors if "layers." in each):
-        assert mx.array_equal(
-            load.dense(student, name), load.dense(big, name).astype(mx.bfloat16)
-        ), name
+    assert phases == {"quantize", "distil scales", "measure"}
+    assert not (run / "distilled").exists()
     result = last_line(done)
     assert result["bits_per_byte_distilled"] == result["bits_per_byte_pruned"]
     assert result["mode"] == "none"
@@ -391,7 +387,7 @@ def test_nothing_but_tokens_is_cut(
     assert not result["gap_closed"]
     made = weights(run)
     (run / "result.json").unlink()
-    for name in ("model", "rounded", "tune-steps", "distilled"):
+    for name in ("model", "rounded", "tune-steps"):
         shutil.rmtree(run / name)
     again = command("distill", "--resume", "--out", run)
     assert again.returncode == 0
