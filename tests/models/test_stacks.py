@@ -248,7 +248,7 @@ def test_measuring(
     want, many = under("cpu", work)
     found, few = under("metal", work)
     assert few * WINDOWS == many > 0
-    assert len(want) == 4
+    assert len(want) == 1 + len(comparison.METRICS)
     for key, values in want.items():
         near(found[key], values)
 
