@@ -15,7 +15,9 @@ import mlx.core as mx
 
 from mis_mlx.compute import precision
 
-ROWS = 64  # queries of causal attention at a time: later keys than theirs are not looked at
+# Queries of attention at a time, all their scores being in memory; of causal attention, later keys
+# than theirs are not looked at.
+ROWS = 32
 HIDDEN_SCORE = -3.4028235e38  # float32's least, as MLX hides a key: a row without keys sees all
 
 
@@ -63,9 +65,14 @@ def softmax(x: mx.array) -> mx.array:
     return _softmax(x)  # type: ignore[return-value]
 
 
+def silu(x: mx.array) -> mx.array:
+    """x times its sigmoid, of x (...) float32; lazy."""
+    return x * sigmoid(x)
+
+
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     """SiLU of `gate` times x, both (...) float32; lazy."""
-    return gate * sigmoid(gate) * x
+    return silu(gate) * x
 
 
 def attention(
@@ -84,29 +91,47 @@ def attention(
     batch, heads, length, width = queries.shape
     _, kinds, places, _ = keys.shape
     # Heads that share keys lie side by side: (B, K, H / K, L, D) meets (B, K, 1, D, S).
-    grouped = (queries * scale).reshape(batch, kinds, heads // kinds, length, width)
+    grouped = queries.reshape(batch, kinds, heads // kinds, length, width)
     across = keys[:, :, None].swapaxes(-1, -2)
     shared = values[:, :, None]
+    added = None
     if isinstance(mask, str):
-        outputs = []
-        for start in range(0, length, ROWS):
-            stop = min(start + ROWS, length)
+        added = _later(min(ROWS, length), places)
+    elif mask is not None:
+        added = _added(mask, (*grouped.shape[:-1], places))
+    outputs = list[mx.array]()
+    for start in range(0, length, ROWS):
+        stop = min(start + ROWS, length)
+        asking = grouped[..., start:stop, :]
+        if outputs:  # MLX would compute the scores of many rows before it used any
+            asking = mx.depends(asking, outputs[-1])
+        seen = places
+        if isinstance(mask, str):
             seen = places - length + stop
-            scores = grouped[..., start:stop, :] @ across[..., :seen]
-            shares = softmax(scores + _later(stop - start, seen))
-            outputs.append(shares @ shared[..., :seen, :])
-        joined = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=-2)
-        return joined.reshape(batch, heads, length, -1)
-    scores = grouped @ across
-    if mask is not None:
-        scores = scores + _added(mask, scores.shape)
-    return (softmax(scores) @ shared).reshape(batch, heads, length, -1)
+        scores = (asking * scale) @ across[..., :seen]
+        if added is not None:
+            scores = scores + _of_rows(added, start, stop, seen)
+        outputs.append(softmax(scores) @ shared[..., :seen, :])
+    joined = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=-2)
+    return joined.reshape(batch, heads, length, -1)
 
 
 def _later(rows: int, columns: int) -> mx.array:
     """(rows, columns) that hides from each of the last rows the keys that come after it."""
     last = mx.arange(columns - rows, columns)
     return mx.where(mx.arange(columns) > last[:, None], HIDDEN_SCORE, 0.0)
+
+
+def _of_rows(added: mx.array, start: int, stop: int, seen: int) -> mx.array:
+    """What is added to the scores of these rows and their first keys.
+
+    added: `_later`, whose end is that of any rows; or of all rows, or one for all, (B, K, ., L, S).
+    """
+    if added.ndim == 2:
+        return added[start - stop :, added.shape[1] - seen :]
+    if added.shape[-2] == 1:
+        return added
+    return added[..., start:stop, :]
 
 
 def _added(mask: mx.array, shape: tuple[int, ...]) -> mx.array:
@@ -117,6 +142,15 @@ def _added(mask: mx.array, shape: tuple[int, ...]) -> mx.array:
     if mask.shape[1] == 1:
         return mask[:, :, None]
     return mx.unflatten(mask, 1, shape[1:3])
+
+
+def silu_or(stock: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+    """mlx's `silu(x)`: ours where it is quicker, else `stock`."""
+
+    def chosen(x: mx.array) -> mx.array:
+        return silu(x) if is_quicker(x) else stock(x)
+
+    return chosen
 
 
 def swiglu_or(stock: Callable[..., mx.array]) -> Callable[..., mx.array]:

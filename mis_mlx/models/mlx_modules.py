@@ -40,9 +40,12 @@ def mlx_lm(module: str) -> ModuleType:
             stock = getattr(functions, name)
             if stock.__module__ != quick_exp.__name__:
                 setattr(functions, name, chosen(stock))
-        return importlib.import_module(f"mlx_lm.{module}")
+        found = importlib.import_module(f"mlx_lm.{module}")
     finally:
         resource.setrlimit = setrlimit
+    if hasattr(found, "_ACT2FN"):  # of nemotron-nas, whose blocks do not take `swiglu`
+        found._ACT2FN["silu"] = quick_exp.silu_or(nn.silu)
+    return found
 
 
 def _block_module(row: Family) -> ModuleType:

@@ -43,18 +43,43 @@ def test_causal(length, places):
 
 
 def test_masks_that_are_arrays():
-    arrays = drawn(20, 20)
-    rows = np.arange(20)
+    arrays = drawn(70, 70)
+    rows = np.arange(70)
     sees = (rows[:, None] >= rows) & (rows[:, None] < rows + 7)
     wanted = reference(*arrays, sees)
-    of_rows = np.broadcast_to(sees, (2, 1, 20, 20))
-    of_heads = np.broadcast_to(sees, (2, 4, 20, 20))
+    of_rows = np.broadcast_to(sees, (2, 1, 70, 70))
+    of_heads = np.broadcast_to(sees, (2, 4, 70, 70))
     for mask in (sees, of_rows, of_heads):
         found = quick_exp.attention(*arrays, scale=SCALE, mask=mx.array(mask))
         np.testing.assert_allclose(found, wanted, atol=3e-6)
         added = mx.where(mx.array(mask), 0.0, -mx.inf)
         found = quick_exp.attention(*arrays, scale=SCALE, mask=added)
         np.testing.assert_allclose(found, wanted, atol=3e-6)
+
+
+def test_one_row_of_a_mask_is_of_all_rows():
+    arrays = drawn(70, 50)
+    sees = np.arange(50) > 9
+    found = quick_exp.attention(*arrays, scale=SCALE, mask=mx.array(sees[None]))
+    np.testing.assert_allclose(found, reference(*arrays, sees[None]), atol=3e-6)
+
+
+@pytest.mark.parametrize("kind", ["none", "causal", "array"])
+def test_long_texts_take_no_more_memory_than_by_mlx(kind):
+    """Plans count on it: scores of all rows at once would be several times as much."""
+    arrays = drawn(700, 700)
+    masks = {"none": None, "causal": "causal", "array": mx.tril(mx.ones((700, 700), mx.bool_))}
+    mx.eval(arrays, masks["array"])
+
+    def peak(attention):
+        mx.clear_cache()
+        before_bytes = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(attention(*arrays, scale=SCALE, mask=masks[kind]))
+        return mx.get_peak_memory() - before_bytes
+
+    stock = peak(mx.fast.scaled_dot_product_attention)
+    assert peak(quick_exp.attention) < stock
 
 
 def test_a_row_that_sees_nothing_is_a_number():
@@ -91,6 +116,19 @@ def test_swiglu_and_its_gradients():
     wanted = mx.vjp(lambda gate, x: nn.silu(gate) * x, [gate, x], [x])[1]
     for ours_of, stock_of in zip(found, wanted, strict=True):
         np.testing.assert_allclose(ours_of, stock_of, atol=1e-5)
+
+
+def test_blocks_without_swiglu_compute_the_same(monkeypatch):
+    """nemotron-nas has SiLU in a table; its blocks that are a llama's give a llama's bits."""
+    monkeypatch.setenv("MIS_MLX_POLICY", "cpu")
+    act = mlx_modules.mlx_lm("models.nemotron-nas")._ACT2FN["silu"]
+    swiglu = mlx_modules.mlx_lm("models.activations").swiglu
+    gate = mx.linspace(-80, 80, 1001)
+    x = mx.random.normal(gate.shape)
+    assert mx.array_equal(act(gate) * x, swiglu(gate, x))
+    assert not mx.array_equal(act(gate), nn.silu(gate))
+    half = gate.astype(mx.float16)
+    assert mx.array_equal(act(half), nn.silu(half))
 
 
 def test_exp_is_as_exact_as_mlx():

@@ -151,11 +151,14 @@ def test_times_are_refused(tmp_path: Path, text_folder: Path) -> None:
         search.run(settings)
 
 
-def test_nothing_said_is_no_search(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], models: Callable[..., Any]
+def test_nothing_said_leaves_blocks_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without sizes only tokens go: tables are most of such a model."""
+    """Without sizes a search chooses tokens and bits: tables are most of such a model."""
     model = made(tmp_path / "m", "gemma4_text")
-    distill.run(distill.Settings(teacher=str(model), dry_run=True, conversations=0))
+    planned = distill.run(distill.Settings(teacher=str(model), dry_run=True, conversations=0))
     said = capsys.readouterr().err
-    assert "most of a gemma4_text is tables with a row for each token; --lose 0.1 searches" in said
+    assert "--lose 0.1: a search chooses sizes and bits" in said
+    why = "most of a gemma4_text is tables with a row for each token"
+    assert f"every block stays whole, tokens and bits are chosen: {why}" in said
+    assert planned["params_student"] == planned["params_teacher"]

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx import generate, grpo, plan, prune, quantize, search, sft
+from mis_mlx import generate, grpo, plan, prune, quantize, sft
 from mis_mlx.evaluation import option_likelihood
 from mis_mlx.models import (
     arch,
@@ -329,8 +329,8 @@ def test_grpo_is_refused_before_it_begins(qwen: Checkpoint, tmp_path: Path) -> N
         generate.run(generate.Settings(model=str(qwen.path), draft_model=str(qwen.path)))
 
 
-def test_what_is_not_built_is_a_sentence(qwen: Checkpoint, text_folder: Path) -> None:
-    """Texts that share a sequence, drafts, searches."""
+def test_what_is_not_built_is_a_sentence(qwen: Checkpoint) -> None:
+    """Texts that share a sequence, drafts."""
     source = stream.Stream(qwen, mx.float32)
     with pytest.raises(MisError, match="leave out --tasks whose questions have options"):
         option_likelihood.score(source, [([5, 9], [[3], [4]])])
@@ -340,8 +340,6 @@ def test_what_is_not_built_is_a_sentence(qwen: Checkpoint, text_folder: Path) ->
         attention_masks.forward(model, joined.tokens, joined.branch, joined.positions)
     with pytest.raises(MisError, match="read one text after the other"):
         list(streamed_decode.decode(source, [5, 9], 8, draft=stream.Stream(qwen, mx.float32)))
-    with pytest.raises(MisError, match="does not know the bits that a qwen3_5_text's delta rule"):
-        search.run(search.Settings(teacher=str(qwen.path), data=str(text_folder), params="0.5x"))
 
 
 @pytest.mark.parametrize(
