@@ -286,18 +286,23 @@ def serve() -> None:
             os.write(log, b"".join(tokenizers.passed - known))
 
 
-def _become(what: str, *argv: str) -> None:
-    """Do what `python WHAT ARGV` does."""
-    sys.argv = list(argv)
+def _become(*line: str) -> None:
+    """Do what `python LINE` does; of Python's own flags it knows -P, as the first word."""
+    safe = line[0] == "-P"
+    what, *argv = line[1:] if safe else line
+    # In the first place stands the server's own folder. With -P nothing takes it: neither the
+    # current folder nor the program's is a place of modules.
+    place = {"-c": "", "-m": os.getcwd()}.get(what, str(Path(what).parent))
+    sys.path[:1] = [] if safe else [place]
     if what == "-c":
-        code, sys.argv[0], sys.path[0] = sys.argv[0], "-c", ""
+        code, sys.argv = argv[0], ["-c", *argv[1:]]
         exec(compile(code, "<string>", "exec"), vars(sys.modules["__main__"]))
     elif what == "-m":
-        sys.path[0] = os.getcwd()
+        sys.argv = list(argv)
         sys.modules.pop(sys.argv[0], None)  # it is going to be __main__
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     else:
-        sys.argv, sys.path[0] = [what, *sys.argv], str(Path(what).parent)
+        sys.argv = [what, *argv]
         runpy.run_path(what, run_name="__main__")
 
 

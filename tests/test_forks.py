@@ -37,6 +37,16 @@ def test_argv_folder_environment_and_exit_code(own_home: dict[str, str], tmp_pat
         assert process.pid != os.getpid()
 
 
+@pytest.mark.parametrize("flags", [[], ["-P"]])
+def test_where_a_module_comes_from(
+    own_home: dict[str, str], tmp_path: Path, flags: list[str]
+) -> None:
+    """From the current folder first; with -P not from there."""
+    (tmp_path / "here.py").write_text("print(5)")
+    done = forks.run([*flags, "-m", "here"], own_home, tmp_path)
+    assert (done.stdout, done.returncode) == (("", 1) if flags else ("5\n", 0))
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_signal_is_its_end(own_home: dict[str, str], number: int) -> None:
     """The code is minus its number; SIGINT raises KeyboardInterrupt."""

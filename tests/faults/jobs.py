@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,8 @@ import numpy as np
 import pytest
 
 from mis_mlx import distill, export, prune, quantize, sft
-from mis_mlx.distillation import strategies, training_cost
+from mis_mlx.distillation import pipeline, strategies, training_cost
+from mis_mlx.quantization import journal
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import logit_store, run_folder
 from mis_mlx.storage.files import Files
@@ -289,9 +290,11 @@ def lost(said: Iterable[Said], then: Path, now: Path) -> list[str]:
     """
     bad = []
     newest = dict[Path, Said]()
+    said = list(said)
+    whole = {each.path for each in said if each.step is None}
     for each in said:
         here = now / each.path.relative_to(then)
-        if _served(each, here, now):
+        if _served(each, whole, here, now):
             continue
         if each.step is not None:
             newest[here.parent] = each
@@ -308,15 +311,18 @@ def lost(said: Iterable[Said], then: Path, now: Path) -> list[str]:
     return bad
 
 
-def _served(each: Said, here: Path, now: Path) -> bool:
-    """Whether the unfinished work of `quantize` has gone on, so that this is no longer needed."""
-    work = now / "out-unfinished"
-    if not here.is_relative_to(work):
-        return False
-    if (now / "out").is_dir():
+def _served(each: Said, whole: Collection[Path], here: Path, now: Path) -> bool:
+    """Whether the work has gone on, so that this is no longer needed.
+
+    whole: the folders that were said to be safe, each of which is judged for itself. Of `quantize`
+    only its model is needed in the end; the journal of a rounding goes once its model is safe.
+    """
+    if here.is_relative_to(now / "out-unfinished") and (now / "out").is_dir():
         return here.name != "model" or contents(now / "out") == each.files
-    later = (work / "rounded", work / "model")
-    return here.is_relative_to(work / "rounding") and any(path.is_dir() for path in later)
+    if each.path.parts[-3:-1] != (pipeline.ROUNDING, journal.BLOCKS):
+        return False
+    work = each.path.parents[2]
+    return work / pipeline.ROUNDED in whole or work / "model" in whole
 
 
 def _file(path: Path) -> Outcome:

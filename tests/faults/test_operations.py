@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from mis_mlx.distillation import pipeline
+from mis_mlx.quantization import journal
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import Files
 from tests.conftest import mostly_slow
@@ -140,6 +141,25 @@ def test_a_step_overwritten_is_found_out(bench: Benches, monkeypatch: pytest.Mon
         if b.bad:
             break
     assert any("acknowledged but lost" in each for each in b.bad)
+
+
+@pytest.mark.parametrize("work", ["run", "out-unfinished"])
+def test_a_journal_may_go_once_its_model_is_safe(tmp_path: Path, work: str) -> None:
+    """A test of the test: not before, not beside a model that nobody called safe, and the model
+    then has to be there.
+    """
+    step = tmp_path / work / pipeline.ROUNDING / journal.BLOCKS / "step-00000002"
+    rounded = tmp_path / work / pipeline.ROUNDED
+    kept = jobs.Said(step, 2, {"state.json": "sha256"})
+    lost = ["blocks 2, there is none"]
+    assert jobs.lost([kept], tmp_path, tmp_path) == lost
+    rounded.mkdir(parents=True)
+    assert jobs.lost([kept], tmp_path, tmp_path) == lost
+    (rounded / "config.json").write_text("{}")
+    safe = jobs.Said(rounded, None, jobs.contents(rounded))
+    assert jobs.lost([kept, safe], tmp_path, tmp_path) == []
+    (rounded / "config.json").write_text("{")
+    assert jobs.lost([kept, safe], tmp_path, tmp_path) == [pipeline.ROUNDED]
 
 
 PACKAGE = Path(__file__).parents[2] / "mis_mlx"
