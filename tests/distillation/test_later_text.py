@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from mis_mlx import distill
@@ -116,6 +117,7 @@ def test_the_student_writes_and_the_teacher_reads_once(
     the second one alone; every phase stays under its plan.
     """
     out = tmp_path / "run"
+    before_bytes = mx.get_active_memory()  # what other tests of this process hold
 
     distill.run(settings(teacher, text_folder, out, keep_steps=True))
 
@@ -135,7 +137,8 @@ def test_the_student_writes_and_the_teacher_reads_once(
     planned = {phase["phase"]: phase["peak_bytes"] for phase in start["planned"]}
     names = ["quantize", writers.STUDENT, "logit store", "distil scales", "measure"]
     assert list(planned) == names == [phase["phase"] for phase in took]
-    assert all(phase["peak_bytes"] <= planned[phase["phase"]] for phase in took)
+    for phase in took:
+        assert phase["peak_bytes"] - before_bytes <= planned[phase["phase"]], phase
     student = load.open_checkpoint(out / pipeline.ROUNDED)
     alone = tmp_path / "alone.jsonl"
     how = writers.settings_of(ASKED)
