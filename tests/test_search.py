@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 
 from mis_mlx import cli, distill, search
+from mis_mlx.compute import precision
 from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.evaluation import comparison
@@ -181,7 +182,8 @@ def test_the_score_is_that_of_a_student_by_hand(
 ) -> None:
     """Calibrated on the run's windows, pruned by plain importance, every matrix rounded to the bits
     that its costs in the teacher give it, compared on some windows of valid.jsonl, which judge
-    nothing: the log's nats, to the last bit.
+    nothing: the log's nats, to the last bit; by Metal's policy, which computes what is in a file as
+    it is stored, to half a per cent.
     """
     record = run_folder.records(done[0] / candidates.CANDIDATES)[-1]
     teacher = load.open_checkpoint(str(small.teacher))
@@ -215,7 +217,9 @@ def test_the_score_is_that_of_a_student_by_hand(
     both = {"teacher": teacher, "student": load.open_checkpoint(tmp_path / "m")}
     kl = comparison.compare(both, held_out)["student", "kl"]
     assert held_out.text_bytes is not None
-    assert (kl * 31).sum() / held_out.text_bytes.sum() == record["nats"]
+    nats_by_hand = (kl * 31).sum() / held_out.text_bytes.sum()
+    apart = 0 if precision.policy() == "cpu" else 5e-3
+    assert record["nats"] == pytest.approx(nats_by_hand, rel=apart, abs=0)
     assert both["student"].nbytes == record["bytes"]
 
 
