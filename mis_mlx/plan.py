@@ -114,8 +114,9 @@ def _pair(s: Settings, opened: Checkpoint | Mapping[str, Any], gpu: bool) -> lis
         folder = None
     if not s.student:
         name = s.scenario or ("balanced" if s.teacher == "mis-137b" else None)
-        sizes = vocabulary.defaults(name, s.vocab, config, folder)
-        if not (name or s.vocab or s.experts):  # as `distill` without sizes
+        if name or s.vocab or s.experts:
+            sizes = vocabulary.defaults(name, s.vocab, config, folder)
+        else:  # as `distill` without sizes
             sizes = size_request.likely_student(config, folder)
         s = replace(s, **sizes)
     rows = vocabulary.size(s.vocab, folder, shape_of(config).vocab)

@@ -12,7 +12,7 @@ from mis_mlx.distillation import teacher_answers, writers
 from mis_mlx.evaluation import answers
 from mis_mlx.evaluation.answer_figures import MORE_LOOPS
 from mis_mlx.models import distributed, load
-from mis_mlx.models.model_size import model_of
+from mis_mlx.models.model_size import ModelSize, model_of
 from mis_mlx.planner.distillation_spec import Writer
 from mis_mlx.reporting import html, progress
 from mis_mlx.storage import checkpoint as protocol
@@ -78,7 +78,7 @@ def source(
     shipped = plain if wanted.data is None else plain._replace(answers=preparation.ANSWERS)
     if answers.shipped_for(teacher):
         return shipped
-    if (writer or _writer(teacher, wanted, limit)) == "student":
+    if (writer or to_answer(teacher, wanted).writer(model_of(teacher), limit)) == "student":
         cli.say(
             "conversations: the teacher would be read from disk for every token that it writes, so "
             "the text begins with the answers that come with the package"
@@ -86,14 +86,6 @@ def source(
         return shipped
     file = _written(teacher, wanted, limit, dry_run=dry_run)
     return plain._replace(answers=file) if file else without
-
-
-def _writer(teacher: Checkpoint, wanted: Wanted, limit: Budget) -> Writer:
-    """Who writes where that is not decided yet."""
-    found = to_answer(teacher, wanted)
-    if found.known:
-        return "teacher"
-    return writers.who_writes(model_of(teacher), found.prompts, limit, tools=found.tools)
 
 
 class ToAnswer(NamedTuple):
@@ -106,6 +98,12 @@ class ToAnswer(NamedTuple):
     prompts: int
     known: bool = False
     tools: bool = False
+
+    def writer(self, teacher: ModelSize, limit: Budget) -> Writer:
+        """Who writes where that is not decided yet."""
+        if self.known:
+            return "teacher"
+        return writers.who_writes(teacher, self.prompts, limit, tools=self.tools)
 
 
 def to_answer(teacher: Checkpoint, wanted: Wanted) -> ToAnswer:

@@ -105,9 +105,7 @@ def _with_writer(
     """
     teacher = job.shown or job.teacher
     if writer is None:
-        writer = "teacher"
-        if not found.known:
-            writer = writers.who_writes(teacher, found.prompts, budget, tools=found.tools)
+        writer = found.writer(teacher, budget)
     count = 0 if found.known and writer == "teacher" else found.prompts
     return replace(job, conversations=count, asks_tools=found.tools, writer=writer)
 
