@@ -24,7 +24,8 @@ from mis_mlx.data import preparation
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, ThermalMonitor
 from mis_mlx.maths import importance
-from mis_mlx.models import arch, load, opening, resolve
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.pruning import calibrate, select, slicing
 from mis_mlx.storage.files import DISK
 
@@ -37,7 +38,7 @@ LENGTH = 256
 
 def main() -> None:
     """Run all seeds, print one table, write one JSON file."""
-    checkpoint = opening.open_to_compute(resolve.resolve_model().path)
+    checkpoint = compute_type.open_to_compute(resolve.resolve_model().path)
     data = preparation.prepare(None, load.tokenizer(checkpoint.path), LENGTH)
     held_out = comparison.spread_windows(data.held_out["English"], HELD_OUT)
     cut = select.PruningConfig(scenario="goral")
@@ -78,7 +79,7 @@ def main() -> None:
                     dtype="bfloat16",
                     files=DISK,
                 )
-                models[name] = opening.open_to_compute(Path(folder) / name)
+                models[name] = compute_type.open_to_compute(Path(folder) / name)
             found = comparison.compare(models, held_out)
         for name, (_, keep) in chosen.items():
             differ = keep.report["channels_differing_from_plain"]

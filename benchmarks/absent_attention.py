@@ -36,7 +36,8 @@ from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import answer_loss
 from mis_mlx.evaluation import comparison
 from mis_mlx.maths.reconstruction import RIDGES, NormalEquations
-from mis_mlx.models import load, mlx_generate, opening, resolve
+from mis_mlx.models.opening import compute_type, load, resolve
+from mis_mlx.models.writing import mlx_generate
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.types import Checkpoint
 
@@ -309,7 +310,7 @@ class Trial(Judged):
     """The whole model, its texts, and what they cost under it."""
 
     def __init__(self, s: Settings):
-        self.checkpoint = opening.open_to_compute(resolve.resolve_model(s.teacher).path)
+        self.checkpoint = compute_type.open_to_compute(resolve.resolve_model(s.teacher).path)
         self.data = preparation.prepare(None, load.tokenizer(self.checkpoint.path), LENGTH)
         self.texts = Texts(self.checkpoint, self.data, s.windows)
         self.calibration = preparation.calibration(self.data.train, s.calibration, 0)

@@ -31,7 +31,7 @@ from polish_text import problems
 from mis_mlx.compute import precision
 from mis_mlx.evaluation import answering, harness, questions
 from mis_mlx.hardware import memory
-from mis_mlx.models import load, opening, resolve
+from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.types import Checkpoint
 
 COUNT = 240
@@ -106,7 +106,7 @@ def theirs(adapter: Any, name: str, folder: Path) -> tuple[float, float, list[li
 def main(model: str | None) -> None:
     """Compare, print and store."""
     harness.check_harness(())
-    checkpoint = opening.open_to_compute(resolve.resolve_model(model).path)
+    checkpoint = compute_type.open_to_compute(resolve.resolve_model(model).path)
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

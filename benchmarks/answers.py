@@ -32,7 +32,7 @@ from mis_mlx.data import preparation
 from mis_mlx.distillation import conversations
 from mis_mlx.evaluation import answers, repetition
 from mis_mlx.hardware import memory
-from mis_mlx.models import load, opening, resolve
+from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.reporting import run_reader
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.storage import run_folder
@@ -109,9 +109,9 @@ def row(label: str, s: Settings, run: Path, folders: dict[str, Path]) -> dict[st
             out=str(run), teacher=s.teacher, seed=s.seed, bench_tokens=0, eval_prompts=0
         )
         done = distill.run(asked.with_values(**ROWS[label]))
-    teacher = opening.open_to_compute(Path(done["teacher"]))
+    teacher = compute_type.open_to_compute(Path(done["teacher"]))
     folders_of = {"distilled": run / "distilled", "4-bit": run / "model"}
-    students = {name: opening.open_to_compute(folder) for name, folder in folders_of.items()}
+    students = {name: compute_type.open_to_compute(folder) for name, folder in folders_of.items()}
     found: dict[str, Any] = {"params": done["params_student"], "bytes": done["bytes_4-bit"]}
     read = run_reader.read(run)
     found["seconds"] = {name: round(seconds, 1) for name, seconds in read.took().items()}
@@ -128,13 +128,13 @@ def row(label: str, s: Settings, run: Path, folders: dict[str, Path]) -> dict[st
 def packed_row(s: Settings, place: Path) -> dict[str, Any]:
     """The teacher as mlx_lm.convert packs it."""
     source = resolve.resolve_model(s.teacher).path
-    teacher = opening.open_to_compute(source)
-    rounded = opening.open_to_compute(packed(source, place / "packed"))
+    teacher = compute_type.open_to_compute(source)
+    rounded = compute_type.open_to_compute(packed(source, place / "packed"))
     # The same numbers as float32 weights: MLX's 4-bit kernels are ten times slower on a CPU.
     load.mlx_lm("convert").convert(
         str(rounded.path), str(place / "4-bit"), dequantize=True, dtype="float32"
     )
-    model = opening.open_to_compute(place / "4-bit")
+    model = compute_type.open_to_compute(place / "4-bit")
     return {"bytes": rounded.nbytes / 1e6, "answers": answered(teacher, {"4-bit": model}, s.said)}
 
 

@@ -40,7 +40,8 @@ from mis_mlx.evaluation.answer_likelihood import has_template
 from mis_mlx.gguf_export import tensors
 from mis_mlx.hardware import memory
 from mis_mlx.maths import rounding
-from mis_mlx.models import arch, load, opening, resolve
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.quantization import (
     bit_allocation,
     format_costs,
@@ -96,10 +97,10 @@ class Bench:
 
     def __init__(self, s: Settings):
         self.s = s
-        self.teacher = opening.open_to_compute(resolve.resolve_model(s.model).path)
+        self.teacher = compute_type.open_to_compute(resolve.resolve_model(s.model).path)
         self.taught_by = self.teacher
         if s.teacher is not None:
-            self.taught_by = opening.open_to_compute(resolve.resolve_model(s.teacher).path)
+            self.taught_by = compute_type.open_to_compute(resolve.resolve_model(s.teacher).path)
         self.name = f"bits-{s.name or self.teacher.path.name}"
         self.given = {"windows": s.num_samples, "prompts": s.prompts, "eval": s.eval_windows}
         if s.seed:
@@ -235,14 +236,14 @@ class Bench:
         with tempfile.TemporaryDirectory() as temp:
             out = Path(temp) / "packed"
             made = make(out)
-            checkpoint = opening.open_to_compute(out)
+            checkpoint = compute_type.open_to_compute(out)
             wide = out
             if arch.is_quantized(checkpoint.tensors):
                 made = {"nbytes": checkpoint.nbytes, "gguf": gguf(checkpoint), **made}
                 wide = laboratory.unpacked(out, Path(temp) / "wide")
             row = {
                 "bits_per_weight": 8 * made["nbytes"] / arch.params(checkpoint.config),
-                "lost": self.judge(opening.open_to_compute(wide)),
+                "lost": self.judge(compute_type.open_to_compute(wide)),
                 **made,
             }
         self.rows[label] = row

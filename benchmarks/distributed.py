@@ -42,8 +42,10 @@ from mis_mlx.distillation.strategies import MemoryPlan
 from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.hardware import memory, rates, stage_cost
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import arch, distributed, load, opening, pipeline_parallel, resolve, stream
-from mis_mlx.models.model_size import model_of
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.opening import compute_type, load, resolve
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.passing import distributed, pipeline_parallel, stream
 from mis_mlx.planner import estimates
 from mis_mlx.planner.distillation_spec import DistillationSpec, spec_of
 from mis_mlx.settings.recipe import RATE, DistillationConfig
@@ -94,8 +96,8 @@ def sent_bytes() -> int | None:
 
 def steps(s: Settings) -> dict[str, Any]:
     """One process's part of the distillation: seconds and bytes of every step but the first."""
-    big = opening.open_to_compute(resolve.resolve_model(None).path)
-    small = opening.open_to_compute(Path(s.student))
+    big = compute_type.open_to_compute(resolve.resolve_model(None).path)
+    small = compute_type.open_to_compute(Path(s.student))
     data = preparation.prepare(None, load.tokenizer(big.path), s.length).train
     sizes = {"batch_size": 1, "grad_accumulation_steps": s.windows, "max_seq_length": s.length}
     r = DistillationConfig(iters=s.steps + 1, learning_rate=RATE, **sizes)  # type: ignore[arg-type]
@@ -124,7 +126,7 @@ def layers(s: Settings) -> dict[str, Any]:
     """One process's part of a pass of the teacher, which stays in memory, over the windows of a
     step.
     """
-    big = opening.open_to_compute(resolve.resolve_model(None).path)
+    big = compute_type.open_to_compute(resolve.resolve_model(None).path)
     data = preparation.prepare(None, load.tokenizer(big.path), s.length).train
     n = distributed.size()
     counts = pipeline_parallel.share_blocks(int(big.config["num_hidden_layers"]), [999] * n, 1.0)
@@ -212,7 +214,7 @@ def computed(s: Settings) -> list[dict[str, Any]]:
     """
     at = estimates.machine_rates("m1-air")
     big, small = (
-        model_of(opening.open_to_compute(p), at.gpu)
+        model_of(compute_type.open_to_compute(p), at.gpu)
         for p in (resolve.resolve_model(None).path, Path(s.student))
     )
     rows = []
@@ -239,7 +241,7 @@ def main(s: Settings) -> None:
     found: dict[str, Any] = {
         "given": {k: v for k, v in asdict(s).items() if k not in ("student", "work")}
     }
-    small = opening.open_to_compute(Path(s.student))
+    small = compute_type.open_to_compute(Path(s.student))
     model = model_of(small)
     found["student_sha256"] = laboratory.weights_sha256(small.path)
     noise = laboratory.busy("at the start")

@@ -18,7 +18,8 @@ import sys
 from pathlib import Path
 
 from mis_mlx.compute import precision
-from mis_mlx.models import load, mlx_generate, resolve
+from mis_mlx.models.opening import load, resolve
+from mis_mlx.models.writing import mlx_generate
 
 TOPICS = (
     "a lighthouse",

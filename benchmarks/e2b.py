@@ -45,8 +45,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from mis_mlx import cli, prune, quantize
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.models import arch, model_writer, opening
-from mis_mlx.models.config import shape_of
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.opening import compute_type
+from mis_mlx.models.writing import model_writer
 from mis_mlx.planner import estimates
 from mis_mlx.pruning import vocabulary
 from mis_mlx.storage import safetensors
@@ -241,7 +243,7 @@ def in_process(s: Settings, name: str, source: Path, out: Path, vocab: str = "")
     if done.returncode:
         raise MisError(f"{name} of {source} ended with exit code {done.returncode}")
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    made = opening.open_to_compute(out)
+    made = compute_type.open_to_compute(out)
     return {**row, "bytes": made.nbytes, "params": arch.params(made.config)}
 
 
@@ -287,7 +289,7 @@ def trimmed_and_rounded(s: Settings, rows: Rows) -> None:
     teacher = Path(s.work) / s.model
     if not teacher.exists():
         made = write_model(teacher, arch.PUBLISHED[s.model])
-        checkpoint = opening.open_to_compute(teacher)
+        checkpoint = compute_type.open_to_compute(teacher)
         size = {"bytes": checkpoint.nbytes, "params": arch.params(checkpoint.config)}
         rows.keep("whole", {**made, **size})
     for label, share in SHARES.items():

@@ -31,7 +31,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from mis_mlx import cli, distill, prune
 from mis_mlx.data import preparation
 from mis_mlx.evaluation import comparison
-from mis_mlx.models import arch, families, load, model_writer, opening
+from mis_mlx.models.architectures import arch, families
+from mis_mlx.models.opening import compute_type, load
+from mis_mlx.models.writing import model_writer
 from mis_mlx.pruning import reconstruct
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.types import Checkpoint
@@ -137,7 +139,7 @@ def mixture(s: Settings, seed: int, folder: Path) -> Checkpoint:
         noise = mx.random.normal(shape, key=mx.random.key(1000 * seed + number))
         named[name] = mx.ones(shape) if "norm" in name else 0.02 * noise
     mx.save_safetensors(str(folder / "model.safetensors"), named)
-    model = load.resident_model(opening.open_to_compute(folder), mx.float32)
+    model = load.resident_model(compute_type.open_to_compute(folder), mx.float32)
     gates = []
     for block in model.model.layers:
         part = block[families.family(config).mlp]
@@ -166,7 +168,7 @@ def mixture(s: Settings, seed: int, folder: Path) -> Checkpoint:
                 f"share in it"
             )
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
-    return opening.open_to_compute(folder)
+    return compute_type.open_to_compute(folder)
 
 
 def bits(s: Settings, data: preparation.Data, model: Checkpoint) -> dict[str, float]:
@@ -199,13 +201,13 @@ def healed(
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (out / file).write_bytes((student.path / file).read_bytes())
     mx.save_safetensors(str(out / "model.safetensors"), weights)
-    return opening.open_to_compute(out)
+    return compute_type.open_to_compute(out)
 
 
 def seed_rows(s: Settings, seed: int, place: Path) -> dict[str, Any]:
     """{row: {text: bits per byte}} of one mixture."""
     kept = Path(s.place or place) / f"{s.family}-{seed}"
-    teacher = opening.open_to_compute(kept) if kept.exists() else mixture(s, seed, kept)
+    teacher = compute_type.open_to_compute(kept) if kept.exists() else mixture(s, seed, kept)
     data = preparation.prepare(None, load.tokenizer(teacher.path), s.tokens)
     rows = {"teacher": bits(s, data, teacher)}
     for share in ("0.75x", "0.5x"):
@@ -225,7 +227,7 @@ def seed_rows(s: Settings, seed: int, place: Path) -> dict[str, Any]:
                     seed=seed,
                 )
             )
-            student = opening.open_to_compute(out)
+            student = compute_type.open_to_compute(out)
             rows[f"{share}, {by}"] = bits(s, data, student)
             rows[f"{share}, {by}, healed"] = bits(
                 s, data, healed(s, data, teacher=teacher, student=student, seed=seed)
@@ -241,10 +243,10 @@ def seed_rows(s: Settings, seed: int, place: Path) -> dict[str, Any]:
             )
         )
         rows[f"{share}, distill's defaults"] = bits(
-            s, data, opening.open_to_compute(place / share / "distilled")
+            s, data, compute_type.open_to_compute(place / share / "distilled")
         )
         rows[f"{share}, the same in 4 bits"] = bits(
-            s, data, opening.open_to_compute(place / share / "model")
+            s, data, compute_type.open_to_compute(place / share / "model")
         )
     return rows
 

@@ -38,7 +38,7 @@ from mis_mlx import cli, distill, export, prune
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.evaluation import comparison
-from mis_mlx.models import load, opening, resolve
+from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import packed_format
 from mis_mlx.reporting import html
@@ -88,7 +88,7 @@ class Judge:
                 n: comparison.per_byte(by_llama_cpp(folder, w), w) / math.log(2)
                 for n, w in self.windows.items()
             }
-        model = opening.open_to_compute(folder)
+        model = compute_type.open_to_compute(folder)
         found = dict[str, float]()
         trimmed = vocabulary.rows_of(folder) is not None
         for name, windows in self.windows.items():
@@ -148,7 +148,11 @@ class Rows:
         with tempfile.TemporaryDirectory(dir=self.place) as temp:
             folder, more = make(Path(temp) / "made")
             row = {
-                **({} if "bytes" in more else {"bytes": opening.open_to_compute(folder).nbytes}),
+                **(
+                    {}
+                    if "bytes" in more
+                    else {"bytes": compute_type.open_to_compute(folder).nbytes}
+                ),
                 **more,
             }
             self.rows[label] = row | {"bits": self.judge.bits(folder)}
@@ -188,12 +192,12 @@ class Rows:
 
     def pruned(self, out: Path) -> tuple[Path, dict[str, Any]]:
         """The default scenario, rounded to 4 bits."""
-        teacher = opening.open_to_compute(self.teacher)
+        teacher = compute_type.open_to_compute(self.teacher)
         scenario = vocabulary.defaults(None, None, teacher.config, self.teacher)
         prune.run(
             prune.Settings(model=self.s.teacher, mlx_path=str(out.with_name("pruned")), **scenario)
         )
-        student = opening.open_to_compute(out.with_name("pruned"))
+        student = compute_type.open_to_compute(out.with_name("pruned"))
         plan = packed_format.formats_of(
             student.config, 64, packed_format.blocks_after_removed(student)
         )
@@ -213,7 +217,7 @@ class Rows:
                 bench_tokens=0,
             )
             result = distill.run(asked)
-            model = opening.open_to_compute(out / "model")
+            model = compute_type.open_to_compute(out / "model")
             config = {
                 key: model.config[key]
                 for key in (

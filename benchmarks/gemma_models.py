@@ -22,7 +22,7 @@ import models_table
 
 from mis_mlx import cli, plan
 from mis_mlx.hardware import rates
-from mis_mlx.models import arch
+from mis_mlx.models.architectures import arch
 from mis_mlx.planner import estimates
 
 TITLES = {

@@ -23,7 +23,7 @@ from typing import Any
 from laboratory import busy, start, write
 
 from mis_mlx import cli
-from mis_mlx.models import load, resolve
+from mis_mlx.models.opening import load, resolve
 
 PROMPT = "Write a long story about a shepherd and a bear in the mountains."
 COMMANDS = {

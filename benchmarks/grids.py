@@ -19,7 +19,8 @@ from laboratory import start, write
 
 from mis_mlx import cli
 from mis_mlx.maths import rounding
-from mis_mlx.models import arch, load, opening, resolve
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.types import Checkpoint
 
 GROUP = 64
@@ -71,7 +72,7 @@ def main(s: Settings) -> None:
         name = NORMAL
         found = of_normal_numbers()
     else:
-        checkpoint = opening.open_to_compute(resolve.resolve_model(s.model).path)
+        checkpoint = compute_type.open_to_compute(resolve.resolve_model(s.model).path)
         name = checkpoint.path.name
         found = of_model(checkpoint)
     rounded = {}

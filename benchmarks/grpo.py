@@ -24,7 +24,8 @@ from mis_mlx import cli, grpo, sft
 from mis_mlx.alignment import grpo_rollout as training
 from mis_mlx.data import examples
 from mis_mlx.evaluation import rewards
-from mis_mlx.models import load, opening, stream
+from mis_mlx.models.opening import compute_type, load
+from mis_mlx.models.passing import stream
 from mis_mlx.storage import run_folder
 
 SHOWN = ("reward", "reward_correct", "reward_format", "answer_tokens", "truncated")
@@ -73,7 +74,7 @@ def measured(
     s: Settings, folder: Path, questions: Sequence[dict[str, str]]
 ) -> dict[str, dict[str, float]]:
     """{"greedy", "sampled"} of a model folder on the questions."""
-    checkpoint = opening.open_to_compute(folder)
+    checkpoint = compute_type.open_to_compute(folder)
     model = stream.load_checked(load.resident_model(checkpoint, mx.float32))
     tokenizer = load.tokenizer(folder)
     placed = [(row, f"question {n}") for n, row in enumerate(questions, 1)]

@@ -22,9 +22,10 @@ from typing import Any
 import mlx.core as mx
 from laboratory import busy, start, write
 
-from mis_mlx.models import arch, gated_delta, load, mlx_modules, stored_form
-from mis_mlx.models.families import family
-from mis_mlx.models.model_size import model_of
+from mis_mlx.models.architectures import arch, gated_delta, mlx_modules, stored_form
+from mis_mlx.models.architectures.families import family
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.planner import block_cost
 
 LENGTHS = (256, 1024)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from laboratory import start
 
 from mis_mlx import cli, search
-from mis_mlx.models import opening, resolve
+from mis_mlx.models.opening import compute_type, resolve
 from mis_mlx.size_search import known_losses
 from mis_mlx.storage.files import DISK
 
@@ -30,7 +30,7 @@ def main(s: Settings) -> None:
     """Search for each loss, then copy what is known into the package."""
     for loss in s.losses:
         search.run(search.Settings(lose=loss, finalists=0))
-    teacher = opening.open_to_compute(resolve.resolve_model().path)
+    teacher = compute_type.open_to_compute(resolve.resolve_model().path)
     about = known_losses.identity(teacher, "built-in", search.Settings())
     source = known_losses.kept_folder(about)
     for name in known_losses.FILES:

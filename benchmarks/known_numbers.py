@@ -40,7 +40,7 @@ from mis_mlx.evaluation import (
 from mis_mlx.evaluation.questions import Task
 from mis_mlx.hardware import memory
 from mis_mlx.maths import stats
-from mis_mlx.models import load, opening, resolve
+from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.settings import recipe
 from mis_mlx.types import Checkpoint, Count, MisError
 
@@ -88,17 +88,17 @@ def opened(name: str, s: Settings, place: Path) -> tuple[Checkpoint, float]:
     if part is not None:
         if s.run is None:
             raise MisError(f"--run is not given, which holds the model {name!r}: name a run")
-        student = opening.open_to_compute(Path(s.run) / part)
+        student = compute_type.open_to_compute(Path(s.run) / part)
         return student, student.nbytes / 1e6
     if name != PACKED:
-        teacher = opening.open_to_compute(source)
+        teacher = compute_type.open_to_compute(source)
         return teacher, teacher.nbytes / 1e6
-    rounded = opening.open_to_compute(packed(source, place / "packed"))
+    rounded = compute_type.open_to_compute(packed(source, place / "packed"))
     # The same numbers as float32 weights: MLX's 4-bit kernels are ten times slower on a CPU.
     load.mlx_lm("convert").convert(
         str(rounded.path), str(place / "wide"), dequantize=True, dtype="float32"
     )
-    return opening.open_to_compute(place / "wide"), rounded.nbytes / 1e6
+    return compute_type.open_to_compute(place / "wide"), rounded.nbytes / 1e6
 
 
 def percent(marks: Sequence[float]) -> dict[str, float]:
@@ -148,7 +148,7 @@ def followed(model: Checkpoint, task: Task, step: int) -> dict[str, Any]:
 
 def judged(model: Checkpoint, s: Settings) -> dict[str, Any]:
     """The model's answers to our held-out prompts beside the teacher's; {} without a template."""
-    teacher = opening.open_to_compute(resolve.resolve_model(s.teacher).path)
+    teacher = compute_type.open_to_compute(resolve.resolve_model(s.teacher).path)
     models = {"teacher": teacher}
     if model.path != teacher.path:
         models["student"] = model

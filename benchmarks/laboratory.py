@@ -28,7 +28,7 @@ from mis_mlx.distillation import live_teacher, packed_student, pipeline
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory, rates
 from mis_mlx.maths import losses
-from mis_mlx.models import load, opening, resolve
+from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import learned_scales
 from mis_mlx.settings.recipe import DistillationConfig, QuantizationConfig
@@ -106,7 +106,7 @@ def tuned(
 
     That happens in so many steps, at the default rate.
     """
-    checkpoint = opening.open_to_compute(folder)
+    checkpoint = compute_type.open_to_compute(folder)
     rate = QuantizationConfig().q_learning_rate
     recipe = pipeline.tuning_recipe(
         DistillationConfig(seed=seed, batch_size=batch_size), checkpoint, q_iters, rate
@@ -290,7 +290,7 @@ class Laboratory:
     """The default teacher whole in memory, its text, and a judge for each held-out text."""
 
     def __init__(self, length: int, eval_windows: int, teacher_folder: str | None = None):
-        self.checkpoint = opening.open_to_compute(resolve.resolve_model(teacher_folder).path)
+        self.checkpoint = compute_type.open_to_compute(resolve.resolve_model(teacher_folder).path)
         self.data = preparation.prepare(None, load.tokenizer(self.checkpoint.path), length)
         self.source = live_teacher.StreamedTeacher(self.checkpoint, None)
         self.held_out = {

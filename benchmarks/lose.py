@@ -26,7 +26,7 @@ from mis_mlx import cli, distill
 from mis_mlx.evaluation import answers, repetition
 from mis_mlx.evaluation.answer_likelihood import has_template
 from mis_mlx.hardware import memory
-from mis_mlx.models import opening, resolve
+from mis_mlx.models.opening import compute_type, resolve
 from mis_mlx.reporting import run_reader
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.settings import recipe
@@ -83,13 +83,13 @@ def run_row(teacher: str | None, loss: float, seed: int) -> dict[str, Any]:
 
 def packed_row(teacher: str | None, bits: int) -> dict[str, Any]:
     """The teacher in MLX's bits, judged as a run judges its student."""
-    whole = opening.open_to_compute(resolve.resolve_model(teacher).path)
+    whole = compute_type.open_to_compute(resolve.resolve_model(teacher).path)
     with tempfile.TemporaryDirectory() as temp:
-        rounded = opening.open_to_compute(packed(whole.path, Path(temp) / "packed", bits))
+        rounded = compute_type.open_to_compute(packed(whole.path, Path(temp) / "packed", bits))
         row: dict[str, Any] = {"bytes_4-bit": round(rounded.nbytes / 1e6, 3)}
         if has_template(whole):
             wide = unpacked(rounded.path, Path(temp) / "wide")
-            models = {"teacher": whole, "rounded": opening.open_to_compute(wide)}
+            models = {"teacher": whole, "rounded": compute_type.open_to_compute(wide)}
             judgement = answers.judged(
                 models, answers.prompts(recipe.EVAL_PROMPTS), memory.budget(None)
             )

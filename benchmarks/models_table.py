@@ -31,8 +31,8 @@ import laboratory
 from mis_mlx import cli, plan, search
 from mis_mlx.distillation import conversations, plan_report, strategies, writers
 from mis_mlx.hardware import rates
-from mis_mlx.models import arch, stored_form
-from mis_mlx.models.config import read_config
+from mis_mlx.models.architectures import arch, stored_form
+from mis_mlx.models.opening.config import read_config
 from mis_mlx.quantization import rounding_cost
 from mis_mlx.settings.recipe import EVAL_PROMPTS, EVAL_PROMPTS_STREAMED
 from mis_mlx.size_search import candidates, search_plan, shape_search, shortfall, size_request
@@ -44,8 +44,8 @@ BUDGETS = ("4GiB", "2.5GiB", "1.8GiB")  # the default there, and two where less 
 RECIPES: dict[str, dict[str, Any]] = {"default": {}}
 PACKAGED = {"gemma-4-e2b": "Gemma 4 E2B, text part", "gemma-4-e4b": "Gemma 4 E4B, text part"}
 PACKAGED_SOURCE = (
-    "mis_mlx/models/{}.json; tests/models/test_gemma4.py compares its parameters with the "
-    "published number"
+    "mis_mlx/models/architectures/{}.json; tests/models/test_gemma4.py compares its "
+    "parameters with the published number"
 )
 ORDER = (
     "llama-3.2-1b",

@@ -35,8 +35,8 @@ from mis_mlx.compute import host_losses
 from mis_mlx.data import token_windows
 from mis_mlx.distillation import live_teacher
 from mis_mlx.maths import losses
-from mis_mlx.models.draws import Draws, Sampling
-from mis_mlx.models.text_writer import TextWriter
+from mis_mlx.models.writing.draws import Draws, Sampling
+from mis_mlx.models.writing.text_writer import TextWriter
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.settings import recipe
 

@@ -22,8 +22,10 @@ from mlx.utils import tree_unflatten
 from mis_mlx import export
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.gguf_export import tensors
-from mis_mlx.models import arch, load, model_writer
-from mis_mlx.models.wheel_model import row_order
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.wheel_model import row_order
+from mis_mlx.models.writing import model_writer
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
 

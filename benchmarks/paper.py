@@ -15,8 +15,9 @@ from mis_mlx import cli, plan
 from mis_mlx.distillation import strategies
 from mis_mlx.distillation.strategies import MemoryPlan
 from mis_mlx.hardware import memory, rates
-from mis_mlx.models import arch, pass_cost, scenarios
-from mis_mlx.models.model_size import model_of
+from mis_mlx.models.architectures import arch, scenarios
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.passing import pass_cost
 from mis_mlx.planner.distillation_spec import spec_of
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.types import duration, gib

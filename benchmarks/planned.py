@@ -32,7 +32,7 @@ import streaming
 
 from mis_mlx import cli, distill
 from mis_mlx.distillation.pipeline import Run
-from mis_mlx.models import resolve
+from mis_mlx.models.opening import resolve
 from mis_mlx.pruning import vocabulary
 from mis_mlx.storage import run_folder
 

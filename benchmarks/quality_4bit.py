@@ -32,8 +32,9 @@ from laboratory import stored, write
 from mis_mlx import cli
 from mis_mlx.data import preparation
 from mis_mlx.evaluation import comparison
-from mis_mlx.models import arch, load, opening, resolve
-from mis_mlx.models.stream import Stream
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.opening import compute_type, load, resolve
+from mis_mlx.models.passing.stream import Stream
 from mis_mlx.quantization import stage
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.settings.recipe import QuantizationConfig
@@ -72,7 +73,7 @@ class Bench:
 
     def __init__(self, s: Settings):
         self.s, self.path = s, resolve.resolve_model(s.model).path
-        self.dense = opening.open_to_compute(self.path)
+        self.dense = compute_type.open_to_compute(self.path)
         data = preparation.prepare(None, load.tokenizer(self.path), s.max_seq_length)
         self.train = data.train
         self.batches = preparation.calibration(data.train, s.num_samples, 0)
@@ -116,7 +117,7 @@ class Bench:
         if how.q_iters:
             taught_by = self.dense
             if taught:
-                taught_by = opening.open_to_compute(taught)
+                taught_by = compute_type.open_to_compute(taught)
             laboratory.tuned(
                 rounded,
                 out,
@@ -188,7 +189,7 @@ def row(bench: Bench, make: Callable[[Bench, Path], None]) -> dict[str, Any]:
     began = time.monotonic()
     with TemporaryDirectory() as temp:
         make(bench, out := Path(temp) / "model")
-        made = opening.open_to_compute(out)
+        made = compute_type.open_to_compute(out)
         seconds = time.monotonic() - began
         nbytes = made.nbytes if arch.is_quantized(made.tensors) else bench.nbytes
         bits = 8 * nbytes / arch.params(made.config)

@@ -35,7 +35,7 @@ from planned import HALF
 
 from mis_mlx import cli, quantize
 from mis_mlx.distillation import train_loop
-from mis_mlx.models import opening
+from mis_mlx.models.opening import compute_type
 from mis_mlx.reporting.text import markdown_table
 
 GIVEN: dict[str, Any] = {"num_samples": 4, "max_seq_length": 128, "q_iters": 4}
@@ -105,7 +105,7 @@ def row(name: str, model: str) -> dict[str, Any]:
         return {
             "seconds": round(seconds, 1),
             "peak_bytes": peak,
-            "nbytes": opening.open_to_compute(out).nbytes,
+            "nbytes": compute_type.open_to_compute(out).nbytes,
         }
 
 

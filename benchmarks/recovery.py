@@ -34,8 +34,11 @@ from mis_mlx.distillation import live_teacher
 from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.maths.importance import Key, Statistics
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import arch, load, model_writer, opening, stream
-from mis_mlx.models.config import shape_of
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.opening import compute_type, load
+from mis_mlx.models.passing import stream
+from mis_mlx.models.writing import model_writer
 from mis_mlx.pruning import calibrate, reconstruct, select, slicing
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.settings.recipe import DistillationConfig
@@ -224,7 +227,7 @@ class Bench(Laboratory):
                 reading=lambda: None,
                 files=DISK,
             )
-            return opening.open_to_compute(out)
+            return compute_type.open_to_compute(out)
         shape, keep = select.select_units(self.checkpoint.config, self.ranked(arm, seed), arm.cut)
         whole = self.checkpoint
         tensor = None
@@ -233,7 +236,7 @@ class Bench(Laboratory):
         slicing.write_student(
             whole, shape, keep=keep, out=out, dtype="bfloat16", files=DISK, tensor=tensor
         )
-        return opening.open_to_compute(out)
+        return compute_type.open_to_compute(out)
 
     def begun(
         self, arm: Arm, seed: int, recipe: DistillationConfig, temp: Path

@@ -24,7 +24,7 @@ import mlx.core as mx
 from laboratory import RESULTS, write
 
 from mis_mlx import evaluate
-from mis_mlx.models import opening, resolve
+from mis_mlx.models.opening import compute_type, resolve
 from mis_mlx.types import Checkpoint
 
 TASKS = ("builtin", "polish-offline", "dialects")
@@ -63,7 +63,9 @@ def main(run: Path, count: int, tasks: tuple[str, ...]) -> None:
         for column, part in STUDENTS.items():
             (folder / column).symlink_to((run / part).resolve(), target_is_directory=True)
             students.append(str(folder / column))
-        random_student(opening.open_to_compute(resolve.resolve_model(None).path), folder / "random")
+        random_student(
+            compute_type.open_to_compute(resolve.resolve_model(None).path), folder / "random"
+        )
         found, page = table(students, tasks, count, folder / "out")
         control, control_page = table([str(folder / "random")], tasks, count, folder / "control")
         found["random_weights"] = control

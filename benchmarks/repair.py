@@ -25,7 +25,8 @@ from recovery import WIDE, Arm, Bench, cut
 
 from mis_mlx import cli
 from mis_mlx.maths.reconstruction import HeldOut, NormalEquations, remaining_error
-from mis_mlx.models import load, model_writer, resolve
+from mis_mlx.models.opening import load, resolve
+from mis_mlx.models.writing import model_writer
 from mis_mlx.pruning import reconstruct
 
 SEEDS = (0, 1, 2)

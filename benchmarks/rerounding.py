@@ -21,7 +21,7 @@ from laboratory import start, write
 from mis_mlx import cli
 from mis_mlx.gguf_export import tensors
 from mis_mlx.gguf_export.rerounding import Rerounding
-from mis_mlx.models import load, opening, resolve
+from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
@@ -63,7 +63,7 @@ def main(s: Settings) -> None:
     """A row for each model and number of bits."""
     rows = {}
     for name in s.models:
-        teacher = opening.open_to_compute(resolve.resolve_model(name).path)
+        teacher = compute_type.open_to_compute(resolve.resolve_model(name).path)
         for bits in BITS:
             kind = packed_format.Format(bits, GROUP)
             layout = dict.fromkeys(packed_format.formats_of(teacher.config, GROUP), kind)
@@ -71,7 +71,7 @@ def main(s: Settings) -> None:
                 out = Path(temp) / "packed"
                 packed_format.write_quantized(teacher, out, layout, DISK)
                 row = f"{name}, {bits} bits"
-                rows[row] = errors(teacher, opening.open_to_compute(out))
+                rows[row] = errors(teacher, compute_type.open_to_compute(out))
             cli.say(f"{row}: {rows[row]}")
     write("rerounding", "scripts/mis benchmarks/rerounding.py", {"rows": rows})
 

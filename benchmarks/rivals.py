@@ -42,7 +42,8 @@ from mis_mlx import cli
 from mis_mlx.evaluation import answering, answers, comparison, tool_tasks
 from mis_mlx.hardware import memory
 from mis_mlx.maths import stats
-from mis_mlx.models import arch, opening
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.opening import compute_type
 from mis_mlx.types import Checkpoint, Count
 
 TARGETS = (4.5, 3.5)  # bits per weight of ours: those of mlx_lm.convert at 4 and at 3 bits
@@ -240,12 +241,12 @@ class Rivals:
                 "cpu_seconds": round(time.process_time() - worked),
                 "peak_gib": round(laboratory.largest() / 2**30, 2),
             }
-            checkpoint = opening.open_to_compute(out)
+            checkpoint = compute_type.open_to_compute(out)
             nbytes = made.pop("nbytes", checkpoint.nbytes)
             wide = out
             if arch.is_quantized(checkpoint.tensors):
                 wide = laboratory.unpacked(out, Path(temp) / "wide")
-            model = opening.open_to_compute(wide)
+            model = compute_type.open_to_compute(wide)
             mx.clear_cache()
             return {
                 "mb": round(nbytes / 1e6, 1),

@@ -20,7 +20,8 @@ from mlx.utils import tree_flatten
 
 from mis_mlx.data import preparation
 from mis_mlx.evaluation import comparison
-from mis_mlx.models import load, opening, stream
+from mis_mlx.models.opening import compute_type, load
+from mis_mlx.models.passing import stream
 from mis_mlx.quantization import packed_format
 
 
@@ -33,7 +34,7 @@ def rounded(weight: mx.array, bits: int, group: int) -> mx.array:
 
 def main(folder: Path) -> None:
     """Print and store one row per set of matrices."""
-    student = opening.open_to_compute(folder)
+    student = compute_type.open_to_compute(folder)
     model = stream.load_checked(load.resident_model(student, mx.float32))
     dense = dict(tree_flatten(model.parameters()))
     held_out = comparison.spread_windows(

@@ -28,7 +28,9 @@ from mis_mlx.distillation import live_teacher, pipeline
 from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.evaluation import comparison
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import load, model_writer, opening, resolve, stream
+from mis_mlx.models.opening import compute_type, load, resolve
+from mis_mlx.models.passing import stream
+from mis_mlx.models.writing import model_writer
 from mis_mlx.pruning import reconstruct, select
 from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage.files import DISK
@@ -75,7 +77,7 @@ def prepare(checkpoint: Checkpoint, data: preparation.Data, held_out: Windows, o
             reading=lambda: None,
             files=DISK,
         )
-        pruned = opening.open_to_compute(folder)
+        pruned = compute_type.open_to_compute(folder)
         keep = model_writer.read_keep(folder)
         assert keep is not None
         repaired, _ = reconstruct.reconstruct(
@@ -130,7 +132,7 @@ def train(
 
 def main(s: Settings) -> None:
     """All seeds and ways; print one line each, write one JSON file."""
-    checkpoint = opening.open_to_compute(resolve.resolve_model().path)
+    checkpoint = compute_type.open_to_compute(resolve.resolve_model().path)
     data = preparation.prepare(None, load.tokenizer(checkpoint.path), s.max_seq_length)
     held_out = comparison.spread_windows(data.held_out["English"], s.eval_windows)
     rows = []
@@ -138,7 +140,7 @@ def main(s: Settings) -> None:
         folder = Path(s.student or Path(temp) / "student")
         if not folder.exists():
             prepare(checkpoint, data, held_out, folder)
-        student = opening.open_to_compute(folder)
+        student = compute_type.open_to_compute(folder)
         source = live_teacher.StreamedTeacher(checkpoint, None)
         judge = Judge(source, held_out)
         start = judge(stream.load_checked(load.resident_model(student, mx.float32)))

@@ -21,8 +21,9 @@ import laboratory
 import mlx.core as mx
 
 from mis_mlx import cli
-from mis_mlx.models import load, mlx_generate, opening, resolve, streamed_decode
-from mis_mlx.models.stream import Stream
+from mis_mlx.models.opening import compute_type, load, resolve
+from mis_mlx.models.passing.stream import Stream
+from mis_mlx.models.writing import mlx_generate, streamed_decode
 
 PROMPTS = (
     "What is a shepherd?",
@@ -67,8 +68,8 @@ class Settings:
 
 def main(s: Settings) -> None:
     """Plain decoding first, then every size; one line each, one JSON file."""
-    checkpoint = opening.open_to_compute(resolve.resolve_model().path)
-    small = opening.open_to_compute(s.draft)
+    checkpoint = compute_type.open_to_compute(resolve.resolve_model().path)
+    small = compute_type.open_to_compute(s.draft)
     tokenizer = load.tokenizer(checkpoint.path)
     asked = [mlx_generate.encode(tokenizer, p) for p in PROMPTS[: s.prompts]]
     draft = Stream(small, mx.float32, None)

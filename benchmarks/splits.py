@@ -36,8 +36,10 @@ from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher
 from mis_mlx.evaluation import comparison
 from mis_mlx.maths.losses import Logits
-from mis_mlx.models import load, modules, opening, resolve, stream
-from mis_mlx.models.trimmed_tokenizer import Vocabulary
+from mis_mlx.models.architectures import modules
+from mis_mlx.models.opening import compute_type, load, resolve
+from mis_mlx.models.opening.trimmed_tokenizer import Vocabulary
+from mis_mlx.models.passing import stream
 from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.storage.files import DISK
@@ -168,7 +170,7 @@ def main(s: Settings) -> None:
     given = {"length": LENGTH, "eval_windows": minutes.EVAL_WINDOWS}
     found = resumed("splits", given, ["teacher", "students"])
     command = "scripts/mis benchmarks/splits.py --students"
-    teacher = opening.open_to_compute(resolve.resolve_model(None).path)
+    teacher = compute_type.open_to_compute(resolve.resolve_model(None).path)
     with tempfile.TemporaryDirectory() as temp:
         folders = {} if s.table else teacher_text.texts(Path(temp), None)
         if not s.table and "teacher" not in found:

@@ -24,7 +24,8 @@ from laboratory import start, write
 
 from mis_mlx.data import preparation
 from mis_mlx.distillation import live_teacher
-from mis_mlx.models import arch, load, opening
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.opening import compute_type, load
 from mis_mlx.reporting.text import markdown_table
 
 WINDOWS = 2
@@ -45,10 +46,10 @@ def held() -> int:
 def kinds(way: str, teacher: Path, student: Path) -> dict[str, int]:
     """{kind: bytes} and the sum, the peak of the second step."""
     data = preparation.prepare(None, load.tokenizer(teacher), LENGTH).train
-    small = opening.open_to_compute(student)
+    small = compute_type.open_to_compute(student)
     before = held()
     found = dict[str, int]()
-    source = live_teacher.StreamedTeacher(opening.open_to_compute(teacher), None)
+    source = live_teacher.StreamedTeacher(compute_type.open_to_compute(teacher), None)
     mx.eval(source.logits(source.hidden([mx.array(data.tokens[:1])])[0][0, :1]))
     found["teacher"] = held() - before
     with tempfile.TemporaryDirectory() as temp:

@@ -32,7 +32,9 @@ import mlx.core as mx
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mis_mlx.models import arch, opening, stream
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.opening import compute_type
+from mis_mlx.models.passing import stream
 from mis_mlx.storage import block_reader
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.safetensors import write_tensors
@@ -248,9 +250,9 @@ def main() -> None:
     from laboratory import write
 
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as temp:
-        dense = opening.open_to_compute(synthetic(Path(temp) / "dense", DENSE))
+        dense = compute_type.open_to_compute(synthetic(Path(temp) / "dense", DENSE))
         rows = overlap(dense)
-        packed = opening.open_to_compute(synthetic(Path(temp) / "packed", PACKED, 4))
+        packed = compute_type.open_to_compute(synthetic(Path(temp) / "packed", PACKED, 4))
         found = budget(packed.path, Path(temp) / "run")
         print(json.dumps(found), flush=True)
         sizes = {"dense_bytes": dense.nbytes, "packed_bytes": packed.nbytes}

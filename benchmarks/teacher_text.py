@@ -31,8 +31,9 @@ from laboratory import resumed, start, write
 from mis_mlx import cli, distill, evaluate
 from mis_mlx.data import preparation
 from mis_mlx.hardware.programs import unpack_debian
-from mis_mlx.models import load, mlx_generate, opening, resolve, text_writer
-from mis_mlx.models.draws import Draws, Sampling
+from mis_mlx.models.opening import compute_type, load, resolve
+from mis_mlx.models.writing import mlx_generate, text_writer
+from mis_mlx.models.writing.draws import Draws, Sampling
 
 PACKAGES = ("vim-runtime", "fortunes", "fortunes-pl", "manpages-pl")
 # Kinds of the built-in text and their shares without conversations, which came later (answers.py).
@@ -104,7 +105,7 @@ def other_texts(share: Path) -> dict[str, str]:
 
 def answers(teacher: str | None) -> list[dict[str, str]]:
     """What the teacher says to every question; nothing where it has no chat template."""
-    checkpoint = opening.open_to_compute(resolve.resolve_model(teacher).path)
+    checkpoint = compute_type.open_to_compute(resolve.resolve_model(teacher).path)
     tokenizer = load.tokenizer(checkpoint.path)
     if not tokenizer.has_chat_template:
         return []

@@ -48,8 +48,9 @@ from mis_mlx.evaluation.speed import rounds
 from mis_mlx.evaluation.speed.rounds import BenchmarkModel, Request
 from mis_mlx.hardware.rates import M1_AIR
 from mis_mlx.maths.stats import bounds, interval
-from mis_mlx.models import load, mlx_generate, opening, resolve
-from mis_mlx.models.stream import evaluate_now
+from mis_mlx.models.opening import compute_type, load, resolve
+from mis_mlx.models.passing.stream import evaluate_now
+from mis_mlx.models.writing import mlx_generate
 from mis_mlx.types import MisError
 
 PARTS = ("dense", "4-bit", "agreement", "profile")
@@ -133,7 +134,7 @@ def agreement(_: Path, s: Settings) -> dict[str, Any]:
     """Tokens per second of the same model by several clocks in turn, the order changing from round
     to round.
     """
-    subject = rounds.load_model(opening.open_to_compute(Path(s.student)))
+    subject = rounds.load_model(compute_type.open_to_compute(Path(s.student)))
     count = s.agreement_tokens
     subject.tokenizer._eos_token_ids = {}  # as mlx_lm.benchmark does
     generate = load.mlx_lm("generate")
@@ -255,7 +256,7 @@ def profile(big: Path, s: Settings) -> dict[str, Any]:
             found[kind] = {}
             for name, folder in folders.items():
                 found[kind][name] = by_part(
-                    rounds.load_model(opening.open_to_compute(folder)), s.prompt_tokens
+                    rounds.load_model(compute_type.open_to_compute(folder)), s.prompt_tokens
                 )
         return found
 
@@ -431,7 +432,7 @@ def main(s: Settings) -> None:
     }
     folders = {"teacher": big, "student": s.student, "student by quantize": s.four_bit}
     # all, before hours of work
-    checked = {n: opening.open_to_compute(f).path for n, f in folders.items() if f}
+    checked = {n: compute_type.open_to_compute(f).path for n, f in folders.items() if f}
     given["weights_sha256"] = {n: laboratory.weights_sha256(f) for n, f in checked.items()}
     command = "scripts/mis benchmarks/throughput.py --student RUN/distilled" + (
         " --four-bit RUN/model" * bool(s.four_bit)

@@ -42,7 +42,9 @@ from mis_mlx.distillation import live_teacher, sharded
 from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.hardware.clock import Clock
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import load, model_writer, opening, resolve, stream
+from mis_mlx.models.opening import compute_type, load, resolve
+from mis_mlx.models.passing import stream
+from mis_mlx.models.writing import model_writer
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.settings.recipe import RATE, DistillationConfig
 from mis_mlx.storage.files import DISK
@@ -160,13 +162,13 @@ def ours(
 ) -> Timed:
     """A way of `--train`."""
     source = live_teacher.StreamedTeacher(
-        opening.open_to_compute(teacher), 0 if way == "sharded" else None
+        compute_type.open_to_compute(teacher), 0 if way == "sharded" else None
     )
     with tempfile.TemporaryDirectory() as temp:
         taken = begun(
             way,
             source,
-            small=opening.open_to_compute(student),
+            small=compute_type.open_to_compute(student),
             data=data,
             windows=windows,
             steps=steps,

@@ -22,7 +22,7 @@ from mis_mlx.data import preparation, prompts
 from mis_mlx.distillation import teacher_answers
 from mis_mlx.evaluation import answers, questions
 from mis_mlx.hardware import memory
-from mis_mlx.models import opening, resolve
+from mis_mlx.models.opening import compute_type, resolve
 from mis_mlx.reporting import progress
 from mis_mlx.storage import run_folder
 
@@ -41,7 +41,7 @@ class Settings:
 
 def main(s: Settings) -> None:
     """Write one of the files."""
-    teacher = opening.open_to_compute(resolve.resolve_model().path)
+    teacher = compute_type.open_to_compute(resolve.resolve_model().path)
     limit = memory.budget(None)
     with progress.run("answers"):
         if s.judging:

@@ -36,7 +36,7 @@ from mis_mlx.evaluation.speed import rounds
 from mis_mlx.evaluation.speed.rounds import BenchmarkModel, Measurement, Request
 from mis_mlx.hardware import rates
 from mis_mlx.hardware.rates import Roof
-from mis_mlx.models import opening, resolve
+from mis_mlx.models.opening import compute_type, resolve
 from mis_mlx.types import Checkpoint
 
 WARM_UP = 512
@@ -105,7 +105,7 @@ def main(s: Settings) -> None:
     """Length after length; both models stay in memory."""
     folders = {
         "teacher": resolve.resolve_model(s.teacher).path,
-        "student": opening.open_to_compute(s.student).path,
+        "student": compute_type.open_to_compute(s.student).path,
     }
     name = s.name + "-4bit" * s.four_bit
     given: dict[str, Any] = {"chip": laboratory.machine()["chip"]}
@@ -125,11 +125,11 @@ def main(s: Settings) -> None:
             temp = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             folders = {n: laboratory.packed(f, temp / n) for n, f in folders.items()}
         subjects = (
-            {n: rounds.load_model(opening.open_to_compute(f)) for n, f in folders.items()}
+            {n: rounds.load_model(compute_type.open_to_compute(f)) for n, f in folders.items()}
             if todo
             else {}
         )
-        models = {n: opening.open_to_compute(f) for n, f in folders.items()}
+        models = {n: compute_type.open_to_compute(f) for n, f in folders.items()}
         at = Roof(**before["roof"]) if "roof" in before else rates.measure_roof()
         for length in todo:
             before = laboratory.busy("before")

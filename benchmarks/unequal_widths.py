@@ -46,7 +46,8 @@ from mis_mlx.distillation import answer_loss
 from mis_mlx.evaluation import comparison
 from mis_mlx.maths import importance
 from mis_mlx.maths.reconstruction import HELD_OUT, HeldOut, NormalEquations
-from mis_mlx.models import load, modules, resolve
+from mis_mlx.models.architectures import modules
+from mis_mlx.models.opening import load, resolve
 from mis_mlx.types import Checkpoint
 
 NAME = "unequal_widths"

@@ -34,8 +34,8 @@ from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.evaluation import comparison
-from mis_mlx.models import load, opening, resolve
-from mis_mlx.models.trimmed_tokenizer import Vocabulary
+from mis_mlx.models.opening import compute_type, load, resolve
+from mis_mlx.models.opening.trimmed_tokenizer import Vocabulary
 from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.settings.workloads import VOCABULARY_WINDOWS
@@ -134,7 +134,7 @@ def main(s: Settings) -> None:
     if s.table:
         print(table(stored(name)["rows"]))
         return
-    teacher = opening.open_to_compute(resolve.resolve_model(s.teacher).path)
+    teacher = compute_type.open_to_compute(resolve.resolve_model(s.teacher).path)
     tokenizer = load.tokenizer(teacher.path)
     tokens = Vocabulary(teacher.path)
     train = preparation.prepare(None, tokenizer, 256).train

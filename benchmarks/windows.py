@@ -27,7 +27,8 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.evaluation import comparison
-from mis_mlx.models import load, opening, resolve, stream
+from mis_mlx.models.opening import compute_type, load, resolve
+from mis_mlx.models.passing import stream
 from mis_mlx.reporting.text import markdown_table
 
 
@@ -65,7 +66,7 @@ class Bench:
         self.path = resolve.resolve_model(s.model).path
         tokenizer = load.tokenizer(self.path)
         data = preparation.prepare(None, tokenizer, s.length)
-        self.checkpoint = opening.open_to_compute(self.path)
+        self.checkpoint = compute_type.open_to_compute(self.path)
         self.layers = int(self.checkpoint.config["num_hidden_layers"])
         self.rank = comparison.spread_windows(data.train, s.rank_windows)
         self.held_out = {

@@ -32,7 +32,7 @@ from mis_mlx.distillation import teacher_answers
 from mis_mlx.evaluation import answer_figures, answers, comparison, repetition
 from mis_mlx.evaluation.judgement import TeacherAnswers
 from mis_mlx.hardware import memory
-from mis_mlx.models import load, opening, resolve
+from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.settings.recipe import TUNE_ITERS
 from mis_mlx.storage import run_folder
@@ -85,14 +85,14 @@ def rounded(teacher: Checkpoint, out: Path) -> Checkpoint:
     """The teacher in BITS bits, made unless it is there."""
     if not out.exists():
         packed(teacher.path, out, bits=BITS)
-    return opening.open_to_compute(out)
+    return compute_type.open_to_compute(out)
 
 
 def as_floats(folder: Path, out: Path) -> Checkpoint:
     """The same numbers as float32 weights, which a CPU computes with ten times faster."""
     if not out.exists():
         unpacked(folder, out)
-    return opening.open_to_compute(out)
+    return compute_type.open_to_compute(out)
 
 
 def answers_of(place: Place, writer: str, count: int) -> Path:
@@ -107,7 +107,7 @@ def answers_of(place: Place, writer: str, count: int) -> Path:
         kept = [row for row in shipped if row["messages"][0]["content"] in first]
         teacher_answers.write_rows(out, kept)
         return out
-    model = opening.open_to_compute(writer) if Path(writer).is_dir() else None
+    model = compute_type.open_to_compute(writer) if Path(writer).is_dir() else None
     if model is None:
         model = as_floats(place.rounded.path, place.work / "rounded-floats")
     how = teacher_answers.WritingSettings(asked)
@@ -180,7 +180,7 @@ def main(s: Settings) -> None:
     """Every row that is not there yet."""
     work = Path(s.work)
     work.mkdir(parents=True, exist_ok=True)
-    teacher = opening.open_to_compute(resolve.resolve_model().path)
+    teacher = compute_type.open_to_compute(resolve.resolve_model().path)
     given = {
         "bits": BITS,
         "steps": TUNE_ITERS,

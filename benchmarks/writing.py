@@ -26,12 +26,14 @@ from laboratory import start, write
 from mis_mlx import cli
 from mis_mlx.evaluation import answer_writing, answers
 from mis_mlx.hardware import memory
-from mis_mlx.models import draws, load, mlx_generate, opening, pass_cost, resolve, text_writer
-from mis_mlx.models.draws import Draws, Sampling
-from mis_mlx.models.model_size import model_of
-from mis_mlx.models.stream import Stream
-from mis_mlx.models.streamed_batch import Batch
-from mis_mlx.models.text_writer import TextWriter
+from mis_mlx.models.opening import compute_type, load, resolve
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.passing import pass_cost
+from mis_mlx.models.passing.stream import Stream
+from mis_mlx.models.writing import draws, mlx_generate, text_writer
+from mis_mlx.models.writing.draws import Draws, Sampling
+from mis_mlx.models.writing.streamed_batch import Batch
+from mis_mlx.models.writing.text_writer import TextWriter
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.types import Budget, Checkpoint
 
@@ -189,7 +191,7 @@ def after(job: Job, limit: Budget, asked: Any) -> tuple[dict[str, Any], dict[int
 
 def main(s: Settings) -> None:
     """Write, compare, print, store."""
-    checkpoint = opening.open_to_compute(resolve.resolve_model(s.model).path)
+    checkpoint = compute_type.open_to_compute(resolve.resolve_model(s.model).path)
     tokenizer = load.tokenizer(checkpoint.path)
     asked = answers.prompts(s.count)
     prompts = [mlx_generate.chat_ids(tokenizer, prompt.messages) for prompt in asked]

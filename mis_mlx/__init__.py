@@ -81,7 +81,7 @@ def open(folder: str | os.PathLike[str]) -> Checkpoint:
     It has `config`, `nbytes`, and `tensors`, {name: dtype, shape, place in its file}. No weight is
     read: `mlx_lm.load(folder)` does that. MisError if the folder has no model, or a damaged one.
     """
-    load = import_module("mis_mlx.models.load")
+    load = import_module("mis_mlx.models.opening.load")
     run_folder = import_module("mis_mlx.storage.run_folder")
     path = Path(folder)
     if (path / run_folder.CONFIG).is_file():

@@ -16,7 +16,8 @@ from mis_mlx.compute import precision
 from mis_mlx.evaluation.speed import rounds
 from mis_mlx.hardware import memory, rates
 from mis_mlx.hardware.thermal import governor, run_monitor, thermal_monitor
-from mis_mlx.models import arch, opening, resolve
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.opening import compute_type, resolve
 from mis_mlx.reporting import progress, text
 from mis_mlx.types import MOST, Checkpoint, MisError, Reading, Row, Seconds, Seed, Within
 
@@ -85,7 +86,7 @@ class Bench:
             )
         self.models = dict[str, Checkpoint]()
         for name, folder in zip(resolve.labels(folders), folders, strict=True):
-            self.models[name] = opening.open_to_compute(folder, s.precision)
+            self.models[name] = compute_type.open_to_compute(folder, s.precision)
         limit = memory.budget(s.budget_bytes)
         all_bytes = 0
         for name, model in self.models.items():

@@ -25,8 +25,11 @@ from mis_mlx.distillation.distill_flags import DistillFlags
 from mis_mlx.distillation.resolved_run import ResolvedRun
 from mis_mlx.evaluation import answers, comparison, judging_cost
 from mis_mlx.hardware.thermal.run_monitor import battery
-from mis_mlx.models import arch, distributed, load, mlx_generate, opening
-from mis_mlx.models.config import shape_of
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.opening import compute_type, load
+from mis_mlx.models.passing import distributed
+from mis_mlx.models.writing import mlx_generate
 from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting import progress, text
 from mis_mlx.runs import run_loop
@@ -397,14 +400,14 @@ def _stages(
     elif student.folder is None:
         pruned = compression.prune(c, student.pruning, data, arch.params(teacher.config))
     else:
-        pruned = opening.open_to_compute(student.folder, teacher.precision)
+        pruned = compute_type.open_to_compute(student.folder, teacher.precision)
     models = {"teacher": teacher, "pruned": pruned}
     distilled = folder / ("distilled" if rounding else "model")
     if not viewed:
         pipeline.distil(c, pruned, distilled)
     main = distributed.is_main()
     if main:
-        models["distilled"] = viewed or opening.open_to_compute(distilled, teacher.precision)
+        models["distilled"] = viewed or compute_type.open_to_compute(distilled, teacher.precision)
     if rounding:
         compression.quantize(
             c,
@@ -416,7 +419,7 @@ def _stages(
     if not main and not c.shares:
         return "", {}
     if main and rounding:
-        models["4-bit"] = opening.open_to_compute(folder / "model", teacher.precision)
+        models["4-bit"] = compute_type.open_to_compute(folder / "model", teacher.precision)
     with c.phase("measure"):
         answered = measurement.answered(c, models, resolved.report.eval_prompts) if main else None
         quality = measurement.quality(c, judging, models)

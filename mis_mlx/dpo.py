@@ -20,7 +20,8 @@ from mis_mlx.distillation import live_teacher
 from mis_mlx.distillation.whole_model import as_in_training
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths import losses, rl_losses
-from mis_mlx.models import distributed, load, pass_cost
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import distributed, pass_cost
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.types import Positive, Rate, Within
 

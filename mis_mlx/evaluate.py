@@ -28,8 +28,9 @@ from mis_mlx.evaluation.recovery_table import Outcome
 from mis_mlx.evaluation.task_registry import EvaluationSet
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.models import distributed, load, pass_cost, resolve, stream
-from mis_mlx.models.model_size import ModelSize, model_of
+from mis_mlx.models.opening import load, resolve
+from mis_mlx.models.opening.model_size import ModelSize, model_of
+from mis_mlx.models.passing import distributed, pass_cost, stream
 from mis_mlx.planner import estimates, machines
 from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting import figures, html, progress, text

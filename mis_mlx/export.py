@@ -15,18 +15,12 @@ from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.gguf_export import model_card, publication, rerounding, tensors, vocab
 from mis_mlx.hardware import memory, programs
-from mis_mlx.models import (
-    arch,
-    families,
-    load,
-    model_writer,
-    pass_cost,
-    resolve,
-    stream,
-    tokenizer_check,
-)
-from mis_mlx.models.config import shape_of
-from mis_mlx.models.model_size import model_of
+from mis_mlx.models.architectures import arch, families
+from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.opening import load, resolve, tokenizer_check
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.passing import pass_cost, stream
+from mis_mlx.models.writing import model_writer
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import html, progress
 from mis_mlx.storage import checkpoint as protocol

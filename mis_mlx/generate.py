@@ -16,17 +16,11 @@ from mis_mlx.evaluation import comparison
 from mis_mlx.evaluation.speed import rounds
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.models import (
-    load,
-    mlx_generate,
-    pass_cost,
-    resolve,
-    stream,
-    streamed_decode,
-    text_writer,
-)
-from mis_mlx.models.config import reads_in_order
-from mis_mlx.models.model_size import model_of
+from mis_mlx.models.architectures.sizes import reads_in_order
+from mis_mlx.models.opening import load, resolve
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.passing import pass_cost, stream
+from mis_mlx.models.writing import mlx_generate, streamed_decode, text_writer
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress
 from mis_mlx.types import Budget, Checkpoint, Count, MisError, Whole, gib

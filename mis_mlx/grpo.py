@@ -14,11 +14,12 @@ from mis_mlx.data import examples, rows
 from mis_mlx.evaluation import rewards
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.models import distributed, load, pass_cost, stream
-from mis_mlx.models.config import reads_in_order
-from mis_mlx.models.continuous_batch import Room
-from mis_mlx.models.families import family
-from mis_mlx.models.model_size import ModelSize
+from mis_mlx.models.architectures.families import family
+from mis_mlx.models.architectures.sizes import reads_in_order
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import ModelSize
+from mis_mlx.models.passing import distributed, pass_cost, stream
+from mis_mlx.models.writing.continuous_batch import Room
 from mis_mlx.planner import block_cost
 from mis_mlx.types import Budget, Checkpoint, MisError
 

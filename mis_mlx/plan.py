@@ -14,9 +14,11 @@ from mis_mlx.evaluation import answers
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, battery
-from mis_mlx.models import arch, load, resolve, scenarios
-from mis_mlx.models.config import MOST_EXPERTS, read_config, shape_of
-from mis_mlx.models.model_size import ModelSize, model_of
+from mis_mlx.models.architectures import arch, scenarios
+from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.opening import load, resolve
+from mis_mlx.models.opening.config import MOST_EXPERTS, read_config
+from mis_mlx.models.opening.model_size import ModelSize, model_of
 from mis_mlx.planner import distillation_spec, estimates, measured_block
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import packed_format

@@ -11,8 +11,9 @@ from mis_mlx.data import preparation
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalMonitor
-from mis_mlx.models import arch, load
-from mis_mlx.models.model_size import model_of
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.planner import estimates
 from mis_mlx.pruning import pruning_cost, select, vocabulary
 from mis_mlx.reporting import html, progress

@@ -15,8 +15,9 @@ from mis_mlx.data.token_windows import Windows, fingerprint
 from mis_mlx.distillation import compression, pipeline, plan_report, strategies
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, battery
-from mis_mlx.models import load, model_writer, opening, resolve
-from mis_mlx.models.model_size import model_of
+from mis_mlx.models.opening import compute_type, load, resolve
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.writing import model_writer
 from mis_mlx.planner import estimates, measured_block
 from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.pruning import vocabulary
@@ -96,7 +97,7 @@ def run(settings: Settings) -> dict[str, Any]:
     _check(s, checkpoint, folder)
     other = checkpoint
     if s.teacher:
-        other = opening.open_to_compute(resolve.resolve_model(s.teacher).path, s.precision)
+        other = compute_type.open_to_compute(resolve.resolve_model(s.teacher).path, s.precision)
     with vocabulary.shared(other, [checkpoint]) as teacher:
         plan = _plan(s, checkpoint, teacher, folder)
         cli.say(text.aligned(plan_report.table(plan)))

@@ -17,7 +17,7 @@ import tyro
 from mis_mlx import cli
 from mis_mlx.distillation import run_verdict
 from mis_mlx.evaluation import answer_figures, repetition
-from mis_mlx.models import scenarios
+from mis_mlx.models.architectures import scenarios
 from mis_mlx.reporting import axes, baseline, figures, html, run_reader, smoothing, timeline
 from mis_mlx.reporting.run_reader import Point, Record, RunRecord, Series
 from mis_mlx.storage import files, run_folder

@@ -19,7 +19,7 @@ from mis_mlx.distillation import conversations, pipeline, strategies
 from mis_mlx.evaluation import answers
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
-from mis_mlx.models.config import Shape, shape_of
+from mis_mlx.models.architectures.sizes import Shape, shape_of
 from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting import progress, text
 from mis_mlx.runs import run_loop

@@ -10,10 +10,11 @@ from mis_mlx.distillation import live_teacher
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.models import opening, pass_cost, resolve
-from mis_mlx.models.config import reads_in_order, softcap
-from mis_mlx.models.families import family
-from mis_mlx.models.model_size import model_of
+from mis_mlx.models.architectures.families import family
+from mis_mlx.models.architectures.sizes import reads_in_order, softcap
+from mis_mlx.models.opening import compute_type, resolve
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.passing import pass_cost
 from mis_mlx.types import Checkpoint, Rate
 
 
@@ -100,7 +101,7 @@ def run(settings: Settings) -> dict[str, Any]:
     s, folder, checkpoint = alignment_run.open_run_model(settings)
     beside = None
     if s.teacher is not None:
-        teacher = opening.open_to_compute(resolve.resolve_model(s.teacher).path, s.precision)
+        teacher = compute_type.open_to_compute(resolve.resolve_model(s.teacher).path, s.precision)
         beside = comparison.same_vocabulary(checkpoint, teacher)
     train_rows, valid_rows, card = alignment_run.data(
         s,

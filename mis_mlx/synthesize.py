@@ -22,10 +22,11 @@ from mis_mlx.data import chat_template, preparation, prompts
 from mis_mlx.data.rows import Row
 from mis_mlx.evaluation import repetition, writing_cost
 from mis_mlx.hardware import memory
-from mis_mlx.models import load, mlx_generate, tool_calls
-from mis_mlx.models.draws import Draws, Sampling
-from mis_mlx.models.model_size import ModelSize, model_of
-from mis_mlx.models.text_writer import TextWriter
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import ModelSize, model_of
+from mis_mlx.models.writing import mlx_generate, tool_calls
+from mis_mlx.models.writing.draws import Draws, Sampling
+from mis_mlx.models.writing.text_writer import TextWriter
 from mis_mlx.reporting import progress
 from mis_mlx.runs import run_loop
 from mis_mlx.settings.recipe import TEACHER_TEXTS

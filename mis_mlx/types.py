@@ -139,7 +139,7 @@ class Precision:
     """What a model computes in, in --compute-dtype's words; None: nobody has said.
 
     asked: what the command was asked for, which holds for all of its models. dtype: what this
-    model's activations allow (models/opening decides it).
+    model's activations allow (models/opening/compute_type decides it).
     """
 
     asked: str | None = None

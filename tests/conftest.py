@@ -25,7 +25,7 @@ from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.hardware import rates
 from mis_mlx.hardware.rates import Rates
-from mis_mlx.models import load, opening
+from mis_mlx.models.opening import compute_type, load
 from mis_mlx.planner import measured_block
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint
@@ -103,8 +103,8 @@ def brief_look(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether float16 holds a model's activations is looked at on 4 tokens, not 256: half precision
     is emulated here, and that pass takes longer than what most tests are about.
     """
-    monkeypatch.setattr(opening, "FREQUENT", 2)
-    monkeypatch.setattr(opening, "SPREAD", 2)
+    monkeypatch.setattr(compute_type, "FREQUENT", 2)
+    monkeypatch.setattr(compute_type, "SPREAD", 2)
 
 
 @pytest.fixture

@@ -11,9 +11,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mis_mlx import distill, quantize, sft
-from mis_mlx.models import backward_pass, block_inputs, load, stream
-from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
-from mis_mlx.models.config import shape_of
+from mis_mlx.models.architectures import block_inputs
+from mis_mlx.models.architectures.block_inputs import BlockInputs, BlockOutputs
+from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import backward_pass, stream
 from mis_mlx.types import Checkpoint
 from tests import stock, tiny
 

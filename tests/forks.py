@@ -30,7 +30,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from mis_mlx.models import tokenizer_check
+from mis_mlx.models.opening import tokenizer_check
 
 ROOT = Path(__file__).parents[1]
 # Beginnings of the names of what is read from the environment while Python starts and libraries are

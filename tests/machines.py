@@ -32,7 +32,8 @@ from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher, train_loop
 from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import distributed, load, pipeline_parallel, stream
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import distributed, pipeline_parallel, stream
 from mis_mlx.pruning import calibrate
 from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage.files import DISK

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mis_mlx.models import load
+from mis_mlx.models.opening import load
 
 PAGE_BYTES = 16 * 2**10
 ARRAYS = 256  # of more than a page that live at a time in a small model's pass or step

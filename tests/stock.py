@@ -9,9 +9,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mis_mlx.models import load, stored_form, tensor_shapes
-from mis_mlx.models.config import inside_names, read_config
-from mis_mlx.models.families import family
+from mis_mlx.models.architectures import stored_form, tensor_shapes
+from mis_mlx.models.architectures.families import family
+from mis_mlx.models.architectures.stored_form import inside_names
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.config import read_config
 
 
 class Cached(nn.Module):

@@ -17,8 +17,10 @@ import pytest
 from mis_mlx import distill, report
 from mis_mlx.distillation import conversations, pipeline, teacher_answers
 from mis_mlx.evaluation import answers, judging_cost
-from mis_mlx.models import arch, load, mlx_generate
-from mis_mlx.models.config import shape_of
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.opening import load
+from mis_mlx.models.writing import mlx_generate
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.types import GIB, Checkpoint, MisError

@@ -23,7 +23,10 @@ from mis_mlx.hardware.thermal.recording import Raw
 from mis_mlx.maths import gptq, importance, losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.maths.reconstruction import NormalEquations
-from mis_mlx.models import gated_delta, load, stream, streamed_decode
+from mis_mlx.models.architectures import gated_delta
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import stream
+from mis_mlx.models.writing import streamed_decode
 from tests import forks
 from tests.conftest import last_line, scratch_folder
 

@@ -20,7 +20,8 @@ import pytest
 from mis_mlx import dpo
 from mis_mlx.alignment import alignment_run
 from mis_mlx.compute import precision
-from mis_mlx.models import mlx_generate, opening
+from mis_mlx.models.opening import compute_type
+from mis_mlx.models.writing import mlx_generate
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
@@ -51,7 +52,7 @@ def test_end_to_end(undisturbed: tuple[Path, Done]) -> None:
     assert {"margin", "accuracy", "chosen", "rejected", "loss", "tokens"} <= set(first)
     assert first["tokens"] > 0
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-3)
-    model, tokenizer = mlx_generate.open_model(opening.open_to_compute(out / "model"))
+    model, tokenizer = mlx_generate.open_model(compute_type.open_to_compute(out / "model"))
     assert isinstance(mlx_generate.continuation(model, tokenizer, "how many", 4), str)
 
 

@@ -17,7 +17,7 @@ from mis_mlx.evaluation import answers, kept_answers
 from mis_mlx.evaluation.answer_records import Answer, Prompt
 from mis_mlx.evaluation.kept_answers import Cost, Kept
 from mis_mlx.hardware import memory
-from mis_mlx.models import load
+from mis_mlx.models.opening import load
 from mis_mlx.pruning import vocabulary
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK

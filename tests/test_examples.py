@@ -14,7 +14,7 @@ import pytest
 
 from mis_mlx.data import examples
 from mis_mlx.data.rows import Placed, Row
-from mis_mlx.models import load
+from mis_mlx.models.opening import load
 from mis_mlx.types import Checkpoint, MisError
 
 SHAPES = ("messages", "completion")

@@ -17,7 +17,8 @@ import pytest
 from gguf import GGUFReader, dequantize
 
 from mis_mlx import export, quantize
-from mis_mlx.models import arch, load
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.opening import load
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 from tests.conftest import Done, last_line

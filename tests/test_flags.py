@@ -225,8 +225,8 @@ def test_a_place_that_takes_nothing_is_refused_first(
         raise AssertionError("it began to work")
 
     for place in (
-        "mis_mlx.models.resolve.resolve_model",
-        "mis_mlx.models.load.open_checkpoint",
+        "mis_mlx.models.opening.resolve.resolve_model",
+        "mis_mlx.models.opening.load.open_checkpoint",
         "mis_mlx.reporting.run_reader.read",
         "mis_mlx.checks.kernels.CHECKS",
         "mis_mlx.thermal.Live",

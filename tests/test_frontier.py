@@ -16,7 +16,7 @@ import pytest
 from mis_mlx import search
 from mis_mlx.data import preparation
 from mis_mlx.evaluation import comparison
-from mis_mlx.models import load
+from mis_mlx.models.opening import load
 from mis_mlx.quantization import packed_format
 from mis_mlx.size_search import candidates, excess, frontier
 from mis_mlx.storage import run_folder

@@ -10,7 +10,7 @@ import pytest
 
 from mis_mlx import generate
 from mis_mlx.compute import precision
-from mis_mlx.models import load
+from mis_mlx.models.opening import load
 from mis_mlx.types import Checkpoint
 from tests import tiny
 from tests.conftest import Done, last_line, sentence

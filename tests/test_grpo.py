@@ -28,8 +28,10 @@ from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.hardware import memory
 from mis_mlx.maths import rl_losses as rl_losses
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import load, mlx_generate, opening, stream
-from mis_mlx.models.continuous_batch import Room
+from mis_mlx.models.opening import compute_type, load
+from mis_mlx.models.passing import stream
+from mis_mlx.models.writing import mlx_generate
+from mis_mlx.models.writing.continuous_batch import Room
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
 from tests import forks, tiny
@@ -134,7 +136,7 @@ def test_end_to_end(undisturbed: tuple[Path, Done]) -> None:
         "model",
         alignment_run.HELD_OUT,
     } <= names
-    model, tokenizer = mlx_generate.open_model(opening.open_to_compute(out / "model"))
+    model, tokenizer = mlx_generate.open_model(compute_type.open_to_compute(out / "model"))
     assert isinstance(mlx_generate.continuation(model, tokenizer, "how many", 4), str)
 
 

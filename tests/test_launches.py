@@ -19,7 +19,8 @@ from mis_mlx.distillation import live_teacher
 from mis_mlx.distillation.whole_model import value_and_grad
 from mis_mlx.maths import gptq, rounding
 from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
-from mis_mlx.models import load, mlx_generate, opening
+from mis_mlx.models.opening import compute_type, load
+from mis_mlx.models.writing import mlx_generate
 from mis_mlx.quantization import packed_format, stage
 from mis_mlx.settings.recipe import DistillationConfig
 from mis_mlx.storage.files import DISK
@@ -36,7 +37,7 @@ def packed(llama: Checkpoint, tmp_path: Path) -> Checkpoint:
     """The tiny llama, three blocks, in 4 bits."""
     plan = packed_format.formats_of(llama.config, 64)
     packed_format.write_quantized(llama, tmp_path / "q4", plan, DISK)
-    return opening.open_to_compute(tmp_path / "q4", UNDECIDED)
+    return compute_type.open_to_compute(tmp_path / "q4", UNDECIDED)
 
 
 def step_launches(student: object, teacher: Checkpoint, optimizer: GuardedAdamW) -> Counter[str]:

@@ -53,7 +53,7 @@ METHODS = {  # that change what they belong to
 # (module, what a function of it changes), of which a process has one
 STATE = {
     ("reporting.progress", "cli.SHOWN"),  # what is on the terminal
-    ("models.distributed", "_world()"),  # how many machines are left, once one is lost
+    ("models.passing.distributed", "_world()"),  # how many machines are left, once one is lost
 }
 
 
@@ -142,6 +142,18 @@ def floors(module: Module) -> list[str]:
         if zone != module.zone
         and floor(zone) >= mine
         and not (module.is_command and floor(zone) == mine)
+    ]
+
+
+def rooms(module: Module) -> list[str]:
+    """What a model is (models/architectures) does not know how one is opened, passed or written."""
+    if not module.name.startswith("models.architectures."):
+        return []
+    return [
+        f"imports {name}"
+        for name in imports(module)
+        if name.startswith("mis_mlx.models.")
+        and not name.startswith("mis_mlx.models.architectures")
     ]
 
 
@@ -350,6 +362,7 @@ def state(module: Module) -> list[str]:
 
 RULES: list[Callable[[Module], list[str]]] = [
     floors,
+    rooms,
     conductor,
     slow_imports,
     machine_door,
@@ -372,6 +385,8 @@ BROKEN = [
     (floors, "cli", "import mis_mlx.storage"),
     (floors, "types", "from mis_mlx.cli import main"),
     (floors, "storage.x", "import importlib\nimportlib.import_module('mis_mlx.models.load')"),
+    (rooms, "models.architectures.x", "from mis_mlx.models.opening import load"),
+    (rooms, "models.architectures.x", "def f():\n    import mis_mlx.models.passing.stream"),
     (conductor, "prune", "from mis_mlx import quantize"),
     (conductor, "prune", "from .distill import run"),
     (slow_imports, "storage.x", "def f():\n    import transformers"),

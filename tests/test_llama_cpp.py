@@ -19,8 +19,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from mis_mlx import export
 from mis_mlx.data import preparation
 from mis_mlx.gguf_export import tensors, vocab
-from mis_mlx.models import families, load, resolve
-from mis_mlx.models.pre_tokenizers import KNOWN
+from mis_mlx.models.architectures import families
+from mis_mlx.models.opening import load, resolve
+from mis_mlx.models.opening.pre_tokenizers import KNOWN
 from tests import family_checks, tiny
 from tests.conftest import Done, last_line
 from tests.gguf_export.test_gemma import GEMMA3N

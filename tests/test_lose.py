@@ -20,8 +20,8 @@ from mis_mlx.distillation import answer_loss, summary
 from mis_mlx.evaluation import answers
 from mis_mlx.evaluation.answer_figures import AnswerBits
 from mis_mlx.evaluation.answer_likelihood import log_probabilities
-from mis_mlx.models import load
-from mis_mlx.models.config import shape_of
+from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.opening import load
 from mis_mlx.size_search import (
     candidates,
     excess,

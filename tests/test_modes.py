@@ -17,7 +17,7 @@ import pytest
 
 from mis_mlx import distill
 from mis_mlx.distillation import pipeline
-from mis_mlx.models import load
+from mis_mlx.models.opening import load
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage import run_folder, safetensors
 from mis_mlx.types import Checkpoint, MisError

@@ -16,7 +16,7 @@ from mis_mlx import cli, plan
 from mis_mlx.distillation import writers
 from mis_mlx.hardware import rates
 from mis_mlx.hardware.rates import M1_AIR
-from mis_mlx.models import arch
+from mis_mlx.models.architectures import arch
 from mis_mlx.types import GIB, Checkpoint, MisError
 from tests import tiny
 from tests.conftest import Done, last_line, sentence

@@ -17,7 +17,8 @@ from mlx.utils import tree_flatten, tree_map
 
 from mis_mlx.alignment.grpo_rollout import Settings
 from mis_mlx.maths import rl_losses
-from mis_mlx.models import attention_masks, load
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import attention_masks
 from mis_mlx.types import Checkpoint
 from tests import trl_model
 

@@ -18,8 +18,9 @@ import pytest
 from mis_mlx import prune
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths.importance import Statistics, Sums
-from mis_mlx.models import load, model_writer
-from mis_mlx.models.config import shape_of
+from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.opening import load
+from mis_mlx.models.writing import model_writer
 from mis_mlx.planner import estimates
 from mis_mlx.pruning import select
 from mis_mlx.types import Budget, Checkpoint, MisError

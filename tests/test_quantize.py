@@ -18,8 +18,10 @@ from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher, packed_student, training_cost
 from mis_mlx.hardware import memory
 from mis_mlx.maths import gptq, rounding
-from mis_mlx.models import load, mlx_generate, opening, pass_cost
-from mis_mlx.models.model_size import model_of
+from mis_mlx.models.opening import compute_type, load
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.passing import pass_cost
+from mis_mlx.models.writing import mlx_generate
 from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.quantization import packed_format, rounding_cost, stage
 from mis_mlx.settings.recipe import DistillationConfig, QuantizationConfig
@@ -53,7 +55,7 @@ def test_end_to_end(tmp_path: Path, llama: Checkpoint, command: Callable[..., Do
     assert result["nbytes"] == packed.nbytes < llama.nbytes / 4
     assert result["group_size"] == 32
     assert 4 < result["bits_per_weight"] < 7
-    model, tokenizer = mlx_generate.open_model(opening.open_to_compute(tmp_path / "q4"))
+    model, tokenizer = mlx_generate.open_model(compute_type.open_to_compute(tmp_path / "q4"))
     assert isinstance(mlx_generate.continuation(model, tokenizer, "The with statement", 4), str)
 
 
@@ -82,7 +84,7 @@ def test_gptq_end_to_end(
     assert a == b
     assert len({plain, a, c}) == 3
     assert len(plain) == len(a)
-    model, tokenizer = mlx_generate.open_model(opening.open_to_compute(tmp_path / "a"))
+    model, tokenizer = mlx_generate.open_model(compute_type.open_to_compute(tmp_path / "a"))
     assert isinstance(mlx_generate.continuation(model, tokenizer, "The with statement", 4), str)
 
 
@@ -230,7 +232,7 @@ def test_mixed_bits_and_steps_end_to_end(
     assert set(nats) == set(packed_format.formats(own))
     assert set(nats[path]) == {"3/64", "4/64", "5/64", "6/64", "8/64"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["own", "plain", "taught"]
-    mlx_generate.open_model(opening.open_to_compute(tmp_path / "own"))
+    mlx_generate.open_model(compute_type.open_to_compute(tmp_path / "own"))
 
 
 @pytest.mark.parametrize(

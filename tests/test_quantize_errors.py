@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mis_mlx import quantize
-from mis_mlx.models import load
+from mis_mlx.models.opening import load
 from mis_mlx.types import MisError
 from tests import tiny
 from tests.conftest import Done, sentence

@@ -16,7 +16,7 @@ import pytest
 
 from mis_mlx import quantize
 from mis_mlx.compute import precision
-from mis_mlx.models import load
+from mis_mlx.models.opening import load
 from mis_mlx.quantization import stage
 from mis_mlx.quantization.journal import Journal
 from mis_mlx.settings.recipe import QuantizationConfig

@@ -259,7 +259,7 @@ def test_what_several_machines_cannot_do(
 # Both say that they are there; then the second waits for a first that is busy, or both talk.
 WAITING = """
 import sys, time
-from mis_mlx.models import distributed
+from mis_mlx.models.passing import distributed
 distributed.all_gather(0)
 print("up", flush=True)
 began = time.monotonic()

@@ -16,8 +16,11 @@ import pytest
 
 from mis_mlx import generate
 from mis_mlx.distillation import state_cost
-from mis_mlx.models import arch, load, mlx_generate, opening, resolve, stream
-from mis_mlx.models.model_size import model_of
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.opening import compute_type, load, resolve
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.passing import stream
+from mis_mlx.models.writing import mlx_generate
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint
 
@@ -93,7 +96,7 @@ def test_all_four_folders_speak(run: tuple[Path, dict[str, Any]], real: Checkpoi
     """
     out, _ = run
     for folder in (real.path, out / "pruned", out / "distilled", out / "model"):
-        model, tokenizer = mlx_generate.open_model(opening.open_to_compute(folder))
+        model, tokenizer = mlx_generate.open_model(compute_type.open_to_compute(folder))
         said = mlx_generate.continuation(model, tokenizer, "The capital of France is", 8)
         assert said.strip(), folder
         if folder == real.path:

@@ -27,7 +27,7 @@ import mlx.core as mx
 import pytest
 
 from mis_mlx.compute import precision
-from mis_mlx.models import load
+from mis_mlx.models.opening import load
 from mis_mlx.storage import run_folder
 from tests import tiny
 from tests.machines import ROOT, ended, started

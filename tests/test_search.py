@@ -28,8 +28,9 @@ from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.evaluation import comparison
 from mis_mlx.maths import rounding
-from mis_mlx.models import arch, load, opening
-from mis_mlx.models.config import shape_of
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.opening import compute_type, load
 from mis_mlx.pruning import calibrate, select, slicing
 from mis_mlx.quantization import bit_allocation, packed_format
 from mis_mlx.reporting import text
@@ -555,9 +556,9 @@ def test_attention_is_timed_on_a_block_s_own_shapes(
 
     monkeypatch.setattr(finalists.rounds, "PREFILL", 48)
     monkeypatch.setattr(finalists, "ROUNDS", 1)
-    model, _ = finalists.mlx_generate.open_model(opening.open_to_compute(deep))
+    model, _ = finalists.mlx_generate.open_model(compute_type.open_to_compute(deep))
     slides, _ = finalists.mlx_generate.open_model(
-        opening.open_to_compute(tiny.make(tmp_path / "slides", **tiny.FAMILIES["gemma3_text"]))
+        compute_type.open_to_compute(tiny.make(tmp_path / "slides", **tiny.FAMILIES["gemma3_text"]))
     )
     monkeypatch.setattr(finalists.mx.fast, "scaled_dot_product_attention", watched)
     assert finalists._attention_seconds(model, 0, 100) > 0

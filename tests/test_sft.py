@@ -28,7 +28,9 @@ from mis_mlx.distillation import live_teacher
 from mis_mlx.gguf_export import model_card as model_card
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.models import attention_masks, load, lora, mlx_generate, opening
+from mis_mlx.models.opening import compute_type, load
+from mis_mlx.models.passing import attention_masks
+from mis_mlx.models.writing import lora, mlx_generate
 from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
@@ -204,7 +206,7 @@ def test_end_to_end(undisturbed: tuple[Path, Done], llama: Checkpoint, answers: 
         result["best_step"]
         == min(run_folder.records(out / alignment_run.HELD_OUT), key=lambda r: r["loss"])["number"]
     )
-    model, tokenizer = mlx_generate.open_model(opening.open_to_compute(out / "model"))
+    model, tokenizer = mlx_generate.open_model(compute_type.open_to_compute(out / "model"))
     assert isinstance(mlx_generate.continuation(model, tokenizer, "how many", 4), str)
     card = json.loads((out / "model" / "data.json").read_text())
     assert card["licence"] == "CC0"

@@ -17,10 +17,11 @@ from mis_mlx.data import preparation
 from mis_mlx.distillation import run_text
 from mis_mlx.evaluation import writing_cost
 from mis_mlx.hardware import memory
-from mis_mlx.models import load, mlx_generate, opening, text_writer
-from mis_mlx.models.continuous_batch import Room
-from mis_mlx.models.model_size import model_of
-from mis_mlx.models.text_writer import TextWriter
+from mis_mlx.models.opening import compute_type, load
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.writing import mlx_generate, text_writer
+from mis_mlx.models.writing.continuous_batch import Room
+from mis_mlx.models.writing.text_writer import TextWriter
 from mis_mlx.planner import distillation_spec
 from mis_mlx.settings import recipe
 from mis_mlx.storage import hub
@@ -82,7 +83,7 @@ def test_texts_are_the_models_own(llama: Checkpoint, anything_goes: None, tmp_pa
     """Half begin with an opening; a text is the same again whichever came before; it is what the
     model would say: greedily, the continuation that mlx_lm writes.
     """
-    model, tokenizer = mlx_generate.open_model(opening.open_to_compute(llama.path))
+    model, tokenizer = mlx_generate.open_model(compute_type.open_to_compute(llama.path))
     writer = text_writer.opened(llama, None)
     (tmp_path / "openings.txt").write_text("A shepherd\n")
     asked = synthesize.Settings(openings=str(tmp_path / "openings.txt"), max_tokens=24, seed=5)

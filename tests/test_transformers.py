@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mis_mlx import export, prune
-from mis_mlx.models import load, resolve
+from mis_mlx.models.opening import load, resolve
 from tests import tiny
 
 pytestmark = pytest.mark.slow  # it is no part of what the README installs

@@ -12,9 +12,10 @@ import pytest
 
 from mis_mlx import distill, search
 from mis_mlx.distillation import compression, plan_report, resolved_run
-from mis_mlx.models import arch, load, opening
-from mis_mlx.models.config import Shape, shape_of
-from mis_mlx.models.stream import Stream
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.architectures.sizes import Shape, shape_of
+from mis_mlx.models.opening import compute_type, load
+from mis_mlx.models.passing.stream import Stream
 from mis_mlx.pruning import calibrate, select, slicing
 from mis_mlx.quantization import format_costs, packed_format
 from mis_mlx.settings.recipe import QuantizationConfig
@@ -71,7 +72,7 @@ def test_rounded_in_memory_is_rounded_in_a_folder(
     teacher = models(kind)
     formats = mixed_formats(teacher.config)
     packed_format.write_quantized(teacher, tmp_path / "model", formats, DISK, fit=fit)
-    model = opening.open_to_compute(tmp_path / "model", teacher.precision)
+    model = compute_type.open_to_compute(tmp_path / "model", teacher.precision)
     student = unwritten.Student(teacher, shape_of(teacher.config), formats=formats, fit=fit)
     bare = unwritten.Student(teacher, shape_of(teacher.config))
     first, second = unwritten.passed(teacher, [bare, student], [batches, batches])
@@ -86,10 +87,10 @@ def test_cut_in_memory_is_cut_in_a_folder(
     """Blocks, neurons and heads: as pruned, and as pruned and rounded."""
     shape, keep = cut(llama, batches, **sizes)
     slicing.write_student(llama, shape, keep, tmp_path / "cut", dtype="bfloat16", files=DISK)
-    pruned = opening.open_to_compute(tmp_path / "cut", llama.precision)
+    pruned = compute_type.open_to_compute(tmp_path / "cut", llama.precision)
     formats = mixed_formats(pruned.config)
     packed_format.write_quantized(pruned, tmp_path / "model", formats, DISK, fit=True)
-    model = opening.open_to_compute(tmp_path / "model", llama.precision)
+    model = compute_type.open_to_compute(tmp_path / "model", llama.precision)
     students = [
         unwritten.Student(llama, shape, keep),
         unwritten.Student(llama, shape, keep, formats),

@@ -14,8 +14,9 @@ import mlx.core as mx
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mis_mlx.models import arch, block_widths, model_writer
-from mis_mlx.models.families import family
+from mis_mlx.models.architectures import arch, block_widths
+from mis_mlx.models.architectures.families import family
+from mis_mlx.models.writing import model_writer
 from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.safetensors import index as safetensors_index

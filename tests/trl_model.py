@@ -13,7 +13,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mis_mlx.models import load, model_writer
+from mis_mlx.models.opening import load
+from mis_mlx.models.writing import model_writer
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
 

@@ -15,8 +15,9 @@ import numpy as np
 from mis_mlx.compute import host_losses
 from mis_mlx.maths import losses
 from mis_mlx.maths.importance import Key, select_blocks
-from mis_mlx.models import load, stream
-from mis_mlx.models.config import shape_of
+from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import stream
 from mis_mlx.types import Checkpoint
 
 

@@ -4,8 +4,8 @@ back.
 What would KL(teacher || teacher without x) be? Its first-order Taylor term is zero, because at the
 teacher itself the KL is at its minimum. The second-order one is half the Fisher information of a
 gate that closes x. It is estimated with next tokens that the teacher itself draws
-(models/backward_pass): half the mean over tokens of (d log p(drawn) / d gate)^2, every token having
-a gate of its own. Does not decide what is kept.
+(models/passing/backward_pass): half the mean over tokens of (d log p(drawn) / d gate)^2, every
+token having a gate of its own. Does not decide what is kept.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.maths.importance import Key
-from mis_mlx.models import load, stream
-from mis_mlx.models.backward_pass import BlockBackward, input_gradients
-from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
-from mis_mlx.models.config import Shape, shape_of
+from mis_mlx.models.architectures.block_inputs import BlockInputs, BlockOutputs
+from mis_mlx.models.architectures.sizes import Shape, shape_of
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import stream
+from mis_mlx.models.passing.backward_pass import BlockBackward, input_gradients
 from mis_mlx.types import Checkpoint
 
 # Where the gates stand: axis -> (part of the block, its module); of hidden channels, behind both

@@ -24,8 +24,10 @@ from mis_mlx.data import token_windows
 from mis_mlx.distillation import train_loop
 from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import load, model_writer, stream
-from mis_mlx.models.config import shape_of
+from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import stream
+from mis_mlx.models.writing import model_writer
 from mis_mlx.pruning import reconstruct
 from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage.checkpoint import sweep

@@ -14,8 +14,10 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.maths.importance import Key, Statistics, Sums
-from mis_mlx.models import arch, load, modules, stream
-from mis_mlx.models.config import shape_of
+from mis_mlx.models.architectures import arch, modules
+from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import stream
 from mis_mlx.types import Checkpoint
 
 # (layer, axis) -> scores (units,), none below 0; the highest stay

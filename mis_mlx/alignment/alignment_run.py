@@ -27,8 +27,11 @@ from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import arch, distributed, load, lora, model_writer, pass_cost, stream
-from mis_mlx.models.model_size import ModelSize, model_of
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import ModelSize, model_of
+from mis_mlx.models.passing import distributed, pass_cost, stream
+from mis_mlx.models.writing import lora, model_writer
 from mis_mlx.planner import block_cost, estimates
 from mis_mlx.reporting import progress
 from mis_mlx.runs import run_loop

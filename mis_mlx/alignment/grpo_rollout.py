@@ -24,11 +24,13 @@ from mis_mlx.distillation.whole_model import Loss, WholeModel, as_in_training
 from mis_mlx.evaluation import rewards
 from mis_mlx.maths import rl_losses
 from mis_mlx.maths.losses import token_logps
-from mis_mlx.models import attention_masks, distributed, load, modules, stream
-from mis_mlx.models.config import softcap
-from mis_mlx.models.continuous_batch import Room
-from mis_mlx.models.draws import Draws, Sampling
-from mis_mlx.models.text_writer import TextWriter
+from mis_mlx.models.architectures import modules
+from mis_mlx.models.architectures.sizes import softcap
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import attention_masks, distributed, stream
+from mis_mlx.models.writing.continuous_batch import Room
+from mis_mlx.models.writing.draws import Draws, Sampling
+from mis_mlx.models.writing.text_writer import TextWriter
 from mis_mlx.types import MOST, Count, MisError, Positive, Rate, Step, Within
 
 # micro-batches of a step, for `Settings.loss`; facts about the step

@@ -15,7 +15,8 @@ from mis_mlx import cli
 from mis_mlx.data import examples, token_windows
 from mis_mlx.distillation.live_teacher import MicroBatch, TargetSource, next_tokens
 from mis_mlx.maths.losses import token_logps
-from mis_mlx.models import attention_masks, distributed, load
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import attention_masks, distributed
 from mis_mlx.settings.recipe import TrainingConfig
 
 MULTIPLE = 8  # of padded lengths: fewer different shapes, for which memory is kept

@@ -24,8 +24,11 @@ from mis_mlx.distillation import train_loop
 from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import arch, load, lora, mlx_generate, pass_cost, stream, streamed_decode
-from mis_mlx.models.model_size import model_of
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.passing import pass_cost, stream
+from mis_mlx.models.writing import lora, mlx_generate, streamed_decode
 from mis_mlx.pruning.calibrate import calibrate
 from mis_mlx.quantization import packed_format
 from mis_mlx.settings import recipe

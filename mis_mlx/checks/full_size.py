@@ -30,7 +30,7 @@ from mis_mlx.checks.kernels import (
     to_float64,
 )
 from mis_mlx.maths import losses
-from mis_mlx.models import modules
+from mis_mlx.models.architectures import modules
 
 VOCAB = 24_576  # half of the default teacher's tokens
 ALL_TOKENS = 49_152

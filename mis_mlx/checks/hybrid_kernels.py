@@ -11,7 +11,7 @@ from mis_mlx.checks.kernels import (
     random_normal,
     to_float64,
 )
-from mis_mlx.models import gated_delta, hybrid
+from mis_mlx.models.architectures import gated_delta, hybrid
 
 TOKENS = 24
 CHANNELS = 64

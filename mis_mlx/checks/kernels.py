@@ -14,7 +14,7 @@ import numpy as np
 
 from mis_mlx.hardware import macos
 from mis_mlx.maths import gptq, losses, reconstruction, rounding
-from mis_mlx.models import modules
+from mis_mlx.models.architectures import modules
 from mis_mlx.quantization.packed_format import Format
 
 Found = tuple[float, float]

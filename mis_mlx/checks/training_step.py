@@ -24,8 +24,9 @@ from mis_mlx.hardware import rates
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import load, pass_cost
-from mis_mlx.models.model_size import model_of
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.passing import pass_cost
 from mis_mlx.settings import recipe
 from mis_mlx.types import UNDECIDED, Precision
 

@@ -3,8 +3,8 @@
 Metal is quick in float16 and has kernels for packed weights. A CPU emulates half precision and
 reads packed weights about 30 times slower than dense float32, so there everything becomes float32.
 
-What one model computes in is decided when it is opened (models/opening), and its checkpoint says
-so. Nothing is remembered here.
+What one model computes in is decided when it is opened (models/opening/compute_type), and its
+checkpoint says so. Nothing is remembered here.
 """
 
 import os

@@ -18,8 +18,10 @@ from mis_mlx.compute import streams
 from mis_mlx.compute.slab_losses import Slabs
 from mis_mlx.compute.token_losses import TokenLoss
 from mis_mlx.distillation.train_loop import MicroBatch
-from mis_mlx.models import block_inputs, distributed, load, modules, stream
-from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
+from mis_mlx.models.architectures import block_inputs, modules
+from mis_mlx.models.architectures.block_inputs import BlockInputs, BlockOutputs
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import distributed, stream
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ from mis_mlx import cli
 from mis_mlx.data import preparation
 from mis_mlx.distillation import pipeline
 from mis_mlx.evaluation import comparison
-from mis_mlx.models import distributed, model_writer, opening
+from mis_mlx.models.opening import compute_type
+from mis_mlx.models.passing import distributed
+from mis_mlx.models.writing import model_writer
 from mis_mlx.planner.distillation_spec import SCALES
 from mis_mlx.pruning import select
 from mis_mlx.quantization import stage
@@ -42,7 +44,7 @@ def prune(
         if distributed.is_main():
             cli.say(html.document("pruned.md", {**report, "params_before": before}))
     distributed.broadcast_folder(out, c.files)
-    return opening.open_to_compute(out, c.teacher.precision)
+    return compute_type.open_to_compute(out, c.teacher.precision)
 
 
 def view(c: pipeline.Run) -> Checkpoint | None:

@@ -11,8 +11,9 @@ from mis_mlx.data import chat_template, preparation
 from mis_mlx.distillation import teacher_answers, writers
 from mis_mlx.evaluation import answers
 from mis_mlx.evaluation.answer_figures import MORE_LOOPS
-from mis_mlx.models import distributed, load
-from mis_mlx.models.model_size import ModelSize, model_of
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import ModelSize, model_of
+from mis_mlx.models.passing import distributed
 from mis_mlx.planner.distillation_spec import Writer
 from mis_mlx.reporting import html, progress
 from mis_mlx.storage import checkpoint as protocol

@@ -12,7 +12,8 @@ from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.distillation import conversations, pipeline, teacher_answers, writers
 from mis_mlx.distillation.conversations import Wanted
-from mis_mlx.models import distributed, load, opening
+from mis_mlx.models.opening import compute_type, load
+from mis_mlx.models.passing import distributed
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Budget, MisError
 
@@ -51,7 +52,7 @@ def _write(
     c: pipeline.Run, rounded: Path, settings: teacher_answers.WritingSettings, file: Path
 ) -> None:
     """Have the student answer; where too few of its answers are usable, that is said."""
-    student = opening.open_to_compute(rounded, c.teacher.precision)
+    student = compute_type.open_to_compute(rounded, c.teacher.precision)
     limit = Budget(c.plan.budget_bytes)
     count = len(settings.prompts)
     cli.say(f"conversations: the rounded student answers {count} prompts")

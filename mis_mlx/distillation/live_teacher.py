@@ -24,8 +24,9 @@ from mis_mlx.data.token_windows import Windows, fingerprint
 from mis_mlx.distillation import train_loop
 from mis_mlx.distillation.train_loop import F, MicroBatch
 from mis_mlx.maths import losses
-from mis_mlx.models import distributed, load, pipeline_parallel, stream
-from mis_mlx.models.config import shape_of, softcap
+from mis_mlx.models.architectures.sizes import shape_of, softcap
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import distributed, pipeline_parallel, stream
 from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage import logit_store, run_folder
 from mis_mlx.storage.files import Files
@@ -220,8 +221,8 @@ def write_store(
     checkpoint: the teacher's. teacher(): opens it; not called when nothing is missing. It is passed
     through once for every `windows_per_pass` windows. top, count: as of `losses.sample`.
     show(windows done, text). Several machines share the missing parts out, and all have the whole
-    store in the end. together: they share the teacher too (models/pipeline_parallel), so every
-    machine makes as many passes as the one that makes most.
+    store in the end. together: they share the teacher too (models/passing/pipeline_parallel), so
+    every machine makes as many passes as the one that makes most.
     """
     n, length = data.tokens.shape
     spec = logit_store.Spec(

@@ -8,7 +8,8 @@ from mis_mlx.data import preparation, token_windows
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import conversations, pipeline, summary
 from mis_mlx.evaluation import answers, comparison
-from mis_mlx.models import distributed, load, pipeline_parallel, stream
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import distributed, pipeline_parallel, stream
 from mis_mlx.types import Budget, Checkpoint
 
 # By held-out text: its windows in the tokens of the students and, where the teacher has more

@@ -24,8 +24,10 @@ from mis_mlx.distillation.block_gradients import BlockGradients
 from mis_mlx.distillation.train_loop import Applied, MicroBatch, Update
 from mis_mlx.maths import optimizer
 from mis_mlx.maths.optimizer import GuardedAdamW, Part
-from mis_mlx.models import altup, arch, distributed, load, stream
-from mis_mlx.models.stream import evaluate_now
+from mis_mlx.models.architectures import altup, arch
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import distributed, stream
+from mis_mlx.models.passing.stream import evaluate_now
 from mis_mlx.quantization import scale_state
 from mis_mlx.quantization.learned_scales import PackedStream
 from mis_mlx.quantization.scale_state import ScaleState

@@ -25,8 +25,10 @@ from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.hardware import memory
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import distributed, load, model_writer, stream
-from mis_mlx.models.config import softcap
+from mis_mlx.models.architectures.sizes import softcap
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import distributed, stream
+from mis_mlx.models.writing import model_writer
 from mis_mlx.planner.distillation_spec import SCALES, STORE
 from mis_mlx.pruning import reconstruct, vocabulary
 from mis_mlx.quantization import learned_scales, packed_format, scale_state

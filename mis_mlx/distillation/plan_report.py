@@ -7,8 +7,9 @@ from typing import Any
 
 from mis_mlx import cli
 from mis_mlx.distillation import state_cost, strategies, training_cost, writers
-from mis_mlx.models import arch, pass_cost
-from mis_mlx.models.model_size import BY_FORMULA
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.opening.model_size import BY_FORMULA
+from mis_mlx.models.passing import pass_cost
 from mis_mlx.planner import estimates
 from mis_mlx.planner.distillation_spec import SCALES, STORE
 from mis_mlx.quantization import rounding_cost

@@ -12,8 +12,9 @@ from mis_mlx.distillation import pipeline, strategies, writers
 from mis_mlx.distillation.conversations import ToAnswer
 from mis_mlx.evaluation import answers
 from mis_mlx.hardware.rates import Rates
-from mis_mlx.models import distributed, load, resolve
-from mis_mlx.models.model_size import model_of
+from mis_mlx.models.opening import load, resolve
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.passing import distributed
 from mis_mlx.planner import estimates, measured_block
 from mis_mlx.planner.distillation_spec import DistillationSpec, Writer, spec_of
 from mis_mlx.pruning import select, vocabulary

@@ -25,7 +25,10 @@ from mis_mlx.distillation import train_loop
 from mis_mlx.distillation.block_gradients import BlockGradients, ForwardResult
 from mis_mlx.distillation.train_loop import Applied, MicroBatch, Update
 from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
-from mis_mlx.models import arch, distributed, load, model_writer, stream
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import distributed, stream
+from mis_mlx.models.writing import model_writer
 from mis_mlx.storage.checkpoint import sweep
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.safetensors import Tensor

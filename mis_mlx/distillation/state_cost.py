@@ -7,8 +7,8 @@ from typing import Any
 from mis_mlx.compute.token_losses import IN_ONE_GRAPH, Footprint
 from mis_mlx.hardware.memory import in_flight_bytes
 from mis_mlx.maths.optimizer import group_of
-from mis_mlx.models import arch
-from mis_mlx.models.model_size import ModelSize
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.planner.block_cost import activation_bytes, backward_bytes
 
 # a clipped gradient; the rest of an update is written over what it is made of (measured)

@@ -25,10 +25,12 @@ from mis_mlx.evaluation.judging_cost import comparison_cost, timed_weights
 from mis_mlx.hardware.memory import TRAINED_BYTES, TRAINED_WHOLE_BYTES, process_bytes
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.models import arch, distributed, load, pass_cost
-from mis_mlx.models.config import attends, shape_of
-from mis_mlx.models.model_size import ModelSize
-from mis_mlx.models.pass_cost import TENSOR_BYTES
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.architectures.sizes import attends, shape_of
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import ModelSize
+from mis_mlx.models.passing import distributed, pass_cost
+from mis_mlx.models.passing.pass_cost import TENSOR_BYTES
 from mis_mlx.planner import estimates
 from mis_mlx.planner.distillation_spec import SCALES, DistillationSpec, Mode
 from mis_mlx.planner.machines import block_shares

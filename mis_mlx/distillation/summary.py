@@ -16,8 +16,10 @@ from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.distillation import conversations
 from mis_mlx.evaluation import answers, comparison
-from mis_mlx.models import arch, families, load, model_writer
-from mis_mlx.models.config import read_config
+from mis_mlx.models.architectures import arch, families
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.config import read_config
+from mis_mlx.models.writing import model_writer
 from mis_mlx.pruning import select
 from mis_mlx.reporting import html, text
 from mis_mlx.storage import run_folder

@@ -22,9 +22,10 @@ from mis_mlx.data.rows import Row
 from mis_mlx.evaluation import answer_figures, answers, repetition, writing_cost
 from mis_mlx.evaluation.answer_records import Answer
 from mis_mlx.hardware import memory
-from mis_mlx.models import load, tool_calls
-from mis_mlx.models.draws import Draws, Sampling
-from mis_mlx.models.model_size import ModelSize, model_of
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import ModelSize, model_of
+from mis_mlx.models.writing import tool_calls
+from mis_mlx.models.writing.draws import Draws, Sampling
 from mis_mlx.reporting import progress
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK, json_sha256

@@ -1,7 +1,7 @@
 """The training loop: micro-batches in, one `Step` out per optimizer step, for any student.
 
 A step is the same however it is cut into micro-batches, and however these are shared out to
-machines (models/distributed): losses are summed, and divided once.
+machines (models/passing/distributed): losses are summed, and divided once.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from mis_mlx.hardware import clock
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import distributed
+from mis_mlx.models.passing import distributed
 from mis_mlx.runs.run_loop import Trained
 from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.types import Step

@@ -13,8 +13,9 @@ from mis_mlx.distillation import state_cost
 from mis_mlx.distillation.state_cost import STATE_BYTES, block_state_bytes
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.models import arch, distributed
-from mis_mlx.models.pass_cost import (
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.passing import distributed
+from mis_mlx.models.passing.pass_cost import (
     SMALL_BYTES,
     forward_flops,
     headroom_bytes,

@@ -14,7 +14,8 @@ from mis_mlx.compute.token_losses import TokenLoss
 from mis_mlx.distillation import train_loop
 from mis_mlx.distillation.train_loop import Applied, MicroBatch, Update
 from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
-from mis_mlx.models import distributed, load
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import distributed
 from mis_mlx.types import MOST
 
 # (model, *micro-batch) -> (sum in nats, token count); and, if a loss wants, further sums {name:

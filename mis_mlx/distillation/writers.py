@@ -15,8 +15,8 @@ from mis_mlx.distillation import teacher_answers
 from mis_mlx.distillation.training_cost import store_cost
 from mis_mlx.evaluation.writing_cost import WritingPlan
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.models.model_size import ModelSize
-from mis_mlx.models.pass_cost import TENSOR_BYTES
+from mis_mlx.models.opening.model_size import ModelSize
+from mis_mlx.models.passing.pass_cost import TENSOR_BYTES
 from mis_mlx.planner.distillation_spec import SCALES, STORE, DistillationSpec, Writer
 from mis_mlx.quantization import rounding_cost
 from mis_mlx.settings.recipe import EVAL_PROMPTS, EVAL_PROMPTS_STREAMED

@@ -13,8 +13,10 @@ import numpy as np
 from mis_mlx.compute import host_losses, precision
 from mis_mlx.data import token_windows
 from mis_mlx.evaluation.answer_records import Answer, Prompt
-from mis_mlx.models import config, load, mlx_generate
-from mis_mlx.models.stream import HEAD_PART, Hidden, Stream
+from mis_mlx.models.architectures import sizes
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing.stream import HEAD_PART, Hidden, Stream
+from mis_mlx.models.writing import mlx_generate
 from mis_mlx.types import Checkpoint, MisError
 
 
@@ -164,7 +166,7 @@ def _of_targets(
 
     hidden: [(1, T, D)]. The head comes in parts of the vocabulary, each read once: logsumexp adds
     up over them, and one of them has the target's logit."""
-    shape = config.shape_of(stream.checkpoint.config)
+    shape = sizes.shape_of(stream.checkpoint.config)
     rows = max(1, HEAD_PART // shape.hidden)
     texts = []
     for states, target in zip(hidden, targets, strict=True):

@@ -7,10 +7,11 @@ from typing import Any
 
 from mis_mlx.evaluation import writing_cost
 from mis_mlx.evaluation.answer_records import Answer, Prompt
-from mis_mlx.models import load, mlx_generate
-from mis_mlx.models.draws import Draws
-from mis_mlx.models.model_size import model_of
-from mis_mlx.models.text_writer import TextWriter
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.writing import mlx_generate
+from mis_mlx.models.writing.draws import Draws
+from mis_mlx.models.writing.text_writer import TextWriter
 from mis_mlx.types import Budget, Checkpoint
 
 HALF_LETTER = "\ufffd"  # an answer that was cut off inside a letter decodes to this at its end

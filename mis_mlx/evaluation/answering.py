@@ -29,8 +29,9 @@ from mis_mlx.evaluation.questions import Question, Task
 from mis_mlx.evaluation.task_answers import Asking, Record
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.models import distributed, load, pass_cost
-from mis_mlx.models.model_size import ModelSize, model_of
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import ModelSize, model_of
+from mis_mlx.models.passing import distributed, pass_cost
 from mis_mlx.planner import estimates, machines
 from mis_mlx.reporting import progress
 from mis_mlx.storage import hub, run_folder

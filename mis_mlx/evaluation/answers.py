@@ -39,10 +39,12 @@ from mis_mlx.evaluation.judgement import (
 from mis_mlx.evaluation.kept_answers import Kept, all_kept
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.models import distributed, load, mlx_generate
-from mis_mlx.models.draws import Draws, Sampling
-from mis_mlx.models.model_size import model_of
-from mis_mlx.models.text_writer import TextWriter
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.passing import distributed
+from mis_mlx.models.writing import mlx_generate
+from mis_mlx.models.writing.draws import Draws, Sampling
+from mis_mlx.models.writing.text_writer import TextWriter
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress
 from mis_mlx.settings.workloads import (

@@ -22,8 +22,10 @@ from mis_mlx.compute.host_losses import CHUNK, GROUP
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.evaluation.answer_figures import bits_per_byte
 from mis_mlx.maths import stats
-from mis_mlx.models import config, distributed, load
-from mis_mlx.models.stream import HEAD_PART, Hidden, Stream, evaluate_now
+from mis_mlx.models.architectures import sizes
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import distributed
+from mis_mlx.models.passing.stream import HEAD_PART, Hidden, Stream, evaluate_now
 from mis_mlx.storage import safetensors
 from mis_mlx.types import Checkpoint, MisError, Row
 
@@ -219,8 +221,8 @@ def _compare_chunks(base: Passed, other: Passed, chunks: Sequence[_Chunk]) -> No
     """
     base_stream, base_hidden = base
     other_stream, other_hidden = other
-    base_shape = config.shape_of(base_stream.checkpoint.config)
-    other_shape = config.shape_of(other_stream.checkpoint.config)
+    base_shape = sizes.shape_of(base_stream.checkpoint.config)
+    other_shape = sizes.shape_of(other_stream.checkpoint.config)
     # A student with a trimmed vocabulary is compared over the rows that both have.
     vocab = min(base_shape.vocab, other_shape.vocab)
     rows = HEAD_PART // max(base_shape.hidden, other_shape.hidden)

@@ -19,7 +19,9 @@ import numpy as np
 from mis_mlx.compute import precision
 from mis_mlx.evaluation.answering import answers_path
 from mis_mlx.hardware import memory
-from mis_mlx.models import distributed, load, mlx_modules
+from mis_mlx.models.architectures import mlx_modules
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import distributed
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from mis_mlx.compute.host_losses import CHUNK, GROUP
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.models.model_size import ModelSize
-from mis_mlx.models.pass_cost import forward_flops, pass_waits, pass_workspace, side_bytes
-from mis_mlx.models.stream import HEAD_PART
+from mis_mlx.models.opening.model_size import ModelSize
+from mis_mlx.models.passing.pass_cost import forward_flops, pass_waits, pass_workspace, side_bytes
+from mis_mlx.models.passing.stream import HEAD_PART
 
 
 def comparison_cost(models: Sequence[ModelSize], windows: int, length: int) -> StageCost:

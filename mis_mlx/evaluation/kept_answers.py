@@ -15,7 +15,7 @@ import numpy as np
 from mis_mlx.evaluation import answer_records
 from mis_mlx.evaluation.answer_likelihood import log_probabilities
 from mis_mlx.evaluation.answer_records import Answer, AnswerPair, Prompt
-from mis_mlx.models import distributed
+from mis_mlx.models.passing import distributed
 from mis_mlx.storage import hub, run_folder
 from mis_mlx.storage.files import DISK, json_sha256
 from mis_mlx.types import Checkpoint

@@ -14,15 +14,11 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.maths.losses import chunk_rows
-from mis_mlx.models import (
-    attention_masks,
-    config,
-    distributed,
-    load,
-    mlx_generate,
-    pipeline_parallel,
-)
-from mis_mlx.models.stream import Hidden, Stream, evaluate_now
+from mis_mlx.models.architectures import sizes
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import attention_masks, distributed, pipeline_parallel
+from mis_mlx.models.passing.stream import Hidden, Stream, evaluate_now
+from mis_mlx.models.writing import mlx_generate
 from mis_mlx.types import MisError, grouped
 
 # tokens of a sequence; more make attention slower, fewer the matrix products
@@ -171,7 +167,7 @@ def score(
     Each of several machines computes some of the sequences, and all get the same result, which one
     machine alone would find. All of them must call this.
     """
-    if config.reads_in_order(stream.checkpoint.config):
+    if sizes.reads_in_order(stream.checkpoint.config):
         raise MisError(
             f"{stream.checkpoint.path} reads one text after the other, so a question's options "
             f"cannot share its context: leave out --tasks whose questions have options"
@@ -180,7 +176,7 @@ def score(
     own = distributed.shard(packed)
     hidden = _final_hidden(stream, packed)
     head = stream.head()
-    shape = config.shape_of(stream.checkpoint.config)
+    shape = sizes.shape_of(stream.checkpoint.config)
     sums = [[0.0] * len(options) for _, options in encoded]
     own_sums = []
     for states, pack in zip(hidden, own, strict=True):

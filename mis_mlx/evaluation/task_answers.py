@@ -13,9 +13,10 @@ from mis_mlx.data import chat_template
 from mis_mlx.evaluation import instructions, rewards, tool_tasks, writing_cost
 from mis_mlx.evaluation.questions import Question, Task
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.models import distributed, mlx_generate, tool_calls
-from mis_mlx.models.continuous_batch import Completion
-from mis_mlx.models.model_size import model_of
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.passing import distributed
+from mis_mlx.models.writing import mlx_generate, tool_calls
+from mis_mlx.models.writing.continuous_batch import Completion
 from mis_mlx.types import Budget, Checkpoint
 
 # Answers written together, as many as fit. In the same CPU time 48 have 1.3 times the tokens of 16,

@@ -12,11 +12,13 @@ from typing import NamedTuple
 from mis_mlx.evaluation.judging_cost import comparison_cost
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.models import block_inputs, pass_cost, stream, streamed_batch, text_writer
-from mis_mlx.models.config import key_owners
-from mis_mlx.models.continuous_batch import Room
-from mis_mlx.models.model_size import ModelSize
-from mis_mlx.models.text_writer import TextWriter
+from mis_mlx.models.architectures import block_inputs
+from mis_mlx.models.architectures.sizes import key_owners
+from mis_mlx.models.opening.model_size import ModelSize
+from mis_mlx.models.passing import pass_cost, stream
+from mis_mlx.models.writing import streamed_batch, text_writer
+from mis_mlx.models.writing.continuous_batch import Room
+from mis_mlx.models.writing.text_writer import TextWriter
 from mis_mlx.planner import estimates
 from mis_mlx.settings.workloads import (
     ANSWER_TOKENS,

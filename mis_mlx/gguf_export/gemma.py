@@ -13,9 +13,10 @@ import gguf
 import mlx.core as mx
 import numpy as np
 
-from mis_mlx.models import arch, block_inputs, experts, load, tensor_shapes
-from mis_mlx.models.config import ffn_size, key_owners
-from mis_mlx.models.families import Config, Shapes, family
+from mis_mlx.models.architectures import arch, block_inputs, experts, tensor_shapes
+from mis_mlx.models.architectures.families import Config, Shapes, family
+from mis_mlx.models.architectures.sizes import ffn_size, key_owners
+from mis_mlx.models.opening import load
 from mis_mlx.storage.block_reader import Reader
 from mis_mlx.types import Checkpoint, MisError
 

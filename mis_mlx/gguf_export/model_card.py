@@ -8,7 +8,9 @@ from typing import Any
 import yaml
 
 from mis_mlx.gguf_export import run_facts
-from mis_mlx.models import arch, config, families, model_writer, resolve
+from mis_mlx.models.architectures import arch, families, sizes
+from mis_mlx.models.opening import resolve
+from mis_mlx.models.writing import model_writer
 from mis_mlx.reporting import html
 from mis_mlx.storage import hub, run_folder
 from mis_mlx.types import Checkpoint
@@ -107,7 +109,7 @@ def readme(
         "front": yaml.safe_dump(stated, sort_keys=False).strip(),
         "name": name_of(checkpoint.path),
         "base": base,
-        "size": f"{size}: {config.shape_of(checkpoint.config)}",
+        "size": f"{size}: {sizes.shape_of(checkpoint.config)}",
         "facts": facts,
         "data": json.loads(data.read_text("utf-8")) if data.is_file() else None,
         **run_values,

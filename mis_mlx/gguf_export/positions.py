@@ -9,8 +9,8 @@ import numpy as np
 
 from mis_mlx.gguf_export import gemma
 from mis_mlx.gguf_export.words import YARN
-from mis_mlx.models import families
-from mis_mlx.models.config import normalised, shape_of
+from mis_mlx.models.architectures import families
+from mis_mlx.models.architectures.sizes import normalised, shape_of
 from mis_mlx.types import MisError
 
 Config = Mapping[str, Any]  # of a model, as config.json has it

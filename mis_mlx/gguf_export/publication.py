@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from mis_mlx.models import arch, tokenizer_check
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.opening import tokenizer_check
 from mis_mlx.types import Checkpoint
 
 SUBFOLDER = "mlx"  # of the packed model, beside a folder for transformers

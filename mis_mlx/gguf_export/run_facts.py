@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from mis_mlx.models import resolve
+from mis_mlx.models.opening import resolve
 from mis_mlx.storage import run_folder
 from mis_mlx.types import evenly
 

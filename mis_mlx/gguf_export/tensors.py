@@ -24,16 +24,9 @@ from mis_mlx.gguf_export.positions import Config
 from mis_mlx.gguf_export.rerounding import Rerounding
 from mis_mlx.gguf_export.words import FILE_TYPES, FREQS, OWN, REWRAPPED, of_unequal_blocks
 from mis_mlx.maths import rounding
-from mis_mlx.models import (
-    arch,
-    experts,
-    families,
-    load,
-    stored_form,
-    tensor_shapes,
-    wheel_model,
-)
-from mis_mlx.models.config import attends, normalised, shape_of
+from mis_mlx.models.architectures import arch, experts, families, stored_form, tensor_shapes
+from mis_mlx.models.architectures.sizes import attends, normalised, shape_of
+from mis_mlx.models.opening import load, wheel_model
 from mis_mlx.storage import safetensors
 from mis_mlx.storage.files import Files
 from mis_mlx.types import Checkpoint, MisError

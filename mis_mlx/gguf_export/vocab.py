@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mis_mlx.models.pre_tokenizers import known, token_ids
-from mis_mlx.models.tokenizer_check import read_json
+from mis_mlx.models.opening.pre_tokenizers import known, token_ids
+from mis_mlx.models.opening.tokenizer_check import read_json
 from mis_mlx.types import MisError
 
 # GGUF's token types

@@ -8,9 +8,9 @@ each. own: a family's own keys → the same. file_types: names that are not MOST
 import json
 from pathlib import Path
 
-from mis_mlx.models import block_widths
-from mis_mlx.models.config import shape_of
-from mis_mlx.models.families import Config, family
+from mis_mlx.models.architectures import block_widths
+from mis_mlx.models.architectures.families import Config, family
+from mis_mlx.models.architectures.sizes import shape_of
 
 WORDS = json.loads((Path(__file__).parent / "words.json").read_text("utf-8"))
 REWRAPPED = WORDS["rewrapped"]

@@ -3,10 +3,10 @@
 Formulas for every device, and for this one what planner/measured_block has found of them.
 """
 
-from mis_mlx.models import arch, families, mixer_sizes
-from mis_mlx.models.config import versions
-from mis_mlx.models.families import Config
-from mis_mlx.models.model_size import ModelSize
+from mis_mlx.models.architectures import arch, families, mixer_sizes
+from mis_mlx.models.architectures.families import Config
+from mis_mlx.models.architectures.sizes import versions
+from mis_mlx.models.opening.model_size import ModelSize
 
 FLOAT32_BYTES = 4
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from mis_mlx.compute.token_losses import Footprint, teacher_kl_footprint
-from mis_mlx.models import arch
-from mis_mlx.models.families import family
-from mis_mlx.models.model_size import ModelSize
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.architectures.families import family
+from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.settings.recipe import (
     ROUND_TO_NEAREST,
     DistillationConfig,

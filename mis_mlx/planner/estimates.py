@@ -14,9 +14,9 @@ from mis_mlx import cli
 from mis_mlx.hardware import rates
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.models import opening
-from mis_mlx.models.model_size import model_of
-from mis_mlx.models.pass_cost import streamed_pass
+from mis_mlx.models.opening import compute_type
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.passing.pass_cost import streamed_pass
 from mis_mlx.storage import hub
 from mis_mlx.storage.files import DISK, as_mis_error
 from mis_mlx.types import Budget, Checkpoint, MisError, Precision, duration, gib
@@ -31,7 +31,7 @@ def settle_precision(limit: Budget, checkpoint: Checkpoint, wanted: Precision) -
     Where float16 does not hold it, float32 is an answer only if the budget holds one pass in it,
     streamed from disk.
     """
-    return opening.with_precision(checkpoint, wanted, partial(_pass_fits, limit.limit_bytes))
+    return compute_type.with_precision(checkpoint, wanted, partial(_pass_fits, limit.limit_bytes))
 
 
 def _pass_fits(limit_bytes: int, checkpoint: Checkpoint, dtype: mx.Dtype) -> bool:

@@ -1,15 +1,15 @@
 """Several machines on one job: which of a model's blocks each has.
 
-Not how they find each other (models/distributed), nor how blocks are passed through
-(models/pipeline_parallel).
+Not how they find each other (models/passing/distributed), nor how blocks are passed through
+(models/passing/pipeline_parallel).
 """
 
 from mis_mlx.compute import precision
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import Rates
-from mis_mlx.models import distributed, pass_cost, pipeline_parallel
-from mis_mlx.models.model_size import ModelSize, model_of
-from mis_mlx.models.stream import Stream
+from mis_mlx.models.opening.model_size import ModelSize, model_of
+from mis_mlx.models.passing import distributed, pass_cost, pipeline_parallel
+from mis_mlx.models.passing.stream import Stream
 from mis_mlx.planner import estimates
 from mis_mlx.types import Budget, Checkpoint
 

@@ -1,7 +1,7 @@
 """One block, measured on this device: what a pass through it, forward and back, really holds.
 
-The formulas of models/residency and planner/block_cost count arrays as MLX's CPU back end keeps
-them. Which arrays the kernels of another device keep, only that device knows. So one block of
+The formulas of models/passing/residency and planner/block_cost count arrays as MLX's CPU back end
+keeps them. Which arrays the kernels of another device keep, only that device knows. So one block of
 random weights goes forward and back here, and the formulas are corrected by what that took. A large
 block is measured in small: widths, heads and tokens divided by one number, so that weights and
 activations shrink alike. What was measured is kept, for this device and version of MLX.
@@ -22,11 +22,12 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mis_mlx.compute import precision, streams
 from mis_mlx.hardware import memory, rates
-from mis_mlx.models import arch, block_inputs, families, mlx_modules, residency, tensor_shapes
-from mis_mlx.models.block_inputs import BlockInputs
-from mis_mlx.models.config import Shape, shape_of
-from mis_mlx.models.model_size import BlockFactors, ModelSize, model_of
-from mis_mlx.models.stream import evaluate_now
+from mis_mlx.models.architectures import arch, block_inputs, families, mlx_modules, tensor_shapes
+from mis_mlx.models.architectures.block_inputs import BlockInputs
+from mis_mlx.models.architectures.sizes import Shape, shape_of
+from mis_mlx.models.opening.model_size import BlockFactors, ModelSize, model_of
+from mis_mlx.models.passing import residency
+from mis_mlx.models.passing.stream import evaluate_now
 from mis_mlx.planner import block_cost
 from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.storage import hub

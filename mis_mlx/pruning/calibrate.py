@@ -11,8 +11,9 @@ import numpy as np
 from mis_mlx.compute import precision, streams
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import ExpertSums, Statistics, Sums
-from mis_mlx.models import arch, distributed, modules, pipeline_parallel, stream
-from mis_mlx.models.config import attends, ffn_size, shape_of
+from mis_mlx.models.architectures import arch, modules
+from mis_mlx.models.architectures.sizes import attends, ffn_size, shape_of
+from mis_mlx.models.passing import distributed, pipeline_parallel, stream
 from mis_mlx.types import Checkpoint, Reading
 
 Weight = Callable[[int], float]  # of a batch: its T_env, asked as the batch enters

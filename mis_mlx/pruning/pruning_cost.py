@@ -11,8 +11,8 @@ import numpy as np
 from mis_mlx.hardware.memory import TRAINED_BYTES
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths.reconstruction import HELD_OUT, RIDGES, precision, solver_flops
-from mis_mlx.models.model_size import ModelSize
-from mis_mlx.models.pass_cost import (
+from mis_mlx.models.opening.model_size import ModelSize
+from mis_mlx.models.passing.pass_cost import (
     DENSE_ITEM,
     SMALL_BYTES,
     block_matrix,
@@ -24,7 +24,7 @@ from mis_mlx.models.pass_cost import (
     table_part,
     tensor_bytes,
 )
-from mis_mlx.models.stream import HEAD_PART
+from mis_mlx.models.passing.stream import HEAD_PART
 from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.settings.workloads import ROUTER_BYTES, VOCABULARY_LOGITS, VOCABULARY_WINDOWS
 

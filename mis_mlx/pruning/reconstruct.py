@@ -27,8 +27,10 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.compute import streams
 from mis_mlx.maths.reconstruction import HELD_OUT, HeldOut, NormalEquations
-from mis_mlx.models import experts, families, load, modules, stream
-from mis_mlx.models.stream import Batches, Hidden
+from mis_mlx.models.architectures import experts, families, modules
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import stream
+from mis_mlx.models.passing.stream import Batches, Hidden
 from mis_mlx.settings.workloads import ROUTER_BYTES
 from mis_mlx.types import Checkpoint, KeptUnits
 

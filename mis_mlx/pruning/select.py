@@ -17,17 +17,11 @@ from mis_mlx.evaluation import comparison
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import Key, Statistics
-from mis_mlx.models import (
-    arch,
-    block_widths,
-    distributed,
-    families,
-    opening,
-    pipeline_parallel,
-    scenarios,
-    stream,
-)
-from mis_mlx.models.config import MOST_EXPERTS, Shape, attends, shape_of
+from mis_mlx.models.architectures import arch, block_widths, families, scenarios
+from mis_mlx.models.architectures.sizes import Shape, attends, shape_of
+from mis_mlx.models.opening import compute_type
+from mis_mlx.models.opening.config import MOST_EXPERTS
+from mis_mlx.models.passing import distributed, pipeline_parallel, stream
 from mis_mlx.pruning import calibrate, slicing, vocabulary
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.hidden_spool import Spool
@@ -449,6 +443,6 @@ def _losses(
         students = {}
         for name, kept in choices.items():
             write(kept, Path(temp) / name)
-            students[name] = opening.open_to_compute(Path(temp) / name, wanted)
+            students[name] = compute_type.open_to_compute(Path(temp) / name, wanted)
         measured = comparison.compare(students, held_out)
     return {f"nll_{name}": float(measured[name, "nll"].mean()) for name in students}

@@ -16,17 +16,11 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx.compute import precision
-from mis_mlx.models import (
-    arch,
-    block_widths,
-    experts,
-    families,
-    load,
-    model_writer,
-    modules,
-    stream,
-)
-from mis_mlx.models.config import Shape, ffn_size, shape_of
+from mis_mlx.models.architectures import arch, block_widths, experts, families, modules
+from mis_mlx.models.architectures.sizes import Shape, ffn_size, shape_of
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import stream
+from mis_mlx.models.writing import model_writer
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.safetensors import InParts, Tensor
 from mis_mlx.types import Checkpoint, KeptUnits

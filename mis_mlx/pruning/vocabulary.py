@@ -23,11 +23,14 @@ from mis_mlx.compute import quick_exp
 from mis_mlx.data import draws, preparation, token_windows
 from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
-from mis_mlx.models import arch, distributed, load, pre_tokenizers, scenarios, stream
-from mis_mlx.models.config import read_config, shape_of
-from mis_mlx.models.families import family
-from mis_mlx.models.tokenizer_check import ROWS
-from mis_mlx.models.trimmed_tokenizer import Vocabulary, moved_ids
+from mis_mlx.models.architectures import arch, scenarios
+from mis_mlx.models.architectures.families import family
+from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.opening import load, pre_tokenizers
+from mis_mlx.models.opening.config import read_config
+from mis_mlx.models.opening.tokenizer_check import ROWS
+from mis_mlx.models.opening.trimmed_tokenizer import Vocabulary, moved_ids
+from mis_mlx.models.passing import distributed, stream
 from mis_mlx.settings.workloads import VOCABULARY_LOGITS, VOCABULARY_WINDOWS
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import safetensors

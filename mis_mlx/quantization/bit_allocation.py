@@ -2,9 +2,9 @@
 
 A cost is KL(model || model with that matrix rounded), from one pass forwards and one back. The KL
 is at its minimum there, so a cost is half the Fisher information along the rounding error, half the
-mean over windows of <d log p(drawn tokens) / dW, error>^2 (models/backward_pass). Costs add up as
-far as the second order reaches. For the embedding and the head the cost is also a mean over errors
-(quantization/embedding_costs).
+mean over windows of <d log p(drawn tokens) / dW, error>^2 (models/passing/backward_pass). Costs add
+up as far as the second order reaches. For the embedding and the head the cost is also a mean over
+errors (quantization/embedding_costs).
 
 For N weights, F formats and windows of T tokens a batch of windows moves 20 N F bytes for the
 errors; each window takes 8 N T operations (forwards twice, back to the inputs, gradients) and moves
@@ -23,17 +23,11 @@ import numpy as np
 
 from mis_mlx.compute import precision, streams
 from mis_mlx.maths import rounding
-from mis_mlx.models import (
-    arch,
-    backward_pass,
-    block_inputs,
-    families,
-    load,
-    modules,
-    stream,
-)
-from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
-from mis_mlx.models.stream import Batches, Hidden
+from mis_mlx.models.architectures import arch, block_inputs, families, modules
+from mis_mlx.models.architectures.block_inputs import BlockInputs, BlockOutputs
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import backward_pass, stream
+from mis_mlx.models.passing.stream import Batches, Hidden
 from mis_mlx.quantization import format_costs, packed_format
 from mis_mlx.quantization.embedding_costs import PerLayerCosts, VocabularyCosts
 from mis_mlx.settings.recipe import QuantizationConfig

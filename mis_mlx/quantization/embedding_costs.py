@@ -9,8 +9,10 @@ sum over tokens of the mean of <d log p / dW, error>^2}, for errors of 2^bits - 
 import mlx.core as mx
 import numpy as np
 
-from mis_mlx.models import arch, block_inputs, families, load, stream
-from mis_mlx.models.stream import Batches
+from mis_mlx.models.architectures import arch, block_inputs, families
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import stream
+from mis_mlx.models.passing.stream import Batches
 from mis_mlx.storage.block_reader import Reader
 from mis_mlx.types import Checkpoint
 

@@ -16,7 +16,8 @@ import mlx.core as mx
 
 from mis_mlx.compute import precision
 from mis_mlx.maths import rounding
-from mis_mlx.models import arch, bit_floors, load
+from mis_mlx.models.architectures import arch, bit_floors
+from mis_mlx.models.opening import load
 from mis_mlx.quantization.packed_format import WIDE_BITS, Format, formats_of, wide_projections
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.types import Checkpoint
@@ -52,7 +53,7 @@ def fewest_bits(how: QuantizationConfig) -> int:
 def candidates(columns: int, how: QuantizationConfig, floor_bits: int = 0) -> list[Format]:
     """The formats that a matrix with rows of so many weights may have.
 
-    floor_bits: the fewest of this matrix (models/bit_floors).
+    floor_bits: the fewest of this matrix (models/architectures/bit_floors).
     """
     formats = []
     fewest = max(floor_bits, fewest_bits(how))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mis_mlx.maths import rounding
-from mis_mlx.models import stream
+from mis_mlx.models.passing import stream
 from mis_mlx.quantization.packed_format import PARTS, Format, Formats, RoundedBlock
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder

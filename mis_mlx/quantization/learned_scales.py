@@ -11,7 +11,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mis_mlx.compute import precision
 from mis_mlx.maths import rounding
 from mis_mlx.maths.optimizer import Part
-from mis_mlx.models import arch, load, model_writer, stream
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import stream
+from mis_mlx.models.writing import model_writer
 from mis_mlx.quantization import packed_format
 from mis_mlx.quantization.scale_state import ScaleState
 from mis_mlx.settings.workloads import LEARNED_AT_ONCE

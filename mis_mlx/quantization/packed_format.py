@@ -16,17 +16,17 @@ import mlx.core as mx
 from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.maths import rounding
-from mis_mlx.models import (
+from mis_mlx.models.architectures import (
     arch,
     bit_floors,
     experts,
     families,
-    load,
-    model_writer,
     stored_form,
-    stream,
     tensor_shapes,
 )
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import stream
+from mis_mlx.models.writing import model_writer
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage import safetensors
 from mis_mlx.storage.files import Files

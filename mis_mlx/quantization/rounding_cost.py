@@ -24,10 +24,10 @@ from mis_mlx.maths.rounding import (
     RANGE_ENDS,
     SLAB,
 )
-from mis_mlx.models import bit_floors
-from mis_mlx.models.config import Shape
-from mis_mlx.models.model_size import ModelSize
-from mis_mlx.models.pass_cost import (
+from mis_mlx.models.architectures import bit_floors
+from mis_mlx.models.architectures.sizes import Shape
+from mis_mlx.models.opening.model_size import ModelSize
+from mis_mlx.models.passing.pass_cost import (
     DENSE_ITEM,
     block_matrix,
     forward_flops,
@@ -38,7 +38,7 @@ from mis_mlx.models.pass_cost import (
     table_part,
     workspace_bytes,
 )
-from mis_mlx.models.residency import batches_per_pass
+from mis_mlx.models.passing.residency import batches_per_pass
 from mis_mlx.planner.block_cost import backward_bytes
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.settings.workloads import LEARNED_AT_ONCE

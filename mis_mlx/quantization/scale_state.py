@@ -15,8 +15,8 @@ import mlx.core as mx
 
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths.optimizer import Named, Part
-from mis_mlx.models import arch
-from mis_mlx.models.stream import evaluate_now
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.passing.stream import evaluate_now
 from mis_mlx.storage.checkpoint import Written, write_once
 from mis_mlx.storage.files import Files, as_mis_error
 from mis_mlx.storage.header_check import check

@@ -19,9 +19,11 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.compute import host_losses, precision, streams
 from mis_mlx.maths import gptq, reconstruction, rounding
-from mis_mlx.models import arch, load, modules, stream
-from mis_mlx.models.config import shape_of
-from mis_mlx.models.stream import Batches, Hidden
+from mis_mlx.models.architectures import arch, modules
+from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import stream
+from mis_mlx.models.passing.stream import Batches, Hidden
 from mis_mlx.quantization import bit_allocation, packed_format
 from mis_mlx.quantization.journal import Journal
 from mis_mlx.settings.recipe import QuantizationConfig

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from mis_mlx import cli
-from mis_mlx.models import distributed
+from mis_mlx.models.passing import distributed
 from mis_mlx.runs.run_loop import CheckpointedTraining
 from mis_mlx.settings.recipe import FIRST_STEPS, DistillationConfig
 from mis_mlx.storage import run_folder

@@ -25,7 +25,9 @@ from mis_mlx.hardware.thermal.run_monitor import (
     check_power,
 )
 from mis_mlx.maths.optimizer import Diverged, GuardedAdamW
-from mis_mlx.models import distributed, load, resolve, scenarios
+from mis_mlx.models.architectures import scenarios
+from mis_mlx.models.opening import load, resolve
+from mis_mlx.models.passing import distributed
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress, text
 from mis_mlx.runs.account import Account

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from mis_mlx import cli
-from mis_mlx.models.families import family
+from mis_mlx.models.architectures.families import family
 from mis_mlx.types import (
     FILE_ONLY,
     Bits,

@@ -19,9 +19,11 @@ from mis_mlx.evaluation import answers, comparison
 from mis_mlx.evaluation.answer_likelihood import has_template
 from mis_mlx.maths import rounding
 from mis_mlx.maths.importance import Statistics
-from mis_mlx.models import arch, bit_floors, load, opening, stream
-from mis_mlx.models.config import Shape, shape_of
-from mis_mlx.models.model_size import model_of
+from mis_mlx.models.architectures import arch, bit_floors
+from mis_mlx.models.architectures.sizes import Shape, shape_of
+from mis_mlx.models.opening import compute_type, load
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.passing import stream
 from mis_mlx.pruning import calibrate, select, slicing, vocabulary
 from mis_mlx.quantization import bit_allocation, packed_format, rounding_cost
 from mis_mlx.runs.run_loop import OpenRun
@@ -299,7 +301,7 @@ class Candidates:
             files=self.run.files,
             directions=lambda: self._directions,
         )
-        return opening.open_to_compute(out, teacher.precision)
+        return compute_type.open_to_compute(out, teacher.precision)
 
     def allocated(self, choice: Choice, layers: Sequence[int]) -> dict[str, int]:
         """{module path of the student: bits}, given to matrices where they pay.

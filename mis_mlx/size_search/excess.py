@@ -22,9 +22,10 @@ from mis_mlx.compute import precision
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.evaluation import answer_likelihood, comparison
 from mis_mlx.maths import rounding
-from mis_mlx.models import arch, load, opening
-from mis_mlx.models.config import Shape, shape_of
-from mis_mlx.models.stream import Batches, Stream
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.architectures.sizes import Shape, shape_of
+from mis_mlx.models.opening import compute_type, load
+from mis_mlx.models.passing.stream import Batches, Stream
 from mis_mlx.quantization import packed_format
 from mis_mlx.size_search import candidates, shape_search, unwritten
 from mis_mlx.size_search.candidates import CANDIDATES, PROBES, WORST, Candidates
@@ -351,7 +352,7 @@ def _measured_as_written(c: Candidates, one: _Asked) -> Record:
             formats = {path: packed_format.Format(width, group) for path, width in bits.items()}
             out = Path(place) / "model"
             packed_format.write_quantized(student, out, formats, c.run.files, fit=True)
-            student = opening.open_to_compute(out, student.precision)
+            student = compute_type.open_to_compute(out, student.precision)
             record["bytes"] = student.nbytes
         record["nats"] = candidates.finite_or_none(of_written(c, student, one.shape.vocab))
         if one.predicted is None:

@@ -21,8 +21,10 @@ from mis_mlx.evaluation import comparison
 from mis_mlx.evaluation.speed import rounds
 from mis_mlx.maths.optimizer import Diverged
 from mis_mlx.maths.stats import LEAST_FOR_INTERVAL, interval
-from mis_mlx.models import arch, block_state, load, mlx_generate, opening
-from mis_mlx.models.model_size import model_of
+from mis_mlx.models.architectures import arch, block_state
+from mis_mlx.models.opening import compute_type, load
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.writing import mlx_generate
 from mis_mlx.planner import measured_block
 from mis_mlx.planner.distillation_spec import spec_of
 from mis_mlx.quantization import stage
@@ -61,7 +63,7 @@ def _measured(
     rounding = shape_search.rounding_of(choice)
     pruned_folder = folder / "pruned"
     if pruned_folder.exists():
-        pruned = opening.open_to_compute(pruned_folder, reader.teacher.precision)
+        pruned = compute_type.open_to_compute(pruned_folder, reader.teacher.precision)
     else:
         pruned = c.prune(choice.shape, pruned_folder)
     own = _own_run(c, choice, folder, rounding)
@@ -85,7 +87,7 @@ def _measured(
                 seed=run.recipe.seed,
             )
         models["distilled"] = trained
-        models["rounded"] = opening.open_to_compute(out, reader.teacher.precision)
+        models["rounded"] = compute_type.open_to_compute(out, reader.teacher.precision)
         record["bytes"] = models["rounded"].nbytes
     record |= _judged(c, models, reader.judging)
     if c.settings.timed_at and trained:
@@ -143,7 +145,7 @@ def _trained(own: pipeline.Run, pruned: Checkpoint, search: Path) -> Checkpoint 
     try:
         with suppress(Diverged):
             pipeline.distil(own, pruned, out)
-            return opening.open_to_compute(out, own.teacher.precision)
+            return compute_type.open_to_compute(out, own.teacher.precision)
     except MisError as error:
         sentence = str(error).replace(str(own.folder), str(search))
         raise MisError(sentence) from error.__cause__

@@ -17,8 +17,8 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.data import token_windows
 from mis_mlx.evaluation import comparison
-from mis_mlx.models import load, opening, resolve
-from mis_mlx.models.config import Shape
+from mis_mlx.models.architectures.sizes import Shape
+from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.quantization import packed_format
 from mis_mlx.reporting import figures, html, text
 from mis_mlx.size_search import candidates, excess, limits, shape_search, unwritten
@@ -111,7 +111,7 @@ def other_models(c: candidates.Candidates, names: Sequence[str]) -> Iterable[Poi
     for name in names:
         source = resolve.resolve_model(name)
         cli.say(f"against {source.source}")
-        model = opening.open_to_compute(source.path, c.run.teacher.precision)
+        model = compute_type.open_to_compute(source.path, c.run.teacher.precision)
         loss = _loss_of_another(c, model) / math.log(2)
         yield Point(source.path.name, model.nbytes, round(loss, 4), measured=True)
 

@@ -7,10 +7,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from mis_mlx import cli
-from mis_mlx.models import arch, pass_cost
-from mis_mlx.models.config import Shape, shape_of
-from mis_mlx.models.families import family
-from mis_mlx.models.model_size import model_of
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.architectures.families import family
+from mis_mlx.models.architectures.sizes import Shape, shape_of
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.passing import pass_cost
 from mis_mlx.size_search import unequal_blocks
 from mis_mlx.types import MisError, gib
 

@@ -10,10 +10,10 @@ from mis_mlx.distillation import answer_loss, strategies
 from mis_mlx.evaluation.judging_cost import comparison_cost
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.models import arch
-from mis_mlx.models.config import shape_of
-from mis_mlx.models.model_size import model_of
-from mis_mlx.models.pass_cost import TENSOR_BYTES
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.passing.pass_cost import TENSOR_BYTES
 from mis_mlx.planner import estimates, measured_block
 from mis_mlx.planner.distillation_spec import DistillationSpec, spec_of
 from mis_mlx.pruning.pruning_cost import calibration_cost, vocabulary_cost

@@ -7,9 +7,9 @@ from typing import Any
 from mis_mlx import cli
 from mis_mlx.evaluation import judging_cost
 from mis_mlx.hardware import memory
-from mis_mlx.models import families
-from mis_mlx.models.config import shape_of
-from mis_mlx.models.model_size import model_of
+from mis_mlx.models.architectures import families
+from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.pruning import vocabulary
 from mis_mlx.size_search import candidates, finalists, shape_search
 from mis_mlx.size_search import limits as limiting

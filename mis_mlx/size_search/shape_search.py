@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mis_mlx.maths.rounding import CANDIDATE_BITS
-from mis_mlx.models import arch, bit_floors
-from mis_mlx.models.config import Shape, shape_of
-from mis_mlx.models.families import family
+from mis_mlx.models.architectures import arch, bit_floors
+from mis_mlx.models.architectures.families import family
+from mis_mlx.models.architectures.sizes import Shape, shape_of
 from mis_mlx.quantization import format_costs
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.size_search import limits, unequal_blocks

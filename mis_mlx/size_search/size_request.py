@@ -11,8 +11,9 @@ from typing import Any
 from mis_mlx import cli
 from mis_mlx.distillation.distill_flags import DistillFlags
 from mis_mlx.hardware import memory
-from mis_mlx.models import distributed, families
-from mis_mlx.models.config import shape_of
+from mis_mlx.models.architectures import families
+from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.passing import distributed
 from mis_mlx.quantization import packed_format
 from mis_mlx.size_search import candidates, shape_search
 from mis_mlx.types import Budget, Checkpoint, MisError, gib

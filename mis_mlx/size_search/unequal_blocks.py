@@ -6,10 +6,11 @@ and no student is larger than it was thought to be. Arithmetic on configs.
 
 import math
 
-from mis_mlx.models import arch, model_writer, tensor_shapes
-from mis_mlx.models.config import Shape
-from mis_mlx.models.families import Config, Shapes, family
-from mis_mlx.models.tensor_shapes import weight_count
+from mis_mlx.models.architectures import arch, tensor_shapes
+from mis_mlx.models.architectures.families import Config, Shapes, family
+from mis_mlx.models.architectures.sizes import Shape
+from mis_mlx.models.architectures.tensor_shapes import weight_count
+from mis_mlx.models.writing import model_writer
 
 PARTS = 3  # tensors of a packed matrix: integers, scales, biases
 

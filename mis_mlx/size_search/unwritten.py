@@ -13,10 +13,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mis_mlx.models import arch, load, mlx_modules, modules, stream
-from mis_mlx.models.config import Shape, shape_of
-from mis_mlx.models.families import family
-from mis_mlx.models.stream import Arrays, Batches, Hidden, Stream
+from mis_mlx.models.architectures import arch, mlx_modules, modules
+from mis_mlx.models.architectures.families import family
+from mis_mlx.models.architectures.sizes import Shape, shape_of
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import stream
+from mis_mlx.models.passing.stream import Arrays, Batches, Hidden, Stream
 from mis_mlx.pruning import slicing
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.block_reader import Reader

@@ -15,9 +15,10 @@ import numpy as np
 
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.evaluation.answer_likelihood import has_template
-from mis_mlx.models import bit_floors, families, load, resolve
-from mis_mlx.models.config import Shape, shape_of
-from mis_mlx.models.scenarios import PLAIN_NAMES
+from mis_mlx.models.architectures import bit_floors, families
+from mis_mlx.models.architectures.scenarios import PLAIN_NAMES
+from mis_mlx.models.architectures.sizes import Shape, shape_of
+from mis_mlx.models.opening import load, resolve
 from mis_mlx.pruning.vocabulary import VocabularyConfig
 from mis_mlx.quantization import packed_format
 from mis_mlx.settings.recipe import ITERS

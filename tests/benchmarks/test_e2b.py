@@ -14,8 +14,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from mis_mlx import cli
-from mis_mlx.models import arch, load
-from mis_mlx.models.trimmed_tokenizer import Vocabulary
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.trimmed_tokenizer import Vocabulary
 from tests import tiny
 from tests.test_docs import program
 

@@ -13,7 +13,8 @@ import mlx.core as mx
 import pytest
 
 from mis_mlx.evaluation import instructions, questions
-from mis_mlx.models import mlx_generate, opening
+from mis_mlx.models.opening import compute_type
+from mis_mlx.models.writing import mlx_generate
 from mis_mlx.types import Checkpoint
 from tests.test_docs import program
 
@@ -59,7 +60,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def log_likelihood(folder: Path, sentence: str) -> float:
     """Of a sentence behind the token that begins a text, by stock mlx_lm."""
-    model, tokenizer = mlx_generate.open_model(opening.open_to_compute(folder))
+    model, tokenizer = mlx_generate.open_model(compute_type.open_to_compute(folder))
     ids = [tokenizer.bos_token_id, *tokenizer.encode(sentence, add_special_tokens=False)]
     logits = model(mx.array([ids]))[0].astype(mx.float32)
     logps = logits - mx.logsumexp(logits, axis=-1, keepdims=True)

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from mis_mlx.cli import parse_bytes
-from mis_mlx.models import arch
-from mis_mlx.models.config import read_config
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.opening.config import read_config
 from tests.test_docs import program
 
 ROOT = Path(__file__).parents[2]

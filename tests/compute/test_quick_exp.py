@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mis_mlx.compute import quick_exp
-from mis_mlx.models import mlx_modules
+from mis_mlx.models.architectures import mlx_modules
 
 SCALE = 0.25
 

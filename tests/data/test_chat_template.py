@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mis_mlx.data import chat_template, token_windows
-from mis_mlx.models import mlx_generate
+from mis_mlx.models.writing import mlx_generate
 
 # Thoughts of the last answer are shown, if empty; earlier answers stand without.
 QWEN3 = """

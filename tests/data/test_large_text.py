@@ -14,7 +14,7 @@ import pytest
 
 from mis_mlx.data import draws, examples, overlap, preparation, row_draw, rows, token_windows
 from mis_mlx.data.preparation import Source
-from mis_mlx.models import load
+from mis_mlx.models.opening import load
 from mis_mlx.types import Checkpoint
 from tests.peaks import counted
 

@@ -13,7 +13,7 @@ import pytest
 
 from mis_mlx.data import draws, overlap, preparation, token_windows
 from mis_mlx.data.rows import split_off
-from mis_mlx.models import load
+from mis_mlx.models.opening import load
 from mis_mlx.storage import files
 from mis_mlx.types import Checkpoint, MisError
 

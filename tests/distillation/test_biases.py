@@ -16,9 +16,11 @@ from mlx.utils import tree_flatten
 from mis_mlx.compute.token_losses import TokenLoss
 from mis_mlx.distillation import sharded
 from mis_mlx.gguf_export import rerounding, tensors
-from mis_mlx.models import arch, load, lora, model_writer
-from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
-from mis_mlx.models.config import shape_of
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.architectures.block_inputs import BlockInputs, BlockOutputs
+from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.opening import load
+from mis_mlx.models.writing import lora, model_writer
 from mis_mlx.pruning import reconstruct, slicing
 from mis_mlx.quantization import bit_allocation, packed_format, stage
 from mis_mlx.storage.files import DISK

@@ -18,7 +18,7 @@ from mis_mlx.data.token_windows import Windows, order
 from mis_mlx.distillation import live_teacher
 from mis_mlx.distillation.whole_model import WholeModel, value_and_grad
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import load
+from mis_mlx.models.opening import load
 from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage import logit_store
 from mis_mlx.storage.files import DISK

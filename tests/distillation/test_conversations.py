@@ -22,7 +22,7 @@ from mis_mlx.evaluation.answer_figures import AnswerBits
 from mis_mlx.evaluation.answer_records import Answer, AnswerPair, Prompt
 from mis_mlx.evaluation.answers import Judgement, ModelAnswers, TeacherAnswers
 from mis_mlx.hardware import memory
-from mis_mlx.models import load
+from mis_mlx.models.opening import load
 from mis_mlx.settings import workloads
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import DISK

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mis_mlx.models import load
+from mis_mlx.models.opening import load
 from mis_mlx.types import Checkpoint
 from tests import machines, tiny
 from tests.conftest import near

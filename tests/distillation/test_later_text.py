@@ -27,8 +27,8 @@ from mis_mlx.distillation import (
 )
 from mis_mlx.evaluation import answers
 from mis_mlx.hardware.rates import M1_AIR
-from mis_mlx.models import load
-from mis_mlx.models.model_size import model_of
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.planner import distillation_spec
 from mis_mlx.runs import run_loop
 from mis_mlx.storage import logit_store, run_folder

@@ -19,7 +19,9 @@ from mis_mlx.distillation import live_teacher
 from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.maths.losses import loss_noise_factor
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import load, modules, stream
+from mis_mlx.models.architectures import modules
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import stream
 from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.types import Checkpoint, Step
 from tests import tiny

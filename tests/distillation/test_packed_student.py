@@ -14,8 +14,8 @@ from mlx.utils import tree_flatten
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher, packed_student, pipeline
 from mis_mlx.distillation.whole_model import value_and_grad
-from mis_mlx.models import load
-from mis_mlx.models.families import family
+from mis_mlx.models.architectures.families import family
+from mis_mlx.models.opening import load
 from mis_mlx.quantization import learned_scales, packed_format
 from mis_mlx.settings.recipe import DistillationConfig
 from mis_mlx.storage.files import DISK

@@ -14,8 +14,8 @@ import pytest
 from mis_mlx import distill, plan
 from mis_mlx.compute import precision
 from mis_mlx.distillation import resolved_run
-from mis_mlx.models import load
-from mis_mlx.models.config import ffn_size, shape_of
+from mis_mlx.models.architectures.sizes import ffn_size, shape_of
+from mis_mlx.models.opening import load
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
 from tests import family_checks, tiny

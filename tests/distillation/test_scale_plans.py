@@ -19,8 +19,8 @@ from mis_mlx.hardware import memory
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import M1_AIR
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.models import load
-from mis_mlx.models.model_size import model_of
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.quantization import packed_format, scale_state
 from mis_mlx.settings.recipe import DistillationConfig, QuantizationConfig

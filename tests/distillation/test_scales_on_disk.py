@@ -16,7 +16,7 @@ import pytest
 from mis_mlx.compute.precision import POLICY
 from mis_mlx.distillation import live_teacher, packed_student
 from mis_mlx.hardware import memory
-from mis_mlx.models import load
+from mis_mlx.models.opening import load
 from mis_mlx.quantization import packed_format, scale_state
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import DISK, Files

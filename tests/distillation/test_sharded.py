@@ -23,7 +23,9 @@ from mis_mlx.distillation import live_teacher, sharded, train_loop
 from mis_mlx.hardware.clock import Clock
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
-from mis_mlx.models import load, model_writer, stream
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import stream
+from mis_mlx.models.writing import model_writer
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK, Files

@@ -26,8 +26,11 @@ from mis_mlx.hardware.rates import M1_AIR
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import arch, load, model_writer, pass_cost
-from mis_mlx.models.model_size import model_of
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.passing import pass_cost
+from mis_mlx.models.writing import model_writer
 from mis_mlx.planner.distillation_spec import MODES, DistillationSpec, Mode, spec_of
 from mis_mlx.pruning import pruning_cost, select
 from mis_mlx.quantization import packed_format

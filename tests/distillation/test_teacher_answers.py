@@ -18,8 +18,8 @@ from mis_mlx.distillation import teacher_answers
 from mis_mlx.evaluation import answers
 from mis_mlx.evaluation.answer_records import Answer
 from mis_mlx.hardware import memory
-from mis_mlx.models import load
-from mis_mlx.models.model_size import model_of
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.types import Budget, Checkpoint, MisError
 from tests import tiny
 

@@ -12,7 +12,8 @@ from mis_mlx import synthesize
 from mis_mlx.data import preparation, prompts, token_windows
 from mis_mlx.distillation import conversations, teacher_answers
 from mis_mlx.hardware import memory
-from mis_mlx.models import load, tool_calls
+from mis_mlx.models.opening import load
+from mis_mlx.models.writing import tool_calls
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 

@@ -15,7 +15,7 @@ import pytest
 from mis_mlx.compute import precision
 from mis_mlx.evaluation import answering, questions, task_answers
 from mis_mlx.hardware import memory
-from mis_mlx.models import load
+from mis_mlx.models.opening import load
 from mis_mlx.types import Budget, Checkpoint, MisError
 from tests import tiny
 

@@ -27,10 +27,11 @@ from mis_mlx.evaluation import (
 from mis_mlx.evaluation.answer_records import Answer, AnswerPair, Prompt
 from mis_mlx.evaluation.answers import AnswerBits, TeacherAnswers
 from mis_mlx.hardware import memory
-from mis_mlx.models import load, mlx_generate, opening, text_writer
-from mis_mlx.models.continuous_batch import Completion
-from mis_mlx.models.model_size import model_of
-from mis_mlx.models.stream import Stream
+from mis_mlx.models.opening import compute_type, load
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.passing.stream import Stream
+from mis_mlx.models.writing import mlx_generate, text_writer
+from mis_mlx.models.writing.continuous_batch import Completion
 from mis_mlx.planner import estimates
 from mis_mlx.types import Budget, Checkpoint, MisError
 from tests import tiny
@@ -278,7 +279,7 @@ def test_greedy_answers_are_mlx_lms(chat: Checkpoint) -> None:
     """What the model writes one token at a time, through the template; prompts of several turns,
     too.
     """
-    model, tokenizer = mlx_generate.open_model(opening.open_to_compute(chat.path))
+    model, tokenizer = mlx_generate.open_model(compute_type.open_to_compute(chat.path))
 
     said = answers.greedy(chat, [*THREE, LATER], memory.budget(None))
 

@@ -15,7 +15,8 @@ import pytest
 
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.evaluation import comparison
-from mis_mlx.models import load, stream
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import stream
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 

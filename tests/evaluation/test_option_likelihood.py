@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from mis_mlx.evaluation import option_likelihood
-from mis_mlx.models import load
-from mis_mlx.models.stream import Stream
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing.stream import Stream
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError

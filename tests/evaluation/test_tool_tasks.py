@@ -18,7 +18,8 @@ from mis_mlx.evaluation import (
     tool_tasks,
 )
 from mis_mlx.hardware import memory
-from mis_mlx.models import load, mlx_generate, tool_calls
+from mis_mlx.models.opening import load
+from mis_mlx.models.writing import mlx_generate, tool_calls
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 

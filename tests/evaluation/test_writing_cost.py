@@ -12,10 +12,11 @@ import pytest
 from mis_mlx.evaluation import writing_cost
 from mis_mlx.evaluation.writing_cost import WritingPlan
 from mis_mlx.hardware import memory
-from mis_mlx.models import load, streamed_batch
-from mis_mlx.models.draws import Draws, Sampling
-from mis_mlx.models.model_size import ModelSize, model_of
-from mis_mlx.models.stream import Stream
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import ModelSize, model_of
+from mis_mlx.models.passing.stream import Stream
+from mis_mlx.models.writing import streamed_batch
+from mis_mlx.models.writing.draws import Draws, Sampling
 from mis_mlx.types import Budget, Checkpoint
 from tests import tiny
 

@@ -223,7 +223,7 @@ def opened(folder: Path) -> str:
     import numpy as np
     import safetensors
 
-    from mis_mlx.models import load
+    from mis_mlx.models.opening import load
     from mis_mlx.storage.safetensors import lazy
     from mis_mlx.types import MisError
 

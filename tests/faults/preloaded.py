@@ -8,7 +8,7 @@ import importlib
 from pathlib import Path
 
 from mis_mlx import __main__, cli, prune
-from mis_mlx.models import load
+from mis_mlx.models.opening import load
 from mis_mlx.reporting import html
 from tests.faults import verdicts
 

@@ -32,7 +32,7 @@ from mis_mlx import (
     search,
     sft,
 )
-from mis_mlx.models import tokenizer_check
+from mis_mlx.models.opening import tokenizer_check
 from mis_mlx.types import MisError
 from tests.faults import jobs, liars
 from tests.faults.conftest import Note

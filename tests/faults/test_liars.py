@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mis_mlx.models import arch
+from mis_mlx.models.architectures import arch
 from mis_mlx.storage import safetensors
 from mis_mlx.storage.files import DISK
 from tests import tiny

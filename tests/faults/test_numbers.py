@@ -21,7 +21,7 @@ from mis_mlx import distill, sft
 from mis_mlx.alignment.sequence_packing import PackedDataset
 from mis_mlx.distillation import live_teacher, strategies
 from mis_mlx.maths.optimizer import Diverged
-from mis_mlx.models import load
+from mis_mlx.models.opening import load
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.types import MisError

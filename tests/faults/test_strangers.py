@@ -20,7 +20,8 @@ import pytest
 
 from mis_mlx.data import token_windows
 from mis_mlx.hardware import child_process
-from mis_mlx.models import load, model_writer, tokenizer_check
+from mis_mlx.models.opening import load, tokenizer_check
+from mis_mlx.models.writing import model_writer
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import MisError
 from tests import tiny

@@ -14,7 +14,8 @@ from gguf import GGUFReader, dequantize
 
 from mis_mlx import export
 from mis_mlx.gguf_export import gemma
-from mis_mlx.models import load, tensor_shapes, wheel_model
+from mis_mlx.models.architectures import tensor_shapes
+from mis_mlx.models.opening import load, wheel_model
 from mis_mlx.types import Checkpoint, MisError
 from tests import family_checks, tiny
 from tests.gguf_export import gemma_graph

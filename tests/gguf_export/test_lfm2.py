@@ -11,7 +11,8 @@ import numpy as np
 from gguf.quants import dequantize
 
 from mis_mlx import export
-from mis_mlx.models import arch, load
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.opening import load
 from mis_mlx.types import Checkpoint
 
 PLACES = {  # our names within a block: llama.cpp's

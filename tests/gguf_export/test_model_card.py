@@ -17,7 +17,7 @@ from tests.conftest import ITERS, Done
 
 def test_the_card_of_a_run(finished: tuple[Path, Done]) -> None:
     """Front matter that YAML reads, the run's own table to the letter, blocks kept, settings."""
-    from mis_mlx.models import load
+    from mis_mlx.models.opening import load
 
     run, _ = finished
     text = model_card.readme(

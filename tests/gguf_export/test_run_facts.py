@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from mis_mlx import cli, distill
 from mis_mlx.distillation import run_plan
 from mis_mlx.gguf_export import model_card, run_facts
-from mis_mlx.models import load
+from mis_mlx.models.opening import load
 from mis_mlx.types import Checkpoint
 from tests.conftest import ITERS, Done
 

@@ -17,7 +17,7 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFWriter, dequantize
 
 from mis_mlx.gguf_export import rerounding, tensors
-from mis_mlx.models import load
+from mis_mlx.models.opening import load
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.safetensors import spec_of, write_tensors
 from mis_mlx.types import Checkpoint, MisError

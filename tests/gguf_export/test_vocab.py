@@ -16,7 +16,7 @@ from gguf import GGUFWriter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from mis_mlx.gguf_export import vocab
-from mis_mlx.models.pre_tokenizers import KNOWN
+from mis_mlx.models.opening.pre_tokenizers import KNOWN
 from mis_mlx.types import MisError
 from tests import tiny
 

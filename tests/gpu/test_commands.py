@@ -40,8 +40,9 @@ from mis_mlx.compute import precision
 from mis_mlx.evaluation import answering
 from mis_mlx.hardware import memory, rates
 from mis_mlx.hardware.rates import Roof
-from mis_mlx.models import load, model_writer
-from mis_mlx.models.model_size import model_of
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.writing import model_writer
 from mis_mlx.planner import estimates
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError

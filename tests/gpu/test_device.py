@@ -15,7 +15,7 @@ from mis_mlx import doctor
 from mis_mlx.checks import engine, groups, hybrid_kernels, kernels
 from mis_mlx.compute import precision
 from mis_mlx.hardware import macos, memory
-from mis_mlx.models import stream
+from mis_mlx.models.passing import stream
 from mis_mlx.types import Budget
 
 DEVICES = [pytest.param("gpu", marks=pytest.mark.gpu), "cpu"]

@@ -23,8 +23,10 @@ from mis_mlx.compute import precision
 from mis_mlx.hardware import rates
 from mis_mlx.maths import losses
 from mis_mlx.maths.losses import token_logps
-from mis_mlx.models import load, lora, model_writer, opening, pass_cost, stream
-from mis_mlx.models.model_size import model_of
+from mis_mlx.models.opening import compute_type, load
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.passing import pass_cost, stream
+from mis_mlx.models.writing import lora, model_writer
 from mis_mlx.planner import estimates
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import packed_format
@@ -224,10 +226,10 @@ def test_overflow_is_found_and_avoided(
     another one in float16; a command's word goes first.
     """
     chip(newer)
-    opened = opening.open_to_compute(llama.path)
+    opened = compute_type.open_to_compute(llama.path)
     assert precision.dtype_of(opened) == mx.float16
     assert not capsys.readouterr().err
-    opened = opening.open_to_compute(overflowing.path)
+    opened = compute_type.open_to_compute(overflowing.path)
     assert [precision.dtype_of(opened) for _ in range(2)] == [want] * 2
     (line,) = capsys.readouterr().err.splitlines()
     name = str(want).removeprefix("mlx.core.")
@@ -235,7 +237,7 @@ def test_overflow_is_found_and_avoided(
     assert "65,504" in line
     assert line.endswith(f"in {name}")
     for asked in ("float32", "float16"):
-        opened = opening.open_to_compute(overflowing.path, Precision(asked=asked))
+        opened = compute_type.open_to_compute(overflowing.path, Precision(asked=asked))
         assert precision.dtype_of(opened) == precision.DTYPES[asked]
         assert opened.precision.asked == asked
     assert not capsys.readouterr().err
@@ -344,7 +346,7 @@ def test_weights_outside_of_blocks_count(
 ) -> None:
     """A last norm that float16 cannot hold is found before the first pass, too."""
     chip(False)
-    loud = opening.open_to_compute(tiny.loud(llama, tmp_path / "loud"))
+    loud = compute_type.open_to_compute(tiny.loud(llama, tmp_path / "loud"))
     assert precision.dtype_of(loud) == mx.float32
 
 
@@ -473,9 +475,11 @@ def test_the_look_sees_the_real_range(tmp_path: Path) -> None:
     checkpoint = load.open_checkpoint(tiny.make(tmp_path / "m"))
     source = stream.Stream(checkpoint, mx.float32)
     seen = 0.0
-    ids = np.unique([*range(opening.FREQUENT), *np.linspace(0, 511, opening.SPREAD).astype(int)])
+    ids = np.unique(
+        [*range(compute_type.FREQUENT), *np.linspace(0, 511, compute_type.SPREAD).astype(int)]
+    )
     (hidden,) = source.embed([mx.array(ids[None].astype(np.int32))])
     for _, block in source.blocks():
         hidden = block(hidden, load.mask(source.args, block, hidden))
         seen = max(seen, float(np.abs(np.array(hidden)).max()))
-    assert opening.largest_activation(checkpoint) == pytest.approx(seen, rel=2e-3)
+    assert compute_type.largest_activation(checkpoint) == pytest.approx(seen, rel=2e-3)

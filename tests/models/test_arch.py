@@ -13,8 +13,9 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from mis_mlx.models import arch, load, scenarios
-from mis_mlx.models.config import shape_of
+from mis_mlx.models.architectures import arch, scenarios
+from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.opening import load
 from mis_mlx.types import Checkpoint, MisError, TensorAt
 from tests import tiny
 

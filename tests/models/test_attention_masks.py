@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from mis_mlx.alignment import sequence_packing
-from mis_mlx.models import attention_masks, load, mlx_modules
-from mis_mlx.models.families import family
+from mis_mlx.models.architectures import mlx_modules
+from mis_mlx.models.architectures.families import family
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import attention_masks
 from mis_mlx.types import Checkpoint
 from tests import tiny
 

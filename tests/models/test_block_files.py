@@ -15,7 +15,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mis_mlx.models import load, model_writer
+from mis_mlx.models.opening import load
+from mis_mlx.models.writing import model_writer
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits, MisError

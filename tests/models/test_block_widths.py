@@ -15,8 +15,10 @@ import pytest
 from gguf.quants import dequantize
 
 from mis_mlx import distill, export, prune
-from mis_mlx.models import arch, block_widths, load, model_writer
-from mis_mlx.models.config import read_config
+from mis_mlx.models.architectures import arch, block_widths
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.config import read_config
+from mis_mlx.models.writing import model_writer
 from mis_mlx.pruning import reconstruct
 from mis_mlx.types import Checkpoint, MisError
 from tests import family_checks, stock, tiny

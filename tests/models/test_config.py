@@ -9,8 +9,10 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mis_mlx.models import arch, load
-from mis_mlx.models.config import normalised, read_config, shape_of
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.architectures.sizes import normalised, shape_of
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.config import read_config
 from mis_mlx.types import MisError
 from tests import tiny
 

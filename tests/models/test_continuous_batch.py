@@ -9,9 +9,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mis_mlx.models import continuous_batch, load
-from mis_mlx.models.continuous_batch import Completion, Room
-from mis_mlx.models.draws import Draws
+from mis_mlx.models.opening import load
+from mis_mlx.models.writing import continuous_batch
+from mis_mlx.models.writing.continuous_batch import Completion, Room
+from mis_mlx.models.writing.draws import Draws
 from mis_mlx.types import Checkpoint
 
 # Seven prompts of 1 to 9 tokens: in a batch of three, texts begin beside longer ones.

@@ -8,8 +8,9 @@ import mlx.core as mx
 import pytest
 
 from mis_mlx.compute import precision
-from mis_mlx.models import draws, load
-from mis_mlx.models.draws import Draws, Sampling
+from mis_mlx.models.opening import load
+from mis_mlx.models.writing import draws
+from mis_mlx.models.writing.draws import Draws, Sampling
 
 SEEDS = [3, 99, 2**31 + 5, (3 << 32) + 9, 0]
 

@@ -22,9 +22,13 @@ from mis_mlx.compute.token_losses import TokenLoss
 from mis_mlx.distillation import live_teacher
 from mis_mlx.distillation.whole_model import value_and_grad
 from mis_mlx.maths import losses
-from mis_mlx.models import arch, experts, load, stream, streamed_decode
-from mis_mlx.models.config import _opened_as, check_config, normalised, read_config, shape_of
-from mis_mlx.models.families import ALL, FAMILIES, OPENED_AS, family
+from mis_mlx.models.architectures import arch, experts
+from mis_mlx.models.architectures.families import ALL, FAMILIES, OPENED_AS, family
+from mis_mlx.models.architectures.sizes import normalised, shape_of
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.config import _opened_as, check_config, read_config
+from mis_mlx.models.passing import stream
+from mis_mlx.models.writing import streamed_decode
 from mis_mlx.types import Checkpoint, MisError
 from tests import stock, tiny
 from tests.conftest import mostly_slow

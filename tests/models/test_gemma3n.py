@@ -16,9 +16,13 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mis_mlx import plan, prune
-from mis_mlx.models import altup, arch, backward_pass, load, model_writer, tensor_shapes
-from mis_mlx.models.config import check_config, key_owners, read_config
-from mis_mlx.models.model_size import model_of
+from mis_mlx.models.architectures import altup, arch, tensor_shapes
+from mis_mlx.models.architectures.sizes import key_owners
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.config import check_config, read_config
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.passing import backward_pass
+from mis_mlx.models.writing import model_writer
 from mis_mlx.planner.distillation_spec import spec_of
 from mis_mlx.pruning import calibrate, vocabulary
 from mis_mlx.settings.recipe import DistillationConfig

@@ -26,17 +26,13 @@ from mis_mlx.distillation import live_teacher, sharded
 from mis_mlx.evaluation import option_likelihood
 from mis_mlx.evaluation.speed import rounds
 from mis_mlx.maths import losses
-from mis_mlx.models import (
-    arch,
-    backward_pass,
-    load,
-    model_writer,
-    pipeline_parallel,
-    stream,
-    text_writer,
-)
-from mis_mlx.models.config import check_config, key_owners, read_config, softcap
-from mis_mlx.models.config import ffn_size as ffn_of
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.architectures.sizes import ffn_size as ffn_of
+from mis_mlx.models.architectures.sizes import key_owners, softcap
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.config import check_config, read_config
+from mis_mlx.models.passing import backward_pass, pipeline_parallel, stream
+from mis_mlx.models.writing import model_writer, text_writer
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import bit_allocation, packed_format
 from mis_mlx.storage.files import DISK

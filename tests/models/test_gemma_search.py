@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from mis_mlx import distill, search
-from mis_mlx.models import arch, load, tensor_shapes
-from mis_mlx.models.config import shape_of
+from mis_mlx.models.architectures import arch, tensor_shapes
+from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.opening import load
 from mis_mlx.quantization import packed_format
 from mis_mlx.size_search import limits, shape_search, unequal_blocks
 from mis_mlx.storage import run_folder

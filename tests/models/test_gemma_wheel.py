@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 
-from mis_mlx.models import load, resolve, stream, wheel_model
+from mis_mlx.models.opening import load, resolve, wheel_model
+from mis_mlx.models.passing import stream
 from mis_mlx.storage.files import file_sha256
 from mis_mlx.types import MisError
 

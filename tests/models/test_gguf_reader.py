@@ -1,5 +1,5 @@
-"""models/wheel_model.py: a tiny GGUF, written as llama.cpp's converter writes one, comes back as it
-went in.
+"""models/opening/wheel_model.py: a tiny GGUF, written as llama.cpp's converter writes one, comes
+back as it went in.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import pytest
 from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_map, quants
 from tokenizers import Tokenizer, pre_tokenizers
 
-from mis_mlx.models import arch, wheel_model
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.opening import wheel_model
 from mis_mlx.storage import safetensors
 from mis_mlx.storage.files import file_sha256
 from mis_mlx.types import MisError

@@ -18,8 +18,12 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import plan, prune, search
 from mis_mlx.evaluation import option_likelihood
-from mis_mlx.models import arch, block_state, hybrid, load, model_writer, stream
-from mis_mlx.models.config import attends, check_config, read_config, shape_of
+from mis_mlx.models.architectures import arch, block_state, hybrid
+from mis_mlx.models.architectures.sizes import attends, shape_of
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.config import check_config, read_config
+from mis_mlx.models.passing import stream
+from mis_mlx.models.writing import model_writer
 from mis_mlx.pruning import slicing
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK

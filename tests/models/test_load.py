@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mis_mlx.models import load, resolve
+from mis_mlx.models.opening import load, resolve
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
@@ -67,7 +67,7 @@ def test_mlx_lm_leaves_the_process_as_it_was() -> None:
     code = """
 import resource
 before = resource.getrlimit(resource.RLIMIT_NOFILE)
-from mis_mlx.models import load, resolve
+from mis_mlx.models.opening import load, resolve
 import sys
 assert "mlx_lm" not in sys.modules, "imported before it is needed"
 load.mlx_lm("utils")

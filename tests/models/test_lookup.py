@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx.models import lookup
+from mis_mlx.models.architectures import lookup
 
 
 def slope(ids: mx.array, above: mx.array, table: mx.array) -> mx.array:

@@ -10,7 +10,8 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mis_mlx.compute import precision
-from mis_mlx.models import load, lora
+from mis_mlx.models.opening import load
+from mis_mlx.models.writing import lora
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
 from tests import family_checks

@@ -8,7 +8,8 @@ from mlx.utils import tree_flatten
 
 from mis_mlx.compute import precision
 from mis_mlx.evaluation.speed import rounds
-from mis_mlx.models import load, mlx_generate, opening
+from mis_mlx.models.opening import compute_type, load
+from mis_mlx.models.writing import mlx_generate
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
@@ -17,7 +18,7 @@ from tests import tiny
 
 def test_continuation_is_the_argmax_chain(llama: Checkpoint) -> None:
     """Greedy text equals taking the most likely token of the whole model again and again."""
-    model, tokenizer = mlx_generate.open_model(opening.open_to_compute(llama.path))
+    model, tokenizer = mlx_generate.open_model(compute_type.open_to_compute(llama.path))
     ids = tokenizer.encode("The for statement")
     said = mlx_generate.continuation(model, tokenizer, "The for statement", 6)
     want: list[int] = []
@@ -36,7 +37,7 @@ def test_a_prompt_of_exactly_so_many_tokens_is_timed(llama: Checkpoint) -> None:
     """Cut when too long, repeated when too short; one stamp a token, the end token does not end it,
     nor does a cache that holds some already.
     """
-    model, tokenizer = mlx_generate.open_model(opening.open_to_compute(llama.path))
+    model, tokenizer = mlx_generate.open_model(compute_type.open_to_compute(llama.path))
     ids = tokenizer.encode("for x in y")
     assert mlx_generate.prompt_ids(tokenizer, "for x in y", 2).tolist() == ids[:2]
     assert (
@@ -60,12 +61,12 @@ def test_floats_run_in_the_quick_type(
     root = tmp_path_factory.mktemp("speak")
     quick = precision.usual_dtype()
     model, _ = mlx_generate.open_model(
-        opening.open_to_compute(tiny.make(root / "bf16", dtype="BF16"))
+        compute_type.open_to_compute(tiny.make(root / "bf16", dtype="BF16"))
     )
     assert {p.dtype for _, p in tree_flatten(model.parameters())} == {quick}
     packed_format.write_quantized(
         llama, root / "q4", packed_format.formats_of(llama.config, 64), DISK
     )
-    model, tokenizer = mlx_generate.open_model(opening.open_to_compute(root / "q4"))
+    model, tokenizer = mlx_generate.open_model(compute_type.open_to_compute(root / "q4"))
     assert {p.dtype for _, p in tree_flatten(model.parameters())} == {quick, mx.uint32}
     assert isinstance(mlx_generate.continuation(model, tokenizer, "The if statement", 4), str)

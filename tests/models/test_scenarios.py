@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from mis_mlx import cli, distill, flag_help, plan, prune
-from mis_mlx.models import scenarios
+from mis_mlx.models.architectures import scenarios
 from mis_mlx.runs import run_loop
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError

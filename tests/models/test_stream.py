@@ -14,7 +14,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mis_mlx.hardware import memory
-from mis_mlx.models import load, pipeline_parallel, stream
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import pipeline_parallel, stream
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError

@@ -9,7 +9,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mis_mlx.models import load, stream, streamed_batch
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import stream
+from mis_mlx.models.writing import streamed_batch
 from mis_mlx.types import Checkpoint
 from tests import tiny
 from tests.conftest import mostly_slow

@@ -14,8 +14,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx.models import load, mlx_generate, resolve, streamed_decode
-from mis_mlx.models.stream import Stream
+from mis_mlx.models.opening import load, resolve
+from mis_mlx.models.passing.stream import Stream
+from mis_mlx.models.writing import mlx_generate, streamed_decode
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint

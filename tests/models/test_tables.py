@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from mis_mlx import export
-from mis_mlx.models import load
-from mis_mlx.models.config import shape_of
-from mis_mlx.models.model_size import model_of
-from mis_mlx.models.pass_cost import tensor_bytes
+from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.passing.pass_cost import tensor_bytes
 from mis_mlx.pruning import pruning_cost, slicing
 from mis_mlx.quantization import embedding_costs, packed_format, rounding_cost
 from mis_mlx.settings.recipe import QuantizationConfig

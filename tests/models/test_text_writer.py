@@ -11,12 +11,13 @@ import pytest
 
 from mis_mlx.evaluation import writing_cost
 from mis_mlx.hardware import memory
-from mis_mlx.models import load, opening, text_writer
-from mis_mlx.models.continuous_batch import Room
-from mis_mlx.models.draws import Draws, Sampling
-from mis_mlx.models.model_size import model_of
-from mis_mlx.models.stream import Stream
-from mis_mlx.models.text_writer import TextWriter
+from mis_mlx.models.opening import compute_type, load
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.passing.stream import Stream
+from mis_mlx.models.writing import text_writer
+from mis_mlx.models.writing.continuous_batch import Room
+from mis_mlx.models.writing.draws import Draws, Sampling
+from mis_mlx.models.writing.text_writer import TextWriter
 from mis_mlx.types import Checkpoint
 from tests.conftest import mostly_slow
 
@@ -125,7 +126,7 @@ def test_writing_side_by_side_takes_what_the_plan_says(llama: Checkpoint) -> Non
     prompts' own caches go when the batch begins. Kept, they made it six tenths and more here, and
     more than all of it for a real model.
     """
-    writer = text_writer.opened(opening.open_to_compute(llama.path), None)
+    writer = text_writer.opened(compute_type.open_to_compute(llama.path), None)
     prompts = [[5, 6, 7, 8] * 15] * 32
     planned = writing_cost.resident_bytes(model_of(llama), at_once=32, tokens=100)
     mx.clear_cache()

@@ -24,8 +24,8 @@ from tokenizers import (
     trainers,
 )
 
-from mis_mlx.models import load, tokenizer_check, trimmed_tokenizer
-from mis_mlx.models.trimmed_tokenizer import Vocabulary
+from mis_mlx.models.opening import load, tokenizer_check, trimmed_tokenizer
+from mis_mlx.models.opening.trimmed_tokenizer import Vocabulary
 from mis_mlx.types import MisError
 from tests import tiny
 

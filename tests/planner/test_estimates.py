@@ -20,8 +20,10 @@ from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import M1_AIR, Rates
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths.losses import chunk_rows
-from mis_mlx.models import arch, load, opening, pass_cost, stream
-from mis_mlx.models.model_size import model_of
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.opening import compute_type, load
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.passing import pass_cost, stream
 from mis_mlx.planner import estimates
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
@@ -287,8 +289,8 @@ def test_blocks_that_stay_are_within_the_plan(
     monkeypatch.setenv(precision.POLICY, word)
     if beyond:
         monkeypatch.setattr(rates, "computes_bfloat16", lambda: True)
-        monkeypatch.setattr(opening, "largest_activation", lambda _: float("inf"))
-    checkpoint = opening.with_precision(stored(kind), UNDECIDED)
+        monkeypatch.setattr(compute_type, "largest_activation", lambda _: float("inf"))
+    checkpoint = compute_type.with_precision(stored(kind), UNDECIDED)
     m = model_of(checkpoint)
     dtype = precision.dtype_of(checkpoint)
     batches = [mx.array([[*range(64)]])]

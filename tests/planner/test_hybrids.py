@@ -13,8 +13,10 @@ import pytest
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher, sharded, training_cost
 from mis_mlx.hardware import memory
-from mis_mlx.models import load, model_writer, pass_cost, stream
-from mis_mlx.models.model_size import model_of
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.passing import pass_cost, stream
+from mis_mlx.models.writing import model_writer
 from mis_mlx.planner.distillation_spec import spec_of
 from mis_mlx.settings.recipe import DistillationConfig, TrainingConfig
 from mis_mlx.storage.files import DISK

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from mis_mlx.models import pipeline_parallel
+from mis_mlx.models.passing import pipeline_parallel
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mis_mlx.compute import streams
-from mis_mlx.models import mlx_modules
-from mis_mlx.models.families import family
-from mis_mlx.models.model_size import BY_FORMULA, model_of
+from mis_mlx.models.architectures import mlx_modules
+from mis_mlx.models.architectures.families import family
+from mis_mlx.models.opening.model_size import BY_FORMULA, model_of
 from mis_mlx.planner import block_cost, measured_block
 from mis_mlx.types import GIB
 from tests import tiny

@@ -18,8 +18,8 @@ from mis_mlx.distillation import live_teacher, training_cost
 from mis_mlx.distillation.live_teacher import StreamedTeacher, TextTargets
 from mis_mlx.distillation.whole_model import WholeModel, value_and_grad
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.models import load
-from mis_mlx.models.model_size import model_of
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.settings.recipe import DistillationConfig
 from mis_mlx.types import Checkpoint, MisError, Step
 from tests import tiny

@@ -10,7 +10,9 @@ import pytest
 
 from mis_mlx.compute import precision
 from mis_mlx.maths import importance
-from mis_mlx.models import load, modules, stream
+from mis_mlx.models.architectures import modules
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import stream
 from mis_mlx.pruning import calibrate
 from mis_mlx.types import Checkpoint, MisError, Reading
 from tests import tiny

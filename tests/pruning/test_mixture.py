@@ -13,8 +13,11 @@ import pytest
 
 from mis_mlx import distill, plan, prune
 from mis_mlx.maths import importance
-from mis_mlx.models import arch, experts, load, model_writer
-from mis_mlx.models.config import check_config, shape_of
+from mis_mlx.models.architectures import arch, experts
+from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.config import check_config
+from mis_mlx.models.writing import model_writer
 from mis_mlx.pruning import calibrate, reconstruct
 from mis_mlx.types import MisError
 from tests import tiny
@@ -213,7 +216,7 @@ def test_an_eighth_of_the_model(
     """Calibration and cut of 75 MB of experts take less memory than an eighth of the model above
     what MLX held.
     """
-    monkeypatch.setattr("mis_mlx.models.stream.GROUP_BYTES", 2**20)
+    monkeypatch.setattr("mis_mlx.models.passing.stream.GROUP_BYTES", 2**20)
     big = {**MIXTURE, "num_experts": 16, "moe_intermediate_size": 1024, "num_hidden_layers": 6}
     model = tiny.make(tmp_path / "m", **big)
     nbytes = load.open_checkpoint(model).nbytes

@@ -17,8 +17,11 @@ import pytest
 from mis_mlx import distill
 from mis_mlx.maths import reconstruction
 from mis_mlx.maths.reconstruction import RIDGES
-from mis_mlx.models import load, model_writer, modules, stream
-from mis_mlx.models.config import shape_of
+from mis_mlx.models.architectures import modules
+from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import stream
+from mis_mlx.models.writing import model_writer
 from mis_mlx.pruning import reconstruct, slicing
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits, Precision

@@ -18,8 +18,11 @@ import pytest
 from mis_mlx import prune
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.evaluation import comparison
-from mis_mlx.models import arch, load, model_writer, stream
-from mis_mlx.models.config import shape_of
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import stream
+from mis_mlx.models.writing import model_writer
 from mis_mlx.pruning import reconstruct, select, slicing
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits, MisError, Reading

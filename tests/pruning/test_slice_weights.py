@@ -13,8 +13,9 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from mis_mlx.models import load, model_writer
-from mis_mlx.models.config import shape_of
+from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.opening import load
+from mis_mlx.models.writing import model_writer
 from mis_mlx.pruning import slicing
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits

@@ -20,11 +20,12 @@ from mis_mlx import distill, prune, report
 from mis_mlx.compute import precision
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.evaluation import comparison
-from mis_mlx.models import load, stream
-from mis_mlx.models.config import shape_of
-from mis_mlx.models.model_size import model_of
-from mis_mlx.models.stream import Stream
-from mis_mlx.models.trimmed_tokenizer import Vocabulary
+from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.opening.trimmed_tokenizer import Vocabulary
+from mis_mlx.models.passing import stream
+from mis_mlx.models.passing.stream import Stream
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import packed_format
 from mis_mlx.size_search import candidates, finalists

@@ -14,8 +14,10 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mis_mlx.maths import rounding
-from mis_mlx.models import arch, backward_pass, load
-from mis_mlx.models.block_inputs import BlockInputs, BlockOutputs
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.architectures.block_inputs import BlockInputs, BlockOutputs
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import backward_pass
 from mis_mlx.quantization import bit_allocation, packed_format
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage.files import DISK

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from mis_mlx.compute import precision
-from mis_mlx.models import backward_pass, load
-from mis_mlx.models.config import softcap
+from mis_mlx.models.architectures.sizes import softcap
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import backward_pass
 from mis_mlx.quantization.embedding_costs import VocabularyCosts
 from mis_mlx.types import Precision
 from tests import family_checks, tiny

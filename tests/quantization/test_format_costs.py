@@ -13,7 +13,8 @@ import pytest
 from mis_mlx import quantize
 from mis_mlx.gguf_export import tensors
 from mis_mlx.maths import rounding
-from mis_mlx.models import arch, load
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.opening import load
 from mis_mlx.quantization import bit_allocation, format_costs, packed_format
 from mis_mlx.quantization.packed_format import Format
 from mis_mlx.settings.recipe import QuantizationConfig

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from mis_mlx.maths import gptq, reconstruction, rounding
-from mis_mlx.models import arch, load, opening, stream
-from mis_mlx.models.config import shape_of
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.opening import compute_type, load
+from mis_mlx.models.passing import stream
 from mis_mlx.pruning import slicing
 from mis_mlx.quantization import packed_format, stage
 from mis_mlx.quantization.journal import Journal
@@ -318,7 +320,7 @@ def test_not_a_number_is_refused(
 def test_inputs_that_overflow_are_refused(tmp_path: Path, batches: list[mx.array]) -> None:
     """Finite weights whose products are not: no gram matrix can be made of that."""
     bad = spoilt(tmp_path, "model.layers.1.mlp.up_proj.weight", 1e38)
-    bad = opening.open_to_compute(bad.path, UNDECIDED)  # in a type that holds the weights
+    bad = compute_type.open_to_compute(bad.path, UNDECIDED)  # in a type that holds the weights
     with pytest.raises(
         MisError, match="model.layers.1.mlp.down_proj meets values that are not finite"
     ):

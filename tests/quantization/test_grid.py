@@ -13,7 +13,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mis_mlx.distillation import pipeline
-from mis_mlx.models import load, stream
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import stream
 from mis_mlx.quantization import learned_scales, packed_format
 from mis_mlx.settings.recipe import DistillationConfig
 from mis_mlx.storage.files import DISK

@@ -11,9 +11,10 @@ import mlx.core as mx
 import pytest
 
 from mis_mlx.maths import rounding
-from mis_mlx.models import arch, load
-from mis_mlx.models.config import shape_of
-from mis_mlx.models.model_size import model_of
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.pruning import slicing
 from mis_mlx.quantization import packed_format, rounding_cost
 from mis_mlx.settings import recipe

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx.models import stream
+from mis_mlx.models.passing import stream
 from mis_mlx.storage import block_reader
 from mis_mlx.storage.block_reader import GAP, PAGE, PIECE, Layout, Reader
 from mis_mlx.storage.files import DISK

@@ -99,7 +99,7 @@ def find(name: str, where: str, tmp_path: Path, **more: str) -> subprocess.Compl
     imported.
     """
     code = f"""
-from mis_mlx.models import resolve
+from mis_mlx.models.opening import resolve
 from mis_mlx.storage import hub
 from mis_mlx.types import MisError
 hub.ANSWER_S = 2.0

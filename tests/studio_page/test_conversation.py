@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mis_mlx.models import load
+from mis_mlx.models.opening import load
 from mis_mlx.studio_page.conversation import Asked, Conversation, figure_words
 from mis_mlx.studio_page.places import Place
 from mis_mlx.types import MisError

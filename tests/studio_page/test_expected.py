@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mis_mlx import cli, distill
-from mis_mlx.models import resolve
+from mis_mlx.models.opening import resolve
 from mis_mlx.storage import hub
 from mis_mlx.studio_page import expected
 from tests import tiny

@@ -25,8 +25,11 @@ from mis_mlx.evaluation import judging_cost
 from mis_mlx.hardware import rates
 from mis_mlx.hardware.thermal.thermal_monitor import Monitor
 from mis_mlx.maths.stats import summary
-from mis_mlx.models import arch, config, load, mlx_generate, pass_cost, stream
-from mis_mlx.models.model_size import model_of
+from mis_mlx.models.architectures import arch, stored_form
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.passing import pass_cost, stream
+from mis_mlx.models.writing import mlx_generate
 from mis_mlx.types import Checkpoint, Row
 
 WARM_UP = 4  # tokens after the whole prompt, which are not timed
@@ -114,7 +117,7 @@ def load_model(checkpoint: Checkpoint) -> BenchmarkModel:
     read_bytes = 0
     for name, array in arrays.items():
         nbytes += array.nbytes
-        if not config.inside_names(name)[0].startswith(tables):
+        if not stored_form.inside_names(name)[0].startswith(tables):
             read_bytes += array.nbytes
     stream.load_checked(model, f"{checkpoint.path}: ")
     return BenchmarkModel(

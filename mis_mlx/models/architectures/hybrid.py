@@ -1,0 +1,210 @@
+"""Models with two kinds of blocks: attention, and LFM2's short convolution or a gated delta rule.
+
+LFM2's attention blocks are those of mlx-lm's qwen3, which compute the same thing under the names
+that all families have here.
+"""
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mis_mlx.models.architectures import block_state, gated_delta, lookup
+from mis_mlx.models.architectures.families import Config, family
+from mis_mlx.models.architectures.sizes import normalised
+
+DELTA = "linear_attention"  # the kind of Qwen 3.5's blocks without attention
+
+
+def model_args(module: ModuleType, config: Config) -> Any:
+    """The ModelArgs of the blocks, with the kind of each. module: that of the attention blocks."""
+    full = normalised(config)
+    row = family(config)
+    if row.stateful == DELTA:
+        full["rope_parameters"] = dict(full["rope_parameters"])  # it is changed in place
+        args = module.TextModelArgs.from_dict(full)
+    else:
+        full.pop("rope_parameters", None)  # their theta stands in the config itself
+        args = module.ModelArgs.from_dict(full)
+        args.conv_L_cache = config["conv_L_cache"]
+    args.layer_types = list(config["layer_types"])
+    args.stateful = row.stateful
+    return args
+
+
+class Kernel(nn.Module):
+    """The weights of a causal convolution, one kernel for each channel: (D, width, 1)."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        scale = width**-0.5
+        self.weight = mx.random.uniform(-scale, scale, (channels, width, 1))
+
+
+class ShortConv(nn.Module):
+    """A causal convolution over a few tokens, between two gates.
+
+    It is written as a sum of shifted products: MLX's own convolution takes three times as long on a
+    CPU, forwards and back.
+    """
+
+    def __init__(self, hidden: int, width: int):
+        super().__init__()
+        self.in_proj = nn.Linear(hidden, 3 * hidden, bias=False)
+        self.conv = Kernel(hidden, width)
+        self.out_proj = nn.Linear(hidden, hidden, bias=False)
+
+    @property
+    def reach(self) -> int:
+        """The number of earlier tokens that a token sees."""
+        return self.conv.weight.shape[1] - 1  # type: ignore[no-any-return]
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        """(B, T, D) -> (B, T, D).
+
+        mask: rows before each row (`block_state.before`), or (B, T) booleans that are false for
+        padding in front; None: rows follow each other. cache: None, mlx-lm's ArraysCache, or
+        `block_state.Columns`, whose columns `mask` counts then.
+        """
+        joined = self.in_proj(x)
+        gate, gate_out, inner = mx.split(joined, 3, axis=-1)
+        gated = gate * inner
+        if mask is not None and mask.dtype == mx.bool_:
+            gated = mx.where(mask[..., None], gated, 0)
+            mask = None
+        if mask is None:
+            mixed = self.after(gated, cache)
+        else:
+            columns = gated if cache is None else cache.extended(gated)
+            mixed = self._picked(gated, columns, mask)
+        return self.out_proj(gate_out * mixed)  # type: ignore[no-any-return]
+
+    def after(self, gated: mx.array, cache: Any) -> mx.array:
+        """The convolution of rows that follow each other, and what the cache holds."""
+        length = gated.shape[1]
+        rows = gated_delta.behind_earlier(gated, cache, self.reach)
+        if cache is not None:
+            gated_delta.remember(cache, rows, self.reach)
+            cache.advance(length)
+        return gated_delta.convolved(rows, self.conv.weight[..., 0], length)
+
+    def _picked(self, gated: mx.array, columns: mx.array, before: mx.array) -> mx.array:
+        """The convolution over the columns that stand before each row, wherever they are."""
+        batch, _, channels = columns.shape
+        kernel = self.conv.weight[..., 0]
+        zeros = mx.zeros((batch, 1, channels), columns.dtype)
+        padded = mx.concatenate([columns, zeros], axis=1)
+        last = columns.shape[1]
+        numbers = mx.where(before < 0, last, before)
+        shape = (batch, *numbers.shape[-2:])
+        numbers = mx.broadcast_to(numbers, shape)
+        total = mx.zeros_like(gated)
+        for distance in range(self.reach, 0, -1):
+            index = numbers[..., distance - 1, None]
+            earlier = mx.take_along_axis(padded, index, axis=1)
+            place = self.reach - distance
+            total = total + earlier * kernel[:, place]
+        own = gated * kernel[:, self.reach]
+        return total + own
+
+
+class ConvBlock(nn.Module):
+    """A block with a short convolution in place of attention, called as the others are."""
+
+    def __init__(self, module: ModuleType, args: Any):
+        super().__init__()
+        hidden = args.hidden_size
+        eps = args.rms_norm_eps
+        self.input_layernorm = nn.RMSNorm(hidden, eps=eps)
+        self.conv = ShortConv(hidden, args.conv_L_cache)
+        self.post_attention_layernorm = nn.RMSNorm(hidden, eps=eps)
+        self.mlp = module.MLP(hidden, args.intermediate_size)
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        """(B, T, D) -> (B, T, D). mask, cache: as of `ShortConv`."""
+        normed = self.input_layernorm(x)
+        mixed = self.conv(normed, mask, cache)
+        h = x + mixed
+        normed = self.post_attention_layernorm(h)
+        return h + self.mlp(normed)  # type: ignore[no-any-return]
+
+
+def block(module: ModuleType, args: Any, i: int) -> nn.Module:
+    """Block i, of random weights. module, args: as of `model_args`."""
+    if args.stateful == DELTA:
+        return gated_delta.block(module, args, i)
+    if args.layer_types[i] == args.stateful:
+        return ConvBlock(module, args)
+    attention: nn.Module = module.TransformerBlock(args)
+    return attention
+
+
+class _Inner(nn.Module):
+    """A whole model but for its head: token ids -> the head's input."""
+
+    def __init__(self, module: ModuleType, args: Any):
+        super().__init__()
+        hidden = args.hidden_size
+        layers = range(args.num_hidden_layers)
+        self.embed_tokens = lookup.Embedding(args.vocab_size, hidden)
+        self.layers = [block(module, args, i) for i in layers]
+        self.norm = nn.RMSNorm(hidden, eps=args.rms_norm_eps)
+        self._module = module
+
+    def __call__(self, tokens: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
+        """(B, T) -> (B, T, D). cache: one for each block, of `Model.make_cache`."""
+        hidden = self.embed_tokens(tokens)
+        caches = list(cache or [None] * len(self.layers))
+        # both masks are those before any cache is filled
+        masks = [self._mask(i, hidden, caches[i]) for i in self._firsts()]
+        for layer, own_cache in zip(self.layers, caches, strict=True):
+            mask = masks[int(block_state.attends(layer))]
+            hidden = layer(hidden, mask, cache=own_cache)
+        return self.norm(hidden)  # type: ignore[no-any-return]
+
+    def _firsts(self) -> list[int]:
+        """The first block without attention, and the first one with it."""
+        kinds = [block_state.attends(layer) for layer in self.layers]
+        return [kinds.index(False), kinds.index(True)]
+
+    def _mask(self, i: int, hidden: mx.array, cache: Any) -> Any:
+        if block_state.attends(self.layers[i]):
+            return self._module.create_attention_mask(hidden, cache)
+        if cache is None:
+            return None
+        return cache.make_mask(hidden.shape[1])
+
+
+class Model(nn.Module):
+    """A whole model of random weights, used as mlx-lm's other models are.
+
+    `model` gives the head's input and has tensors by our names. module, args: as of `block`.
+    caches: mlx_lm.models.cache.
+    """
+
+    def __init__(self, module: ModuleType, args: Any, caches: ModuleType):
+        super().__init__()
+        self.args = args
+        self.model_type = args.model_type
+        self.model = _Inner(module, args)
+        if not args.tie_word_embeddings:
+            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+        self._caches = caches
+
+    def __call__(self, tokens: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
+        """Token ids (B, T) -> logits (B, T, V)."""
+        hidden = self.model(tokens, cache)
+        if self.args.tie_word_embeddings:
+            return self.model.embed_tokens.as_linear(hidden)  # type: ignore[no-any-return]
+        return self.lm_head(hidden)  # type: ignore[no-any-return]
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The blocks."""
+        return self.model.layers  # type: ignore[no-any-return]
+
+    def make_cache(self) -> list[Any]:
+        """A new state for each block."""
+        return [block_state.cache(self._caches, layer, None) for layer in self.layers]

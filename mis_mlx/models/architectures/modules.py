@@ -1,0 +1,177 @@
+"""Modules that mlx-lm lacks, or that must be called in another way than mlx-lm calls them; and the
+weight of one, packed or not.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mis_mlx.models.architectures.experts import Expert, Experts, ReadExperts
+from mis_mlx.models.architectures.families import Config, family
+from mis_mlx.models.architectures.sizes import shape_of
+
+
+class SideProjection(nn.Module):
+    """The channels that every block gets for each token, as mlx-lm computes them.
+
+    Half of each comes from a table, half is projected from the embedding.
+    """
+
+    def __init__(self, hidden: int, layers: int, width: int, eps: float):
+        super().__init__()
+        self.per_layer_model_projection = nn.Linear(hidden, layers * width, bias=False)
+        self.per_layer_projection_norm = nn.RMSNorm(width, eps=eps)
+        self._hidden = hidden
+        self._width = width
+
+    def __call__(self, rows: mx.array, embedded: mx.array) -> mx.array:
+        """rows (n, L P) of the table, embedded (n, D) as the first block gets it -> (n, L, P)."""
+        return self.channels(rows, embedded)
+
+    def channels(self, rows: mx.array, embedded: mx.array) -> mx.array:
+        """The same; for a model that is called in another way."""
+        by_block = (-1, self._width)
+        projected = self.per_layer_model_projection(embedded) * self._hidden**-0.5
+        projected = mx.unflatten(projected, -1, by_block)
+        projected = self.per_layer_projection_norm(projected)
+        rows = mx.unflatten(rows * self._width**0.5, -1, by_block)
+        return (projected + rows) * 2.0**-0.5
+
+
+class InputRecorder(nn.Module):
+    """A module in the place of `inner` that calls it, and remembers its inputs (B, T, in)."""
+
+    def __init__(self, inner: Any):
+        super().__init__()
+        self.inner = inner
+        self._seen: list[mx.array] = []  # underscore: not a parameter
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self._seen.append(x)
+        return self.inner(x)
+
+    def take(self) -> mx.array:
+        """The input of the first call that was not taken yet."""
+        return self._seen.pop(0)
+
+
+def separate_experts(
+    block: nn.Module, config: Config, read_experts: ReadExperts | None = None
+) -> None:
+    """Replace the stacked experts of one of mlx-lm's blocks by `Experts`.
+
+    read_experts: as of `Experts`; default: the experts are modules of this block, of random
+    weights.
+    """
+    shape = shape_of(config)
+    row = family(config)
+    part = block[row.mlp]
+    activation = part.pop(row.switch).activation
+    parts = []
+    if not read_experts:
+        parts = [Expert(row, shape.hidden, shape.ffn, activation) for _ in range(shape.experts)]
+    part.experts = Experts(parts, read_experts)
+    if row.switch != "experts":
+        # mlx-lm's code reads this attribute. It stays outside the module's tree, which has the
+        # experts once, under the name that their tensors have on disk.
+        object.__setattr__(part, row.switch, part.experts)
+
+
+class ScaledQueries:
+    """What a block whose queries grow with their positions has beside mlx-lm's code.
+
+    positions (T,) or (B, T): where each row stands in its text; None: rows follow each other, as
+    mlx-lm counts them.
+    """
+
+    positions: mx.array | None = None
+    self_attn: Any
+
+    def factor(self, dtype: mx.Dtype) -> mx.array | None:
+        """That of the queries (B, H, T, d), or None where mlx-lm computes it."""
+        if self.positions is None:
+            return None
+        attention = self.self_attn
+        times = mx.floor(self.positions / attention.original_max_position_embeddings)
+        factor = 1 + attention.scaling_beta * mx.log(1 + times)
+        return factor[..., None, :, None].astype(dtype)
+
+
+def uniform(block: nn.Module) -> nn.Module:
+    """The same block, callable as those of other families: block(x, mask, cache=cache).
+
+    Its class takes the factor of its queries as the second argument, and computes it where that is
+    None.
+    """
+
+    class Block(ScaledQueries, type(block)):  # type: ignore[misc]
+        def __call__(self, x: mx.array, *given: Any, cache: Any = None) -> mx.array:
+            if len(given) < 2:
+                factor = self.factor(x.dtype)
+                given = (factor, *given)
+            return super().__call__(x, *given, cache=cache)
+
+    # A module around the block would change the names of its parameters.
+    block.__class__ = Block
+    return block
+
+
+@contextmanager
+def at_positions(block: nn.Module, positions: mx.array) -> Iterator[None]:
+    """Inside the `with`, row i of a block's queries grows as positions[i] says, if they grow.
+
+    positions: as of `ScaledQueries`.
+    """
+    if not isinstance(block, ScaledQueries):
+        yield
+        return
+    before = block.positions
+    # `nn.Module` would take an array for a parameter
+    object.__setattr__(block, "positions", positions)
+    try:
+        yield
+    finally:
+        object.__setattr__(block, "positions", before)
+
+
+def divided(norm: nn.Module, config: Config) -> nn.Module:
+    """The same last norm, its output divided by the config's divisor of logits.
+
+    So no head has to divide.
+    """
+    divisor = float(config.get(family(config).logit_divisor) or 1.0)
+    if divisor == 1.0:
+        return norm
+
+    class Norm(type(norm)):  # type: ignore[misc]
+        def __call__(self, x: mx.array) -> mx.array:
+            return super().__call__(x) / divisor
+
+    norm.__class__ = Norm
+    return norm
+
+
+def dense_weight(linear: nn.Module, rows: slice = slice(None)) -> mx.array:
+    """The (out, in) float32 matrix of a linear layer or embedding, quantized or not. Lazy.
+
+    rows: those of its rows that are wanted.
+    """
+    if not isinstance(linear, nn.QuantizedLinear | nn.QuantizedEmbedding):
+        return linear.weight[rows].astype(mx.float32)
+    packed = linear.weight[rows]
+    scales = linear.scales[rows]
+    biases = linear.get("biases")
+    if biases is not None:
+        biases = biases[rows]
+    matrix = mx.dequantize(
+        packed,
+        scales,
+        biases,
+        group_size=linear.group_size,
+        bits=linear.bits,
+        mode=linear.mode,
+    )
+    return matrix.astype(mx.float32)

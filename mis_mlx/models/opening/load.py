@@ -1,0 +1,496 @@
+"""Open a model folder and fill mlx-lm's modules from it."""
+
+import math
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mis_mlx.compute import precision
+from mis_mlx.hardware.rates import on_gpu
+from mis_mlx.maths import losses, rounding
+from mis_mlx.models.architectures import altup, arch, block_inputs, experts, lookup, modules
+from mis_mlx.models.architectures.arch import PER_LAYER
+from mis_mlx.models.architectures.experts import Expert, ReadExperts
+from mis_mlx.models.architectures.families import Config, family
+from mis_mlx.models.architectures.mlx_modules import mask as mask
+from mis_mlx.models.architectures.mlx_modules import mlx_lm as mlx_lm
+from mis_mlx.models.architectures.mlx_modules import model_args as model_args
+from mis_mlx.models.architectures.mlx_modules import new_block, new_model
+from mis_mlx.models.architectures.mlx_modules import window as window
+from mis_mlx.models.architectures.modules import SideProjection
+from mis_mlx.models.architectures.sizes import shape_of, softcap
+from mis_mlx.models.architectures.sizes import versions as versions_of
+from mis_mlx.models.opening import tokenizer_check
+from mis_mlx.models.opening.config import read_config, say_once
+from mis_mlx.storage import safetensors
+from mis_mlx.storage.block_reader import Reader
+from mis_mlx.storage.safetensors import InParts
+from mis_mlx.types import UNDECIDED, Checkpoint, MisError, Precision
+
+Raw = Mapping[str, mx.array]  # tensors as stored on disk, by full name
+EMBEDDING = "model.embed_tokens."
+NORM = "model.norm."
+# What has a row for each token: too large to be in memory whole while a model is written.
+TABLES = (f"{EMBEDDING}weight", "lm_head.weight", f"{PER_LAYER}weight")
+SETTINGS = ("group_size", "bits", "mode")
+TABLE_PART = 2**23  # numbers of a table that are read and written at a time
+VISION = re.compile(  # tensors of parts that see or hear
+    r"(model\.)?(vision_tower|multi_modal_projector|audio_tower|embed_audio|embed_vision"
+    r"|vision_embedder)\."
+)
+
+
+def open_checkpoint(
+    path: str | Path,
+    precision: Precision = UNDECIDED,
+) -> Checkpoint:
+    """A model folder whose headers and config are checked, and fit each other. Reads no weights.
+
+    precision: what it computes in; nothing is decided here (models/opening/compute_type does).
+    """
+    folder = Path(path)
+    config = read_config(folder)
+    tensors = safetensors.index(folder)
+    seeing = set(filter(VISION.match, tensors))
+    if seeing:
+        what = "see or hear" if family(config).per_layer else "see"
+        say_once(
+            f"{folder}: only the text part is opened, a {family(config).name}, without "
+            f"{len(seeing)} tensors that {what}"
+        )
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in seeing}
+    inside = arch.inside(tensors, config)
+    checkpoint = Checkpoint(folder, config, inside, precision)
+    arch.check_tensors(checkpoint)
+    return checkpoint
+
+
+def _quantize(
+    module: nn.Module, prefix: str, checkpoint: Checkpoint, without: Collection[str] = ()
+) -> None:
+    """Replace the layers under `prefix` whose weights are packed on disk by quantized ones.
+
+    A CPU reads packed weights slowly: there the layers stay, and `weights` de-quantizes. without:
+    as of `block`.
+    """
+    if not arch.is_quantized(checkpoint.tensors) or not precision.keeps_packed():
+        return
+
+    def settings(path: str, layer: nn.Module) -> bool | dict[str, Any]:
+        if not hasattr(layer, "to_quantized") or prefix + path in without:
+            return False
+        return packing(checkpoint, prefix + path)
+
+    nn.quantize(module, class_predicate=settings)
+
+
+def packing(checkpoint: Checkpoint, path: str) -> dict[str, Any]:
+    """How a matrix is packed, in mlx-lm's words: group_size, bits, mode; empty where it is not.
+
+    path: of the matrix or of its module. MisError where the weights are not in MLX's format.
+    """
+    path = path.removesuffix(".weight")
+    if f"{path}.scales" not in checkpoint.tensors:
+        return {}
+    common = checkpoint.config.get("quantization") or {}
+    if "bits" not in common:
+        why = "the weights are quantized in a format other than MLX's"
+        raise MisError(
+            f"{checkpoint.path}: {why}: use the unquantized model, or convert it with "
+            f"mlx_lm.convert"
+        )
+    stacked = experts.stacked(path, checkpoint.config)
+    own = common.get(path) or common.get(stacked)
+    stated = own if isinstance(own, dict) else common
+    settings = {key: value for key, value in stated.items() if key in SETTINGS}
+    return {"mode": "affine"} | settings
+
+
+def weights(
+    checkpoint: Checkpoint,
+    prefix: str,
+    dtype: mx.Dtype,
+    raw: Raw | None = None,
+    *,
+    cut: str | None = None,
+    without: Collection[str] = (),
+) -> list[tuple[str, mx.array]]:
+    """(name without prefix, lazy array) of every tensor whose name begins with `prefix`.
+
+    Floats are cast as `arch.type_of` says. raw: the tensors as stored, by full name, where they are
+    in memory already. cut: another prefix to cut off. without: as of `block`.
+    """
+    if cut is None:
+        cut = prefix
+    names = _names_under(checkpoint, prefix)
+    if raw is None:
+        raw = safetensors.lazy(checkpoint.tensors, names)
+    elif family(checkpoint.config).experts:  # a block and its experts are read apart
+        names = [name for name in names if name in raw]
+    names = [name for name in names if name.rpartition(".")[0] not in without or _is_bias(name)]
+    unpacks = not precision.keeps_packed() and arch.is_quantized(checkpoint.tensors)
+    named = []
+    for name in names:
+        own_dtype = arch.type_of(checkpoint.config, name, dtype)
+        if unpacks:
+            if name.endswith((".scales", ".biases")):
+                continue
+            array = dense(checkpoint, name, raw).astype(own_dtype)
+        else:
+            array = raw[name]
+            # Integers stay what they are: packed weights, or the 8-bit scales of mxfp4 and nvfp4.
+            if mx.issubdtype(array.dtype, mx.floating):
+                array = array.astype(own_dtype)
+        named.append((name.removeprefix(cut), array))
+    return named
+
+
+def _is_bias(name: str) -> bool:
+    """Whether a tensor is a layer's own bias, which is no part of a packed matrix."""
+    return name.endswith(".bias")
+
+
+def _names_under(checkpoint: Checkpoint, prefix: str) -> list[str]:
+    """Names of the stored tensors that a module under `prefix` has, without computed tables."""
+    names = [name for name in checkpoint.tensors if name.startswith(prefix)]
+    names = [name for name in names if "rotary_emb" not in name]
+    if shape_of(checkpoint.config).tied:
+        names = [name for name in names if not name.startswith("lm_head.")]
+    return names
+
+
+def dense(checkpoint: Checkpoint, name: str, raw: Raw | None = None) -> mx.array:
+    """One weight as stored, or de-quantized to float32 when it is packed. Lazy, if small.
+
+    raw: as in `weights`.
+    """
+    stem = name.removesuffix(".weight")
+    names = _packed_names(checkpoint, name)
+    arrays = safetensors.lazy(checkpoint.tensors, names) if raw is None else raw
+    settings = packing(checkpoint, stem)
+    if not settings:
+        return arrays[name]
+    values = rounding.values
+    # A large matrix goes part by part: a CPU holds several copies of what it de-quantizes.
+    large = arrays[name].nbytes * 8 > rounding.OPENED * settings["bits"]
+    if large and not on_gpu():
+        values = rounding.dequantized
+    packed = tuple(arrays[part] for part in names)
+    group, bits, mode = [settings[key] for key in SETTINGS]
+    return values(packed, group, bits, mode)
+
+
+def _packed_names(checkpoint: Checkpoint, name: str) -> list[str]:
+    """The names of a weight and of its scales and biases, those that are stored."""
+    stem = name.removesuffix(".weight")
+    parts = (name, f"{stem}.scales", f"{stem}.biases")
+    return [part for part in parts if part in checkpoint.tensors]
+
+
+def stored_parts(checkpoint: Checkpoint, name: str, rows: np.ndarray | None = None) -> InParts:
+    """A tensor as stored, read as many rows at a time as `TABLE_PART` numbers.
+
+    rows: their numbers, rising; default: all. Of the table of per-layer inputs: of which tokens.
+    """
+    tensor = checkpoint.tensors[name]
+    reader = Reader({name: tensor})
+    ids = np.arange(tensor.shape[0]) if rows is None else rows
+    if name.startswith(PER_LAYER):
+        ids = block_inputs.table_rows(checkpoint.config, ids)
+    step = _table_rows(tensor.shape)
+    starts = range(0, len(ids), step)
+    parts = (reader.rows(tensor, ids[start : start + step]) for start in starts)
+    spec = (tensor.dtype, (len(ids), *tensor.shape[1:]))
+    return InParts(spec, parts)
+
+
+def dense_parts(checkpoint: Checkpoint, name: str, dtype: str) -> Iterator[mx.array]:
+    """The rows of `dense`, as many at a time as `TABLE_PART` numbers, in this type."""
+    rows_of = _dense_rows(checkpoint, name, dtype)
+    count = checkpoint.tensors[name].shape[0]
+    step = _table_rows(arch.tensors_of(checkpoint.config)[name])
+    for start in range(0, count, step):
+        yield rows_of(np.arange(start, min(start + step, count)))
+
+
+def dense_sample(checkpoint: Checkpoint, name: str, dtype: str, numbers: int) -> mx.array:
+    """Evenly spread rows of the first part of `dense_parts`, with about so many numbers.
+
+    Nothing else of the matrix is read.
+    """
+    shape = arch.tensors_of(checkpoint.config)[name]
+    count = min(shape[0], _table_rows(shape))
+    step = max(1, count * math.prod(shape[1:]) // numbers)
+    return _dense_rows(checkpoint, name, dtype)(np.arange(0, count, step))
+
+
+def _dense_rows(checkpoint: Checkpoint, name: str, dtype: str) -> Callable[[np.ndarray], mx.array]:
+    """What reads rows of `dense`, by their numbers (n,), in this type."""
+    tensors = {part: checkpoint.tensors[part] for part in _packed_names(checkpoint, name)}
+    reader = Reader(tensors)
+
+    def rows_of(ids: np.ndarray) -> mx.array:
+        raw = {part: reader.rows(tensor, ids) for part, tensor in tensors.items()}
+        return dense(checkpoint, name, raw).astype(precision.DTYPES[dtype])
+
+    return rows_of
+
+
+def _table_rows(shape: Sequence[int]) -> int:
+    """The number of rows of a table that have `TABLE_PART` numbers."""
+    return max(1, TABLE_PART // math.prod(shape[1:]))
+
+
+def block(
+    checkpoint: Checkpoint,
+    i: int,
+    args: Any,
+    dtype: mx.Dtype,
+    raw: Raw | None = None,
+    read_experts: ReadExperts | None = None,
+    without: Collection[str] = (),
+) -> nn.Module:
+    """mlx-lm's transformer block `i` with its weights, lazy.
+
+    raw: as in `weights`. read_experts: where its experts come from, if they are not parts of it.
+    without: paths of packed matrices that the caller brings; their layers have no weights yet.
+    """
+    row = family(checkpoint.config)
+    prefix = f"model.layers.{i}."
+    new = new_block(row, args, i)
+    if row.experts:  # first, for their matrices are quantized and loaded by their own names
+        modules.separate_experts(new, checkpoint.config, read_experts)
+    # Then the layers that are packed on disk, so that the weights find a layer of their kind.
+    _quantize(new, prefix, checkpoint, without)
+    new.load_weights(weights(checkpoint, prefix, dtype, raw, without=without), strict=not without)
+    new.eval()
+    return new
+
+
+def expert(checkpoint: Checkpoint, i: int, e: int, dtype: mx.Dtype, *, raw: Raw) -> Expert:
+    """Expert `e` of block `i` with its weights, lazy. raw: as in `weights`."""
+    shape = shape_of(checkpoint.config)
+    row = family(checkpoint.config)
+    if row.expert_bias:
+        activation = mlx_lm("models.activations").SwigluOAI()
+    else:
+        activation = mlx_lm("models.switch_layers").SwiGLU()
+    new = Expert(row, shape.hidden, shape.ffn, activation)
+    prefix = f"model.layers.{i}.{row.mlp}.experts.{e}."
+    _quantize(new, prefix, checkpoint)
+    new.load_weights(weights(checkpoint, prefix, dtype, raw))
+    return new
+
+
+def embedding_scale(config: Config, dtype: mx.Dtype) -> mx.array | None:
+    """The factor of the embedding on its way into the first block, as mlx-lm has it; None: 1."""
+    key = family(config).embedding_scale
+    root = config["hidden_size"] ** 0.5
+    if key == "exact sqrt":
+        return mx.array(root, dtype)
+    if key == "sqrt":
+        return mx.array(root, mx.bfloat16).astype(dtype)
+    if key and config.get(key):
+        return mx.array(float(config[key]), dtype)
+    return None
+
+
+def _filled(
+    layer: nn.Module, prefix: str, checkpoint: Checkpoint, dtype: mx.Dtype, *, raw: Raw | None
+) -> nn.Module:
+    """A layer that stands alone, packed if its weights under `prefix` ("lm_head.") are; lazy."""
+    stem, dot, name = prefix[:-1].rpartition(".")
+    owner = nn.Module()  # `_quantize` replaces the layers of a module
+    owner[name] = layer
+    _quantize(owner, stem + dot, checkpoint)
+    owner[name].load_weights(weights(checkpoint, prefix, dtype, raw))
+    return owner[name]
+
+
+def embedding(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
+    """The embedding table (V, D), lazy. `.as_linear` makes it the head of a tied model.
+
+    raw: as in `weights`, or only some rows (n, D) of each of its tensors: then a table of those.
+    """
+    shape = shape_of(checkpoint.config)
+    rows = len(raw[EMBEDDING + "weight"]) if raw else shape.vocab
+    return _filled(nn.Embedding(rows, shape.hidden), EMBEDDING, checkpoint, dtype, raw=raw)
+
+
+def side_projection(checkpoint: Checkpoint, dtype: mx.Dtype) -> SideProjection:
+    """The projection that makes half of the per-layer inputs, with its weights, lazy."""
+    config = checkpoint.config
+    shape = shape_of(config)
+    width = config[family(config).per_layer]
+    new = SideProjection(shape.hidden, shape.layers, width, config["rms_norm_eps"])
+    _quantize(new, "model.", checkpoint)
+    new.load_weights(weights(checkpoint, "model.per_layer_", dtype, cut="model."))
+    return new
+
+
+def side_rows(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw) -> nn.Module:
+    """Some rows of the table of per-layer inputs: ids (...) -> (..., L P). Lazy.
+
+    raw: those rows of each of its tensors, as stored.
+    """
+    config = checkpoint.config
+    rows = len(raw[PER_LAYER + "weight"])
+    width = shape_of(config).layers * config[family(config).per_layer]
+    return _filled(nn.Embedding(rows, width), PER_LAYER, checkpoint, dtype, raw=raw)
+
+
+def entrance(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
+    """What makes AltUp's versions of the scaled embedding, the first block's input; lazy."""
+    config = checkpoint.config
+    new = altup.Entrance(shape_of(config).hidden, versions_of(config))
+    _quantize(new, "model.", checkpoint)
+    new.load_weights(weights(checkpoint, "model.altup_projections.", dtype, cut="model."))
+    return new
+
+
+def final_norm(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
+    """The last RMSNorm, lazy. raw: as in `weights`.
+
+    Where blocks pass several versions of the hidden states on, also what makes one of them:
+    (..., A D) -> (..., D).
+    """
+    config = checkpoint.config
+    row = family(config)
+    if row.versions:
+        hidden = config["hidden_size"]
+        last = altup.Exit(hidden, versions_of(config), config["rms_norm_eps"])
+        _quantize(last, "model.", checkpoint)
+        named = weights(checkpoint, NORM, dtype, raw, cut="model.")
+        named += weights(checkpoint, "model.altup_unembed_projections.", dtype, cut="model.")
+        last.load_weights(named)
+        return last
+    kind = nn.RMSNorm
+    if row.gain_offset:
+        kind = mlx_lm(f"models.{row.mlx}").RMSNorm
+    norm = kind(config["hidden_size"], eps=config["rms_norm_eps"])
+    norm.load_weights(weights(checkpoint, NORM, dtype, raw))
+    return modules.divided(norm, config)
+
+
+def head(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
+    """The vocabulary head as a module hidden (..., D) -> logits (..., V), lazy.
+
+    raw: as in `embedding`.
+    """
+    shape = shape_of(checkpoint.config)
+    if shape.tied:
+        table = embedding(checkpoint, dtype, raw)
+        table._softcap = softcap(checkpoint.config)  # for `logits`
+        return table
+    rows = len(raw["lm_head.weight"]) if raw else shape.vocab
+    linear = nn.Linear(shape.hidden, rows, bias=False)
+    return _filled(linear, "lm_head.", checkpoint, dtype, raw=raw)
+
+
+def head_prefix(checkpoint: Checkpoint) -> str:
+    """The prefix of the names of the head's tensors."""
+    return EMBEDDING if shape_of(checkpoint.config).tied else "lm_head."
+
+
+def logits(head_module: nn.Module, hidden: mx.array) -> mx.array:
+    """hidden (..., D) -> logits (..., V) through a tied embedding or an untied head."""
+    if not hasattr(head_module, "as_linear"):
+        return head_module(hidden)
+    return _capped(head_module.as_linear(hidden), head_module)
+
+
+def wide_logits(head_module: nn.Module, hidden: mx.array) -> mx.array:
+    """`logits` in float32, not rounded before a loss is taken of them; a packed head stays so."""
+    if "scales" in head_module:
+        z = logits(head_module, hidden.astype(mx.float32))
+        return z.astype(mx.float32)
+    z = losses.wide_product(hidden, head_module.weight)
+    return _capped(z, head_module)
+
+
+def _capped(z: mx.array, head_module: nn.Module) -> mx.array:
+    """Logits z through the softcap of the model that the head belongs to."""
+    return losses.apply_softcap(z, getattr(head_module, "_softcap", 0.0))
+
+
+def resident_model(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
+    """The whole model as mlx-lm's Model, lazy; the caller evaluates and counts it.
+
+    `model.model` gives the head's input, as everywhere here.
+    """
+    config = checkpoint.config
+    row = family(config)
+    model = new_model(config)
+    inner = model.model
+    tables = ["embed_tokens"]
+    if row.per_layer:
+        tables.append("embed_tokens_per_layer")
+    for name in tables:
+        inner[name] = lookup.Embedding(*inner[name].weight.shape)
+    if row.experts:
+        for block in inner.layers:
+            modules.separate_experts(block, config)
+    named = weights(checkpoint, "", dtype)
+    if hasattr(model, "sanitize") and not row.experts:
+        model.sanitize(dict(named))  # Gemma finds out in there whether it has a head
+    _quantize(model, "", checkpoint)
+    model.load_weights(named)
+    model.eval()
+    if row.scaled_queries:
+        inner.layers = [modules.uniform(block) for block in inner.layers]
+    if row.logit_divisor:  # the norm divides, so mlx-lm's own division is by 1
+        inner.norm = modules.divided(inner.norm, config)
+        model.logits_scaling = 1.0
+    model._embedding_scale = embedding_scale(config, dtype)  # for `embedded`
+    model._config = config
+    return model
+
+
+def embedded(model: nn.Module, tokens: mx.array) -> mx.array:
+    """The scaled embedding (B, T, D), of a model that `resident_model` has made."""
+    rows = model.model.embed_tokens(tokens)
+    scale = model._embedding_scale
+    return rows if scale is None else rows * scale  # type: ignore[no-any-return]
+
+
+def activation_dtype(model: nn.Module) -> mx.Dtype:
+    """The type that a resident model computes in."""
+    return model.model.norm.weight.dtype  # type: ignore[no-any-return]
+
+
+def head_weight(model: nn.Module) -> mx.array:
+    """The (V, D) matrix that makes logits in a resident model; float32 where it is packed."""
+    layer = model.lm_head if hasattr(model, "lm_head") else model.model.embed_tokens
+    if "scales" in layer:
+        return modules.dense_weight(layer)
+    return layer.weight  # type: ignore[no-any-return]
+
+
+def logit_softcap(model: nn.Module) -> float:
+    """`config.softcap` of a resident model."""
+    return softcap(model._config)
+
+
+def tokenizer(path: Path) -> Any:
+    """mlx-lm's tokenizer wrapper of a model folder. Foreign code is refused, not asked about."""
+    digest = tokenizer_check.check_tokenizer(path)
+    return opened_tokenizer(path, digest)
+
+
+# a run's teacher and student: of 262 thousand tokens one takes 120 MiB, to open it 680
+@lru_cache(maxsize=2)
+def opened_tokenizer(path: Path, _digest: bytes) -> Any:
+    """`tokenizer` of checked files. _digest: of the files, which may change."""
+    try:
+        return mlx_lm("utils").load_tokenizer(path, {"trust_remote_code": False})
+    except Exception as error:
+        text = " ".join(str(error).split())[:160]
+        raise MisError(
+            f"{path}: the tokenizer does not open ({text}): copy the tokenizer files again"
+        ) from None

@@ -1,0 +1,150 @@
+"""One streamed forward pass and one backward pass, one block in memory at a time.
+
+The gradient is that of the log-probability of next tokens that the model itself draws. The data's
+own tokens would make this the empirical Fisher of arXiv 2204.09656.
+"""
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mis_mlx.compute import token_losses
+from mis_mlx.maths.losses import chunk_rows, softcap_gradient
+from mis_mlx.models.architectures import block_inputs, sizes
+from mis_mlx.models.architectures.block_inputs import BlockInputs, BlockOutputs
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import stream
+from mis_mlx.types import Checkpoint
+
+# For as many batches as there are streams, or as a GPU takes back in one pass: the block's inputs
+# and the cotangents of its outputs -> the cotangents of its inputs.
+BlockBackward = Callable[[Sequence[BlockInputs], Sequence[BlockOutputs]], Sequence[BlockInputs]]
+BlockVisitor = Callable[[int, nn.Module], BlockBackward]
+AtHead = Callable[[mx.array, mx.array, mx.array | None], None]
+AtChannels = Callable[[int, int, mx.array], None]
+
+
+def input_gradients(
+    checkpoint: Checkpoint,
+    batches: stream.Batches,
+    visit: BlockVisitor,
+    seed: int = 0,
+    *,
+    kept: stream.Hidden | None = None,
+    at_head: AtHead = lambda x, above, slopes: None,
+    at_channels: AtChannels = lambda i, b, below: None,
+) -> list[mx.array]:
+    """d log p / d x (B, T, D) of every batch, x the scaled embedding: forward, then back.
+
+    p is the probability of tokens drawn from the model, one for each position.
+
+    batches: token ids [(B, T)]. visit(i, block): gives the function that takes batches back through
+    block i, from the block's inputs and d log p / d outputs to d log p / d inputs. kept: a place
+    other than memory for L * len(batches) hidden states (B, T, D). at_head: sees the head's inputs
+    (n, D), d log p / d logits (n, V) and d logits / d what the head gives (n, V), some rows at a
+    time; the last is None where no softcap is between the two. at_channels: sees d log p / d
+    per-layer inputs (B, T, P) of block i and batch b, where the family has them.
+    """
+    # Forward. `kept` holds the inputs of every block: those of block i and batch b at i n + b. The
+    # last block is left out here: it runs first in the backward pass.
+    if kept is None:
+        kept = []
+    source = stream.Stream(checkpoint)
+    n = len(batches)
+    source.embed(batches, kept)
+    for _, block in source.blocks(range(source.layers - 1)):
+        kept.extend(source.run_block(block, kept[-n:]))
+
+    # Backward, from the last block to the first. `grads` holds d log p / d outputs of block i.
+    grads: list[mx.array] = []
+    shared = block_inputs.Cotangents(source.sides.owners)
+    from_last = range(source.layers - 1, -1, -1)
+    for i, block in source.blocks(from_last):
+        if not grads:
+            grads = _grads_at_head(source, block, kept[-n:], seed=seed, at_head=at_head)
+        through = visit(i, block)
+        width = source.back_at_once(grads[0])
+        for first in range(0, n, width):
+            stop = min(first + width, n)
+            numbers = range(first, stop)
+            inputs = []
+            above = []
+            for b in numbers:
+                inputs.append(source.sides.inputs(i, b, kept[i * n + b]))
+                above.append(BlockOutputs(grads[b], shared.take(i, b)))
+            # not named: the gradients of keys and channels go as soon as they are used
+            for b, below in zip(numbers, through(inputs, above), strict=True):
+                # The sums must not remain lazy: they would hold the graph of this block, whose
+                # weights are gone when the next one comes.
+                stream.evaluate_now(shared.add(i, b, below))
+                if below.per_layer is not None:
+                    at_channels(i, b, below.per_layer)
+                grads[b] = below.hidden
+    for b, at_block in enumerate(grads):
+        grads[b] = source.door.back(kept[b], at_block)
+        stream.evaluate_now(grads[b])
+    return grads
+
+
+def _grads_at_head(
+    source: stream.Stream,
+    last_block: nn.Module,
+    hidden: stream.Hidden,
+    *,
+    seed: int,
+    at_head: AtHead,
+) -> list[mx.array]:
+    """d log p / d the last block's outputs [(B, T, D)]; hidden: its inputs [(B, T, D)].
+
+    Every batch draws with a key of its own, so the draws do not depend on the number of streams.
+    """
+    outputs = source.run_block(last_block, hidden)
+    norm = load.final_norm(source.checkpoint, source.dtype)
+    head = source.head()
+    grads = []
+    for b, output in enumerate(outputs):
+        key = mx.random.key(seed * len(outputs) + b)
+        grads.append(_drawn(source, norm, head, hidden=output, key=key, at_head=at_head))
+    return grads
+
+
+def _drawn(
+    source: stream.Stream,
+    norm: nn.Module,
+    head: nn.Module,
+    *,
+    hidden: mx.array,
+    key: mx.array,
+    at_head: AtHead,
+) -> mx.array:
+    """d log p(drawn token) / d hidden (B, T, D), the last block's output.
+
+    One token is drawn for each position.
+    """
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    # Half a chunk: as many logits again are noise to draw with.
+    rows = chunk_rows(2 * sizes.shape_of(source.checkpoint.config).vocab)
+
+    cap = sizes.softcap(source.checkpoint.config)
+
+    def logits(x: mx.array) -> mx.array:
+        return load.wide_logits(head, norm(x))
+
+    parts = []
+    for start in range(0, len(flat), rows):
+        some = flat[start : start + rows]
+        z = logits(some)
+        key, subkey = mx.random.split(key)
+        drawn = mx.random.categorical(z, key=subkey)
+        slopes = None
+        if cap:
+            slopes = softcap_gradient(z, cap)
+            stream.evaluate_now(slopes)  # before the logits are used up
+        above = token_losses.likelihood_gradients(z, drawn)
+        gradients = mx.vjp(logits, [some], [above])[1]
+        parts.append(gradients[0])
+        # Evaluated part by part: the logits of one part alone are in memory.
+        stream.evaluate_now(parts[-1])
+        at_head(norm(some), above, slopes)
+    return mx.concatenate(parts).reshape(hidden.shape)

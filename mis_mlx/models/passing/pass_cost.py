@@ -1,0 +1,281 @@
+"""What a pass of a streamed model takes (models/passing/stream): bytes moved, memory, operations.
+
+Arithmetic on configs and sizes: reads no weights, starts nothing. Numbers that come from the engine
+name their origin, and tests hold the two together.
+"""
+
+import math
+from dataclasses import replace
+
+from mis_mlx.compute import streams
+from mis_mlx.compute.token_losses import Footprint
+from mis_mlx.hardware.memory import process_bytes
+from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.models.architectures import arch, block_inputs, mixer_sizes, tensor_shapes
+from mis_mlx.models.architectures.sizes import attending, head_size, key_owners
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import ModelSize
+from mis_mlx.models.passing.residency import batches_per_pass, pass_bytes
+from mis_mlx.models.passing.stream import GROUP_BYTES
+
+SMALL_BYTES = 2**20  # norms, masks, whole pages: too little for a formula
+# Of a number in float32 on its way from one file to another: as stored, twice where it was packed,
+# converted
+DENSE_ITEM = 12
+# that Python and MLX take to know of a tensor: its name and place (measured on 24,302)
+TENSOR_BYTES = 3 * 1024
+BLOCK_WAITS = 2  # for a block's weights, and for the check that its first output is a number
+
+
+def tensor_bytes(m: ModelSize) -> int:
+    """Memory to rewrite the largest tensor.
+
+    A matrix of a block lies there as stored, cut and converted; or, of a packed model, de-quantized
+    and converted. Of a table with a row for each token so do some rows at a time.
+    """
+    item = DENSE_ITEM
+    if not m.packed:
+        item = 2 * math.ceil(m.nbytes / m.params) + 2
+    matrix = item * block_matrix(m) + stacked_bytes(m)
+    return max(matrix, DENSE_ITEM * table_part(m))
+
+
+def block_matrix(m: ModelSize) -> int:
+    """Numbers in the largest matrix of a block: of the FFN, or of the queries."""
+    return m.wide.hidden * max(m.wide.ffn, m.wide.heads * m.wide.head_dim)
+
+
+def table_part(m: ModelSize) -> int:
+    """Numbers of the embedding or the head that are read and written at a time."""
+    return min(load.TABLE_PART, m.head_params)
+
+
+def largest_matrix(m: ModelSize) -> int:
+    """Numbers in the largest matrix, of a block or of the vocabulary."""
+    rows = max(m.shape.vocab, m.shape.ffn)
+    return rows * m.shape.hidden
+
+
+def whole_bytes(m: ModelSize) -> int:
+    """Memory of a model that is opened whole: all weights as they compute, one tensor as stored."""
+    weights = m.whole_work
+    if not m.as_stored:
+        stored_item = m.nbytes / m.params
+        weights += math.ceil(stored_item * largest_matrix(m))
+    return weights
+
+
+def stacked_bytes(m: ModelSize) -> int:
+    """A matrix of all experts, each packed, and those put together."""
+    return 2 * 5 * m.shape.experts * m.shape.ffn * m.shape.hidden // 8
+
+
+def forward_flops(m: ModelSize, tokens: int, length: int, head: bool = True) -> float:
+    """Operations of a forward pass over `tokens` in windows of `length`.
+
+    2 for each parameter a token meets (looking up an embedding is free), and causal attention.
+    head: with logits.
+    """
+    s = m.wide
+    attention = s.heads * s.head_dim * length  # 2 products x 2 x length / 2 positions seen
+    rows = m.config.get("vocab_size_per_layer_input", 0)
+    projected = m.side_params - rows * arch.channels(m.config)
+    params = m.active_share * m.all_block_params + attending(m.config) * attention + projected
+    if head:
+        params += m.head_params
+    return 2.0 * tokens * params
+
+
+def side_bytes(m: ModelSize, tokens: int) -> int:
+    """What a pass over so many tokens keeps for later blocks besides hidden states.
+
+    Per-layer channels of every block for each token that occurs, all of them at the most; keys and
+    values that several blocks use.
+    """
+    owners = {owner for owner in key_owners(m.config) if owner is not None}
+    shared = sum(2 * m.shape.kv_heads * head_size(m.config, i) for i in owners)
+    ends = tensor_shapes.weight_count(arch.end_tensors(m.config))
+    numbers = m.side_numbers(tokens)
+    return m.item * (numbers + tokens * shared + ends)
+
+
+def filling_bytes(m: ModelSize, tokens: int) -> int:
+    """The peak before any block runs: channels of so many tokens, and what some are made of.
+
+    That is rows as stored and as looked up, what is projected, that behind its norm, and their sum:
+    5.4 times the channels, measured.
+    """
+    at_once = min(m.side_numbers(tokens), block_inputs.PART)
+    made_of = 11 * m.item * at_once // 2
+    return side_bytes(m, tokens) + made_of
+
+
+def parallel_windows(m: ModelSize) -> int:
+    """How many windows go through a block side by side."""
+    return streams.count_on(gpu=m.gpu)
+
+
+def workspace_bytes(m: ModelSize, tokens: int, length: int) -> int:
+    """The most that a block's forward pass over one micro-batch holds, in float32.
+
+    Times the number of micro-batches that go side by side here.
+    """
+    by_formula = pass_bytes(m.config, tokens, length)
+    of_one = int(m.block_factors.forward * by_formula)
+    workspace = parallel_windows(m) * of_one
+    if m.shape.experts:
+        workspace += 2 * GROUP_BYTES
+    return workspace
+
+
+def pass_workspace(m: ModelSize, tokens: int, micro_tokens: int, length: int) -> int:
+    """The workspace of a pass over `tokens` in micro-batches; a GPU takes several at once."""
+    workspace = workspace_bytes(m, micro_tokens, length)
+    if m.gpu:
+        batches = math.ceil(tokens / micro_tokens)
+        workspace *= min(batches, batches_per_pass(m.config, micro_tokens, length))
+    return workspace
+
+
+def keys_bytes(m: ModelSize, tokens: int) -> int:
+    """Keys and values of `tokens` tokens, in all blocks."""
+    numbers = 2 * m.shape.kv_heads * m.shape.head_dim  # of a token, in a block
+    blocks = attending(m.config)
+    return blocks * tokens * numbers * m.item
+
+
+def texts_bytes(m: ModelSize, texts: int, tokens: int) -> int:
+    """What all blocks keep of so many texts, of so many tokens each: keys, values and states."""
+    states = mixer_sizes.state_bytes(m.config, m.item)
+    return texts * (keys_bytes(m, tokens) + states)
+
+
+def headroom_bytes(limit_bytes: int, taken_bytes: int, gpu: bool | None = None) -> int:
+    """What a budget leaves for things that are welcome but not needed.
+
+    gpu: whose process takes `memory.process_bytes`; default: this one's.
+    """
+    return max(0, limit_bytes - process_bytes(limit_bytes, gpu) - taken_bytes)
+
+
+def resident_blocks(m: ModelSize, headroom_bytes: int) -> int:
+    """How many blocks, counted from the first, stay in memory for good in so many bytes."""
+    return min(m.shape.layers, headroom_bytes // m.block_work)
+
+
+def streamed_pass(
+    name: str,
+    m: ModelSize,
+    *,
+    tokens: int,
+    micro_tokens: int,
+    length: int,
+    limit_bytes: int = 0,
+    head: bool = True,
+    spool: bool = True,
+    again: bool = False,
+    beside_bytes: int = 0,
+) -> StageCost:
+    """One pass from disk over `tokens`, block by block, as `stream.Stream` does.
+
+    Every block sees all micro-batches. head: with logits at the end. spool: hidden states that find
+    no room are written and read once a block. again: one of many alike: what the budget leaves
+    holds the head, then blocks 0, 1 ... of the last. beside_bytes: held by others.
+    """
+    s = m.shape
+    workspace = pass_workspace(m, tokens, micro_tokens, length)
+    body = m.body_bytes(workspace) + m.in_flight(workspace)
+    head_work = 0
+    head_read = 0
+    logits = 0
+    if head:
+        head_work = m.head_work
+        head_read = m.head_bytes
+        logits = _logit_bytes(m, micro_tokens)
+    fixed = beside_bytes + m.slots_bytes + SMALL_BYTES + side_bytes(m, tokens)
+    peak = fixed + max(body, head_work + logits)
+    hidden = tokens * m.hidden_bytes
+    held = hidden
+    if spool:
+        batch_bytes = micro_tokens * m.hidden_bytes
+        batches = headroom_bytes(limit_bytes, peak, m.gpu) // batch_bytes
+        held = min(hidden, batches * batch_bytes)
+    moved = (hidden - held) * (s.layers + 1)
+    peak += held
+    pinned = 0
+    with_head = fixed + max(body, logits) + head_work + held
+    if again and with_head + process_bytes(limit_bytes, m.gpu) <= limit_bytes:
+        pinned = resident_blocks(m, headroom_bytes(limit_bytes, with_head, m.gpu))
+        head_read = 0
+        peak = with_head + pinned * m.block_work
+    # A block's experts are read once a group of tokens (stream.Stream.run_experts).
+    groups = math.ceil(hidden * m.config.get("num_experts_per_tok", 0) / GROUP_BYTES)
+    reads = 1 + max(0, groups - 1) * (1 - m.memory_share)
+    return StageCost(
+        name=name,
+        read_bytes=int((s.layers - pinned) * m.block_bytes * reads) + head_read + moved,
+        written_bytes=moved,
+        peak_bytes=max(peak, beside_bytes + filling_bytes(m, tokens)),
+        flops=forward_flops(m, tokens, length, head=head),
+        pinned=pinned,
+        spooled_bytes=hidden - held,
+        held_tokens=held // m.hidden_bytes,
+        waits=pass_waits(m, tokens, micro_tokens, length, head=head),
+    )
+
+
+def _logit_bytes(m: ModelSize, tokens: int) -> int:
+    """What the head holds besides itself for the logits of so many tokens."""
+    logits = Footprint(gpu=m.gpu).logit_bytes(m.shape.vocab, tokens)
+    logits += m.widened_bytes
+    return max(logits, head_opening_bytes(m))
+
+
+def head_opening_bytes(m: ModelSize) -> int:
+    """What opening the head holds besides it: de-quantizing it, MLX runs ahead here too."""
+    if m.packed and not m.as_stored:
+        return m.head_work * 3 // 2
+    return 0
+
+
+def pass_waits(
+    m: ModelSize,
+    tokens: int,
+    micro_tokens: int,
+    length: int,
+    *,
+    head: bool,
+) -> int:
+    """How often the host waits for the device in one pass: block by block, then at the head."""
+    batches = math.ceil(tokens / micro_tokens)
+    passes = batches
+    if m.gpu:
+        passes = math.ceil(batches / batches_per_pass(m.config, micro_tokens, length))
+    waits = m.shape.layers * (passes + BLOCK_WAITS)
+    if head:
+        waits += batches
+    return waits
+
+
+def token_cost(m: ModelSize, length: int, limit_bytes: int) -> StageCost:
+    """One token generated after `length` others.
+
+    Blocks are kept from the token before as far as they fit.
+    """
+    cache = keys_bytes(m, length)
+    cost = streamed_pass(
+        "one token",
+        m,
+        tokens=1,
+        micro_tokens=1,
+        length=length,
+        limit_bytes=limit_bytes,
+        spool=False,
+        again=True,
+        beside_bytes=cache,
+    )
+    return replace(
+        cost,
+        read_bytes=int(m.active_share * cost.read_bytes),
+        touched_bytes=int(m.active_share * m.shape.layers * m.block_work) + m.head_work + cache,
+    )

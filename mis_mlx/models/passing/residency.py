@@ -1,0 +1,132 @@
+"""What a streamed model holds in memory: the blocks that stay between passes, and one pass's work.
+
+A block is read into a slot: memory of the block's size, which the next block can take over. Whether
+a block needs its slot as long as it lives decides what a resident block costs.
+"""
+
+import math
+from collections import defaultdict
+
+import mlx.core as mx
+
+from mis_mlx.compute import precision
+from mis_mlx.models.architectures import arch, block_inputs, experts, families, mixer_sizes, sizes
+from mis_mlx.models.architectures.families import Config
+from mis_mlx.models.opening import load
+from mis_mlx.types import Checkpoint, TensorAt
+
+STACK = 8  # windows that a GPU takes through a block in one pass, at most,
+STACK_BYTES = 2**27  # and what that pass may hold
+STORED_TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+Tensors = dict[str, TensorAt]
+
+
+def slot_groups(
+    checkpoint: Checkpoint,
+) -> tuple[dict[int, Tensors], dict[tuple[int, int], Tensors]]:
+    """The tensors that are read together: ({block: its own}, {(block, expert): its own})."""
+    layers = checkpoint.config["num_hidden_layers"]
+    blocks: dict[int, Tensors] = {i: {} for i in range(layers)}
+    by_expert = defaultdict[tuple[int, int], Tensors](dict)
+    for name, tensor in checkpoint.tensors.items():
+        i = arch.block_of(name)
+        if i is None:
+            continue
+        e = experts.expert_of(name)
+        if e is None:
+            blocks[i][name] = tensor
+        else:
+            by_expert[i, e][name] = tensor
+    return blocks, by_expert
+
+
+def leaves_its_slot(checkpoint: Checkpoint, dtype: mx.Dtype) -> bool:
+    """Whether weights are converted to `dtype`, and so leave the slot that they were read into.
+
+    Weights stored as they are computed with are used where they were read. Packed ones that stay
+    packed need their slot as long as the block lives, whatever type its norms have. Tensors that
+    are float32 in any model decide nothing: they stay or are converted by themselves.
+    """
+    stored = set[str]()
+    for name, tensor in checkpoint.tensors.items():
+        if arch.always_float32(checkpoint.config, name):
+            continue
+        if arch.block_of(name) is not None:
+            stored.add(tensor.dtype)
+    if "U32" in stored:
+        return not precision.keeps_packed()
+    return any(STORED_TYPES.get(kind, dtype) != dtype for kind in stored)
+
+
+def plan(
+    checkpoint: Checkpoint, dtype: mx.Dtype, headroom_bytes: int | None, slot_bytes: list[int]
+) -> tuple[bool, int, int]:
+    """(whether the head stays in memory, how many blocks stay, how many experts).
+
+    headroom_bytes: for the head first, then blocks, then experts; None: everything stays.
+    slot_bytes: of a block's slot and of an expert's, where weights stay in them; empty where they
+    leave them, so that their size in `dtype` counts.
+    """
+    shape = sizes.shape_of(checkpoint.config)
+    if headroom_bytes is None:
+        return True, shape.layers, shape.layers * shape.experts
+    left_bytes = headroom_bytes - _head_bytes(checkpoint, dtype)
+    if left_bytes < 0:
+        return False, 0, 0
+    item_bytes = slot_bytes or _converted_bytes(checkpoint, dtype)
+    blocks = min(shape.layers, left_bytes // item_bytes[0])
+    kept_experts = 0
+    if shape.experts:
+        left_bytes -= blocks * item_bytes[0]
+        kept_experts = left_bytes // item_bytes[1]
+    return True, blocks, kept_experts
+
+
+def _head_bytes(checkpoint: Checkpoint, dtype: mx.Dtype) -> int:
+    """Bytes of the head in memory: packed as on disk, or in `dtype`."""
+    shape = sizes.shape_of(checkpoint.config)
+    prefix = load.head_prefix(checkpoint)
+    tensors = [tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)]
+    if precision.keeps_packed() and any(tensor.dtype == "U32" for tensor in tensors):
+        return sum(tensor.nbytes for tensor in tensors)
+    return shape.vocab * shape.hidden * dtype.size
+
+
+def _converted_bytes(checkpoint: Checkpoint, dtype: mx.Dtype) -> list[int]:
+    """Bytes in `dtype` of the largest block without its experts, and of one expert."""
+    block = 0
+    expert = 0
+    for name, shape in arch.layer_tensors(checkpoint.config).items():
+        e = experts.expert_of(name)
+        if e is None:
+            block += math.prod(shape) * dtype.size
+        elif e == 0:
+            expert += math.prod(shape) * dtype.size
+    return [block, expert]
+
+
+def pass_bytes(settings: Config, tokens: int, length: int) -> int:
+    """The most bytes that a block's forward pass over so many tokens holds in float32.
+
+    length: of the windows.
+    """
+    shape = arch.widest(settings)
+    sparse = 2 if families.family(settings).sparsity else 0  # what a cut-off is computed with
+    ffn = (3 + sparse) * arch.active_ffn_size(settings)
+    per_token = 8 * shape.hidden * sizes.versions(settings) + ffn
+    per_token += mixer_sizes.largest(settings, length)
+    return 4 * tokens * per_token
+
+
+def batches_per_pass(settings: Config, tokens: int, length: int) -> int:
+    """The number of batches of so many tokens, in windows of `length`, in one pass on a GPU.
+
+    One window is little work for it, and it waits for each to be evaluated. Experts are computed
+    batch by batch, and so are blocks that take more than hidden states.
+    """
+    if sizes.shape_of(settings).experts or not block_inputs.plain(settings):
+        return 1
+    windows = max(1, tokens // length)
+    by_windows = STACK // windows
+    by_memory = STACK_BYTES // pass_bytes(settings, tokens, length)
+    return max(1, min(by_windows, by_memory))

@@ -1,0 +1,1 @@
+"""What comes out of a model: folders on disk, and texts."""

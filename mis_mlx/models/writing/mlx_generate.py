@@ -1,0 +1,138 @@
+"""Generate with mlx-lm: open a folder as any user would, fill its cache, let it write."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mis_mlx import cli
+from mis_mlx.compute import precision
+from mis_mlx.data import token_windows
+from mis_mlx.models.architectures import mlx_modules, sizes
+from mis_mlx.models.opening import load, tokenizer_check
+from mis_mlx.models.passing.stream import NotNumbers
+from mis_mlx.types import Checkpoint
+
+PROMPTS = {
+    "English": "The for statement is used to",
+    "Polish": "Baca wyszedł rano z owcami na halę i",
+}
+
+
+def open_model(checkpoint: Checkpoint) -> tuple[nn.Module, Any]:
+    """(model, tokenizer) by stock `mlx_lm.load` of a folder that passed our gate.
+
+    Floats are in the type that the checkpoint computes in.
+    """
+    tokenizer_check.check_tokenizer(checkpoint.path)
+    model, tokenizer = load.mlx_lm("utils").load(
+        str(checkpoint.path),
+        tokenizer_config={"trust_remote_code": False},
+        trust_remote_code=False,
+    )
+    model = getattr(model, "language_model", model)  # of a model that also sees
+    model.shape = sizes.shape_of(checkpoint.config)
+    model._config = checkpoint.config
+    mlx_modules.set_dtype(model, checkpoint.config, precision.dtype_of(checkpoint))
+    return model, tokenizer
+
+
+def encode(tokenizer: Any, prompt: str, plain: bool = False, *, today: bool = False) -> list[int]:
+    """Token ids of a prompt, through the chat template if there is one.
+
+    plain: without it. today: as in `chat_ids`.
+    """
+    if plain or not tokenizer.has_chat_template:
+        return list(tokenizer.encode(prompt))
+    return chat_ids(tokenizer, [{"role": "user", "content": prompt}], today=today)
+
+
+def chat_ids(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    today: bool = False,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> list[int]:
+    """Token ids of a conversation through the chat template, up to where the answer begins.
+
+    tools: that the model may call. today: a template that asks for the date gets today's, for
+    people who chat; otherwise it is the same on every day. Errors of the template pass through: it
+    is a program that came with the model.
+    """
+    conversation = [dict(message) for message in messages]
+    return token_windows.prompt_ids(conversation, tokenizer, today=today, tools=tools)
+
+
+def prompt_ids(tokenizer: Any, text: str, count: int) -> mx.array:
+    """The first `count` token ids of `text`, repeated if it is too short: (count,)."""
+    ids = tokenizer.encode(text)
+    repeats = count // len(ids) + 1
+    return mx.array((ids * repeats)[:count])
+
+
+def filled_cache(model: nn.Module, cached: int) -> list[Any]:
+    """mlx-lm's KV cache of an opened model with `cached` tokens in it.
+
+    They are zeros, which take as long as any other values.
+    """
+    cache = load.mlx_lm("models.cache").make_prompt_cache(model)
+    if cached:
+        dtype = activation_dtype(model)
+        # Blocks that use another block's keys come last, and have no cache.
+        for i, layer in enumerate(cache):
+            if not sizes.attends(model._config, i):
+                continue  # a state of one size, which begins at zeros
+            head_size = sizes.head_size(model._config, i)
+            zeros = mx.zeros((1, model.shape.kv_heads, cached, head_size), dtype)
+            layer.update_and_fetch(zeros, zeros)
+    return cache
+
+
+def activation_dtype(model: nn.Module) -> mx.Dtype:
+    """The type that an opened model computes in."""
+    inner = model.model
+    inner = getattr(inner, "language_model", inner)
+    norm = inner.norm if "norm" in inner else inner.embedding_norm
+    return norm.weight.dtype
+
+
+def continuation(model: nn.Module, tokenizer: Any, prompt: str, count: int) -> str:
+    """Greedy text after `prompt`, at most `count` tokens, stopping at the end token."""
+    tokens = []
+    for token in greedy(model, tokenizer.encode(prompt), count):
+        if token in tokenizer.eos_token_ids:
+            break
+        tokens.append(token)
+    return tokenizer.decode(tokens)
+
+
+def greedy(
+    model: nn.Module, ids: Any, count: int, cache: list[Any] | None = None, where: str = ""
+) -> Iterator[int]:
+    """The `count` tokens that mlx_lm's own loop puts after the token ids `ids`.
+
+    where: the model's name. If it is given, every token's logits are checked, and NaN raises
+    NotNumbers.
+    """
+    step = load.mlx_lm("generate").generate_step
+    for token, log_probs in step(mx.array(ids), model, max_tokens=count, prompt_cache=cache):
+        if where and mx.isnan(log_probs).any().item():
+            message = f"{where}: the model gives values that are not numbers"
+            raise NotNumbers(message, activation_dtype(model))
+        yield int(token)
+
+
+def samples(models: Mapping[str, Checkpoint], count: int) -> Iterator[dict[str, str]]:
+    """What each model writes after the same words: {model, language, prompt, text}.
+
+    One model is in memory at a time.
+    """
+    for name, checkpoint in cli.show_progress("samples of model", models.items(), len(models)):
+        model, tokenizer = open_model(checkpoint)
+        for language, prompt in PROMPTS.items():
+            text = continuation(model, tokenizer, prompt, count)
+            yield {"model": name, "language": language, "prompt": prompt, "text": text}
+        del model
+        mx.clear_cache()

@@ -1,0 +1,314 @@
+"""Write a model's folder: weights tensor by tensor, the tokenizer, and the record of its pruning.
+
+That record is `keep.json`.
+"""
+
+import io
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mis_mlx import cli
+from mis_mlx.compute import precision
+from mis_mlx.models.architectures import arch, experts, families, stored_form, tensor_shapes
+from mis_mlx.models.opening import load, tokenizer_check
+from mis_mlx.storage import checkpoint as protocol
+from mis_mlx.storage.files import Files, as_mis_error
+from mis_mlx.storage.safetensors import (
+    InParts,
+    Named,
+    Spec,
+    Specs,
+    Tensor,
+    spec_bytes,
+    spec_of,
+    write_arrays,
+    write_tensors,
+)
+from mis_mlx.types import Checkpoint, KeptUnits, MisError
+
+KEEP = "keep.json"
+ROTATION = "rotation.npy"
+Take = Callable[[str], Tensor]  # a model's tensor by its name
+SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+MLX_TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}
+ZEROS: dict[str, Any] = {
+    "group_size": 32,
+    "bits": 2,
+    "mode": "affine",
+}  # how matrices of zeros are packed
+
+
+def need_tokenizer(folder: Path) -> None:
+    """MisError when the folder has no tokenizer that could go along."""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    if not any((folder / name).is_file() for name in names):
+        raise MisError(
+            f"{folder} has no tokenizer: copy the tokenizer files of the model it was made from"
+        )
+
+
+def keep_files(keep: KeptUnits | None) -> dict[str, Any]:
+    """The files that hold kept units, for `write_model`: keep.json, and perhaps rotation.npy.
+
+    keep.json: {layers, kept: {"layer/space": indices}, why, report, rotated}. rotated: true where
+    the residual stream was rotated; only then there is a rotation.npy, with the basis.
+    """
+    if keep is None:
+        return {}
+    kept = {f"{layer}/{space}": list(indices) for (layer, space), indices in keep.kept.items()}
+    saved = {
+        "layers": list(keep.layers),
+        "kept": kept,
+        "why": keep.why,
+        "report": dict(keep.report),
+    }
+    if keep.basis is None:
+        return {KEEP: saved}
+    np.save(matrix := io.BytesIO(), np.asarray(keep.basis, np.float32), allow_pickle=False)
+    return {KEEP: {**saved, "rotated": True}, ROTATION: matrix.getvalue()}
+
+
+def read_keep(folder: Path) -> KeptUnits | None:
+    """The `KeptUnits` beside a pruned model, None without them.
+
+    The basis stays on disk until it is used.
+    """
+    path = folder / KEEP
+    if not path.is_file():
+        return None
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    kept = {}
+    for key, indices in saved["kept"].items():
+        layer, space = key.split("/")[:2]
+        kept[int(layer), space] = tuple(indices)
+    basis = None
+    if saved.get("rotated"):
+        basis = _basis(folder / ROTATION, len(kept[-1, "hidden"]))
+    return KeptUnits(
+        layers=tuple(saved["layers"]),
+        kept=kept,
+        why=saved["why"],
+        report=saved["report"],
+        basis=basis,
+    )
+
+
+def _basis(path: Path, channels: int) -> np.ndarray:
+    """The rotation (D, d) in a file, memory-mapped; d is the number of the model's channels."""
+    try:
+        basis = np.load(path, mmap_mode="r", allow_pickle=False)
+        if basis.ndim != 2 or basis.shape[1] != channels or basis.dtype != np.float32:
+            raise ValueError(
+                f"it holds {basis.dtype} {list(basis.shape)}, but the model has {channels} channels"
+            )
+    except (OSError, EOFError, ValueError) as error:
+        raise MisError(
+            f"{path} is not this model's rotation ({str(error)[:120]}): prune the teacher again"
+        ) from None
+    return basis
+
+
+def published(
+    config: Mapping[str, Any], specs: Specs, tensors: Named
+) -> tuple[dict[str, Any], Specs, Named]:
+    """A text part in the form that stock mlx_lm opens: config, shapes and tensors of its whole.
+
+    Keys and values of blocks that share another's come at the end, as zeros: mlx-lm wants them and
+    uses none. Other families stay as they are. The arguments are those of `write_folder`.
+    """
+    if families.family(config).renamed:
+        return stored_form.published(config, specs, tensors)
+    if not families.family(config).written_as:
+        return dict(config), specs, tensors
+    unused = tensor_shapes.unused_shapes(config)
+    packing = dict[str, Any](config.get("quantization") or {})
+    if packing:
+        unused_specs = dict[str, Spec]()
+        for name, shape in unused.items():
+            if len(shape) == 1:
+                unused_specs[name] = ("F16", shape)
+                continue
+            path = name.removesuffix(".weight")
+            packing[path] = ZEROS
+            unused_specs |= _packed_zeros(path, shape)
+    else:
+        kind = next(iter(specs.values()))[0]
+        unused_specs = {name: (kind, shape) for name, shape in unused.items()}
+    all_specs = {**specs, **unused_specs}
+    zeros = (
+        (name, mx.zeros(shape, MLX_TYPES[kind])) for name, (kind, shape) in unused_specs.items()
+    )
+    named = itertools.chain(tensors, zeros)
+    renamed = ((tensor_shapes.outer_name(name), tensor) for name, tensor in named)
+    outer_specs = {tensor_shapes.outer_name(name): spec for name, spec in all_specs.items()}
+    part = {key: value for key, value in config.items() if not key.startswith("quantization")}
+    if packing:
+        part |= {"quantization": packing, "quantization_config": packing}
+    whole = stored_form.whole_config(part, tensor_shapes.outer_name)
+    return whole, outer_specs, renamed
+
+
+def _packed_zeros(path: str, shape: Sequence[int]) -> dict[str, Spec]:
+    """Specs of a matrix (out, in) packed as `ZEROS` says."""
+    rows, columns = shape
+    groups = (rows, columns // ZEROS["group_size"])
+    return {
+        f"{path}.weight": ("U32", (rows, columns * ZEROS["bits"] // 32)),
+        f"{path}.scales": ("F16", groups),
+        f"{path}.biases": ("F16", groups),
+    }
+
+
+def write_folder(
+    config: Mapping[str, Any],
+    specs: Specs,
+    tensors: Named,
+    *,
+    source: Path,
+    out: Path,
+    files: Files,
+    extra: Mapping[str, Any] | None = None,
+    shards: Sequence[Specs] | None = None,
+) -> None:
+    """Commit the new folder `out`: weights, config.json, the tokenizer files of `source`.
+
+    tensors: as `specs` say, in their order. extra: more files by name: bytes as they are, all else
+    as JSON. shards: as of `write_tensors`; such a folder is for us alone.
+    """
+    if shards is None:
+        config, specs, tensors = published(config, specs, tensors)
+    nbytes = sum(map(spec_bytes, specs.values()))
+    with protocol.commit_folder(out, files, nbytes) as folder:
+        write_tensors(folder, specs, tensors, files, shards=shards)
+        files.write(folder / "config.json", json.dumps(dict(config), indent=2).encode())
+        for name, value in (extra or {}).items():
+            content = value if isinstance(value, bytes) else json.dumps(value).encode()
+            files.write(folder / name, content)
+        for path in list(tokenizer_check.present(source)):  # judges all before one is copied
+            files.write(folder / path.name, path.read_bytes())
+
+
+def dense(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A checkpoint's tensor for `write_model`: `load.dense`.
+
+    A table with a row for each token comes in parts.
+    """
+    if name in load.TABLES:
+        return table(checkpoint, name)
+    return load.dense(checkpoint, name)
+
+
+def table(checkpoint: Checkpoint, name: str) -> InParts:
+    """One of `load.TABLES` in float32, some rows at a time."""
+    shape = arch.tensors_of(checkpoint.config)[name]
+    return InParts(("F32", shape), load.dense_parts(checkpoint, name, "float32"))
+
+
+def _cast(tensor: Tensor, dtype: str) -> Tensor:
+    """The tensor in another type; lazy, part by part where it comes in parts."""
+    mlx_dtype = precision.DTYPES[dtype]
+    if isinstance(tensor, mx.array):
+        return tensor.astype(mlx_dtype)
+    return tensor.mapped(
+        lambda part: part.astype(mlx_dtype),
+        columns=tensor.spec[1][1],
+        dtype=SAFETENSORS_NAMES[dtype],
+    )
+
+
+def write_model(
+    config: Mapping[str, Any],
+    take: Take,
+    source: Path,
+    out: Path,
+    *,
+    dtype: str,
+    files: Files,
+    extra: Mapping[str, Any] | None = None,
+    file_per_block: bool = False,
+) -> None:
+    """`write_folder` of the dense model that `take(name)` gives tensor by tensor, cast to `dtype`.
+
+    A tensor in parts goes to disk part by part. file_per_block: one shard for each block, its
+    experts not stacked: such a folder is for us alone.
+    """
+
+    def type_of(name: str) -> str:
+        return "float32" if arch.always_float32(config, name) else dtype
+
+    stacked = families.family(config).stacked and not file_per_block
+    shapes = arch.tensors_of(config, stacked=stacked)
+    specs = {}
+    for name, shape in shapes.items():
+        specs[name] = (SAFETENSORS_NAMES[type_of(name)], shape)
+
+    def tensor(name: str) -> Tensor:
+        own_type = type_of(name)
+        taken = [_cast(take(part), own_type) for part in experts.one_by_one(name, config)]
+        arrays = [part for part in taken if isinstance(part, mx.array)]
+        if len(arrays) > 1:
+            return mx.stack(arrays)
+        return taken[0]
+
+    tensors = ((name, tensor(name)) for name in cli.show_progress("tensor", specs, len(specs)))
+    shards = None
+    if file_per_block:
+        groups = itertools.groupby(specs.items(), lambda item: arch.block_of(item[0]))
+        shards = [dict(group) for _, group in groups]
+    write_folder(
+        config, specs, tensors, source=source, out=out, files=files, extra=extra, shards=shards
+    )
+
+
+def by_block(source: Checkpoint, folder: Path, files: Files, dtype: str = "float32") -> Checkpoint:
+    """A student to train in parts: an ordinary folder of `dtype` with one file for each block.
+
+    Made of `source` if it is not there yet, then opened; it computes in the same type. A block's
+    file is replaced as a whole, so the folder is a model at any moment. Memory: the largest tensor.
+    """
+    if not folder.exists():
+        config = {
+            key: value for key, value in source.config.items() if not key.startswith("quantization")
+        }
+        config["torch_dtype"] = dtype
+        write_model(
+            config,
+            partial(dense, source),
+            source.path,
+            folder,
+            dtype=dtype,
+            files=files,
+            extra=keep_files(read_keep(source.path)),
+            file_per_block=True,
+        )
+    return load.open_checkpoint(folder, source.precision)
+
+
+def replace_block(parts: Checkpoint, i: int, weights: Mapping[str, mx.array], files: Files) -> None:
+    """Replace the weights of block i, durably, by others of the same shapes and type.
+
+    weights: by name without `model.layers.N.`.
+    """
+    prefix = f"model.layers.{i}."
+    old = {name: t for name, t in parts.tensors.items() if name.startswith(prefix)}
+    path = next(iter(old.values())).file
+    if {name for name, t in parts.tensors.items() if t.file == path} != set(old):
+        raise ValueError(f"{path} holds more than block {i}")
+    new = {}
+    for name in sorted(old, key=lambda name: old[name].offset):
+        new[name] = weights[name.removeprefix(prefix)]
+        if spec_of(new[name]) != (old[name].dtype, old[name].shape):
+            raise ValueError(f"{path}: the new block {i} has other shapes or is of another type")
+    nbytes = sum(t.nbytes for t in old.values())
+    with (
+        as_mis_error(path.parent, f"block {i} of the student", nbytes),
+        files.replacing(path) as temp,
+    ):
+        write_arrays(temp, new, files)

@@ -1,0 +1,242 @@
+"""Texts side by side in a streamed model: a pass over its weights gives every text a token.
+
+A text that begins reads its whole prompt in its first pass: all prompts go through block i, each
+alone, before block i+1 is read, and so do the last tokens of the texts that have begun before. What
+a prompt gives therefore does not depend on what is beside it. The texts that go on share a batch,
+in which each has positions of its own; shorter ones have room in front, which a mask hides.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mis_mlx.compute import streams
+from mis_mlx.models.architectures import block_inputs, block_state, experts
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing.stream import Stream, evaluate_now
+from mis_mlx.models.writing.continuous_batch import Completion, Queue, Room
+from mis_mlx.models.writing.draws import Draws
+
+ROWS = 512  # tokens of a long prompt that go through a block at a time
+STEP = 32  # tokens by which the room for a block's keys and values grows
+
+
+def completions(
+    model: Stream,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    stop: Collection[int],
+    room: Room,
+    draws: Draws,
+) -> Iterator[Completion]:
+    """As `continuous_batch.completions`, of a streamed model.
+
+    A new text begins as soon as another has ended: that takes no pass of its own.
+    """
+    waiting = Queue(prompts, max_tokens, room)
+    batch = Batch(model, room.tokens)
+    texts = list[Completion]()
+    while waiting or texts:
+        numbers = [text.number for text in texts]
+        begun = [Completion(number, []) for number in waiting.take(numbers)]
+        last = [text.ids[-1] for text in texts]
+        log_probs = batch.read(last, [prompts[text.number] for text in begun])
+        texts += begun
+        tokens = np.array(draws(log_probs, [text.number for text in texts])).tolist()
+        del log_probs
+        going_on = list[int]()
+        for place, (text, token) in enumerate(zip(texts, tokens, strict=True)):
+            text.ids.append(token)
+            if token in stop or len(text.ids) == max_tokens:
+                yield text
+            else:
+                going_on.append(place)
+        if len(going_on) < len(texts):
+            batch.keep(going_on)
+            texts = [texts[place] for place in going_on]
+
+
+class Unit(NamedTuple):
+    """What depends on nothing else in a block: the texts that go on, or a prompt.
+
+    numbers: of its batches among those of the pass, in their order: pieces of a prompt. state: what
+    the block has read of it, mlx-lm's cache; None where the block takes another block's keys. mask:
+    of the texts that go on.
+    """
+
+    numbers: Sequence[int]
+    state: Any = None
+    mask: Any = None
+
+
+class Batch:
+    """The texts that a model is writing, and what its blocks have read of them.
+
+    most: tokens of a prompt that may go through a block at a time, if not ROWS.
+    """
+
+    def __init__(self, model: Stream, most: int | None = None):
+        self._model = model
+        self._rows = min(ROWS, most or ROWS)
+        self._module = load.mlx_lm("models.cache")
+        self._states: list[Any] = [None] * model.layers  # of all texts, one a block
+
+    def read(
+        self,
+        tokens: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+    ) -> mx.array:
+        """One pass: the last token of every text so far, and the prompts of texts that begin.
+
+        Returns the log-probabilities (n, V) of their next tokens, in float32. Texts that begin have
+        the places behind the others.
+        """
+        model = self._model
+        batches = list[mx.array]()
+        units = list[Unit]()
+        if tokens:
+            units.append(Unit([0]))
+            column = mx.array(list(tokens))
+            batches.append(column[:, None])
+        for prompt in prompts:
+            pieces = self._pieces(prompt)
+            first = len(batches)
+            batches += pieces
+            units.append(Unit(range(first, len(batches))))
+        hidden = list(model.embed(batches))
+        masks: dict[int | None, Any] = {}
+        for i, block in model.blocks():
+            begun = units[bool(tokens) :]
+            if model.sides.owners[i] is None:
+                begun = [self._begin(block, unit, hidden) for unit in begun]
+            visited = begun
+            if tokens:
+                visited = [self._going_on(i, block, hidden[0], masks), *begun]
+            self._through(i, block, visited, hidden)
+            self._remember(i, [unit.state for unit in begun if unit.state is not None])
+        return log_probs(
+            model, mx.concatenate([hidden[unit.numbers[-1]][:, -1:] for unit in units])
+        )
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Let go of all texts but those at these places, which rise."""
+        if not places:
+            self._states = [None] * len(self._states)
+        for state in self._states:
+            if state is not None:
+                state.filter(mx.array(list(places)))
+
+    def _pieces(self, prompt: Sequence[int]) -> list[mx.array]:
+        """A prompt (T,) in parts (1, t) that go through a block one after the other.
+
+        In one where blocks take other blocks' keys, which hold later parts too by then.
+        """
+        tokens = mx.array(list(prompt))[None]
+        if not block_inputs.plain(self._model.checkpoint.config):
+            return [tokens]
+        starts = range(0, len(prompt), self._rows)
+        return [tokens[:, start : start + self._rows] for start in starts]
+
+    def _begin(self, block: nn.Module, unit: Unit, hidden: Sequence[mx.array]) -> Unit:
+        """A prompt with a new state of a block, which has room for the prompt and no more."""
+        window = load.window(self._model.args, block)
+        state = block_state.cache(self._module, block, window)
+        state.step = sum(hidden[number].shape[1] for number in unit.numbers)
+        return unit._replace(state=state)
+
+    def _going_on(
+        self,
+        i: int,
+        block: nn.Module,
+        hidden: mx.array,
+        masks: dict[int | None, Any],
+    ) -> Unit:
+        """The texts that go on, hidden (n, 1, D), at block i. masks: of this pass, by window.
+
+        All blocks that look as far back have one mask. Some of them have no keys of their own, so
+        it is made at the first one, which has.
+        """
+        state = self._states[i]
+        if not block_state.attends(block):
+            return Unit([0], state)
+        window = load.window(self._model.args, block)
+        if window not in masks:
+            masks[window] = state.make_mask(hidden.shape[1], window_size=window)
+        return Unit([0], state, masks[window])
+
+    def _through(
+        self,
+        i: int,
+        block: nn.Module,
+        units: Sequence[Unit],
+        hidden: list[mx.array],
+    ) -> None:
+        """All units' hidden states (B, T, D) through block i, in place and evaluated."""
+        model = self._model
+        unit_of = dict[int, Unit]()
+        for unit in units:
+            unit_of.update(dict.fromkeys(unit.numbers, unit))
+
+        def attend(number: int, states: mx.array) -> tuple[mx.array, mx.array]:
+            unit = unit_of[number]
+            return experts.attention_part(
+                block, states, self._mask(block, unit, states), unit.state
+            )
+
+        def run(unit: Unit) -> list[mx.array]:
+            outputs = []
+            for number in unit.numbers:
+                inputs = model.sides.inputs(i, number, hidden[number])
+                mask = self._mask(block, unit, inputs.hidden)
+                output = block_inputs.run(block, inputs, mask, unit.state)
+                outputs.append(model.sides.keep(i, number, output))
+            return outputs
+
+        if model.mixture:  # an expert is read once for all units
+            for number, output in enumerate(model.run_experts(block, hidden, attend=attend)):
+                hidden[number] = output
+        else:
+            found = streams.parallel_map(run, units)
+            for unit, outputs in zip(units, found, strict=True):
+                for number, output in zip(unit.numbers, outputs, strict=True):
+                    hidden[number] = output
+        model.finite(hidden[0])
+
+    def _mask(
+        self,
+        block: nn.Module,
+        unit: Unit,
+        hidden: mx.array,
+    ) -> Any:
+        """What a unit's hidden states (B, T, D) see in a block."""
+        if unit.mask is not None or not block_state.attends(block):
+            return unit.mask
+        window = load.window(self._model.args, block)
+        base = load.mlx_lm("models.base")
+        return base.create_attention_mask(hidden, unit.state, window_size=window)
+
+    def _remember(self, i: int, begun: Sequence[Any]) -> None:
+        """Put the states of texts that begin into block i's own, behind those of the others."""
+        state = self._states[i]
+        if begun:
+            new = begun[0].merge(begun)
+            new.step = STEP
+            if state is None:
+                state = new
+            else:
+                state.extend(new)
+            self._states[i] = state
+        if state is not None:
+            evaluate_now(state.state)
+
+
+def log_probs(model: Stream, hidden: mx.array) -> mx.array:
+    """Hidden states (n, 1, D) behind the last block -> log-probabilities (n, V) in float32."""
+    head = model.head()
+    last = model.norm([model.finite(hidden)])[0][:, 0]
+    logits = load.logits(head, last).astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
