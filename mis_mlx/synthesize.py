@@ -33,6 +33,7 @@ from mis_mlx.settings.recipe import TEACHER_TEXTS
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import hub
 from mis_mlx.storage.files import DISK, as_mis_error, need_place
+from mis_mlx.storage.journal import Journal
 from mis_mlx.types import (
     Budget,
     Checkpoint,
@@ -229,21 +230,19 @@ def _called(
     return {"messages": [{"role": "user", "content": text}, reply], "tools": list(tools)}
 
 
-def _stored(part: Path, head: str) -> dict[int, Row | None]:
-    """The texts of a stopped run by number; None: one that is not usable.
-
-    head: the file's first line, by which a run of other settings is told apart.
-    """
-    if not part.is_file():
-        return {}
-    lines = part.read_text("utf-8").splitlines()
-    if lines[:1] != [head]:
-        return {}
-    stored = {}
-    for line in lines[1:]:
+def _stored(part: Journal) -> dict[int, Row | None]:
+    """The texts of a stopped run by number; None: one that is not usable."""
+    found = part.begin()
+    stored = dict[int, Row | None]()
+    # Earlier versions wrote pairs.
+    for line in part.path.read_text("utf-8").splitlines():
         with suppress(ValueError):  # the last one may be torn
-            number, row = json.loads(line)
-            stored[number] = row
+            pair = json.loads(line)
+            if isinstance(pair, list):
+                stored[pair[0]] = pair[1]
+    for (number,), record in found.items():
+        assert isinstance(number, int)
+        stored[number] = record["row"]
     return stored
 
 
@@ -274,10 +273,8 @@ def _texts(
         "budget": 0,
         "out": "",
     }
-    head = json.dumps(depends_on, sort_keys=True)
-    stored = _stored(part, head)
-    lines = [head, *map(json.dumps, stored.items())]
-    DISK.replace_text(part, "".join(f"{line}\n" for line in lines))
+    kept = Journal(part, ("number",), identity=depends_on)
+    stored = _stored(kept)
     writer = writing_plan.open(checkpoint)
     tokenizer = load.tokenizer(checkpoint.path)
     count = settings.num_samples
@@ -290,7 +287,7 @@ def _texts(
             end = min(most, asked + SPARE + count - len(texts))
             missing = [number for number in range(asked, end) if number not in stored]
             for number, row in write(settings, writer, tokenizer, missing):
-                DISK.append(part, json.dumps([number, row]))
+                kept.add({"number": number, "row": row})
                 stored[number] = row
                 show(len(_different(stored, count)))
             mx.clear_cache()

@@ -39,6 +39,7 @@ from mis_mlx.settings import recipe
 from mis_mlx.settings.workloads import SAVED_BYTES
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
+from mis_mlx.storage.journal import Journal
 from mis_mlx.types import Checkpoint, Count, MisError, Positive, Step, Tokens, Within, gib
 
 BEST = "best"
@@ -258,6 +259,11 @@ class AlignmentRun(run_loop.OpenRun):
             return {}
         return self._finish()
 
+    @property
+    def _held_out(self) -> Journal:
+        """The held-out figures, by the number of their step."""
+        return Journal(self.folder / HELD_OUT, ("number",), files=self.files)
+
     def _measure(
         self,
         number: int,
@@ -268,7 +274,7 @@ class AlignmentRun(run_loop.OpenRun):
         self.model.eval()
         measured = {name: float(value) for name, value in held_out().items()}
         self.model.train()
-        self.files.append(self.folder / HELD_OUT, json.dumps({"number": number, **measured}))
+        self._held_out.add({"number": number, **measured})
         figures = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
         cli.say(f"step {number}, held out: {figures}")
         value = measured[judge]
@@ -307,9 +313,7 @@ class AlignmentRun(run_loop.OpenRun):
         elif not out.exists():
             self._write_model(arrays, out)
         steps = run_folder.metrics(self.folder)
-        held_out = {}
-        for record in run_folder.records(self.folder / HELD_OUT):
-            held_out[record["number"]] = record
+        held_out = self._held_out.read()
         tokens = sum(step["tokens"] for step in steps)
         seconds = sum(step["seconds"] for step in steps)
         cli.say(f"{out}: the weights of step {best.number}, the best on the held-out rows")
@@ -320,8 +324,8 @@ class AlignmentRun(run_loop.OpenRun):
                 "run": str(self.folder),
                 "params_trained": sum(math.prod(array.shape) for array in arrays.values()),
                 "best_step": best.number,
-                "held_out_start": held_out.get(0),
-                "held_out_best": held_out.get(best.number),
+                "held_out_start": held_out.get((0,)),
+                "held_out_best": held_out.get((best.number,)),
                 "tokens": tokens,
                 "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
             }

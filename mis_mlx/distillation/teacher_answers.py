@@ -29,6 +29,7 @@ from mis_mlx.models.writing.draws import Draws, Sampling
 from mis_mlx.reporting import progress
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK, json_sha256
+from mis_mlx.storage.journal import Journal
 from mis_mlx.types import Budget, Checkpoint, MisError
 
 AT_ONCE = (64, 44, 24, 8, 1)  # answers written together, as many as fit
@@ -146,14 +147,15 @@ def write(
     teacher. MisError where too few answers are usable.
     """
     planned = plan(model_of(teacher), settings, limit)
-    part = out.with_name(f".{out.name}.part")
-    header = {
+    identity = {
         "teacher": run_folder.origin(teacher, "")["teacher"],
         "template": template_sha256(teacher),
         **settings.settings,
     }
-    DISK.make_folder(out.parent)
-    said = _said_before(part, header)
+    part = Journal(out.with_name(f".{out.name}.part"), ("turn", "number"), identity)
+    said = {}
+    for (turn, number), record in part.begin().items():
+        said[turn, number] = Answer(record["text"], record["ended"])
     total = sum(len(prompt.turns) for prompt in settings.prompts)
     with progress.bar(who, total) as show, memory.limited(limit):
         show(len(said))
@@ -173,8 +175,7 @@ def write(
             for place, answer in replies:
                 number = missing[place]
                 said[turn, number] = answer
-                record = {"turn": turn, "number": number, **asdict(answer)}
-                DISK.append(part, json.dumps(record, ensure_ascii=False))
+                part.add({"turn": turn, "number": number, **asdict(answer)})
                 show(len(said))
             mx.clear_cache()
 
@@ -185,23 +186,8 @@ def write(
         why = f"of {count} {who} only {len(kept)} are neither empty nor loops"
         raise MisError(f"{why}: give --conversations 0, or --data with conversations of your own")
     write_rows(out, kept)
-    DISK.discard(part)
+    DISK.discard(part.path)
     return len(kept)
-
-
-def _said_before(part: Path, header: Mapping[str, Any]) -> dict[tuple[int, int], Answer]:
-    """The answers in `part`, by turn and number of their prompt, if its header is the same.
-
-    Otherwise the file is begun anew.
-    """
-    first, *lines = run_folder.records(part) or [{}]
-    if first == header:
-        said = {}
-        for line in lines:
-            said[line["turn"], line["number"]] = Answer(line["text"], line["ended"])
-        return said
-    DISK.replace_text(part, json.dumps(header) + "\n")
-    return {}
 
 
 def _draws(settings: WritingSettings, numbers: Sequence[int], turn: int) -> Draws:

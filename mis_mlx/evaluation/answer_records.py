@@ -4,7 +4,6 @@ A file is JSON lines: an optional header, then a record for every prompt, {"prom
 "sampled": {"text", "ended"}, "greedy": {"text", "ended"}, "nats", "greedy_nats", "greedy_tokens"}.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from mis_mlx.data import rows
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import json_sha256
+from mis_mlx.storage.journal import Journal
 
 LANGUAGES = ("en", "pl")
 
@@ -86,8 +86,8 @@ def rounded(nats: float) -> float:
     return round(nats, 4)
 
 
-def line_of(prompt: Prompt, pair: AnswerPair) -> str:
-    """The record of a prompt's answers, as one line of JSON."""
+def record_of(prompt: Prompt, pair: AnswerPair) -> dict[str, Any]:
+    """The record of a prompt's answers."""
     record: dict[str, Any] = {
         "prompt_sha256": prompt.sha256,
         "sampled": asdict(pair.sampled),
@@ -97,21 +97,23 @@ def line_of(prompt: Prompt, pair: AnswerPair) -> str:
         record["nats"] = rounded(pair.nats)
         record["greedy_nats"] = rounded(pair.greedy_nats)
         record["greedy_tokens"] = pair.greedy_tokens
-    return json.dumps(record, ensure_ascii=False)
+    return record
+
+
+def journal_at(path: Path) -> Journal:
+    """The journal of a teacher's answers: a record for each prompt."""
+    return Journal(path, ("prompt_sha256",))
 
 
 def read_pairs(path: Path) -> dict[str, AnswerPair]:
-    """{prompt's sha256: its answers} of a file; {} where there is none.
-
-    Of two records of one prompt the later one counts. Lines that a crash tore, or that are no
-    answers, are skipped."""
+    """{prompt's sha256: its answers} of a file; {} where there is none."""
     pairs = {}
-    for record in run_folder.records(path):
+    for (prompt_sha256,), record in journal_at(path).read().items():
         sampled = answer_of(record.get("sampled"))
         greedy = answer_of(record.get("greedy"))
         if sampled is not None and greedy is not None:
             pair = AnswerPair(sampled, greedy)
-            pairs[str(record.get("prompt_sha256"))] = _with_cost(record, pair)
+            pairs[str(prompt_sha256)] = _with_cost(record, pair)
     return pairs
 
 

@@ -34,8 +34,9 @@ from mis_mlx.models.opening.model_size import ModelSize, model_of
 from mis_mlx.models.passing import distributed, pass_cost
 from mis_mlx.planner import estimates, machines
 from mis_mlx.reporting import progress
-from mis_mlx.storage import hub, run_folder
-from mis_mlx.storage.files import DISK, file_sha256
+from mis_mlx.storage import hub
+from mis_mlx.storage.files import file_sha256
+from mis_mlx.storage.journal import Journal
 from mis_mlx.types import Budget, Checkpoint, MisError, grouped
 
 VERSION = 2  # of the way marks are made: kept answers of another version are not used
@@ -68,10 +69,18 @@ def answers_path(model_sha256: str, key: str) -> Path:
     return hub.cache_root() / "evaluations" / model_sha256[:32] / f"{key[:32]}.jsonl"
 
 
+def journal_at(path: Path) -> Journal:
+    """The journal of a model's answers to a task: a record for each question."""
+    return Journal(path, ("n",))
+
+
 def read(path: Path) -> Asked:
-    """The answers in a file, without lines that a crash tore."""
-    records = run_folder.records(path)
-    return {row["n"]: row for row in records if isinstance(row.get("n"), int)}
+    """The answers in a file, by the number of their question."""
+    found = {}
+    for (number,), record in journal_at(path).read().items():
+        if isinstance(number, int):
+            found[number] = record
+    return found
 
 
 def unanswered(model_sha256: str, task: Task) -> tuple[Path, Asked, list[int]]:
@@ -141,8 +150,9 @@ def asked(
     path, answers, missing = unanswered(model_sha256, task)
     wanted = set(numbers)
     left = [number for number in missing if number in wanted]
+    kept = journal_at(path)
     if distributed.is_main():
-        DISK.make_folder(path.parent)
+        kept.begin()
     label = f"{checkpoint.path.name} {task.name}"
     with progress.bar(label, len(wanted)) as show, memory.limited(limit):
         records: Iterator[Record] = iter(())
@@ -153,7 +163,7 @@ def asked(
             answers[row["n"]] = row
             # At once, so that a run that is stopped loses little.
             if distributed.is_main():
-                DISK.append(path, json.dumps(row, ensure_ascii=False))
+                kept.add(row)
             still_left -= 1
             show(len(wanted) - still_left)
     return answers

@@ -201,8 +201,9 @@ def _measured(
     sampled = logprobs[: len(asked)]
     greedy = logprobs[len(asked) :]
     measured = {}
+    kept = answer_records.journal_at(path)
     if distributed.is_main() and asked:
-        DISK.make_folder(path.parent)
+        kept.begin()
     for prompt, pair, of_sampled, of_greedy in zip(asked, pairs, sampled, greedy, strict=True):
         with_cost = replace(
             pair,
@@ -212,7 +213,7 @@ def _measured(
         )
         measured[prompt.sha256] = with_cost
         if distributed.is_main():
-            DISK.append(path, answer_records.line_of(prompt, with_cost))
+            kept.add(answer_records.record_of(prompt, with_cost))
     return measured
 
 
@@ -232,8 +233,9 @@ def _write_missing(
     writing_plan = answer_writing.plan(
         teacher, [*asked, *asked], ANSWER_TOKENS, limit, at_once=PAIRS_AT_ONCE
     )
+    kept = answer_records.journal_at(path)
     if distributed.is_main():
-        DISK.make_folder(path.parent)
+        kept.begin()
     with progress.bar("answers of the teacher", len(asked)) as show, memory.limited(limit):
         show(0)
         writer = writing_plan.open(teacher)
@@ -243,7 +245,7 @@ def _write_missing(
             for prompt, pair in _pairs(writer, tokenizer, part):
                 written[prompt.sha256] = pair
                 if distributed.is_main():
-                    DISK.append(path, answer_records.line_of(prompt, pair))
+                    kept.add(answer_records.record_of(prompt, pair))
                 show(len(written))
             mx.clear_cache()
     return written
@@ -327,7 +329,8 @@ def ship(
     answers = teacher_answers(teacher, asked, limit, shipped=path)
     lines = [json.dumps(_header(teacher))]
     for prompt, pair in zip(answers.prompts, answers.pairs, strict=True):
-        lines.append(answer_records.line_of(prompt, pair))
+        record = answer_records.record_of(prompt, pair)
+        lines.append(json.dumps(record, ensure_ascii=False))
     DISK.replace_text(path, "".join(f"{line}\n" for line in lines))
     return answers
 

@@ -1,10 +1,8 @@
 """A model's answers and their costs, kept in the cache, so that nothing is asked twice.
 
-Both files of a model are JSON lines, a record for every prompt. Of two records of one prompt the
-later one counts. Lines that a crash tore, or that are no records of ours, are skipped.
+Both files of a model are journals, with a record for every prompt.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,8 +14,9 @@ from mis_mlx.evaluation import answer_records
 from mis_mlx.evaluation.answer_likelihood import log_probabilities
 from mis_mlx.evaluation.answer_records import Answer, AnswerPair, Prompt
 from mis_mlx.models.passing import distributed
-from mis_mlx.storage import hub, run_folder
+from mis_mlx.storage import hub
 from mis_mlx.storage.files import DISK, json_sha256
+from mis_mlx.storage.journal import Journal
 from mis_mlx.types import Checkpoint
 
 
@@ -63,25 +62,24 @@ class Kept:
     def answers(self) -> dict[str, Answer]:
         """{prompt's sha256: its greedy answer}."""
         answers = {}
-        for record in run_folder.records(self.answers_path):
+        for (prompt_sha256,), record in self._answers.read().items():
             answer = answer_records.answer_of(record.get("greedy"))
             if answer is not None:
-                answers[str(record.get("prompt_sha256"))] = answer
+                answers[str(prompt_sha256)] = answer
         return answers
 
     def keep_answer(self, prompt: Prompt, answer: Answer) -> None:
         """Add one greedy answer."""
-        self._add(self.answers_path, {"prompt_sha256": prompt.sha256, "greedy": asdict(answer)})
+        _add(self._answers, {"prompt_sha256": prompt.sha256, "greedy": asdict(answer)})
 
     def costs(self) -> dict[tuple[str, str], Cost]:
         """{(prompt's sha256, answer's sha256): the answer's cost}."""
         costs = {}
-        for record in run_folder.records(self.costs_path):
+        for (prompt_sha256, answer_sha256), record in self._costs.read().items():
             nats = record.get("nats")
             tokens = record.get("tokens")
             if isinstance(nats, float) and math.isfinite(nats) and isinstance(tokens, int):
-                key = str(record.get("prompt_sha256")), str(record.get("answer_sha256"))
-                costs[key] = Cost(nats, tokens)
+                costs[str(prompt_sha256), str(answer_sha256)] = Cost(nats, tokens)
         return costs
 
     def measured(
@@ -109,14 +107,23 @@ class Kept:
                 "nats": cost.nats,
                 "tokens": cost.tokens,
             }
-            self._add(self.costs_path, record)
+            _add(self._costs, record)
         return [known[key] for key in keys]
 
-    def _add(self, path: Path, record: dict[str, object]) -> None:
-        """One more line, written by the first of several machines."""
-        if distributed.is_main():
-            DISK.make_folder(path.parent)
-            DISK.append(path, json.dumps(record, ensure_ascii=False))
+    @property
+    def _answers(self) -> Journal:
+        return Journal(self.answers_path, ("prompt_sha256",))
+
+    @property
+    def _costs(self) -> Journal:
+        return Journal(self.costs_path, ("prompt_sha256", "answer_sha256"))
+
+
+def _add(journal: Journal, record: dict[str, object]) -> None:
+    """One more record, written by the first of several machines."""
+    if distributed.is_main():
+        DISK.make_folder(journal.path.parent)
+        journal.add(record)
 
 
 def cost_key(prompt: Prompt, answer: Answer) -> tuple[str, str]:

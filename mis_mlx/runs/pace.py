@@ -13,7 +13,7 @@ from mis_mlx import cli
 from mis_mlx.models.passing import distributed
 from mis_mlx.runs.run_loop import CheckpointedTraining
 from mis_mlx.settings.recipe import FIRST_STEPS, DistillationConfig
-from mis_mlx.storage import run_folder
+from mis_mlx.storage.journal import Journal
 from mis_mlx.types import MisError, Step
 
 FILE = "pace.json"  # in a run's folder: the pace, counted once
@@ -97,12 +97,9 @@ def _decided(training: CheckpointedTraining, recipe: DistillationConfig) -> dict
     assert recipe.minutes is not None
     run = training.run
     log = run.folder / training.log
-    by_number = {}  # a step that was done again counts with its last time
-    for record in run_folder.records(log):
-        if "number" in record:
-            by_number[record["number"]] = record["seconds"]
-    first = range(1, FIRST_STEPS + 1)
-    seconds = [by_number[number] for number in first if number in by_number]
+    by_number = Journal(log, ("number",)).read()  # a step done again counts with its last time
+    first = [(number,) for number in range(1, FIRST_STEPS + 1)]
+    seconds = [by_number[number]["seconds"] for number in first if number in by_number]
     if not seconds:
         raise MisError(f"{log} does not hold the first steps: start a new run")
     least = max(FIRST_STEPS, recipe.warmup)

@@ -28,9 +28,10 @@ from mis_mlx.pruning import calibrate, select, slicing, vocabulary
 from mis_mlx.quantization import bit_allocation, packed_format, rounding_cost
 from mis_mlx.runs.run_loop import OpenRun
 from mis_mlx.size_search import measuring_cost, unwritten
-from mis_mlx.size_search.shape_search import Choice, group_of
-from mis_mlx.storage import run_folder
+from mis_mlx.size_search.shape_search import CUTS, Choice, group_of
+from mis_mlx.storage.files import DISK, Files
 from mis_mlx.storage.hidden_spool import Spool
+from mis_mlx.storage.journal import Journal
 from mis_mlx.types import Checkpoint, KeptUnits, MisError
 
 PROBES = "probes.jsonl"
@@ -336,15 +337,21 @@ def logged_or_measured(
     sizes: Mapping[str, Any],
     measured: Callable[[], Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """The line of these sizes in a log of the run; where there is none, `measured` makes it."""
-    path = run.folder / log
-    for line in run_folder.records(path):
-        if sizes == {axis: line.get(axis) for axis in sizes}:
-            return line
+    """The record of these sizes in a log of the run; where there is none, `measured` makes it."""
+    journal = journal_of(run.folder, log, run.files)
+    known = journal.read().get(journal.key_of(sizes))
+    if known is not None:
+        return known
     record = {**sizes, **measured()}
-    run.files.append(path, json.dumps(record))
+    journal.add(record)
     run.account.keep_sometimes()
     return record
+
+
+def journal_of(folder: Path, log: str, files: Files = DISK) -> Journal:
+    """A log of a search in a folder, as a journal: a record for each student."""
+    key = ("axis", "size", "kv_heads") if log == PROBES else (*CUTS, "kv_heads", "bits")
+    return Journal(folder / log, key, files=files)
 
 
 def finite_or_none(value: float) -> float | None:

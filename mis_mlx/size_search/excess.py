@@ -6,7 +6,6 @@ student's vocabulary, and what that vocabulary costs the teacher. Every measurem
 log before the next pass begins, so a search that was killed goes on from there.
 """
 
-import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,6 @@ from mis_mlx.size_search import candidates, shape_search, unwritten
 from mis_mlx.size_search.candidates import CANDIDATES, PROBES, WORST, Candidates
 from mis_mlx.size_search.shape_search import CUTS, Choice, Losses, Sizes, group_of
 from mis_mlx.size_search.unwritten import Running, Student
-from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint
 
 # Bits of a weight, scales included, at which rounding is measured.
@@ -282,8 +280,9 @@ def _logged_or_measured(
 
     shown: a name for the bar; '': there is none.
     """
-    lines = run_folder.records(c.run.folder / log)
-    found = [_line(lines, one.sizes) for one in asked]
+    journal = candidates.journal_of(c.run.folder, log, c.run.files)
+    known = journal.read()
+    found = [known.get(journal.key_of(one.sizes)) for one in asked]
     missing = [number for number, line in enumerate(found) if line is None]
     if not missing:
         return [line for line in found if line is not None]
@@ -292,16 +291,9 @@ def _logged_or_measured(
     for part in cli.show_progress(shown, parts, len(parts)) if shown else parts:
         for number, record in zip(part, _measured(c, [asked[n] for n in part]), strict=True):
             found[number] = record
-            c.run.files.append(c.run.folder / log, json.dumps(record))
+            journal.add(record)
         c.run.account.keep_sometimes()
     return [line for line in found if line is not None]
-
-
-def _line(lines: Sequence[Record], sizes: Mapping[str, Any]) -> Record | None:
-    for line in lines:
-        if sizes == {axis: line.get(axis) for axis in sizes}:
-            return line
-    return None
 
 
 def _measured(c: Candidates, asked: Sequence[_Asked]) -> list[Record]:

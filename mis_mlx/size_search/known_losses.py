@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mis_mlx.quantization.packed_format import SENSITIVITY
-from mis_mlx.size_search.candidates import CANDIDATES, PROBES
+from mis_mlx.size_search.candidates import CANDIDATES, PROBES, journal_of
 from mis_mlx.storage import hub, run_folder
 from mis_mlx.storage.files import DISK, Files, json_sha256
 from mis_mlx.types import Checkpoint
@@ -55,7 +55,7 @@ def known_records(about: Identity, log: str) -> list[dict[str, Any]]:
     """The records of one log that came with the package or are kept on this machine."""
     records = list[dict[str, Any]]()
     for source in _sources(about):
-        records += run_folder.records(source / log)
+        records += journal_of(source, log).read().values()
     return records
 
 
@@ -79,11 +79,11 @@ def copy_into_run(run: Path, about: Identity, files: Files) -> int:
     sensitivity = run / SENSITIVITY
     for source in _sources(about):
         for name in LOGS:
-            _add_lines(source / name, run / name, files)
+            journal_of(run, name, files).add_missing(journal_of(source, name))
         known_sensitivity = source / SENSITIVITY
         if known_sensitivity.is_file() and not sensitivity.exists():
             files.replace_text(sensitivity, known_sensitivity.read_text("utf-8"))
-    return sum(len(run_folder.records(run / name)) for name in LOGS)
+    return sum(len(journal_of(run, name).read()) for name in LOGS)
 
 
 def keep_logs(run: Path, about: Identity) -> None:
@@ -91,7 +91,7 @@ def keep_logs(run: Path, about: Identity) -> None:
     folder = kept_folder(about)
     DISK.make_folder(folder)
     for name in LOGS:
-        _add_lines(run / name, folder / name, DISK)
+        journal_of(folder, name).add_missing(journal_of(run, name))
     sensitivity = run / SENSITIVITY
     if sensitivity.is_file():
         DISK.replace_text(folder / SENSITIVITY, sensitivity.read_text("utf-8"))
@@ -106,13 +106,3 @@ def _about(folder: Path) -> dict[str, Any]:
         return dict(json.loads(stored))
     except (OSError, ValueError, TypeError):
         return {}
-
-
-def _add_lines(source: Path, target: Path, files: Files) -> None:
-    """Append to `target` the records of `source` that it lacks."""
-    present = set[str]()
-    for record in run_folder.records(target):
-        present.add(json.dumps(record, sort_keys=True))
-    for record in run_folder.records(source):
-        if json.dumps(record, sort_keys=True) not in present:
-            files.append(target, json.dumps(record))

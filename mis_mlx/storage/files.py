@@ -63,9 +63,12 @@ class Files:
     def add_line(self, path: Path, line: str) -> None:
         """Add one line to the end of a file, which is made if necessary.
 
-        A last line that a crash tore is ended first.
+        A last line that a crash tore is ended first. Of several processes one adds at a time.
         """
         with open(path, "a+b") as file:
+            with contextlib.suppress(OSError):  # not every disk knows locks
+                fcntl.flock(file, fcntl.LOCK_EX)  # ends with the file
+            file.seek(0, os.SEEK_END)
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 if file.read() != b"\n":
