@@ -50,7 +50,7 @@ def main() -> None:
         readings = []
 
         def reading(log=readings):
-            log.append(thermal_monitor.latest())
+            log.append(thermal_monitor.air())
             return log[-1]
 
         with ThermalMonitor(ThermalFlags(thermal_replay=str(REPLAY))) as thermal_monitor:

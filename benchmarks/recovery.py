@@ -43,7 +43,7 @@ from mis_mlx.pruning import calibrate, reconstruct, select, slicing
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.settings.recipe import DistillationConfig
 from mis_mlx.storage.files import DISK
-from mis_mlx.types import Checkpoint, KeptUnits
+from mis_mlx.types import Air, Checkpoint, KeptUnits
 
 Tensor = Callable[[str], mx.array]
 Measured = dict[Key, rankings.Moments]
@@ -224,7 +224,7 @@ class Bench(Laboratory):
                 out=out,
                 cut=arm.cut,
                 dtype="bfloat16",
-                reading=lambda: None,
+                air=Air,
                 files=DISK,
             )
             return compute_type.open_to_compute(out)

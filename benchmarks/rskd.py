@@ -34,7 +34,7 @@ from mis_mlx.models.writing import model_writer
 from mis_mlx.pruning import reconstruct, select
 from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage.files import DISK
-from mis_mlx.types import Checkpoint
+from mis_mlx.types import Air, Checkpoint
 
 WAYS = {"full": 0, "rs-kd 50": 50}  # name in the table -> samples a position (0: the live teacher)
 
@@ -74,7 +74,7 @@ def prepare(checkpoint: Checkpoint, data: preparation.Data, held_out: Windows, o
             out=folder,
             cut=s,
             dtype=pipeline.DTYPE,
-            reading=lambda: None,
+            air=Air,
             files=DISK,
         )
         pruned = compute_type.open_to_compute(folder)

@@ -90,7 +90,7 @@ def run(settings: Settings) -> dict[str, Any]:
             Path(s.mlx_path),
             s,
             dtype=s.dtype,
-            reading=thermal_monitor.latest,
+            air=thermal_monitor.air,
             files=files,
             held=planned.held_tokens // length,
         )

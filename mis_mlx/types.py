@@ -198,6 +198,22 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Air:
+    """T_env of eq. (1) in °C ± one standard deviation, where that is from, and the altitude.
+
+    All that is told of the weather outside `hardware/thermal`. celsius, altitude_m: None: unknown.
+    spread_c: standard deviation over the last hour; 0 where it was not measured.
+    """
+
+    celsius: float | None = None
+    sigma_c: float | None = None
+    source: str = "none"
+    altitude_m: float | None = None
+    altitude_source: str = "none"
+    spread_c: float = 0.0
+
+
+@dataclass(frozen=True)
 class KeptUnits:
     """The units that a pruning keeps, and why; saved beside the model as `keep.json`.
 

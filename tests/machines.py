@@ -37,7 +37,7 @@ from mis_mlx.models.passing import distributed, pipeline_parallel, stream
 from mis_mlx.pruning import calibrate
 from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage.files import DISK
-from mis_mlx.types import Checkpoint, Reading
+from mis_mlx.types import Air, Checkpoint
 from tests import forks
 
 ROOT = Path(__file__).parents[1]
@@ -177,12 +177,12 @@ def passed(
 def calibrated(teacher: Checkpoint, shares: Sequence[int] = ()) -> dict[str, np.ndarray]:
     """Statistics of five windows of different lengths, each in air of its own."""
     whole = [mx.random.randint(0, 512, (1, 8 + 5 * k), key=mx.random.key(k)) for k in range(5)]
-    readings = [Reading(float(k), ambient_c=10.0 + 3 * k, altitude_m=832.0) for k in range(5)]
+    airs = [Air(10.0 + 3 * k, altitude_m=832.0) for k in range(5)]
     n = distributed.size()
-    air = iter(distributed.shard(readings))
+    air = iter(distributed.shard(airs))
     relay = None
     if shares:
-        air = chain.from_iterable(readings[rank::n] for rank in range(n))
+        air = chain.from_iterable(airs[rank::n] for rank in range(n))
         dtype = precision.dtype_of(teacher)
         relay = pipeline_parallel.Relay(
             teacher, dtype, headroom_bytes=0, direct=False, shares=shares

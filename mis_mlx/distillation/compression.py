@@ -36,7 +36,7 @@ def prune(
                 out,
                 cut=cut,
                 dtype=pipeline.DTYPE,
-                reading=c.thermal_monitor.latest,
+                air=c.air,
                 files=c.files,
                 held=c.plan.held_windows("prune"),
                 shares=c.shares,

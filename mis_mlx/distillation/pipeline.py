@@ -98,7 +98,7 @@ class Run(run_loop.OpenRun):
         """What a checkpoint keeps of the weather, which the first machine measures now."""
         halny = self.recipe.halny
         self.sigma = distributed.broadcast_json(
-            lambda: self.thermal_monitor.sigma() if halny is None else halny
+            lambda: losses.halny_sigma(self.air(look=False).spread_c) if halny is None else halny
         )
         return {"halny_sigma": self.sigma}
 
@@ -123,7 +123,7 @@ class Run(run_loop.OpenRun):
         finally:
             seconds = round(train_loop.CLOCK.monotonic() - began, 3)
             record = {
-                **self.thermal_monitor.now(),
+                **self.now(),
                 "phase": name,
                 "seconds": seconds,
                 "peak_bytes": mx.get_peak_memory(),

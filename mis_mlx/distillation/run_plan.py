@@ -225,7 +225,7 @@ def log(given: Mapping[str, Any], place: OpenRun, plan: strategies.MemoryPlan) -
         for phase in plan.phases
     ]
     record = {
-        **place.thermal_monitor.now(),
+        **place.now(),
         "flags": dict(given),
         "hub_ids": _hub_ids(given),
         "planned": planned,

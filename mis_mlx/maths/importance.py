@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
-from mis_mlx.types import MisError, Reading
+from mis_mlx.types import Air, MisError
 
 REFERENCE_C = 8.0
 REFERENCE_M = 832.0
@@ -51,7 +51,7 @@ def block_sample(into: mx.array, out: mx.array) -> mx.array:
     return 1.0 - cosines.mean()
 
 
-def weight_of(reading: Reading | None, unit: str | None) -> float | None:
+def weight_of(air: Air, unit: str | None) -> float | None:
     """T_env of one calibration batch in this unit, or None where it was not measured.
 
     unit: None: the air does not weigh, so any altitude and temperature will do.
@@ -59,22 +59,19 @@ def weight_of(reading: Reading | None, unit: str | None) -> float | None:
     Kelvin is always positive. Celsius, to the letter of the paper, refuses T <= 0, which would
     reverse the ranking: MisError.
     """
-    if unit is None or reading is None or reading.ambient_c is None:
+    if unit is None or air.celsius is None:
         return None
-    if reading.altitude_m is not None and reading.altitude_m <= 0:
-        why = f"the altitude is {reading.altitude_m:g} m and divides eq. (1), so it must be above 0"
+    if air.altitude_m is not None and air.altitude_m <= 0:
+        why = f"the altitude is {air.altitude_m:g} m and divides eq. (1), so it must be above 0"
         raise MisError(f"{why}: use --importance rms here, or give another --altitude-m")
     if unit == "kelvin":
-        return reading.ambient_c + KELVIN
-    if reading.ambient_c <= 0:
-        why = (
-            f"the air is {reading.ambient_c:g} °C and --temperature-unit celsius needs more "
-            f"than 0 °C"
-        )
+        return air.celsius + KELVIN
+    if air.celsius <= 0:
+        why = f"the air is {air.celsius:g} °C and --temperature-unit celsius needs more than 0 °C"
         raise MisError(
             f"{why}, a negative weight would reverse the ranking: use --temperature-unit kelvin"
         )
-    return reading.ambient_c
+    return air.celsius
 
 
 @dataclass

@@ -13,6 +13,7 @@ import numpy as np
 from mis_mlx.types import MisError
 
 HALNY_CLIP = 0.15
+HALNY_REFERENCE_C = 15.0  # the spread of the air that gives the full HALNY_CLIP
 PART = 2**22  # numbers of a head, or of its gradient, that are made at a time
 TINY = 1e-37  # stands for 0 under a logarithm; a normal float32
 # z (n, V), *targets -> loss (n,), its gradient in z (n, V)
@@ -384,6 +385,11 @@ def token_logps(
 def _at(z: mx.array, index: mx.array) -> mx.array:
     """One entry of each row: z (n, V), index (n,) -> (n,)."""
     return mx.take_along_axis(z, index[:, None], axis=-1)[:, 0]
+
+
+def halny_sigma(spread_c: float) -> float:
+    """Spread of eps_halny, from the standard deviation of the last hour's measured T_env."""
+    return HALNY_CLIP * spread_c / HALNY_REFERENCE_C
 
 
 def loss_noise_factor(sigma: float, seed: int, step: int) -> float:

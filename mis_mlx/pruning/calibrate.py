@@ -14,7 +14,7 @@ from mis_mlx.maths.importance import ExpertSums, Statistics, Sums
 from mis_mlx.models.architectures import arch, modules
 from mis_mlx.models.architectures.sizes import attends, ffn_size, shape_of
 from mis_mlx.models.passing import distributed, pipeline_parallel, stream
-from mis_mlx.types import Checkpoint, Reading
+from mis_mlx.types import Air, Checkpoint
 
 Weight = Callable[[int], float]  # of a batch: its T_env, asked as the batch enters
 Samples = dict[str, mx.array]  # of a batch, by axis: its importance, "axis squares" its squares
@@ -168,21 +168,20 @@ def _merge(out: Statistics, experts: Mapping[int, ExpertSums], batches: int) -> 
         out.routed[i] = layer.routed
 
 
-def _air(out: Statistics, readings: Sequence[Reading | None], unit: str | None) -> None:
+def _air(out: Statistics, airs: Sequence[Air], unit: str | None) -> None:
     """The air and altitude of all machines' batches.
 
     Where one batch has no T_env, none weighs more than another.
     """
-    weights = [importance.weight_of(r, unit) for r in readings]
+    weights = [importance.weight_of(air, unit) for air in airs]
     out.measured = not distributed.any_rank(None in weights)
     if not out.measured:
         layers = (out.ffn, out.heads, out.channels, out.experts, out.hidden)
         for sums in chain.from_iterable(axis.values() for axis in layers):
             sums.env_weighted = sums.square.copy()
-    known = [r for r in readings if r is not None]
-    celsius = distributed.all_gather([r.ambient_c for r in known if r.ambient_c is not None])
+    celsius = distributed.all_gather([air.celsius for air in airs if air.celsius is not None])
     out.ambient_c = list(chain.from_iterable(celsius))
-    altitudes = distributed.all_gather(known[-1].altitude_m if known else None)
+    altitudes = distributed.all_gather(airs[-1].altitude_m if airs else None)
     out.altitude_m = next((m for m in altitudes if m is not None), None)
 
 
@@ -195,14 +194,14 @@ def _zero_sums(units: int) -> Sums:
 def calibrate(
     checkpoint: Checkpoint,
     batches: stream.Batches,
-    reading: Callable[[], Reading | None] = lambda: None,
+    air: Callable[[], Air] = Air,
     unit: str | None = "kelvin",
     hidden: stream.Hidden | None = None,
     relay: pipeline_parallel.Relay | None = None,
 ) -> tuple[Statistics, stream.Hidden]:
     """Statistics of all layers over token ids [(B, T)], and the teacher's final hidden states.
 
-    These are [(B, T, D)]. `reading()` is asked once per batch, as the batch enters the model: its
+    These are [(B, T, D)]. `air()` is asked once per batch, as the batch enters the model: its
     T_b weighs that batch in AAIS. If any batch has no T_b, all weigh 1, and `measured` is False.
     unit: of T_b; None: no batch weighs by its air.
     hidden: a place for the hidden states other than memory. Several machines each bring their own
@@ -216,13 +215,13 @@ def calibrate(
     if source is None:
         source = stream.Stream(checkpoint, precision.dtype_of(checkpoint), direct=direct)
     hidden = source.embed(batches, hidden)
-    readings = list[Reading | None]()
+    airs = list[Air]()
 
     # its T_env, measured once, as it enters the model; 1 where nothing is known
     def weight(batch: int) -> float:
-        while len(readings) <= batch:
-            readings.append(reading())
-        return importance.weight_of(readings[batch], unit) or 1.0
+        while len(airs) <= batch:
+            airs.append(air())
+        return importance.weight_of(airs[batch], unit) or 1.0
 
     for i, block in source.blocks():
         for part, (name, *_) in arch.readers(block).values():
@@ -249,7 +248,7 @@ def calibrate(
             _add(out, i, seen, tokens=tokens, weight=weight(b))
         out.block[i] = float(np.sum(distances))
     _merge(out, experts, len(batches))
-    _air(out, readings, unit)
+    _air(out, airs, unit)
     return out, source.norm(hidden)
 
 

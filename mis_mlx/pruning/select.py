@@ -25,7 +25,7 @@ from mis_mlx.models.passing import distributed, pipeline_parallel, stream
 from mis_mlx.pruning import calibrate, slicing, vocabulary
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.hidden_spool import Spool
-from mis_mlx.types import Checkpoint, Count, KeptUnits, MisError, Precision, Reading
+from mis_mlx.types import Air, Checkpoint, Count, KeptUnits, MisError, Precision
 
 # Of a report where all units stay, so that none were ranked.
 UNCUT = "nothing is cut"
@@ -94,7 +94,7 @@ Ranking = Callable[[Key], np.ndarray]  # (layer, axis) -> scores (units,); the h
 
 def ranking(statistics: Statistics, cut: PruningConfig) -> tuple[Ranking, str]:
     """How `cut` ranks a layer's units, and the name of that."""
-    thermal_monitor = (
+    by_weather = (
         cut.importance == "aais" and statistics.measured and statistics.altitude_m is not None
     )
 
@@ -109,11 +109,11 @@ def ranking(statistics: Statistics, cut: PruningConfig) -> tuple[Ranking, str]:
         sums: importance.Sums = getattr(statistics, axis)[i]
         if cut.importance == "activation":
             return importance.activation(sums)
-        if thermal_monitor:
+        if by_weather:
             return importance.aais(sums, statistics.altitude_m or 1.0)
         return importance.rms(sums)
 
-    if cut.importance == "aais" and not thermal_monitor:
+    if cut.importance == "aais" and not by_weather:
         return scores, "rms (no T_env or altitude known)"
     return scores, cut.importance
 
@@ -163,7 +163,7 @@ def select_units(
             kept[i, "kv_heads"] = tuple(sorted({head // group for head in kept[i, "heads"]}))
     if shape.hidden < before.hidden and cut.hidden_by == "importance":
         choose((-1, "hidden"), shape)
-    air = statistics.ambient_c
+    celsius = statistics.ambient_c
     report = {
         "importance": used,
         "scenario": cut.scenario,
@@ -171,7 +171,7 @@ def select_units(
         "channels_differing_from_plain": sum(differ.values()),
         "differing": {f"{i}/{axis}": n for (i, axis), n in differ.items() if n},
         "channels_kept": sum(map(len, kept.values())),
-        "ambient_c": [min(air), max(air)] if air else None,
+        "ambient_c": [min(celsius), max(celsius)] if celsius else None,
         "altitude_m": statistics.altitude_m,
         "block_importance": {str(i): round(v, 6) for i, v in statistics.block.items()},
         "profile": profile(statistics, layers, kept, scores),
@@ -330,7 +330,7 @@ def prune(
     cut: PruningConfig,
     *,
     dtype: str,
-    reading: Callable[[], Reading | None],
+    air: Callable[[], Air],
     files: Files,
     held: int | None = None,
     shares: Sequence[int] = (),
@@ -356,7 +356,7 @@ def prune(
         statistics = Statistics(block=dict.fromkeys(range(shape_of(checkpoint.config).layers), 0.0))
     else:
         relay = _relay(checkpoint, shares, direct=spooled)
-        statistics = _calibrated(checkpoint, batches, cut, reading, relay=relay, hidden=states())
+        statistics = _calibrated(checkpoint, batches, cut, air, relay=relay, hidden=states())
     # Every machine has brought its part; the student is the first one's to make.
     if not distributed.is_main():
         return {}
@@ -387,7 +387,7 @@ def _calibrated(
     checkpoint: Checkpoint,
     batches: stream.Batches,
     cut: PruningConfig,
-    reading: Callable[[], Reading | None],
+    air: Callable[[], Air],
     *,
     relay: pipeline_parallel.Relay | None,
     hidden: stream.Hidden,
@@ -396,7 +396,7 @@ def _calibrated(
     statistics, _ = calibrate.calibrate(
         checkpoint,
         distributed.shard(batches),
-        reading=reading,
+        air=air,
         unit=cut.temperature_unit if cut.importance == "aais" else None,
         relay=relay,
         hidden=hidden,

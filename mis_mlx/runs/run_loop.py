@@ -34,7 +34,7 @@ from mis_mlx.runs.account import Account
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import Files, as_mis_error, json_sha256, need_place
-from mis_mlx.types import Budget, Checkpoint, MisError, Step, gib
+from mis_mlx.types import Air, Budget, Checkpoint, MisError, Step, gib
 
 BLAS_THREADS = "blas_threads"  # in origin.json, a number for each machine
 S = TypeVar("S", bound=cli.Resumable)  # a command's Settings
@@ -217,6 +217,14 @@ class OpenRun:
     files: Files
     account: Account
     budget_bytes: int
+
+    def now(self) -> dict[str, float]:
+        """The clock of all logs of the run."""
+        return self.thermal_monitor.now()
+
+    def air(self, *, look: bool = True) -> Air:
+        """The air now; look: False: as it was when somebody looked last."""
+        return self.thermal_monitor.air(look=look)
 
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Write the run's result into its folder, with memory, weather and time; return it.
@@ -407,7 +415,7 @@ class CheckpointedTraining:
         run = self.run
         facts = asdict(step)
         del facts["reading"], facts["further"]
-        record = {**run.thermal_monitor.now(), **facts, **step.further}
+        record = {**run.now(), **facts, **step.further}
         run.files.append(run.folder / self.log, json.dumps(record))
         run.account.keep_sometimes()
         seen = replace(step, reading=run.thermal_monitor.last())

@@ -42,7 +42,7 @@ from mis_mlx.settings.recipe import (
     TrainingConfig,
 )
 from mis_mlx.storage.files import DISK
-from mis_mlx.types import GIB, Budget, Checkpoint
+from mis_mlx.types import GIB, Air, Budget, Checkpoint
 from tests import tiny
 from tests.peaks import allocated
 
@@ -559,7 +559,7 @@ def test_pruning_stays_under_the_plan(
             out=tmp_path / "s",
             cut=cut,
             dtype="float32",
-            reading=lambda: None,
+            air=Air,
             files=DISK,
         )
     peak = mx.get_peak_memory() - before

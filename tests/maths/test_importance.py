@@ -10,7 +10,7 @@ import pytest
 
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import Sums
-from mis_mlx.types import MisError, Reading
+from mis_mlx.types import Air, MisError
 
 
 def sums_of(samples: np.ndarray, weights: list[float]) -> Sums:
@@ -21,8 +21,8 @@ def sums_of(samples: np.ndarray, weights: list[float]) -> Sums:
     return out
 
 
-def air(celsius: float | None, metres: float | None = 832.0) -> Reading:
-    return Reading(0.0, ambient_c=celsius, altitude_m=metres)
+def air(celsius: float | None, metres: float | None = 832.0) -> Air:
+    return Air(celsius, altitude_m=metres)
 
 
 def test_samples_by_pencil() -> None:
@@ -99,7 +99,7 @@ def test_weight_is_kelvin_unless_asked() -> None:
     assert importance.weight_of(air(8.0), "kelvin") == pytest.approx(281.15)
     assert importance.weight_of(air(8.0), "celsius") == 8.0
     assert importance.weight_of(air(None), "kelvin") is None
-    assert importance.weight_of(None, "celsius") is None
+    assert importance.weight_of(Air(), "celsius") is None
 
 
 def test_what_would_reverse_a_ranking_is_refused() -> None:

@@ -286,3 +286,9 @@ def test_logits_of_half_precision_are_float32s(dtype: mx.Dtype, wide: str) -> No
     found = losses.wide_product(hidden, head)
     assert found.dtype == mx.float32
     np.testing.assert_allclose(np.array(found), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_the_halny_is_as_wide_as_the_air_spreads() -> None:
+    """15 °C give the full 0.15, still air gives none."""
+    assert losses.halny_sigma(15.0) == pytest.approx(0.15)
+    assert losses.halny_sigma(0.0) == 0.0

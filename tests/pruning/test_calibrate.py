@@ -14,7 +14,7 @@ from mis_mlx.models.architectures import modules
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import stream
 from mis_mlx.pruning import calibrate
-from mis_mlx.types import Checkpoint, MisError, Reading
+from mis_mlx.types import Air, Checkpoint, MisError
 from tests import tiny
 from tests.conftest import near
 
@@ -86,15 +86,15 @@ def test_block_importance_by_hand(llama: Checkpoint, batches: list[mx.array]) ->
         hidden = out
 
 
-def readings(*celsius: float | None) -> Callable[[], Reading]:
+def airs(*celsius: float | None) -> Callable[[], Air]:
     """A thermometer that says these, one after another, and then fails the test."""
     left: Iterator[float | None] = iter(celsius)
-    return lambda: Reading(0.0, ambient_c=next(left), altitude_m=832.0)
+    return lambda: Air(next(left), altitude_m=832.0)
 
 
 def test_each_batch_is_weighed_by_its_own_air(llama: Checkpoint, batches: list[mx.array]) -> None:
     """Asked once a batch, not once a block; T_b in kelvin weighs batch b in every layer."""
-    both, _ = calibrate.calibrate(llama, batches, readings(10.0, 30.0))
+    both, _ = calibrate.calibrate(llama, batches, airs(10.0, 30.0))
     first, _ = calibrate.calibrate(llama, batches[:1])
     second, _ = calibrate.calibrate(llama, batches[1:])
 
@@ -117,7 +117,7 @@ def test_a_gap_in_the_weather_means_plain_importance(
     """One batch without T_env: all weigh 1 and `measured` is False, so nobody is favoured by a
     broken sensor.
     """
-    statistics, _ = calibrate.calibrate(llama, batches, readings(10.0, None))
+    statistics, _ = calibrate.calibrate(llama, batches, airs(10.0, None))
     assert not statistics.measured
     assert statistics.ambient_c == [10.0]
     assert (statistics.ffn[0].env_weighted == statistics.ffn[0].square).all()
@@ -126,4 +126,4 @@ def test_a_gap_in_the_weather_means_plain_importance(
 def test_frost_in_celsius_stops_the_pass(llama: Checkpoint, batches: list[mx.array]) -> None:
     """-3 °C with --temperature-unit celsius is a sentence."""
     with pytest.raises(MisError, match="--temperature-unit kelvin"):
-        calibrate.calibrate(llama, batches, readings(5.0, -3.0), "celsius")
+        calibrate.calibrate(llama, batches, airs(5.0, -3.0), "celsius")

@@ -25,7 +25,7 @@ from mis_mlx.models.passing import stream
 from mis_mlx.models.writing import model_writer
 from mis_mlx.pruning import reconstruct, select, slicing
 from mis_mlx.storage.files import DISK
-from mis_mlx.types import Checkpoint, KeptUnits, MisError, Reading
+from mis_mlx.types import Air, Checkpoint, KeptUnits, MisError
 from tests import tiny
 from tests.conftest import Done, last_line, near
 from tests.pruning.test_reconstruct import mended_model, stream_error
@@ -278,7 +278,7 @@ def test_on_a_low_rank_stream_the_rotation_loses_nothing_and_ranked_channels_do(
             out=tmp_path / how,
             cut=replace(cut, hidden_by=how),
             dtype="float32",
-            reading=lambda: None,
+            air=Air,
             files=DISK,
         )
         after = stock(load.open_checkpoint(tmp_path / how), windows[0])
@@ -329,7 +329,7 @@ def test_spooled_hidden_states_and_a_changing_wind_make_the_same_student(
     """
     made = {}
     for name, held in (("spooled", 1), ("held", None)):
-        air = iter([-20.0, 45.0, -20.0, 45.0])
+        celsius = iter([-20.0, 45.0, -20.0, 45.0])
         made[name] = select.prune(
             llama,
             windows,
@@ -338,7 +338,7 @@ def test_spooled_hidden_states_and_a_changing_wind_make_the_same_student(
             cut=select.PruningConfig(scenario="none", ffn=256, hidden=48, hidden_by="pca"),
             dtype="float32",
             files=DISK,
-            reading=lambda air=air: Reading(0.0, ambient_c=next(air), altitude_m=832.0),
+            air=lambda celsius=celsius: Air(next(celsius), altitude_m=832.0),
             held=held,
         )
     for file in ("model.safetensors", "rotation.npy"):

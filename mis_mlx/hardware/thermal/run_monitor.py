@@ -12,11 +12,9 @@ from mis_mlx import cli
 from mis_mlx.hardware.thermal import ambient, governor
 from mis_mlx.hardware.thermal.governor import Decision, Governor, Mode
 from mis_mlx.hardware.thermal.thermal_monitor import Monitor, battery_charge
-from mis_mlx.maths.losses import HALNY_CLIP
 from mis_mlx.storage.files import DISK, Files
-from mis_mlx.types import Celsius, Metres, MisError, Reading, Step
+from mis_mlx.types import Air, Celsius, Metres, MisError, Reading, Step
 
-HALNY_REFERENCE_C = 15.0  # the spread that gives the full HALNY_CLIP
 WAITING = "throughput", "steady"  # modes that wait for the plug
 # in a replay every step takes this long, so that a replay gives the same run everywhere
 VIRTUAL_STEP_S = 1.0
@@ -160,15 +158,28 @@ class ThermalMonitor(Monitor):
         """The clock that metrics.jsonl and thermal.jsonl share."""
         return {"time_s": round(self.clock.monotonic(), 3), "wall_s": round(self.clock.wall(), 3)}
 
-    def sigma(self) -> float:
-        """Spread of eps_halny from the last hour's measured T_env; 0 if unmeasured.
+    def air(self, *, look: bool = True) -> Air:
+        """The air by the `latest` reading; look: False: by the last one that was given."""
+        reading = self.latest() if look else self.last()
+        if reading is None:
+            return Air(source="none: not asked")
+        no_air = "none: " + self.reasons.get("ambient_c", "not asked")
+        return Air(
+            celsius=reading.ambient_c,
+            sigma_c=reading.ambient_sigma_c,
+            source=reading.sources.get("ambient_c", no_air),
+            altitude_m=reading.altitude_m,
+            altitude_source=reading.sources.get("altitude_m", "none"),
+            spread_c=self._spread_c(),
+        )
 
-        Design: 0.15 * std / 15 °C.
-        """
-        air = [r.ambient_c for r in self.history() if r.ambient_c is not None]
-        if not air or ambient.t_env_kind(self.history()[-1]) != "measured":
+    def _spread_c(self) -> float:
+        """Of the last hour's T_env; 0 unless it was measured."""
+        history = self.history()
+        air = [reading.ambient_c for reading in history if reading.ambient_c is not None]
+        if not air or ambient.t_env_kind(history[-1]) != "measured":
             return 0.0
-        return HALNY_CLIP * statistics.pstdev(air) / HALNY_REFERENCE_C
+        return statistics.pstdev(air)
 
     def after(self, step: Step) -> Iterator[Decision]:
         """Ask the governor after a step, wait as it says, log and yield each decision.
@@ -207,13 +218,12 @@ class ThermalMonitor(Monitor):
 
     def account(self) -> dict[str, Any]:
         """For a run's JSON: tea breaks, and where T_env and altitude came from."""
-        reading = self.last() or Reading(0.0)
-        no_air = "none: " + self.reasons.get("ambient_c", "not asked")
+        air = self.air(look=False)
         return {
             **self.breaks.as_json(),
-            "t_env_c": reading.ambient_c,
-            "t_env_sigma_c": reading.ambient_sigma_c,
-            "t_env_source": reading.sources.get("ambient_c", no_air),
-            "altitude_m": reading.altitude_m,
-            "altitude_source": reading.sources.get("altitude_m", "none"),
+            "t_env_c": air.celsius,
+            "t_env_sigma_c": air.sigma_c,
+            "t_env_source": air.source,
+            "altitude_m": air.altitude_m,
+            "altitude_source": air.altitude_source,
         }

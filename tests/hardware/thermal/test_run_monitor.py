@@ -22,7 +22,6 @@ from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.hardware.clock import VirtualClock
 from mis_mlx.hardware.thermal.governor import Mode
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, ThermalMonitor, battery
-from mis_mlx.maths.losses import HALNY_CLIP
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.runs.run_loop import entered, open_model, open_run
 from mis_mlx.types import GIB, Budget, MisError, Reading, Step
@@ -45,10 +44,8 @@ def step(number: int) -> Step:
     )
 
 
-def test_halny_sigma_comes_from_the_last_hour_of_the_recording() -> None:
-    """Air that warms from 8 to 33 °C gives 0.15 * std / 15 °C; before any reading, and by hand, the
-    wind is still.
-    """
+def test_the_spread_of_the_air_is_that_of_the_last_hour() -> None:
+    """Air that warms from 8 to 33 °C has a spread; before any reading, and by hand, there is none."""
     with ThermalMonitor(ThermalFlags(temperature_c=8.0, altitude_m=832.0)) as thermal_monitor:
         thermal_monitor.latest()
         account = thermal_monitor.account()
@@ -57,14 +54,14 @@ def test_halny_sigma_comes_from_the_last_hour_of_the_recording() -> None:
             "given",
             "given",
         )
-        assert thermal_monitor.sigma() == 0.0
+        assert thermal_monitor.air(look=False).spread_c == 0.0
     with ThermalMonitor(ThermalFlags(thermal_replay=str(HALNY))) as thermal_monitor:
-        assert thermal_monitor.sigma() == 0.0
+        assert thermal_monitor.air(look=False).spread_c == 0.0
         air = [thermal_monitor.latest().ambient_c for _ in range(16)]
         mean = sum(air) / 16
         std = (sum((t - mean) ** 2 for t in air) / 16) ** 0.5
         assert (air[0], air[-1]) == (8.0, 33.0)
-        assert thermal_monitor.sigma() == pytest.approx(HALNY_CLIP * std / 15.0)
+        assert thermal_monitor.air(look=False).spread_c == pytest.approx(std)
         assert thermal_monitor.account()["t_env_source"] == "replay SMC TVA0"
 
 
