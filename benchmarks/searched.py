@@ -28,8 +28,6 @@ def main(label: str, flags: list[str]) -> None:
     result = search.run(asked)
     result["recommended"] = result.pop("command")
     kept = {name: value for name, value in result.items() if name not in PRIVATE}
-    # what limits of speed stand on
-    kept["teacher_seconds"] = run_folder.stored_settings(folder, run_folder.PLAN)
     command = " ".join(["scripts/mis benchmarks/searched.py", label, *flags])
     laboratory.write(
         f"search-{label}", command, {"axes": run_folder.records(folder / candidates.PROBES), **kept}

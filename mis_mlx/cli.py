@@ -103,6 +103,7 @@ def read_yaml(path: str, config_type: type) -> dict[str, Any]:
     result = {}
     for key, value in _yaml_lines(path).items():
         name = str(key).replace("-", "_")
+        flag_help.refuse_gone(config_type, {name: value}, where=f"{path}: ")
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = (
@@ -112,7 +113,6 @@ def read_yaml(path: str, config_type: type) -> dict[str, Any]:
             )
             raise MisError(f"{path}: {key!r} is not a setting of this command: {hint}")
         value = _converted(value, hints[name])
-        flag_help.refuse_gone(config_type, {name: value}, where=f"{path}: ")
         if not _fits(value, hints[name]):
             annotated = get_type_hints(config_type, include_extras=True)
             takes = flag_help.metavar(annotated[name]) or "true or false"

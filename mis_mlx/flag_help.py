@@ -33,12 +33,20 @@ def quiet(kind: type) -> frozenset[str]:
     }
 
 
+def gone(kind: type) -> Mapping[str, str]:
+    """{setting of an earlier version: what to do instead}."""
+    return getattr(kind, "GONE", {})
+
+
 def refuse_gone(config_type: type, values: Mapping[str, Any], where: str = "") -> None:
-    """MisError, with `where`, for a value that its setting took in an earlier version.
+    """MisError, with `where`, for a setting of an earlier version, or a value that it took then.
 
     values: by name.
     """
     file_only = quiet(config_type)
+    for name, remedy in gone(config_type).items():
+        if name in values:
+            raise MisError(f"{where}{shown(name, file_only)} is no longer there: {remedy}")
     for name, hint in get_type_hints(config_type, include_extras=True).items():
         for part in getattr(hint, "__metadata__", ()):
             if isinstance(part, Gone) and values.get(name) == part.value:

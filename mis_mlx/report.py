@@ -18,7 +18,7 @@ from mis_mlx import cli
 from mis_mlx.distillation import run_verdict
 from mis_mlx.evaluation import answer_figures, repetition
 from mis_mlx.models.architectures import scenarios
-from mis_mlx.reporting import axes, baseline, figures, html, run_reader, smoothing, timeline
+from mis_mlx.reporting import axes, figures, html, run_reader, smoothing, timeline
 from mis_mlx.reporting.run_reader import Point, Record, RunRecord, Series
 from mis_mlx.storage import files, run_folder
 from mis_mlx.types import GIB, Count, MisError, duration, evenly, gib
@@ -56,16 +56,8 @@ def verdict(story: RunRecord, key: str) -> str:
     if not story.result:
         return _summary(story)
     talks, models = _told(story)
-    lose = story.config.get("lose")
-    packed = baseline.measured_beside(story.folder, story.origin)
-    sentences = run_verdict.sentences(story.result, lose, packed)
-    picture = run_verdict.picture(key, story.result, packed)
-    return html.part(
-        "verdict",
-        warning=_warning(talks, models),
-        sentences=sentences,
-        pictures=[picture],
-    )
+    sentences = run_verdict.sentences(story.result, story.config.get("lose"))
+    return html.part("verdict", warning=_warning(talks, models), sentences=sentences)
 
 
 def summary(story: RunRecord, key: str) -> str:

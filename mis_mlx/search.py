@@ -8,9 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import numpy as np
+from typing import Annotated, Any, ClassVar, Literal
 
 from mis_mlx import cli
 from mis_mlx.compute import precision
@@ -26,9 +24,7 @@ from mis_mlx.runs import run_loop
 from mis_mlx.settings.recipe import ITERS, DistillationConfig
 from mis_mlx.size_search import (
     candidates,
-    excess,
     finalists,
-    frontier,
     known_losses,
     ranking,
     search_plan,
@@ -50,6 +46,9 @@ FREE = frozenset(
 UNDER = Path("runs") / run_folder.SEARCH
 PASSES = 3  # over a teacher that streams, each of which measures a choice
 Axis = Literal["layers", "ffn", "heads", "hidden", "vocab", "bits"]
+# Instead of flags of earlier versions.
+LIMIT_SIZE = "limit --bytes or --params, and time what comes out by `scripts/mis bench`"
+MEASURE_CURVE = "`scripts/mis benchmarks/frontier.py` measures loss against bytes"
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,8 @@ class Settings(
     vocabulary.VocabularyConfig,
     DistillationConfig,
 ):
-    """Give the allowed loss (--lose) to find the smallest student; give limits (one or more of
-    --bytes, --memory, --params, --decode, --ttft) to find the one that loses least. Default:
-    --params 0.667x.
+    """Give the allowed loss (--lose) to find the smallest student; give limits (--bytes, --params,
+    or both) to find the one that loses least. Default: --params 0.667x.
     """
 
     lose: Annotated[float | None, Within(0.0, MOST)] = None
@@ -71,31 +69,8 @@ class Settings(
     """
     bytes: str | None = None
     """limit for the weights on disk, such as 50MB"""
-    memory: str | None = None
-    """limit for memory in use, such as 3GiB: weights, plus keys and values of --max-kv-size tokens
-    """
-    frontier: bool = False
-    """plot loss against bytes: the expected loss of students, next to the teacher in 6, 4 and 3
-    bits; --finalists students of the curve are actually distilled
-    """
-    against: tuple[str, ...] = ()
-    """other models for that plot, as folders or hub ids: the teacher's next smaller sibling, or the
-    teacher as quantized by mlx_lm.dwq or mlx_lm.dynamic_quant
-    """
     params: str | None = None
     """limit for parameters: a share of the teacher's, such as 0.667x, or a number, such as 90M"""
-    decode: str | None = None
-    """decoding speed, such as 1.5x the teacher's on this machine with --max-kv-size tokens in the
-    cache: estimated from two timings of the teacher; finalists are timed
-    """
-    ttft: str | None = None
-    """speed to the first token after --prompt-tokens, such as 1.5x the teacher's; estimated in the
-    same way
-    """
-    max_kv_size: Count = 2048
-    """context tokens for --memory and --decode"""
-    prompt_tokens: Count = 512
-    """prompt tokens for --ttft"""
     axes: tuple[Axis, ...] = ("layers", "ffn", "heads", "vocab", "bits")
     """what may be cut: layers, ffn, heads, hidden, vocab, bits; bits need a limit in bytes"""
     teacher: str | None = None
@@ -128,51 +103,25 @@ class Settings(
     eval_windows: Annotated[int, Within(2, MOST)] = 24
     """further held-out windows, to judge finalists; a third as many of every other text"""
 
+    GONE: ClassVar = {
+        "decode": LIMIT_SIZE,
+        "ttft": LIMIT_SIZE,
+        "memory": LIMIT_SIZE,
+        "max_kv_size": LIMIT_SIZE,
+        "prompt_tokens": LIMIT_SIZE,
+        "frontier": MEASURE_CURVE,
+        "against": MEASURE_CURVE,
+    }
+
     @property
     def mixed(self) -> bool:
         """Whether bits are chosen; else matrices are rounded to the usual ones."""
-        free = self.lose is not None or self.frontier
-        return "bits" in self.axes and (free or bool(self.bytes or self.memory))
+        return "bits" in self.axes and (self.lose is not None or bool(self.bytes))
 
     @property
     def reuses(self) -> bool:
         """Whether measurements are kept, and used again by another search."""
-        return self.lose is not None or self.frontier
-
-    @property
-    def timed_at(self) -> dict[str, tuple[int, int]]:
-        """(tokens in the KV cache, tokens of the prompt) of every speed asked for, by its flag."""
-        tokens = {"decode": (self.max_kv_size, 0), "ttft": (0, self.prompt_tokens)}
-        return {flag: counts for flag, counts in tokens.items() if getattr(self, flag)}
-
-
-def drawn(s: Settings, c: candidates.Candidates, scope: search_scope.Scope) -> dict[str, Any]:
-    """Print the table of --frontier, write its page, and return what goes into the JSON line."""
-    with progress.phase("rank"):
-        losses = excess.losses(c, scope.sizes)
-        shapes = [choice.shape for choice in scope.within]
-        points, chosen = frontier.expected_curve(c, losses, shapes, scope.limits)
-        if not points:
-            raise MisError("no student of this teacher is within the limits: ask for a smaller cut")
-        measured = [*frontier.converted_teachers(c), *frontier.other_models(c, s.against)]
-    # Evenly spread students of the curve.
-    count = min(s.finalists, len(chosen))
-    spread = np.linspace(0, len(chosen) - 1, count)
-    numbers = np.unique(spread.round().astype(int))
-    records = _distilled(c, [chosen[number] for number in numbers])
-    names = [points[number].name for number in numbers]
-    every_point = [*points, *measured, *frontier.distilled(records, names)]
-    on = "text" if c.answers is None else "the teacher's answers"
-    table = frontier.write_page(
-        c.run.folder,
-        c.teacher.path.name,
-        on,
-        every_point,
-        files=c.run.files,
-    )
-    print(text.aligned(table))
-    cli.say(f"page: {c.run.folder / frontier.NAME}.html")
-    return {"loss_of": on, "points": [asdict(point) for point in every_point]}
+        return self.lose is not None
 
 
 def _distilled(c: candidates.Candidates, choices: Sequence[Choice]) -> list[dict[str, Any]]:
@@ -202,9 +151,6 @@ def report(
     best = verdict.best if records else 0
     told = f"{len(measured)} students measured, {' '.join(scope.flags)}"
     if records:
-        teacher_seconds = {}
-        for flag, timing in scope.speeds.items():
-            teacher_seconds[flag] = timing.seconds(before.layers)
         names = names[: len(records)]
         sentence = finalists.advice(verdict, records, names, lines)
         head = (
@@ -212,7 +158,7 @@ def report(
             f"{len(c.judging.tokens)} windows of held-out text, ± 95 %; bits and KL are per byte "
             f"of text"
         )
-        table = finalists.table(records, names, teacher_seconds)
+        table = finalists.table(records, names)
         page = f"{head}\n\n{table}\n\n{sentence}"
     else:
         sentence = f"The best after pruning and rounding: {names[0]}: {lines[0]}"
@@ -255,8 +201,6 @@ def _identity_of_built_in(s: Settings, teacher: Checkpoint) -> dict[str, Any]:
 
 def _found(s: Settings, c: candidates.Candidates, scope: search_scope.Scope) -> dict[str, Any]:
     """Measure, distil the finalists, print the result, and return what goes into the JSON line."""
-    if s.frontier:
-        return drawn(s, c, scope)
     if s.lose is None:
         ranked, expected = ranking.rank(c, scope.within, scope.sizes)
     else:
@@ -296,11 +240,6 @@ class PlannedSearch:
             "students": len(self.scope.within),
         }
 
-    @property
-    def speeds(self) -> dict[str, Any]:
-        """The teacher's, by flag, for plan.json."""
-        return {flag: timing._asdict() for flag, timing in self.scope.speeds.items()}
-
     def source(self) -> preparation.Source:
         """The text, which the teacher perhaps writes now; with a --dry-run what that would take."""
         s = self.settings
@@ -339,7 +278,7 @@ def plan(s: Settings, teacher: Checkpoint, folder: Path | None) -> PlannedSearch
     limit = memory.budget(s.budget_bytes)
     if folder is None:
         s = _of_teacher(s, teacher, limit)
-    scope = search_scope.scope_of(s, teacher, folder, limit)
+    scope = search_scope.scope_of(s, teacher)
     known = _identity_of_built_in(s, teacher) if s.reuses else {}
     largest, seconds, outcome = search_plan.plan_search(
         s, teacher, scope.within, scope.sizes, limit=limit, known=known
@@ -385,7 +324,7 @@ def carry_out(planned: PlannedSearch, read: SearchText, place: run_loop.Place) -
     s = planned.settings
     data = read.data
     teacher = planned.teacher
-    place.decide(asdict(s), planned.speeds, planned.limit)
+    place.decide(asdict(s), {}, planned.limit)
     opening = run_loop.open_run(
         place,
         read.origin,
@@ -434,7 +373,7 @@ def run(settings: Settings) -> dict[str, Any]:
         cli.say(progress.promise(sum(planned.seconds.values())))
     name = f"{UNDER.name}/{teacher.path.name}"
     with run_loop.entered(folder, name, out=s.out, asked=s.given) as place:
-        place.decide(asdict(s), planned.speeds, planned.limit)
+        place.decide(asdict(s), {}, planned.limit)
         return carry_out(planned, text_of(planned), place)
 
 

@@ -241,7 +241,6 @@ def _stored(part: Journal) -> dict[int, Row | None]:
             if isinstance(pair, list):
                 stored[pair[0]] = pair[1]
     for (number,), record in found.items():
-        assert isinstance(number, int)
         stored[number] = record["row"]
     return stored
 

@@ -17,8 +17,9 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mis_mlx import cli, distill, evaluate, flag_help, quantize, sft
+from mis_mlx import cli, distill, evaluate, flag_help, quantize, search, sft
 from mis_mlx.reporting import progress, text
+from mis_mlx.runs import run_loop
 from mis_mlx.types import GIB, MisError, Row, Step
 
 Settings = distill.Settings
@@ -117,6 +118,30 @@ def test_bad_yaml_is_a_sentence(tmp_path: Path, yaml: str, sentence: str) -> Non
         (quantize.Settings, "--q-method", "blocks", "give --q-iters 20"),
     ],
 )
+def test_flags_of_earlier_versions_are_a_sentence(tmp_path: Path) -> None:
+    """With a value, as a switch, in a file; a search that was begun with one does not go on, one
+    that only had its default does.
+    """
+    said = "--ttft is no longer there: limit --bytes or --params"
+    for line in (["--ttft", "1.5x"], ["--ttft=1.5x"]):
+        with pytest.raises(MisError, match=f"^{said}"):
+            cli.parse(search.Settings, line)
+    with pytest.raises(MisError, match="^--frontier is no longer there: .*benchmarks/frontier.py"):
+        cli.parse(search.Settings, ["--lose", "0.1", "--frontier"])
+    with pytest.raises(MisError, match=rf"settings\.yaml: {said}"):
+        parsed(tmp_path, "ttft: 1.5x\n", kind=search.Settings)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "asked.yaml").write_text("params: 0.5x\n")
+    (run / "config.yaml").write_text("params: 0.5x\nttft: null\nmax_kv_size: 2048\n")
+    goes_on, folder = run_loop.resumed(search.Settings(resume=True, out=str(run)), search.FREE)
+    assert goes_on.params == "0.5x"
+    assert folder == run
+    (run / "asked.yaml").write_text("ttft: 1.5x\n")
+    with pytest.raises(MisError, match=f"^{said}"):
+        run_loop.resumed(search.Settings(resume=True, out=str(run)), search.FREE)
+
+
 def test_values_of_earlier_versions_are_a_sentence(
     tmp_path: Path, kind: Any, flag: str, value: str, remedy: str
 ) -> None:

@@ -171,7 +171,7 @@ def test_no_word_is_empty(kind: Any, tmp_path: Path) -> None:
         ".",
     ],
 )
-@pytest.mark.parametrize("flag", ["--budget", "--memory"])
+@pytest.mark.parametrize("flag", ["--budget", "--bytes"])
 def test_sizes_that_are_none(size: str, flag: str) -> None:
     """Negative, no number, nothing, more than any machine has: one sentence that names the flag."""
     with pytest.raises(MisError, match=f"^{flag} .*[^\n]*GiB"):

@@ -40,8 +40,7 @@ TEACHERS = ("SmolLM2-135M-Instruct", "Qwen--Qwen2.5-1.5B-Instruct", "HuggingFace
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Values in place of the page's, where it gives one.
 OTHER = {
-    "--vocab": "512", "--grad-accumulation-steps": "2", "--memory": "150KB", "--bytes": "150KB",
-    "--max-kv-size": "16", "--budget": "1GiB",
+    "--vocab": "512", "--grad-accumulation-steps": "2", "--bytes": "150KB", "--budget": "1GiB",
 }  # fmt: skip
 BRIEF = "--max-seq-length 32 --num-samples 2"
 SHORT = f"{BRIEF} --reconstruct-samples 2 --eval-windows 2"

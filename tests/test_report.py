@@ -250,42 +250,6 @@ def test_the_verdict_comes_first(copy: Path) -> None:
     assert "For comparison" not in page  # nobody measured the teacher in 4 bits
 
 
-@pytest.mark.parametrize("same", [True, False])
-def test_the_baseline_is_what_a_search_measured(same: bool, copy: Path) -> None:
-    """Of the same teacher, byte for byte; of another one nothing is said."""
-    put_answers(copy, rows_of_answers("Fine."))
-    result = json.loads((copy / run_folder.RESULT).read_text())
-    result |= {"answers_excess_4-bit": 0.2, "bytes_4-bit": 20.0, "bytes_teacher": 100.0}
-    (copy / run_folder.RESULT).write_text(json.dumps(result))
-    search = copy.parent / "search" / "curve"
-    search.mkdir(parents=True)
-    origin = json.loads((copy / run_folder.ORIGIN).read_text())
-    if not same:
-        origin["teacher"] = origin["teacher"][::-1]
-    (search / run_folder.ORIGIN).write_text(json.dumps(origin))
-    points = [
-        {"name": "teacher, mlx_lm.convert in 6 bits", "nbytes": 4 * 10**7, "loss": 0.02},
-        {"name": "teacher, mlx_lm.convert in 4 bits", "nbytes": 3 * 10**7, "loss": 0.254},
-        {"name": "1 layers, FFN 256", "nbytes": 1, "loss": 0.3},
-        {"name": "teacher, mlx_lm.convert in 3 bits", "nbytes": "?", "loss": None},
-        7,
-    ]
-    frontier = {"teacher": "x", "loss_of": "the teacher's answers", "points": points}
-    (search / "frontier.json").write_text(json.dumps(frontier))
-
-    page, _ = written(copy)
-
-    said = "the teacher in MLX&#39;s own 4 bits has 30.0 MB and loses 0.254 bits per byte"
-    assert (said in page) == same
-    assert ("Against the teacher in MLX&#39;s own bits" in page) == same
-    assert "another version" not in page
-    if same:
-        chart = re.search(r'<svg class="chart"[^>]*baseline-title.*?</svg>', page, re.DOTALL)
-        assert chart
-        # the teacher, two of its roundings, this student; two signs of the legend
-        assert chart[0].count("transform=") == 6
-
-
 def test_what_a_run_writes_down_for_it(finished: tuple[Path, Done], llama: Checkpoint) -> None:
     """The plan's phases and what each took, texts of two models in two languages, a profile of
     every layer.

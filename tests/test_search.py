@@ -13,7 +13,6 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,13 +29,12 @@ from mis_mlx.evaluation import comparison
 from mis_mlx.maths import rounding
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import shape_of
-from mis_mlx.models.opening import compute_type, load
+from mis_mlx.models.opening import load
 from mis_mlx.pruning import calibrate, select, slicing
 from mis_mlx.quantization import bit_allocation, packed_format
 from mis_mlx.reporting import text
 from mis_mlx.size_search import candidates, finalists, limits, shape_search, size_request
 from mis_mlx.size_search.candidates import Candidates
-from mis_mlx.size_search.limits import Timing
 from mis_mlx.size_search.shape_search import Choice, Losses
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK
@@ -415,71 +413,8 @@ def test_a_training_that_diverges_is_unstable_and_not_the_end(
     assert result["command"] is None and "No finalist was stable" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_times_are_measured_on_the_teacher_and_on_finalists(
-    tmp_path: Path, text_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """--decode and --ttft on six layers, with bytes: limits by the stored timings, a speed for each
-    finalist, and a resume that does not time again.
-    """
-    deep = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=6))
-    s = search.Settings(
-        teacher=str(deep.path), data=str(text_folder), **{**SMALL, "bytes": "450KB"}
-    )
-    s = replace(
-        s,
-        decode="1.2x",
-        ttft="1.2x",
-        max_kv_size=64,
-        prompt_tokens=64,
-        evaluations=2,
-        finalists=1,
-        iters=2,
-        out=str(tmp_path / "run"),
-    )
-    result = search.run(s)
-    stored = run_folder.stored_settings(tmp_path / "run", run_folder.PLAN)
-    for flag in ("decode", "ttft"):
-        limit = limits.time_limit(deep.config, f"--{flag}", "1.2x", Timing(**stored[flag]))
-        for record in result["candidates"]:
-            sizes = {a: record[a] for a in (*shape_search.CUTS, "kv_heads")}
-            assert limit.cost(replace(shape_of(deep.config), **sizes), 0) <= limit.most
-        assert stored[flag]["block_s"] > 0 <= stored[flag]["rest_s"]
-        assert 0 < stored[flag]["attention_s"] <= stored[flag]["block_s"]
-        assert all(each["seconds"][flag] > 0 for each in result["finalists"])
-    out = capsys.readouterr().out
-    assert "decode, times the teacher's" in out
-    assert "first token, times as soon as the teacher's" in out
-    again = search.run(search.Settings(resume=True, out=s.out))
-    assert again["candidates"] == result["candidates"]
-    assert again["students"] == result["students"]
-
-
-def test_a_busy_machine_does_not_make_blocks_free(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Half of the blocks seem to take longer than all: each block counts as its share of the whole,
-    never as 0 s.
-    """
-    deep = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=4))
-    clock = {4: 1.0, 2: 2.0}  # blocks left in the model -> seconds of a token
-    monkeypatch.setattr(
-        finalists.mlx_generate, "greedy", lambda model, *_: [clock[len(model.model.layers)]] * 5
-    )
-    monkeypatch.setattr(
-        finalists.rounds, "token_times", lambda coming: (list(accumulate(coming)), [])
-    )
-    monkeypatch.setattr(finalists, "_attention_seconds", lambda *_: 0.22)
-    assert finalists.timed_token(deep, 0, 0) == Timing(0.25, 0.0, 0.22)
-    clock[2] = 0.6
-    assert finalists.timed_token(deep, 0, 0) == Timing(*[pytest.approx(0.2)] * 3)
-    assert finalists.timed_token(deep, 0, 32) == Timing(*[pytest.approx(0.2)] * 3)
-
-
-def test_bytes_and_memory_are_what_is_written(tmp_path: Path, llama: Checkpoint) -> None:
-    """Bytes: of the file that `quantize` writes, header and all, give or take a hundredth. Memory:
-    that, and 2 bytes of each key and value.
-    """
+def test_bytes_are_what_is_written(tmp_path: Path, llama: Checkpoint) -> None:
+    """Of the file that `quantize` writes, header and all, give or take a hundredth."""
     four = {
         path: packed_format.Format(4, 64) for path in packed_format.formats_of(llama.config, 64)
     }
@@ -489,19 +424,15 @@ def test_bytes_and_memory_are_what_is_written(tmp_path: Path, llama: Checkpoint)
     assert on_disk == pytest.approx(
         (tmp_path / "q4" / "model.safetensors").stat().st_size, rel=0.01
     )
-    in_use = limits.memory_limit(llama.config, "1MB", 1000).cost(before, 4.5)
-    assert in_use - on_disk == 1000 * 3 * 2 * (2 * 16) * 2
 
 
-def test_memory_as_a_user_asks_for_it(llama: Checkpoint, command: Callable[..., Done]) -> None:
+def test_a_plan_as_a_user_asks_for_it(llama: Checkpoint, command: Callable[..., Done]) -> None:
     """--dry-run: phases on stderr, bytes and seconds in the JSON, nothing started."""
     flags = (
         "--teacher",
         llama.path,
-        "--memory",
-        "500KB",
-        "--max-kv-size",
-        1000,
+        "--bytes",
+        "300KB",
         "--dry-run",
         "--max-seq-length",
         32,
@@ -518,60 +449,6 @@ def test_memory_as_a_user_asks_for_it(llama: Checkpoint, command: Callable[..., 
     done = command("search", *flags, "--budget", "1MiB", "--axes", "layers", "ffn", "bits")
     assert done.returncode == 3
     assert last_line(done)["check_failed"] is True
-
-
-def test_times_by_pencil() -> None:
-    """Half of the layers of a teacher that spends all of its time in blocks: twice as quick. A
-    narrower stream shortens what is not a block; fewer weights the block but for its attention;
-    fewer heads that: those of queries before the first token, those of keys for every token after
-    it.
-    """
-    before = shape_of(SMOLLM2)
-    block = 3_540_096
-    limit = limits.time_limit(SMOLLM2, "--decode", "2x", Timing(0.001, 0.0))
-    assert limit.most == pytest.approx(0.015) == limit.cost(replace(before, layers=15), 0)
-    rest = limits.time_limit(SMOLLM2, "--decode", "2x", Timing(0.0, 0.006))
-    assert rest.cost(replace(before, hidden=288), 0) == pytest.approx(0.003)
-    shapes = (replace(before, ffn=512), replace(before, heads=6, kv_heads=1))
-    weights = [1 - 3 * 1024 * 576 / block, 1 - (2 * 3 * 64 * 576 + 2 * 2 * 64 * 576) / block]
-    for flag, heads in (("--decode", 1 / 3), ("--ttft", 2 / 3)):
-        slow = limits.time_limit(SMOLLM2, flag, "2x", Timing(0.004, 0.0, 0.001))
-        for shape, share, looked in zip(shapes, weights, (1, heads), strict=True):
-            assert slow.cost(shape, 0) == pytest.approx(30 * (0.003 * share + 0.001 * looked))
-
-
-def test_attention_is_timed_on_a_block_s_own_shapes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A prompt in mlx-lm's parts, each with all keys before it; a token with the whole cache; a
-    block with a window with no more than that.
-    """
-    deep = tiny.make(tmp_path / "deep")
-    seen = list[Any]()
-    plain = finalists.mx.fast.scaled_dot_product_attention
-
-    def watched(q: Any, k: Any, v: Any, **how: Any) -> Any:
-        seen.append((q.shape, k.shape, how["mask"]))
-        return plain(q, k, v, **how)
-
-    monkeypatch.setattr(finalists.rounds, "PREFILL", 48)
-    monkeypatch.setattr(finalists, "ROUNDS", 1)
-    model, _ = finalists.mlx_generate.open_model(compute_type.open_to_compute(deep))
-    slides, _ = finalists.mlx_generate.open_model(
-        compute_type.open_to_compute(tiny.make(tmp_path / "slides", **tiny.FAMILIES["gemma3_text"]))
-    )
-    monkeypatch.setattr(finalists.mx.fast, "scaled_dot_product_attention", watched)
-    assert finalists._attention_seconds(model, 0, 100) > 0
-    assert finalists._attention_seconds(model, 9, 0) > 0
-    s = model.shape
-    sizes = [(48, 48, "causal"), (48, 96, "causal"), (4, 100, "causal"), (1, 10, None)]
-    assert seen == [
-        ((1, s.heads, n, s.head_dim), (1, s.kv_heads, m, s.head_dim), mask) for n, m, mask in sizes
-    ]
-    seen.clear()
-    assert finalists._attention_seconds(slides, 0, 60) > 0
-    # of 7 tokens, of all
-    assert sorted((q[2], k[2]) for q, k, _ in seen) == [(12, 18), (12, 60), (48, 48), (48, 48)]
 
 
 EVERY = ("layers", "ffn", "heads", "hidden", "vocab", "bits")
@@ -720,11 +597,6 @@ def test_the_best_are_not_neighbours() -> None:
         (dict(bytes="20KB"), "that is 0.02 MB, but the smallest possible student has"),
         (dict(bytes="20KB"), "or add hidden vocab to `search --axes`"),
         (dict(bytes="3 apples"), "--bytes '3 apples' is not a size"),
-        (dict(memory="1KiB"), "that is 1 KiB, but the smallest possible student has"),
-        (dict(memory="3 apples"), "--memory '3 apples' is not a size"),
-        (dict(decode="0.9x"), "--decode 0.9x: the teacher itself has 1x: ask for more than 1x"),
-        (dict(ttft="quick"), "--ttft 'quick' is not understood"),
-        (dict(decode="1000x"), "the smallest possible student has"),
         (dict(finalists=-1), "--finalists is -1: give 0 or more"),
         (dict(eval_windows=1), "--eval-windows is 1: give 2 or more"),
         (dict(params="0.667x", budget="10MB"), "the budget is 10 MiB: give --budget"),

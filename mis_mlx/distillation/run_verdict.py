@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mis_mlx.distillation import summary
-from mis_mlx.reporting import figures, html
-from mis_mlx.reporting.baseline import Baseline
+from mis_mlx.reporting import html
 
 MODELS = ("4-bit", "distilled")  # the first one that a result knows is the student
 
@@ -15,10 +14,8 @@ def student_of(result: Mapping[str, Any]) -> str:
     return next((name for name in MODELS if f"bytes_{name}" in result), "")
 
 
-def sentences(
-    result: Mapping[str, Any], lose: float | None, baseline: Baseline | None
-) -> Sequence[str]:
-    """Sentences from a run's result: size, loss, loops; what was expected; the baseline.
+def sentences(result: Mapping[str, Any], lose: float | None) -> Sequence[str]:
+    """Sentences from a run's result: size, loss, loops; what was expected.
 
     lose: the loss that was allowed. Figures that the result does not have are left out.
     """
@@ -33,32 +30,8 @@ def sentences(
         "teacher_loops": result.get("loops_teacher"),
         "bits": result.get(f"bits_per_byte_{name}"),
         "teacher_bits": result.get("bits_per_byte_teacher"),
-        "baseline": baseline,
     }
     lines = html.document("verdict.md", values).splitlines()
     if "expected_loss" in result:
         lines.append(summary.expectation_sentence(result, lose))
     return [line for line in lines if line]
-
-
-def picture(key: str, result: Mapping[str, Any], baseline: Baseline | None) -> str:
-    """Megabytes against loss: teacher, student, and the teacher in MLX's own bits.
-
-    '' where no baseline was measured.
-    """
-    name = student_of(result)
-    excess = result.get(f"answers_excess_{name}")
-    if baseline is None or excess is None:
-        return ""
-    size = result[f"bytes_{name}"]
-    text = (
-        f"Loss on the teacher's answers, against size. The student has {size:.1f} MB. "
-        f"{baseline.source} measured the teacher in MLX's own bits on other prompts."
-    )
-    groups = {
-        "teacher, and it in MLX's own bits": [(result["bytes_teacher"], 0.0), *baseline.points],
-        "this student": [(size, excess)],
-    }
-    labels = ("MB of weights", "bits per byte above the teacher")
-    caption = (f"{key}baseline", "Against the teacher in MLX's own bits", text)
-    return figures.curves(caption, labels, groups)

@@ -153,7 +153,7 @@ def write(
         **settings.settings,
     }
     part = Journal(out.with_name(f".{out.name}.part"), ("turn", "number"), identity)
-    said = {}
+    said = dict[tuple[int, int], Answer]()
     for (turn, number), record in part.begin().items():
         said[turn, number] = Answer(record["text"], record["ended"])
     total = sum(len(prompt.turns) for prompt in settings.prompts)

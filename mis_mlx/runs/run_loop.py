@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import mlx.core as mx
 
-from mis_mlx import cli
+from mis_mlx import cli, flag_help
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.hardware import blas_threads, memory
 from mis_mlx.hardware.thermal.run_monitor import (
@@ -55,6 +55,9 @@ def resumed(settings: S, free: frozenset[str], under: Path = Path("runs")) -> tu
         asked = _plain(run_folder.asked_settings(folder))
         decided = run_folder.is_decided(folder)
         before = _plain(run_folder.stored_settings(folder)) if decided else asked
+        kind = type(settings)
+        flag_help.refuse_gone(kind, asked)  # values that nobody asked for are of no consequence
+        before = {n: value for n, value in before.items() if n not in flag_help.gone(kind)}
         defaults = asdict(type(settings)())
         values = run_folder.merged(settings.given, defaults, before, free, asked=asked)
         if not decided:

@@ -2,43 +2,36 @@
 
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import mlx.core as mx
 import numpy as np
 
 from mis_mlx.compute import precision
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import pipeline, strategies
 from mis_mlx.evaluation import comparison
-from mis_mlx.evaluation.speed import rounds
 from mis_mlx.maths.optimizer import Diverged
 from mis_mlx.maths.stats import LEAST_FOR_INTERVAL, interval
-from mis_mlx.models.architectures import arch, block_state
-from mis_mlx.models.opening import compute_type, load
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.opening import compute_type
 from mis_mlx.models.opening.model_size import model_of
-from mis_mlx.models.writing import mlx_generate
 from mis_mlx.planner import measured_block
 from mis_mlx.planner.distillation_spec import spec_of
 from mis_mlx.quantization import stage
 from mis_mlx.reporting import html, text
 from mis_mlx.settings.recipe import QuantizationConfig
-from mis_mlx.size_search import candidates, limits, shape_search
+from mis_mlx.size_search import candidates, shape_search
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import files, run_folder
 from mis_mlx.types import Checkpoint, MisError, Row
 
 FINALISTS = "finalists.jsonl"
 OFTEN = 0.1  # share of steps that the guard skips or clips, above which a training is not stable
-TOKENS = 16  # decoded for one timing
-ROUNDS = 3  # of timings, of which the quickest counts
 Record = Mapping[str, Any]  # of a finalist, or of a step
 
 
@@ -90,12 +83,6 @@ def _measured(
         models["rounded"] = compute_type.open_to_compute(out, reader.teacher.precision)
         record["bytes"] = models["rounded"].nbytes
     record |= _judged(c, models, reader.judging)
-    if c.settings.timed_at and trained:
-        seconds = {}
-        for flag, (cached, prompt) in c.settings.timed_at.items():
-            timing = timed_token(trained, cached, prompt)
-            seconds[flag] = timing.seconds(choice.shape.layers)
-        record["seconds"] = seconds
     return record
 
 
@@ -188,94 +175,6 @@ def guard_report(steps: Sequence[Record], trained: object) -> dict[str, Any]:
     }
 
 
-def timed_token(checkpoint: Checkpoint, cached: int, prompt: int) -> limits.Timing:
-    """Seconds of one token with `cached` tokens in the KV cache, by stock mlx-lm.
-
-    Where prompt is not 0: seconds from a prompt of so many tokens to the first token. The quickest
-    of some rounds counts. The model is also timed with half of its blocks, which says what one
-    block takes.
-    """
-    model, tokenizer = mlx_generate.open_model(checkpoint)
-    text = "In the evening the wind came down from the pass."
-    ids = mlx_generate.prompt_ids(tokenizer, text, prompt or 8)
-    layers = model.model.layers
-
-    def quickest(count: int) -> float:
-        """Of a model with so many blocks."""
-        model.model.layers = layers[:count]
-        try:
-            cache = mlx_generate.filled_cache(model, cached)
-            tokens = mlx_generate.greedy(model, ids, 1 if prompt else TOKENS, cache)
-            stamps, _ = rounds.token_times(tokens)
-        finally:
-            model.model.layers = layers
-        if prompt:
-            return stamps[0]
-        return min(after - before for before, after in pairwise(stamps))
-
-    total = len(layers)
-    half = max(1, total // 2)
-    of_total = []
-    of_half = []
-    for _ in range(ROUNDS):  # in turn, so that a slow spell hits both
-        of_total.append(quickest(total))
-        of_half.append(quickest(half))
-    total_s = min(of_total)
-    half_s = min(of_half)
-    block = total_s / total
-    # Else there is one block, or the machine is too busy to tell half of the blocks from all.
-    if half_s < total_s and half < total:
-        block = min((total_s - half_s) / (total - half), block)
-    return limits.Timing(
-        block_s=block,
-        rest_s=max(0.0, total_s - total * block),
-        attention_s=min(block, _attention_seconds(model, cached, prompt)),
-    )
-
-
-def _attention_seconds(model: Any, cached: int, prompt: int) -> float:
-    """Seconds that queries take for the keys and values that a block sees: the mean of all blocks.
-
-    The queries are those of a prompt, in mlx-lm's parts, or of one token.
-    """
-    shape = model.shape
-    dtype = mlx_generate.activation_dtype(model)
-    mask = "causal" if prompt else None
-
-    def attention(queries: int, keys: int) -> float:
-        q = mx.zeros((1, shape.heads, queries, shape.head_dim), dtype)
-        k = mx.zeros((1, shape.kv_heads, keys, shape.head_dim), dtype)
-        mx.eval(q, k)
-        began = time.perf_counter()
-        out = mx.fast.scaled_dot_product_attention(q, k, k, scale=1.0, mask=mask)
-        mx.eval(out)
-        return time.perf_counter() - began
-
-    parts = []  # (queries, keys)
-    for start in range(0, prompt, rounds.PREFILL):
-        end = min(start + rounds.PREFILL, prompt)
-        parts.append((end - start, end))
-    if not prompt:
-        parts.append((1, cached + 1))
-
-    def seconds(window: int) -> float:
-        """Of a block that sees so many tokens; the quickest of some rounds."""
-        times = []
-        for queries, keys in parts:
-            seen = min(keys, queries + window - 1)
-            tries = [attention(queries, seen) for _ in range(ROUNDS)]
-            times.append(min(tries))
-        return sum(times)
-
-    everything = cached + prompt + 1
-    windows = []
-    for block in model.model.layers:
-        if block_state.attends(block):
-            windows.append(load.window(model.args, block) or everything)
-    by_window = {window: seconds(window) for window in set(windows)}
-    return sum(by_window[window] for window in windows) / len(model.model.layers)
-
-
 def instability(record: Record) -> str:
     """Why a finalist's training was not stable; empty where it was."""
     if record["diverged"] or None in record["kl_distilled"] or None in record["nll_rounded"]:
@@ -329,21 +228,11 @@ def best_candidate(records: Sequence[Record]) -> Verdict:
     return Verdict(best, second, gap, clear)
 
 
-def table(
-    records: Sequence[Record],
-    names: Sequence[str],
-    speeds: Mapping[str, float],
-) -> str:
-    """Markdown: a column for each finalist, means over windows with 95 % intervals.
-
-    speeds: the teacher's seconds.
-    """
+def table(records: Sequence[Record], names: Sequence[str]) -> str:
+    """Markdown: a column for each finalist, means over windows with 95 % intervals."""
     rows = []
     for record, name in zip(records, names, strict=True):
-        plain = {}
-        for flag, seconds in record.get("seconds", {}).items():
-            plain[flag] = speeds[flag] / seconds
-        plain["params"] = record["params"] / 1e6
+        plain = {"params": record["params"] / 1e6}
         plain["meddled"] = record["skipped"] + record["clipped"]
         if "bytes" in record:
             plain["bytes"] = record["bytes"] / 1e6

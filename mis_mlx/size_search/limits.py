@@ -1,4 +1,4 @@
-"""What a student may cost at most: bytes, memory, parameters, time. Arithmetic on configs."""
+"""What a student may cost at most: bytes or parameters. Arithmetic on configs."""
 
 import math
 import re
@@ -9,17 +9,15 @@ from typing import Any, NamedTuple
 from mis_mlx import cli
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.families import family
-from mis_mlx.models.architectures.sizes import Shape, shape_of
-from mis_mlx.models.opening.model_size import model_of
-from mis_mlx.models.passing import pass_cost
+from mis_mlx.models.architectures.sizes import Shape
 from mis_mlx.size_search import unequal_blocks
-from mis_mlx.types import MisError, gib
+from mis_mlx.types import MisError
 
 TENSOR_BYTES = 120  # in a file's header
 
 
 class Limit(NamedTuple):
-    """What a student may cost at most: parameters, bytes, or seconds.
+    """What a student may cost at most: parameters or bytes.
 
     cost(shape, bits of a weight): of a student. in_bytes: the limit is one of bytes.
     """
@@ -117,75 +115,4 @@ def bytes_limit(config: Mapping[str, Any], text: str) -> Limit:
         cost=partial(file_bytes, config),
         words=lambda nbytes: f"{nbytes / 1e6:.4g} MB",
         in_bytes=True,
-    )
-
-
-def memory_limit(config: Mapping[str, Any], text: str, cached: int) -> Limit:
-    """At most so many bytes in use: weights, and keys and values of `cached` tokens.
-
-    Keys and values in 2 bytes a number.
-    """
-
-    def cost(shape: Shape, bpw: float) -> float:
-        m = model_of(arch.student_config(config, shape), gpu=True)
-        return file_bytes(config, shape, bpw) + pass_cost.keys_bytes(m, cached)
-
-    return Limit(
-        flag=f"--memory {text}",
-        most=cli.parse_bytes(text, "--memory"),
-        cost=cost,
-        words=gib,
-        in_bytes=True,
-    )
-
-
-class Timing(NamedTuple):
-    """Seconds of the teacher, for a token or for a prompt.
-
-    One block, all that is not a block, and of the block the attention: queries that look back on
-    keys and values.
-    """
-
-    block_s: float
-    rest_s: float
-    attention_s: float = 0.0
-
-    def seconds(self, layers: int) -> float:
-        """Seconds of a model with so many blocks like this one."""
-        return layers * self.block_s + self.rest_s
-
-
-def speed(flag: str, text: str) -> float:
-    """'1.5x' as a number above 1."""
-    example = "a multiple of the teacher's speed, such as 1.5x"
-    value, _ = _number(flag, text, {"x": 1.0}, example)
-    if value <= 1:
-        raise MisError(f"{flag} {text}: the teacher itself has 1x: ask for more than 1x")
-    return value
-
-
-def time_limit(config: Mapping[str, Any], flag: str, text: str, timed: Timing) -> Limit:
-    """'1.5x' the teacher's speed or more.
-
-    A block's seconds grow with its weights, but for attention's, which grow with the heads that are
-    looked back with (--ttft) or on; the rest with the width of the stream and the vocabulary.
-    """
-    before = shape_of(config)
-    heads = "heads" if flag == "--ttft" else "kv_heads"
-
-    def weights(shape: Shape) -> int:
-        return arch.blocks_params(arch.student_config(config, shape)) // shape.layers
-
-    def cost(shape: Shape, _: float) -> float:
-        block_s = (timed.block_s - timed.attention_s) * weights(shape) / weights(before)
-        block_s += timed.attention_s * getattr(shape, heads) / getattr(before, heads)
-        table = before.hidden * before.vocab
-        return shape.layers * block_s + timed.rest_s * shape.hidden * shape.vocab / table
-
-    teacher = cost(before, 0.0)
-    return Limit(
-        flag=f"{flag} {text}",
-        most=teacher / speed(flag, text),
-        cost=cost,
-        words=lambda seconds: f"{teacher / seconds:.2f}x",
     )

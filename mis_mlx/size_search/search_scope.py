@@ -1,100 +1,55 @@
 """The students that a search looks among: sizes of every axis, limits, and what is within them."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mis_mlx import cli
-from mis_mlx.evaluation import judging_cost
-from mis_mlx.hardware import memory
-from mis_mlx.models.architectures import families
 from mis_mlx.models.architectures.sizes import shape_of
-from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.pruning import vocabulary
-from mis_mlx.size_search import candidates, finalists, shape_search
+from mis_mlx.size_search import candidates, shape_search
 from mis_mlx.size_search import limits as limiting
-from mis_mlx.size_search.limits import Limit, Timing
+from mis_mlx.size_search.limits import Limit
 from mis_mlx.size_search.shape_search import Choice
-from mis_mlx.storage import run_folder
-from mis_mlx.types import Budget, Checkpoint, MisError
+from mis_mlx.types import Checkpoint, MisError
 
 
 @dataclass(frozen=True)
 class Scope:
-    """The students of a search. limits: what they may cost. speeds: the teacher's, by flag."""
+    """The students of a search. limits: what they may cost."""
 
     sizes: shape_search.Sizes
     limits: list[Limit]
-    speeds: dict[str, Timing]
     within: list[Choice]
     flags: list[str]
 
 
-def scope_of(s: Any, teacher: Checkpoint, folder: Path | None, budget: Budget) -> Scope:
-    """The students that the settings ask for. folder: of a run that goes on."""
+def scope_of(s: Any, teacher: Checkpoint) -> Scope:
+    """The students that the settings ask for."""
     sizes = tried_sizes(s, teacher)
-    limits, speeds = limits_of(s, teacher, folder, budget)
+    limits = limits_of(s, teacher)
     flags = [limit.flag for limit in limits]
     if s.lose is not None:
         flags.insert(0, f"--lose {s.lose:g}")
-    if s.frontier:
-        flags.insert(0, "--frontier")
     within = _within(s, teacher, sizes, limits)
     measured = min(s.evaluations, len(within))
     cli.say(f"students within {' '.join(flags)}: {len(within):,}; {measured} are measured")
     return Scope(
         sizes=sizes,
         limits=limits,
-        speeds=speeds,
         within=within,
         flags=flags,
     )
 
 
-def limits_of(
-    s: Any, teacher: Checkpoint, folder: Path | None, budget: Budget
-) -> tuple[list[Limit], dict[str, Timing]]:
-    """(what the student may cost; the teacher's speed by flag).
-
-    The speed is timed now, or read where it was timed when the run in `folder` began.
-    """
+def limits_of(s: Any, teacher: Checkpoint) -> list[Limit]:
+    """What the student may cost."""
     config = teacher.config
     limits = []
     if s.bytes:
         limits.append(limiting.bytes_limit(config, s.bytes))
-    if s.memory:
-        limits.append(limiting.memory_limit(config, s.memory, s.max_kv_size))
-    if s.params or not (limits or s.timed_at or s.lose is not None or s.frontier):
+    if s.params or not (limits or s.lose is not None):
         limits.append(limiting.params_limit(config, s.params or "0.667x"))
-    speeds = _speeds(s, teacher, folder, budget) if s.timed_at else {}
-    for flag, timing in speeds.items():
-        asked = getattr(s, flag)
-        limits.append(limiting.time_limit(config, f"--{flag}", asked, timing))
-    return limits, speeds
-
-
-def _speeds(s: Any, teacher: Checkpoint, folder: Path | None, budget: Budget) -> dict[str, Timing]:
-    """The teacher's speed by flag."""
-    if folder:
-        stored = run_folder.stored_settings(folder, run_folder.PLAN)
-        return {flag: Timing(**timing) for flag, timing in stored.items()}
-    family = families.family(teacher.config)
-    if family.per_layer:
-        flags = " and ".join(f"--{flag}" for flag in s.timed_at)
-        raise MisError(
-            f"{flags} cannot be estimated for a {family.name}, whose blocks are not alike: limit "
-            f"--bytes, --memory or --params"
-        )
-    for flag in s.timed_at:
-        limiting.speed(f"--{flag}", getattr(s, flag))  # refuses before the timing, not after
-    need = judging_cost.timed_bytes(model_of(teacher).params)
-    budget.need(need, "timing the teacher, whole in memory,", "give limits of size alone")
-    cli.say("timing the teacher, whole and with half of its blocks")
-    speeds = {}
-    with memory.limited(budget):
-        for flag, (cached, prompt) in s.timed_at.items():
-            speeds[flag] = finalists.timed_token(teacher, cached, prompt)
-    return speeds
+    return limits
 
 
 def tried_sizes(s: Any, teacher: Checkpoint) -> dict[str, tuple[int, ...]]:
@@ -127,9 +82,9 @@ def _within(
 ) -> list[Choice]:
     """The students that come into question.
 
-    With --lose and --frontier these are all shapes, whose bits are chosen later.
+    With --lose these are all shapes, whose bits are chosen later.
     """
-    if s.lose is None and not s.frontier:
+    if s.lose is None:
         return shape_search.choices(teacher.config, sizes, limits, "bits" in s.axes)
     shapes = shape_search.shapes(teacher.config, sizes)
     bpw = shape_search.USUAL_BPW

@@ -1,6 +1,6 @@
 """Sizes that a student could have under limits, and those that should lose least.
 
-Limits on bytes, memory and time. Arithmetic on configs. Losses are of each axis by itself and added
+Arithmetic on configs. Losses are of each axis by itself and added
 up; they are measured elsewhere.
 """
 

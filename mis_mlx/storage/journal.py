@@ -17,8 +17,8 @@ from mis_mlx.storage.files import DISK, Files, as_mis_error
 from mis_mlx.types import MisError
 
 Record = dict[str, Any]
-Value = str | int | float | None
-Key = tuple[Value, ...]  # the values of a journal's `key`, None where a record has no such field
+PLAIN = str | int | float | None  # what the values of a key are
+Key = tuple[Any, ...]  # the values of a journal's `key`, None where a record has no such field
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,13 @@ class Journal:
         found = {}
         for record in run_folder.records(self.path):
             key = self.key_of(record)
-            if key is not None:
+            if key[0] is not None and all(isinstance(value, PLAIN) for value in key):
                 found[key] = record
         return found
 
-    def key_of(self, record: Mapping[str, Any]) -> Key | None:
-        """The record's key; None where it has none."""
-        key = tuple(record.get(name) for name in self.key)
-        usable = all(isinstance(value, str | int | float | None) for value in key)
-        return key if usable and key[0] is not None else None
+    def key_of(self, record: Mapping[str, Any]) -> Key:
+        """The key of a record, or of a part of one that has all of the key."""
+        return tuple(record.get(name) for name in self.key)
 
     def begin(self) -> dict[Key, Record]:
         """What it holds; its folder is made. A file of another identity is begun anew."""

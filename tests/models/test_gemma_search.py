@@ -18,7 +18,6 @@ from mis_mlx.quantization import packed_format
 from mis_mlx.size_search import limits, shape_search, unequal_blocks
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK
-from mis_mlx.types import MisError
 from tests import tiny
 from tests.conftest import mostly_slow
 
@@ -141,14 +140,6 @@ def test_distill_by_loss(tmp_path: Path, text_folder: Path, kind: str) -> None:
     done = distill.run(settings)
     assert done["expected_loss"] <= 0.52
     assert done["bytes_4-bit"] < done["bytes_teacher"] / 3
-
-
-def test_times_are_refused(tmp_path: Path, text_folder: Path) -> None:
-    """A block's time says nothing of another one's; the sentence says what can be limited."""
-    model = made(tmp_path / "m", "gemma4_text")
-    settings = search.Settings(teacher=str(model), data=str(text_folder), decode="1.5x")
-    with pytest.raises(MisError, match="--decode cannot be estimated for a gemma4_text"):
-        search.run(settings)
 
 
 def test_nothing_said_leaves_blocks_whole(

@@ -45,7 +45,7 @@ def step(number: int) -> Step:
 
 
 def test_the_spread_of_the_air_is_that_of_the_last_hour() -> None:
-    """Air that warms from 8 to 33 °C has a spread; before any reading, and by hand, there is none."""
+    """Air that warms from 8 to 33 °C has a spread; before any reading, and by hand, it has none."""
     with ThermalMonitor(ThermalFlags(temperature_c=8.0, altitude_m=832.0)) as thermal_monitor:
         thermal_monitor.latest()
         account = thermal_monitor.account()
