@@ -111,13 +111,6 @@ def test_bad_yaml_is_a_sentence(tmp_path: Path, yaml: str, sentence: str) -> Non
     assert "\n" not in said
 
 
-@pytest.mark.parametrize(
-    ("kind", "flag", "value", "remedy"),
-    [
-        (Settings, "--train", "lora", "adapters are trained by `sft --fine-tune-type lora`"),
-        (quantize.Settings, "--q-method", "blocks", "give --q-iters 20"),
-    ],
-)
 def test_flags_of_earlier_versions_are_a_sentence(tmp_path: Path) -> None:
     """With a value, as a switch, in a file; a search that was begun with one does not go on, one
     that only had its default does.
@@ -142,6 +135,13 @@ def test_flags_of_earlier_versions_are_a_sentence(tmp_path: Path) -> None:
         run_loop.resumed(search.Settings(resume=True, out=str(run)), search.FREE)
 
 
+@pytest.mark.parametrize(
+    ("kind", "flag", "value", "remedy"),
+    [
+        (Settings, "--train", "lora", "adapters are trained by `sft --fine-tune-type lora`"),
+        (quantize.Settings, "--q-method", "blocks", "give --q-iters 20"),
+    ],
+)
 def test_values_of_earlier_versions_are_a_sentence(
     tmp_path: Path, kind: Any, flag: str, value: str, remedy: str
 ) -> None:
