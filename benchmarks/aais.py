@@ -21,8 +21,8 @@ import numpy as np
 from laboratory import write
 
 from mis_mlx.data import preparation
-from mis_mlx.evaluation import comparison
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, ThermalMonitor
+from mis_mlx.judge import comparison
 from mis_mlx.maths import importance
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import compute_type, load, resolve

@@ -34,7 +34,7 @@ from mis_mlx import cli
 from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import answer_loss
-from mis_mlx.evaluation import comparison
+from mis_mlx.judge import comparison
 from mis_mlx.maths.reconstruction import RIDGES, NormalEquations
 from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.models.writing import mlx_generate

@@ -29,8 +29,8 @@ from laboratory import write
 from polish_text import problems
 
 from mis_mlx.compute import precision
-from mis_mlx.evaluation import answering, harness, questions
 from mis_mlx.hardware import memory
+from mis_mlx.judge.tasks import answering, harness, questions
 from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.types import Checkpoint
 

@@ -8,7 +8,7 @@ was tried beside.
     scripts/mis benchmarks/answers.py --table
 
 Students of SmolLM2-135M-Instruct, or of --teacher, by distill's defaults but for what a row says.
-All are judged by the held-out prompts (evaluation/sets/prompts.jsonl, English and Polish apart):
+All are judged by the held-out prompts (judge/prompts.jsonl, English and Polish apart):
 bits per byte above the teacher of the teacher's sampled answers, and of 120 own greedy answers of
 96 tokens those that repeat themselves; then by the texts of other kinds of teacher_text.py, and the
 run's own held-out text. Finished rows are not made again. Writes
@@ -30,8 +30,8 @@ from laboratory import bits_per_byte, packed, resumed, start, stored, write
 from mis_mlx import cli, distill
 from mis_mlx.data import preparation
 from mis_mlx.distillation import conversations
-from mis_mlx.evaluation import answers, repetition
 from mis_mlx.hardware import memory
+from mis_mlx.judge import answers, repetition
 from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.reporting import run_reader
 from mis_mlx.reporting.text import markdown_table

@@ -35,10 +35,10 @@ from laboratory import resumed, start, write
 
 from mis_mlx import cli
 from mis_mlx.data import preparation
-from mis_mlx.evaluation import answer_figures, answers, comparison
-from mis_mlx.evaluation.answer_likelihood import has_template
 from mis_mlx.gguf_export import tensors
 from mis_mlx.hardware import memory
+from mis_mlx.judge import answer_figures, answers, comparison
+from mis_mlx.judge.score import has_template
 from mis_mlx.maths import rounding
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import compute_type, load, resolve

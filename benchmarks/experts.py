@@ -30,7 +30,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mis_mlx import cli, distill, prune
 from mis_mlx.data import preparation
-from mis_mlx.evaluation import comparison
+from mis_mlx.judge import comparison
 from mis_mlx.models.architectures import arch, families
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.writing import model_writer

@@ -37,7 +37,7 @@ from vocabulary import texts
 from mis_mlx import cli, distill, export, prune
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.evaluation import comparison
+from mis_mlx.judge import comparison
 from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import packed_format

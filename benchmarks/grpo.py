@@ -23,7 +23,7 @@ from polish_text import problems
 from mis_mlx import cli, grpo, sft
 from mis_mlx.alignment import grpo_rollout as training
 from mis_mlx.data import examples
-from mis_mlx.evaluation import rewards
+from mis_mlx.judge.tasks import rewards
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.passing import stream
 from mis_mlx.storage import run_folder

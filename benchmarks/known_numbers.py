@@ -28,17 +28,10 @@ import numpy as np
 from laboratory import packed, resumed, start, write
 
 from mis_mlx import cli
-from mis_mlx.evaluation import (
-    answering,
-    answers,
-    instructions,
-    questions,
-    repetition,
-    task_answers,
-    task_registry,
-)
-from mis_mlx.evaluation.questions import Task
 from mis_mlx.hardware import memory
+from mis_mlx.judge import answers, repetition
+from mis_mlx.judge.tasks import answering, instructions, questions, task_answers, task_registry
+from mis_mlx.judge.tasks.questions import Task
 from mis_mlx.maths import stats
 from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.settings import recipe

@@ -25,8 +25,8 @@ from mis_mlx.compute import host_losses
 from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher, packed_student, pipeline
-from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory, rates
+from mis_mlx.judge import comparison
 from mis_mlx.maths import losses
 from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.pruning import vocabulary

@@ -23,9 +23,9 @@ from typing import Any
 from laboratory import packed, resumed, start, stored, unpacked, write
 
 from mis_mlx import cli, distill
-from mis_mlx.evaluation import answers, repetition
-from mis_mlx.evaluation.answer_likelihood import has_template
 from mis_mlx.hardware import memory
+from mis_mlx.judge import answers, repetition
+from mis_mlx.judge.score import has_template
 from mis_mlx.models.opening import compute_type, resolve
 from mis_mlx.reporting import run_reader
 from mis_mlx.reporting.text import markdown_table

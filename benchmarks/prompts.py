@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from prompt_texts import templates, words
 
 from mis_mlx.data import prompts
-from mis_mlx.evaluation import answers
+from mis_mlx.judge import answers
 
 T = TypeVar("T")
 SLOT = re.compile(r"\{(\w+)\}")

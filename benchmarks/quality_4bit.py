@@ -31,7 +31,7 @@ from laboratory import stored, write
 
 from mis_mlx import cli
 from mis_mlx.data import preparation
-from mis_mlx.evaluation import comparison
+from mis_mlx.judge import comparison
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.models.passing.stream import Stream

@@ -13,7 +13,7 @@ program has it by default. Every row is judged by its weights as float32 numbers
                      it Polish: KL in nats, same top token, tokens that both can draw
     answers_excess   bits per byte of the unrounded model's answers to held-out prompts, above it
     loops, endless   percent of its own answers to them
-    tools            with --tools N: its calls of tools in N prompts (evaluation/tool_tasks), and
+    tools            with --tools N: its calls of tools in N prompts (judge/tasks/tool_tasks), and
                      how many more are right than of the unrounded model's
     seconds, cpu_seconds, peak_gib   of making it, the unrounded model's files being there
 
@@ -39,8 +39,9 @@ import other_quantizers
 from laboratory import resumed, start, write
 
 from mis_mlx import cli
-from mis_mlx.evaluation import answering, answers, comparison, tool_tasks
 from mis_mlx.hardware import memory
+from mis_mlx.judge import answers, comparison
+from mis_mlx.judge.tasks import answering, tool_tasks
 from mis_mlx.maths import stats
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import compute_type

@@ -19,7 +19,7 @@ from laboratory import write
 from mlx.utils import tree_flatten
 
 from mis_mlx.data import preparation
-from mis_mlx.evaluation import comparison
+from mis_mlx.judge import comparison
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.passing import stream
 from mis_mlx.quantization import packed_format

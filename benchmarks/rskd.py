@@ -26,7 +26,7 @@ from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher, pipeline
 from mis_mlx.distillation.whole_model import WholeModel
-from mis_mlx.evaluation import comparison
+from mis_mlx.judge import comparison
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.models.passing import stream

@@ -34,7 +34,7 @@ from tokenizers import Tokenizer
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher
-from mis_mlx.evaluation import comparison
+from mis_mlx.judge import comparison
 from mis_mlx.maths.losses import Logits
 from mis_mlx.models.architectures import modules
 from mis_mlx.models.opening import compute_type, load, resolve

@@ -17,7 +17,7 @@ from typing import Any
 from polish_text import minimal_pairs, problems
 
 from mis_mlx.data import examples
-from mis_mlx.evaluation import task_registry
+from mis_mlx.judge.tasks import task_registry
 from mis_mlx.storage.files import DISK
 
 # rows

@@ -44,9 +44,9 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import bench, cli
 from mis_mlx.compute import precision
-from mis_mlx.evaluation.speed import rounds
-from mis_mlx.evaluation.speed.rounds import BenchmarkModel, Request
 from mis_mlx.hardware.rates import M1_AIR
+from mis_mlx.judge.speed import rounds
+from mis_mlx.judge.speed.rounds import BenchmarkModel, Request
 from mis_mlx.maths.stats import bounds, interval
 from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.models.passing.stream import evaluate_now

@@ -28,7 +28,7 @@ from prompts import SLOT, pick
 from task_files import write
 
 from mis_mlx.data import prompts
-from mis_mlx.evaluation import tool_tasks
+from mis_mlx.judge.tasks import tool_tasks
 
 KINDS = ("required", "optional", "none", "required", "two")
 SINGLE = 400  # prompts that judge

@@ -5,7 +5,7 @@ written once.
     scripts/mis benchmarks/training_answers.py --judging    # the other file: 8 minutes
 
 Writes mis_mlx/data/written/answers.jsonl, less what shares text with the other file; or that one,
-mis_mlx/evaluation/sets/teacher_answers.jsonl. Stopped, the same command goes on. The same machine
+mis_mlx/judge/teacher_answers.jsonl. Stopped, the same command goes on. The same machine
 and versions give the same files; another processor may round another token to the top.
 """
 
@@ -20,8 +20,9 @@ from laboratory import start
 from mis_mlx import cli
 from mis_mlx.data import preparation, prompts
 from mis_mlx.distillation import teacher_answers
-from mis_mlx.evaluation import answers, questions
 from mis_mlx.hardware import memory
+from mis_mlx.judge import answers
+from mis_mlx.judge.tasks import questions
 from mis_mlx.models.opening import compute_type, resolve
 from mis_mlx.reporting import progress
 from mis_mlx.storage import run_folder

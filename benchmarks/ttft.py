@@ -32,10 +32,10 @@ import throughput
 
 from mis_mlx import cli
 from mis_mlx.compute import precision
-from mis_mlx.evaluation.speed import rounds
-from mis_mlx.evaluation.speed.rounds import BenchmarkModel, Measurement, Request
 from mis_mlx.hardware import rates
 from mis_mlx.hardware.rates import Roof
+from mis_mlx.judge.speed import rounds
+from mis_mlx.judge.speed.rounds import BenchmarkModel, Measurement, Request
 from mis_mlx.models.opening import compute_type, resolve
 from mis_mlx.types import Checkpoint
 

@@ -43,7 +43,7 @@ from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import answer_loss
-from mis_mlx.evaluation import comparison
+from mis_mlx.judge import comparison
 from mis_mlx.maths import importance
 from mis_mlx.maths.reconstruction import HELD_OUT, HeldOut, NormalEquations
 from mis_mlx.models.architectures import modules

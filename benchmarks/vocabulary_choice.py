@@ -33,7 +33,7 @@ from laboratory import start, stored, write
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.evaluation import comparison
+from mis_mlx.judge import comparison
 from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.models.opening.trimmed_tokenizer import Vocabulary
 from mis_mlx.pruning import vocabulary

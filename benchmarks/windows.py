@@ -26,7 +26,7 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
-from mis_mlx.evaluation import comparison
+from mis_mlx.judge import comparison
 from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.models.passing import stream
 from mis_mlx.reporting.text import markdown_table

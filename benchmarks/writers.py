@@ -29,9 +29,9 @@ from mis_mlx import cli
 from mis_mlx.data import preparation, prompts
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import teacher_answers
-from mis_mlx.evaluation import answer_figures, answers, comparison, repetition
-from mis_mlx.evaluation.judgement import TeacherAnswers
 from mis_mlx.hardware import memory
+from mis_mlx.judge import answer_figures, answers, comparison, repetition
+from mis_mlx.judge.judgement import TeacherAnswers
 from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.settings.recipe import TUNE_ITERS

@@ -24,8 +24,9 @@ import numpy as np
 from laboratory import start, write
 
 from mis_mlx import cli
-from mis_mlx.evaluation import answer_writing, answers
 from mis_mlx.hardware import memory
+from mis_mlx.judge import answers
+from mis_mlx.judge import write as writing
 from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import pass_cost
@@ -171,7 +172,7 @@ def before(job: Job, limit: Budget) -> tuple[dict[str, Any], dict[int, list[int]
 
 def after(job: Job, limit: Budget, asked: Any) -> tuple[dict[str, Any], dict[int, list[int]]]:
     """All prompts by the writer, with what was planned for it."""
-    plan = answer_writing.plan(job.checkpoint, asked, job.max_tokens, limit, at_once=AT_ONCE)
+    plan = writing.plan(job.checkpoint, asked, job.max_tokens, limit, at_once=AT_ONCE)
     mx.clear_cache()
     mx.reset_peak_memory()
     held = mx.get_active_memory()

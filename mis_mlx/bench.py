@@ -13,9 +13,9 @@ import tyro
 
 from mis_mlx import cli
 from mis_mlx.compute import precision
-from mis_mlx.evaluation.speed import rounds
 from mis_mlx.hardware import memory, rates
 from mis_mlx.hardware.thermal import governor, run_monitor, thermal_monitor
+from mis_mlx.judge.speed import rounds
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import compute_type, resolve
 from mis_mlx.reporting import progress, text

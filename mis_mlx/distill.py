@@ -23,8 +23,8 @@ from mis_mlx.distillation import (
 )
 from mis_mlx.distillation.distill_flags import DistillFlags
 from mis_mlx.distillation.resolved_run import ResolvedRun
-from mis_mlx.evaluation import answers, comparison, judging_cost
 from mis_mlx.hardware.thermal.run_monitor import battery
+from mis_mlx.judge import answers, comparison, judging_cost
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import compute_type, load

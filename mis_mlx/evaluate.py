@@ -11,23 +11,16 @@ from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.distillation import conversations
-from mis_mlx.evaluation import (
-    answering,
-    answers,
-    comparison,
-    examination,
-    harness,
-    recovery_table,
-    task_registry,
-)
-from mis_mlx.evaluation.answer_records import Prompt
-from mis_mlx.evaluation.comparison import Models
-from mis_mlx.evaluation.examination import Hashes
-from mis_mlx.evaluation.judging_cost import comparison_cost
-from mis_mlx.evaluation.recovery_table import Outcome
-from mis_mlx.evaluation.task_registry import EvaluationSet
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.judge import answers, comparison, recovery_table
+from mis_mlx.judge.comparison import Models
+from mis_mlx.judge.judging_cost import comparison_cost
+from mis_mlx.judge.prompts import Prompt
+from mis_mlx.judge.recovery_table import Outcome
+from mis_mlx.judge.tasks import answering, examination, harness, task_registry
+from mis_mlx.judge.tasks.examination import Hashes
+from mis_mlx.judge.tasks.task_registry import EvaluationSet
 from mis_mlx.models.opening import load, resolve
 from mis_mlx.models.opening.model_size import ModelSize, model_of
 from mis_mlx.models.passing import distributed, pass_cost, stream

@@ -12,10 +12,10 @@ from typing import Any
 from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.data import turns
-from mis_mlx.evaluation import comparison
-from mis_mlx.evaluation.speed import rounds
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.judge import comparison
+from mis_mlx.judge.speed import rounds
 from mis_mlx.models.architectures.sizes import reads_in_order
 from mis_mlx.models.opening import load, resolve
 from mis_mlx.models.opening.model_size import model_of

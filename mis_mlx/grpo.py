@@ -11,9 +11,9 @@ from mis_mlx import cli
 from mis_mlx.alignment import alignment_run, grpo_rollout
 from mis_mlx.alignment.grpo_rollout import Settings
 from mis_mlx.data import examples, rows
-from mis_mlx.evaluation import rewards
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.judge.tasks import rewards
 from mis_mlx.models.architectures.families import family
 from mis_mlx.models.architectures.sizes import reads_in_order
 from mis_mlx.models.opening import load

@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 from mis_mlx import cli
 from mis_mlx.distillation import conversations, plan_report, strategies, writers
-from mis_mlx.evaluation import answers
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, battery
+from mis_mlx.judge import answers
 from mis_mlx.models.architectures import arch, scenarios
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load, resolve

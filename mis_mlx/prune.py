@@ -8,9 +8,9 @@ from typing import Any, Literal
 from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.data import preparation
-from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalMonitor
+from mis_mlx.judge import comparison
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of

@@ -16,7 +16,7 @@ import tyro
 
 from mis_mlx import cli
 from mis_mlx.distillation import run_verdict
-from mis_mlx.evaluation import answer_figures, repetition
+from mis_mlx.judge import answer_figures, repetition
 from mis_mlx.models.architectures import scenarios
 from mis_mlx.reporting import axes, figures, html, run_reader, smoothing, timeline
 from mis_mlx.reporting.run_reader import Point, Record, RunRecord, Series

@@ -14,9 +14,9 @@ from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.data import preparation
 from mis_mlx.distillation import conversations, pipeline, strategies
-from mis_mlx.evaluation import answers
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
+from mis_mlx.judge import answers
 from mis_mlx.models.architectures.sizes import Shape, shape_of
 from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting import progress, text

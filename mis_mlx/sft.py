@@ -7,9 +7,9 @@ from typing import Any
 from mis_mlx import cli
 from mis_mlx.alignment import alignment_run, sequence_packing
 from mis_mlx.distillation import live_teacher
-from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.judge import comparison
 from mis_mlx.models.architectures.families import family
 from mis_mlx.models.architectures.sizes import reads_in_order, softcap
 from mis_mlx.models.opening import compute_type, resolve

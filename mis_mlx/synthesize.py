@@ -20,8 +20,8 @@ from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.data import chat_template, preparation, prompts
 from mis_mlx.data.rows import Row
-from mis_mlx.evaluation import repetition, writing_cost
 from mis_mlx.hardware import memory
+from mis_mlx.judge import repetition, writing_cost
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize, model_of
 from mis_mlx.models.writing import mlx_generate, tool_calls

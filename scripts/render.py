@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from mis_mlx import cli
-from mis_mlx.evaluation import repetition
-from mis_mlx.evaluation.speed import rounds
+from mis_mlx.judge import repetition
+from mis_mlx.judge.speed import rounds
 from mis_mlx.reporting import text as words
 from mis_mlx.types import MisError, Row, duration, gib
 

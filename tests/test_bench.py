@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 
 from mis_mlx import bench
-from mis_mlx.evaluation.speed import rounds
-from mis_mlx.evaluation.speed.rounds import Measurement, Request
 from mis_mlx.hardware.clock import VirtualClock
 from mis_mlx.hardware.rates import Roof
+from mis_mlx.judge.speed import rounds
+from mis_mlx.judge.speed.rounds import Measurement, Request
 from mis_mlx.types import Checkpoint, MisError, Reading
 from tests import forks, tiny
 from tests.conftest import Done, last_line, sentence

@@ -16,7 +16,7 @@ import pytest
 
 from mis_mlx import distill, report
 from mis_mlx.distillation import conversations, pipeline, teacher_answers
-from mis_mlx.evaluation import answers, judging_cost
+from mis_mlx.judge import answers, judging_cost
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from mis_mlx import evaluate
-from mis_mlx.evaluation import answering, task_registry
 from mis_mlx.hardware import memory
+from mis_mlx.judge.tasks import answering, task_registry
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 from tests.conftest import Done, last_line, sentence

@@ -13,10 +13,10 @@ import mlx.core as mx
 import pytest
 
 from mis_mlx import evaluate
-from mis_mlx.evaluation import answers, kept_answers
-from mis_mlx.evaluation.answer_records import Answer, Prompt
-from mis_mlx.evaluation.kept_answers import Cost, Kept
 from mis_mlx.hardware import memory
+from mis_mlx.judge import answers, keep
+from mis_mlx.judge.keep import Cost, Kept
+from mis_mlx.judge.prompts import Answer, Prompt
 from mis_mlx.models.opening import load
 from mis_mlx.pruning import vocabulary
 from mis_mlx.storage import run_folder
@@ -235,7 +235,7 @@ def test_foreign_lines_are_passed_over() -> None:
     ]
     for path in (kept.answers_path, kept.costs_path):
         DISK.append(path, "\n".join(lines))
-    key = kept_answers.cost_key(prompt, Answer("If", ended=True))
+    key = keep.cost_key(prompt, Answer("If", ended=True))
     DISK.append(
         kept.costs_path,
         json.dumps({"prompt_sha256": key[0], "answer_sha256": key[1], "nats": 2.5, "tokens": 2}),
@@ -244,7 +244,7 @@ def test_foreign_lines_are_passed_over() -> None:
     assert kept.answers() == {prompt.sha256: Answer("zwei – ż", ended=True)}
     assert kept.costs() == {key: Cost(2.5, 2)}
     assert kept.costs()[key].logprobs.tolist() == [-1.25, -1.25]
-    assert kept_answers.cost_key(prompt, Answer("If", ended=False)) != key
+    assert keep.cost_key(prompt, Answer("If", ended=False)) != key
 
 
 @pytest.mark.usefixtures("cache")

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from mis_mlx.data import examples
-from mis_mlx.evaluation import answering, harness, questions, task_registry
 from mis_mlx.hardware import memory
+from mis_mlx.judge.tasks import answering, harness, questions, task_registry
 from mis_mlx.types import Checkpoint, MisError
 from tests.conftest import Done, sentence
 

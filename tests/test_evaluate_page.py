@@ -10,7 +10,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from mis_mlx.evaluation.recovery_table import Outcome, figure, markdown
+from mis_mlx.judge.recovery_table import Outcome, figure, markdown
 from mis_mlx.maths.stats import interval, recovery
 from mis_mlx.reporting import figures
 

@@ -36,7 +36,7 @@ ORDER = (
     "planner",
     "runs",
     "gguf_export",
-    "evaluation",
+    "judge",
     "pruning",
     "quantization",
     "distillation",

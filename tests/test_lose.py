@@ -17,9 +17,9 @@ import pytest
 
 from mis_mlx import distill, search
 from mis_mlx.distillation import answer_loss, summary
-from mis_mlx.evaluation import answers
-from mis_mlx.evaluation.answer_figures import AnswerBits
-from mis_mlx.evaluation.answer_likelihood import log_probabilities
+from mis_mlx.judge import answers
+from mis_mlx.judge.answer_figures import AnswerBits
+from mis_mlx.judge.score import log_probabilities
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.size_search import (

@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
-from mis_mlx.evaluation import answer_parsing, rewards
 from mis_mlx.hardware import child_process
+from mis_mlx.judge.tasks import answer_parsing, rewards
 from mis_mlx.types import MisError
 
 CASES = [

@@ -25,7 +25,7 @@ from mis_mlx import cli, distill, search
 from mis_mlx.compute import precision
 from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.evaluation import comparison
+from mis_mlx.judge import comparison
 from mis_mlx.maths import rounding
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import shape_of

@@ -15,8 +15,8 @@ import pytest
 from mis_mlx import distill, synthesize
 from mis_mlx.data import preparation
 from mis_mlx.distillation import run_text
-from mis_mlx.evaluation import writing_cost
 from mis_mlx.hardware import memory
+from mis_mlx.judge import writing_cost
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.writing import mlx_generate, text_writer

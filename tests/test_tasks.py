@@ -18,7 +18,7 @@ import pytest
 
 from benchmarks.polish_text.problems import RANKS
 from mis_mlx.data import examples
-from mis_mlx.evaluation import rewards, task_registry
+from mis_mlx.judge.tasks import rewards, task_registry
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@ which order.
 
 A problem belongs to training or to evaluation by a hash of what it is made of, numbers and clues
 without names and language: no seed can bring the same one into both. Knows no tokenizer and no
-reward; the last line of a worked answer is what evaluation/rewards reads. Only
+reward; the last line of a worked answer is what judge/tasks/rewards reads. Only
 `random.Random(str).random()` is drawn from (see draws).
 """
 

@@ -21,7 +21,7 @@ from mis_mlx.data.rows import Row
 from mis_mlx.data.token_windows import order
 from mis_mlx.distillation import train_loop
 from mis_mlx.distillation.whole_model import Loss, WholeModel, as_in_training
-from mis_mlx.evaluation import rewards
+from mis_mlx.judge.tasks import rewards
 from mis_mlx.maths import rl_losses
 from mis_mlx.maths.losses import token_logps
 from mis_mlx.models.architectures import modules

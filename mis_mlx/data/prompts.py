@@ -1,10 +1,10 @@
 """Prompts that a teacher answers, so that its student learns to answer.
 
 benchmarks/prompts.py makes them. Sixteen kinds in English and Polish, from explanations to second
-turns. The prompts that judge a student (evaluation/answers) have other templates and other words.
+turns. The prompts that judge a student (judge/answers) have other templates and other words.
 
 A teacher that can call tools is asked to, too (benchmarks/tool_prompts.py), with other tools than
-those that judge (evaluation/tool_tasks).
+those that judge (judge/tasks/tool_tasks).
 """
 
 from collections.abc import Mapping, Sequence

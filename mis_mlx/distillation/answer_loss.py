@@ -1,7 +1,7 @@
 """What a student loses on the teacher's answers: the loss by which sizes are chosen.
 
 The conversations are those of the training text's source that stand in no training window
-(`preparation.Data.talks`). The final judge (evaluation/answers) has other prompts: the ones that
+(`preparation.Data.talks`). The final judge (judge/answers) has other prompts: the ones that
 chose a student do not judge it.
 """
 
@@ -13,8 +13,8 @@ from functools import cached_property
 import numpy as np
 
 from mis_mlx.data.rows import Row
-from mis_mlx.evaluation.answer_likelihood import log_probabilities
-from mis_mlx.evaluation.answer_records import Answer, Prompt
+from mis_mlx.judge.prompts import Answer, Prompt
+from mis_mlx.judge.score import log_probabilities
 from mis_mlx.types import Checkpoint
 
 FEWEST = 8  # conversations, below which the loss is measured on text

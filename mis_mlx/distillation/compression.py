@@ -6,7 +6,7 @@ from pathlib import Path
 from mis_mlx import cli
 from mis_mlx.data import preparation
 from mis_mlx.distillation import pipeline
-from mis_mlx.evaluation import comparison
+from mis_mlx.judge import comparison
 from mis_mlx.models.opening import compute_type
 from mis_mlx.models.passing import distributed
 from mis_mlx.models.writing import model_writer

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from mis_mlx import cli
 from mis_mlx.data import chat_template, preparation
 from mis_mlx.distillation import teacher_answers, writers
-from mis_mlx.evaluation import answers
-from mis_mlx.evaluation.answer_figures import MORE_LOOPS
+from mis_mlx.judge import answers
+from mis_mlx.judge.answer_figures import MORE_LOOPS
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize, model_of
 from mis_mlx.models.passing import distributed

@@ -7,7 +7,7 @@ from mis_mlx.compute import precision
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import conversations, pipeline, summary
-from mis_mlx.evaluation import answers, comparison
+from mis_mlx.judge import answers, comparison
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import distributed, pipeline_parallel, stream
 from mis_mlx.types import Budget, Checkpoint

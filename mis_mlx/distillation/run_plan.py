@@ -10,8 +10,8 @@ from mis_mlx.compute import precision
 from mis_mlx.data import preparation
 from mis_mlx.distillation import pipeline, strategies, writers
 from mis_mlx.distillation.conversations import ToAnswer
-from mis_mlx.evaluation import answers
 from mis_mlx.hardware.rates import Rates
+from mis_mlx.judge import answers
 from mis_mlx.models.opening import load, resolve
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import distributed

@@ -20,11 +20,11 @@ from mis_mlx.distillation.training_cost import (
     store_cost,
     tuning_cost,
 )
-from mis_mlx.evaluation import writing_cost
-from mis_mlx.evaluation.judging_cost import comparison_cost, timed_weights
 from mis_mlx.hardware.memory import TRAINED_BYTES, TRAINED_WHOLE_BYTES, process_bytes
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.judge import writing_cost
+from mis_mlx.judge.judging_cost import comparison_cost, timed_weights
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import attends, shape_of
 from mis_mlx.models.opening import load

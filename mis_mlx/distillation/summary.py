@@ -15,7 +15,7 @@ from typing import Any
 from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.distillation import conversations
-from mis_mlx.evaluation import answers, comparison
+from mis_mlx.judge import answers, comparison
 from mis_mlx.models.architectures import arch, families
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.config import read_config

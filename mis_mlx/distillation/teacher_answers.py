@@ -19,9 +19,9 @@ import mlx.core as mx
 from mis_mlx.data import chat_template
 from mis_mlx.data.prompts import Prompt
 from mis_mlx.data.rows import Row
-from mis_mlx.evaluation import answer_figures, answers, repetition, writing_cost
-from mis_mlx.evaluation.answer_records import Answer
 from mis_mlx.hardware import memory
+from mis_mlx.judge import answer_figures, answers, repetition, writing_cost
+from mis_mlx.judge.prompts import Answer
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize, model_of
 from mis_mlx.models.writing import tool_calls

@@ -13,8 +13,8 @@ from functools import cache
 from mis_mlx.data import prompts
 from mis_mlx.distillation import teacher_answers
 from mis_mlx.distillation.training_cost import store_cost
-from mis_mlx.evaluation.writing_cost import WritingPlan
 from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.judge.writing_cost import WritingPlan
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing.pass_cost import TENSOR_BYTES
 from mis_mlx.planner.distillation_spec import SCALES, STORE, DistillationSpec, Writer

@@ -13,8 +13,8 @@ import numpy as np
 
 from mis_mlx.compute import precision
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.evaluation import comparison
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
+from mis_mlx.judge import comparison
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import Key, Statistics
 from mis_mlx.models.architectures import arch, block_widths, families, scenarios

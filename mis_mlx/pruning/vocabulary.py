@@ -21,8 +21,8 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.compute import quick_exp
 from mis_mlx.data import draws, preparation, token_windows
-from mis_mlx.evaluation import comparison
 from mis_mlx.hardware import memory
+from mis_mlx.judge import comparison
 from mis_mlx.models.architectures import arch, scenarios
 from mis_mlx.models.architectures.families import family
 from mis_mlx.models.architectures.sizes import shape_of

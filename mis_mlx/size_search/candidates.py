@@ -15,8 +15,8 @@ import numpy as np
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import answer_loss, pipeline
-from mis_mlx.evaluation import answers, comparison
-from mis_mlx.evaluation.answer_likelihood import has_template
+from mis_mlx.judge import answers, comparison
+from mis_mlx.judge.score import has_template
 from mis_mlx.maths import rounding
 from mis_mlx.maths.importance import Statistics
 from mis_mlx.models.architectures import arch, bit_floors

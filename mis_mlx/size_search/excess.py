@@ -19,7 +19,7 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.evaluation import answer_likelihood, comparison
+from mis_mlx.judge import comparison, score
 from mis_mlx.maths import rounding
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import Shape, shape_of
@@ -55,7 +55,7 @@ def text_of(c: Candidates, reader: Checkpoint) -> Text:
     if c.answers is None:
         windows = c.trimmed_teacher(shape_of(reader.config).vocab).ranking
         return Text(windows, [mx.array(window[None]) for window in windows.tokens])
-    texts, counts = answer_likelihood.tokens_of(reader, c.answers.prompts, c.answers.answers)
+    texts, counts = score.tokens_of(reader, c.answers.prompts, c.answers.answers)
     tokens = np.zeros((len(texts), max(map(len, texts))), np.int32)
     loss_mask = np.zeros(tokens.shape, np.float32)
     for number, (text, count) in enumerate(zip(texts, counts, strict=True)):
@@ -109,7 +109,7 @@ def _nats(text: Text, run: Running) -> float:
     """What a byte costs a student, in nats."""
     if text.counts:
         tokens: list[Any] = [batch[0].tolist() for batch in text.batches]
-        found = answer_likelihood.after_pass(*run, tokens, text.counts)
+        found = score.after_pass(*run, tokens, text.counts)
         assert text.windows.text_bytes is not None
         return float(-sum(values.sum() for values in found) / text.windows.text_bytes.sum())
     nats, *_ = comparison.window_means(run, run, text.windows)

@@ -14,7 +14,7 @@ import numpy as np
 from mis_mlx.compute import precision
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import pipeline, strategies
-from mis_mlx.evaluation import comparison
+from mis_mlx.judge import comparison
 from mis_mlx.maths.optimizer import Diverged
 from mis_mlx.maths.stats import LEAST_FOR_INTERVAL, interval
 from mis_mlx.models.architectures import arch

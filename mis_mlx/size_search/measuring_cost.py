@@ -3,8 +3,8 @@
 import math
 from dataclasses import replace
 
-from mis_mlx.evaluation.judging_cost import comparison_cost
 from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.judge.judging_cost import comparison_cost
 from mis_mlx.maths.rounding import FIT_LAUNCHES, FUSED_CANDIDATES, RANGE_ENDS
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing.pass_cost import block_matrix, headroom_bytes

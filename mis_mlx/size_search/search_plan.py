@@ -7,9 +7,9 @@ from typing import Any
 from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.distillation import answer_loss, strategies
-from mis_mlx.evaluation.judging_cost import comparison_cost
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.judge.judging_cost import comparison_cost
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening.model_size import model_of

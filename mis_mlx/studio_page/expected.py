@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.evaluation.answer_likelihood import has_template
+from mis_mlx.judge.score import has_template
 from mis_mlx.models.architectures import bit_floors, families
 from mis_mlx.models.architectures.scenarios import PLAIN_NAMES
 from mis_mlx.models.architectures.sizes import Shape, shape_of

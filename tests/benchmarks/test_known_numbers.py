@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mis_mlx.evaluation import instructions, questions
+from mis_mlx.judge.tasks import instructions, questions
 from mis_mlx.models.opening import compute_type
 from mis_mlx.models.writing import mlx_generate
 from mis_mlx.types import Checkpoint

@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 
 from mis_mlx.data import preparation, prompts
-from mis_mlx.evaluation import answers, questions
+from mis_mlx.judge import answers
+from mis_mlx.judge.tasks import questions
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 NAMES = ("prompts", "prompt_texts", "prompt_texts.templates", "prompt_texts.words")
-RUN = 13  # words in a row, as evaluation/questions counts contamination
+RUN = 13  # words in a row, as judge/tasks/questions counts contamination
 
 
 @pytest.fixture(scope="module")

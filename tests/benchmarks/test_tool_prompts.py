@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mis_mlx.data import prompts
-from mis_mlx.evaluation import tool_tasks
+from mis_mlx.judge.tasks import tool_tasks
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

@@ -17,11 +17,11 @@ import pytest
 from mis_mlx.data import preparation, prompts
 from mis_mlx.distillation import conversations, teacher_answers
 from mis_mlx.distillation.conversations import Wanted
-from mis_mlx.evaluation import answer_records, answers
-from mis_mlx.evaluation.answer_figures import AnswerBits
-from mis_mlx.evaluation.answer_records import Answer, AnswerPair, Prompt
-from mis_mlx.evaluation.answers import Judgement, ModelAnswers, TeacherAnswers
 from mis_mlx.hardware import memory
+from mis_mlx.judge import answers
+from mis_mlx.judge.answer_figures import AnswerBits
+from mis_mlx.judge.answers import Judgement, ModelAnswers, TeacherAnswers
+from mis_mlx.judge.prompts import Answer, AnswerPair, Prompt, read_header, read_pairs
 from mis_mlx.models.opening import load
 from mis_mlx.settings import workloads
 from mis_mlx.storage import checkpoint as protocol
@@ -205,8 +205,8 @@ def test_what_is_shipped_is_of_these_settings() -> None:
     """The default teacher's answers to all held-out prompts; its answers to learn from are to
     prompts of training.
     """
-    header = answer_records.read_header(answers.SHIPPED)
-    pairs = answer_records.read_pairs(answers.SHIPPED)
+    header = read_header(answers.SHIPPED)
+    pairs = read_pairs(answers.SHIPPED)
     asked = answers.prompts(10_000)
 
     settings = {key: value for key, value in header["settings"].items() if key != "template_sha256"}

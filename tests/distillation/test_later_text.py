@@ -25,8 +25,8 @@ from mis_mlx.distillation import (
     teacher_answers,
     writers,
 )
-from mis_mlx.evaluation import answers
 from mis_mlx.hardware.rates import M1_AIR
+from mis_mlx.judge import answers
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.planner import distillation_spec

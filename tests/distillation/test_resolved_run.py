@@ -17,8 +17,8 @@ import pytest
 from mis_mlx import distill, synthesize
 from mis_mlx.distillation import pipeline, resolved_run, run_text
 from mis_mlx.distillation.resolved_run import ResolvedRun
-from mis_mlx.evaluation import repetition
 from mis_mlx.hardware import memory
+from mis_mlx.judge import repetition
 from mis_mlx.planner import estimates
 from mis_mlx.settings import recipe
 from mis_mlx.settings.parts import part_of
@@ -285,5 +285,5 @@ def test_few_functions_see_all_settings(
     assert "distill:run" in met
     assert "distillation/resolved_run:resolve" in met
     assert len(met) <= MOST_FUNCTIONS, "\n".join(sorted(met))
-    stages = ("pruning", "quantization", "evaluation", "planner", "maths", "distillation/pipeline")
+    stages = ("pruning", "quantization", "judge", "planner", "maths", "distillation/pipeline")
     assert not [name for name in met if name.startswith(stages)]

@@ -19,11 +19,11 @@ from mis_mlx.data.token_windows import Windows
 from mis_mlx.distill import Settings as Distilled
 from mis_mlx.distillation import live_teacher, sharded, strategies, train_loop, training_cost
 from mis_mlx.distillation.whole_model import WholeModel
-from mis_mlx.evaluation import comparison
-from mis_mlx.evaluation.judging_cost import comparison_cost
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import M1_AIR
 from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.judge import comparison
+from mis_mlx.judge.judging_cost import comparison_cost
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models.architectures import arch

@@ -15,9 +15,9 @@ import pytest
 from mis_mlx.data import prompts
 from mis_mlx.data.prompts import Prompt
 from mis_mlx.distillation import teacher_answers
-from mis_mlx.evaluation import answers
-from mis_mlx.evaluation.answer_records import Answer
 from mis_mlx.hardware import memory
+from mis_mlx.judge import answers
+from mis_mlx.judge.prompts import Answer
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.types import Budget, Checkpoint, MisError

@@ -40,7 +40,7 @@ TALKATIVE = {
 MAY = {
     "storage/hub.py": "a model from the Hugging Face hub",
     "data/preparation.py": "a data set from the hub",
-    "evaluation/questions.py": "a data set from the hub",
+    "judge/tasks/questions.py": "a data set from the hub",
     "studio_page/decide.py": "asyncio's threads; opens nothing",
     "studio_page/judge.py": "asyncio's threads; opens nothing",
     "studio_page/guard.py": "takes the addresses of requests to the page apart",

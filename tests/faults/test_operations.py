@@ -190,7 +190,7 @@ WITHOUT = {
     "storage/checkpoint.py": "the text in the lock file, which is for people",
     "storage/hub.py": "a download, whole or absent: half of it lies in a folder of another name",
     "models/opening/wheel_model.py": "the same, its conversion",
-    "evaluation/task_registry.py": "the same",
+    "judge/tasks/task_registry.py": "the same",
     "hardware/blas.py": "a library under other names, whole or absent; it runs before anything of "
     "ours is imported",
     "checks/engine.py": "a model made on the spot, in a temporary folder of its own",

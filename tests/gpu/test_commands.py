@@ -37,9 +37,9 @@ from mis_mlx import (
     sft,
 )
 from mis_mlx.compute import precision
-from mis_mlx.evaluation import answering
 from mis_mlx.hardware import memory, rates
 from mis_mlx.hardware.rates import Roof
+from mis_mlx.judge.tasks import answering
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.writing import model_writer

@@ -23,8 +23,8 @@ from mis_mlx.compute import host_losses, streams
 from mis_mlx.compute.precision import dtype_of
 from mis_mlx.compute.token_losses import TokenLoss
 from mis_mlx.distillation import live_teacher, sharded
-from mis_mlx.evaluation import option_likelihood
-from mis_mlx.evaluation.speed import rounds
+from mis_mlx.judge.speed import rounds
+from mis_mlx.judge.tasks import option_likelihood
 from mis_mlx.maths import losses
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import ffn_size as ffn_of

@@ -17,7 +17,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mis_mlx import plan, prune, search
-from mis_mlx.evaluation import option_likelihood
+from mis_mlx.judge.tasks import option_likelihood
 from mis_mlx.models.architectures import arch, block_state, hybrid
 from mis_mlx.models.architectures.sizes import attends, shape_of
 from mis_mlx.models.opening import load

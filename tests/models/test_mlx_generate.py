@@ -7,7 +7,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mis_mlx.compute import precision
-from mis_mlx.evaluation.speed import rounds
+from mis_mlx.judge.speed import rounds
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.writing import mlx_generate
 from mis_mlx.quantization import packed_format

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from mis_mlx import generate, grpo, plan, prune, quantize, sft
-from mis_mlx.evaluation import option_likelihood
+from mis_mlx.judge.tasks import option_likelihood
 from mis_mlx.models.architectures import arch, bit_floors, gated_delta
 from mis_mlx.models.architectures.sizes import attends
 from mis_mlx.models.opening import load

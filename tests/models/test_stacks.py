@@ -17,7 +17,7 @@ import pytest
 
 from mis_mlx.compute import precision, quick_exp
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.evaluation import comparison
+from mis_mlx.judge import comparison
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import pass_cost, residency, stream

@@ -9,8 +9,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mis_mlx.evaluation import writing_cost
 from mis_mlx.hardware import memory
+from mis_mlx.judge import writing_cost
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing.stream import Stream

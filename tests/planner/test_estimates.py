@@ -14,11 +14,11 @@ import pytest
 
 from mis_mlx.compute import precision
 from mis_mlx.compute.token_losses import Footprint
-from mis_mlx.evaluation import writing_cost
 from mis_mlx.hardware import rates
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import M1_AIR, Rates
 from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.judge import writing_cost
 from mis_mlx.maths.losses import chunk_rows
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import compute_type, load

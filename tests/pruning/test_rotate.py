@@ -17,7 +17,7 @@ import pytest
 
 from mis_mlx import prune
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.evaluation import comparison
+from mis_mlx.judge import comparison
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load

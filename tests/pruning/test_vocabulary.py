@@ -19,7 +19,7 @@ import pytest
 from mis_mlx import distill, prune, report
 from mis_mlx.compute import precision
 from mis_mlx.data import preparation, token_windows
-from mis_mlx.evaluation import comparison
+from mis_mlx.judge import comparison
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of

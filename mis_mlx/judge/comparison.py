@@ -1,0 +1,435 @@
+"""Students against their teacher on held-out windows: loss, KL, agreement, per window. Streamed.
+
+Also llama.cpp's report (tools/perplexity, --kl-divergence), with its names and units. It covers
+the second half of every window; ± is one standard error over tokens, as if they were independent.
+Two things differ from llama.cpp: the reference's probabilities are complete (llama.cpp keeps
+16 bits and drops those under e^-16), and a window has no start token in front.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, zip_longest
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mis_mlx import cli
+from mis_mlx.compute import host_losses, precision
+from mis_mlx.compute.host_losses import CHUNK, GROUP
+from mis_mlx.data.token_windows import Windows
+from mis_mlx.judge.answer_figures import bits_per_byte
+from mis_mlx.maths import stats
+from mis_mlx.models.architectures import sizes
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing import distributed
+from mis_mlx.models.passing.stream import HEAD_PART, Hidden, Stream, evaluate_now
+from mis_mlx.storage import safetensors
+from mis_mlx.types import Checkpoint, MisError, Row
+
+Models = Mapping[str, Checkpoint]  # by name
+OpenStream = Callable[[Checkpoint], Stream]  # opens a model for one pass
+Means = Mapping[tuple[str, str], np.ndarray]  # (model, metric) -> (N,), one value per window
+Passed = tuple[Stream, Hidden]  # a model and its final states [(1, T, D)] of every window
+ACROSS = (
+    "The other models have a smaller vocabulary than the teacher. For KL and same top token, the "
+    "teacher reads their tokens, and only the shared rows count."
+)
+FEW = 100  # tokens; llama.cpp makes no statistics of fewer
+METRICS = ("nll", "kl", "top1", "ear")  # of a student, in the order of `by_window`
+# {metric: (value, its standard error where there is one)}
+Figures = dict[str, tuple[float, float | None]]
+
+
+def spread_windows(held_out: Windows, count: int) -> Windows:
+    """`count` windows spread evenly over the held-out text, or all when there are fewer."""
+    total = len(held_out.tokens)
+    count = min(count, total)
+    places = np.linspace(0, total - 1, count)
+    return held_out.pick(np.unique(places.round().astype(int)))
+
+
+def final_hidden(
+    model: Checkpoint,
+    held_out: Windows,
+    opened: OpenStream = Stream,
+) -> Hidden:
+    """The model's final hidden states [(1, T, D)] of every window. Streamed."""
+    batches = [mx.array(window[None]) for window in held_out.tokens]
+    return opened(model).forward(batches)
+
+
+def own_windows(held_out: Windows) -> Windows:
+    """This machine's share of the windows, perhaps none; without the count of bytes."""
+    return Windows(
+        tokens=distributed.shard(held_out.tokens),
+        loss_mask=distributed.shard(held_out.loss_mask),
+    )
+
+
+def compare_across_machines(models: Models, held_out: Windows, opened: OpenStream) -> Means:
+    """The result of `compare`, with the windows shared out among the machines.
+
+    Every machine must call this: the values are gathered at the end.
+    """
+    own_means = compare(models, own_windows(held_out), opened=opened)
+    means = {}
+    for key, values in own_means.items():
+        # Window n went to machine n % size, so one value of each machine in turn restores the
+        # order. A machine with one window less is padded with None.
+        gathered = distributed.all_gather(values.tolist())
+        in_order = chain.from_iterable(zip_longest(*gathered))
+        means[key] = np.array([value for value in in_order if value is not None])
+    return means
+
+
+def compare(
+    models: Models,
+    held_out: Windows,
+    hidden: Hidden | None = None,
+    opened: OpenStream = Stream,
+) -> Means:
+    """Per-window means (N,) of every model, by (model, metric). Streamed.
+
+    The first model is the teacher; it has "nll" only. Students have "nll", "kl" (teacher to
+    student), both in nats, "top1", the share of equal top tokens, and "ear", how often both can
+    draw the same token. A window without predictions that count has 0 everywhere: leave it out, as
+    `rows_of` does.
+
+    One block of one model is in memory at a time, then parts of the teacher's head and of one
+    student's. hidden: the teacher's `final_hidden`, where it is compared with many students in
+    several calls. A model that is an earlier one, to the byte, is not measured again.
+    """
+    (teacher, base), *students = models.items()
+    if hidden is None:
+        hidden = final_hidden(base, held_out, opened)
+    twins = _twins(models)
+    measured = {}
+    # A teacher without other students is compared with itself: that is how its own nll comes about.
+    for name in [name for name, _ in students if name not in twins] or [teacher]:
+        model = models[name]
+        states = hidden
+        if model is not base:
+            states = final_hidden(model, held_out, opened)
+        passed = (Stream(model), states)
+        teacher_nll, *measured[name] = window_means((Stream(base), hidden), passed, held_out)
+    means_of: dict[tuple[str, str], np.ndarray] = {(teacher, "nll"): teacher_nll}
+    # What a student is given that is the teacher; a window without predictions has 0 everywhere.
+    counted = np.asarray(held_out.loss_mask[:, :-1].any(axis=1)).astype(np.float64)
+    measured[teacher] = [teacher_nll, np.zeros(len(counted)), counted, counted]
+    for name, _ in students:
+        for metric, values in zip(METRICS, measured[twins.get(name, name)], strict=True):
+            means_of[name, metric] = values
+    return means_of
+
+
+def _twins(models: Models) -> dict[str, str]:
+    """{a model's name: that of the first one which it is, to the byte}, without the first ones."""
+    first = list[str]()
+    twins = {}
+    for name, model in models.items():
+        twin = next((other for other in first if _is_same(models[other], model)), None)
+        if twin is None:
+            first.append(name)
+        else:
+            twins[name] = twin
+    return twins
+
+
+def _is_same(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether two models are one: config, type of computation, and every byte of their weights."""
+    if dict(one.config) != dict(other.config):
+        return False
+    if precision.dtype_of(one) != precision.dtype_of(other):
+        return False
+    return safetensors.same_bytes(one.tensors, other.tensors)
+
+
+def window_means(base: Passed, other: Passed, held_out: Windows) -> np.ndarray:
+    """(5, N): the means of `by_window` over the predictions of each window, 0 where it has none."""
+    means = []
+    for values in by_window(base, other, held_out):
+        if len(values):
+            means.append(values.mean(axis=0))
+        else:
+            means.append(np.zeros(5))
+    return np.array(means).reshape(-1, 5).T
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Up to CHUNK predictions of one window.
+
+    positions (n,): where the predictions are made. targets (n,): the tokens that follow there.
+    parts: of each part of the vocabulary so far, what `host_losses.compared` says, (n, 11).
+    """
+
+    window: int
+    positions: np.ndarray
+    targets: np.ndarray
+    parts: list[Any] = field(default_factory=list)
+
+
+def by_window(
+    base: Passed,
+    other: Passed,
+    held_out: Windows,
+) -> Iterator[np.ndarray]:
+    """(n, 5) float64 for each window, one row for each of its n predictions that count.
+
+    Columns: those of `host_losses.over_parts`, the base being the teacher there. The heads come in
+    parts of the vocabulary; each part is read once for as many windows as have GROUP tokens
+    together.
+    """
+    total, length = held_out.tokens.shape
+    size = max(1, GROUP // length)
+    for first in range(0, total, size):
+        last = min(first + size, total)
+        chunks_of = [_chunks(held_out, window) for window in range(first, last)]
+        chunks = list(chain.from_iterable(chunks_of))
+        _compare_chunks(base, other, chunks)
+        for of_window in chunks_of:
+            values = [host_losses.over_parts(chunk.parts) for chunk in of_window]
+            # A window without predictions that count still has its entry, with no rows.
+            none = np.zeros((0, 5))
+            yield np.concatenate([none, *values])
+
+
+def _chunks(held_out: Windows, window: int) -> list[_Chunk]:
+    """The predictions of one window that count, in chunks, so that few rows of logits (CHUNK, v)
+    are in memory at a time.
+    """
+    tokens = held_out.tokens[window]
+    # No token follows the last one, so nothing is predicted there.
+    counted = np.flatnonzero(held_out.loss_mask[window][:-1])
+    chunks = []
+    for start in range(0, len(counted), CHUNK):
+        positions = counted[start : start + CHUNK]
+        targets = tokens[positions + 1]
+        chunks.append(_Chunk(window, positions, targets))
+    return chunks
+
+
+def _compare_chunks(base: Passed, other: Passed, chunks: Sequence[_Chunk]) -> None:
+    """Give every chunk what each part of the vocabulary says of it.
+
+    A softmax over the vocabulary needs all logits of a row. Whole heads may not fit in memory, so
+    each part leaves its share of the normalizers, the KL, the target's logit and the top token;
+    `host_losses.over_parts` puts them together.
+    """
+    base_stream, base_hidden = base
+    other_stream, other_hidden = other
+    base_shape = sizes.shape_of(base_stream.checkpoint.config)
+    other_shape = sizes.shape_of(other_stream.checkpoint.config)
+    # A student with a trimmed vocabulary is compared over the rows that both have.
+    vocab = min(base_shape.vocab, other_shape.vocab)
+    rows = HEAD_PART // max(base_shape.hidden, other_shape.hidden)
+    base_parts = base_stream.head_parts(vocab, rows)
+    other_parts = other_stream.head_parts(vocab, rows)
+    # Both heads advance in step: one part of each is in memory.
+    for (start, base_head), (_, other_head) in zip(base_parts, other_parts, strict=True):
+        for chunk in chunks:
+            base_logits = _logits(base_head, base_hidden, chunk)
+            if other_hidden is base_hidden:  # a model beside itself
+                other_logits = base_logits * 1
+            else:
+                other_logits = _logits(other_head, other_hidden, chunk)
+            # This overwrites the logits.
+            part = host_losses.compared(base_logits, other_logits, chunk.targets, start)
+            chunk.parts.append(part)
+        # On a GPU the parts are lazy until here: it waits once a part of the head, not once a
+        # chunk. On a CPU they are numpy's already.
+        parts = [chunk.parts[-1] for chunk in chunks]
+        evaluate_now([part for part in parts if isinstance(part, mx.array)])
+        for chunk, part in zip(chunks, parts, strict=True):
+            chunk.parts[-1] = np.asarray(part)
+
+
+def _logits(head: nn.Module, hidden: Hidden, chunk: _Chunk) -> mx.array:
+    """(n, v) float32 logits of a chunk's n predictions, over the v tokens of a part of the head."""
+    states = hidden[chunk.window][0]
+    positions = mx.array(chunk.positions)
+    return load.wide_logits(head, states[positions])
+
+
+def nats_of(values: np.ndarray, windows: Windows) -> np.ndarray:
+    """(N,) nats of each window's text, from means (N,) over its tokens."""
+    counted = windows.loss_mask[:, :-1] > 0
+    return values * counted.sum(axis=1)
+
+
+def per_byte(values: np.ndarray, windows: Windows) -> float:
+    """Nats per byte of the text of all windows together, from means (N,) over each one's tokens."""
+    nats = nats_of(values, windows)
+    return float(nats.sum() / windows.text_bytes.sum())
+
+
+def rows_of(figures: Means, held_out: Windows | None = None) -> list[Row]:
+    """One row per model and metric, with its 95 % interval over windows.
+
+    The loss also gives perplexity, and bits per byte ("bpb") and tokens per byte ("tpb") where the
+    bytes of `held_out` were counted.
+    """
+    rows = []
+    for (name, metric), values in figures.items():
+        counted = values
+        if held_out:
+            # A window in which no prediction counts has no mean.
+            counted = values[held_out.loss_mask[:, :-1].any(axis=1)]
+        count = len(counted)
+        mean, low, high = stats.interval(counted)
+        rows.append(Row(name, metric, mean, low=low, high=high, n=count))
+        if metric != "nll":
+            continue
+        perplexity = Row(
+            name,
+            metric="ppl",
+            value=math.exp(mean),
+            low=math.exp(low),
+            high=math.exp(high),
+            n=count,
+        )
+        rows.append(perplexity)
+        if held_out and held_out.text_bytes is not None and held_out.text_bytes.any():
+            bits = bits_per_byte(nats_of(values, held_out), held_out.text_bytes)
+            rows.append(Row(name, "bpb", *bits, n=len(values)))
+            tokens = per_byte(np.ones(len(values)), held_out)
+            rows.append(Row(name, "tpb", tokens, n=len(values)))
+    return rows
+
+
+def rows_across_vocabularies(rows: Sequence[Row], teacher: Means, own: Windows) -> list[Row]:
+    """Rows of students that read other tokens than their teacher, none of which is per token.
+
+    teacher: the means of the teacher on its `own_windows` windows; they replace its rows in `rows`.
+    """
+    ((name, _),) = teacher
+    students = [row for row in rows if row.model != name]
+    both = [*rows_of(teacher, own), *students]
+    return [row for row in both if row.metric not in ("nll", "ppl")]
+
+
+def same_vocabulary(teacher: Checkpoint, other: Checkpoint) -> Checkpoint:
+    """`other`, if it has the teacher's tokenizer: a student judged token by token needs it.
+
+    MisError where the two tokenizer.json differ in a byte.
+    """
+    files = [model.path / "tokenizer.json" for model in (teacher, other)]
+    if not all(file.is_file() for file in files):
+        return other
+    first, second = files
+    if first.read_bytes() != second.read_bytes():
+        raise MisError(
+            f"{other.path} has a different tokenizer from {teacher.path}: use a student of "
+            f"this teacher"
+        )
+    return other
+
+
+def second_half(held_out: Windows) -> Windows:
+    """The same windows, with predictions in their first half not counted.
+
+    MisError when fewer than FEW are left.
+    """
+    loss_mask = held_out.loss_mask.copy()
+    loss_mask[:, : loss_mask.shape[1] // 2] = 0
+    count = int((loss_mask > 0).sum())
+    if count < FEW:
+        why = (
+            f"{count} tokens lie in the second halves of {len(loss_mask)} windows, but the "
+            f"statistics need {FEW}"
+        )
+        raise MisError(f"{why}: raise --eval-windows, or add test text")
+    return Windows(held_out.tokens, loss_mask)
+
+
+def kld(
+    models: Models,
+    held_out: Windows,
+    opened: OpenStream = Stream,
+) -> dict[str, Figures]:
+    """{name: figures} of all models but the first, which is the reference.
+
+    Over the predictions that count. Every machine must call this: each compares its own windows,
+    then all rows are gathered.
+    """
+    (_, base), *others = models.items()
+    held_out = own_windows(held_out)
+    hidden = final_hidden(base, held_out, opened)
+    report = {}
+    for name, other in cli.show_progress("model", others, len(others)):
+        # The other's hidden states get no name: it would keep them during the next model's pass.
+        windows = by_window(
+            base=(Stream(base), hidden),
+            other=(Stream(other), final_hidden(other, held_out, opened)),
+            held_out=held_out,
+        )
+        own_rows = list[list[float]]()
+        for values in windows:
+            own_rows += values.tolist()
+        gathered = distributed.all_gather(own_rows)
+        every = np.array(list(chain.from_iterable(gathered)))
+        base_nll, nll, kl, same, _ = every.T
+        report[name] = figures(base_nll, nll, kl, same)
+    return report
+
+
+def figures(
+    base_nll: np.ndarray,
+    nll: np.ndarray,
+    kld: np.ndarray,
+    same: np.ndarray,
+) -> Figures:
+    """llama.cpp's figures from values per token, each (n,).
+
+    base_nll, nll, kld: in nats. same: 1 where the top token is the same. Δp ("dp") is the change of
+    the true token's probability, in percentage points.
+    """
+    base_probability = np.exp(-base_nll)
+    probability = np.exp(-nll)
+    dp = 100.0 * (probability - base_probability)
+    top = float(same.mean())
+    variance = top * (1.0 - top) / (len(same) - 1)
+    return {
+        "mean_kld": _mean(kld),
+        "max_kld": _quantile(kld, 1.0),
+        "p999_kld": _quantile(kld, 0.999),
+        "p99_kld": _quantile(kld, 0.99),
+        "median_kld": _quantile(kld, 0.5),
+        "mean_dp": _mean(dp),
+        "rms_dp": _root_mean_square(dp),
+        "same_top_p": (100.0 * top, 100.0 * math.sqrt(variance)),
+        "ppl": _exp(_mean(nll)),
+        "ppl_base": _exp(_mean(base_nll)),
+        # The error of a mean difference counts the covariance of both.
+        "ppl_ratio": _exp(_mean(nll - base_nll)),
+    }
+
+
+def _mean(values: np.ndarray) -> tuple[float, float]:
+    """(mean, its standard error)."""
+    error = values.std(ddof=1) / math.sqrt(len(values))
+    return float(values.mean()), float(error)
+
+
+def _quantile(values: np.ndarray, share: float) -> tuple[float, None]:
+    """The value below which this share of them lies; it has no standard error here."""
+    return float(np.quantile(values, share)), None
+
+
+def _root_mean_square(values: np.ndarray) -> tuple[float, float]:
+    """(root of the mean square, its standard error by the first derivative, 0 at 0)."""
+    square, error = _mean(np.square(values))
+    root = math.sqrt(square)
+    if not root:
+        return 0.0, 0.0
+    return root, error / (2 * root)
+
+
+def _exp(log: tuple[float, float]) -> tuple[float, float]:
+    """exp of a mean, with its standard error by the first derivative."""
+    mean, error = log
+    value = math.exp(mean)
+    return value, value * error

@@ -1,0 +1,149 @@
+"""A model's answers and their costs, kept in the cache, so that nothing is asked twice.
+
+Both files of a model are journals, with a record for every prompt.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mis_mlx.judge.prompts import Answer, AnswerPair, Prompt, answer_of, rounded
+from mis_mlx.judge.score import log_probabilities
+from mis_mlx.models.passing import distributed
+from mis_mlx.storage import hub
+from mis_mlx.storage.files import DISK, json_sha256
+from mis_mlx.storage.journal import Journal
+from mis_mlx.types import Checkpoint
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One answer's cost under a model: nats of all its tokens, with its end; their number."""
+
+    nats: float
+    tokens: int
+
+    @property
+    def logprobs(self) -> np.ndarray:
+        """(tokens,) the mean log-probability of a token, in nats, repeated for each of them."""
+        mean = -self.nats / max(1, self.tokens)
+        return np.full(self.tokens, mean)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The kept answers and costs of one model with one set of settings.
+
+    model_sha256: of the model, in hex. settings_sha256: of all else that answers depend on.
+    """
+
+    model_sha256: str
+    settings_sha256: str
+
+    def _path(self, what: str) -> Path:
+        """The model's file of `what` under these settings."""
+        folder = hub.cache_root() / "evaluations" / self.model_sha256[:32]
+        return folder / f"{what}-{self.settings_sha256[:16]}.jsonl"
+
+    @property
+    def answers_path(self) -> Path:
+        """The file of greedy answers, {"prompt_sha256", "greedy": {"text", "ended"}} a line."""
+        return self._path("own-answers")
+
+    @property
+    def costs_path(self) -> Path:
+        """The file of costs, {"prompt_sha256", "answer_sha256", "nats", "tokens"} a line."""
+        return self._path("answer-costs")
+
+    def answers(self) -> dict[str, Answer]:
+        """{prompt's sha256: its greedy answer}."""
+        answers = {}
+        for (prompt_sha256,), record in self._answers.read().items():
+            answer = answer_of(record.get("greedy"))
+            if answer is not None:
+                answers[str(prompt_sha256)] = answer
+        return answers
+
+    def keep_answer(self, prompt: Prompt, answer: Answer) -> None:
+        """Add one greedy answer."""
+        _add(self._answers, {"prompt_sha256": prompt.sha256, "greedy": asdict(answer)})
+
+    def costs(self) -> dict[tuple[str, str], Cost]:
+        """{(prompt's sha256, answer's sha256): the answer's cost}."""
+        costs = {}
+        for (prompt_sha256, answer_sha256), record in self._costs.read().items():
+            nats = record.get("nats")
+            tokens = record.get("tokens")
+            if isinstance(nats, float) and math.isfinite(nats) and isinstance(tokens, int):
+                costs[str(prompt_sha256), str(answer_sha256)] = Cost(nats, tokens)
+        return costs
+
+    def measured(
+        self,
+        model: Checkpoint,
+        asked: Sequence[Prompt],
+        given: Sequence[Answer],
+    ) -> list[Cost]:
+        """Each answer's cost under the model. Costs not yet kept take one streamed pass."""
+        known = self.costs()
+        keys = [cost_key(prompt, answer) for prompt, answer in zip(asked, given, strict=True)]
+        missing = [number for number, key in enumerate(keys) if key not in known]
+        logprobs = log_probabilities(
+            model,
+            [asked[number] for number in missing],
+            [given[number] for number in missing],
+        )
+        for number, values in zip(missing, logprobs, strict=True):
+            prompt_sha256, answer_sha256 = keys[number]
+            cost = Cost(rounded(-float(values.sum())), len(values))
+            known[keys[number]] = cost
+            record = {
+                "prompt_sha256": prompt_sha256,
+                "answer_sha256": answer_sha256,
+                "nats": cost.nats,
+                "tokens": cost.tokens,
+            }
+            _add(self._costs, record)
+        return [known[key] for key in keys]
+
+    @property
+    def _answers(self) -> Journal:
+        return Journal(self.answers_path, ("prompt_sha256",))
+
+    @property
+    def _costs(self) -> Journal:
+        return Journal(self.costs_path, ("prompt_sha256", "answer_sha256"))
+
+
+def _add(journal: Journal, record: dict[str, object]) -> None:
+    """One more record, written by the first of several machines."""
+    if distributed.is_main():
+        DISK.make_folder(journal.path.parent)
+        journal.add(record)
+
+
+def cost_key(prompt: Prompt, answer: Answer) -> tuple[str, str]:
+    """(the prompt's sha256, the answer's): all that a cost depends on, apart from the model."""
+    return prompt.sha256, json_sha256([answer.text, answer.ended])
+
+
+def all_kept(
+    of_student: Kept,
+    of_teacher: Kept,
+    asked: Sequence[Prompt],
+    pairs: Mapping[str, AnswerPair],
+) -> bool:
+    """Whether a student's own answers are kept, with the costs of these and of the teacher's."""
+    own = of_student.answers()
+    costs = of_student.costs()
+    teacher_costs = of_teacher.costs()
+    for prompt in asked:
+        answer = own.get(prompt.sha256)
+        if answer is None or cost_key(prompt, answer) not in teacher_costs:
+            return False
+        if cost_key(prompt, pairs[prompt.sha256].sampled) not in costs:
+            return False
+    return True

@@ -1,0 +1,416 @@
+"""Time models in turn, round after round, and compare with the best that the machine allows.
+
+Stock mlx-lm generates, greedily, past the end token. The best times are bytes over bandwidth, and
+operations over arithmetic.
+
+Definitions (those of vLLM and AIPerf; none includes the tokenizer or the text):
+    TTFT      from the token ids to the first new token, in the process's hands
+    ITL       the time between two tokens
+    TPOT      (last - first) / (tokens - 1), one number for each request
+    decode    (tokens - 1) / (last - first); mlx-lm's own generation_tps counts the first token too
+"""
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mis_mlx.data import preparation
+from mis_mlx.hardware import rates
+from mis_mlx.hardware.thermal.thermal_monitor import Monitor
+from mis_mlx.judge import judging_cost
+from mis_mlx.maths.stats import summary
+from mis_mlx.models.architectures import arch, stored_form
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.passing import pass_cost, stream
+from mis_mlx.models.writing import mlx_generate
+from mis_mlx.types import Checkpoint, Row
+
+WARM_UP = 4  # tokens after the whole prompt, which are not timed
+PREFILL = 2048  # mlx-lm's prefill_step_size
+SLOWED = 0.9  # the last trial's speed over the first's, below which something throttles
+Facts = Mapping[str, Mapping[str, Any]]  # by model
+
+
+class Request(NamedTuple):
+    """The work that is timed: tokens of the prompt, and of the answer (2 or more)."""
+
+    prompt: int
+    answer: int
+
+
+class BenchmarkModel(NamedTuple):
+    """A model in memory.
+
+    nbytes: its weights there. read_bytes: those that a token reads, without tables of which it
+    takes one row.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    load_s: float
+    nbytes: int
+    read_bytes: int
+
+
+class Measurement(NamedTuple):
+    """One timed request.
+
+    asked, tokens: token ids of prompt and answer. stamps_s: seconds from the start to each token.
+    cached_s: TTFT of the same prompt with all but its last token in the cache; None where the cache
+    cannot be trimmed. watts: mean power from the first token to the last. peak_bytes: its model's
+    weights, cache and workspace. load_s, read_bytes: of its model, which may be gone.
+    """
+
+    asked: tuple[int, ...]
+    tokens: tuple[int, ...]
+    stamps_s: tuple[float, ...]
+    cached_s: float | None = None
+    watts: float | None = None
+    peak_bytes: int | None = None
+    load_s: float = 0.0
+    read_bytes: int = 0
+
+    @property
+    def tpot_s(self) -> float:
+        """Time per output token after the first."""
+        return (self.stamps_s[-1] - self.stamps_s[0]) / (len(self.stamps_s) - 1)
+
+
+def mean_watts(monitor: Monitor, seconds: float) -> float | None:
+    """The machine's mean power over the last `seconds`, by trapezoids.
+
+    Call it once the GPU is done. None where there are not two readings.
+    """
+    since_s = monitor.clock.monotonic() - seconds
+    times = []
+    powers = []
+    for reading in monitor.history():
+        if reading.time_s >= since_s and reading.power_w is not None:
+            times.append(reading.time_s)
+            powers.append(reading.power_w)
+    if len(times) < 2 or times[-1] <= times[0]:
+        return None
+    joules = np.trapezoid(np.array(powers), np.array(times))
+    return float(joules / (times[-1] - times[0]))
+
+
+def load_model(checkpoint: Checkpoint) -> BenchmarkModel:
+    """A model, whole in memory, with the time that took.
+
+    The system may have the files in its page cache.
+    """
+    began = time.perf_counter()
+    model, tokenizer = mlx_generate.open_model(checkpoint)
+    arrays = dict[str, mx.array](tree_flatten(model.parameters()))
+    for array in arrays.values():  # together, those that are converted would be held twice
+        stream.evaluate_now(array)
+    seconds = time.perf_counter() - began
+    tables = _table_prefixes(arrays)
+    nbytes = 0
+    read_bytes = 0
+    for name, array in arrays.items():
+        nbytes += array.nbytes
+        if not stored_form.inside_names(name)[0].startswith(tables):
+            read_bytes += array.nbytes
+    stream.load_checked(model, f"{checkpoint.path}: ")
+    return BenchmarkModel(
+        model=model,
+        tokenizer=tokenizer,
+        load_s=seconds,
+        nbytes=nbytes,
+        read_bytes=read_bytes,
+    )
+
+
+def _table_prefixes(names: Iterable[str]) -> tuple[str, ...]:
+    """How the names of tables begin of which a token takes one row, in a model with these tensors.
+
+    A tied embedding is read as a whole: it is the head, too.
+    """
+    has_head = any(name.startswith("lm_head.") for name in names)
+    if has_head:
+        return (arch.PER_LAYER, load.EMBEDDING)
+    return (arch.PER_LAYER,)
+
+
+def prompt(tokenizer: Any, count: int, seed: Sequence[int]) -> list[int]:
+    """`count` token ids of Python's manual, from a topic that `seed` chooses."""
+    rows = [f"\n\n{row['text']}" for row in preparation.load(None).train]
+    rng = np.random.default_rng(list(seed))
+    start = int(rng.integers(len(rows)))
+    from_start = "".join(rows[start:] + rows[:start])
+    text = from_start[: 10 * count]  # a token has 3 to 5 letters
+    ids = np.array(mlx_generate.prompt_ids(tokenizer, text, count))
+    return [int(token) for token in ids]
+
+
+def trial(
+    s: BenchmarkModel,
+    r: Request,
+    seed: Sequence[int],
+    monitor: Monitor | None = None,
+    peaks: bool = False,
+) -> Measurement:
+    """One request with a prompt that `seed` chooses.
+
+    monitor: measures its power. peaks: reset MLX's peak of memory, and report the request's own.
+    """
+    asked = prompt(s.tokenizer, r.prompt, seed)
+    cache = mlx_generate.filled_cache(s.model, 0)
+    before_bytes = mx.get_active_memory()
+    if peaks:
+        mx.reset_peak_memory()
+    stamps, tokens = token_times(mlx_generate.greedy(s.model, asked, r.answer, cache))
+    watts = None
+    if monitor:
+        watts = mean_watts(monitor, stamps[-1] - stamps[0])
+    # mlx-lm has begun one more token, which must not run into the next trial.
+    stream.evaluate_now([layer.state for layer in cache])
+    peak_bytes = None
+    if peaks:
+        peak_bytes = mx.get_peak_memory() - before_bytes + s.nbytes
+    cached_s = _cached_ttft(s.model, asked, cache)
+    mx.clear_cache()
+    return Measurement(
+        asked=tuple(asked),
+        tokens=tuple(tokens),
+        stamps_s=tuple(stamps),
+        cached_s=cached_s,
+        watts=watts,
+        peak_bytes=peak_bytes,
+        load_s=s.load_s,
+        read_bytes=s.read_bytes,
+    )
+
+
+def _cached_ttft(
+    model: nn.Module,
+    asked: Sequence[int],
+    cache: list[Any],
+) -> float | None:
+    """TTFT with all of a prompt but its last token in the cache; None where that cannot be trimmed.
+
+    cache: of the prompt with its answer.
+    """
+    caches = load.mlx_lm("models.cache")
+    if not caches.can_trim_prompt_cache(cache):
+        return None
+    answered = cache[0].offset - (len(asked) - 1)
+    caches.trim_prompt_cache(cache, answered)
+    stamps, _ = token_times(mlx_generate.greedy(model, asked[-1:], 1, cache))
+    stream.evaluate_now([layer.state for layer in cache])
+    return stamps[0]
+
+
+def token_times(coming: Iterable[int]) -> tuple[list[float], list[int]]:
+    """(seconds from now to each token, the tokens).
+
+    The loop below is all that measuring adds between two tokens (benchmarks/throughput.py).
+    """
+    stamps = []
+    tokens = []
+    began = time.perf_counter()
+    for token in coming:
+        stamps.append(time.perf_counter() - began)
+        tokens.append(token)
+    return stamps, tokens
+
+
+def need_bytes(checkpoint: Checkpoint, r: Request) -> int:
+    """Bytes of one model in stock mlx-lm, its cache, and a piece of the prompt in computation."""
+    m = model_of(checkpoint)
+    weights = judging_cost.timed_bytes(m.params)
+    keys = pass_cost.keys_bytes(m, r.prompt + r.answer)
+    return weights + keys + pass_cost.workspace_bytes(m, min(r.prompt, PREFILL), r.prompt)
+
+
+def rounds(
+    models: Mapping[str, Checkpoint],
+    together: bool,
+    count: int,
+    r: Request,
+    seed: int = 0,
+    delay: float = 0.0,
+    monitor: Monitor | None = None,
+    peaks: bool = False,
+) -> Iterator[tuple[str, Measurement]]:
+    """Every trial as it ends, (model's name, measurement), without the warm-up.
+
+    together: all models in turn, A B A B, so that drift hits all alike; otherwise model after
+    model, where they do not fit in memory together. count: trials of each. delay: seconds of rest
+    before each. No model is yielded: a caller that held one would keep it in memory.
+    """
+    groups = [[name] for name in models]
+    if together and models:
+        groups = [list(models)]
+    warm_up = r._replace(answer=min(r.answer, WARM_UP))
+    for group in groups:
+        subjects = {name: load_model(models[name]) for name in group}
+        for subject in subjects.values():
+            trial(subject, warm_up, (seed, 0))
+        for number in range(1, count + 1):
+            for name, subject in subjects.items():
+                time.sleep(delay)
+                yield name, trial(subject, r, (seed, number), monitor, peaks=peaks)
+        # The next group needs their memory.
+        del subject, subjects
+        mx.clear_cache()
+
+
+def figures(
+    trials: Sequence[Measurement],
+    r: Request,
+    idle_w: float | None = None,
+) -> dict[str, dict[str, float]]:
+    """{metric: summary of the trials of one model}; metrics without a value are left out.
+
+    `itl_ms` is over all gaps between tokens. `joules` are per token, above the power at rest,
+    `idle_w`.
+    """
+    every: dict[str, list[float]] = {
+        "ttft_ms": [1000 * t.stamps_s[0] for t in trials],
+        "ttft_cached_ms": [1000 * t.cached_s for t in trials if t.cached_s is not None],
+        "prefill_tps": [r.prompt / t.stamps_s[0] for t in trials],
+        "tpot_ms": [1000 * t.tpot_s for t in trials],
+        "itl_ms": [],
+        "decode_tps": [1 / t.tpot_s for t in trials],
+        "peak_mb": [t.peak_bytes / 1e6 for t in trials if t.peak_bytes],
+        "joules": [],
+    }
+    for t in trials:
+        gaps = np.diff(t.stamps_s)
+        every["itl_ms"] += [1000 * gap for gap in gaps]
+        if t.watts is not None and idle_w is not None:
+            every["joules"].append((t.watts - idle_w) * t.tpot_s)
+    return {name: summary(values) for name, values in every.items() if values}
+
+
+def slowdown_note(name: str, trials: Sequence[Measurement]) -> str | None:
+    """A sentence where the last trial was much slower than the first; else None.
+
+    Heat does that, or other work on this machine.
+    """
+    first = 1 / trials[0].tpot_s
+    last = 1 / trials[-1].tpot_s
+    if last >= SLOWED * first:
+        return None
+    return f"{name} fell from {first:.1f} to {last:.1f} tokens/s between its first and last trial"
+
+
+def rows(fixed: Facts, measured: Facts) -> list[Row]:
+    """Mean ± standard deviation of everything timed, plain values of the rest."""
+    table = []
+    for name, values in measured.items():
+        facts = fixed[name]
+        table.append(Row(name, "params", facts["params"] / 1e6))
+        table.append(Row(name, "weights_mb", facts["weight_bytes"] / 1e6))
+        table.append(Row(name, "m1_best_tps", facts["m1_best_tps_computed"]))
+        for metric, value in values.items():
+            if isinstance(value, Mapping):
+                table += _timed_rows(name, metric, value)
+            elif metric != "bound":  # a word
+                table.append(Row(name, metric, value))
+    return table
+
+
+def _timed_rows(name: str, metric: str, value: Mapping[str, Any]) -> list[Row]:
+    """A metric's mean ± standard deviation, and its 95th percentile where there is one."""
+    mean = value["mean"]
+    sd = value["sd"]
+    row = Row(name, metric, mean)
+    if value["n"] > 1:
+        row = Row(name, metric, mean, low=mean - sd, high=mean + sd)
+    if "p95" not in value:
+        return [row]
+    return [row, Row(name, metric.replace("_ms", "_p95_ms"), value["p95"])]
+
+
+def token_traffic(
+    checkpoint: Checkpoint,
+    weight_bytes: int,
+    r: Request,
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """(bytes to move, float operations) of one token, and the same of the first token.
+
+    One token: half-way through the answer; all weights, the keys and values. The first: the prompt
+    through all blocks, then its last row through the head.
+    """
+    m = model_of(checkpoint)
+    seen = r.prompt + r.answer // 2
+    # `forward_flops` counts causal attention, half of the length; a single token sees all of it.
+    token_flops = pass_cost.forward_flops(m, 1, 2 * seen)
+    token_bytes = weight_bytes + pass_cost.keys_bytes(m, seen)
+    blocks_flops = pass_cost.forward_flops(m, r.prompt, r.prompt, head=False)
+    first_flops = blocks_flops + 2.0 * m.head_params
+    first_bytes = weight_bytes + pass_cost.keys_bytes(m, r.prompt)
+    return (token_bytes, token_flops), (first_bytes, first_flops)
+
+
+def m1_tokens_per_s(checkpoint: Checkpoint, r: Request) -> float:
+    """The decode rate of an M1, computed, never run.
+
+    Its 68 GB/s over the bytes of a token of one sequence: floats in float16, packed weights as
+    they are.
+    """
+    tables = _table_prefixes(checkpoint.tensors)
+    nbytes = 0
+    for name, tensor in checkpoint.tensors.items():
+        if name.startswith(tables):
+            continue
+        if tensor.dtype == "U32":
+            nbytes += tensor.nbytes
+        else:
+            nbytes += 2 * math.prod(tensor.shape)
+    m = model_of(checkpoint, gpu=True)
+    seen = r.prompt + r.answer // 2
+    return rates.M1_AIR.memory_bytes_per_s / (nbytes + pass_cost.keys_bytes(m, seen))
+
+
+def compare_to_roof(
+    checkpoint: Checkpoint,
+    weight_bytes: int,
+    r: Request,
+    *,
+    roof: rates.Roof,
+    tps: float,
+) -> dict[str, Any]:
+    """MB that a token moves, the best times possible, the share reached, and what limits it.
+
+    weight_bytes: read for each token. roof: the machine. tps: the decode rate that was measured.
+    """
+    token, first = token_traffic(checkpoint, weight_bytes, r)
+    token_bytes, _ = token
+    token_s = roof.seconds(*token)
+    memory_bound = token_bytes / roof.memory_bytes_per_s >= token_s
+    return {
+        "moved_mb": token_bytes / 1e6,
+        "decode_best_tps": 1 / token_s,
+        "ttft_best_ms": 1000 * roof.seconds(*first),
+        "reached": tps * token_s,
+        "bound": "memory bandwidth" if memory_bound else "arithmetic",
+    }
+
+
+def format_name(checkpoint: Checkpoint, dtype: str) -> str:
+    """The format that a model computes in: 'float32', '4-bit', '3- to 8-bit' where matrices
+    differ.
+    """
+    settings = checkpoint.config.get("quantization") or {}
+    bits = []
+    for value in (settings, *settings.values()):
+        if isinstance(value, Mapping) and "bits" in value:
+            bits.append(value["bits"])
+    if not bits:
+        return dtype
+    fewest = min(bits)
+    most = max(bits)
+    if fewest == most:
+        return f"{fewest}-bit"
+    return f"{fewest}- to {most}-bit"

@@ -1,0 +1,121 @@
+"""All models are asked all tasks: the outcomes that the recovery table is made of."""
+
+import importlib.metadata
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from mis_mlx.judge.comparison import Models
+from mis_mlx.judge.recovery_table import Outcome
+from mis_mlx.judge.tasks import answering, harness, instructions, questions, tool_tasks
+from mis_mlx.judge.tasks.task_registry import EvaluationSet
+from mis_mlx.types import Budget
+
+Hashes = Mapping[str, str]  # `answering.sha256` of the models, by name
+
+
+def outcomes(
+    wanted: EvaluationSet,
+    models: Models,
+    hashes: Hashes,
+    limit: Budget,
+    *,
+    layers: bool,
+    num_questions: int,
+) -> Iterator[Outcome]:
+    """Our tasks, then lm-eval's; each model is asked all of ours before the next model.
+
+    layers: as in `answering.scores`. num_questions: of each of lm-eval's tasks. Every machine must
+    call this.
+    """
+    marks_of = {}
+    # Model by model, not task by task: a tokenizer is opened once for all tasks.
+    for name, model in models.items():
+        marks_of[name] = [
+            answering.scores(model, hashes[name], task, limit, layers=layers)
+            for task in wanted.tasks
+        ]
+    for number, task in enumerate(wanted.tasks):
+        if task.kind in tool_tasks.KINDS:
+            yield _tools_outcome(task, hashes, wanted)
+            continue
+        levels = _levels(hashes, task)
+        yield Outcome(
+            task=task.name,
+            about=task.about,
+            marks={name: marks[number] for name, marks in marks_of.items()},
+            chance=answering.chance(task),
+            constant=answering.best_constant(task),
+            overlap=wanted.known.overlap(task),
+            sha256=task.sha256,
+            uniform=answering.uniform(models["teacher"], task),
+            levels=levels,
+            ways=_ways(models, task),
+        )
+    if wanted.harness:
+        yield from _harness_outcomes(wanted, models, hashes, num_questions)
+
+
+def _levels(hashes: Hashes, task: questions.Task) -> dict[str, instructions.Levels] | None:
+    """{model: IFEval's two accuracies}; None for a task without instructions."""
+    levels_of = {}
+    for name, sha256 in hashes.items():
+        levels = answering.levels(sha256, task)
+        if levels:
+            levels_of[name] = levels
+    return levels_of or None
+
+
+def _tools_outcome(task: questions.Task, hashes: Hashes, wanted: EvaluationSet) -> Outcome:
+    """Of answers that are kept. Where the teacher is right in less than half of the cases, all
+    models are compared with its own calls; what it gets right is said in either case.
+    """
+    said = {name: answering.calls(sha256, task) for name, sha256 in hashes.items()}
+    teacher = next(iter(said))
+    shares = {name: tool_tasks.shares(task, calls) for name, calls in said.items()}
+    about = f"{task.about}; every model is told of the tools by its chat template"
+    judged_by = task
+    right = [verdict.right for verdict in tool_tasks.verdicts(task, said[teacher])]
+    if np.mean(right) < tool_tasks.ENOUGH:
+        judged_by = tool_tasks.as_said(task, said[teacher])
+        about += (
+            f"; {teacher} is right in {np.mean(right):.0%} of the cases, under half, so the marks "
+            f"say how often a model does what {teacher} does"
+        )
+    return Outcome(
+        task=task.name,
+        about=about,
+        marks={name: tool_tasks.marks(judged_by, calls) for name, calls in said.items()},
+        chance=tool_tasks.chance(judged_by),
+        sha256=task.sha256,
+        shares=shares,
+    )
+
+
+def _ways(models: Models, task: questions.Task) -> dict[str, str] | None:
+    """{model: how the task's options were put to it}; None where all models get the same."""
+    ways = {}
+    for name, model in models.items():
+        way = answering.way_of(model, task)
+        if way:
+            ways[name] = way
+    return ways or None
+
+
+def _harness_outcomes(
+    wanted: EvaluationSet, models: Models, hashes: Hashes, num_questions: int
+) -> Iterator[Outcome]:
+    """lm-eval's tasks, by its own harness."""
+    by_model = list[list[dict[str, Any]]]()
+    for name, model in models.items():
+        rows = harness.by_harness(model, hashes[name], wanted.harness, num_questions)
+        by_model.append(rows)
+    version = importlib.metadata.version("lm_eval")
+    for of_task in zip(*by_model, strict=True):
+        first = of_task[0]
+        marks = {}
+        for name, row in zip(models, of_task, strict=True):
+            marks[name] = np.array(row["marks"])
+        about = f"lm-eval {version}, {first['metric']}"
+        yield Outcome(first["task"], about, marks, chance=np.array(first["chance"]))

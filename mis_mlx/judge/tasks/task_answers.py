@@ -1,0 +1,227 @@
+"""A model writes answers to a task's questions, and judges say how good they are.
+
+The model is whole in memory where it fits; otherwise it is streamed from disk. Many answers are
+written together.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+from mis_mlx import cli
+from mis_mlx.data import chat_template
+from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.judge import writing_cost
+from mis_mlx.judge.tasks import instructions, rewards, tool_tasks
+from mis_mlx.judge.tasks.questions import Question, Task
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.passing import distributed
+from mis_mlx.models.writing import mlx_generate, tool_calls
+from mis_mlx.models.writing.continuous_batch import Completion
+from mis_mlx.types import Budget, Checkpoint
+
+# Answers written together, as many as fit. In the same CPU time 48 have 1.3 times the tokens of 16,
+# and 96 have fewer than 48 (SmolLM2-135M, float32, one thread).
+AT_ONCE = (48, 32, 16, 4, 1)
+# Answers that are judged together, and then kept: a judge is a process of its own, which imports
+# for 2 s. Those of a streamed model come more slowly, and fewer are lost if the run is stopped.
+JUDGED_AT_ONCE = 32
+JUDGED_IF_STREAMED = 8
+Record = dict[str, Any]  # of one question, as it is kept
+# (task, numbers of questions, texts written) -> a verdict on each
+Judge = Callable[[Task, Sequence[int], Sequence[str]], list[float]]
+
+
+class Asking(NamedTuple):
+    """How the questions of a task are asked within a budget.
+
+    cost: what that takes. records: asks; gives a record for each question as it is answered.
+    """
+
+    cost: StageCost
+    records: Callable[[], Iterator[Record]]
+
+
+def asking(
+    checkpoint: Checkpoint,
+    tokenizer: Any,
+    task: Task,
+    *,
+    left: Sequence[int],
+    limit: Budget,
+) -> Asking:
+    """How a model writes answers, greedily, to the questions `left`, by number.
+
+    MisError where the model does not fit the budget even streamed. Records hold the question's
+    number "n", the "text" written and the judge's verdict.
+    """
+    if task.kind in tool_tasks.KINDS:
+        known = chat_template.knows_tools(tokenizer)
+        tool_tasks.need_tools(checkpoint.path, known=known)
+    prompts = [_prompt(tokenizer, task.questions[n]) for n in left]
+    m = model_of(checkpoint)
+    count = len(prompts)
+    lengths = [len(prompt) for prompt in prompts]
+    sizes = [min(size, count) for size in AT_ONCE]
+    plan = writing_cost.plan_writing(
+        m,
+        count,
+        task.max_tokens,
+        limit,
+        prompt_tokens=max(lengths),
+        at_once=sizes,
+        name=task.name,
+    )
+
+    def records() -> Iterator[Record]:
+        ends = tokenizer.eos_token_ids
+        writer = plan.open(checkpoint)
+        own = slice(distributed.rank(), None, distributed.size())
+        completions = writer.completions(prompts[own], task.max_tokens, ends)
+        texts = _texts(tokenizer, left[own], completions, ends)
+        judged_at_once = JUDGED_AT_ONCE if plan.headroom_bytes is None else JUDGED_IF_STREAMED
+        written = _judged_parts(task, texts, judged_at_once, tokenizer)
+        # Every round ends with a gathering, which a machine that had stopped would block for ever.
+        # So all machines make rounds until the last one has nothing more.
+        while True:
+            parts = distributed.all_gather(next(written, None))
+            if not any(parts):
+                return
+            for part in parts:
+                yield from part or ()
+
+    return Asking(plan.cost, records)
+
+
+def _prompt(tokenizer: Any, question: Question) -> list[int]:
+    """Token ids that the answer to a question follows."""
+    if question.tools:
+        messages = tool_tasks.prompt(question)
+        return mlx_generate.chat_ids(tokenizer, messages, tools=question.tools)
+    return mlx_generate.encode(tokenizer, question.context)
+
+
+def _texts(
+    tokenizer: Any,
+    asked: Sequence[int],
+    completions: Iterator[Completion],
+    ends: set[int],
+) -> Iterator[tuple[int, str]]:
+    """(question's number, its answer without the end token), as the answers end.
+
+    asked: numbers of the questions, in the order of their prompts.
+    """
+    for completion in completions:
+        own = [token for token in completion.ids if token not in ends]
+        yield asked[completion.number], tokenizer.decode(own)
+
+
+def _judged_parts(
+    task: Task,
+    texts: Iterator[tuple[int, str]],
+    judged_at_once: int,
+    tokenizer: Any,
+) -> Iterator[list[Record]]:
+    """The records of answers, `judged_at_once` together, none of them empty."""
+    while part := list(islice(texts, judged_at_once)):
+        numbers = [number for number, _ in part]
+        yield judged(task, numbers, [text for _, text in part], tokenizer)
+
+
+def judged(
+    task: Task,
+    numbers: Sequence[int],
+    texts: Sequence[str],
+    tokenizer: Any = None,
+) -> list[Record]:
+    """The records of answers: the question's number, the text, and the verdict of its kind.
+
+    Of a task of tools the calls that the text makes: judge/tasks/tool_tasks judges them. tokenizer:
+    it knows how its model writes calls.
+    """
+    key = "calls"
+    verdicts: Sequence[Any]
+    if task.kind in tool_tasks.KINDS:
+        verdicts = [
+            tool_calls.read(text, tokenizer, task.questions[number].tools)
+            for number, text in zip(numbers, texts, strict=True)
+        ]
+    else:
+        key, judge = JUDGES[task.kind]
+        verdicts = judge(task, numbers, texts)
+    records = []
+    for number, text, verdict in zip(numbers, texts, verdicts, strict=True):
+        records.append({"n": number, "text": text, key: verdict})
+    return records
+
+
+def marks_of_checked(
+    task: Task,
+    numbers: Sequence[int],
+    texts: Sequence[str],
+) -> list[float]:
+    """1 where the last line is the right answer (judge/tasks/rewards), else 0.
+
+    In a process that can be stopped: a text may break the verifier.
+    """
+    rows = []
+    for number in numbers:
+        question = task.questions[number]
+        row = {
+            "prompt": question.context,
+            "answer": question.answer,
+            "language": question.language,
+        }
+        rows.append(row)
+    scored = rewards.score(rewards.functions("correct", None), rows, _groups(texts))
+    return _totals(scored)
+
+
+def count_followed(
+    task: Task,
+    numbers: Sequence[int],
+    texts: Sequence[str],
+    *,
+    loosely: bool = False,
+) -> list[float]:
+    """How many of its instructions each answer follows.
+
+    loosely: as `instructions.followed_loosely`. An answer that breaks the checker follows none, and
+    its question is named aloud.
+    """
+    function = instructions.followed_loosely if loosely else instructions.followed
+    rows = []
+    for number in numbers:
+        question = task.questions[number]
+        rows.append({"prompt": question.context, "asked": question.instructions})
+    checker = rewards.Function(
+        name="if-verifiable",
+        source=instructions.__name__,
+        function=function.__name__,
+        seconds=instructions.SECONDS,
+    )
+    scored = rewards.score([checker], rows, _groups(texts))
+    for number, score in zip(numbers, scored, strict=True):
+        for note in score.notes:
+            cli.say(
+                f"{task.name} question {number + 1}: its answer counts as following nothing "
+                f"({note})"
+            )
+    return _totals(scored)
+
+
+def _groups(texts: Sequence[str]) -> list[list[str]]:
+    """Each text as a group of its own: one completion of its prompt."""
+    return [[text] for text in texts]
+
+
+def _totals(scored: Sequence[rewards.Scores]) -> list[float]:
+    """The reward of the one completion of each group; 0 where it could not be scored."""
+    return [float(score.totals[0] or 0.0) for score in scored]
+
+
+# {kind of a task: (key of the verdict in a record, who judges)}
+JUDGES: dict[str, tuple[str, Judge]] = {
+    "checked": ("mark", marks_of_checked),
+    "instructions": ("followed", count_followed),
+}

@@ -1,0 +1,287 @@
+"""The tasks that students are examined in, by name or folder; missing data sets are fetched."""
+
+import difflib
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mis_mlx import cli
+from mis_mlx.data import preparation, rows
+from mis_mlx.hardware.programs import download_wheel, unpack_debian
+from mis_mlx.judge.tasks import instructions, questions, rewards, tool_tasks
+from mis_mlx.judge.tasks.sets import polish
+from mis_mlx.storage import files, hub
+from mis_mlx.types import MisError
+
+TEXT = "text"
+CONTINUE = "continue"
+HARNESS = "lm_eval/"
+ANSWERS = "answers"  # to held-out prompts (judge/answers)
+TOOLS_PRESET = "tools"
+TOOLS = [tool_tasks.CALLS, tool_tasks.ROUNDS]
+PLACE_WORDS = 30  # of a place in held-out text that `continue` is made of
+CONTEXT_WORDS = 24  # of these; the others are the ending
+WRONG_ENDINGS = 3
+Fetched = tuple[dict[str, list[rows.Row]], dict[str, Any]]  # rows by file; where they come from
+# made by benchmarks/task_files.py
+BUILT_IN = Path(__file__).parent / "sets" / "built_in"
+ABOUT: dict[str, str] = polish.ABOUT["built-in"]  # -written: the model writes, instead of choosing
+PRESETS: dict[str, list[str]] = polish.ABOUT["presets"]
+
+
+class EvaluationSet(NamedTuple):
+    """Everything that --tasks asks for.
+
+    tasks: ours. harness: ids of lm-eval's. text: whether held-out text is measured. known: the
+    training text, which tasks may overlap. answers: whether the models answer held-out prompts.
+    """
+
+    tasks: tuple[questions.Task, ...]
+    harness: tuple[str, ...]
+    text: bool
+    known: questions.Known
+    answers: bool = False
+
+
+def find(
+    names: Sequence[str],
+    count: int,
+    data: str | None = None,
+) -> EvaluationSet:
+    """All tasks asked for, `count` questions of each.
+
+    data: the text whose held-out part `continue` is made of, as --data. All rows are judged here,
+    before any model is asked. MisError lists bad rows, or offers the names nearest to an unknown
+    one.
+    """
+    parts = list[str]()
+    for name in names:
+        parts += PRESETS.get(name, TOOLS if name == TOOLS_PRESET else [name])
+    harness = [name.removeprefix(HARNESS) for name in parts if name.startswith(HARNESS)]
+    ours = [name for name in parts if name not in (TEXT, ANSWERS) and not name.startswith(HARNESS)]
+    of_tools = [name for name in ours if name in TOOLS]
+    ours = [name for name in ours if name not in TOOLS]
+    known = questions.Known(questions.training_words(data) if ours else [])
+    tasks = tool_tasks.tasks(of_tools, count) if of_tools else list[questions.Task]()
+    for name in ours:
+        tasks += _tasks_of(name, count, data, known)
+    for task in tasks:
+        _check(task)
+    task_names = [task.name for task in tasks]
+    for name in sorted(task_names):
+        if task_names.count(name) > 1:
+            raise MisError(
+                f"{task_names.count(name)} tasks are called {name}: rename one of the files"
+            )
+    return EvaluationSet(
+        tasks=tuple(tasks),
+        harness=tuple(harness),
+        text=TEXT in parts,
+        known=known,
+        answers=ANSWERS in parts,
+    )
+
+
+def _tasks_of(
+    name: str,
+    count: int,
+    data: str | None,
+    known: questions.Known,
+) -> list[questions.Task]:
+    """The tasks of one name, `count` questions of each."""
+    if name in ABOUT:
+        task = questions.file(BUILT_IN / f"{name}.jsonl")
+        first = task.questions[:count]
+        return [replace(task, questions=first, about=ABOUT[name], max_tokens=64)]
+    tasks = _continued(data, known) if name == CONTINUE else _brought(name)
+    return [task.chosen(count) for task in tasks]
+
+
+def _check(task: questions.Task) -> None:
+    """MisError where an answer could never be found right, or an instruction not be checked."""
+    if task.kind == "checked":
+        keys = [{"answer": q.answer, "language": q.language} for q in task.questions]
+        where = [f"{task.name} question {number + 1}" for number in range(len(keys))]
+        correct = rewards.functions("correct", None)
+        rows.refuse(rewards.unanswerable(correct, keys, where))
+    elif task.kind == "instructions":
+        asked = [q.instructions for q in task.questions]
+        rows.refuse(instructions.check(task.name, asked))
+
+
+def _brought(name: str) -> list[questions.Task]:
+    """The tasks of a Polish set, a dialect, a folder or a file. MisError offers the nearest names
+    to an unknown one.
+    """
+    if name in polish.SETS:
+        cached = hub.cache_root() / f"{polish.EVALS}-{polish.VERSION}"
+        return [polish.exam(name, _fetched(cached, 2_000_000, _exams))]
+    if name == "dialects":
+        return _dialects()
+    if name in polish.SLOTS:
+        return _dialect(name)
+    folder = Path(name).expanduser()
+    if folder.name in polish.SLOTS and (folder / polish.PAIRS).is_file():
+        pairs = polish.read_pairs(folder.name, folder)
+        return polish.dialect(folder.name, pairs, f"your own, in {folder.name}")
+    if folder.is_dir():
+        return questions.folder(folder)
+    if folder.suffix == ".jsonl":
+        return [questions.file(folder)]
+    known = [*PRESETS, *ABOUT, *polish.SETS, CONTINUE, "dialects", *polish.SLOTS]
+    known += [TOOLS_PRESET, *TOOLS, TEXT, ANSWERS]
+    hint = f"known tasks: {', '.join(known)}"
+    near = difflib.get_close_matches(name, known, 3, 0.5)
+    if near:
+        hint = f"did you mean {' or '.join(near)}?"
+    raise MisError(f"--tasks names {name}, which is not a task, a folder or a .jsonl file: {hint}")
+
+
+def _continued(data: str | None, known: questions.Known) -> list[questions.Task]:
+    """Which words come next? Tasks of the held-out part of both built-in texts, or of the user's.
+
+    Places that the training text holds, too, are left out.
+    """
+    texts: dict[str, str | None] = {CONTINUE: data}
+    if not data:
+        texts = {f"{CONTINUE}-en": None, f"{CONTINUE}-pl": preparation.MIS}
+    tasks = []
+    for name, source in texts.items():
+        held_out = [questions.text_of(row) for row in preparation.load(source).test]
+        places = _places(held_out)
+        task = questions.task(name, places, "", per_character=True)
+        new = tuple(q for q in task.questions if not known.holds(q))
+        if len(new) < 2:
+            why = (
+                f"only {len(new)} of {len(places)} places in the held-out text share no 13 words "
+                f"with the training text"
+            )
+            raise MisError(
+                f"{why}, and the task {CONTINUE} needs 2: give another test.jsonl, or leave the "
+                f"task out"
+            )
+        about = (
+            "held-out text; the next 6 words of 30 against three endings from elsewhere; "
+            "places that share "
+        )
+        about += (
+            f"13 words in a row with the training text left out, {len(places) - len(new)} of "
+            f"{len(places)}"
+        )
+        tasks.append(replace(task, questions=new, about=about))
+    return tasks
+
+
+def _places(texts: Sequence[str]) -> list[dict]:
+    """Cloze rows of all places in order: 24 words, and which six come next?
+
+    The three wrong endings are from other places. MisError where the texts are too short.
+    """
+    places = []
+    for text in texts:
+        words = text.split()
+        for start in range(0, len(words) - PLACE_WORDS + 1, PLACE_WORDS):
+            end = start + PLACE_WORDS
+            middle = start + CONTEXT_WORDS
+            places.append((" ".join(words[start:middle]), " ".join(words[middle:end])))
+    endings = sorted({ending for _, ending in places})
+    if len(endings) <= WRONG_ENDINGS:
+        why = (
+            f"the held-out text has {len(endings)} places of {PLACE_WORDS} words, the task "
+            f"{CONTINUE} needs {WRONG_ENDINGS + 1}"
+        )
+        raise MisError(f"{why}: give a longer test.jsonl, or leave the task out")
+    cloze = []
+    for number, (context, right) in enumerate(places):
+        row = questions.cloze_row(
+            seed=f"endings-{number}",
+            text=f"{context} {questions.BLANK}",
+            right=right,
+            answers=endings,
+            others=WRONG_ENDINGS,
+        )
+        if questions.fault(row) is None:
+            cloze.append(row)
+    return cloze
+
+
+def _fetched(folder: Path, nbytes: int, fetch: Callable[[Path], Fetched]) -> Path:
+    """A folder of our cache, of about `nbytes`, which `fetch` fills if it is not there.
+
+    fetch: takes an empty folder for its downloads.
+    """
+    files.DISK.make_folder(folder.parent)
+    with (
+        hub.locked(folder.parent),
+        tempfile.TemporaryDirectory(prefix=".tmp-fetched-", dir=folder.parent) as name,
+    ):
+        if not folder.is_dir():
+            rows_by_file, origin = fetch(Path(name))
+            with hub.install(folder, nbytes, origin) as into:
+                for file, file_rows in rows_by_file.items():
+                    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in file_rows]
+                    (into / file).write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def _exams(into: Path) -> Fetched:
+    """The Polish questions in the wheel of OpenAI's `evals`."""
+    name, version, nbytes, sha256 = polish.WHEEL
+    cli.say(f"fetching the wheel {name} {version}, {nbytes / 1e6:.0f} MB")
+    files.DISK.require_space(into, nbytes, "the Polish questions")
+    wheel = download_wheel(name, version, nbytes, sha256, into=into)
+    origin = {"source": f"PyPI wheel {name} {version}", "sha256": {"wheel": sha256}}
+    return polish.exams_in(wheel), origin
+
+
+def _slot(slot: str) -> Path:
+    """The folder of our cache that holds a dialect's pairs."""
+    return hub.cache_root() / "dialects" / slot
+
+
+def _dialect(slot: str) -> list[questions.Task]:
+    """The tasks of one slot. MisError where it is empty."""
+    folder = _slot(slot)
+    if slot == "silesian" and not folder.is_dir():
+        _fetched(folder, 1_000_000, _silesian)
+    if not (folder / polish.PAIRS).is_file() and list(folder.rglob("*.xpi")):
+        pairs = polish.from_firefox(folder)
+        return polish.dialect(slot, pairs, f"Firefox's language packs in {folder}")
+    pairs = polish.read_pairs(slot, folder)
+    origin = hub.provenance(folder).get("source", "your own")
+    return polish.dialect(slot, pairs, origin)
+
+
+def _silesian(into: Path) -> Fetched:
+    """Silesian pairs from Debian's packages of Firefox's language packs."""
+    try:
+        versions = unpack_debian(polish.PACKAGES, into)
+    except MisError as error:
+        remedy = f"put Firefox's language packs for pl and szl (.xpi) into {_slot('silesian')}"
+        raise MisError(f"{error}: {remedy}") from None
+    source = f"Firefox's translations, MPL-2.0, from {' and '.join(versions)}"
+    return {polish.PAIRS: polish.from_firefox(into)}, {"source": source}
+
+
+def _dialects() -> list[questions.Task]:
+    """The tasks of every slot that is filled, or can be; the empty ones are named aloud.
+
+    MisError where all are empty.
+    """
+    tasks = list[questions.Task]()
+    empty = []
+    for slot in polish.SLOTS:
+        try:
+            tasks += _dialect(slot)
+        except MisError as error:
+            if (_slot(slot) / polish.PAIRS).is_file():  # filled, but with bad rows
+                raise
+            empty.append(slot)
+            last = error
+    if not tasks:
+        raise last
+    cli.say(f"empty slots: {', '.join(empty)}; {polish.PAIRS} goes into {_slot('NAME')}")
+    return tasks

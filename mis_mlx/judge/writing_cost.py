@@ -1,0 +1,268 @@
+"""What a model takes to write many texts: memory, time, and how many side by side.
+
+The model is whole in memory where it fits. Otherwise a token of every text is one streamed pass;
+the first one reads all prompts.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from mis_mlx.hardware import memory
+from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.judge.judging_cost import comparison_cost
+from mis_mlx.models.architectures import block_inputs
+from mis_mlx.models.architectures.sizes import key_owners
+from mis_mlx.models.opening.model_size import ModelSize
+from mis_mlx.models.passing import pass_cost, stream
+from mis_mlx.models.writing import streamed_batch, text_writer
+from mis_mlx.models.writing.continuous_batch import Room
+from mis_mlx.models.writing.text_writer import TextWriter
+from mis_mlx.planner import estimates
+from mis_mlx.settings.workloads import (
+    ANSWER_TOKENS,
+    ANSWERS_AT_ONCE,
+    GREEDY_TOKENS,
+    PAIRS_AT_ONCE,
+)
+from mis_mlx.types import Budget, Checkpoint
+
+CACHE_STEP = 256  # tokens by which mlx-lm's caches grow
+PROMPT_TOKENS = 56  # of a prompt there, in the mean: 38 to 111 by the default tokenizer
+LOGIT_COPIES = 6  # logits in float32, log-probabilities, what drawing makes of them (measured)
+BLOCK_COPIES = 3  # of what a block keeps, while it grows, loses texts and gets others
+
+
+@dataclass(frozen=True)
+class WritingPlan:
+    """How a model writes: `at_once` texts side by side.
+
+    headroom_bytes: memory for blocks that stay between passes of a streamed model; None: the model
+    is whole in memory. direct: a streamed model is read past the page cache."""
+
+    at_once: int
+    peak_bytes: int  # with what the process itself takes
+    cost: StageCost  # its peak is without what the process takes
+    headroom_bytes: int | None = None
+    direct: bool = False
+    tokens: int | None = None  # of a text, its prompt included, that memory was planned for
+
+    @property
+    def seconds(self) -> float:
+        """How long it takes here. Rates are measured for it where none are kept, for a second."""
+        return self.cost.seconds(estimates.machine_rates())
+
+    def open(self, checkpoint: Checkpoint) -> TextWriter:
+        """The writer of a model that this plan was made for."""
+        room = Room(self.at_once, self.tokens)
+        return text_writer.opened(checkpoint, self.headroom_bytes, direct=self.direct, room=room)
+
+
+def resident_bytes(m: ModelSize, at_once: int, tokens: int) -> int:
+    """Memory of a model that writes, whole in memory.
+
+    Its weights as they compute and one tensor as stored, keys and values, logits. tokens: of a
+    text, its prompt included. mlx-lm holds keys and values up to three times.
+    """
+    places = CACHE_STEP * -(-tokens // CACHE_STEP)
+    logits = LOGIT_COPIES * 4 * m.shape.vocab
+    texts = 3 * pass_cost.texts_bytes(m, at_once, places) + at_once * logits
+    return pass_cost.whole_bytes(m) + texts
+
+
+def plan_writing(
+    m: ModelSize,
+    count: int,
+    max_tokens: int,
+    limit: Budget,
+    *,
+    prompt_tokens: int = 0,
+    at_once: Sequence[int],
+    name: str = "write",
+) -> WritingPlan:
+    """How `count` texts of `max_tokens` are written within the budget.
+
+    The first plan that fits: whole before streamed, and the most texts side by side first, which
+    `at_once` lists in falling order. MisError where none fits."""
+    texts = _Texts(count, prompt_tokens, max_tokens)
+    own_bytes = memory.process_bytes(limit.limit_bytes, m.gpu)
+    for cost_of in (_resident, _streamed):
+        for size in at_once:
+            cost = replace(cost_of(m, texts, size), name=name)
+            need = own_bytes + cost.peak_bytes
+            if need > limit.limit_bytes:
+                continue
+            plan = WritingPlan(at_once=size, peak_bytes=need, cost=cost, tokens=texts.tokens)
+            return plan if cost_of is _resident else _from_disk(plan, m, limit)
+    limit.need(
+        need,
+        what="a model that writes, read from disk,",
+        remedy=f"give --budget {estimates.budget_flag(need)}",
+    )
+    raise AssertionError("what does not fit is refused above")
+
+
+def _from_disk(plan: WritingPlan, m: ModelSize, limit: Budget) -> WritingPlan:
+    """The plan of a streamed model with what the budget leaves for blocks that stay."""
+    room_bytes = pass_cost.headroom_bytes(limit.limit_bytes, plan.cost.peak_bytes)
+    return replace(
+        plan,
+        cost=_with_headroom(plan.cost, m, room_bytes),
+        headroom_bytes=room_bytes,
+        direct=m.nbytes > limit.limit_bytes,
+    )
+
+
+class _Texts(NamedTuple):
+    """What is written: so many texts behind prompts of at most so many tokens."""
+
+    number: int
+    prompt_tokens: int
+    max_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Of a text at its end, its prompt included."""
+        return self.prompt_tokens + self.max_tokens
+
+
+def _resident(m: ModelSize, texts: _Texts, at_once: int) -> StageCost:
+    """The cost of a model that is whole in memory: every step of a batch fetches all weights."""
+    steps = texts.max_tokens * -(-texts.number // at_once)
+    blocks_bytes = m.shape.layers * m.block_work
+    met_bytes = int(m.active_share * blocks_bytes) + m.head_work
+    peak_bytes = resident_bytes(m, at_once, texts.tokens)
+    return StageCost(
+        name="",
+        read_bytes=m.nbytes,
+        written_bytes=0,
+        peak_bytes=peak_bytes,
+        flops=_flops(m, texts),
+        touched_bytes=steps * met_bytes,
+        waits=steps,
+    )
+
+
+def _flops(m: ModelSize, texts: _Texts) -> float:
+    return pass_cost.forward_flops(m, texts.number * texts.tokens, texts.tokens)
+
+
+def _streamed(m: ModelSize, texts: _Texts, at_once: int) -> StageCost:
+    """The cost of a model that is read once for a token of `at_once` texts.
+
+    The first pass reads their prompts. New texts begin in the passes of those that go on, so that
+    there are no more passes than if all of a batch ended together.
+    """
+    batches = -(-texts.number // at_once)
+    begins = _streamed_pass(m, texts, at_once, tokens=max(1, texts.prompt_tokens))
+    goes_on = _streamed_pass(m, texts, at_once, tokens=1)
+    further = goes_on.repeated(batches * (texts.max_tokens - 1))
+    cost = begins.repeated(batches).then(further)
+    return replace(cost, flops=_flops(m, texts))
+
+
+def _with_headroom(cost: StageCost, m: ModelSize, headroom_bytes: int) -> StageCost:
+    """The cost of a streamed writer with room for what is read once: the head, then blocks."""
+    left_bytes = headroom_bytes - m.head_work
+    if left_bytes < 0:
+        return cost
+    pinned = pass_cost.resident_blocks(m, left_bytes)
+    once = m.head_bytes + m.shape.layers * m.block_bytes
+    again = m.head_bytes + pinned * m.block_bytes
+    share = 1 - again / once
+    return replace(cost, read_bytes=once + int(share * (cost.read_bytes - once)), pinned=pinned)
+
+
+def _streamed_pass(m: ModelSize, texts: _Texts, at_once: int, *, tokens: int) -> StageCost:
+    """One pass in which `at_once` texts read so many tokens each, and draw one.
+
+    What all blocks keep of all texts is in memory, and copies of what one block keeps.
+    """
+    kept = pass_cost.texts_bytes(m, at_once, texts.tokens + streamed_batch.STEP)
+    shared = {owner for owner in key_owners(m.config) if owner is not None}
+    copies = BLOCK_COPIES + len(shared)
+    kept += copies * -(-kept // m.shape.layers)
+    evaluated = 1 if tokens == 1 else at_once  # each prompt by itself
+    piece = tokens
+    if block_inputs.plain(m.config):
+        piece = min(tokens, streamed_batch.ROWS)
+    cost = pass_cost.streamed_pass(
+        "",
+        m,
+        tokens=at_once * tokens,
+        micro_tokens=max(at_once, piece),
+        length=texts.tokens,
+        head=False,
+        spool=False,
+        beside_bytes=kept,
+    )
+    logits = at_once * LOGIT_COPIES * 4 * m.shape.vocab
+    drawing = m.head_work + max(logits, _head_opening_bytes(m))
+    drawing += kept + m.slots_bytes + pass_cost.SMALL_BYTES
+    waits_of_block = evaluated + pass_cost.BLOCK_WAITS
+    return replace(
+        cost,
+        read_bytes=cost.read_bytes + m.head_bytes,
+        peak_bytes=max(cost.peak_bytes, drawing),
+        waits=m.shape.layers * waits_of_block,
+    )
+
+
+def _head_opening_bytes(m: ModelSize) -> int:
+    """What opening the head holds besides it: a part as it is stored, and converted."""
+    stored_item = math.ceil(m.nbytes / m.params)
+    part = min(m.head_params, stream.HEAD_PART)
+    return max(pass_cost.head_opening_bytes(m), part * (stored_item + m.item))
+
+
+def answers_cost(
+    models: Sequence[ModelSize],
+    count: int,
+    limit: Budget,
+    *,
+    teacher_kept: bool = False,
+    silent: int = 0,
+) -> StageCost:
+    """The cost of judging what models answer to `count` prompts (judge/answers).
+
+    The first model is the teacher. All write, and each reads the teacher's sampled answers; the
+    teacher reads what all have written.
+
+    teacher_kept: its answers are there already, and what it makes of them. silent: how many of the
+    students, the first ones, do not write. MisError where a model cannot write in the budget."""
+    teacher, *students = models
+    costs = list[StageCost]()
+    if not teacher_kept:
+        # sampled and greedy answers side by side, and one pass over both
+        costs.append(_answering(teacher, 2 * count, ANSWER_TOKENS, limit, PAIRS_AT_ONCE))
+        costs.append(_reading(teacher, 2 * count, ANSWER_TOKENS))
+    for number, student in enumerate(students):
+        costs.append(_reading(student, count, ANSWER_TOKENS))
+        if number >= silent:
+            costs.append(_answering(student, count, GREEDY_TOKENS, limit, ANSWERS_AT_ONCE))
+            costs.append(_reading(teacher, count, GREEDY_TOKENS))
+    total = StageCost(name="answers", read_bytes=0, written_bytes=0, peak_bytes=0, flops=0.0)
+    for cost in costs:
+        total = total.then(cost)
+    return total
+
+
+def _answering(
+    m: ModelSize, count: int, max_tokens: int, limit: Budget, at_once: Sequence[int]
+) -> StageCost:
+    """The cost of `count` answers of a model, written as the budget allows."""
+    plan = plan_writing(
+        m,
+        count,
+        max_tokens,
+        limit,
+        prompt_tokens=PROMPT_TOKENS,
+        at_once=[min(size, count) for size in at_once],
+    )
+    return plan.cost
+
+
+def _reading(m: ModelSize, count: int, max_tokens: int) -> StageCost:
+    """One pass over all prompts with their answers, whose hidden states stay; then the head."""
+    return comparison_cost([m], windows=count, length=PROMPT_TOKENS + max_tokens)

@@ -1,0 +1,129 @@
+"""Dialects: pairs out of Firefox's language packs, slots that wait for text, and which text is in
+the dialect.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from mis_mlx.judge.tasks.sets import polish
+from mis_mlx.types import MisError
+
+POLISH = """# a comment
+open-page = Otwórz tę stronę w nowej karcie
+open-tab =
+    .label = Otwórz kartę obok
+long = Ta wiadomość zaczyna się tutaj
+    i idzie dalej w drugim wierszu
+brand = { -brand-short-name } nie może znaleźć <a data-l10n-name="x">tej strony</a>
+cases = { $count ->
+    [one] jedna karta jest otwarta
+   *[other] { $count } kart jest otwartych
+}
+short = Dwa słowa
+same = To zdanie jest takie samo
+english = Open this page in a new tab
+only-polish = Tego zdania nikt nie przełożył
+"""
+SILESIAN = """open-page = Ôtwōrz ta strōna we nowyj karcie
+open-tab =
+    .label = Ôtwōrz karta wedle tego
+long = Ta wiadōmość zaczynŏ sie sam
+    i idzie dalij we drugim wiyrszu
+brand = { -brand-short-name } niy poradzi znŏjś <a data-l10n-name="x">tyj strōny</a>
+cases = { $count ->
+    [one] jedna karta je ôtwartŏ
+   *[other] { $count } kart je ôtwarte
+}
+short = Dwa słowa ô
+same = To zdanie jest takie samo
+english = Open this page in a new tab
+"""
+
+
+def pack(folder: Path, language: str, ftl: str, properties: str) -> None:
+    """A language pack as Firefox ships it: a zip of Fluent and properties files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(folder / f"langpack-{language}@firefox.mozilla.org.xpi", "w") as archive:
+        archive.writestr(f"browser/localization/{language}/browser/a.ftl", ftl)
+        archive.writestr(f"browser/chrome/{language}/locale/{language}/b.properties", properties)
+        archive.writestr("manifest.json", "{}")
+
+
+def test_pairs_out_of_language_packs(tmp_path: Path) -> None:
+    """What has one name in both and was translated; not what is short, the same, English, or has
+    cases.
+    """
+    pack(tmp_path / "pl", "pl", POLISH, "# no\nquit=Czy na pewno zamknąć %S?\n")
+    pack(tmp_path / "szl", "szl", SILESIAN, "quit=Na zicher zawrzić %S już?\n")
+    assert [(row["polish"], row["dialect"]) for row in polish.from_firefox(tmp_path)] == [
+        ("Otwórz tę stronę w nowej karcie", "Ôtwōrz ta strōna we nowyj karcie"),
+        ("Otwórz kartę obok", "Ôtwōrz karta wedle tego"),
+        (
+            "Ta wiadomość zaczyna się tutaj i idzie dalej w drugim wierszu",
+            "Ta wiadōmość zaczynŏ sie sam i idzie dalij we drugim wiyrszu",
+        ),
+        ("Firefox nie może znaleźć tej strony", "Firefox niy poradzi znŏjś tyj strōny"),
+        ("Czy na pewno zamknąć X?", "Na zicher zawrzić X już?"),
+    ]
+
+
+def test_pairs_survive_their_file(tmp_path: Path) -> None:
+    """Read as they are written; blank lines are fine."""
+    pairs = [
+        {"polish": "Dzień dobry", "dialect": "Dobry dziyń"},
+        {"polish": "Idę do domu", "dialect": "Ida do dōm"},
+    ]
+    (tmp_path / polish.PAIRS).write_text("\n".join(map(json.dumps, pairs)) + "\n\n \n")
+    assert polish.read_pairs("silesian", tmp_path) == pairs
+
+
+def test_the_validator_names_the_row(tmp_path: Path) -> None:
+    """Nothing is asked with pairs that are none."""
+    rows = [
+        {"polish": "Idę", "dialect": "Ida"},
+        {"polish": "Idę", "dialect": "Idę "},
+        {"polish": "Idę"},
+    ]
+    (tmp_path / polish.PAIRS).write_text("\n".join(map(json.dumps, rows)))
+    why = "line 2: both sentences are the same; pairs.jsonl line 3: has no 'polish' and 'dialect'"
+    with pytest.raises(MisError, match=why):
+        polish.read_pairs("silesian", tmp_path)
+
+
+def test_an_empty_slot_says_what_to_bring(tmp_path: Path) -> None:
+    """Seven slots; none is filled with text of our own."""
+    slot = list(polish.SLOTS)[6]
+    with pytest.raises(
+        MisError, match=f"the slot {slot} is empty: put attested pairs into .*pairs.jsonl"
+    ):
+        polish.read_pairs(slot, tmp_path)
+    (tmp_path / polish.PAIRS).write_text("\n")
+    with pytest.raises(MisError, match="is empty: put attested pairs there"):
+        polish.read_pairs(slot, tmp_path)
+
+
+def test_two_tasks_of_the_pairs() -> None:
+    """Half Polish, half dialect, each from its own pair; the dialect's place among the two says
+    nothing.
+    """
+    pairs = [{"polish": f"Po polsku {n}", "dialect": f"Po śląsku {n}"} for n in range(100)]
+    label, text = polish.dialect("silesian", pairs, "made for this test")
+    assert (label.name, text.name) == ("silesian-label", "silesian-text")
+    assert Counter(q.answer for q in label.questions) == {"śląskim": 50, "polskim": 50}
+    for n, q in enumerate(label.questions):
+        assert (f"Tekst: Po śląsku {n}\n" in q.context) == (q.answer == "śląskim")
+        assert (f"Tekst: Po polsku {n}\n" in q.context) == (q.answer == "polskim")
+        assert q.options == (" polskim", " śląskim")
+    for n, q in enumerate(text.questions):
+        assert q.answer == f"Po śląsku {n}"
+        assert q.options[q.right] == f" Po śląsku {n}"
+        assert len(q.options) == 2
+    assert 30 < sum(q.right for q in text.questions) < 70
+    assert text.per_character
+    assert not label.per_character

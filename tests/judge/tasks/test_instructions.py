@@ -1,0 +1,376 @@
+"""Answers to instructions: IFEval's two accuracies by hand, what a row must hold, the checker in
+its own process.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mis_mlx import evaluate
+from mis_mlx.hardware import child_process, memory
+from mis_mlx.judge import recovery_table, writing_cost
+from mis_mlx.judge.tasks import answering, instructions, questions, task_answers, task_registry
+from mis_mlx.judge.tasks.instructions import Instruction, Levels
+from mis_mlx.types import Budget, Checkpoint, MisError
+
+NO_COMMA = "punctuation:no_comma"
+TITLE = "detectable_format:title"
+WORDS = "length_constraints:number_words"
+ROW = {
+    "key": 1,
+    "prompt": "Write about sheep. No commas, and a title in double angular brackets.",
+    "instruction_id_list": [NO_COMMA, TITLE],
+    "kwargs": [{}, {}],
+}
+SHORT = {
+    "prompt": "Write about sheep in at least five words.",
+    "instruction_id_list": [WORDS],
+    "kwargs": [{"relation": "at least", "num_words": 5, "num_bullets": None}],
+}
+NO_COMMAS = {"instruction_id_list": [NO_COMMA], "kwargs": [{}]}
+
+needs_package = pytest.mark.skipif(
+    find_spec(instructions.PACKAGE) is None,
+    reason=f"if-verifiable is not here: {instructions.INSTALL}",
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of this test's own."""
+    monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def write(path: Path, *rows: Any) -> Path:
+    """Rows as a file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def test_both_accuracies_and_their_mean_by_hand() -> None:
+    """Four prompts with 1, 2, 3 and 2 instructions: two prompts are followed whole, and 5 of 8
+    instructions.
+    """
+    followed = [1, 2, 2, 0]
+    counts = [1, 2, 3, 2]
+
+    levels = instructions.levels(followed, counts)
+    marks = instructions.marks(followed, counts)
+
+    assert levels == Levels(prompt_strict=2 / 4, inst_strict=5 / 8)
+    assert levels.mean == 0.5625
+    # The weight of an instruction is 4 / 8: marks are (1 + 0.5) / 2, (1 + 1) / 2, (0 + 1) / 2 and
+    # 0.
+    assert marks == [0.75, 1.0, 0.5, 0.0]
+    assert np.mean(marks) == levels.mean
+
+
+def test_the_mean_of_marks_is_the_mean_of_accuracies() -> None:
+    """Of drawn numbers, too: 541 prompts with one to three instructions."""
+    rng = np.random.default_rng(0)
+    counts = rng.integers(1, 4, 541).tolist()
+    followed = [int(rng.integers(0, count + 1)) for count in counts]
+
+    mean = float(np.mean(instructions.marks(followed, counts)))
+
+    assert mean == pytest.approx(instructions.levels(followed, counts).mean, abs=1e-12)
+
+
+def test_a_row_becomes_a_question_that_is_written(tmp_path: Path) -> None:
+    """The prompt alone is read; arguments that are null are left out; chance and constants are not
+    known.
+    """
+    path = write(tmp_path / "ifeval.jsonl", ROW, SHORT)
+
+    task = questions.file(path)
+
+    assert task.kind == "instructions"
+    assert task.max_tokens == 512
+    first, second = task.questions
+    assert first.context == ROW["prompt"]
+    assert first.instructions == (Instruction(NO_COMMA, {}), Instruction(TITLE, {}))
+    assert second.instructions == (Instruction(WORDS, {"relation": "at least", "num_words": 5}),)
+    assert first.chance == 0.0
+    assert questions.best_constant_answer(task) is None
+
+
+def test_the_hash_is_of_the_instructions_too() -> None:
+    """Answers kept for five words are not used for six."""
+    six = {**SHORT, "kwargs": [{"relation": "at least", "num_words": 6}]}
+
+    hashes = {questions.task("t", [row], "").sha256 for row in (SHORT, six)}
+
+    assert len(hashes) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"instruction_id_list": []}, "'instruction_id_list' is not a list of one or more names"),
+        (
+            {"instruction_id_list": NO_COMMA},
+            "'instruction_id_list' is not a list of one or more names",
+        ),
+        (
+            {"instruction_id_list": [NO_COMMA, 3]},
+            "'instruction_id_list' holds something other than names",
+        ),
+        ({"kwargs": None}, "'kwargs' is not a list of objects"),
+        ({"kwargs": [{}, None]}, "'kwargs' is not a list of objects"),
+        ({"kwargs": [{}]}, "2 instructions have 1 'kwargs': give one object for each"),
+        ({"prompt": " "}, "'prompt' is empty"),
+    ],
+)
+def test_a_bad_row_is_a_sentence(tmp_path: Path, change: dict[str, Any], why: str) -> None:
+    """Named by file and line."""
+    path = write(tmp_path / "ifeval.jsonl", ROW, {**ROW, **change})
+
+    with pytest.raises(
+        MisError, match=f"1 rows cannot be used: ifeval.jsonl line 2: {re.escape(why)}"
+    ):
+        questions.file(path)
+
+
+def test_without_the_package_a_sentence_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any model is asked."""
+    monkeypatch.setattr(instructions, "find_spec", lambda name: None)
+    path = write(tmp_path / "ifeval.jsonl", ROW)
+
+    with pytest.raises(
+        MisError,
+        match=r"ifeval: its 1 answers need if-verifiable, .*: pip install 'mis-mlx\[ifeval\]'",
+    ):
+        task_registry.find([str(path)], 10)
+
+
+def test_without_the_sentence_splitter_a_sentence_says_where_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only where a question needs it."""
+    monkeypatch.setattr(instructions, "find_spec", lambda name: name)
+    monkeypatch.setattr(child_process, "ask", lambda *_: {"problems": [], "splitter": False})
+    plain = [Instruction(NO_COMMA, {})]
+    counting = [Instruction("length_constraints:number_sentences", {})]
+
+    problems = instructions.check("ifeval", [plain])
+
+    assert problems == []
+    with pytest.raises(
+        MisError, match=r"ifeval: 1 of 2 questions count .*: python -m nltk.downloader punkt_tab"
+    ):
+        instructions.check("ifeval", [plain, counting])
+
+
+def test_a_package_that_breaks_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what it said."""
+
+    def broken(*_: Any) -> None:
+        raise child_process.NoAnswer("ImportError: no nltk")
+
+    monkeypatch.setattr(instructions, "find_spec", lambda name: name)
+    monkeypatch.setattr(child_process, "ask", broken)
+
+    with pytest.raises(
+        MisError, match=r"if-verifiable does not work here \(ImportError: no nltk\): pip install"
+    ):
+        instructions.check("ifeval", [[Instruction(NO_COMMA, {})]])
+
+
+@needs_package
+def test_instructions_that_nobody_can_check_are_refused(tmp_path: Path) -> None:
+    """Unknown ones, and arguments that a checker does not take, by the real package."""
+    unknown = {**ROW, "instruction_id_list": [NO_COMMA, "punctuation:no_vowels"]}
+    odd = {**SHORT, "kwargs": [{"sheep": 3}]}
+    path = write(tmp_path / "ifeval.jsonl", ROW, unknown, odd)
+
+    with pytest.raises(MisError, match="2 rows cannot be used") as refused:
+        task_registry.find([str(path)], 10)
+
+    assert "ifeval question 2: if-verifiable knows no instruction 'punctuation:no_vowels'" in str(
+        refused.value
+    )
+    assert f"ifeval question 3: {WORDS} does not take" in str(refused.value)
+
+
+@needs_package
+def test_what_is_followed_by_the_real_package() -> None:
+    """Both, one and none of two instructions; nothing follows from an empty text."""
+    task = questions.task("ifeval", [ROW] * 4 + [SHORT] * 2, "")
+    texts = [
+        "<<Sheep>> They eat grass.",
+        "Sheep eat grass.",
+        "Grass, grass",
+        " ",
+        "too few words",
+        "Sheep eat grass all day.",
+    ]
+
+    found = task_answers.judged(task, range(6), texts)
+
+    assert [row["followed"] for row in found] == [2, 1, 0, 0, 0, 1]
+    assert [row["text"] for row in found] == texts
+
+
+@needs_package
+def test_loosely_a_first_line_or_asterisks_may_be_in_the_way() -> None:
+    """A comma in the first or last line alone does not count, one in the middle does."""
+    task = questions.task("ifeval", [SHORT | NO_COMMAS] * 4, "")
+    texts = [
+        "Sure, here it is:\nSheep eat grass",
+        "Sheep eat grass\nGrass, grass",
+        "One\nTwo, three\nFour",
+        "Sheep eat grass",
+    ]
+
+    strict = task_answers.count_followed(task, range(4), texts)
+    loose = task_answers.count_followed(task, range(4), texts, loosely=True)
+
+    assert strict == [0, 0, 0, 1]
+    assert loose == [1, 1, 0, 1]
+
+
+def test_an_answer_that_breaks_the_checker_follows_nothing_and_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others of its batch keep their marks."""
+    checker = tmp_path / "checker.py"
+    checker.write_text(
+        "def followed(completions):\n    return [{'good': 2}[text] for text in completions]\n"
+    )
+    monkeypatch.setattr(instructions, "__name__", str(checker))
+    task = questions.task("ifeval", [ROW, ROW], "")
+
+    marks = task_answers.count_followed(task, range(2), ["good", "odd"])
+
+    assert marks == [2.0, 0.0]
+    assert "ifeval question 2: its answer counts as following nothing" in capsys.readouterr().err
+
+
+def test_a_model_writes_and_is_marked(llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers are kept with what they follow; both accuracies come out of what is kept, and nothing
+    is asked twice.
+    """
+    task = questions.task("ifeval", [ROW, SHORT, ROW], "").chosen(3)
+    task = questions.replace(task, max_tokens=4)
+    right = {0: 2.0, 1: 0.0, 2: 1.0}
+    # Answers are judged in the order in which they end.
+    monkeypatch.setitem(
+        task_answers.JUDGES,
+        "instructions",
+        ("followed", lambda _task, numbers, _texts: [right[number] for number in numbers]),
+    )
+    limit = memory.budget(None)
+
+    marks = answering.scores(llama, "0" * 64, task, limit)
+    levels = answering.levels("0" * 64, task)
+
+    assert levels == Levels(prompt_strict=1 / 3, inst_strict=3 / 5)
+    assert marks.mean() == pytest.approx(levels.mean)
+    kept = answering.read(answering.answers_path("0" * 64, task.sha256))
+    assert [kept[n]["followed"] for n in range(3)] == [2.0, 0.0, 1.0]
+    assert answering.plan(llama, "0" * 64, task, limit) is None
+    assert (
+        answering.levels(
+            "0" * 64, questions.task("quiz", [{"prompt": "1 + 1?", "answer": "2"}], "")
+        )
+        is None
+    )
+
+
+def test_fewer_answers_together_where_memory_is_short(llama: Checkpoint) -> None:
+    """48 need most; with less memory than 16 need, fewer are written together, before the model is
+    streamed.
+    """
+    m = answering.estimates.model_of(llama)
+    how = {"prompt_tokens": 100, "at_once": task_answers.AT_ONCE}
+    needs = [writing_cost.resident_bytes(m, size, 164) for size in task_answers.AT_ONCE]
+
+    assert task_answers.AT_ONCE[0] == 48
+    assert needs == sorted(needs, reverse=True)
+    assert len(set(needs)) == len(needs)
+    for size, need in zip(task_answers.AT_ONCE, needs, strict=True):
+        whole = next(n for n in range(need, 2**30, 2**12) if memory.process_bytes(n) + need <= n)
+        limit = Budget(whole)
+        plan = writing_cost.plan_writing(m, 100, 64, limit, **how)
+        assert (plan.at_once, plan.headroom_bytes) == (size, None)
+
+
+def test_the_table_tells_both_accuracies() -> None:
+    """In Markdown behind the task, in JSON beside the score, whose mean they have."""
+    followed = {"teacher": [1, 2, 2, 0], "student": [1, 0, 0, 0]}
+    counts = [1, 2, 3, 2]
+    outcome = recovery_table.Outcome(
+        "ifeval",
+        "4 rows of ifeval.jsonl",
+        {name: np.array(instructions.marks(done, counts)) for name, done in followed.items()},
+        np.zeros(4),
+        levels={name: instructions.levels(done, counts) for name, done in followed.items()},
+    )
+
+    page = recovery_table.markdown([outcome])
+    found = outcome.json()["models"]
+
+    assert "teacher: prompt 50.0%, instruction 62.5%, mean 56.2%" in page
+    assert "student: prompt 25.0%, instruction 12.5%, mean 18.8%" in page
+    assert "| ifeval | 4 | 0.0% | – | – |" in page
+    assert found["teacher"]["prompt_strict"] == 0.5
+    assert found["teacher"]["inst_strict"] == 0.625
+    assert found["student"]["mean"] == found["student"]["score"][0] == 0.1875
+
+
+@needs_package
+def test_chance_and_the_best_constant_are_what_their_texts_earn() -> None:
+    """`ok` follows the no comma and no title of the first row, and is too short for the second."""
+    task = questions.task("ifeval", [ROW, SHORT], "")
+
+    chance = answering.chance(task)
+    constant = answering.best_constant(task)
+
+    # An instruction has the weight 2 / 3: one of three followed, no prompt whole.
+    assert chance.tolist() == pytest.approx([1 / 3, 0.0])
+    assert constant == (pytest.approx(1 / 6), instructions.FORMATTED_ANSWER)
+
+
+def test_chance_of_other_tasks_stays_what_it_is() -> None:
+    """One in the number of options, and the most frequent answer."""
+    rows = [{"question": "2 + 2?", "options": ["3", "4"], "answer": "4"}] * 2
+    task = questions.task("quiz", rows, "")
+
+    assert answering.chance(task).tolist() == [0.5, 0.5]
+    assert answering.best_constant(task) == questions.best_constant_answer(task)
+
+
+@needs_package
+def test_end_to_end(
+    tmp_path: Path,
+    llama: Checkpoint,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Both files by path, a teacher that babbles: a table, and both accuracies in the result."""
+    monkeypatch.setattr(questions, "INSTRUCTION_TOKENS", 8)
+    pairs = [{"good": f"{n} dogs bark.", "bad": f"{n} dogs barks."} for n in range(3)]
+    files = write(tmp_path / "ifeval.jsonl", ROW, SHORT), write(tmp_path / "blimp.jsonl", *pairs)
+    settings = evaluate.Settings(
+        teacher=str(llama.path), tasks=tuple(map(str, files)), num_questions=10
+    )
+
+    result = evaluate.run(settings)
+
+    page = capsys.readouterr().out
+    assert set(result["recovered"]) == {"ifeval", "blimp"}
+    assert set(result["instructions"]) == {"ifeval"}
+    accuracies = result["instructions"]["ifeval"]["teacher"]
+    assert accuracies["mean"] == (accuracies["prompt_strict"] + accuracies["inst_strict"]) / 2
+    assert "strict accuracies of teacher: prompt" in page
+    assert "| blimp" in page

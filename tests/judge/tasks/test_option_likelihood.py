@@ -1,0 +1,138 @@
+"""Log-likelihoods of options against the plain forward pass, in whatever company they are
+computed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mis_mlx.judge.tasks import option_likelihood
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing.stream import Stream
+from mis_mlx.quantization import packed_format
+from mis_mlx.storage.files import DISK
+from mis_mlx.types import Checkpoint, MisError
+from tests import tiny
+
+WORDS = (
+    "if",
+    "the",
+    "loop",
+    "is",
+    "true",
+    "then",
+    "print",
+    "all",
+    "of",
+    "them",
+    "while",
+    "name",
+    "and",
+    "value",
+)
+
+
+def asked(tokenizer: Any, count: int) -> list[option_likelihood.Encoded]:
+    """Questions of unlike length with two to five options, some that begin alike, one without a
+    context.
+    """
+    rng = random.Random(1)
+    made = []
+    for number in range(count):
+        context = " ".join(rng.choices(WORDS, k=rng.randint(1, 30))) if number else ""
+        options = [
+            " " + " ".join(rng.choices(WORDS, k=rng.randint(1, 6))) for _ in range(2 + number % 4)
+        ]
+        made.append(option_likelihood.encode(tokenizer, context, options))
+    return made
+
+
+def plain(checkpoint: Checkpoint, encoded: list[option_likelihood.Encoded]) -> list[list[float]]:
+    """Every option in a pass of its own, after its whole context, through mlx-lm's model."""
+    model = load.resident_model(checkpoint, mx.float32)
+    found = []
+    for context, options in encoded:
+        found.append([])
+        for option in options:
+            logits = np.array(model(mx.array([[*context, *option]]))[0], np.float64)[
+                len(context) - 1 : -1
+            ]
+            logps = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            found[-1].append(float(logps[np.arange(len(option)), option].sum()))
+    return found
+
+
+@pytest.mark.parametrize("kind", [*tiny.KINDS])
+def test_the_plain_forward_pass_gives_the_same(
+    models: Callable[[str], Checkpoint], kind: str
+) -> None:
+    """Options do not see each other, questions do not see each other, positions are right: to 1e-4
+    nats.
+    """
+    checkpoint = models(kind)
+    encoded = asked(load.tokenizer(checkpoint.path), 24)
+    found = option_likelihood.score(Stream(checkpoint, mx.float32), encoded)
+    for ours, witness in zip(found, plain(checkpoint, encoded), strict=True):
+        # sums of up to 30 float32 log-probabilities
+        np.testing.assert_allclose(ours, witness, atol=1e-4)
+
+
+def test_company_changes_nothing(llama: Checkpoint) -> None:
+    """One to a sequence or many: the same numbers; every question is in one sequence, in which it
+    fits.
+    """
+    encoded = asked(load.tokenizer(llama.path), 40)
+    packed = list(option_likelihood.packs(encoded, 64))
+    assert sorted(chain.from_iterable(pack.which for pack in packed)) == list(range(40))
+    assert all(pack.tokens.size <= 64 or len(pack.which) == 1 for pack in packed)
+    assert max(len(pack.which) for pack in packed) > 2
+    alone, together = (
+        option_likelihood.score(Stream(llama, mx.float32), encoded, rows) for rows in (1, 256)
+    )
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_encode_splits_where_lm_eval_splits(llama: Checkpoint) -> None:
+    """Context and option together, less the context; white space at its end goes to the options.
+    Without a context the start token is one, so that the first token counts; an option of nothing,
+    which would always win, is refused.
+    """
+    tokenizer = load.tokenizer(llama.path)
+    context, options = option_likelihood.encode(tokenizer, "if the", [" loop", " loop is"])
+    assert context == tokenizer.encode("if the")
+    assert context + options[1] == tokenizer.encode("if the loop is")
+    assert option_likelihood.encode(tokenizer, "if the ", ["loop", "loop is"]) == (context, options)
+    lines = option_likelihood.encode(tokenizer, "if the\n", ["loop"])
+    assert lines[0] == context
+    assert lines[0] + lines[1][0] == tokenizer.encode("if the\nloop")
+    alone = option_likelihood.encode(tokenizer, "", ["if the", "while"])
+    assert alone == (
+        [tokenizer.bos_token_id],
+        [tokenizer.encode("if the"), tokenizer.encode("while")],
+    )
+    with pytest.raises(MisError, match="the option '' adds no token to 'if the': write it so that"):
+        option_likelihood.encode(tokenizer, "if the", [" loop", ""])
+
+
+def test_packed_weights_are_scored_as_they_are(tmp_path: Path, llama: Checkpoint) -> None:
+    """A 4-bit student's numbers are those of its own rounded weights."""
+    packed_format.write_quantized(
+        llama, tmp_path / "4bit", packed_format.formats_of(llama.config, 64), DISK
+    )
+    student = load.open_checkpoint(tmp_path / "4bit")
+    encoded = asked(load.tokenizer(student.path), 8)
+    found = option_likelihood.score(Stream(student, mx.float32), encoded)
+    for ours, witness, teacher in zip(
+        found, plain(student, encoded), plain(llama, encoded), strict=True
+    ):
+        np.testing.assert_allclose(ours, witness, atol=1e-4)
+        assert np.abs(np.array(ours) - teacher).max() > 1e-3

@@ -1,0 +1,185 @@
+"""Rows become questions: three formats, every fault a sentence, chance and the best constant by
+hand.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mis_mlx.judge.tasks import questions
+from mis_mlx.types import MisError
+
+CHOICE = {"question": "2 + 2?", "options": ["3", "4", "5"], "answer": "4"}
+CLOZE = {
+    "text": "Baca pasie ___ na hali.",
+    "options": ["owce", "rowery"],
+    "answer": "owce",
+    "language": "pl",
+}
+CHECKED = {"prompt": "How much is 2 + 2?", "answer": "4"}
+PAIR = {"good": "The cat sleeps.", "bad": "The cat sleep.", "task": "agreement", "field": "syntax"}
+
+
+def write(path: Path, *rows: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8"
+    )
+    return path
+
+
+def test_the_three_formats_as_a_model_reads_them(tmp_path: Path) -> None:
+    """What stands before an option, and what is an option, to the last space."""
+    write(tmp_path / "a.jsonl", CHOICE, {**CHOICE, "language": "pl"}, {**CHOICE, "question": ""})
+    write(tmp_path / "b.jsonl", CLOZE)
+    write(tmp_path / "c.jsonl", CHECKED)
+    choice, cloze, checked = questions.folder(tmp_path)
+    assert [t.name for t in (choice, cloze, checked)] == ["a", "b", "c"]
+    assert [q.context for q in choice.questions] == ["2 + 2?\nAnswer:", "2 + 2?\nOdpowiedź:", ""]
+    assert [q.asked for q in choice.questions] == ["2 + 2?", "2 + 2?", ""]
+    assert choice.asks
+    assert not cloze.asks
+    assert choice.as_text().sha256 != choice.sha256
+    assert cloze.as_text().sha256 == cloze.sha256
+    assert choice.questions[0].options == (" 3", " 4", " 5")
+    assert choice.questions[2].options == (
+        "3",
+        "4",
+        "5",
+    )
+    assert [q.right for q in choice.questions] == [1, 1, 1]
+    (q,) = cloze.questions
+    assert (q.context, q.options, q.right) == (
+        "Baca pasie",
+        (" owce na hali.", " rowery na hali."),
+        0,
+    )
+    (q,) = checked.questions
+    assert (checked.kind, q.context, q.answer) == ("checked", "How much is 2 + 2?", "4")
+    assert [t.questions[0].chance for t in (choice, cloze, checked)] == [1 / 3, 1 / 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ({**CHOICE, "answer": "6"}, "the answer '6' is not one of its 3 options"),
+        ({**CHOICE, "options": ["4"]}, "'options' is not a list of two or more"),
+        ({**CHOICE, "options": ["4", "4"]}, "two of its options are the same"),
+        ({**CHOICE, "options": ["4", None]}, "'options' is null, not text"),
+        ({**CHOICE, "language": "de"}, "'language' is 'de', known: en, pl"),
+        ({**CLOZE, "text": "___ and ___"}, "'text' has 2 blanks ___, but a cloze has one"),
+        ({**CHECKED, "prompt": "\n"}, "'prompt' is empty"),
+        ({**PAIR, "bad": ""}, "'bad' is empty"),
+        ({**PAIR, "good": 3}, "'good' is a number, not text"),
+        ({"question": "2 + 2?", "answer": "4"}, r"has neither .* \(its keys: 'question', 'answer'"),
+        ("{half", "not valid JSON"),
+    ],
+)
+def test_a_bad_row_is_a_sentence_with_its_line(tmp_path: Path, row: Any, why: str) -> None:
+    """Found before anything is asked, and named by file and line."""
+    path = write(tmp_path / "quiz.jsonl", CHOICE, row)
+    with pytest.raises(MisError, match=f"1 rows? cannot be used: quiz.jsonl line 2: {why}"):
+        questions.file(path)
+
+
+def test_a_pair_is_a_choice_after_nothing(tmp_path: Path) -> None:
+    """The good sentence is the right option; log-likelihoods are sums; other keys do not count."""
+    path = write(tmp_path / "blimp.jsonl", PAIR)
+
+    task = questions.file(path)
+
+    (q,) = task.questions
+    assert task.kind == "choice"
+    assert not task.per_character
+    assert q.context == ""
+    assert q.options[q.right] == q.answer == "The cat sleeps."
+    assert set(q.options) == {"The cat sleeps.", "The cat sleep."}
+    assert q.chance == 1 / 2
+    assert (
+        task.sha256 == questions.task("t", [{"good": PAIR["good"], "bad": PAIR["bad"]}], "").sha256
+    )
+
+
+def test_the_place_of_the_good_sentence_cannot_be_guessed() -> None:
+    """By their hashes: of 400 pairs about half have the good one first, and swapped pairs swap."""
+    pairs = [{"good": f"{n} dogs bark.", "bad": f"{n} dogs barks."} for n in range(400)]
+    swapped = [{"good": pair["bad"], "bad": pair["good"]} for pair in pairs]
+
+    task = questions.task("t", pairs, "")
+    other = questions.task("t", swapped, "")
+
+    best = questions.best_constant_answer(task)
+    assert best is not None
+    assert best[0] < 0.56
+    assert [q.options for q in task.questions] == [q.options for q in other.questions]
+    assert all(
+        one.right != two.right for one, two in zip(task.questions, other.questions, strict=True)
+    )
+
+
+def test_pairs_of_one_sentence_are_left_out_and_counted(tmp_path: Path) -> None:
+    """BLiMP has one; where all are, there is nothing to ask."""
+    twice = {"good": "The cat sleeps.", "bad": "The cat sleeps."}
+
+    task = questions.file(write(tmp_path / "blimp.jsonl", PAIR, twice, PAIR))
+
+    assert len(task.questions) == 2
+    assert (
+        task.about == "2 rows of blimp.jsonl; pairs with two equal sentences are left out, 1 of 3"
+    )
+    with pytest.raises(
+        MisError, match="in all 1 pairs 'good' and 'bad' are the same: give pairs that differ"
+    ):
+        questions.file(write(tmp_path / "same.jsonl", twice))
+
+
+def test_files_that_are_no_task(tmp_path: Path) -> None:
+    """An empty file, a folder without any, two kinds in one file, a file that is a folder."""
+    with pytest.raises(MisError, match=r"holds no .jsonl file"):
+        questions.folder(tmp_path)
+    with pytest.raises(MisError, match=r"empty.jsonl is empty: put questions there"):
+        questions.file(write(tmp_path / "empty.jsonl", "", " "))
+    with pytest.raises(MisError, match="holds rows of choice and cloze, but a task has one kind"):
+        questions.file(write(tmp_path / "mixed.jsonl", CHOICE, CLOZE))
+    with pytest.raises(MisError, match="cannot be read"):
+        questions.file(tmp_path / "missing.jsonl")
+
+
+def test_the_best_constant_by_hand() -> None:
+    """U Zośki may name a place in the list or an answer, whichever is right more often."""
+    rows = [{**CHOICE, "options": ["4", "5"]}, CHOICE, {**CHOICE, "options": ["3", "5", "4"]}]
+    assert questions.best_constant_answer(questions.task("t", rows, "")) == (1.0, "“4”")
+    rows = [
+        {"question": "x", "options": [f"a{n}", f"b{n}"], "answer": f"{'ab'[n % 3 == 0]}{n}"}
+        for n in range(6)
+    ]
+    assert questions.best_constant_answer(questions.task("t", rows, "")) == (4 / 6, "option 1")
+    best = questions.best_constant_answer(
+        questions.task("t", [CHECKED, CHECKED, {**CHECKED, "answer": "5"}], "")
+    )
+    assert best is not None
+    assert best[0] == 2 / 3
+
+
+def test_the_hash_is_of_what_decides_the_answers() -> None:
+    """Not of names and notes; of every word, option and language that a model or a judge sees."""
+    task = questions.task("t", [CHOICE, CHECKED], "about")
+    assert questions.task("u", [CHOICE, CHECKED], "else").sha256 == task.sha256
+    changes: list[dict[str, Any]] = [
+        {"question": "2+2?"},
+        {"options": ["4", "3", "5"]},
+        {"language": "pl"},
+    ]
+    others = {questions.task("t", [{**CHOICE, **change}, CHECKED], "").sha256 for change in changes}
+    assert len(others | {task.sha256}) == 4
+
+
+def test_chosen_questions_are_spread_evenly() -> None:
+    """The first, the last, no one twice; all when there are fewer."""
+    task = questions.task("t", [{**CHECKED, "prompt": f"{n}"} for n in range(11)], "")
+    assert [q.context for q in task.chosen(3).questions] == ["0", "5", "10"]
+    assert task.chosen(99) == task

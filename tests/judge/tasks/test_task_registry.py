@@ -1,0 +1,222 @@
+"""Names become tasks: generated ones with verified answers, presets, folders, slots; typos bring
+the nearest names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from mis_mlx.judge.tasks import task_registry
+from mis_mlx.judge.tasks.sets import polish
+from mis_mlx.types import MisError
+from tests.judge.tasks.sets.test_dialects import POLISH, SILESIAN, pack
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of this test's own, and no way to a package index."""
+    monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PATH", str(tmp_path))  # no apt
+    return tmp_path / "cache"
+
+
+def test_builtin_needs_no_network() -> None:
+    """Four kinds of problems, grammar and endings in two languages, one kind written out, and
+    held-out text.
+    """
+    found = task_registry.find(["builtin"], 10)
+    names = [task.name for task in found.tasks]
+    chosen = [
+        "maths",
+        "bus",
+        "cooking",
+        "logic",
+        "grammar-en",
+        "grammar-pl",
+        "continue-en",
+        "continue-pl",
+    ]
+    assert names == [*chosen, "maths-written"]
+    assert found.text
+    assert not found.harness
+    assert all(len(task.questions) == 10 for task in found.tasks)
+    assert found.tasks[-1].kind == "checked"
+    assert "Answer: number" in found.tasks[-1].questions[0].context
+
+
+def counted(start: int, count: int) -> str:
+    """So many words, all different."""
+    return " ".join(f"w{number}" for number in range(start, start + count))
+
+
+def test_any_held_out_text_becomes_a_task(tmp_path: Path) -> None:
+    """Of --data's test split, without what the training split has; a sentence says how much too
+    short that is.
+    """
+    rows = [{"text": counted(start, 100)} for start in (0, 1000, 2000)]
+    for split, of in (("train", rows[1:2]), ("valid", rows), ("test", rows)):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, of)))
+    (task,) = task_registry.find(["continue"], 100, str(tmp_path)).tasks
+    assert task.name == "continue"
+    assert len(task.questions) == 6
+    assert task.per_character
+    assert task.about.endswith("left out, 3 of 9")
+    for q, start in zip(task.questions, (0, 30, 60, 2000, 2030, 2060), strict=True):
+        assert q.context == counted(start, 24)
+        assert len(set(q.options)) == 4
+        assert q.options[q.right] == "".join(f" w{k}" for k in range(start + 24, start + 30))
+    again = {"text": counted(1000, 150)}
+    (tmp_path / "train.jsonl").write_text(json.dumps(again))
+    (tmp_path / "test.jsonl").write_text(json.dumps(again))
+    with pytest.raises(MisError, match="only 0 of 5 places in the held-out text share no 13 words"):
+        task_registry.find(["continue"], 100, str(tmp_path))
+    (tmp_path / "test.jsonl").write_text(json.dumps(rows[0]))
+    with pytest.raises(
+        MisError,
+        match="has 3 places of 30 words, the task continue needs 4: give a longer test.jsonl",
+    ):
+        task_registry.find(["continue"], 100, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("maths-writen", "did you mean maths-written"),
+        ("qqq", "known tasks: builtin, polish-offline"),
+    ],
+)
+def test_a_typo_brings_the_nearest_names(name: str, nearest: str) -> None:
+    """No traceback, no download."""
+    with pytest.raises(
+        MisError,
+        match=f"--tasks names {name}, which is not a task, a folder or a .jsonl file: {nearest}",
+    ):
+        task_registry.find([name], 10)
+
+
+def test_a_file_is_a_task(tmp_path: Path) -> None:
+    """Named like the file, `count` questions of it; one that is not there is a sentence."""
+    path = tmp_path / "blimp.jsonl"
+    pairs = [{"good": f"{n} dogs bark.", "bad": f"{n} dogs barks."} for n in range(9)]
+    path.write_text("\n".join(map(json.dumps, pairs)))
+
+    (task,) = task_registry.find([str(path)], 5).tasks
+
+    assert task.name == "blimp"
+    assert [q.answer for q in task.questions] == [f"{n} dogs bark." for n in (0, 2, 4, 6, 8)]
+    with pytest.raises(
+        MisError, match=r"missing.jsonl cannot be read \(No such file or directory\)"
+    ):
+        task_registry.find([str(tmp_path / "missing.jsonl")], 5)
+
+
+def test_two_tasks_of_one_name_are_refused(tmp_path: Path) -> None:
+    """A row of the table would be overwritten."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "quiz.jsonl").write_text(
+            json.dumps({"prompt": "1 + 1?", "answer": "2"}) + "\n"
+        )
+    with pytest.raises(MisError, match="2 tasks are called quiz: rename one of the files"):
+        task_registry.find([str(tmp_path / "a"), str(tmp_path / "b")], 10)
+
+
+def test_an_answer_that_nobody_can_check_is_refused(tmp_path: Path) -> None:
+    """Every model would have 0."""
+    rows = [{"prompt": "1 + 1?", "answer": "2"}, {"prompt": "Why?", "answer": "because it is so"}]
+    (tmp_path / "quiz.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(
+        MisError,
+        match="quiz question 2: the answer 'because it is so' is not a number, a time or names",
+    ):
+        task_registry.find([str(tmp_path)], 10)
+
+
+def test_a_slot_is_filled_by_a_folder(tmp_path: Path, cache: Path) -> None:
+    """In the cache, or anywhere under the slot's name; the empty ones say what to bring."""
+    pairs = [{"polish": f"Idę do domu {n}", "dialect": f"Jidã dodóm {n}"} for n in range(6)]
+    with pytest.raises(MisError, match="the slot kashubian is empty: put attested pairs into"):
+        task_registry.find(["kashubian"], 10)
+    for folder in (cache / "dialects" / "kashubian", tmp_path / "mine" / "kashubian"):
+        folder.mkdir(parents=True)
+        (folder / polish.PAIRS).write_text("\n".join(map(json.dumps, pairs)))
+    kept, brought = (
+        task_registry.find([n], 10) for n in ("kashubian", str(tmp_path / "mine" / "kashubian"))
+    )
+    assert [task.name for task in kept.tasks] == ["kashubian-label", "kashubian-text"]
+    assert [task.sha256 for task in kept.tasks] == [task.sha256 for task in brought.tasks]
+    assert len(task_registry.find(["dialects"], 10).tasks) == 2
+    (cache / "dialects" / "kashubian" / polish.PAIRS).write_text('{"polish": "Idę"}\n')
+    with pytest.raises(MisError, match="pairs.jsonl line 1: has no 'polish' and 'dialect'"):
+        task_registry.find(["dialects"], 10)
+
+
+def test_silesian_comes_from_language_packs(cache: Path) -> None:
+    """Put there by hand where there is no apt; without them the sentence says which."""
+    with pytest.raises(
+        MisError, match=r"no apt .*: put Firefox's language packs for pl and szl \(.xpi\) into"
+    ):
+        task_registry.find(["silesian"], 10)
+    pack(cache / "dialects" / "silesian", "pl", POLISH, "")
+    pack(cache / "dialects" / "silesian", "szl", SILESIAN, "")
+    label, text = task_registry.find(["silesian"], 10).tasks
+    assert len(label.questions) == len(text.questions) == 4
+    assert "Firefox's language packs" in label.about
+
+
+def test_polish_offline_without_a_package_index_is_a_sentence(cache: Path) -> None:
+    """Which wheel, and what to check; nothing half-made is left."""
+    with pytest.raises(
+        MisError, match=r"pip could not download evals 3.0.1.post1 .*: check the network"
+    ):
+        task_registry.find(["polish-offline"], 10)
+    assert not [path for path in cache.iterdir() if path.name != ".lock"]
+
+
+@pytest.mark.slow
+def test_polish_offline_out_of_the_real_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fetched by name, size and hash: 1,576 exams with four options, 142 words, 33 proverbs, 100
+    sums.
+    """
+    monkeypatch.delenv("PIP_NO_INDEX")
+    try:
+        found = task_registry.find(["polish-offline"], 10_000)
+    except MisError as error:
+        pytest.skip(f"no package index: {error}")
+    assert {task.name: len(task.questions) for task in found.tasks} == {
+        "polish-exams": 1576,
+        "polish-lexicon": 142,
+        "polish-proverbs": 33,
+        "polish-sums": 100,
+    }
+    assert set(polish.SETS) == {task.name for task in found.tasks}
+    keys = Counter(q.right for q in found.tasks[0].questions)
+    assert {len(q.options) for q in found.tasks[0].questions} == {4}
+    assert all(370 < keys[k] < 420 for k in range(4))
+    for task in found.tasks:
+        assert not any(re.search(r"[ \n]$", question.context) for question in task.questions)
+
+
+@pytest.mark.slow
+def test_silesian_out_of_the_real_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian's Firefox in Polish and Silesian: some 1,900 pairs; the letters of Silesian are on its
+    side.
+    """
+    monkeypatch.setenv("PATH", os.defpath + ":/usr/sbin:/sbin")
+    try:
+        label, text = task_registry.find(["silesian"], 100_000).tasks
+    except MisError as error:
+        pytest.skip(f"no Debian: {error}")
+    assert len(label.questions) == len(text.questions) > 1500
+    dialect = [q.options[q.right] for q in text.questions]
+    polish = [q.options[1 - q.right] for q in text.questions]
+    marked = re.compile("[ōôŏ]").search
+    assert len(list(filter(marked, dialect))) / len(dialect) > 0.7
+    assert len(list(filter(marked, polish))) / len(polish) < 0.01

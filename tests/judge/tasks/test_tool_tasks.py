@@ -1,0 +1,223 @@
+"""Tools: what counts as a call, what as the right one, and how a model is asked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mis_mlx.data import chat_template
+from mis_mlx.hardware import memory
+from mis_mlx.judge import recovery_table
+from mis_mlx.judge.tasks import answering, examination, questions, task_registry, tool_tasks
+from mis_mlx.models.opening import load
+from mis_mlx.models.writing import mlx_generate, tool_calls
+from mis_mlx.types import Checkpoint, MisError
+from tests import tiny
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of this test's own."""
+    monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
+
+
+class Wrapper:
+    """What mlx-lm knows of a model's calls."""
+
+    def __init__(self, name: str | None = None):
+        self.tool_call_start = self.tool_call_end = self.tool_parser = None
+        if name:
+            module = load.mlx_lm(f"tool_parsers.{name}")
+            self.tool_call_start = module.tool_call_start
+            self.tool_call_end = module.tool_call_end
+            self.tool_parser = module.parse_tool_call
+
+
+CALL = {"name": "set_timer", "arguments": {"minutes": 12}}
+JSON = '{"name": "set_timer", "arguments": {"minutes": 12}}'
+TOOLS = tuple(tool_tasks.run_folder.records(tool_tasks.SETS / "toolbox.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("parser", "text", "wanted"),
+    [
+        ("json_tools", f"<tool_call>\n{JSON}\n</tool_call>", [CALL]),
+        ("json_tools", f"Now:\n<tool_call>{JSON}</tool_call>\n<tool_call>{JSON}", [CALL, CALL]),
+        ("json_tools", f"```json\n{JSON}\n```", [CALL]),
+        ("json_tools", '<tool_call>{"name": "set_timer", "argum</tool_call>', None),
+        ("mistral", f"[TOOL_CALLS] [{JSON}, {JSON}]", [CALL, CALL]),
+        ("mistral", '[TOOL_CALLS]set_timer[ARGS]{"minutes": 12}', [CALL]),
+        ("pythonic", "<|tool_call_start|>[set_timer(minutes=12)]<|tool_call_end|>", [CALL]),
+        (None, f"[TOOL_CALLS] [{JSON}]", [CALL]),
+        (None, '{"name": "set_timer", "parameters": {"minutes": 12}}', [CALL]),
+        (None, '{"name": "set_timer", "arguments": "{\\"minutes\\": 12}"}', [CALL]),
+        (None, f'{{"type": "function", "function": {JSON}}}', [CALL]),
+        (None, '{"name": "set_timer", "arguments": {"minutes": 12', None),
+        (None, "I cannot do that. {sorry}", []),
+        (None, 'A set is written {"like": "this"}.', []),
+        (None, "{" * 100_000, []),
+    ],
+)
+def test_calls_are_read_as_they_stand_there(
+    parser: str | None, text: str, wanted: list[dict[str, Any]] | None
+) -> None:
+    """By mlx-lm's parser where the model's own marks stand there, else as JSON; a call that is
+    begun and cannot be read is none of both."""
+    assert tool_calls.read(text, Wrapper(parser), TOOLS) == wanted
+
+
+def question(*calls: dict[str, Any]) -> questions.Question:
+    return questions.Question("Do it.", "", tools=TOOLS, calls=calls)
+
+
+WEATHER = {"name": "get_weather", "arguments": {"city": "Lyon"}}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "made", "verdict"),
+    [
+        ([], [], (True, True, True)),
+        ([], [CALL], (True, False, False)),
+        ([CALL], [], (True, False, False)),
+        ([CALL], None, (False, False, False)),
+        ([CALL], [{"name": "set_timer", "arguments": {"minutes": 12.0}}], (True, True, True)),
+        ([CALL], [{"name": "set_timer", "arguments": {"minutes": "12"}}], (True, True, False)),
+        ([CALL], [{"name": "set_timer", "arguments": {}}], (True, True, False)),
+        (
+            [CALL],
+            [{"name": "set_timer", "arguments": {"minutes": 12, "label": "tea"}}],
+            (True, True, True),
+        ),
+        (
+            [CALL],
+            [{"name": "set_timer", "arguments": {"minutes": 12, "hours": 0}}],
+            (True, True, False),
+        ),
+        ([CALL, WEATHER], [WEATHER, CALL], (True, True, True)),
+        ([CALL, WEATHER], [CALL], (True, False, False)),
+        (
+            [WEATHER],
+            [{"name": "get_weather", "arguments": {"city": " lyon ", "day": "today"}}],
+            (True, True, True),
+        ),
+        (
+            [WEATHER],
+            [{"name": "get_weather", "arguments": {"city": "Lyon", "day": "weekend"}}],
+            (True, True, False),
+        ),
+        (
+            [{"name": "add_to_list", "arguments": {"list": "packing", "items": ["a", "b"]}}],
+            [{"name": "add_to_list", "arguments": {"list": "packing", "items": ["B", "a"]}}],
+            (True, True, True),
+        ),
+        (
+            [{"name": "play_music", "arguments": {"artist": "Abba", "shuffle": True}}],
+            [{"name": "play_music", "arguments": {"artist": "Abba", "shuffle": 1}}],
+            (True, True, False),
+        ),
+    ],
+)
+def test_what_counts_as_the_right_call(
+    wanted: list[dict[str, Any]], made: list[dict[str, Any]] | None, verdict: tuple[bool, ...]
+) -> None:
+    """Types count; case, order, and a default or a label that nobody asked for do not."""
+    assert tool_tasks.verdict(question(*wanted), made) == verdict
+
+
+def test_the_built_in_prompts_want_calls_that_their_tools_allow() -> None:
+    """Names, types, enums and required arguments; four hundred different prompts."""
+    (single, rounds) = tool_tasks.tasks(task_registry.TOOLS, 400)
+    assert len({q.context for q in single.questions}) == len(single.questions) == 400
+    assert len(rounds.questions) == 200
+    assert {len(q.calls or ()) for q in single.questions} == {0, 1, 2}
+    for q in [*single.questions, *rounds.questions]:
+        functions = {tool["function"]["name"]: tool["function"] for tool in q.tools}
+        for call in q.calls or ():
+            schema = functions[call["name"]]["parameters"]
+            assert set(schema["required"]) <= set(call["arguments"]) <= set(schema["properties"])
+            for argument, value in call["arguments"].items():
+                assert value in schema["properties"][argument].get("enum", [value])
+    assert not set(tool_tasks.verdicts(single, [q.calls for q in single.questions])) - {
+        (True, True, True)
+    }
+
+
+def test_rounds_count_up_to_the_first_failure() -> None:
+    """Two conversations: all ten are right; the fourth is wrong, whatever comes behind it."""
+    (rounds,) = tool_tasks.tasks([tool_tasks.ROUNDS], 20)
+    said = [list(q.calls or ()) for q in rounds.questions]
+    said[13] = []
+    assert tool_tasks.marks(rounds, said).tolist() == [1.0, 0.3]
+    shares = tool_tasks.shares(rounds, said)
+    assert shares["right arguments"] == 0.95
+    assert shares["rounds before the first failure, of 10"] == 6.5
+    assert tool_tasks.chance(rounds).tolist() == [0.0, 0.0]
+    last = rounds.questions[9]
+    assert [message["role"] for message in last.messages[:4]] == [
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
+
+
+def test_a_model_without_tools_in_its_template_is_refused(tmp_path: Path) -> None:
+    """Before any question is asked."""
+    chat = load.open_checkpoint(tiny.talking(tmp_path / "chat"))
+    (task,) = tool_tasks.tasks([tool_tasks.CALLS], 4)
+    assert not chat_template.knows_tools(load.tokenizer(chat.path))
+    with pytest.raises(MisError, match="its chat template knows no tools"):
+        answering.plan(chat, "0" * 64, task, memory.budget(None))
+
+
+@pytest.fixture
+def calling(tmp_path: Path) -> Checkpoint:
+    """A tiny model whose template tells of tools; it babbles."""
+    return load.open_checkpoint(tiny.calling(tmp_path / "calling"))
+
+
+def test_the_template_tells_of_tools(calling: Checkpoint) -> None:
+    """And of the calls and results of earlier rounds."""
+    tokenizer = load.tokenizer(calling.path)
+    assert chat_template.knows_tools(tokenizer)
+    (rounds,) = tool_tasks.tasks([tool_tasks.ROUNDS], 10)
+    second = rounds.questions[1]
+    ids = mlx_generate.chat_ids(tokenizer, tool_tasks.prompt(second), tools=second.tools)
+    said = tokenizer.decode(ids)
+    first_call = (rounds.questions[0].calls or ())[0]
+    assert first_call["name"] in said
+    assert second.tools[0]["function"]["description"] in said
+    assert said.endswith("assistant\n")
+
+
+def test_a_teacher_that_is_seldom_right_is_compared_with_itself(calling: Checkpoint) -> None:
+    """It never calls, so it is right where no call is wanted, a fifth: what it does counts then,
+    and the page says both."""
+    sha256 = answering.sha256(calling)
+    limit = memory.budget(None)
+    tasks = [replace(task, max_tokens=4) for task in tool_tasks.tasks(task_registry.TOOLS, 10)]
+    for task in tasks:
+        answering.scores(calling, sha256, task, limit)
+    wanted = task_registry.EvaluationSet(
+        tasks=tuple(tasks), harness=(), text=False, known=questions.Known([])
+    )
+    models = {"teacher": calling, "student": calling}
+    hashes = {"teacher": sha256, "student": sha256}
+    single, _ = examination.outcomes(wanted, models, hashes, limit, layers=False, num_questions=10)
+    assert single.marks["student"].tolist() == [1.0] * 10
+    page = recovery_table.markdown([single])
+    assert "teacher is right in 20% of the cases, under half" in page
+    assert "student: valid JSON 100.0%, right tool 20.0%, right arguments 20.0%" in page
+    assert single.json()["models"]["student"]["calls"]["right tool"] == 0.2
+
+
+def test_tools_names_both_tasks() -> None:
+    """As one word of --tasks, or one by one."""
+    both = task_registry.find(["tools"], 20).tasks
+    assert [task.name for task in both] == ["tool-calls", "tool-rounds"]
+    assert [len(task.questions) for task in both] == [20, 20]
+    (one,) = task_registry.find(["tool-rounds"], 5).tasks
+    assert len(one.questions) == 10

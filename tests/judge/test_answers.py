@@ -1,0 +1,693 @@
+"""The judge of what models answer, beside plain formulas: bits, verdicts, and answers that are
+kept.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mis_mlx.compute import precision
+from mis_mlx.data import token_windows
+from mis_mlx.hardware import memory
+from mis_mlx.judge import answer_figures, answers, score, writing_cost
+from mis_mlx.judge.answers import AnswerBits, TeacherAnswers
+from mis_mlx.judge.prompts import Answer, AnswerPair, Prompt, read_pairs
+from mis_mlx.models.opening import compute_type, load
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.passing.stream import Stream
+from mis_mlx.models.writing import mlx_generate, text_writer
+from mis_mlx.models.writing.continuous_batch import Completion
+from mis_mlx.planner import estimates
+from mis_mlx.types import Budget, Checkpoint, MisError
+from tests import tiny
+from tests.conftest import near
+
+MIB = 2**20
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}\n{{ m.content }}<|endoftext|>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant\n{% endif %}"
+)
+STRICT = "{% if messages|length > 2 %}{{ raise_exception('one turn only') }}{% endif %}" + TEMPLATE
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of this test's own, and answers of few tokens: a random model does not stop."""
+    monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(answers, "ANSWER_TOKENS", 10)
+    monkeypatch.setattr(answers, "GREEDY_TOKENS", 6)
+    return tmp_path / "cache"
+
+
+def chatting(model: Checkpoint, folder: Path, template: str = TEMPLATE) -> Checkpoint:
+    """A copy of a model with a chat template, whose turns end with the end token."""
+    shutil.copytree(model.path, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    return load.open_checkpoint(folder)
+
+
+@pytest.fixture
+def chat(llama: Checkpoint, tmp_path: Path) -> Checkpoint:
+    """The tiny llama with a chat template."""
+    return chatting(llama, tmp_path / "chat")
+
+
+def asked(*texts: str) -> list[Prompt]:
+    """Prompts of one turn each."""
+    return [Prompt(({"role": "user", "content": text},), "explain", "en") for text in texts]
+
+
+THREE = asked("What is a for statement?", "If", "Why is the sky blue, and when is it not?")
+LATER = Prompt(
+    (
+        {"role": "user", "content": "Is it true?"},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "Why?"},
+    ),
+    "second turn",
+    "en",
+)
+
+
+def fixed(*given: Answer) -> TeacherAnswers:
+    """These sampled answers to the first prompts of THREE."""
+    return TeacherAnswers(
+        THREE[: len(given)], [AnswerPair(sampled=answer, greedy=answer) for answer in given]
+    )
+
+
+def plain_log_probabilities(model: Checkpoint, ids: list[int], count: int) -> np.ndarray:
+    """(count,) of the last tokens, by the resident model and float64."""
+    z = np.array(load.resident_model(model, mx.float32)(mx.array([ids]))[0], np.float64)
+    z -= z.max(axis=-1, keepdims=True)
+    log_p = z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
+    return np.array([log_p[place - 1, ids[place]] for place in range(len(ids) - count, len(ids))])
+
+
+def test_verdicts_by_hand() -> None:
+    """Each fault alone, all together where they are, and an answer without any."""
+    good = answer_figures.verdict(Answer("Forty-two.", ended=True))
+    cut_off = answer_figures.verdict(Answer("Forty-", ended=False))
+    nothing = answer_figures.verdict(Answer(" …\n", ended=True))
+    loop = answer_figures.verdict(Answer("no, " * 60, ended=False))
+
+    assert good == (False, False, False)
+    assert cut_off == (False, False, True)
+    assert nothing == (False, True, False)
+    assert loop == (True, False, True)
+    assert not answer_figures.verdict(Answer("ż", ended=True)).empty
+    assert answer_figures.verdict(Answer("", ended=True)).empty
+
+
+def test_prompts_are_read_and_spread_evenly(tmp_path: Path) -> None:
+    """First and last among them; all where more are asked for; bad rows are named."""
+    rows = [
+        {
+            "kind": "list",
+            "language": "pl",
+            "messages": [{"role": "user", "content": f"Pytanie {number}"}],
+        }
+        for number in range(9)
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    three = answers.prompts(3, path)
+    everything = answers.prompts(99, path)
+
+    assert [prompt.messages[0]["content"] for prompt in three] == [
+        "Pytanie 0",
+        "Pytanie 4",
+        "Pytanie 8",
+    ]
+    assert len(everything) == 9
+    assert (three[0].kind, three[0].language) == ("list", "pl")
+    assert len({prompt.sha256 for prompt in everything}) == 9
+    answered = {"role": "assistant", "content": "Tak."}
+    rows[1]["messages"] = [*rows[1]["messages"], answered]  # type: ignore[misc]
+    rows[3]["language"] = "de"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(
+        MisError, match=r"2 rows .* line 2: its last message is the assistant's.*'language' is 'de'"
+    ):
+        answers.prompts(3, path)
+
+
+def test_our_prompts_are_read() -> None:
+    """At least 120, none twice, in both languages."""
+    found = answers.prompts(10_000)
+    assert len(found) >= 120
+    assert len({prompt.sha256 for prompt in found}) == len(found)
+    assert {prompt.language for prompt in found} == {"en", "pl"}
+
+
+@pytest.mark.parametrize("kind", ["llama", "untied"])
+def test_bits_are_the_plain_formula(
+    models: Callable[[str], Checkpoint], tmp_path: Path, kind: str
+) -> None:
+    """log-softmax at the answer's tokens and its end, of the same ids; bytes of its text."""
+    chat = chatting(models(kind), tmp_path / "chat")
+    tokenizer = load.tokenizer(chat.path)
+    said = Answer("A statement that repeats; zażółć.", ended=True)
+
+    found = answers.bits(chat, fixed(said))
+
+    before = mlx_generate.chat_ids(tokenizer, THREE[0].messages)
+    own = [*tokenizer.encode(said.text, add_special_tokens=False), tokenizer.eos_token_id]
+    wanted = plain_log_probabilities(chat, [*before, *own], len(own))
+    assert found.nats[0] == pytest.approx(-wanted.sum(), rel=near(1e-5, 2e-3))
+    assert found.nbytes.tolist() == [len(said.text.encode())] == [len(said.text) + 4]
+    assert found.per_byte == pytest.approx(found.nats[0] / math.log(2) / found.nbytes[0])
+
+
+def test_these_ids_are_those_that_training_learns(chat: Checkpoint) -> None:
+    """The learned part of the rendered conversation, up to its end token."""
+    tokenizer = load.tokenizer(chat.path)
+    said = Answer("A statement.", ended=True)
+    row = {"messages": [*LATER.messages, {"role": "assistant", "content": said.text}]}
+    ids, loss_mask = token_windows.conversation(row, tokenizer, mask_prompt=True)
+    last = max(place for place, token in enumerate(ids) if token == tokenizer.eos_token_id)
+
+    before, own = score._tokens_of(tokenizer, LATER, said, score._end_of_turn(tokenizer))
+
+    assert [*before, *own] == ids[: last + 1]
+    assert loss_mask[len(before) : last + 1] == [1] * len(own)
+    assert loss_mask[len(before) - 1] == 0
+
+
+def test_an_answer_that_was_cut_off_has_no_end(chat: Checkpoint) -> None:
+    """Its end token is not counted: the difference is that token's nats, no byte."""
+    tokenizer = load.tokenizer(chat.path)
+
+    found = answers.bits(
+        chat, fixed(Answer("A statement", ended=True), Answer("A statement", ended=False))
+    )
+    pairs = [
+        AnswerPair(sampled=answer, greedy=answer)
+        for answer in (Answer("If so", True), Answer("If so", False))
+    ]
+    both = answers.bits(chat, TeacherAnswers([THREE[0]] * 2, pairs))
+
+    ids = [
+        *mlx_generate.chat_ids(tokenizer, THREE[0].messages),
+        *tokenizer.encode("If so"),
+        tokenizer.eos_token_id,
+    ]
+    end = plain_log_probabilities(chat, ids, 1)
+    assert both.nats[0] - both.nats[1] == pytest.approx(-end[0], abs=near(1e-4, 5e-2))
+    assert found.nbytes.tolist() == [11, 11]
+    assert both.nbytes.tolist() == [5, 5]
+
+
+def test_an_empty_answer_is_its_end(chat: Checkpoint) -> None:
+    """One token's nats where it ended; nothing at all where it did not."""
+    found = answers.bits(chat, fixed(Answer("", ended=True), Answer("", ended=False)))
+    assert found.nats[0] > 0
+    assert found.nats[1] == 0
+    assert found.nbytes.tolist() == [0, 0]
+    assert [row.metric for row in answer_figures.rows_of("m", found)] == []
+    assert math.isnan(answers.teacher_logprob(chat, THREE[:1], [Answer("", ended=False)]))
+
+
+def test_the_head_in_parts_is_the_head(chat: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Targets in the first part, in the last one, and between."""
+    texts = [[5, 0, 511, 256, 99, 100], [7, 3]]
+    whole = score.of_last_tokens(chat, texts, [5, 1])
+    monkeypatch.setattr(score, "HEAD_PART", 100 * 64)
+    parts = score.of_last_tokens(chat, texts, [5, 1])
+    for one, other in zip(whole, parts, strict=True):
+        np.testing.assert_allclose(one, other, atol=near(1e-5, 1e-2))
+    assert [len(values) for values in parts] == [5, 1]
+    assert len(answers.log_probabilities(chat, [], [])) == 0
+
+
+def test_each_model_reads_with_its_own_tokenizer(chat: Checkpoint, tmp_path: Path) -> None:
+    """A student of fewer tokens has its own ids, and the same bytes."""
+    small = tiny.make(tmp_path / "small", vocab_size=300)
+    tiny.write_tokenizer(small, 300)
+    (small / "chat_template.jinja").write_text(TEMPLATE)
+    student = load.open_checkpoint(small)
+    said = fixed(
+        Answer("The for statement repeats; while does, too.", ended=True), Answer("If", ended=False)
+    )
+
+    teacher_bits = answers.bits(chat, said)
+    student_bits = answers.bits(student, said)
+
+    tokenizer = load.tokenizer(small)
+    own = [*tokenizer.encode(said.sampled[0].text), tokenizer.eos_token_id]
+    ids = [*mlx_generate.chat_ids(tokenizer, THREE[0].messages), *own]
+    assert len(own) > len(load.tokenizer(chat.path).encode(said.sampled[0].text)) + 1
+    wanted = -plain_log_probabilities(student, ids, len(own)).sum()
+    assert student_bits.nats[0] == pytest.approx(wanted, rel=near(1e-5, 2e-3))
+    assert student_bits.nbytes.tolist() == teacher_bits.nbytes.tolist()
+
+
+def test_the_teacher_judges_what_a_student_says(chat: Checkpoint) -> None:
+    """The mean over the tokens of all answers, ends among them."""
+    tokenizer = load.tokenizer(chat.path)
+    said = [Answer("If so", ended=True), Answer("The while statement", ended=False)]
+
+    found = answers.teacher_logprob(chat, THREE[:2], said)
+
+    values = list[float]()
+    for prompt, answer in zip(THREE, said, strict=False):
+        own = tokenizer.encode(answer.text) + [tokenizer.eos_token_id] * answer.ended
+        ids = [*mlx_generate.chat_ids(tokenizer, prompt.messages), *own]
+        values += plain_log_probabilities(chat, ids, len(own)).tolist()
+    assert found == pytest.approx(np.mean(values), rel=near(1e-5, 2e-3))
+
+
+def test_greedy_answers_are_mlx_lms(chat: Checkpoint) -> None:
+    """What the model writes one token at a time, through the template; prompts of several turns,
+    too.
+    """
+    model, tokenizer = mlx_generate.open_model(compute_type.open_to_compute(chat.path))
+
+    said = answers.greedy(chat, [*THREE, LATER], memory.budget(None))
+
+    for prompt, answer in zip([*THREE, LATER], said, strict=True):
+        ids = mlx_generate.chat_ids(tokenizer, prompt.messages)
+        wanted = list(mlx_generate.greedy(model, ids, answers.GREEDY_TOKENS))
+        assert answer == Answer(tokenizer.decode(wanted).rstrip("\ufffd"), ended=False)
+    assert answers.greedy(chat, [], memory.budget(None)) == []
+
+
+def test_a_stop_token_ends_an_answer(chat: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no part of the text."""
+    tokenizer = load.tokenizer(chat.path)
+    end = tokenizer.eos_token_id
+    written = [[*tokenizer.encode("If so"), end], tokenizer.encode("If so")]
+    ends = [Completion(number, ids) for number, ids in enumerate(written)]
+    monkeypatch.setattr(text_writer.TextWriter, "completions", lambda *_, **__: iter(ends[::-1]))
+    said = answers.greedy(chat, THREE[:2], memory.budget(None))
+    assert said == [Answer("If so", ended=True), Answer("If so", ended=False)]
+
+
+@pytest.mark.usefixtures("cpu_policy")  # its budget is for float32
+def test_a_streamed_model_answers_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedily, and with each prompt's own random numbers, after prompts of several lengths."""
+    kinds = list[int | None]()
+    opened = writing_cost.WritingPlan.open
+
+    def watched(plan: writing_cost.WritingPlan, checkpoint: Checkpoint) -> text_writer.TextWriter:
+        kinds.append(plan.headroom_bytes)
+        return opened(plan, checkpoint)
+
+    monkeypatch.setattr(writing_cost.WritingPlan, "open", watched)
+    deep = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=24))
+    chat = chatting(deep, tmp_path / "chat")
+    little = Budget(20 * MIB)
+    much = Budget(2000 * MIB)
+
+    streamed = answers.greedy(chat, THREE, little)
+    whole = answers.greedy(chat, THREE, much)
+    streamed_teacher = answers.teacher_answers(chat, THREE, little)
+    shutil.rmtree(answers._kept_path(answers._header(chat)).parent)
+    whole_teacher = answers.teacher_answers(chat, THREE, much)
+
+    assert [room is None for room in kinds] == [False, True, False, True]
+    assert streamed == whole
+    assert streamed_teacher == whole_teacher
+    assert whole_teacher.sampled != whole_teacher.greedy
+
+
+@pytest.mark.usefixtures("cpu_policy")
+def test_both_kinds_of_answers_come_from_the_same_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A teacher that is read from disk is read once for a token of all answers, then once more to
+    read them all.
+    """
+    passes = list[int]()
+    blocks = Stream.blocks
+
+    def counted(stream: Stream, *given: Any, **how: Any) -> Any:
+        passes.append(1)
+        return blocks(stream, *given, **how)
+
+    deep = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=24))
+    chat = chatting(deep, tmp_path / "chat")
+    monkeypatch.setattr(Stream, "blocks", counted)
+
+    found = answers.teacher_answers(chat, THREE, Budget(20 * MIB))
+
+    assert sum(passes) == answers.ANSWER_TOKENS + 1
+    assert all(pair.nats and pair.greedy_nats for pair in found.pairs)
+    assert [answer.ended for answer in found.greedy] == [False] * 3
+
+
+def test_answers_do_not_depend_on_the_batch(
+    chat: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One prompt at a time, in another order: the same sampled answers."""
+    together = answers.teacher_answers(chat, THREE, memory.budget(None))
+    shutil.rmtree(answers._kept_path(answers._header(chat)).parent)
+    monkeypatch.setattr(answers, "PAIRS_AT_ONCE", (1,))
+
+    apart = answers.teacher_answers(chat, THREE[::-1], memory.budget(None))
+
+    assert apart.sampled[::-1] == together.sampled
+    assert len({answer.text for answer in apart.sampled}) == 3
+
+
+def asked_again(monkeypatch: pytest.MonkeyPatch) -> list[list[Prompt]]:
+    """The prompts of every call that writes answers, from now on."""
+    seen = list[list[Prompt]]()
+    real = answers._write_missing
+
+    def watched(teacher: Checkpoint, prompts: Sequence[Prompt], limit: Budget, path: Path) -> Any:
+        seen.append(list(prompts))
+        return real(teacher, prompts, limit, path)
+
+    monkeypatch.setattr(answers, "_write_missing", watched)
+    return seen
+
+
+def test_a_stopped_run_goes_on(chat: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the middle of a line: only what is missing is written, and it is the same."""
+    limit = memory.budget(None)
+    whole = answers.teacher_answers(chat, THREE, limit)
+    path = answers._kept_path(answers._header(chat))
+    lines = path.read_text("utf-8").splitlines(keepends=True)
+    # before anything was measured
+    path.write_text(lines[0] + lines[1][: len(lines[1]) // 2], "utf-8")
+    seen = asked_again(monkeypatch)
+
+    again = answers.teacher_answers(chat, THREE, limit)
+    third = answers.teacher_answers(chat, [*THREE, THREE[0]], limit)
+
+    assert len(lines) == 6
+    assert again == whole
+    left = [prompt for prompt in THREE if prompt.sha256 not in lines[0]]
+    assert len(left) == 2
+    assert seen == [left]
+    assert set(read_pairs(path)) == {prompt.sha256 for prompt in THREE}
+    assert third.sampled == [*whole.sampled, whole.sampled[0]]
+
+
+def test_shipped_answers_are_used_for_their_own_teacher(
+    chat: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its tensors, wherever it lies; not for another model, template or setting; missing prompts
+    are written.
+    """
+    limit = memory.budget(None)
+    shipped = tmp_path / "shipped.jsonl"
+    whole = answers.ship(chat, THREE[:2], limit, shipped)
+    shutil.rmtree(tmp_path / "cache")
+    copy = load.open_checkpoint(shutil.copytree(chat.path, tmp_path / "copy"))
+    other = chatting(
+        load.open_checkpoint(tiny.make(tmp_path / "other", seed=1)), tmp_path / "other chat"
+    )
+    worded = chatting(
+        load.open_checkpoint(tiny.make(tmp_path / "same")), tmp_path / "worded", f"Hi. {TEMPLATE}"
+    )
+    seen = asked_again(monkeypatch)
+
+    from_shipped = answers.teacher_answers(copy, THREE[:2], limit, shipped)
+    assert from_shipped == whole
+    assert seen == []
+    assert answers.shipped_for(copy, shipped)
+    assert not answers.shipped_for(other, shipped)
+    assert not answers.shipped_for(copy, tmp_path / "none.jsonl")
+    answers.teacher_answers(copy, THREE, limit, shipped)
+    assert seen == [THREE[2:]]
+    for model in (other, worded):
+        answers.teacher_answers(model, THREE[:2], limit, shipped)
+        assert seen.pop() == THREE[:2]
+    monkeypatch.setattr(answers, "TEMPERATURE", 0.7)
+    answers.teacher_answers(copy, THREE[:2], limit, shipped)
+    assert seen.pop() == THREE[:2]
+    header, *rows = [json.loads(line) for line in shipped.read_text("utf-8").splitlines()]
+    assert set(header) == {"teacher", "settings"}
+    assert len(rows) == 2
+    assert rows[0]["prompt_sha256"] == THREE[0].sha256
+    assert set(rows[0]["greedy"]) == {
+        "text",
+        "ended",
+    }
+
+
+def test_what_is_shipped_unmeasured_is_measured_once(
+    chat: Checkpoint, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an empty cache, as on a new machine: what the answers cost the teacher is found, and
+    kept there.
+    """
+    limit = memory.budget(None)
+    shipped = tmp_path / "shipped.jsonl"
+    whole = answers.ship(chat, THREE, limit, shipped)
+    header, *records = [json.loads(line) for line in shipped.read_text("utf-8").splitlines()]
+    bare = []
+    for record in records:
+        bare.append({key: record[key] for key in ("prompt_sha256", "sampled", "greedy")})
+    shipped.write_text("".join(json.dumps(row) + "\n" for row in (header, *bare)))
+    shutil.rmtree(cache)
+    seen = asked_again(monkeypatch)
+
+    measured = answers.teacher_answers(chat, THREE, limit, shipped)
+    monkeypatch.setattr(
+        answers, "log_probabilities", lambda _, asked, __: pytest.fail("again") if asked else []
+    )
+    kept = answers.teacher_answers(chat, THREE, limit, shipped)
+
+    assert measured == whole
+    assert kept == whole
+    assert seen == []
+    assert all(pair.nats and pair.greedy_nats > 0 and pair.greedy_tokens > 0 for pair in kept.pairs)
+
+
+def test_silent_students_are_judged_by_the_teachers_answers_alone(
+    chat: Checkpoint, tmp_path: Path
+) -> None:
+    """Bits, but nothing of their own; the last one has what it has where all are asked."""
+    other = chatting(
+        load.open_checkpoint(tiny.make(tmp_path / "other", seed=1)), tmp_path / "student"
+    )
+    third = chatting(
+        load.open_checkpoint(tiny.make(tmp_path / "third", seed=2)), tmp_path / "quantized"
+    )
+    models = {"teacher": chat, "distilled": other, "4-bit": third}
+    limit = memory.budget(None)
+
+    some = answers.judged(models, THREE, limit, silent=["distilled"])
+    everybody = answers.judged(models, THREE, limit)
+
+    assert some is not None
+    assert everybody is not None
+    assert some.greedy["distilled"] == []
+    assert len(some.greedy["4-bit"]) == 3
+    metrics = [(row.model, row.metric) for row in some.rows]
+    assert [metric for name, metric in metrics if name == "distilled"] == [
+        "answers",
+        "answers_excess",
+    ]
+    assert ("4-bit", "loops") in metrics
+    assert ("teacher", "loops") in metrics
+    shared = [row for row in everybody.rows if (row.model, row.metric) in metrics]
+    assert some.rows == shared
+
+
+def test_the_teacher_is_known_by_what_is_kept() -> None:
+    """By pencil: its sampled answers cost 3 and 5 nats; its greedy ones -1/2 nat a token of four,
+    -1 of two: -2/3.
+    """
+    said = [Answer("abcd", ended=True), Answer("efgh", ended=False)]
+    costs = [(3.0, 2.0, 4), (5.0, 2.0, 2)]
+    pairs = [AnswerPair(answer, answer, *cost) for answer, cost in zip(said, costs, strict=True)]
+
+    teacher = TeacherAnswers(THREE[:2], pairs)
+
+    assert teacher.as_model.bits.nats.tolist() == [3.0, 5.0]
+    assert teacher.as_model.bits.nbytes.tolist() == [
+        4,
+        4,
+    ]
+    assert teacher.as_model.logprob == pytest.approx(-4 / 6)
+    assert teacher.as_model.greedy == teacher.sampled == teacher.greedy == said
+    second = teacher.part([1])
+    assert second.prompts == THREE[1:2]
+    assert second.as_model.logprob == pytest.approx(-1.0)
+
+
+def test_a_model_without_a_template_is_not_judged(llama: Checkpoint, chat: Checkpoint) -> None:
+    """No figures of it, and none of anybody where it is the teacher; asked directly, a sentence."""
+    limit = memory.budget(None)
+    assert answers.judged({"teacher": llama, "student": chat}, THREE, limit) is None
+    found = answers.judged({"teacher": chat, "student": llama}, THREE, limit)
+    assert found is not None
+    assert {row.model for row in found.rows} == {"teacher"}
+    for ask in (
+        lambda: answers.greedy(llama, THREE, limit),
+        lambda: answers.bits(llama, fixed(Answer("If", ended=True))),
+        lambda: answers.teacher_answers(llama, THREE, limit),
+    ):
+        with pytest.raises(MisError, match="has no chat template: answers are not judged"):
+            ask()
+
+
+def test_a_prompt_that_one_template_refuses_is_left_out_for_all(
+    llama: Checkpoint, chat: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A conversation of three messages, and a prompt that leaves no room for its answer."""
+    strict = chatting(llama, tmp_path / "strict", STRICT)
+    long = asked("if the loop is true " * 200)[0]
+
+    found = answers.judged(
+        {"teacher": chat, "student": strict}, [THREE[0], LATER, long], memory.budget(None)
+    )
+
+    assert found is not None
+    assert found.answers.prompts == [THREE[0]]
+    assert "2 of 3 prompts are left out" in capsys.readouterr().err
+    with pytest.raises(
+        MisError, match=r"refuses the prompt 'Why\?' \(one turn only\): leave it out"
+    ):
+        answers.teacher_logprob(strict, [LATER], [Answer("If", ended=True)])
+
+
+def test_a_student_is_judged_beside_its_teacher(chat: Checkpoint, tmp_path: Path) -> None:
+    """The teacher over itself: nothing; of four prompts there is no interval."""
+    other = chatting(
+        load.open_checkpoint(tiny.make(tmp_path / "other", seed=1)), tmp_path / "student"
+    )
+    models = {"teacher": chat, "copy": chat, "student": other}
+
+    found = answers.judged(models, [*THREE, LATER], memory.budget(None))
+
+    assert found is not None
+    assert set(found.greedy) == set(models)
+    value = {(row.model, row.metric): row for row in found.rows}
+    excess = value["copy", "answers_excess"]
+    assert (excess.value, excess.low, excess.high) == (0, -math.inf, math.inf)
+    shared = {"answers", "loops", "empty", "endless", "teacher_logprob"}
+    assert {metric for name, metric in value if name == "teacher"} == shared
+    assert {metric for name, metric in value if name == "student"} == {*shared, "answers_excess"}
+    assert value["copy", "teacher_logprob"].value == value["teacher", "teacher_logprob"].value
+    difference = value["student", "answers"].value - value["teacher", "answers"].value
+    assert value["student", "answers_excess"].value == pytest.approx(difference)
+    assert found.greedy["student"] != found.greedy["teacher"]
+
+
+def test_a_part_of_a_judgement_is_one_of_these_prompts(chat: Checkpoint, tmp_path: Path) -> None:
+    """Figures of two of four prompts: those of a judgement that asked only these (rounding
+    apart).
+    """
+    other = chatting(
+        load.open_checkpoint(tiny.make(tmp_path / "other", seed=1)), tmp_path / "student"
+    )
+    models = {"teacher": chat, "student": other}
+    limit = memory.budget(None)
+
+    whole = answers.judged(models, [*THREE, LATER], limit)
+    alone = answers.judged(models, [THREE[1], LATER], limit)
+
+    assert whole is not None
+    assert alone is not None
+    part = whole.part([1, 3])
+    assert part.answers.prompts == alone.answers.prompts
+    assert part.greedy == alone.greedy
+    assert part.answers.sampled == alone.answers.sampled
+    for one, wanted in zip(part.rows, alone.rows, strict=True):
+        assert (one.model, one.metric, one.n) == (wanted.model, wanted.metric, wanted.n)
+        assert one.value == pytest.approx(wanted.value, abs=near(1e-5, 1e-2))
+
+
+def test_rows_by_pencil() -> None:
+    """3 and 5 bits over 2 and 2 bytes: 2 bits a byte; the teacher's 1 and 3: one less. One of four
+    answers loops.
+    """
+    bits = AnswerBits(math.log(2) * np.array([3.0, 5.0]), np.array([2, 2]))
+    teacher_bits = AnswerBits(math.log(2) * np.array([1.0, 3.0]), np.array([2, 2]))
+    said = [
+        Answer("no, " * 60, False),
+        Answer("", True),
+        Answer("Yes.", True),
+        Answer("Well", False),
+    ]
+
+    found = {
+        row.metric: row
+        for row in answer_figures.rows_of("m", bits, said, -1.5, teacher_bits=teacher_bits)
+    }
+
+    assert (found["answers"].value, found["answers"].n) == (pytest.approx(2.0), 2)
+    assert (found["answers"].low, found["answers"].high) == (-math.inf, math.inf)  # too few
+    assert found["answers_excess"].value == pytest.approx(1.0)
+    shares = {name: (found[name].value, found[name].n) for name in ("loops", "empty", "endless")}
+    assert shares == {"loops": (25.0, 4), "empty": (25.0, 4), "endless": (50.0, 4)}
+    assert (found["teacher_logprob"].value, found["teacher_logprob"].n) == (-1.5, 4)
+    assert [row.metric for row in answer_figures.rows_of("m", bits)] == ["answers"]
+
+
+@pytest.mark.usefixtures("cpu_policy")
+def test_planned_before_anything_is_asked(tmp_path: Path) -> None:
+    """More for more students and prompts; kept answers cost the teacher no writing; streamed where
+    that must be.
+    """
+    deep = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=24))
+    m = model_of(deep)
+    much = Budget(2000 * MIB)
+    one = writing_cost.answers_cost([m, m], 8, much)
+    two = writing_cost.answers_cost([m, m, m], 8, much)
+    kept = writing_cost.answers_cost([m, m], 8, much, teacher_kept=True)
+    poor = writing_cost.answers_cost([m, m], 8, Budget(20 * MIB))
+    assert one.flops < two.flops
+    assert kept.flops < one.flops
+    assert kept.peak_bytes <= one.peak_bytes
+    assert one.seconds(estimates.machine_rates()) > 0
+    assert poor.read_bytes > 20 * one.read_bytes
+    assert poor.peak_bytes < 20 * MIB
+    with pytest.raises(MisError, match="the budget is 1 MiB: give --budget"):
+        writing_cost.answers_cost([m], 8, Budget(MIB))
+
+
+def test_a_device_finds_what_numpy_finds(chat: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of texts of several lengths, one of them without tokens, over parts of the vocabulary."""
+    rng = np.random.default_rng(3)
+    targets = [rng.integers(0, 512, count) for count in (5, 0, 300, 1, 40)]
+    source = Stream(chat, mx.float32)
+    keys = mx.random.split(mx.random.key(1), len(targets))
+    hidden = []
+    for target, key in zip(targets, keys, strict=True):
+        hidden.append(mx.random.normal((1, len(target) + 3, 64), key=key))
+    monkeypatch.setattr(score, "HEAD_PART", 64 * 100)
+    found = []
+    for policy in ("cpu", "metal"):
+        monkeypatch.setenv(precision.POLICY, policy)
+        found.append(score._of_targets(source, list(hidden), targets))
+    table = load.dense(chat, f"{load.EMBEDDING}weight").astype(mx.float32)
+    for ours, theirs, states, target in zip(*found, hidden, targets, strict=True):
+        assert len(ours) == len(theirs) == len(target)
+        if not len(target):
+            continue
+        logits = states[0, -len(target) - 1 : -1] @ table.T
+        each = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        wanted = np.array(each)[np.arange(len(target)), target]
+        np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(theirs, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_by_metals_policy(metal: None, chat: Checkpoint, tmp_path: Path) -> None:
+    """Half precision gives finite figures near those of float32, and answers of the same shape."""
+    tokenizer = load.tokenizer(chat.path)
+    said = Answer("A statement.", ended=True)
+
+    found = answers.bits(chat, fixed(said))
+    written = answers.teacher_answers(chat, THREE[:1], memory.budget(None))
+
+    own = [*tokenizer.encode(said.text), tokenizer.eos_token_id]
+    ids = [*mlx_generate.chat_ids(tokenizer, THREE[0].messages), *own]
+    wanted = -plain_log_probabilities(chat, ids, len(own)).sum()
+    assert found.nats[0] == pytest.approx(wanted, rel=2e-3)
+    assert len(written.sampled) == len(written.greedy) == 1

@@ -1,0 +1,130 @@
+"""What writing takes, planned and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mis_mlx.hardware import memory
+from mis_mlx.judge import writing_cost
+from mis_mlx.judge.writing_cost import WritingPlan
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import ModelSize, model_of
+from mis_mlx.models.passing.stream import Stream
+from mis_mlx.models.writing import streamed_batch
+from mis_mlx.models.writing.draws import Draws, Sampling
+from mis_mlx.types import Budget, Checkpoint
+from tests import tiny
+
+Models = Callable[[str], Checkpoint]
+MIB = 2**20
+COUNT = 20  # texts
+ANSWER = 40  # tokens of each
+LONGEST = 70  # of a prompt
+
+
+def streamed_plan(m: ModelSize, at_once: int, room_bytes: int = 0) -> WritingPlan:
+    """Of a streamed model, with so many bytes more than it needs."""
+    texts = writing_cost._Texts(COUNT, LONGEST, ANSWER)
+    need = writing_cost._streamed(m, texts, at_once).peak_bytes + room_bytes
+    limit = next(n for n in range(need, 2**34, 2**14) if n - memory.process_bytes(n) >= need)
+    cost = writing_cost._streamed(m, texts, at_once)
+    plan = WritingPlan(at_once=at_once, peak_bytes=limit, cost=cost, tokens=texts.tokens)
+    return writing_cost._from_disk(plan, m, Budget(limit))
+
+
+def prompts() -> list[list[int]]:
+    """Of every length up to the longest."""
+    rng = np.random.default_rng(0)
+    lengths = np.linspace(1, LONGEST, COUNT).astype(int)
+    return [rng.integers(1, 500, length).tolist() for length in lengths]
+
+
+@pytest.mark.usefixtures("cpu_policy")
+@pytest.mark.parametrize(
+    "kind",
+    ["llama", "gemma3_text", "gemma4_text", "gemma3n_text", "lfm2", "qwen3_5_text", "gpt_oss"],
+)
+@pytest.mark.parametrize("at_once", [3, 20])
+def test_a_streamed_writer_takes_what_the_plan_says(
+    models: Models, kind: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts of all lengths, which end at different tokens, beside each other and behind. The stream
+    itself reads no more bytes than planned.
+    """
+    monkeypatch.setattr(writing_cost.pass_cost, "SMALL_BYTES", 0)
+    checkpoint = models(kind)
+    plan = streamed_plan(model_of(checkpoint), at_once)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+
+    writer = plan.open(checkpoint)
+    draws = Draws(Sampling(1.0, 0.95), range(COUNT))
+    found = writer.write(prompts(), ANSWER, {5, 6, 7, 8, 9}, draws)
+
+    assert mx.get_peak_memory() - before <= plan.cost.peak_bytes
+    stream = writer._model
+    assert isinstance(stream, Stream)
+    rows = sum(map(len, found)) + sum(map(len, prompts()))
+    assert stream.reader.nbytes <= plan.cost.read_bytes + rows * 64 * 1024
+
+
+@pytest.mark.usefixtures("cpu_policy")
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"hidden_size": 512, "num_key_value_heads": 4, "intermediate_size": 1024},
+        {"vocab_size": 49152},
+    ],
+)
+@pytest.mark.parametrize("at_once", [3, 20])
+def test_a_wide_model_and_many_tokens_are_planned_closely(
+    tmp_path: Path, shape: dict[str, int], at_once: int
+) -> None:
+    """Where weights, or logits, are most of it: no more than planned, and not much less."""
+    checkpoint = load.open_checkpoint(tiny.make(tmp_path / "one", num_hidden_layers=3, **shape))
+    plan = streamed_plan(model_of(checkpoint), at_once)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    writer = plan.open(checkpoint)
+    writer.write(prompts(), 3, (), Draws(Sampling(1.0, 0.95), range(COUNT)))
+    peak = mx.get_peak_memory() - before
+    assert 0.6 * plan.cost.peak_bytes <= peak <= plan.cost.peak_bytes
+
+
+@pytest.mark.usefixtures("cpu_policy")
+def test_room_saves_reading(tmp_path: Path) -> None:
+    """With room for the head and some blocks a plan has fewer bytes, and so has the writer."""
+    deep = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=12))
+    m = model_of(deep)
+    read = []
+    for room_bytes in (0, m.head_work + 6 * m.block_work):
+        plan = streamed_plan(m, 20, room_bytes)
+        writer = plan.open(deep)
+        writer.write(prompts(), ANSWER, ())
+        assert isinstance(writer._model, Stream)
+        read.append(writer._model.reader.nbytes)
+        assert 0.7 * plan.cost.read_bytes < read[-1] < 1.05 * plan.cost.read_bytes
+    assert read[1] < 0.6 * read[0]
+
+
+@pytest.mark.usefixtures("cpu_policy")
+def test_a_prompt_is_one_pass(tmp_path: Path) -> None:
+    """Bytes are those of a pass for each token of the answers, however long the prompts are; room
+    is for the tokens that will be, not for twice as many.
+    """
+    deep = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=24))
+    m = model_of(deep)
+    costs = {}
+    for prompt_tokens in (8, 200):
+        texts = writing_cost._Texts(24, prompt_tokens, 48)
+        costs[prompt_tokens] = writing_cost._streamed(m, texts, 24)
+    assert costs[8].read_bytes == costs[200].read_bytes == 48 * (m.head_bytes + 24 * m.block_bytes)
+    kept = writing_cost.pass_cost.texts_bytes(m, 24, 248 + streamed_batch.STEP)
+    assert kept < costs[200].peak_bytes < 1.7 * kept
