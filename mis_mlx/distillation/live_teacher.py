@@ -16,7 +16,7 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
-from mis_mlx.compute import precision, streams
+from mis_mlx.compute import precision, slab_draws, streams
 from mis_mlx.compute.slab_losses import Slabs, sparse_kl_gradients
 from mis_mlx.compute.token_losses import TokenLoss, teacher_kl
 from mis_mlx.data import draws
@@ -81,6 +81,12 @@ class StreamedTeacher:
     def logits(self) -> losses.Logits:
         """Logits of hidden states; the head is read when they are first asked for."""
         return partial(load.wide_logits, self._source.head())
+
+    def head_slabs(self, rows: int) -> Iterator[tuple[int, losses.Logits]]:
+        """(first token, logits of `rows` tokens and up), over the vocabulary; read as they come."""
+        vocab = shape_of(self._source.checkpoint.config).vocab
+        for start, part in self._source.head_parts(vocab, rows):
+            yield start, partial(load.wide_logits, part)
 
     def _logits_by(self, frozen: mx.array) -> losses.Logits:
         """The same, where the student's head (V, D) is not trained."""
@@ -219,7 +225,7 @@ def write_store(
     not on how many windows went through the teacher together, nor on where writing was stopped.
 
     checkpoint: the teacher's. teacher(): opens it; not called when nothing is missing. It is passed
-    through once for every `windows_per_pass` windows. top, count: as of `losses.sample`.
+    through once for every `windows_per_pass` windows. top, count: as of `slab_draws.sample`.
     show(windows done, text). Several machines share the missing parts out, and all have the whole
     store in the end. together: they share the teacher too (models/passing/pipeline_parallel), so
     every machine makes as many passes as the one that makes most.
@@ -251,8 +257,16 @@ def write_store(
         assert source is not None
         group = missing[start : start + windows_per_pass]  # empty: only the others have windows
         hidden = source.hidden([mx.array(data.tokens[window][None]) for window in group])
-        for window, states in zip(group, hidden, strict=True):
-            store.put(window, _drawn(source, states[0], spec, window * length))
+        targets = slab_draws.sample(
+            [states[0] for states in hidden],
+            partial(source.head_slabs, slab_draws.slab_rows(length)),
+            count,
+            seed,
+            [window * length for window in group],
+            top=top,
+        )
+        for window, arrays in zip(group, targets, strict=True):
+            store.put(window, dict(zip(spec.dtypes(), arrays, strict=True)))
             done += 1
             show(done, f"{store.bytes_per_token:.0f} bytes/token")
     _exchange(store, files)
@@ -269,32 +283,6 @@ def _exchange(store: logit_store.Targets, files: Files) -> None:
                 distributed.broadcast_file(store.path(number), files, owners[0])
             if number not in store.parts:
                 store.adopt(number)
-
-
-def _drawn(
-    teacher: StreamedTeacher, hidden: mx.array, spec: logit_store.Spec, first: int
-) -> dict[str, np.ndarray]:
-    """A window's arrays for the store, from its hidden states (T, D).
-
-    first: the number of the window's first position.
-    """
-    rows = losses.chunk_rows(spec.vocab)
-    parts = []
-    for start in range(0, len(hidden), rows):
-        # Without a name for the logits: the next chunk's would be made beside them.
-        parts.append(
-            losses.sample(
-                teacher.logits(hidden[start : start + rows]),
-                spec.count,
-                spec.seed,
-                first + start,
-                top=spec.top,
-            )
-        )
-    arrays = zip(*parts, strict=True)
-    return {
-        name: np.concatenate(chunks) for name, chunks in zip(spec.dtypes(), arrays, strict=True)
-    }
 
 
 class CachedTeacher:

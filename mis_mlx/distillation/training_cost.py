@@ -8,6 +8,7 @@ packed, whose scales learn.
 import math
 from dataclasses import replace
 
+from mis_mlx.compute import slab_draws
 from mis_mlx.compute.slab_losses import slab_bytes
 from mis_mlx.distillation import state_cost
 from mis_mlx.distillation.state_cost import STATE_BYTES, block_state_bytes
@@ -30,6 +31,7 @@ from mis_mlx.planner.distillation_spec import SCALES, STORE, DistillationSpec
 from mis_mlx.quantization import rounding_cost
 from mis_mlx.settings.recipe import TUNE_ITERS
 from mis_mlx.settings.workloads import SAVED_BYTES
+from mis_mlx.storage import logit_store
 
 PACKED_UPDATE_ARRAYS = 4  # opened moments, a new weight, and codes (measured)
 
@@ -37,16 +39,25 @@ PACKED_UPDATE_ARRAYS = 4  # opened moments, a new weight, and codes (measured)
 def store_cost(job: DistillationSpec, limit: int) -> StageCost:
     """The teacher's sampled logits for all training tokens.
 
-    One pass for as many windows as memory takes.
+    One pass for as many windows as memory takes; its head comes in slabs, twice.
     """
     t = job.teacher
     length = job.max_seq_length
+    vocab = t.shape.vocab
     steps = max(job.iters, job.rounding.steps(TUNE_ITERS))
     windows = steps * job.batch_size * job.grad_accumulation_steps
-    one_window = streamed_pass(
-        "", t, tokens=length, micro_tokens=length, length=length, spool=False
+    blocks = streamed_pass(
+        "", t, tokens=length, micro_tokens=length, length=length, head=False, spool=False
     )
-    window_bytes = length * t.hidden_bytes + side_bytes(t, length)
+    slab = slab_draws.slab_bytes(length, t.shape.hidden, vocab)
+    kept = slab_draws.state_bytes(logit_store.TOP, logit_store.SAMPLES)
+    one_window = replace(
+        blocks,
+        read_bytes=blocks.read_bytes + 2 * t.head_bytes,
+        peak_bytes=blocks.peak_bytes + slab + length * kept,
+        flops=blocks.flops + 4.0 * length * t.head_params,
+    )
+    window_bytes = length * (t.hidden_bytes + kept) + side_bytes(t, length)
     extra = headroom_bytes(limit, one_window.peak_bytes, t.gpu) // window_bytes
     at_once = 1 + min(extra, windows - 1)
     return StageCost(

@@ -10,8 +10,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mis_mlx.types import MisError
-
 HALNY_CLIP = 0.15
 HALNY_REFERENCE_C = 15.0  # the spread of the air that gives the full HALNY_CLIP
 PART = 2**22  # numbers of a head, or of its gradient, that are made at a time
@@ -213,67 +211,6 @@ def sum_by_chunks(
 
     results: Any = forward(student) if frozen_head else forward(student, head)
     return results[0]
-
-
-def sample(
-    logits: mx.array,
-    count: int,
-    seed: int,
-    first: int,
-    *,
-    top: int = 0,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A sparse target for each position: its `top` likeliest tokens, and `count` of the others.
-
-    The likeliest have their probability in softmax(logits). Of the others, tokens are drawn with
-    replacement by their probability, and share what the others have together (arXiv 2503.16870).
-    So the target is an unbiased estimate of the softmax, and sums to 1.
-
-    logits: (n, V), of positions number `first` and up. Returns sizes (n,), the number of tokens of
-    each position; ids and shares (sum of sizes,): one position's after another's, ids rising. The
-    draws of a position depend on its number and the seed alone, however positions are cut into
-    calls: Philox is a function of a counter. MisError when logits are not numbers.
-    """
-    blocks = -(-count // 4)  # one step of Philox's counter makes four numbers
-    random = np.random.Generator(np.random.Philox(key=seed, counter=first * blocks))
-    # Every position takes whole steps of the counter, so its draws do not depend on the others'.
-    uniform = np.sort(random.random((len(logits), 4 * blocks))[:, :count], axis=1)
-    shares = np.array(mx.softmax(logits.astype(mx.float32), axis=-1))
-    if not np.isfinite(shares[:, 0]).all():  # softmax spreads one NaN over its row
-        raise MisError(
-            "the teacher's logits are not numbers: it overflows in this precision, use another "
-            "teacher"
-        )
-    targets = [_target(p, u, top) for p, u in zip(shares, uniform, strict=True)]
-    sizes = [len(ids) for ids, _ in targets]
-    all_ids = np.concatenate([ids for ids, _ in targets])
-    all_shares = np.concatenate([weights for _, weights in targets])
-    return np.array(sizes), all_ids, all_shares.astype(np.float32)
-
-
-def _target(p: np.ndarray, u: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
-    """One position's (ids, shares). p (V,): probabilities. u: numbers in [0, 1), rising."""
-    # In float64: in float32 a running sum would drift over a whole vocabulary.
-    left = p.astype(np.float64)
-    left /= left.sum()
-    likeliest = np.zeros(0, np.int64)
-    if top:
-        top = min(top, len(p))
-        likeliest = np.argpartition(p, len(p) - top)[len(p) - top :]
-    exact = left[likeliest]
-    left[likeliest] = 0.0
-    cdf = np.cumsum(left)
-    rest = cdf[-1]
-    if not rest:
-        order = np.argsort(likeliest)
-        return likeliest[order], exact[order]
-    # u < 1, but u * rest may round up to the total, which no token's share exceeds.
-    drawn = np.searchsorted(cdf, np.minimum(u * rest, np.nextafter(rest, 0.0)), side="right")
-    distinct, repeats = np.unique(drawn, return_counts=True)
-    ids = np.concatenate([likeliest, distinct])
-    weights = np.concatenate([exact, repeats * (rest / len(u))])
-    order = np.argsort(ids)
-    return ids[order], weights[order]
 
 
 def sampled_kl_sum(

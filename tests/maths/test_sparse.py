@@ -4,18 +4,32 @@ expectation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from mis_mlx.compute import slab_draws
 from mis_mlx.maths import losses
+from mis_mlx.maths.losses import Logits
 from mis_mlx.types import MisError
 from tests.maths.test_losses import problem
 
 V = 40
 Gradients = tuple[mx.array, list[mx.array]]
+
+
+def sample(
+    logits: mx.array, count: int, seed: int, first: int, *, top: int = 0
+) -> slab_draws.Target:
+    """Targets of these logits, which come in slabs of 7 tokens."""
+
+    def slabs() -> Iterator[tuple[int, Logits]]:
+        for start in range(0, logits.shape[1], 7):
+            yield start, lambda z, start=start: z[:, start : start + 7]
+
+    return slab_draws.sample([logits], slabs, count, seed, [first], top=top)[0]
 
 
 def softmax(z: np.ndarray) -> np.ndarray:
@@ -39,7 +53,7 @@ def test_a_sample_by_pencil() -> None:
     """All the mass on one token: it is drawn every time. Two positions, two tokens, seven draws."""
     logits = mx.array([[0.0, 200.0, 0.0], [200.0, 0.0, 0.0]])
 
-    sizes, ids, shares = losses.sample(logits, 7, 0, 0)
+    sizes, ids, shares = sample(logits, 7, 0, 0)
 
     assert sizes.tolist() == [1, 1]
     assert ids.tolist() == [1, 0]
@@ -53,12 +67,12 @@ def test_positions_are_drawn_one_by_one(cut: int, count: int) -> None:
     """
     logits = mx.random.normal((13, 300), key=mx.random.key(0))
 
-    whole = losses.sample(logits, count, 3, 1000)
+    whole = sample(logits, count, 3, 1000)
     parts = []
     for start in range(0, 13, cut):
-        parts.append(losses.sample(logits[start : start + cut], count, 3, 1000 + start))
-    _, other_seed, _ = losses.sample(logits, count, 4, 1000)
-    _, other_positions, _ = losses.sample(logits, count, 3, 1001)
+        parts.append(sample(logits[start : start + cut], count, 3, 1000 + start))
+    _, other_seed, _ = sample(logits, count, 4, 1000)
+    _, other_positions, _ = sample(logits, count, 3, 1001)
 
     for array, pieces in zip(whole, zip(*parts, strict=True), strict=True):
         assert np.array_equal(array, np.concatenate(pieces))
@@ -84,7 +98,7 @@ def test_draws_are_independent_and_have_the_teachers_shares() -> None:
     p = softmax(logits)
     expected = n * count * p
 
-    sizes, ids, shares = losses.sample(mx.array(np.tile(logits, (n, 1))), count, 1, 0)
+    sizes, ids, shares = sample(mx.array(np.tile(logits, (n, 1))), count, 1, 0)
 
     counts = np.round(count * shares)
     seen = np.bincount(ids, counts, 20)
@@ -102,13 +116,13 @@ def test_logits_that_are_no_numbers_are_refused() -> None:
     logits = mx.zeros((2, 9))
     logits[1, 5] = float("nan")
     with pytest.raises(MisError, match="not numbers"):
-        losses.sample(logits, 3, 0, 0)
+        sample(logits, 3, 0, 0)
 
 
 def targets(p: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
     """ids and weights of the problem's teacher."""
     logits = p["teacher"] @ p["teacher_head"].T
-    sizes, ids, shares = losses.sample(logits, 20, 0, 0)
+    sizes, ids, shares = sample(logits, 20, 0, 0)
     return padded(sizes, ids, shares)
 
 
@@ -215,7 +229,7 @@ def test_sampled_gradients_are_unbiased(top: int) -> None:
         )
 
     def on_a_store(seed: int) -> np.ndarray:
-        sizes, ids, shares = losses.sample(z, count, seed, 0, top=top)
+        sizes, ids, shares = sample(z, count, seed, 0, top=top)
         return on_targets(*padded(sizes, ids, shares))
 
     likeliest = mx.argpartition(z, -6, axis=-1)[:, -6:]
@@ -241,13 +255,13 @@ def test_the_likeliest_tokens_are_exact() -> None:
     """
     p = np.array([0.4, 0.05, 0.3, 0.1, 0.1, 0.05])
     logits = mx.array(np.log(p)[None].astype(np.float32))
-    sizes, ids, shares = losses.sample(logits, 4, 0, 0, top=2)
+    sizes, ids, shares = sample(logits, 4, 0, 0, top=2)
     found = dict(zip(ids.tolist(), shares.tolist(), strict=True))
     assert sizes.tolist() == [len(found)]
     assert found.pop(0) == pytest.approx(0.4)
     assert found.pop(2) == pytest.approx(0.3)
     assert sum(found.values()) == pytest.approx(0.3)
     assert all((4 * share / 0.3) % 1 == pytest.approx(0, abs=1e-5) for share in found.values())
-    _, ids, shares = losses.sample(logits, 4, 0, 0, top=9)
+    _, ids, shares = sample(logits, 4, 0, 0, top=9)
     assert ids.tolist() == list(range(6))
     assert shares == pytest.approx(p)
