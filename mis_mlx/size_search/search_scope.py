@@ -32,7 +32,8 @@ def scope_of(s: Any, teacher: Checkpoint) -> Scope:
         flags.insert(0, f"--lose {s.lose:g}")
     within = _within(s, teacher, sizes, limits)
     measured = min(s.evaluations, len(within))
-    cli.say(f"students within {' '.join(flags)}: {len(within):,}; {measured} are measured")
+    most = "" if s.lose is None else "at most "
+    cli.say(f"students within {' '.join(flags)}: {len(within):,}; {most}{measured} are measured")
     return Scope(
         sizes=sizes,
         limits=limits,
