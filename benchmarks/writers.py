@@ -85,6 +85,8 @@ def rounded(teacher: Checkpoint, out: Path) -> Checkpoint:
     """The teacher in BITS bits, made unless it is there."""
     if not out.exists():
         packed(teacher.path, out, bits=BITS)
+        # mlx_lm writes another one, whose post-processor differs
+        shutil.copy(teacher.path / "tokenizer.json", out)
     return compute_type.open_to_compute(out)
 
 
