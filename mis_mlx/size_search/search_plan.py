@@ -23,7 +23,6 @@ from mis_mlx.size_search.measuring_cost import fitting_cost, passes_cost
 from mis_mlx.size_search.shape_search import Choice, Sizes, probes_of
 from mis_mlx.types import Budget, Checkpoint, MisError
 
-
 # Students that a search by --lose measures before the smallest one by corrected sums is one that
 # was measured: 1, 1, 1, 4 and 6 in five searches of three teachers.
 SETTLED_AFTER = 4
