@@ -53,7 +53,8 @@ class Function(ModuleType):
         a KeyboardInterrupt the run can be resumed.
         """
         cli = import_module("mis_mlx.cli")
-        given = self.Settings(**{name: _plain(value) for name, value in settings.items()})
+        named = import_module("mis_mlx.flag_help").current_names(self.Settings, settings)
+        given = self.Settings(**{name: _plain(value) for name, value in named.items()})
         cli.check_ranges(given)
         cli.prepare()
         with redirect_stdout(sys.stderr):
@@ -63,7 +64,8 @@ class Function(ModuleType):
     def __signature__(self) -> inspect.Signature:
         made = inspect.signature(self.Settings.__init__)
         _, *settings = made.parameters.values()
-        return made.replace(parameters=settings)
+        own = getattr(self.Settings, "INTERNAL", ())
+        return made.replace(parameters=[each for each in settings if each.name not in own])
 
 
 def _plain(value: Any) -> Any:

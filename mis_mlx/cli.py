@@ -101,8 +101,8 @@ def read_yaml(path: str, config_type: type) -> dict[str, Any]:
     known = {f.name: f for f in fields(config_type)}
     hints = get_type_hints(config_type)
     result = {}
-    for key, value in _yaml_lines(path).items():
-        name = str(key).replace("-", "_")
+    lines = {str(key).replace("-", "_"): (key, value) for key, value in _yaml_lines(path).items()}
+    for name, (key, value) in flag_help.current_names(config_type, lines).items():
         flag_help.refuse_gone(config_type, {name: value}, where=f"{path}: ")
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
@@ -179,6 +179,9 @@ def parse(config_type: Any, argv: Sequence[str] | None = None, prog: str | None 
     args = list(sys.argv[1:] if argv is None else argv)
     default: Any = tyro.MISSING_NONPROP
     given: dict[str, Any] = {}
+    if get_origin(config_type) is UnionType and {"-h", "--help"} & set(args):
+        print(flag_help.of_several(get_args(config_type), prog or "mis_mlx", args[0]))
+        sys.exit(0)
     if is_dataclass(config_type) and isinstance(config_type, type):
         args = _config_apart(args)
         help_flags = {"-h", "--help", "--help-all"} & set(args)
@@ -186,6 +189,7 @@ def parse(config_type: Any, argv: Sequence[str] | None = None, prog: str | None 
             every = "--help-all" in help_flags
             print(flag_help.text(config_type, prog or "mis_mlx", every=every))
             sys.exit(0)
+        args = [_current_flag(config_type, arg) for arg in args]
         _refuse_file_only(config_type, args)
         flag_help.refuse_gone(config_type, _said(args))
         for flag, file in itertools.pairwise(args):
@@ -229,6 +233,20 @@ def _said(args: Sequence[str]) -> dict[str, str]:
             name = flag.removeprefix("--").replace("-", "_")
             said[name] = value if joined else following
     return said
+
+
+def _current_flag(config_type: type, arg: str) -> str:
+    """A flag under its setting's name, where it is spelt in another way; another word as it is."""
+    if not arg.startswith("--"):
+        return arg
+    flag, joined, value = arg.partition("=")
+    ((name, _),) = flag_help.current_names(config_type, {_name_of(flag): value}).items()
+    return arg if name == _name_of(flag) else f"--{name.replace('_', '-')}{joined}{value}"
+
+
+def _name_of(flag: str) -> str:
+    """The setting of a flag: '--target-bpw' is target_bpw's."""
+    return flag.lstrip("-").replace("-", "_")
 
 
 def _config_apart(args: Sequence[str]) -> list[str]:
@@ -439,6 +457,18 @@ def say(*lines: str) -> None:
         return
     for line in lines:
         print(line, file=sys.stderr, flush=True)
+
+
+def detail(*lines: str) -> None:
+    """Lines of progress that only -v shows."""
+    if DETAILS in os.environ:
+        say(*lines)
+
+
+def outcome(text: str) -> None:
+    """What a phase led to: it stands in the line that ends the phase; elsewhere, in its own."""
+    if not (SHOWN and SHOWN[0].takes(text)):
+        say(text)
 
 
 def continuing(run: str | Path) -> str:

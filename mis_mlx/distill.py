@@ -37,7 +37,7 @@ from mis_mlx.size_search import earlier, shortfall, size_request
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK
-from mis_mlx.types import Checkpoint, MisError, Row, duration
+from mis_mlx.types import Checkpoint, MisError, Row
 
 # Settings that may differ when a run is resumed: none of them changes a weight.
 FREE = frozenset(
@@ -64,24 +64,22 @@ FREE = frozenset(
 class Settings(DistillFlags):
     """Every default was measured to work. No flag is required."""
 
-    RARE: ClassVar = frozenset(
+    BASIC: ClassVar = frozenset(
         {
-            "num_samples",
-            "eval_windows",
-            "eval_prompts",
-            "heads",
-            "train",
-            "reconstruct_samples",
-            "q_group_size",
-            "q_method",
-            "q_iters",
-            "save_every",
-            "keep_steps",
-            "report_to",
-            "compute_dtype",
-            "altitude_m",
+            "teacher",
+            "data",
+            "budget",
+            "out",
+            "lose",
+            "bytes",
+            "iters",
+            "minutes",
+            "target_bpw",
+            "resume",
+            "dry_run",
         }
     )
+    INTERNAL: ClassVar = frozenset({"expected_loss"})
     # most are flags of `prune`, whose folder --student takes, or of `quantize`
     FILE_ONLY: ClassVar = frozenset(
         {
@@ -131,7 +129,7 @@ def run(settings: Settings) -> dict[str, Any]:
     with run_loop.entered(folder, name, out=s.out, asked=s.given, plan=plan_now) as place:
         _write_text(run_text.teacher_text(s, teacher), teacher)
         sizes = _found(sought, place)
-        return _work(_resolved(s, sizes, teacher, place.folder), place)
+        return _work(_resolved(s, sizes, teacher, place.folder), place, told=True)
 
 
 def _resolved(
@@ -149,24 +147,23 @@ def _resolved(
     run.
     """
     resolved = resolved_run.resolve(s, sizes, teacher, folder)
-    table = plan.table(resolved.plan, resolved.report.expected_loss, search_seconds=search_seconds)
-    cli.say(text.aligned(table))
-    resolved = _expecting_more(resolved)
+    expected = resolved.report.expected_loss
     if s.dry_run:
-        return resolved
+        table = plan.table(resolved.plan, expected, search_seconds=search_seconds)
+        cli.say(text.aligned(table))
+        return _expecting_more(resolved)
     if not resolved.plan.fits:
         raise MisError(strategies.remedy(resolved.plan))
-    if folder is None or not run_folder.is_decided(folder):
-        cli.say(progress.promise(sum(resolved.plan.planned.values())))
-    return resolved
+    # A search has said how long all takes; of a run that goes on, some is done.
+    begun = folder is not None and (run_folder.is_decided(folder) or "lose" in sizes)
+    cli.say(text.aligned(plan.brief(resolved.plan, expected, searched=begun)))
+    return _expecting_more(resolved)
 
 
 def _say_whole(sought: search.PlannedSearch, rest: strategies.MemoryPlan) -> None:
     """What all of a run should take that begins with a search; rest: by a likely student."""
-    seconds = sum(sought.seconds.values())
-    phases = {"search": seconds, **rest.planned}
-    parts = [f"{name} {duration(of)}" for name, of in phases.items()]
-    cli.say(f"all of it: {progress.promise(sum(phases.values()))}: {', '.join(parts)}")
+    phases = {"search": sum(sought.seconds.values()), **rest.planned}
+    cli.say(plan_report.time_line(phases), plan_report.memory_line(rest))
     note = plan_report.night(rest, sum(phases.values()))
     if note:
         cli.say(note)
@@ -220,7 +217,8 @@ def _sought(s: Settings, teacher: Checkpoint, folder: Path | None) -> search.Pla
     if not flags:
         return None
     size_request.refuse_impossible(request, flags, teacher)
-    cli.say(f"{flags}: a search chooses sizes and bits; the plan for the rest follows it")
+    aim = "the best" if loss is None else "the smallest"
+    cli.say(f"student: {aim} within {flags}; a search chooses sizes and bits")
     names = {field.name for field in fields(search.Settings)} & {field.name for field in fields(s)}
     # A search has its own, and the minutes are the distillation's that follows it.
     names -= {"out", "resume", "iters", "eval_windows", "minutes"}
@@ -283,8 +281,11 @@ def _searched(sought: search.PlannedSearch, place: run_loop.Place) -> dict[str, 
         return search.carry_out(sought, read, part)
 
 
-def _work(resolved: ResolvedRun, place: run_loop.Place) -> dict[str, Any]:
-    """Write the text, read it, go through all stages; the result."""
+def _work(resolved: ResolvedRun, place: run_loop.Place, *, told: bool = False) -> dict[str, Any]:
+    """Write the text, read it, go through all stages; the result.
+
+    told: a search has said what the text is.
+    """
     place.decide(resolved.settings.values, resolved.strategy, resolved.budget)
     _write_text(resolved.text.written, resolved.teacher)
     with progress.run("distill", resolved.plan.planned):
@@ -294,7 +295,7 @@ def _work(resolved: ResolvedRun, place: run_loop.Place) -> dict[str, Any]:
             resolved.budget,
             writer=resolved.plan.job.writer,
         )
-        table, result = _begin(resolved, source, place)
+        table, result = _begin(resolved, source, place, told=told)
     if table:
         print(text.aligned(table))
         cli.say(summary.next_steps(Path(result["run"])))
@@ -339,14 +340,15 @@ class Measured:
 
 
 def _begin(
-    resolved: ResolvedRun, source: preparation.Source, place: run_loop.Place
+    resolved: ResolvedRun, source: preparation.Source, place: run_loop.Place, *, told: bool
 ) -> tuple[str, dict[str, Any]]:
     """Read the data, open the run, go through all stages."""
     teacher = resolved.teacher
     student = resolved.student
     memory_plan = resolved.plan
     length = resolved.recipe.max_seq_length
-    data, origin = run_loop.prepare_text(teacher, source, length)
+    tell = cli.detail if told else cli.say
+    data, origin = run_loop.prepare_text(teacher, source, length, tell)
     with run_loop.open_run(
         place,
         origin,
@@ -446,7 +448,9 @@ def _sizes(c: pipeline.Run, models: comparison.Models, tokens: int) -> list[Row]
             fitting[name] = model
     sizes += [Row(name, "bytes", model.nbytes / 1e6) for name, model in models.items()]
     if tokens:
-        cli.say(f"measure: speed of {', '.join(fitting) or 'none: no model fits the budget whole'}")
+        if len(fitting) < 2:
+            timed = f"only {', '.join(fitting)} does, and is timed" if fitting else "none is timed"
+            cli.say(f"measure: not every model fits the budget whole: {timed}")
         sizes += bench.measure(
             fitting,
             prompt_tokens=2 * tokens,
@@ -471,8 +475,12 @@ def _finish(
     student = list(models)[-1]
     expected = summary.expectation(report.expected_loss, student, answered, measured.quality)
     sentence = ""
+    far = False
     if expected:
         sentence = summary.expectation_sentence(expected, report.lose)
+        far = summary.is_far(
+            expected=float(expected["expected_loss"]), reached=float(expected["reached_loss"])
+        )
 
     def page(*, for_screen: bool) -> str:
         return summary.result_page(
@@ -482,7 +490,9 @@ def _finish(
             resolved.recipe.max_seq_length,
             answered=answered,
             for_screen=for_screen,
-            expectation=sentence,
+            # the first line of the screen has the loss and the target
+            expectation="" if for_screen and answered and not far else sentence,
+            lose=report.lose,
         )
 
     c.files.replace_text(folder / "table.md", page(for_screen=False) + "\n")

@@ -34,6 +34,7 @@ from mis_mlx.types import (
     Checkpoint,
     Count,
     MisError,
+    Off,
     Row,
     Tokens,
     Within,
@@ -73,7 +74,9 @@ class Settings(cli.Budgeted, precision.Computing):
     """
     num_questions: Annotated[int, Within(2, MOST)] = 100
     """questions per task, and prompts for `answers`"""
-    apply_chat_template: bool = True
+    apply_chat_template: Annotated[
+        bool, Off("ask questions with options as plain text, also of chat models")
+    ] = True
     """ask questions with options through the chat template of a model that has one, with each
     option as the reply; lm-eval's own tasks are plain text for all
     """

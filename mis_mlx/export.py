@@ -59,7 +59,7 @@ class Settings(cli.Budgeted):
     base_model: str | None = None
     """hub id of the original model, for the model card; default: from the run"""
     license: str | None = None
-    """licence of the weights for the model card, as the hub spells it, such as apache-2.0; known
+    """license of the weights for the model card, as the hub spells it, such as apache-2.0; known
     only for the default teacher
     """
     upload_repo: str | None = None
@@ -124,7 +124,7 @@ def _check_upload(settings: Settings, checkpoint: Checkpoint) -> None:
         )
     if not settings.license and _base(settings, checkpoint) != resolve.DEFAULT:
         raise MisError(
-            "--upload-repo publishes weights, and their licence is not known: name it with "
+            "--upload-repo publishes weights, and their license is not known: name it with "
             "--license"
         )
 
@@ -148,7 +148,7 @@ def _readme(
         base,
         file,
         facts,
-        licence=settings.license or "",
+        license=settings.license or "",
         repository=settings.upload_repo or "" if packed else "",
     )
     return card.encode()

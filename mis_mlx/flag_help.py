@@ -7,7 +7,7 @@ import inspect
 import json
 import shutil
 import textwrap
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from docstring_parser import parse_from_object
 
-from mis_mlx.types import FILE_ONLY, Gone, MisError, Shown
+from mis_mlx.types import FILE_ONLY, Also, Gone, MisError, Off, Shown
 
 # Titles and the commands or flags under them, in this order; flags that no group names come last.
 GROUPS = json.loads((Path(__file__).parent / "help.json").read_text("utf-8"))
@@ -61,6 +61,17 @@ def shown(name: str, file_only: Collection[str]) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def current_names(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values under their settings' names, where some stand under others (`types.Also`)."""
+    hints = get_type_hints(kind, include_extras=True) if isinstance(kind, type) else {}
+    current = {}
+    for name, hint in hints.items():
+        for part in getattr(hint, "__metadata__", ()):
+            if isinstance(part, Also):
+                current.update(dict.fromkeys(part.names, name))
+    return {current.get(name, name): value for name, value in values.items()}
+
+
 def docs(kind: type) -> dict[str, str]:
     """{field: the string under it in the source}, of the class and its bases."""
     texts = {}
@@ -100,11 +111,13 @@ def grouped(kind: Any) -> Iterator[tuple[str, list[str]]]:
 
 
 def text(kind: Any, prog: str, every: bool) -> str:
-    """The help. every: with the flags that the class lists as `RARE`."""
+    """The help. every: with the flags beside those that the class lists as `BASIC`, if it does."""
     hints = get_type_hints(kind, include_extras=True)
     about = docs(kind)
     width = shutil.get_terminal_size().columns
-    rare = frozenset[str]() if every else getattr(kind, "RARE", frozenset[str]())
+    rare = rare_of(kind)
+    if every:
+        rare = frozenset()
     defaults = {f.name: f.default for f in fields(kind)}
     summary = inspect.getdoc(kind) or ""
     lines = [f"usage: {prog} [flags]", "", *textwrap.wrap(summary, width)]
@@ -116,24 +129,58 @@ def text(kind: Any, prog: str, every: bool) -> str:
             default = defaults[name]
             switch = "no-" if default is True else ""
             flag = f"  --{switch}{name.replace('_', '-')} {metavar(hints[name])}"
-            description = _described(about.get(name, ""), default)
+            if _is_positional(hints[name]):
+                flag = f"  {name.upper()}"
+            description = _described(about.get(name, ""), default, hints[name])
             lines += _entry(flag.rstrip(), description, width)
     lines += ["", "All commands: --json, -v for detailed plans, --version, --accept-gemma-terms"]
     if rare:
-        return "\n".join([*lines, f"--help-all shows {len(rare)} more flags"])
-    file_only = sorted(quiet(kind))
+        return "\n".join([*lines, f"--help-all shows {len(rare)} advanced flags, too"])
+    file_only = sorted(quiet(kind) - internal(kind))
     if file_only:
         only = f"Only in a YAML file (--config): {', '.join(file_only)}"
         lines += ["", *textwrap.wrap(only, width)]
     return "\n".join(lines)
 
 
-def _described(about: str, default: Any) -> str:
+def of_several(kinds: Sequence[type], prog: str, word: str) -> str:
+    """The help of a command whose first word says what to do; of one of these, if it is `word`."""
+    named = {kind.__name__.lower(): kind for kind in kinds}
+    if word in named:
+        return text(named[word], f"{prog} {word}", every=True)
+    width = shutil.get_terminal_size().columns
+    lines = [f"usage: {prog} {{{','.join(named)}}} [flags]", ""]
+    for name, kind in named.items():
+        lines += _entry(f"  {name}", " ".join((inspect.getdoc(kind) or "").split()), width)
+    return "\n".join([*lines, "", f"{prog} {next(iter(named))} --help shows its flags"])
+
+
+def rare_of(kind: Any) -> frozenset[str]:
+    """The flags that --help leaves to --help-all."""
+    basic = getattr(kind, "BASIC", None)
+    if basic is None:
+        return frozenset()
+    return frozenset(f.name for f in fields(kind)) - basic - quiet(kind)
+
+
+def internal(kind: Any) -> frozenset[str]:
+    """The settings that a run writes into its own file, and nobody gives."""
+    return getattr(kind, "INTERNAL", frozenset[str]())
+
+
+def _is_positional(hint: Any) -> bool:
+    """Whether a setting is given by its place."""
+    # tyro's marker, which only cli.py and commands import
+    return any(repr(part) == "Positional" for part in getattr(hint, "__metadata__", ()))
+
+
+def _described(about: str, default: Any, hint: Any) -> str:
     """A flag's docstring, with its default unless the docstring says it."""
+    for part in getattr(hint, "__metadata__", ()):
+        if isinstance(part, Off):
+            return part.words
     if default is MISSING:
         return about if "default:" in about else f"{about} (required)"
-    if default is True:
-        return f"{about} (this flag turns it off)"
     unset = default is None or default is False or default == ()
     if unset or "default:" in about.lower():
         return about

@@ -36,7 +36,7 @@ def _questions(
     kinds = [name.strip() for name in s.tasks.split(",")]
     visited = s.iters * s.step_tokens
     data = examples.load(
-        s.data, ("answer",), s.data_licence, scrub=s.scrub_pii, kinds=kinds, tokens=visited
+        s.data, ("answer",), s.data_license, scrub=s.scrub_pii, kinds=kinds, tokens=visited
     )
     tokenizer = load.tokenizer(checkpoint.path)
     left = s.max_seq_length - s.max_completion_length

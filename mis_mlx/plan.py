@@ -39,16 +39,26 @@ def table(
     What has to be left out comes first. expected_loss: of the student with nothing left out, in
     bits per byte, where a search says so. search_seconds: of a search before it.
     """
+    return plan_report.table(plan, **_said_of(plan, expected_loss), search_seconds=search_seconds)
+
+
+def brief(
+    plan: strategies.MemoryPlan, expected_loss: float | None = None, *, searched: bool = False
+) -> str:
+    """The same in a few lines, as `plan_report.brief`; searched: behind a search."""
+    return plan_report.brief(plan, **_said_of(plan, expected_loss), searched=searched)
+
+
+def _said_of(plan: strategies.MemoryPlan, expected_loss: float | None) -> dict[str, Any]:
+    """What a plan says of its student."""
     job = plan.job
     teacher = job.shown or job.teacher
-    return plan_report.table(
-        plan,
-        shape_search.words(job.student.shape, teacher.shape),
-        left_out=shortfall.left_out(plan),
-        more_loss=shortfall.loss_factor(plan),
-        expected_loss=expected_loss,
-        search_seconds=search_seconds,
-    )
+    return {
+        "words": shape_search.words(job.student.shape, teacher.shape),
+        "left_out": shortfall.left_out(plan),
+        "more_loss": shortfall.loss_factor(plan),
+        "expected_loss": expected_loss,
+    }
 
 
 def outcome(plan: strategies.MemoryPlan, teacher: str) -> dict[str, Any]:

@@ -52,7 +52,10 @@ FREE = frozenset(
 class Settings(cli.Resumable, precision.Computing, ThermalFlags, QuantizationConfig):
     """Only quantizes; `distill` does this in its last stages."""
 
-    RARE: ClassVar = frozenset({"out", "save_every", "altitude_m"})
+    BASIC: ClassVar = frozenset(
+        {"model", "teacher", "data", "budget", "mlx_path", "target_bpw", "q_iters", "resume"}
+        | {"dry_run"}
+    )
 
     model: str | None = None
     """folder or hub id of an unquantized model; default: SmolLM2-135M-Instruct"""
@@ -100,7 +103,8 @@ def run(settings: Settings) -> dict[str, Any]:
         other = compute_type.open_to_compute(resolve.resolve_model(s.teacher).path, s.precision)
     with vocabulary.shared(other, [checkpoint]) as teacher:
         plan = _plan(s, checkpoint, teacher, folder)
-        cli.say(text.aligned(plan_report.table(plan)))
+        tell = plan_report.table if s.dry_run else plan_report.brief
+        cli.say(text.aligned(tell(plan)))
         if s.dry_run:
             return _dry_run(s, checkpoint, plan)
         if not plan.fits:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.data import preparation
-from mis_mlx.distillation import conversations, pipeline, strategies
+from mis_mlx.distillation import conversations, pipeline, plan_report, strategies
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.judge import answers
@@ -44,6 +44,7 @@ FREE = frozenset(
 )
 # Apart from distillations, so that --resume of one never finds the other.
 UNDER = Path("runs") / run_folder.SEARCH
+TABLE = "table.md"  # the finalists, in its folder
 PASSES = 3  # over a teacher that streams, each of which measures a choice
 Axis = Literal["layers", "ffn", "heads", "hidden", "vocab", "bits"]
 # Instead of flags of earlier versions.
@@ -163,8 +164,7 @@ def report(
     else:
         sentence = f"The best after pruning and rounding: {names[0]}: {lines[0]}"
         page = f"{told}\n\n{sentence}"
-    print(text.aligned(page))
-    run.files.replace_text(run.folder / "table.md", page + "\n")
+    run.files.replace_text(run.folder / TABLE, page + "\n")
     return {
         "candidates": measured,
         "finalists": [finalists.means(record) for record in records],
@@ -370,21 +370,20 @@ def run(settings: Settings) -> dict[str, Any]:
         planned.source()
         return {**planned.result, **planned.outcome}
     if folder is None:
-        cli.say(progress.promise(sum(planned.seconds.values())))
+        cli.say(plan_report.time_line(planned.seconds), plan_report.memory_line(planned.plan))
     name = f"{UNDER.name}/{teacher.path.name}"
     with run_loop.entered(folder, name, out=s.out, asked=s.given) as place:
         place.decide(asdict(s), {}, planned.limit)
-        return carry_out(planned, text_of(planned), place)
+        result = carry_out(planned, text_of(planned), place)
+        print(text.aligned((place.folder / TABLE).read_text("utf-8").rstrip()))
+        return result
 
 
 def _lay_out(place: run_loop.OpenRun, about: Mapping[str, Any]) -> None:
     """Begin with the measurements of earlier searches. about: their identity."""
     lines = known_losses.copy_into_run(place.folder, about, place.files)
     if lines:
-        cli.say(
-            f"{lines} measurements of this teacher are reused from earlier runs or came with "
-            f"the package"
-        )
+        cli.say(f"search: {lines} saved measurements of this teacher are used")
 
 
 if __name__ == "__main__":

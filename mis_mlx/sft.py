@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 from mis_mlx import cli
 from mis_mlx.alignment import alignment_run, sequence_packing
@@ -15,7 +15,7 @@ from mis_mlx.models.architectures.sizes import reads_in_order, softcap
 from mis_mlx.models.opening import compute_type, resolve
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import pass_cost
-from mis_mlx.types import Checkpoint, Rate
+from mis_mlx.types import Checkpoint, Off, Rate
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,9 @@ class Settings(alignment_run.Alignment):
 
     learning_rate: Rate = 1e-4
     """peak learning rate; decays to a tenth along a cosine; for billions of parameters, try 2e-5"""
-    mask_prompt: bool = True
-    """train on answers only: the completion, or every turn of the assistant; otherwise on all
-    tokens
-    """
-    packing: bool = True
+    mask_prompt: Annotated[bool, Off("train on prompts, too, not on answers alone")] = True
+    """train on answers only: the completion, or every turn of the assistant"""
+    packing: Annotated[bool, Off("give every row a window of its own")] = True
     """pack several rows into one window, where they do not see each other; off with --teacher,
     which reads row by row, and for Qwen 3.5
     """

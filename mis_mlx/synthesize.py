@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -35,6 +35,7 @@ from mis_mlx.storage import hub
 from mis_mlx.storage.files import DISK, as_mis_error, need_place
 from mis_mlx.storage.journal import Journal
 from mis_mlx.types import (
+    Also,
     Budget,
     Checkpoint,
     Count,
@@ -80,7 +81,7 @@ class Settings(cli.Budgeted, precision.Computing):
     """texts that the model writes"""
     max_tokens: Tokens = 256
     """maximum tokens per text"""
-    temp: Positive = 1.0
+    temp: Annotated[Positive, Also(("temperature",))] = 1.0
     """sampling temperature"""
     languages: tuple[str, ...] = ("en", "pl")
     """languages of our openings; text in a language that the model writes badly still helps the

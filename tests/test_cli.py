@@ -17,7 +17,17 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mis_mlx import cli, distill, evaluate, flag_help, quantize, search, sft
+from mis_mlx import (
+    cli,
+    distill,
+    evaluate,
+    flag_help,
+    quantize,
+    search,
+    sft,
+    synthesize,
+    thermal,
+)
 from mis_mlx.reporting import progress, text
 from mis_mlx.runs import run_loop
 from mis_mlx.types import GIB, MisError, Row, Step
@@ -200,13 +210,13 @@ def test_help_names_every_flag(kind: Any, capsys: pytest.CaptureFixture[str]) ->
         assert caught.value.code == 0
         shown[asked] = capsys.readouterr().out
     quiet = flag_help.quiet(kind)
-    rare = getattr(kind, "RARE", frozenset())
-    assert rare <= {f.name for f in fields(kind)} - quiet
+    rare = flag_help.rare_of(kind)
+    assert getattr(kind, "BASIC", frozenset()) <= {f.name for f in fields(kind)} - quiet
     for name in (f.name for f in fields(kind)):
         # further in than two blanks, a flag is named only
         line = re.compile(rf"(?m)^  --(no-)?{name.replace('_', '-')}(?![-\w])")
         if name in quiet:
-            assert name in shown["--help-all"], name
+            assert (name in shown["--help-all"]) == (name not in flag_help.internal(kind)), name
         else:
             assert line.search(shown["--help-all"]), name
         assert bool(line.search(shown["--help"])) == (name not in quiet | rare), name
@@ -220,8 +230,50 @@ def test_a_switch_that_is_on_is_shown_as_it_is_turned_off(
         cli.parse(sft.Settings, ["--help-all"])
     said = capsys.readouterr().out
     assert "  --no-fuse " in said
+    assert "keep the adapters next to the model" in said
     assert "  --fuse" not in said
     assert not cli.parse(sft.Settings, ["--no-fuse"]).fuse
+
+
+def test_the_help_of_a_command_of_several(capsys: pytest.CaptureFixture[str]) -> None:
+    """In the same form as of all others: what there is, then the flags of one."""
+    kinds = thermal.Record | thermal.Replay | thermal.Doctor
+    for args, named in ((["--help"], "  replay "), (["replay", "--help"], "  --step-s FLOAT")):
+        with pytest.raises(SystemExit) as caught:
+            cli.parse(kinds, args, prog="thermal")
+        assert caught.value.code == 0
+        said = capsys.readouterr().out
+        assert said.startswith("usage: thermal ") and named in said and "│" not in said
+
+
+def test_the_basic_flags_of_distill() -> None:
+    """Eleven: what a first run needs."""
+    basic = "teacher data budget out lose bytes iters minutes target_bpw resume dry_run"
+    assert set(basic.split()) == Settings.BASIC
+
+
+@pytest.mark.parametrize(
+    ("kind", "flag", "name", "value"),
+    [
+        (Settings, "--mlx-path", "out", "here"),
+        (Settings, "--num-layers", "layers", 3),
+        (sft.Settings, "--data-licence", "data_license", "CC0"),
+        (synthesize.Settings, "--temperature", "temp", 0.5),
+    ],
+)
+def test_other_names_of_a_flag(
+    kind: Any, flag: str, name: str, value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """mlx-lm's and those of an earlier version: as a flag, in a file, and from Python; unsaid."""
+    assert getattr(cli.parse(kind, [flag, str(value)]), name) == value
+    assert getattr(cli.parse(kind, [f"{flag}={value}"]), name) == value
+    other = flag.removeprefix("--").replace("-", "_")
+    (tmp_path / "s.yaml").write_text(f"{other}: {value}\n")
+    assert getattr(cli.parse(kind, ["-c", str(tmp_path / "s.yaml")]), name) == value
+    assert flag_help.current_names(kind, {other: value, "seed": 1}) == {name: value, "seed": 1}
+    with pytest.raises(SystemExit):
+        cli.parse(kind, ["--help-all"])
+    assert flag not in capsys.readouterr().out.replace("--num-layers-", "")
 
 
 def test_verbose_is_a_switch_of_every_command(
@@ -255,7 +307,7 @@ def test_distill_has_no_more_than_44_flags() -> None:
 @pytest.mark.parametrize(
     ("kind", "first"),
     [
-        (Settings, ["teacher", "student", "data", "budget", "out"]),
+        (Settings, ["teacher", "data", "budget", "out", "lose"]),
         (quantize.Settings, ["model", "teacher", "data", "budget", "mlx_path"]),
         (evaluate.Settings, ["teacher", "students", "data", "budget", "out"]),
     ],
@@ -365,8 +417,8 @@ def test_progress_is_quiet_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
-def test_a_step_beside_what_was_planned() -> None:
-    """Speed and memory beside what was planned and allowed."""
+def test_the_line_of_a_step() -> None:
+    """Loss, speed, and memory beside what is allowed."""
     step = Step(
         number=3,
         loss=2.5,
@@ -376,7 +428,7 @@ def test_a_step_beside_what_was_planned() -> None:
         seconds=2.0,
         peak_bytes=3 * 2**20,
     )
-    assert text.step_text(step, 6 * 2**20, 300.0) == "loss 2.500  250 of 300 tok/s  3 MiB of 6 MiB"
+    assert text.step_text(step, 6 * 2**20) == "loss 2.500  250 tok/s  3 MiB of 6 MiB"
 
 
 LIMITS = """

@@ -1,4 +1,4 @@
-"""Rows to align with: shapes, sentences with line numbers, splits, licence, personal data,
+"""Rows to align with: shapes, sentences with line numbers, splits, license, personal data,
 tokens.
 """
 
@@ -124,12 +124,12 @@ def test_equal_prompts_stay_on_one_side(tmp_path: Path) -> None:
     assert one.valid[0][1].startswith("train.jsonl line ")
 
 
-def test_the_licence_is_a_file_a_flag_or_missed(tmp_path: Path) -> None:
+def test_the_license_is_a_file_a_flag_or_missed(tmp_path: Path) -> None:
     """The flag wins; a file beside the data is read; neither is said."""
     folder = str(write(tmp_path, train=[GOOD["completion"]], valid=[GOOD["completion"]]))
     bare = examples.load(folder, SHAPES)
     assert bare.card["licence"] == "not stated"
-    assert any("--data-licence" in note for note in bare.notes)
+    assert any("--data-license" in note for note in bare.notes)
     (tmp_path / "license.txt").write_text("CC BY 4.0,\nby the shepherds of Ochotnica")
     assert (
         examples.load(folder, SHAPES).card["licence"] == "CC BY 4.0, by the shepherds of Ochotnica"
@@ -138,7 +138,7 @@ def test_the_licence_is_a_file_a_flag_or_missed(tmp_path: Path) -> None:
 
 
 def test_the_built_in_rows_are_of_every_shape_but_messages() -> None:
-    """With a licence; of the kinds asked for; there is no other kind."""
+    """With a license; of the kinds asked for; there is no other kind."""
     for shape in ("completion", "pair", "answer"):
         found = examples.load(None, [shape])
         assert (len(found.train), len(found.valid), found.card["licence"]) == (

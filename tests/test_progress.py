@@ -55,7 +55,7 @@ def test_time_left_by_pencil() -> None:
             clock.now_s += 3
             show(11)  # the first step here: ten were done before
             assert display.left() == (3.0 * 49, 3.0 * 49 + 100.0)
-            assert display.line().startswith("distil 11/60  2.5 min left (run: 4.1 min)  0.3/s  ")
+            assert display.line().startswith("distil 11/60  about 4.1 min left  0.3/s  ")
 
 
 def test_a_line_has_at_most_one_count() -> None:
@@ -66,23 +66,23 @@ def test_a_line_has_at_most_one_count() -> None:
     display = Display({"distil": 100.0, "measure": 10.0}, clock)
     with display.level("run"):
         with display.level("block", 30):
-            assert display.line().startswith("run  1.8 min left  0.0 s so far  ")
+            assert display.line().startswith("run  about 1.8 min left  0.0 s so far  ")
         with display.level("distil"), display.level("distil", 60, whole=True) as show:
             show(1, "loss 2.5")
             with display.level("block", 30) as inner:
                 inner(3)
                 clock.now_s += 60
-                assert re.fullmatch(r"distil 1/60  .* left \(run: .*\).*  loss 2.5", display.line())
+                assert re.fullmatch(r"distil 1/60  about .* left  loss 2.5", display.line())
         with display.level("measure"):
             with display.level("block", 30) as inner:
                 inner(3)
-                assert display.line().startswith("measure  10.0 s left (run: ")
+                assert display.line().startswith("measure 0 %  about ")
             with display.level("answers", 4, whole=True) as inner:
                 inner(1)
                 clock.now_s += 2
-                assert display.line().startswith("measure: answers  8.0 s left ")
+                assert display.line().startswith("measure: answers 20 %  about ")
             clock.now_s += 60
-            assert display.line().startswith("measure  longer than expected  62.0 s so far  ")
+            assert display.line().startswith("measure  longer than planned  62.0 s so far  ")
     unplanned = Display({}, clock)
     with unplanned.level("evaluate"), unplanned.level("model", 3), unplanned.level("block", 9):
         assert unplanned.line().startswith("evaluate, model 0/3  0.0 s so far  ")
@@ -134,24 +134,21 @@ def test_the_promise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_phase_of_a_run_is_told(finished: tuple[Path, Done]) -> None:
-    """In a log: when it will be done, right after the plan; then each phase with what it took,
-    beside the plan.
+    """In a log: what is made, when it is done, memory and folder in the first lines; then a line
+    for each phase, and no other time of day.
     """
     out, done = finished
     lines = done.stderr.splitlines()
-    plan = next(
-        n
-        for n, line in enumerate(lines)
-        if line.endswith("-v shows bytes, operations and SSD wear")
-    )
-    assert lines[plan + 1].startswith("about ")
-    assert ", done at " in lines[plan + 1]
+    first = [line.partition(": ")[0] for line in lines[:5]]
+    assert first == ["teacher", "student", "time", "memory", "run folder"], lines[:5]
+    assert sum("done at" in line for line in lines) == 1
     names = [r["phase"] for r in run_folder.records(out / run_folder.PHASES) if "phase" in r]
     assert names == ["prune", "repair", "distil", "quantize", "distil scales", "measure"]
     for name in names:
-        # "prune: 0.1 s", but "distil 4/4" and not "distil scales 1/1"
-        (line,) = [x for x in lines if re.match(rf"{name}(:| \d)", x) and " planned" in x]
-        assert ("; the run: about " in line) == (name != "measure")
+        # "prune: ...: 0.1 s", but "distil 4/4 ..." and not "distil scales 1/1 ..."
+        (_,) = [
+            x for x in lines if re.match(rf"{name}(:| \d+/).*: [0-9.]+ m?s$|{name}: [0-9.]+ s$", x)
+        ]
     assert json.loads(done.stdout.splitlines()[-1])["run"] == str(out)
 
 
@@ -177,10 +174,10 @@ def test_a_terminal_has_a_bar(
     # a narrow terminal breaks lines anywhere
     words = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\s+", " ", drawn)
     for name in ("prune", "repair", "distil", "quantize", "distil scales", "measure"):
-        assert re.search(rf"{name}\b[^━]{{,200}} s of [0-9.]+ m?s planned", words), name
+        assert re.search(rf"{name}\b[^━]{{,200}}: [0-9.]+ s ", words), name
     # A phase of a tiny model may end between two pictures (ten a second); no run is all between
     # two.
-    assert any(" (run: " in one for one in drawn.split("\x1b[2K"))
+    assert any(" left " in one for one in drawn.split("\x1b[2K"))
     assert "━" in drawn
     assert json.loads((tmp_path / "stdout").read_text().splitlines()[-1])["run"] == str(
         tmp_path / "run"

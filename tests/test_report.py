@@ -244,7 +244,7 @@ def test_the_verdict_comes_first(copy: Path) -> None:
         "On the teacher&#39;s answers to 12 held-out prompts it loses 0.123 bits per byte." in text
     )
     assert "8 % of its own answers repeat themselves; of the teacher&#39;s, 0 %." in text
-    assert "The result is 0.123 bits per byte above the teacher" in text
+    assert "0.123 bits per byte above the teacher" in text
     heads = re.findall(r"<h2>(.*?)</h2>", page)
     assert heads[:3] == ["Answers", "What they write", "How it was made"]
     assert "For comparison" not in page  # nobody measured the teacher in 4 bits

@@ -55,7 +55,7 @@ SMALL += ("--learning-rate", "3e-3", "--dtype", "float32")
 
 @pytest.fixture(scope="session")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder with prompts, answers chosen and rejected, and a licence."""
+    """A data folder with prompts, answers chosen and rejected, and a license."""
     folder = tmp_path_factory.mktemp("answers")
     for split, numbers in (("train", range(24)), ("valid", range(40, 50))):
         rows = [
@@ -195,7 +195,7 @@ def test_a_step_draws_the_same_rows_however_it_is_cut() -> None:
 
 
 def test_end_to_end(undisturbed: tuple[Path, Done], llama: Checkpoint, answers: Path) -> None:
-    """It learns; the result is an ordinary folder with the data's licence in it, and the best
+    """It learns; the result is an ordinary folder with the data's license in it, and the best
     checkpoint's weights.
     """
     out, done = undisturbed
@@ -213,7 +213,7 @@ def test_end_to_end(undisturbed: tuple[Path, Done], llama: Checkpoint, answers: 
     assert card["source"] == answers.name
     assert card["train_rows"] == 24
     page = model_card.readme(load.open_checkpoint(out / "model"), None, "", ())
-    assert f"aligned on 24 rows of {answers.name}; licence or consent: CC0" in page
+    assert f"aligned on 24 rows of {answers.name}; license or consent: CC0" in page
     # begun at a folder of no known origin, not at the default teacher
     assert model_card.base_of(out / "model") is None
     best = mx.load(str(out / "best" / f"step-{result['best_step']:08d}" / "model.safetensors"))

@@ -188,13 +188,13 @@ def test_the_packed_model_goes_beside_a_folder_for_transformers(
     ("changes", "said"),
     [
         ({"upload_repo": "small"}, "write NAME/MODEL"),
-        ({"license": None}, "their licence is not known: name it with --license"),
+        ({"license": None}, "their license is not known: name it with --license"),
     ],
 )
 def test_upload_is_refused_before_any_work(
     changes: dict[str, Any], said: str, llama: Checkpoint, tmp_path: Path
 ) -> None:
-    """No repository, no licence: a sentence, and no folder."""
+    """No repository, no license: a sentence, and no folder."""
     asked = {"format": "hf", "upload_repo": "me/small", "license": "mit", **changes}
     with pytest.raises(MisError, match=said):
         export.run(export.Settings(model=str(llama.path), out=str(tmp_path / "hf"), **asked))

@@ -40,7 +40,18 @@ from mis_mlx.settings.workloads import SAVED_BYTES
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.journal import Journal
-from mis_mlx.types import Checkpoint, Count, MisError, Positive, Step, Tokens, Within, gib
+from mis_mlx.types import (
+    Also,
+    Checkpoint,
+    Count,
+    MisError,
+    Off,
+    Positive,
+    Step,
+    Tokens,
+    Within,
+    gib,
+)
 
 BEST = "best"
 MODEL = "model"
@@ -66,8 +77,8 @@ class Alignment(cli.Resumable, precision.Computing, ThermalFlags, recipe.Trainin
     """folder or hub id of the model to align; default: SmolLM2-135M-Instruct"""
     data: str | None = None
     """folder with train.jsonl and, optionally, valid.jsonl; default: generated tasks"""
-    data_licence: str | None = None
-    """licence of the data, or the consent it was given with; default: the LICENSE file next to it
+    data_license: Annotated[str | None, Also(("data_licence",))] = None
+    """license of the data, or the consent it was given with; default: the LICENSE file next to it
     """
     scrub_pii: bool = False
     """replace e-mail addresses, phone numbers, PESEL and NIP numbers in the data before training,
@@ -83,10 +94,8 @@ class Alignment(cli.Resumable, precision.Computing, ThermalFlags, recipe.Trainin
     """rank of the adapters"""
     scale: Positive = 20.0
     """scaling factor of the adapters"""
-    fuse: bool = True
-    """merge the adapters into the weights at the end; otherwise they stay next to the model, for
-    --adapter-path
-    """
+    fuse: Annotated[bool, Off("keep the adapters next to the model, for --adapter-path")] = True
+    """merge the adapters into the weights at the end"""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """data type of the saved weights"""
 
@@ -213,7 +222,7 @@ class AlignmentRun(run_loop.OpenRun):
     checkpoint: Checkpoint
     model: nn.Module
     optimizer: GuardedAdamW
-    card: Mapping[str, Any]  # facts about the data, with its licence
+    card: Mapping[str, Any]  # facts about the data, with its license
     best: tuple[int, float] | None = None  # (step, its held-out figure)
 
     def train(
@@ -362,7 +371,7 @@ def data(
 ) -> tuple[list[list[examples.Sequenced]], list[list[examples.Sequenced]], dict[str, Any]]:
     """(rows to train on, held-out rows, both encoded; facts about the data). Checks every row."""
     visited = s.iters * s.step_tokens
-    rows = examples.load(s.data, shapes, s.data_licence, scrub=s.scrub_pii, tokens=visited)
+    rows = examples.load(s.data, shapes, s.data_license, scrub=s.scrub_pii, tokens=visited)
     tokenizer = load.tokenizer(checkpoint.path)
     train, cut = examples.encode(
         rows.train,

@@ -31,7 +31,7 @@ from mis_mlx.models.passing import attention_masks, distributed, stream
 from mis_mlx.models.writing.continuous_batch import Room
 from mis_mlx.models.writing.draws import Draws, Sampling
 from mis_mlx.models.writing.text_writer import TextWriter
-from mis_mlx.types import MOST, Count, MisError, Positive, Rate, Step, Within
+from mis_mlx.types import MOST, Also, Count, MisError, Positive, Rate, Step, Within
 
 # micro-batches of a step, for `Settings.loss`; facts about the step
 Rollout = tuple[list[tuple[Any, ...]], dict[str, float]]
@@ -66,7 +66,7 @@ class Settings(alignment_run.Alignment):
     """answers per prompt, which are compared with each other"""
     max_completion_length: Count = 128
     """maximum tokens per answer"""
-    temperature: Positive = 1.0
+    temp: Annotated[Positive, Also(("temperature",))] = 1.0
     """sampling temperature"""
     loss_type: rl_losses.LossType = "dapo"
     """dapo: mean over all tokens of a step; grpo: mean over answers; dr_grpo: constant divisor,
@@ -102,7 +102,7 @@ class Settings(alignment_run.Alignment):
             hidden[0, b.logit_positions.reshape(-1)],
             load.head_weight(model),
             b.targets.reshape(-1),
-            temperature=self.temperature,
+            temperature=self.temp,
             frozen_head=frozen_head,
             softcap=load.logit_softcap(model),
         )
@@ -238,7 +238,7 @@ class Sampler:
         if seeds:
             count = len(seeds[0])
             in_order = list(chain.from_iterable(seeds))
-            sampling = Sampling(s.temperature)
+            sampling = Sampling(s.temp)
             draws = Draws(sampling, in_order)
         asked = list[list[int]]()
         for prompt in prompts:
@@ -327,7 +327,7 @@ class Sampler:
                 before.reshape(-1, hidden.shape[-1]),
                 head,
                 tokens[:, -length:].reshape(-1),
-                temperature=self.settings.temperature,
+                temperature=self.settings.temp,
                 frozen_head=True,
                 softcap=cap,
             )

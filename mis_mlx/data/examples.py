@@ -30,7 +30,7 @@ SHAPES: rows.Shapes = {
 }
 # with answers worked, right and wrong; benchmarks/task_files.py made them
 BUILT_IN = Path(__file__).parent / "tasks"
-LICENCE_CHARACTERS = 500  # of a licence file, kept as a note
+LICENSE_CHARACTERS = 500  # of a license file, kept as a note
 PERSONAL: dict[str, str] = yaml.safe_load(
     (Path(__file__).parent / "personal.yaml").read_text("utf-8")
 )
@@ -54,7 +54,7 @@ class Examples(NamedTuple):
 def load(
     data: str | None,
     shapes: Sequence[str],
-    licence: str | None = None,
+    license: str | None = None,
     scrub: bool = False,
     kinds: Sequence[str] = (),
     tokens: int = 0,
@@ -62,7 +62,7 @@ def load(
     """The rows of a folder with train.jsonl and perhaps valid.jsonl, in one of `shapes`.
 
     Without valid.jsonl a tenth of the prompts is held out, by hash. data None: generated tasks, of
-    `kinds`. licence: the user's words. scrub: replace personal data. tokens: that the training
+    `kinds`. license: the user's words. scrub: replace personal data. tokens: that the training
     visits; a file too large to be used whole (data/row_draw) is read for so many. MisError lists
     bad rows, of those that are read.
     """
@@ -94,14 +94,14 @@ def load(
         counts = [f"{count} {kind}" for kind, count in removed.items()]
         listed = ", ".join(counts) or "no personal data"
         notes.append(f"replaced {listed}")
-    licence = licence or _licence(folder)
-    if not licence:
-        licence = "not stated"
-        notes.append("no licence or consent is stated for the data: name it with --data-licence")
+    license = license or _license(folder)
+    if not license:
+        license = "not stated"
+        notes.append("no license or consent is stated for the data: name it with --data-license")
     total = f"{source}: {len(train)} training rows, {len(valid)} held out"
     card = {
         "source": source,
-        "licence": licence,
+        "licence": license,
         "pii_removed": dict(removed),
         "train_rows": len(train),
         "valid_rows": len(valid),
@@ -193,12 +193,12 @@ def _read(
     return _Read(good, problems, lines.note(path.name))
 
 
-def _licence(folder: Path) -> str:
-    """The beginning of a licence file in the data's folder; empty where there is none."""
+def _license(folder: Path) -> str:
+    """The beginning of a license file in the data's folder; empty where there is none."""
     for path in sorted(folder.iterdir()):
         if re.fullmatch(r"(?i)licen[cs]e(\.\w+)?", path.name) and path.is_file():
             words = path.read_text("utf-8", errors="replace").split()
-            return " ".join(words)[:LICENCE_CHARACTERS]
+            return " ".join(words)[:LICENSE_CHARACTERS]
     return ""
 
 

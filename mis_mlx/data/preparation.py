@@ -436,10 +436,9 @@ def prepare(source: Source | str | None, tokenizer: Any, length: int) -> Data:
     counts = (
         f"{len(own_train.tokens)} training windows of {length} tokens, {len(test.tokens)} held out"
     )
-    gone = (
-        f"{removed} more held-out windows shared 32 tokens in a row with training and were removed"
-    )
-    notes = [*texts.notes, f"{counts}; {gone}"]
+    if removed:
+        counts += f"; {removed} more shared 32 tokens in a row with training and were removed"
+    notes = [*texts.notes, counts]
     polish = load(MIS)
     held_out = {"held-out": test}
     choosing = None

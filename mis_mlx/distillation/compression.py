@@ -25,7 +25,6 @@ def prune(
     """The pruned student; made now, unless it is there. before: the teacher's parameters."""
     out = c.folder / "pruned"
     if not distributed.broadcast_json(out.exists):
-        cli.say("calibrate and prune")
         first_text = next(iter(data.held_out.values()))
         held_out = comparison.spread_windows(first_text, c.recipe.eval_windows)
         with c.phase("prune"):
@@ -41,8 +40,8 @@ def prune(
                 held=c.plan.held_windows("prune"),
                 shares=c.shares,
             )
-        if distributed.is_main():
-            cli.say(html.document("pruned.md", {**report, "params_before": before}))
+            if distributed.is_main():
+                cli.outcome(html.document("pruned.md", {**report, "params_before": before}))
     distributed.broadcast_folder(out, c.files)
     return compute_type.open_to_compute(out, c.teacher.precision)
 
@@ -56,7 +55,6 @@ def view(c: pipeline.Run) -> Checkpoint | None:
     begun = distributed.broadcast_json((c.folder / "pruned").exists)
     if not c.plan.job.viewed or begun or model_writer.read_keep(c.teacher.path):
         return None
-    cli.say("nothing is cut from the blocks: the teacher's own files are rounded, without a copy")
     return c.teacher
 
 
@@ -95,5 +93,5 @@ def quantize(
         distributed.broadcast_folder(rounded, c.files)
         if later_text:
             c = later_text(rounded)
-        cli.say(f"{SCALES}: {c.plan.tuning_steps} steps; biases and norms learn too, integers stay")
+        cli.detail(f"{SCALES}: biases and norms learn, too; integers stay")
         pipeline.tune(c, rounded, out, rounding.q_learning_rate)

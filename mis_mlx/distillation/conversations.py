@@ -184,7 +184,8 @@ def _written(teacher: Checkpoint, wanted: Wanted, limit: Budget, *, dry_run: boo
             fallen = teacher_answers.filter_again(file)
         distributed.broadcast_folder(folder, DISK)
         gone = f"; {fallen} that repeat themselves are left out now" if fallen else ""
-        cli.say(f"conversations: reusing the teacher's answers in {file}{gone}")
+        tell = cli.say if fallen or dry_run else cli.detail
+        tell(f"conversations: reusing the teacher's answers in {file}{gone}")
         return file
     plan = teacher_answers.plan(model_of(teacher), writing, limit)
     size = f"{gib(plan.peak_bytes)} of {gib(limit.limit_bytes)}, about {duration(plan.seconds)}"
@@ -200,7 +201,7 @@ def _written(teacher: Checkpoint, wanted: Wanted, limit: Budget, *, dry_run: boo
                 if missing:
                     with progress.phase(writers.TEACHER):
                         kept = teacher_answers.write(teacher, writing, file, limit)
-                    cli.say(f"conversations: {kept} of {count} are kept")
+                        cli.outcome(f"conversations: {kept} of {count} answers are kept")
         except MisError as error:
             cli.say(f"conversations are left out of the training text: {error}")
     if not distributed.broadcast_json(file.exists):
@@ -277,7 +278,7 @@ def dialogue(judgement: answers.Judgement) -> str:
         talks.append(
             {
                 "prompt": prompt.messages[-1]["content"],
-                "answers": {name: greedy[name][number] for name in (teacher, student)},
+                "answers": {"teacher": greedy[teacher][number], "student": greedy[student][number]},
             }
         )
     return html.document("dialogue.md", {"talks": talks})
@@ -299,7 +300,6 @@ def judged_answers(
     Only the teacher and the last student answer in their own words. None where nothing can be
     judged, which is said.
     """
-    cli.say("measure: answers")
     _, *others, student = models
     try:
         judgement = answers.judged(models, answers.prompts(count), limit, silent=others)

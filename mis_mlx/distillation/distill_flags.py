@@ -7,7 +7,7 @@ from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.pruning.select import PruningConfig
 from mis_mlx.settings.recipe import DistillationConfig, QuantizationConfig
-from mis_mlx.types import MOST, Whole, Within
+from mis_mlx.types import MOST, Also, Whole, Within
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class DistillFlags(
     """folder, hub id (docs/families.md lists the families) or gemma-3-270m; default:
     SmolLM2-135M-Instruct
     """
+    out: Annotated[str | None, Also(("mlx_path",))] = None
+    """run folder; default: the next free NAME-00N under runs/"""
     student: str | None = None
     """folder of a student that is already pruned; default: prune now"""
     data: str | None = None

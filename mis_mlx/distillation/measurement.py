@@ -2,7 +2,6 @@
 
 import mlx.core as mx
 
-from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.data.token_windows import Windows
@@ -47,7 +46,6 @@ def quality(c: pipeline.Run, judging: Judging, models: comparison.Models) -> sum
     rows_of = {}
     teacher = models["teacher"]
     for name, (windows, own) in judging.items():
-        cli.say(f"measure: {name}")
         hidden = _shared_pass(c, c.teacher, windows)
         own_hidden = _shared_pass(c, teacher, own) if own else None
         if not distributed.is_main():

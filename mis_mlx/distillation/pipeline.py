@@ -157,13 +157,11 @@ def train(c: Run, pruned: Checkpoint) -> model_writer.Take:
         return _repaired_only(c, pruned)
     source = target_source(c)
     student, begin = _student(c, pruned)
-    tokens = c.plan.job.step_tokens * c.plan.job.iters
     training = run_loop.CheckpointedTraining(
         c,
         student,
         c.remember,
         c.recall,
-        planned_tps=tokens / max(c.plan.planned["distil"], 1e-9),
         report=c.report,
     )
     _learn(c, student, training, source=source, recipe=c.recipe, begin=begin, factor=c.factor)
@@ -267,7 +265,6 @@ def target_source(c: Run) -> live_teacher.TargetSource:
     if learned and writers.SECOND_STORE in c.plan.planned:
         name = writers.SECOND_STORE
     windows = live_teacher.visited_windows(c.data, replace(c.recipe, iters=iters))
-    cli.say(f"logit store: {len(windows)} windows")
     # Each machine brings its own windows into a pass through a teacher that several share.
     held = c.plan.held_windows(name)
     with c.phase(name), progress.bar("targets", len(windows)) as show:
@@ -284,7 +281,9 @@ def target_source(c: Run) -> live_teacher.TargetSource:
         )
     cli.say(
         *store.notes,
-        f"logit store: {store.bytes_per_token:.0f} bytes per token; losses use sampled targets",
+    )
+    cli.detail(
+        f"logit store: {store.bytes_per_token:.0f} bytes per token; losses use sampled targets"
     )
     return live_teacher.CachedTeacher(store, windows, softcap(c.teacher.config))
 
@@ -300,7 +299,7 @@ def _repaired(c: Run, pruned: Checkpoint, parts: Checkpoint | None = None) -> di
     if keep is None:
         return {}
     name = reconstruct.repaired_name(pruned)
-    cli.say(
+    cli.detail(
         f"reconstruct: fit every block's {name.removesuffix('.weight')} to the teacher's "
         f"hidden states"
     )

@@ -1,7 +1,7 @@
 """A plan as people and machines read it: phases, seconds, memory, bytes on disk."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from mis_mlx.models.passing import pass_cost
 from mis_mlx.planner import estimates
 from mis_mlx.planner.distillation_spec import SCALES, STORE
 from mis_mlx.quantization import rounding_cost
-from mis_mlx.reporting import html
+from mis_mlx.reporting import html, progress
 from mis_mlx.settings import workloads
 from mis_mlx.types import duration, gib
 
@@ -37,53 +37,101 @@ def table(
     multiple. expected_loss: with them, in bits per byte. search_seconds: of a search for sizes
     before it. With -v every byte of it.
     """
-    job = plan.job
-    teacher = job.shown or job.teacher
+    page = _page(plan, words, left_out, more_loss, expected_loss)
     seconds = search_seconds + sum(plan.planned.values())
     hours = duration(seconds)
     if plan.rates.hot < 1:
         hot = search_seconds + sum(p.seconds(plan.rates, hot=True) for p in plan.phases)
         hours += f" ({duration(hot)} once hot)"
-    packed = 0
-    if any(p.name == "quantize" for p in plan.phases):
-        packed = rounding_cost.packed_bytes(job.student, job.rounding)
+    job = plan.job
     layers = plan.shard_layers or job.student.shape.layers
-    before = arch.params(teacher.config)
-    after = arch.params(job.student.config)
-    measured = job.student.block_factors != BY_FORMULA
-    visit = training_cost.steps_per_shard(job, layers)
     cost_of_a_token = pass_cost.token_cost(job.teacher, job.max_seq_length, plan.budget_bytes)
-    spooled_bytes = max(p.spooled_bytes for p in plan.phases)
-    written_bytes = sum(p.written_bytes for p in plan.phases)
-    page = {
-        "plan": plan,
-        "before": before,
-        "after": after,
-        "words": words,
+    page |= {
         "hours": hours,
         "search_seconds": search_seconds,
         "night": night(plan, seconds),
-        "packed": packed,
-        "measured": measured,
+        "measured": job.student.block_factors != BY_FORMULA,
         "one": cost_of_a_token,
         "remedy": strategies.remedy(plan),
         "disk": disk_bytes(plan),
-        "visit": visit,
-        "left_out": left_out,
-        "more_loss": more_loss,
-        "expected_loss": expected_loss,
+        "visit": training_cost.steps_per_shard(job, layers),
         "state": max(p.state_bytes for p in plan.phases),
-        "spooled": spooled_bytes,
-        "written": written_bytes,
-    }
-    forms = {
-        "gib": gib,
-        "duration": duration,
-        "flag": estimates.budget_flag,
+        "spooled": max(p.spooled_bytes for p in plan.phases),
+        "written": sum(p.written_bytes for p in plan.phases),
         "life": LIFE_BYTES,
         "verbose": cli.DETAILS in os.environ,
     }
-    return html.document("plan.md", {**page, **forms})
+    return html.document("plan.md", page)
+
+
+def brief(
+    plan: strategies.MemoryPlan,
+    words: str = "",
+    *,
+    left_out: Sequence[Any] = (),
+    more_loss: float = 1.0,
+    expected_loss: float | None = None,
+    searched: bool = False,
+) -> str:
+    """What a run makes, when it is done and what it holds, in a line each: how a run begins.
+
+    Arguments as of `table`. searched: the lines of time and memory stand before the search. With -v
+    the table.
+    """
+    if cli.DETAILS in os.environ:
+        return table(
+            plan, words, left_out=left_out, more_loss=more_loss, expected_loss=expected_loss
+        )
+    layers = plan.shard_layers or plan.job.student.shape.layers
+    page = _page(plan, words, left_out, more_loss, expected_loss) | {
+        "night": "" if searched else night(plan, sum(plan.planned.values())),
+        "searched": searched,
+        "time": time_line(plan.planned),
+        "memory": memory_line(plan),
+        "visit": training_cost.steps_per_shard(plan.job, layers),
+    }
+    lines = html.document("plan_brief.md", page).splitlines()
+    return "\n".join(line for line in lines if line)
+
+
+def time_line(phases: Mapping[str, float]) -> str:
+    """'time: about 6.9 min, done at 03:42: ...', with the seconds of each phase."""
+    parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in phases.items())
+    return f"time: {progress.promise(sum(phases.values()))}: {parts}"
+
+
+def memory_line(plan: strategies.MemoryPlan) -> str:
+    """'memory: up to 2.55 GiB of 5.00 GiB', with the bytes of files that the run writes."""
+    held = f"{gib(plan.peak_bytes)} of {gib(plan.budget_bytes)}"
+    return f"memory: up to {held}; disk: up to {gib(disk_bytes(plan))} of files"
+
+
+def _page(
+    plan: strategies.MemoryPlan,
+    words: str,
+    left_out: Sequence[Any],
+    more_loss: float,
+    expected_loss: float | None,
+) -> dict[str, Any]:
+    """What the templates of a plan have in common."""
+    job = plan.job
+    teacher = job.shown or job.teacher
+    packed = 0
+    if any(p.name == "quantize" for p in plan.phases):
+        packed = rounding_cost.packed_bytes(job.student, job.rounding)
+    return {
+        "plan": plan,
+        "before": arch.params(teacher.config),
+        "after": arch.params(job.student.config),
+        "words": words,
+        "packed": packed,
+        "left_out": left_out,
+        "more_loss": more_loss,
+        "expected_loss": expected_loss,
+        "gib": gib,
+        "duration": duration,
+        "flag": estimates.budget_flag,
+    }
 
 
 def night(plan: strategies.MemoryPlan, seconds: float) -> str:

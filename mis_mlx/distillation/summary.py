@@ -169,25 +169,27 @@ def result_page(
     answered: answers.Judgement | None = None,
     for_screen: bool = False,
     expectation: str = "",
+    lose: float | None = None,
 ) -> str:
     """Markdown: what the models answer, where they were asked; sizes and speeds; a table a text.
 
-    length: tokens of a held-out window. expectation: stands before the first table. for_screen: the
-    sentence on what was won comes first, then some of the answers; in a file it is the last line.
+    length: tokens of a held-out window. expectation: stands before the first table. lose: the loss
+    that was the target. for_screen: the sentences on what was won come first, then some of the
+    answers; in a file they are the last lines.
     """
-    names = list(models)
+    columns = columns_of(models)
     texts = _texts(quality, LOSSES)
     for of_text in texts:
         rows = quality[of_text["name"]]
-        of_text["table"] = text.table(rows, names, text.TABLES["held-out"])
+        of_text["table"] = text.table(rows, columns, text.TABLES["held-out"])
     asked = list[dict[str, Any]]()
     verdict = ""
     if answered:
         for language, rows in conversations.tables(answered).items():
-            table = text.table(rows, names, text.TABLES["answers"])
+            table = text.table(rows, columns, text.TABLES["answers"])
             asked.append({"language": language, "prompts": rows[0].n, "table": table})
         verdict = conversations.loop_warning(answered)
-    won = gain_sentence(models, sizes, quality)
+    won = gain_sentence(models, sizes, quality, answered=answered, lose=lose)
     lead = ""
     dialogue = ""
     if for_screen:
@@ -195,7 +197,7 @@ def result_page(
         dialogue = conversations.dialogue(answered) if answered else ""
     values = {
         "lead": lead,
-        "sizes": text.table(sizes, names, text.TABLES["sizes"]),
+        "sizes": text.table(sizes, columns, text.TABLES["sizes"]),
         "texts": texts,
         "length": length,
         "dialogue": dialogue,
@@ -209,13 +211,53 @@ def result_page(
     return html.document("table.md", values)
 
 
-def gain_sentence(models: comparison.Models, sizes: list[Row], quality: Quality) -> str:
-    """A sentence: what the student gained over the teacher, and what it costs."""
+def columns_of(models: comparison.Models) -> dict[str, str]:
+    """{a model's name: what a table calls it}, of those that are models of their own.
+
+    Where no block is cut, what is rounded is the teacher, perhaps with fewer tokens.
+    """
+    *_, student = models
+    shown = {name: name for name in models}
+    dense = models["distilled"]
+    if models["pruned"] is dense:
+        del shown["pruned"]
+        if dense is models["teacher"]:
+            del shown["distilled"]
+        else:
+            shown["distilled"] = "fewer tokens"
+    return {**shown, student: "student"}
+
+
+def gain_sentence(
+    models: comparison.Models,
+    sizes: list[Row],
+    quality: Quality,
+    *,
+    answered: answers.Judgement | None = None,
+    lose: float | None = None,
+) -> str:
+    """Two lines: what the student gained over the teacher, and what it costs."""
     teacher, *_, student = models
+    figures = {}
+    if answered:
+        figures = {(row.model, row.metric): row.value for row in answered.rows}
+    of_sizes = {(row.model, row.metric): row.value for row in sizes}
+
+    def pair(metric: str) -> list[float]:
+        """The teacher's and the student's figure; [] where one is not known."""
+        both = [of_sizes.get((name, metric)) for name in (teacher, student)]
+        return [figure for figure in both if figure is not None] if None not in both else []
+
     values = {
         "teacher": {row.metric: row.value for row in sizes if row.model == teacher},
         "student": {row.metric: row.value for row in sizes if row.model == student},
-        "fast": {row.model: row.value for row in sizes if row.metric == "decode_tps"},
+        "last": student,
+        "excess": figures.get((student, "answers_excess")),
+        "lose": lose,
+        "loops": figures.get((student, "loops")),
+        "teacher_loops": figures.get((teacher, "loops")),
+        "speed": pair("decode_tps"),
+        "first_token": pair("ttft_ms"),
         "texts": _texts(quality, LOSSES[::-1]),
     }
     return html.document("won.md", values)
@@ -252,8 +294,14 @@ def expectation_sentence(losses: Mapping[str, Any], lose: float | None) -> str:
     """The allowed, expected and reached loss in a sentence, with a remark if they are far apart."""
     expected = float(losses["expected_loss"])
     reached = float(losses["reached_loss"])
-    far = abs(reached - expected) > MISSED * max(abs(expected), LEAST_LOSS)
-    return html.document("expected.md", {**losses, "lose": lose, "far": far})
+    return html.document(
+        "expected.md", {**losses, "lose": lose, "far": is_far(expected=expected, reached=reached)}
+    )
+
+
+def is_far(*, expected: float, reached: float) -> bool:
+    """Whether a reached loss differs from the expected one so much that it is said."""
+    return abs(reached - expected) > MISSED * max(abs(expected), LEAST_LOSS)
 
 
 def next_steps(folder: Path) -> str:

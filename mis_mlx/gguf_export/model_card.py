@@ -81,24 +81,24 @@ def readme(
     file: str,
     facts: Sequence[str],
     *,
-    licence: str = "",
+    license: str = "",
     repository: str = "",
 ) -> str:
-    """README.md: base, recipe, the run's answers and table, use, licence.
+    """README.md: base, recipe, the run's answers and table, use, license.
 
     file: the GGUF's name; "" for a Hugging Face folder. repository: the hub's, where the packed
     model goes there too; "" where nothing or only this folder is uploaded.
     """
     run_values = _of_run(checkpoint.path)
-    if not licence and base == resolve.DEFAULT:
-        licence = "apache-2.0"
+    if not license and base == resolve.DEFAULT:
+        license = "apache-2.0"
     is_changed = run_values["keep"] is not None or _is_aligned(checkpoint.path)
     # A family of unequal blocks: transformers has no such architecture.
     unequal = bool(families.family(checkpoint.config).blocks)
     front = {
         "base_model": base,
         "base_model_relation": _relation(checkpoint, file, is_changed=is_changed) if base else None,
-        "license": licence,
+        "license": license,
         **_library(file, with_mlx=bool(repository), unequal=unequal),
         "pipeline_tag": "text-generation",
     }

@@ -4,7 +4,7 @@ Does not know what stages there are: the modules that do the work say what they 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -71,20 +71,22 @@ def require_fit(
 
 
 def report_costs(
-    phases: Sequence[StageCost], limit_bytes: int, machine: rates.Rates, own_bytes: int = 0
+    phases: Sequence[StageCost],
+    limit_bytes: int,
+    machine: rates.Rates,
+    own_bytes: int = 0,
+    tell: Callable[..., None] = cli.say,
 ) -> dict[str, Any]:
     """Say what each phase takes; returned is what a --dry-run says of them.
 
-    own_bytes: of the process, in no phase.
+    own_bytes: of the process, in no phase. tell: says it.
     """
     seconds = 0.0
     for p in phases:
         moved = f"{gib(p.read_bytes)} read, {gib(p.written_bytes)} written"
         phase_seconds = p.seconds(machine)
         seconds += phase_seconds
-        cli.say(
-            f"{p.name}: {gib(p.peak_bytes)} of memory, {moved}, about {duration(phase_seconds)}"
-        )
+        tell(f"{p.name}: {gib(p.peak_bytes)} of memory, {moved}, about {duration(phase_seconds)}")
     peak = max(p.peak_bytes for p in phases) + own_bytes
     return {
         "peak_bytes": peak,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from mis_mlx.models.passing import distributed, pipeline_parallel, stream
 from mis_mlx.pruning import calibrate, slicing, vocabulary
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.hidden_spool import Spool
-from mis_mlx.types import Air, Checkpoint, Count, KeptUnits, MisError, Precision
+from mis_mlx.types import Air, Also, Checkpoint, Count, KeptUnits, MisError, Precision
 
 # Of a report where all units stay, so that none were ranked.
 UNCUT = "nothing is cut"
@@ -47,7 +47,7 @@ class PruningConfig(ThermalFlags, vocabulary.VocabularyConfig):
     half of the vocabulary holds nearly a third; else half-ffn. The mountain names are accepted,
     too: redyk, gazda, goral, baca, halny, juhas, zbojnik and stado, in this order
     """
-    layers: Count | None = None
+    layers: Annotated[Count | None, Also(("num_layers",))] = None
     """keep this many layers"""
     ffn: Count | None = None
     """keep this many FFN neurons per layer"""

@@ -282,12 +282,10 @@ def chosen(
     listed += counts / counts.sum() + expected_counts / expected_counts.sum()
     tokens = Vocabulary(teacher.path)
     kept = tokens.chosen(needed(tokens, teacher.path), listed, rows)
-    used = np.count_nonzero(counts)
-    used_kept = np.count_nonzero(counts[kept])
     share = counts[kept].sum() / counts.sum()
-    cli.say(
-        f"vocabulary: {rows:,} of {len(counts):,} rows stay; of the {used:,} tokens that the text "
-        f"uses they have {used_kept:,}, {share:.2%} of all of it"
+    covered = "all of" if share == 1 else f"{share:.2%} of"
+    cli.outcome(
+        f"vocabulary: {rows:,} of {len(counts):,} tokens stay; they cover {covered} the text"
     )
     return kept
 

@@ -78,7 +78,7 @@ def quantize(
     else:
         known = journal.layout() if journal else None
         if known is None:
-            cli.say("sensitivity: what fewer bits cost in each matrix")
+            cli.detail("sensitivity: what fewer bits cost in each matrix")
             # The pass back needs the hidden states at every block's input: one per layer.
             kept = hidden(checkpoint.config["num_hidden_layers"])
             known = bit_allocation.mixed(checkpoint, batches, rounding, seed=seed, kept=kept)

@@ -91,6 +91,13 @@ class Display:
     # what the loop that is all of a phase said at its end; None outside of phases
     last: str | None = None
 
+    def takes(self, outcome: str) -> bool:
+        """Keep what a phase led to for the line of its end; False outside of phases."""
+        if self.last is None:
+            return False
+        self.last = outcome
+        return True
+
     @property
     def ratio(self) -> float:
         """Seconds that the ended phases took, as a share of what was planned for them."""
@@ -159,30 +166,29 @@ class Display:
         return outer, outer.label
 
     def _time_left(self, label: str) -> str:
-        """'2.5 min left (run: 4.1 min)', as far as it is known; what moves fast says why."""
-        now = self.clock()
+        """'about 4.1 min left': of the run, or of a loop outside of runs; '': it is not known."""
         phase, run = self.left()
-        words = ""
-        trend = ""
-        if phase is not None:
-            shown = self.shown.setdefault(label, ShownEstimate())
-            words = f"{duration(shown.update(phase, now))} left"
-            trend = shown.trend
-        elif label in self.planned:
-            words = "longer than expected"
-        if run is not None:
-            of_run = self.shown.setdefault("", ShownEstimate())
-            left = duration(of_run.update(run, now))
-            between_phases = phase is None and label not in self.planned
-            words += f"{left} left" if between_phases else f" (run: {left})"
-            trend = trend or of_run.trend
-        if trend:
-            words += f", {trend}"
-        return words.strip()
+        late = phase is None and label in self.planned
+        of_run = run is not None
+        left = run if of_run else phase
+        if left is None:
+            return "longer than planned" if late else ""
+        shown = self.shown.setdefault("" if of_run else label, ShownEstimate())
+        words = f"about {duration(shown.update(left, self.clock()))}"
+        return f"longer than planned, then {words}" if late else f"{words} left"
+
+    def _percent(self) -> str:
+        """' 62 %' of a phase that counts no turns; '' where its end is not known."""
+        total, done = self._share_done()
+        own, _ = self._named()
+        if own.total or not total or own.label not in self.planned:
+            return ""
+        return f" {min(done / total, 0.99):.0%}".replace("%", " %")
 
     def line(self) -> str:
         """What is done and how long yet; then what the loop says, or its rate and memory."""
         own, head = self._named()
+        head += self._percent()
         text = own.text
         if not text:
             text = f"{own.speed(self.clock())}  {gib(mx.get_active_memory())}"
@@ -231,7 +237,7 @@ class Display:
             own, _ = self._named()
             if own is level and whole and level.done >= total:
                 if self.last is not None:
-                    self.last = self.line()
+                    self.last = self.last or self.line()
                 elif self.bar is None:
                     self.draw()
         finally:
@@ -304,7 +310,7 @@ def bar(label: str, total: int) -> Iterator[Show]:
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """A phase of the run; at its end, what it took and when the run will be done."""
+    """A phase of the run; at its end a line with what it led to and took."""
     with run(name) as display:
         began = display.clock()
         display.last = ""
@@ -312,12 +318,8 @@ def phase(name: str) -> Iterator[None]:
             yield
             took = display.clock() - began
             display.took[name] = took
-            line = f"{display.last or name}: {duration(took)}"
+            cli.say(f"{display.last or name}: {duration(took)}")
             if name in display.planned:
-                line += f" of {duration(display.planned[name])} planned"
-            later = display.later_s(name)
-            if later:
-                line += f"; the run: {promise(later)}"
-            cli.say(line)
+                cli.detail(f"planned for {name}: {duration(display.planned[name])}")
         finally:
             display.last = None

@@ -15,18 +15,12 @@ TABLES: dict[str, Metrics] = json.loads(
 )
 
 
-def step_text(
-    step: Step,
-    budget_bytes: int | None = None,
-    planned_tps: float | None = None,
-) -> str:
+def step_text(step: Step, budget_bytes: int | None = None) -> str:
     """What the bar shows of a training step: loss, tokens/s, memory, °C, and the guard's note.
 
-    Speed and memory stand with what was planned, where that is given.
+    Memory stands with its budget, where that is given.
     """
     speed = f"{step.tokens / max(step.seconds, 1e-9):.0f}"
-    if planned_tps:
-        speed += f" of {planned_tps:.0f}"
     memory = gib(step.peak_bytes)
     if budget_bytes:
         memory += f" of {gib(budget_bytes)}"
@@ -89,8 +83,9 @@ def _aligned_table(lines: Sequence[str]) -> list[str]:
     return aligned
 
 
-def table(rows: Sequence[Row], models: Sequence[str], metrics: Metrics) -> str:
-    """Markdown: one line a metric, one column a model."""
+def table(rows: Sequence[Row], models: Sequence[str] | Mapping[str, str], metrics: Metrics) -> str:
+    """Markdown: one line a metric, one column a model. models: perhaps with their labels."""
+    head = list(models.values() if isinstance(models, Mapping) else models)
     cells = {(row.model, row.metric): row for row in rows}
     lines = []
     for metric, (label, form) in metrics.items():
@@ -106,4 +101,4 @@ def table(rows: Sequence[Row], models: Sequence[str], metrics: Metrics) -> str:
             line.append(text)
         if any(text != "–" for text in line[1:]):
             lines.append(line)
-    return markdown_table(["", *models], lines)
+    return markdown_table(["", *head], lines)

@@ -10,7 +10,6 @@ MARK_S = 0.05  # turns that end closer together are noted as one
 SETTLE_S = 4.0  # time constant with which a shown estimate follows the known one
 MOST_CHANGE = 0.25  # of itself, by which a shown estimate is corrected in a second
 LEAST_CHANGE_S = 1.0  # a small estimate is corrected by so much in a second
-FAR = 1 / 3  # shares of a shown estimate: a correction of more is explained
 
 
 @dataclass(eq=False)
@@ -66,7 +65,7 @@ class Pace:
 class ShownEstimate:
     """Seconds left as people see them: they count down, and follow what is known slowly.
 
-    In a second the estimate is corrected by less than a third, or `trend` says why.
+    In a second the estimate is corrected by a quarter or a second at most.
     """
 
     shown_s: float | None = None
@@ -87,12 +86,3 @@ class ShownEstimate:
         most = passed_s * max(MOST_CHANGE * self.shown_s, LEAST_CHANGE_S)
         self.shown_s = counted_s + min(max(correction, -most), most)
         return self.shown_s
-
-    @property
-    def trend(self) -> str:
-        """Why the estimate moves, while it is far from what is known; else ''."""
-        if self.shown_s is None or abs(self.known_s - self.shown_s) <= FAR * self.shown_s:
-            return ""
-        if self.known_s > self.shown_s:
-            return "rising: slower than expected"
-        return "falling: faster than expected"

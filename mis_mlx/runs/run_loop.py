@@ -52,10 +52,10 @@ def resumed(settings: S, free: frozenset[str], under: Path = Path("runs")) -> tu
 
     def stored() -> tuple[dict[str, Any], str]:
         folder = run_folder.find(settings.out, under)
-        asked = _plain(run_folder.asked_settings(folder))
-        decided = run_folder.is_decided(folder)
-        before = _plain(run_folder.stored_settings(folder)) if decided else asked
         kind = type(settings)
+        asked = _plain(kind, run_folder.asked_settings(folder))
+        decided = run_folder.is_decided(folder)
+        before = _plain(kind, run_folder.stored_settings(folder)) if decided else asked
         flag_help.refuse_gone(kind, asked)  # values that nobody asked for are of no consequence
         before = {n: value for n, value in before.items() if n not in flag_help.gone(kind)}
         defaults = asdict(type(settings)())
@@ -97,8 +97,9 @@ def _arithmetic() -> dict[str, str]:
     return {"blas": blas_threads.name(), BLAS_THREADS: " ".join(threads)}
 
 
-def _plain(stored: dict[str, Any]) -> dict[str, Any]:
-    """The same with the scenario's plain name."""
+def _plain(kind: type, stored: dict[str, Any]) -> dict[str, Any]:
+    """The same with the names that settings have today, and the scenario's plain one."""
+    stored = flag_help.current_names(kind, stored)
     if isinstance(stored.get("scenario"), str):
         return {**stored, "scenario": scenarios.plain(stored["scenario"])}
     return stored
@@ -128,16 +129,25 @@ def open_model(
     if distributed.size() > 1 and isinstance(s, cli.Resumable):
         distributed.check_same({what: run_folder.origin(checkpoint, "")["teacher"]})
     limit = memory.budget(s.budget_bytes)
-    cli.say(f"memory budget: {gib(limit.limit_bytes)}, {limit.why}")
+    cli.detail(f"memory budget: {gib(limit.limit_bytes)}, {limit.why}")
     return estimates.settle_precision(limit, checkpoint, s.precision)
 
 
 def prepare_text(
-    teacher: Checkpoint, source: preparation.Source | str | None, length: int
+    teacher: Checkpoint,
+    source: preparation.Source | str | None,
+    length: int,
+    tell: Callable[..., None] = cli.say,
 ) -> tuple[preparation.Data, dict[str, str]]:
-    """(the text of `source`; what a resumed run must have begun with). length: of its windows."""
+    """(the text of `source`; what a resumed run must have begun with). length: of its windows.
+
+    tell: of the user's own text what was done with it; of the built-in text only -v tells.
+    """
     data = preparation.prepare(source, load.tokenizer(teacher.path), length)
-    cli.say(*data.notes)
+    own = source.data if isinstance(source, preparation.Source) else source
+    if own is None:
+        tell = cli.detail
+    tell(*data.notes)
     judging = {name: token_windows.fingerprint(data.held_out[name]) for name in data.held_out}
     return data, {
         **run_folder.origin(teacher, token_windows.fingerprint(data.train)),
@@ -331,8 +341,7 @@ class CheckpointedTraining:
 
     remember(number): further state for a
     checkpoint, asked for on every machine; recall(state) gets it again. steps, log: the folder of
-    its checkpoints and the file of its steps, in the run's folder. planned_tps: shown beside the
-    speed. report: called with every step.
+    its checkpoints and the file of its steps, in the run's folder. report: called with every step.
     """
 
     run: OpenRun
@@ -342,7 +351,6 @@ class CheckpointedTraining:
     steps: str = "steps"
     log: str = run_folder.METRICS
     label: str = "distil"
-    planned_tps: float | None = None
     report: Callable[[Step], None] | None = None
 
     def start(self, begin: Callable[[], object]) -> int:
@@ -424,7 +432,7 @@ class CheckpointedTraining:
         run.files.append(run.folder / self.log, json.dumps(record))
         run.account.keep_sometimes()
         seen = replace(step, reading=run.thermal_monitor.last())
-        show(step.number, text.step_text(seen, run.budget_bytes, self.planned_tps))
+        show(step.number, text.step_text(seen, run.budget_bytes))
         if self.report:
             self.report(step)
 

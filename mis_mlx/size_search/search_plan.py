@@ -61,8 +61,9 @@ def plan_search(
         if part:
             stages += part
             seconds[name] = sum(stage.seconds(plan.rates) for stage in part)
-    outcome = estimates.report_costs(stages, limit.limit_bytes, plan.rates)
-    cli.say(str(plan.rates))
+    tell = cli.say if s.dry_run else cli.detail
+    outcome = estimates.report_costs(stages, limit.limit_bytes, plan.rates, tell=tell)
+    tell(str(plan.rates))
     if not s.dry_run:
         _need(plan, stages, limit)
     outcome["check_failed"] = outcome["check_failed"] or not plan.fits

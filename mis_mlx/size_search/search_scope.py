@@ -1,5 +1,6 @@
 """The students that a search looks among: sizes of every axis, limits, and what is within them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,13 +34,18 @@ def scope_of(s: Any, teacher: Checkpoint) -> Scope:
     within = _within(s, teacher, sizes, limits)
     measured = min(s.evaluations, len(within))
     most = "" if s.lose is None else "at most "
-    cli.say(f"students within {' '.join(flags)}: {len(within):,}; {most}{measured} are measured")
+    _tell(s)(f"students within {' '.join(flags)}: {len(within):,}; {most}{measured} are measured")
     return Scope(
         sizes=sizes,
         limits=limits,
         within=within,
         flags=flags,
     )
+
+
+def _tell(s: Any) -> Callable[..., None]:
+    """What says the facts of a search: inside of a distillation, -v alone shows them."""
+    return cli.detail if s.lose is not None and not s.finalists else cli.say
 
 
 def limits_of(s: Any, teacher: Checkpoint) -> list[Limit]:
@@ -74,7 +80,7 @@ def tried_sizes(s: Any, teacher: Checkpoint) -> dict[str, tuple[int, ...]]:
     all_rows = shape_of(config).vocab
     asked_vocab = s.vocab and sizes["vocab"] != (all_rows,)
     if stuck and not (asked_vocab and len(stuck) == 1):
-        cli.say(f"this teacher cannot be cut along every axis: {', '.join(stuck)} stay unchanged")
+        _tell(s)(f"this teacher cannot be cut along every axis: {', '.join(stuck)} stay unchanged")
     return sizes
 
 

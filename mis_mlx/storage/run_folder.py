@@ -26,7 +26,7 @@ PHASES = "phases.jsonl"  # what each start planned, then what each phase took
 ANSWERS = "answers.jsonl"  # the models' answers to held-out prompts
 LATER = "second turn"  # kind of those prompts that say little without the turns before
 SAMPLES = "samples.jsonl"  # what each model writes after the same words
-# Source and licence of the data of an alignment, beside the run and its model.
+# Source and license of the data of an alignment, beside the run and its model.
 DATA = "data.json"
 TAKEN = "taken.json"  # seconds, memory and tea breaks so far
 SEARCH = "search"  # the folder, in a run's, of the search for its sizes

@@ -21,7 +21,7 @@ FORMS = {
     "q4_k_m": ("GGUF, Q4_K_M (needs llama.cpp)", ["--format", "gguf", "--out-type", "q4_k_m"]),
     "hf": ("Hugging Face folder, bfloat16", ["--format", "hf"]),
 }
-LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]{0,39}")
+LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,39}")
 
 
 def build(studio: Studio, chosen: Wishes, tabs: Any) -> None:
@@ -66,8 +66,8 @@ class _Keep:
         ui = self.studio.ui
         with ui.expansion("Upload to the Hugging Face hub").classes("w-full"):
             self.repository = ui.input("Repository, as name/model").classes("w-full")
-            self.licence = ui.input("Licence, in the hub's words, such as apache-2.0")
-            self.licence.classes("w-full")
+            self.license = ui.input("License, in the hub's words, such as apache-2.0")
+            self.license.classes("w-full")
             self._button("Upload", self._send)
 
     def _button(self, label: str, action: Callable[[], Awaitable[str]]) -> None:
@@ -130,13 +130,13 @@ class _Keep:
     async def _send(self) -> str:
         run, model = self._model()
         repository = places.repository(self.repository.value)
-        licence = str(self.licence.value or "").strip()
-        if not LICENCE.fullmatch(licence):
-            raise MisError("Say the licence of the weights in the hub's words, such as apache-2.0")
-        question = f"Upload {run.name} to {repository} as {licence}? Others may see it then."
+        license = str(self.license.value or "").strip()
+        if not LICENSE.fullmatch(license):
+            raise MisError("Say the license of the weights in the hub's words, such as apache-2.0")
+        question = f"Upload {run.name} to {repository} as {license}? Others may see it then."
         if not await self._sure(question, "Upload"):
             return ""
-        flags = ["--format", "hf", "--upload-repo", repository, "--license", licence]
+        flags = ["--format", "hf", "--upload-repo", repository, "--license", license]
         await export(model, f"{run.name}-hf", flags)
         return f"Uploaded to {repository}"
 

@@ -283,6 +283,6 @@ def test_conversations_share_their_instruction_and_stay(tmp_path: Path, chat: An
     for name, some in {"train": rows[:10], "valid": rows[10:], "test": rows[10:]}.items():
         (tmp_path / f"{name}.jsonl").write_text("\n".join(some))
     alone = preparation.prepare(str(tmp_path), chat, 192)
-    assert "; 0 more held-out windows" in alone.notes[-1]
+    assert "more shared 32 tokens" not in alone.notes[-1]
     (tmp_path / "test.jsonl").write_text("\n".join([*rows[10:], rows[0]]))
     assert "; 0 more" not in preparation.prepare(str(tmp_path), chat, 192).notes[-1]

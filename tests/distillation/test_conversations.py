@@ -102,10 +102,10 @@ def test_another_teacher_writes_its_own_once(
     assert 0 < len(rows) <= 6
     assert all(row["messages"][-1]["role"] == "assistant" for row in rows)
     assert "the teacher answers 6 prompts first" in said
-    assert f"conversations: {len(rows)} of 6 are kept" in said
+    assert f"conversations: {len(rows)} of 6 answers are kept" in said
     monkeypatch.setattr(teacher_answers, "write", lambda *_: pytest.fail("written again"))
     assert source(chat, wanted()) == first
-    assert f"reusing the teacher's answers in {first.answers}" in capsys.readouterr().err
+    assert capsys.readouterr().err == ""
     again = source(chat, wanted(str(text_folder), share=0.7))
     assert again == preparation.Source(str(text_folder), answers=first.answers, share=0.7)
     monkeypatch.undo()
@@ -312,9 +312,9 @@ def test_a_dialogue_shows_the_teacher_and_the_last_student() -> None:
     lines = [line for line in conversations.dialogue(found).splitlines() if line]
 
     assert lines == [
-        *("> Question 0?", "teacher: T0.", "4-bit: S0"),
-        *("> Question 3?", "teacher: T3.", "4-bit: S3 …"),
-        *("> Question 5?", "teacher: T5.", "4-bit: S5"),
+        *("> Question 0?", "teacher: T0.", "student: S0"),
+        *("> Question 3?", "teacher: T3.", "student: S3 …"),
+        *("> Question 5?", "teacher: T5.", "student: S5"),
     ]
 
 

@@ -32,7 +32,7 @@ def test_the_card_of_a_run(finished: tuple[Path, Done]) -> None:
     assert f"iters {ITERS}" in text
     assert "- a fact" in text
     assert "ollama create run -f Modelfile" in text
-    assert "licence of owner/teacher" in text
+    assert "license of owner/teacher" in text
 
 
 def test_names_and_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +67,7 @@ def test_names_and_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_model_of_unknown_origin(llama: Checkpoint) -> None:
-    """No base, no licence claimed, no table, no empty headings."""
+    """No base, no license claimed, no table, no empty headings."""
     text = model_card.readme(llama, None, "", ["weights in bfloat16"])
     assert "base_model" not in text
     assert "license:" not in text

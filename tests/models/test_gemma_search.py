@@ -149,7 +149,7 @@ def test_nothing_said_leaves_blocks_whole(
     model = made(tmp_path / "m", "gemma4_text")
     planned = distill.run(distill.Settings(teacher=str(model), dry_run=True, conversations=0))
     said = capsys.readouterr().err
-    assert "--lose 0.1: a search chooses sizes and bits" in said
+    assert "within --lose 0.1; a search chooses sizes and bits" in said
     why = "most of a gemma4_text is tables with a row for each token"
     assert f"every block stays whole, tokens and bits are chosen: {why}" in said
     assert planned["params_student"] == planned["params_teacher"]

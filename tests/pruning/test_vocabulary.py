@@ -240,7 +240,7 @@ def test_prune_alone(
     flags += ("--scenario", "none", "--dtype", "float32", "--vocab", 500)
     done = command("prune", *flags, "--mlx-path", tmp_path / "p")
     assert done.returncode == 0, done.stderr
-    assert "vocabulary: 512 of 1,024 rows stay; of the " in done.stderr
+    assert "vocabulary: 512 of 1,024 tokens stay; they cover " in done.stderr
     kept = vocabulary.rows_of(tmp_path / "p")
     student = load.open_checkpoint(tmp_path / "p")
     assert kept is not None
@@ -372,7 +372,7 @@ def test_nothing_but_tokens_is_cut(
         "distill", *small, "--scenario", "none", "--keep-steps", "--out", tmp_path / "run"
     )
     assert done.returncode == 0, done.stderr
-    assert "no block is cut: nothing needs repair" in done.stderr + done.stdout
+    assert "| | teacher | fewer tokens | student |" in done.stdout
     run = tmp_path / "run"
     phases = {
         record["phase"]

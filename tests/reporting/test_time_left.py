@@ -26,8 +26,8 @@ STOPS = (*EVEN[:15], 300.0, *EVEN[15:])
 FRAMES = 10  # pictures a second
 
 
-def shown(steps: Sequence[float]) -> Iterator[tuple[float, float, float, str]]:
-    """(time, seconds left as shown, seconds left in truth, why they move), ten times a second."""
+def shown(steps: Sequence[float]) -> Iterator[tuple[float, float, float]]:
+    """(time, seconds left as shown, seconds left in truth), ten times a second."""
     pace = Pace(began_s=0.0, first=0)
     estimate = ShownEstimate()
     ends = [math.fsum(steps[: number + 1]) for number in range(len(steps))]
@@ -39,53 +39,46 @@ def shown(steps: Sequence[float]) -> Iterator[tuple[float, float, float, str]]:
             pace.note(done, ends[done - 1])
         known_s = pace.left_s(len(steps), now_s)
         if known_s is not None:
-            yield now_s, estimate.update(known_s, now_s), ends[-1] - now_s, estimate.trend
+            yield now_s, estimate.update(known_s, now_s), ends[-1] - now_s
 
 
 @pytest.mark.parametrize("steps", [DISTURBED, EVEN, HALVES, STOPS, EVEN[::-1], HALVES[::-1]])
-def test_no_jump_without_a_reason(steps: Sequence[float]) -> None:
+def test_no_jump(steps: Sequence[float]) -> None:
     """Of any two estimates within a second, the later one is the earlier one less the time between
-    them, up to a third; else the line says that it moves, and why.
+    them, up to a third, or a second and a half.
     """
     points = list(shown(steps))
-    jumps = []
-    for start, (then_s, before, _, trend) in enumerate(points):
-        for now_s, after, _, later_trend in points[start + 1 : start + FRAMES + 1]:
+    for start, (then_s, before, _) in enumerate(points):
+        for now_s, after, _ in points[start + 1 : start + FRAMES + 1]:
             expected = max(0.0, before - (now_s - then_s))
-            if abs(after - expected) > before / 3 and not (trend or later_trend):
-                jumps.append((then_s, before, now_s, after))
-    assert not jumps
+            assert abs(after - expected) <= max(before / 3, 1.5)
 
 
 def test_an_even_pace_is_told_well() -> None:
     """Of a run whose steps take alike, from the third one on: within a tenth of what is left."""
-    for now_s, told_s, true_s, _ in shown(EVEN):
+    for now_s, told_s, true_s in shown(EVEN):
         if now_s > 30 and true_s > 30:
             assert abs(told_s - true_s) < 0.1 * true_s
 
 
 def test_a_pace_that_halves_is_noticed() -> None:
     """Ten steps after it halves, the estimate is within a sixth of the truth; the mean of all steps
-    would be a third too low there. No reason is left over.
+    would be a third too low there.
     """
-    half_s = math.fsum(HALVES[:15])
     ten_later_s = math.fsum(HALVES[:25])
     mean_s = ten_later_s / 25
     after = [point for point in shown(HALVES) if point[0] >= ten_later_s]
-    _, told_s, true_s, trend = after[0]
+    _, told_s, true_s = after[0]
     assert 5 * mean_s < 0.8 * true_s
     assert abs(told_s - true_s) < true_s / 6
-    assert trend == ""
-    trends = {trend for now_s, _, _, trend in shown(HALVES) if half_s < now_s < ten_later_s}
-    assert trends <= {"", "rising: slower than expected"}
 
 
-def test_a_stop_is_explained() -> None:
-    """While nothing ends for five minutes, the estimate rises, and the line says why."""
+def test_a_stop_raises_the_estimate() -> None:
+    """While nothing ends for five minutes, the estimate rises."""
     points = list(shown(STOPS))
     stop_s = math.fsum(STOPS[:15])
     during = [point for point in points if stop_s + 30 < point[0] < stop_s + 300]
-    told = [told_s for _, told_s, _, _ in during]
+    told = [told_s for _, told_s, _ in during]
     assert max(told) > told[0]
     assert all(after >= before - 1 / FRAMES - 1e-6 for before, after in pairwise(told))
 
@@ -114,7 +107,7 @@ def test_turns_of_microseconds_take_bounded_room() -> None:
 
 def test_phases_hand_the_run_over_without_a_jump() -> None:
     """A first phase that takes four times as long as planned makes the rest four times as long:
-    the run's time left moves there in steps of less than a third, and says why.
+    the run's time left moves there in steps of less than a third.
     """
     now_s = 0.0
     display = Display({"prune": 20.0, "distil": 100.0}, lambda: now_s)
@@ -122,16 +115,16 @@ def test_phases_hand_the_run_over_without_a_jump() -> None:
     with display.level("distill"):
         with display.level("prune"):
             while now_s < 80:
-                told.append((display.line(), display.shown[""].shown_s))
+                display.line()
+                told.append(display.shown[""].shown_s)
                 now_s += 0.5
         display.took["prune"] = 80.0
         with display.level("distil"):
             while now_s < 200:
-                told.append((display.line(), display.shown[""].shown_s))
+                display.line()
+                told.append(display.shown[""].shown_s)
                 now_s += 0.5
-    for (line, before), (next_line, after) in pairwise(told):
-        if before is not None and after is not None and abs(after - (before - 0.5)) > before / 3:
-            assert "than expected" in line + next_line
-    assert any("rising: slower than expected" in line for line, _ in told)
-    assert "than expected" not in told[-1][0]
-    assert told[-1][1] == pytest.approx(400 - 120, rel=0.02)
+    for before, after in pairwise(told):
+        assert before is not None and after is not None
+        assert abs(after - (before - 0.5)) <= max(before / 3, 1.0)
+    assert told[-1] == pytest.approx(400 - 120, rel=0.02)

@@ -115,7 +115,7 @@ def touch_every_field(tab: Tab) -> None:
     tab.choose("Form", "8 bits")
     tab.page.get_by_text("Upload to the Hugging Face hub").click()
     tab.page.get_by_label("Repository").fill("owner/model")
-    tab.page.get_by_label("Licence").fill("mit")
+    tab.page.get_by_label("License").fill("mit")
     tab.press("Delete the run")
     tab.press("Delete")
     tab.page.get_by_label("Name of the run").fill("other")

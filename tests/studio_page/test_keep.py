@@ -80,9 +80,9 @@ def test_given_to_other_programs(kept: Path, home: dict[str, str], hub: dict[str
         tab.page.get_by_text("Upload to the Hugging Face hub").click()
         tab.page.get_by_label("Repository").fill("me/small")
         tab.press("Upload")
-        tab.sees("Say the licence of the weights")
+        tab.sees("Say the license of the weights")
         assert not Hub.got
-        tab.page.get_by_label("Licence").fill("apache-2.0")
+        tab.page.get_by_label("License").fill("apache-2.0")
         tab.press("Upload")
         tab.sees("Upload tiny-001 to me/small as apache-2.0? Others may see it then.")
         assert not Hub.got

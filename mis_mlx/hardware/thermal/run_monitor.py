@@ -206,7 +206,7 @@ class ThermalMonitor(Monitor):
         judge = governor.governor_for(self._mode, self.latest(), self.reasons, apple=self.apple)
         if judge.blind:
             why = self.reasons.get("die_c", "no die temperature")
-            cli.say(f"governor: {self._mode}, but without temperatures: {why}")
+            cli.detail(f"governor: {self._mode}, but without temperatures: {why}")
         return judge
 
     def _record(self, step: Step, decision: Decision) -> dict[str, Any]:
