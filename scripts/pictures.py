@@ -50,14 +50,31 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 PAGE_SIZE = "860,1400"  # pixels of the report that are shown
 COLUMNS = 108  # of the terminal that is drawn
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07")
-COLORS = {"teacher": "#8a939e", "pruned": "#c7ccd1", "distilled": "#1f6fb2", "4-bit": "#2e7d4f"}
-LOSS = "loss on the teacher's answers to new prompts,\nbits per byte (less is better)"
-SPEED = "decode on a CPU, tokens/s\n(MLX has no fast 4-bit kernel there)"
-PANELS = {  # title: (key in the result, format of a number)
-    "file, MB": ("bytes_{}", "{:.0f}"),
-    LOSS: ("answers_{}", "{:.3f}"),
-    SPEED: ("decode_tps_{}", "{:.1f}"),
+FEW_BITS = "bits-SmolLM2-135M-Instruct"
+# How labels of rows begin, of rivals.py and of bits.py: whose they are.
+PROGRAMS = {
+    "tuned, ": "mis_mlx, scales learn",
+    "now, ": "mis_mlx",
+    "ours, ": "mis_mlx, scales learn",
+    "mlx_lm.convert, 2 bits": "",  # one of its points lies off the picture
+    "mlx_lm.convert": "mlx_lm.convert",
+    "mlx_lm.dynamic_quant": "mlx_lm.dynamic_quant",
+    "mlx_lm.dwq": "mlx_lm.dwq",
+    "mlx_lm.gptq": "mlx_lm.gptq",
+    "mlx_lm.awq": "mlx_lm.awq",
+    "llama.cpp": "llama.cpp",
 }
+LINES = {  # color, width
+    "mlx_lm.convert": ("#8a939e", 1.2),
+    "mlx_lm.dynamic_quant": ("#c58f3d", 1.2),
+    "mlx_lm.gptq": ("#a05fa8", 1.2),
+    "mlx_lm.awq": ("#b0514f", 1.2),
+    "mlx_lm.dwq": ("#5f8fa8", 1.2),
+    "llama.cpp": ("#555555", 1.2),
+    "mis_mlx": ("#1f6fb2", 1.6),
+    "mis_mlx, scales learn": ("#2e7d4f", 2.4),
+}
+TICKS = (0, 0.05, 0.1, 0.2, 0.5, 1, 2, 4)  # of the loss
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "mis_mlx",
@@ -87,30 +104,6 @@ class Picture:
     draw: Callable[[str], bytes]
 
 
-def overview(source: str) -> bytes:
-    """SVG: size, loss and speed of the four models, where they were measured.
-
-    source: the JSON of a default run.
-    """
-    result = json.loads(source)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.4, 2.3), layout="constrained")
-        panels = figure.subplots(1, len(PANELS))
-        for axis, (title, (key, form)) in zip(panels, PANELS.items(), strict=True):
-            for name, color in COLORS.items():
-                value = result.get(key.format(name))
-                if value is not None:
-                    axis.bar(name, value, color=color, width=0.7)
-                    axis.text(name, value, form.format(value), ha="center", va="bottom")
-            axis.set_title(title, fontsize=9)
-            axis.set_yticks([])
-            axis.tick_params(axis="x", length=0)
-            axis.margins(y=0.15)
-        svg = io.StringIO()
-        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-    return svg.getvalue().encode()
-
-
 def facts() -> str:
     """What the badges say, a line each: what, and its value. Of pyproject.toml and of the machines
     that have results.
@@ -119,12 +112,68 @@ def facts() -> str:
     mlx = next(part for part in project["dependencies"] if part.startswith("mlx-lm"))
     machines = sorted(path.name for path in RESULTS.iterdir() if path.is_dir())
     values = {
-        "licence": project["license"],
+        "license": project["license"],
         "python": project["requires-python"],
         "mlx-lm": mlx.removeprefix("mlx-lm"),
         "measured on": ", ".join(machines),
     }
     return "\n".join(f"{name}\t{value}" for name, value in values.items())
+
+
+def rivals() -> str:
+    """JSON: {model: {program: [[MB, loss]]}}, of everybody's programs in fewer bits.
+
+    Of benchmarks/rivals.py's files; where there is none, of the default model's rows of bits.py.
+    """
+    folder = RESULTS / "linux-x86_64"
+    files = [path for path in sorted(folder.glob("rivals-*.json")) if _of_first_seed(path)]
+    named = {path.stem.removeprefix("rivals-"): path for path in files}
+    shown = {}
+    for model, path in (
+        named or {FEW_BITS.removeprefix("bits-"): folder / f"{FEW_BITS}.json"}
+    ).items():
+        programs: dict[str, list[list[float]]] = {}
+        for label, row in json.loads(path.read_text("utf-8"))["rows"].items():
+            program = next(
+                (name for start, name in PROGRAMS.items() if label.startswith(start)), ""
+            )
+            if not program:
+                continue
+            lost = row["lost"]["answers"] if "lost" in row else row["answers_excess"]
+            nbytes = row["nbytes"] / 1e6 if "nbytes" in row else row["mb"]
+            loss = lost[0] if isinstance(lost, list) else lost
+            programs.setdefault(program, []).append([round(nbytes, 1), round(loss, 4)])
+        shown[model] = {name: sorted(points) for name, points in programs.items()}
+    return json.dumps(shown, indent=1)
+
+
+def _of_first_seed(path: Path) -> bool:
+    """Whether a file of rivals.py is of seed 0."""
+    return json.loads(path.read_text("utf-8"))["given"].get("seed", 0) == 0
+
+
+def curves(source: str) -> bytes:
+    """SVG: loss against megabytes, a line a program, a panel a model. source: as of `rivals`."""
+    shown = json.loads(source)
+    with matplotlib.rc_context({**STYLE, "axes.spines.left": True}):
+        figure = Figure(figsize=(4.4 * max(2, len(shown)), 3.4), layout="constrained")
+        panels = figure.subplots(1, len(shown), squeeze=False)[0]
+        for axis, (model, programs) in zip(panels, shown.items(), strict=True):
+            for name in (name for name in LINES if name in programs):
+                points = programs[name]
+                color, wide = LINES[name]
+                axis.plot(*zip(*points, strict=True), "o-", color=color, lw=wide, ms=4, label=name)
+            axis.set_yscale("symlog", linthresh=0.1, linscale=0.6)
+            axis.set_yticks([0, 0.05, 0.1, 0.2, 0.5, 1, 2, 4], labels=TICKS)
+            axis.minorticks_off()
+            axis.set_title(model, fontsize=10)
+            axis.set_xlabel("file, MB")
+            axis.grid(axis="y", alpha=0.25)
+        panels[0].set_ylabel("loss on the model's own answers,\nbits per byte (less is better)")
+        panels[-1].legend(frameon=False, fontsize=8)
+        svg = io.StringIO()
+        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+    return svg.getvalue().encode()
 
 
 def badges(source: str) -> bytes:
@@ -224,7 +273,7 @@ def stored(suffix: str) -> Callable[[], str]:
 
 
 PICTURES = (
-    Picture("overview.svg", stored(".json"), overview),
+    Picture("rivals.svg", rivals, curves),
     Picture("badges.svg", facts, badges),
     Picture("plan.svg", plan, terminal("mis_mlx plan --machine m1-air")),
     Picture("table.svg", table, terminal("mis_mlx distill: the end")),

@@ -58,7 +58,7 @@ def keywords(settings: type) -> str:
     names = list[str]()
     for _, group in flag_help.grouped(settings):
         names += group
-    names += sorted(flag_help.quiet(settings))
+    names += sorted(flag_help.quiet(settings) - flag_help.internal(settings))
     rows = []
     for name in names:
         if name == "config":  # a file of flags, which only a command reads

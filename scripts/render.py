@@ -225,22 +225,6 @@ TRAINED = {
 }
 
 
-def planned_cells(student: Found) -> list[str]:
-    """What a plan says of a student: parameters, size, memory, time, training."""
-    training = "none needed" if student["uncut"] else TRAINED[student["mode"]]
-    time = duration(3600 * student["hours"])
-    if not student["fits"]:
-        training = "**does not fit**"
-        time = "–"
-    return [
-        f"{student['params'] / 1e9:.2f} B",
-        f"{student['bytes'] / 1e9:.2f} GB",
-        gib(student["peak_bytes"]),
-        time,
-        training,
-    ]
-
-
 KNOWN_HEAD = [
     "",
     "MB",
@@ -308,16 +292,19 @@ def computed(found: Found) -> str:
 
 def models_default(found: Found) -> str:
     """A line a model: what it is, and what comes of it where nothing is said about sizes."""
-    head = ["model", "parameters", "bf16", "student", "result", "peak memory", "time", "training"]
-    head += ["search", "answers to learn from", "by", "answers that judge"]
+    head = ["model", "parameters", "bf16", "result", "peak memory", "whole run"]
+    head += ["search", "answers", "the rest"]
     lines = list[list[str]]()
     for row in found["rows"].values():
         student = row["students"]["default"]
-        answers = student["hours_of_answers"]
-        before = [row["title"], f"{row['params'] / 1e9:.2f} B", f"{row['bytes'] / 1e9:.2f} GB"]
-        search = hours(row["hours_of_search"])
-        after = [search, hours(answers["before"]), answers["writer"], hours(answers["at_end"])]
-        lines.append([*before, *planned_cells(student), *after])
+        asked = student["hours_of_answers"]
+        answers = (asked["before"] or 0.0) + asked["at_end"]
+        search = row["hours_of_search"] or 0.0
+        rest = student["hours"]
+        line = [row["title"], f"{row['params'] / 1e9:.2f} B", f"{row['bytes'] / 1e9:.2f} GB"]
+        line += [f"{student['bytes'] / 1e9:.2f} GB", gib(student["peak_bytes"])]
+        parts = [hours(part or None) for part in (search + answers + rest, search, answers, rest)]
+        lines.append([*line, *parts] if student["fits"] else [*line, "**does not fit**", *"–––"])
     return "\n".join([words.markdown_table(head, lines), "", computed(found)])
 
 
