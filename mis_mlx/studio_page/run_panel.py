@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mis_mlx.reporting import run_reader
+from mis_mlx.reporting import html, run_reader
 from mis_mlx.reporting.run_reader import Point, RunRecord, Series
+from mis_mlx.storage import run_folder
 from mis_mlx.studio_page import runs
 from mis_mlx.studio_page.runs import FINISHED, RUNNING, STOPPED, Listed
 from mis_mlx.studio_page.studio_state import Alert, Studio
@@ -24,6 +25,7 @@ AXIS = {
     "axisLine": {"lineStyle": GREY},
     "splitLine": {"lineStyle": {"color": "#88888855"}},
 }
+STUDENTS = ("4-bit", "distilled")  # the first one that a result knows is the student
 ICONS = {RUNNING: "play_circle", FINISHED: "check_circle", STOPPED: "pause_circle"}
 
 
@@ -49,6 +51,7 @@ class _Run:
             self.said = ui.label().classes("said").props("role=status")
             with ui.row():
                 self._buttons()
+            self.result = ui.label().classes("said")
             self.phases = ui.label().classes("said").style("font-family: monospace")
             self.facts = ui.label()
             self.facts.classes("said")
@@ -141,12 +144,15 @@ class _Run:
         self.resume.set_visibility(stopped)
         self.judge.set_visibility(finished)
         lines: dict[str, dict[str, list[Point]]] = {}
-        phases = ""
+        phases = search_words(run) if run.state == RUNNING else ""
         facts = ""
+        result = ""
         if story:
-            phases = phase_words(story)
+            phases = phase_words(story, running=run.state == RUNNING)
             facts = fact_words(story)
             lines = curves(story)
+            result = result_words(story) if finished else ""
+        self.result.set_text(result)
         self.phases.set_text(phases)
         self.facts.set_text(facts)
         for name, chart in self.charts.items():
@@ -182,17 +188,64 @@ def story_of(run: Listed) -> RunRecord | None:
         return None
 
 
-def phase_words(story: RunRecord) -> str:
-    """A table of phases: what each took, and what was planned."""
+def search_words(run: Listed) -> str:
+    """What a run does before its plan is decided: text is written, or a search measures sizes."""
+    measured = 0
+    for log in (run.folder / run_folder.SEARCH).glob("*.jsonl"):
+        measured += len(run_folder.records(log))
+    if measured:
+        return f"searching for sizes: {measured} measurements so far"
+    return "before its first phase: it reads text, or the teacher writes some"
+
+
+def result_words(story: RunRecord) -> str:
+    """Of a finished run: size, loss, loops, then a prompt with what both models said."""
+    result = story.result
+    last = next((name for name in STUDENTS if f"bytes_{name}" in result), "")
+    if not last:
+        return ""
+    excess = result.get(f"answers_excess_{last}")
+    values: dict[str, Any] = {
+        "teacher": {"bytes": result["bytes_teacher"]},
+        "student": {"bytes": result[f"bytes_{last}"]},
+        "excess": excess,
+        "lose": story.config.get("lose"),
+        "loops": result.get(f"loops_{last}"),
+        "teacher_loops": result.get("loops_teacher"),
+        "texts": [],
+        "speed": [],
+        "first_token": [],
+        "last": last,
+    }
+    lines = [html.document("won.md", values)]
+    said = {row["model"]: row for row in story.answers if row["prompt"] == _first_prompt(story)}
+    for name, row in said.items():
+        if not lines[1:]:
+            lines += ["", f"> {row['prompt']}"]
+        who = name if name == "teacher" else "student"
+        lines += ["", f"{who}: {row['text'].strip() or '(nothing)'}"]
+    return "\n".join(lines)
+
+
+def _first_prompt(story: RunRecord) -> str:
+    return str(story.answers[0]["prompt"]) if story.answers else ""
+
+
+def phase_words(story: RunRecord, *, running: bool = False) -> str:
+    """A table of phases: what each took, and what was planned; of a run at work, which is now."""
     took = story.took()
     planned = {}
     for phase in story.begun.get("planned", []):
         planned[phase["phase"]] = phase["seconds"]
     lines = [_row("phase", "took", "planned")]
+    ahead = running
     for name in dict.fromkeys([*planned, *took]):
-        now = _time(took.get(name))
+        spent = _time(took.get(name))
+        if ahead and name not in took:
+            spent = "now"
+            ahead = False
         plan = _time(planned.get(name))
-        lines.append(_row(name, now, plan))
+        lines.append(_row(name, spent, plan))
     return "\n".join(lines)
 
 
