@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import textwrap
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -232,11 +233,12 @@ def plan() -> str:
         return screen(["-m", "mis_mlx", "plan", *flags], Path(temp))
 
 
-def table() -> str:
-    """The terminal at the end of the default run, from its stored table down to the speeds."""
-    page = RUN.with_suffix(".md").read_text("utf-8").partition("\nEnglish, ")[0]
-    program = "import sys; from mis_mlx.reporting import text; print(text.aligned(sys.argv[1]))"
-    return screen(["-c", program, page], ROOT)
+def run() -> str:
+    """The terminal of a default run: its lines, and some of what it prints at its end."""
+    page = (ROOT / "docs" / "tutorial.md").read_text("utf-8")
+    blocks = re.findall(r"^```text\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).splitlines()
+    return "\n".join(part for line in lines for part in textwrap.wrap(line, COLUMNS) or [""])
 
 
 def terminal(title: str) -> Callable[[str], bytes]:
@@ -276,7 +278,7 @@ PICTURES = (
     Picture("rivals.svg", rivals, curves),
     Picture("badges.svg", facts, badges),
     Picture("plan.svg", plan, terminal("mis_mlx plan --machine m1-air")),
-    Picture("table.svg", table, terminal("mis_mlx distill: the end")),
+    Picture("run.svg", run, terminal("mis_mlx distill")),
     Picture("report.png", stored(".html"), report),
 )
 

@@ -94,7 +94,7 @@ class Alignment(cli.Resumable, precision.Computing, ThermalFlags, recipe.Trainin
     """rank of the adapters"""
     scale: Positive = 20.0
     """scaling factor of the adapters"""
-    fuse: Annotated[bool, Off("keep the adapters next to the model, for --adapter-path")] = True
+    fuse: Annotated[bool, Off("keep the adapters next to the model, not merged")] = True
     """merge the adapters into the weights at the end"""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """data type of the saved weights"""

@@ -283,7 +283,7 @@ def chosen(
     tokens = Vocabulary(teacher.path)
     kept = tokens.chosen(needed(tokens, teacher.path), listed, rows)
     share = counts[kept].sum() / counts.sum()
-    covered = "all of" if share == 1 else f"{share:.2%} of"
+    covered = "all of" if share > 0.99995 else f"{share:.2%} of"
     cli.outcome(
         f"vocabulary: {rows:,} of {len(counts):,} tokens stay; they cover {covered} the text"
     )
