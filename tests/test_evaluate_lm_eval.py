@@ -18,7 +18,7 @@ from mis_mlx.judge.tasks import answering, harness, questions, task_registry
 from mis_mlx.types import Checkpoint, MisError
 from tests.conftest import Done, sentence
 
-WHY = "the extra `evaluate` is not installed: pip install 'mis-mlx[evaluate]'"
+WHY = "the extra `evaluate` is not installed: pip install '.[evaluate]' in the checkout"
 here = pytest.mark.skipif(harness.find_spec("lm_eval") is None, reason=WHY)
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's and datasets' own
 
@@ -128,4 +128,4 @@ def test_without_lm_eval_the_extra_is_named(
 ) -> None:
     """One sentence, with the command that brings it."""
     said = sentence(command("evaluate", "--teacher", llama.path, "--tasks", "english"))
-    assert "need lm-eval, which is not installed: pip install 'mis-mlx[evaluate]'" in said
+    assert "need lm-eval, which is not installed: pip install '.[evaluate]' in the checkout" in said

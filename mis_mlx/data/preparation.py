@@ -153,7 +153,7 @@ def _from_hub(name: str, tokens: int) -> Texts:
     except ImportError as error:
         raise MisError(
             f"'{name}' is not a folder here, and hub data sets need a package: pip install "
-            f"'mis-mlx[data]'"
+            f"'.[data]' in the checkout"
         ) from error
     try:
         dataset = datasets.load_dataset(name)

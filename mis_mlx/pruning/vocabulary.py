@@ -60,7 +60,7 @@ class VocabularyConfig:
     """more text to count tokens in, like --data"""
     languages: tuple[str, ...] = ()
     """languages whose most common words are counted too, such as pl de; needs pip install
-    'mis-mlx[languages]'
+    '.[languages]' in the checkout
     """
 
 
@@ -238,7 +238,9 @@ def words(languages: tuple[str, ...]) -> dict[str, float]:
     try:
         import wordfreq
     except ImportError:
-        raise MisError("--languages needs word lists: pip install 'mis-mlx[languages]'") from None
+        raise MisError(
+            "--languages needs word lists: pip install '.[languages]' in the checkout"
+        ) from None
     available = wordfreq.available_languages()
     for language in languages:
         if language not in available:

@@ -762,7 +762,7 @@ def test_words_need_a_package(monkeypatch: pytest.MonkeyPatch, big: Checkpoint) 
     monkeypatch.setitem(sys.modules, "wordfreq", None)
     vocabulary.words.cache_clear()
     with pytest.raises(
-        MisError, match=r"--languages needs word lists: pip install 'mis-mlx\[languages\]'"
+        MisError, match=r"--languages needs word lists: pip install '.\[languages\]'"
     ):
         vocabulary.rows_left(big, vocabulary.VocabularyConfig(languages=("de",)))
 

@@ -27,11 +27,11 @@ CHROMIUM = next(
 EXTRA = importlib.util.find_spec("nicegui") is not None
 DRIVER = importlib.util.find_spec("playwright") is not None
 needs_extra = pytest.mark.skipif(
-    not EXTRA, reason="NiceGUI is not installed: pip install 'mis-mlx[studio]'"
+    not EXTRA, reason="NiceGUI is not installed: pip install '.[studio]' in the checkout"
 )
 needs_browser = pytest.mark.skipif(
     not (EXTRA and DRIVER and CHROMIUM),
-    reason="needs NiceGUI, Chromium and playwright: pip install 'mis-mlx[studio]' playwright",
+    reason="needs NiceGUI, Chromium and playwright: pip install '.[studio]' in the checkout playwright",
 )
 PATIENCE_S = 180
 PANELS = ("Choose", "Decide", "Run", "Judge", "Keep")

@@ -13,7 +13,7 @@ from mis_mlx.hardware import child_process
 from mis_mlx.types import MisError
 
 PACKAGE = "if_verifiable"
-INSTALL = "pip install 'mis-mlx[ifeval]'"
+INSTALL = "pip install '.[ifeval]' in the checkout"
 # These split text into sentences with NLTK's model of English, which comes with no package.
 SPLITTING = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
 SPLITTER = "punkt_tab"
