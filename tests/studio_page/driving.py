@@ -31,7 +31,7 @@ needs_extra = pytest.mark.skipif(
 )
 needs_browser = pytest.mark.skipif(
     not (EXTRA and DRIVER and CHROMIUM),
-    reason="needs NiceGUI, Chromium and playwright: pip install '.[studio]' in the checkout playwright",
+    reason="needs NiceGUI, Chromium and playwright: pip install '.[studio]' playwright",
 )
 PATIENCE_S = 180
 PANELS = ("Choose", "Decide", "Run", "Judge", "Keep")

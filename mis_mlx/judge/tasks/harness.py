@@ -54,7 +54,8 @@ def check_harness(ids: Sequence[str]) -> None:
     """MisError where lm-eval is not installed, or does not have one of these tasks."""
     if find_spec("lm_eval") is None:
         raise MisError(
-            "lm-eval's tasks need lm-eval, which is not installed: pip install '.[evaluate]' in the checkout"
+            "lm-eval's tasks need lm-eval, which is not installed: pip install '.[evaluate]' in "
+            "the checkout"
         )
     with _hushed():
         known = _manager().all_tasks
