@@ -45,7 +45,7 @@ def scope_of(s: Any, teacher: Checkpoint) -> Scope:
 
 def _tell(s: Any) -> Callable[..., None]:
     """What says the facts of a search: inside of a distillation, -v alone shows them."""
-    return cli.detail if s.lose is not None and not s.finalists else cli.say
+    return cli.say if s.finalists else cli.detail
 
 
 def limits_of(s: Any, teacher: Checkpoint) -> list[Limit]:

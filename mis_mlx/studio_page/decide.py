@@ -67,7 +67,7 @@ class _Decide:
         self.scenario.bind_value(chosen, "scenario").on_value_change(self.follow)
         self.scenario.bind_visibility_from(chosen, "decides", value="scenario")
         self.scenario.classes("w-full")
-        usual = "Training: 30 steps, a demonstration"
+        usual = "Training: 30 steps, if blocks are cut"
         label = "Training: {} minutes"
         self._slider("minutes", label, 0, most=NIGHT_MIN, step=5, nothing=usual)
         most = jobs.total_bytes() // wishes.MIB // STEP_MIB * STEP_MIB

@@ -120,7 +120,7 @@ class _Run:
                 words = f"{run.name}: {run.state}"
                 megabytes = run.model_bytes / 1e6
                 if megabytes:
-                    words += f", {megabytes:,.1f} MB"
+                    words += f", {megabytes:,.0f} MB"
                 button = ui.button(words, icon=ICONS[run.state])
                 button.on_click(lambda name=run.name: self._choose(name))
                 button.props("flat no-caps align=left")
@@ -223,7 +223,8 @@ def result_words(story: RunRecord) -> str:
         if not lines[1:]:
             lines += ["", f"> {row['prompt']}"]
         who = name if name == "teacher" else "student"
-        lines += ["", f"{who}: {row['text'].strip() or '(nothing)'}"]
+        more = "" if row.get("ended", True) else " …"
+        lines += ["", f"{who}: {row['text'].strip() or '(nothing)'}{more}"]
     return "\n".join(lines)
 
 
@@ -250,7 +251,7 @@ def phase_words(story: RunRecord, *, running: bool = False) -> str:
 
 
 def _row(name: str, took: str, planned: str) -> str:
-    return f"{name:<11} {took:>9} {planned:>9}"
+    return f"{name:<14} {took:>9} {planned:>9}"
 
 
 def _time(seconds: float | None) -> str:
