@@ -102,7 +102,7 @@ def test_the_teacher_alone(chat: Path, command: Callable[..., Done]) -> None:
     done = command("evaluate", "--teacher", chat, "--tasks", "answers", "--num-questions", 4)
 
     assert done.returncode == 0, done.stderr
-    assert "Answers in all languages to 4 prompts" in done.stdout
+    assert "Answers in all languages to 4 held-out prompts" in done.stdout
     assert set(last_line(done)["answers"]) == {"prompts", "all"}
 
 

@@ -225,7 +225,7 @@ def sampler(
     settings = training.Settings(
         beta=0.1,
         max_completion_length=8,
-        temperature=0.8,
+        temp=0.8,
         group_size=4,
         grad_accumulation_steps=3,
         batch_size=4,
