@@ -1,5 +1,7 @@
 """Quantize every linear layer; stock mlx-lm opens the result."""
 
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +24,7 @@ from mis_mlx.planner import estimates, measured_block
 from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import packed_format, stage
-from mis_mlx.reporting import progress, text
+from mis_mlx.reporting import html, progress, text
 from mis_mlx.runs import run_loop
 from mis_mlx.settings.parts import part_of
 from mis_mlx.settings.recipe import DistillationConfig, QuantizationConfig
@@ -280,10 +282,14 @@ def _deliver(s: Settings, folder: Path, files: Files) -> dict[str, Any]:
             files.rename(folder / MODEL, out)
             files.fsync(parent)
     files.discard(folder)
-    cli.say(
-        f"{out}: {done['bits_per_weight']:.2f} bits per weight, "
-        f"{done['bits_per_block_weight']:.2f} in blocks"
-    )
+    values = {
+        **done,
+        "out": out,
+        "quoted": shlex.quote(str(out)),
+        "teacher": shlex.quote(str(done["model"])),
+        "python": cli.from_here(Path(sys.executable)),
+    }
+    cli.say(html.document("next_quantized.md", values))
     return {**done, "mlx_path": s.mlx_path}
 
 

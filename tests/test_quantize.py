@@ -54,6 +54,10 @@ def test_end_to_end(tmp_path: Path, llama: Checkpoint, command: Callable[..., Do
     packed = load.open_checkpoint(tmp_path / "q4")
     assert result["nbytes"] == packed.nbytes < llama.nbytes / 4
     assert result["group_size"] == 32
+    *_, size, _, write, judge = done.stderr.splitlines()
+    assert size.startswith(f"{tmp_path / 'q4'}: {packed.nbytes / 1e6:.1f} MB, ")
+    assert f"mlx_lm generate --model {tmp_path / 'q4'} " in write
+    assert f"evaluate --teacher {llama.path} --students {tmp_path / 'q4'} " in judge
     assert 4 < result["bits_per_weight"] < 7
     model, tokenizer = mlx_generate.open_model(compute_type.open_to_compute(tmp_path / "q4"))
     assert isinstance(mlx_generate.continuation(model, tokenizer, "The with statement", 4), str)

@@ -112,7 +112,7 @@ def test_console_commands_say_what_they_are(installed: Callable[..., Done]) -> N
     listed = installed("mis_mlx").stdout
     assert all(f"  {name} " in listed for name in commands())
     assert installed("mis_mlx", "--version").stdout == f"mis_mlx {__version__}\n"
-    assert "--temperature" in installed("mis_mlx.distill", "--help").stdout
+    assert "--target-bpw" in installed("mis_mlx.distill", "--help").stdout
 
 
 def test_the_main_job_by_the_console_command(

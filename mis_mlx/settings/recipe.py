@@ -139,8 +139,8 @@ class QuantizationConfig:
     q_group_size: Literal[32, 64, 128] = 64
     """weights that share one scale"""
     q_mode: Literal["affine", "mxfp4", "nvfp4"] = "affine"
-    """format of the blocks' weights; with mxfp4 and nvfp4, the embedding is 8-bit affine and the
-    flags below have no effect
+    """format of the blocks' weights; with mxfp4 and nvfp4, the embedding is 8-bit affine, and
+    measured bits, GPTQ and learning scales do not apply
     """
     target_bpw: Bits | None = 4.5
     """average bits per weight, including scales: each matrix gets 3 to 8 bits, by the measured loss
