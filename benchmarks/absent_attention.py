@@ -36,6 +36,7 @@ from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import answer_loss
 from mis_mlx.judge import comparison
 from mis_mlx.maths.reconstruction import RIDGES, NormalEquations
+from mis_mlx.models.architectures import sizes
 from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.models.writing import mlx_generate
 from mis_mlx.reporting.text import markdown_table
@@ -167,7 +168,7 @@ class Model:
         inner = self.module.model
         self.blocks: list[Any] = list(self.module.layers)
         self.norm = inner.norm
-        self.scale = load.embedding_scale(teacher.config, mx.float32)
+        self.scale = sizes.embedding_scale(teacher.config, mx.float32)
         self.embed_tokens = inner.embed_tokens
 
     def embed(self, tokens: mx.array) -> mx.array:

@@ -16,13 +16,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from laboratory import busy, start, write
 
-from mis_mlx.models.architectures import arch, gated_delta, mlx_modules, stored_form
+from mis_mlx.models.architectures import arch, gated_delta
 from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
@@ -132,12 +131,10 @@ def rules(length: int, rounds: int) -> dict[str, Any]:
 
 def block_of(kind: str, length: int, rounds: int) -> dict[str, Any]:
     """The way back through the largest block without attention: measured and planned."""
-    config = stored_form.own_config(
-        {"model_type": kind, **COMMON, **BLOCKS[kind]}, Path("config.json")
-    )
-    row = family(config)
-    number = config["layer_types"].index(row.stateful)
-    block = mlx_modules.new_block(row, mlx_modules.model_args(config), number)
+    config = family({"model_type": kind, **COMMON, **BLOCKS[kind]}).own_config()
+    architecture = family(config)
+    number = [architecture.attends(i) for i in range(architecture.layers)].index(False)
+    block = architecture.new_block(architecture.model_args(), number)
     x = mx.random.normal((1, length, int(COMMON["hidden_size"])), key=mx.random.key(1))
     mx.eval(x, block.parameters())
     weights = block.trainable_parameters()

@@ -31,7 +31,8 @@ import laboratory
 from mis_mlx import cli, plan, search
 from mis_mlx.distillation import conversations, plan_report, strategies, writers
 from mis_mlx.hardware import rates
-from mis_mlx.models.architectures import arch, stored_form
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening.config import read_config
 from mis_mlx.quantization import rounding_cost
 from mis_mlx.settings.recipe import EVAL_PROMPTS, EVAL_PROMPTS_STREAMED
@@ -99,7 +100,7 @@ def opened(name: str) -> Model:
     found = json.loads((CONFIGS / f"{name}.json").read_text("utf-8"))
     title = found.pop("title")
     source = found.pop("source")
-    config = stored_form.own_config(found, CONFIGS)
+    config = family(found).own_config()
     return Model(name=name, title=title, source=source, config=config)
 
 

@@ -15,8 +15,8 @@ from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.gguf_export import model_card, publication, rerounding, tensors, vocab
 from mis_mlx.hardware import memory, programs
-from mis_mlx.models.architectures import arch, families
-from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.architectures.sizes import gguf_name, shape_of
 from mis_mlx.models.opening import load, resolve, tokenizer_check
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import pass_cost, stream
@@ -166,7 +166,7 @@ def _gguf(settings: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, 
     if wanted == K_QUANT:
         programs.quantizer()  # its absence is said before the work
         written = tensors.parts(checkpoint, "f16")
-    writer = gguf.GGUFWriter(None, families.family(config).gguf)
+    writer = gguf.GGUFWriter(None, gguf_name(config))
     tensors.describe(writer, config, name, wanted)
     notes = vocab.add(writer, checkpoint.path, shape_of(config).vocab)
     facts = {key: value.value for key, value in writer.kv_data[0].items()}
@@ -322,11 +322,11 @@ def run(settings: Settings) -> dict[str, Any]:
 
 def _check_family(checkpoint: Checkpoint) -> None:
     """MisError for a family that is not exported to GGUF."""
-    family = families.family(checkpoint.config)
-    if not family.gguf:
+    if not gguf_name(checkpoint.config):
+        kind = checkpoint.config["model_type"]
         raise MisError(
-            f"a {family.name} is not exported to GGUF, because its linear attention cannot be "
-            f"written for llama.cpp yet: use --format hf, or the folder in mlx-lm"
+            f"a {kind} is not exported to GGUF, because its linear attention cannot be written for "
+            f"llama.cpp yet: use --format hf, or the folder in mlx-lm"
         )
 
 

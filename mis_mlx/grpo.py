@@ -14,7 +14,6 @@ from mis_mlx.data import examples, rows
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge.tasks import rewards
-from mis_mlx.models.architectures.families import family
 from mis_mlx.models.architectures.sizes import reads_in_order
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize
@@ -164,7 +163,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """The command: open, check the data and the rewards, plan, sample and learn, write the best."""
     s, folder, checkpoint = alignment_run.open_run_model(settings)
     if reads_in_order(checkpoint.config):
-        name = family(checkpoint.config).name
+        name = checkpoint.config["model_type"]
         raise MisError(
             f"a {name} reads one text after the other, but grpo computes the answers to a prompt "
             f"in one sequence: give another --model, or use sft or dpo"

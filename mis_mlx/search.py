@@ -17,7 +17,8 @@ from mis_mlx.distillation import conversations, pipeline, plan_report, strategie
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.judge import answers
-from mis_mlx.models.architectures.sizes import Shape, shape_of
+from mis_mlx.models.architectures.shape import Shape
+from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting import progress, text
 from mis_mlx.runs import run_loop

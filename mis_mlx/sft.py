@@ -10,7 +10,6 @@ from mis_mlx.distillation import live_teacher
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge import comparison
-from mis_mlx.models.architectures.families import family
 from mis_mlx.models.architectures.sizes import reads_in_order, softcap
 from mis_mlx.models.opening import compute_type, resolve
 from mis_mlx.models.opening.model_size import model_of
@@ -68,7 +67,7 @@ def _packs(s: Settings, checkpoint: Checkpoint) -> bool:
     if not s.packing or s.teacher:
         return False
     if reads_in_order(checkpoint.config):
-        name = family(checkpoint.config).name
+        name = checkpoint.config["model_type"]
         cli.say(f"a {name} reads one text after the other, so every row has a window of its own")
         return False
     return True

@@ -9,8 +9,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mis_mlx.models.architectures import stored_form, tensor_shapes
+from mis_mlx.models.architectures import tensor_shapes
 from mis_mlx.models.architectures.families import family
+from mis_mlx.models.architectures.sizes import versions
 from mis_mlx.models.architectures.stored_form import inside_names
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.config import read_config
@@ -31,18 +32,18 @@ class Cached(nn.Module):
 def opened(folder: Path) -> nn.Module:
     """The model in a folder, called with token ids alone."""
     model: nn.Module = load.mlx_lm("utils").load(str(folder))[0]
-    if family(read_config(folder)).versions:
+    if versions(read_config(folder)) > 1:
         return Cached(model)
     return model
 
 
 def ours(named: Mapping[str, mx.array], config: Mapping[str, Any]) -> dict[str, mx.array]:
     """Arrays by the names that tensors of such a config have here, without those nobody uses."""
-    row = family(config)
+    architecture = family(config)
     unused = tensor_shapes.unused_tensors(config)
     found = {}
     for name, array in named.items():
-        renamed = stored_form.own_name(row, name.removeprefix("inner."))
+        renamed = architecture.own_name(name.removeprefix("inner."))
         (inside,) = inside_names(renamed)
         if inside not in unused:
             found[inside] = array

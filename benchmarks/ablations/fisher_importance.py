@@ -19,7 +19,8 @@ import numpy as np
 
 from mis_mlx.maths.importance import Key
 from mis_mlx.models.architectures.block_inputs import BlockInputs, BlockOutputs
-from mis_mlx.models.architectures.sizes import Shape, shape_of
+from mis_mlx.models.architectures.shape import Shape
+from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import stream
 from mis_mlx.models.passing.backward_pass import BlockBackward, input_gradients

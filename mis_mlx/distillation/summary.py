@@ -16,7 +16,8 @@ from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.distillation import conversations
 from mis_mlx.judge import answers, comparison
-from mis_mlx.models.architectures import arch, families
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.architectures.sizes import gguf_name
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.config import read_config
 from mis_mlx.models.writing import model_writer
@@ -307,7 +308,7 @@ def is_far(*, expected: float, reached: float) -> bool:
 def next_steps(folder: Path) -> str:
     """What to do with a finished run: lines to paste."""
     model = folder / "model"
-    exports = not model.is_dir() or families.family(read_config(model)).gguf != ""
+    exports = not model.is_dir() or gguf_name(read_config(model)) != ""
     values = {
         "python": cli.from_here(Path(sys.executable)),
         "run": shlex.quote(str(cli.from_here(folder.absolute()))),

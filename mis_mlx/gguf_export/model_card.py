@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 
 from mis_mlx.gguf_export import run_facts
-from mis_mlx.models.architectures import arch, families, sizes
+from mis_mlx.models.architectures import arch, sizes
+from mis_mlx.models.architectures.sizes import transformers_opens
 from mis_mlx.models.opening import resolve
 from mis_mlx.models.writing import model_writer
 from mis_mlx.reporting import html
@@ -94,7 +95,7 @@ def readme(
         license = "apache-2.0"
     is_changed = run_values["keep"] is not None or _is_aligned(checkpoint.path)
     # A family of unequal blocks: transformers has no such architecture.
-    unequal = bool(families.family(checkpoint.config).blocks)
+    unequal = not transformers_opens(checkpoint.config)
     front = {
         "base_model": base,
         "base_model_relation": _relation(checkpoint, file, is_changed=is_changed) if base else None,

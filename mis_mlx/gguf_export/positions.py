@@ -9,7 +9,7 @@ import numpy as np
 
 from mis_mlx.gguf_export import gemma
 from mis_mlx.gguf_export.words import YARN
-from mis_mlx.models.architectures import families
+from mis_mlx.models.architectures import base, families
 from mis_mlx.models.architectures.sizes import normalised, shape_of
 from mis_mlx.types import MisError
 
@@ -22,58 +22,21 @@ def rope(config: Config) -> tuple[str, Config]:
     MisError for a model that llama.cpp would compute differently. The trap: llama.cpp reads what
     it does not know as plain positions, and the model loses its thread without an error.
     """
-    family = families.family(config)
     full = normalised(config)
     scaling = full.get("rope_scaling") or {}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    _check_layers(config, full, family)
-    if family.proportional:
-        return "proportional", full["rope_parameters"]["full_attention"]
-    _check_scaling(kind, scaling, family)
+    full_attention = (full.get("rope_parameters") or {}).get("full_attention", {})
+    if full_attention.get("rope_type") == "proportional":
+        return "proportional", full_attention
+    _check_scaling(kind, scaling, families.family(config))
     return kind, scaling
 
 
-def _check_layers(config: Config, full: Config, family: families.Family) -> None:
-    """MisError where llama.cpp puts biases, positions or windows into other layers than the model.
-
-    full: the config with every default filled in.
-    """
-    rotated = [int(i % 4 != 3) for i in range(full["num_hidden_layers"])]
-    if family.kinds and (
-        full[family.kinds] != rotated or full.get("attention_bias") or full.get("mlp_bias")
-    ):
-        why = (
-            f"llama.cpp's {family.gguf} has no biases, and rotary positions in all blocks but "
-            f"every fourth"
-        )
-        raise MisError(
-            f"{why}, unlike this model: use --format hf, which transformers and mlx-lm open"
-        )
-    slides = [kind == "sliding_attention" for kind in config.get("layer_types") or ()]
-    # llama.cpp knows two patterns: a family's own period, and every other block where there are
-    # attention sinks.
-    alternate = [i % 2 == 0 for i in range(len(slides))]
-    # A family with per-layer inputs writes its own pattern into the file.
-    any_pattern = family.period or family.per_layer
-    if any(slides) and not any_pattern and not (family.sinks and slides == alternate):
-        raise MisError(
-            f"llama.cpp's {family.gguf} has no sliding windows, but some layers here do: use "
-            f"--format hf"
-        )
-
-
-def _check_scaling(kind: str, scaling: Config, family: families.Family) -> None:
+def _check_scaling(kind: str, scaling: Config, architecture: base.Architecture) -> None:
     """MisError where llama.cpp has no such stretching of positions, or ignores a setting of it."""
     known = {"type", "rope_type", "rope_theta", *YARN} - {"mscale_all_dim"}
-    if family.scaled_queries:
-        known |= {"mscale_all_dim", "llama_4_scaling_beta"}
-        if scaling.get("mscale", 1) == 1:  # llama.cpp takes mscale for 1
-            known.add("mscale")
-    unsupported = (
-        kind == "dynamic"
-        or (kind == "llama3" and family.gguf != "llama")
-        or (kind != "yarn" and family.scaled_queries)
-    )
+    known |= architecture.gguf_yarn_keys(scaling)
+    unsupported = kind not in architecture.gguf_ropes
     detail = ""
     if kind == "yarn":
         unknown = sorted(set(scaling) - known)
@@ -83,8 +46,8 @@ def _check_scaling(kind: str, scaling: Config, family: families.Family) -> None:
             detail = " without original_max_position_embeddings"
     if unsupported or detail:
         raise MisError(
-            f"rotary positions of type {kind}{detail} have no place in a {family.gguf} GGUF: use "
-            f"--format hf"
+            f"rotary positions of type {kind}{detail} have no place in a {architecture.gguf} GGUF: "
+            f"use --format hf"
         )
 
 

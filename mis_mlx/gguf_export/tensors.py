@@ -22,10 +22,10 @@ from mis_mlx.gguf_export import gemma, ggml_blocks, positions
 from mis_mlx.gguf_export.ggml_blocks import BLOCK
 from mis_mlx.gguf_export.positions import Config
 from mis_mlx.gguf_export.rerounding import Rerounding
-from mis_mlx.gguf_export.words import FILE_TYPES, FREQS, OWN, REWRAPPED, of_unequal_blocks
+from mis_mlx.gguf_export.words import FILE_TYPES, FREQS, REWRAPPED
 from mis_mlx.maths import rounding
-from mis_mlx.models.architectures import arch, experts, families, stored_form, tensor_shapes
-from mis_mlx.models.architectures.sizes import attends, normalised, shape_of
+from mis_mlx.models.architectures import arch, experts, families, stored_form
+from mis_mlx.models.architectures.sizes import normalised, shape_of
 from mis_mlx.models.opening import load, wheel_model
 from mis_mlx.storage import safetensors
 from mis_mlx.storage.files import Files
@@ -91,13 +91,13 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
     where rows do not divide by a block, or nothing is packed in the mode that was asked for.
     """
     config = checkpoint.config
-    gemma.check(config)
+    architecture = families.family(config)
+    architecture.check_gguf()
     shape = shape_of(config)
-    family = families.family(config)
     listed_shapes = gemma.tensors_of(config)
     names = wheel_model.gguf_names(config, listed_shapes)
     heads = {}
-    if family.interleaved:
+    if architecture.interleaved:
         heads = {"q_proj": shape.heads, "k_proj": shape.kv_heads}
     listed = []
     for source, size in listed_shapes.items():
@@ -109,7 +109,9 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
             raise MisError(f"{source} has rows of {columns} weights, {why}: use --out-type f16")
         name = names[source]
         if name is None:
-            raise MisError(f"llama.cpp's {family.gguf} has no place for {source}: use --format hf")
+            raise MisError(
+                f"llama.cpp's {architecture.gguf} has no place for {source}: use --format hf"
+            )
         module = source.split(".")[-2]
         if stored_form.is_kernel(source):
             size = size[:2]
@@ -223,7 +225,7 @@ def rows(
         # llama.cpp's rotation pairs neighbouring rows, Hugging Face's the halves of a head. In
         # another order the model runs without an error and talks nonsense.
         order = wheel_model.row_order(shape[0], part.heads)
-    if part.source in tensor_shapes.unused_shapes(checkpoint.config):
+    if part.source in families.family(checkpoint.config).written_zeros():
         yield gemma.zeros(part.shape, part.kind)
         return
     for source in gemma.matrices(part.source, checkpoint.config):
@@ -263,8 +265,10 @@ def _converted(
     values = gemma.clipped(values, part.source, checkpoint.config)
     if "norm" in part.source:
         # llama.cpp multiplies by the weight alone; Gemma's norms multiply by 1 + weight.
-        offset = families.family(checkpoint.config).gain_offset
-        values = (values + offset) * _query_gain(checkpoint.config, part.name)
+        architecture = families.family(checkpoint.config)
+        values = values + architecture.gain_offset
+        if part.name.endswith("attn_q_norm.weight"):
+            values = values * architecture.query_gain()
     _finite(part, values)
     if part.kind == "F16" and values.size:
         # Beyond float16's range numbers would become infinity in silence.
@@ -304,52 +308,6 @@ def _rewrapped(
     return ggml_blocks.of_groups(q, np.stack(halves, axis=-1), packing["bits"])
 
 
-def _query_gain(config: Config, name: str) -> float:
-    """What the queries' norm takes in for query_pre_attn_scalar; 1 for any other tensor.
-
-    llama.cpp's gemma3 divides scores by head_dim, or by hidden / heads in the model of 62 blocks,
-    whatever the config says.
-    """
-    divided = "query_pre_attn_scalar" in families.family(config).numbers
-    if not divided or not name.endswith("attn_q_norm.weight"):
-        return 1.0
-    shape = shape_of(config)
-    divisor: float = shape.head_dim
-    if shape.layers == 62:
-        divisor = shape.hidden / shape.heads
-    return math.sqrt(divisor / config["query_pre_attn_scalar"])
-
-
-def _of_mixture(config: Config) -> dict[str, int]:
-    """What llama.cpp is told of experts, by the `GGUFWriter`'s words; nothing without experts.
-
-    MisError where llama.cpp would compute another thing.
-    """
-    shape = shape_of(config)
-    family = families.family(config)
-    if not family.experts:
-        return {}
-    if family.head_norms == "all" and shape.kv_heads != shape.heads:
-        raise MisError(
-            f"llama.cpp's {family.gguf} has a key-value head for every head, but this model has "
-            f"fewer: use --format hf"
-        )
-    if config.get("norm_topk_prob", family.gates_sum_to_1) != family.gates_sum_to_1:
-        other = (
-            f"norm_topk_prob is {not family.gates_sum_to_1}, but llama.cpp's {family.gguf} only "
-            f"knows the opposite"
-        )
-        raise MisError(f"{other}: use --format hf")
-    words = {
-        "expert_count": shape.experts,
-        "expert_used_count": config["num_experts_per_tok"],
-        "expert_feed_forward_length": shape.ffn,
-    }
-    if family.shared_expert:
-        words["expert_shared_feed_forward_length"] = config[family.shared_expert]
-    return words
-
-
 def describe(writer: Any, config: Config, name: str, wanted: str) -> None:
     """Put every key that llama.cpp's loader reads into the `GGUFWriter`, the tokenizer's aside.
 
@@ -357,7 +315,6 @@ def describe(writer: Any, config: Config, name: str, wanted: str) -> None:
     """
     shape = shape_of(config)
     full = normalised(config)
-    family = families.family(config)
     if type(full.get("max_position_embeddings")) is not int:
         raise MisError("config.json has no max_position_embeddings, which llama.cpp needs: add it")
     rope, scaling = positions.rope(config)
@@ -382,21 +339,8 @@ def describe(writer: Any, config: Config, name: str, wanted: str) -> None:
         "rope_dimension_count": int(shape.head_dim * full.get("partial_rotary_factor", 1)),
         "rope_freq_base": full["rope_theta"],
     }
-    for key in sorted(family.own & OWN.keys()):
-        words[OWN[key]] = full.get(key) or 1.0
-    words |= _of_mixture(full)
-    words |= of_unequal_blocks(full)
-    if family.stateful:
-        words["head_count_kv"] = [
-            shape.kv_heads if attends(full, i) else 0 for i in range(shape.layers)
-        ]
-        words["shortconv_l_cache"] = full["conv_L_cache"]
     words |= positions.words(rope, scaling, full)
-    words |= gemma.words(full)
-    if family.scaled_queries:
-        words["attn_temperature_scale"] = scaling["llama_4_scaling_beta"]
-    if family.period or family.sinks:
-        words["sliding_window"] = load.model_args(config).sliding_window
+    words |= families.family(full).gguf_words()
     for word, value in words.items():
         getattr(writer, f"add_{word}")(value)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge.judging_cost import comparison_cost
-from mis_mlx.models.architectures import block_inputs
+from mis_mlx.models.architectures import side_inputs
 from mis_mlx.models.architectures.sizes import key_owners
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import pass_cost, stream
@@ -185,7 +185,7 @@ def _streamed_pass(m: ModelSize, texts: _Texts, at_once: int, *, tokens: int) ->
     kept += copies * -(-kept // m.shape.layers)
     evaluated = 1 if tokens == 1 else at_once  # each prompt by itself
     piece = tokens
-    if block_inputs.plain(m.config):
+    if side_inputs.plain(m.config):
         piece = min(tokens, streamed_batch.ROWS)
     cost = pass_cost.streamed_pass(
         "",

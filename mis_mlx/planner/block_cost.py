@@ -3,9 +3,9 @@
 Formulas for every device, and for this one what planner/measured_block has found of them.
 """
 
-from mis_mlx.models.architectures import arch, families, mixer_sizes
-from mis_mlx.models.architectures.families import Config
-from mis_mlx.models.architectures.sizes import versions
+from mis_mlx.models.architectures import arch, mixer_sizes
+from mis_mlx.models.architectures.shape import Config
+from mis_mlx.models.architectures.sizes import norms_outputs, versions
 from mis_mlx.models.opening.model_size import ModelSize
 
 FLOAT32_BYTES = 4
@@ -26,7 +26,7 @@ def backward_bytes(m: ModelSize, batch: int, length: int) -> int:
     tokens = batch * length
     kept += FLOAT32_BYTES * tokens * mixer_sizes.above_mean(m.config, length)
     arrays = 5
-    if families.family(m.config).post_norms:
+    if norms_outputs(m.config):
         arrays = 8
     by_formula = 11 * kept // (arrays * m.shape.layers)
     return int(m.block_factors.backward * by_formula)
@@ -41,7 +41,7 @@ def _kept_bytes(config: Config, batch: int, length: int) -> int:
     s = arch.widest(config)
     hidden_arrays = 6
     ffn_arrays = 5
-    if families.family(config).post_norms:
+    if norms_outputs(config):
         hidden_arrays = 10
         ffn_arrays = 10
     hidden = hidden_arrays * s.hidden * versions(config)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from mis_mlx.compute.token_losses import Footprint, teacher_kl_footprint
 from mis_mlx.models.architectures import arch
-from mis_mlx.models.architectures.families import family
+from mis_mlx.models.architectures.sizes import repairs
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.settings.recipe import (
     ROUND_TO_NEAREST,
@@ -97,7 +97,7 @@ def spec_of(
     # The store has targets of temperature 1, for steps whose number is known.
     plain = asked.temperature == 1.0 and not asked.cross_entropy and asked.minutes is None
     # No fit knows what comes of several hidden states.
-    if uncut or family(student.config).versions:
+    if uncut or not repairs(student.config):
         settings["reconstruct_samples"] = 0
     return DistillationSpec(
         **settings,
@@ -128,9 +128,8 @@ def _modes(asked: DistillationConfig, student: ModelSize, *, uncut: bool) -> tup
         return ("none",)
     if asked.train != "auto":
         return (asked.train,)
-    row = family(student.config)
-    repaired = asked.reconstruct_samples and not row.versions
-    if repaired or row.experts:
+    repaired = asked.reconstruct_samples and repairs(student.config)
+    if repaired or student.shape.experts:
         return (*MODES, "none")
     return MODES
 

@@ -22,9 +22,18 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mis_mlx.compute import precision, streams
 from mis_mlx.hardware import memory, rates
-from mis_mlx.models.architectures import arch, block_inputs, families, mlx_modules, tensor_shapes
+from mis_mlx.models.architectures import (
+    arch,
+    block_inputs,
+    families,
+    mlx_modules,
+    side_inputs,
+    stock,
+    tensor_shapes,
+)
 from mis_mlx.models.architectures.block_inputs import BlockInputs
-from mis_mlx.models.architectures.sizes import Shape, shape_of
+from mis_mlx.models.architectures.shape import Shape
+from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening.model_size import BlockFactors, ModelSize, model_of
 from mis_mlx.models.passing import residency
 from mis_mlx.models.passing.stream import evaluate_now
@@ -142,10 +151,9 @@ def _sample(m: ModelSize, batch: int, length: int, limit_bytes: int) -> _Sample 
 
 def _measurable(m: ModelSize) -> bool:
     """Whether all blocks of the model are alike, and take hidden states and nothing else."""
-    row = families.family(m.config)
-    special = row.stateful or row.versions or row.experts or row.sinks or row.scaled_queries
     uneven = len(tensor_shapes.unlike_blocks(m.config)) > 1
-    return not special and not uneven and block_inputs.plain(m.config)
+    alike = not m.shape.experts and not uneven and side_inputs.plain(m.config)
+    return alike and families.family(m.config).measurable
 
 
 def _divided(shape: Shape, divisor: int) -> Shape | None:
@@ -179,9 +187,9 @@ def _is_small(sample: _Sample, limit_bytes: int) -> bool:
 def _measured(sample: _Sample) -> BlockFactors:
     """What the sample holds, as parts of what the formulas say of it."""
     args = mlx_modules.model_args(sample.config)
-    block = mlx_modules.new_block(families.family(sample.config), args, 0)
+    block = families.family(sample.config).new_block(args, 0)
     block.eval()
-    mask = partial(mlx_modules.mask, args, block)
+    mask = partial(stock.mask, args, block)
     size = sample.batch, sample.length, sample.config["hidden_size"]
     hidden = mx.random.normal(size, key=mx.random.key(0))
     evaluate_now(hidden, block.parameters())

@@ -28,6 +28,7 @@ from mis_mlx import cli
 from mis_mlx.compute import streams
 from mis_mlx.maths.reconstruction import HELD_OUT, HeldOut, NormalEquations
 from mis_mlx.models.architectures import experts, families, modules
+from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import stream
 from mis_mlx.models.passing.stream import Batches, Hidden
@@ -74,7 +75,7 @@ def reconstruct(
     if spool is None:
         spool = list[mx.array]
     columns = kept_columns(keep)
-    family = families.family(student.config)
+    of_experts = shape_of(student.config).experts
     kinds = kinds or [0] * len(batches)
     big = stream.Stream(teacher, direct=direct)
     small = stream.Stream(student, direct=direct)
@@ -86,7 +87,7 @@ def reconstruct(
     # `zip` asks the teacher first: its stream stands where the student's block should arrive before
     # that block is read.
     for _, (j, block) in zip(advance_teacher(big, keep, target), small.blocks(), strict=True):
-        if family.experts:
+        if of_experts:
             router, error = train_router(small, block, own, target, kinds)
             changed = {repaired_name(student): router}
         else:
@@ -104,9 +105,7 @@ def reconstruct(
 
 def repaired_name(student: Checkpoint) -> str:
     """The name of the weight that changes in a block: of its MLP's last matrix, or its router."""
-    family = families.family(student.config)
-    part = family.router if family.experts else "down_proj"
-    return f"{family.mlp}.{part}.weight"
+    return families.family(student.config).repaired
 
 
 def advance_teacher(teacher: stream.Stream, keep: KeptUnits, hidden: Hidden) -> Iterator[int]:
@@ -416,9 +415,7 @@ def train_router(
     It stays as it is, and 1 is left, where none does better there. Tokens are weighted by 1 / rms
     of the goal, as in `fit_down_proj`. Unused batches are not fetched.
     """
-    family = families.family(source.checkpoint.config)
-    part = block[family.mlp]
-    router = part[family.router]
+    part, router = load.expert_part(source.checkpoint, block)
     old = router.weight
     dtype = hidden[0].dtype
     held_out = held_out_windows(kinds)
@@ -476,8 +473,7 @@ class _RouterBatch:
         hidden: Hidden,
         goals: Hidden,
     ):
-        family = families.family(source.checkpoint.config)
-        part = block[family.mlp]
+        part, router = load.expert_part(source.checkpoint, block)
         beside = []
         inputs = []
         for x in hidden:
@@ -492,7 +488,7 @@ class _RouterBatch:
         self.goal = mx.concatenate([_rows(goal) for goal in goals]).astype(mx.float32)
         self.weight = 1.0 / _rms(self.goal)[:, None]
         # Every token chooses every expert: (1, n, E).
-        count = len(part[family.router].weight)
+        count = len(router.weight)
         numbers = np.broadcast_to(np.arange(count), (1, len(self.goal), count))
         every = mx.array(numbers)
         self.expert_outputs = part.experts.outputs([self.inputs], [every])[0]

@@ -17,10 +17,11 @@ from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.judge import comparison
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import Key, Statistics
-from mis_mlx.models.architectures import arch, block_widths, families, scenarios
-from mis_mlx.models.architectures.sizes import Shape, attends, shape_of
+from mis_mlx.models.architectures import arch, block_widths, scenarios
+from mis_mlx.models.architectures.mixture import MOST_EXPERTS
+from mis_mlx.models.architectures.shape import ALL, Shape
+from mis_mlx.models.architectures.sizes import attends, shape_of
 from mis_mlx.models.opening import compute_type
-from mis_mlx.models.opening.config import MOST_EXPERTS
 from mis_mlx.models.passing import distributed, pipeline_parallel, stream
 from mis_mlx.pruning import calibrate, slicing, vocabulary
 from mis_mlx.storage.files import Files
@@ -250,7 +251,7 @@ def wanted_shape(config: Mapping[str, Any], cut: PruningConfig) -> Shape:
     """The shape that `cut` asks for at fixed target. MisError when no loader would accept it."""
     ratios = scenarios.RATIOS.get(cut.scenario or "half-ffn", {})
     before = shape_of(config)
-    exact = {axis: getattr(cut, axis) for axis in families.ALL}
+    exact = {axis: getattr(cut, axis) for axis in ALL}
     most = before.experts or MOST_EXPERTS
     exact["experts"] = arch.count("--experts", cut.experts, most, "experts")
     if cut.ffn_widths:
@@ -279,7 +280,7 @@ def largest_student(config: Mapping[str, Any], cut: PruningConfig, dtype: str) -
     edited = arch.student_config(config, shape, dtype=dtype)
     widths = asked_widths(config, cut, shape.layers)
     if widths and len(set(widths)) > 1:
-        return block_widths.unequal(edited, widths)
+        return arch.unequal(edited, widths)
     return edited
 
 
@@ -292,7 +293,7 @@ def asked_widths(
     """
     if not cut.ffn_widths:
         return None
-    block_widths.require(config)
+    arch.require_unequal(config)
     if cut.ffn or cut.target == "conditions":
         other = "--ffn" if cut.ffn else "--target conditions"
         raise MisError(f"--ffn-widths and {other} both say how wide blocks are: give one of them")

@@ -16,8 +16,9 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx.compute import precision
-from mis_mlx.models.architectures import arch, block_widths, experts, families, modules
-from mis_mlx.models.architectures.sizes import Shape, ffn_size, shape_of
+from mis_mlx.models.architectures import arch, experts, modules
+from mis_mlx.models.architectures.shape import Shape
+from mis_mlx.models.architectures.sizes import ffn_size, may_be_unequal, shape_of, side_width
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import stream
 from mis_mlx.models.writing import model_writer
@@ -258,7 +259,7 @@ def _side(teacher: Checkpoint, name: str, layers: Sequence[int]) -> Tensor:
     """
     weight = model_writer.dense(teacher, name)
     all_stay = len(layers) == teacher.config["num_hidden_layers"]
-    width = teacher.config[families.family(teacher.config).per_layer]
+    width = side_width(teacher.config)
     kept = _numbers(layers, width)
     if isinstance(weight, InParts):  # the table, too large to be in memory whole
         if all_stay:
@@ -304,7 +305,7 @@ def student_config(
 ) -> dict[str, Any]:
     """The student's config.json: of another family where its blocks differ in FFN width."""
     edited = arch.student_config(config, shape, keep.layers, dtype)
-    if not families.family(config).unequal:
+    if not may_be_unequal(config):
         return edited
     widths = []
     for layer in keep.layers:
@@ -312,7 +313,7 @@ def student_config(
         widths.append(len(neurons) if neurons else ffn_size(config, layer))
     if len(set(widths)) == 1:
         return edited
-    return block_widths.unequal(edited, widths)
+    return arch.unequal(edited, widths)
 
 
 def write_student(

@@ -23,7 +23,7 @@ import numpy as np
 
 from mis_mlx.compute import precision, streams
 from mis_mlx.maths import rounding
-from mis_mlx.models.architectures import arch, block_inputs, families, modules
+from mis_mlx.models.architectures import arch, block_inputs, modules, sizes
 from mis_mlx.models.architectures.block_inputs import BlockInputs, BlockOutputs
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import backward_pass, stream
@@ -242,7 +242,7 @@ def costs(
     vocabulary = VocabularyCosts(checkpoint, group)
     tables: list[VocabularyCosts | PerLayerCosts] = [vocabulary]
     hooks: dict[str, Any] = {"at_head": vocabulary.at_head}
-    if families.family(checkpoint.config).per_layer:
+    if sizes.side_width(checkpoint.config):
         per_layer = PerLayerCosts(checkpoint, batches, group)
         tables.append(per_layer)
         hooks["at_channels"] = per_layer.at_channels

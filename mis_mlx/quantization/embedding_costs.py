@@ -9,7 +9,7 @@ sum over tokens of the mean of <d log p / dW, error>^2}, for errors of 2^bits - 
 import mlx.core as mx
 import numpy as np
 
-from mis_mlx.models.architectures import arch, block_inputs, families
+from mis_mlx.models.architectures import arch, side_inputs, sizes
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import stream
 from mis_mlx.models.passing.stream import Batches
@@ -49,7 +49,7 @@ class VocabularyCosts:
     """Cost of rounding the embedding and the head; their module paths are one where tied."""
 
     def __init__(self, checkpoint: Checkpoint, group: int):
-        scale = load.embedding_scale(checkpoint.config, mx.float32)
+        scale = sizes.embedding_scale(checkpoint.config, mx.float32)
         self.group = group
         self.scale = 1.0 if scale is None else float(scale)
         self.table = load.EMBEDDING.rstrip(".")
@@ -97,13 +97,13 @@ class PerLayerCosts:
 
     def __init__(self, checkpoint: Checkpoint, batches: Batches, group: int):
         self._group = group
-        self._width = int(checkpoint.config[families.family(checkpoint.config).per_layer])
+        self._width = sizes.side_width(checkpoint.config)
         # of a row on its way into a block (load.SideProjection)
         self._scale = self._width**0.5 * 2.0**-0.5
         self._batches = []
         for batch in batches:
             ids = np.array(batch).reshape(-1)
-            self._batches.append(block_inputs.table_rows(checkpoint.config, ids))
+            self._batches.append(side_inputs.table_rows(checkpoint.config, ids))
         self._ids = np.unique(np.concatenate(self._batches))
         self._path = arch.PER_LAYER.rstrip(".")
         table = checkpoint.tensors[f"{arch.PER_LAYER}weight"]

@@ -20,10 +20,10 @@ from mis_mlx.models.architectures import (
     arch,
     bit_floors,
     experts,
-    families,
     stored_form,
     tensor_shapes,
 )
+from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import stream
 from mis_mlx.models.writing import model_writer
@@ -106,7 +106,7 @@ def of_mixture(config: Mapping[str, Any], asked: QuantizationConfig) -> dict[str
 
     A mixture's weights are rounded; nothing is measured or learned. Says so if `asked` asks for it.
     """
-    if not families.family(config).experts:
+    if not shape_of(config).experts:
         return {}
     if asked.q_method != "round" or asked.target_bpw is not None or asked.q_iters:
         cli.say(
@@ -245,7 +245,7 @@ def _specs(
     """
 
     def stored_type(name: str) -> str:
-        first = experts.one_by_one(name, checkpoint.config)[0]
+        first = tensor_shapes.one_by_one(name, checkpoint.config)[0]
         return checkpoint.tensors[first].dtype
 
     return _specs_of(checkpoint.config, plan, stored_type, last)
@@ -326,7 +326,9 @@ def _plain(checkpoint: Checkpoint, name: str) -> safetensors.Tensor:
     if name in load.TABLES:
         table = load.stored_parts(checkpoint, name)
         return table._replace(parts=finite_parts(checkpoint, name, table.parts))
-    arrays = [_finite(checkpoint, part) for part in experts.one_by_one(name, checkpoint.config)]
+    arrays = [
+        _finite(checkpoint, part) for part in tensor_shapes.one_by_one(name, checkpoint.config)
+    ]
     if len(arrays) == 1:
         return arrays[0]
     return mx.stack(arrays)
@@ -372,7 +374,7 @@ def _nearest(
 ) -> rounding.Packed:
     """A matrix, or those of all experts stacked, rounded to nearest values."""
     rounded = []
-    for part in experts.one_by_one(name, checkpoint.config):
+    for part in tensor_shapes.one_by_one(name, checkpoint.config):
         rounded.append(rounded_matrix(_finite(checkpoint, part), kind, fit=fit))
     if len(rounded) == 1:
         return rounded[0]

@@ -25,7 +25,7 @@ from mis_mlx.maths.rounding import (
     SLAB,
 )
 from mis_mlx.models.architectures import bit_floors
-from mis_mlx.models.architectures.sizes import Shape
+from mis_mlx.models.architectures.shape import Shape
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing.pass_cost import (
     DENSE_ITEM,

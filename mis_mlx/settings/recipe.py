@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from mis_mlx import cli
-from mis_mlx.models.architectures.families import family
+from mis_mlx.models.architectures.sizes import step_factor
 from mis_mlx.types import (
     FILE_ONLY,
     Bits,
@@ -211,6 +211,5 @@ ROUND_TO_NEAREST = QuantizationConfig(target_bpw=None, q_method="round", q_iters
 
 def steps_of(asked: DistillationConfig, config: Mapping[str, Any]) -> int:
     """--iters, or the usual number of steps for a model of this config's family."""
-    repaired = asked.reconstruct_samples and not family(config).versions
-    usual = ITERS * (family(config).steps if repaired else 2)
+    usual = ITERS * step_factor(config, repaired=bool(asked.reconstruct_samples))
     return asked.iters or usual

@@ -20,7 +20,8 @@ from mis_mlx.judge.score import has_template
 from mis_mlx.maths import rounding
 from mis_mlx.maths.importance import Statistics
 from mis_mlx.models.architectures import arch, bit_floors
-from mis_mlx.models.architectures.sizes import Shape, shape_of
+from mis_mlx.models.architectures.shape import Shape
+from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import stream

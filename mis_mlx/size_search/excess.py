@@ -22,7 +22,8 @@ from mis_mlx.data.token_windows import Windows
 from mis_mlx.judge import comparison, score
 from mis_mlx.maths import rounding
 from mis_mlx.models.architectures import arch
-from mis_mlx.models.architectures.sizes import Shape, shape_of
+from mis_mlx.models.architectures.shape import Shape
+from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.passing.stream import Batches, Stream
 from mis_mlx.quantization import packed_format

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from mis_mlx import cli
 from mis_mlx.models.architectures import arch
-from mis_mlx.models.architectures.families import family
-from mis_mlx.models.architectures.sizes import Shape
+from mis_mlx.models.architectures.shape import Shape
+from mis_mlx.models.architectures.sizes import side_width
 from mis_mlx.size_search import unequal_blocks
 from mis_mlx.types import MisError
 
@@ -77,7 +77,7 @@ def count(n: float) -> str:
 
 def weights_of(config: Mapping[str, Any], shape: Shape) -> tuple[int, int]:
     """(weights of matrices, other numbers) of a student of this shape."""
-    if family(config).per_layer:
+    if side_width(config):
         return unequal_blocks.weights_of(config, shape)
     student = arch.student_config(config, shape)
     matrices = 0
@@ -97,7 +97,7 @@ def weights_of(config: Mapping[str, Any], shape: Shape) -> tuple[int, int]:
 def file_bytes(config: Mapping[str, Any], shape: Shape, bpw: float) -> float:
     """Bytes of a student's file: matrices in `bpw` bits a weight, other numbers in 2 bytes."""
     weights, others = weights_of(config, shape)
-    if family(config).per_layer:
+    if side_width(config):
         header = TENSOR_BYTES * unequal_blocks.count_of_tensors(config, shape)
         return bpw / 8 * weights + 2 * others + header
     tensors = 0  # of a block

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.models.architectures.sizes import Shape
+from mis_mlx.models.architectures.shape import Shape
 from mis_mlx.reporting import progress
 from mis_mlx.size_search import candidates, excess, shape_search
 from mis_mlx.size_search.limits import Limit, file_bytes

@@ -14,8 +14,8 @@ import numpy as np
 
 from mis_mlx.maths.rounding import CANDIDATE_BITS
 from mis_mlx.models.architectures import arch, bit_floors
-from mis_mlx.models.architectures.families import family
-from mis_mlx.models.architectures.sizes import Shape, shape_of
+from mis_mlx.models.architectures.shape import Shape
+from mis_mlx.models.architectures.sizes import shape_of, side_width
 from mis_mlx.quantization import format_costs
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.size_search import limits, unequal_blocks
@@ -113,7 +113,7 @@ def bpw_range(group: int, config: Mapping[str, Any], shape: Shape) -> tuple[floa
     scales = 32 / group
     fewest = min(CANDIDATE_BITS) + scales
     most = max(CANDIDATE_BITS) + scales
-    if family(config).per_layer:
+    if side_width(config):
         share = unequal_blocks.fixed_share(config, shape)
         fewest = (
             math.ceil(100 * (fewest + share * (max(CANDIDATE_BITS) - min(CANDIDATE_BITS)))) / 100

@@ -12,7 +12,8 @@ from mis_mlx import cli
 from mis_mlx.distillation.distill_flags import DistillFlags
 from mis_mlx.hardware import memory
 from mis_mlx.models.architectures import families
-from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.architectures.shape import ALL
+from mis_mlx.models.architectures.sizes import attending, reads_in_order, shape_of, side_width
 from mis_mlx.models.passing import distributed
 from mis_mlx.quantization import packed_format
 from mis_mlx.size_search import candidates, shape_search
@@ -22,7 +23,7 @@ SCENARIO = "none"  # of students whose sizes are searched for
 DEFAULT_LOSS = 0.1  # bits a byte that a run allows where nothing is said about sizes
 GIVE_SIZES = "give sizes, such as --vocab 0.5x, and --target-bpw"  # where there is no search
 # Settings that say how large the result is; formats other than affine have bits of their own.
-SIZE_SETTINGS = ("student", "scenario", *families.ALL, "ffn_widths", "target_bpw", "q_mode")
+SIZE_SETTINGS = ("student", "scenario", *ALL, "ffn_widths", "target_bpw", "q_mode")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,22 +72,22 @@ def request_of(asked: DistillFlags) -> SizeRequest:
 
 def unsearchable(config: Mapping[str, Any]) -> str:
     """Why a search refuses a model of this config; empty where it does not."""
-    family = families.family(config)
-    if family.experts:
+    shape = shape_of(config)
+    if shape.experts:
         return (
             "search supports dense models only, and --experts of prune and distill cuts a mixture "
             "of experts"
         )
     group = max(shape_search.GROUPS)
-    for key in (family.per_layer, family.laurel):
-        if key and config[key] % group:
+    for key, width in families.family(config).further_widths().items():
+        if width % group:
             return (
-                f"a search rounds in groups of {group} weights, which {key} ({config[key]}) does "
+                f"a search rounds in groups of {group} weights, which {key} ({width}) does "
                 f"not divide by"
             )
-    if family.stateful:  # whose matrices are of more widths than a shape says
+    if attending(config) < shape.layers:  # matrices are of more widths than a shape says then
         try:
-            packed_format.formats_of(config, shape_search.group_of(shape_of(config)) or group)
+            packed_format.formats_of(config, shape_search.group_of(shape) or group)
         except MisError as error:
             return str(error).partition(":")[0]
     return ""
@@ -125,13 +126,13 @@ def streams(teacher: Checkpoint, limit: Budget) -> bool:
 
 def why_whole_blocks(teacher: Checkpoint, limit: Budget) -> str:
     """Why a search that is told no axes leaves blocks as they are; empty where it cuts them."""
-    family = families.family(teacher.config)
+    kind = teacher.config["model_type"]
     if streams(teacher, limit):
         return f"the teacher ({gib(teacher.nbytes)}) is read from disk"
-    if family.stateful == "linear_attention":
-        return f"no student of a {family.name} with fewer neurons was ever measured"
-    if family.per_layer:
-        return f"most of a {family.name} is tables with a row for each token"
+    if reads_in_order(teacher.config):
+        return f"no student of a {kind} with fewer neurons was ever measured"
+    if side_width(teacher.config):
+        return f"most of a {kind} is tables with a row for each token"
     return ""
 
 
@@ -173,7 +174,7 @@ def likely_student(config: Mapping[str, Any], folder: Path | None) -> dict[str, 
     keep all tokens and experts, for there is no search.
     """
     rows = candidates.vocabularies(config, folder)
-    if not rows or families.family(config).experts:
+    if not rows or shape_of(config).experts:
         return {"scenario": SCENARIO}
     return {"scenario": SCENARIO, "vocab": str(rows[-1])}
 

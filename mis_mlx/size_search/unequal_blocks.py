@@ -7,9 +7,8 @@ and no student is larger than it was thought to be. Arithmetic on configs.
 import math
 
 from mis_mlx.models.architectures import arch, tensor_shapes
-from mis_mlx.models.architectures.families import Config, Shapes, family
-from mis_mlx.models.architectures.sizes import Shape
-from mis_mlx.models.architectures.tensor_shapes import weight_count
+from mis_mlx.models.architectures.families import family
+from mis_mlx.models.architectures.shape import Config, Shape, Shapes, weight_count
 from mis_mlx.models.writing import model_writer
 
 PARTS = 3  # tensors of a packed matrix: integers, scales, biases
@@ -58,9 +57,7 @@ def weights_of(config: Config, shape: Shape) -> tuple[int, int]:
 
 def _written_zeros(config: Config) -> Shapes:
     """The unused keys and values that a model's file has; none in most families."""
-    if not family(config).written_as:
-        return {}
-    return tensor_shapes.unused_shapes(config)
+    return family(config).written_zeros()
 
 
 def _zeros(config: Config) -> int:

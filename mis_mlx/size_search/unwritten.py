@@ -13,9 +13,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mis_mlx.models.architectures import arch, mlx_modules, modules
+from mis_mlx.models.architectures import arch, modules
 from mis_mlx.models.architectures.families import family
-from mis_mlx.models.architectures.sizes import Shape, shape_of
+from mis_mlx.models.architectures.shape import Shape
+from mis_mlx.models.architectures.sizes import shape_of, side_width
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import stream
 from mis_mlx.models.passing.stream import Arrays, Batches, Hidden, Stream
@@ -120,7 +121,7 @@ class StudentStream(Stream):
         student = self.student
         if not student.changed:
             return block
-        own = mlx_modules.new_block(family(student.config), self.args, number)
+        own = family(student.config).new_block(self.args, number)
         take = partial(_dense, dict(block.named_modules()))
         prefix = f"model.layers.{number}."
         weights = []
@@ -189,7 +190,6 @@ def possible(teacher: Checkpoint, shape: Shape) -> bool:
     tables, those are cut with them; experts are read one by one.
     """
     before = shape_of(teacher.config)
-    row = family(teacher.config)
-    if row.experts or shape.hidden != before.hidden:
+    if before.experts or shape.hidden != before.hidden:
         return False
-    return not row.per_layer or shape.layers == before.layers
+    return not side_width(teacher.config) or shape.layers == before.layers

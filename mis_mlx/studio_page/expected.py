@@ -15,9 +15,10 @@ import numpy as np
 
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.judge.score import has_template
-from mis_mlx.models.architectures import bit_floors, families
+from mis_mlx.models.architectures import bit_floors
 from mis_mlx.models.architectures.scenarios import PLAIN_NAMES
-from mis_mlx.models.architectures.sizes import Shape, shape_of
+from mis_mlx.models.architectures.shape import Shape
+from mis_mlx.models.architectures.sizes import shape_of, side_width
 from mis_mlx.models.opening import load, resolve
 from mis_mlx.pruning.vocabulary import VocabularyConfig
 from mis_mlx.quantization import packed_format
@@ -70,9 +71,9 @@ def scenarios() -> list[str]:
 
 
 def _known_curve(teacher: Checkpoint) -> list[dict[str, Any]]:
-    family = families.family(teacher.config)
     before = shape_of(teacher.config)
-    if family.experts or family.per_layer or not shape_search.group_of(before):
+    tables = side_width(teacher.config)
+    if before.experts or tables or not shape_search.group_of(before):
         return []
     if bit_floors.delta_floors(teacher.config):
         return []

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mis_mlx.compute import quick_exp
-from mis_mlx.models.architectures import mlx_modules
+from mis_mlx.models.architectures.stock import mlx_lm
 
 SCALE = 0.25
 
@@ -121,8 +121,8 @@ def test_swiglu_and_its_gradients():
 def test_blocks_without_swiglu_compute_the_same(monkeypatch):
     """nemotron-nas has SiLU in a table; its blocks that are a llama's give a llama's bits."""
     monkeypatch.setenv("MIS_MLX_POLICY", "cpu")
-    act = mlx_modules.mlx_lm("models.nemotron-nas")._ACT2FN["silu"]
-    swiglu = mlx_modules.mlx_lm("models.activations").swiglu
+    act = mlx_lm("models.nemotron-nas")._ACT2FN["silu"]
+    swiglu = mlx_lm("models.activations").swiglu
     gate = mx.linspace(-80, 80, 1001)
     x = mx.random.normal(gate.shape)
     assert mx.array_equal(act(gate) * x, swiglu(gate, x))
@@ -143,7 +143,7 @@ def test_exp_is_as_exact_as_mlx():
 
 def test_blocks_compute_by_it_on_a_cpu_alone(monkeypatch):
     """The policy is asked when a block computes; half precision keeps MLX's functions."""
-    base = mlx_modules.mlx_lm("models.base")
+    base = mlx_lm("models.base")
     arrays = drawn(9, 9)
 
     def attended(arrays):

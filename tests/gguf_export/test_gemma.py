@@ -14,7 +14,7 @@ from gguf import GGUFReader, dequantize
 
 from mis_mlx import export
 from mis_mlx.gguf_export import gemma
-from mis_mlx.models.architectures import tensor_shapes
+from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening import load, wheel_model
 from mis_mlx.types import Checkpoint, MisError
 from tests import family_checks, tiny
@@ -167,7 +167,7 @@ def test_packed_models(tmp_path: Path, kind: str) -> None:
     assert kinds["blk.1.inp_gate.weight"] == kinds["token_embd.weight"] == "Q8_0"
     weights = values(reader)
     names = wheel_model.gguf_names(model.config, gemma.tensors_of(model.config))
-    unused = tensor_shapes.unused_shapes(model.config)
+    unused = family(model.config).unused_shapes()
     for ours, theirs in names.items():
         if ours in unused:
             continue
@@ -189,19 +189,19 @@ def test_packed_models(tmp_path: Path, kind: str) -> None:
 )
 def test_what_llama_cpps_gemma3n_computes_otherwise(change: dict[str, Any], said: str) -> None:
     """It has these numbers in its program, whatever the file says."""
-    gemma.check(GEMMA3N)
+    family(GEMMA3N).check_gguf()
     with pytest.raises(MisError, match=said):
-        gemma.check({**GEMMA3N, **change})
+        family({**GEMMA3N, **change}).check_gguf()
 
 
 def test_whose_keys_are_used() -> None:
     """llama.cpp takes those of the last block but one where there is a window, else of the last."""
     config = tiny.FAMILIES["gemma4_text"]
-    gemma.check(config)
+    family(config).check_gguf()
     kinds = ["full_attention", "sliding_attention", *config["layer_types"][2:]]
-    gemma.check({**config, "layer_types": kinds})
+    family({**config, "layer_types": kinds}).check_gguf()
     kinds = ["sliding_attention", "full_attention", "sliding_attention", *kinds[3:]]
     with pytest.raises(
         MisError, match="block 3 uses the keys of block 2, but in llama.cpp's gemma4"
     ):
-        gemma.check({**config, "layer_types": kinds})
+        family({**config, "layer_types": kinds}).check_gguf()

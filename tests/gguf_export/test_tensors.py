@@ -17,6 +17,7 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFWriter, dequantize
 
 from mis_mlx.gguf_export import rerounding, tensors
+from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening import load
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.safetensors import spec_of, write_tensors
@@ -241,13 +242,10 @@ def test_gemmas_norms_are_what_multiplies(models: Callable[[str], Checkpoint]) -
     for name, gain in ((q, (16 / 20) ** 0.5), (k, 1.0), ("model.norm.weight", 1.0)):
         want = gain * (1 + np.array(load.dense(gemma, name)))
         np.testing.assert_allclose(content(gemma, name, "f16")[1], want, rtol=1e-6)
-    assert (
-        tensors._query_gain({**gemma.config, "num_hidden_layers": 62}, "blk.0.attn_q_norm.weight")
-        == (16 / 20) ** 0.5
-    )
+    assert family({**gemma.config, "num_hidden_layers": 62}).query_gain() == (16 / 20) ** 0.5
     # 20 a head, which is what the scalar is
     deep = {**gemma.config, "num_hidden_layers": 62, "hidden_size": 80}
-    assert tensors._query_gain(deep, "blk.0.attn_q_norm.weight") == 1.0
+    assert family(deep).query_gain() == 1.0
 
 
 def test_llama_3s_frequencies_are_mlx_lms(models: Callable[[str], Checkpoint]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mis_mlx.alignment import sequence_packing
-from mis_mlx.models.architectures import mlx_modules
+from mis_mlx.models.architectures import stock
 from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import attention_masks
@@ -107,13 +107,13 @@ def test_a_whole_models_blocks_have_the_windows_of_blocks_alone(
     """In every family, whoever asks: as a part of mlx-lm's model or on its own."""
     for kind in tiny.FAMILIES:
         values = models(kind).config
-        args = mlx_modules.model_args(values)
-        whole = mlx_modules.new_model(values).model.layers
-        windows = [mlx_modules.window(args, block) for block in whole]
-        row = family(values)
+        architecture = family(values)
+        args = architecture.model_args()
+        whole = architecture.new_model().model.layers
+        windows = [stock.window(args, block) for block in whole]
         for i, window in enumerate(windows):
-            alone = mlx_modules.new_block(row, args, i)
-            assert mlx_modules.window(args, alone) == window, (kind, i)
+            alone = architecture.new_block(args, i)
+            assert stock.window(args, alone) == window, (kind, i)
         kinds = values.get("layer_types") or []
         slides = [kind == "sliding_attention" for kind in kinds]
         if any(slides):

@@ -23,7 +23,9 @@ from mis_mlx.distillation import live_teacher
 from mis_mlx.distillation.whole_model import value_and_grad
 from mis_mlx.maths import losses
 from mis_mlx.models.architectures import arch, experts
-from mis_mlx.models.architectures.families import ALL, FAMILIES, OPENED_AS, family
+from mis_mlx.models.architectures.families import FAMILIES, OPENED_AS, family, mixture
+from mis_mlx.models.architectures.mixture import Mixture
+from mis_mlx.models.architectures.shape import ALL
 from mis_mlx.models.architectures.sizes import normalised, shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.config import _opened_as, check_config, read_config
@@ -42,7 +44,7 @@ QUICK = mostly_slow(tiny.MODELS, *tiny.FAMILIES, "Bielik-4.5B-v3")
 def stock_of(folder: Path) -> nn.Module:
     """As mlx_lm opens it."""
     model = stock.opened(folder)
-    if family(read_config(folder)).experts:
+    if mixture(read_config(folder)):
         model.set_dtype(mx.float32)  # MLX's CPU gathers products of no other type
     return model
 
@@ -50,8 +52,8 @@ def stock_of(folder: Path) -> nn.Module:
 def one_by_one(named: Mapping[str, mx.array], config: Mapping[str, Any]) -> dict[str, mx.array]:
     """Experts that mlx_lm has stacked, by their own names."""
     found = dict[str, mx.array]()
-    of = family(config)
-    if of.versions or of.renamed:
+    of = mixture(config)
+    if of is None:
         return stock.ours(named, config)
     for name, array in named.items():
         if stacked := experts.STACKED.fullmatch(name):
@@ -66,7 +68,7 @@ def one_by_one(named: Mapping[str, mx.array], config: Mapping[str, Any]) -> dict
 
 def narrower(config: Mapping[str, Any]) -> int:
     """Two thirds of a model's neurons, in whole groups of 32."""
-    return int(config[family(config).ffn]) * 2 // 3 // 32 * 32
+    return int(config[family(config).ffn_key]) * 2 // 3 // 32 * 32
 
 
 def test_every_row_has_a_tiny_model() -> None:
@@ -139,7 +141,7 @@ def test_a_mixture_writes_what_stock_writes(models: Models, kind: str) -> None:
     assert read[0] > 1.5 * read[1] > 1.5 * read[2]
 
 
-MIXTURES = [name for name, row in FAMILIES.items() if row.experts]
+MIXTURES = [name for name, kind in FAMILIES.items() if issubclass(kind, Mixture)]
 
 
 @pytest.mark.usefixtures("cpu_policy")
@@ -318,7 +320,7 @@ def the_whole_way(teacher: Path, tmp_path: Path, text_folder: Path, layers: int 
     }
     # Stock mlx_lm is not timed where it would compute in float16: MLX's CPU gathers products of
     # float32 alone.
-    timed = 0 if family(config).experts and precision.keeps_packed() else 2
+    timed = 0 if mixture(config) and precision.keeps_packed() else 2
     result = distill.run(
         distill.Settings(
             teacher=str(teacher),
@@ -625,8 +627,8 @@ def table() -> str:
         # heads, their groups and the hidden size, by the quotient
         if row.head_dim_follows and "heads" in row.axes:
             axes = [*axes[:3], *["together"] * 3]
-        repair = "router" if row.experts else "yes"
-        if row.versions:
+        repair = "router" if issubclass(row, Mixture) else "yes"
+        if not row.repairs:
             repair = "no"
         rest = [repair, "float16" if row.float16 else "float32 or bfloat16", row.gguf or "no"]
         lines.append("| " + " | ".join([row.name, *axes, *rest]) + " |")

@@ -16,7 +16,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mis_mlx import plan, prune
-from mis_mlx.models.architectures import altup, arch, tensor_shapes
+from mis_mlx.models.architectures import altup, arch
+from mis_mlx.models.architectures.families import family
 from mis_mlx.models.architectures.sizes import key_owners
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.config import check_config, read_config
@@ -49,7 +50,7 @@ def test_the_published_shapes(name: str, total: int, tmp_path: Path) -> None:
     """
     (tmp_path / "config.json").write_text(json.dumps(arch.PUBLISHED[name]))
     config = read_config(tmp_path)
-    unused = sum(int(np.prod(shape)) for shape in tensor_shapes.unused_shapes(config).values())
+    unused = sum(int(np.prod(shape)) for shape in family(config).unused_shapes().values())
     tensors = arch.tensors_of(config)
     ours = sum(int(np.prod(shape)) for shape in tensors.values())
     assert arch.params(config) == ours

@@ -11,7 +11,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mis_mlx.compute import streams
-from mis_mlx.models.architectures import mlx_modules
+from mis_mlx.models.architectures import stock
 from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening.model_size import BY_FORMULA, model_of
 from mis_mlx.planner import block_cost, measured_block
@@ -43,15 +43,16 @@ def trained_peak() -> int:
     """MLX's peak while stock mlx-lm's block trains on windows of noise, without weights and their
     gradients.
     """
-    args = mlx_modules.model_args(WIDE)
-    block = mlx_modules.new_block(family(WIDE), args, 0)
+    architecture = family(WIDE)
+    args = architecture.model_args()
+    block = architecture.new_block(args, 0)
     hidden = mx.random.normal((BATCH, LENGTH, 256))
     mx.eval(hidden, block.parameters())
     weights = dict[str, mx.array](tree_flatten(block.parameters()))
     gradients = sum(weight.nbytes for weight in weights.values())
 
     def loss(block: nn.Module) -> mx.array:
-        return block(hidden, mlx_modules.mask(args, block, hidden), None).sum()
+        return block(hidden, stock.mask(args, block, hidden), None).sum()
 
     cache = mx.set_cache_limit(0)
     before = mx.get_active_memory()

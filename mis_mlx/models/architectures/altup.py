@@ -16,9 +16,7 @@ import mlx.nn as nn
 
 from mis_mlx.maths import losses
 from mis_mlx.models.architectures import block_inputs, lookup
-from mis_mlx.models.architectures.families import Config, family
 from mis_mlx.models.architectures.modules import SideProjection
-from mis_mlx.models.architectures.sizes import key_owners
 
 
 def magnitude(x: mx.array) -> mx.array:
@@ -86,32 +84,16 @@ class Exit(nn.Module):
         return self.norm(left(stacked, self.altup_unembed_projections))
 
 
-def enter(model: nn.Module, embedded: mx.array) -> mx.array:
-    """The first block's input in a resident model, of its scaled embedding (B, T, D).
-
-    The same array, where a family's blocks pass one version on.
-    """
-    if not family(model._config).versions:
-        return embedded
-    return model.model.enter(embedded)  # type: ignore[no-any-return]
-
-
-def leave(model: nn.Module, hidden: mx.array) -> mx.array:
-    """The head's input (B, T, D) in a resident model, of its last block's output."""
-    if not family(model._config).versions:
-        return model.model.norm(hidden)  # type: ignore[no-any-return]
-    return model.model.leave(hidden)  # type: ignore[no-any-return]
-
-
 class Door:
     """The way into the first block of a streamed model; what it needs is read at first use.
 
-    read: gives an `Entrance`, evaluated. Where blocks pass one version on, nothing is read.
+    hidden: the width of the embedding. read: gives an `Entrance`, evaluated; None: the scaled
+    embedding is the first block's input.
     """
 
-    def __init__(self, config: Config, read: Callable[[], nn.Module]):
-        self._hidden = config["hidden_size"]
-        self._read = read if family(config).versions else None
+    def __init__(self, hidden: int, read: Callable[[], nn.Module] | None):
+        self._hidden = hidden
+        self._read = read
         self._entrance: nn.Module | None = None
 
     def enter(self, embedded: mx.array) -> mx.array:
@@ -229,13 +211,13 @@ def block(module: ModuleType, args: Any, i: int) -> nn.Module:
 class _Inner(SideProjection):
     """A whole model but for its head: token ids -> the head's input."""
 
-    def __init__(self, module: ModuleType, args: Any, config: Config):
+    def __init__(self, module: ModuleType, args: Any, owners: Sequence[int | None]):
         layers = args.num_hidden_layers
         width = args.hidden_size_per_layer_input
         super().__init__(args.hidden_size, layers, width, args.rms_norm_eps)
         self._module = module
         self._args = args
-        self._owners = key_owners(config)
+        self._owners = owners
         rows = args.vocab_size_per_layer_input
         hidden = args.hidden_size
         versions = args.altup_num_inputs
@@ -299,13 +281,14 @@ class Model(nn.Module):
     """A whole model of random weights, used as mlx-lm's other models are.
 
     `model` gives the head's input and has tensors by our names. module, args: as of `block`.
+    owners: as of `block_inputs.Sides`.
     """
 
-    def __init__(self, module: ModuleType, args: Any, config: Config):
+    def __init__(self, module: ModuleType, args: Any, owners: Sequence[int | None]):
         super().__init__()
         self.args = args
         self.model_type = args.model_type
-        self.model = _Inner(module, args, config)
+        self.model = _Inner(module, args, owners)
         self._module = module
 
     def __call__(self, tokens: mx.array, cache: Sequence[Any] | None = None) -> mx.array:

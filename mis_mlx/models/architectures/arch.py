@@ -14,29 +14,17 @@ from typing import Any
 
 import mlx.core as mx
 
-from mis_mlx.models.architectures import block_widths, experts, stored_form, tensor_shapes
-from mis_mlx.models.architectures.families import ALL, Config, Shapes, family
+from mis_mlx.models.architectures import experts, per_layer, stored_form, tensor_shapes
+from mis_mlx.models.architectures.families import family, mixture
 from mis_mlx.models.architectures.readers import READERS as READERS
 from mis_mlx.models.architectures.readers import WRITERS as WRITERS
 from mis_mlx.models.architectures.readers import readers as readers
 from mis_mlx.models.architectures.readers import readers_of as readers_of
-from mis_mlx.models.architectures.sizes import (
-    Shape,
-    attends,
-    ffn_size,
-    head_size,
-    key_owners,
-    keys_of,
-    normalised,
-    shape_of,
-)
+from mis_mlx.models.architectures.shape import ALL, Config, Shape, Shapes, weight_count
+from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.architectures.stored_form import inside_names
-from mis_mlx.models.architectures.tensor_shapes import (
-    end_tensors,
-    layer_tensors,
-    side_tensors,
-    tensors_of,
-)
+from mis_mlx.models.architectures.tensor_shapes import end_tensors, layer_tensors, side_tensors
+from mis_mlx.models.architectures.tensor_shapes import tensors_of as tensors_of
 from mis_mlx.types import Checkpoint, MisError, TensorAt
 
 # The paper's teacher; it leaves kv heads and vocabulary open: those of today's 70B models.
@@ -51,20 +39,14 @@ PUBLISHED: dict[str, dict[str, Any]] = {  # configs without weights, for plans
         "gemma-4-e4b",
     )
 }
-PER_LAYER = tensor_shapes.PER_LAYER
+PER_LAYER = per_layer.PER_LAYER
 COEFFICIENTS = tensor_shapes.COEFFICIENTS
 FFN_MULTIPLE = 256  # Metal's fast 4-bit kernels and GGUF K-quants need it
 
 
 def widest(config: Config) -> Shape:
     """The shape, with FFN and heads as large as they are in any block."""
-    shape = shape_of(config)
-    if not family(config).sharing:
-        return shape
-    unlike = tensor_shapes.unlike_blocks(config)
-    ffn = max(ffn_size(config, i) for i in unlike)
-    head_dim = max(head_size(config, i) for i in unlike)
-    return replace(shape, ffn=ffn, head_dim=head_dim)
+    return family(config).widest
 
 
 def layer_phase(config: Config) -> tuple[int, ...]:
@@ -72,29 +54,17 @@ def layer_phase(config: Config) -> tuple[int, ...]:
 
     mlx-lm computes a block of some families by its place, counted from the first.
     """
-    period = 1
-    key = family(config).period
-    if key:
-        period = normalised(config)[key]
-    layers = config["num_hidden_layers"]
-    return tuple(int((i + 1) % period == 0) for i in range(layers))
+    architecture = family(config)
+    period = architecture.period
+    return tuple(int((i + 1) % period == 0) for i in range(architecture.layers))
 
 
 def fixed_blocks(config: Config) -> set[int]:
     """The blocks that no cut in depth may take.
 
-    They are the blocks whose keys and values later blocks use, and in a model with such blocks also
-    the last one: transformers makes it see all tokens whatever its kind is. In a hybrid they are
-    the first block of each kind.
+    Later blocks use their keys and values, or mlx-lm needs them where they stand.
     """
-    owners = {owner for owner in key_owners(config) if owner is not None}
-    if owners:
-        owners.add(config["num_hidden_layers"] - 1)
-    if family(config).stateful and not family(config).period:
-        # mlx-lm makes its masks at the first block of each kind
-        kinds = config["layer_types"]
-        owners |= {kinds.index(kind) for kind in set(kinds)}
-    return owners
+    return family(config).fixed_blocks()
 
 
 def block_prefix(i: int) -> str:
@@ -112,14 +82,14 @@ def params(config: Config) -> int:
     shape = shape_of(config)
     embedding = shape.vocab * shape.hidden
     head = 0 if shape.tied else embedding
-    sides = tensor_shapes.weight_count(side_tensors(config) | end_tensors(config))
+    sides = weight_count(side_tensors(config) | end_tensors(config))
     return blocks_params(config) + sides + embedding + head + shape.hidden
 
 
 def channels(config: Config) -> int:
     """The number of per-layer input channels of a token, over all blocks."""
-    key = family(config).per_layer
-    return int(config["num_hidden_layers"] * config[key]) if key else 0
+    architecture = family(config)
+    return architecture.layers * architecture.side_width
 
 
 def row_params(config: Config) -> int:
@@ -131,32 +101,16 @@ def row_params(config: Config) -> int:
 
 def blocks_params(config: Config) -> int:
     """The number of parameters of all blocks."""
-    layers = config["num_hidden_layers"]
-    row = family(config)
-    if not row.sharing and not row.stateful and not row.blocks:  # blocks are alike
-        block = layer_tensors(config, stacked=True)
-        return int(layers * tensor_shapes.weight_count(block))
-    total = 0
-    for i in range(layers):
-        block = layer_tensors(config, stacked=True, block=i)
-        total += tensor_shapes.weight_count(block)
-    return total
+    architecture = family(config)
+    layers = architecture.layers
+    if len(architecture.unlike_blocks()) == 1:
+        return layers * weight_count(architecture.block_tensors(0, stacked=True))
+    return sum(weight_count(architecture.block_tensors(i, stacked=True)) for i in range(layers))
 
 
 def block_counts(config: Config) -> dict[int, int]:
     """{a block: how many there are like it}, where blocks differ by their kind alone."""
-    layers = config["num_hidden_layers"]
-    row = family(config)
-    if row.blocks:
-        sizes = [ffn_size(config, i) for i in range(layers)]
-        return {sizes.index(size): sizes.count(size) for size in set(sizes)}
-    if not row.stateful:
-        return {tensor_shapes.largest_block(config): layers}
-    counts: dict[int, int] = {}
-    for has_keys in {attends(config, i) for i in range(layers)}:
-        alike = [i for i in range(layers) if attends(config, i) == has_keys]
-        counts[alike[0]] = len(alike)
-    return counts
+    return family(config).block_counts()
 
 
 def active_ffn_size(config: Config) -> int:
@@ -164,13 +118,7 @@ def active_ffn_size(config: Config) -> int:
 
     In a mixture they are the neurons of the experts that a token uses, and of the shared one.
     """
-    row = family(config)
-    active = widest(config).ffn
-    if row.experts:
-        active *= config["num_experts_per_tok"]
-    if row.shared_expert:
-        active += config[row.shared_expert]
-    return int(active)
+    return family(config).active_ffn_size()
 
 
 def expert_shares(config: Config) -> tuple[float, float]:
@@ -181,7 +129,7 @@ def expert_shares(config: Config) -> tuple[float, float]:
     shape = shape_of(config)
     if not shape.experts:
         return 1.0, 1.0
-    block = tensor_shapes.weight_count(layer_tensors(config, stacked=True))
+    block = weight_count(layer_tensors(config, stacked=True))
     expert = 3 * shape.ffn * shape.hidden
     absent = shape.experts - 1
     unused = shape.experts - config.get("num_experts_per_tok", 1)
@@ -199,9 +147,10 @@ def inside(tensors: Mapping[str, TensorAt], config: Config) -> dict[str, TensorA
     own = dict[str, TensorAt]()
     expected = tensors_of(config)
     unused = tensor_shapes.unused_tensors(config)
-    row = family(config)
+    architecture = family(config)
+    of_experts = mixture(config)
     for stored_name, tensor in tensors.items():
-        name = stored_form.own_name(row, stored_name)
+        name = architecture.own_name(stored_name)
         if name != stored_name or stored_form.is_kernel(name):
             own[name] = stored_form.own_tensor(name, stored_name, tensor)
             continue
@@ -214,9 +163,9 @@ def inside(tensors: Mapping[str, TensorAt], config: Config) -> dict[str, TensorA
                 f"on the model first"
             )
         stack = experts.STACKED.fullmatch(name)
-        if stack:
-            own |= dict(experts.unstack(stack, name, tensor, config))
-        elif row.joined or names == [name]:
+        if stack and of_experts:
+            own |= dict(of_experts.apart(stack, name, tensor))
+        elif names == [name] or re.sub(r"\w+$", "weight", name) in expected:
             own[name] = tensor
         elif len(names) == 1:
             own[names[0]] = replace(tensor, stored=(name, tensor))
@@ -297,7 +246,7 @@ def _check_tensor(name: str, tensor: TensorAt, shape: tuple[int, ...], *, packed
 
 def always_float32(config: Config, name: str) -> bool:
     """Whether a tensor is float32 in a model of any type. name: here, or on disk."""
-    return name.endswith(family(config).wide)
+    return family(config).always_float32(name)
 
 
 def type_of(config: Config, name: str, dtype: mx.Dtype) -> mx.Dtype:
@@ -361,7 +310,7 @@ def target_shape(config: Config, ratios: Mapping[str, float], **exact: int | Non
         elif axis in ratios:
             sizes[axis] = _nearest_multiple(before, ratio, step)
     _settle_heads(teacher, sizes, ratios, exact)
-    _check_sizes(config, sizes)
+    family(config).check_sizes(sizes)
     return replace(teacher, **sizes)
 
 
@@ -369,13 +318,14 @@ def _check_axis(
     config: Config, axis: str, before: int, wanted: int | None, *, ratio: float
 ) -> None:
     """MisError where the family's axis cannot be cut, or not to the size that is wanted."""
-    row = family(config)
+    architecture = family(config)
     cut = ratio != 1
     if wanted is not None:
         cut = wanted != before
-    if cut and axis not in row.axes:
+    if cut and axis not in architecture.axes:
         raise MisError(
-            f"{axis} of a {row.name} cannot be cut: {row.why}; you can cut {', '.join(row.axes)}"
+            f"{axis} of a {architecture.name} cannot be cut: {architecture.why}; you can cut "
+            f"{', '.join(architecture.axes)}"
         )
     if wanted is not None and not 1 <= wanted <= before:
         raise MisError(
@@ -411,48 +361,6 @@ def _settle_heads(
         raise MisError(f"--heads {heads} does not divide into {why}: {remedy}")
 
 
-def _check_sizes(config: Config, sizes: Mapping[str, int]) -> None:
-    """MisError where transformers or mlx-lm does not build a model of these sizes."""
-    row = family(config)
-    if row.experts:
-        experts_left = sizes["experts"]
-        active = config["num_experts_per_tok"]
-        if experts_left < active:
-            raise MisError(
-                f"--experts leaves {experts_left}, but a token uses {active} of them: keep "
-                f"{active} or more"
-            )
-    layers = sizes["layers"]
-    fixed = len(fixed_blocks(config))
-    if layers < fixed:
-        why = (
-            f"{fixed} blocks must stay (those that make keys and values for others, and the last "
-            f"one)"
-        )
-        if row.stateful:
-            why = f"{fixed} blocks must stay (the first of each kind)"
-        raise MisError(f"{layers} layers of a {row.name} are too few: {why}: keep {fixed} or more")
-    if row.period:
-        period = normalised(config)[row.period]
-        if layers < period:
-            raise MisError(
-                f"{layers} layers of a {row.name} are fewer than {period}, which mlx-lm needs: "
-                f"keep more"
-            )
-    hidden = sizes["hidden"]
-    heads = sizes["heads"]
-    if row.heads_fill_hidden and hidden % heads:
-        why = f"is not a multiple of {heads} heads, as transformers requires for a {row.name}"
-        raise MisError(f"hidden {hidden} {why}: choose --hidden as a multiple of {heads}")
-    before = shape_of(config)
-    if row.head_dim_follows and hidden // heads != before.head_dim:
-        why = (
-            f"hidden ({before.hidden} to {hidden}) or heads alone, because its head size is "
-            f"their quotient"
-        )
-        raise MisError(f"a {row.name} cannot change {why}: cut --layers and --ffn instead")
-
-
 def student_config(
     config: Config,
     shape: Shape,
@@ -464,32 +372,24 @@ def student_config(
     Values that runtimes would guess differently are spelled out. layers: the teacher's blocks that
     stay; default: the first ones.
     """
-    edited = normalised(config)
+    edited = family(config).normalised()
     # transformers 5 would believe dtype, not torch_dtype
     for key in ("quantization", "quantization_config", "dtype"):
         edited.pop(key, None)
-    row = family(edited)
     kept = layers or range(shape.layers)
-    if row.sharing:
-        owners = key_owners(config)
-        edited[row.sharing] = sum(owners[i] is not None for i in kept)
-    if row.per_layer and shape.vocab != shape_of(config).vocab:
-        edited["vocab_size_per_layer_input"] = shape.vocab
-    for key in ("layer_types", row.kinds, row.sparsity, row.blocks):
-        if edited.get(key):
-            edited[key] = [edited[key][i] for i in kept]
-    for field, key in keys_of(edited).items():
-        edited[key] = getattr(shape, field)
-    if row.blocks:  # of the widest block that stays
-        edited[row.ffn] = max(block_widths.widths(edited))
     edited["torch_dtype"] = dtype
-    rope = edited.get("rope_parameters") or {}
-    if row.versions:
-        local = {"rope_type": "default", "rope_theta": edited["rope_local_base_freq"]}
-        usual = {"rope_type": "default", "rope_theta": edited["rope_theta"]}
-        edited["rope_parameters"] = {"full_attention": usual, "sliding_attention": local}
-    elif "full_attention" not in rope:
-        scaling = edited.get("rope_scaling") or {}
-        theta = {"rope_theta": edited["rope_theta"]}
-        edited["rope_parameters"] = {"rope_type": "default", **rope, **scaling, **theta}
+    family(config).cut(edited, shape, kept)
     return edited
+
+
+def require_unequal(config: Config) -> None:
+    """MisError unless blocks of this model may differ in FFN width and still be opened."""
+    family(config).require_unequal()
+
+
+def unequal(config: Config, widths: Sequence[int]) -> dict[str, Any]:
+    """A student's config, as `student_config` gives it, with a width for each block.
+
+    It is of the family that can say so. MisError where there is none.
+    """
+    return family(config).unequal(widths)

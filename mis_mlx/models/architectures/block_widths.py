@@ -8,12 +8,12 @@ refused.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from mis_mlx.models.architectures.families import FAMILIES, Config, family, known_family, of_family
+from mis_mlx.models.architectures.shape import Config
 from mis_mlx.types import MisError
 
+KEY = "block_configs"
 STEP = 256  # FFN neurons
 ARCHITECTURES = ["DeciLMForCausalLM"]
 
@@ -38,28 +38,11 @@ def multiple_of(width: int, hidden: int) -> float:
 def widths(config: Config) -> tuple[int, ...]:
     """The FFN neurons of every block of a config with `block_configs`."""
     hidden = config["hidden_size"]
-    blocks = config[family(config).blocks]
+    blocks = config[KEY]
     return tuple(width_of(block["ffn"]["ffn_mult"], hidden) for block in blocks)
 
 
-def settle(config: dict[str, Any], where: Path) -> None:
-    """Give a config that was just read the sizes that its `block_configs` say.
-
-    They are `intermediate_size`, of the widest block, and `num_key_value_heads`. MisError, which
-    names the file, where a block has a form that is not supported.
-    """
-    row = known_family(config)
-    if row is None or not row.blocks:
-        return
-    try:
-        group = _checked_group(config, config.get(row.blocks))
-        config["intermediate_size"] = max(widths(config))
-    except MisError as error:
-        raise MisError(f"{where}: {error}") from None
-    config["num_key_value_heads"] = config["num_attention_heads"] // group
-
-
-def _checked_group(config: Config, blocks: Any) -> int:
+def checked_group(config: Config, blocks: Any) -> int:
     """The query heads that share a key head, the same in every block; MisError otherwise."""
     layers = config.get("num_hidden_layers")
     if type(layers) is not int or not isinstance(blocks, list) or len(blocks) != layers:
@@ -116,41 +99,14 @@ def block_config(width: int, hidden: int, group: int) -> dict[str, Any]:
     }
 
 
-def unequal(config: Config, block_widths: Sequence[int]) -> dict[str, Any]:
-    """A student's config, as `arch.student_config` gives it, with a width for each block.
-
-    It is of the family that can say so. MisError where there is none.
-    """
-    row = family(config)
-    require(config)
-    edited = of_family(config, row.unequal)
-    edited["architectures"] = ARCHITECTURES
-    hidden = edited["hidden_size"]
-    group = edited["num_attention_heads"] // edited["num_key_value_heads"]
-    key = FAMILIES[row.unequal].blocks
-    edited[key] = [block_config(width, hidden, group) for width in block_widths]
-    edited["intermediate_size"] = max(block_widths)
-    return edited
-
-
-def require(config: Config) -> None:
-    """MisError unless blocks of this model may differ in width and still be opened."""
-    row = family(config)
-    if not row.unequal:
-        raise MisError(
-            f"blocks of a {row.name} cannot differ in FFN width: only those of a llama can. Give "
-            f"--ffn with one width for all"
-        )
+def of_llama(config: Config, block_widths: Sequence[int]) -> dict[str, Any]:
+    """The config of a llama, with a width for each block, as a nemotron-nas."""
     hidden = config["hidden_size"]
-    heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or hidden // heads
-    if head_dim * heads != hidden:
-        raise MisError(
-            f"blocks of unequal width need heads that fill the hidden size, but {heads} heads of "
-            f"{head_dim} are not {hidden}: give --ffn with one width for all"
-        )
-    if "sliding_attention" in (config.get("layer_types") or ()):
-        raise MisError(
-            "blocks of unequal width cannot have a sliding window: give --ffn with one width for "
-            "all"
-        )
+    group = config["num_attention_heads"] // config["num_key_value_heads"]
+    return {
+        **config,
+        "model_type": "nemotron-nas",
+        "architectures": ARCHITECTURES,
+        KEY: [block_config(width, hidden, group) for width in block_widths],
+        "intermediate_size": max(block_widths),
+    }

@@ -3,22 +3,17 @@
 Each expert can be read from disk when it is needed and has its own name as on disk. It gives the
 same bits wherever its weights come from (memory or disk), and for one batch or many.
 
-The second half of the file is about names: an expert's tensors are called one by one, as on the hub
-and here, or stacked, as mlx-lm writes them.
+Tensors of experts are called one by one, as on the hub and here, or stacked, as mlx-lm writes them;
+`mixture` has both names.
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-
-from mis_mlx.models.architectures.families import GATED, Config, Family, Shapes, family
-from mis_mlx.models.architectures.sizes import shape_of
-from mis_mlx.types import MisError, TensorAt
 
 STACKED = re.compile(r"(.*\.)(?:switch_mlp|experts)\.(gate_proj|up_proj|down_proj)\.(\w+)")
 ROUTER = re.compile(
@@ -31,19 +26,27 @@ Activation = Callable[[mx.array, mx.array], mx.array]  # (up, gate), both (n, F)
 
 
 class Expert(nn.Module):
-    """One gated MLP. Its matrices are called as on disk."""
+    """One gated MLP. names: of its gate, up and down matrix, as on disk."""
 
-    def __init__(self, family: Family, hidden: int, ffn: int, activation: Activation):
+    def __init__(
+        self,
+        names: tuple[str, str, str],
+        hidden: int,
+        ffn: int,
+        activation: Activation,
+        *,
+        bias: bool,
+    ):
         super().__init__()
-        self.names = family.matrices
+        self.names = names
         self._activation = activation
         # Called with the outputs. A stream evaluates them here, before it reuses the memory that
         # the weights lie in.
         self.on_output: Callable[[mx.array], None] = lambda _: None
-        gate, up, down = family.matrices
+        gate, up, down = names
         sizes = {gate: (hidden, ffn), up: (hidden, ffn), down: (ffn, hidden)}
         for name, (into, out) in sizes.items():
-            self[name] = nn.Linear(into, out, bias=family.expert_bias)
+            self[name] = nn.Linear(into, out, bias=bias)
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """x (n, D) -> (the input of the last matrix (n, F), its output (n, D))."""
@@ -167,13 +170,13 @@ def run_group(
     attend: Attend,
     *,
     visit: Visit | None,
-    router: str,
+    router: nn.Module,
     evaluate: Callable[..., None],
 ) -> Iterator[mx.array]:
     """The batches of these numbers, hidden (B, T, D), behind a block, evaluated.
 
-    part: the block's module that has the experts. router: its name in there. Each expert is asked
-    for once. evaluate(arrays): computes them.
+    part: the block's module that has the experts. router: which chooses. Each expert is asked for
+    once. evaluate(arrays): computes them.
     """
     # First everything before the experts, for all batches, and which experts each token chose.
     residual = []
@@ -188,7 +191,7 @@ def run_group(
         inputs.append(x)
         chosen.append(choice)
         if visit:
-            gates.append(_gates(part[router], x, choice))
+            gates.append(_gates(router, x, choice))
     # Then the experts in turn, each for all batches: it is read once. The block's own code finds
     # their outputs ready, and weighs and adds them.
     part.experts.ready = part.experts.outputs(
@@ -208,81 +211,10 @@ def _gates(router: nn.Module, x: mx.array, chosen: mx.array) -> np.ndarray:
     return np.array(odds).reshape(-1)
 
 
-def tensors_of(config: Config, stack_experts: bool) -> Shapes:
-    """Names and shapes of the tensors that a mixture has in the place of an MLP.
-
-    They are a router, the experts one by one or `stack_experts`, and in some families one expert
-    that every token uses.
-    """
-    s = shape_of(config)
-    hidden = s.hidden
-    ffn = s.ffn
-    row = family(config)
-    tensors: Shapes = {}
-
-    def add(name: str, *shape: int) -> None:
-        stem = f"{row.mlp}.{name}"
-        tensors[f"{stem}.weight"] = shape
-        if row.expert_bias:
-            tensors[f"{stem}.bias"] = shape[:-1]
-
-    add(row.router, s.experts, hidden)
-    places = [f"experts.{e}" for e in range(s.experts)]
-    names = row.matrices
-    stack: tuple[int, ...] = ()
-    if stack_experts:
-        places = [row.switch]
-        names = GATED
-        stack = (s.experts,)
-    gate, up, down = names
-    for place in places:
-        add(f"{place}.{gate}", *stack, ffn, hidden)
-        add(f"{place}.{up}", *stack, ffn, hidden)
-        add(f"{place}.{down}", *stack, hidden, ffn)
-
-    shared = int(config.get(row.shared_expert) or 0)
-    if shared:
-        stem = f"{row.mlp}.shared_expert"
-        tensors[f"{stem}.gate_proj.weight"] = (shared, hidden)
-        tensors[f"{stem}.up_proj.weight"] = (shared, hidden)
-        tensors[f"{stem}.down_proj.weight"] = (hidden, shared)
-        tensors[f"{stem}_gate.weight"] = (1, hidden)
-    return tensors
-
-
 def expert_of(name: str) -> int | None:
     """The number of a tensor's or module's expert in its block; None outside of experts."""
     match = re.search(r"\bexperts\.(\d+)\.", name)
     return int(match[1]) if match else None
-
-
-def one_by_one(path: str, config: Config) -> list[str]:
-    """The paths of all experts' parts of a stacked matrix; of another path, itself alone.
-
-    This is the inverse of `stacked`.
-    """
-    row = family(config)
-    stem, _, name = path.partition(f"{row.switch}.")
-    kind = name.split(".")[0]
-    if kind not in GATED:
-        return [path]
-    matrix = row.matrices[GATED.index(kind)]
-    own = name.replace(kind, matrix)
-    experts = shape_of(config).experts
-    return [f"{stem}experts.{e}.{own}" for e in range(experts)]
-
-
-def stacked(path: str, config: Config) -> str:
-    """mlx-lm's path of the stacked matrix that an expert's matrix is part of.
-
-    Any other path is returned as it is.
-    """
-    match = re.fullmatch(r"(.*\.)experts\.\d+\.(\w+)", path)
-    if not match:
-        return path
-    row = family(config)
-    kind = GATED[row.matrices.index(match[2])]
-    return f"{match[1]}{row.switch}.{kind}"
 
 
 def is_router(name: str) -> bool:
@@ -291,31 +223,3 @@ def is_router(name: str) -> bool:
     These matrices are never quantized.
     """
     return ROUTER.search(name) is not None
-
-
-def unstack(
-    stacked: re.Match[str], name: str, tensor_at: TensorAt, config: Config
-) -> Iterator[tuple[str, TensorAt]]:
-    """(own name, its part) of every expert in a tensor (E, out, in) that mlx_lm.convert stacked.
-
-    stacked: the match of STACKED on the tensor's `name`. MisError where E is not the config's.
-    """
-    row = family(config)
-    count = shape_of(config).experts
-    if tensor_at.shape[0] != count:
-        raise MisError(
-            f"{tensor_at.file}: {name} has {tensor_at.shape[0]} experts, but config.json says "
-            f"{count}: download it again"
-        )
-    stem, kind, tensor = stacked.groups()
-    matrix = row.matrices[GATED.index(kind)]
-    size = tensor_at.nbytes // count
-    for e in range(count):
-        part = replace(
-            tensor_at,
-            shape=tensor_at.shape[1:],
-            offset=tensor_at.offset + e * size,
-            nbytes=size,
-            stored=(name, tensor_at),
-        )
-        yield f"{stem}experts.{e}.{matrix}.{tensor}", part

@@ -1,10 +1,6 @@
-"""Models with two kinds of blocks: attention, and LFM2's short convolution or a gated delta rule.
+"""Models with two kinds of blocks, and LFM2's short convolution in place of attention."""
 
-LFM2's attention blocks are those of mlx-lm's qwen3, which compute the same thing under the names
-that all families have here.
-"""
-
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -12,26 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mis_mlx.models.architectures import block_state, gated_delta, lookup
-from mis_mlx.models.architectures.families import Config, family
-from mis_mlx.models.architectures.sizes import normalised
 
-DELTA = "linear_attention"  # the kind of Qwen 3.5's blocks without attention
-
-
-def model_args(module: ModuleType, config: Config) -> Any:
-    """The ModelArgs of the blocks, with the kind of each. module: that of the attention blocks."""
-    full = normalised(config)
-    row = family(config)
-    if row.stateful == DELTA:
-        full["rope_parameters"] = dict(full["rope_parameters"])  # it is changed in place
-        args = module.TextModelArgs.from_dict(full)
-    else:
-        full.pop("rope_parameters", None)  # their theta stands in the config itself
-        args = module.ModelArgs.from_dict(full)
-        args.conv_L_cache = config["conv_L_cache"]
-    args.layer_types = list(config["layer_types"])
-    args.stateful = row.stateful
-    return args
+NewBlock = Callable[[Any, int], nn.Module]  # (args, number of the block)
 
 
 class Kernel(nn.Module):
@@ -131,25 +109,15 @@ class ConvBlock(nn.Module):
         return h + self.mlp(normed)  # type: ignore[no-any-return]
 
 
-def block(module: ModuleType, args: Any, i: int) -> nn.Module:
-    """Block i, of random weights. module, args: as of `model_args`."""
-    if args.stateful == DELTA:
-        return gated_delta.block(module, args, i)
-    if args.layer_types[i] == args.stateful:
-        return ConvBlock(module, args)
-    attention: nn.Module = module.TransformerBlock(args)
-    return attention
-
-
 class _Inner(nn.Module):
     """A whole model but for its head: token ids -> the head's input."""
 
-    def __init__(self, module: ModuleType, args: Any):
+    def __init__(self, module: ModuleType, args: Any, new_block: NewBlock):
         super().__init__()
         hidden = args.hidden_size
         layers = range(args.num_hidden_layers)
         self.embed_tokens = lookup.Embedding(args.vocab_size, hidden)
-        self.layers = [block(module, args, i) for i in layers]
+        self.layers = [new_block(args, i) for i in layers]
         self.norm = nn.RMSNorm(hidden, eps=args.rms_norm_eps)
         self._module = module
 
@@ -180,15 +148,15 @@ class _Inner(nn.Module):
 class Model(nn.Module):
     """A whole model of random weights, used as mlx-lm's other models are.
 
-    `model` gives the head's input and has tensors by our names. module, args: as of `block`.
-    caches: mlx_lm.models.cache.
+    `model` gives the head's input and has tensors by our names. module: mlx-lm's of the attention
+    blocks. caches: mlx_lm.models.cache.
     """
 
-    def __init__(self, module: ModuleType, args: Any, caches: ModuleType):
+    def __init__(self, module: ModuleType, args: Any, *, new_block: NewBlock, caches: ModuleType):
         super().__init__()
         self.args = args
         self.model_type = args.model_type
-        self.model = _Inner(module, args)
+        self.model = _Inner(module, args, new_block)
         if not args.tie_word_embeddings:
             self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
         self._caches = caches

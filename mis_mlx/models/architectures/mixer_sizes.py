@@ -4,34 +4,18 @@ Measured on a CPU in float32 (benchmarks/hybrids.py): what a way back through a 
 """
 
 from mis_mlx.models.architectures import sizes
-from mis_mlx.models.architectures.arch import widest
-from mis_mlx.models.architectures.families import Config, family
+from mis_mlx.models.architectures.families import family
+from mis_mlx.models.architectures.shape import Config
 
 
 def attention(config: Config, length: int) -> int:
     """Of attention in windows of this length: queries, keys, values, and scores."""
-    s = widest(config)
-    heads = s.heads + s.kv_heads
-    numbers = 2 * heads * s.head_dim
-    numbers += s.heads * length
-    if family(config).stateful == "linear_attention":  # queries have a gate
-        numbers += s.heads * s.head_dim
-    return numbers
+    return family(config).attention_numbers(length)
 
 
 def other(config: Config) -> int:
     """Of what stands in place of attention; 0 where all blocks have it."""
-    kind = family(config).stateful
-    if not kind:
-        return 0
-    if kind == "conv":
-        return 6 * int(config["hidden_size"])
-    value_heads = config["linear_num_value_heads"]
-    key_heads = config["linear_num_key_heads"]
-    values = value_heads * config["linear_value_head_dim"]
-    keys = key_heads * config["linear_key_head_dim"]
-    joined = 2 * keys + values
-    return int(3 * joined + 4 * values)
+    return family(config).mixer_numbers()
 
 
 def state_bytes(config: Config, item: int) -> int:
@@ -39,27 +23,8 @@ def state_bytes(config: Config, item: int) -> int:
 
     item: bytes of a number, except in a gated delta rule's matrices, which are float32.
     """
-    kind = family(config).stateful
-    if not kind:
-        return 0
-    layers = int(config["num_hidden_layers"])
-    blocks = layers - sizes.attending(config)
-    if kind == "conv":
-        reach = int(config["conv_L_cache"]) - 1
-        hidden = int(config["hidden_size"])
-        rows = reach * hidden
-        return blocks * rows * item
-    key_width = int(config["linear_key_head_dim"])
-    keys = int(config["linear_num_key_heads"]) * key_width
-    heads = int(config["linear_num_value_heads"])
-    values = heads * int(config["linear_value_head_dim"])
-    reach = int(config["linear_conv_kernel_dim"]) - 1
-    joined = 2 * keys + values
-    rows = reach * joined
-    matrices = values * key_width
-    of_block = rows * item
-    of_block += 4 * matrices
-    return blocks * of_block
+    blocks = int(config["num_hidden_layers"]) - sizes.attending(config)
+    return blocks * family(config).state_bytes(item)
 
 
 def largest(config: Config, length: int) -> int:

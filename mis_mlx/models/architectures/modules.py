@@ -9,10 +9,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mis_mlx.models.architectures.experts import Expert, Experts, ReadExperts
-from mis_mlx.models.architectures.families import Config, family
-from mis_mlx.models.architectures.sizes import shape_of
-
 
 class SideProjection(nn.Module):
     """The channels that every block gets for each token, as mlx-lm computes them.
@@ -56,28 +52,6 @@ class InputRecorder(nn.Module):
     def take(self) -> mx.array:
         """The input of the first call that was not taken yet."""
         return self._seen.pop(0)
-
-
-def separate_experts(
-    block: nn.Module, config: Config, read_experts: ReadExperts | None = None
-) -> None:
-    """Replace the stacked experts of one of mlx-lm's blocks by `Experts`.
-
-    read_experts: as of `Experts`; default: the experts are modules of this block, of random
-    weights.
-    """
-    shape = shape_of(config)
-    row = family(config)
-    part = block[row.mlp]
-    activation = part.pop(row.switch).activation
-    parts = []
-    if not read_experts:
-        parts = [Expert(row, shape.hidden, shape.ffn, activation) for _ in range(shape.experts)]
-    part.experts = Experts(parts, read_experts)
-    if row.switch != "experts":
-        # mlx-lm's code reads this attribute. It stays outside the module's tree, which has the
-        # experts once, under the name that their tensors have on disk.
-        object.__setattr__(part, row.switch, part.experts)
 
 
 class ScaledQueries:
@@ -137,12 +111,8 @@ def at_positions(block: nn.Module, positions: mx.array) -> Iterator[None]:
         object.__setattr__(block, "positions", before)
 
 
-def divided(norm: nn.Module, config: Config) -> nn.Module:
-    """The same last norm, its output divided by the config's divisor of logits.
-
-    So no head has to divide.
-    """
-    divisor = float(config.get(family(config).logit_divisor) or 1.0)
+def divided(norm: nn.Module, divisor: float) -> nn.Module:
+    """The same last norm, its output divided by a divisor of logits: no head has to divide then."""
     if divisor == 1.0:
         return norm
 

@@ -2,34 +2,21 @@
 
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from mis_mlx import cli
-from mis_mlx.models.architectures import block_widths, config_checks, stored_form
-from mis_mlx.models.architectures.config_checks import (
-    positive_number,
-    rotary_kind,
-    rotary_settings,
-    whole_number,
-)
-from mis_mlx.models.architectures.families import FAMILIES, OPENED_AS, Config, Family, family
-from mis_mlx.models.architectures.sizes import KEYS, spelled_out
+from mis_mlx.models.architectures.config_checks import rotary_settings
+from mis_mlx.models.architectures.families import FAMILIES, OPENED_AS, family, known_family
+from mis_mlx.models.architectures.phi3 import has_own_positions
+from mis_mlx.models.architectures.shape import KEYS, Config
 from mis_mlx.models.architectures.stored_form import inside_names
 from mis_mlx.storage import header_check, safetensors
 from mis_mlx.types import MisError
 
 MOST_BYTES = 10_000_000
-MOST_EXPERTS = 4096
-SIZES = {  # keys that a config must have, and the largest plausible value of each
-    "num_hidden_layers": 1000,
-    "hidden_size": 65_536,
-    "intermediate_size": 1_000_000,
-    "vocab_size": 2_000_000,
-    "num_attention_heads": 1024,
-}
 say_once = cache(cli.say)
 SHARED = re.compile(  # keys and modules that do not tell one family from another
     r"architectures|.*_token_id|(torch_)?dtype|.*version|use_cache|initializer_range|.*dropout"
@@ -48,17 +35,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     where = folder / "config.json"
     config = _opened_as(_read_json(folder, where), where)
-    config = stored_form.own_config(config, where)
+    known = known_family(config)
+    if known:
+        with naming(where):
+            config = known.own_config()
     _settle_width(config, where)
-    block_widths.settle(config, where)
     check_config(config, where)
     if config.pop("auto_map", None):
         say_once(
             f"{where}: names the model's own program code, which is never run: it is read as a "
             f"{config['model_type']}"
         )
-    if not family(config).own_positions:
-        return config
     for _, rope in rotary_settings(config):
         if rope.get("short_factor") != rope.get("long_factor"):
             say_once(
@@ -97,7 +84,7 @@ def _opened_as(config: dict[str, Any], where: Path) -> dict[str, Any]:
     left_out = OPENED_AS.get(kind)
     if left_out is None:
         return config
-    if kind in FAMILIES and _has_own_positions(config):
+    if kind in FAMILIES and has_own_positions(config):
         return config
     text = config.get("text_config", {})
     if not isinstance(text, dict):
@@ -134,51 +121,23 @@ def _settle_width(config: dict[str, Any], where: Path) -> None:
     config["intermediate_size"] = widths[0]
 
 
-def _has_own_positions(config: Config) -> bool:
-    """Whether positions rotate a part of each head, or are LongRoPE's."""
-    for _, place in [("", config), *rotary_settings(config)]:
-        if rotary_kind(place) in ("longrope", "su"):
-            return True
-        if isinstance(place, Mapping) and place.get(config_checks.SHARE) not in (None, 1):
-            return True
-    return False
-
-
 def check_config(config: Config, where: Path) -> None:
     """Refuse foreign code, unknown model types and sizes that no real model has.
 
     Each refusal is a MisError of one sentence. where: the file, which the sentence begins with.
     """
-    try:
+    with naming(where):
         _check_type(config, where.parent)
-        _check_values(config)
+        family(config).check()
+
+
+@contextlib.contextmanager
+def naming(where: Path) -> Iterator[None]:
+    """A MisError inside the `with` begins with the file."""
+    try:
+        yield
     except MisError as error:
         raise MisError(f"{where}: {error}") from None
-
-
-def _check_values(config: Config) -> None:
-    """Check every value of a config whose family is known."""
-    for key, most in SIZES.items():
-        whole_number(config, key, most)
-    _check_heads(config)
-    complete = spelled_out(config)
-    row = family(config)
-    keys = ["rms_norm_eps", *row.numbers]
-    for key in (row.embedding_scale, row.logit_divisor):
-        if config.get(key):
-            keys.append(key)
-    for key in keys:
-        positive_number(complete.get(key), key)
-    config_checks.check_positions(config)
-    config_checks.check_kinds(config, complete)
-    config_checks.check_sharing(config)
-    config_checks.check_versions(config)
-    _check_only(config)
-    if row.experts:
-        _check_experts(config)
-    for key in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
-        if config.get(key) not in (None, True, False):
-            raise MisError(f"{key} is {config[key]!r}, but must be true or false")
 
 
 def _check_type(config: Config, folder: Path) -> None:
@@ -207,63 +166,26 @@ def _nearest(kind: str, config: Config, folder: Path) -> str:
     config's and the tensors' names tell what is new.
     """
 
-    def likeness(row: Family) -> tuple[int, int]:
-        prefixes = sum(row.name[:n] == kind[:n] for n in range(2, len(kind) + 1))
-        return len(row.own & config.keys()), prefixes
+    def own_keys(name: str) -> set[str]:
+        return FAMILIES[name].own_keys()
 
-    nearest = max(FAMILIES.values(), key=likeness)
+    def likeness(name: str) -> tuple[int, int]:
+        prefixes = sum(name[:n] == kind[:n] for n in range(2, len(kind) + 1))
+        return len(own_keys(name) & config.keys()), prefixes
+
+    nearest = max(FAMILIES, key=likeness)
     modules = set[str]()
     with contextlib.suppress(MisError):  # a config alone is enough to say something
         for name in safetensors.index(folder):
             modules.add(re.sub(r"^model\.(layers\.)?|\b\d+\.|\.\w+$", "", name))
-    keys = config.keys() - nearest.own - set(KEYS.values())
+    keys = config.keys() - own_keys(nearest) - set(KEYS.values())
     unknown = []
     for name in sorted(keys) + sorted(modules):
         if not SHARED.fullmatch(name):
             unknown.append(name)
     if len(unknown) > 8:
         unknown[8:] = [f"{len(unknown) - 8} more"]
-    sentence = f", the nearest is {nearest.name}"
+    sentence = f", the nearest is {nearest}"
     if unknown:
         sentence += f", which does not know {', '.join(unknown)}"
     return sentence
-
-
-def _check_heads(config: Config) -> None:
-    """Check that heads form whole groups, and that each has an even number of channels."""
-    heads = config["num_attention_heads"]
-    kv_heads = whole_number(config, "num_key_value_heads", 1024, default=heads)
-    if heads % kv_heads:
-        raise MisError(f"{heads} attention heads do not divide into {kv_heads} key-value heads")
-    usual = max(1, config["hidden_size"] // heads)
-    head_dim = whole_number(config, "head_dim", 4096, default=usual)
-    if head_dim % 2:
-        raise MisError(
-            f"head_dim is {head_dim}, but rotary positions need an even one: this config is "
-            f"not usable"
-        )
-
-
-def _check_only(config: Config) -> None:
-    """Check the keys of which one value alone can be computed here."""
-    row = family(config)
-    for key, only in row.only:
-        value = config.get(key)
-        if value not in (None, only):
-            raise MisError(f"{key} is {value!r}, but for a {row.name} only {only!r} is supported")
-    if row.sinks and not config.get("layer_types"):
-        raise MisError("layer_types is missing, which says which blocks see all tokens")
-
-
-def _check_experts(config: Config) -> None:
-    """Check how many experts there are, how many each token uses, and how wide they are."""
-    row = family(config)
-    experts = whole_number(config, row.experts, MOST_EXPERTS)
-    active = whole_number(config, "num_experts_per_tok", MOST_EXPERTS)
-    if active > experts:
-        raise MisError(
-            f"a token uses {active} experts (num_experts_per_tok), but there are only {experts}"
-        )
-    for key in (row.ffn, row.shared_expert):
-        if key:
-            whole_number(config, key, SIZES["intermediate_size"])

@@ -14,18 +14,16 @@ import numpy as np
 from mis_mlx.compute import precision
 from mis_mlx.hardware.rates import on_gpu
 from mis_mlx.maths import losses, rounding
-from mis_mlx.models.architectures import altup, arch, block_inputs, experts, lookup, modules
+from mis_mlx.models.architectures import arch, lookup, modules, side_inputs, tensor_shapes
 from mis_mlx.models.architectures.arch import PER_LAYER
 from mis_mlx.models.architectures.experts import Expert, ReadExperts
-from mis_mlx.models.architectures.families import Config, family
-from mis_mlx.models.architectures.mlx_modules import mask as mask
-from mis_mlx.models.architectures.mlx_modules import mlx_lm as mlx_lm
+from mis_mlx.models.architectures.families import family, mixture
 from mis_mlx.models.architectures.mlx_modules import model_args as model_args
-from mis_mlx.models.architectures.mlx_modules import new_block, new_model
-from mis_mlx.models.architectures.mlx_modules import window as window
 from mis_mlx.models.architectures.modules import SideProjection
-from mis_mlx.models.architectures.sizes import shape_of, softcap
-from mis_mlx.models.architectures.sizes import versions as versions_of
+from mis_mlx.models.architectures.sizes import shape_of, side_width, softcap
+from mis_mlx.models.architectures.stock import mask as mask
+from mis_mlx.models.architectures.stock import mlx_lm as mlx_lm
+from mis_mlx.models.architectures.stock import window as window
 from mis_mlx.models.opening import tokenizer_check
 from mis_mlx.models.opening.config import read_config, say_once
 from mis_mlx.storage import safetensors
@@ -59,7 +57,7 @@ def open_checkpoint(
     tensors = safetensors.index(folder)
     seeing = set(filter(VISION.match, tensors))
     if seeing:
-        what = "see or hear" if family(config).per_layer else "see"
+        what = "see or hear" if side_width(config) else "see"
         say_once(
             f"{folder}: only the text part is opened, a {family(config).name}, without "
             f"{len(seeing)} tensors that {what}"
@@ -105,7 +103,7 @@ def packing(checkpoint: Checkpoint, path: str) -> dict[str, Any]:
             f"{checkpoint.path}: {why}: use the unquantized model, or convert it with "
             f"mlx_lm.convert"
         )
-    stacked = experts.stacked(path, checkpoint.config)
+    stacked = tensor_shapes.stacked(path, checkpoint.config)
     own = common.get(path) or common.get(stacked)
     stated = own if isinstance(own, dict) else common
     settings = {key: value for key, value in stated.items() if key in SETTINGS}
@@ -131,7 +129,7 @@ def weights(
     names = _names_under(checkpoint, prefix)
     if raw is None:
         raw = safetensors.lazy(checkpoint.tensors, names)
-    elif family(checkpoint.config).experts:  # a block and its experts are read apart
+    elif mixture(checkpoint.config):  # a block and its experts are read apart
         names = [name for name in names if name in raw]
     names = [name for name in names if name.rpartition(".")[0] not in without or _is_bias(name)]
     unpacks = not precision.keeps_packed() and arch.is_quantized(checkpoint.tensors)
@@ -202,7 +200,7 @@ def stored_parts(checkpoint: Checkpoint, name: str, rows: np.ndarray | None = No
     reader = Reader({name: tensor})
     ids = np.arange(tensor.shape[0]) if rows is None else rows
     if name.startswith(PER_LAYER):
-        ids = block_inputs.table_rows(checkpoint.config, ids)
+        ids = side_inputs.table_rows(checkpoint.config, ids)
     step = _table_rows(tensor.shape)
     starts = range(0, len(ids), step)
     parts = (reader.rows(tensor, ids[start : start + step]) for start in starts)
@@ -261,11 +259,11 @@ def block(
     raw: as in `weights`. read_experts: where its experts come from, if they are not parts of it.
     without: paths of packed matrices that the caller brings; their layers have no weights yet.
     """
-    row = family(checkpoint.config)
     prefix = f"model.layers.{i}."
-    new = new_block(row, args, i)
-    if row.experts:  # first, for their matrices are quantized and loaded by their own names
-        modules.separate_experts(new, checkpoint.config, read_experts)
+    new = family(checkpoint.config).new_block(args, i)
+    experts = mixture(checkpoint.config)
+    if experts:  # first, for their matrices are quantized and loaded by their own names
+        experts.separate_experts(new, read_experts)
     # Then the layers that are packed on disk, so that the weights find a layer of their kind.
     _quantize(new, prefix, checkpoint, without)
     new.load_weights(weights(checkpoint, prefix, dtype, raw, without=without), strict=not without)
@@ -275,30 +273,13 @@ def block(
 
 def expert(checkpoint: Checkpoint, i: int, e: int, dtype: mx.Dtype, *, raw: Raw) -> Expert:
     """Expert `e` of block `i` with its weights, lazy. raw: as in `weights`."""
-    shape = shape_of(checkpoint.config)
-    row = family(checkpoint.config)
-    if row.expert_bias:
-        activation = mlx_lm("models.activations").SwigluOAI()
-    else:
-        activation = mlx_lm("models.switch_layers").SwiGLU()
-    new = Expert(row, shape.hidden, shape.ffn, activation)
-    prefix = f"model.layers.{i}.{row.mlp}.experts.{e}."
+    of_experts = mixture(checkpoint.config)
+    assert of_experts
+    new = of_experts.new_expert()
+    prefix = f"model.layers.{i}.{of_experts.mlp}.experts.{e}."
     _quantize(new, prefix, checkpoint)
     new.load_weights(weights(checkpoint, prefix, dtype, raw))
     return new
-
-
-def embedding_scale(config: Config, dtype: mx.Dtype) -> mx.array | None:
-    """The factor of the embedding on its way into the first block, as mlx-lm has it; None: 1."""
-    key = family(config).embedding_scale
-    root = config["hidden_size"] ** 0.5
-    if key == "exact sqrt":
-        return mx.array(root, dtype)
-    if key == "sqrt":
-        return mx.array(root, mx.bfloat16).astype(dtype)
-    if key and config.get(key):
-        return mx.array(float(config[key]), dtype)
-    return None
 
 
 def _filled(
@@ -327,7 +308,7 @@ def side_projection(checkpoint: Checkpoint, dtype: mx.Dtype) -> SideProjection:
     """The projection that makes half of the per-layer inputs, with its weights, lazy."""
     config = checkpoint.config
     shape = shape_of(config)
-    width = config[family(config).per_layer]
+    width = side_width(config)
     new = SideProjection(shape.hidden, shape.layers, width, config["rms_norm_eps"])
     _quantize(new, "model.", checkpoint)
     new.load_weights(weights(checkpoint, "model.per_layer_", dtype, cut="model."))
@@ -341,14 +322,27 @@ def side_rows(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw) -> nn.Module:
     """
     config = checkpoint.config
     rows = len(raw[PER_LAYER + "weight"])
-    width = shape_of(config).layers * config[family(config).per_layer]
+    width = shape_of(config).layers * side_width(config)
     return _filled(nn.Embedding(rows, width), PER_LAYER, checkpoint, dtype, raw=raw)
+
+
+def expert_part(checkpoint: Checkpoint, block: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """(the part of a block that has its experts, the router in it)."""
+    of_experts = mixture(checkpoint.config)
+    assert of_experts
+    part = block[of_experts.mlp]
+    return part, part[of_experts.router]
+
+
+def has_entrance(checkpoint: Checkpoint) -> bool:
+    """Whether anything stands between the scaled embedding and the first block."""
+    return bool(tensor_shapes.end_tensors(checkpoint.config))
 
 
 def entrance(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
     """What makes AltUp's versions of the scaled embedding, the first block's input; lazy."""
-    config = checkpoint.config
-    new = altup.Entrance(shape_of(config).hidden, versions_of(config))
+    new = family(checkpoint.config).new_entrance()
+    assert new
     _quantize(new, "model.", checkpoint)
     new.load_weights(weights(checkpoint, "model.altup_projections.", dtype, cut="model."))
     return new
@@ -360,22 +354,17 @@ def final_norm(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) 
     Where blocks pass several versions of the hidden states on, also what makes one of them:
     (..., A D) -> (..., D).
     """
-    config = checkpoint.config
-    row = family(config)
-    if row.versions:
-        hidden = config["hidden_size"]
-        last = altup.Exit(hidden, versions_of(config), config["rms_norm_eps"])
+    architecture = family(checkpoint.config)
+    last = architecture.new_exit()
+    if last:
         _quantize(last, "model.", checkpoint)
         named = weights(checkpoint, NORM, dtype, raw, cut="model.")
         named += weights(checkpoint, "model.altup_unembed_projections.", dtype, cut="model.")
         last.load_weights(named)
         return last
-    kind = nn.RMSNorm
-    if row.gain_offset:
-        kind = mlx_lm(f"models.{row.mlx}").RMSNorm
-    norm = kind(config["hidden_size"], eps=config["rms_norm_eps"])
+    norm = architecture.new_norm()
     norm.load_weights(weights(checkpoint, NORM, dtype, raw))
-    return modules.divided(norm, config)
+    return norm
 
 
 def head(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
@@ -424,31 +413,18 @@ def resident_model(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
 
     `model.model` gives the head's input, as everywhere here.
     """
-    config = checkpoint.config
-    row = family(config)
-    model = new_model(config)
-    inner = model.model
-    tables = ["embed_tokens"]
-    if row.per_layer:
-        tables.append("embed_tokens_per_layer")
-    for name in tables:
-        inner[name] = lookup.Embedding(*inner[name].weight.shape)
-    if row.experts:
-        for block in inner.layers:
-            modules.separate_experts(block, config)
+    architecture = family(checkpoint.config)
+    model = architecture.new_model()
+    table = model.model.embed_tokens
+    model.model.embed_tokens = lookup.Embedding(*table.weight.shape)
+    architecture.prepare(model)
     named = weights(checkpoint, "", dtype)
-    if hasattr(model, "sanitize") and not row.experts:
-        model.sanitize(dict(named))  # Gemma finds out in there whether it has a head
     _quantize(model, "", checkpoint)
     model.load_weights(named)
     model.eval()
-    if row.scaled_queries:
-        inner.layers = [modules.uniform(block) for block in inner.layers]
-    if row.logit_divisor:  # the norm divides, so mlx-lm's own division is by 1
-        inner.norm = modules.divided(inner.norm, config)
-        model.logits_scaling = 1.0
-    model._embedding_scale = embedding_scale(config, dtype)  # for `embedded`
-    model._config = config
+    architecture.finish(model)
+    model._embedding_scale = architecture.embedding_scale(dtype)  # for `embedded`
+    model._config = checkpoint.config
     return model
 
 

@@ -12,8 +12,9 @@ import mlx.core as mx
 from mis_mlx.compute import precision
 from mis_mlx.hardware.memory import COMMANDS_AHEAD, in_flight_bytes
 from mis_mlx.maths.losses import PART
-from mis_mlx.models.architectures import arch, families, tensor_shapes
-from mis_mlx.models.architectures.sizes import Shape, shape_of, versions
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.architectures.shape import Shape, weight_count
+from mis_mlx.models.architectures.sizes import holds_float16, shape_of, versions
 from mis_mlx.models.opening import load
 from mis_mlx.types import Checkpoint
 
@@ -177,7 +178,7 @@ def model_of(
     shape = shape_of(config)
     if dtype is None:
         dtype = _dtype_of_m1(config, gpu)
-    block_params = tensor_shapes.weight_count(arch.layer_tensors(config, True))
+    block_params = weight_count(arch.layer_tensors(config, True))
     params = arch.params(config)
     if isinstance(source, Checkpoint):
         stored = _stored(source, shape.layers)
@@ -203,7 +204,7 @@ def model_of(
         gpu=gpu,
         memory_share=memory_share,
         active_share=active_share,
-        side_params=tensor_shapes.weight_count(sides),
+        side_params=weight_count(sides),
     )
 
 
@@ -216,7 +217,7 @@ def _dtype_here(source: Checkpoint | Mapping[str, Any]) -> mx.Dtype:
 
 def _dtype_of_m1(config: Mapping[str, Any], gpu: bool) -> mx.Dtype:
     """The type that an M1 computes in: it emulates bfloat16."""
-    if gpu and families.family(config).float16:
+    if gpu and holds_float16(config):
         return precision.DTYPES["float16"]
     return precision.DTYPES["float32"]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,7 +21,7 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.hardware.programs import download_wheel
-from mis_mlx.models.architectures import arch, families, stored_form
+from mis_mlx.models.architectures import arch, families
 from mis_mlx.models.writing import model_writer
 from mis_mlx.storage import hub, safetensors
 from mis_mlx.storage.files import CHUNK, DISK, as_mis_error, file_sha256
@@ -144,15 +143,15 @@ def _dequantized(config: Mapping[str, Any], name: str, tensor: Any) -> np.ndarra
     """A GGUF tensor in float32, as Hugging Face stores it under `name`."""
     from gguf.quants import dequantize
 
-    family = families.family(config)
+    architecture = families.family(config)
     values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-    if family.interleaved:
+    if architecture.interleaved:
         heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
         count = heads.get(name.split(".")[-2])
         if count:
             values = values[np.argsort(row_order(len(values), count))]
     if "norm" in name:
-        values = values - family.gain_offset  # llama.cpp stores what multiplies
+        values = values - architecture.gain_offset  # llama.cpp stores what multiplies
     return values
 
 
@@ -165,17 +164,13 @@ def gguf_names(
     """
     import gguf
 
-    family = families.family(config)
-    matrices = dict(zip(families.GATED, family.matrices, strict=True))
+    architecture = families.family(config)
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    name_map = gguf.get_tensor_name_map(numbers[family.gguf], config["num_hidden_layers"])
+    name_map = gguf.get_tensor_name_map(numbers[architecture.gguf], config["num_hidden_layers"])
     suffixes = (".weight", ".bias")
     gguf_name = {}
     for name in listed or arch.tensors_of(config, stacked=True):
-        hugging_face = re.sub(
-            r"switch_mlp\.(\w+)", lambda match: f"experts.{matrices[match[1]]}", name
-        )
-        hugging_face = stored_form.stored_name(family, hugging_face)
+        hugging_face = architecture.gguf_source(name)
         own = name_map.get_name(hugging_face, try_suffixes=suffixes)
         if own and not hugging_face.endswith(suffixes):
             own = f"{own}.weight"  # of attention sinks

@@ -11,8 +11,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mis_mlx.models.architectures import altup, block_inputs, block_state, modules
+from mis_mlx.models.architectures import block_inputs, block_state, modules, side_inputs
 from mis_mlx.models.architectures.block_inputs import BlockInputs, BlockOutputs
+from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening import load
 from mis_mlx.models.writing import streamed_decode
 
@@ -81,16 +82,17 @@ def forward(
     in_text = _positions(branch)
     if positions is not None:
         in_text = mx.array(positions)
+    architecture = family(model._config)
     embedded = load.embedded(model, tokens)
-    sides = block_inputs.of_model(model, tokens, embedded)
-    hidden = altup.enter(model, embedded)
+    sides = side_inputs.of_model(model, tokens, embedded)
+    hidden = architecture.enter(model, embedded)
     for i, block in enumerate(inner.layers):
         inputs = sides.inputs(i, 0, hidden)
         window = load.window(model.args, block)
         with modules.at_positions(block, in_text):
             outputs = run_masked_block(block, inputs, mask, positions, window=window)
         hidden = sides.keep(i, 0, outputs)
-    return altup.leave(model, hidden)
+    return architecture.leave(model, hidden)
 
 
 def _positions(branch: mx.array) -> mx.array:

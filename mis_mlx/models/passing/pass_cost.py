@@ -11,7 +11,12 @@ from mis_mlx.compute import streams
 from mis_mlx.compute.token_losses import Footprint
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.models.architectures import arch, block_inputs, mixer_sizes, tensor_shapes
+from mis_mlx.models.architectures import (
+    arch,
+    mixer_sizes,
+    shape,
+    side_inputs,
+)
 from mis_mlx.models.architectures.sizes import attending, head_size, key_owners
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize
@@ -94,7 +99,7 @@ def side_bytes(m: ModelSize, tokens: int) -> int:
     """
     owners = {owner for owner in key_owners(m.config) if owner is not None}
     shared = sum(2 * m.shape.kv_heads * head_size(m.config, i) for i in owners)
-    ends = tensor_shapes.weight_count(arch.end_tensors(m.config))
+    ends = shape.weight_count(arch.end_tensors(m.config))
     numbers = m.side_numbers(tokens)
     return m.item * (numbers + tokens * shared + ends)
 
@@ -105,7 +110,7 @@ def filling_bytes(m: ModelSize, tokens: int) -> int:
     That is rows as stored and as looked up, what is projected, that behind its norm, and their sum:
     5.4 times the channels, measured.
     """
-    at_once = min(m.side_numbers(tokens), block_inputs.PART)
+    at_once = min(m.side_numbers(tokens), side_inputs.PART)
     made_of = 11 * m.item * at_once // 2
     return side_bytes(m, tokens) + made_of
 

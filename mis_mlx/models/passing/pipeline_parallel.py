@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mis_mlx.models.architectures import block_inputs, families, sizes
+from mis_mlx.models.architectures import side_inputs, sizes
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import distributed, stream
 from mis_mlx.types import Checkpoint, MisError
@@ -76,11 +76,8 @@ class Relay(stream.Stream):
         direct: bool,
         shares: Sequence[int],
     ):
-        if not block_inputs.plain(checkpoint.config):
-            why = (
-                f"blocks of a {families.family(checkpoint.config).name} exchange more than hidden "
-                f"states"
-            )
+        if not side_inputs.plain(checkpoint.config):
+            why = f"blocks of a {checkpoint.config['model_type']} exchange more than hidden states"
             raise MisError(
                 f"{why}, and machines that share blocks send nothing else: use --spread whole"
             )

@@ -10,8 +10,14 @@ from collections import defaultdict
 import mlx.core as mx
 
 from mis_mlx.compute import precision
-from mis_mlx.models.architectures import arch, block_inputs, experts, families, mixer_sizes, sizes
-from mis_mlx.models.architectures.families import Config
+from mis_mlx.models.architectures import (
+    arch,
+    experts,
+    mixer_sizes,
+    side_inputs,
+    sizes,
+)
+from mis_mlx.models.architectures.shape import Config
 from mis_mlx.models.opening import load
 from mis_mlx.types import Checkpoint, TensorAt
 
@@ -111,7 +117,7 @@ def pass_bytes(settings: Config, tokens: int, length: int) -> int:
     length: of the windows.
     """
     shape = arch.widest(settings)
-    sparse = 2 if families.family(settings).sparsity else 0  # what a cut-off is computed with
+    sparse = 2 if sizes.silences(settings) else 0  # what a cut-off is computed with
     ffn = (3 + sparse) * arch.active_ffn_size(settings)
     per_token = 8 * shape.hidden * sizes.versions(settings) + ffn
     per_token += mixer_sizes.largest(settings, length)
@@ -124,7 +130,7 @@ def batches_per_pass(settings: Config, tokens: int, length: int) -> int:
     One window is little work for it, and it waits for each to be evaluated. Experts are computed
     batch by batch, and so are blocks that take more than hidden states.
     """
-    if sizes.shape_of(settings).experts or not block_inputs.plain(settings):
+    if sizes.shape_of(settings).experts or not side_inputs.plain(settings):
         return 1
     windows = max(1, tokens // length)
     by_windows = STACK // windows

@@ -19,7 +19,14 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.compute import precision, streams
-from mis_mlx.models.architectures import altup, arch, block_inputs, experts, families
+from mis_mlx.models.architectures import (
+    altup,
+    arch,
+    block_inputs,
+    experts,
+    side_inputs,
+    sizes,
+)
 from mis_mlx.models.architectures.experts import Attend, Expert, Visit
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import residency
@@ -90,7 +97,7 @@ class Stream:
         self._kept: dict[int, nn.Module] = {}
         self._hot = OrderedDict[tuple[int, int], tuple[Expert, Slot]]()
         self._norm: nn.Module | None = None
-        self.door = altup.Door(checkpoint.config, self._read_entrance)
+        self.door = altup.Door(checkpoint.config["hidden_size"], self._reads_entrance())
         self._head: nn.Module | None = None
         slot_bytes = []
         if not self._copies:
@@ -103,7 +110,7 @@ class Stream:
 
         self._checked: set[str] = set()  # modules whose weights were searched for NaN
         self.block_index = 0  # block that was given out last
-        self.sides = block_inputs.of_config(checkpoint.config)  # of the pass that is under way
+        self.sides = side_inputs.of_config(checkpoint.config)  # of the pass that is under way
         self.first = 0  # of the blocks that may stay
 
     def blocks(self, order: Sequence[int] | None = None) -> Iterator[tuple[int, nn.Module]]:
@@ -200,7 +207,7 @@ class Stream:
         """
         if hidden is None:
             hidden = []
-        self.sides = block_inputs.of_config(self.checkpoint.config, self._channels(batches))
+        self.sides = side_inputs.of_config(self.checkpoint.config, self._channels(batches))
         for tokens in batches:
             ids, rows = np.unique(np.array(tokens), return_inverse=True)
             embedded = self._embedded(ids, rows.reshape(tokens.shape))
@@ -208,6 +215,10 @@ class Stream:
             evaluate_now(entered)
             hidden.append(entered)
         return hidden
+
+    def _reads_entrance(self) -> Callable[[], nn.Module] | None:
+        """Reads what stands before the first block; None where nothing does."""
+        return self._read_entrance if load.has_entrance(self.checkpoint) else None
 
     def _read_entrance(self) -> nn.Module:
         entrance = load.entrance(self.checkpoint, self.dtype)
@@ -217,28 +228,28 @@ class Stream:
         """The scaled embedding (..., D) of token ids[rows]; ids rise."""
         table = load.embedding(self.checkpoint, self.dtype, self._stored(load.EMBEDDING, ids))
         load_checked(table, f"{self.checkpoint.path}: {load.EMBEDDING}")
-        scale = load.embedding_scale(self.checkpoint.config, self.dtype)
+        scale = sizes.embedding_scale(self.checkpoint.config, self.dtype)
         out = table(mx.array(rows.astype(np.int32)))
         if scale is not None:
             out = out * scale
         mx.eval(out)  # now, so that the table can go
         return out
 
-    def _channels(self, batches: Batches) -> block_inputs.TokenChannels | None:
+    def _channels(self, batches: Batches) -> side_inputs.TokenChannels | None:
         """The per-layer inputs of the tokens that occur; None where the family has none.
 
         Only rows of these tokens are read.
         """
-        if not families.family(self.checkpoint.config).per_layer:
+        if not sizes.side_width(self.checkpoint.config):
             return None
-        channels = block_inputs.TokenChannels(self.checkpoint.config, batches)
+        channels = side_inputs.TokenChannels(self.checkpoint.config, batches)
         where = f"{self.checkpoint.path}: "
         projection = load_checked(load.side_projection(self.checkpoint, self.dtype), where)
 
         def of_tokens(ids: np.ndarray) -> mx.array:
             """Channels (m, L, P) of token ids (m,)."""
             # Nothing is named that can go while the result is computed: all of it is large.
-            rows = block_inputs.table_rows(self.checkpoint.config, ids)
+            rows = side_inputs.table_rows(self.checkpoint.config, ids)
             own, places = np.unique(rows, return_inverse=True)
             table = load.side_rows(self.checkpoint, self.dtype, self._stored(arch.PER_LAYER, own))
             load_checked(table, f"{where}{arch.PER_LAYER}")
@@ -404,8 +415,7 @@ class Stream:
         the n tokens of a batch that chose it; gates sum to 1 for every token. attend: what a batch
         goes through before the experts; default: attention over its own tokens.
         """
-        row = families.family(self.checkpoint.config)
-        part = block[row.mlp]
+        part, router = load.expert_part(self.checkpoint, block)
         attend = attend or partial(self._attend, block)
         count = len(hidden)
         size = 1
@@ -420,7 +430,7 @@ class Stream:
                 numbers,
                 attend,
                 visit=visit,
-                router=row.router,
+                router=router,
                 evaluate=evaluate_now,
             )
 

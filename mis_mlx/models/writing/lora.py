@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mis_mlx.models.architectures import arch, experts, stored_form, tensor_shapes
+from mis_mlx.models.architectures import arch, tensor_shapes
 from mis_mlx.models.architectures.families import family
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
@@ -93,13 +93,11 @@ def write(
 ) -> None:
     """Commit the new folder `out`, which mlx_lm takes as --adapter-path. config: the model's."""
     settings: dict[str, Any] = dict(lora.settings)
-    row = family(config)
-    if row.experts:
-        adapters = _stacked(adapters, config)
-    if row.written_as and not row.renamed:
+    architecture = family(config)
+    adapters = _stacked(adapters, config)
+    if architecture.lora_names_matrices:
         settings["keys"] = sorted({name.split(".", 3)[3].rpartition(".")[0] for name in adapters})
-        adapters = {tensor_shapes.outer_name(name): array for name, array in adapters.items()}
-    adapters = {stored_form.stored_name(row, name): array for name, array in adapters.items()}
+    adapters = {architecture.stored_name(name): array for name, array in adapters.items()}
     adapter_config = {
         "fine_tune_type": "lora",
         "num_layers": lora.num_layers,
@@ -119,13 +117,13 @@ def _stacked(adapters: Mapping[str, mx.array], config: Mapping[str, Any]) -> dic
     named = dict[str, mx.array]()
     for name, array in adapters.items():
         path, _, part = name.rpartition(".")
-        stacked = experts.stacked(path, config)
+        stacked = tensor_shapes.stacked(path, config)
         own = f"{stacked}.{part}"
         if own == name:
             named[name] = array
         elif own not in named:
             parts = []
-            for expert in experts.one_by_one(own, config):
+            for expert in tensor_shapes.one_by_one(own, config):
                 parts.append(adapters[expert].T)
             named[own] = mx.stack(parts)
     return named

@@ -16,7 +16,7 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.compute import precision
-from mis_mlx.models.architectures import arch, experts, families, stored_form, tensor_shapes
+from mis_mlx.models.architectures import arch, families, stored_form, tensor_shapes
 from mis_mlx.models.opening import load, tokenizer_check
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import Files, as_mis_error
@@ -118,19 +118,16 @@ def _basis(path: Path, channels: int) -> np.ndarray:
 def published(
     config: Mapping[str, Any], specs: Specs, tensors: Named
 ) -> tuple[dict[str, Any], Specs, Named]:
-    """A text part in the form that stock mlx_lm opens: config, shapes and tensors of its whole.
+    """A model in the form of its family's files: config, shapes and tensors.
 
-    Keys and values of blocks that share another's come at the end, as zeros: mlx-lm wants them and
-    uses none. Other families stay as they are. The arguments are those of `write_folder`.
+    Keys and values of blocks that share another's come at the end, as zeros, where mlx-lm wants
+    them. The arguments are those of `write_folder`.
     """
-    if families.family(config).renamed:
-        return stored_form.published(config, specs, tensors)
-    if not families.family(config).written_as:
-        return dict(config), specs, tensors
-    unused = tensor_shapes.unused_shapes(config)
+    unused = families.family(config).written_zeros()
     packing = dict[str, Any](config.get("quantization") or {})
-    if packing:
-        unused_specs = dict[str, Spec]()
+    edited = dict(config)
+    unused_specs = dict[str, Spec]()
+    if unused and packing:
         for name, shape in unused.items():
             if len(shape) == 1:
                 unused_specs[name] = ("F16", shape)
@@ -138,21 +135,24 @@ def published(
             path = name.removesuffix(".weight")
             packing[path] = ZEROS
             unused_specs |= _packed_zeros(path, shape)
-    else:
+        edited |= {"quantization": packing, "quantization_config": packing}
+    elif unused:
         kind = next(iter(specs.values()))[0]
         unused_specs = {name: (kind, shape) for name, shape in unused.items()}
-    all_specs = {**specs, **unused_specs}
     zeros = (
         (name, mx.zeros(shape, MLX_TYPES[kind])) for name, (kind, shape) in unused_specs.items()
     )
+    architecture = families.family(edited)
+    stored_specs = {}
+    for name, (kind, shape) in {**specs, **unused_specs}.items():
+        stored_shape = stored_form.stored_shape(name, shape)
+        stored_specs[architecture.stored_name(name)] = (kind, stored_shape)
     named = itertools.chain(tensors, zeros)
-    renamed = ((tensor_shapes.outer_name(name), tensor) for name, tensor in named)
-    outer_specs = {tensor_shapes.outer_name(name): spec for name, spec in all_specs.items()}
-    part = {key: value for key, value in config.items() if not key.startswith("quantization")}
-    if packing:
-        part |= {"quantization": packing, "quantization_config": packing}
-    whole = stored_form.whole_config(part, tensor_shapes.outer_name)
-    return whole, outer_specs, renamed
+    stored = (
+        (architecture.stored_name(name), stored_form.stored_tensor(name, tensor))
+        for name, tensor in named
+    )
+    return architecture.stored_config(), stored_specs, stored
 
 
 def _packed_zeros(path: str, shape: Sequence[int]) -> dict[str, Spec]:
@@ -251,7 +251,7 @@ def write_model(
 
     def tensor(name: str) -> Tensor:
         own_type = type_of(name)
-        taken = [_cast(take(part), own_type) for part in experts.one_by_one(name, config)]
+        taken = [_cast(take(part), own_type) for part in tensor_shapes.one_by_one(name, config)]
         arrays = [part for part in taken if isinstance(part, mx.array)]
         if len(arrays) > 1:
             return mx.stack(arrays)

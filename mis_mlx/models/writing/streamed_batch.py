@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.compute import streams
-from mis_mlx.models.architectures import block_inputs, block_state, experts
+from mis_mlx.models.architectures import block_inputs, block_state, experts, side_inputs
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing.stream import Stream, evaluate_now
 from mis_mlx.models.writing.continuous_batch import Completion, Queue, Room
@@ -136,7 +136,7 @@ class Batch:
         In one where blocks take other blocks' keys, which hold later parts too by then.
         """
         tokens = mx.array(list(prompt))[None]
-        if not block_inputs.plain(self._model.checkpoint.config):
+        if not side_inputs.plain(self._model.checkpoint.config):
             return [tokens]
         starts = range(0, len(prompt), self._rows)
         return [tokens[:, start : start + self._rows] for start in starts]

@@ -21,7 +21,6 @@ import numpy as np
 from mis_mlx.maths.losses import chunk_rows
 from mis_mlx.models.architectures import block_inputs, block_state, modules, sizes
 from mis_mlx.models.architectures.block_inputs import BlockInputs, KeysValues
-from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing.stream import Stream, evaluate_now
 
@@ -158,9 +157,7 @@ class Context:
         # the same position, in different columns.
         module = load.mlx_lm("models.cache")
         settings = stream.checkpoint.config
-        kinds = [""] * stream.layers
-        if family(settings).stateful:
-            kinds = settings["layer_types"]
+        kinds = settings.get("layer_types") or [""] * stream.layers
         self._caches = [block_state.columns(module, kind) for kind in kinds]
 
     def read(self, text: Sequence[int], nodes: Sequence[Node] = ()) -> mx.array:
