@@ -4,6 +4,7 @@ command wrote.
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import subprocess
@@ -74,6 +75,19 @@ def test_the_sentences_have_the_results_numbers() -> None:
     assert missing(README, found) == []
     other = {"seconds": 60, "bytes_4-bit": 1.0, "reached_loss": 9.0, "loops_teacher": 1.0}
     assert len(missing(README, {**found, **other})) == 4
+
+
+def test_the_dialogues_are_those_of_the_stored_run() -> None:
+    """Word for word, but for what is left out."""
+    page = re.sub(r"<[^>]+>", " ", DEFAULT.with_suffix(".html").read_text(encoding="utf-8"))
+    said = " ".join(html.unescape(page).split())
+    quoted = " ".join(line[1:].strip() for line in README.splitlines() if line.startswith(">"))
+    dialogues = quoted[quoted.index("**Who is") :]
+    parts = re.split(r"\[…\]|\*+[^*:]*\*+:?", dialogues)
+    parts += re.findall(r"\*\*([^*]+)\*\*", dialogues)
+    wanted = [part.strip() for part in parts if part.strip()]
+    assert len(wanted) >= 6
+    assert [part for part in wanted if part not in said] == []
 
 
 @pytest.mark.parametrize("program", ["scripts/pictures.py", "scripts/python_api.py"])
