@@ -83,6 +83,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attention_bias": False,
         "mlp_bias": False,
     },
+    "olmo2": {
+        "architectures": ["Olmo2ForCausalLM"],
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "rope_theta": 5e5,
+    },
     "phi3": {
         "architectures": ["Phi3ForCausalLM"],
         "pad_token_id": 0,

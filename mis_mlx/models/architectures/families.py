@@ -16,6 +16,7 @@ from mis_mlx.models.architectures.llama import Llama, Mistral
 from mis_mlx.models.architectures.ministral3 import Ministral3
 from mis_mlx.models.architectures.mixture import Mixtral, Mixture, Olmoe, Qwen2Moe, Qwen3Moe
 from mis_mlx.models.architectures.nemotron_nas import NemotronNas
+from mis_mlx.models.architectures.olmo2 import Olmo2
 from mis_mlx.models.architectures.phi3 import Phi3
 from mis_mlx.models.architectures.qwen import Qwen2, Qwen3
 from mis_mlx.models.architectures.qwen35 import Qwen35
@@ -31,6 +32,7 @@ ARCHITECTURES: tuple[type[Architecture], ...] = (
     SmolLM3,
     Ministral3,
     Granite,
+    Olmo2,
     Phi3,
     Gemma3,
     Gemma4,
