@@ -133,9 +133,9 @@ UNKNOWN: list[tuple[dict[str, Any], list[str], str]] = [
         "linear_attn.in_proj_qkvz, mlp.experts.gate_proj; supported",
     ),
     (
-        {"model_type": "olmo2", "clip_qkv": None},
+        {"model_type": "olmo3", "clip_qkv": None},
         ["self_attn.q_norm", "post_attention_layernorm"],
-        "the nearest is olmoe, which does not know clip_qkv, self_attn.q_norm; supported",
+        "the nearest is olmo2, which does not know clip_qkv, self_attn.q_norm; supported",
     ),
     (
         {"model_type": "gemma2", "query_pre_attn_scalar": 256, "final_logit_softcapping": 30.0},
