@@ -27,6 +27,7 @@ from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import stream
+from mis_mlx.models.passing.sweep import BlockTurn
 from mis_mlx.models.writing import model_writer
 from mis_mlx.pruning import reconstruct
 from mis_mlx.settings.recipe import TrainingConfig
@@ -164,7 +165,7 @@ def train(
             refitted = dict[str, mx.array]()
             if repair:
                 refitted, left = reconstruct.fit_down_proj(
-                    small, block, hidden=own, target=target, kinds=[0] * len(own), columns=columns
+                    BlockTurn(small, j, block, own), target, kinds=[0] * len(own), columns=columns
                 )
                 note += f": closed form left {left:.0%} of the error held out"
             begun = streams.held_out(block, small.args)

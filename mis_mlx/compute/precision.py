@@ -67,6 +67,19 @@ def compiles() -> bool:
     return policy() == "metal"
 
 
+def stacks() -> bool:
+    """Whether several windows go through a block in one pass.
+
+    A GPU waits for the end of every pass. A CPU takes windows one by one, side by side.
+    """
+    return policy() == "metal"
+
+
+def numpy_is_quicker() -> bool:
+    """Whether numpy computes exps and sums over a vocabulary sooner than MLX: on a CPU."""
+    return policy() == "cpu"
+
+
 def usual_dtype(wanted: Precision = UNDECIDED) -> mx.Dtype:
     """The type that a command's models compute in: the one asked for, or the policy's.
 

@@ -5,53 +5,25 @@ from itertools import chain
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
-from mis_mlx.compute import precision, streams
+from mis_mlx.compute import precision
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import ExpertSums, Statistics, Sums
-from mis_mlx.models.architectures import arch, modules
+from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import attends, ffn_size, shape_of
-from mis_mlx.models.passing import distributed, pipeline_parallel, stream
+from mis_mlx.models.passing import distributed, pipeline_parallel, stream, sweep
 from mis_mlx.types import Air, Checkpoint
 
 Weight = Callable[[int], float]  # of a batch: its T_env, asked as the batch enters
 Samples = dict[str, mx.array]  # of a batch, by axis: its importance, "axis squares" its squares
-Entered = Iterator[tuple[mx.array, Samples]]  # batch by batch: the output (B, T, D), samples
+Seen = tuple[int, Samples]  # of a batch: its tokens, and samples
 
 
-def _recorders(block: nn.Module) -> dict[str, modules.InputRecorder]:
-    """{axis: the recorder of the first matrix that reads it}, for all of them see the same."""
-    recorders = {}
-    for axis, (part, (name, *_)) in arch.readers(block).items():
-        recorders[axis] = block[part][name]
-    return recorders
-
-
-def _look(
-    block: nn.Module,
-    heads: int,
-    into: mx.array,
-    out: mx.array,
-) -> Samples:
-    """What one batch says of one block, lazy: samples of every axis, and of the block itself."""
-    seen = {axis: recorder.take() for axis, recorder in _recorders(block).items()}
-    return _samples(seen, heads, into, out)
-
-
-def _samples(
-    seen: Samples,
-    heads: int,
-    into: mx.array,
-    out: mx.array,
-) -> Samples:
-    """Importance and squares by axis, and the block's, from the inputs of a batch's readers, lazy.
-
-    into, out (B, T, D): the stream before and behind the block.
-    """
-    samples = {"block": importance.block_sample(into, out)}
-    for axis, x in seen.items():
+def _samples(window: sweep.Window, heads: int) -> Samples:
+    """What a batch says of a block, lazy: importance and squares by axis, and the block's own."""
+    samples = {"block": importance.block_sample(window.into, window.out)}
+    for axis, x in window.taken.items():
         if axis == "heads":
             samples[axis] = importance.head_sample(x, heads)
         else:
@@ -61,90 +33,68 @@ def _samples(
 
 
 def _entered(
-    source: stream.Stream,
-    block: nn.Module,
-    hidden: stream.Hidden,
-    weight: Weight,
-) -> Entered:
-    """Every batch behind a block, and its samples of the block, evaluated."""
-    if precision.policy() != "cpu":
-        yield from _stacked(source, block, hidden, weight)
-        return
-    heads = shape_of(source.checkpoint.config).heads
-
-    def enter(b: int, into: mx.array) -> tuple[mx.array, Samples]:
-        weight(b)  # T_env is measured as the batch enters the block, not when its samples come
-        after = source.run(source.block_index, block, b, into)
-        return after, _look(block, heads, into, after)
-
-    yield from streams.parallel_map(enter, range(len(hidden)), hidden)
-
-
-def _stacked(
-    source: stream.Stream,
-    block: nn.Module,
-    hidden: stream.Hidden,
-    weight: Weight,
-) -> Entered:
-    """The same on a GPU: several batches in one pass, with samples of each by itself."""
-    heads = shape_of(source.checkpoint.config).heads
-    for first, batches in source.stacks(hidden):
-        count = len(batches)
-        weight(first + count - 1)  # asks for the batches before it, too
-        outputs = source.run(source.block_index, block, first, stream.joined(batches))
-        after = stream.split(outputs, count)
-        del outputs  # else it would be held beside its parts
-        seen = {}
-        for axis, recorder in _recorders(block).items():
-            seen[axis] = stream.split(recorder.take(), count)
-        entered = []
-        for k in range(count):
-            of_batch = {axis: parts[k] for axis, parts in seen.items()}
-            samples = _samples(of_batch, heads, batches[k], after[k])
-            entered.append((after[k], samples))
-        stream.evaluate_now(entered)
-        yield from entered
-
-
-def _mixed(
-    source: stream.Stream,
-    block: nn.Module,
-    hidden: stream.Hidden,
-    *,
-    experts: ExpertSums,
+    turn: sweep.BlockTurn,
+    experts: ExpertSums | None,
     neurons: Sums,
     weight: Weight,
-) -> Entered:
-    """Every batch behind a block of experts, and its samples of all but the experts.
+) -> Iterator[tuple[int, Seen]]:
+    """(number, what it says) of every batch, which is behind the block then.
 
-    Added up meanwhile: scores of the experts, and of their neurons, whose activations count as
-    their expert's gate lets them.
+    Of a block of experts these and their neurons are added up meanwhile.
     """
-    s = shape_of(source.checkpoint.config)
-    sums = dict[int, np.ndarray]()  # of a batch: of |a| and a^2, (2, E, F)
+    heads = shape_of(turn.source.checkpoint.config).heads
+
+    def look(stack: sweep.Stack) -> list[Seen]:
+        for b in stack.numbers:
+            weight(b)  # T_env is measured as the batch enters the block, not when its samples come
+        found = []
+        for window in stack.apart():
+            texts, length = window.into.shape[:2]
+            found.append((texts * length, _samples(window, heads)))
+        return found
+
+    # All matrices that read an axis see the same: the first one's input is looked at.
+    places = {axis: (part, names[0]) for axis, (part, names) in arch.readers(turn.block).items()}
+    asked = _Asked(turn, experts, neurons, weight) if experts else None
+    for numbers, found in turn.through(look, places, visit=asked.visit if asked else None):
+        if asked:
+            asked.add(numbers, found)
+        yield from zip(numbers, found, strict=True)
+
+
+class _Asked:
+    """A mixture's experts as a pass asks them: their scores, and those of their neurons.
+
+    Neurons count as their expert's gate lets them.
+    """
+
+    def __init__(
+        self, turn: sweep.BlockTurn, experts: ExpertSums, neurons: Sums, weight: Weight
+    ) -> None:
+        self._shape = shape_of(turn.source.checkpoint.config)
+        self._experts = experts
+        self._neurons = neurons
+        self._weight = weight
+        self._sums = dict[int, np.ndarray]()  # of a batch: of |a| and a^2, (2, E, F)
 
     def visit(
-        b: int,
-        e: int,
-        gates: np.ndarray,
-        activations: mx.array,
-        outputs: mx.array,
+        self, b: int, e: int, gates: np.ndarray, activations: mx.array, outputs: mx.array
     ) -> None:
         """One expert's part: gates (n,), activations (n, F) and outputs (n, D) of its tokens."""
-        experts.add(e, gates, outputs, weight(b))
-        if b not in sums:
-            sums[b] = np.zeros((2, s.experts, s.ffn))
+        s = self._shape
+        self._experts.add(e, gates, outputs, self._weight(b))
+        if b not in self._sums:
+            self._sums[b] = np.zeros((2, s.experts, s.ffn))
         # |a| of the expert's neurons, as far as the token's gate lets them through
         gated = mx.abs(activations.astype(mx.float32)) * mx.array(gates)[:, None]
         both = [gated.sum(axis=0), mx.square(gated).sum(axis=0)]
-        sums[b][:, e] = np.array(mx.stack(both))
+        self._sums[b][:, e] = np.array(mx.stack(both))
 
-    for b, after in enumerate(source.run_experts(block, hidden, visit)):
-        # All experts have seen the batch, so its sums become means over its tokens.
-        tokens = after.shape[0] * after.shape[1]
-        mean, square = sums.pop(b).reshape(2, -1) / tokens
-        neurons.add(mean, square, weight(b))
-        yield after, _look(block, s.heads, hidden[b], after)
+    def add(self, numbers: range, found: Sequence[Seen]) -> None:
+        """All experts have seen these batches, so their sums become means over their tokens."""
+        for b, (tokens, _) in zip(numbers, found, strict=True):
+            mean, square = self._sums.pop(b).reshape(2, -1) / tokens
+            self._neurons.add(mean, square, self._weight(b))
 
 
 def _merge(out: Statistics, experts: Mapping[int, ExpertSums], batches: int) -> None:
@@ -207,7 +157,6 @@ def calibrate(
     hidden: a place for the hidden states other than memory. Several machines each bring their own
     batches and get the statistics of all; of a `relay` each looks at its own blocks.
     """
-    s = shape_of(checkpoint.config)
     out, experts = _nothing_yet(checkpoint.config)
     # Hidden states go to disk where the budget is small; then weights bypass the page cache, too.
     direct = not isinstance(hidden, list | None)
@@ -223,28 +172,13 @@ def calibrate(
             airs.append(air())
         return importance.weight_of(airs[batch], unit) or 1.0
 
-    for i, block in source.blocks():
-        for part, (name, *_) in arch.readers(block).values():
-            block[part][name] = modules.InputRecorder(block[part][name])
-        # Every batch goes through the block and leaves its samples (units,) of each axis.
-        if s.experts:
-            entered = _mixed(
-                source,
-                block,
-                hidden,
-                experts=experts[i],
-                neurons=out.ffn[i],
-                weight=weight,
-            )
-        else:
-            entered = _entered(source, block, hidden, weight)
+    for turn in source.sweep(hidden):
+        i = turn.number
         distances = []
-        for b, (after, samples) in enumerate(entered):
-            # The first batch tells whether the block gives numbers: NotNumbers stops the pass here.
-            hidden[b] = source.finite(after) if b == 0 else after
+        # Every batch goes through the block and leaves its samples (units,) of each axis.
+        for b, (tokens, samples) in _entered(turn, experts.get(i), out.ffn[i], weight):
             seen = {name: np.array(sample, np.float64) for name, sample in samples.items()}
             distances.append(seen["block"])
-            tokens = after.shape[0] * after.shape[1]
             _add(out, i, seen, tokens=tokens, weight=weight(b))
         out.block[i] = float(np.sum(distances))
     _merge(out, experts, len(batches))

@@ -25,12 +25,11 @@ import mlx.optimizers as optim
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.compute import streams
 from mis_mlx.maths.reconstruction import HELD_OUT, HeldOut, NormalEquations
 from mis_mlx.models.architectures import experts, families, modules
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
-from mis_mlx.models.passing import stream
+from mis_mlx.models.passing import stream, sweep
 from mis_mlx.models.passing.stream import Batches, Hidden
 from mis_mlx.settings.workloads import ROUTER_BYTES
 from mis_mlx.types import Checkpoint, KeptUnits
@@ -86,19 +85,18 @@ def reconstruct(
     errors = list[float]()
     # `zip` asks the teacher first: its stream stands where the student's block should arrive before
     # that block is read.
-    for _, (j, block) in zip(advance_teacher(big, keep, target), small.blocks(), strict=True):
+    for _, turn in zip(advance_teacher(big, keep, target), small.sweep(own), strict=True):
         if of_experts:
-            router, error = train_router(small, block, own, target, kinds)
+            router, error = train_router(small, turn.block, own, target, kinds)
             changed = {repaired_name(student): router}
         else:
-            changed, error = fit_down_proj(small, block, own, target, kinds=kinds, columns=columns)
+            changed, error = fit_down_proj(turn, target, kinds=kinds, columns=columns)
         # The block is repaired in place, so the next one is fitted to the stream that it will see.
-        small.run_block(block, own)
-        block.clear()
-        small.finite(own[0])
+        turn.go()
+        turn.block.clear()
         if error < 1.0:
             for name, new in changed.items():
-                put(f"model.layers.{j}.{name}", new)
+                put(f"model.layers.{turn.number}.{name}", new)
         errors.append(error)
     return repaired, errors
 
@@ -114,12 +112,12 @@ def advance_teacher(teacher: stream.Stream, keep: KeptUnits, hidden: Hidden) -> 
     Yields j where student block j has to arrive: at the entrance of the next kept layer, at last
     behind the last block. The first group begins with the first block, kept or not.
     """
-    blocks = teacher.blocks()
+    steps = teacher.sweep(hidden)
     done = 0
     for j, end in enumerate([*keep.layers[1:], teacher.layers]):
-        for _, block in itertools.islice(blocks, end - done):
-            teacher.run_block(block, hidden)
-            block.clear()  # its weights are not to lie beside a fit
+        for turn in itertools.islice(steps, end - done):
+            turn.go()
+            turn.block.clear()  # its weights are not to lie beside a fit
         done = end
         yield j
 
@@ -164,35 +162,23 @@ def in_student_channels(hidden: mx.array, columns: mx.array | None) -> mx.array:
 
 
 @dataclass(frozen=True)
-class _Stack:
-    """Windows that go through a block in one pass."""
-
-    numbers: Sequence[int]
-    into: mx.array  # their states (n, T, D)
-    want: mx.array  # where these should arrive (n, T, D of the teacher)
-
-
-@dataclass(frozen=True)
 class _Task:
-    """One block to fit, and every window's states before it and where they should arrive."""
+    """One block to fit, every window's states before it, and where they should arrive."""
 
-    source: stream.Stream
-    block: nn.Module
-    hidden: Hidden
+    turn: sweep.BlockTurn
     target: Hidden
     columns: mx.array | None  # the student's, of the teacher's channels
     held_out: Sequence[int]  # windows that judge
 
-    def stacks(self) -> Iterator[_Stack]:
-        """All windows, as many at a time as a pass takes."""
-        for first, windows in self.source.stacks(self.hidden):
-            numbers = range(first, first + len(windows))
-            want = stream.joined([self.target[number] for number in numbers])
-            yield _Stack(numbers=numbers, into=stream.joined(windows), want=want)
+    @property
+    def block(self) -> nn.Module:
+        """The block to fit."""
+        return self.turn.block
 
-    def run(self, first: int, into: mx.array) -> mx.array:
-        """The block's output (n, T, d) for the windows from number `first` on, lazy."""
-        return self.source.run(self.source.block_index, self.block, first, into)
+    def out(self, number: int) -> mx.array:
+        """The block's output (B, T, d) for one window, lazy."""
+        turn = self.turn
+        return turn.source.run(turn.number, turn.block, number, turn.hidden[number])
 
     def goal(self, want: mx.array) -> mx.array:
         """Where the student's stream should arrive (B, T, d), float32, lazy."""
@@ -202,6 +188,9 @@ class _Task:
 _Rows = tuple[mx.array, mx.array]  # inputs of down_proj (n, F), what its output lacks (n, D)
 
 
+DOWN_PROJ = {"down_proj": ("mlp", "down_proj")}
+
+
 class _FitTokens:
     """The tokens that a block's down_proj is fitted to, stack by stack."""
 
@@ -209,25 +198,22 @@ class _FitTokens:
         self.task = task
         self.post_norm = post_norm
         self.linear = task.block.mlp.down_proj
-        # The recorder tells the inputs of down_proj while the block computes as before.
-        self.recorder = modules.InputRecorder(self.linear)
-        task.block.mlp.down_proj = self.recorder
         # by which errors are divided: Granite adds only a share of what down_proj gives
         self.scale = mx.array(getattr(task.block, "residual_multiplier", 1.0))
         if post_norm:
             self.scale = post_norm.sizes
 
-    def tokens(self, stack: _Stack) -> tuple[mx.array, mx.array, mx.array]:
+    def tokens(self, stack: sweep.Stack) -> tuple[mx.array, mx.array, mx.array]:
         """Inputs of down_proj (n, F), what its output lacks (n, D), each token's weight (n,)."""
         task = self.task
         outputs, inputs = self.linear.weight.shape
-        out = task.run(stack.numbers[0], stack.into)
-        goal = task.goal(stack.want).reshape(-1, outputs)
-        missing = (goal - out.astype(mx.float32).reshape(-1, outputs)) / self.scale
+        want = sweep.joined([task.target[number] for number in stack.numbers])
+        goal = task.goal(want).reshape(-1, outputs)
+        missing = (goal - stack.out.astype(mx.float32).reshape(-1, outputs)) / self.scale
         # A window's first token is a hundred times longer than the rest: unweighted, the fit would
         # be to it alone.
         weight = 1.0 / _rms(goal)
-        into = self.recorder.take()
+        into = stack.taken["down_proj"]
         if self.post_norm:
             # The norm divides by this length, which is taken to stay as it is. So the matrix lacks
             # that many times as much, and the error counts as before.
@@ -236,12 +222,12 @@ class _FitTokens:
             weight = weight / length
         return into.reshape(-1, inputs), missing, weight
 
-    def products(self, stack: _Stack) -> tuple[list[mx.array], list[_Rows]]:
+    def products(self, stack: sweep.Stack) -> tuple[list[mx.array], list[_Rows]]:
         """(sums of the windows that are learned from, [(inputs, missing)] of those held out).
 
         The latter are kept as tokens, for a sum of products a kind would be as large as the fit.
         """
-        parts = [stream.split(x, len(stack.numbers)) for x in self.tokens(stack)]
+        parts = [sweep.split(x, len(stack.numbers)) for x in self.tokens(stack)]
         learned = []
         held_out = []
         for number, inputs, missing, weight in zip(stack.numbers, *parts, strict=True):
@@ -252,20 +238,18 @@ class _FitTokens:
                 learned.append((inputs, missing, weight))
         if not learned:
             return [], held_out
-        all_inputs, all_missing, weights = map(stream.joined, zip(*learned, strict=True))
+        all_inputs, all_missing, weights = map(sweep.joined, zip(*learned, strict=True))
         return list(NormalEquations.products(all_inputs, all_missing, weights)), held_out
 
 
 def fit_down_proj(
-    source: stream.Stream,
-    block: nn.Module,
-    hidden: Hidden,
+    turn: sweep.BlockTurn,
     target: Hidden,
     *,
     kinds: Sequence[int],
     columns: mx.array | None,
 ) -> tuple[dict[str, mx.array], float]:
-    """Give the block the down_proj that best takes `hidden` to `target`.
+    """Give the turn's block the down_proj that best takes its windows to `target`.
 
     target: the teacher's stream behind the block's group. Returns ({name: new weights in float32}:
     that matrix (D, F) and the gains (D,) of a norm behind it, the share of the error that they
@@ -275,16 +259,9 @@ def fit_down_proj(
     Tokens are weighted by 1 / rms of the teacher's stream, because the next norm divides by it: the
     first token of a window is a hundred times longer than the rest.
     """
-    task = _Task(
-        source=source,
-        block=block,
-        hidden=hidden,
-        target=target,
-        columns=columns,
-        held_out=held_out_windows(kinds),
-    )
-    linear = block.mlp.down_proj
-    post_norm = _PostNorm(task) if POST_MLP_NORM in block else None
+    task = _Task(turn, target, columns, held_out=held_out_windows(kinds))
+    linear = turn.block.mlp.down_proj
+    post_norm = _PostNorm(task) if POST_MLP_NORM in turn.block else None
     # One pass: each stack's products are added to G (F, F) and the cross products (F, D); tokens
     # held out stay as they are.
     outputs, inputs = linear.weight.shape
@@ -292,13 +269,12 @@ def fit_down_proj(
     judging = list[HeldOut]()
     tokens = _FitTokens(task, post_norm)
     held_numbers = iter(sorted(task.held_out))
-    for sums, held_out in streams.parallel_map(tokens.products, task.stacks()):
+    for sums, held_out in turn.look(tokens.products, DOWN_PROJ):
         if sums:
             fit.add(*sums)
         for rows, missing in held_out:
             judging.append(HeldOut(rows, missing, kinds[next(held_numbers)]))
         del sums, held_out  # as large as the fit: not beside the next ones
-    block.mlp.down_proj = linear
     # The ridge is the one that does best on tokens held out, which then join the sums. Behind a
     # norm they do not: they still have to judge what the norm makes of it.
     update, error = fit.best_update(judging, with_held_out=post_norm is None)
@@ -368,7 +344,7 @@ class _PostNorm:
         for b in windows:
             goal = task.goal(task.target[b])
             rms = _rms(goal)[..., None]
-            missing = goal - task.run(b, task.hidden[b]).astype(mx.float32)
+            missing = goal - task.out(b).astype(mx.float32)
             missing = missing / self.sizes / rms
             given = self.norm(recorder.take()).astype(mx.float32) / self.sizes / rms
             # No name for the stack: it would stay beside the next window.

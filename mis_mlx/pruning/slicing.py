@@ -16,11 +16,11 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx.compute import precision
-from mis_mlx.models.architectures import arch, experts, modules
+from mis_mlx.models.architectures import arch, experts
 from mis_mlx.models.architectures.shape import Shape
 from mis_mlx.models.architectures.sizes import ffn_size, may_be_unequal, shape_of, side_width
 from mis_mlx.models.opening import load
-from mis_mlx.models.passing import stream
+from mis_mlx.models.passing import stream, sweep
 from mis_mlx.models.writing import model_writer
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.safetensors import InParts, Tensor
@@ -74,18 +74,22 @@ def _entering(
     direct = not isinstance(hidden, list)
     source = stream.Stream(checkpoint, precision.dtype_of(checkpoint), direct=direct)
     hidden = source.embed(batches, hidden)
-    for i, block in source.blocks():
-        for name in NORMS.values():
-            block[name] = modules.InputRecorder(block[name])
-        for b, into in enumerate(hidden):
-            out = source.run(i, block, b, into)
-            seen = [_even(block[name].take()) for name in NORMS.values()]
-            stream.evaluate_now(out, seen)
-            hidden[b] = source.finite(out) if b == 0 else out
-            for name, tokens in zip(NORMS.values(), seen, strict=True):
-                yield f"model.layers.{i}.{name}.weight", tokens
+    places = {name: (name,) for name in NORMS.values()}
+    for turn in source.sweep(hidden):
+        for _, seen in turn.through(_even_windows, places):
+            for name, tokens in seen:
+                yield f"model.layers.{turn.number}.{name}.weight", tokens
     for final in hidden:  # which enter the last norm
         yield FINAL, _even(final)
+
+
+def _even_windows(stack: sweep.Stack) -> list[tuple[str, mx.array]]:
+    """(name of a norm, the tokens that enter it) of every window, as `_even`."""
+    found = []
+    for window in stack.apart():
+        for name, array in window.taken.items():
+            found.append((name, _even(array)))
+    return found
 
 
 def _even(x: mx.array) -> mx.array:

@@ -26,7 +26,7 @@ from mis_mlx.maths import rounding
 from mis_mlx.models.architectures import arch, block_inputs, modules, sizes
 from mis_mlx.models.architectures.block_inputs import BlockInputs, BlockOutputs
 from mis_mlx.models.opening import load
-from mis_mlx.models.passing import backward_pass, stream
+from mis_mlx.models.passing import backward_pass, stream, sweep
 from mis_mlx.models.passing.stream import Batches, Hidden
 from mis_mlx.quantization import format_costs, packed_format
 from mis_mlx.quantization.embedding_costs import PerLayerCosts, VocabularyCosts
@@ -397,17 +397,17 @@ def _backs(
     """
     count = len(inputs)
     shapes = {window.hidden.shape for window in inputs}
-    if precision.policy() == "cpu" or count == 1 or len(shapes) > 1:
+    if not precision.stacks() or count == 1 or len(shapes) > 1:
         yield from streams.parallel_map(partial(_back, args, block, matrices), inputs, above)
         return
-    joined = BlockInputs(stream.joined([window.hidden for window in inputs]))
-    pulled = BlockOutputs(stream.joined([outputs.hidden for outputs in above]))
+    joined = BlockInputs(sweep.joined([window.hidden for window in inputs]))
+    pulled = BlockOutputs(sweep.joined([outputs.hidden for outputs in above]))
     below, (entered, cotangents) = _back(args, block, matrices, inputs=joined, above=pulled)
     stream.evaluate_now(below, entered, cotangents)
     # Apart again: the square is taken of each window's product, not of their sum.
-    hidden = stream.split(below[0], count)
-    entered_parts = {axis: stream.split(array, count) for axis, array in entered.items()}
-    cotangent_parts = [stream.split(array, count) for array in cotangents]
+    hidden = sweep.split(below[0], count)
+    entered_parts = {axis: sweep.split(array, count) for axis, array in entered.items()}
+    cotangent_parts = [sweep.split(array, count) for array in cotangents]
     for k in range(count):
         inputs_of_one = {axis: parts[k] for axis, parts in entered_parts.items()}
         yield [hidden[k]], (inputs_of_one, [parts[k] for parts in cotangent_parts])

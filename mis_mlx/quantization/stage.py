@@ -22,7 +22,7 @@ from mis_mlx.maths import gptq, reconstruction, rounding
 from mis_mlx.models.architectures import arch, modules
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
-from mis_mlx.models.passing import stream
+from mis_mlx.models.passing import stream, sweep
 from mis_mlx.models.passing.stream import Batches, Hidden
 from mis_mlx.quantization import bit_allocation, packed_format
 from mis_mlx.quantization.journal import Journal
@@ -131,24 +131,22 @@ def rounded_blocks(
     source = stream.Stream(checkpoint, direct=hidden is not None)
     hidden = source.embed(batches, hidden)
 
-    def finished(i: int, block: nn.Module) -> packed_format.RoundedBlock:
-        # hidden: (B, T, D) of every batch, the input of block i as the rounded blocks before it
-        # make it, which is what the quantized model will have there.
-        known = journal.block(i) if journal else None
+    def finished(turn: sweep.BlockTurn) -> packed_format.RoundedBlock:
+        # The turn's windows are as the rounded blocks before it make them, which is what the
+        # quantized model will have there.
+        known = journal.block(turn.number) if journal else None
         if known is not None:
-            _put_back(block, arch.block_prefix(i), known, plan)
+            _put_back(turn.block, arch.block_prefix(turn.number), known, plan)
             return known
-        rounded = _rounded_block(source, i, block, plan=plan, hidden=hidden)
+        rounded = _rounded_block(turn, plan)
         if journal:
-            journal.keep_block(i, rounded)
+            journal.keep_block(turn.number, rounded)
         return rounded
 
     head = packed_format.compensated_head(checkpoint, plan)
-    for i, block in source.blocks():
-        yield finished(i, block)
-        if head or i + 1 < source.layers:
-            # The block's weights are the rounded ones now.
-            source.run_block(block, hidden)
+    for turn in source.sweep(hidden, last=bool(head)):
+        yield finished(turn)
+        # The block's weights are the rounded ones now, with which the windows go on.
     if head:
         yield _kept_head(source, head, plan[head], hidden=hidden, journal=journal)
 
@@ -165,14 +163,12 @@ def _put_back(
 
 
 def _rounded_block(
-    source: stream.Stream,
-    i: int,
-    block: nn.Module,
-    *,
-    plan: packed_format.Formats,
-    hidden: Hidden,
+    turn: sweep.BlockTurn, plan: packed_format.Formats
 ) -> packed_format.RoundedBlock:
-    """{module path: packed matrix} of block i, whose weights become the rounded ones."""
+    """{module path: packed matrix} of a block, whose weights become the rounded ones."""
+    i = turn.number
+    block = turn.block
+    config = turn.source.checkpoint.config
     prefix = arch.block_prefix(i)
     readers = arch.readers(block)
     tapped = []
@@ -182,14 +178,14 @@ def _rounded_block(
             tapped.append(axis)
     # All grams before the first matrix changes: a rounded matrix would change the later ones'
     # inputs.
-    where = f"{source.checkpoint.path}: {prefix}"
-    grams = _grams(source, block, hidden, tapped, where=where)
+    where = f"{turn.source.checkpoint.path}: {prefix}"
+    grams = _grams(turn, tapped, where=where)
     rounded: dict[str, rounding.Packed] = {}
     for axis, (part, names) in readers.items():
         linears = {f"{prefix}{part}.{name}": block[part][name] for name in names}
         # pop: a gram (in, in) goes when its matrices are done
         rounded |= _rounded_readers(linears, plan, grams.pop(axis, None))
-    for path in sorted(packed_format.wide_projections(source.checkpoint.config)):
+    for path in sorted(packed_format.wide_projections(config)):
         if arch.block_of(path) == i and path not in rounded:
             linear = dict(block.named_modules())[path.removeprefix(prefix)]
             weight = modules.dense_weight(linear)
@@ -227,11 +223,11 @@ def _rounded_head(
     gram = np.zeros((size, size), reconstruction.precision(size))
 
     def work(stack: tuple[int, list[mx.array]]) -> mx.array:
-        _, batches = stack
-        (inputs,) = source.norm([stream.joined(batches)])
+        _, windows = stack
+        (inputs,) = source.norm([sweep.joined(windows)])
         return _summand(inputs)
 
-    for product in streams.parallel_map(work, source.stacks(hidden)):
+    for product in streams.parallel_map(work, sweep.stacks(source, hidden)):
         _add(gram, product, where)
     if shape_of(source.checkpoint.config).tied:
         np.einsum("ii->i", gram)[:] += TIED_RIDGE * np.trace(gram) / size
@@ -283,49 +279,30 @@ def _rounded_readers(
     return rounded
 
 
-def _grams(
-    source: stream.Stream,
-    block: nn.Module,
-    hidden: Hidden,
-    axes: Sequence[str],
-    *,
-    where: str = "",
-) -> dict[str, np.ndarray]:
+def _grams(turn: sweep.BlockTurn, axes: Sequence[str], *, where: str = "") -> dict[str, np.ndarray]:
     """{axis: sum of a a^T (in, in) over all tokens' inputs a to the matrices that read the axis}.
 
-    Of a wide one only the upper triangle is whole, which is what `gptq.factorize` reads. block: the
-    one that the source gave out last. Products of one batch are float32, sums over batches in
-    `reconstruction.precision`. MisError, with `where`, when a product overflows.
+    Of a wide one only the upper triangle is whole, which is what `gptq.factorize` reads. Products
+    of one batch are float32, sums over batches in `reconstruction.precision`. MisError, with
+    `where`, when a product overflows.
     """
-    taps = {}
-    layers = {}
+    places = {}
     sums = {}
-    for axis, (part, names) in arch.readers(block).items():
+    for axis, (part, names) in arch.readers(turn.block).items():
         if axis not in axes:
             continue
-        # The matrices that read an axis have one input: the first one's recorder sees it.
-        tap = modules.InputRecorder(block[part][names[0]])
-        block[part][names[0]] = tap
-        taps[axis] = tap
-        layers[axis] = (part, names[0])
-        inputs = tap.inner.weight.shape[1]
+        # The matrices that read an axis have one input: the first one's is looked at.
+        places[axis] = (part, names[0])
+        inputs = turn.block[part][names[0]].weight.shape[1]
         sums[axis] = np.zeros((inputs, inputs), reconstruction.precision(inputs))
 
-    def work(stack: tuple[int, list[mx.array]]) -> dict[str, mx.array]:
-        first, batches = stack
-        source.run(source.block_index, block, first, stream.joined(batches))
-        found = {}
-        for axis, tap in taps.items():
-            found[axis] = _summand(tap.take())
-        return found
-
     # A sum does not ask which window a token belongs to: all windows of a stack are one product.
-    for found in streams.parallel_map(work, source.stacks(hidden)):
+    def look(stack: sweep.Stack) -> dict[str, mx.array]:
+        return {axis: _summand(inputs) for axis, inputs in stack.taken.items()}
+
+    for found in turn.look(look, places):
         for axis, array in found.items():
-            _add(sums[axis], array, f"{where}{'.'.join(layers[axis])}")
-    for axis, tap in taps.items():
-        part, name = layers[axis]
-        block[part][name] = tap.inner
+            _add(sums[axis], array, f"{where}{'.'.join(places[axis])}")
     return sums
 
 

@@ -20,6 +20,7 @@ from mis_mlx.models.architectures.sizes import shape_of, side_width
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import stream
 from mis_mlx.models.passing.stream import Arrays, Batches, Hidden, Stream
+from mis_mlx.models.passing.sweep import BlockTurn
 from mis_mlx.pruning import slicing
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.block_reader import Reader
@@ -114,7 +115,7 @@ class StudentStream(Stream):
         if number is None:
             return
         self.block_index = number
-        self.run_block(self._own_block(number, block), hidden)
+        BlockTurn(self, number, self._own_block(number, block), hidden).go()
 
     def _own_block(self, number: int, block: nn.Module) -> nn.Module:
         """Block `number` of the student, made of the teacher's, evaluated."""

@@ -21,6 +21,7 @@ from mis_mlx.judge import comparison
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import pass_cost, residency, stream
+from mis_mlx.models.passing.sweep import BlockTurn
 from mis_mlx.pruning import reconstruct
 from mis_mlx.pruning.calibrate import calibrate
 from mis_mlx.quantization import bit_allocation, stage
@@ -149,7 +150,7 @@ def test_gram_matrices(llama: Checkpoint, batches: list[mx.array], under: Any) -
         source = stream.Stream(llama)
         hidden = source.embed(batches)
         _, block = next(source.blocks([0]))
-        return stage._grams(source, block, hidden, ["ffn", "norm1"])
+        return stage._grams(BlockTurn(source, source.block_index, block, hidden), ["ffn", "norm1"])
 
     want, many = under("cpu", work)
     found, few = under("metal", work)
@@ -215,7 +216,9 @@ def test_what_takes_more_than_hidden_states(
         hidden = source.embed(batches[:3])
         for i, block in source.blocks():
             if i == source.layers - 1:
-                return stage._grams(source, block, hidden, ["ffn", "norm1"])
+                return stage._grams(
+                    BlockTurn(source, source.block_index, block, hidden), ["ffn", "norm1"]
+                )
             source.run_block(block, hidden)
         raise AssertionError
 

@@ -18,6 +18,7 @@ from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.passing import stream
+from mis_mlx.models.passing.sweep import BlockTurn
 from mis_mlx.pruning import slicing
 from mis_mlx.quantization import packed_format, stage
 from mis_mlx.quantization.journal import Journal
@@ -94,7 +95,7 @@ def test_each_block_is_fitted_to_the_stream_of_the_rounded_ones(
         assert i < 2
         rounded.run_block(block, hidden)
     for _, block in source.blocks([2]):
-        grams = stage._grams(source, block, hidden, ["ffn"])
+        grams = stage._grams(BlockTurn(source, source.block_index, block, hidden), ["ffn"])
         down = block.mlp.down_proj.weight
     wanted = gptq.rounded([down], gptq.factorize(grams["ffn"]), 64, 4)[0]
     for a, b in zip(chosen[2]["model.layers.2.mlp.down_proj"], wanted, strict=True):
@@ -172,14 +173,16 @@ def test_a_head_of_eight_bits_gets_its_nearest_values(llama: Checkpoint) -> None
 
 
 def test_the_gram_matrices(llama: Checkpoint, batches: list[mx.array]) -> None:
-    """Of what goes into the matrices of block 0, against mlx-lm's modules step by step; the block
+    """Of what goes into the matrices of block 0, against mlx-lm's modules turn by turn; the block
     stays whole.
     """
     source = stream.Stream(llama, mx.float32)
     hidden = source.embed(batches)
     for _, block in source.blocks([0]):
         linear = block.mlp.down_proj
-        grams = stage._grams(source, block, hidden, list(arch.READERS))
+        grams = stage._grams(
+            BlockTurn(source, source.block_index, block, hidden), list(arch.READERS)
+        )
         assert block.mlp.down_proj is linear
         seen = {axis: np.zeros_like(g) for axis, g in grams.items()}
         for h in hidden:
@@ -209,10 +212,10 @@ def test_wide_sums_are_made_in_slabs(
     source = stream.Stream(llama, mx.float32)
     hidden = source.embed(batches)
     for _, block in source.blocks([0]):
-        whole = stage._grams(source, block, hidden, ["ffn"])["ffn"]
+        whole = stage._grams(BlockTurn(source, source.block_index, block, hidden), ["ffn"])["ffn"]
         monkeypatch.setattr(reconstruction, "WIDE", 500)
         monkeypatch.setattr(gptq, "PANEL", 100)
-        wide = stage._grams(source, block, hidden, ["ffn"])["ffn"]
+        wide = stage._grams(BlockTurn(source, source.block_index, block, hidden), ["ffn"])["ffn"]
         down = block.mlp.down_proj.weight
     assert wide.dtype == np.float32
     upper = np.triu(whole)

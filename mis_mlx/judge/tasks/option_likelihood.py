@@ -7,6 +7,7 @@ sequences, without padding.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -17,7 +18,8 @@ from mis_mlx.maths.losses import chunk_rows
 from mis_mlx.models.architectures import sizes
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import attention_masks, distributed, pipeline_parallel
-from mis_mlx.models.passing.stream import Hidden, Stream, evaluate_now
+from mis_mlx.models.passing.stream import Hidden, Stream
+from mis_mlx.models.passing.sweep import BlockTurn
 from mis_mlx.models.writing import mlx_generate
 from mis_mlx.types import MisError, grouped
 
@@ -199,21 +201,26 @@ def _final_hidden(stream: Stream, packed: Sequence[Pack]) -> Hidden:
     own = distributed.shard(packed)
     passing = pipeline_parallel.passing(stream, packed)
     hidden = stream.embed([pack.tokens for pack in own])
-    for layer, block in stream.blocks():
-        window = load.window(stream.args, block)
-        for number, pack in enumerate(passing):
-            inputs = stream.sides.inputs(layer, number, hidden[number])
-            # A question's options stand side by side, so positions and mask are the pack's.
-            outputs = attention_masks.run_masked_block(
-                block,
-                inputs,
-                sees=pack.sees,
-                positions=pack.positions,
-                window=window,
-            )
-            hidden[number] = stream.sides.keep(layer, number, outputs)
-            evaluate_now(hidden[number])
+    for turn in stream.sweep(hidden):
+        turn.go(partial(_through, stream, turn, passing))
     return stream.norm(hidden)
+
+
+def _through(
+    stream: Stream, turn: BlockTurn, passing: Sequence[Pack], number: int, hidden: mx.array
+) -> mx.array:
+    """A pack's hidden states (1, S, D) through a block; lazy."""
+    pack = passing[number]
+    inputs = stream.sides.inputs(turn.number, number, hidden)
+    # A question's options stand side by side, so positions and mask are the pack's.
+    outputs = attention_masks.run_masked_block(
+        turn.block,
+        inputs,
+        sees=pack.sees,
+        positions=pack.positions,
+        window=load.window(stream.args, turn.block),
+    )
+    return stream.sides.keep(turn.number, number, outputs)
 
 
 def _logps(head: nn.Module, hidden: mx.array, pack: Pack, vocab: int) -> np.ndarray:

@@ -82,8 +82,8 @@ def largest_activation(checkpoint: Checkpoint) -> float:
     reach = 0.0
     with suppress(stream.NotNumbers):
         hidden = source.embed([mx.array(ids[None])])
-        for _, block in source.blocks():
-            most: Any = mx.abs(source.run_block(block, hidden)[0]).max()
+        for turn in source.sweep(hidden):
+            most: Any = mx.abs(turn.go()[0]).max()
             reach = max(reach, most.item())
         source.finite(source.norm(hidden)[0])
         return reach

@@ -14,7 +14,7 @@ from mis_mlx.maths.losses import chunk_rows, softcap_gradient
 from mis_mlx.models.architectures import block_inputs, sizes
 from mis_mlx.models.architectures.block_inputs import BlockInputs, BlockOutputs
 from mis_mlx.models.opening import load
-from mis_mlx.models.passing import stream
+from mis_mlx.models.passing import stream, sweep
 from mis_mlx.types import Checkpoint
 
 # For as many batches as there are streams, or as a GPU takes back in one pass: the block's inputs
@@ -53,8 +53,8 @@ def input_gradients(
     source = stream.Stream(checkpoint)
     n = len(batches)
     source.embed(batches, kept)
-    for _, block in source.blocks(range(source.layers - 1)):
-        kept.extend(source.run_block(block, kept[-n:]))
+    for turn in source.sweep(kept, range(source.layers - 1), keep=True):
+        turn.go()
 
     # Backward, from the last block to the first. `grads` holds d log p / d outputs of block i.
     grads: list[mx.array] = []
@@ -64,7 +64,7 @@ def input_gradients(
         if not grads:
             grads = _grads_at_head(source, block, kept[-n:], seed=seed, at_head=at_head)
         through = visit(i, block)
-        width = source.back_at_once(grads[0])
+        width = sweep.back_at_once(source, grads[0])
         for first in range(0, n, width):
             stop = min(first + width, n)
             numbers = range(first, stop)

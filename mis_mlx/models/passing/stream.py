@@ -7,7 +7,7 @@ as fit stay in memory and are read once.
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mis_mlx import cli
-from mis_mlx.compute import precision, streams
+from mis_mlx.compute import precision
 from mis_mlx.models.architectures import (
     altup,
     arch,
@@ -29,7 +29,8 @@ from mis_mlx.models.architectures import (
 )
 from mis_mlx.models.architectures.experts import Attend, Expert, Visit
 from mis_mlx.models.opening import load
-from mis_mlx.models.passing import residency
+from mis_mlx.models.passing import residency, sweep
+from mis_mlx.models.passing.sweep import Hidden
 from mis_mlx.storage.block_reader import PAGE, Reader, Slot, Slots
 from mis_mlx.types import Checkpoint, MisError, TensorAt
 
@@ -44,8 +45,6 @@ EXPONENTS = {
 HEAD_PART = 2**22  # numbers of a head that are read at a time where it comes in parts
 GROUP_BYTES = 2**27  # of outputs of experts, (B, T, k, D), at a time
 Batches = Sequence[mx.array]  # token ids [(B, T)]
-# hidden states (B, T, D) of every batch; a list, or a storage.hidden_spool.Spool
-Hidden = MutableSequence[mx.array]
 Arrays = dict[str, mx.array]  # by the names of their tensors
 
 
@@ -266,7 +265,7 @@ class Stream:
         """The hidden states (B, T, D) of the b-th batch of the pass behind block i; lazy.
 
         Keys and values that later blocks use are kept. hidden: of that batch, or of a stack
-        (`stacks`) that begins with it.
+        (`sweep.Stack`) that begins with it.
         """
         inputs = self.sides.inputs(i, b, hidden)
         mask = load.mask(self.args, block, hidden)
@@ -335,66 +334,22 @@ class Stream:
             yield start, self._read_head(np.arange(start, stop))
 
     def run_block(self, block: nn.Module, hidden: Hidden) -> Hidden:
-        """Every batch's hidden states (B, T, D) through one block, in place, evaluated in turn."""
-        outs = self.map_batches(partial(self.run, self.block_index, block), hidden)
-        if self._experts:
-            outs = self.run_experts(block, hidden)
-        for b, out in enumerate(outs):
-            if b == 0:  # one batch tells whether the block's values are numbers
-                self.finite(out)
-            hidden[b] = out
-        return hidden
+        """Every batch's hidden states (B, T, D) through one block, in place.
 
-    def map_batches(
-        self, work: Callable[[int, mx.array], mx.array], hidden: Hidden
-    ) -> Iterator[mx.array]:
-        """`work` of every batch's number and (B, T, D), in order and evaluated.
-
-        On a GPU several batches go in one pass, under the number of the first of them; on a CPU
-        they go side by side. Rows of a batch do not know of each other, so they are what they are
-        one by one, but for their last bits.
+        block: the one that was given out last, or another in its place.
         """
-        if precision.policy() == "cpu":
-            yield from streams.parallel_map(work, range(len(hidden)), hidden)
-            return
-        for first, stack in self.stacks(hidden):
-            out = work(first, joined(stack))
-            evaluate_now(out)
-            yield from split(out, len(stack))
+        return sweep.BlockTurn(self, self.block_index, block, hidden).go()
 
-    def stacks(self, hidden: Iterable[mx.array]) -> Iterator[tuple[int, list[mx.array]]]:
-        """(number of the first, batches of one shape), as many batches as one pass takes.
-
-        They come one by one on a CPU, and where a block takes more than hidden states.
-        """
-        first = 0
-        stack = list[mx.array]()
-        for batch in hidden:
-            if stack:
-                full = len(stack) == self._at_once(stack[0])
-                if full or batch.shape != stack[0].shape:
-                    yield first, stack
-                    first += len(stack)
-                    stack = []
-            stack.append(batch)
-        if stack:
-            yield first, stack
-
-    def _at_once(self, batch: mx.array) -> int:
-        """The number of batches like this one that go forward together."""
-        if precision.policy() == "cpu":
-            return 1
-        windows, length, _ = batch.shape
-        return residency.batches_per_pass(self.checkpoint.config, windows * length, length)
-
-    def back_at_once(self, batch: mx.array) -> int:
-        """The number of batches like this one that go back through a block together.
-
-        They are as many as streams on a CPU, half a stack on a GPU.
-        """
-        if precision.policy() == "cpu":
-            return streams.count()
-        return max(1, self._at_once(batch) // 2)
+    def sweep(
+        self,
+        hidden: Hidden,
+        order: Sequence[int] | None = None,
+        *,
+        keep: bool = False,
+        last: bool = True,
+    ) -> Iterator[sweep.BlockTurn]:
+        """Every block, with the batches before it: models/passing/sweep."""
+        return sweep.sweep(self, hidden, order, keep=keep, last=last)
 
     @property
     def mixture(self) -> bool:
@@ -454,19 +409,9 @@ class Stream:
         several in one pass to 1e-5. hidden: as of `embed`.
         """
         hidden = self.embed(batches, hidden)
-        for _, block in self.blocks():
-            self.run_block(block, hidden)
+        for turn in self.sweep(hidden):
+            turn.go()
         return self.norm(hidden)
-
-
-def joined(some: Sequence[mx.array]) -> mx.array:
-    """Batches (B, T, D) one after the other: (n B, T, D)."""
-    return mx.concatenate(list(some)) if len(some) > 1 else some[0]
-
-
-def split(array: mx.array, parts: int) -> list[mx.array]:
-    """The batches that `joined` has put together, which are as many as `parts`."""
-    return list(mx.split(array, parts)) if parts > 1 else [array]
 
 
 def not_numbers(array: mx.array) -> int:
