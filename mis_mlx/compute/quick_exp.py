@@ -23,7 +23,7 @@ HIDDEN_SCORE = -3.4028235e38  # float32's least, as MLX hides a key: a row witho
 
 def is_quicker(x: mx.array) -> bool:
     """Whether the functions here take the place of MLX's for an array like this one."""
-    return x.dtype == mx.float32 and precision.policy() == "cpu"
+    return x.dtype == mx.float32 and precision.numpy_is_quicker()
 
 
 def exp(x: mx.array) -> mx.array:

@@ -115,7 +115,7 @@ def nucleus(
     The same as mlx-lm's sampler (Holtzman et al., arXiv 1904.09751), before any temperature. No
     whole vocabulary is sorted, which would take as long as a pass of a small model.
     """
-    if precision.policy() == "cpu":
+    if precision.numpy_is_quicker():
         least = _least_by_sorting(log_probs, top_p)
     else:
         least = _least_by_halving(log_probs, top_p)
