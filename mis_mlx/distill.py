@@ -40,24 +40,15 @@ from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError, Row
 
 # Settings that may differ when a run is resumed: none of them changes a weight.
-FREE = frozenset(
-    {
-        "out",
-        "resume",
-        "dry_run",
-        "config",
-        "budget",
-        "eval_windows",
-        "eval_prompts",
-        "bench_tokens",
-        "report_to",
-        "save_every",
-        "governor",
-        "thermal_replay",
-        "spread",
-        "keep_steps",
-    }
-)
+FREE = run_loop.FREE_ANYWHERE | {
+    "eval_windows",
+    "eval_prompts",
+    "bench_tokens",
+    "report_to",
+    "save_every",
+    "spread",
+    "keep_steps",
+}
 
 
 @dataclass(frozen=True)

@@ -35,19 +35,7 @@ from mis_mlx.types import Budget, Checkpoint, Count, MisError, Seed, Tokens, Who
 
 MODEL = "model"  # the result, before it is moved to --mlx-path
 # Settings that may differ when work is resumed: none of them changes a weight.
-FREE = frozenset(
-    {
-        "out",
-        "resume",
-        "dry_run",
-        "config",
-        "budget",
-        "mlx_path",
-        "save_every",
-        "governor",
-        "thermal_replay",
-    }
-)
+FREE = run_loop.FREE_ANYWHERE | {"mlx_path", "save_every"}
 
 
 @dataclass(frozen=True)

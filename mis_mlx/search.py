@@ -40,9 +40,7 @@ from mis_mlx.storage.files import json_sha256
 from mis_mlx.types import FILE_ONLY, MOST, Budget, Checkpoint, Count, MisError, Whole, Within
 
 # Settings that may differ when a search is resumed: none of them changes what is measured.
-FREE = frozenset(
-    {"out", "resume", "dry_run", "config", "budget", "save_every", "governor", "thermal_replay"}
-)
+FREE = run_loop.FREE_ANYWHERE | {"save_every"}
 # Apart from distillations, so that --resume of one never finds the other.
 UNDER = Path("runs") / run_folder.SEARCH
 TABLE = "table.md"  # the finalists, in its folder

@@ -59,7 +59,7 @@ ADAPTERS = "adapters"
 HELD_OUT = "held_out.jsonl"
 # Settings that may differ when a run goes on: none changes a weight. `save_every` decides which
 # steps can become the best, so it is not among them.
-FREE = frozenset({"out", "resume", "dry_run", "config", "budget", "governor", "thermal_replay"})
+FREE = run_loop.FREE_ANYWHERE
 S = TypeVar("S", bound="Alignment")
 
 

@@ -38,6 +38,10 @@ from mis_mlx.types import Air, Budget, Checkpoint, MisError, Step, gib
 
 BLAS_THREADS = "blas_threads"  # in origin.json, a number for each machine
 S = TypeVar("S", bound=cli.Resumable)  # a command's Settings
+# Settings that may differ when a run of any command goes on: none changes a result.
+FREE_ANYWHERE = frozenset(
+    {"out", "resume", "dry_run", "config", "budget", "governor", "thermal_replay"}
+)
 
 
 def resumed(settings: S, free: frozenset[str], under: Path = Path("runs")) -> tuple[S, Path | None]:
