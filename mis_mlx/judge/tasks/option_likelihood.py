@@ -202,12 +202,12 @@ def _final_hidden(stream: Stream, packed: Sequence[Pack]) -> Hidden:
     passing = pipeline_parallel.passing(stream, packed)
     hidden = stream.embed([pack.tokens for pack in own])
     for turn in stream.sweep(hidden):
-        turn.go(partial(_through, stream, turn, passing))
+        turn.go(partial(_through, stream, turn, passing=passing))
     return stream.norm(hidden)
 
 
 def _through(
-    stream: Stream, turn: BlockTurn, passing: Sequence[Pack], number: int, hidden: mx.array
+    stream: Stream, turn: BlockTurn, number: int, hidden: mx.array, *, passing: Sequence[Pack]
 ) -> mx.array:
     """A pack's hidden states (1, S, D) through a block; lazy."""
     pack = passing[number]

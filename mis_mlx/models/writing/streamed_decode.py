@@ -23,6 +23,7 @@ from mis_mlx.models.architectures import block_inputs, block_state, modules, siz
 from mis_mlx.models.architectures.block_inputs import BlockInputs, KeysValues
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing.stream import Stream, evaluate_now
+from mis_mlx.models.passing.sweep import BlockTurn
 
 SIZE = 64  # rows of a pass with a draft (measured: benchmarks/speculative.py)
 ROWS = 512  # tokens of a long prompt that go through a resident block at a time
@@ -204,30 +205,38 @@ class Context:
 
     def _through(self, tokens: mx.array, sees: np.ndarray, positions: np.ndarray) -> mx.array:
         """Token ids (1, n) -> hidden states (1, n, D) after the last block."""
-        hidden = self.stream.embed([tokens])[0]
-        columns_before = len(self._positions) - len(positions)
+        hidden = self.stream.embed([tokens])
         window = getattr(self.stream.args, "sliding_window", None)
         sees_window = sees
         if window:
             # By position, not by column: in a tree the two differ.
             sees_window = sees & (self._positions > positions[:, None] - window)
-        for i, block in self.stream.blocks():
-            mask = sees_window if load.window(self.stream.args, block) else sees
-            parts = []
-            # A long prompt goes through the block ROWS tokens at a time, while the block is in
-            # memory. Later parts see the keys of earlier ones through the cache.
-            for start in range(0, len(positions), ROWS):
-                rows = slice(start, start + ROWS)
-                inputs = self._inputs(i, hidden, columns_before, rows)
-                columns = columns_before + start + inputs.hidden.shape[1]
-                part_mask = self._mask(block, mask[rows, :columns], positions[rows])
-                cache = None if inputs.shared else self._caches[i]
-                with positioned(block, positions[rows]):
-                    parts.append(block_inputs.run(block, inputs, part_mask, cache).hidden)
-                # Lazy results would read the block's buffer after the next block has filled it.
-                _evaluate(parts[-1], cache)
-            hidden = self.stream.finite(mx.concatenate(parts, axis=1))
-        return hidden
+        for turn in self.stream.sweep(hidden):
+            mask = sees_window if load.window(self.stream.args, turn.block) else sees
+            turn.go(partial(self._in_parts, turn, mask=mask, positions=positions))
+        return hidden[0]
+
+    def _in_parts(
+        self, turn: BlockTurn, _: int, hidden: mx.array, *, mask: np.ndarray, positions: np.ndarray
+    ) -> mx.array:
+        """The pass's hidden states (1, n, D) through a block, lazy.
+
+        A long prompt goes through it ROWS tokens at a time, while the block is in memory. Later
+        parts see the keys of earlier ones through the cache.
+        """
+        columns_before = len(self._positions) - len(positions)
+        parts = []
+        for start in range(0, len(positions), ROWS):
+            rows = slice(start, start + ROWS)
+            inputs = self._inputs(turn.number, hidden, columns_before, rows)
+            columns = columns_before + start + inputs.hidden.shape[1]
+            part_mask = self._mask(turn.block, mask[rows, :columns], positions[rows])
+            cache = None if inputs.shared else self._caches[turn.number]
+            with positioned(turn.block, positions[rows]):
+                parts.append(block_inputs.run(turn.block, inputs, part_mask, cache).hidden)
+            # Lazy results would read the block's buffer after the next block has filled it.
+            _evaluate(parts[-1], cache)
+        return mx.concatenate(parts, axis=1)
 
     def _mask(self, block: nn.Module, sees: np.ndarray, positions: np.ndarray) -> mx.array | None:
         """What a block takes as its mask: sees (rows, columns), or which columns stand before.
