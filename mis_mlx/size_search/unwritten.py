@@ -176,9 +176,9 @@ def passed(
     for student, own_batches in zip(students, batches, strict=True):
         own = StudentStream(student)
         running.append((own, own.embed(own_batches)))
-    for layer, block in source.blocks():
+    for turn in source.sweep([]):  # the students bring the windows
         for own, hidden in running:
-            own.through(layer, block, hidden)
+            own.through(turn.number, turn.block, hidden)
     for own, hidden in running:
         own.norm(hidden)
     return running
