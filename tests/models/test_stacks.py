@@ -25,7 +25,7 @@ from mis_mlx.models.passing.sweep import BlockTurn
 from mis_mlx.pruning import reconstruct
 from mis_mlx.pruning.calibrate import calibrate
 from mis_mlx.quantization import bit_allocation, stage
-from mis_mlx.types import Checkpoint, Precision
+from mis_mlx.types import Air, Checkpoint, Precision
 from tests import tiny
 from tests.pruning.test_reconstruct import CUTS, student_of
 
@@ -128,9 +128,13 @@ def test_calibration(llama: Checkpoint, batches: list[mx.array], under: Any) -> 
     """Every sum and distance, and the air asked once a window."""
     asked = list[int]()
 
+    def air() -> Air:
+        asked.append(1)
+        return Air()
+
     def work() -> Any:
         asked.clear()
-        return calibrate(llama, batches, lambda: asked.append(1))
+        return calibrate(llama, batches, air)
 
     (want, _), many = under("cpu", work)
     (found, _), few = under("metal", work)
