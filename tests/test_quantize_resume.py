@@ -18,7 +18,7 @@ from mis_mlx import quantize
 from mis_mlx.compute import precision
 from mis_mlx.models.opening import load
 from mis_mlx.quantization import stage
-from mis_mlx.quantization.journal import Journal
+from mis_mlx.quantization.begun_rounding import BegunRounding
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK
@@ -342,15 +342,13 @@ def test_a_journal_gives_the_same_bytes(
     how = QuantizationConfig(target_bpw=None)
     windows = [*batches, *batches, *batches, *batches]
 
-    def made(name: str, journal: Journal | None) -> bytes:
+    def made(name: str, begun: BegunRounding | None) -> bytes:
         out = tmp_path / name
-        stage.quantize(
-            llama, out, rounding=how, files=DISK, batches=windows, held=8, journal=journal
-        )
+        stage.quantize(llama, out, rounding=how, files=DISK, batches=windows, held=8, begun=begun)
         return (out / "model.safetensors").read_bytes()
 
     whole = made("whole", None)
-    assert made("kept", Journal(tmp_path / "journal", DISK)) == whole
+    assert made("kept", BegunRounding(tmp_path / "journal", DISK)) == whole
     steps = tmp_path / "journal" / "blocks"
     last = steps / "step-00000002"
     last.rename(tmp_path / "gone")
@@ -359,7 +357,7 @@ def test_a_journal_gives_the_same_bytes(
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.write_bytes(data)
-    half = Journal(tmp_path / "journal", DISK)
+    half = BegunRounding(tmp_path / "journal", DISK)
     assert half.blocks == (2 if damaged is None else 1)
     assert made("again", half) == whole
 

@@ -13,7 +13,7 @@ from mis_mlx.models.writing import model_writer
 from mis_mlx.planner.distillation_spec import SCALES
 from mis_mlx.pruning import select
 from mis_mlx.quantization import stage
-from mis_mlx.quantization.journal import Journal
+from mis_mlx.quantization.begun_rounding import BegunRounding
 from mis_mlx.reporting import html
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.types import Checkpoint
@@ -86,7 +86,7 @@ def quantize(
                 batches=batches,
                 held=held,
                 seed=c.recipe.seed,
-                journal=Journal(kept, c.files),
+                begun=BegunRounding(kept, c.files),
             )
         c.files.discard(kept)
     if not distributed.broadcast_json(out.exists):

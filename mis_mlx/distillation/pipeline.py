@@ -42,7 +42,7 @@ DTYPE = "bfloat16"  # of unquantized weights on disk
 # Of the steps after rounding, as runs have always called them on disk.
 TUNE_STEPS = "tune-steps"
 TUNE_LOG = "tune.jsonl"
-ROUNDING = "rounding"  # the journal of a rounding that is not done
+ROUNDING = "rounding"  # what is made of a rounding that is not done
 ROUNDED = "rounded"  # the model before its scales learn
 TARGETS = "targets"
 LEARNED_TARGETS = "targets-learned"  # on the text that the student wrote

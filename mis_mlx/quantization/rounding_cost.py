@@ -75,7 +75,7 @@ def packed_size(m: ModelSize, rounding: QuantizationConfig) -> ModelSize:
 
 
 def files_bytes(m: ModelSize, rounding: QuantizationConfig) -> int:
-    """Bytes on disk once a model is rounded: itself, and its blocks and head in the journal."""
+    """Bytes on disk once a model is rounded: itself, and its blocks and head as begun."""
     packed = packed_bytes(m, rounding)
     if not rounding.affine.compensates:
         return packed

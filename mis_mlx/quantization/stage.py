@@ -25,7 +25,7 @@ from mis_mlx.models.opening import load
 from mis_mlx.models.passing import stream, sweep
 from mis_mlx.models.passing.stream import Batches, Hidden
 from mis_mlx.quantization import bit_allocation, packed_format
-from mis_mlx.quantization.journal import Journal
+from mis_mlx.quantization.begun_rounding import BegunRounding
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.hidden_spool import Spool
@@ -53,13 +53,13 @@ def quantize(
     batches: Batches = (),
     held: int = 0,
     seed: int = 0,
-    journal: Journal | None = None,
+    begun: BegunRounding | None = None,
 ) -> dict[str, Any]:
     """Write the quantized model `out` from a dense model.
 
     Returns bits per weight and the group size used. batches: token ids [(B, T)] for calibration.
     held: batches whose hidden states stay in memory; the others' lie in a file beside `out`. seed:
-    of the tokens that the model draws. journal: what is in it is not made again, what is made goes
+    of the tokens that the model draws. begun: what is in it is not made again, what is made goes
     into it.
     """
     rounding = rounding.affine
@@ -76,19 +76,19 @@ def quantize(
     if rounding.target_bpw is None:
         plan = _usual_layout(checkpoint, rounding)
     else:
-        known = journal.layout() if journal else None
+        known = begun.layout() if begun else None
         if known is None:
             cli.detail("sensitivity: what fewer bits cost in each matrix")
             # The pass back needs the hidden states at every block's input: one per layer.
             kept = hidden(checkpoint.config["num_hidden_layers"])
             known = bit_allocation.mixed(checkpoint, batches, rounding, seed=seed, kept=kept)
-            if journal:
-                journal.keep_layout(*known)
+            if begun:
+                begun.keep_layout(*known)
         plan, report = known
         extra[packed_format.SENSITIVITY] = json.dumps(report).encode()
     rounded = None
     if rounding.compensates:
-        rounded = rounded_blocks(checkpoint, batches, plan, hidden(1), journal)
+        rounded = rounded_blocks(checkpoint, batches, plan, hidden(1), begun)
     return packed_format.write_quantized(
         checkpoint,
         out,
@@ -118,29 +118,29 @@ def rounded_blocks(
     batches: Batches,
     plan: packed_format.Formats,
     hidden: Hidden | None = None,
-    journal: Journal | None = None,
+    begun: BegunRounding | None = None,
 ) -> Iterator[packed_format.RoundedBlock]:
     """Per block, in order, {module path: packed matrix}, calibrated on token ids [(B, T)].
 
     Behind the blocks comes the head, where `packed_format.compensated_head` names it. plan: affine
-    formats only. hidden: a place for the hidden states other than memory. journal: of blocks that
+    formats only. hidden: a place for the hidden states other than memory. begun: of blocks that
     are rounded already. MisError when an input's products overflow.
     """
-    if journal and journal.blocks:
-        cli.say(f"continuing after {journal.blocks} rounded blocks")
+    if begun and begun.blocks:
+        cli.say(f"continuing after {begun.blocks} rounded blocks")
     source = stream.Stream(checkpoint, direct=hidden is not None)
     hidden = source.embed(batches, hidden)
 
     def finished(turn: sweep.BlockTurn) -> packed_format.RoundedBlock:
         # The turn's windows are as the rounded blocks before it make them, which is what the
         # quantized model will have there.
-        known = journal.block(turn.number) if journal else None
+        known = begun.block(turn.number) if begun else None
         if known is not None:
             _put_back(turn.block, arch.block_prefix(turn.number), known, plan)
             return known
         rounded = _rounded_block(turn, plan)
-        if journal:
-            journal.keep_block(turn.number, rounded)
+        if begun:
+            begun.keep_block(turn.number, rounded)
         return rounded
 
     head = packed_format.compensated_head(checkpoint, plan)
@@ -148,7 +148,7 @@ def rounded_blocks(
         yield finished(turn)
         # The block's weights are the rounded ones now, with which the windows go on.
     if head:
-        yield _kept_head(source, head, plan[head], hidden=hidden, journal=journal)
+        yield _kept_head(source, head, plan[head], hidden=hidden, begun=begun)
 
 
 def _put_back(
@@ -199,15 +199,15 @@ def _kept_head(
     kind: packed_format.Format,
     *,
     hidden: Hidden,
-    journal: Journal | None,
+    begun: BegunRounding | None,
 ) -> packed_format.RoundedBlock:
-    """As `_rounded_head`; in the journal it is what follows the last block."""
-    if journal is None:
+    """As `_rounded_head`; in what is begun it follows the last block."""
+    if begun is None:
         return _rounded_head(source, path, kind, hidden)
-    head = journal.block(source.layers)
+    head = begun.block(source.layers)
     if head is None:
         head = _rounded_head(source, path, kind, hidden)
-        journal.keep_block(source.layers, head)
+        begun.keep_block(source.layers, head)
     return head
 
 

@@ -21,7 +21,7 @@ from mis_mlx.models.passing import stream
 from mis_mlx.models.passing.sweep import BlockTurn
 from mis_mlx.pruning import slicing
 from mis_mlx.quantization import packed_format, stage
-from mis_mlx.quantization.journal import Journal
+from mis_mlx.quantization.begun_rounding import BegunRounding
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.storage.safetensors import write_tensors
@@ -155,9 +155,9 @@ def test_a_head_in_the_journal_is_not_made_again(
 ) -> None:
     """Nor the blocks: the same numbers without a sum over text."""
     plan = narrow_head(llama)
-    whole = list(stage.rounded_blocks(llama, batches, plan, journal=Journal(tmp_path, DISK)))
+    whole = list(stage.rounded_blocks(llama, batches, plan, begun=BegunRounding(tmp_path, DISK)))
     monkeypatch.delattr(gptq, "rounded")
-    again = stage.rounded_blocks(llama, batches, plan, journal=Journal(tmp_path, DISK))
+    again = stage.rounded_blocks(llama, batches, plan, begun=BegunRounding(tmp_path, DISK))
     for a, b in zip(whole, again, strict=True):
         assert a.keys() == b.keys()
         for path in a:

@@ -22,8 +22,8 @@ BLOCKS = "blocks"  # a step of the commit protocol for each block, named by its 
 ALL = 10**8  # steps that are kept: a number above any model's blocks
 
 
-class Journal:
-    """The journal in `folder`. Hold the lock of the run that it belongs to.
+class BegunRounding:
+    """What is in `folder`. Hold the lock of the run that it belongs to.
 
     Whoever opens it again has the same model, windows and settings.
     """
@@ -51,7 +51,7 @@ class Journal:
 
     def keep_layout(self, formats: Formats, report: Mapping[str, Any]) -> None:
         """Keep the chosen formats, and the costs behind the choice."""
-        with as_mis_error(self._folder.parent, "the journal of the rounding"):
+        with as_mis_error(self._folder.parent, "what is rounded so far"):
             self._files.make_folder(self._folder)
         text = json.dumps({"formats": formats, "report": report})
         self._files.replace_text(self._folder / LAYOUT, text)
