@@ -400,11 +400,7 @@ def test_every_way_of_training(tmp_path: Path, text_folder: Path, kind: str, way
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"enable_moe_block": True}, "enable_moe_block is True, but for a gemma4_text only False"),
-        ({"attention_k_eq_v": True}, "attention_k_eq_v is True, but for a gemma4_text only False"),
-        ({"hidden_size_per_layer_input": 0}, "hidden_size_per_layer_input is 0"),
         ({"vocab_size_per_layer_input": 128}, "has 128 rows, but the embedding 512"),
-        ({"use_double_wide_mlp": None}, "use_double_wide_mlp is missing"),
         ({"num_kv_shared_layers": 7}, "num_kv_shared_layers is 7, but should be 0 to 6"),
         (
             {"num_kv_shared_layers": 5},
@@ -435,14 +431,6 @@ def test_what_is_not_built_is_a_sentence(
     gemma = models(KIND)
     with pytest.raises(MisError, match="exchange more than hidden states"):
         pipeline_parallel.Relay(gemma, mx.float32, headroom_bytes=0, direct=False, shares=(7,))
-    with pytest.raises(
-        MisError, match="heads of a gemma4_text cannot be cut: its heads have two sizes"
-    ):
-        prune.run(
-            prune.Settings(
-                model=str(gemma.path), mlx_path=str(tmp_path / "x"), heads=2, scenario="none"
-            )
-        )
     with pytest.raises(MisError, match="2 layers of a gemma4_text are too few: 3 blocks must stay"):
         prune.run(
             prune.Settings(

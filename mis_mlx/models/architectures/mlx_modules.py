@@ -16,11 +16,6 @@ def model_args(config: Config) -> Any:
     return family(config).model_args()
 
 
-def new_model(config: Config) -> nn.Module:
-    """A whole model of random weights; its `model` gives the head's input."""
-    return family(config).new_model()
-
-
 def set_dtype(model: nn.Module, config: Config, dtype: mx.Dtype) -> None:
     """Cast the floats of a whole model, but for those that are float32 in a model of any type.
 
