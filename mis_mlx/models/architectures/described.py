@@ -83,7 +83,6 @@ class Described:
     stacked = False  # whether experts are stacked on disk
     # whether mlx-lm must be told which matrices have adapters
     lora_names_matrices = False
-    repaired = "mlp.down_proj.weight"  # what a repair changes in a block
     repairs = True  # whether a part of a block can be refitted in closed form
 
     def __init__(self, config: Config):

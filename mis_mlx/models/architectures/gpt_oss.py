@@ -23,7 +23,6 @@ class GptOss(Mixture):
     float16 = False
     experts_key = "num_local_experts"
     router = "router"
-    repaired = "mlp.router.weight"
     switch = "experts"
     stacked = True  # stock loaders open no other form
     expert_bias = True

@@ -37,7 +37,6 @@ class Mixture(Architecture):
     gates_sum_to_1 = False  # over the experts that a token uses, in llama.cpp
 
     other_biases = False
-    repaired = "mlp.gate.weight"
     numbers = (ACTIVE,)
     axes: tuple[str, ...] = ("layers", "ffn", "experts")
     why = "this is not implemented for mixtures of experts"
@@ -118,6 +117,11 @@ class Mixture(Architecture):
             tensors[f"{stem}.down_proj.weight"] = (hidden, shared)
             tensors[f"{stem}_gate.weight"] = (1, hidden)
         return tensors
+
+    @property
+    def repaired(self) -> str:
+        """The router's."""
+        return f"{self.mlp}.{self.router}.weight"
 
     # Names
 
@@ -273,7 +277,6 @@ class Mixtral(Mixture):
     experts_key = "num_local_experts"
     mlp = "block_sparse_moe"
     matrices = ("w1", "w3", "w2")
-    repaired = "block_sparse_moe.gate.weight"
     gates_sum_to_1 = True
     only = (("sliding_window", None),)
 
