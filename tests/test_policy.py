@@ -78,7 +78,7 @@ def test_trl_agrees(case: str, tmp_path: Path) -> None:
         epsilon_high=given.get("epsilon_high", 0.2),
         beta=given.get("beta", 0.0),
         max_completion_length=about["max_tokens"],
-        temperature=given.get("temperature", 1.0),
+        temp=given.get("temperature", 1.0),
     )
     advantage = rl_losses.advantages(
         found["rewards"].astype(np.float64), scaled=given["loss_type"] != "dr_grpo"

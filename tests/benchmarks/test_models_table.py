@@ -48,7 +48,7 @@ def test_the_page_says_what_the_file_says(made: SimpleNamespace, stored: dict[st
     assert made.render.rendered(ROOT, page, "docs/models.md") == page
     students = stored["rows"]["qwen3-4b"]["students"]
     assert made.render.models_default(stored) in page
-    students["default"]["params"] += 10_000_000
+    students["default"]["bytes"] += 100_000_000
     assert made.render.models_default(stored) not in page
 
 

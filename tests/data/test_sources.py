@@ -195,7 +195,7 @@ def test_wrong_places_are_named(tmp_path: Path) -> None:
 def test_a_hub_id_without_the_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     """`datasets` is optional: its absence is one sentence with the remedy."""
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(MisError, match=r"pip install 'mis-mlx\[data\]'"):
+    with pytest.raises(MisError, match=r"pip install '.\[data\]' in the checkout"):
         load("some-user/some-data")
 
 

@@ -24,7 +24,7 @@ import pytest
 
 from mis_mlx import distill, export, prune, quantize, sft
 from mis_mlx.distillation import pipeline, strategies, training_cost
-from mis_mlx.quantization import journal
+from mis_mlx.quantization import begun_rounding
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import logit_store, run_folder
 from mis_mlx.storage.files import Files
@@ -319,7 +319,7 @@ def _served(each: Said, whole: Collection[Path], here: Path, now: Path) -> bool:
     """
     if here.is_relative_to(now / "out-unfinished") and (now / "out").is_dir():
         return here.name != "model" or contents(now / "out") == each.files
-    if each.path.parts[-3:-1] != (pipeline.ROUNDING, journal.BLOCKS):
+    if each.path.parts[-3:-1] != (pipeline.ROUNDING, begun_rounding.BLOCKS):
         return False
     work = each.path.parents[2]
     return work / pipeline.ROUNDED in whole or work / "model" in whole

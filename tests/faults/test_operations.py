@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from mis_mlx.distillation import pipeline
-from mis_mlx.quantization import journal
+from mis_mlx.quantization import begun_rounding
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import Files
 from tests.conftest import mostly_slow
@@ -148,7 +148,7 @@ def test_a_journal_may_go_once_its_model_is_safe(tmp_path: Path, work: str) -> N
     """A test of the test: not before, not beside a model that nobody called safe, and the model
     then has to be there.
     """
-    step = tmp_path / work / pipeline.ROUNDING / journal.BLOCKS / "step-00000002"
+    step = tmp_path / work / pipeline.ROUNDING / begun_rounding.BLOCKS / "step-00000002"
     rounded = tmp_path / work / pipeline.ROUNDED
     kept = jobs.Said(step, 2, {"state.json": "sha256"})
     lost = ["blocks 2, there is none"]

@@ -54,7 +54,9 @@ def one_by_one(named: Mapping[str, mx.array], config: Mapping[str, Any]) -> dict
     found = dict[str, mx.array]()
     of = mixture(config)
     if of is None:
-        return stock.ours(named, config)
+        # a matrix that holds several has one name here, too
+        joined = any("qkv_proj" in name for name in named)
+        return dict(named) if joined else stock.ours(named, config)
     for name, array in named.items():
         if stacked := experts.STACKED.fullmatch(name):
             matrix = of.matrices[("gate_proj", "up_proj", "down_proj").index(stacked[2])]

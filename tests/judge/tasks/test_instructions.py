@@ -148,7 +148,7 @@ def test_without_the_package_a_sentence_says_what_to_install(
 
     with pytest.raises(
         MisError,
-        match=r"ifeval: its 1 answers need if-verifiable, .*: pip install 'mis-mlx\[ifeval\]'",
+        match=r"ifeval: its 1 answers need if-verifiable, .*: pip install '.\[ifeval\]'",
     ):
         task_registry.find([str(path)], 10)
 
