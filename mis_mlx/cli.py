@@ -13,7 +13,7 @@ import select
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -189,7 +189,8 @@ def parse(config_type: Any, argv: Sequence[str] | None = None, prog: str | None 
             every = "--help-all" in help_flags
             print(flag_help.text(config_type, prog or "mis_mlx", every=every))
             sys.exit(0)
-        args = [_current_flag(config_type, arg) for arg in args]
+        names = flag_help.other_names(config_type)
+        args = [_current_flag(names, arg) for arg in args]
         _refuse_file_only(config_type, args)
         flag_help.refuse_gone(config_type, _said(args))
         for flag, file in itertools.pairwise(args):
@@ -235,13 +236,16 @@ def _said(args: Sequence[str]) -> dict[str, str]:
     return said
 
 
-def _current_flag(config_type: type, arg: str) -> str:
-    """A flag under its setting's name, where it is spelt in another way; another word as it is."""
-    if not arg.startswith("--"):
-        return arg
+def _current_flag(names: Mapping[str, str], arg: str) -> str:
+    """A flag under its setting's name, where it is spelt in another way; another word as it is.
+
+    names: as of `flag_help.other_names`.
+    """
     flag, joined, value = arg.partition("=")
-    ((name, _),) = flag_help.current_names(config_type, {_name_of(flag): value}).items()
-    return arg if name == _name_of(flag) else f"--{name.replace('_', '-')}{joined}{value}"
+    name = names.get(_name_of(flag))
+    if name is None or not arg.startswith("--"):
+        return arg
+    return f"--{name.replace('_', '-')}{joined}{value}"
 
 
 def _name_of(flag: str) -> str:

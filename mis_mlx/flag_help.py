@@ -61,15 +61,21 @@ def shown(name: str, file_only: Collection[str]) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def current_names(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values under their settings' names, where some stand under others (`types.Also`)."""
+def other_names(kind: Any) -> dict[str, str]:
+    """{other name of a setting (`types.Also`): its name}."""
     hints = get_type_hints(kind, include_extras=True) if isinstance(kind, type) else {}
-    current = {}
+    names = {}
     for name, hint in hints.items():
         for part in getattr(hint, "__metadata__", ()):
             if isinstance(part, Also):
-                current.update(dict.fromkeys(part.names, name))
-    return {current.get(name, name): value for name, value in values.items()}
+                names.update(dict.fromkeys(part.names, name))
+    return names
+
+
+def current_names(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values under their settings' names, where some stand under others."""
+    names = other_names(kind)
+    return {names.get(name, name): value for name, value in values.items()}
 
 
 def docs(kind: type) -> dict[str, str]:

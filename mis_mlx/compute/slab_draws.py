@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import mlx.core as mx
 import numpy as np
 
+from mis_mlx.compute import slab_losses
 from mis_mlx.maths.losses import Logits
 from mis_mlx.types import MisError
 
@@ -25,7 +26,7 @@ Target = tuple[np.ndarray, np.ndarray, np.ndarray]  # sizes, ids, shares of a wi
 
 def slab_rows(positions: int) -> int:
     """Tokens of a slab for windows of so many positions."""
-    return max(256, LOGIT_BYTES // (4 * positions))
+    return slab_losses.slab_rows(positions, LOGIT_BYTES)
 
 
 def slab_bytes(positions: int, width: int, vocab: int) -> int:

@@ -18,9 +18,9 @@ LOGIT_BYTES = 2**24  # of float32 logits (n, some tokens) at a time
 Slabs = Callable[[int], Iterator[tuple[int, mx.array]]]  # tokens of a slab -> (first, (tokens, D))
 
 
-def slab_rows(positions: int) -> int:
-    """Tokens of a slab for so many positions."""
-    return max(256, LOGIT_BYTES // (4 * positions))
+def slab_rows(positions: int, logit_bytes: int = LOGIT_BYTES) -> int:
+    """Tokens of a slab for so many positions. logit_bytes: of their float32 logits."""
+    return max(256, logit_bytes // (4 * positions))
 
 
 def slab_bytes(positions: int, width: int, vocab: int) -> int:

@@ -211,7 +211,7 @@ def entered(
             if new:
                 run_folder.begin(path, asked, plan, files)
             protocol.sweep(path, files)
-            # They are the process's own, and up to 300 MB with torch: before memory is counted.
+            # They are the process's own, and 226 MiB with torch: before memory is counted.
             load.mlx_lm("utils")
             place = Place(path, files, Account(path, files))
             try:
