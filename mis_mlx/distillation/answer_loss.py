@@ -15,6 +15,7 @@ import numpy as np
 from mis_mlx.data.rows import Row
 from mis_mlx.judge.prompts import Answer, Prompt
 from mis_mlx.judge.score import log_probabilities
+from mis_mlx.maths import stats
 from mis_mlx.types import Checkpoint
 
 FEWEST = 8  # conversations, below which the loss is measured on text
@@ -83,7 +84,7 @@ def of_talks(teacher: Checkpoint, talks: Sequence[Row], *, own: bool = True) -> 
     if len(prompts) < FEWEST:
         return None
     most = MOST if own else MOST_OF_OTHERS
-    chosen = np.unique(np.linspace(0, len(prompts) - 1, most).round().astype(int))
+    chosen = stats.spread(len(prompts), most)
     prompts = [prompts[number] for number in chosen]
     answers = [answers[number] for number in chosen]
     return AnswerLoss(

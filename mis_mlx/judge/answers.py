@@ -51,6 +51,7 @@ from mis_mlx.judge.prompts import (
 from mis_mlx.judge.score import has_template, log_probabilities, need_template
 from mis_mlx.judge.tasks import answering
 from mis_mlx.judge.write import answered
+from mis_mlx.maths import stats
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import distributed
@@ -89,9 +90,8 @@ def prompts(count: int, path: Path = PROMPTS) -> list[Prompt]:
     rows.refuse(problems)
     if not good:
         raise MisError(f"{path} holds 0 prompts: put one JSON object per line there")
-    places = np.linspace(0, len(good) - 1, min(count, len(good)))
     chosen = []
-    for number in np.unique(places.round().astype(int)):
+    for number in stats.spread(len(good), count):
         row, _ = good[number]
         chosen.append(prompt_of(row))
     return chosen

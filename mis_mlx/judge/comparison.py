@@ -45,10 +45,7 @@ Figures = dict[str, tuple[float, float | None]]
 
 def spread_windows(held_out: Windows, count: int) -> Windows:
     """`count` windows spread evenly over the held-out text, or all when there are fewer."""
-    total = len(held_out.tokens)
-    count = min(count, total)
-    places = np.linspace(0, total - 1, count)
-    return held_out.pick(np.unique(places.round().astype(int)))
+    return held_out.pick(stats.spread(len(held_out.tokens), count))
 
 
 def final_hidden(

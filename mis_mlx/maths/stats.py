@@ -12,6 +12,15 @@ LEAST_FOR_INTERVAL = 10
 LEAST_FOR_P95 = 20
 
 
+def spread(total: int, count: int) -> np.ndarray:
+    """Numbers of `count` of `total` things, evenly apart, the first and the last among them.
+
+    (n,) integers, rising; all of them where there are fewer.
+    """
+    places = np.linspace(0, total - 1, min(count, total))
+    return np.unique(places.round().astype(int))
+
+
 def _bootstrap_draws(count: int) -> np.ndarray:
     """Indices (RESAMPLES, count), drawn with replacement; the same ones at every call."""
     generator = np.random.default_rng(0)

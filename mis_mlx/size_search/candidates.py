@@ -17,7 +17,7 @@ from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import answer_loss, pipeline
 from mis_mlx.judge import answers, comparison
 from mis_mlx.judge.score import has_template
-from mis_mlx.maths import rounding
+from mis_mlx.maths import rounding, stats
 from mis_mlx.maths.importance import Statistics
 from mis_mlx.models.architectures import arch, bit_floors
 from mis_mlx.models.architectures.shape import Shape
@@ -70,8 +70,7 @@ def split_held_out(
             )
         # Evenly spread, and no more than half of the text.
         most = min(math.ceil(ranking / share), count // 2)
-        spread = np.linspace(0, count - 1, most)
-        picked = np.unique(spread.round().astype(int))
+        picked = stats.spread(count, most)
         rest = np.setdiff1d(np.arange(count), picked)
         ranks.append(windows.pick(picked))
         others = windows.pick(rest)

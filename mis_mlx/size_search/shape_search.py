@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mis_mlx.maths import stats
 from mis_mlx.maths.rounding import CANDIDATE_BITS
 from mis_mlx.models.architectures import arch, bit_floors
 from mis_mlx.models.architectures.shape import Shape
@@ -157,9 +158,7 @@ def axis_sizes(
 
 def _spread(sizes: Sequence[int]) -> list[int]:
     """SIZES of these at most, evenly spread, the first and the last among them."""
-    last = max(0, len(sizes) - 1)
-    places = np.linspace(0, last, min(SIZES, len(sizes))).round()
-    return [sizes[place] for place in np.unique(places.astype(int))]
+    return [sizes[place] for place in stats.spread(len(sizes), SIZES)]
 
 
 def _shape(config: Mapping[str, Any], sizes: Mapping[str, int]) -> Shape | None:

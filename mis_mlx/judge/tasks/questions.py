@@ -34,6 +34,7 @@ import numpy as np
 from mis_mlx.data import preparation, rows
 from mis_mlx.judge.tasks import instructions
 from mis_mlx.judge.tasks.instructions import Instruction
+from mis_mlx.maths import stats
 from mis_mlx.types import MisError
 
 SHAPES: rows.Shapes = {
@@ -125,9 +126,7 @@ class Task:
 
     def chosen(self, count: int) -> Self:
         """`count` of its questions, spread evenly, or all when there are fewer."""
-        total = len(self.questions)
-        places = np.linspace(0, total - 1, min(count, total))
-        numbers = np.unique(places.round().astype(int))
+        numbers = stats.spread(len(self.questions), count)
         questions = tuple(self.questions[number] for number in numbers)
         return replace(self, questions=questions)
 
