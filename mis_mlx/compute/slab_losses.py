@@ -18,14 +18,14 @@ LOGIT_BYTES = 2**24  # of float32 logits (n, some tokens) at a time
 Slabs = Callable[[int], Iterator[tuple[int, mx.array]]]  # tokens of a slab -> (first, (tokens, D))
 
 
-def slab_rows(positions: int, logit_bytes: int = LOGIT_BYTES) -> int:
+def slab_rows(positions: int, logit_bytes: int) -> int:
     """Tokens of a slab for so many positions. logit_bytes: of their float32 logits."""
     return max(256, logit_bytes // (4 * positions))
 
 
 def slab_bytes(positions: int, width: int, vocab: int) -> int:
     """What a slab takes: its part of the head, as read and in float32, and logits in flight."""
-    rows = min(slab_rows(positions), vocab)
+    rows = min(slab_rows(positions, LOGIT_BYTES), vocab)
     return 4 * rows * (2 * width + 4 * positions)
 
 
@@ -44,7 +44,7 @@ def sparse_kl_gradients(
     weights: (n, m).
     """
     wide = hidden.astype(mx.float32)
-    rows = slab_rows(len(hidden))
+    rows = slab_rows(len(hidden), LOGIT_BYTES)
     targets = np.array(ids)
     w = np.array(weights, np.float32)
     chosen, lse = _first_sweep(wide, slabs(rows), targets, softcap=softcap)

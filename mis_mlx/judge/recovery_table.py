@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mis_mlx.judge.tasks.instructions import Levels
-from mis_mlx.maths.stats import LEAST_FOR_INTERVAL, bounds, interval, plus_minus, recovery
+from mis_mlx.maths.stats import LEAST_FOR_INTERVAL, bounds, interval, recovery
 from mis_mlx.reporting import figures, html
+from mis_mlx.reporting.text import plus_minus
 
 
 class Outcome(NamedTuple):

@@ -179,10 +179,11 @@ def _streamed_pass(m: ModelSize, texts: _Texts, at_once: int, *, tokens: int) ->
 
     What all blocks keep of all texts is in memory, and copies of what one block keeps.
     """
-    kept = pass_cost.texts_bytes(m, at_once, texts.tokens + streamed_batch.STEP)
+    places = texts.tokens + streamed_batch.STEP
+    kept = pass_cost.texts_bytes(m, at_once, places)
     shared = {owner for owner in key_owners(m.config) if owner is not None}
     copies = BLOCK_COPIES + len(shared)
-    kept += copies * -(-kept // m.shape.layers)
+    kept += copies * pass_cost.block_texts_bytes(m, at_once, places)
     evaluated = 1 if tokens == 1 else at_once  # each prompt by itself
     piece = tokens
     if side_inputs.plain(m.config):

@@ -52,14 +52,6 @@ def bounds(interval: Sequence[float]) -> list[float | None]:
     return known
 
 
-def plus_minus(low: float, high: float, form: str) -> str:
-    """ " ± half the interval" in the format `form`, or " (too few)" where nothing is known."""
-    half = (high - low) / 2
-    if math.isinf(half):
-        return " (too few)"
-    return f" ± {format(half, form)}"
-
-
 def summary(values: Sequence[float]) -> dict[str, float]:
     """{mean, sd, median, n}, and p95 where there are at least 20 values.
 

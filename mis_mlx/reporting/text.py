@@ -1,12 +1,12 @@
 """Results as plain text, for a terminal: Markdown tables, the line of a training step."""
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from mis_mlx.maths import stats
 from mis_mlx.types import Row, Step, gib
 
 Metrics = Mapping[str, Sequence[str]]  # of a table's lines: {name in rows: (label, number format)}
@@ -83,6 +83,14 @@ def _aligned_table(lines: Sequence[str]) -> list[str]:
     return aligned
 
 
+def plus_minus(low: float, high: float, form: str) -> str:
+    """ " ± half the interval" in the format `form`, or " (too few)" where nothing is known."""
+    half = (high - low) / 2
+    if math.isinf(half):
+        return " (too few)"
+    return f" ± {format(half, form)}"
+
+
 def table(rows: Sequence[Row], models: Sequence[str] | Mapping[str, str], metrics: Metrics) -> str:
     """Markdown: one line a metric, one column a model. models: perhaps with their labels."""
     head = list(models.values() if isinstance(models, Mapping) else models)
@@ -97,7 +105,7 @@ def table(rows: Sequence[Row], models: Sequence[str] | Mapping[str, str], metric
                 continue
             text = format(row.value, form)
             if row.low is not None and row.high is not None:
-                text += stats.plus_minus(row.low, row.high, form)
+                text += plus_minus(row.low, row.high, form)
             line.append(text)
         if any(text != "–" for text in line[1:]):
             lines.append(line)

@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from mis_mlx.maths.stats import LEAST_FOR_INTERVAL, bounds, interval, plus_minus, recovery
+from mis_mlx.maths.stats import LEAST_FOR_INTERVAL, bounds, interval, recovery
 from mis_mlx.reporting import text
+from mis_mlx.reporting.text import plus_minus
 from mis_mlx.types import Row
 
 

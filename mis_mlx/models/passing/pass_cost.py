@@ -155,6 +155,15 @@ def texts_bytes(m: ModelSize, texts: int, tokens: int) -> int:
     return texts * (keys_bytes(m, tokens) + states)
 
 
+def block_texts_bytes(m: ModelSize, texts: int, tokens: int) -> int:
+    """What the block that keeps most keeps of so many texts."""
+    with_attention = attending(m.config)
+    without = m.shape.layers - with_attention
+    keys = keys_bytes(m, tokens) // max(1, with_attention)
+    state = mixer_sizes.state_bytes(m.config, m.item) // max(1, without)
+    return texts * max(keys, state)
+
+
 def headroom_bytes(limit_bytes: int, taken_bytes: int, gpu: bool | None = None) -> int:
     """What a budget leaves for things that are welcome but not needed.
 
