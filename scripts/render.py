@@ -28,7 +28,6 @@ from mis_mlx.types import MisError, Row, duration, gib
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
-    "docs/bigger-than-memory.md",
     "README.md",
     "docs/results.md",
     "docs/models.md",
@@ -333,7 +332,7 @@ def within_budget(plan: Found) -> str:
 RUNS = (
     ("distill-default", "SmolLM2-135M-Instruct, default: sizes by a search"),
     ("distill-gemma-half", "gemma-3-270m, half of the tokens"),
-    ("distill-gemma", "gemma-3-270m, `redyk`, 60 steps"),
+    ("distill-gemma", "gemma-3-270m, `half-vocab`, 60 steps"),
     ("distill-gemma-600MiB", "gemma-3-270m, half of the tokens, `--budget 600MiB`"),
 )
 SHAPES = ("0.5 B shape, 2 GiB", "0.5 B shape, 850 MiB")  # of planned.json

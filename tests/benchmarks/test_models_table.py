@@ -52,6 +52,17 @@ def test_the_page_says_what_the_file_says(made: SimpleNamespace, stored: dict[st
     assert made.render.models_default(stored) not in page
 
 
+def test_what_does_not_fit_in_the_least_budget_is_named(stored: dict[str, Any]) -> None:
+    """docs/bigger-than-memory.md: how many models fit, and what the others need."""
+    page = " ".join((ROOT / "docs/bigger-than-memory.md").read_text("utf-8").split())
+    plans = {row["title"]: row["budgets"]["1.8GiB"] for row in stored["rows"].values()}
+    assert f"1.8 GiB make {sum(plan['fits'] for plan in plans.values())} of the" in page
+    for title, plan in plans.items():
+        if not plan["fits"]:
+            name = title.partition(",")[0].partition(" v")[0]
+            assert f"{name} {plan['least_bytes'] / 2**30:.2f}" in page, title
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_shape_has_a_source_and_opens(path: Path, made: SimpleNamespace, tmp_path: Path) -> None:
     """It is in the table, says where it is from, and is a config.json as it lies there."""
