@@ -8,6 +8,7 @@ from tests import fast_products  # noqa: F401
 import contextlib
 import fcntl
 import gc
+import importlib
 import json
 import os
 import resource
@@ -229,6 +230,35 @@ def command(own_home: dict[str, str]) -> Callable[..., Done]:
     def run(name: str, *flags: object, cwd: Path | None = None) -> Done:
         env = {**own_home, precision.POLICY: os.environ.get(precision.POLICY, "")}
         return forks.run(["-m", f"mis_mlx.{name}", *flags], env, cwd)
+
+    return run
+
+
+@pytest.fixture
+def in_process(
+    own_home: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Done]:
+    """`in_process("distill", "--dry-run")` says what `command` says, and starts nothing: for
+    refusals and plans, of which only the words and the exit code are looked at. kind: the settings,
+    where a command has several.
+    """
+
+    def run(name: str, *flags: object, cwd: Path | None = None, kind: Any = None) -> Done:
+        module: Any = importlib.import_module(f"mis_mlx.{name}")
+        line = [name, *map(str, flags)]
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+            patch.setattr("sys.argv", list(line))
+            patch.setenv("MIS_MLX_CACHE", own_home["MIS_MLX_CACHE"])
+            patch.setenv(cli.DETAILS, "")  # so that it is gone afterwards, whatever main sets
+            patch.delenv(cli.DETAILS)
+            if cwd:
+                patch.chdir(cwd)
+            capsys.readouterr()
+            cli.main(kind or module.Settings, module.run)
+        said = capsys.readouterr()
+        code = caught.value.code
+        assert isinstance(code, int)
+        return Done(line, code, said.out, said.err)
 
     return run
 

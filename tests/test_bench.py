@@ -246,10 +246,10 @@ def test_what_does_not_go_together_is_a_sentence(llama: Checkpoint) -> None:
 
 
 def test_a_model_that_does_not_fit_is_plans_sentence(
-    llama: Checkpoint, command: Callable[..., Done]
+    llama: Checkpoint, in_process: Callable[..., Done]
 ) -> None:
     """Both numbers and a remedy, before anything is loaded."""
-    said = sentence(command("bench", "--model", llama.path, *QUICK, "--budget", "1MiB"))
+    said = sentence(in_process("bench", "--model", llama.path, *QUICK, "--budget", "1MiB"))
     assert "timing llama needs" in said
     assert "the budget is 1 MiB: give a larger --budget" in said
 

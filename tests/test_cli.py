@@ -198,30 +198,6 @@ def test_wrong_usage_exits_with_2(flags: list[str], capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("kind", [Settings, quantize.Settings, evaluate.Settings])
-def test_help_names_every_flag(kind: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """--help-all exits with 0 and lists the fields as flags, those of the YAML file by name; --help
-    not the rare.
-    """
-    shown = {}
-    for asked in ("--help", "--help-all"):
-        with pytest.raises(SystemExit) as caught:
-            cli.parse(kind, [asked])
-        assert caught.value.code == 0
-        shown[asked] = capsys.readouterr().out
-    quiet = flag_help.quiet(kind)
-    rare = flag_help.rare_of(kind)
-    assert getattr(kind, "BASIC", frozenset()) <= {f.name for f in fields(kind)} - quiet
-    for name in (f.name for f in fields(kind)):
-        # further in than two blanks, a flag is named only
-        line = re.compile(rf"(?m)^  --(no-)?{name.replace('_', '-')}(?![-\w])")
-        if name in quiet:
-            assert (name in shown["--help-all"]) == (name not in flag_help.internal(kind)), name
-        else:
-            assert line.search(shown["--help-all"]), name
-        assert bool(line.search(shown["--help"])) == (name not in quiet | rare), name
-
-
 def test_a_switch_that_is_on_is_shown_as_it_is_turned_off(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

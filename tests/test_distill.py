@@ -32,7 +32,6 @@ from tests.conftest import (
     last_line,
     losses,
     near,
-    sentence,
     settings_of,
     weights,
 )
@@ -170,27 +169,20 @@ def test_its_config_gives_the_same_run_again(
     assert losses(tmp_path / "again") == losses(out)
 
 
-def test_a_dry_run_or_too_small_a_budget_writes_nothing(
-    tmp_path: Path, flags: tuple[object, ...], command: Callable[..., Done]
+def test_a_dry_run_says_what_it_takes(
+    tmp_path: Path, flags: tuple[object, ...], in_process: Callable[..., Done]
 ) -> None:
-    """The plan on stderr, the numbers on stdout, exit code 0, and 3 where it does not fit; without
-    --dry-run one sentence with both numbers and a remedy.
-    """
-    done = command("distill", *flags, "--dry-run", cwd=tmp_path)
+    """The plan on stderr, the numbers on stdout; a budget beyond the machine is refused."""
+    done = in_process("distill", *flags, "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = last_line(done)
     assert 0 < result["peak_bytes"] < result["budget_bytes"]
     assert result["params_student"] < result["params_teacher"]
     assert "| all | " in done.stderr
     assert " of 5.00 GiB |" in done.stderr
-    assert command("distill", *flags, "--dry-run", "--budget", "1MiB", cwd=tmp_path).returncode == 3
-    said = sentence(command("distill", *flags, "--budget", "1MiB", cwd=tmp_path))
-    assert "the budget is 1 MiB" in said
-    assert "give --budget" in said
-    assert "is more than the" in sentence(
-        command("distill", *flags, "--budget", "900000GiB", cwd=tmp_path)
-    )
-    assert not list(tmp_path.iterdir())
+    settings = settings_of(distill, flags, tmp_path / "run", budget="900000GiB")
+    with pytest.raises(MisError, match="is more than the"):
+        distill.run(settings)
 
 
 def test_flags_from_yaml(

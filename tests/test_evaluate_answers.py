@@ -107,12 +107,12 @@ def test_the_teacher_alone(chat: Path, command: Callable[..., Done]) -> None:
 
 
 def test_refusals_are_sentences(
-    llama: Checkpoint, chat: Path, command: Callable[..., Done]
+    llama: Checkpoint, chat: Path, in_process: Callable[..., Done]
 ) -> None:
     """A teacher without a chat template; too small a budget; a typo. Before any model is asked."""
-    bare = command("evaluate", "--teacher", llama.path, "--tasks", "answers")
-    poor = command("evaluate", "--teacher", chat, "--tasks", "answers", "--budget", "1MiB")
-    typo = command("evaluate", "--teacher", chat, "--tasks", "answer")
+    bare = in_process("evaluate", "--teacher", llama.path, "--tasks", "answers")
+    poor = in_process("evaluate", "--teacher", chat, "--tasks", "answers", "--budget", "1MiB")
+    typo = in_process("evaluate", "--teacher", chat, "--tasks", "answer")
 
     assert "has no chat template: answers are not judged; take a model that has one" in sentence(
         bare

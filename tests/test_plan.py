@@ -29,12 +29,12 @@ def rows(text: str) -> list[str]:
     return [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")][1:]
 
 
-def test_end_to_end(llama: Checkpoint, command: Callable[..., Done]) -> None:
+def test_end_to_end(llama: Checkpoint, in_process: Callable[..., Done]) -> None:
     """A table, JSON last, exit code 0; a budget too small is a check that failed: 3; a wrong flag:
     2.
     """
     asked = ("plan", "--teacher", llama.path, "--scenario", "gazda", "--max-seq-length", 32)
-    done = command(*asked, "--budget", "1GiB")
+    done = in_process(*asked, "--budget", "1GiB")
     assert done.returncode == 0, done.stderr
     result = last_line(done)
     assert result["params_teacher"] == arch.params(llama.config) > result["params_student"]
@@ -49,16 +49,16 @@ def test_end_to_end(llama: Checkpoint, command: Callable[..., Done]) -> None:
     assert "assumed" in done.stdout
     assert " of 1.00 GiB |" in done.stdout
     assert "MB when quantized" in done.stdout
-    done = command(*asked, "--budget", "1GiB", "-v")
+    done = in_process(*asked, "--budget", "1GiB", "-v")
     assert rows(done.stdout) == [*PHASES[:4], "distil scales", *PHASES[4:]]
     assert "fits the budget" in done.stdout
     assert {**last_line(done), "seconds": 0} == {**result, "seconds": 0}
-    done = command(*asked, "--budget", "1MiB")
+    done = in_process(*asked, "--budget", "1MiB")
     assert done.returncode == 3
     assert "This does NOT fit: " in done.stdout
     assert "the budget is 1 MiB" in done.stdout
     assert last_line(done)["check_failed"] is True
-    done = command("plan", "--teacher", llama.path, "--scenario", "tatry")
+    done = in_process("plan", "--teacher", llama.path, "--scenario", "tatry")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
 
@@ -233,13 +233,15 @@ def test_measure_then_plan(
     assert result["source"] in capsys.readouterr().out
 
 
-def test_refusals_are_sentences(tmp_path: Path, command: Callable[..., Done]) -> None:
+def test_refusals_are_sentences(tmp_path: Path, in_process: Callable[..., Done]) -> None:
     """A folder without a config; more budget than the Air has; measuring a machine that is
     elsewhere.
     """
-    assert "config.json" in sentence(command("plan", "--teacher", tmp_path, "--machine", "m1-air"))
+    assert "config.json" in sentence(
+        in_process("plan", "--teacher", tmp_path, "--machine", "m1-air")
+    )
     said = sentence(
-        command("plan", "--teacher", "mis-137b", "--machine", "m1-air", "--budget", "14GB")
+        in_process("plan", "--teacher", "mis-137b", "--machine", "m1-air", "--budget", "14GB")
     )
     assert "--budget 13.04 GiB is more than the 5.33 GiB" in said
     with pytest.raises(MisError, match="leave one of them out"):

@@ -289,10 +289,10 @@ def test_what_cannot_be_cut_is_a_sentence(
 
 
 def test_a_budget_too_small_is_a_sentence(
-    tmp_path: Path, llama: Checkpoint, command: Callable[..., Done]
+    tmp_path: Path, llama: Checkpoint, in_process: Callable[..., Done]
 ) -> None:
     """Refused before work starts, with both numbers and the budget that would do."""
-    done = command(
+    done = in_process(
         "prune", "--model", llama.path, "--mlx-path", tmp_path / "out", "--budget", "1MiB"
     )
     assert done.returncode == 1

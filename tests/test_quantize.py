@@ -107,7 +107,7 @@ def test_gptq_on_fewer_windows_in_memory_gives_the_same_bits(
 
 
 def test_gptq_refusals_write_nothing(
-    tmp_path: Path, llama: Checkpoint, text_folder: Path, command: Callable[..., Done]
+    tmp_path: Path, llama: Checkpoint, text_folder: Path, in_process: Callable[..., Done]
 ) -> None:
     """No text to look at; a budget that gram matrices do not fit, though plain rounding would;
     quantized already.
@@ -115,20 +115,20 @@ def test_gptq_refusals_write_nothing(
     flags = ("--data", text_folder, *GPTQ)
     out = ("--mlx-path", tmp_path / "out")
     assert "give 1 or more" in sentence(
-        command("quantize", "--model", llama.path, *out, *flags, "--num-samples", 0)
+        in_process("quantize", "--model", llama.path, *out, *flags, "--num-samples", 0)
     )
     few = ("--budget", "10MiB")
     assert (
-        command(
+        in_process(
             "quantize", "--model", llama.path, "--mlx-path", tmp_path / "plain", *PLAIN, *few
         ).returncode
         == 0
     )
-    said = sentence(command("quantize", "--model", llama.path, *out, *flags, *few))
+    said = sentence(in_process("quantize", "--model", llama.path, *out, *flags, *few))
     assert "quantize needs" in said
     assert "the budget is 10 MiB: give --budget" in said
     assert "or --q-method round" in said
-    said = sentence(command("quantize", "--model", tmp_path / "plain", *out, *flags))
+    said = sentence(in_process("quantize", "--model", tmp_path / "plain", *out, *flags))
     assert "quantized already" in said
     assert [p.name for p in tmp_path.iterdir()] == ["plain"]
 
@@ -257,13 +257,13 @@ def test_flags_that_cannot_be(
     tmp_path: Path,
     llama: Checkpoint,
     text_folder: Path,
-    command: Callable[..., Done],
+    in_process: Callable[..., Done],
     flags: tuple[object, ...],
     words: str,
 ) -> None:
     """One sentence each, and nothing written."""
     where = ("--model", llama.path, "--data", text_folder, "--mlx-path", tmp_path / "out", *GPTQ)
-    said = sentence(command("quantize", *where, *flags))
+    said = sentence(in_process("quantize", *where, *flags))
     assert words in said
     assert not list(tmp_path.iterdir())
 

@@ -96,11 +96,13 @@ def test_a_tokenizer_that_is_not_there(tmp_path: Path, method: str) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_export_of_rows_without_whole_blocks(tmp_path: Path, command: Callable[..., Done]) -> None:
+def test_export_of_rows_without_whole_blocks(
+    tmp_path: Path, in_process: Callable[..., Done]
+) -> None:
     """One line on stderr for a user, exit code 1, no folder."""
     model = tiny.make(tmp_path / "odd", intermediate_size=760)
     said = sentence(
-        command("export", "--model", model, "--out", tmp_path / "out", "--out-type", "q8_0")
+        in_process("export", "--model", model, "--out", tmp_path / "out", "--out-type", "q8_0")
     )
     assert (
         "down_proj.weight has rows of 760 weights, which Q8_0's block of 32 does not divide" in said

@@ -189,11 +189,11 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(
     asked: tuple[object, ...],
     budget: str,
     phases: list[str],
-    command: Callable[..., Done],
+    in_process: Callable[..., Done],
 ) -> None:
     """The phases, in their order; the teacher's tokens go to disk where it does not fit."""
     place = ("--mlx-path", tmp_path / "out", "--budget", budget)
-    done = command("quantize", *asked, *place, "--dry-run", cwd=tmp_path)
+    done = in_process("quantize", *asked, *place, "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout.splitlines()[-1])
     assert list(plan["phases"]) == phases
@@ -206,11 +206,11 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(
 
 
 def test_a_dry_run_without_steps(
-    tmp_path: Path, deep: Path, text_folder: Path, command: Callable[..., Done]
+    tmp_path: Path, deep: Path, text_folder: Path, in_process: Callable[..., Done]
 ) -> None:
     """Nothing learns, so there is one phase, and no word of a teacher."""
     flags = ("--model", deep, "--data", text_folder, "--mlx-path", tmp_path / "out", "--dry-run")
-    done = command("quantize", *flags)
+    done = in_process("quantize", *flags)
     assert done.returncode == 0, done.stderr
     assert list(json.loads(done.stdout.splitlines()[-1])["phases"]) == ["quantize"]
     assert "the teacher" not in done.stderr
@@ -218,14 +218,14 @@ def test_a_dry_run_without_steps(
 
 
 def test_a_budget_without_room_for_a_block_names_one_that_has(
-    tmp_path: Path, asked: tuple[object, ...], command: Callable[..., Done]
+    tmp_path: Path, asked: tuple[object, ...], in_process: Callable[..., Done]
 ) -> None:
     """The budget of the sentence is enough, and nothing was written before."""
     flags = ("quantize", *asked, "--mlx-path", tmp_path / "out")
-    said = sentence(command(*flags, "--budget", "6MiB"))
+    said = sentence(in_process(*flags, "--budget", "6MiB"))
     enough = re.findall(r"give --budget (\w+)", said)[-1]
     assert not list(tmp_path.iterdir())
-    assert command(*flags, "--budget", enough, "--dry-run").returncode == 0
+    assert in_process(*flags, "--budget", enough, "--dry-run").returncode == 0
 
 
 def test_work_that_is_there_is_not_begun_again(
@@ -304,16 +304,16 @@ def test_two_processes_do_not_work_in_one_folder(
 
 
 def test_a_packed_model_is_refused(
-    tmp_path: Path, deep: Path, command: Callable[..., Done]
+    tmp_path: Path, deep: Path, in_process: Callable[..., Done]
 ) -> None:
     """By a dry run, too."""
     plain = ("--q-method", "round", "--target-bpw", "None")
     places = ("--model", deep, "--mlx-path", tmp_path / "four")
-    made = command("quantize", *places, *plain)
+    made = in_process("quantize", *places, *plain)
     assert made.returncode == 0, made.stderr
     for more in ((), ("--dry-run",)):
         places = ("--model", tmp_path / "four", "--mlx-path", tmp_path / "out")
-        done = command("quantize", *places, *more)
+        done = in_process("quantize", *places, *more)
         assert "quantized already" in sentence(done)
     assert [path.name for path in tmp_path.iterdir()] == ["four"]
 

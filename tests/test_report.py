@@ -518,10 +518,10 @@ def test_damaged_files_leave_a_page_of_the_steps(text: str, copy: Path) -> None:
         assert any(f"{name} is damaged" in line for line in result["missing"])
 
 
-def test_what_is_no_run_is_a_sentence(tmp_path: Path, command: Callable[..., Done]) -> None:
+def test_what_is_no_run_is_a_sentence(tmp_path: Path, in_process: Callable[..., Done]) -> None:
     """An empty folder, no runs at all, no time between looks."""
-    assert "is not a run folder" in sentence(command("report", tmp_path))
-    assert "There is no run under runs/" in sentence(command("report", cwd=tmp_path))
+    assert "is not a run folder" in sentence(in_process("report", tmp_path))
+    assert "There is no run under runs/" in sentence(in_process("report", cwd=tmp_path))
     with pytest.raises(MisError, match="--every-s is 0: give 1 or more"):
         report.run(report.Settings((str(tmp_path),), every_s=0))
 

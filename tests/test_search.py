@@ -165,13 +165,13 @@ def test_the_table_says_what_the_log_holds(done: tuple[Path, Done], llama: Check
 
 
 def test_the_line_it_recommends_is_one_that_distill_takes(
-    done: tuple[Path, Done], command: Callable[..., Done]
+    done: tuple[Path, Done], in_process: Callable[..., Done]
 ) -> None:
     """The student that the line makes has the parameters of the finalist."""
     result = last_line(done[1])
     words = shlex.split(result["command"])
     assert words[:2] == ["scripts/mis", "distill"]
-    dry = command("distill", *words[2:], "--dry-run", "--max-seq-length", 32)
+    dry = in_process("distill", *words[2:], "--dry-run", "--max-seq-length", 32)
     assert dry.returncode == 0, dry.stderr
     assert last_line(dry)["params_student"] in [f["params"] for f in result["finalists"]]
 
@@ -426,7 +426,7 @@ def test_bytes_are_what_is_written(tmp_path: Path, llama: Checkpoint) -> None:
     )
 
 
-def test_a_plan_as_a_user_asks_for_it(llama: Checkpoint, command: Callable[..., Done]) -> None:
+def test_a_plan_as_a_user_asks_for_it(llama: Checkpoint, in_process: Callable[..., Done]) -> None:
     """--dry-run: phases on stderr, bytes and seconds in the JSON, nothing started."""
     flags = (
         "--teacher",
@@ -437,7 +437,7 @@ def test_a_plan_as_a_user_asks_for_it(llama: Checkpoint, command: Callable[..., 
         "--max-seq-length",
         32,
     )
-    done = command("search", *flags)
+    done = in_process("search", *flags)
     assert done.returncode == 0, done.stderr
     result = last_line(done)
     assert result["peak_bytes"] <= result["budget_bytes"]
@@ -446,7 +446,7 @@ def test_a_plan_as_a_user_asks_for_it(llama: Checkpoint, command: Callable[..., 
     assert "finalists" in done.stderr
     assert "run" not in result
     assert "candidates" not in result
-    done = command("search", *flags, "--budget", "1MiB", "--axes", "layers", "ffn", "bits")
+    done = in_process("search", *flags, "--budget", "1MiB", "--axes", "layers", "ffn", "bits")
     assert done.returncode == 3
     assert last_line(done)["check_failed"] is True
 
@@ -616,7 +616,7 @@ def test_what_cannot_be_is_a_sentence(
 
 
 def test_a_teacher_that_cannot_be_cut_everywhere(
-    tmp_path: Path, command: Callable[..., Done]
+    tmp_path: Path, in_process: Callable[..., Done]
 ) -> None:
     """FFN 64 and one head: what stays is named; too much is one sentence, no broken model."""
     stuck = tiny.make(
@@ -626,12 +626,12 @@ def test_a_teacher_that_cannot_be_cut_everywhere(
         num_key_value_heads=1,
         head_dim=64,
     )
-    done = command(
+    done = in_process(
         "search", "--teacher", stuck, "--params", "0.8x", "--dry-run", "--max-seq-length", 32
     )
     assert done.returncode == 0, done.stderr
     assert "ffn 64, heads 1, vocab 512 stay unchanged" in done.stderr
-    said = sentence(command("search", "--teacher", stuck, "--params", "0.1x"))
+    said = sentence(in_process("search", "--teacher", stuck, "--params", "0.1x"))
     assert (
         "the smallest possible student has" in said
         and "add ffn heads hidden vocab to `search --axes`" in said

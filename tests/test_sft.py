@@ -367,23 +367,13 @@ def test_a_teacher_has_its_part(small: Any, tmp_path: Path, llama: Checkpoint) -
     assert alone["best_step"] >= 0
 
 
-def test_a_dry_run_writes_nothing_and_says_what_it_takes(
-    small: Any, tmp_path: Path, command: Callable[..., Done]
-) -> None:
-    """Bytes, seconds, whether it fits; exit 3 where it does not."""
-    result = sft.run(settings_of(sft, small, tmp_path / "run", dry_run=True))
-    assert result["peak_bytes"] > 0
-    assert result["seconds"] >= 0
-    assert not result["check_failed"]
-    done = command("sft", *small, "--out", tmp_path / "run", "--dry-run", "--budget", "1MiB")
-    assert done.returncode == 3
-    assert last_line(done)["check_failed"]
+def test_without_room_adapters_are_the_way_out(small: Any, tmp_path: Path) -> None:
+    """Both numbers, the budget and the kind of training that takes less."""
     with pytest.raises(
         MisError,
         match="sft needs .* the budget is 8 MiB: give --budget .*, or use --fine-tune-type",
     ):
         sft.run(settings_of(sft, small, tmp_path / "run", budget="8MiB"))
-    assert not (tmp_path / "run").exists()
 
 
 def test_steps_are_cut_where_memory_is_short_and_stay_so(small: Any, tmp_path: Path) -> None:

@@ -21,10 +21,10 @@ def test_nobody_to_tell(tmp_path: Path) -> None:
 
 
 def test_unknown_and_missing_are_sentences(
-    monkeypatch: pytest.MonkeyPatch, command: Callable[..., Done]
+    monkeypatch: pytest.MonkeyPatch, in_process: Callable[..., Done]
 ) -> None:
     """Before any work: a name that is not known, a package that is not installed."""
-    refused = sentence(command("distill", "--report-to", "graph"))
+    refused = sentence(in_process("distill", "--report-to", "graph"))
     assert "--report-to graph is not known: give tensorboard, wandb, swanlab" in refused
     monkeypatch.setattr(summary, "find_spec", lambda name: None)
     with pytest.raises(

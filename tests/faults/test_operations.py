@@ -25,7 +25,8 @@ from tests.faults import jobs
 from tests.faults.conftest import Note
 from tests.faults.verdicts import FATES, Bench
 
-SHORT = ("prune", "quantize", "quantize, tuned", "export", "logit store", "spool")
+TUNED = "quantize, tuned"  # short, with hundreds of operations
+SHORT = ("prune", "quantize", TUNED, "export", "logit store", "spool")
 LONG = (
     "distill",
     "distill, targets on disk",
@@ -38,21 +39,21 @@ FEW = 3  # operations of a long job in the quick run
 Benches = Callable[[str], Bench]
 
 
-@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("name", [name for name in SHORT if name != TUNED])
 def test_whichever_operation_fails_nothing_is_lost(name: str, bench: Benches) -> None:
-    """Every operation, one after the other (of tuning every fourth); the fate changes from one to
-    the next.
-    """
+    """Every operation, one after the other; the fate changes from one to the next."""
     b = bench(name)
     fates = list(FATES.values())
-    for at in range(1, b.operations + 1, 4 if b.operations > 100 else 1):
+    for at in range(1, b.operations + 1):
         b.operation(at, fates[at % 3])
     assert not b.bad
     assert b.ends["said so"] > 0
     assert b.ends["killed"] > 0
 
 
-@pytest.mark.parametrize("name", mostly_slow(LONG, *(set(LONG) - {"distill, targets on disk"})))
+@pytest.mark.parametrize(
+    "name", mostly_slow((TUNED, *LONG), *({TUNED, *LONG} - {"distill, targets on disk"}))
+)
 def test_a_run_goes_on_after_any_operation(name: str, bench: Benches) -> None:
     """A few operations all over a run."""
     b = bench(name)

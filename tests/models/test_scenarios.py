@@ -87,11 +87,11 @@ def test_a_run_of_the_old_spelling_goes_on(tmp_path: Path) -> None:
         run_loop.resumed(asked, distill.FREE)
 
 
-def test_both_names_plan_the_same(command: Callable[..., Done], llama: Checkpoint) -> None:
+def test_both_names_plan_the_same(in_process: Callable[..., Done], llama: Checkpoint) -> None:
     """To the last number."""
     results = []
     for name in ("goral", "balanced"):
         flags = ("--teacher", llama.path, "--scenario", name)
-        results.append(last_line(command("plan", *flags)))
+        results.append(last_line(in_process("plan", *flags)))
     assert results[0] == results[1]
     assert results[0]["params_student"] < results[0]["params_teacher"]

@@ -578,10 +578,10 @@ def test_the_page_of_such_a_run(finished: tuple[Path, Done]) -> None:
     )
 
 
-def test_plan_follows(big: Checkpoint, command: Callable[..., Done]) -> None:
+def test_plan_follows(big: Checkpoint, in_process: Callable[..., Done]) -> None:
     """`plan --vocab`: fewer parameters in the student, all of the teacher's."""
     whole, half = (
-        last_line(command("plan", "--teacher", big.path, "--scenario", "goral", *more))
+        last_line(in_process("plan", "--teacher", big.path, "--scenario", "goral", *more))
         for more in ((), ("--vocab", 512))
     )
     assert whole["params_student"] - half["params_student"] == (ROWS - KEPT) * 64

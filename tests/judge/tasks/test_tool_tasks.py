@@ -58,7 +58,7 @@ TOOLS = tuple(tool_tasks.run_folder.records(tool_tasks.SETS / "toolbox.jsonl"))
         (None, '{"name": "set_timer", "arguments": {"minutes": 12', None),
         (None, "I cannot do that. {sorry}", []),
         (None, 'A set is written {"like": "this"}.', []),
-        (None, "{" * 100_000, []),
+        (None, "{" * 10_000, []),
     ],
 )
 def test_calls_are_read_as_they_stand_there(

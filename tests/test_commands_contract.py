@@ -1,0 +1,176 @@
+"""What every command promises, by being one: its help, words that it does not know, a model that is
+not there, a dry run, a budget that is too small.
+
+A command is asked because its file is there, a promise because its settings have the field. Numbers
+and places are in test_flags.py; what one command alone says is with its own tests.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mis_mlx import __main__, flag_help, thermal
+from mis_mlx.types import Checkpoint
+from tests.conftest import Done, last_line, sentence
+
+COMMANDS = tuple(__main__.commands())
+
+
+def kind_of(name: str) -> Any:
+    """The settings of a command; those of its three for `thermal`."""
+    module: Any = importlib.import_module(f"mis_mlx.{name}")
+    return getattr(module, "Settings", thermal.Record | thermal.Replay | thermal.Doctor)
+
+
+def names_of(name: str) -> set[str]:
+    """The fields of a command's settings."""
+    return set() if name == "thermal" else {field.name for field in fields(kind_of(name))}
+
+
+Run = Callable[..., Done]
+OPENS = [name for name in COMMANDS if names_of(name) & {"model", "teacher"}]
+DRY = [name for name in COMMANDS if "dry_run" in names_of(name)]
+# What a command needs beside a model, to have something to do.
+MORE: dict[str, dict[str, Any]] = {
+    "evaluate": {"tasks": ("logic",), "num_questions": 4},
+    "grpo": {"max_completion_length": 32, "max_seq_length": 128},
+}
+ROWS = {
+    "sft": {"prompt": "2 and 3 are", "completion": "5"},
+    "dpo": {"prompt": "2 and 3 are", "chosen": "5", "rejected": "6"},
+    "grpo": {"prompt": "2 and 3 are", "answer": "5"},
+}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    yield folder
+
+
+def made(folder: Path) -> list[str]:
+    """What a command has left there, but for a lock, which the next one takes."""
+    return [path.name for path in sorted(folder.rglob("*")) if not path.name.endswith(".lock")]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_names_every_flag(name: str, in_process: Run) -> None:
+    """--help-all has all of them, and by name those of the YAML file; --help the usual ones."""
+    shown = {}
+    for asked in ("--help", "--help-all"):
+        if name == "thermal" and asked == "--help-all":
+            continue
+        done = in_process(name, asked, kind=kind_of(name))
+        shown[asked] = done.stdout
+        assert (done.returncode, done.stderr) == (0, "")
+        assert shown[asked].startswith("usage: ")
+    if name == "thermal":
+        return
+    kind = kind_of(name)
+    quiet = flag_help.quiet(kind)
+    rare = flag_help.rare_of(kind)
+    assert getattr(kind, "BASIC", frozenset()) <= names_of(name) - quiet
+    for field in names_of(name) - {"run"}:  # which is a word of its own, no flag
+        # further in than two blanks, a flag is named only
+        line = re.compile(rf"(?m)^  --(no-)?{field.replace('_', '-')}(?![-\w])")
+        if field in quiet:
+            assert (field in shown["--help-all"]) == (field not in flag_help.internal(kind)), field
+        else:
+            assert line.search(shown["--help-all"]), field
+        assert bool(line.search(shown["--help"])) == (field not in quiet | rare), field
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_unknown_flag_is_a_usage_error(name: str, here: Path, in_process: Run) -> None:
+    """Exit code 2, with nothing on stdout and nothing made."""
+    words = ["record", "some.jsonl"] if name == "thermal" else []
+    done = in_process(name, *words, "--no-such-flag", 3, kind=kind_of(name))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no-such-flag" in done.stderr
+    assert made(here) == []
+
+
+def at(name: str) -> str:
+    """The setting that names the model."""
+    return "teacher" if "teacher" in names_of(name) and "model" not in names_of(name) else "model"
+
+
+@pytest.mark.parametrize("name", OPENS)
+def test_a_model_that_is_not_there_is_one_sentence(name: str, here: Path, in_process: Run) -> None:
+    """Which names it; exit code 1, no result, nothing made."""
+    done = in_process(name, f"--{at(name)}", "./no-such-folder")
+    assert "no-such-folder" in sentence(done)
+    assert "{" not in done.stdout
+    assert made(here) == []
+
+
+@pytest.fixture
+def asked(llama: Checkpoint, text_folder: Path, tmp_path: Path) -> Callable[[str], Any]:
+    """`asked(name)`: settings of a command's dry run."""
+
+    def of(name: str) -> Any:
+        known = names_of(name)
+        given: dict[str, Any] = {at(name): str(llama.path), "dry_run": True, **MORE.get(name, {})}
+        if name in ROWS:
+            given["data"] = str(tmp_path / "rows")
+            (tmp_path / "rows").mkdir()
+            for split in ("train", "valid"):
+                rows = [{**ROWS[name], "prompt": f"{split} {number}"} for number in range(5)]
+                text = "\n".join(map(json.dumps, rows)) + "\n"
+                (tmp_path / "rows" / f"{split}.jsonl").write_text(text)
+        elif "data" in known:
+            given["data"] = str(text_folder)
+        return kind_of(name)(**given)
+
+    return of
+
+
+@pytest.mark.parametrize("name", DRY)
+def test_a_dry_run_counts_and_writes_nothing(
+    name: str, here: Path, asked: Callable[[str], Any]
+) -> None:
+    """Bytes and seconds, as JSON holds them."""
+    module: Any = importlib.import_module(f"mis_mlx.{name}")
+    found = module.run(asked(name))
+    assert found["peak_bytes"] > 0
+    assert found.get("seconds", 0) >= 0
+    assert not found.get("check_failed")
+    json.dumps(found, allow_nan=False)
+    assert made(here) == []
+
+
+@pytest.mark.parametrize("dry", [True, False])
+@pytest.mark.parametrize("name", DRY)
+def test_what_does_not_fit_is_said_with_the_budget(
+    name: str, dry: bool, here: Path, in_process: Run, asked: Callable[[str], Any]
+) -> None:
+    """A dry run has exit code 3 and the numbers, or is refused as the command itself is: by one
+    sentence with the budget and its flag. Nothing is made.
+    """
+    words = list[object]()
+    for field, value in {**asked(name).given, "budget": "1MiB", "dry_run": dry}.items():
+        flag = f"--{field.replace('_', '-')}"
+        if isinstance(value, bool):
+            words += [flag] * value
+        else:
+            words += [flag, *(value if isinstance(value, tuple) else (value,))]
+    done = in_process(name, *words)
+    if dry and done.returncode == 3:
+        assert last_line(done)["check_failed"]
+        assert last_line(done)["peak_bytes"] > 2**20
+    else:
+        said = sentence(done)
+        assert "the budget is 1 MiB" in said and "--budget" in said
+        assert "{" not in done.stdout
+    assert made(here) == []
