@@ -90,17 +90,19 @@ def test_a_config_is_enough(
 @pytest.mark.parametrize(
     ("changes", "mode", "named"),
     [
-        (
+        pytest.param(
             {"budget": "108MiB", "targets": "live"},
             "resident",
             "streamed from disk at every step, ",
+            marks=pytest.mark.slow,
         ),
         ({"train": "sharded"}, "sharded", "student blocks trainable at a time for "),
         ({"budget": "108MiB"}, "resident", "the teacher is replaced by its stored logits"),
-        (
+        pytest.param(
             {"num_samples": 32768, "budget": "108MiB", "quantize": 0},
             "resident",
             "of hidden states on disk",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -133,13 +135,9 @@ def test_the_decision_in_words(
     assert ("logit store" in rows(text)) == ("stored logits" in text)
 
 
-def test_eight_billion_parameters_on_an_air(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A Llama of 8 B, by its config, in the Air's default budget: a student with half of its tokens
-    is repaired, not trained, and what training would take is said. In less it is refused. Without
-    sizes it keeps its blocks.
-    """
+@pytest.fixture
+def eight_billion(tmp_path: Path) -> Path:
+    """The folder of a Llama of 8 B that is nothing but its config."""
     shape = {
         "num_hidden_layers": 32,
         "hidden_size": 4096,
@@ -155,21 +153,40 @@ def test_eight_billion_parameters_on_an_air(
     (tmp_path / "config.json").write_text(
         json.dumps({**tiny.CONFIG, **shape, "torch_dtype": "bfloat16"})
     )
-    whole = plan.run(plan.Settings(teacher=str(tmp_path), machine="m1-air"))
-    assert whole["params_teacher"] - whole["params_student"] == 2 * 4096 * (128_256 - 96_256)
-    capsys.readouterr()
-    asked = plan.Settings(teacher=str(tmp_path), machine="m1-air", scenario="half-vocab")
+    return tmp_path
+
+
+def test_eight_billion_parameters_on_an_air(
+    eight_billion: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the Air's default budget a student with half of its tokens is repaired, not trained, and
+    what training would take is said.
+    """
+    asked = plan.Settings(teacher=str(eight_billion), machine="m1-air", scenario="half-vocab")
     found = plan.run(asked)
     text = capsys.readouterr().out
     assert found["mode"] == "none" and not found["check_failed"] and found["peak_bytes"] < 4.295e9
     head, _, _ = text.partition("| phase")
     assert "No training" in head and "--budget" in head
-    assert (
-        "for training" not in (plan.run(replace(asked, train="none")), capsys.readouterr().out)[1]
-    )
+
+
+@pytest.mark.slow
+def test_eight_billion_parameters_otherwise(
+    eight_billion: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without sizes it keeps its blocks; where nobody asks for training, none is missed; in less
+    memory it is refused.
+    """
+    whole = plan.run(plan.Settings(teacher=str(eight_billion), machine="m1-air"))
+    assert whole["params_teacher"] - whole["params_student"] == 2 * 4096 * (128_256 - 96_256)
+    asked = plan.Settings(teacher=str(eight_billion), machine="m1-air", scenario="half-vocab")
+    capsys.readouterr()
+    plan.run(replace(asked, train="none"))
+    assert "for training" not in capsys.readouterr().out
     assert plan.run(replace(asked, budget="3.5GiB"))["check_failed"]
 
 
+@pytest.mark.slow
 def test_the_papers_teacher_on_an_air(command: Callable[..., Done]) -> None:
     """By its own shape; it does not fit, so the exit code is 3."""
     done = command("plan", "--teacher", "mis-137b", "--machine", "m1-air")

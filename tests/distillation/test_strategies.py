@@ -219,7 +219,7 @@ def test_more_budget_never_reads_more(targets: Any) -> None:
         targets=targets,
         num_samples=64,
     )
-    plans = [strategies.best_plan(job, n * MIB // 8, M1_AIR) for n in range(40, 8 * 120, 2)]
+    plans = [strategies.best_plan(job, n * MIB // 8, M1_AIR) for n in range(40, 8 * 120, 6)]
     plans = [p for p in plans if p.fits]
 
     def read_bytes(plan: Any) -> int:
@@ -265,7 +265,7 @@ def test_targets_are_stored_where_the_teacher_does_not_fit_beside_the_student() 
     whole = strategies.best_plan(job, GIB, M1_AIR)
     assert whole.job.targets == "live"
     assert whole.pinned == BIG.shape.layers
-    plans = [strategies.best_plan(job, n * MIB // 8, M1_AIR) for n in range(40, 400)]
+    plans = [strategies.best_plan(job, n * MIB // 8, M1_AIR) for n in range(40, 400, 3)]
     less = next(plan for plan in plans if plan.fits)
     assert less.job.targets == "cached"
     assert less.pinned == 0

@@ -317,6 +317,7 @@ def test_numbers_that_do_not_fit(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_large_mixture(capsys: pytest.CaptureFixture[str]) -> None:
     """Qwen3-30B-A3B by its shape: as many parameters as published, in 5 GiB; half of the experts,
     half of the bytes.
