@@ -158,7 +158,7 @@ class QuantizationConfig:
     """
     q_iters: Whole | None = None
     """steps in which scales, biases and norms learn from the teacher, and integers stay; default:
-    20 in `distill`, if the student fits in memory
+    20 in `distill`, if the budget has room for them
     """
     q_learning_rate: Annotated[Rate, FILE_ONLY] = 2e-4
     """peak learning rate of these steps, relative to the trained values, at 4.5 bits; one more bit
