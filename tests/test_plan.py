@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import shutil
 from collections.abc import Callable
@@ -228,6 +229,8 @@ def test_the_papers_figures(capsys: pytest.CaptureFixture[str]) -> None:
     assert "possible at its lower end" in verdicts[2]
     assert "77.1 GB" in verdicts[1]
     assert "0.7 to 1.0 million" in verdicts[3]
+    page = (Path(__file__).parent.parent / "docs" / "paper.md").read_text(encoding="utf-8")
+    assert all(f"{size} GiB" in page for size in re.findall(r"([\d.]+) GiB", verdicts[3]))
 
 
 def test_measure_then_plan(

@@ -52,6 +52,14 @@ def test_the_page_says_what_the_file_says(made: SimpleNamespace, stored: dict[st
     assert made.render.models_default(stored) not in page
 
 
+def test_the_disk_is_that_of_the_plan(stored: dict[str, Any]) -> None:
+    """docs/models.md, of two models."""
+    page = " ".join((ROOT / "docs/models.md").read_text("utf-8").split())
+    for name in ("Qwen 3 8B", "gpt-oss-20b"):
+        (row,) = (row for row in stored["rows"].values() if row["title"] == name)
+        assert f"{row['students']['default']['disk_bytes'] / 1e9:.0f} GB for {name}" in page
+
+
 def test_what_does_not_fit_in_the_least_budget_is_named(stored: dict[str, Any]) -> None:
     """docs/bigger-than-memory.md: how many models fit, and what the others need."""
     page = " ".join((ROOT / "docs/bigger-than-memory.md").read_text("utf-8").split())
