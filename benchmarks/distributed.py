@@ -40,7 +40,8 @@ from mis_mlx.data import preparation
 from mis_mlx.distillation import live_teacher, strategies
 from mis_mlx.distillation.strategies import MemoryPlan
 from mis_mlx.distillation.whole_model import WholeModel
-from mis_mlx.hardware import memory, rates, stage_cost
+from mis_mlx.hardware import memory, rates
+from mis_mlx.maths import optimizer
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import compute_type, load, resolve
@@ -197,7 +198,7 @@ def step_seconds(plan: MemoryPlan, machines: int, link: float) -> float:
     phase = next(p for p in plan.phases if p.name == "distil")
     steps = max(plan.job.iters, 1)
     update = (
-        stage_cost.UPDATE_TRAFFIC * phase.updated / plan.rates.memory_bytes_per_s
+        optimizer.TRAFFIC_BYTES * phase.updated / plan.rates.memory_bytes_per_s
         if plan.rates.gpu
         else 0.0
     )

@@ -11,7 +11,7 @@ from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.distillation import conversations
-from mis_mlx.hardware import memory
+from mis_mlx.hardware import ledger, memory
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge import answers, comparison, recovery_table
 from mis_mlx.judge.comparison import Models
@@ -148,7 +148,7 @@ def _texts(
     layers = s.spread == "layers"
     # One pass is made of each model: blocks stay in memory only to take the next windows while
     # others work.
-    room = pass_cost.headroom_bytes(limit.limit_bytes, planned.peak_bytes) if layers else 0
+    room = ledger.headroom_bytes(limit.limit_bytes, planned.peak_bytes) if layers else 0
 
     def opened(model: Checkpoint) -> stream.Stream:
         return machines.open_stream(

@@ -12,7 +12,7 @@ from typing import Any
 from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.data import turns
-from mis_mlx.hardware import memory
+from mis_mlx.hardware import ledger, memory
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge import comparison
 from mis_mlx.judge.speed import rounds
@@ -224,7 +224,7 @@ def run(settings: Settings) -> dict[str, Any]:
         plan = replace(plan, read_bytes=0, peak_bytes=whole_bytes)
         cli.say(f"the whole model is in memory, {gib(whole_bytes)} of {gib(limit.limit_bytes)}")
     else:
-        headroom_bytes = pass_cost.headroom_bytes(limit.limit_bytes, plan.peak_bytes)
+        headroom_bytes = ledger.headroom_bytes(limit.limit_bytes, plan.peak_bytes)
         cli.say(
             f"a pass reads {gib(plan.read_bytes)} in {gib(plan.peak_bytes)}; {gib(headroom_bytes)} "
             f"are left for weights that stay in memory"

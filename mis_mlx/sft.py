@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from mis_mlx import cli
 from mis_mlx.alignment import alignment_run, sequence_packing
 from mis_mlx.distillation import live_teacher
-from mis_mlx.hardware import memory
+from mis_mlx.hardware import ledger, memory
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge import comparison
 from mis_mlx.models.architectures.sizes import reads_in_order, softcap
@@ -49,7 +49,7 @@ def _phase(
     tokens = s.batch_size * s.grad_accumulation_steps * length
     peak = alone.peak_bytes + teacher.slots_bytes + teacher.head_work
     peak += tokens * teacher.shape.hidden * teacher.item
-    room = pass_cost.headroom_bytes(memory.budget(s.budget_bytes).limit_bytes, peak)
+    room = ledger.headroom_bytes(memory.budget(s.budget_bytes).limit_bytes, peak)
     pinned = pass_cost.resident_blocks(teacher, room)
     # Pinned blocks are read once, the others in every step.
     blocks_read = pinned + s.iters * (teacher.shape.layers - pinned)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.distillation import live_teacher, packed_student, training_cost
+from mis_mlx.distillation import live_teacher, packed_student
 from mis_mlx.hardware import memory
 from mis_mlx.maths import gptq, rounding
 from mis_mlx.models.opening import compute_type, load
@@ -287,7 +287,7 @@ def test_sensitivity_and_steps_stay_under_the_plan(tmp_path: Path) -> None:
     )
     planned = (
         rounding_cost.quantizing_cost(m, how, windows=6, length=64, limit=GIB),
-        training_cost.tuning_cost(job, 1, GIB, 2),
+        packed_student.tuning_cost(job, 1, GIB, 2),
     )
     text = Windows(np.concatenate([np.array(b) for b in batches]), np.ones((6, 64), np.float32))
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mis_mlx import generate
-from mis_mlx.distillation import state_cost
+from mis_mlx.distillation import whole_model
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.models.opening.model_size import model_of
@@ -122,7 +122,8 @@ def test_the_planned_peak_holds(run: tuple[Path, dict[str, Any]], real: Checkpoi
     """
     out, _ = run
     small = load.open_checkpoint(out / "distilled").config
-    planned = state_cost.training_bytes(model_of(small), 2, 128) + 4 * arch.params(real.config)
+    planned = whole_model.holdings(model_of(small), 2, 128).peak_bytes
+    planned += 4 * arch.params(real.config)
     peak = max(r["peak_bytes"] for r in run_folder.metrics(out))
     assert planned / 3 < peak < planned
 

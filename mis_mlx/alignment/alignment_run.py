@@ -20,12 +20,13 @@ from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.compute.token_losses import Footprint
 from mis_mlx.data import examples
-from mis_mlx.distillation import state_cost, train_loop
+from mis_mlx.distillation import train_loop, whole_model
 from mis_mlx.distillation.whole_model import Loss, WholeModel
 from mis_mlx.gguf_export.model_card import name_of
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
+from mis_mlx.maths import optimizer
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import load
@@ -36,7 +37,6 @@ from mis_mlx.planner import block_cost, estimates
 from mis_mlx.reporting import progress
 from mis_mlx.runs import run_loop
 from mis_mlx.settings import recipe
-from mis_mlx.settings.workloads import SAVED_BYTES
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.journal import Journal
@@ -155,15 +155,16 @@ def training_cost(
     if s.lora:
         trained = s.lora.params(m.config)
         activations = block_cost.activation_bytes(m, rows, length)
-        peak = m.whole_work + state_cost.STATE_BYTES * trained
+        peak = m.whole_work + (optimizer.STATE_BYTES + optimizer.GRADIENT_BYTES) * trained
         peak += activations + m.in_flight(activations)
         peak += loss.logit_bytes(m.shape.vocab, rows * length) + m.widened_bytes
     else:
         trained = m.params
         accumulates = s.grad_accumulation_steps > 1
-        peak = state_cost.training_bytes(m, rows, length, loss=loss, accumulates=accumulates)
+        ledger = whole_model.holdings(m, rows, length, loss=loss, accumulates=accumulates)
+        peak = ledger.peak_bytes
     checkpoints = s.iters // s.save_every + 2
-    written = checkpoints * (SAVED_BYTES + 4) * trained
+    written = checkpoints * (optimizer.STATE_BYTES + optimizer.GRADIENT_BYTES) * trained
     written += precision.DTYPES[s.dtype].size * m.params
     tokens = s.grad_accumulation_steps * rows * length
     return StageCost(

@@ -18,7 +18,7 @@ from mis_mlx.checks import engine
 from mis_mlx.checks.kernels import Found, random_normal
 from mis_mlx.compute import precision
 from mis_mlx.compute.token_losses import Footprint
-from mis_mlx.distillation import state_cost, train_loop
+from mis_mlx.distillation import train_loop, whole_model
 from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.hardware import rates
 from mis_mlx.hardware.stage_cost import StageCost
@@ -69,9 +69,9 @@ def planned_bytes(dtype: mx.Dtype) -> int:
 
     Student, gradients, moments, activations, logits; the teacher's head and states in `dtype`."""
     size = model_of(CONFIG, gpu=precision.keeps_packed(), dtype=dtype)
-    student = state_cost.training_bytes(size, WINDOWS, LENGTH, loss=Footprint(gpu=size.gpu))
+    student = whole_model.holdings(size, WINDOWS, LENGTH, loss=Footprint(gpu=size.gpu))
     states = WINDOWS * LENGTH * size.shape.hidden * size.item
-    return student + size.head_work + size.widened_bytes + states
+    return student.peak_bytes + size.head_work + size.widened_bytes + states
 
 
 def planned_seconds(machine: rates.Rates) -> float:

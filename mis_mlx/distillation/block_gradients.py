@@ -7,7 +7,7 @@ block are held at a time, whatever the model's depth.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import mlx.core as mx
@@ -15,13 +15,22 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mis_mlx.compute import streams
-from mis_mlx.compute.slab_losses import Slabs
+from mis_mlx.compute.slab_losses import Slabs, slab_bytes
 from mis_mlx.compute.token_losses import TokenLoss
 from mis_mlx.distillation.train_loop import MicroBatch
+from mis_mlx.hardware.ledger import Ledger
 from mis_mlx.models.architectures import block_inputs, modules
 from mis_mlx.models.architectures.block_inputs import BlockInputs, BlockOutputs
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import distributed, stream
+from mis_mlx.models.passing.pass_cost import (
+    SMALL_BYTES,
+    forward_flops,
+    parallel_windows,
+    side_bytes,
+)
+from mis_mlx.planner.block_cost import activation_bytes, backward_bytes
+from mis_mlx.planner.distillation_spec import DistillationSpec
 
 
 @dataclass(frozen=True)
@@ -351,3 +360,58 @@ def _set_weights(block: nn.Module, names: Iterable[str], weights: Iterable[mx.ar
     """Put weights into a block, by their names in it."""
     named = list(zip(names, weights, strict=True))
     block.update(tree_unflatten(named))
+
+
+def holdings(
+    job: DistillationSpec,
+    micro: int,
+    *,
+    gradient: int,
+    update: int,
+    of_stream: int = 0,
+    slabs: bool = False,
+    own_head: bool = False,
+) -> Ledger:
+    """What a step of micro-batches of `micro` windows holds besides what learns.
+
+    gradient: bytes of a block's; windows side by side have one each. update: bytes of a block's.
+    of_stream: what more the pass through a block takes in every stream. slabs: the head comes so.
+    own_head: it is there between steps, too, and not counted here.
+    """
+    m = job.student
+    s = m.shape
+    tokens = micro * job.max_seq_length
+    # of earlier micro-batches, to which those of the next are added
+    summed = gradient if job.step_tokens > tokens else 0
+    activations = activation_bytes(m, micro, job.max_seq_length) // s.layers  # of a block
+    side_by_side = min(parallel_windows(m), micro)
+    block = {
+        "block": backward_bytes(m, micro, job.max_seq_length),
+        "gradients": side_by_side * (gradient + of_stream) + summed,
+    }
+    kept = activations + summed
+    ledger = Ledger(gpu=m.gpu)
+    ledger.hold("norms and masks", SMALL_BYTES)
+    ledger.hold("inputs of every block", 4 * s.layers * job.step_tokens * m.channels)
+    ledger.hold("what blocks share", side_bytes(replace(m, item=4), job.step_tokens))
+    ledger.hold("in flight", m.in_flight(activations))
+    logits = job.loss_footprint.logit_bytes(s.vocab, tokens)
+    if slabs:
+        ledger.hold("head in slabs", slab_bytes(tokens, s.hidden, s.vocab))
+        ledger.moment("loss", kept=kept)
+    elif job.loss_footprint.on_host:
+        ledger.moment("loss", logits=logits, kept=kept)
+    else:
+        ledger.moment("loss", logits=logits, **block)
+    if not (slabs or own_head):
+        ledger.hold("head", 4 * m.head_params)
+    ledger.moment("backward", **block)
+    ledger.moment("update", update=update)
+    return ledger
+
+
+def step_flops(job: DistillationSpec) -> float:
+    """Operations of a step: forward, forward again and back, and the head."""
+    m = job.student
+    flops = 4 * forward_flops(m, job.step_tokens, job.max_seq_length, head=False)
+    return flops + 4.0 * job.step_tokens * m.head_params

@@ -7,7 +7,9 @@ once, and its sparse targets are on disk.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -23,11 +25,21 @@ from mis_mlx.data import draws
 from mis_mlx.data.token_windows import Windows, fingerprint
 from mis_mlx.distillation import train_loop
 from mis_mlx.distillation.train_loop import F, MicroBatch
+from mis_mlx.hardware.ledger import Ledger
+from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths import losses
 from mis_mlx.models.architectures.sizes import shape_of, softcap
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import distributed, pipeline_parallel, stream
-from mis_mlx.settings.recipe import TrainingConfig
+from mis_mlx.models.passing.pass_cost import (
+    forward_flops,
+    pass_waits,
+    pass_workspace,
+    side_bytes,
+    streamed_pass,
+)
+from mis_mlx.planner.distillation_spec import STORE, DistillationSpec
+from mis_mlx.settings.recipe import TUNE_ITERS, TrainingConfig
 from mis_mlx.storage import logit_store, run_folder
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.logit_store import SAMPLES, TOP
@@ -349,3 +361,88 @@ class CachedTeacher:
 
 
 TargetSource = StreamedTeacher | TextTargets | CachedTeacher  # where a step's targets come from
+
+
+def hold(ledger: Ledger, job: DistillationSpec, micro: int, *, same_head: bool = False) -> None:
+    """Write down what a teacher that is streamed at every step holds beside its student.
+
+    It passes before the student's step begins. same_head: the student's is its head, too.
+    """
+    if job.targets != "live":
+        return
+    t = job.teacher
+    length = job.max_seq_length
+    workspace = pass_workspace(t, job.step_tokens, micro * length, length)
+    ledger.hold("teacher's slots", t.slots_bytes)
+    ledger.hold("teacher's hidden states", job.step_tokens * t.hidden_bytes)
+    ledger.hold("what its blocks share", side_bytes(t, job.step_tokens))
+    if not same_head:
+        ledger.hold("teacher's head", t.head_work + t.widened_bytes)
+    ledger.moment("teacher's pass", body=t.body_bytes(workspace))
+
+
+def taught(
+    one_step: StageCost,
+    ledger: Ledger,
+    job: DistillationSpec,
+    micro: int,
+    *,
+    same_head: bool = False,
+) -> StageCost:
+    """All steps of a student that learns from a teacher, whose blocks stay as far as there is room.
+
+    one_step: its operations are of one step, its bytes of all. ledger: with what `hold` writes.
+    """
+    t = job.teacher
+    length = job.max_seq_length
+    flops = one_step.flops
+    # of a step: loss and gradients of every micro-batch, the norm, the update
+    waits = 2 * (job.step_tokens // (micro * length)) + 2
+    pinned = 0
+    if job.targets == "live":
+        pinned = ledger.fill("teacher's blocks", t.block_work, t.shape.layers)
+        read = t.block_bytes * (pinned + job.iters * (t.shape.layers - pinned))
+        if not same_head:
+            read += t.head_bytes
+        flops += forward_flops(t, job.step_tokens, length)
+        waits += pass_waits(t, job.step_tokens, micro * length, length, head=False)
+    else:
+        read = job.iters * job.step_tokens * job.target_bytes
+    return replace(
+        one_step,
+        read_bytes=one_step.read_bytes + read,
+        peak_bytes=ledger.peak_bytes,
+        flops=job.iters * flops,
+        pinned=pinned,
+        updated=job.iters * one_step.updated,
+        waits=job.iters * waits,
+    )
+
+
+def store_cost(job: DistillationSpec, limit: int) -> StageCost:
+    """The teacher's sampled logits for all training tokens, as `write_store` makes them.
+
+    One pass for as many windows as memory takes; its head comes in slabs, twice.
+    """
+    t = job.teacher
+    length = job.max_seq_length
+    steps = max(job.iters, job.rounding.steps(TUNE_ITERS))
+    windows = steps * job.batch_size * job.grad_accumulation_steps
+    one = streamed_pass(
+        "", t, tokens=length, micro_tokens=length, length=length, head=False, spool=False
+    )
+    targets = length * slab_draws.state_bytes(TOP, SAMPLES)
+    states = length * t.hidden_bytes + side_bytes(t, length)
+    ledger = Ledger(limit, t.gpu)
+    ledger.hold("pass of one window", one.peak_bytes)
+    ledger.hold("slab of the head", slab_draws.slab_bytes(length, t.shape.hidden, t.shape.vocab))
+    ledger.hold("targets of one window", targets)
+    at_once = 1 + ledger.fill("further windows", states + targets, windows - 1)
+    return StageCost(
+        name=STORE,
+        read_bytes=math.ceil(windows / at_once) * (one.read_bytes + 2 * t.head_bytes),
+        written_bytes=windows * length * job.target_bytes,
+        peak_bytes=ledger.peak_bytes,
+        flops=windows * (one.flops + 4.0 * length * t.head_params),
+        held_tokens=at_once * length,
+    )

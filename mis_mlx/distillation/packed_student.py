@@ -10,7 +10,7 @@ what is in memory.
 
 import math
 from collections.abc import Iterator, Mapping, MutableSequence, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -19,16 +19,20 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mis_mlx.compute import streams
 from mis_mlx.compute.token_losses import TokenLoss
-from mis_mlx.distillation import train_loop
+from mis_mlx.distillation import block_gradients, live_teacher, train_loop
 from mis_mlx.distillation.block_gradients import BlockGradients
 from mis_mlx.distillation.train_loop import Applied, MicroBatch, Update
+from mis_mlx.hardware.ledger import Ledger
+from mis_mlx.hardware.memory import process_bytes
+from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths import optimizer
 from mis_mlx.maths.optimizer import GuardedAdamW, Part
 from mis_mlx.models.architectures import altup, arch
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import distributed, stream
 from mis_mlx.models.passing.stream import evaluate_now
-from mis_mlx.quantization import scale_state
+from mis_mlx.planner.distillation_spec import SCALES, DistillationSpec
+from mis_mlx.quantization import learned_scales, rounding_cost, scale_state
 from mis_mlx.quantization.learned_scales import PackedStream
 from mis_mlx.quantization.scale_state import ScaleState
 from mis_mlx.storage.checkpoint import Written
@@ -267,3 +271,121 @@ def _as_vector(arrays: Sequence[mx.array], size: int) -> mx.array:
     if len(flat) < size:
         flat = mx.pad(flat, (0, size - len(flat)))
     return flat
+
+
+def tuning_cost(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost:
+    """The packed student, whose scales learn in `iters` steps.
+
+    What learns, its gradients and moments, where they fit; else they are in files, a block at a
+    time in memory. The integers of one block, and of as many others as there is room for.
+    """
+    in_memory = _scales_in_memory(job, micro, limit, iters)
+    fits = in_memory.peak_bytes + process_bytes(limit, job.student.gpu) <= limit
+    if fits or distributed.size() > 1:  # machines send each other what is in memory
+        return in_memory
+    on_disk = _scales_on_disk(job, micro, limit, iters)
+    return min(in_memory, on_disk, key=lambda cost: cost.peak_bytes)
+
+
+def learning_scales(job: DistillationSpec) -> int:
+    """Scales and biases of the student's blocks."""
+    return 2 * job.student.all_block_params // job.rounding.q_group_size
+
+
+def _learning_in_block(job: DistillationSpec) -> int:
+    """Scales and biases of a block, of the largest."""
+    return 2 * job.student.largest_block_params // job.rounding.q_group_size
+
+
+def _scales_in_memory(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost:
+    """`tuning_cost`, with all that learns in memory."""
+    job = replace(job, iters=iters)
+    trained = learning_scales(job)
+    of_one = optimizer.STATE_BYTES + optimizer.GRADIENT_BYTES
+    ledger = _ledger(job, micro, limit)
+    ledger.hold("what learns, gradients and moments", of_one * trained)
+    saved = job.checkpoints * optimizer.STATE_BYTES * trained
+    return _with_teacher(job, micro, ledger, written=saved)
+
+
+def _scales_on_disk(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost:
+    """`tuning_cost`, with what learns and its moments in a file a block.
+
+    Checkpoints are second names of these files. Room is for gradients first, which would be written
+    and read at every step, then for integers, which are only read.
+    """
+    job = replace(job, iters=iters)
+    layers = job.student.shape.layers
+    of_block = optimizer.GRADIENT_BYTES * _learning_in_block(job)
+    values = optimizer.GRADIENT_BYTES * learning_scales(job)
+    state = optimizer.STATE_BYTES * learning_scales(job)
+    ledger = _ledger(job, micro, limit)
+    ledger.hold("values of the block at work", of_block)
+    ledger.hold("its gradients, as they came and as a vector", of_block, count=2)
+    held = ledger.fill("gradients of blocks", of_block, layers)
+    put_away = (layers - held) * of_block
+    # values on the way there and back, all for the update, which writes all of it
+    read = iters * (2 * values + state + put_away)
+    written = values + iters * (state + put_away)
+    cost = _with_teacher(job, micro, ledger, read=read, written=written)
+    # a block's new file is there before the old one goes
+    files = state + optimizer.STATE_BYTES * _learning_in_block(job) + put_away
+    return replace(cost, state_bytes=files, held_gradients=held)
+
+
+def _ledger(job: DistillationSpec, micro: int, limit: int) -> Ledger:
+    """What a step holds besides all that learns: integers of one block, and the teacher."""
+    m = job.student
+    learning = _learning_in_block(job)
+    step = block_gradients.holdings(
+        job,
+        micro,
+        gradient=optimizer.GRADIENT_BYTES * learning,
+        # old and new values and moments; gradients as a vector and by name
+        update=2 * (optimizer.STATE_BYTES + optimizer.GRADIENT_BYTES) * learning,
+        of_stream=learned_scales.product_bytes(m),
+        slabs=job.targets == "cached",
+    )
+    ledger = Ledger(limit, m.gpu)
+    # a block comes while another one computes, and leaves its slot
+    ledger.hold("slots", _packed_block(job), count=2)
+    ledger.hold("integers of the block at work", _integers_bytes(job))
+    ledger.moment("step", step=step.peak_bytes)
+    live_teacher.hold(ledger, job, micro)
+    return ledger
+
+
+def _with_teacher(
+    job: DistillationSpec, micro: int, ledger: Ledger, *, read: int = 0, written: int = 0
+) -> StageCost:
+    """All steps, with as many blocks' integers in memory as there is room for.
+
+    read, written: bytes besides these and the result.
+    """
+    m = job.student
+    layers = m.shape.layers
+    kept = ledger.fill("integers of blocks", _integers_bytes(job), layers)
+    reads = layers + 2 * job.iters * (layers - kept)
+    one_step = StageCost(
+        name=SCALES,
+        read_bytes=reads * _packed_block(job) + read,
+        written_bytes=rounding_cost.packed_bytes(m, job.rounding) + written,
+        peak_bytes=0,
+        flops=block_gradients.step_flops(job),
+        updated=learning_scales(job),
+        kept=kept,
+    )
+    return live_teacher.taught(one_step, ledger, job, micro)
+
+
+def _packed_block(job: DistillationSpec) -> int:
+    """Bytes of a rounded block on disk."""
+    m = job.student
+    share = m.all_block_params / m.params / m.shape.layers
+    return int(share * rounding_cost.packed_bytes(m, job.rounding))
+
+
+def _integers_bytes(job: DistillationSpec) -> int:
+    """Integers of a block in memory: as on disk on Metal; a CPU has a byte for each."""
+    m = job.student
+    return _packed_block(job) if m.gpu else m.largest_block_params

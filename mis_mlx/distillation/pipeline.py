@@ -18,9 +18,8 @@ from mlx.utils import tree_flatten
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.distillation import live_teacher, packed_student, train_loop, writers
-from mis_mlx.distillation.sharded import Sharded
+from mis_mlx.distillation.sharded import Sharded, steps_per_shard
 from mis_mlx.distillation.strategies import MemoryPlan, in_parts
-from mis_mlx.distillation.training_cost import steps_per_shard
 from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.hardware import memory
 from mis_mlx.maths import losses

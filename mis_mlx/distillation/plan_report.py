@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from mis_mlx import cli
-from mis_mlx.distillation import state_cost, strategies, training_cost, writers
+from mis_mlx.distillation import packed_student, sharded, strategies, writers
+from mis_mlx.maths import optimizer
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening.model_size import BY_FORMULA
 from mis_mlx.models.passing import pass_cost
@@ -14,7 +15,6 @@ from mis_mlx.planner import estimates
 from mis_mlx.planner.distillation_spec import SCALES, STORE
 from mis_mlx.quantization import rounding_cost
 from mis_mlx.reporting import html, progress
-from mis_mlx.settings import workloads
 from mis_mlx.types import duration, gib
 
 NIGHT_S = 8 * 3600.0  # a run that takes longer says so first, and what would take less
@@ -54,7 +54,7 @@ def table(
         "one": cost_of_a_token,
         "remedy": strategies.remedy(plan),
         "disk": disk_bytes(plan),
-        "visit": training_cost.steps_per_shard(job, layers),
+        "visit": sharded.steps_per_shard(job, layers),
         "state": max(p.state_bytes for p in plan.phases),
         "spooled": max(p.spooled_bytes for p in plan.phases),
         "written": sum(p.written_bytes for p in plan.phases),
@@ -88,7 +88,7 @@ def brief(
         "searched": searched,
         "time": time_line(plan.planned),
         "memory": memory_line(plan),
-        "visit": training_cost.steps_per_shard(plan.job, layers),
+        "visit": sharded.steps_per_shard(plan.job, layers),
     }
     lines = html.document("plan_brief.md", page).splitlines()
     return "\n".join(line for line in lines if line)
@@ -190,10 +190,10 @@ def disk_bytes(plan: strategies.MemoryPlan) -> int:
         files += 2 * m.nbytes
     files += params * strategies.in_parts(plan.job, plan.mode)
     if plan.mode == "resident":
-        files += 2 * workloads.SAVED_BYTES * params
+        files += 2 * optimizer.STATE_BYTES * params
     elif plan.mode != "none":
         blocks = plan.shard_layers or m.shape.layers
-        files += 2 * blocks * state_cost.block_state_bytes(m.config)
+        files += 2 * blocks * sharded.block_state_bytes(m.config)
     for p in plan.phases:
         if p.name == "quantize":
             files += rounding_cost.files_bytes(m, plan.job.rounding)
@@ -203,5 +203,5 @@ def disk_bytes(plan: strategies.MemoryPlan) -> int:
             # the rounded model stays beside the one with what was learned
             files += rounding_cost.packed_bytes(m, plan.job.rounding)
             files += p.state_bytes
-            files += 2 * workloads.SAVED_BYTES * training_cost.learning_scales(plan.job)
+            files += 2 * optimizer.STATE_BYTES * packed_student.learning_scales(plan.job)
     return files + max(p.spooled_bytes for p in plan.phases)

@@ -21,14 +21,24 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mis_mlx.compute import streams
 from mis_mlx.compute.token_losses import TokenLoss
-from mis_mlx.distillation import train_loop
+from mis_mlx.distillation import block_gradients, live_teacher, train_loop
 from mis_mlx.distillation.block_gradients import BlockGradients, ForwardResult
 from mis_mlx.distillation.train_loop import Applied, MicroBatch, Update
-from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
+from mis_mlx.hardware.ledger import Ledger
+from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.maths.optimizer import (
+    GRADIENT_BYTES,
+    GuardedAdamW,
+    global_norm,
+    state_bytes,
+    update_bytes,
+)
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import distributed, stream
+from mis_mlx.models.passing.pass_cost import forward_flops, parallel_windows
 from mis_mlx.models.writing import model_writer
+from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.storage.checkpoint import sweep
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.safetensors import Tensor
@@ -299,3 +309,85 @@ def _in_whole_model(named: Named, blocks: range) -> dict[str, mx.array]:
             name = arch.block_prefix(blocks[int(number)]) + inside
         found[name] = array
     return found
+
+
+def block_state_bytes(config: Mapping[str, Any], block: int | None = None) -> int:
+    """A block with its moments, in memory or in a checkpoint. block: default: the largest."""
+    return state_bytes(arch.layer_tensors(config, block=block).values())
+
+
+def _holdings(job: DistillationSpec, micro: int, limit: int, state: int) -> Ledger:
+    """What is held in training, without blocks that are streamed. state: bytes of the shard."""
+    m = job.student
+    sizes = [math.prod(shape) for shape in arch.layer_tensors(m.config).values()]
+    gradient = GRADIENT_BYTES * sum(sizes)
+    made = parallel_windows(m) * update_bytes(max(sizes), eight_bit=True)
+    step = block_gradients.holdings(
+        job, micro, gradient=gradient, update=gradient + made, own_head=True
+    )
+    ledger = Ledger(limit, m.gpu)
+    ledger.hold("blocks and moments", state)
+    ledger.hold("head", 4 * m.head_params)
+    ledger.moment("step", step=step.peak_bytes)
+    return ledger
+
+
+def blockwise_cost(job: DistillationSpec, micro: int, limit: int) -> StageCost:
+    """All of the student's blocks in memory, updated one after the other.
+
+    With as much of the teacher as there is room for, or with its stored logits.
+    """
+    m = job.student
+    layers = m.shape.layers
+    state = sum(block_state_bytes(m.config, i) for i in range(layers))
+    one_step = StageCost(
+        name="distil",
+        read_bytes=m.nbytes,
+        written_bytes=m.nbytes + job.checkpoints * state,
+        peak_bytes=0,
+        flops=block_gradients.step_flops(job),
+        updated=m.all_block_params // layers * layers,
+    )
+    ledger = _holdings(job, micro, limit, state)
+    live_teacher.hold(ledger, job, micro, same_head=job.same_head)
+    return live_teacher.taught(one_step, ledger, job, micro, same_head=job.same_head)
+
+
+def sharded_cost(job: DistillationSpec, micro: int, shard: int, limit: int = 0) -> StageCost:
+    """The student streamed from float32 files, `shard` blocks in memory and trained."""
+    m = job.student
+    layers = m.shape.layers
+    block_bytes = 4 * m.largest_block_params
+    shards = math.ceil(layers / shard)
+    visits = math.ceil(job.iters / steps_per_shard(job, shard))
+    # the mean number of blocks above a shard, and of those that are read again: the last one
+    # turns in memory
+    blocks_above = [layers - min(layers, (i + 1) * shard) for i in range(shards)]
+    above = sum(blocks_above) / shards
+    again = sum(max(0, n - 1) for n in blocks_above) / shards
+    state = shard * block_state_bytes(m.config)
+    block_flops = forward_flops(m, job.step_tokens, job.max_seq_length, head=False) / layers
+    head_flops = 4.0 * job.step_tokens * m.head_params
+    trained = block_bytes * min(layers, visits * shard)
+    read = job.iters * block_bytes * (layers - shard + again)
+    one_step = StageCost(
+        name="distil",
+        read_bytes=int(read + visits * 4 * m.head_params + trained),
+        # A resume needs one checkpoint of every visit.
+        written_bytes=trained + state * max(job.checkpoints, 2 * visits),
+        peak_bytes=0,
+        flops=block_flops * (layers - 1 + 2 * above + 3 * shard) + head_flops,
+        updated=m.largest_block_params * shard,
+    )
+    ledger = _holdings(job, micro, limit, state)
+    ledger.hold("blocks on their way", block_bytes, count=2)
+    live_teacher.hold(ledger, job, micro, same_head=job.same_head)
+    return live_teacher.taught(one_step, ledger, job, micro, same_head=job.same_head)
+
+
+def steps_per_shard(job: DistillationSpec, shard: int) -> int:
+    """Steps that a shard is trained before the next one comes.
+
+    All have had their turn when the run ends.
+    """
+    return math.ceil(job.iters / math.ceil(job.student.shape.layers / shard))

@@ -13,13 +13,10 @@ import mlx.core as mx
 
 from mis_mlx import cli
 from mis_mlx.distillation import writers
-from mis_mlx.distillation.training_cost import (
-    blockwise_cost,
-    resident_cost,
-    sharded_cost,
-    store_cost,
-    tuning_cost,
-)
+from mis_mlx.distillation.live_teacher import store_cost
+from mis_mlx.distillation.packed_student import tuning_cost
+from mis_mlx.distillation.sharded import blockwise_cost, sharded_cost
+from mis_mlx.distillation.whole_model import resident_cost
 from mis_mlx.hardware.memory import TRAINED_BYTES, TRAINED_WHOLE_BYTES, process_bytes
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.hardware.stage_cost import StageCost
@@ -361,7 +358,7 @@ def _distil(job: DistillationSpec, limit: int, *, mode: Mode, micro: int, shard:
     if mode == "resident":
         return resident_cost(job, micro, limit)
     if mode == "sharded":
-        return sharded_cost(job, micro, shard)
+        return sharded_cost(job, micro, shard, limit)
     return blockwise_cost(job, micro, limit)
 
 

@@ -1,5 +1,6 @@
 """A student that is in memory whole and learns as one graph: all weights, or those of adapters."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,12 +11,21 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mis_mlx.compute import streams
-from mis_mlx.compute.token_losses import TokenLoss
-from mis_mlx.distillation import train_loop
+from mis_mlx.compute.token_losses import IN_ONE_GRAPH, Footprint, TokenLoss
+from mis_mlx.distillation import live_teacher, train_loop
 from mis_mlx.distillation.train_loop import Applied, MicroBatch, Update
+from mis_mlx.hardware.ledger import Ledger
+from mis_mlx.hardware.memory import in_flight_bytes
+from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.maths import optimizer
 from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
+from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import distributed
+from mis_mlx.models.passing.pass_cost import forward_flops
+from mis_mlx.planner.block_cost import activation_bytes, backward_bytes
+from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.types import MOST
 
 # (model, *micro-batch) -> (sum in nats, token count); and, if a loss wants, further sums {name:
@@ -206,3 +216,69 @@ def _gradients(
     distributed.all_reduce_gradients(named)
     grads = tree_unflatten(list(named.items()))
     return StepGradients(loss, tokens, grads=grads, further=means)
+
+
+def holdings(
+    m: ModelSize,
+    batch: int,
+    length: int,
+    *,
+    loss: Footprint = IN_ONE_GRAPH,
+    accumulates: bool = False,
+    limit: int = 0,
+) -> Ledger:
+    """What a step of `WholeModel` holds where all weights learn, on micro-batches (batch, length).
+
+    loss: computed between the passes, with windows side by side that have gradients each; or all in
+    one graph, of which the least that can be promised is the sum. accumulates: several
+    micro-batches, so that the gradients of earlier ones wait meanwhile. limit: of the ledger.
+    """
+    s = m.shape
+    activations = activation_bytes(m, batch, length)
+    head = 4 * s.vocab * s.hidden
+    block = backward_bytes(m, batch, length) - activations // s.layers
+    logits = loss.logit_bytes(s.vocab, batch * length)
+    gradients = optimizer.GRADIENT_BYTES * m.params
+    summed = gradients if accumulates else 0
+    largest = max(map(math.prod, arch.tensors_of(m.config, True).values()))
+    ledger = Ledger(limit, m.gpu)
+    ledger.hold("weights and moments", optimizer.STATE_BYTES * m.params)
+    ledger.hold("in flight", min(activations, in_flight_bytes()) if loss.gpu else 0)
+    forward = {"activations": activations, "heads": 2 * head, "logits": logits, "summed": summed}
+    if loss.on_host:
+        each = min(batch, loss.streams) * (gradients - head) + 3 * head
+        ledger.moment("forward", **forward)
+        ledger.moment("first block back", block=block, kept=activations + head, summed=summed)
+        ledger.moment("last block back", block=block, gradients=each, summed=summed)
+    else:
+        ledger.moment("forward", **forward, gradients=gradients)
+        ledger.moment("backward", block=block, gradients=gradients, summed=summed)
+    ledger.moment("update", gradients=gradients, made=optimizer.update_bytes(largest))
+    return ledger
+
+
+def resident_cost(job: DistillationSpec, micro: int, limit: int) -> StageCost:
+    """The student whole in memory, with as much of the teacher as there is room for.
+
+    Or with the teacher's stored logits.
+    """
+    m = job.student
+    length = job.max_seq_length
+    ledger = holdings(
+        m,
+        micro,
+        length,
+        loss=job.loss_footprint,
+        accumulates=job.step_tokens > micro * length,
+        limit=limit,
+    )
+    live_teacher.hold(ledger, job, micro)
+    one_step = StageCost(
+        name="distil",
+        read_bytes=m.nbytes,
+        written_bytes=m.nbytes + job.checkpoints * optimizer.STATE_BYTES * m.params,
+        peak_bytes=0,
+        flops=3 * forward_flops(m, job.step_tokens, length),
+        updated=m.params,
+    )
+    return live_teacher.taught(one_step, ledger, job, micro)

@@ -12,7 +12,7 @@ from functools import cache
 
 from mis_mlx.data import prompts
 from mis_mlx.distillation import teacher_answers
-from mis_mlx.distillation.training_cost import store_cost
+from mis_mlx.distillation.live_teacher import store_cost
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge.writing_cost import WritingPlan
 from mis_mlx.models.opening.model_size import ModelSize

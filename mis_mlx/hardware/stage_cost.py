@@ -3,9 +3,8 @@
 from dataclasses import dataclass, replace
 
 from mis_mlx.hardware import rates
+from mis_mlx.maths import optimizer
 
-# bytes of a parameter that one update moves: these four read, three written, in one kernel
-UPDATE_TRAFFIC = 28
 # fields that add up over stages
 WORK = (
     "read_bytes",
@@ -99,7 +98,7 @@ class StageCost:
         flops_per_s = machine.training_flops_per_s if self.updated else machine.forward_flops_per_s
         if machine.gpu:  # a CPU's training rate has the updates in it (rates.ELEMENTWISE)
             work = self.flops / (flops_per_s * slowdown)
-            work += UPDATE_TRAFFIC * self.updated / machine.memory_bytes_per_s
+            work += optimizer.TRAFFIC_BYTES * self.updated / machine.memory_bytes_per_s
             host = self.host_flops / (machine.host_flops_per_s * slowdown)
             work += self.waits * machine.wait_s + host
             work += self.launches * machine.launch_s

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from mis_mlx.hardware import memory
+from mis_mlx.hardware import ledger, memory
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge.judging_cost import comparison_cost
 from mis_mlx.models.architectures import side_inputs
@@ -105,7 +105,7 @@ def plan_writing(
 
 def _from_disk(plan: WritingPlan, m: ModelSize, limit: Budget) -> WritingPlan:
     """The plan of a streamed model with what the budget leaves for blocks that stay."""
-    room_bytes = pass_cost.headroom_bytes(limit.limit_bytes, plan.cost.peak_bytes)
+    room_bytes = ledger.headroom_bytes(limit.limit_bytes, plan.cost.peak_bytes)
     return replace(
         plan,
         cost=_with_headroom(plan.cost, m, room_bytes),

@@ -5,7 +5,7 @@ gradient norm before every update.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -20,6 +20,12 @@ WINDOW = 50  # steps that the guard remembers
 WAKE = 10  # steps that it watches before it may clip
 SIGMAS = 5.0
 PATIENCE = 3  # bad batches in a row before the run stops
+GRADIENT_BYTES = 4  # of a parameter in float32, and of its gradient
+MOMENTS = ("m", "v")  # of every weight, by their names in an optimizer's state
+# of a weight and its moments in float32, in memory or in a checkpoint
+STATE_BYTES = GRADIENT_BYTES * (1 + len(MOMENTS))
+# that one update moves: state and gradient read, the state written, in one kernel
+TRAFFIC_BYTES = 2 * STATE_BYTES + GRADIENT_BYTES
 
 
 class Diverged(MisError):
@@ -267,6 +273,29 @@ def group_of(shape: Sequence[int]) -> int:
     if len(shape) > 1 and size >= GROUP // 4:
         return size
     return 0
+
+
+def state_bytes(shapes: Iterable[Sequence[int]]) -> int:
+    """Weights of these shapes in float32 with moments of 8 bits, in memory or in a checkpoint."""
+    total = 0
+    for shape in shapes:
+        numbers = math.prod(shape)
+        group = group_of(shape)
+        moment_bytes = GRADIENT_BYTES * numbers
+        if group:
+            moment_bytes = numbers + GRADIENT_BYTES * numbers // group
+        total += GRADIENT_BYTES * numbers + len(MOMENTS) * moment_bytes
+    return total
+
+
+def update_bytes(numbers: int, *, eight_bit: bool = False) -> int:
+    """What the update of a weight of so many numbers makes beside its state (measured).
+
+    A clipped gradient and, where moments have 8 bits, these opened; the rest is written over what
+    it is made of.
+    """
+    arrays = 2 + len(MOMENTS) if eight_bit else 2
+    return GRADIENT_BYTES * arrays * numbers
 
 
 class _Packed(_Fused):

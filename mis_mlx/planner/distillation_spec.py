@@ -63,6 +63,11 @@ class DistillationSpec(DistillationConfig):
         return teacher_kl_footprint(self.cross_entropy, gpu=self.student.gpu)
 
     @property
+    def checkpoints(self) -> int:
+        """How many are written in all steps, at the most."""
+        return self.iters // self.save_every + 2
+
+    @property
     def target_bytes(self) -> int:
         """A position in the logit store, at the most."""
         wide = self.teacher.shape.vocab > 2**16

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from mis_mlx.hardware.ledger import headroom_bytes
 from mis_mlx.hardware.memory import TRAINED_BYTES
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths.reconstruction import HELD_OUT, RIDGES, precision, solver_flops
@@ -17,7 +18,6 @@ from mis_mlx.models.passing.pass_cost import (
     SMALL_BYTES,
     block_matrix,
     forward_flops,
-    headroom_bytes,
     parallel_windows,
     pass_workspace,
     streamed_pass,

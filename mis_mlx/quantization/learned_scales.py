@@ -13,14 +13,28 @@ from mis_mlx.maths import rounding
 from mis_mlx.maths.optimizer import Part
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import stream
+from mis_mlx.models.passing.pass_cost import block_matrix
 from mis_mlx.models.writing import model_writer
 from mis_mlx.quantization import packed_format
 from mis_mlx.quantization.scale_state import ScaleState
-from mis_mlx.settings.workloads import LEARNED_AT_ONCE
 from mis_mlx.storage import safetensors
 from mis_mlx.storage.files import Files
 from mis_mlx.types import Checkpoint
+
+# Weights of a matrix whose scales learn that are there in float32, in four arrays of 64 MiB. A sum
+# over slabs has other last bits than one over the whole.
+LEARNED_AT_ONCE = 2**24
+
+
+def product_bytes(m: ModelSize) -> int:
+    """What the product with a matrix takes whose scales learn.
+
+    Four arrays in float32: weights, their gradient, integers, and the product of these two. A large
+    matrix is there in slabs.
+    """
+    return 4 * 4 * min(block_matrix(m), LEARNED_AT_ONCE)
 
 
 class TrainableQuantizedLinear(nn.Module):

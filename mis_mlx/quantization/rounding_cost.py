@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from mis_mlx.compute.token_losses import Footprint
+from mis_mlx.hardware.ledger import headroom_bytes
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths.gptq import PANEL
 from mis_mlx.maths.reconstruction import is_wide, precision
@@ -31,7 +32,6 @@ from mis_mlx.models.passing.pass_cost import (
     DENSE_ITEM,
     block_matrix,
     forward_flops,
-    headroom_bytes,
     parallel_windows,
     stacked_bytes,
     streamed_pass,
@@ -41,7 +41,6 @@ from mis_mlx.models.passing.pass_cost import (
 from mis_mlx.models.passing.residency import batches_per_pass
 from mis_mlx.planner.block_cost import backward_bytes
 from mis_mlx.settings.recipe import QuantizationConfig
-from mis_mlx.settings.workloads import LEARNED_AT_ONCE
 
 BIAS_BITS = 32  # scale and bias of a group
 SENSED = 8  # windows that say what bits cost
@@ -266,29 +265,14 @@ def _rounding_bytes(m: ModelSize) -> int:
     if m.gpu:
         tried = RANGE_ENDS**2 * max(GROUPS) * max(outputs for _, outputs in _sides(m.wide))
         columns += 2 * 4 * min(tried, FUSED_CANDIDATES)
-    values = 2 * m.item * _largest(m)
+    values = 2 * m.item * block_matrix(m)
     return max(panels, 2 * packed + columns, packed + values)
-
-
-def learning_matrix_bytes(m: ModelSize) -> int:
-    """What the product with a matrix takes whose scales learn (quantization/learned_scales).
-
-    Four arrays in float32: weights, their gradient, integers, and the product of these two. A large
-    matrix is there in slabs.
-    """
-    return 4 * 4 * min(_largest(m), LEARNED_AT_ONCE)
 
 
 def _packed_bytes(weights: int) -> int:
     """The most bytes of so many weights that GPTQ rounds."""
     bits = max(b for b in CANDIDATE_BITS if b < ENOUGH_BITS)
     return weights * bits // 8 + 4 * weights // min(GROUPS)
-
-
-def _largest(m: ModelSize) -> int:
-    """Weights of a block's largest matrix: of the FFN, or of the queries."""
-    queries = m.wide.heads * m.wide.head_dim
-    return m.wide.hidden * max(m.wide.ffn, queries)
 
 
 def _sides(s: Shape) -> list[tuple[int, int]]:

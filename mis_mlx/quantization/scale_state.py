@@ -14,6 +14,7 @@ from typing import Protocol
 import mlx.core as mx
 
 from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.maths import optimizer
 from mis_mlx.maths.optimizer import Named, Part
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.passing.stream import evaluate_now
@@ -24,7 +25,7 @@ from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.storage.safetensors import lazy
 
 WHAT = "the state of scales that learn"
-MOMENTS = (".m", ".v")
+MOMENTS = tuple(f".{moment}" for moment in optimizer.MOMENTS)
 
 
 class ScaleState(Protocol):

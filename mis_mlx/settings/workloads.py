@@ -3,11 +3,7 @@
 VOCABULARY_WINDOWS = 16  # in which the teacher says which tokens it expects, where not all stay
 VOCABULARY_LOGITS = 2**25  # of all its tokens that are held then, in float32
 ROUTER_BYTES = 2**28  # of outputs of all experts of a block (pruning/reconstruct)
-SAVED_BYTES = 12  # of a trained parameter in a checkpoint: weight and two moments
 ANSWER_TOKENS = 112  # most of a sampled answer, by which models are judged (judge/answers)
 GREEDY_TOKENS = 96  # most of a greedy one
 ANSWERS_AT_ONCE = (72, 24, 8, 1)  # written together, as many as fit
 PAIRS_AT_ONCE = (144, 96, 72, 48, 24, 8, 2, 1)  # the teacher's, sampled and greedy side by side
-# Weights of a matrix whose scales learn that are there in float32, in four arrays of 64 MiB
-# (quantization/learned_scales). A sum over slabs has other last bits than one over the whole.
-LEARNED_AT_ONCE = 2**24

@@ -3,11 +3,12 @@
 import math
 from dataclasses import replace
 
+from mis_mlx.hardware.ledger import headroom_bytes
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge.judging_cost import comparison_cost
 from mis_mlx.maths.rounding import FIT_LAUNCHES, FUSED_CANDIDATES, RANGE_ENDS
 from mis_mlx.models.opening.model_size import ModelSize
-from mis_mlx.models.passing.pass_cost import block_matrix, headroom_bytes
+from mis_mlx.models.passing.pass_cost import block_matrix
 
 MOST = 8  # students in one pass
 TEXT_TOKENS = 160  # of a question and its answer, about

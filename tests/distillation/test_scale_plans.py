@@ -13,7 +13,7 @@ import pytest
 
 from mis_mlx.compute.precision import POLICY
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.distillation import live_teacher, packed_student, strategies, training_cost
+from mis_mlx.distillation import live_teacher, packed_student, strategies
 from mis_mlx.distillation import plan_report as planning
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.memory import process_bytes
@@ -56,7 +56,7 @@ def spec(layers: int, **changes: Any) -> DistillationSpec:
 
 
 def tuned(job: DistillationSpec, limit: int) -> StageCost:
-    return training_cost.tuning_cost(job, 1, limit, STEPS)
+    return packed_student.tuning_cost(job, 1, limit, STEPS)
 
 
 def least_on_disk(job: DistillationSpec) -> int:

@@ -17,7 +17,7 @@ from mis_mlx.cli import parse_bytes
 from mis_mlx.compute.token_losses import TokenLoss
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distill import Settings as Distilled
-from mis_mlx.distillation import live_teacher, sharded, strategies, train_loop, training_cost
+from mis_mlx.distillation import live_teacher, sharded, strategies, train_loop, whole_model
 from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import M1_AIR
@@ -93,8 +93,8 @@ def test_budgets_choose() -> None:
         BLOCKY, student=model_of({**BLOCKY.student.config, "vocab_size": 30_000}, gpu=False)
     )
     less = (
-        training_cost.resident_cost(wordy, 4, 0).peak_bytes
-        - training_cost.blockwise_cost(wordy, 4, 0).peak_bytes
+        whole_model.resident_cost(wordy, 4, 0).peak_bytes
+        - sharded.blockwise_cost(wordy, 4, 0).peak_bytes
     )
     assert less >= 8 * 30_000 * 64  # two moments of the embedding
     plans = [
@@ -369,7 +369,7 @@ def test_resident_training_stays_under_the_plan(
         grad_accumulation_steps=1,
         max_seq_length=length,
     )
-    planned = training_cost.resident_cost(job, batch, GIB if resident else 0)
+    planned = whole_model.resident_cost(job, batch, GIB if resident else 0)
     with memory.limited(Budget(before + planned.peak_bytes)):
         model = load.resident_model(student, mx.float32)
         source = live_teacher.StreamedTeacher(teacher, None if resident else 0)
@@ -445,7 +445,7 @@ def test_training_by_blocks_stays_under_the_plan(
         max_seq_length=length,
         same_head=same_head,
     )
-    planned = training_cost.blockwise_cost(job, batch, GIB if resident else 0)
+    planned = sharded.blockwise_cost(job, batch, GIB if resident else 0)
     mx.clear_cache()
     gc.collect()  # what an earlier test left would be freed during the work
     before = mx.get_active_memory()
@@ -488,7 +488,7 @@ def test_sharded_training_stays_under_the_plan(
         grad_accumulation_steps=2,
         targets="cached",
     )
-    planned = training_cost.sharded_cost(job, 1, shard).peak_bytes
+    planned = sharded.sharded_cost(job, 1, shard).peak_bytes
     mx.clear_cache()
     gc.collect()  # what an earlier test left would be freed during the work
     before = mx.get_active_memory()

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 from mis_mlx import distill, export, prune, quantize, sft
-from mis_mlx.distillation import pipeline, strategies, training_cost
+from mis_mlx.distillation import packed_student, pipeline, strategies
 from mis_mlx.quantization import begun_rounding
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import logit_store, run_folder
@@ -184,7 +184,7 @@ def _with_scales_on_disk(run: Callable[[Path], None]) -> Callable[[Path], None]:
 
     def run_on_disk(place: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(strategies, "tuning_cost", training_cost._scales_on_disk)
+            patch.setattr(strategies, "tuning_cost", packed_student._scales_on_disk)
             run(place)
 
     return run_on_disk

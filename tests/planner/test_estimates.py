@@ -14,7 +14,7 @@ import pytest
 
 from mis_mlx.compute import precision
 from mis_mlx.compute.token_losses import Footprint
-from mis_mlx.hardware import rates
+from mis_mlx.hardware import ledger, rates
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import M1_AIR, Rates
 from mis_mlx.hardware.stage_cost import StageCost
@@ -184,14 +184,14 @@ def test_a_whole_model_has_all_its_tables(name: str, total: int) -> None:
 
 def test_a_budget_has_no_cache_in_it() -> None:
     """150 MiB for the process on Metal, whatever computes here; on a CPU 40."""
-    assert pass_cost.headroom_bytes(GIB, 100 * MIB, True) == GIB - 250 * MIB
-    assert pass_cost.headroom_bytes(GIB, 100 * MIB, False) == GIB - (40 + 100) * MIB
-    assert pass_cost.headroom_bytes(GIB, 0) == pass_cost.headroom_bytes(GIB, 0, False)
+    assert ledger.headroom_bytes(GIB, 100 * MIB, True) == GIB - 250 * MIB
+    assert ledger.headroom_bytes(GIB, 100 * MIB, False) == GIB - (40 + 100) * MIB
+    assert ledger.headroom_bytes(GIB, 0) == ledger.headroom_bytes(GIB, 0, False)
     for gpu in (False, True):  # what finds room is decided by the model's device
         m = model_of({**tiny.CONFIG, "num_hidden_layers": 4000}, gpu)
         one = pass_cost.token_cost(m, 16, GIB)
         least = one.peak_bytes - one.pinned * m.block_work
-        assert 0 < one.pinned == pass_cost.headroom_bytes(GIB, least, gpu) // m.block_work < 4000
+        assert 0 < one.pinned == ledger.headroom_bytes(GIB, least, gpu) // m.block_work < 4000
 
 
 PASSES = [(1, 16), (6, 64), (2, 256)]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.distillation import live_teacher, sharded, training_cost
+from mis_mlx.distillation import live_teacher, sharded
 from mis_mlx.hardware import memory
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
@@ -96,10 +96,10 @@ def test_training_stays_under_the_plan(tmp_path: Path, kind: str, way: str) -> N
     )
     job = spec_of(large, small, asked)
     shard = 7
-    plan = training_cost.blockwise_cost(job, 2, 0)
+    plan = sharded.blockwise_cost(job, 2, 0)
     if way == "sharded":
         shard = 2
-        plan = training_cost.sharded_cost(job, 2, shard)
+        plan = sharded.sharded_cost(job, 2, shard)
     planned = plan.peak_bytes
     mx.clear_cache()
     before = mx.get_active_memory()

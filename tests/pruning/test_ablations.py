@@ -14,7 +14,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.distillation import live_teacher, training_cost
+from mis_mlx.distillation import live_teacher, whole_model
 from mis_mlx.distillation.live_teacher import StreamedTeacher, TextTargets
 from mis_mlx.distillation.whole_model import WholeModel, value_and_grad
 from mis_mlx.maths.optimizer import GuardedAdamW
@@ -184,5 +184,5 @@ def test_training_with_cross_entropy_stays_under_the_plan(
     job = replace(
         JOB, teacher=model_of(teacher), student=model_of(student), cross_entropy=0.5, **sizes
     )
-    planned = training_cost.resident_cost(job, 2, 0).peak_bytes
+    planned = whole_model.resident_cost(job, 2, 0).peak_bytes
     assert planned / 4 < peak < allocated(planned), (peak / 2**20, planned / 2**20)

@@ -7,10 +7,9 @@ import pytest
 
 from mis_mlx.maths import rounding
 from mis_mlx.quantization import learned_scales, packed_format
-from mis_mlx.settings.workloads import LEARNED_AT_ONCE
 
 
-@pytest.mark.parametrize("at_once", [LEARNED_AT_ONCE, 20 * 128])
+@pytest.mark.parametrize("at_once", [learned_scales.LEARNED_AT_ONCE, 20 * 128])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
 def test_the_gradients_of_a_grid(
     dtype: mx.Dtype, at_once: int, monkeypatch: pytest.MonkeyPatch

@@ -17,7 +17,7 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.data import chat_template
-from mis_mlx.hardware import memory
+from mis_mlx.hardware import ledger, memory
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge.tasks import instructions, option_likelihood, questions, task_answers, tool_tasks
 from mis_mlx.judge.tasks.option_likelihood import Encoded
@@ -387,7 +387,7 @@ def _parts(
     all_stay = one_pass(min(total, PART), again=True).pinned == m.shape.layers
     if not all_stay:
         # What the budget leaves holds hidden states, 2 D numbers a token.
-        spare = pass_cost.headroom_bytes(limit.limit_bytes, least.peak_bytes)
+        spare = ledger.headroom_bytes(limit.limit_bytes, least.peak_bytes)
         part = max(rows, min(total, spare // (2 * m.shape.hidden * m.item)))
     first = one_pass(min(total, part), again=all_stay or part < total)
     without_weights = first.peak_bytes - first.pinned * m.block_work - m.head_work
@@ -398,5 +398,5 @@ def _parts(
         flops=pass_cost.forward_flops(m, total, rows),
     )
     return _Parts(
-        cost, part, headroom_bytes=pass_cost.headroom_bytes(limit.limit_bytes, without_weights)
+        cost, part, headroom_bytes=ledger.headroom_bytes(limit.limit_bytes, without_weights)
     )

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from mis_mlx.compute import streams
 from mis_mlx.compute.token_losses import Footprint
+from mis_mlx.hardware.ledger import headroom_bytes
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models.architectures import (
@@ -162,14 +163,6 @@ def block_texts_bytes(m: ModelSize, texts: int, tokens: int) -> int:
     keys = keys_bytes(m, tokens) // max(1, with_attention)
     state = mixer_sizes.state_bytes(m.config, m.item) // max(1, without)
     return texts * max(keys, state)
-
-
-def headroom_bytes(limit_bytes: int, taken_bytes: int, gpu: bool | None = None) -> int:
-    """What a budget leaves for things that are welcome but not needed.
-
-    gpu: whose process takes `memory.process_bytes`; default: this one's.
-    """
-    return max(0, limit_bytes - process_bytes(limit_bytes, gpu) - taken_bytes)
 
 
 def resident_blocks(m: ModelSize, headroom_bytes: int) -> int:
