@@ -286,7 +286,7 @@ def _plan(
     peak = 0
     if phases:
         arrays = max(phase.peak_bytes for phase in phases)
-        peak = arrays + memory.process_bytes(limit.limit_bytes)
+        peak = ledger.needed_bytes(limit.limit_bytes, arrays)
     # Several machines share the work.
     seconds = sum(phase.seconds(rates) for phase in phases) / distributed.size()
     cli.say(f"peak {gib(peak)}, about {duration(seconds)}{known}")
@@ -297,7 +297,7 @@ def _need_whole(m: ModelSize, model: Checkpoint, limit: Budget) -> None:
     """MisError where the budget does not hold a whole model that reads 2,048 tokens at once."""
     arrays = pass_cost.whole_bytes(m) + pass_cost.workspace_bytes(m, 2048, 2048)
     limit.need(
-        arrays + memory.process_bytes(limit.limit_bytes),
+        ledger.needed_bytes(limit.limit_bytes, arrays),
         f"lm-eval's tasks need {model.path} whole in memory, which",
         "give a larger --budget",
     )

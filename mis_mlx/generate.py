@@ -103,9 +103,8 @@ def _whole_bytes(checkpoint: Checkpoint, request: rounds.Request, limit: Budget)
     need = rounds.need_bytes(checkpoint, request)
     if m.shape.experts or (m.packed and not precision.keeps_packed()):
         return 0
-    if need + memory.process_bytes(limit.limit_bytes) > limit.limit_bytes:
-        return 0
-    return need
+    fits = ledger.needed_bytes(limit.limit_bytes, need) <= limit.limit_bytes
+    return need if fits else 0
 
 
 def _streamed_plan(
@@ -230,7 +229,7 @@ def run(settings: Settings) -> dict[str, Any]:
             f"are left for weights that stay in memory"
         )
     if settings.dry_run:
-        need = plan.peak_bytes + memory.process_bytes(limit.limit_bytes)
+        need = ledger.needed_bytes(limit.limit_bytes, plan.peak_bytes)
         return {
             "read_bytes_per_pass": plan.read_bytes,
             "peak_bytes": need,

@@ -12,6 +12,7 @@ from mis_mlx.alignment import alignment_run, grpo_rollout
 from mis_mlx.alignment.grpo_rollout import Settings
 from mis_mlx.data import examples, rows
 from mis_mlx.hardware import memory
+from mis_mlx.hardware.ledger import needed_bytes
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge.tasks import rewards
 from mis_mlx.models.architectures.sizes import reads_in_order
@@ -91,10 +92,9 @@ def _phases(
 def _together(s: Settings, checkpoint: Checkpoint, longest: int) -> int:
     """How many answers are written together: as many as fit beside the training's state."""
     limit_bytes = memory.budget(s.budget_bytes).limit_bytes
-    own_bytes = memory.process_bytes(limit_bytes)
     for at_once in grpo_rollout.AT_ONCE:
         play, _ = _phases(s, checkpoint, longest, at_once)
-        if play.peak_bytes + own_bytes <= limit_bytes:
+        if needed_bytes(limit_bytes, play.peak_bytes) <= limit_bytes:
             break
     return at_once
 

@@ -24,6 +24,7 @@ from mis_mlx.distillation import train_loop, whole_model
 from mis_mlx.distillation.whole_model import Loss, WholeModel
 from mis_mlx.gguf_export.model_card import name_of
 from mis_mlx.hardware import memory
+from mis_mlx.hardware.ledger import needed_bytes
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.maths import optimizer
@@ -180,9 +181,7 @@ def training_cost(
 def report_plan(s: Alignment, phases: Sequence[StageCost]) -> dict[str, Any]:
     """The result of a --dry-run of these phases under the budget; each is reported in a line."""
     limit = memory.budget(s.budget_bytes).limit_bytes
-    result = estimates.report_costs(
-        phases, limit, estimates.machine_rates(), memory.process_bytes(limit)
-    )
+    result = estimates.report_costs(phases, limit, estimates.machine_rates())
     fits = "does not fit" if result["check_failed"] else "fits"
     cli.say(f"peak {gib(result['peak_bytes'])} {fits} the budget of {gib(limit)}")
     return result
@@ -205,10 +204,10 @@ def fit_micro_batches(s: S, folder: Path | None, phase: Callable[[S], StageCost]
             plan = run_folder.stored_settings(folder, run_folder.PLAN)
             return int(plan.get("micro", s.batch_size))
         for size in range(s.batch_size, 0, -1):
-            if s.batch_size % size == 0:
-                peak = phase(in_parts(size)).peak_bytes
-                if peak <= limit - memory.process_bytes(limit):
-                    return size
+            if s.batch_size % size:
+                continue
+            if needed_bytes(limit, phase(in_parts(size)).peak_bytes) <= limit:
+                return size
         return 1
 
     return in_parts(distributed.broadcast_json(fitting))
@@ -445,7 +444,7 @@ def start_run(
     rates = estimates.machine_rates()
     seconds = sum(phase.seconds(rates) for phase in phases)
     largest = max(phases, key=lambda phase: phase.peak_bytes)
-    peak = largest.peak_bytes + memory.process_bytes(budget.limit_bytes)
+    peak = needed_bytes(budget.limit_bytes, largest.peak_bytes)
     other = ", lower --batch-size or --max-seq-length, or use --fine-tune-type lora"
     estimates.require_fit(
         budget, largest, other=f"{other}; alignment trains whole models in memory"

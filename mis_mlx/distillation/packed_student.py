@@ -22,8 +22,7 @@ from mis_mlx.compute.token_losses import TokenLoss
 from mis_mlx.distillation import block_gradients, live_teacher, train_loop
 from mis_mlx.distillation.block_gradients import BlockGradients
 from mis_mlx.distillation.train_loop import Applied, MicroBatch, Update
-from mis_mlx.hardware.ledger import Ledger
-from mis_mlx.hardware.memory import process_bytes
+from mis_mlx.hardware.ledger import Ledger, needed_bytes
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths import optimizer
 from mis_mlx.maths.optimizer import GuardedAdamW, Part
@@ -280,7 +279,7 @@ def tuning_cost(job: DistillationSpec, micro: int, limit: int, iters: int) -> St
     time in memory. The integers of one block, and of as many others as there is room for.
     """
     in_memory = _scales_in_memory(job, micro, limit, iters)
-    fits = in_memory.peak_bytes + process_bytes(limit, job.student.gpu) <= limit
+    fits = needed_bytes(limit, in_memory.peak_bytes, job.student.gpu) <= limit
     if fits or distributed.size() > 1:  # machines send each other what is in memory
         return in_memory
     on_disk = _scales_on_disk(job, micro, limit, iters)

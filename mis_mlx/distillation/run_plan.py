@@ -220,7 +220,7 @@ def log(given: Mapping[str, Any], place: OpenRun, plan: strategies.MemoryPlan) -
         {
             "phase": phase.name,
             "seconds": round(phase.seconds(plan.rates), 3),
-            "peak_bytes": phase.peak_bytes,
+            "peak_bytes": plan.needed_bytes(phase),
         }
         for phase in plan.phases
     ]

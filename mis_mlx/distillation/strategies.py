@@ -122,6 +122,30 @@ def usual_rate(teacher: Checkpoint) -> float:
 
 
 @dataclass(frozen=True)
+class ProcessOverhead:
+    """Memory of the process itself, which no phase has in it."""
+
+    left_bytes: int  # of the budget, without Python's notes on tensors
+    own_bytes: int  # in every phase
+    training_bytes: int  # more, in phases that train
+
+    def around(self, stage: StageCost) -> int:
+        """Bytes of it in a stage."""
+        return self.own_bytes + (self.training_bytes if stage.updated else 0)
+
+
+def _process_overhead(job: DistillationSpec, limit: int, mode: Mode) -> ProcessOverhead:
+    """What the process takes in this budget, with the notes on the teacher's tensors."""
+    known = TENSOR_BYTES * job.teacher.tensors
+    left = max(0, limit - known)
+    stream_bytes = TRAINED_WHOLE_BYTES if mode == "resident" else TRAINED_BYTES
+    streams_bytes = pass_cost.parallel_windows(job.student) * stream_bytes
+    own = process_bytes(left, job.teacher.gpu)
+    training = process_bytes(left, job.teacher.gpu, streams_bytes)
+    return ProcessOverhead(left_bytes=left, own_bytes=known + own, training_bytes=training - own)
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """One strategy for the job under a budget."""
 
@@ -132,11 +156,16 @@ class MemoryPlan:
     micro_batch: int  # windows
     shard_layers: int  # trainable at a time; 0: all
     phases: tuple[StageCost, ...]
+    process: ProcessOverhead
+
+    def needed_bytes(self, stage: StageCost) -> int:
+        """What a stage of this job needs of a budget, with the process around it."""
+        return stage.peak_bytes + self.process.around(stage)
 
     @property
     def peak_bytes(self) -> int:
-        """Of the largest phase."""
-        return max(p.peak_bytes for p in self.phases)
+        """Of the largest phase, with the process around it."""
+        return max(map(self.needed_bytes, self.phases))
 
     @property
     def strategy(self) -> dict[str, Any]:
@@ -199,26 +228,6 @@ class MemoryPlan:
     def pinned(self) -> int:
         """Teacher blocks that stay in memory during training."""
         return next((p.pinned for p in self.phases if p.name in TAUGHT), 0)
-
-
-@dataclass(frozen=True)
-class _ProcessOverhead:
-    """Memory of the process itself, which no phase has in it."""
-
-    left_bytes: int  # of the budget, without Python's notes on tensors
-    own_bytes: int  # in every phase
-    training_bytes: int  # more, in phases that train
-
-
-def _process_overhead(job: DistillationSpec, limit: int, mode: Mode) -> _ProcessOverhead:
-    """What the process takes in this budget, with the notes on the teacher's tensors."""
-    known = TENSOR_BYTES * job.teacher.tensors
-    left = max(0, limit - known)
-    stream_bytes = TRAINED_WHOLE_BYTES if mode == "resident" else TRAINED_BYTES
-    streams_bytes = pass_cost.parallel_windows(job.student) * stream_bytes
-    own = process_bytes(left, job.teacher.gpu)
-    training = process_bytes(left, job.teacher.gpu, streams_bytes)
-    return _ProcessOverhead(left_bytes=left, own_bytes=known + own, training_bytes=training - own)
 
 
 def in_parts(job: DistillationSpec, mode: Mode) -> int:
@@ -292,7 +301,6 @@ def _planned(job: DistillationSpec, limit: int, rates: Rates, way: _Way) -> Memo
     process = _process_overhead(job, limit, mode)
     left = process.left_bytes
     trained_left = left - process.training_bytes
-    training_overhead = process.own_bytes + process.training_bytes
     phases = writers.teacher_cost(job, left)
     phases += _cutting(job, left, mode)
     if mode != "none":
@@ -311,7 +319,7 @@ def _planned(job: DistillationSpec, limit: int, rates: Rates, way: _Way) -> Memo
         steps = job.rounding.steps(TUNE_ITERS)
     if steps:
         tuning = tuning_cost(job, micro, trained_left, steps)
-        needed = tuning.peak_bytes + training_overhead
+        needed = tuning.peak_bytes + process.around(tuning)
         if job.targets == "cached":
             needed = max(needed, store_cost(job, left).peak_bytes + process.own_bytes)
         optional = tuned is None and job.rounding.q_iters is None
@@ -324,10 +332,6 @@ def _planned(job: DistillationSpec, limit: int, rates: Rates, way: _Way) -> Memo
     if not job.rounds_only:
         most_bytes = max(p.peak_bytes for p in phases) + process.own_bytes
         phases.append(measuring_cost(job, most_bytes, left))
-    planned = []
-    for p in phases:
-        overhead = training_overhead if p.updated else process.own_bytes
-        planned.append(replace(p, peak_bytes=p.peak_bytes + overhead))
     return MemoryPlan(
         job=job,
         budget_bytes=limit,
@@ -335,7 +339,8 @@ def _planned(job: DistillationSpec, limit: int, rates: Rates, way: _Way) -> Memo
         mode=mode,
         micro_batch=micro,
         shard_layers=shard,
-        phases=tuple(planned),
+        phases=tuple(phases),
+        process=process,
     )
 
 
@@ -402,10 +407,10 @@ def remedy(plan: MemoryPlan) -> str:
     """What would make it fit, in one sentence with both numbers; empty when it fits."""
     if plan.fits:
         return ""
-    worst = max(plan.phases, key=lambda p: p.peak_bytes)
+    worst = max(plan.phases, key=plan.needed_bytes)
     least = estimates.budget_flag(least_bytes(plan.job, plan.rates))
     text = (
-        f"{worst.name} needs {gib(worst.peak_bytes)}, but the budget is {gib(plan.budget_bytes)}: "
+        f"{worst.name} needs {gib(plan.peak_bytes)}, but the budget is {gib(plan.budget_bytes)}: "
         f"give --budget {least}"
     )
     for flags, job in _smaller_jobs(plan.job):

@@ -1,7 +1,7 @@
 """What a stage of work holds, written down beside the code that allocates it, and added up here.
 
-All bytes are of arrays, without the process around them (memory.process_bytes), which whoever
-compares a peak with a budget adds, once.
+All bytes are of arrays, without the process around them, which `needed_bytes` adds where a peak is
+compared with a budget, and nowhere else.
 """
 
 from collections.abc import Iterable
@@ -64,12 +64,17 @@ class Ledger:
         return _total(self.holdings) + max(moments, default=0)
 
 
-def headroom_bytes(limit_bytes: int, taken_bytes: int, gpu: bool | None = None) -> int:
-    """What a budget leaves for things that are welcome but not needed.
+def needed_bytes(limit_bytes: int, taken_bytes: int, gpu: bool | None = None) -> int:
+    """What so many bytes of arrays need of a budget, with the process around them.
 
     gpu: whose process takes `memory.process_bytes`; default: this one's.
     """
-    return max(0, limit_bytes - process_bytes(limit_bytes, gpu) - taken_bytes)
+    return taken_bytes + process_bytes(limit_bytes, gpu)
+
+
+def headroom_bytes(limit_bytes: int, taken_bytes: int, gpu: bool | None = None) -> int:
+    """What a budget leaves for things that are welcome but not needed; as of `needed_bytes`."""
+    return max(0, limit_bytes - needed_bytes(limit_bytes, taken_bytes, gpu))
 
 
 def _total(holdings: Iterable[Holding]) -> int:

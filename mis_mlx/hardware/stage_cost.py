@@ -22,10 +22,9 @@ WORK = (
 class StageCost:
     """One stage: bytes, memory, operations.
 
-    peak_bytes: of arrays, without the process (memory.process_bytes), which whoever compares it
-    with a budget adds; the phases of a MemoryPlan alone have it already. `pinned` blocks stay in
-    memory between passes; `spooled_bytes` of hidden states lie on disk. later: stages behind the
-    first one (`then`), whose work is a part of what is counted here.
+    peak_bytes: of arrays, without the process, as of a `Ledger`. `pinned` blocks stay in memory
+    between passes; `spooled_bytes` of hidden states lie on disk. later: stages behind the first one
+    (`then`), whose work is a part of what is counted here.
     """
 
     name: str

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from mis_mlx.hardware import ledger, memory
+from mis_mlx.hardware import ledger
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge.judging_cost import comparison_cost
 from mis_mlx.models.architectures import side_inputs
@@ -86,11 +86,10 @@ def plan_writing(
     The first plan that fits: whole before streamed, and the most texts side by side first, which
     `at_once` lists in falling order. MisError where none fits."""
     texts = _Texts(count, prompt_tokens, max_tokens)
-    own_bytes = memory.process_bytes(limit.limit_bytes, m.gpu)
     for cost_of in (_resident, _streamed):
         for size in at_once:
             cost = replace(cost_of(m, texts, size), name=name)
-            need = own_bytes + cost.peak_bytes
+            need = ledger.needed_bytes(limit.limit_bytes, cost.peak_bytes, m.gpu)
             if need > limit.limit_bytes:
                 continue
             plan = WritingPlan(at_once=size, peak_bytes=need, cost=cost, tokens=texts.tokens)

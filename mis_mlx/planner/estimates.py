@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from mis_mlx import cli
 from mis_mlx.hardware import rates
-from mis_mlx.hardware.memory import process_bytes
+from mis_mlx.hardware.ledger import needed_bytes
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models.opening import compute_type
 from mis_mlx.models.opening.model_size import model_of
@@ -44,7 +44,7 @@ def _pass_fits(limit_bytes: int, checkpoint: Checkpoint, dtype: mx.Dtype) -> boo
         length=SETTLED_TOKENS,
         spool=False,
     )
-    return cost.peak_bytes + process_bytes(limit_bytes) <= limit_bytes
+    return needed_bytes(limit_bytes, cost.peak_bytes) <= limit_bytes
 
 
 def budget_flag(nbytes: int) -> str:
@@ -54,7 +54,7 @@ def budget_flag(nbytes: int) -> str:
 
 def enough_budget(arrays: int) -> int:
     """The smallest budget for so many bytes and what the process takes besides them."""
-    return arrays + process_bytes(arrays + arrays // 5)
+    return needed_bytes(arrays + arrays // 5, arrays)
 
 
 def require_fit(
@@ -65,7 +65,7 @@ def require_fit(
     MisError with both numbers, a budget that is enough, and what else helps.
     """
     worst = max(phases, key=lambda p: p.peak_bytes)
-    need = worst.peak_bytes + process_bytes(budget.limit_bytes)
+    need = needed_bytes(budget.limit_bytes, worst.peak_bytes)
     budget_enough = budget_flag(enough_budget(worst.peak_bytes))
     budget.need(need, worst.name, f"give --budget {budget_enough} or more{other}")
 
@@ -74,20 +74,22 @@ def report_costs(
     phases: Sequence[StageCost],
     limit_bytes: int,
     machine: rates.Rates,
-    own_bytes: int = 0,
+    needs: Callable[[StageCost], int] | None = None,
     tell: Callable[..., None] = cli.say,
 ) -> dict[str, Any]:
     """Say what each phase takes; returned is what a --dry-run says of them.
 
-    own_bytes: of the process, in no phase. tell: says it.
+    needs: its bytes with the process; default: by `needed_bytes`. tell: says it.
     """
     seconds = 0.0
+    peak = 0
     for p in phases:
         moved = f"{gib(p.read_bytes)} read, {gib(p.written_bytes)} written"
         phase_seconds = p.seconds(machine)
         seconds += phase_seconds
-        tell(f"{p.name}: {gib(p.peak_bytes)} of memory, {moved}, about {duration(phase_seconds)}")
-    peak = max(p.peak_bytes for p in phases) + own_bytes
+        need = needs(p) if needs else needed_bytes(limit_bytes, p.peak_bytes)
+        peak = max(peak, need)
+        tell(f"{p.name}: {gib(need)} of memory, {moved}, about {duration(phase_seconds)}")
     return {
         "peak_bytes": peak,
         "budget_bytes": limit_bytes,

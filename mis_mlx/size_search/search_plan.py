@@ -7,13 +7,11 @@ from typing import Any
 from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.distillation import answer_loss, strategies
-from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge.judging_cost import comparison_cost
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening.model_size import model_of
-from mis_mlx.models.passing.pass_cost import TENSOR_BYTES
 from mis_mlx.planner import estimates, measured_block
 from mis_mlx.planner.distillation_spec import DistillationSpec, spec_of
 from mis_mlx.pruning.pruning_cost import calibration_cost, vocabulary_cost
@@ -62,7 +60,9 @@ def plan_search(
             stages += part
             seconds[name] = sum(stage.seconds(plan.rates) for stage in part)
     tell = cli.say if s.dry_run else cli.detail
-    outcome = estimates.report_costs(stages, limit.limit_bytes, plan.rates, tell=tell)
+    outcome = estimates.report_costs(
+        stages, limit.limit_bytes, plan.rates, needs=plan.needed_bytes, tell=tell
+    )
     tell(str(plan.rates))
     if not s.dry_run:
         _need(plan, stages, limit)
@@ -94,8 +94,7 @@ def _need(plan: strategies.MemoryPlan, stages: Sequence[StageCost], limit: Budge
     """MisError where the plan or a stage does not fit the budget."""
     if not plan.fits:
         raise MisError(strategies.remedy(plan))
-    # With what the process itself takes.
-    peak, worst = max((stage.peak_bytes, stage.name) for stage in stages)
+    peak, worst = max((plan.needed_bytes(stage), stage.name) for stage in stages)
     enough = estimates.budget_flag(peak)
     remedy = f"give --budget {enough} or more, or lower --max-seq-length or --batch-size"
     limit.need(peak, worst, remedy)
@@ -118,30 +117,28 @@ def search_cost(
     t = job.teacher
     m = job.student
     length = job.max_seq_length
-    known = TENSOR_BYTES * t.tensors
-    own = known + process_bytes(max(0, limit - known))  # as in a plan, whose phases have it
     # of two texts
     windows = -(-4 * s.rank_windows // 3)
     judging = -(-4 * s.eval_windows // 3)
     rank = []
     if {axis for axis, _ in probes} - {"vocab"}:
         seen = calibration_cost(t, s.num_samples, length, limit, rotation="hidden" in s.axes)
-        rank.append(_times(seen, 1, name="calibrate", written=seen.written_bytes, own=own))
+        rank.append(_times(seen, 1, name="calibrate", written=seen.written_bytes))
     if s.mixed:
         bits = sensitivity_cost(t, length, limit)
-        rank.append(_times(bits, 1, name="sensitivity", own=own))
+        rank.append(_times(bits, 1, name="sensitivity"))
     if rows:
-        rank.append(_times(vocabulary_cost(t, length), 1, name="choose tokens", own=own))
+        rank.append(_times(vocabulary_cost(t, length), 1, name="choose tokens"))
     most = answer_loss.MOST_OF_OTHERS if s.streams else answer_loss.MOST
     texts = max(windows, most)
     if probes:
         students = len(probes) + len(excess.BITS_PROBED)
         alone = passes_cost(t, students, 1, texts, length, limit)
-        rank.append(_times(alone, 1, name=f"{students} axes alone", own=own))
+        rank.append(_times(alone, 1, name=f"{students} axes alone"))
     # sizes are corrected by what was found, so these are measured one after the other
     each = passes_cost(t, 1, 1, texts, length, limit).then(fitting_cost(t))
     likely = s.evaluations if s.lose is None else min(s.evaluations, SETTLED_AFTER)
-    rank.append(_times(each, likely, name=f"rank {likely}", own=own))
+    rank.append(_times(each, likely, name=f"rank {likely}"))
     if not s.finalists:
         return {"rank": rank, "finalists": []}
     finalists = []
@@ -150,15 +147,10 @@ def search_cost(
             name = f"{p.name}, {s.finalists} finalists"
             finalists.append(_times(p, s.finalists, name=name, written=p.written_bytes))
     judged = comparison_cost([t, m, m, m], judging, length)
-    finalists.append(_times(judged, s.finalists, name="judge them", written=2 * m.nbytes, own=own))
+    finalists.append(_times(judged, s.finalists, name="judge them", written=2 * m.nbytes))
     return {"rank": rank, "finalists": finalists}
 
 
-def _times(p: StageCost, times: int, *, name: str, written: int = 0, own: int = 0) -> StageCost:
-    """A stage `times` times, which writes `written` bytes each time; own: bytes of the process."""
-    return replace(
-        p.repeated(times),
-        name=name,
-        written_bytes=times * written,
-        peak_bytes=p.peak_bytes + own,
-    )
+def _times(p: StageCost, times: int, *, name: str, written: int = 0) -> StageCost:
+    """A stage `times` times, which writes `written` bytes each time."""
+    return replace(p.repeated(times), name=name, written_bytes=times * written)

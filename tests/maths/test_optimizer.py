@@ -15,12 +15,14 @@ from mlx.utils import tree_flatten, tree_map
 
 from mis_mlx.maths.optimizer import (
     PATIENCE,
+    STATE_BYTES,
     WAKE,
     GuardedAdamW,
     Part,
     global_norm,
     group_of,
     norm_of_squares,
+    state_bytes,
     sums_of_squares,
 )
 from mis_mlx.types import MisError
@@ -285,6 +287,20 @@ def test_eight_bits_take_two_bytes() -> None:
     mine = {name: a for name, a in optimizer.arrays().items() if name.startswith("layers.0.weight")}
     assert sum(a.nbytes for a in mine.values()) == 48 * 64 * 2 + 24 * 8
     assert {a.dtype for a in mine.values()} == {mx.int8, mx.uint8, mx.float32}
+
+
+@pytest.mark.parametrize("eight_bit", [True, False])
+def test_a_plan_counts_what_the_optimizer_keeps(eight_bit: bool) -> None:
+    """Weights and moments of every shape, to the byte: a further moment would be counted."""
+    model = wide()
+    optimizer = GuardedAdamW(eight_bit=eight_bit)
+    optimizer.update(model, gradients(model, 0), loss=1.0, norm=1.0, learning_rate=1e-2)
+    weights = dict(tree_flatten(model.parameters()))
+    kept = [array.nbytes for array in weights.values()]
+    kept += [a.nbytes for name, a in optimizer.arrays().items() if name.startswith("layers.")]
+    shapes = [array.shape for array in weights.values()]
+    planned = STATE_BYTES * sum(math.prod(shape) for shape in shapes)
+    assert sum(kept) == (state_bytes(shapes) if eight_bit else planned)
 
 
 def test_cosine_by_pencil() -> None:

@@ -9,8 +9,7 @@ from dataclasses import replace
 
 from mis_mlx.compute import streams
 from mis_mlx.compute.token_losses import Footprint
-from mis_mlx.hardware.ledger import headroom_bytes
-from mis_mlx.hardware.memory import process_bytes
+from mis_mlx.hardware.ledger import headroom_bytes, needed_bytes
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models.architectures import (
     arch,
@@ -211,7 +210,7 @@ def streamed_pass(
     peak += held
     pinned = 0
     with_head = fixed + max(body, logits) + head_work + held
-    if again and with_head + process_bytes(limit_bytes, m.gpu) <= limit_bytes:
+    if again and needed_bytes(limit_bytes, with_head, m.gpu) <= limit_bytes:
         pinned = resident_blocks(m, headroom_bytes(limit_bytes, with_head, m.gpu))
         head_read = 0
         peak = with_head + pinned * m.block_work
