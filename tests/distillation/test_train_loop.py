@@ -4,7 +4,6 @@ nothing.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import mlx.core as mx
@@ -157,19 +156,6 @@ def test_all_masked_is_not_a_division_by_zero() -> None:
     assert weights(model) == weights(net())
 
 
-def test_the_factor_scales_the_gradient_not_the_loss() -> None:
-    """Eq. (2)'s (1 + eps): the norm grows by it, the loss reported is the plain one."""
-    plain = run(net(), GuardedAdamW(), cut([12]))[0]
-    windy = run(net(), GuardedAdamW(), cut([12]), factor=lambda step: 1.1)[0]
-    assert windy.loss == plain.loss
-    assert windy.grad_norm == pytest.approx(1.1 * plain.grad_norm, rel=1e-5)
-    still = net()
-    other = net()
-    run(still, GuardedAdamW(), cut([12]))
-    run(other, GuardedAdamW(), cut([12]), factor=lambda step: 1.0)
-    assert weights(still) == weights(other)
-
-
 def in_older_words(memory: dict[str, Any]) -> dict[str, Any]:
     """What the one guard of a student remembers, as versions up to 2026-11 kept it."""
     (guard,) = memory["guards"]
@@ -181,10 +167,9 @@ def in_older_words(memory: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("stop", "older"), [(1, False), (3, True), (5, False)])
-def test_stopping_and_going_on_is_bit_equal(stop: int, older: bool) -> None:
+def test_a_checkpoint_of_an_earlier_version_goes_on() -> None:
     """Weights and moments through arrays and restore: the end is that of the run that never
-    stopped. From a checkpoint of an earlier version, too.
+    stopped.
     """
     whole = net()
     optimizer = GuardedAdamW()
@@ -194,38 +179,18 @@ def test_stopping_and_going_on_is_bit_equal(stop: int, older: bool) -> None:
     for step in train_loop.steps(
         WholeModel(first, before), cut([6, 6]), squares, tiny.schedule(6, 1e-2, 2)
     ):
-        if step.number == stop:
+        if step.number == 3:
             break
     second = net()
     after = GuardedAdamW()
     saved = WholeModel(first, before)
-    memory = saved.memory()
-    if older:
-        memory = in_older_words(memory)
-    WholeModel(second, after).restore(saved.arrays(), memory)
-    rest = run(second, after, cut([6, 6]), start=stop)
-    assert [s.number for s in rest] == list(range(stop + 1, 7))
-    assert [s.loss for s in rest] == [s.loss for s in steps[stop:]]
+    WholeModel(second, after).restore(saved.arrays(), in_older_words(saved.memory()))
+    rest = run(second, after, cut([6, 6]), start=3)
+    assert [s.loss for s in rest] == [s.loss for s in steps[3:]]
     assert weights(second) == weights(whole)
     assert {n: a.tolist() for n, a in after.arrays().items()} == {
         n: a.tolist() for n, a in optimizer.arrays().items()
     }
-
-
-def test_a_batch_of_nan_is_skipped_and_noted() -> None:
-    """One poisoned batch: noted, nothing moved, and the next step goes on from there."""
-    model = net()
-    seen = []
-
-    def micro_batches(step: int) -> list[tuple[mx.array, ...]]:
-        x, y, loss_mask = rows(step)
-        return [(x * math.nan if step == 2 else x, y, loss_mask)]
-
-    student = WholeModel(model, GuardedAdamW())
-    for step in train_loop.steps(student, micro_batches, squares, tiny.schedule(4, 1e-2, 1)):
-        seen.append((step.note, weights(model)))
-    assert [note for note, _ in seen] == ["", "", "skipped: not a number", ""]
-    assert seen[1][1] == seen[2][1] != seen[3][1]
 
 
 def test_recipe_schedule() -> None:

@@ -1,0 +1,187 @@
+"""What every student that learns must hold, whatever of it is in memory: killed after any step it
+ends the same, a bad batch changes nothing, a factor scales the gradient alone.
+
+RESIDENCIES lists them; a new one is covered by standing there. That one computes what another does
+is in test_sharded.py, test_packed_student.py and test_scales_on_disk.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mis_mlx.distillation import packed_student, sharded, train_loop
+from mis_mlx.distillation.whole_model import WholeModel
+from mis_mlx.maths.optimizer import GuardedAdamW
+from mis_mlx.models.opening import load
+from mis_mlx.models.writing import model_writer
+from mis_mlx.quantization import packed_format, scale_state
+from mis_mlx.storage import checkpoint as protocol
+from mis_mlx.storage.files import DISK
+from mis_mlx.types import Checkpoint, Step
+from tests import tiny
+from tests.distillation.test_scales_on_disk import everything
+from tests.distillation.test_sharded import LOSS, Killed, facts, micro_batches, schedule
+
+LAYERS = 3
+ITERS = 5
+batches = partial(micro_batches, count=2, windows=1)  # of a step
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Three small blocks of floats."""
+    folder = tmp_path_factory.mktemp("students") / "dense"
+    made = tiny.make(folder, num_hidden_layers=LAYERS, intermediate_size=128)
+    return load.open_checkpoint(made)
+
+
+@pytest.fixture(scope="module")
+def packed(dense: Checkpoint) -> Checkpoint:
+    """The same in 4 bits."""
+    folder = dense.path.with_name("packed")
+    packed_format.write_quantized(dense, folder, packed_format.formats_of(dense.config, 32), DISK)
+    return load.open_checkpoint(folder)
+
+
+def whole(place: Path, dense: Checkpoint, packed: Checkpoint) -> WholeModel:
+    """All in one graph."""
+    return WholeModel(load.resident_model(dense, mx.float32), GuardedAdamW())
+
+
+def blocks(place: Path, dense: Checkpoint, packed: Checkpoint, *, each: int) -> sharded.Sharded:
+    """Blocks of floats, so many in memory for two steps."""
+    parts = model_writer.by_block(dense, place / "parts", DISK)
+    student = sharded.Sharded(parts, each, steps_per_shard=2, weight_decay=0.01, files=DISK)
+    if not list((place / "steps").glob("step-*")):
+        student.begin()
+    return student
+
+
+def scales(
+    place: Path, dense: Checkpoint, packed: Checkpoint, *, kept: int, held: int | None
+) -> packed_student.PackedStudent:
+    """Packed blocks, of which so many are kept. held: None for scales in memory."""
+    state: scale_state.ScaleState = scale_state.InMemory()
+    if held is not None:
+        state = scale_state.OnDisk(place / ".tmp-scales-1", held, DISK)
+    return packed_student.PackedStudent(packed, kept, state=state)
+
+
+RESIDENCIES: dict[str, Callable[[Path, Checkpoint, Checkpoint], Any]] = {
+    "whole": whole,
+    "all blocks": partial(blocks, each=LAYERS),
+    "some blocks": partial(blocks, each=1),
+    "packed": partial(scales, kept=1, held=None),
+    "packed, on disk": partial(scales, kept=0, held=0),
+}
+Student = Callable[[Path], Any]
+
+
+@pytest.fixture(params=RESIDENCIES)
+def student(request: pytest.FixtureRequest, dense: Checkpoint, packed: Checkpoint) -> Student:
+    """`student(place)`: a new one, or the one whose checkpoints lie there."""
+    return lambda place: RESIDENCIES[request.param](place, dense, packed)
+
+
+def run(
+    student: Student,
+    place: Path,
+    *,
+    every: int = 1,
+    stop: int | None = None,
+) -> tuple[list[Step], Any]:
+    """The steps of a training, from the newest checkpoint on, and the student. Saved after so many
+    steps and the last; killed after step `stop`, saved or not.
+    """
+    steps = place / "steps"
+    made = student(place)
+    done = list[Step]()
+
+    def save(number: int) -> None:
+        arrays = {key: named for key, named in made.arrays().items() if named}
+        state = {"arrays": list(arrays), "optimizer": made.memory()}
+        protocol.save_step(steps, number, arrays, state, files=DISK)
+
+    start = 0
+    if saved := protocol.newest(steps):
+        arrays = {key: protocol.load_arrays(saved, key) for key in saved.state["arrays"]}
+        made.restore({"optimizer": {}, **arrays}, saved.state["optimizer"])
+        start = saved.number
+    else:
+        DISK.make_folder(steps)
+        save(0)
+    for step in train_loop.steps(made, batches, LOSS, schedule(ITERS), start):
+        done.append(step)
+        if step.number % every == 0 or step.number == ITERS:
+            save(step.number)
+        if step.number == stop:
+            raise Killed
+    return done, made
+
+
+def outcome(place: Path, made: Any) -> dict[str, Any]:
+    """What was learned and its moments, and the bytes of blocks that lie on disk."""
+    found: dict[str, Any] = {name: array.tolist() for name, array in everything(made).items()}
+    for path in sorted((place / "parts").rglob("*")):
+        found[path.name] = path.read_bytes()
+    return found
+
+
+def test_killed_after_any_step_it_ends_the_same(student: Student, tmp_path: Path) -> None:
+    """Saved or not, one kill after the other: the same steps, weights and moments."""
+    steps, made = run(student, tmp_path / "whole")
+    wanted = outcome(tmp_path / "whole", made)
+    place = tmp_path / "killed"
+    for stop in range(1, ITERS):
+        with pytest.raises(Killed):
+            run(student, place, every=2, stop=stop)
+    rest, made = run(student, place, every=2)
+    assert facts(rest) == facts(steps)[4:]
+    assert outcome(place, made) == wanted
+
+
+def test_a_batch_of_no_numbers_changes_nothing(student: Student, tmp_path: Path) -> None:
+    """It is noted, the steps around it learn, and nothing is left that is not a number."""
+
+    def poisoned(number: int) -> list[tuple[mx.array, ...]]:
+        made = batches(number)
+        return [(*rest, target * math.nan) for *rest, target in made] if number == 2 else made
+
+    seen = list[dict[str, np.ndarray]]()
+    made = student(tmp_path)
+    notes = []
+    for step in train_loop.steps(made, poisoned, LOSS, schedule(4)):
+        notes.append(step.note)
+        seen.append(everything(made))
+    assert [("not a number" in note) for note in notes] == [False, False, True, False]
+    same = seen[1].keys() & seen[2].keys()  # of blocks in turn the next ones begin
+    assert all(np.array_equal(seen[1][name], seen[2][name]) for name in same)
+    assert any(not np.array_equal(seen[2][n], seen[3][n]) for n in seen[2].keys() & seen[3].keys())
+    assert all(np.isfinite(array).all() for array in seen[3].values())
+
+
+def test_a_factor_scales_the_gradient_not_the_loss(
+    student: Student, dense: Checkpoint, packed: Checkpoint, tmp_path: Path
+) -> None:
+    """Eq. (2)'s (1 + eps): the norm grows by it, the loss reported is the plain one. What learns
+    has its name in the whole model, and .m or .v behind it where it is a moment.
+    """
+    steps = []
+    for factor in (1.0, 1.1):
+        made = student(tmp_path / str(factor))
+        steps += train_loop.steps(made, batches, LOSS, schedule(1), factor=lambda _, f=factor: f)
+    plain, windy = steps
+    assert windy.loss == plain.loss
+    assert windy.grad_norm == pytest.approx(1.1 * plain.grad_norm, rel=1e-5)
+    names = {name.removesuffix(".m").removesuffix(".v") for name in everything(made)}
+    weights = {name for name in names if name.startswith("model.") and name.endswith("t")}
+    assert weights
+    assert weights <= dense.tensors.keys() | packed.tensors.keys()
