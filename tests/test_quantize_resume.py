@@ -29,7 +29,7 @@ from tests.conftest import Done, sentence
 BRIEF = ("--num-samples", 8, "--max-seq-length", 32)
 STEPS = ("--q-iters", 12, "--save-every", 2)
 LIVE = "1GiB"
-SMALL = "150MiB"  # holds the student and its steps, but not the teacher beside them
+SMALL = "46MiB"  # holds the student and its steps, but not the teacher beside them
 # What lies in the folder of the work when a phase has begun, by phase.
 BEGUN = {
     "sensitivity": "asked.yaml",
@@ -76,12 +76,12 @@ def asked(
     deep: Path, text_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[object, ...]:
     """Flags of a rounding by GPTQ in measured bits, whose scales then learn from a wide model."""
-    sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 8192}
+    sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 2048}
     wide = tiny.make(tmp_path_factory.mktemp("models") / "wide", num_hidden_layers=6, **sizes)
     return ("--model", deep, "--teacher", wide, "--data", text_folder, *BRIEF, *STEPS)
 
 
-@pytest.fixture(scope="module", params=[LIVE, SMALL])
+@pytest.fixture(scope="module", params=[pytest.param(LIVE, marks=pytest.mark.slow), SMALL])
 def finished(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,

@@ -35,7 +35,7 @@ from mis_mlx.runs import run_loop
 from mis_mlx.storage import logit_store, run_folder
 from mis_mlx.types import Budget, MisError
 from tests import tiny
-from tests.conftest import mostly_slow, near
+from tests.conftest import near
 
 MIB = 2**20
 ASKED = 12
@@ -261,7 +261,8 @@ def test_a_student_that_says_nothing_learns_from_the_first_text(
     assert "learned" not in origin(out)
 
 
-@pytest.mark.parametrize("kind", mostly_slow(OTHERS, "gemma3_text"))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", OTHERS)
 def test_other_families(kind: str, text_folder: Path, tmp_path: Path) -> None:
     """Their students write, too."""
     changes = {**OTHERS[kind], "model_type": kind, "num_hidden_layers": layers()}

@@ -136,7 +136,6 @@ def test_of_a_model_that_sees_and_hears_the_text_part_is_opened(
     mostly_slow(
         product(BOTH, ("cpu", "metal"), ("round", "gptq")),
         (BOTH[0], "cpu", "round"),
-        (BOTH[0], "metal", "gptq"),
         (BOTH[1], "cpu", "gptq"),
         of_several=True,
     ),

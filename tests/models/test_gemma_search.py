@@ -126,7 +126,8 @@ def test_a_search_by_bytes(tmp_path: Path, text_folder: Path, kind: str) -> None
     assert found["best"]["scenario"] == "none"
 
 
-@pytest.mark.parametrize("kind", mostly_slow(KINDS, "gemma4_text"))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_distill_by_loss(tmp_path: Path, text_folder: Path, kind: str) -> None:
     """The student of `distill --lose` is the one that the search found, and stock sizes fit it."""
     model = made(tmp_path / "m", kind)

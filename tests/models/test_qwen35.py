@@ -158,7 +158,6 @@ def test_streamed_text_is_the_whole_models(
     mostly_slow(
         product(("cpu", "metal"), ("round", "gptq")),
         ("cpu", "round"),
-        ("metal", "gptq"),
         of_several=True,
     ),
 )
@@ -284,7 +283,7 @@ def test_depth_keeps_the_period(qwen: Checkpoint, tmp_path: Path, text_folder: P
         prune.run(prune.Settings(mlx_path=str(tmp_path / "x"), layers=2, **asked))
 
 
-@pytest.mark.parametrize("way", mostly_slow(family_checks.WAYS, "blocks"))
+@pytest.mark.parametrize("way", mostly_slow(family_checks.WAYS))
 def test_every_way_of_training(tmp_path: Path, text_folder: Path, way: str) -> None:
     """Of a smaller student: see `check_training`."""
     teacher = {**tiny.FAMILIES[KIND], "linear_value_head_dim": 32}

@@ -350,7 +350,11 @@ def test_what_is_repaired_is_float32(
 
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    [("gemma3_text", "bfloat16"), ("gemma3_text", "float16"), ("gemma4_text", "bfloat16")],
+    [
+        pytest.param("gemma3_text", "bfloat16", marks=pytest.mark.slow),
+        ("gemma3_text", "float16"),
+        ("gemma4_text", "bfloat16"),
+    ],
 )
 def test_a_repaired_norm_learns_in_float32(
     tmp_path: Path,

@@ -38,7 +38,6 @@ from tests.conftest import (
     Done,
     last_line,
     losses,
-    mostly_slow,
     near,
     sentence,
     settings_of,
@@ -347,6 +346,7 @@ def test_distill_end_to_end(
     )
 
 
+@pytest.mark.slow
 def test_distill_a_phi(
     tmp_path: Path, small: tuple[object, ...], command: Callable[..., Done]
 ) -> None:
@@ -399,7 +399,8 @@ CACHED = Path(__file__).parent.parent / "fixtures" / "cached.yaml"
 WAYS = [("--train", "sharded"), ("--train", "blocks"), ("--config", CACHED)]
 
 
-@pytest.mark.parametrize("way", mostly_slow(WAYS, WAYS[0]))
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 def test_other_ways(
     tmp_path: Path, small: tuple[object, ...], command: Callable[..., Done], way: Any
 ) -> None:
@@ -659,48 +660,25 @@ def test_the_head_in_parts_says_the_same(
     assert np.allclose(vocabulary.expected(big, train), whole, rtol=near(1e-5, 0.05))
 
 
+BRIEF_SEARCH = ("--max-seq-length", 32, "--num-samples", 4, "--rank-windows", 2)
+BRIEF_SEARCH += ("--eval-windows", 8, "--iters", 8, "--reconstruct-samples", 0)
+BRIEF_SEARCH += ("--evaluations", 2, "--finalists", 1, "--learning-rate", "2e-4")
+
+
 def test_search_over_vocabularies(
-    big: Checkpoint, text_folder: Path, tmp_path: Path, command: Callable[..., Done]
+    big: Checkpoint,
+    text_folder: Path,
+    tmp_path: Path,
+    command: Callable[..., Done],
+    in_process: Callable[..., Done],
 ) -> None:
     """Numbers of tokens are an axis: what fewer of them cost is measured, folders of the teacher's
     rows are made for them alone, and the line that is recommended trims as well. --vocab says
     which.
     """
-    flags = (
-        "--teacher",
-        big.path,
-        "--data",
-        text_folder,
-        "--bytes",
-        "200KB",
-        "--axes",
-        "vocab",
-        "ffn",
-        "bits",
-    )
-    few = (
-        "--max-seq-length",
-        32,
-        "--num-samples",
-        4,
-        "--rank-windows",
-        2,
-        "--eval-windows",
-        8,
-        "--iters",
-        8,
-    )
-    more = (
-        "--reconstruct-samples",
-        0,
-        "--evaluations",
-        2,
-        "--finalists",
-        1,
-        "--learning-rate",
-        "2e-4",
-    )
-    done = command("search", *flags, *few, *more, "--out", tmp_path / "run")
+    flags = ("--teacher", big.path, "--data", text_folder, "--bytes", "200KB")
+    axes = ("--axes", "vocab", "ffn", "bits")
+    done = command("search", *flags, *axes, *BRIEF_SEARCH, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     result = last_line(done)
     three_quarters = 3 * ROWS // 4
@@ -708,28 +686,31 @@ def test_search_over_vocabularies(
     probes = run_folder.records(tmp_path / "run" / candidates.PROBES)
     assert [p["size"] for p in probes if p["axis"] == "vocab"] == [KEPT, three_quarters]
     assert not list((tmp_path / "run").glob(f"{vocabulary.FOLDER}*"))
-    dry = command("distill", *result["command"].split()[2:], "--dry-run", "--max-seq-length", 32)
+    dry = in_process("distill", *result["command"].split()[2:], "--dry-run", "--max-seq-length", 32)
     assert last_line(dry)["params_student"] == result["finalists"][0]["params"]
-    only = command("search", *flags[:-4], "--axes", "ffn", "--vocab", "0.5x", *few, "--dry-run")
+    only = in_process(
+        "search", *flags, "--axes", "ffn", "--vocab", "0.5x", *BRIEF_SEARCH, "--dry-run"
+    )
     assert only.returncode == 0
     assert "cannot be cut" not in only.stderr
+
+
+@pytest.mark.slow
+def test_a_search_that_leaves_the_teacher_whole(
+    big: Checkpoint, text_folder: Path, tmp_path: Path, command: Callable[..., Done]
+) -> None:
+    """Fewer tokens and bits alone: there is nothing to learn."""
     where = tmp_path / "uncut"
     uncut = command(
         "search",
-        *flags[:-4],
-        "--bytes",
-        "260KB",
-        "--axes",
-        "vocab",
-        "bits",
-        *few,
-        *more,
+        *("--teacher", big.path, "--data", text_folder, "--bytes", "260KB"),
+        *("--axes", "vocab", "bits"),
+        *BRIEF_SEARCH,
         "--out",
         where,
     )
     assert uncut.returncode == 0, uncut.stderr
     (record,) = run_folder.records(where / finalists.FINALISTS)
-    # its teacher: nothing to learn
     assert record["steps"] == 0
     assert record["kl_distilled"] == record["kl_pruned"]
 
