@@ -33,7 +33,6 @@ from mis_mlx.planner.distillation_spec import SCALES, DistillationSpec, Mode
 from mis_mlx.planner.machines import block_shares
 from mis_mlx.pruning.pruning_cost import (
     pruning_cost,
-    repair_by_block_cost,
     repair_cost,
     vocabulary_cost,
 )
@@ -353,8 +352,7 @@ def _cutting(job: DistillationSpec, limit: int, mode: Mode) -> list[StageCost]:
     elif not job.rounds_only:
         phases.append(pruning_cost(job, limit))
     if job.reconstruct_samples:
-        item = in_parts(job, mode)
-        phases.append(repair_by_block_cost(job, limit, item) if item else repair_cost(job))
+        phases.append(repair_cost(job, limit, in_parts(job, mode)))
     return phases
 
 

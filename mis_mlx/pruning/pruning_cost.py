@@ -5,10 +5,11 @@ Arithmetic on sizes, beside the modules that allocate them.
 
 import math
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
-from mis_mlx.hardware.ledger import headroom_bytes
+from mis_mlx.hardware.ledger import Ledger
 from mis_mlx.hardware.memory import TRAINED_BYTES
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths.reconstruction import HELD_OUT, RIDGES, precision, solver_flops
@@ -20,6 +21,7 @@ from mis_mlx.models.passing.pass_cost import (
     forward_flops,
     parallel_windows,
     pass_workspace,
+    side_bytes,
     streamed_pass,
     table_part,
     tensor_bytes,
@@ -122,8 +124,15 @@ def copying_bytes(t: ModelSize, *, rotation: bool) -> int:
     return nbytes
 
 
-def fit_cost(m: ModelSize, tokens: int, workspace: int = 0) -> tuple[int, float, float]:
-    """(bytes, operations, operations of the host's solver) of a closed-form fit.
+class FitWork(NamedTuple):
+    """Operations of a block's fit, and those of the host's solver besides."""
+
+    flops: float
+    host_flops: float
+
+
+def fit_cost(ledger: Ledger, m: ModelSize, tokens: int, workspace: int) -> FitWork:
+    """Write down what a block's closed-form fit holds (maths/reconstruction); its work.
 
     Normal equations, and tokens held out as they are; besides them what a block's pass takes
     (`workspace`) and float32 batches of products, then what solving makes of the sums, and the
@@ -134,112 +143,102 @@ def fit_cost(m: ModelSize, tokens: int, workspace: int = 0) -> tuple[int, float,
     f = m.wide.ffn
     d = m.shape.hidden
     item = np.dtype(precision(f)).itemsize
-    solving = f * (item * f + max(2 * item, 16) * d)
-    if workspace and not m.as_stored:
-        solving += m.block_work
-    products = 4 * parallel_windows(m) * f * (f + d)
-    sums_bytes = item * f * (f + d)
     held_out = max(1, tokens // HELD_OUT)
-    held_out_bytes = 4 * held_out * (f + d)
+    sums = {"sums": item * f * (f + d), "held_out": 4 * held_out * (f + d)}
+    products = 4 * parallel_windows(m) * f * (f + d)
+    ledger.moment("products", **sums, products=products, workspace=workspace)
+    ledger.moment(
+        "solving",
+        **sums,
+        solving=f * (item * f + max(2 * item, 16) * d),
+        # BLAS packs parts of what it solves: as much was measured on F = 3,242, less on 1,024.
+        packed=min(TRAINED_BYTES, sums["sums"] // 4),
+        block=0 if m.as_stored else m.block_work,
+    )
     judged = 2.0 * len(RIDGES) * held_out * f * d
-    solved = (len(RIDGES) + 1) * f * f * (2 / 3 * f + 4 * d)
-    host = (len(RIDGES) + 1) * solver_flops(f, 2 / 3 * f, 2 * d)
-    total = 2.0 * tokens * f * (f + d) + solved + judged
-    # BLAS packs parts of what it solves: as much was measured on F = 3,242, less on 1,024.
-    packed = min(TRAINED_BYTES, sums_bytes // 4)
-    nbytes = sums_bytes + held_out_bytes + max(products + workspace, solving + packed)
-    return nbytes, total - host, host
+    solves = len(RIDGES) + 1
+    host = solves * solver_flops(f, 2 / 3 * f, 2 * d)
+    flops = 2.0 * tokens * f * (f + d) + solves * f * f * (2 / 3 * f + 4 * d) + judged
+    return FitWork(flops - host, host)
 
 
-def repair_cost(job: DistillationSpec) -> StageCost:
+def repair_cost(job: DistillationSpec, limit: int, item: int = 0) -> StageCost:
     """Both models side by side, every down_proj fitted anew (pruning/reconstruct).
 
-    The new matrices wait in memory, and a pass goes on. Of a mixture the routers are trained: every
-    expert's output for all tokens that there is room for, in a training and a held-out set, of
-    which a step gathers some more.
+    item: bytes of a number in the student's parts, each of which is written, with hidden states on
+    disk as far as they find no room; 0: the student is one file, and its new matrices wait in
+    memory. Of a mixture the routers are trained: every expert's output for all tokens that there is
+    room for, in a training and a held-out set, of which a step gathers some more.
     """
+    length = job.max_seq_length
+    tokens = job.reconstruct_samples * length
     t = job.teacher
     m = job.student
-    length = job.max_seq_length
-    tokens = job.reconstruct_samples * length
-    students_pass = streamed_pass(
-        "", m, tokens=tokens, micro_tokens=length, length=length, head=False, spool=False
-    )
-    workspace = pass_workspace(m, tokens, length, length)
-    beside = students_pass.peak_bytes
-    beside -= m.in_flight(workspace)  # which the teacher's pass has too
-    read = m.nbytes
-    host_flops = 0.0
-    if m.shape.experts:
-        token_bytes = m.shape.experts * m.hidden_bytes  # of all experts' outputs
-        outputs_bytes = 2 * min(tokens * token_bytes, ROUTER_BYTES)
-        beside += 2 * outputs_bytes + tokens * m.hidden_bytes
-        read += students_pass.read_bytes
-        asked = min(tokens, outputs_bytes // (2 * token_bytes))
-        flops = 2.0 * asked * m.shape.layers * m.largest_block_params
-    else:
-        fit_bytes, fit_flops, solver = fit_cost(m, tokens)
-        teachers = t.body_bytes(pass_workspace(t, tokens, length, length))
-        beside -= min(teachers, m.body_bytes(workspace) + fit_bytes)  # they take turns
-        beside += fit_bytes + 4 * m.shape.layers * m.shape.hidden * m.shape.ffn
-        flops = students_pass.flops + m.shape.layers * fit_flops
-        host_flops = m.shape.layers * solver
-    cost = streamed_pass(
-        "repair",
-        t,
-        tokens=tokens,
-        micro_tokens=length,
-        length=length,
-        head=False,
-        spool=False,
-        beside_bytes=beside,
-    )
-    return replace(
-        cost,
-        read_bytes=cost.read_bytes + read,
-        flops=cost.flops + students_pass.flops + flops,
-        waits=cost.waits + 2 * students_pass.waits,
-        host_flops=host_flops,
-    )
-
-
-def repair_by_block_cost(job: DistillationSpec, limit: int, item: int) -> StageCost:
-    """The repair of a student in parts of `item` bytes a number, each of which is written.
-
-    A window at a time, hidden states on disk as far as they find no room, and a block's output
-    computed once more.
-    """
-    t = job.teacher
-    length = job.max_seq_length
-    tokens = job.reconstruct_samples * length
-    m = replace(
-        job.student,
-        block_bytes=item * job.student.largest_block_params,
-        as_stored=item == job.student.item == 4,
-    )
+    if item:
+        block_bytes = item * m.largest_block_params
+        m = replace(m, block_bytes=block_bytes, as_stored=item == m.item == 4)
     layers = m.shape.layers
-    teachers = t.body_bytes(pass_workspace(t, tokens, length, length))
-    students = m.body_bytes(pass_workspace(m, tokens, length, length))
-    body = max(teachers, students)
-    fit_bytes, fit_flops, solver = fit_cost(m, tokens, body)
-    peak = t.slots_bytes + m.slots_bytes + SMALL_BYTES
-    peak += max(fit_bytes, body + 4 * m.largest_block_params)
-    peak += 4 * m.shape.ffn * m.shape.hidden
-    token_bytes = t.hidden_bytes + m.hidden_bytes
-    held = headroom_bytes(limit, peak, t.gpu) // (length * token_bytes) * length
-    held = min(tokens, held)
-    spooled = tokens - held
+    ledger = Ledger(limit, t.gpu)
+    passes = []
+    bodies = []
+    for model in (t, m):
+        passes.append(
+            streamed_pass(
+                "",
+                model,
+                tokens=tokens,
+                micro_tokens=length,
+                length=length,
+                head=False,
+                spool=False,
+            )
+        )
+        bodies.append(model.body_bytes(pass_workspace(model, tokens, length, length)))
+        ledger.hold("slots", model.slots_bytes)
+        ledger.hold("what blocks share", side_bytes(model, tokens))
+        ledger.hold("norms and masks", SMALL_BYTES)
+    big, small = passes
+    ledger.hold("in flight", t.in_flight(pass_workspace(t, tokens, length, length)))
+    ledger.moment("teacher's pass", body=bodies[0])
+    read = big.read_bytes + m.nbytes
+    if m.shape.experts:
+        work = _routers(ledger, m, tokens)
+        ledger.hold("student's pass", bodies[1])
+        read += small.read_bytes
+        again = 1
+    else:
+        work = fit_cost(ledger, m, tokens, bodies[1])
+        ledger.hold("new matrices", 4 * m.shape.hidden * m.shape.ffn, 1 if item else layers)
+        again = 2  # a block's output is computed once more
+    window = length * (t.hidden_bytes + m.hidden_bytes)
+    held = job.reconstruct_samples
+    written = 0
+    if item:
+        ledger.moment("a part is written", block=bodies[1] + 4 * m.largest_block_params)
+        held = ledger.fill("hidden states of windows", window, job.reconstruct_samples)
+        written = item * (m.params + layers * m.largest_block_params)
+    else:
+        ledger.hold("hidden states of windows", window, held)
+    spooled = tokens - held * length
     visits = t.hidden_bytes * (t.shape.layers + 1) + m.hidden_bytes * (layers + 1)
-    moved = spooled * visits
-    flops = forward_flops(t, tokens, length, head=False)
-    flops += 2 * forward_flops(m, tokens, length, head=False)
     return StageCost(
         name="repair",
-        read_bytes=t.shape.layers * t.block_bytes + m.nbytes + moved,
-        written_bytes=item * (m.params + layers * m.largest_block_params) + moved,
-        peak_bytes=peak + held * token_bytes,
-        flops=flops + layers * fit_flops,
-        spooled_bytes=spooled * token_bytes,
-        held_tokens=held,
-        host_flops=layers * solver,
+        read_bytes=read + spooled * visits,
+        written_bytes=written + spooled * visits,
+        peak_bytes=ledger.peak_bytes,
+        flops=big.flops + again * small.flops + layers * work.flops,
+        spooled_bytes=spooled * (t.hidden_bytes + m.hidden_bytes),
+        held_tokens=held * length,
+        waits=big.waits + 2 * small.waits,
+        host_flops=layers * work.host_flops,
     )
+
+
+def _routers(ledger: Ledger, m: ModelSize, tokens: int) -> FitWork:
+    """Write down what training a block's router holds; its work."""
+    token_bytes = m.shape.experts * m.hidden_bytes  # of all experts' outputs
+    outputs_bytes = 2 * min(tokens * token_bytes, ROUTER_BYTES)
+    ledger.hold("outputs of all experts", outputs_bytes, count=2)
+    ledger.hold("what they should give", tokens * m.hidden_bytes)
+    asked = min(tokens, outputs_bytes // (2 * token_bytes))
+    return FitWork(2.0 * asked * m.largest_block_params, 0.0)

@@ -20,12 +20,14 @@ from mis_mlx.maths.reconstruction import RIDGES
 from mis_mlx.models.architectures import modules
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import stream
 from mis_mlx.models.writing import model_writer
-from mis_mlx.pruning import reconstruct, slicing
+from mis_mlx.planner.distillation_spec import DistillationSpec
+from mis_mlx.pruning import pruning_cost, reconstruct, slicing
 from mis_mlx.storage.files import DISK
-from mis_mlx.types import Checkpoint, KeptUnits, Precision
-from tests import family_checks, tiny
+from mis_mlx.types import GIB, Checkpoint, KeptUnits, Precision
+from tests import family_checks, peaks, tiny
 
 ALL = (0, 1, 2)
 SOME = tuple(range(0, 768, 3))
@@ -322,6 +324,41 @@ def test_a_wide_layer_is_refitted_beside_nothing_in_float64(
     assert len(repaired) == 2
     assert max(left) < 1
     assert peak < 4 * 512**2 * (4 + 2.5)
+
+
+@pytest.mark.usefixtures("cpu_policy")
+@pytest.mark.parametrize("item", [0, 4])
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_a_repair_stays_under_the_plan(
+    tmp_path: Path, dtype: Any, item: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What MLX and numpy hold, the student in one file or in parts, hidden states in memory."""
+    teacher = load.open_checkpoint(
+        tiny.make(
+            tmp_path / "t",
+            dtype=dtype,
+            hidden_size=256,
+            intermediate_size=1536,
+            num_hidden_layers=3,
+        )
+    )
+    keep = KeptUnits(ALL, {(i, "ffn"): tuple(range(768)) for i in ALL}, "")
+    student = student_of(teacher, keep, tmp_path / "s", ffn=768)
+    windows = random_windows(6, length=128)
+    job = DistillationSpec(
+        teacher=model_of(teacher),
+        student=model_of(student),
+        iters=1,
+        reconstruct_samples=6,
+        max_seq_length=128,
+    )
+    planned = pruning_cost.repair_cost(job, GIB, item)
+    assert planned.held_tokens == 6 * 128
+    put = (lambda name, weight: mx.eval(weight)) if item else None
+    with peaks.counted(monkeypatch, (reconstruct, "fit_down_proj")) as peak:
+        mx.set_cache_limit(0)
+        reconstruct.reconstruct(teacher, student, keep, windows, put=put)
+    assert planned.peak_bytes / 4 < peak.nbytes < peaks.allocated(planned.peak_bytes)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
