@@ -24,7 +24,7 @@ from mis_mlx.models.architectures.sizes import attends
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.config import check_config, read_config
 from mis_mlx.models.opening.model_size import model_of
-from mis_mlx.models.passing import attention_masks, residency, stream
+from mis_mlx.models.passing import attention_masks, stream
 from mis_mlx.models.writing import mlx_generate, model_writer, streamed_decode, text_writer
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage import run_folder
@@ -245,8 +245,8 @@ def test_decay_keeps_its_digits(
 def test_half_a_model_computes_where_it_was_read(qwen: Checkpoint, tmp_path: Path) -> None:
     """Tensors that stay float32 in a folder of bfloat16 do not make every block a copy."""
     folder = model_writer.by_block(qwen, tmp_path / "half", DISK, "bfloat16")
-    assert not residency.leaves_its_slot(folder, mx.bfloat16)
-    assert residency.leaves_its_slot(folder, mx.float16)
+    assert model_of(folder, dtype=mx.bfloat16).as_stored
+    assert not model_of(folder, dtype=mx.float16).as_stored
     assert model_of(folder, gpu=True, dtype=mx.bfloat16).as_stored
     whole = load.resident_model(folder, mx.bfloat16)
     expected = whole(TOKENS)

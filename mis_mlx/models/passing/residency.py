@@ -7,9 +7,6 @@ a block needs its slot as long as it lives decides what a resident block costs.
 import math
 from collections import defaultdict
 
-import mlx.core as mx
-
-from mis_mlx.compute import precision
 from mis_mlx.models.architectures import (
     arch,
     experts,
@@ -18,12 +15,11 @@ from mis_mlx.models.architectures import (
     sizes,
 )
 from mis_mlx.models.architectures.shape import Config
-from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.types import Checkpoint, TensorAt
 
 STACK = 8  # windows that a GPU takes through a block in one pass, at most,
 STACK_BYTES = 2**27  # and what that pass may hold
-STORED_TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 Tensors = dict[str, TensorAt]
 
 
@@ -46,40 +42,22 @@ def slot_groups(
     return blocks, by_expert
 
 
-def leaves_its_slot(checkpoint: Checkpoint, dtype: mx.Dtype) -> bool:
-    """Whether weights are converted to `dtype`, and so leave the slot that they were read into.
-
-    Weights stored as they are computed with are used where they were read. Packed ones that stay
-    packed need their slot as long as the block lives, whatever type its norms have. Tensors that
-    are float32 in any model decide nothing: they stay or are converted by themselves.
-    """
-    stored = set[str]()
-    for name, tensor in checkpoint.tensors.items():
-        if arch.always_float32(checkpoint.config, name):
-            continue
-        if arch.block_of(name) is not None:
-            stored.add(tensor.dtype)
-    if "U32" in stored:
-        return not precision.keeps_packed()
-    return any(STORED_TYPES.get(kind, dtype) != dtype for kind in stored)
-
-
 def plan(
-    checkpoint: Checkpoint, dtype: mx.Dtype, headroom_bytes: int | None, slot_bytes: list[int]
+    m: ModelSize, headroom_bytes: int | None, slot_bytes: list[int]
 ) -> tuple[bool, int, int]:
     """(whether the head stays in memory, how many blocks stay, how many experts).
 
     headroom_bytes: for the head first, then blocks, then experts; None: everything stays.
     slot_bytes: of a block's slot and of an expert's, where weights stay in them; empty where they
-    leave them, so that their size in `dtype` counts.
+    leave them, so that their size in computation counts.
     """
-    shape = sizes.shape_of(checkpoint.config)
+    shape = m.shape
     if headroom_bytes is None:
         return True, shape.layers, shape.layers * shape.experts
-    left_bytes = headroom_bytes - _head_bytes(checkpoint, dtype)
+    left_bytes = headroom_bytes - m.head_work
     if left_bytes < 0:
         return False, 0, 0
-    item_bytes = slot_bytes or _converted_bytes(checkpoint, dtype)
+    item_bytes = slot_bytes or _converted_bytes(m)
     blocks = min(shape.layers, left_bytes // item_bytes[0])
     kept_experts = 0
     if shape.experts:
@@ -88,26 +66,16 @@ def plan(
     return True, blocks, kept_experts
 
 
-def _head_bytes(checkpoint: Checkpoint, dtype: mx.Dtype) -> int:
-    """Bytes of the head in memory: packed as on disk, or in `dtype`."""
-    shape = sizes.shape_of(checkpoint.config)
-    prefix = load.head_prefix(checkpoint)
-    tensors = [tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)]
-    if precision.keeps_packed() and any(tensor.dtype == "U32" for tensor in tensors):
-        return sum(tensor.nbytes for tensor in tensors)
-    return shape.vocab * shape.hidden * dtype.size
-
-
-def _converted_bytes(checkpoint: Checkpoint, dtype: mx.Dtype) -> list[int]:
-    """Bytes in `dtype` of the largest block without its experts, and of one expert."""
+def _converted_bytes(m: ModelSize) -> list[int]:
+    """Bytes in computation of the largest block without its experts, and of one expert."""
     block = 0
     expert = 0
-    for name, shape in arch.layer_tensors(checkpoint.config).items():
+    for name, shape in arch.layer_tensors(m.config).items():
         e = experts.expert_of(name)
         if e is None:
-            block += math.prod(shape) * dtype.size
+            block += math.prod(shape) * m.item
         elif e == 0:
-            expert += math.prod(shape) * dtype.size
+            expert += math.prod(shape) * m.item
     return [block, expert]
 
 

@@ -29,6 +29,7 @@ from mis_mlx.models.architectures import (
 )
 from mis_mlx.models.architectures.experts import Attend, Expert, Visit
 from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import residency, sweep
 from mis_mlx.models.passing.sweep import Hidden
 from mis_mlx.storage.block_reader import PAGE, Reader, Slot, Slots
@@ -89,8 +90,9 @@ class Stream:
         self._experts: Slots | None = None
         if by_expert:
             self._experts = Slots(self.reader, by_expert)
+        size = model_of(checkpoint, dtype=self.dtype)
         # whether weights leave their slot, which is free then; else the block keeps it
-        self._copies = residency.leaves_its_slot(checkpoint, self.dtype)
+        self._copies = not size.as_stored
 
         # What stays in memory. Experts: the ones last used, the latest at the end.
         self._kept: dict[int, nn.Module] = {}
@@ -104,7 +106,7 @@ class Stream:
                 if slots:
                     slot_bytes.append(slots.nbytes + PAGE)
         self._keep_head, self.resident_blocks, self.resident_experts = residency.plan(
-            checkpoint, self.dtype, headroom_bytes, slot_bytes
+            size, headroom_bytes, slot_bytes
         )
 
         self._checked: set[str] = set()  # modules whose weights were searched for NaN
