@@ -19,11 +19,10 @@ from mis_mlx.models.architectures.sizes import reads_in_order
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import distributed, pass_cost, stream
-from mis_mlx.models.writing.continuous_batch import Room
+from mis_mlx.models.writing.continuous_batch import Room, grown
 from mis_mlx.planner import block_cost
 from mis_mlx.types import Budget, Checkpoint, MisError
 
-CACHE_STEP = 256  # tokens by which mlx-lm's cache grows
 Split = tuple[list[rows.Row], list[list[int]]]  # rows, and the token ids of their prompts
 
 
@@ -108,7 +107,7 @@ def _sampling(s: Settings, m: ModelSize, longest: int, state: int, *, at_once: i
     answers = s.grad_accumulation_steps * s.group_size
     length = longest + most
     # Twice: the cache grows, and gets rid of finished answers, by being copied.
-    places = longest + CACHE_STEP * -(-most // CACHE_STEP)
+    places = longest + grown(most)
     cache = pass_cost.texts_bytes(m, 2 * at_once, places)
     work = pass_cost.workspace_bytes(m, max(longest, at_once), length)
     work += 8 * at_once * m.shape.vocab * 4

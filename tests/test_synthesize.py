@@ -16,10 +16,9 @@ from mis_mlx import distill, synthesize
 from mis_mlx.data import preparation
 from mis_mlx.distillation import run_text
 from mis_mlx.hardware import memory
-from mis_mlx.judge import writing_cost
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.opening.model_size import model_of
-from mis_mlx.models.writing import mlx_generate, text_writer
+from mis_mlx.models.writing import continuous_batch, mlx_generate, text_writer
 from mis_mlx.models.writing.continuous_batch import Room
 from mis_mlx.models.writing.text_writer import TextWriter
 from mis_mlx.planner import distillation_spec
@@ -128,7 +127,7 @@ def test_what_does_not_fit_is_streamed(tmp_path: Path) -> None:
         for n in range(2**20, 2**30, 2**12)
         if n
         >= memory.process_bytes(n)
-        + writing_cost.resident_bytes(m, 1, 64 + synthesize.OPENING_TOKENS)
+        + continuous_batch.resident_bytes(m, 1, 64 + synthesize.OPENING_TOKENS)
     )
     ways = [
         synthesize.way_of(s, m, Budget(nbytes)) for nbytes in (2**34, whole + 2**20, whole - 2**12)
@@ -169,7 +168,7 @@ def test_end_to_end(
         model=str(llama.path), out=str(tmp_path / "text"), data=str(text_folder), **QUICK
     )
     before = mx.get_active_memory()
-    most = writing_cost.resident_bytes(
+    most = continuous_batch.resident_bytes(
         model_of(llama), synthesize.AT_ONCE[0], 40 + synthesize.OPENING_TOKENS
     )
     mx.reset_peak_memory()

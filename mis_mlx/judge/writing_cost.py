@@ -4,7 +4,6 @@ The model is whole in memory where it fits. Otherwise a token of every text is o
 the first one reads all prompts.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -12,11 +11,9 @@ from typing import NamedTuple
 from mis_mlx.hardware import ledger
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge.judging_cost import comparison_cost
-from mis_mlx.models.architectures import side_inputs
-from mis_mlx.models.architectures.sizes import key_owners
 from mis_mlx.models.opening.model_size import ModelSize
-from mis_mlx.models.passing import pass_cost, stream
-from mis_mlx.models.writing import streamed_batch, text_writer
+from mis_mlx.models.passing import pass_cost
+from mis_mlx.models.writing import continuous_batch, streamed_batch, text_writer
 from mis_mlx.models.writing.continuous_batch import Room
 from mis_mlx.models.writing.text_writer import TextWriter
 from mis_mlx.planner import estimates
@@ -28,10 +25,7 @@ from mis_mlx.settings.workloads import (
 )
 from mis_mlx.types import Budget, Checkpoint
 
-CACHE_STEP = 256  # tokens by which mlx-lm's caches grow
 PROMPT_TOKENS = 56  # of a prompt there, in the mean: 38 to 111 by the default tokenizer
-LOGIT_COPIES = 6  # logits in float32, log-probabilities, what drawing makes of them (measured)
-BLOCK_COPIES = 3  # of what a block keeps, while it grows, loses texts and gets others
 
 
 @dataclass(frozen=True)
@@ -57,18 +51,6 @@ class WritingPlan:
         """The writer of a model that this plan was made for."""
         room = Room(self.at_once, self.tokens)
         return text_writer.opened(checkpoint, self.headroom_bytes, direct=self.direct, room=room)
-
-
-def resident_bytes(m: ModelSize, at_once: int, tokens: int) -> int:
-    """Memory of a model that writes, whole in memory.
-
-    Its weights as they compute and one tensor as stored, keys and values, logits. tokens: of a
-    text, its prompt included. mlx-lm holds keys and values up to three times.
-    """
-    places = CACHE_STEP * -(-tokens // CACHE_STEP)
-    logits = LOGIT_COPIES * 4 * m.shape.vocab
-    texts = 3 * pass_cost.texts_bytes(m, at_once, places) + at_once * logits
-    return pass_cost.whole_bytes(m) + texts
 
 
 def plan_writing(
@@ -131,7 +113,7 @@ def _resident(m: ModelSize, texts: _Texts, at_once: int) -> StageCost:
     steps = texts.max_tokens * -(-texts.number // at_once)
     blocks_bytes = m.shape.layers * m.block_work
     met_bytes = int(m.active_share * blocks_bytes) + m.head_work
-    peak_bytes = resident_bytes(m, at_once, texts.tokens)
+    peak_bytes = continuous_batch.resident_bytes(m, at_once, texts.tokens)
     return StageCost(
         name="",
         read_bytes=m.nbytes,
@@ -154,8 +136,9 @@ def _streamed(m: ModelSize, texts: _Texts, at_once: int) -> StageCost:
     there are no more passes than if all of a batch ended together.
     """
     batches = -(-texts.number // at_once)
-    begins = _streamed_pass(m, texts, at_once, tokens=max(1, texts.prompt_tokens))
-    goes_on = _streamed_pass(m, texts, at_once, tokens=1)
+    prompt_tokens = max(1, texts.prompt_tokens)
+    begins = streamed_batch.pass_cost(m, at_once, prompt_tokens, longest=texts.tokens)
+    goes_on = streamed_batch.pass_cost(m, at_once, tokens=1, longest=texts.tokens)
     further = goes_on.repeated(batches * (texts.max_tokens - 1))
     cost = begins.repeated(batches).then(further)
     return replace(cost, flops=_flops(m, texts))
@@ -171,49 +154,6 @@ def _with_headroom(cost: StageCost, m: ModelSize, headroom_bytes: int) -> StageC
     again = m.head_bytes + pinned * m.block_bytes
     share = 1 - again / once
     return replace(cost, read_bytes=once + int(share * (cost.read_bytes - once)), pinned=pinned)
-
-
-def _streamed_pass(m: ModelSize, texts: _Texts, at_once: int, *, tokens: int) -> StageCost:
-    """One pass in which `at_once` texts read so many tokens each, and draw one.
-
-    What all blocks keep of all texts is in memory, and copies of what one block keeps.
-    """
-    places = texts.tokens + streamed_batch.STEP
-    kept = pass_cost.texts_bytes(m, at_once, places)
-    shared = {owner for owner in key_owners(m.config) if owner is not None}
-    copies = BLOCK_COPIES + len(shared)
-    kept += copies * pass_cost.block_texts_bytes(m, at_once, places)
-    evaluated = 1 if tokens == 1 else at_once  # each prompt by itself
-    piece = tokens
-    if side_inputs.plain(m.config):
-        piece = min(tokens, streamed_batch.ROWS)
-    cost = pass_cost.streamed_pass(
-        "",
-        m,
-        tokens=at_once * tokens,
-        micro_tokens=max(at_once, piece),
-        length=texts.tokens,
-        head=False,
-        spool=False,
-        beside_bytes=kept,
-    )
-    logits = at_once * LOGIT_COPIES * 4 * m.shape.vocab
-    drawing = m.head_work + max(logits, _head_opening_bytes(m))
-    drawing += kept + m.slots_bytes + pass_cost.SMALL_BYTES
-    waits_of_block = evaluated + pass_cost.BLOCK_WAITS
-    return replace(
-        cost,
-        read_bytes=cost.read_bytes + m.head_bytes,
-        peak_bytes=max(cost.peak_bytes, drawing),
-        waits=m.shape.layers * waits_of_block,
-    )
-
-
-def _head_opening_bytes(m: ModelSize) -> int:
-    """What opening the head holds besides it: a part as it is stored, and converted."""
-    stored_item = math.ceil(m.nbytes / m.params)
-    part = min(m.head_params, stream.HEAD_PART)
-    return max(pass_cost.head_opening_bytes(m), part * (stored_item + m.item))
 
 
 def answers_cost(

@@ -15,6 +15,7 @@ from mis_mlx.judge import writing_cost
 from mis_mlx.judge.writing_cost import WritingPlan
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize, model_of
+from mis_mlx.models.passing import pass_cost
 from mis_mlx.models.passing.stream import Stream
 from mis_mlx.models.writing import streamed_batch
 from mis_mlx.models.writing.draws import Draws, Sampling
@@ -60,7 +61,8 @@ def test_a_streamed_writer_takes_what_the_plan_says(
     """Texts of all lengths, which end at different tokens, beside each other and behind. The stream
     itself reads no more bytes than planned.
     """
-    monkeypatch.setattr(writing_cost.pass_cost, "SMALL_BYTES", 0)
+    monkeypatch.setattr(pass_cost, "SMALL_BYTES", 0)
+    monkeypatch.setattr(streamed_batch, "SMALL_BYTES", 0)
     checkpoint = models(kind)
     plan = streamed_plan(model_of(checkpoint), at_once)
     mx.clear_cache()
@@ -130,5 +132,5 @@ def test_a_prompt_is_one_pass(tmp_path: Path) -> None:
         texts = writing_cost._Texts(24, prompt_tokens, 48)
         costs[prompt_tokens] = writing_cost._streamed(m, texts, 24)
     assert costs[8].read_bytes == costs[200].read_bytes == 48 * (m.head_bytes + 24 * m.block_bytes)
-    kept = writing_cost.pass_cost.texts_bytes(m, 24, 248 + streamed_batch.STEP)
+    kept = pass_cost.texts_bytes(m, 24, 248 + streamed_batch.STEP)
     assert kept < costs[200].peak_bytes < 1.7 * kept

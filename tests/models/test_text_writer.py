@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 
 from mis_mlx.hardware import memory
-from mis_mlx.judge import writing_cost
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing.stream import Stream
-from mis_mlx.models.writing import text_writer
+from mis_mlx.models.writing import continuous_batch, text_writer
 from mis_mlx.models.writing.continuous_batch import Room
 from mis_mlx.models.writing.draws import Draws, Sampling
 from mis_mlx.models.writing.text_writer import TextWriter
@@ -131,7 +130,7 @@ def test_writing_side_by_side_takes_what_the_plan_says(llama: Checkpoint) -> Non
     """
     writer = text_writer.opened(compute_type.open_to_compute(llama.path), None)
     prompts = [[5, 6, 7, 8] * 15] * 32
-    planned = writing_cost.resident_bytes(model_of(llama), at_once=32, tokens=100)
+    planned = continuous_batch.resident_bytes(model_of(llama), at_once=32, tokens=100)
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()

@@ -18,12 +18,12 @@ from mis_mlx.hardware import ledger, rates
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import M1_AIR, Rates
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.judge import writing_cost
 from mis_mlx.maths.losses import chunk_rows
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import pass_cost, stream
+from mis_mlx.models.writing import continuous_batch
 from mis_mlx.planner import estimates
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
@@ -179,7 +179,7 @@ def test_a_whole_model_has_all_its_tables(name: str, total: int) -> None:
     config = {"qwen3-8b": qwen, **arch.PUBLISHED}[name]
     m = model_of({**config, "torch_dtype": "bfloat16"}, gpu=True, dtype=mx.bfloat16)
     assert pass_cost.whole_bytes(m) == 2 * total
-    assert writing_cost.resident_bytes(m, at_once=1, tokens=2) > 2 * total
+    assert continuous_batch.resident_bytes(m, at_once=1, tokens=2) > 2 * total
 
 
 def test_a_budget_has_no_cache_in_it() -> None:

@@ -42,9 +42,7 @@ def slot_groups(
     return blocks, by_expert
 
 
-def plan(
-    m: ModelSize, headroom_bytes: int | None, slot_bytes: list[int]
-) -> tuple[bool, int, int]:
+def plan(m: ModelSize, headroom_bytes: int | None, slot_bytes: list[int]) -> tuple[bool, int, int]:
     """(whether the head stays in memory, how many blocks stay, how many experts).
 
     headroom_bytes: for the head first, then blocks, then experts; None: everything stays.

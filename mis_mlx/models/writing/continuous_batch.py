@@ -15,13 +15,18 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mis_mlx.hardware import memory
+from mis_mlx.hardware.ledger import Ledger
 from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import ModelSize
+from mis_mlx.models.passing.pass_cost import texts_bytes, whole_bytes
 from mis_mlx.models.passing.stream import evaluate_now
 from mis_mlx.models.writing.draws import Draws
 
 # New texts begin when this share of the places is free. Each beginning copies the keys and values
 # of the whole batch, so single texts do not begin alone.
 FREE_SHARE = 0.25
+CACHE_STEP = 256  # tokens by which mlx-lm's caches grow
+LOGIT_COPIES = 6  # logits in float32, log-probabilities, what drawing makes of them (measured)
 
 
 class Completion(NamedTuple):
@@ -181,3 +186,20 @@ def filled(model: nn.Module, prompt: Sequence[int]) -> list[Any]:
         model(mx.array([*prompt[:-1]])[None], cache=cache)
         evaluate_now([layer.state for layer in cache])
     return cache
+
+
+def resident_bytes(m: ModelSize, at_once: int, tokens: int) -> int:
+    """Memory of a model that writes, whole in memory: weights, keys and values, logits.
+
+    tokens: of a text, its prompt included. mlx-lm holds keys and values up to three times.
+    """
+    ledger = Ledger()
+    ledger.hold("weights", whole_bytes(m))
+    ledger.hold("keys and values", texts_bytes(m, at_once, grown(tokens)), count=3)
+    ledger.hold("logits", LOGIT_COPIES * 4 * m.shape.vocab, at_once)
+    return ledger.peak_bytes
+
+
+def grown(tokens: int) -> int:
+    """Places for so many tokens in mlx-lm's cache."""
+    return CACHE_STEP * -(-tokens // CACHE_STEP)

@@ -6,7 +6,9 @@ a prompt gives therefore does not depend on what is beside it. The texts that go
 in which each has positions of its own; shorter ones have room in front, which a mask hides.
 """
 
+import math
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -14,14 +16,27 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.compute import streams
+from mis_mlx.hardware.ledger import Ledger
+from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models.architectures import block_inputs, block_state, experts, side_inputs
+from mis_mlx.models.architectures.sizes import key_owners
 from mis_mlx.models.opening import load
-from mis_mlx.models.passing.stream import Stream, evaluate_now
-from mis_mlx.models.writing.continuous_batch import Completion, Queue, Room
+from mis_mlx.models.opening.model_size import ModelSize
+from mis_mlx.models.passing.pass_cost import (
+    BLOCK_WAITS,
+    SMALL_BYTES,
+    block_texts_bytes,
+    head_opening_bytes,
+    streamed_pass,
+    texts_bytes,
+)
+from mis_mlx.models.passing.stream import HEAD_PART, Stream, evaluate_now
+from mis_mlx.models.writing.continuous_batch import LOGIT_COPIES, Completion, Queue, Room
 from mis_mlx.models.writing.draws import Draws
 
 ROWS = 512  # tokens of a long prompt that go through a block at a time
 STEP = 32  # tokens by which the room for a block's keys and values grows
+BLOCK_COPIES = 3  # of what a block keeps, while it grows, loses texts and gets others
 
 
 def completions(
@@ -240,3 +255,50 @@ def log_probs(model: Stream, hidden: mx.array) -> mx.array:
     last = model.norm([model.finite(hidden)])[0][:, 0]
     logits = load.logits(head, last).astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def pass_cost(m: ModelSize, at_once: int, tokens: int, *, longest: int) -> StageCost:
+    """One pass in which `at_once` texts read so many tokens each, and draw one.
+
+    What all blocks keep of all texts is in memory, and copies of what one block keeps. longest:
+    tokens of a text at its end.
+    """
+    places = longest + STEP
+    shared = {owner for owner in key_owners(m.config) if owner is not None}
+    copies = BLOCK_COPIES + len(shared)
+    ledger = Ledger()
+    ledger.hold("kept of texts", texts_bytes(m, at_once, places))
+    ledger.hold("copies of a block's", block_texts_bytes(m, at_once, places), copies)
+    piece = tokens
+    if side_inputs.plain(m.config):
+        piece = min(tokens, ROWS)
+    cost = streamed_pass(
+        "",
+        m,
+        tokens=at_once * tokens,
+        micro_tokens=max(at_once, piece),
+        length=longest,
+        head=False,
+        spool=False,
+        beside_bytes=ledger.peak_bytes,
+    )
+    logits = at_once * LOGIT_COPIES * 4 * m.shape.vocab
+    ledger.hold("slots", m.slots_bytes)
+    ledger.hold("norms and masks", SMALL_BYTES)
+    ledger.hold("head", m.head_work)
+    ledger.moment("head opened", made=_head_opening_bytes(m))
+    ledger.moment("tokens drawn", logits=logits)
+    evaluated = 1 if tokens == 1 else at_once  # each prompt by itself
+    return replace(
+        cost,
+        read_bytes=cost.read_bytes + m.head_bytes,
+        peak_bytes=max(cost.peak_bytes, ledger.peak_bytes),
+        waits=m.shape.layers * (evaluated + BLOCK_WAITS),
+    )
+
+
+def _head_opening_bytes(m: ModelSize) -> int:
+    """What opening the head holds besides it: a part as it is stored, and converted."""
+    stored_item = math.ceil(m.nbytes / m.params)
+    part = min(m.head_params, HEAD_PART)
+    return max(head_opening_bytes(m), part * (stored_item + m.item))

@@ -18,6 +18,7 @@ from mis_mlx.hardware import child_process, memory
 from mis_mlx.judge import recovery_table, writing_cost
 from mis_mlx.judge.tasks import answering, instructions, questions, task_answers, task_registry
 from mis_mlx.judge.tasks.instructions import Instruction, Levels
+from mis_mlx.models.writing import continuous_batch
 from mis_mlx.types import Budget, Checkpoint, MisError
 
 NO_COMMA = "punctuation:no_comma"
@@ -293,7 +294,7 @@ def test_fewer_answers_together_where_memory_is_short(llama: Checkpoint) -> None
     """
     m = answering.estimates.model_of(llama)
     how = {"prompt_tokens": 100, "at_once": task_answers.AT_ONCE}
-    needs = [writing_cost.resident_bytes(m, size, 164) for size in task_answers.AT_ONCE]
+    needs = [continuous_batch.resident_bytes(m, size, 164) for size in task_answers.AT_ONCE]
 
     assert task_answers.AT_ONCE[0] == 48
     assert needs == sorted(needs, reverse=True)
