@@ -23,7 +23,7 @@ from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import pass_cost
 from mis_mlx.models.writing import mlx_generate
 from mis_mlx.planner.distillation_spec import DistillationSpec
-from mis_mlx.quantization import packed_format, rounding_cost, stage
+from mis_mlx.quantization import packed_format, stage
 from mis_mlx.settings.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Budget, Checkpoint
@@ -149,9 +149,7 @@ def test_gptq_stays_under_the_plan(
     }
     checkpoint = load.open_checkpoint(tiny.make(tmp_path / "m", dtype=dtype, **sizes))
     batches = [mx.random.randint(0, 512, (1, 64), key=mx.random.key(k)) for k in range(6)]
-    planned = rounding_cost.quantizing_cost(
-        model_of(checkpoint), FOUR, windows=6, length=64, limit=GIB
-    )
+    planned = stage.quantizing_cost(model_of(checkpoint), FOUR, windows=6, length=64, limit=GIB)
     assert planned.held_tokens == 6 * 64
     assert planned.spooled_bytes == 0
     mx.eval(batches)
@@ -174,8 +172,8 @@ def test_the_plan_of_gptq_by_pencil() -> None:
     twice what they are packed in: 6 bits, and 4 bytes a group of 32.
     """
     m = model_of(tiny.CONFIG, gpu=False)
-    plain = rounding_cost.quantizing_cost(m, NEAREST, windows=0, length=32, limit=GIB)
-    planned = rounding_cost.quantizing_cost(m, FOUR, windows=4, length=32, limit=GIB)
+    plain = stage.quantizing_cost(m, NEAREST, windows=0, length=32, limit=GIB)
+    planned = stage.quantizing_cost(m, FOUR, windows=4, length=32, limit=GIB)
     without = pass_cost.streamed_pass(
         "", m, tokens=128, micro_tokens=32, length=32, limit_bytes=GIB, head=False
     )
@@ -189,7 +187,7 @@ def test_the_plan_of_gptq_by_pencil() -> None:
     assert planned.launches == fits * rounding.FIT_LAUNCHES
     # A head of measured bits is rounded so, too: one group of its 64 columns, 512 rows.
     mixed = replace(FOUR, target_bpw=5.0)
-    measured = rounding_cost.quantizing_cost(m, mixed, windows=4, length=32, limit=GIB)
+    measured = stage.quantizing_cost(m, mixed, windows=4, length=32, limit=GIB)
     assert measured.launches == (fits + 1) * rounding.FIT_LAUNCHES
     assert measured.host_flops == planned.host_flops + 64**2 * (64 / 3 + 512)
     assert planned.waits == 2 * without.waits + fits
@@ -202,7 +200,7 @@ def test_the_plan_of_gptq_by_pencil() -> None:
     blocks = plain.written_bytes * m.all_block_params // m.params
     assert planned.written_bytes == plain.written_bytes + blocks
     # every hidden state spooled: written by each block, read twice
-    poor = rounding_cost.quantizing_cost(m, FOUR, windows=4, length=32, limit=0)
+    poor = stage.quantizing_cost(m, FOUR, windows=4, length=32, limit=0)
     assert poor.written_bytes - planned.written_bytes == 4 * 128 * 64 * 4
     assert poor.read_bytes - plain.read_bytes == 2 * 4 * 128 * 64 * 4
 
@@ -286,7 +284,7 @@ def test_sensitivity_and_steps_stay_under_the_plan(tmp_path: Path) -> None:
         rounding=how,
     )
     planned = (
-        rounding_cost.quantizing_cost(m, how, windows=6, length=64, limit=GIB),
+        stage.quantizing_cost(m, how, windows=6, length=64, limit=GIB),
         packed_student.tuning_cost(job, 1, GIB, 2),
     )
     text = Windows(np.concatenate([np.array(b) for b in batches]), np.ones((6, 64), np.float32))

@@ -37,6 +37,7 @@ from mis_mlx.pruning.pruning_cost import (
     vocabulary_cost,
 )
 from mis_mlx.quantization import rounding_cost
+from mis_mlx.quantization.stage import quantizing_cost
 from mis_mlx.settings.recipe import (
     RATE,
     ROUND_TO_NEAREST,
@@ -305,7 +306,7 @@ def _planned(job: DistillationSpec, limit: int, rates: Rates, way: _Way) -> Memo
     if mode != "none":
         phases.append(_distil(job, trained_left, mode=mode, micro=micro, shard=shard))
     phases.append(
-        rounding_cost.quantizing_cost(
+        quantizing_cost(
             job.student,
             job.rounding,
             windows=job.num_samples,

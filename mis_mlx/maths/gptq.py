@@ -11,16 +11,23 @@ numbers, without the inverse of G: N and D take the place of G, so that a matrix
 needs 0.8 GB instead of 2.5.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
+from mis_mlx.maths.reconstruction import is_wide, precision
 from mis_mlx.maths.rounding import (
     BEYOND,
+    CANDIDATE_BITS,
+    ENOUGH_BITS,
     FLOAT16_MOST,
+    FUSED_CANDIDATES,
+    GROUPS,
     PART,
+    RANGE_ENDS,
     Packed,
     concatenated,
     fit_grids,
@@ -236,3 +243,51 @@ def _unit_inverse(n: np.ndarray) -> np.ndarray:
     unit = np.triu(n, 1)
     np.fill_diagonal(unit, 1)
     return np.linalg.inv(unit)
+
+
+Sides = Sequence[tuple[int, int]]  # (in, out) of matrices, those with the same inputs together
+
+
+def work_bytes(sides: Sides, *, fused: bool) -> int:
+    """The most that `factorize` and `rounded` hold besides G.
+
+    To factorize, three panels and three corners. To round, 20 bytes for each weight of those
+    rounded at a time, and those already packed; for a GPU two arrays of the grids that are tried
+    for a group.
+    """
+    widest = max(inputs for inputs, _ in sides)
+    panel = min(PANEL, widest)
+    panels = 3 * (widest + panel) * panel * np.dtype(precision(widest)).itemsize
+    weights = max(inputs * outputs for inputs, outputs in sides)
+    columns = 20 * min(weights, PART)
+    if fused:
+        tried = RANGE_ENDS**2 * max(GROUPS) * max(outputs for _, outputs in sides)
+        columns += 2 * 4 * min(tried, FUSED_CANDIDATES)
+    return max(panels, 2 * packed_bytes(weights) + columns)
+
+
+def packed_bytes(weights: int) -> int:
+    """The most bytes of so many weights that are rounded."""
+    bits = max(b for b in CANDIDATE_BITS if b < ENOUGH_BITS)
+    return weights * bits // 8 + 4 * weights // min(GROUPS)
+
+
+def operations(sides: Sides) -> tuple[float, float]:
+    """(operations of a token's products in G; of numpy, to round the matrices)."""
+    of_products: float = 0
+    of_rounding: float = 0
+    for inputs, outputs in sides:
+        # of wide ones one triangle of the sums, and float32, twice as quick as float64
+        share = 0.5 if is_wide(inputs) else 1
+        of_products += share * 2 * inputs**2
+        of_rounding += share * inputs**2 * (inputs / 3 + outputs)
+    return of_products, of_rounding
+
+
+def fits(sides: Sides, group: int) -> int:
+    """How often grids are fitted: for each group of columns, some rows at a time."""
+    count = 0
+    for inputs, outputs in sides:
+        rows = min(PART // inputs, FUSED_CANDIDATES // (RANGE_ENDS**2 * group))
+        count += inputs // group * math.ceil(outputs / rows)
+    return count

@@ -31,6 +31,11 @@ def precision(inputs: int) -> type[np.floating]:
     return np.float64
 
 
+def square_bytes(size: int) -> int:
+    """Bytes of sums (size, size)."""
+    return np.dtype(precision(size)).itemsize * size**2
+
+
 def is_wide(inputs: int) -> bool:
     """Whether a layer has so many inputs that its sums must take little memory."""
     return inputs > WIDE

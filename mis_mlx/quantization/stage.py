@@ -9,6 +9,7 @@ with the block's own weights as they were. The head comes last, by what the roun
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,23 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.compute import host_losses, precision, streams
+from mis_mlx.hardware.ledger import Ledger
+from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths import gptq, reconstruction, rounding
 from mis_mlx.models.architectures import arch, modules
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
-from mis_mlx.models.passing import stream, sweep
+from mis_mlx.models.opening.model_size import ModelSize
+from mis_mlx.models.passing import residency, stream, sweep
+from mis_mlx.models.passing.pass_cost import (
+    DENSE_ITEM,
+    block_matrix,
+    parallel_windows,
+    streamed_pass,
+    table_part,
+)
 from mis_mlx.models.passing.stream import Batches, Hidden
-from mis_mlx.quantization import bit_allocation, packed_format
+from mis_mlx.quantization import bit_allocation, packed_format, rounding_cost
 from mis_mlx.quantization.begun_rounding import BegunRounding
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage.files import Files
@@ -34,6 +45,7 @@ from mis_mlx.types import Checkpoint, MisError
 # Share of the mean square of a tied head's inputs. Its rows go into the first block, too, where all
 # columns of their error count alike (benchmarks/README.md).
 TIED_RIDGE = 0.1
+SENSED = 8  # windows that say what bits cost in a search
 
 
 def check(config: Mapping[str, Any], rounding: QuantizationConfig) -> None:
@@ -341,3 +353,134 @@ def _product_slabs(inputs: mx.array) -> Iterator[tuple[int, mx.array]]:
     for start in range(0, inputs.shape[1], gptq.PANEL):
         rows = inputs[:, start : start + gptq.PANEL]
         yield start, rows.T @ inputs[:, start:]
+
+
+def quantizing_cost(
+    m: ModelSize, rounding: QuantizationConfig, *, windows: int, length: int, limit: int
+) -> StageCost:
+    """Quantize tensor by tensor.
+
+    With `target_bpw`, passes over `windows` come first and say what bits cost. With GPTQ, a pass
+    over them goes along and makes up for errors.
+    """
+    config = rounding.affine
+    cost = StageCost(
+        name="quantize",
+        read_bytes=m.nbytes,
+        written_bytes=rounding_cost.files_bytes(m, config),
+        peak_bytes=rounding_cost.writing_bytes(m, config.q_group_size),
+        flops=0.0,
+    )
+    if config.compensates:
+        cost = _compensated(cost, m, config, tokens=windows * length, length=length, limit=limit)
+    if config.target_bpw is None:
+        return cost
+    sensing = rounding_cost.sensing_cost(m, windows=windows, length=length, limit=limit)
+    held = min(cost.held_tokens or windows * length, sensing.held_tokens)
+    return replace(cost.then(sensing), held_tokens=held)
+
+
+def sensitivity_cost(teacher: ModelSize, length: int, limit: int) -> StageCost:
+    """See on SENSED windows what every matrix of the teacher costs in fewer bits."""
+    nearest = QuantizationConfig(q_method="round")
+    return quantizing_cost(teacher, nearest, windows=SENSED, length=length, limit=limit)
+
+
+def _sides(m: ModelSize) -> gptq.Sides:
+    """Of a block's matrices."""
+    s = m.wide
+    queries = s.heads * s.head_dim
+    keys = s.kv_heads * s.head_dim
+    return [
+        (s.hidden, queries + 2 * keys),
+        (queries, s.hidden),
+        (s.hidden, 2 * s.ffn),
+        (s.ffn, s.hidden),
+    ]
+
+
+def _block_bytes(m: ModelSize, length: int) -> int:
+    """What rounding a block holds besides it: grams, which stay until their matrices are rounded.
+
+    What is added to them are products of one window in every stream, of wide ones a slab in numpy
+    and in MLX; a GPU gets several windows at once.
+    """
+    sides = _sides(m)
+    tokens = length
+    if m.gpu:
+        tokens *= residency.batches_per_pass(m.config, length, length)
+    products = 0
+    for inputs, _ in sides:
+        if reconstruction.is_wide(inputs):
+            products += 4 * inputs * (2 * gptq.PANEL + tokens)
+        else:
+            products += 4 * inputs**2 * parallel_windows(m)
+    weights = max(inputs * outputs for inputs, outputs in sides)
+    # the values as the block computes with them, in parts and whole
+    values = gptq.packed_bytes(weights) + 2 * m.item * block_matrix(m)
+    work = max(gptq.work_bytes(sides, fused=m.gpu), values)
+    grams = [reconstruction.square_bytes(inputs) for inputs, _ in sides]
+    ledger = Ledger()
+    ledger.moment("gathering", grams=sum(grams), products=products)
+    ledger.moment("first matrix", grams=sum(grams), work=work)
+    # Weights that need no conversion stay where they were read while rounded ones take their place.
+    # The widest matrix is the first.
+    replaced = m.item * m.largest_block_params if m.as_stored else 0
+    ledger.moment("later ones", grams=sum(grams) - max(grams), replaced=replaced, work=work)
+    return ledger.peak_bytes
+
+
+def _compensated(
+    plain: StageCost,
+    m: ModelSize,
+    config: QuantizationConfig,
+    *,
+    tokens: int,
+    length: int,
+    limit: int,
+) -> StageCost:
+    """`plain`, rounding tensor by tensor, with a pass that makes up for the errors.
+
+    Behind the blocks perhaps the head, which waits packed until it is written.
+    """
+    s = m.wide
+    one_pass = streamed_pass(
+        "",
+        m,
+        tokens=tokens,
+        micro_tokens=length,
+        length=length,
+        limit_bytes=limit,
+        head=False,
+        beside_bytes=_block_bytes(m, length),
+    )
+    of_products, of_rounding = gptq.operations(_sides(m))
+    flops = 2 * one_pass.flops + s.layers * tokens * of_products
+    host_flops = s.layers * of_rounding
+    fits = s.layers * gptq.fits(_sides(m), config.q_group_size)
+    ledger = Ledger()
+    ledger.hold("slots", m.slots_bytes)
+    ledger.hold("hidden states", m.hidden_bytes, one_pass.held_tokens)
+    ledger.moment("a tensor", made=plain.peak_bytes)
+    if rounding_cost.rounds_head(config):
+        head = [(s.hidden, s.vocab)]
+        ledger.moment(
+            "the head",
+            gram=reconstruction.square_bytes(s.hidden),
+            packed=gptq.packed_bytes(m.head_params),
+            rows=(DENSE_ITEM + 20) * table_part(m),
+        )
+        flops += 2 * tokens * s.hidden**2
+        host_flops += s.hidden**2 * (s.hidden / 3 + s.vocab)
+        fits += gptq.fits(head, config.q_group_size)
+    return replace(
+        one_pass,
+        name=plain.name,
+        read_bytes=plain.read_bytes + 2 * one_pass.written_bytes,
+        written_bytes=plain.written_bytes + one_pass.written_bytes,
+        peak_bytes=max(one_pass.peak_bytes, ledger.peak_bytes),
+        flops=flops,
+        waits=2 * one_pass.waits + fits,  # numpy goes on from every grid
+        host_flops=host_flops,  # numpy rounds
+        launches=fits * rounding.FIT_LAUNCHES,
+    )

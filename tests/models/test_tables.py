@@ -18,7 +18,7 @@ from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing.pass_cost import tensor_bytes
 from mis_mlx.pruning import pruning_cost, slicing
-from mis_mlx.quantization import embedding_costs, packed_format, rounding_cost
+from mis_mlx.quantization import embedding_costs, packed_format, stage
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage import safetensors
 from mis_mlx.storage.files import DISK
@@ -97,7 +97,7 @@ def test_a_table_is_rounded_in_parts(
         packed_format.write_quantized(wordy, out, plan, files=DISK)
 
     m = model_of(wordy)
-    planned = rounding_cost.quantizing_cost(m, ROUNDING, windows=1, length=16, limit=0).peak_bytes
+    planned = stage.quantizing_cost(m, ROUNDING, windows=1, length=16, limit=0).peak_bytes
     assert peak_of(write, monkeypatch) < allocated(planned) < 10 * NUMBERS
     rounded = load.open_checkpoint(out)
     settings = load.packing(rounded, "model.embed_tokens")

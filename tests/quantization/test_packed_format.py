@@ -16,7 +16,7 @@ from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.pruning import slicing
-from mis_mlx.quantization import packed_format, rounding_cost
+from mis_mlx.quantization import packed_format, stage
 from mis_mlx.settings import recipe
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits, MisError
@@ -94,7 +94,7 @@ def test_experts_are_rounded_one_at_a_time(tmp_path: Path) -> None:
     packed_format.write_quantized(
         mixture, tmp_path / "q4", packed_format.formats_of(mixture.config, 64), DISK
     )
-    planned = rounding_cost.quantizing_cost(
+    planned = stage.quantizing_cost(
         model_of(mixture), recipe.ROUND_TO_NEAREST, windows=1, length=32, limit=0
     )
     assert mx.get_peak_memory() - before <= allocated(planned.peak_bytes)
