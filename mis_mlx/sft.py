@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from mis_mlx import cli
 from mis_mlx.alignment import alignment_run, sequence_packing
 from mis_mlx.distillation import live_teacher
-from mis_mlx.hardware import ledger, memory
+from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge import comparison
 from mis_mlx.models.architectures.sizes import reads_in_order, softcap
@@ -47,15 +47,15 @@ def _phase(
         return alone
     teacher = model_of(beside)
     tokens = s.batch_size * s.grad_accumulation_steps * length
-    peak = alone.peak_bytes + teacher.slots_bytes + teacher.head_work
-    peak += tokens * teacher.shape.hidden * teacher.item
-    room = ledger.headroom_bytes(memory.budget(s.budget_bytes).limit_bytes, peak)
-    pinned = pass_cost.resident_blocks(teacher, room)
+    limit = memory.budget(s.budget_bytes).limit_bytes
+    ledger = alignment_run.training_ledger(s, checkpoint, s.batch_size, length, limit)
+    live_teacher.hold_teacher(ledger, teacher, tokens, s.batch_size * length, length=length)
+    pinned = ledger.fill("teacher's blocks", teacher.block_work, teacher.shape.layers)
     # Pinned blocks are read once, the others in every step.
     blocks_read = pinned + s.iters * (teacher.shape.layers - pinned)
     return replace(
         alone,
-        peak_bytes=peak + pinned * teacher.block_work,
+        peak_bytes=ledger.peak_bytes,
         flops=alone.flops + s.iters * pass_cost.forward_flops(teacher, tokens, length),
         read_bytes=alone.read_bytes + teacher.block_bytes * blocks_read,
         pinned=pinned,

@@ -24,7 +24,7 @@ from mis_mlx.distillation import train_loop, whole_model
 from mis_mlx.distillation.whole_model import Loss, WholeModel
 from mis_mlx.gguf_export.model_card import name_of
 from mis_mlx.hardware import memory
-from mis_mlx.hardware.ledger import needed_bytes
+from mis_mlx.hardware.ledger import Ledger, needed_bytes
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.maths import optimizer
@@ -142,6 +142,29 @@ def model_size(s: Alignment, checkpoint: Checkpoint) -> ModelSize:
     return model_of(checkpoint, dtype=dtype_of(s, checkpoint))
 
 
+def training_ledger(
+    s: Alignment, checkpoint: Checkpoint, rows: int, length: int, limit: int = 0
+) -> Ledger:
+    """What training with `rows` sequences of `length` tokens in a micro-batch holds."""
+    m = model_size(s, checkpoint)
+    loss = Footprint(gpu=m.gpu)
+    if not s.lora:
+        accumulates = s.grad_accumulation_steps > 1
+        return whole_model.holdings(
+            m, rows, length, loss=loss, accumulates=accumulates, limit=limit
+        )
+    learning = optimizer.STATE_BYTES + optimizer.GRADIENT_BYTES
+    activations = block_cost.activation_bytes(m, rows, length)
+    ledger = Ledger(limit, m.gpu)
+    ledger.hold("weights", m.whole_work)
+    ledger.hold("adapters, gradients and moments", learning * s.lora.params(m.config))
+    ledger.hold("activations", activations)
+    ledger.hold("in flight", m.in_flight(activations))
+    ledger.hold("logits", loss.logit_bytes(m.shape.vocab, rows * length))
+    ledger.hold("widened head", m.widened_bytes)
+    return ledger
+
+
 def training_cost(
     s: Alignment,
     checkpoint: Checkpoint,
@@ -152,18 +175,7 @@ def training_cost(
 ) -> StageCost:
     """The cost of training with `rows` sequences of `length` tokens in a micro-batch."""
     m = model_size(s, checkpoint)
-    loss = Footprint(gpu=m.gpu)
-    if s.lora:
-        trained = s.lora.params(m.config)
-        activations = block_cost.activation_bytes(m, rows, length)
-        peak = m.whole_work + (optimizer.STATE_BYTES + optimizer.GRADIENT_BYTES) * trained
-        peak += activations + m.in_flight(activations)
-        peak += loss.logit_bytes(m.shape.vocab, rows * length) + m.widened_bytes
-    else:
-        trained = m.params
-        accumulates = s.grad_accumulation_steps > 1
-        ledger = whole_model.holdings(m, rows, length, loss=loss, accumulates=accumulates)
-        peak = ledger.peak_bytes
+    trained = s.lora.params(m.config) if s.lora else m.params
     checkpoints = s.iters // s.save_every + 2
     written = checkpoints * (optimizer.STATE_BYTES + optimizer.GRADIENT_BYTES) * trained
     written += precision.DTYPES[s.dtype].size * m.params
@@ -172,7 +184,7 @@ def training_cost(
         name=name,
         read_bytes=m.nbytes,
         written_bytes=written,
-        peak_bytes=peak,
+        peak_bytes=training_ledger(s, checkpoint, rows, length).peak_bytes,
         flops=s.iters * 3 * pass_cost.forward_flops(m, tokens, length),
         updated=s.iters * trained,
     )

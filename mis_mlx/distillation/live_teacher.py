@@ -30,6 +30,7 @@ from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths import losses
 from mis_mlx.models.architectures.sizes import shape_of, softcap
 from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import distributed, pipeline_parallel, stream
 from mis_mlx.models.passing.pass_cost import (
     forward_flops,
@@ -364,18 +365,32 @@ TargetSource = StreamedTeacher | TextTargets | CachedTeacher  # where a step's t
 
 
 def hold(ledger: Ledger, job: DistillationSpec, micro: int, *, same_head: bool = False) -> None:
-    """Write down what a teacher that is streamed at every step holds beside its student.
+    """Write down what the teacher of a job holds beside its student; nothing if it is not live."""
+    if job.targets == "live":
+        length = job.max_seq_length
+        micro_tokens = micro * length
+        hold_teacher(
+            ledger, job.teacher, job.step_tokens, micro_tokens, length=length, same_head=same_head
+        )
+
+
+def hold_teacher(
+    ledger: Ledger,
+    t: ModelSize,
+    tokens: int,
+    micro_tokens: int,
+    *,
+    length: int,
+    same_head: bool = False,
+) -> None:
+    """Write down what a teacher that is streamed at every step of `tokens` holds.
 
     It passes before the student's step begins. same_head: the student's is its head, too.
     """
-    if job.targets != "live":
-        return
-    t = job.teacher
-    length = job.max_seq_length
-    workspace = pass_workspace(t, job.step_tokens, micro * length, length)
+    workspace = pass_workspace(t, tokens, micro_tokens, length)
     ledger.hold("teacher's slots", t.slots_bytes)
-    ledger.hold("teacher's hidden states", job.step_tokens * t.hidden_bytes)
-    ledger.hold("what its blocks share", side_bytes(t, job.step_tokens))
+    ledger.hold("teacher's hidden states", tokens * t.hidden_bytes)
+    ledger.hold("what its blocks share", side_bytes(t, tokens))
     if not same_head:
         ledger.hold("teacher's head", t.head_work + t.widened_bytes)
     ledger.moment("teacher's pass", body=t.body_bytes(workspace))
