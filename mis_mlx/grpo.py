@@ -116,8 +116,6 @@ def _sampling(s: Settings, m: ModelSize, longest: int, state: int, *, at_once: i
     batches = s.iters * -(-answers // at_once) + -(-measured // at_once)
     play = StageCost(
         name="sample",
-        read_bytes=0,
-        written_bytes=0,
         peak_bytes=state + cache + work,
         flops=pass_cost.forward_flops(m, tokens, length),
         touched_bytes=batches * most * (m.shape.layers * m.block_work + m.head_work),

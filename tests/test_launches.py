@@ -62,7 +62,7 @@ def step_launches(student: object, teacher: Checkpoint, optimizer: GuardedAdamW)
 def test_gptq_fuses(
     llama: Checkpoint, batches: list[mx.array], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The stage rounds a group of 64 columns in the launches that the plan counts."""
+    """The stage rounds a group of 64 columns in so few launches that they take about a wait."""
     counts = []
     fit = gptq.fit_grids
 

@@ -17,7 +17,7 @@ import pytest
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher, packed_student
 from mis_mlx.hardware import memory
-from mis_mlx.maths import gptq, rounding
+from mis_mlx.maths import gptq
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import pass_cost
@@ -184,14 +184,15 @@ def test_the_plan_of_gptq_by_pencil() -> None:
     assert planned.peak_bytes == without.peak_bytes + arrays
     # Three times one group of 64 columns, and twelve of the FFN's 768, in three blocks.
     fits = 3 * (3 + 12)
-    assert planned.launches == fits * rounding.FIT_LAUNCHES
     # A head of measured bits is rounded so, too: one group of its 64 columns, 512 rows.
     mixed = replace(FOUR, target_bpw=5.0)
     measured = stage.quantizing_cost(m, mixed, windows=4, length=32, limit=GIB)
-    assert measured.launches == (fits + 1) * rounding.FIT_LAUNCHES
+    seen = replace(NEAREST, target_bpw=5.0)
+    plain_measured = stage.quantizing_cost(m, seen, windows=4, length=32, limit=GIB)
+    assert measured.waits - plain_measured.waits == 2 * (fits + 1) + 2 * without.waits
     assert measured.host_flops == planned.host_flops + 64**2 * (64 / 3 + 512)
-    assert planned.waits == 2 * without.waits + fits
-    assert (plain.launches, plain.waits) == (0, 0)
+    assert planned.waits == 2 * (without.waits + fits)
+    assert plain.waits == 0
     assert planned.flops > 2 * without.flops
     assert plain.peak_bytes < planned.peak_bytes
     assert (plain.flops, plain.held_tokens) == (0, 0)

@@ -82,9 +82,6 @@ def planned_seconds(machine: rates.Rates) -> float:
     flops = passes + 2.0 * WINDOWS * LENGTH * size.head_params
     cost = StageCost(
         name="step",
-        read_bytes=0,
-        written_bytes=0,
-        peak_bytes=0,
         flops=flops,
         updated=size.params,
     )

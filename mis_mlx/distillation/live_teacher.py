@@ -443,9 +443,7 @@ def store_cost(job: DistillationSpec, limit: int) -> StageCost:
     length = job.max_seq_length
     steps = max(job.iters, job.rounding.steps(TUNE_ITERS))
     windows = steps * job.batch_size * job.grad_accumulation_steps
-    one = streamed_pass(
-        "", t, tokens=length, micro_tokens=length, length=length, head=False, spool=False
-    )
+    one = streamed_pass("", t, tokens=length, length=length, head=False, spool=False)
     targets = length * slab_draws.state_bytes(TOP, SAMPLES)
     states = length * t.hidden_bytes + side_bytes(t, length)
     ledger = Ledger(limit, t.gpu)

@@ -369,7 +369,6 @@ def _with_teacher(
         name=SCALES,
         read_bytes=reads * _packed_block(job) + read,
         written_bytes=rounding_cost.packed_bytes(m, job.rounding) + written,
-        peak_bytes=0,
         flops=block_gradients.step_flops(job),
         updated=learning_scales(job),
         kept=kept,

@@ -344,7 +344,6 @@ def blockwise_cost(job: DistillationSpec, micro: int, limit: int) -> StageCost:
         name="distil",
         read_bytes=m.nbytes,
         written_bytes=m.nbytes + job.checkpoints * state,
-        peak_bytes=0,
         flops=block_gradients.step_flops(job),
         updated=m.all_block_params // layers * layers,
     )
@@ -375,7 +374,6 @@ def sharded_cost(job: DistillationSpec, micro: int, shard: int, limit: int = 0) 
         read_bytes=int(read + visits * 4 * m.head_params + trained),
         # A resume needs one checkpoint of every visit.
         written_bytes=trained + state * max(job.checkpoints, 2 * visits),
-        peak_bytes=0,
         flops=block_flops * (layers - 1 + 2 * above + 3 * shard) + head_flops,
         updated=m.largest_block_params * shard,
     )

@@ -277,7 +277,6 @@ def resident_cost(job: DistillationSpec, micro: int, limit: int) -> StageCost:
         name="distil",
         read_bytes=m.nbytes,
         written_bytes=m.nbytes + job.checkpoints * optimizer.STATE_BYTES * m.params,
-        peak_bytes=0,
         flops=3 * forward_flops(m, job.step_tokens, length),
         updated=m.params,
     )

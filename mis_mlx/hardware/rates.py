@@ -13,7 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,6 @@ class Rates:
     room_bytes: int | None = None  # most a process should take; None: ask hardware.memory
     wait_s: float = WAIT_S  # of one synchronisation with a GPU
     host_flops_per_s: float = HOST_FLOPS  # of numpy's solvers next to a GPU, in float64
-    launch_s: float = LAUNCH_S  # of one small kernel on a GPU, among others
 
     def __str__(self) -> str:
         read = f"{self.read_bytes_per_s / 1e9:.2f} GB/s read"
@@ -341,7 +340,6 @@ def _rates(read: float, written: float, memory: float, source: str) -> Rates:
         training_flops_per_s=training,
         source=source,
         wait_s=wait_seconds(),
-        launch_s=launch_seconds(),
     )
 
 
@@ -353,7 +351,9 @@ def to_json(rates: Rates) -> str:
 def load(path: Path) -> Rates | None:
     """Read the rates in `path`; None where there are none of this device and version."""
     try:
-        rates = Rates(**json.loads(path.read_text("utf-8")))
+        stored = json.loads(path.read_text("utf-8"))
+        known = {field.name for field in fields(Rates)}  # earlier versions had others, too
+        rates = Rates(**{name: stored[name] for name in stored if name in known})
     except (OSError, ValueError, TypeError):
         return None
     if rates.device != device_name():

@@ -14,7 +14,6 @@ WORK = (
     "updated",
     "waits",
     "host_flops",
-    "launches",
 )
 
 
@@ -28,10 +27,10 @@ class StageCost:
     """
 
     name: str
-    read_bytes: int
-    written_bytes: int
-    peak_bytes: int
-    flops: float
+    read_bytes: int = 0
+    written_bytes: int = 0
+    peak_bytes: int = 0
+    flops: float = 0.0
     # weights fetched from memory; counts where there is little to do with each
     touched_bytes: int = 0
     pinned: int = 0
@@ -44,7 +43,6 @@ class StageCost:
     updated: int = 0  # parameters that the optimizer changes, in all steps together
     waits: int = 0  # how often the host waits for the device
     host_flops: float = 0.0  # of numpy's solvers, which a GPU waits for
-    launches: int = 0  # kernels of many small steps; counts where they have little to do
     later: tuple["StageCost", ...] = ()
 
     @property
@@ -85,7 +83,7 @@ class StageCost:
         """The time on a machine of these rates: of disk, arithmetic and memory the slowest.
 
         The three overlap within a stage; stages in a row do not. The optimizer's updates come on
-        top of the arithmetic, which ends before one begins. So do, on a GPU, launches, waits and
+        top of the arithmetic, which ends before one begins. So do, on a GPU, waits and
         what numpy computes meanwhile. hot: computing at the rates of a hot machine.
         """
         if self.later:
@@ -100,7 +98,6 @@ class StageCost:
             work += optimizer.TRAFFIC_BYTES * self.updated / machine.memory_bytes_per_s
             host = self.host_flops / (machine.host_flops_per_s * slowdown)
             work += self.waits * machine.wait_s + host
-            work += self.launches * machine.launch_s
         else:
             work = self.operations / (flops_per_s * slowdown)
         return max(disk, work, self.touched_bytes / machine.memory_bytes_per_s)

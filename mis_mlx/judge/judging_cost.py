@@ -35,7 +35,6 @@ def comparison_cost(models: Sequence[ModelSize], windows: int, length: int) -> S
     return StageCost(
         name="measure",
         read_bytes=sum(m.nbytes for m in models),
-        written_bytes=0,
         peak_bytes=peak,
         flops=flops,
         waits=waits + heads.waits,
@@ -56,10 +55,7 @@ def _heads_cost(models: Sequence[ModelSize], tokens: int, length: int) -> StageC
     groups = math.ceil(tokens / GROUP)
     return StageCost(
         name="heads",
-        read_bytes=0,
-        written_bytes=0,
         peak_bytes=heads[0] + max(heads) + logits + temporaries + statistics,
-        flops=0.0,
         waits=len(models) * 3 * parts * groups,  # two heads and their statistics
     )
 

@@ -117,7 +117,6 @@ def _resident(m: ModelSize, texts: _Texts, at_once: int) -> StageCost:
     return StageCost(
         name="",
         read_bytes=m.nbytes,
-        written_bytes=0,
         peak_bytes=peak_bytes,
         flops=_flops(m, texts),
         touched_bytes=steps * met_bytes,
@@ -182,7 +181,7 @@ def answers_cost(
         if number >= silent:
             costs.append(_answering(student, count, GREEDY_TOKENS, limit, ANSWERS_AT_ONCE))
             costs.append(_reading(teacher, count, GREEDY_TOKENS))
-    total = StageCost(name="answers", read_bytes=0, written_bytes=0, peak_bytes=0, flops=0.0)
+    total = StageCost(name="answers")
     for cost in costs:
         total = total.then(cost)
     return total

@@ -40,7 +40,6 @@ def _pass_fits(limit_bytes: int, checkpoint: Checkpoint, dtype: mx.Dtype) -> boo
         "",
         model_of(checkpoint, dtype=dtype),
         tokens=SETTLED_TOKENS,
-        micro_tokens=SETTLED_TOKENS,
         length=SETTLED_TOKENS,
         spool=False,
     )

@@ -41,7 +41,7 @@ def vocabulary_cost(t: ModelSize, length: int) -> StageCost:
     vocab = t.shape.vocab
     rows = min(HEAD_PART // t.shape.hidden, vocab)
     final_states = streamed_pass(
-        "vocabulary", t, tokens=tokens, micro_tokens=length, length=length, head=False, spool=False
+        "vocabulary", t, tokens=tokens, length=length, head=False, spool=False
     )
     positions = min(length, VOCABULARY_LOGITS // vocab)
     head = tokens * t.shape.hidden * t.item
@@ -61,7 +61,7 @@ def pruning_cost(job: DistillationSpec, limit: int) -> StageCost:
     t = job.teacher
     length = job.max_seq_length
     if job.uncut:  # nothing is ranked
-        cost = StageCost(name="", read_bytes=0, written_bytes=0, peak_bytes=0, flops=0.0)
+        cost = StageCost(name="")
     else:
         cost = calibration_cost(t, job.num_samples, length, limit, rotation=job.rotation)
     if job.shown and job.shown.shape != t.shape:
@@ -91,7 +91,6 @@ def calibration_cost(
         "calibration",
         t,
         tokens=windows * length,
-        micro_tokens=length,
         length=length,
         limit_bytes=limit,
         head=False,
@@ -187,7 +186,6 @@ def repair_cost(job: DistillationSpec, limit: int, item: int = 0) -> StageCost:
                 "",
                 model,
                 tokens=tokens,
-                micro_tokens=length,
                 length=length,
                 head=False,
                 spool=False,

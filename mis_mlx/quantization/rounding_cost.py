@@ -108,9 +108,7 @@ def sensing_cost(m: ModelSize, *, windows: int, length: int, limit: int) -> Stag
     at_once = max(HELD_BYTES, 4 * m.largest_block_params) // seen
     batch = min(windows, max(1, at_once))
     batches = math.ceil(windows / batch)
-    one_pass = streamed_pass(
-        "", m, tokens=length, micro_tokens=length, length=length, head=False, spool=False
-    )
+    one_pass = streamed_pass("", m, tokens=length, length=length, head=False, spool=False)
     # The workspace of the forward pass is gone at the head, and the head before the way back.
     workspace = workspace_bytes(m, length, length)
     # In one stream 0.2 to 0.8 of it were measured, in two 0.4 to 1.2.

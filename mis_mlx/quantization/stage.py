@@ -369,7 +369,6 @@ def quantizing_cost(
         read_bytes=m.nbytes,
         written_bytes=rounding_cost.files_bytes(m, config),
         peak_bytes=rounding_cost.writing_bytes(m, config.q_group_size),
-        flops=0.0,
     )
     if config.compensates:
         cost = _compensated(cost, m, config, tokens=windows * length, length=length, limit=limit)
@@ -448,7 +447,6 @@ def _compensated(
         "",
         m,
         tokens=tokens,
-        micro_tokens=length,
         length=length,
         limit_bytes=limit,
         head=False,
@@ -480,7 +478,7 @@ def _compensated(
         written_bytes=plain.written_bytes + one_pass.written_bytes,
         peak_bytes=max(one_pass.peak_bytes, ledger.peak_bytes),
         flops=flops,
-        waits=2 * one_pass.waits + fits,  # numpy goes on from every grid
+        # A grid's kernels are launched in about the time of a wait; then numpy goes on from it.
+        waits=2 * one_pass.waits + 2 * fits,
         host_flops=host_flops,  # numpy rounds
-        launches=fits * rounding.FIT_LAUNCHES,
     )

@@ -6,7 +6,7 @@ from dataclasses import replace
 from mis_mlx.hardware.ledger import headroom_bytes
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge.judging_cost import comparison_cost
-from mis_mlx.maths.rounding import FIT_LAUNCHES, FUSED_CANDIDATES, RANGE_ENDS
+from mis_mlx.maths.rounding import FUSED_CANDIDATES, RANGE_ENDS
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing.pass_cost import block_matrix
 
@@ -27,12 +27,10 @@ def fitting_cost(t: ModelSize) -> StageCost:
     fits = math.ceil(t.params * RANGE_ENDS**2 / FUSED_CANDIDATES)
     return StageCost(
         name="fit",
-        read_bytes=0,
-        written_bytes=0,
         peak_bytes=2 * 4 * FUSED_CANDIDATES,
         flops=0.0 if t.gpu else FITTED_FLOPS * t.params,
         touched_bytes=FITTED_BYTES * t.params if t.gpu else 0,
-        launches=fits * FIT_LAUNCHES,
+        waits=fits,  # the time in which their kernels are launched
     )
 
 

@@ -174,8 +174,8 @@ def streamed_pass(
     m: ModelSize,
     *,
     tokens: int,
-    micro_tokens: int,
     length: int,
+    micro_tokens: int = 0,
     limit_bytes: int = 0,
     head: bool = True,
     spool: bool = True,
@@ -184,11 +184,13 @@ def streamed_pass(
 ) -> StageCost:
     """One pass from disk over `tokens`, block by block, as `stream.Stream` does.
 
-    Every block sees all micro-batches. head: with logits at the end. spool: hidden states that find
-    no room are written and read once a block. again: one of many alike: what the budget leaves
-    holds the head, then blocks 0, 1 ... of the last. beside_bytes: held by others.
+    Every block sees all micro-batches; default: of one window. head: with logits at the end. spool:
+    hidden states that find no room are written and read once a block. again: one of many alike:
+    what the budget leaves holds the head, then blocks 0, 1 ... of the last. beside_bytes: held by
+    others.
     """
     s = m.shape
+    micro_tokens = micro_tokens or length
     workspace = pass_workspace(m, tokens, micro_tokens, length)
     body = m.body_bytes(workspace) + m.in_flight(workspace)
     head_work = 0
