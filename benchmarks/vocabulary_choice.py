@@ -38,7 +38,6 @@ from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.models.opening.trimmed_tokenizer import Vocabulary
 from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting.text import markdown_table
-from mis_mlx.settings.workloads import VOCABULARY_WINDOWS
 from mis_mlx.types import Checkpoint
 
 # tokens that are judged at once, and that are read before them
@@ -102,7 +101,9 @@ def weights(
     """(V,) how much each token is wanted, by the way of choosing."""
     of_model = train.pick(train.kind == list(preparation.TEXT_SHARES).index("written by a model"))
     counted = np.bincount(train.tokens.reshape(-1), minlength=count).astype(float)
-    also = vocabulary.expected(teacher, comparison.spread_windows(train, VOCABULARY_WINDOWS))
+    also = vocabulary.expected(
+        teacher, comparison.spread_windows(train, vocabulary.VOCABULARY_WINDOWS)
+    )
     more = vocabulary.expected(teacher, comparison.spread_windows(of_model, MORE_WINDOWS))
     place = 1 / (PLACES + np.arange(count))
     one, two, three, four = (each / each.sum() for each in (counted, also, more, place))

@@ -34,8 +34,8 @@ from mis_mlx.planner.machines import block_shares
 from mis_mlx.pruning.pruning_cost import (
     pruning_cost,
     repair_cost,
-    vocabulary_cost,
 )
+from mis_mlx.pruning.vocabulary import vocabulary_cost
 from mis_mlx.quantization import rounding_cost
 from mis_mlx.quantization.stage import quantizing_cost
 from mis_mlx.settings.recipe import (

@@ -51,6 +51,12 @@ from mis_mlx.judge.prompts import (
 from mis_mlx.judge.score import has_template, log_probabilities, need_template
 from mis_mlx.judge.tasks import answering
 from mis_mlx.judge.write import answered
+from mis_mlx.judge.writing_cost import (
+    ANSWER_TOKENS,
+    ANSWERS_AT_ONCE,
+    GREEDY_TOKENS,
+    PAIRS_AT_ONCE,
+)
 from mis_mlx.maths import stats
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
@@ -60,12 +66,6 @@ from mis_mlx.models.writing.draws import Draws, Sampling
 from mis_mlx.models.writing.text_writer import TextWriter
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress
-from mis_mlx.settings.workloads import (
-    ANSWER_TOKENS,
-    ANSWERS_AT_ONCE,
-    GREEDY_TOKENS,
-    PAIRS_AT_ONCE,
-)
 from mis_mlx.storage import hub, run_folder
 from mis_mlx.storage.files import DISK, json_sha256
 from mis_mlx.types import Budget, Checkpoint, MisError

@@ -17,14 +17,12 @@ from mis_mlx.models.writing import continuous_batch, streamed_batch, text_writer
 from mis_mlx.models.writing.continuous_batch import Room
 from mis_mlx.models.writing.text_writer import TextWriter
 from mis_mlx.planner import estimates
-from mis_mlx.settings.workloads import (
-    ANSWER_TOKENS,
-    ANSWERS_AT_ONCE,
-    GREEDY_TOKENS,
-    PAIRS_AT_ONCE,
-)
 from mis_mlx.types import Budget, Checkpoint
 
+ANSWER_TOKENS = 112  # most of a sampled answer, by which models are judged (judge/answers)
+GREEDY_TOKENS = 96  # most of a greedy one
+ANSWERS_AT_ONCE = (72, 24, 8, 1)  # written together, as many as fit
+PAIRS_AT_ONCE = (144, 96, 72, 48, 24, 8, 2, 1)  # the teacher's, sampled and greedy side by side
 PROMPT_TOKENS = 56  # of a prompt there, in the mean: 38 to 111 by the default tokenizer
 
 

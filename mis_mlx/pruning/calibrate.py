@@ -1,6 +1,7 @@
 """One streamed calibration pass: statistics of every axis that can shrink, for all batches."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -8,11 +9,14 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx.compute import precision
+from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import ExpertSums, Statistics, Sums
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import attends, ffn_size, shape_of
+from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import distributed, pipeline_parallel, stream, sweep
+from mis_mlx.models.passing.pass_cost import streamed_pass
 from mis_mlx.types import Air, Checkpoint
 
 Weight = Callable[[int], float]  # of a batch: its T_env, asked as the batch enters
@@ -228,3 +232,35 @@ def _add(
             units = len(seen[axis])
             squares = seen[axis + " squares"].reshape(units, -1).sum(axis=-1)
             axis_sums.add(seen[axis], squares / tokens, weight)
+
+
+def calibration_cost(
+    t: ModelSize, windows: int, length: int, limit: int, *, rotation: bool
+) -> StageCost:
+    """The passes that say what to keep: one, and two more for a rotation.
+
+    rotation: the hidden size is cut along directions. That takes D x D sums and their eigenvectors,
+    in float64. Hidden states stay in memory as far as they fit besides these, for the same place
+    serves all passes.
+    """
+    square = t.shape.hidden**2
+    sums = 5 * 8 * square if rotation else 0
+    one_pass = streamed_pass(
+        "calibration",
+        t,
+        tokens=windows * length,
+        length=length,
+        limit_bytes=limit,
+        head=False,
+        beside_bytes=sums,
+    )
+    if not rotation:
+        return one_pass
+    tokens = windows * length
+    turning = 4.0 * square * (t.shape.layers + 1) * tokens
+    return replace(
+        one_pass,
+        read_bytes=3 * one_pass.read_bytes,
+        written_bytes=3 * one_pass.written_bytes,
+        flops=3 * one_pass.flops + turning,
+    )

@@ -1,9 +1,5 @@
-"""What choosing tokens, calibrating, cutting and repairing a model take: bytes, memory, operations.
+"""What cutting and repairing a model take: bytes, memory, operations."""
 
-Arithmetic on sizes, beside the modules that allocate them.
-"""
-
-import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -15,45 +11,17 @@ from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths.reconstruction import HELD_OUT, RIDGES, precision, solver_flops
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing.pass_cost import (
-    DENSE_ITEM,
     SMALL_BYTES,
-    block_matrix,
-    forward_flops,
     parallel_windows,
     pass_workspace,
     side_bytes,
     streamed_pass,
-    table_part,
-    tensor_bytes,
 )
-from mis_mlx.models.passing.stream import HEAD_PART
 from mis_mlx.planner.distillation_spec import DistillationSpec
-from mis_mlx.settings.workloads import ROUTER_BYTES, VOCABULARY_LOGITS, VOCABULARY_WINDOWS
-
-
-def vocabulary_cost(t: ModelSize, length: int) -> StageCost:
-    """Ask a teacher with all of its tokens which it expects.
-
-    Final states of all windows, then logits of all tokens at some positions, with two parts of the
-    head and the temporaries of one.
-    """
-    tokens = VOCABULARY_WINDOWS * length
-    vocab = t.shape.vocab
-    rows = min(HEAD_PART // t.shape.hidden, vocab)
-    final_states = streamed_pass(
-        "vocabulary", t, tokens=tokens, length=length, head=False, spool=False
-    )
-    positions = min(length, VOCABULARY_LOGITS // vocab)
-    head = tokens * t.shape.hidden * t.item
-    head += 4 * positions * (vocab + 2 * rows)
-    head += 3 * rows * t.head_work // vocab
-    head_reads = VOCABULARY_WINDOWS * math.ceil(length / positions)
-    return replace(
-        final_states,
-        peak_bytes=max(final_states.peak_bytes, head),
-        read_bytes=final_states.read_bytes + head_reads * t.head_bytes,
-        flops=forward_flops(t, tokens, length),
-    )
+from mis_mlx.pruning.calibrate import calibration_cost
+from mis_mlx.pruning.reconstruct import ROUTER_BYTES
+from mis_mlx.pruning.slicing import copying_bytes
+from mis_mlx.pruning.vocabulary import vocabulary_cost
 
 
 def pruning_cost(job: DistillationSpec, limit: int) -> StageCost:
@@ -66,7 +34,7 @@ def pruning_cost(job: DistillationSpec, limit: int) -> StageCost:
         cost = calibration_cost(t, job.num_samples, length, limit, rotation=job.rotation)
     if job.shown and job.shown.shape != t.shape:
         tokens = vocabulary_cost(job.shown, length)
-        cost = cost.then(replace(tokens, waits=0))  # its waits are not counted
+        cost = cost.then(tokens)
     return replace(
         cost,
         name="prune",
@@ -74,53 +42,6 @@ def pruning_cost(job: DistillationSpec, limit: int) -> StageCost:
         read_bytes=cost.read_bytes + t.nbytes,
         written_bytes=cost.written_bytes + job.student.nbytes,
     )
-
-
-def calibration_cost(
-    t: ModelSize, windows: int, length: int, limit: int, *, rotation: bool
-) -> StageCost:
-    """The passes that say what to keep: one, and two more for a rotation.
-
-    rotation: the hidden size is cut along directions. That takes D x D sums and their eigenvectors,
-    in float64. Hidden states stay in memory as far as they fit besides these, for the same place
-    serves all passes.
-    """
-    square = t.shape.hidden**2
-    sums = 5 * 8 * square if rotation else 0
-    one_pass = streamed_pass(
-        "calibration",
-        t,
-        tokens=windows * length,
-        length=length,
-        limit_bytes=limit,
-        head=False,
-        beside_bytes=sums,
-    )
-    if not rotation:
-        return one_pass
-    tokens = windows * length
-    turning = 4.0 * square * (t.shape.layers + 1) * tokens
-    return replace(
-        one_pass,
-        read_bytes=3 * one_pass.read_bytes,
-        written_bytes=3 * one_pass.written_bytes,
-        flops=3 * one_pass.flops + turning,
-    )
-
-
-def copying_bytes(t: ModelSize, *, rotation: bool) -> int:
-    """The largest tensor on its way into the student.
-
-    rotation: the hidden size is cut along directions, so it is turned in float32 before that.
-    """
-    nbytes = tensor_bytes(t)
-    largest = block_matrix(t)
-    if not t.packed:
-        # What was read is gone before the cut part is converted (measured).
-        nbytes = max(nbytes - 2 * largest, DENSE_ITEM * table_part(t))
-    if rotation:
-        nbytes += 2 * 4 * max(largest, table_part(t))
-    return nbytes
 
 
 class FitWork(NamedTuple):

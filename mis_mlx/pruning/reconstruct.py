@@ -31,9 +31,9 @@ from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import stream, sweep
 from mis_mlx.models.passing.stream import Batches, Hidden
-from mis_mlx.settings.workloads import ROUTER_BYTES
 from mis_mlx.types import Checkpoint, KeptUnits
 
+ROUTER_BYTES = 2**28  # of outputs of all experts of a block
 GAIN_DAMPING = 0.01  # of the mean channel, by which a gain is held back
 POST_MLP_NORM = "post_feedforward_layernorm"  # of Gemma's blocks
 SMALL_GAIN = 0.1  # of the median gain: smaller ones count as small

@@ -20,7 +20,14 @@ from mis_mlx.models.architectures import arch, experts
 from mis_mlx.models.architectures.shape import Shape
 from mis_mlx.models.architectures.sizes import ffn_size, may_be_unequal, shape_of, side_width
 from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import stream, sweep
+from mis_mlx.models.passing.pass_cost import (
+    DENSE_ITEM,
+    block_matrix,
+    table_part,
+    tensor_bytes,
+)
 from mis_mlx.models.writing import model_writer
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.safetensors import InParts, Tensor
@@ -386,3 +393,18 @@ def taken(
         source = source.replace(f".experts.{expert}.", f".experts.{chosen[expert]}.")
     block = replace(before, ffn=ffn_size(teacher.config, layer))
     return _cut(source, layer, block, keep, weight=tensor(source))
+
+
+def copying_bytes(t: ModelSize, *, rotation: bool) -> int:
+    """The largest tensor on its way into the student.
+
+    rotation: the hidden size is cut along directions, so it is turned in float32 before that.
+    """
+    nbytes = tensor_bytes(t)
+    largest = block_matrix(t)
+    if not t.packed:
+        # What was read is gone before the cut part is converted (measured).
+        nbytes = max(nbytes - 2 * largest, DENSE_ITEM * table_part(t))
+    if rotation:
+        nbytes += 2 * 4 * max(largest, table_part(t))
+    return nbytes

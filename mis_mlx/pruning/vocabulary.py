@@ -6,6 +6,7 @@ teacher itself, which reads longer tokens.
 """
 
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -22,20 +23,26 @@ from mis_mlx import cli
 from mis_mlx.compute import quick_exp
 from mis_mlx.data import draws, preparation, token_windows
 from mis_mlx.hardware import memory
+from mis_mlx.hardware.ledger import Ledger
+from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge import comparison
 from mis_mlx.models.architectures import arch, scenarios
 from mis_mlx.models.architectures.sizes import shape_of, side_width
 from mis_mlx.models.opening import load, pre_tokenizers
 from mis_mlx.models.opening.config import read_config
+from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.opening.tokenizer_check import ROWS
 from mis_mlx.models.opening.trimmed_tokenizer import Vocabulary, moved_ids
 from mis_mlx.models.passing import distributed, stream
-from mis_mlx.settings.workloads import VOCABULARY_LOGITS, VOCABULARY_WINDOWS
+from mis_mlx.models.passing.pass_cost import forward_flops, streamed_pass
+from mis_mlx.models.passing.stream import HEAD_PART
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import safetensors
 from mis_mlx.storage.files import DISK, Files
 from mis_mlx.types import Checkpoint, MisError
 
+VOCABULARY_WINDOWS = 16  # in which the teacher says which tokens it expects, where not all stay
+VOCABULARY_LOGITS = 2**25  # of all its tokens that are held then, in float32
 PAYS = 1 / 8  # of all parameters: a smaller vocabulary is left whole, since longer texts cost too
 # of all parameters: where the removed rows have so many, all else stays (benchmarks/README.md)
 ALONE = 0.3
@@ -421,3 +428,29 @@ def teacher_of_run(
     if student:
         comparison.same_vocabulary(seen, load.open_checkpoint(student))
     return seen
+
+
+def vocabulary_cost(t: ModelSize, length: int) -> StageCost:
+    """Ask a teacher with all of its tokens which it expects.
+
+    Final states of all windows, then logits of all tokens at some positions, with two parts of the
+    head and the temporaries of one.
+    """
+    tokens = VOCABULARY_WINDOWS * length
+    vocab = t.shape.vocab
+    rows = min(HEAD_PART // t.shape.hidden, vocab)
+    final_states = streamed_pass(
+        "vocabulary", t, tokens=tokens, length=length, head=False, spool=False
+    )
+    positions = min(length, VOCABULARY_LOGITS // vocab)
+    ledger = Ledger()
+    ledger.hold("final states", tokens * t.shape.hidden * t.item)
+    ledger.hold("logits", 4 * positions * (vocab + 2 * rows))
+    ledger.hold("parts of the head", rows * t.head_work // vocab, count=3)
+    head_reads = VOCABULARY_WINDOWS * math.ceil(length / positions)
+    return replace(
+        final_states,
+        peak_bytes=max(final_states.peak_bytes, ledger.peak_bytes),
+        read_bytes=final_states.read_bytes + head_reads * t.head_bytes,
+        flops=forward_flops(t, tokens, length),
+    )

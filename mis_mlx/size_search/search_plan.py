@@ -14,7 +14,8 @@ from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.planner import estimates, measured_block
 from mis_mlx.planner.distillation_spec import DistillationSpec, spec_of
-from mis_mlx.pruning.pruning_cost import calibration_cost, vocabulary_cost
+from mis_mlx.pruning.calibrate import calibration_cost
+from mis_mlx.pruning.vocabulary import vocabulary_cost
 from mis_mlx.quantization.stage import sensitivity_cost
 from mis_mlx.size_search import excess, known_losses, limits, shape_search
 from mis_mlx.size_search.measuring_cost import fitting_cost, passes_cost

@@ -17,7 +17,7 @@ from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing.pass_cost import tensor_bytes
-from mis_mlx.pruning import pruning_cost, slicing
+from mis_mlx.pruning import slicing
 from mis_mlx.quantization import embedding_costs, packed_format, stage
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage import safetensors
@@ -80,7 +80,7 @@ def test_a_packed_table_is_cut_in_parts(
     def write() -> None:
         slicing.write_student(packed, shape, keep, out, dtype="bfloat16", files=DISK)
 
-    planned = pruning_cost.copying_bytes(model_of(packed), rotation=False)
+    planned = slicing.copying_bytes(model_of(packed), rotation=False)
     assert peak_of(write, monkeypatch) < allocated(planned) < 12 * NUMBERS // 2
     want = mx.array(whole(packed)[:, ::2]).astype(mx.bfloat16).astype(mx.float32)
     assert np.array_equal(whole(load.open_checkpoint(out)), np.array(want))
