@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from mis_mlx.compute.host_losses import CHUNK, GROUP
+from mis_mlx.hardware.ledger import Ledger
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing.pass_cost import forward_flops, pass_waits, pass_workspace, side_bytes
@@ -17,46 +18,37 @@ def comparison_cost(models: Sequence[ModelSize], windows: int, length: int) -> S
     and read one, logits of CHUNK tokens, and statistics of GROUP tokens.
     """
     tokens = windows * length
-    passes_bytes = 0
-    hidden_bytes = 0  # of a token, in all models
+    ledger = Ledger()
     flops = 0.0
     waits = 0
-    for m in models:
-        workspace = pass_workspace(m, tokens, length, length)
-        pass_bytes = m.slots_bytes + m.body_bytes(workspace)
-        passes_bytes = max(passes_bytes, pass_bytes)
-        hidden_bytes += m.hidden_bytes
+    for number, m in enumerate(models):
+        body = m.body_bytes(pass_workspace(m, tokens, length, length))
+        ledger.hold("final states", m.hidden_bytes, tokens)
+        ledger.moment(f"pass of model {number}", slots=m.slots_bytes, body=body)
         flops += forward_flops(m, tokens, length)
         waits += pass_waits(m, tokens, length, length, head=False)
-    heads = _heads_cost(models, tokens, length)
-    peak = max(passes_bytes, heads.peak_bytes)
-    peak += tokens * hidden_bytes
-    peak += max(side_bytes(m, tokens) for m in models)
-    return StageCost(
-        name="measure",
-        read_bytes=sum(m.nbytes for m in models),
-        peak_bytes=peak,
-        flops=flops,
-        waits=waits + heads.waits,
-    )
-
-
-def _heads_cost(models: Sequence[ModelSize], tokens: int, length: int) -> StageCost:
-    """Memory and waits of the models' heads in parts, as in `comparison_cost`."""
+    ledger.hold("what blocks share", max(side_bytes(m, tokens) for m in models))
     vocab = min(m.shape.vocab for m in models)
     hidden = max(m.shape.hidden for m in models)
     rows = min(HEAD_PART // hidden, vocab)
     parts = math.ceil(vocab / rows)
     heads = [3 * rows * m.head_work // m.shape.vocab for m in models]
     at_once = CHUNK if any(m.gpu for m in models) else min(length, CHUNK)
-    logits = 2 * 4 * at_once * rows
-    temporaries = 3 * rows * hidden
-    statistics = 11 * 8 * min(tokens, GROUP + length) * parts
-    groups = math.ceil(tokens / GROUP)
+    ledger.moment(
+        "heads",
+        parts=heads[0] + max(heads),
+        logits=2 * 4 * at_once * rows,
+        temporaries=3 * rows * hidden,
+        statistics=11 * 8 * min(tokens, GROUP + length) * parts,
+    )
+    # two heads and their statistics
+    waits += len(models) * 3 * parts * math.ceil(tokens / GROUP)
     return StageCost(
-        name="heads",
-        peak_bytes=heads[0] + max(heads) + logits + temporaries + statistics,
-        waits=len(models) * 3 * parts * groups,  # two heads and their statistics
+        name="measure",
+        read_bytes=sum(m.nbytes for m in models),
+        peak_bytes=ledger.peak_bytes,
+        flops=flops,
+        waits=waits,
     )
 
 

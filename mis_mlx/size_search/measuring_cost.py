@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from mis_mlx.hardware.ledger import headroom_bytes
+from mis_mlx.hardware.ledger import Ledger
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge.judging_cost import comparison_cost
 from mis_mlx.maths.rounding import FUSED_CANDIDATES, RANGE_ENDS
@@ -42,34 +42,33 @@ def passes_cost(
     Each student has its own block, made of the teacher's, while this is in memory. All are taken
     for as large as the teacher. length: of the longest text. limit: bytes of memory.
     """
-    some = min(students, at_once(t, texts, length, limit))
+    some, peak_bytes = _at_once(t, students, texts, length, limit)
     work = _forward(t, texts, min(length, TEXT_TOKENS)).repeated(students + readers)
     return replace(
         work,
         name=f"measure {students}",
         read_bytes=math.ceil(students / some) * t.nbytes,
-        peak_bytes=_one(t, texts, length) + (some - 1) * _states(t, texts, length),
+        peak_bytes=peak_bytes,
     )
 
 
 def at_once(t: ModelSize, texts: int, length: int, limit: int) -> int:
     """How many students, each with its reader, go through one pass within `limit` bytes."""
-    room = headroom_bytes(limit, _one(t, texts, length), t.gpu)
-    return min(MOST, 1 + room // _states(t, texts, length))
+    return _at_once(t, MOST, texts, length, limit)[0]
+
+
+def _at_once(t: ModelSize, most: int, texts: int, length: int, limit: int) -> tuple[int, int]:
+    """(how many of `most` students go through one pass, the bytes that they hold)."""
+    ledger = Ledger(limit, t.gpu)
+    ledger.hold("one and its reader, compared", _forward(t, texts, length).peak_bytes)
+    ledger.hold("a block", t.item * t.largest_block_params)
+    ledger.hold("its largest matrix, rounded", ROUNDED_BYTES, block_matrix(t))
+    states = 2 * texts * length * t.hidden_bytes
+    some = 1 + ledger.fill("final states of others and their readers", states, min(most, MOST) - 1)
+    return some, ledger.peak_bytes
 
 
 def _forward(t: ModelSize, texts: int, length: int) -> StageCost:
     """A student in a pass, compared with its reader."""
     both = comparison_cost([t, t], texts, length)
     return replace(both, flops=both.flops / 2, waits=both.waits // 2)
-
-
-def _states(t: ModelSize, texts: int, length: int) -> int:
-    """Final states of a student and of its reader, in bytes."""
-    return 2 * texts * length * t.hidden_bytes
-
-
-def _one(t: ModelSize, texts: int, length: int) -> int:
-    """What one student and its reader hold in a pass, in bytes."""
-    own = t.item * t.largest_block_params + ROUNDED_BYTES * block_matrix(t)
-    return _forward(t, texts, length).peak_bytes + own
