@@ -512,6 +512,46 @@ def test_sharded_training_stays_under_the_plan(
     assert planned / 2 < peak < allocated(planned + array), (peak / MIB, planned / MIB)
 
 
+@pytest.mark.usefixtures("cpu_policy")
+@pytest.mark.parametrize("limit", [0, GIB])
+def test_a_shard_beside_its_teacher_stays_under_the_plan(
+    tmp_path: Path, wide: tuple[Checkpoint, Checkpoint], limit: int
+) -> None:
+    """The teacher is streamed, or stays with as many blocks as there is room for."""
+    teacher, small = wide
+    files = model_writer.by_block(small, tmp_path / "parts", DISK)
+    m = model_of(small)
+    job = replace(
+        JOB,
+        teacher=model_of(teacher),
+        student=m,
+        batch_size=2,
+        grad_accumulation_steps=2,
+    )
+    planned = sharded.sharded_cost(job, 2, 2, limit)
+    assert planned.pinned == (5 if limit else 0)
+    tokens = np.random.default_rng(0).integers(0, 512, (12, 32)).astype(np.int32)
+    data = Windows(tokens, np.ones((12, 32), np.float32))
+    recipe = TrainingConfig(iters=2, batch_size=2, grad_accumulation_steps=2, max_seq_length=32)
+    mx.clear_cache()
+    gc.collect()  # what an earlier test left would be freed during the work
+    before = mx.get_active_memory()
+    with memory.limited(Budget(before + planned.peak_bytes)):
+        source = live_teacher.StreamedTeacher(teacher, None if limit else 0)
+        student = sharded.Sharded(
+            files,
+            2,
+            steps_per_shard=1,
+            weight_decay=0.01,
+            files=DISK,
+            headroom_bytes=4 * m.head_params,
+        )
+        student.begin()
+        steps = list(live_teacher.steps(student, source, data, recipe))
+    peak = max(s.peak_bytes for s in steps) - before
+    assert planned.peak_bytes / 2 < peak < allocated(planned.peak_bytes)
+
+
 def _against_itself(
     head: Any,
     hidden: mx.array,
