@@ -40,7 +40,10 @@ class Ledger:
         self.holdings.append(Holding(name, nbytes, count))
 
     def moment(self, name: str, **held: int) -> None:
-        """What is there besides during a part of the work, in bytes by name."""
+        """What is there besides during a part of the work, in bytes by name.
+
+        A moment that was there under this name is replaced.
+        """
         self.moments[name] = tuple(Holding(part, nbytes) for part, nbytes in held.items())
 
     def fill(self, name: str, nbytes: int, most: int) -> int:
@@ -58,10 +61,15 @@ class Ledger:
         return headroom_bytes(self.limit_bytes, self.peak_bytes, self.gpu)
 
     @property
+    def held_bytes(self) -> int:
+        """What is there all the time."""
+        return _total(self.holdings)
+
+    @property
     def peak_bytes(self) -> int:
         """The most that is held at a time."""
         moments = [_total(held) for held in self.moments.values()]
-        return _total(self.holdings) + max(moments, default=0)
+        return self.held_bytes + max(moments, default=0)
 
 
 def needed_bytes(limit_bytes: int, taken_bytes: int, gpu: bool | None = None) -> int:

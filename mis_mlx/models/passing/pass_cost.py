@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from mis_mlx.compute import streams
 from mis_mlx.compute.token_losses import Footprint
-from mis_mlx.hardware.ledger import headroom_bytes, needed_bytes
+from mis_mlx.hardware.ledger import Ledger, needed_bytes
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models.architectures import (
     arch,
@@ -193,6 +193,12 @@ def streamed_pass(
     micro_tokens = micro_tokens or length
     workspace = pass_workspace(m, tokens, micro_tokens, length)
     body = m.body_bytes(workspace) + m.in_flight(workspace)
+    ledger = Ledger(limit_bytes, m.gpu)
+    ledger.hold("of others", beside_bytes)
+    ledger.hold("slots", m.slots_bytes)
+    ledger.hold("norms and masks", SMALL_BYTES)
+    ledger.hold("what blocks share", side_bytes(m, tokens))
+    ledger.moment("a block", body=body)
     head_work = 0
     head_read = 0
     logits = 0
@@ -200,22 +206,21 @@ def streamed_pass(
         head_work = m.head_work
         head_read = m.head_bytes
         logits = _logit_bytes(m, micro_tokens)
-    fixed = beside_bytes + m.slots_bytes + SMALL_BYTES + side_bytes(m, tokens)
-    peak = fixed + max(body, head_work + logits)
+    ledger.moment("the head", head=head_work, logits=logits)
     hidden = tokens * m.hidden_bytes
     held = hidden
     if spool:
         batch_bytes = micro_tokens * m.hidden_bytes
-        batches = headroom_bytes(limit_bytes, peak, m.gpu) // batch_bytes
-        held = min(hidden, batches * batch_bytes)
+        held = min(hidden, ledger.room_bytes // batch_bytes * batch_bytes)
+    ledger.hold("hidden states", held)
     moved = (hidden - held) * (s.layers + 1)
-    peak += held
     pinned = 0
-    with_head = fixed + max(body, logits) + head_work + held
+    with_head = ledger.held_bytes + head_work + max(body, logits)
     if again and needed_bytes(limit_bytes, with_head, m.gpu) <= limit_bytes:
-        pinned = resident_blocks(m, headroom_bytes(limit_bytes, with_head, m.gpu))
+        ledger.moment("the head", logits=logits)
+        ledger.hold("head that stays", head_work)
+        pinned = ledger.fill("blocks that stay", m.block_work, s.layers)
         head_read = 0
-        peak = with_head + pinned * m.block_work
     # A block's experts are read once a group of tokens (stream.Stream.run_experts).
     groups = math.ceil(hidden * m.config.get("num_experts_per_tok", 0) / GROUP_BYTES)
     reads = 1 + max(0, groups - 1) * (1 - m.memory_share)
@@ -223,7 +228,7 @@ def streamed_pass(
         name=name,
         read_bytes=int((s.layers - pinned) * m.block_bytes * reads) + head_read + moved,
         written_bytes=moved,
-        peak_bytes=max(peak, beside_bytes + filling_bytes(m, tokens)),
+        peak_bytes=max(ledger.peak_bytes, beside_bytes + filling_bytes(m, tokens)),
         flops=forward_flops(m, tokens, length, head=head),
         pinned=pinned,
         spooled_bytes=hidden - held,
