@@ -11,10 +11,9 @@ from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths.reconstruction import HELD_OUT, RIDGES, precision, solver_flops
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing.pass_cost import (
-    SMALL_BYTES,
+    hold_stream,
     parallel_windows,
     pass_workspace,
-    side_bytes,
     streamed_pass,
 )
 from mis_mlx.planner.distillation_spec import DistillationSpec
@@ -98,42 +97,32 @@ def repair_cost(job: DistillationSpec, limit: int, item: int = 0) -> StageCost:
         block_bytes = item * m.largest_block_params
         m = replace(m, block_bytes=block_bytes, as_stored=item == m.item == 4)
     layers = m.shape.layers
+    big, small = (
+        streamed_pass("", model, tokens=tokens, length=length, head=False, spool=False)
+        for model in (t, m)
+    )
     ledger = Ledger(limit, t.gpu)
-    passes = []
-    bodies = []
-    for model in (t, m):
-        passes.append(
-            streamed_pass(
-                "",
-                model,
-                tokens=tokens,
-                length=length,
-                head=False,
-                spool=False,
-            )
-        )
-        bodies.append(model.body_bytes(pass_workspace(model, tokens, length, length)))
-        ledger.hold("slots", model.slots_bytes)
-        ledger.hold("what blocks share", side_bytes(model, tokens))
-        ledger.hold("norms and masks", SMALL_BYTES)
-    big, small = passes
-    ledger.hold("in flight", t.in_flight(pass_workspace(t, tokens, length, length)))
-    ledger.moment("teacher's pass", body=bodies[0])
+    hold_stream(ledger, t, tokens)
+    hold_stream(ledger, m, tokens)
+    workspace = pass_workspace(t, tokens, length, length)
+    ledger.hold("in flight", t.in_flight(workspace))
+    ledger.moment("teacher's pass", body=t.body_bytes(workspace))
+    body = m.body_bytes(pass_workspace(m, tokens, length, length))
     read = big.read_bytes + m.nbytes
     if m.shape.experts:
         work = _routers(ledger, m, tokens)
-        ledger.hold("student's pass", bodies[1])
+        ledger.hold("student's pass", body)
         read += small.read_bytes
         again = 1
     else:
-        work = fit_cost(ledger, m, tokens, bodies[1])
+        work = fit_cost(ledger, m, tokens, body)
         ledger.hold("new matrices", 4 * m.shape.hidden * m.shape.ffn, 1 if item else layers)
         again = 2  # a block's output is computed once more
     window = length * (t.hidden_bytes + m.hidden_bytes)
     held = job.reconstruct_samples
     written = 0
     if item:
-        ledger.moment("a part is written", block=bodies[1] + 4 * m.largest_block_params)
+        ledger.moment("a part is written", block=body + 4 * m.largest_block_params)
         held = ledger.fill("hidden states of windows", window, job.reconstruct_samples)
         written = item * (m.params + layers * m.largest_block_params)
     else:

@@ -169,6 +169,13 @@ def resident_blocks(m: ModelSize, headroom_bytes: int) -> int:
     return min(m.shape.layers, headroom_bytes // m.block_work)
 
 
+def hold_stream(ledger: Ledger, m: ModelSize, tokens: int) -> None:
+    """Write down what a stream holds in any pass over so many tokens, besides block and states."""
+    ledger.hold("slots", m.slots_bytes)
+    ledger.hold("norms and masks", SMALL_BYTES)
+    ledger.hold("what blocks share", side_bytes(m, tokens))
+
+
 def streamed_pass(
     name: str,
     m: ModelSize,
@@ -195,17 +202,11 @@ def streamed_pass(
     body = m.body_bytes(workspace) + m.in_flight(workspace)
     ledger = Ledger(limit_bytes, m.gpu)
     ledger.hold("of others", beside_bytes)
-    ledger.hold("slots", m.slots_bytes)
-    ledger.hold("norms and masks", SMALL_BYTES)
-    ledger.hold("what blocks share", side_bytes(m, tokens))
+    hold_stream(ledger, m, tokens)
     ledger.moment("a block", body=body)
-    head_work = 0
-    head_read = 0
-    logits = 0
-    if head:
-        head_work = m.head_work
-        head_read = m.head_bytes
-        logits = _logit_bytes(m, micro_tokens)
+    head_work = m.head_work if head else 0
+    head_read = m.head_bytes if head else 0
+    logits = _logit_bytes(m, micro_tokens) if head else 0
     ledger.moment("the head", head=head_work, logits=logits)
     hidden = tokens * m.hidden_bytes
     held = hidden
