@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from mis_mlx.storage import run_folder
 from tests import forks
 from tests.conftest import ITERS, Done, losses, sentence, weights
@@ -160,6 +162,7 @@ def test_threads_of_matrix_products_stay(
     assert losses(out) == losses(finished[0])
 
 
+@pytest.mark.slow
 def test_other_matrix_products_are_said(
     tmp_path: Path, finished: tuple[Path, Done], own_home: dict[str, str]
 ) -> None:

@@ -1,8 +1,10 @@
-"""Who reads a command's result: a person on a terminal, a program, a script of the last version."""
+"""Who reads a command's result: a person on a terminal, a program, a script of the last version.
+
+(The studio's questions: test_planted_modules.py.)
+"""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import os
@@ -11,7 +13,6 @@ from collections.abc import Sequence
 
 import pytest
 
-from mis_mlx.hardware import jobs
 from mis_mlx.types import Checkpoint
 from tests import forks
 
@@ -58,11 +59,3 @@ def test_a_pipe_has_the_table_and_then_the_json(
     assert json.loads(last) == json.loads(new.stdout)
     assert "| phase" in new.stderr
     assert "| phase" not in old.stderr
-
-
-def test_a_question_reads_the_json_alone(plan: tuple[str, ...]) -> None:
-    """The studio's questions ask with --json, so they need no last line."""
-    answer = asyncio.run(jobs.ask("plan", plan[2:]))
-    assert answer.code == 0
-    assert answer.result["peak_bytes"] > 0
-    assert any(line.startswith("| phase") for line in answer.lines)

@@ -127,6 +127,8 @@ def test_no_job_of_the_page_imports_from_the_current_folder(
     started = jobs.start("plan", ["--teacher", "."], log)
     answer = asyncio.run(jobs.ask("plan", ["--teacher", "."]))
     assert answer.code == 0, answer.lines
+    assert answer.result["peak_bytes"] > 0  # the JSON alone; what is for people are lines
+    assert any(line.startswith("| phase") for line in answer.lines)
     expected = studio_state.EXPECTED
     assert child_process.ask(expected, "scenarios", arguments={}, seconds=60.0)
     code, lines = programs._run(import_path.python("-c", "import json; print(json.__file__)"))

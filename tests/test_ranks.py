@@ -108,6 +108,7 @@ def one_voice(done: subprocess.CompletedProcess[str], scratch: Path) -> None:
     assert not [p for p in scratch.iterdir() if p.name.startswith("mis_mlx-")]
 
 
+@pytest.mark.slow
 def test_mlx_launch_starts_machines_that_work_together(
     tmp_path: Path, alone: tuple[Path, Done], brief: tuple[object, ...], own_home: dict[str, str]
 ) -> None:

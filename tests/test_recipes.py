@@ -227,8 +227,10 @@ def follow(recipe: Recipe, place: Path, env: Mapping[str, str], teacher: Path, t
         )
 
 
+# Two machines; a search and a run: tests/test_ranks.py, test_search.py have them in short.
+LONG = r"mlx\.launch|--bytes"
 CASES = [
-    pytest.param(r, marks=pytest.mark.slow) if "mlx.launch" in str(r.commands) else r
+    pytest.param(r, marks=pytest.mark.slow) if re.search(LONG, str(r.commands)) else r
     for r in RECIPES
 ]
 

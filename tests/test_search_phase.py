@@ -104,6 +104,7 @@ def test_killed_in_its_search(
     assert {path.name for path in older.iterdir()} == {run_folder.CONFIG}
 
 
+@pytest.mark.slow
 def test_the_line_that_a_stop_leaves_can_be_pasted(
     tmp_path: Path, line: Line, whole: tuple[Path, Done], environment: dict[str, str]
 ) -> None:

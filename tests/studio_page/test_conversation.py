@@ -13,7 +13,7 @@ from mis_mlx.studio_page.places import Place
 from mis_mlx.types import MisError
 from tests import tiny
 
-PROMPTS = ("What is if?", "And for?", "Why?")
+PROMPTS = ("What is if?", "And for?")
 TOKENS = 8
 
 
