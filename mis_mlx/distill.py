@@ -218,7 +218,7 @@ def _sought(s: Settings, teacher: Checkpoint, folder: Path | None) -> search.Pla
     if written:
         given["data"] = str(written.out)
     if not s.quantize:
-        given["axes"] = tuple(axis for axis in search.Settings.axes if axis != "bits")
+        given["axes"] = tuple(axis for axis in search.ALL_BUT_HIDDEN if axis != "bits")
     steps = _steps_to_follow(s, teacher, folder)
     given |= {"lose": loss, "finalists": 0, "student_iters": steps}
     return search.plan(search.Settings(**given), teacher, None)

@@ -68,10 +68,7 @@ def tried_sizes(s: Any, teacher: Checkpoint) -> dict[str, tuple[int, ...]]:
             "cannot be measured"
         )
         raise MisError(f"{why}: leave bits out of `search --axes`, or limit --params")
-    rows = candidates.vocabularies(config, teacher.path) if "vocab" in s.axes else []
-    sizes = shape_search.axis_sizes(config, s.axes, rows)
-    if s.vocab:
-        sizes["vocab"] = (vocabulary.rows_left(teacher, s),)
+    sizes = _sizes(s, teacher)
     stuck = []
     for axis, values in sizes.items():
         if axis in s.axes and len(values) == 1:
@@ -82,6 +79,26 @@ def tried_sizes(s: Any, teacher: Checkpoint) -> dict[str, tuple[int, ...]]:
     if stuck and not (asked_vocab and len(stuck) == 1):
         _tell(s)(f"this teacher cannot be cut along every axis: {', '.join(stuck)} stay unchanged")
     return sizes
+
+
+def _sizes(s: Any, teacher: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Sizes of every axis that are tried."""
+    config = teacher.config
+    rows = candidates.vocabularies(config, teacher.path) if "vocab" in s.axes else []
+    sizes = shape_search.axis_sizes(config, s.axes, rows)
+    if s.vocab:
+        sizes["vocab"] = (vocabulary.rows_left(teacher, s),)
+    return sizes
+
+
+def is_reached(s: Any, teacher: Checkpoint) -> bool:
+    """Whether a student of the axes that the settings name is within the limits."""
+    limits = limits_of(s, teacher)
+    try:
+        shape_search.choices(teacher.config, _sizes(s, teacher), limits, bits=True)
+    except MisError:
+        return False
+    return True
 
 
 def _within(

@@ -186,7 +186,7 @@ def likely_sizes(teacher: Checkpoint) -> dict[str, Any]:
     if "vocab" in likely:
         kept = f"{int(likely['vocab']):,} tokens"
     cli.say(
-        f"the plan below keeps every block and {kept}, as a search usually does; if it cuts "
-        f"blocks, repair and training take longer"
+        f"the plan below keeps every block and {kept}, as a search usually does; if a small "
+        f"--bytes cuts blocks, repair and training take longer"
     )
     return likely
