@@ -315,7 +315,7 @@ def _of_teacher(s: Settings, teacher: Checkpoint, limit: Budget) -> Settings:
 def _usual_axes(s: Settings, teacher: Checkpoint, limit: Budget) -> tuple[Axis, ...]:
     """What may be cut where nobody says it: blocks only where tokens and bits are not enough.
 
-    What a cut block loses after training was measured on one model, and others lost 1.4 to 1.9
+    What a cut block loses after training was measured on one model, and others lost 1.1 to 1.9
     times as much; of tokens and bits the expectation held (benchmarks/lose.py).
     """
     if not s.mixed:

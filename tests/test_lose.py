@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,11 +185,12 @@ def test_a_smaller_loss_needs_more_bytes(
     measured again.
     """
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
-    many = searched(llama, text_folder, tmp_path / "many", lose=0.015)
+    cut = partial(searched, llama, text_folder, axes=search.ALL_BUT_HIDDEN)
+    many = cut(out=tmp_path / "many", lose=0.015)
     probes = (tmp_path / "many" / candidates.PROBES).read_text()
     monkeypatch.setattr(excess, "_measured", _no_axis_alone(excess._measured))
-    some = searched(llama, text_folder, tmp_path / "some", lose=0.007)
-    few = searched(llama, text_folder, tmp_path / "few", lose=0.003)
+    some = cut(out=tmp_path / "some", lose=0.007)
+    few = cut(out=tmp_path / "few", lose=0.003)
     sizes = [result["expected_bytes"] for result in (many, some, few)]
     assert sizes[0] < sizes[1] < sizes[2]
     assert (tmp_path / "few" / candidates.PROBES).read_text() == probes
@@ -255,6 +257,21 @@ def test_losses_on_answers_are_not_those_on_text(llama: Checkpoint) -> None:
     assert search._identity_of_built_in(replace(asked, conversations=0.3), llama) != {}
     assert search._identity_of_built_in(replace(asked, conversations=0.0), llama) == {}
     assert search._identity_of_built_in(replace(asked, data="folder"), llama) == {}
+
+
+def test_blocks_go_only_where_tokens_and_bits_are_not_enough(llama: Checkpoint) -> None:
+    """A loss cuts no block, however large it is; bytes do below what tokens and bits reach; axes
+    that are named are the ones that are cut.
+    """
+
+    def axes(**given: Any) -> tuple[str, ...]:
+        asked = search.Settings(teacher=str(llama.path), **given)
+        return search.plan(asked, llama, None).settings.axes
+
+    assert axes(lose=0.1) == axes(lose=2.0) == search.TOKENS_AND_BITS
+    assert axes(bytes="300KB") == axes(lose=0.1, bytes="300KB") == search.TOKENS_AND_BITS
+    assert axes(bytes="190KB") == axes(params="0.667x") == search.ALL_BUT_HIDDEN
+    assert axes(lose=0.1, axes=("ffn", "bits")) == ("ffn", "bits")
 
 
 def test_a_distillation_by_its_loss(

@@ -45,6 +45,7 @@ from tests.conftest import Done, last_line, sentence
 
 SMALL: dict[str, Any] = dict(
     bytes="190KB",
+    axes=search.ALL_BUT_HIDDEN,
     max_seq_length=32,
     num_samples=4,
     reconstruct_samples=0,
@@ -70,7 +71,8 @@ def as_flags(settings: dict[str, Any]) -> list[object]:
     """Keyword settings as a command line has them."""
     flags = list[object]()
     for name, value in settings.items():
-        flags += [f"--{name.replace('_', '-')}", value]
+        values = value if isinstance(value, tuple) else (value,)
+        flags += [f"--{name.replace('_', '-')}", *values]
     return flags
 
 
@@ -429,7 +431,7 @@ def test_a_plan_as_a_user_asks_for_it(llama: Checkpoint, in_process: Callable[..
         "--teacher",
         llama.path,
         "--bytes",
-        "300KB",
+        "190KB",
         "--dry-run",
         "--max-seq-length",
         32,
@@ -642,6 +644,7 @@ def test_a_teacher_that_cannot_be_packed(tmp_path: Path) -> None:
     odd = search.Settings(
         teacher=str(tiny.make(tmp_path / "odd", intermediate_size=1000)),
         bytes="190KB",
+    axes=search.ALL_BUT_HIDDEN,
         dry_run=True,
     )
     with pytest.raises(
