@@ -644,7 +644,7 @@ def test_a_teacher_that_cannot_be_packed(tmp_path: Path) -> None:
     odd = search.Settings(
         teacher=str(tiny.make(tmp_path / "odd", intermediate_size=1000)),
         bytes="190KB",
-    axes=search.ALL_BUT_HIDDEN,
+        axes=search.ALL_BUT_HIDDEN,
         dry_run=True,
     )
     with pytest.raises(
