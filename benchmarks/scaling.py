@@ -139,7 +139,7 @@ def cell(name: str, teacher: str, out: str) -> None:
         plan = next(p for p in course.plan.phases if p.name == label)
         planned = (
             plan.seconds(course.plan.rates),
-            plan.peak_bytes,
+            course.plan.needed_bytes(plan),
             plan.read_bytes,
             plan.written_bytes,
         )
