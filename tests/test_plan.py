@@ -97,7 +97,12 @@ def test_a_config_is_enough(
             "streamed from disk at every step, ",
             marks=pytest.mark.slow,
         ),
-        ({"train": "sharded"}, "sharded", "student blocks trainable at a time for "),
+        pytest.param(
+            {"train": "sharded"},
+            "sharded",
+            "student blocks trainable at a time for ",
+            marks=pytest.mark.slow,
+        ),
         ({"budget": "108MiB"}, "resident", "the teacher is replaced by its stored logits"),
         pytest.param(
             {"num_samples": 32768, "budget": "108MiB", "quantize": 0},
@@ -197,6 +202,7 @@ def test_the_papers_teacher_on_an_air(command: Callable[..., Done]) -> None:
     assert result["budget_bytes"] == 4 * 2**30 < result["least_budget_bytes"]
 
 
+@pytest.mark.slow
 def test_the_papers_figures(capsys: pytest.CaptureFixture[str]) -> None:
     """benchmarks/paper.py: both sizes side by side, every figure of the paper judged."""
     program = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "paper.py"))

@@ -206,6 +206,7 @@ def test_the_plan_of_gptq_by_pencil() -> None:
     assert poor.read_bytes - plain.read_bytes == 2 * 4 * 128 * 64 * 4
 
 
+@pytest.mark.slow
 def test_mixed_bits_and_steps_end_to_end(
     tmp_path: Path, llama: Checkpoint, text_folder: Path, command: Callable[..., Done]
 ) -> None:

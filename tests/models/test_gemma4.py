@@ -388,7 +388,7 @@ def test_depth_keeps_who_makes_keys(gemma: Checkpoint, tmp_path: Path, text_fold
 
 @pytest.mark.parametrize(
     ("kind", "way"),
-    mostly_slow(product(BOTH, family_checks.WAYS), (BOTH[1], "blocks"), of_several=True),
+    mostly_slow(product(BOTH, family_checks.WAYS), of_several=True),
 )
 def test_every_way_of_training(tmp_path: Path, text_folder: Path, kind: str, way: str) -> None:
     """Of a smaller student: see `check_training`."""

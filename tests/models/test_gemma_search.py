@@ -19,7 +19,6 @@ from mis_mlx.size_search import limits, shape_search, unequal_blocks
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK
 from tests import tiny
-from tests.conftest import mostly_slow
 
 KINDS = ("gemma4_text", "gemma3n_text")
 WIDE: dict[str, Any] = {"hidden_size_per_layer_input": 64, "laurel_rank": 64}
@@ -108,7 +107,8 @@ def test_the_fewest_bits_count_small_matrices(kind: str) -> None:
     assert shape_search.bpw_range(64, tiny.CONFIG, shape_of(tiny.CONFIG)) == (3.5, 8.5)
 
 
-@pytest.mark.parametrize("kind", mostly_slow(KINDS, "gemma4_text"))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_search_by_bytes(tmp_path: Path, text_folder: Path, kind: str) -> None:
     """Candidates and the finalist are within the bytes asked for, as they are on disk."""
     model = made(tmp_path / "m", kind)
