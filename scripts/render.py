@@ -333,6 +333,7 @@ RUNS = (
     ("distill-default", "SmolLM2-135M-Instruct, default: sizes by a search"),
     ("distill-gemma-half", "gemma-3-270m, half of the tokens"),
     ("distill-gemma", "gemma-3-270m, `half-vocab`, 60 steps"),
+    ("distill-qwen-coder-0.5b", "a chat model of 0.5 B, default: sizes by a search"),
     ("distill-gemma-600MiB", "gemma-3-270m, half of the tokens, `--budget 600MiB`"),
 )
 SHAPES = ("0.5 B shape, 2 GiB", "0.5 B shape, 850 MiB")  # of planned.json
