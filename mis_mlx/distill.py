@@ -142,13 +142,26 @@ def _resolved(
     if s.dry_run:
         table = plan.table(resolved.plan, expected, search_seconds=search_seconds)
         cli.say(text.aligned(table))
+        _say_untrained(s, resolved.plan)
         return _expecting_more(resolved)
     if not resolved.plan.fits:
         raise MisError(strategies.remedy(resolved.plan))
     # A search has said how long all takes; of a run that goes on, some is done.
-    begun = folder is not None and (run_folder.is_decided(folder) or "lose" in sizes)
+    decided = folder is not None and run_folder.is_decided(folder)
+    begun = decided or (folder is not None and "lose" in sizes)
     cli.say(text.aligned(plan.brief(resolved.plan, expected, searched=begun)))
+    if not decided:
+        _say_untrained(s, resolved.plan)
     return _expecting_more(resolved)
+
+
+def _say_untrained(s: Settings, chosen: strategies.MemoryPlan) -> None:
+    """That steps were asked for which nothing takes."""
+    if chosen.job.uncut and s.iters is not None:
+        cli.say(
+            f"--iters {s.iters} is left out: no block is cut, so only scales learn: --q-iters sets "
+            f"their steps, and --scenario or --train resident trains weights"
+        )
 
 
 def _say_whole(sought: search.PlannedSearch, rest: strategies.MemoryPlan) -> None:

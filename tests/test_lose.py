@@ -295,6 +295,7 @@ def test_a_distillation_by_its_loss(
     assert again.returncode == 0, again.stderr
     assert "a search chooses" in done.stderr
     assert "a search chooses" not in again.stderr
+    assert "--iters 4 is left out: no block is cut" in done.stderr
     assert last_line(again)["reached_loss"] == result["reached_loss"]
     assert "leave out --layers 2, or --lose" in sentence(
         command("distill", *flags, "--lose", "0.03", "--layers", 2)
