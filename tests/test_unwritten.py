@@ -58,7 +58,7 @@ def same(own: unwritten.Running, other: Checkpoint, batches: list[mx.array]) -> 
         assert mx.array_equal(logits, load.wide_logits(wanted_head, hidden[0]))
 
 
-# In float32: a GPU multiplies packed matrices as they are, and half precision is rounded twice here.
+# In float32: a GPU multiplies packed matrices as they are, and half precision rounds elsewhere.
 @pytest.mark.usefixtures("cpu_policy")
 @pytest.mark.parametrize(
     "kind", ["llama", "untied", "qwen3", "gemma3_text", "qwen3_5_text", "lfm2"]
