@@ -159,8 +159,8 @@ def _say_untrained(s: Settings, chosen: strategies.MemoryPlan) -> None:
     """That steps were asked for which nothing takes."""
     if chosen.job.uncut and s.iters is not None:
         cli.say(
-            f"--iters {s.iters} is left out: no block is cut, so only scales learn: --q-iters sets "
-            f"their steps, and --scenario or --train resident trains weights"
+            f"--iters {s.iters} is left out: no block is cut, so no weight learns; --q-iters sets "
+            f"the steps of scales, and --scenario or --train resident trains weights"
         )
 
 
@@ -231,7 +231,7 @@ def _sought(s: Settings, teacher: Checkpoint, folder: Path | None) -> search.Pla
     if written:
         given["data"] = str(written.out)
     if not s.quantize:
-        given["axes"] = tuple(axis for axis in search.ALL_BUT_HIDDEN if axis != "bits")
+        given["axes"] = search.unrounded_axes(teacher, request.limit)
     steps = _steps_to_follow(s, teacher, folder)
     given |= {"lose": loss, "finalists": 0, "student_iters": steps}
     return search.plan(search.Settings(**given), teacher, None)

@@ -301,28 +301,37 @@ def plan(s: Settings, teacher: Checkpoint, folder: Path | None) -> PlannedSearch
 
 def _of_teacher(s: Settings, teacher: Checkpoint, limit: Budget) -> Settings:
     """The settings of a search that finds sizes for this teacher in this budget."""
-    s = replace(s, streams=size_request.streams(teacher, limit))
-    if s.streams:
-        s = replace(s, evaluations=min(s.evaluations, PASSES))
-    if s.axes:
-        return s
-    s = replace(s, axes=_usual_axes(s, teacher, limit))
-    if s.axes == TOKENS_AND_BITS and not s.reuses:  # bytes say the bits of each number of tokens
-        s = replace(s, evaluations=min(s.evaluations, PASSES))
-    return s
+    streams = size_request.streams(teacher, limit)
+    axes = s.axes or _usual_axes(s, teacher, limit)
+    # of tokens alone: bytes say the bits of each number of them
+    few = streams or (not s.axes and axes == TOKENS_AND_BITS and not s.reuses)
+    evaluations = min(s.evaluations, PASSES) if few else s.evaluations
+    return replace(s, streams=streams, axes=axes, evaluations=evaluations)
+
+
+def unrounded_axes(teacher: Checkpoint, limit: Budget) -> tuple[Axis, ...]:
+    """What may be cut of a student whose bits nobody chooses: blocks too, where any are cut."""
+    axes = TOKENS_AND_BITS if _keeps_blocks(teacher, limit) else ALL_BUT_HIDDEN
+    return tuple(axis for axis in axes if axis != "bits")
+
+
+def _keeps_blocks(teacher: Checkpoint, limit: Budget) -> bool:
+    """Whether no search cuts blocks of this teacher unasked, which is said."""
+    why = size_request.why_whole_blocks(teacher, limit)
+    if why:
+        cli.say(f"every block stays whole, tokens and bits are chosen: {why}")
+    return bool(why)
 
 
 def _usual_axes(s: Settings, teacher: Checkpoint, limit: Budget) -> tuple[Axis, ...]:
     """What may be cut where nobody says it: blocks only where tokens and bits are not enough.
 
-    What a cut block loses after training was measured on one model, and others lost 1.1 to 1.9
-    times as much; of tokens and bits the expectation held (benchmarks/lose.py).
+    What a cut block loses after training was measured on one model, and runs lost 1.4 to 1.9 times
+    as much; of tokens and bits the expectation held (benchmarks/README.md).
     """
     if not s.mixed:
         return ALL_BUT_HIDDEN
-    why = size_request.why_whole_blocks(teacher, limit)
-    if why:
-        cli.say(f"every block stays whole, tokens and bits are chosen: {why}")
+    if _keeps_blocks(teacher, limit):
         return TOKENS_AND_BITS
     if not search_scope.is_reached(replace(s, axes=TOKENS_AND_BITS), teacher):
         cli.say("tokens and bits alone do not get that small: blocks may be cut, too")

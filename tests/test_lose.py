@@ -34,7 +34,7 @@ from mis_mlx.size_search import (
 )
 from mis_mlx.size_search.shape_search import Choice, Losses
 from mis_mlx.storage import run_folder
-from mis_mlx.types import Checkpoint, MisError, Row
+from mis_mlx.types import Budget, Checkpoint, MisError, Row
 from tests import tiny
 from tests.conftest import Done, last_line, sentence
 from tests.test_search import SMOLLM2
@@ -272,6 +272,8 @@ def test_blocks_go_only_where_tokens_and_bits_are_not_enough(llama: Checkpoint) 
     assert axes(bytes="300KB") == axes(lose=0.1, bytes="300KB") == search.TOKENS_AND_BITS
     assert axes(bytes="190KB") == axes(params="0.667x") == search.ALL_BUT_HIDDEN
     assert axes(lose=0.1, axes=("ffn", "bits")) == ("ffn", "bits")
+    assert search.unrounded_axes(llama, Budget(2**40)) == ("layers", "ffn", "heads", "vocab")
+    assert search.unrounded_axes(llama, Budget(llama.nbytes)) == ("vocab",)  # it streams
 
 
 def test_a_distillation_by_its_loss(
