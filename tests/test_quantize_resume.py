@@ -30,7 +30,7 @@ from tests.conftest import Done, sentence
 BRIEF = ("--num-samples", 8, "--max-seq-length", 32)
 STEPS = ("--q-iters", 12, "--save-every", 2)
 LIVE = "1GiB"
-# holds the student and its steps, but not the teacher beside them; a GPU has commands in flight
+# Holds the student and its steps, but not the teacher beside them; of a GPU the plan says 47 MiB.
 SMALL = "46MiB" if precision.usual_dtype() == mx.float32 else "48MiB"
 # What lies in the folder of the work when a phase has begun, by phase.
 BEGUN = {
