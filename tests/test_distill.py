@@ -434,8 +434,8 @@ def test_streaming_the_teacher_gives_the_same_student(
     bit-equal.
     """
     # MiB; a teacher in float16 takes half as much
-    layers = int(near(26, 40))
-    budget = int(near(27, 24))
+    layers = int(near(26, 52))
+    budget = int(near(27, 30))
     deep = tiny.make(tmp_path / "deep", num_hidden_layers=layers)
     common = (
         "--teacher",

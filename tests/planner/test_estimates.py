@@ -309,8 +309,9 @@ def test_blocks_that_stay_are_within_the_plan(
     peak = mx.get_peak_memory() - before
     mx.set_cache_limit(cache)
     once = pass_cost.streamed_pass("pass", m, tokens=64, micro_tokens=64, length=64, spool=False)
-    most = 3 if word == "cpu" else 4.5  # a GPU holds what its commands in flight need, too
-    assert peak < once.peak_bytes + kept * m.block_work < most * peak, (
+    most = 3 if word == "cpu" else 5  # a GPU holds what its commands in flight need, too
+    planned = once.peak_bytes + kept * m.block_work
+    assert peak < planned < most * peak + pass_cost.SMALL_BYTES, (
         peak,
         once.peak_bytes,
         m.block_work,
