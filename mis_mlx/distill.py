@@ -335,12 +335,17 @@ def _write_text(
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What the last stage measured of all models. answered: None: nobody was asked."""
+    """What the last stage measured of all models.
+
+    answered: None: nobody was asked. languages: {language: bits a byte lost in it}, of a student
+    with fewer tokens.
+    """
 
     models: comparison.Models
     sizes: list[Row]
     quality: summary.Quality
     answered: answers.Judgement | None
+    languages: dict[str, float]
 
 
 def _begin(
@@ -430,9 +435,12 @@ def _stages(
         answered = measurement.answered(c, models, resolved.report.eval_prompts) if main else None
         quality = measurement.quality(c, judging, models)
         sizes = _sizes(c, models, resolved.report.bench_tokens) if main else []
+        languages = measurement.languages(c, models) if main else {}
     if not main:
         return "", {}
-    measured = Measured(models=models, sizes=sizes, quality=quality, answered=answered)
+    measured = Measured(
+        models=models, sizes=sizes, quality=quality, answered=answered, languages=languages
+    )
     return _finish(resolved, c, measured)
 
 
@@ -497,11 +505,14 @@ def _finish(
             # the first line of the screen has the loss and the target
             expectation="" if for_screen and answered and not far else sentence,
             lose=report.lose,
+            languages=measured.languages,
         )
 
     c.files.replace_text(folder / "table.md", page(for_screen=False) + "\n")
     figures = conversations.figures(answered) if answered else {}
     result = summary.result(folder, models, measured.sizes, measured.quality)
+    if measured.languages:
+        result["languages"] = measured.languages
     result = c.finish({**figures, **result, **expected, "mode": c.plan.mode})
     # The answer first: what was won, then what the models say, then the tables.
     screen = page(for_screen=True)

@@ -6,7 +6,8 @@ from mis_mlx.compute import precision
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import conversations, pipeline, summary
-from mis_mlx.judge import answers, comparison
+from mis_mlx.judge import answers, comparison, other_languages
+from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import distributed, pipeline_parallel, stream
 from mis_mlx.types import Budget, Checkpoint
@@ -88,3 +89,14 @@ def answered(
     if judgement:
         conversations.write_answers(judgement, c.folder, c.files)
     return judgement
+
+
+def languages(c: pipeline.Run, models: comparison.Models) -> dict[str, float]:
+    """{language: bits a byte that the last model loses in it}, where it has fewer tokens.
+
+    {} otherwise, and where no machine holds the teacher.
+    """
+    teacher, *_, student = models.values()
+    if c.shares or shape_of(student.config).vocab == shape_of(teacher.config).vocab:
+        return {}
+    return other_languages.excess(teacher, student)

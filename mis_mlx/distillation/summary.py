@@ -171,12 +171,13 @@ def result_page(
     for_screen: bool = False,
     expectation: str = "",
     lose: float | None = None,
+    languages: Mapping[str, float] | None = None,
 ) -> str:
     """Markdown: what the models answer, where they were asked; sizes and speeds; a table a text.
 
     length: tokens of a held-out window. expectation: stands before the first table. lose: the loss
-    that was the target. for_screen: the sentences on what was won come first, then some of the
-    answers; in a file they are the last lines.
+    that was the target. languages: what the last model loses in some. for_screen: the sentences on
+    what was won come first, then some of the answers; in a file they are the last lines.
     """
     columns = columns_of(models)
     texts = _texts(quality, LOSSES)
@@ -190,7 +191,7 @@ def result_page(
             table = text.table(rows, columns, text.TABLES["answers"])
             asked.append({"language": language, "prompts": rows[0].n, "table": table})
         verdict = conversations.loop_warning(answered)
-    won = gain_sentence(models, sizes, quality, answered=answered, lose=lose)
+    won = gain_sentence(models, sizes, quality, answered=answered, lose=lose, languages=languages)
     lead = ""
     dialogue = ""
     if for_screen:
@@ -236,6 +237,7 @@ def gain_sentence(
     *,
     answered: answers.Judgement | None = None,
     lose: float | None = None,
+    languages: Mapping[str, float] | None = None,
 ) -> str:
     """Two lines: what the student gained over the teacher, and what it costs."""
     teacher, *_, student = models
@@ -260,6 +262,7 @@ def gain_sentence(
         "speed": pair("decode_tps"),
         "first_token": pair("ttft_ms"),
         "texts": _texts(quality, LOSSES[::-1]),
+        "languages": languages or {},
     }
     return html.document("won.md", values)
 

@@ -13,13 +13,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
 from mis_mlx import distill, prune, report
 from mis_mlx.compute import precision
 from mis_mlx.data import preparation, token_windows
-from mis_mlx.judge import comparison
+from mis_mlx.judge import comparison, other_languages
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
@@ -344,6 +345,27 @@ def test_distill_end_to_end(
     assert result["bits_per_byte_teacher"] == pytest.approx(
         nats / nbytes / math.log(2), rel=near(1e-4, 0.02)
     )
+
+
+def test_what_other_languages_lose(finished: tuple[Path, Done], big: Checkpoint) -> None:
+    """The same texts, every token after the end token, by models that are whole in memory."""
+    out, done = finished
+    result = last_line(done)
+    before = result["languages"]
+    assert len(before) == len(other_languages.texts()) == 3
+    shown = ", ".join(f"{name} {lost:+.3f}" for name, lost in before.items())
+    assert f"{shown} bits per byte" in (out / "table.md").read_text()
+    for language, text in other_languages.texts().items():
+        bits = []
+        for folder in (big.path, out / "model"):
+            tokenizer = load.tokenizer(folder)
+            model = load.resident_model(load.open_checkpoint(folder), mx.float32)
+            ids = mx.array([[tokenizer.eos_token_id, *tokenizer.encode(text)]])
+            nats = nn.losses.cross_entropy(model(ids[:, :-1]), ids[:, 1:], reduction="sum")
+            bits.append(nats.item() / math.log(2) / len(text.encode()))
+        lost = before[language]
+        assert lost == pytest.approx(bits[1] - bits[0], abs=near(1e-3, 0.05))
+        assert abs(lost) > 0.01
 
 
 @pytest.mark.slow
