@@ -203,39 +203,54 @@ def lock(
     """Hold a run's folder for this process. MisError names the process that holds it already.
 
     wait: wait for that process instead. waiting: is told its name before that. The kernel releases
-    the lock when the holder ends, however it ends. The file .lock stays: after a deletion two
-    processes could lock two different files. A fork of the holder holds the lock too, a subprocess
-    does not.
+    the lock when the holder ends, however it ends; the file .lock of a run stays. A fork of the
+    holder holds the lock too, a subprocess does not.
     """
-    with as_mis_error(folder, what, remedy=remedy):
-        DISK.make_folder(folder)
-        fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(fd, 100, 0).decode(errors="replace").strip() or "another process"
-            if not wait:
-                raise MisError(
-                    f"Run {folder} is already in use by {holder}: wait for it or stop it"
-                ) from None
-            if waiting:
-                waiting(holder)
-            fcntl.flock(fd, fcntl.LOCK_EX)
+    path = folder / ".lock"
+    while True:
         with as_mis_error(folder, what, remedy=remedy):
-            holder = f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M')}"
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, holder.encode(), 0)
-        yield
-    finally:
-        os.close(fd)
+            DISK.make_folder(folder)
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            except FileNotFoundError:  # its holder has deleted the folder just now
+                continue
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(fd, 100, 0).decode(errors="replace").strip() or "another process"
+                if not wait:
+                    raise MisError(
+                        f"Run {folder} is already in use by {holder}: wait for it or stop it"
+                    ) from None
+                if waiting:
+                    waiting(holder)
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            if not _is_at(path, fd):  # deleted meanwhile: the next one would lock another file
+                continue
+            with as_mis_error(folder, what, remedy=remedy):
+                holder = f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M')}"
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, holder.encode(), 0)
+            yield
+            return
+        finally:
+            os.close(fd)
+
+
+def _is_at(path: Path, fd: int) -> bool:
+    """Whether the open file is the one that stands there."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    return False
 
 
 @contextlib.contextmanager
 def only_maker(made: Path, say: Callable[[str], object]) -> Iterator[bool]:
     """Whether this process is to make the folder or file `made`: False where it is there by now.
 
-    Of several processes one makes it, and the others wait for that.
+    Of several processes one makes it, and the others wait for that. Nothing else is left, whether
+    it was made or not.
     """
     guard = made.with_name(f".{made.name}.lock")
 
@@ -243,9 +258,10 @@ def only_maker(made: Path, say: Callable[[str], object]) -> Iterator[bool]:
         say(f"{holder} is making {made}: waiting for it")
 
     with lock(guard, f"the lock of {made.name}", wait=True, waiting=waiting):
-        yield not made.exists()
-        if made.exists():
-            DISK.discard(guard)  # nobody needs it any more
+        try:
+            yield not made.exists()
+        finally:
+            DISK.discard(guard)
 
 
 def _numbers(steps_dir: Path) -> list[int]:

@@ -7,6 +7,8 @@ import itertools
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,6 +20,7 @@ from mis_mlx.storage.checkpoint import (
     load_arrays,
     lock,
     newest,
+    only_maker,
     save_step,
     sweep,
     write_once,
@@ -278,6 +281,26 @@ def test_a_second_process_is_told_who_holds_the_run(tmp_path: Path) -> None:
         raise ZeroDivisionError
     with lock(run):
         assert str(os.getpid()) in (run / ".lock").read_text()
+
+
+def test_of_those_who_wait_for_a_maker_that_gives_up_one_goes_on(tmp_path: Path) -> None:
+    """Its lock is deleted; who has waited for that file holds a new one, and nothing is left."""
+    said = list[str]()
+
+    def second() -> bool:
+        with only_maker(tmp_path / "made", said.append) as missing:
+            with pytest.raises(MisError, match="already in use"), lock(tmp_path / ".made.lock"):
+                pass
+            return missing
+
+    with ThreadPoolExecutor(1) as pool:
+        with pytest.raises(ZeroDivisionError), only_maker(tmp_path / "made", said.append):
+            waiter = pool.submit(second)
+            while not said:
+                time.sleep(0.001)
+            raise ZeroDivisionError
+        assert waiter.result()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("folder", ["m", "m[1]"])  # a name, no pattern

@@ -63,7 +63,7 @@ def _by_mlx_lm(text: str, tokenizer: Any, tools: Sequence[Mapping[str, Any]]) ->
 
 
 def _by_json(text: str) -> list[Call] | None:
-    """As `read`, from all JSON objects in a text. Others than calls are words of the model's."""
+    """As `read`, from the JSON objects in a text. Others than calls are words of the model's."""
     calls = []
     broken = False
     for value in _objects(text):
@@ -77,19 +77,19 @@ def _by_json(text: str) -> list[Call] | None:
 
 
 def _objects(text: str) -> Iterator[Any]:
-    """The JSON objects in a text; None for one that names something and breaks off."""
+    """The JSON objects in a text as far as they may name something; None for one that breaks off,
+    behind which nothing is read: what a text of n characters takes grows with n, not with n².
+    """
     decoder = json.JSONDecoder()
+    last = text.rfind('"name"')
     place = text.find("{")
-    while place >= 0:
+    while 0 <= place <= last:
         try:
             value, end = decoder.raw_decode(text, place)
         except (ValueError, RecursionError):
-            if '"name"' in text[place:]:
-                yield None
-                return
-            end = place + 1
-        else:
-            yield value
+            yield None
+            return
+        yield value
         place = text.find("{", end)
 
 

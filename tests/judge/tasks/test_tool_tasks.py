@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,22 @@ def test_calls_are_read_as_they_stand_there(
     """By mlx-lm's parser where the model's own marks stand there, else as JSON; a call that is
     begun and cannot be read is none of both."""
     assert tool_calls.read(text, Wrapper(parser), TOOLS) == wanted
+
+
+def test_a_long_text_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for each call, or until it breaks off: braces that name nothing are not tried."""
+    tries = list[int]()
+
+    class Decoder(json.JSONDecoder):
+        def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
+            tries.append(idx)
+            return super().raw_decode(s, idx)
+
+    monkeypatch.setattr(tool_calls.json, "JSONDecoder", Decoder)
+    assert tool_calls.read(JSON * 3 + "{" * 1000, Wrapper(), TOOLS) == [CALL] * 3
+    assert len(tries) == 3
+    assert tool_calls.read("{" * 1000 + JSON, Wrapper(), TOOLS) is None
+    assert len(tries) == 4
 
 
 def question(*calls: dict[str, Any]) -> questions.Question:
