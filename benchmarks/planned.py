@@ -4,7 +4,7 @@ says?
     scripts/mis benchmarks/planned.py [--only CASE]    # 25 minutes on 2 cores, 6 GB of disk
 
 Six distillations of a few steps with the default's sizes in all else: the default, which cuts no
-block; `half-vocab` of the same teacher, and that under 300 MiB, nearly the least it can have; of
+block; `half-vocab` of the same teacher, and that under 350 MiB, nearly the least that trains it; of
 the shape of a 0.5 B model with 152 thousand tokens and random weights, under 2 GiB, which trains it
 in parts, and under 850 MiB; and of a 4-bit teacher. Before each phase the system is told to count
 the process's largest resident set anew (Linux), so that numpy's share and MLX's both count; the
@@ -32,6 +32,7 @@ import streaming
 
 from mis_mlx import cli, distill
 from mis_mlx.distillation.pipeline import Run
+from mis_mlx.hardware import memory
 from mis_mlx.models.opening import resolve
 from mis_mlx.pruning import vocabulary
 from mis_mlx.storage import run_folder
@@ -60,10 +61,10 @@ SMALLER = {"scenario": "half-vocab"}
 CASES: dict[str, dict[str, Any]] = {
     "default": {"lose": 0.1},
     "half-vocab": SMALLER,
-    "half-vocab, 300 MiB": SMALLER | {"budget": "300MiB", "q_iters": None},
+    "half-vocab, 350 MiB": SMALLER | {"budget": "350MiB", "q_iters": None},
     "0.5 B shape, 2 GiB": SMALLER | {"budget": "2GiB", "q_iters": None},
     "0.5 B shape, 850 MiB": SMALLER | {"budget": "850MiB", "q_iters": None},
-    "4-bit teacher": SMALLER,
+    "4-bit teacher": SMALLER | {"conversations": 0},
 }
 
 
@@ -72,7 +73,7 @@ class Settings:
     """Which of them."""
 
     only: str | None = None
-    """default, half-vocab, `half-vocab, 300 MiB`, `0.5 B shape, 2 GiB`, `0.5 B shape, 850 MiB` or
+    """default, half-vocab, `half-vocab, 350 MiB`, `0.5 B shape, 2 GiB`, `0.5 B shape, 850 MiB` or
     `4-bit teacher`; default: all
     """
     teacher: str | None = None
@@ -81,13 +82,22 @@ class Settings:
     """its run folder"""
 
 
-def when_tokens_are_chosen(begin: Callable[[], None]) -> None:
-    """Have `begin` called before the choice of tokens, which the plan has in `prune`."""
+def nothing() -> None:
+    """Do nothing."""
+
+
+def when_tokens_are_chosen(begin: Callable[[], None], end: Callable[[], None] = nothing) -> None:
+    """Have `begin` called before the choice of tokens, and `end` behind it.
+
+    The plan has it in `prune`, or alone where nothing is pruned.
+    """
     chosen = vocabulary.of_run
 
     def of_run(*args: Any, **settings: Any) -> Any:
         begin()
-        return chosen(*args, **settings)
+        found = chosen(*args, **settings)
+        end()
+        return found
 
     vocabulary.of_run = of_run  # type: ignore[assignment]
 
@@ -101,7 +111,8 @@ def stretch(name: str, teacher: str, out: Path) -> None:
 
     @contextmanager
     def phase(course: Run, label: str) -> Iterator[None]:
-        if set(taken) - {"repair"}:  # after which nothing is on disk before the first step
+        # Behind these two nothing is on disk that a run would go on from.
+        if set(taken) - {"vocabulary", "repair"}:
             print(json.dumps(taken), file=sys.__stdout__, flush=True)
             os._exit(0)  # as a killed run does
         if label != "prune":
@@ -111,7 +122,16 @@ def stretch(name: str, teacher: str, out: Path) -> None:
         taken[label] = laboratory.largest() - course.account.peak.before_bytes
 
     Run.phase = phase  # type: ignore[method-assign,assignment]
-    when_tokens_are_chosen(laboratory.count_anew)
+    held = list[int]()
+
+    def begin() -> None:
+        laboratory.count_anew()
+        held.append(memory.held_bytes()[0])
+
+    def end() -> None:
+        taken["vocabulary"] = laboratory.largest() - held[-1]
+
+    when_tokens_are_chosen(begin, end)
     asked = distill.Settings(teacher=teacher, out=str(out), **BRIEF)
     s = asked.with_values(**CASES[name], resume=out.exists())
     with redirect_stdout(sys.stderr):
@@ -126,9 +146,13 @@ def case(name: str, teacher: str, temp: Path) -> dict[str, Any]:
     line = [sys.executable, __file__, "--only", name, "--teacher", teacher, "--out", str(out)]
     while "measure" not in taken:
         done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
-        taken |= json.loads(done.stdout.splitlines()[-1])
+        # A choice of tokens that is on disk takes nothing when it is read again.
+        taken = json.loads(done.stdout.splitlines()[-1]) | taken
     planned = next(r for r in run_folder.records(out / run_folder.PHASES) if "planned" in r)
-    rows = {p["phase"]: (p["peak_bytes"], taken[p["phase"]]) for p in planned["planned"]}
+    rows = {}
+    for phase in planned["planned"]:
+        if phase["phase"] in taken:
+            rows[phase["phase"]] = phase["peak_bytes"], taken[phase["phase"]]
     return {"mode": planned["mode"], "budget_bytes": planned["budget_bytes"], "phases": rows}
 
 

@@ -362,17 +362,32 @@ def models_measured(*files: Found) -> str:
     return words.markdown_table(head, lines, words=2)
 
 
-PHASES = "prune", "repair", "distil", "quantize", "tune", "measure"
+PHASES = (
+    "vocabulary",
+    "prune",
+    "repair",
+    "logit store",
+    "distil",
+    "quantize",
+    "distil scales",
+    "measure",
+)
 
 
 def planned_phases(found: Found) -> str:
     """A line a run: what was planned and what was taken in every phase, in MiB."""
-    lines = list[list[str]]()
+    cases = {}
     for title, case in found["cases"].items():
+        # "tune" is an older name
+        phases = {"distil scales" if p == "tune" else p: of for p, of in case["phases"].items()}
+        cases[title] = {**case, "phases": phases}
+    columns = [name for name in PHASES if any(name in case["phases"] for case in cases.values())]
+    lines = list[list[str]]()
+    for title, case in cases.items():
         untouched = case["mode"] == "none" and "repair" not in case["phases"]
         training = "no training needed" if untouched else TRAINED[case["mode"]]
         cells = [f"{title}: {training}"]
-        for phase in PHASES:
+        for phase in columns:
             if phase not in case["phases"]:
                 cells.append("–")
                 continue
@@ -380,7 +395,7 @@ def planned_phases(found: Found) -> str:
             more = f"{plan / took - 1:+.0%}"
             cells.append(f"{plan / 2**20:,.0f} / {took / 2**20:,.0f} ({more})")
         lines.append(cells)
-    return words.markdown_table(["planned / took, MiB", *PHASES], lines)
+    return words.markdown_table(["planned / took, MiB", *columns], lines)
 
 
 def few_bits(found: Found) -> str:
