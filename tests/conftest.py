@@ -323,17 +323,27 @@ def files_up_to(nbytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def mostly_slow(cases: Iterable[Any], *quick: Any, of_several: bool = False) -> list[Any]:
-    """The cases of a parametrization, slow but for the quick ones. of_several: a case has a value
-    for each name.
+def mostly_slow(
+    cases: Iterable[Any], *quick: Any, thorough: Iterable[Any] = (), of_several: bool = False
+) -> list[Any]:
+    """The cases of a parametrization, slow but for the quick and the thorough ones. of_several: a
+    case has a value for each name.
     """
+    between = list(thorough)
     marked = []
     for case in cases:
         if case not in quick:
             values = case if of_several else (case,)
-            case = pytest.param(*values, marks=pytest.mark.slow)
+            mark = pytest.mark.thorough if case in between else pytest.mark.slow
+            case = pytest.param(*values, marks=mark)
         marked.append(case)
     return marked
+
+
+def mostly_thorough(cases: Iterable[Any], *quick: Any, of_several: bool = False) -> list[Any]:
+    """As `mostly_slow`, but all others are thorough."""
+    every = list(cases)
+    return mostly_slow(every, *quick, thorough=every, of_several=of_several)
 
 
 def weights(run: Path) -> dict[str, bytes]:

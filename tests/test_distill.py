@@ -156,6 +156,7 @@ def test_all_four_folders_open_and_speak(finished: tuple[Path, Done], llama: Che
     assert arch.is_quantized(load.open_checkpoint(out / "model").tensors)
 
 
+@pytest.mark.thorough
 def test_its_config_gives_the_same_run_again(
     tmp_path: Path, finished: tuple[Path, Done], command: Callable[..., Done]
 ) -> None:
@@ -413,6 +414,7 @@ def test_a_resume_must_be_the_same_run(
     assert weights(out) == weights(finished[0])
 
 
+@pytest.mark.thorough
 def test_a_student_made_earlier(
     tmp_path: Path,
     finished: tuple[Path, Done],
@@ -427,6 +429,7 @@ def test_a_student_made_earlier(
     assert weights(tmp_path / "run") == weights(out)
 
 
+@pytest.mark.thorough
 def test_streaming_the_teacher_gives_the_same_student(
     tmp_path: Path, text_folder: Path, command: Callable[..., Done]
 ) -> None:

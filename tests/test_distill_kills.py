@@ -136,6 +136,7 @@ def test_a_damaged_checkpoint_costs_steps_not_the_run(
     assert losses(out) == losses(finished[0])
 
 
+@pytest.mark.thorough
 def test_threads_of_matrix_products_stay(
     tmp_path: Path,
     finished: tuple[Path, Done],

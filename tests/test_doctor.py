@@ -47,10 +47,11 @@ runpy.run_module("mis_mlx.doctor", run_name="__main__", alter_sys=True)
 """
 
 
+BRIEFLY = pytest.param("metal", True, marks=pytest.mark.thorough)
 WHOLE = [pytest.param(word, False, marks=pytest.mark.slow) for word in ("cpu", "metal")]
 
 
-@pytest.mark.parametrize(("word", "brief"), [*WHOLE, ("metal", True)])
+@pytest.mark.parametrize(("word", "brief"), [*WHOLE, BRIEFLY])
 def test_it_passes_here(word: str, brief: bool, own_home: dict[str, str], tmp_path: Path) -> None:
     """As a user runs it: exit code 0, every check with a number within its bound, the report in the
     file too.
@@ -309,8 +310,12 @@ run = groups.run
 
 @pytest.mark.parametrize(
     ("how", "said"),
-    [("os.abort", "its process ended with -6"), ("lambda: time.sleep(60)", "no answer in 12 s")],
-    ids=["abort", "hang"],
+    [
+        pytest.param("os.abort", "its process ended with -6", id="abort"),
+        pytest.param(
+            "lambda: time.sleep(60)", "no answer in 12 s", id="hang", marks=pytest.mark.thorough
+        ),
+    ],
 )
 def test_a_group_that_dies_is_a_row(
     how: str,

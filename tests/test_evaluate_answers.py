@@ -59,7 +59,8 @@ def asked(*texts: str) -> list[Prompt]:
     return [Prompt(({"role": "user", "content": text},), "explain", "en") for text in texts]
 
 
-def test_end_to_end(tmp_path: Path, chat: Path, command: Callable[..., Done]) -> None:
+@pytest.mark.usefixtures("cache")
+def test_end_to_end(tmp_path: Path, chat: Path, in_process: Callable[..., Done]) -> None:
     """Answers come first, beside another task; a copy costs nothing above its teacher; asked once
     only.
     """
@@ -68,9 +69,9 @@ def test_end_to_end(tmp_path: Path, chat: Path, command: Callable[..., Done]) ->
     flags = ["--teacher", chat, "--students", copy, other, "--num-questions", PROMPTS]
     flags += ["--tasks", "logic", "answers", "--out", tmp_path / "out"]
 
-    planned = command("evaluate", *flags[:-2], "--dry-run")
-    done = command("evaluate", *flags)
-    again = command("evaluate", *flags)
+    planned = in_process("evaluate", *flags[:-2], "--dry-run")
+    done = in_process("evaluate", *flags)
+    again = in_process("evaluate", *flags)
 
     assert done.returncode == 0, done.stderr
     assert last_line(planned)["questions"] == {"logic": PROMPTS, "answers": PROMPTS}
@@ -97,9 +98,10 @@ def test_end_to_end(tmp_path: Path, chat: Path, command: Callable[..., Done]) ->
     assert "answers of student" not in again.stderr
 
 
-def test_the_teacher_alone(chat: Path, command: Callable[..., Done]) -> None:
+@pytest.mark.usefixtures("cache")
+def test_the_teacher_alone(chat: Path, in_process: Callable[..., Done]) -> None:
     """Few prompts: one table for both languages."""
-    done = command("evaluate", "--teacher", chat, "--tasks", "answers", "--num-questions", 4)
+    done = in_process("evaluate", "--teacher", chat, "--tasks", "answers", "--num-questions", 4)
 
     assert done.returncode == 0, done.stderr
     assert "Answers in all languages to 4 held-out prompts" in done.stdout

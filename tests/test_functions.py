@@ -116,6 +116,7 @@ def test_importing_does_nothing_and_the_first_call_brings_fast_products(
     assert "| all |" in done.stderr
 
 
+@pytest.mark.thorough
 def test_the_examples_of_the_page_run(
     llama: Checkpoint, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,9 +53,10 @@ WAYS: dict[str, tuple[object, ...]] = {
     "tuned": (*CUT, "--quantize", 4, "--q-iters", 5),
     "cached, tuned longer": (*CUT, "--config", CACHED, "--quantize", 4, "--q-iters", 9),
 }
-# Every phase once, and training by each way of streaming; the others of the matrix are slow.
-KILLS = {("targets", "cached"), ("repair", "repaired"), ("tune", "tuned")}
-KILLS |= {("distil", "sharded, live"), ("distil", "cached"), ("distil", "blocks")}
+QUICK = ("cached", "blocks", "tuned")
+# Every phase once; then training by each way of streaming; the others of the matrix are slow.
+KILLS = {("targets", "cached"), ("distil", "blocks"), ("tune", "tuned")}
+MORE = {("repair", "repaired"), ("distil", "sharded, live"), ("distil", "cached")}
 
 
 def weights(run: Path) -> bytes:
@@ -85,7 +86,9 @@ def whole(
     return get
 
 
-@pytest.mark.parametrize("way", mostly_slow(WAYS, *(set(WAYS) - {"cached, tuned longer"})))
+@pytest.mark.parametrize(
+    "way", mostly_slow(WAYS, *QUICK, thorough=set(WAYS) - {"cached, tuned longer"})
+)
 def test_every_way_ends_in_an_ordinary_model(
     whole: Callable[[str], tuple[Path, Done]], way: str
 ) -> None:
@@ -108,7 +111,12 @@ def test_every_way_ends_in_an_ordinary_model(
 
 @pytest.mark.parametrize(
     ("word", "way"),
-    mostly_slow(product(("targets", "repair", "distil", "tune"), WAYS), *KILLS, of_several=True),
+    mostly_slow(
+        product(("targets", "repair", "distil", "tune"), WAYS),
+        *KILLS,
+        thorough=MORE,
+        of_several=True,
+    ),
 )
 def test_killed_in_any_phase_and_resumed(
     tmp_path: Path,

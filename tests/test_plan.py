@@ -103,7 +103,12 @@ def test_a_config_is_enough(
             "student blocks trainable at a time for ",
             marks=pytest.mark.slow,
         ),
-        ({"budget": "108MiB"}, "resident", "the teacher is replaced by its stored logits"),
+        pytest.param(
+            {"budget": "108MiB"},
+            "resident",
+            "the teacher is replaced by its stored logits",
+            marks=pytest.mark.thorough,
+        ),
         pytest.param(
             {"num_samples": 32768, "budget": "108MiB", "quantize": 0},
             "resident",
@@ -162,6 +167,7 @@ def eight_billion(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.thorough
 def test_eight_billion_parameters_on_an_air(
     eight_billion: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,7 +25,7 @@ from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
 from tests import forks, tiny
-from tests.conftest import Done, sentence
+from tests.conftest import Done, mostly_thorough, sentence
 
 BRIEF = ("--num-samples", 8, "--max-seq-length", 32)
 STEPS = ("--q-iters", 12, "--save-every", 2)
@@ -130,6 +130,7 @@ def test_killed_in_each_phase_it_goes_on_to_the_same_bytes(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.thorough
 def test_the_same_under_metals_policy(
     tmp_path: Path, deep: Path, text_folder: Path, own_home: dict[str, str]
 ) -> None:
@@ -152,6 +153,7 @@ def test_the_same_under_metals_policy(
     assert contents(out) == contents(tmp_path / "whole")
 
 
+@pytest.mark.thorough
 def test_a_ctrl_c_ends_with_the_line_that_continues(
     tmp_path: Path,
     asked: tuple[object, ...],
@@ -257,7 +259,7 @@ def test_work_that_is_there_is_not_begun_again(
     assert not work.exists()
 
 
-@pytest.mark.parametrize("changed", ["model", "data"])
+@pytest.mark.parametrize("changed", mostly_thorough(["model", "data"], "data"))
 def test_another_model_or_text_is_not_gone_on_with(
     tmp_path: Path,
     changed: str,
@@ -290,6 +292,7 @@ def test_another_model_or_text_is_not_gone_on_with(
     assert (work / BEGUN["a block"]).exists() and not out.exists()
 
 
+@pytest.mark.thorough
 def test_two_processes_do_not_work_in_one_folder(
     tmp_path: Path,
     asked: tuple[object, ...],
@@ -336,7 +339,7 @@ def test_a_result_that_was_not_put_in_its_place(tmp_path: Path, llama: Checkpoin
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("damaged", [None, 1])
+@pytest.mark.parametrize("damaged", mostly_thorough([None, 1], 1))
 def test_a_journal_gives_the_same_bytes(
     tmp_path: Path, llama: Checkpoint, damaged: int | None, batches: list
 ) -> None:

@@ -21,7 +21,7 @@ from mis_mlx.alignment import grpo_rollout
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint
 from tests import tiny
-from tests.conftest import Done, last_line, losses, scratch_folder
+from tests.conftest import Done, last_line, losses, mostly_slow, scratch_folder
 from tests.machines import ROOT, Processes, ended, ports, started
 from tests.test_grpo import _folder, _small  # noqa: F401  fixtures
 from tests.test_sft import answers  # noqa: F401  a fixture
@@ -159,7 +159,7 @@ def test_two_machines_give_the_run_of_one(
     assert names - own == expected - own
 
 
-@pytest.mark.parametrize("numbers", [(1,), pytest.param((2, 3), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("numbers", mostly_slow([(1,), (2, 3)], thorough=[(1,)]))
 def test_one_machine_dies_and_any_number_goes_on(
     numbers: tuple[int, ...],
     tmp_path: Path,
@@ -191,6 +191,7 @@ def test_one_machine_dies_and_any_number_goes_on(
         np.testing.assert_allclose(losses(copy), losses(alone[0]), rtol=1e-4)
 
 
+@pytest.mark.thorough
 def test_machines_train_block_by_block_as_one_does(
     tmp_path: Path, flags: tuple[object, ...], own_home: dict[str, str]
 ) -> None:

@@ -16,7 +16,10 @@ from tests.machines import ended, started
 
 @pytest.mark.parametrize(
     ("n", "spread"),
-    [(2, "whole"), *(pytest.param(n, "layers", marks=pytest.mark.slow) for n in (2, 3))],
+    [
+        pytest.param(2, "whole", marks=pytest.mark.thorough),
+        *(pytest.param(n, "layers", marks=pytest.mark.slow) for n in (2, 3)),
+    ],
 )
 def test_evaluate_says_what_one_machine_says(
     n: int,

@@ -224,28 +224,13 @@ def test_the_score_is_that_of_a_student_by_hand(
     assert both["student"].nbytes == record["bytes"]
 
 
-def test_distill_in_so_many_bytes(
-    tmp_path: Path,
-    llama: Checkpoint,
-    text_folder: Path,
-    command: Callable[..., Done],
-    in_process: Callable[..., Done],
+def test_bytes_leave_no_sizes_to_say(
+    llama: Checkpoint, text_folder: Path, in_process: Callable[..., Done]
 ) -> None:
-    """`distill --bytes`: a search without finalists, then a run with its sizes and bits; the file
-    is no larger than asked for. (That what is measured is not measured again: test_lose.py.)
+    """`distill --bytes` beside a size or bits: what to leave out. (That the file is no larger than
+    asked for: test_search_phase.py.)
     """
     flags = tiny.run_flags(llama.path, text_folder)
-    done = command("distill", *flags, "--bytes", "190KB", "--out", tmp_path / "run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    result = last_line(done)
-    assert not (tmp_path / "runs").exists()
-    size = (tmp_path / "run" / "model" / "model.safetensors").stat().st_size
-    assert 0.9 * 190_000 < size <= 190_000
-    stored = run_folder.stored_settings(tmp_path / "run")
-    assert stored["bytes"] == "190KB"
-    assert stored["scenario"] == "none"
-    assert stored["target_bpw"] > 3.5
-    assert result["params_student"] < arch.params(llama.config)
     refused = {
         ("--layers", 2): "leave out --layers 2, or --bytes",
         ("--target-bpw", 5): "leave out --target-bpw 5.0, or",
@@ -309,6 +294,7 @@ def kill_at(
     assert process.wait() == -signal.SIGKILL, "the kill came too late"
 
 
+@pytest.mark.thorough
 def test_killed_and_resumed_is_the_undisturbed_search(
     tmp_path: Path,
     done: tuple[Path, Done],

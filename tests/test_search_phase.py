@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from mis_mlx import distill
+from mis_mlx.models.architectures import arch
 from mis_mlx.size_search import candidates
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
@@ -42,6 +42,20 @@ def whole(
     return here / "run", done
 
 
+def test_a_distillation_in_so_many_bytes(whole: tuple[Path, Done], llama: Checkpoint) -> None:
+    """A search without finalists, then a run with its sizes and bits; the file is no larger than
+    asked for.
+    """
+    run, done = whole
+    size = (run / "model" / "model.safetensors").stat().st_size
+    assert 0.9 * 190_000 < size <= 190_000
+    stored = run_folder.stored_settings(run)
+    assert (stored["bytes"], stored["scenario"]) == ("190KB", "none")
+    assert stored["target_bpw"] > 3.5
+    assert last_line(done)["params_student"] < arch.params(llama.config)
+    assert not (run.parent / "runs").exists()
+
+
 def measured(run: Path) -> int:
     """How many measurements its search has logged."""
     return len(run_folder.records(run / run_folder.SEARCH / candidates.PROBES))
@@ -60,14 +74,14 @@ def stopped_in_search(
     line: Line, here: Path, env: dict[str, str], number: int, *, out: Path | None = None
 ) -> tuple[Path, str]:
     """Send this signal to a run in its search: its folder, and what it said."""
-    words = [sys.executable, "-m", "mis_mlx.distill", *map(str, line)]
-    if out is not None:
-        words += ["--out", str(out)]
-    with subprocess.Popen(words, cwd=here, env=env, text=True, stderr=subprocess.PIPE) as process:
-        while process.poll() is None and not any(map(measured, runs_in(here, out))):
-            time.sleep(0.005)
-        process.send_signal(number)
-        _, said = process.communicate(timeout=120)
+    place = ("--out", out) if out else ()
+    words = ["-m", "mis_mlx.distill", *line, *place]
+    process = forks.start(words, env, here, stderr=subprocess.PIPE)
+    while process.poll() is None and not any(map(measured, runs_in(here, out))):
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=120)
+    assert said is not None
     assert process.returncode in (-number, 130), said
     (run,) = [run for run in runs_in(here, out) if measured(run)]
     assert not run_folder.is_decided(run)
@@ -122,6 +136,7 @@ def test_the_line_that_a_stop_leaves_can_be_pasted(
     assert weights(run) == weights(whole[0])
 
 
+@pytest.mark.thorough
 def test_other_text_makes_another_search(
     tmp_path: Path,
     llama: Checkpoint,

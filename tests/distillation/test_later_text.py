@@ -57,17 +57,37 @@ def shorten(patch: pytest.MonkeyPatch, folder: Path) -> None:
     patch.setattr(compute_type, "SPREAD", 2)
 
 
-@pytest.fixture(autouse=True)
-def brief(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def tell(patch: pytest.MonkeyPatch, writer: str) -> None:
+    """Who writes, whatever the budget holds."""
+    patch.setattr(writers, "who_writes", lambda *_, **__: writer)
+
+
+@pytest.fixture(
+    scope="module", params=["told", pytest.param("streams", marks=pytest.mark.thorough)]
+)
+def streams(request: pytest.FixtureRequest) -> bool:
+    """Whether a deep teacher streams, so that the student writes; else it is told to."""
+    return bool(request.param == "streams")
+
+
+@pytest.fixture
+def brief(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streams: bool) -> None:
     """Every test is a short one."""
     shorten(monkeypatch, tmp_path)
+    if not streams:
+        tell(monkeypatch, "student")
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A deep one whose answers end."""
+def teacher(tmp_path_factory: pytest.TempPathFactory, streams: bool) -> Path:
+    """One whose answers end."""
     folder = tmp_path_factory.mktemp("later text")
-    return tiny.talking(folder / "teacher", num_hidden_layers=layers())
+    return tiny.talking(folder / "teacher", **depth(streams))
+
+
+def depth(streams: bool) -> dict[str, int]:
+    """Of a teacher that streams in `little` MiB, or is as small as can be."""
+    return {"num_hidden_layers": layers()} if streams else {}
 
 
 def layers() -> int:
@@ -81,8 +101,8 @@ def little() -> int:
 
 
 def settings(teacher: Path, data: Path, out: Path, **changes: Any) -> distill.Settings:
-    """A run of seconds in a budget in which this teacher streams; nothing is cut or trained before
-    rounding.
+    """A run of seconds in a budget in which a deep teacher streams; nothing is cut or trained
+    before rounding, and targets are stored.
     """
     given: dict[str, Any] = {
         "teacher": str(teacher),
@@ -103,6 +123,7 @@ def settings(teacher: Path, data: Path, out: Path, **changes: Any) -> distill.Se
         "q_iters": 4,
         "iters": 2,
         "save_every": 2,
+        "targets": "cached",
     }
     return distill.Settings(**{**given, **changes})
 
@@ -117,13 +138,17 @@ class Whole:
 
 
 @pytest.fixture(scope="module")
-def whole(teacher: Path, text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+def whole(
+    teacher: Path, text_folder: Path, tmp_path_factory: pytest.TempPathFactory, streams: bool
+) -> Whole:
     """Do not write into it."""
     folder = tmp_path_factory.mktemp("whole")
     before_bytes = mx.get_active_memory()
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
         shorten(patch, folder)
+        if not streams:
+            tell(patch, "student")
         distill.run(settings(teacher, text_folder, folder / "run", keep_steps=True))
     return Whole(out=folder / "run", said=said.getvalue(), before_bytes=before_bytes)
 
@@ -140,6 +165,7 @@ def talks(run: Path) -> list[dict[str, Any]]:
     return run_folder.records(run / later_text.FOLDER / "answers.jsonl")
 
 
+@pytest.mark.usefixtures("brief")
 def test_the_student_writes_and_the_teacher_reads_once(whole: Whole, tmp_path: Path) -> None:
     """The answers are the rounded student's, to our prompts; the run has two texts, and targets of
     the second one alone; every phase stays under its plan.
@@ -207,12 +233,14 @@ KILLS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
 }
 
 
+@pytest.mark.usefixtures("brief")
 def test_killed_in_each_phase_it_ends_the_same(
     whole: Whole,
     teacher: Path,
     text_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    streams: bool,
 ) -> None:
     """The same answers, texts and weights, of one run that every kill hits; and who writes is
     decided once: another budget, in which the teacher would fit, changes nothing.
@@ -226,6 +254,8 @@ def test_killed_in_each_phase_it_ends_the_same(
         asked = distill.Settings(out=str(out), resume=True, eval_prompts=0)
         if what == "among answers":
             asked = asked.with_values(budget="200MiB")
+            if not streams:
+                tell(monkeypatch, "teacher")
     distill.run(asked)
     assert talks(out) == talks(whole.out)
     made, wanted = (run / "model" / "model.safetensors" for run in (out, whole.out))
@@ -246,11 +276,12 @@ def test_another_text_is_another_run(teacher: Path, text_folder: Path, tmp_path:
         run_folder.same_learned(out, "b" * 20, files)
 
 
+@pytest.mark.usefixtures("brief")
 def test_a_student_that_says_nothing_learns_from_the_first_text(
-    text_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    text_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], streams: bool
 ) -> None:
     """Said, with both numbers."""
-    silent = tiny.talking(tmp_path / "silent", ending=50.0, num_hidden_layers=layers())
+    silent = tiny.talking(tmp_path / "silent", ending=50.0, **depth(streams))
     out = tmp_path / "run"
 
     distill.run(settings(silent, text_folder, out, eval_prompts=0))
@@ -263,8 +294,11 @@ def test_a_student_that_says_nothing_learns_from_the_first_text(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", OTHERS)
-def test_other_families(kind: str, text_folder: Path, tmp_path: Path) -> None:
+def test_other_families(
+    kind: str, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Their students write, too."""
+    shorten(monkeypatch, tmp_path)
     changes = {**OTHERS[kind], "model_type": kind, "num_hidden_layers": layers()}
     teacher = tiny.make(tmp_path / "teacher", **changes)
     (teacher / "chat_template.jinja").write_text(tiny.CHAT_TEMPLATE)
@@ -277,9 +311,10 @@ def test_other_families(kind: str, text_folder: Path, tmp_path: Path) -> None:
     assert result["nll_quantized"] < result["nll_teacher"] + 1
 
 
-def test_a_teacher_that_fits_writes(teacher: Path) -> None:
+def test_a_teacher_that_fits_writes(tmp_path: Path) -> None:
     """And one that does not fit whole does not."""
-    m = model_of(load.open_checkpoint(teacher))
+    deep = tiny.talking(tmp_path / "deep", **depth(streams=True))
+    m = model_of(load.open_checkpoint(deep))
 
     assert writers.who_writes(m, ASKED, Budget(200 * MIB)) == "teacher"
     assert writers.who_writes(m, ASKED, Budget(little() * MIB)) == "student"

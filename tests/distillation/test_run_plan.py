@@ -82,7 +82,7 @@ def test_a_packed_student_is_refused_before_anything_begins(
 ) -> None:
     """Its integers cannot learn, and what is written would not open."""
     monkeypatch.setenv(precision.POLICY, policy)
-    packed = family_checks.quantized(llama.path, tmp_path / "packed")
+    packed = family_checks.quantized(llama.path, tmp_path / "packed", target_bpw=None)
     out = tmp_path / "run"
     flags = {**SMALL, "scenario": None, "vocab": None, "quantize": quantize}
     flags |= {"teacher": str(llama.path), "student": str(packed.path)}

@@ -28,7 +28,7 @@ from tests.conftest import mostly_slow
 from tests.distillation.test_packed_student import KINDS, pair, recipe, text
 from tests.faults.broken import KILLED, Killed, breaking
 
-SHOWN = (("lfm2", "cpu"), ("llama", "metal"))
+SHOWN = (("lfm2", "cpu"),)
 HIDDEN = ".tmp-scales-1"  # of a process that is gone, for whoever comes next
 Everything = dict[str, np.ndarray]
 
@@ -103,7 +103,9 @@ def assert_equal(found: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]
 
 @pytest.mark.parametrize(
     ("kind", "policy"),
-    mostly_slow(product(KINDS, ("cpu", "metal")), *SHOWN, of_several=True),
+    mostly_slow(
+        product(KINDS, ("cpu", "metal")), *SHOWN, thorough=[("llama", "metal")], of_several=True
+    ),
 )
 def test_the_same_bytes_in_memory_and_on_disk(
     tmp_path: Path, kind: str, policy: str, monkeypatch: pytest.MonkeyPatch
@@ -158,9 +160,12 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+OTHERS = [5 / 64, 31 / 64, 40 / 64, 63 / 64]
+
+
 # Shares of the way: in a step's gradients, its update, its checkpoint, and between them.
 @pytest.mark.parametrize(
-    "share", mostly_slow([n / 64 for n in range(1, 65)], *(n / 64 for n in (5, 22, 31, 40, 49, 63)))
+    "share", mostly_slow([n / 64 for n in range(1, 65)], 22 / 64, 49 / 64, thorough=OTHERS)
 )
 def test_ended_anywhere_it_comes_to_the_same_bytes(tmp_path: Path, share: float) -> None:
     """The process ends at some operation of the disk; the next one sweeps, goes on, and ends with
@@ -200,6 +205,7 @@ def test_a_full_disk_is_a_sentence_and_costs_no_step(tmp_path: Path) -> None:
         assert_equal(Trained(teacher, packed, place, held=1).run(), want)
 
 
+@pytest.mark.thorough
 def test_the_peak_does_not_grow_with_depth(tmp_path: Path) -> None:
     """Twelve blocks take what four take, and the inputs of eight more; in memory they take eight
     more states.

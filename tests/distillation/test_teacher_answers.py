@@ -202,6 +202,7 @@ def smallest(teacher: Checkpoint, how: teacher_answers.WritingSettings) -> Budge
     raise AssertionError
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("cpu_policy")
 def test_later_turns_do_not_depend_on_the_budget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

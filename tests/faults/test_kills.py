@@ -22,8 +22,8 @@ KILLS = 300  # in all, of the slow run
     "name",
     mostly_slow(
         ["prune", "quantize", "export", "distill", "distill, scales on disk", "logit store"],
-        "export",
         "distill",
+        thorough=["export"],
     ),
 )
 def test_killed_and_gone_on_with(name: str, bench: Benches) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import mostly_thorough
 from tests.faults import jobs
 from tests.faults.conftest import Note
 
@@ -97,7 +98,7 @@ def watched(argv: list[str], env: dict[str, str], place: Path) -> tuple[str, str
     return seen.read_text(), done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("command", ["distill", "generate", "export"])
+@pytest.mark.parametrize("command", mostly_thorough(["distill", "generate", "export"], "distill"))
 def test_a_run_talks_to_nobody(
     command: str,
     all_jobs: dict[str, jobs.Job],

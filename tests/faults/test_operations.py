@@ -20,7 +20,7 @@ from mis_mlx.distillation import pipeline
 from mis_mlx.quantization import begun_rounding
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import Files
-from tests.conftest import mostly_slow
+from tests.conftest import mostly_slow, mostly_thorough
 from tests.faults import jobs
 from tests.faults.conftest import Note
 from tests.faults.verdicts import FATES, Bench
@@ -34,12 +34,13 @@ LONG = (
     "distill, block by block",
     "sft",
 )
+ONCE = [name for name in SHORT if name != TUNED]
 FEW = 3  # operations of a long job in the quick run
 
 Benches = Callable[[str], Bench]
 
 
-@pytest.mark.parametrize("name", [name for name in SHORT if name != TUNED])
+@pytest.mark.parametrize("name", mostly_thorough(ONCE, "prune", "logit store"))
 def test_whichever_operation_fails_nothing_is_lost(name: str, bench: Benches) -> None:
     """Every operation, one after the other; the fate changes from one to the next."""
     b = bench(name)
@@ -52,7 +53,13 @@ def test_whichever_operation_fails_nothing_is_lost(name: str, bench: Benches) ->
 
 
 @pytest.mark.parametrize(
-    "name", mostly_slow((TUNED, *LONG), *({TUNED, *LONG} - {"distill, targets on disk"}))
+    "name",
+    mostly_slow(
+        (TUNED, *LONG),
+        TUNED,
+        "distill, block by block",
+        thorough=("distill", "distill, scales on disk", "sft"),
+    ),
 )
 def test_a_run_goes_on_after_any_operation(name: str, bench: Benches) -> None:
     """A few operations all over a run."""
@@ -63,6 +70,7 @@ def test_a_run_goes_on_after_any_operation(name: str, bench: Benches) -> None:
     assert not b.bad
 
 
+@pytest.mark.thorough
 def test_scales_on_disk_make_the_same_run(all_jobs: dict[str, jobs.Job], tmp_path: Path) -> None:
     """The same models and losses as with scales in memory; nothing of them stays."""
     outcomes = []
@@ -121,6 +129,7 @@ def test_without_the_protocol_it_is_found_out(
     assert b.bad
 
 
+@pytest.mark.thorough
 def test_a_step_overwritten_is_found_out(bench: Benches, monkeypatch: pytest.MonkeyPatch) -> None:
     """A test of the test: with the old step gone before the new one is there, an acknowledged step
     is lost.

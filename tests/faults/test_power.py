@@ -6,14 +6,17 @@ from __future__ import annotations
 
 import pytest
 
-from tests.conftest import mostly_slow
+from tests.conftest import mostly_slow, mostly_thorough
 from tests.faults.conftest import Note
 from tests.faults.test_operations import LONG, SHORT, Benches
 
 CUTS = 2000  # in all, of the slow run: of each job CUTS / number of jobs
 
 
-@pytest.mark.parametrize("name", (*SHORT, "distill", "distill, scales on disk", "sft"))
+@pytest.mark.parametrize(
+    "name",
+    mostly_thorough((*SHORT, "distill", "distill, scales on disk", "sft"), "export", "distill"),
+)
 def test_a_power_cut_loses_nothing_that_was_safe(name: str, bench: Benches) -> None:
     """Forty cuts a job; from two of a run's different disks it goes on to its end, of a command's
     from all.
@@ -37,7 +40,9 @@ def test_two_thousand_power_cuts(name: str, bench: Benches, note: Note) -> None:
 @pytest.mark.parametrize("forgets", ["file", "folder"])
 @pytest.mark.parametrize(
     "name",
-    mostly_slow(["prune", "quantize", "export", "distill", "logit store"], "export", "distill"),
+    mostly_slow(
+        ["prune", "quantize", "export", "distill", "logit store"], "export", thorough=["distill"]
+    ),
 )
 def test_without_a_sync_the_power_cut_is_found_out(name: str, forgets: str, bench: Benches) -> None:
     """A test of the test: take the fsync of files out, or that of folders, and what was safe is

@@ -18,6 +18,7 @@ from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening import load, wheel_model
 from mis_mlx.types import Checkpoint, MisError
 from tests import family_checks, tiny
+from tests.conftest import mostly_thorough
 from tests.gguf_export import gemma_graph
 
 KINDS = ["sliding_attention"] * 4 + ["full_attention"]
@@ -153,7 +154,7 @@ def test_llama_cpps_graph_computes_the_model(
     assert np.ptp(want) > 0.5
 
 
-@pytest.mark.parametrize("kind", ["gemma4", "gemma3n"])
+@pytest.mark.parametrize("kind", mostly_thorough(["gemma4", "gemma3n"], "gemma4"))
 def test_packed_models(tmp_path: Path, kind: str) -> None:
     """Four bits as MLX packed them, also of the table; eight bits are rounded once more, by half a
     step of 127."""

@@ -548,7 +548,10 @@ def test_what_is_not_capped_is_another_loss() -> None:
 
 @pytest.mark.parametrize(
     ("teacher", "params"),
-    [("gemma-4-e2b", 0.851), pytest.param("gemma-4-e4b", 0.883, marks=pytest.mark.slow)],
+    [
+        pytest.param("gemma-4-e2b", 0.851, marks=pytest.mark.thorough),
+        pytest.param("gemma-4-e4b", 0.883, marks=pytest.mark.slow),
+    ],
 )
 def test_the_plan_of_the_published_ones(teacher: str, params: float) -> None:
     """Without a quarter of the tokens by default, within 5 GiB of a laptop of 8; or cut and

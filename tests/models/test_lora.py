@@ -36,7 +36,7 @@ def test_adapters_of_experts_are_mlx_lms(
     monkeypatch.setenv(precision.POLICY, policy)
     checkpoint = models(kind)
     if policy == "metal":
-        checkpoint = family_checks.quantized(checkpoint.path, tmp_path / "packed")
+        checkpoint = family_checks.quantized(checkpoint.path, tmp_path / "packed", target_bpw=None)
     settings = lora.Lora(num_layers=3, rank=4, scale=2.0)
     model = load.resident_model(checkpoint, mx.float32)
     before = model(TOKENS)

@@ -110,6 +110,7 @@ def test_no_budget_between_two_that_fit_is_refused(tmp_path: Path) -> None:
     assert fitting[-1]
 
 
+@pytest.mark.thorough
 def test_what_is_left_out_raises_the_loss(tmp_path: Path) -> None:
     """Nothing left out: the loss that was promised. A cut student that does not learn loses more,
     and one whose scales do not learn either loses most.

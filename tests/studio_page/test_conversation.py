@@ -13,7 +13,8 @@ from mis_mlx.studio_page.places import Place
 from mis_mlx.types import MisError
 from tests import tiny
 
-PROMPTS = ("What is if?", "And for?")
+FIRST = "What is if?"
+PROMPT = "And for?"
 TOKENS = 8
 
 
@@ -43,21 +44,25 @@ def stock(model: Path, messages: list[dict[str, str]]) -> str:
 
 
 def test_both_hear_the_questions_and_themselves(pair: dict[str, Place]) -> None:
-    """Every turn is what stock mlx-lm answers to that model's own conversation."""
+    """The second turn is what stock mlx-lm answers to that model's own conversation."""
     conversation = Conversation()
-    told: dict[str, list[dict[str, str]]] = {"teacher": [], "student": []}
-    for prompt in PROMPTS:
-        answers = {}
-        for name, model in pair.items():
-            shown: list[str] = []
-            asked = Asked(name, model, prompt=prompt, max_tokens=TOKENS)
-            answer = asyncio.run(conversation.answer(asked, shown.append))
-            answers[name] = str(answer.result["text"]).strip()
-            told[name].append({"role": "user", "content": prompt})
-            assert answers[name] == stock(model.path, told[name])
-            assert "".join(shown).strip() == answers[name]
-            told[name].append({"role": "assistant", "content": answers[name]})
-        conversation.add(prompt, answers)
+    told: dict[str, list[dict[str, str]]] = {}
+    for name, model in pair.items():
+        question = {"role": "user", "content": FIRST}
+        answer = stock(model.path, [question])
+        told[name] = [question, {"role": "assistant", "content": answer}]
+    conversation.add(FIRST, {name: told[name][1]["content"] for name in told})
+    answers = {}
+    for name, model in pair.items():
+        shown: list[str] = []
+        asked = Asked(name, model, prompt=PROMPT, max_tokens=TOKENS)
+        said = asyncio.run(conversation.answer(asked, shown.append))
+        answers[name] = str(said.result["text"]).strip()
+        told[name].append({"role": "user", "content": PROMPT})
+        assert answers[name] == stock(model.path, told[name])
+        assert "".join(shown).strip() == answers[name]
+        told[name].append({"role": "assistant", "content": answers[name]})
+    conversation.add(PROMPT, answers)
     assert conversation.messages("teacher") == told["teacher"]
     assert conversation.messages("student") == told["student"]
     assert told["teacher"] != told["student"]
@@ -65,6 +70,7 @@ def test_both_hear_the_questions_and_themselves(pair: dict[str, Place]) -> None:
     assert conversation.messages("teacher") == []
 
 
+@pytest.mark.thorough
 def test_a_conversation_that_is_too_long_is_refused(pair: dict[str, Place]) -> None:
     """With both numbers; what was said before is still there."""
     conversation = Conversation()

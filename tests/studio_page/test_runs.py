@@ -23,7 +23,7 @@ from tests import forks
 from tests.conftest import SMALL, files_up_to, mostly_slow
 
 PATIENCE_S = 120
-STEPS = 100  # of a run that is stopped in the middle
+STEPS = 60  # of a run that is stopped in the middle
 NAMES = ["..", ".", "", "../other", "/etc", ".studio", "a/b", "nothing-001", None, 3, "x\0"]
 START = """
 import sys
@@ -112,21 +112,22 @@ def test_a_run_is_stopped_and_goes_on(here: Path, line: list[str], at_once: bool
 
 
 def test_many_pages_start_one_run(here: Path, line: list[str]) -> None:
-    """Four processes at the same moment."""
+    """Two processes at the same moment."""
     env = {**os.environ, "PYTHONPATH": str(forks.ROOT)}
     starters = [
         subprocess.Popen(
             [sys.executable, "-c", START, *line], env=env, stdout=subprocess.PIPE, text=True
         )
-        for _ in range(4)
+        for _ in range(2)
     ]
     said = [starter.communicate()[0].strip() for starter in starters]
     assert said.count("tiny-001") == 1
     refused = [words for words in said if words.startswith("refused: tiny-001 is running")]
-    assert len(refused) == 3
+    assert len(refused) == 1
     assert [run.name for run in runs.listed()] == ["tiny-001"]
 
 
+@pytest.mark.thorough
 def test_a_run_outlives_who_started_it(here: Path, line: list[str]) -> None:
     """The starter is killed with its whole session, as a terminal that is closed does."""
     env = {**os.environ, "PYTHONPATH": str(forks.ROOT)}
@@ -149,7 +150,7 @@ def test_a_run_that_is_refused_says_why(here: Path, line: list[str]) -> None:
     assert not run.folder.exists()
     (last,) = runs.last_lines(run, 1)
     assert last.startswith("mis_mlx: ")
-    assert runs.start("tiny", line) == "tiny-002"
+    assert runs.start("tiny", ["--help"]) == "tiny-002"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -198,7 +199,7 @@ def test_where_nothing_can_be_written_nothing_runs(here: Path, line: list[str]) 
     with files_up_to(0), pytest.raises(MisError, match="was not saved"):
         runs.start("tiny", line)
     assert runs.listed() == []
-    assert runs.start("tiny", line) == "tiny-001"
+    assert runs.start("tiny", ["--help"]) == "tiny-001"
 
 
 def test_damaged_records_harm_nobody(here: Path) -> None:
@@ -220,6 +221,7 @@ def test_damaged_records_harm_nobody(here: Path) -> None:
     assert runs.listed() == []
 
 
+@pytest.mark.thorough
 def test_a_run_of_the_terminal_is_listed(here: Path, line: list[str]) -> None:
     """It counts as the one that runs, and is not ours to stop."""
     command = [sys.executable, "-m", "mis_mlx.distill", *line, "--out", "runs/mine"]
@@ -236,6 +238,7 @@ def test_a_run_of_the_terminal_is_listed(here: Path, line: list[str]) -> None:
     assert state("mine") == STOPPED
 
 
+@pytest.mark.thorough
 def test_a_model_has_to_fit(here: Path, line: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside the run at work, which may still take all of its budget."""
     runs.check_fits("A model", 2**20)
