@@ -6,6 +6,7 @@ beside the modules that do it.
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from mis_mlx.distillation.sharded import blockwise_cost, sharded_cost
 from mis_mlx.distillation.whole_model import resident_cost
 from mis_mlx.hardware.memory import TRAINED_BYTES, TRAINED_WHOLE_BYTES, process_bytes
 from mis_mlx.hardware.rates import Rates
-from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.hardware.stage_cost import StageCost, in_turn
 from mis_mlx.judge import writing_cost
 from mis_mlx.judge.judging_cost import comparison_cost, timed_weights
 from mis_mlx.models.architectures import arch
@@ -68,37 +69,33 @@ def measuring_cost(job: DistillationSpec, most_bytes: int, limit: int) -> StageC
         compared += [job.student, job.student]
     if rounds:
         compared.append(four_bit)
-    cost = _on_texts(job, compared)
+    stages = _on_texts(job, compared)
     if job.shown:  # in its own vocabulary
-        cost = cost.then(_on_texts(job, [job.shown]))
-    peak = cost.peak_bytes
+        stages += _on_texts(job, [job.shown])
     timed = timed_weights([teacher, result], most_bytes, limit)
-    if timed:
-        peak = max(peak, timed + 2 * teacher.head_params)  # its head, while it is converted
-    cost = replace(cost, peak_bytes=peak)
-    if not job.answers:
-        return cost
+    if timed:  # and its head, while it is converted
+        stages.append(StageCost("speed", peak_bytes=timed + 2 * teacher.head_params))
     students = [job.student]
     if rounds:
         students.append(four_bit)
-    try:
-        answers = writing_cost.answers_cost(
-            [teacher, *students],
-            job.answers,
-            Budget(limit),
-            teacher_kept=job.answers_known,
-            silent=len(students) - 1,
-        )
-    except MisError:  # the student cannot write in the budget, so nobody is asked
-        return cost
-    return cost.then(answers)
+    if job.answers:
+        with suppress(MisError):  # the student cannot write in the budget, so nobody is asked
+            answers = writing_cost.answers_cost(
+                [teacher, *students],
+                job.answers,
+                Budget(limit),
+                teacher_kept=job.answers_known,
+                silent=len(students) - 1,
+            )
+            stages.append(answers)
+    return in_turn("measure", *stages)
 
 
-def _on_texts(job: DistillationSpec, models: list[ModelSize]) -> StageCost:
+def _on_texts(job: DistillationSpec, models: list[ModelSize]) -> list[StageCost]:
     """The passes of models over the held-out windows: of the first text, and of all others."""
     first = comparison_cost(models, job.eval_windows, job.max_seq_length)
     others = comparison_cost(models, max(1, job.eval_windows // 3), job.max_seq_length)
-    return first.then(others.repeated(TEXTS - 1))
+    return [first, others.repeated(TEXTS - 1)]
 
 
 def usual_rate(teacher: Checkpoint) -> float:

@@ -22,8 +22,8 @@ class StageCost:
     """One stage: bytes, memory, operations.
 
     peak_bytes: of arrays, without the process, as of a `Ledger`. `pinned` blocks stay in memory
-    between passes; `spooled_bytes` of hidden states lie on disk. later: stages behind the first one
-    (`then`), whose work is a part of what is counted here.
+    between passes; `spooled_bytes` of hidden states lie on disk. parts: stages in a row that this
+    is the sum of (`in_turn`).
     """
 
     name: str
@@ -43,41 +43,12 @@ class StageCost:
     updated: int = 0  # parameters that the optimizer changes, in all steps together
     waits: int = 0  # how often the host waits for the device
     host_flops: float = 0.0  # of numpy's solvers, which a GPU waits for
-    later: tuple["StageCost", ...] = ()
-
-    @property
-    def operations(self) -> float:
-        """Float operations of device and host together."""
-        return self.flops + self.host_flops
-
-    def then(self, other: "StageCost") -> "StageCost":
-        """This stage, then `other`: the work adds up, and the larger peak counts.
-
-        Name, pinned blocks and places of hidden states are those of this stage.
-        """
-        work = {}
-        for name in WORK:
-            work[name] = getattr(self, name) + getattr(other, name)
-        peak_bytes = max(self.peak_bytes, other.peak_bytes)
-        return replace(self, **work, peak_bytes=peak_bytes, later=(*self.later, other))
+    parts: tuple["StageCost", ...] = ()
 
     def repeated(self, times: int) -> "StageCost":
         """This stage `times` times in a row, in the memory of one."""
-        work = {}
-        for name in WORK:
-            work[name] = times * getattr(self, name)
-        later = tuple(stage.repeated(times) for stage in self.later)
-        return replace(self, **work, later=later)
-
-    @property
-    def first(self) -> "StageCost":
-        """The work of the first stage alone: what is counted, less that of the later ones."""
-        work = {}
-        for name in WORK:
-            work[name] = getattr(self, name)
-            for stage in self.later:
-                work[name] -= getattr(stage, name)
-        return replace(self, **work, later=())
+        work = {name: times * getattr(self, name) for name in WORK}
+        return replace(self, **work, parts=tuple(part.repeated(times) for part in self.parts))
 
     def seconds(self, machine: rates.Rates, hot: bool = False) -> float:
         """The time on a machine of these rates: of disk, arithmetic and memory the slowest.
@@ -86,9 +57,8 @@ class StageCost:
         top of the arithmetic, which ends before one begins. So do, on a GPU, waits and
         what numpy computes meanwhile. hot: computing at the rates of a hot machine.
         """
-        if self.later:
-            stages = (self.first, *self.later)
-            return sum(stage.seconds(machine, hot) for stage in stages)
+        if self.parts:
+            return sum(part.seconds(machine, hot) for part in self.parts)
         disk = self.read_bytes / machine.read_bytes_per_s
         disk += self.written_bytes / machine.write_bytes_per_s
         slowdown = machine.hot if hot else 1.0
@@ -96,8 +66,18 @@ class StageCost:
         if machine.gpu:  # a CPU's training rate has the updates in it (rates.ELEMENTWISE)
             work = self.flops / (flops_per_s * slowdown)
             work += optimizer.TRAFFIC_BYTES * self.updated / machine.memory_bytes_per_s
-            host = self.host_flops / (machine.host_flops_per_s * slowdown)
-            work += self.waits * machine.wait_s + host
+            work += self.waits * machine.wait_s
+            work += self.host_flops / (machine.host_flops_per_s * slowdown)
         else:
-            work = self.operations / (flops_per_s * slowdown)
+            work = (self.flops + self.host_flops) / (flops_per_s * slowdown)
         return max(disk, work, self.touched_bytes / machine.memory_bytes_per_s)
+
+
+def in_turn(name: str, *stages: StageCost) -> StageCost:
+    """Stages one after the other: the work adds up, and the largest peak counts.
+
+    What stays in memory or lies on disk is that of the first one.
+    """
+    work = {field: sum(getattr(stage, field) for stage in stages) for field in WORK}
+    peak_bytes = max(stage.peak_bytes for stage in stages)
+    return replace(stages[0], name=name, **work, peak_bytes=peak_bytes, parts=stages)

@@ -4,12 +4,14 @@ The model is whole in memory where it fits. Otherwise a token of every text is o
 the first one reads all prompts.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import NamedTuple
 
 from mis_mlx.hardware import ledger
-from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.hardware.stage_cost import StageCost, in_turn
 from mis_mlx.judge.judging_cost import comparison_cost
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import pass_cost
@@ -65,15 +67,24 @@ def plan_writing(
 
     The first plan that fits: whole before streamed, and the most texts side by side first, which
     `at_once` lists in falling order. MisError where none fits."""
-    texts = _Texts(count, prompt_tokens, max_tokens)
-    for cost_of in (_resident, _streamed):
-        for size in at_once:
-            cost = replace(cost_of(m, texts, size), name=name)
-            need = ledger.needed_bytes(limit.limit_bytes, cost.peak_bytes, m.gpu)
-            if need > limit.limit_bytes:
-                continue
-            plan = WritingPlan(at_once=size, peak_bytes=need, cost=cost, tokens=texts.tokens)
-            return plan if cost_of is _resident else _from_disk(plan, m, limit)
+    texts = Texts(count, prompt_tokens, max_tokens)
+    for whole, size in product((True, False), at_once):
+        cost = resident_cost(m, texts, size) if whole else streamed_cost(m, texts, size)
+        need = ledger.needed_bytes(limit.limit_bytes, cost.peak_bytes, m.gpu)
+        if need > limit.limit_bytes:
+            continue
+        room = None
+        if not whole:
+            room = ledger.headroom_bytes(limit.limit_bytes, cost.peak_bytes)
+            cost = streamed_cost(m, texts, size, room)
+        return WritingPlan(
+            at_once=size,
+            peak_bytes=need,
+            cost=replace(cost, name=name),
+            headroom_bytes=room,
+            direct=not whole and m.nbytes > limit.limit_bytes,
+            tokens=texts.tokens,
+        )
     limit.need(
         need,
         what="a model that writes, read from disk,",
@@ -82,18 +93,7 @@ def plan_writing(
     raise AssertionError("what does not fit is refused above")
 
 
-def _from_disk(plan: WritingPlan, m: ModelSize, limit: Budget) -> WritingPlan:
-    """The plan of a streamed model with what the budget leaves for blocks that stay."""
-    room_bytes = ledger.headroom_bytes(limit.limit_bytes, plan.cost.peak_bytes)
-    return replace(
-        plan,
-        cost=_with_headroom(plan.cost, m, room_bytes),
-        headroom_bytes=room_bytes,
-        direct=m.nbytes > limit.limit_bytes,
-    )
-
-
-class _Texts(NamedTuple):
+class Texts(NamedTuple):
     """What is written: so many texts behind prompts of at most so many tokens."""
 
     number: int
@@ -106,51 +106,39 @@ class _Texts(NamedTuple):
         return self.prompt_tokens + self.max_tokens
 
 
-def _resident(m: ModelSize, texts: _Texts, at_once: int) -> StageCost:
+def resident_cost(m: ModelSize, texts: Texts, at_once: int) -> StageCost:
     """The cost of a model that is whole in memory: every step of a batch fetches all weights."""
-    steps = texts.max_tokens * -(-texts.number // at_once)
-    blocks_bytes = m.shape.layers * m.block_work
-    met_bytes = int(m.active_share * blocks_bytes) + m.head_work
-    peak_bytes = continuous_batch.resident_bytes(m, at_once, texts.tokens)
+    steps = texts.max_tokens * math.ceil(texts.number / at_once)
+    met_bytes = int(m.active_share * m.shape.layers * m.block_work) + m.head_work
     return StageCost(
-        name="",
+        name="write",
         read_bytes=m.nbytes,
-        peak_bytes=peak_bytes,
-        flops=_flops(m, texts),
+        peak_bytes=continuous_batch.resident_bytes(m, at_once, texts.tokens),
+        flops=pass_cost.forward_flops(m, texts.number * texts.tokens, texts.tokens),
         touched_bytes=steps * met_bytes,
         waits=steps,
     )
 
 
-def _flops(m: ModelSize, texts: _Texts) -> float:
-    return pass_cost.forward_flops(m, texts.number * texts.tokens, texts.tokens)
-
-
-def _streamed(m: ModelSize, texts: _Texts, at_once: int) -> StageCost:
+def streamed_cost(m: ModelSize, texts: Texts, at_once: int, headroom_bytes: int = 0) -> StageCost:
     """The cost of a model that is read once for a token of `at_once` texts.
 
     The first pass reads their prompts. New texts begin in the passes of those that go on, so that
-    there are no more passes than if all of a batch ended together.
+    there are no more passes than if all of a batch ended together. What stays in the bytes left is
+    read once.
     """
-    batches = -(-texts.number // at_once)
-    prompt_tokens = max(1, texts.prompt_tokens)
-    begins = streamed_batch.pass_cost(m, at_once, prompt_tokens, longest=texts.tokens)
-    goes_on = streamed_batch.pass_cost(m, at_once, tokens=1, longest=texts.tokens)
-    further = goes_on.repeated(batches * (texts.max_tokens - 1))
-    cost = begins.repeated(batches).then(further)
-    return replace(cost, flops=_flops(m, texts))
-
-
-def _with_headroom(cost: StageCost, m: ModelSize, headroom_bytes: int) -> StageCost:
-    """The cost of a streamed writer with room for what is read once: the head, then blocks."""
-    left_bytes = headroom_bytes - m.head_work
-    if left_bytes < 0:
-        return cost
-    pinned = pass_cost.resident_blocks(m, left_bytes)
-    once = m.head_bytes + m.shape.layers * m.block_bytes
-    again = m.head_bytes + pinned * m.block_bytes
-    share = 1 - again / once
-    return replace(cost, read_bytes=once + int(share * (cost.read_bytes - once)), pinned=pinned)
+    _, share = pass_cost.stays(m, headroom_bytes)
+    batches = math.ceil(texts.number / at_once)
+    passes = []
+    for tokens, times in (
+        (max(1, texts.prompt_tokens), batches),
+        (1, batches * (texts.max_tokens - 1)),
+    ):
+        one = streamed_batch.pass_cost(m, at_once, tokens, longest=texts.tokens)
+        one = replace(one, read_bytes=int(share * one.read_bytes))
+        passes.append(one.repeated(times))
+    kept = StageCost("weights that stay", read_bytes=int((1 - share) * pass_cost.once_bytes(m)))
+    return in_turn("write", *passes, kept)
 
 
 def answers_cost(
@@ -169,37 +157,26 @@ def answers_cost(
     teacher_kept: its answers are there already, and what it makes of them. silent: how many of the
     students, the first ones, do not write. MisError where a model cannot write in the budget."""
     teacher, *students = models
-    costs = list[StageCost]()
+
+    def writing(m: ModelSize, number: int, max_tokens: int, at_once: Sequence[int]) -> StageCost:
+        sizes = [min(size, number) for size in at_once]
+        plan = plan_writing(
+            m, number, max_tokens, limit, prompt_tokens=PROMPT_TOKENS, at_once=sizes
+        )
+        return plan.cost
+
+    def reading(m: ModelSize, number: int, max_tokens: int) -> StageCost:
+        # hidden states of all prompts with their answers stay; then comes the head
+        return comparison_cost([m], windows=number, length=PROMPT_TOKENS + max_tokens)
+
+    costs = [StageCost("")]
     if not teacher_kept:
         # sampled and greedy answers side by side, and one pass over both
-        costs.append(_answering(teacher, 2 * count, ANSWER_TOKENS, limit, PAIRS_AT_ONCE))
-        costs.append(_reading(teacher, 2 * count, ANSWER_TOKENS))
+        costs.append(writing(teacher, 2 * count, ANSWER_TOKENS, PAIRS_AT_ONCE))
+        costs.append(reading(teacher, 2 * count, ANSWER_TOKENS))
     for number, student in enumerate(students):
-        costs.append(_reading(student, count, ANSWER_TOKENS))
+        costs.append(reading(student, count, ANSWER_TOKENS))
         if number >= silent:
-            costs.append(_answering(student, count, GREEDY_TOKENS, limit, ANSWERS_AT_ONCE))
-            costs.append(_reading(teacher, count, GREEDY_TOKENS))
-    total = StageCost(name="answers")
-    for cost in costs:
-        total = total.then(cost)
-    return total
-
-
-def _answering(
-    m: ModelSize, count: int, max_tokens: int, limit: Budget, at_once: Sequence[int]
-) -> StageCost:
-    """The cost of `count` answers of a model, written as the budget allows."""
-    plan = plan_writing(
-        m,
-        count,
-        max_tokens,
-        limit,
-        prompt_tokens=PROMPT_TOKENS,
-        at_once=[min(size, count) for size in at_once],
-    )
-    return plan.cost
-
-
-def _reading(m: ModelSize, count: int, max_tokens: int) -> StageCost:
-    """One pass over all prompts with their answers, whose hidden states stay; then the head."""
-    return comparison_cost([m], windows=count, length=PROMPT_TOKENS + max_tokens)
+            costs.append(writing(student, count, GREEDY_TOKENS, ANSWERS_AT_ONCE))
+            costs.append(reading(teacher, count, GREEDY_TOKENS))
+    return in_turn("answers", *costs)

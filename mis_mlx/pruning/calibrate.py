@@ -258,9 +258,4 @@ def calibration_cost(
         return one_pass
     tokens = windows * length
     turning = 4.0 * square * (t.shape.layers + 1) * tokens
-    return replace(
-        one_pass,
-        read_bytes=3 * one_pass.read_bytes,
-        written_bytes=3 * one_pass.written_bytes,
-        flops=3 * one_pass.flops + turning,
-    )
+    return replace(one_pass.repeated(3), flops=3 * one_pass.flops + turning)

@@ -7,7 +7,7 @@ import numpy as np
 
 from mis_mlx.hardware.ledger import Ledger
 from mis_mlx.hardware.memory import TRAINED_BYTES
-from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.hardware.stage_cost import StageCost, in_turn
 from mis_mlx.maths.reconstruction import HELD_OUT, RIDGES, precision, solver_flops
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing.pass_cost import (
@@ -27,20 +27,18 @@ def pruning_cost(job: DistillationSpec, limit: int) -> StageCost:
     """Choose the tokens, calibrate where something is cut, then copy tensor by tensor."""
     t = job.teacher
     length = job.max_seq_length
-    if job.uncut:  # nothing is ranked
-        cost = StageCost(name="")
-    else:
-        cost = calibration_cost(t, job.num_samples, length, limit, rotation=job.rotation)
+    stages = [StageCost("")]  # uncut: nothing is ranked
+    if not job.uncut:
+        stages = [calibration_cost(t, job.num_samples, length, limit, rotation=job.rotation)]
     if job.shown and job.shown.shape != t.shape:
-        tokens = vocabulary_cost(job.shown, length)
-        cost = cost.then(tokens)
-    return replace(
-        cost,
-        name="prune",
-        peak_bytes=max(cost.peak_bytes, copying_bytes(t, rotation=job.rotation)),
-        read_bytes=cost.read_bytes + t.nbytes,
-        written_bytes=cost.written_bytes + job.student.nbytes,
+        stages.append(vocabulary_cost(job.shown, length))
+    copying = StageCost(
+        "copy",
+        read_bytes=t.nbytes,
+        written_bytes=job.student.nbytes,
+        peak_bytes=copying_bytes(t, rotation=job.rotation),
     )
+    return in_turn("prune", *stages, copying)
 
 
 class FitWork(NamedTuple):

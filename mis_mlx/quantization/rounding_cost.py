@@ -132,7 +132,7 @@ def sensing_cost(m: ModelSize, *, windows: int, length: int, limit: int) -> Stag
     spooled = (windows - held) * inputs_bytes
     touched = windows * (12 + 4 * formats) + batches * 20 * formats
     return StageCost(
-        name="",
+        name="sensitivity",
         read_bytes=2 * m.nbytes + spooled,
         written_bytes=spooled,
         peak_bytes=ledger.peak_bytes,

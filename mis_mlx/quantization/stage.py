@@ -20,7 +20,7 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.compute import host_losses, precision, streams
 from mis_mlx.hardware.ledger import Ledger
-from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.hardware.stage_cost import StageCost, in_turn
 from mis_mlx.maths import gptq, reconstruction, rounding
 from mis_mlx.models.architectures import arch, modules
 from mis_mlx.models.architectures.sizes import shape_of
@@ -376,13 +376,12 @@ def quantizing_cost(
         return cost
     sensing = rounding_cost.sensing_cost(m, windows=windows, length=length, limit=limit)
     held = min(cost.held_tokens or windows * length, sensing.held_tokens)
-    return replace(cost.then(sensing), held_tokens=held)
+    return replace(in_turn("quantize", cost, sensing), held_tokens=held)
 
 
 def sensitivity_cost(teacher: ModelSize, length: int, limit: int) -> StageCost:
     """See on SENSED windows what every matrix of the teacher costs in fewer bits."""
-    nearest = QuantizationConfig(q_method="round")
-    return quantizing_cost(teacher, nearest, windows=SENSED, length=length, limit=limit)
+    return rounding_cost.sensing_cost(teacher, windows=SENSED, length=length, limit=limit)
 
 
 def _sides(m: ModelSize) -> gptq.Sides:

@@ -7,7 +7,7 @@ from typing import Any
 from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.distillation import answer_loss, strategies
-from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.hardware.stage_cost import StageCost, in_turn
 from mis_mlx.judge.judging_cost import comparison_cost
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import shape_of
@@ -124,34 +124,29 @@ def search_cost(
     rank = []
     if {axis for axis, _ in probes} - {"vocab"}:
         seen = calibration_cost(t, s.num_samples, length, limit, rotation="hidden" in s.axes)
-        rank.append(_times(seen, 1, name="calibrate", written=seen.written_bytes))
+        rank.append(replace(seen, name="calibrate"))
     if s.mixed:
-        bits = sensitivity_cost(t, length, limit)
-        rank.append(_times(bits, 1, name="sensitivity"))
+        rank.append(sensitivity_cost(t, length, limit))
     if rows:
-        rank.append(_times(vocabulary_cost(t, length), 1, name="choose tokens"))
+        rank.append(replace(vocabulary_cost(t, length), name="choose tokens"))
     most = answer_loss.MOST_OF_OTHERS if s.streams else answer_loss.MOST
     texts = max(windows, most)
     if probes:
         students = len(probes) + len(excess.BITS_PROBED)
         alone = passes_cost(t, students, 1, texts, length, limit)
-        rank.append(_times(alone, 1, name=f"{students} axes alone"))
+        rank.append(replace(alone, name=f"{students} axes alone"))
     # sizes are corrected by what was found, so these are measured one after the other
-    each = passes_cost(t, 1, 1, texts, length, limit).then(fitting_cost(t))
     likely = s.evaluations if s.lose is None else min(s.evaluations, SETTLED_AFTER)
-    rank.append(_times(each, likely, name=f"rank {likely}"))
+    each = in_turn(f"rank {likely}", passes_cost(t, 1, 1, texts, length, limit), fitting_cost(t))
+    rank.append(each.repeated(likely))
     if not s.finalists:
         return {"rank": rank, "finalists": []}
     finalists = []
     for p in planned:
         if p.name not in ("prune", "measure"):  # which a finalist does not go through
             name = f"{p.name}, {s.finalists} finalists"
-            finalists.append(_times(p, s.finalists, name=name, written=p.written_bytes))
+            finalists.append(replace(p, name=name).repeated(s.finalists))
     judged = comparison_cost([t, m, m, m], judging, length)
-    finalists.append(_times(judged, s.finalists, name="judge them", written=2 * m.nbytes))
+    judged = replace(judged, name="judge them", written_bytes=2 * m.nbytes)
+    finalists.append(judged.repeated(s.finalists))
     return {"rank": rank, "finalists": finalists}
-
-
-def _times(p: StageCost, times: int, *, name: str, written: int = 0) -> StageCost:
-    """A stage `times` times, which writes `written` bytes each time."""
-    return replace(p.repeated(times), name=name, written_bytes=times * written)

@@ -10,7 +10,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx.hardware import memory
 from mis_mlx.judge import writing_cost
 from mis_mlx.judge.writing_cost import WritingPlan
 from mis_mlx.models.opening import load
@@ -19,7 +18,7 @@ from mis_mlx.models.passing import pass_cost
 from mis_mlx.models.passing.stream import Stream
 from mis_mlx.models.writing import streamed_batch
 from mis_mlx.models.writing.draws import Draws, Sampling
-from mis_mlx.types import Budget, Checkpoint
+from mis_mlx.types import Checkpoint
 from tests import tiny
 from tests.conftest import mostly_slow
 
@@ -36,12 +35,15 @@ MORE = [("llama", 3), ("lfm2", 3), *((kind, 20) for kind in KINDS if kind != "gp
 
 def streamed_plan(m: ModelSize, at_once: int, room_bytes: int = 0) -> WritingPlan:
     """Of a streamed model, with so many bytes more than it needs."""
-    texts = writing_cost._Texts(COUNT, LONGEST, ANSWER)
-    need = writing_cost._streamed(m, texts, at_once).peak_bytes + room_bytes
-    limit = next(n for n in range(need, 2**34, 2**14) if n - memory.process_bytes(n) >= need)
-    cost = writing_cost._streamed(m, texts, at_once)
-    plan = WritingPlan(at_once=at_once, peak_bytes=limit, cost=cost, tokens=texts.tokens)
-    return writing_cost._from_disk(plan, m, Budget(limit))
+    texts = writing_cost.Texts(COUNT, LONGEST, ANSWER)
+    need = writing_cost.streamed_cost(m, texts, at_once).peak_bytes
+    return WritingPlan(
+        at_once=at_once,
+        peak_bytes=need + room_bytes,
+        cost=writing_cost.streamed_cost(m, texts, at_once, room_bytes),
+        headroom_bytes=room_bytes,
+        tokens=texts.tokens,
+    )
 
 
 def prompts() -> list[list[int]]:
@@ -130,8 +132,8 @@ def test_a_prompt_is_one_pass(tmp_path: Path) -> None:
     m = model_of(deep)
     costs = {}
     for prompt_tokens in (8, 200):
-        texts = writing_cost._Texts(24, prompt_tokens, 48)
-        costs[prompt_tokens] = writing_cost._streamed(m, texts, 24)
+        texts = writing_cost.Texts(24, prompt_tokens, 48)
+        costs[prompt_tokens] = writing_cost.streamed_cost(m, texts, 24)
     assert costs[8].read_bytes == costs[200].read_bytes == 48 * (m.head_bytes + 24 * m.block_bytes)
     kept = pass_cost.texts_bytes(m, 24, 248 + streamed_batch.STEP)
     assert kept < costs[200].peak_bytes < 1.7 * kept

@@ -17,7 +17,7 @@ from mis_mlx.compute.token_losses import Footprint
 from mis_mlx.hardware import ledger, rates
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import M1_AIR, Rates
-from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.hardware.stage_cost import StageCost, in_turn
 from mis_mlx.maths.losses import chunk_rows
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import compute_type, load
@@ -135,22 +135,21 @@ def test_what_finds_no_room_is_spooled() -> None:
 
 
 def test_stages_in_a_row_take_the_time_of_each() -> None:
-    """3 s at the disk, then 5 s of arithmetic, are 8 s: they overlap within a stage alone. What is
-    put on a sum later is the first stage's, and a training stays one, behind another or repeated.
+    """3 s at the disk, then 5 s of arithmetic, are 8 s: they overlap within a stage alone. A
+    training stays one, behind another or repeated.
     """
     reads = StageCost(name="a", read_bytes=300, written_bytes=0, peak_bytes=7, flops=10.0)
     works = StageCost(name="b", read_bytes=0, written_bytes=0, peak_bytes=9, flops=50.0)
     trains = replace(works, updated=1)
-    both = reads.then(works)
-    assert (both.name, both.read_bytes, both.flops, both.peak_bytes) == ("a", 300, 60.0, 9)
+    both = in_turn("c", reads, works)
+    assert (both.name, both.read_bytes, both.flops, both.peak_bytes) == ("c", 300, 60.0, 9)
     assert both.seconds(PLAIN) == 3 + 5
     assert both.seconds(PLAIN, hot=True) == 3 + 10
     assert both.repeated(4).seconds(PLAIN) == 4 * 8
-    assert both.then(reads.then(works)).seconds(PLAIN) == 16
-    assert replace(both, read_bytes=500).seconds(PLAIN) == 5 + 5
-    assert reads.then(trains).seconds(PLAIN) == 3 + 10
-    assert reads.then(trains).updated == 1
-    assert trains.then(reads).repeated(3).updated == 3
+    assert in_turn("d", both, in_turn("e", reads, works)).seconds(PLAIN) == 16
+    assert in_turn("f", reads, trains).seconds(PLAIN) == 3 + 10
+    assert in_turn("f", reads, trains).updated == 1
+    assert in_turn("f", trains, reads).repeated(3).updated == 3
 
 
 @pytest.mark.parametrize(
@@ -190,8 +189,9 @@ def test_a_budget_has_no_cache_in_it() -> None:
     for gpu in (False, True):  # what finds room is decided by the model's device
         m = model_of({**tiny.CONFIG, "num_hidden_layers": 4000}, gpu)
         one = pass_cost.token_cost(m, 16, GIB)
-        least = one.peak_bytes - one.pinned * m.block_work
-        assert 0 < one.pinned == ledger.headroom_bytes(GIB, least, gpu) // m.block_work < 4000
+        room = ledger.headroom_bytes(GIB, one.peak_bytes, gpu) - m.head_work
+        assert 0 < one.read_bytes < m.nbytes
+        assert one.read_bytes == (4000 - room // m.block_work) * m.block_bytes
 
 
 PASSES = [(1, 16), (6, 64), (2, 256)]
@@ -328,7 +328,8 @@ def test_the_engine_keeps_as_many_blocks_as_planned(
     source = stream.Stream(
         stored(kind), precision.usual_dtype(), m.head_work + blocks * m.block_work
     )
-    assert source.resident_blocks == blocks == pass_cost.resident_blocks(m, blocks * m.block_work)
+    room_bytes = m.head_work + blocks * m.block_work
+    assert source.resident_blocks == blocks == pass_cost.stays(m, room_bytes)[0]
     batches = [mx.array([[1, 2, 3]])]
     source.forward(batches)
     source.head()
@@ -371,9 +372,7 @@ def test_a_token_keeps_what_fits() -> None:
     assert reads == sorted(reads, reverse=True)
     assert reads[0] == 3 * 4 * BLOCK + 4 * 512 * 64
     assert reads[-1] == 0
-    assert {p.pinned for p in passes} == {0, 1, 2, 3}
-    assert len({*reads}) >= 4
-    assert all(p.peak_bytes <= n * MIB // 4 for n, p in enumerate(passes, 1) if p.pinned)
+    assert len({*reads}) == 5  # nothing, the head, and one, two and three blocks stay
     cache = 2 * 3 * 32 * 2 * 16 * 4  # keys and values of 32 tokens
     assert passes[-1].touched_bytes == 3 * m.block_work + 4 * 512 * 64 + cache
 

@@ -6,6 +6,7 @@ Options are chosen by log-likelihood (judge/tasks/option_likelihood), and texts 
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -369,7 +370,7 @@ def _parts(
     total = sum(lengths)
     rows = max(*lengths, option_likelihood.ROWS)
 
-    def one_pass(tokens: int, *, again: bool = False) -> StageCost:
+    def one_pass(tokens: int, *, head: bool = True) -> StageCost:
         return pass_cost.streamed_pass(
             name,
             m,
@@ -377,26 +378,31 @@ def _parts(
             micro_tokens=rows,
             length=rows,
             limit_bytes=limit.limit_bytes,
+            head=head,
             spool=False,
-            again=again,
         )
+
+    def room_bytes(tokens: int) -> int:
+        """For the head and blocks, beside a pass over so many tokens."""
+        bodies = one_pass(tokens, head=False).peak_bytes
+        without_head = max(bodies, one_pass(tokens).peak_bytes - m.head_work)
+        return ledger.headroom_bytes(limit.limit_bytes, without_head)
 
     least = one_pass(rows)
     estimates.require_fit(limit, least, other="")
-    part = PART
-    all_stay = one_pass(min(total, PART), again=True).pinned == m.shape.layers
-    if not all_stay:
+    part = min(total, PART)
+    blocks, _ = pass_cost.stays(m, room_bytes(part))
+    if blocks < m.shape.layers:
         # What the budget leaves holds hidden states, 2 D numbers a token.
         spare = ledger.headroom_bytes(limit.limit_bytes, least.peak_bytes)
         part = max(rows, min(total, spare // (2 * m.shape.hidden * m.item)))
-    first = one_pass(min(total, part), again=all_stay or part < total)
-    without_weights = first.peak_bytes - first.pinned * m.block_work - m.head_work
-    passes = -(-total // part)
+    once = one_pass(part)
+    room = room_bytes(part)
+    _, share = pass_cost.stays(m, room)
+    again = math.ceil(total / part) - 1
     cost = replace(
-        first,
-        read_bytes=m.nbytes + (passes - 1) * first.read_bytes,
+        once,
+        read_bytes=m.nbytes + int(again * share * once.read_bytes),
         flops=pass_cost.forward_flops(m, total, rows),
     )
-    return _Parts(
-        cost, part, headroom_bytes=ledger.headroom_bytes(limit.limit_bytes, without_weights)
-    )
+    return _Parts(cost, part, headroom_bytes=room)

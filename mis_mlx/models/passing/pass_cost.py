@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from mis_mlx.compute import streams
 from mis_mlx.compute.token_losses import Footprint
-from mis_mlx.hardware.ledger import Ledger, needed_bytes
+from mis_mlx.hardware.ledger import Ledger, headroom_bytes
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models.architectures import (
     arch,
@@ -164,9 +164,22 @@ def block_texts_bytes(m: ModelSize, texts: int, tokens: int) -> int:
     return texts * max(keys, state)
 
 
-def resident_blocks(m: ModelSize, headroom_bytes: int) -> int:
-    """How many blocks, counted from the first, stay in memory for good in so many bytes."""
-    return min(m.shape.layers, headroom_bytes // m.block_work)
+def stays(m: ModelSize, headroom_bytes: int) -> tuple[int, float]:
+    """What so many bytes keep in memory between passes: the head first, then blocks 0, 1 ...
+
+    (How many blocks, what share of the weights every further pass reads.) As `residency.plan`.
+    """
+    left_bytes = headroom_bytes - m.head_work
+    if left_bytes < 0:
+        return 0, 1.0
+    blocks = min(m.shape.layers, left_bytes // m.block_work)
+    others_bytes = (m.shape.layers - blocks) * m.block_bytes
+    return blocks, others_bytes / once_bytes(m)
+
+
+def once_bytes(m: ModelSize) -> int:
+    """Bytes that a pass reads where nothing stays."""
+    return m.head_bytes + m.shape.layers * m.block_bytes
 
 
 def hold_stream(ledger: Ledger, m: ModelSize, tokens: int) -> None:
@@ -186,14 +199,12 @@ def streamed_pass(
     limit_bytes: int = 0,
     head: bool = True,
     spool: bool = True,
-    again: bool = False,
     beside_bytes: int = 0,
 ) -> StageCost:
     """One pass from disk over `tokens`, block by block, as `stream.Stream` does.
 
     Every block sees all micro-batches; default: of one window. head: with logits at the end. spool:
-    hidden states that find no room are written and read once a block. again: one of many alike:
-    what the budget leaves holds the head, then blocks 0, 1 ... of the last. beside_bytes: held by
+    hidden states that find no room are written and read once a block. beside_bytes: held by
     others.
     """
     s = m.shape
@@ -204,10 +215,8 @@ def streamed_pass(
     ledger.hold("of others", beside_bytes)
     hold_stream(ledger, m, tokens)
     ledger.moment("a block", body=body)
-    head_work = m.head_work if head else 0
-    head_read = m.head_bytes if head else 0
-    logits = _logit_bytes(m, micro_tokens) if head else 0
-    ledger.moment("the head", head=head_work, logits=logits)
+    if head:
+        ledger.moment("the head", head=m.head_work, logits=_logit_bytes(m, micro_tokens))
     hidden = tokens * m.hidden_bytes
     held = hidden
     if spool:
@@ -215,23 +224,15 @@ def streamed_pass(
         held = min(hidden, ledger.room_bytes // batch_bytes * batch_bytes)
     ledger.hold("hidden states", held)
     moved = (hidden - held) * (s.layers + 1)
-    pinned = 0
-    with_head = ledger.held_bytes + head_work + max(body, logits)
-    if again and needed_bytes(limit_bytes, with_head, m.gpu) <= limit_bytes:
-        ledger.moment("the head", logits=logits)
-        ledger.hold("head that stays", head_work)
-        pinned = ledger.fill("blocks that stay", m.block_work, s.layers)
-        head_read = 0
     # A block's experts are read once a group of tokens (stream.Stream.run_experts).
     groups = math.ceil(hidden * m.config.get("num_experts_per_tok", 0) / GROUP_BYTES)
     reads = 1 + max(0, groups - 1) * (1 - m.memory_share)
     return StageCost(
         name=name,
-        read_bytes=int((s.layers - pinned) * m.block_bytes * reads) + head_read + moved,
+        read_bytes=int(s.layers * m.block_bytes * reads) + (m.head_bytes if head else 0) + moved,
         written_bytes=moved,
         peak_bytes=max(ledger.peak_bytes, beside_bytes + filling_bytes(m, tokens)),
         flops=forward_flops(m, tokens, length, head=head),
-        pinned=pinned,
         spooled_bytes=hidden - held,
         held_tokens=held // m.hidden_bytes,
         waits=pass_waits(m, tokens, micro_tokens, length, head=head),
@@ -277,19 +278,12 @@ def token_cost(m: ModelSize, length: int, limit_bytes: int) -> StageCost:
     Blocks are kept from the token before as far as they fit.
     """
     cache = keys_bytes(m, length)
-    cost = streamed_pass(
-        "one token",
-        m,
-        tokens=1,
-        micro_tokens=1,
-        length=length,
-        limit_bytes=limit_bytes,
-        spool=False,
-        again=True,
-        beside_bytes=cache,
+    once = streamed_pass(
+        "one token", m, tokens=1, length=length, micro_tokens=1, spool=False, beside_bytes=cache
     )
+    _, share = stays(m, headroom_bytes(limit_bytes, once.peak_bytes, m.gpu))
     return replace(
-        cost,
-        read_bytes=int(m.active_share * cost.read_bytes),
+        once,
+        read_bytes=int(m.active_share * share * once.read_bytes),
         touched_bytes=int(m.active_share * m.shape.layers * m.block_work) + m.head_work + cache,
     )

@@ -292,6 +292,7 @@ def pass_cost(m: ModelSize, at_once: int, tokens: int, *, longest: int) -> Stage
     return replace(
         cost,
         read_bytes=cost.read_bytes + m.head_bytes,
+        flops=cost.flops + 2.0 * at_once * m.head_params,
         peak_bytes=max(cost.peak_bytes, ledger.peak_bytes),
         waits=m.shape.layers * (evaluated + BLOCK_WAITS),
     )

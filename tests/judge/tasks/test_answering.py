@@ -105,7 +105,6 @@ def test_a_small_budget_gives_the_same_marks(llama: Checkpoint) -> None:
     assert poor
     assert rich
     assert poor.peak_bytes <= 8 * MIB
-    assert poor.pinned == 0 < rich.pinned
     assert poor.read_bytes > 5 * rich.read_bytes == 5 * llama.nbytes
     marks = answering.scores(llama, sha256, task, little)
     exact = likelihoods(llama, task)
