@@ -140,7 +140,8 @@ def _resolved(
     resolved = resolved_run.resolve(s, sizes, teacher, folder)
     expected = resolved.report.expected_loss
     if s.dry_run:
-        table = plan.table(resolved.plan, expected, search_seconds=search_seconds)
+        known = plan.outlook(resolved.plan, expected)
+        table = plan_report.table(resolved.plan, known, search_seconds=search_seconds)
         cli.say(text.aligned(table))
         _say_untrained(s, resolved.plan)
         return _expecting_more(resolved)
@@ -149,7 +150,8 @@ def _resolved(
     # A search has said how long all takes; of a run that goes on, some is done.
     decided = folder is not None and run_folder.is_decided(folder)
     begun = decided or (folder is not None and "lose" in sizes)
-    cli.say(text.aligned(plan.brief(resolved.plan, expected, searched=begun)))
+    known = plan.outlook(resolved.plan, expected)
+    cli.say(text.aligned(plan_report.brief(resolved.plan, known, searched=begun)))
     if not decided:
         _say_untrained(s, resolved.plan)
     return _expecting_more(resolved)

@@ -29,37 +29,16 @@ from mis_mlx.size_search import shape_search, shortfall, size_request
 from mis_mlx.types import Budget, Checkpoint
 
 
-def table(
-    plan: strategies.MemoryPlan,
-    expected_loss: float | None = None,
-    *,
-    search_seconds: float = 0.0,
-) -> str:
-    """The plan of a distillation for people, as `plan_report.table`.
-
-    What has to be left out comes first. expected_loss: of the student with nothing left out, in
-    bits per byte, where a search says so. search_seconds: of a search before it.
-    """
-    return plan_report.table(plan, **_said_of(plan, expected_loss), search_seconds=search_seconds)
-
-
-def brief(
-    plan: strategies.MemoryPlan, expected_loss: float | None = None, *, searched: bool = False
-) -> str:
-    """The same in a few lines, as `plan_report.brief`; searched: behind a search."""
-    return plan_report.brief(plan, **_said_of(plan, expected_loss), searched=searched)
-
-
-def _said_of(plan: strategies.MemoryPlan, expected_loss: float | None) -> dict[str, Any]:
-    """What a plan says of its student."""
+def outlook(plan: strategies.MemoryPlan, expected_loss: float | None = None) -> plan_report.Outlook:
+    """What is known of the student of a distillation. expected_loss: as there."""
     job = plan.job
     teacher = job.shown or job.teacher
-    return {
-        "words": shape_search.words(job.student.shape, teacher.shape),
-        "left_out": shortfall.left_out(plan),
-        "more_loss": shortfall.loss_factor(plan),
-        "expected_loss": expected_loss,
-    }
+    return plan_report.Outlook(
+        words=shape_search.words(job.student.shape, teacher.shape),
+        left_out=shortfall.left_out(plan),
+        more_loss=shortfall.loss_factor(plan),
+        expected_loss=expected_loss,
+    )
 
 
 def outcome(plan: strategies.MemoryPlan, teacher: str) -> dict[str, Any]:
@@ -213,7 +192,7 @@ def run(settings: Settings) -> dict[str, Any]:
     plan, name = planned(settings, rates)
     if not template_beside(Path(name)):
         cli.say(f"{name} has no chat template here: the plan counts no answers")
-    print(text.aligned(table(plan)))
+    print(text.aligned(plan_report.table(plan, outlook(plan))))
     if settings.machine == "here":
         state = battery(ThermalFlags())
         if state:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from mis_mlx import cli, plan
-from mis_mlx.distillation import writers
+from mis_mlx.distillation import plan_report, writers
 from mis_mlx.hardware import rates
 from mis_mlx.hardware.rates import M1_AIR
 from mis_mlx.models.architectures import arch
@@ -329,11 +329,11 @@ def test_longer_than_a_night_is_said_first(tmp_path: Path) -> None:
     long, _ = plan.planned(asked, slow)
     short, _ = plan.planned(asked, M1_AIR)
 
-    first, *_ = plan.table(long).split("| phase")
+    first, *_ = plan_report.table(long).split("| phase")
     assert "This takes longer than a night: " in first
     assert "--conversations 0 saves " in first
     assert "--eval-prompts 0 saves " in first
-    assert "longer than a night" not in plan.table(short)
-    searched = plan.table(short, search_seconds=9 * 3600.0)
+    assert "longer than a night" not in plan_report.table(short)
+    searched = plan_report.table(short, search_seconds=9 * 3600.0)
     assert "| search for sizes | 9.0 h |" in searched
     assert "This takes longer than a night: a smaller model takes less." in searched

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mis_mlx import cli
@@ -21,40 +21,46 @@ NIGHT_S = 8 * 3600.0  # a run that takes longer says so first, and what would ta
 LIFE_BYTES = 150e12  # written: 600 times a 256 GB SSD, a rule of thumb; Apple publishes no figure
 
 
+@dataclass(frozen=True)
+class Outlook:
+    """What else is known of the student of a plan.
+
+    words: the cuts that make it. left_out: parts that the budget has no room for, with name and
+    budget_bytes. more_loss: what it loses without them, as a multiple. expected_loss: with them, in
+    bits per byte, where a search says so.
+    """
+
+    words: str = ""
+    left_out: Sequence[Any] = ()
+    more_loss: float = 1.0
+    expected_loss: float | None = None
+
+
+NOTHING_KNOWN = Outlook()
+
+
 def table(
-    plan: strategies.MemoryPlan,
-    words: str = "",
-    *,
-    left_out: Sequence[Any] = (),
-    more_loss: float = 1.0,
-    expected_loss: float | None = None,
-    search_seconds: float = 0.0,
+    plan: strategies.MemoryPlan, outlook: Outlook = NOTHING_KNOWN, *, search_seconds: float = 0.0
 ) -> str:
     """The plan for people: the student, time and memory of each phase, how; or what would fit.
 
-    words: the cuts that make the student. left_out: parts that the budget has no room for, with
-    name and budget_bytes, which come first. more_loss: what the student loses without them, as a
-    multiple. expected_loss: with them, in bits per byte. search_seconds: of a search for sizes
-    before it. With -v every byte of it.
+    What has to be left out comes first. search_seconds: of a search for sizes before it. With -v
+    every byte of it.
     """
-    page = _page(plan, words, left_out, more_loss, expected_loss)
     seconds = search_seconds + sum(plan.planned.values())
     hours = duration(seconds)
     if plan.rates.hot < 1:
         hot = search_seconds + sum(p.seconds(plan.rates, hot=True) for p in plan.phases)
         hours += f" ({duration(hot)} once hot)"
     job = plan.job
-    layers = plan.shard_layers or job.student.shape.layers
-    cost_of_a_token = pass_cost.token_cost(job.teacher, job.max_seq_length, plan.budget_bytes)
-    page |= {
+    page = _page(plan, outlook) | {
         "hours": hours,
         "search_seconds": search_seconds,
         "night": night(plan, seconds),
         "measured": job.student.block_factors != BY_FORMULA,
-        "one": cost_of_a_token,
+        "one": pass_cost.token_cost(job.teacher, job.max_seq_length, plan.budget_bytes),
         "remedy": strategies.remedy(plan),
         "disk": disk_bytes(plan),
-        "visit": sharded.steps_per_shard(job, layers),
         "state": max(p.state_bytes for p in plan.phases),
         "spooled": max(p.spooled_bytes for p in plan.phases),
         "written": sum(p.written_bytes for p in plan.phases),
@@ -65,30 +71,19 @@ def table(
 
 
 def brief(
-    plan: strategies.MemoryPlan,
-    words: str = "",
-    *,
-    left_out: Sequence[Any] = (),
-    more_loss: float = 1.0,
-    expected_loss: float | None = None,
-    searched: bool = False,
+    plan: strategies.MemoryPlan, outlook: Outlook = NOTHING_KNOWN, *, searched: bool = False
 ) -> str:
     """What a run makes, when it is done and what it holds, in a line each: how a run begins.
 
-    Arguments as of `table`. searched: the lines of time and memory stand before the search. With -v
-    the table.
+    searched: the lines of time and memory stand before the search. With -v the table.
     """
     if cli.DETAILS in os.environ:
-        return table(
-            plan, words, left_out=left_out, more_loss=more_loss, expected_loss=expected_loss
-        )
-    layers = plan.shard_layers or plan.job.student.shape.layers
-    page = _page(plan, words, left_out, more_loss, expected_loss) | {
+        return table(plan, outlook)
+    page = _page(plan, outlook) | {
         "night": "" if searched else night(plan, sum(plan.planned.values())),
         "searched": searched,
         "time": time_line(plan.planned),
         "memory": memory_line(plan),
-        "visit": sharded.steps_per_shard(plan.job, layers),
     }
     lines = html.document("plan_brief.md", page).splitlines()
     return "\n".join(line for line in lines if line)
@@ -106,28 +101,20 @@ def memory_line(plan: strategies.MemoryPlan) -> str:
     return f"memory: up to {held}; disk: up to {gib(disk_bytes(plan))} of files"
 
 
-def _page(
-    plan: strategies.MemoryPlan,
-    words: str,
-    left_out: Sequence[Any],
-    more_loss: float,
-    expected_loss: float | None,
-) -> dict[str, Any]:
+def _page(plan: strategies.MemoryPlan, outlook: Outlook) -> dict[str, Any]:
     """What the templates of a plan have in common."""
     job = plan.job
     teacher = job.shown or job.teacher
     packed = 0
     if any(p.name == "quantize" for p in plan.phases):
         packed = rounding_cost.packed_bytes(job.student, job.rounding)
-    return {
+    layers = plan.shard_layers or job.student.shape.layers
+    return vars(outlook) | {
         "plan": plan,
         "before": arch.params(teacher.config),
         "after": arch.params(job.student.config),
-        "words": words,
         "packed": packed,
-        "left_out": left_out,
-        "more_loss": more_loss,
-        "expected_loss": expected_loss,
+        "visit": sharded.steps_per_shard(job, layers),
         "gib": gib,
         "duration": duration,
         "flag": estimates.budget_flag,

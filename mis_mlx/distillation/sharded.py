@@ -332,53 +332,46 @@ def _holdings(job: DistillationSpec, micro: int, limit: int, state: int) -> Ledg
     return ledger
 
 
-def blockwise_cost(job: DistillationSpec, micro: int, limit: int) -> StageCost:
-    """All of the student's blocks in memory, updated one after the other.
+def sharded_cost(job: DistillationSpec, micro: int, shard: int, limit: int = 0) -> StageCost:
+    """The student in files, `shard` of its blocks in memory and trained, one after the other.
 
-    With as much of the teacher as there is room for, or with its stored logits.
+    shard: 0: all blocks, which nothing reads again. With as much of the teacher as there is room
+    for, or with its stored logits.
     """
     m = job.student
     layers = m.shape.layers
-    state = sum(block_state_bytes(m.config, i) for i in range(layers))
-    one_step = StageCost(
-        name="distil",
-        read_bytes=m.nbytes,
-        written_bytes=m.nbytes + job.checkpoints * state,
-        flops=block_gradients.step_flops(job),
-        updated=m.all_block_params // layers * layers,
-    )
-    ledger = _holdings(job, micro, limit, state)
-    live_teacher.hold(ledger, job, micro, same_head=job.same_head)
-    return live_teacher.taught(one_step, ledger, job, micro, same_head=job.same_head)
-
-
-def sharded_cost(job: DistillationSpec, micro: int, shard: int, limit: int = 0) -> StageCost:
-    """The student streamed from float32 files, `shard` blocks in memory and trained."""
-    m = job.student
-    layers = m.shape.layers
+    trained = shard or layers
     block_bytes = 4 * m.largest_block_params
-    shards = math.ceil(layers / shard)
-    visits = math.ceil(job.iters / steps_per_shard(job, shard))
+    shards = math.ceil(layers / trained)
+    visits = math.ceil(job.iters / steps_per_shard(job, trained))
     # the mean number of blocks above a shard, and of those that are read again: the last one
     # turns in memory
-    blocks_above = [layers - min(layers, (i + 1) * shard) for i in range(shards)]
+    blocks_above = [layers - min(layers, (i + 1) * trained) for i in range(shards)]
     above = sum(blocks_above) / shards
     again = sum(max(0, n - 1) for n in blocks_above) / shards
-    state = shard * block_state_bytes(m.config)
     block_flops = forward_flops(m, job.step_tokens, job.max_seq_length, head=False) / layers
     head_flops = 4.0 * job.step_tokens * m.head_params
-    trained = block_bytes * min(layers, visits * shard)
-    read = job.iters * block_bytes * (layers - shard + again)
+    if shard:
+        state = shard * block_state_bytes(m.config)
+        visited = block_bytes * min(layers, visits * shard)
+        read = visited + visits * 4 * m.head_params
+        read += int(job.iters * block_bytes * (layers - shard + again))
+        # A resume needs one checkpoint of every visit.
+        written = visited + state * max(job.checkpoints, 2 * visits)
+    else:
+        state = sum(block_state_bytes(m.config, i) for i in range(layers))
+        read = m.nbytes
+        written = m.nbytes + job.checkpoints * state
     one_step = StageCost(
         name="distil",
-        read_bytes=int(read + visits * 4 * m.head_params + trained),
-        # A resume needs one checkpoint of every visit.
-        written_bytes=trained + state * max(job.checkpoints, 2 * visits),
-        flops=block_flops * (layers - 1 + 2 * above + 3 * shard) + head_flops,
-        updated=m.largest_block_params * shard,
+        read_bytes=read,
+        written_bytes=written,
+        flops=block_flops * (layers - 1 + 2 * above + 3 * trained) + head_flops,
+        updated=m.largest_block_params * trained if shard else m.all_block_params,
     )
     ledger = _holdings(job, micro, limit, state)
-    ledger.hold("blocks on their way", block_bytes, count=2)
+    if shard:
+        ledger.hold("blocks on their way", block_bytes, count=2)
     live_teacher.hold(ledger, job, micro, same_head=job.same_head)
     return live_teacher.taught(one_step, ledger, job, micro, same_head=job.same_head)
 

@@ -8,7 +8,8 @@ import math
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import mlx.core as mx
 
@@ -16,7 +17,7 @@ from mis_mlx import cli
 from mis_mlx.distillation import writers
 from mis_mlx.distillation.live_teacher import store_cost
 from mis_mlx.distillation.packed_student import tuning_cost
-from mis_mlx.distillation.sharded import blockwise_cost, sharded_cost
+from mis_mlx.distillation.sharded import sharded_cost
 from mis_mlx.distillation.whole_model import resident_cost
 from mis_mlx.hardware.memory import TRAINED_BYTES, TRAINED_WHOLE_BYTES, process_bytes
 from mis_mlx.hardware.rates import Rates
@@ -118,28 +119,15 @@ def usual_rate(teacher: Checkpoint) -> float:
     return float(f"{rms * RATE_OF_WEIGHTS:.1e}")
 
 
-@dataclass(frozen=True)
-class ProcessOverhead:
-    """Memory of the process itself, which no phase has in it."""
+def process_around(job: DistillationSpec, limit: int, mode: Mode, *, trains: bool) -> int:
+    """Bytes of the process itself around a stage in this budget, which no phase has in it.
 
-    left_bytes: int  # of the budget, without Python's notes on tensors
-    own_bytes: int  # in every phase
-    training_bytes: int  # more, in phases that train
-
-    def around(self, stage: StageCost) -> int:
-        """Bytes of it in a stage."""
-        return self.own_bytes + (self.training_bytes if stage.updated else 0)
-
-
-def _process_overhead(job: DistillationSpec, limit: int, mode: Mode) -> ProcessOverhead:
-    """What the process takes in this budget, with the notes on the teacher's tensors."""
+    With Python's notes on the teacher's tensors, and with what streams add that train.
+    """
     known = TENSOR_BYTES * job.teacher.tensors
-    left = max(0, limit - known)
-    stream_bytes = TRAINED_WHOLE_BYTES if mode == "resident" else TRAINED_BYTES
-    streams_bytes = pass_cost.parallel_windows(job.student) * stream_bytes
-    own = process_bytes(left, job.teacher.gpu)
-    training = process_bytes(left, job.teacher.gpu, streams_bytes)
-    return ProcessOverhead(left_bytes=left, own_bytes=known + own, training_bytes=training - own)
+    of_stream = TRAINED_WHOLE_BYTES if mode == "resident" else TRAINED_BYTES
+    of_streams = pass_cost.parallel_windows(job.student) * of_stream if trains else 0
+    return known + process_bytes(max(0, limit - known), job.teacher.gpu, of_streams)
 
 
 @dataclass(frozen=True)
@@ -153,11 +141,12 @@ class MemoryPlan:
     micro_batch: int  # windows
     shard_layers: int  # trainable at a time; 0: all
     phases: tuple[StageCost, ...]
-    process: ProcessOverhead
 
     def needed_bytes(self, stage: StageCost) -> int:
         """What a stage of this job needs of a budget, with the process around it."""
-        return stage.peak_bytes + self.process.around(stage)
+        return stage.peak_bytes + process_around(
+            self.job, self.budget_bytes, self.mode, trains=bool(stage.updated)
+        )
 
     @property
     def peak_bytes(self) -> int:
@@ -237,8 +226,8 @@ def in_parts(job: DistillationSpec, mode: Mode) -> int:
     return {"sharded": 4, "none": 2}.get(mode, 0)
 
 
-def candidate_strategies(job: DistillationSpec) -> Iterator[tuple[Mode, int, int]]:
-    """(mode, micro-batch, shard) of all strategies that could be tried.
+def candidate_strategies(job: DistillationSpec) -> Iterator[dict[str, Any]]:
+    """All strategies that could be tried: mode, micro-batch and shard of `plan_strategy`.
 
     A micro-batch divides the one asked for.
     """
@@ -247,11 +236,9 @@ def candidate_strategies(job: DistillationSpec) -> Iterator[tuple[Mode, int, int
     all_but_one = max(1, job.student.shape.layers - 1)
     for micro in sorted({*small, *large}, reverse=True):
         for mode in job.modes:
-            if mode == "sharded":
-                for shard in range(all_but_one, 0, -1):
-                    yield mode, micro, shard
-            else:
-                yield mode, micro, 0
+            shards = range(all_but_one, 0, -1) if mode == "sharded" else [0]
+            for shard in shards:
+                yield {"mode": mode, "micro": micro, "shard": shard}
 
 
 def plan_strategy(
@@ -271,37 +258,27 @@ def plan_strategy(
     None: as the job has them, but on disk where they may lie there and the teacher does not fit
     beside the student.
     """
-    way = _Way(mode=mode, micro=micro, shard=shard, tuned=tuned)
-    if targets is not None:
-        return _planned(replace(job, targets=targets), limit, rates, way)
-    plan = _planned(job, limit, rates, way)
-    fits_beside = plan.fits and plan.pinned == job.teacher.shape.layers
-    if fits_beside or not job.may_store:
-        return plan
-    stored = _planned(replace(job, targets="cached"), limit, rates, way)
-    taught = any(p.name in TAUGHT for p in stored.phases)
-    return stored if taught else plan
-
-
-class _Way(NamedTuple):
-    """A strategy, as in `plan_strategy`."""
-
-    mode: Mode
-    micro: int
-    shard: int
-    tuned: int | None
-
-
-def _planned(job: DistillationSpec, limit: int, rates: Rates, way: _Way) -> MemoryPlan:
-    """The plan of one strategy with the job's targets."""
-    mode, micro, shard, tuned = way
-    process = _process_overhead(job, limit, mode)
-    left = process.left_bytes
-    trained_left = left - process.training_bytes
+    if targets is None:
+        way = partial(
+            plan_strategy, job, limit, rates, mode=mode, micro=micro, shard=shard, tuned=tuned
+        )
+        plan = way(targets=job.targets)
+        fits_beside = plan.fits and plan.pinned == job.teacher.shape.layers
+        if fits_beside or not job.may_store:
+            return plan
+        stored = way(targets="cached")
+        return stored if any(p.name in TAUGHT for p in stored.phases) else plan
+    job = replace(job, targets=targets)
+    left = max(0, limit - TENSOR_BYTES * job.teacher.tensors)
+    own = process_around(job, limit, mode, trains=False)
+    training = process_around(job, limit, mode, trains=True)
+    trained_left = left - (training - own)
     phases = writers.teacher_cost(job, left)
     phases += _cutting(job, left, mode)
-    if mode != "none":
-        phases.append(_distil(job, trained_left, mode=mode, micro=micro, shard=shard))
+    if mode == "resident":
+        phases.append(resident_cost(job, micro, trained_left))
+    elif mode != "none":
+        phases.append(sharded_cost(job, micro, shard, trained_left))
     phases.append(
         quantizing_cost(
             job.student,
@@ -311,34 +288,22 @@ def _planned(job: DistillationSpec, limit: int, rates: Rates, way: _Way) -> Memo
             limit=left,
         )
     )
-    steps = tuned
-    if steps is None:
-        steps = job.rounding.steps(TUNE_ITERS)
+    steps = job.rounding.steps(TUNE_ITERS) if tuned is None else tuned
     if steps:
         tuning = tuning_cost(job, micro, trained_left, steps)
-        needed = tuning.peak_bytes + process.around(tuning)
+        needed = tuning.peak_bytes + training
         if job.targets == "cached":
-            needed = max(needed, store_cost(job, left).peak_bytes + process.own_bytes)
-        optional = tuned is None and job.rounding.q_iters is None
-        if not optional or needed <= limit:
+            needed = max(needed, store_cost(job, left).peak_bytes + own)
+        if needed <= limit or tuned is not None or job.rounding.q_iters is not None:
             phases.append(tuning)
     first_taught = next((n for n, p in enumerate(phases) if p.name in TAUGHT), None)
     if job.targets == "cached" and first_taught is not None:
         phases.insert(first_taught, store_cost(job, left))
     phases = [*writers.with_student(job, phases, left)]
     if not job.rounds_only:
-        most_bytes = max(p.peak_bytes for p in phases) + process.own_bytes
+        most_bytes = max(p.peak_bytes for p in phases) + own
         phases.append(measuring_cost(job, most_bytes, left))
-    return MemoryPlan(
-        job=job,
-        budget_bytes=limit,
-        rates=rates,
-        mode=mode,
-        micro_batch=micro,
-        shard_layers=shard,
-        phases=tuple(phases),
-        process=process,
-    )
+    return MemoryPlan(job, limit, rates, mode, micro, shard, tuple(phases))
 
 
 def _cutting(job: DistillationSpec, limit: int, mode: Mode) -> list[StageCost]:
@@ -354,24 +319,12 @@ def _cutting(job: DistillationSpec, limit: int, mode: Mode) -> list[StageCost]:
     return phases
 
 
-def _distil(job: DistillationSpec, limit: int, *, mode: Mode, micro: int, shard: int) -> StageCost:
-    """The training itself, by this strategy."""
-    if mode == "resident":
-        return resident_cost(job, micro, limit)
-    if mode == "sharded":
-        return sharded_cost(job, micro, shard, limit)
-    return blockwise_cost(job, micro, limit)
-
-
 def best_plan(job: DistillationSpec, budget_bytes: int, rates: Rates) -> MemoryPlan:
     """The best plan that fits, else the one of least memory.
 
     First by `job.modes`, then with scales that are tuned, then micro-batch, then bytes read.
     """
-    plans = [
-        plan_strategy(job, budget_bytes, rates, mode=mode, micro=micro, shard=shard)
-        for mode, micro, shard in candidate_strategies(job)
-    ]
+    plans = [plan_strategy(job, budget_bytes, rates, **way) for way in candidate_strategies(job)]
     fitting = [p for p in plans if p.fits]
     if not fitting:
         return min(plans, key=lambda p: p.peak_bytes)
@@ -391,8 +344,7 @@ def least_bytes(job: DistillationSpec, rates: Rates) -> int:
     least = 0
     while True:
         need = min(
-            plan_strategy(job, least, rates, mode=mode, micro=micro, shard=shard).peak_bytes
-            for mode, micro, shard in candidate_strategies(job)
+            plan_strategy(job, least, rates, **way).peak_bytes for way in candidate_strategies(job)
         )
         if need <= least:
             return least

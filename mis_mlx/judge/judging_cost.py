@@ -7,7 +7,7 @@ from mis_mlx.compute.host_losses import CHUNK, GROUP
 from mis_mlx.hardware.ledger import Ledger
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models.opening.model_size import ModelSize
-from mis_mlx.models.passing.pass_cost import forward_flops, side_bytes, streamed_pass
+from mis_mlx.models.passing.pass_cost import forward_flops, pass_waits, pass_workspace, side_bytes
 from mis_mlx.models.passing.stream import HEAD_PART
 
 
@@ -19,13 +19,15 @@ def comparison_cost(models: Sequence[ModelSize], windows: int, length: int) -> S
     """
     tokens = windows * length
     ledger = Ledger()
-    passes = []
+    flops = 0.0
+    waits = 0
     for number, m in enumerate(models):
-        one = streamed_pass("", m, tokens=tokens, length=length, head=False, spool=False)
-        states = tokens * m.hidden_bytes
-        ledger.hold("final states", states)
-        ledger.moment(f"pass of model {number}", beside_its_states=one.peak_bytes - states)
-        passes.append(one)
+        body = m.body_bytes(pass_workspace(m, tokens, length, length))
+        ledger.hold("final states", m.hidden_bytes, tokens)
+        ledger.moment(f"pass of model {number}", slots=m.slots_bytes, body=body)
+        flops += forward_flops(m, tokens, length)
+        waits += pass_waits(m, tokens, length, length, head=False)
+    ledger.hold("what blocks share", max(side_bytes(m, tokens) for m in models))
     vocab = min(m.shape.vocab for m in models)
     hidden = max(m.shape.hidden for m in models)
     rows = min(HEAD_PART // hidden, vocab)
@@ -38,16 +40,15 @@ def comparison_cost(models: Sequence[ModelSize], windows: int, length: int) -> S
         logits=2 * 4 * at_once * rows,
         temporaries=3 * rows * hidden,
         statistics=11 * 8 * min(tokens, GROUP + length) * parts,
-        shared=max(side_bytes(m, tokens) for m in models),
     )
     # two heads and their statistics
-    of_heads = 3 * parts * math.ceil(tokens / GROUP)
+    waits += len(models) * 3 * parts * math.ceil(tokens / GROUP)
     return StageCost(
         name="measure",
         read_bytes=sum(m.nbytes for m in models),
         peak_bytes=ledger.peak_bytes,
-        flops=sum(forward_flops(m, tokens, length) for m in models),
-        waits=sum(one.waits + of_heads for one in passes),
+        flops=flops,
+        waits=waits,
     )
 
 

@@ -127,7 +127,7 @@ def streamed_cost(m: ModelSize, texts: Texts, at_once: int, headroom_bytes: int 
     there are no more passes than if all of a batch ended together. What stays in the bytes left is
     read once.
     """
-    _, share = pass_cost.stays(m, headroom_bytes)
+    share = pass_cost.stays(m, headroom_bytes).share
     batches = math.ceil(texts.number / at_once)
     passes = []
     for tokens, times in (

@@ -33,7 +33,7 @@ def open_stream(
     if distributed.size() == 1 or not layers:
         return Stream(checkpoint, dtype, headroom_bytes, direct)
     m = model_of(checkpoint)
-    pinned, _ = pass_cost.stays(m, headroom_bytes)
+    pinned = pass_cost.stays(m, headroom_bytes).blocks
     counts = block_shares(m, pinned, tokens=tokens, length=length, rates=estimates.machine_rates())
     return pipeline_parallel.Relay(
         checkpoint, dtype, headroom_bytes=headroom_bytes, direct=direct, shares=counts

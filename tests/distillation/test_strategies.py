@@ -94,7 +94,7 @@ def test_budgets_choose() -> None:
     )
     less = (
         whole_model.resident_cost(wordy, 4, 0).peak_bytes
-        - sharded.blockwise_cost(wordy, 4, 0).peak_bytes
+        - sharded.sharded_cost(wordy, 4, 0).peak_bytes
     )
     assert less >= 8 * 30_000 * 64  # two moments of the embedding
     plans = [
@@ -283,7 +283,7 @@ def test_micro_batches_divide_the_step(tmp_path: Path) -> None:
     step.
     """
     job = replace(JOB, batch_size=6)
-    assert {micro for _, micro, _ in strategies.candidate_strategies(job)} == {6, 3, 2, 1}
+    assert {way["micro"] for way in strategies.candidate_strategies(job)} == {6, 3, 2, 1}
     plan = strategies.plan_strategy(job, GIB, rates=M1_AIR, mode="resident", micro=2, shard=0)
     asked = DistillationConfig(batch_size=6, grad_accumulation_steps=3, learning_rate=RATE)
     recipe = plan.recipe(asked, load.open_checkpoint(tiny.make(tmp_path / "m")))
@@ -445,7 +445,7 @@ def test_training_by_blocks_stays_under_the_plan(
         max_seq_length=length,
         same_head=same_head,
     )
-    planned = sharded.blockwise_cost(job, batch, GIB if resident else 0)
+    planned = sharded.sharded_cost(job, batch, 0, GIB if resident else 0)
     mx.clear_cache()
     gc.collect()  # what an earlier test left would be freed during the work
     before = mx.get_active_memory()

@@ -159,7 +159,9 @@ def test_a_sharded_run_goes_back_too(
     """
     ways = strategies.candidate_strategies
     monkeypatch.setattr(
-        strategies, "candidate_strategies", lambda job: (way for way in ways(job) if way[2] == 1)
+        strategies,
+        "candidate_strategies",
+        lambda job: (way for way in ways(job) if way["shard"] == 1),
     )
     live = {"train": "sharded", "targets": "live"}
     s, cut = (replace(settings(name), **live) for name in ("whole", "cut"))

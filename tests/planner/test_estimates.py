@@ -329,7 +329,7 @@ def test_the_engine_keeps_as_many_blocks_as_planned(
         stored(kind), precision.usual_dtype(), m.head_work + blocks * m.block_work
     )
     room_bytes = m.head_work + blocks * m.block_work
-    assert source.resident_blocks == blocks == pass_cost.stays(m, room_bytes)[0]
+    assert source.resident_blocks == blocks == pass_cost.stays(m, room_bytes).blocks
     batches = [mx.array([[1, 2, 3]])]
     source.forward(batches)
     source.head()

@@ -96,7 +96,7 @@ def test_training_stays_under_the_plan(tmp_path: Path, kind: str, way: str) -> N
     )
     job = spec_of(large, small, asked)
     shard = 7
-    plan = sharded.blockwise_cost(job, 2, 0)
+    plan = sharded.sharded_cost(job, 2, 0)
     if way == "sharded":
         shard = 2
         plan = sharded.sharded_cost(job, 2, shard)

@@ -14,7 +14,7 @@ import pytest
 
 from mis_mlx import plan
 from mis_mlx.cli import parse_bytes
-from mis_mlx.distillation import strategies
+from mis_mlx.distillation import plan_report, strategies
 from mis_mlx.hardware.rates import M1_AIR
 from mis_mlx.planner import estimates
 from mis_mlx.size_search import shortfall
@@ -84,7 +84,7 @@ def test_it_fits_and_says_what_it_leaves_out(
     trains = made.mode != "none" or made.job.uncut
     assert trains == ("training" not in missing)
     assert bool(made.tuning_steps) == ("distillation of scales" not in missing)
-    head, _, _ = plan.table(made).partition("| phase")
+    head, _, _ = plan_report.table(made, plan.outlook(made)).partition("| phase")
     for name, part in missing.items():
         flag = estimates.budget_flag(part.budget_bytes)
         assert flag in head

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -370,39 +370,30 @@ def _parts(
     total = sum(lengths)
     rows = max(*lengths, option_likelihood.ROWS)
 
-    def one_pass(tokens: int, *, head: bool = True) -> StageCost:
-        return pass_cost.streamed_pass(
-            name,
-            m,
-            tokens=tokens,
-            micro_tokens=rows,
-            length=rows,
-            limit_bytes=limit.limit_bytes,
-            head=head,
-            spool=False,
+    def room_bytes(tokens: int) -> int:
+        return pass_cost.room_beside(
+            m, limit.limit_bytes, tokens=tokens, micro_tokens=rows, length=rows
         )
 
-    def room_bytes(tokens: int) -> int:
-        """For the head and blocks, beside a pass over so many tokens."""
-        bodies = one_pass(tokens, head=False).peak_bytes
-        without_head = max(bodies, one_pass(tokens).peak_bytes - m.head_work)
-        return ledger.headroom_bytes(limit.limit_bytes, without_head)
-
-    least = one_pass(rows)
+    one_pass = partial(
+        pass_cost.streamed_pass, name, m, micro_tokens=rows, length=rows, spool=False
+    )
+    least = one_pass(tokens=rows)
     estimates.require_fit(limit, least, other="")
     part = min(total, PART)
-    blocks, _ = pass_cost.stays(m, room_bytes(part))
-    if blocks < m.shape.layers:
+    if pass_cost.stays(m, room_bytes(part)).blocks < m.shape.layers:
         # What the budget leaves holds hidden states, 2 D numbers a token.
-        spare = ledger.headroom_bytes(limit.limit_bytes, least.peak_bytes)
+        spare = ledger.headroom_bytes(limit.limit_bytes, least.peak_bytes, m.gpu)
         part = max(rows, min(total, spare // (2 * m.shape.hidden * m.item)))
-    once = one_pass(part)
+    once = one_pass(tokens=part)
     room = room_bytes(part)
-    _, share = pass_cost.stays(m, room)
+    kept = pass_cost.stays(m, room)
     again = math.ceil(total / part) - 1
+    held = ledger.headroom_bytes(limit.limit_bytes, 0, m.gpu) - room + kept.nbytes
     cost = replace(
         once,
-        read_bytes=m.nbytes + int(again * share * once.read_bytes),
+        read_bytes=m.nbytes + int(again * kept.share * once.read_bytes),
+        peak_bytes=max(once.peak_bytes, held),
         flops=pass_cost.forward_flops(m, total, rows),
     )
     return _Parts(cost, part, headroom_bytes=room)

@@ -6,6 +6,8 @@ name their origin, and tests hold the two together.
 
 import math
 from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
 
 from mis_mlx.compute import streams
 from mis_mlx.compute.token_losses import Footprint
@@ -164,17 +166,28 @@ def block_texts_bytes(m: ModelSize, texts: int, tokens: int) -> int:
     return texts * max(keys, state)
 
 
-def stays(m: ModelSize, headroom_bytes: int) -> tuple[int, float]:
-    """What so many bytes keep in memory between passes: the head first, then blocks 0, 1 ...
+class Stays(NamedTuple):
+    """What stays in memory between passes: the head, and so many blocks.
 
-    (How many blocks, what share of the weights every further pass reads.) As `residency.plan`.
+    share: of the weights, which every further pass reads. nbytes: in memory.
+    """
+
+    blocks: int
+    share: float
+    nbytes: int
+
+
+def stays(m: ModelSize, headroom_bytes: int) -> Stays:
+    """What so many bytes keep between passes: the head first, then blocks 0, 1 ...
+
+    As `residency.plan`.
     """
     left_bytes = headroom_bytes - m.head_work
     if left_bytes < 0:
-        return 0, 1.0
+        return Stays(0, 1.0, 0)
     blocks = min(m.shape.layers, left_bytes // m.block_work)
     others_bytes = (m.shape.layers - blocks) * m.block_bytes
-    return blocks, others_bytes / once_bytes(m)
+    return Stays(blocks, others_bytes / once_bytes(m), m.head_work + blocks * m.block_work)
 
 
 def once_bytes(m: ModelSize) -> int:
@@ -272,6 +285,30 @@ def pass_waits(
     return waits
 
 
+def room_beside(
+    m: ModelSize,
+    limit_bytes: int,
+    *,
+    tokens: int,
+    micro_tokens: int,
+    length: int,
+    beside_bytes: int = 0,
+) -> int:
+    """Bytes for the head and for blocks beside a pass as of `streamed_pass`."""
+    one_pass = partial(
+        streamed_pass,
+        "",
+        m,
+        tokens=tokens,
+        micro_tokens=micro_tokens,
+        length=length,
+        spool=False,
+        beside_bytes=beside_bytes,
+    )
+    logits = one_pass().peak_bytes - m.head_work
+    return headroom_bytes(limit_bytes, max(one_pass(head=False).peak_bytes, logits), m.gpu)
+
+
 def token_cost(m: ModelSize, length: int, limit_bytes: int) -> StageCost:
     """One token generated after `length` others.
 
@@ -279,11 +316,12 @@ def token_cost(m: ModelSize, length: int, limit_bytes: int) -> StageCost:
     """
     cache = keys_bytes(m, length)
     once = streamed_pass(
-        "one token", m, tokens=1, length=length, micro_tokens=1, spool=False, beside_bytes=cache
+        "one token", m, tokens=1, micro_tokens=1, length=length, spool=False, beside_bytes=cache
     )
-    _, share = stays(m, headroom_bytes(limit_bytes, once.peak_bytes, m.gpu))
+    room = room_beside(m, limit_bytes, tokens=1, micro_tokens=1, length=length, beside_bytes=cache)
+    kept = stays(m, room)
     return replace(
         once,
-        read_bytes=int(m.active_share * share * once.read_bytes),
+        read_bytes=int(m.active_share * kept.share * once.read_bytes),
         touched_bytes=int(m.active_share * m.shape.layers * m.block_work) + m.head_work + cache,
     )
