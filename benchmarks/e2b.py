@@ -198,12 +198,12 @@ def step(s: Settings) -> dict[str, Any]:
     planned = [0]
     check = estimates.require_fit
 
-    def fit(budget: Any, *phases: StageCost, **how: str) -> None:
+    def fit(budget: Any, *phases: StageCost, **how: Any) -> None:
         own = memory.process_bytes(budget.limit_bytes)
         planned.extend(phase.peak_bytes + own for phase in phases)
         check(budget, *phases, **how)
 
-    estimates.require_fit = fit
+    estimates.require_fit = fit  # type: ignore[assignment]
     laboratory.count_anew()
     before = laboratory.largest()
     began = time.monotonic()

@@ -24,7 +24,8 @@ from mis_mlx.distillation import (
 from mis_mlx.distillation.distill_flags import DistillFlags
 from mis_mlx.distillation.resolved_run import ResolvedRun
 from mis_mlx.hardware.thermal.run_monitor import battery
-from mis_mlx.judge import answers, comparison, judging_cost
+from mis_mlx.judge import answers, comparison
+from mis_mlx.judge.speed import rounds
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import compute_type, load
@@ -457,7 +458,7 @@ def _sizes(c: pipeline.Run, models: comparison.Models, tokens: int) -> list[Row]
     for name, model in models.items():
         params = arch.params(model.config)
         sizes.append(Row(name, "params", params / 1e6))
-        fits = judging_cost.timed_bytes(params) <= c.plan.budget_bytes
+        fits = rounds.timed_bytes(params) <= c.plan.budget_bytes
         if name in (teacher, result) and fits:
             fitting[name] = model
     sizes += [Row(name, "bytes", model.nbytes / 1e6) for name, model in models.items()]

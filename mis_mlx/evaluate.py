@@ -14,8 +14,7 @@ from mis_mlx.distillation import conversations
 from mis_mlx.hardware import ledger, memory
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge import answers, comparison, recovery_table
-from mis_mlx.judge.comparison import Models
-from mis_mlx.judge.judging_cost import comparison_cost
+from mis_mlx.judge.comparison import Models, comparison_cost
 from mis_mlx.judge.prompts import Prompt
 from mis_mlx.judge.recovery_table import Outcome
 from mis_mlx.judge.tasks import answering, examination, harness, task_registry

@@ -15,7 +15,8 @@ from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.planner import estimates
-from mis_mlx.pruning import calibrate, select, slicing, vocabulary
+from mis_mlx.pruning import select, vocabulary
+from mis_mlx.pruning.pruning_cost import pruning_cost
 from mis_mlx.reporting import html, progress
 from mis_mlx.runs import run_loop
 from mis_mlx.storage.files import Files
@@ -54,15 +55,16 @@ def run(settings: Settings) -> dict[str, Any]:
     m = model_of(checkpoint)
     narrower = select.wanted_shape(checkpoint.config, s).hidden < m.shape.hidden
     rotation = narrower and s.hidden_by == "pca"
-    planned = calibrate.calibration_cost(
-        m, s.num_samples, length, limit.limit_bytes, rotation=rotation
+    planned = pruning_cost(
+        m,
+        m.nbytes,
+        windows=s.num_samples,
+        length=length,
+        limit=limit.limit_bytes,
+        rotation=rotation,
+        shown=m if rows < m.shape.vocab else None,
     )
-    copying = slicing.copying_bytes(m, rotation=rotation)
-    copied = replace(planned, name="the largest tensor on its way", peak_bytes=copying)
-    stages = [planned, copied]
-    if rows < m.shape.vocab:
-        stages.append(vocabulary.vocabulary_cost(m, length))
-    estimates.require_fit(limit, *stages)
+    estimates.require_fit(limit, planned)
     source = preparation.Source(s.data, tokens=s.num_samples * length)
     data = preparation.prepare(source, load.tokenizer(checkpoint.path), length)
     with (

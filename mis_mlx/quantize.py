@@ -148,9 +148,8 @@ def _plan(
     rates = estimates.machine_rates()
     if folder is not None and run_folder.is_decided(folder):
         strategy = run_folder.stored_settings(folder, run_folder.PLAN)
-    else:
-        strategy = strategies.best_plan(job, limit, rates).strategy
-    return strategies.plan_strategy(job, limit, rates, **strategy)
+        return strategies.plan_strategy(job, limit, rates, **strategy)
+    return strategies.best_plan(job, limit, rates)
 
 
 def _job(s: Settings, checkpoint: Checkpoint, other: Checkpoint) -> DistillationSpec:

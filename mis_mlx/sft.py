@@ -50,14 +50,12 @@ def _phase(
     limit = memory.budget(s.budget_bytes).limit_bytes
     ledger = alignment_run.training_ledger(s, checkpoint, s.batch_size, length, limit)
     live_teacher.hold_teacher(ledger, teacher, tokens, s.batch_size * length, length=length)
-    pinned = ledger.fill("teacher's blocks", teacher.block_work, teacher.shape.layers)
-    # Pinned blocks are read once, the others in every step.
-    blocks_read = pinned + s.iters * (teacher.shape.layers - pinned)
+    pinned, read_bytes = live_teacher.keep_blocks(ledger, teacher, s.iters)
     return replace(
         alone,
         peak_bytes=ledger.peak_bytes,
         flops=alone.flops + s.iters * pass_cost.forward_flops(teacher, tokens, length),
-        read_bytes=alone.read_bytes + teacher.block_bytes * blocks_read,
+        read_bytes=alone.read_bytes + read_bytes,
         pinned=pinned,
     )
 

@@ -132,14 +132,9 @@ def way_of(
 
     MisError where no way fits.
     """
-    return writing_cost.plan_writing(
-        m,
-        s.num_samples,
-        s.max_tokens,
-        limit,
-        prompt_tokens=TOOLS_TOKENS if tools else OPENING_TOKENS,
-        at_once=AT_ONCE,
-    )
+    before = TOOLS_TOKENS if tools else OPENING_TOKENS
+    texts = writing_cost.Texts(s.num_samples, before, s.max_tokens)
+    return writing_cost.plan_writing(m, texts, limit, at_once=AT_ONCE)
 
 
 class _Asked(NamedTuple):

@@ -16,7 +16,8 @@ import pytest
 
 from mis_mlx import distill, report
 from mis_mlx.distillation import conversations, pipeline, teacher_answers
-from mis_mlx.judge import answers, judging_cost
+from mis_mlx.judge import answers
+from mis_mlx.judge.speed import rounds
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
@@ -218,7 +219,7 @@ def test_a_budget_that_no_model_fits_whole(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Nothing is timed, which it says, the run ends as any other and has its page."""
-    monkeypatch.setattr(judging_cost, "timed_bytes", lambda params: 2**50)
+    monkeypatch.setattr(rounds, "timed_bytes", lambda params: 2**50)
     s = settings_of(distill, flags, tmp_path / "run", bench_tokens=4, iters=1, quantize=0)
     assert distill.run(s)["params_student"]
     assert "not every model fits the budget whole: none is timed" in "".join(capfd.readouterr())

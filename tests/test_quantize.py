@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from mis_mlx.hardware import memory
 from mis_mlx.maths import gptq
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.opening.model_size import model_of
-from mis_mlx.models.passing import pass_cost
 from mis_mlx.models.writing import mlx_generate
 from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.quantization import packed_format, stage
@@ -167,45 +165,6 @@ def test_gptq_stays_under_the_plan(
         )
     assert planned.peak_bytes / 4 < peak.nbytes < allocated(planned.peak_bytes)
     assert packed_format.formats_of(checkpoint.config, 64)
-
-
-def test_the_plan_of_gptq_by_pencil() -> None:
-    """Two D x D, one Q x Q and one F x F sum in float64; 20 bytes a weight of gate and up, and
-    twice what they are packed in: 6 bits, and 4 bytes a group of 32.
-    """
-    m = model_of(tiny.CONFIG, gpu=False)
-    plain = stage.quantizing_cost(m, NEAREST, windows=0, length=32, limit=GIB)
-    planned = stage.quantizing_cost(m, FOUR, windows=4, length=32, limit=GIB)
-    without = pass_cost.streamed_pass(
-        "", m, tokens=128, micro_tokens=32, length=32, limit_bytes=GIB, head=False
-    )
-    weights = 64 * 2 * 768
-    packed = weights * 6 // 8 + 4 * weights // 32
-    panels = 8 * 512 * (3 * 768 + 3 * 512)
-    arrays = 8 * (3 * 64**2 + 768**2) + max(20 * weights + 2 * packed, panels)
-    assert planned.peak_bytes == without.peak_bytes + arrays
-    # Three times one group of 64 columns, and twelve of the FFN's 768, in three blocks.
-    fits = 3 * (3 + 12)
-    # A head of measured bits is rounded so, too: one group of its 64 columns, 512 rows.
-    mixed = replace(FOUR, target_bpw=5.0)
-    measured = stage.quantizing_cost(m, mixed, windows=4, length=32, limit=GIB)
-    seen = replace(NEAREST, target_bpw=5.0)
-    plain_measured = stage.quantizing_cost(m, seen, windows=4, length=32, limit=GIB)
-    assert measured.waits - plain_measured.waits == 2 * (fits + 1) + 2 * without.waits
-    assert measured.host_flops == planned.host_flops + 64**2 * (64 / 3 + 512)
-    assert planned.waits == 2 * (without.waits + fits)
-    assert plain.waits == 0
-    assert planned.flops > 2 * without.flops
-    assert plain.peak_bytes < planned.peak_bytes
-    assert (plain.flops, plain.held_tokens) == (0, 0)
-    assert planned.read_bytes == plain.read_bytes
-    # the blocks once more, in the journal
-    blocks = plain.written_bytes * m.all_block_params // m.params
-    assert planned.written_bytes == plain.written_bytes + blocks
-    # every hidden state spooled: written by each block, read twice
-    poor = stage.quantizing_cost(m, FOUR, windows=4, length=32, limit=0)
-    assert poor.written_bytes - planned.written_bytes == 4 * 128 * 64 * 4
-    assert poor.read_bytes - plain.read_bytes == 2 * 4 * 128 * 64 * 4
 
 
 @pytest.mark.slow

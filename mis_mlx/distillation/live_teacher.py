@@ -366,11 +366,10 @@ TargetSource = StreamedTeacher | TextTargets | CachedTeacher  # where a step's t
 
 def hold(ledger: Ledger, job: DistillationSpec, micro: int, *, same_head: bool = False) -> None:
     """Write down what the teacher of a job holds beside its student; nothing if it is not live."""
+    length = job.max_seq_length
     if job.targets == "live":
-        length = job.max_seq_length
-        micro_tokens = micro * length
         hold_teacher(
-            ledger, job.teacher, job.step_tokens, micro_tokens, length=length, same_head=same_head
+            ledger, job.teacher, job.step_tokens, micro * length, length=length, same_head=same_head
         )
 
 
@@ -396,14 +395,16 @@ def hold_teacher(
     ledger.moment("teacher's pass", body=t.body_bytes(workspace))
 
 
-def taught(
-    one_step: StageCost,
-    ledger: Ledger,
-    job: DistillationSpec,
-    micro: int,
-    *,
-    same_head: bool = False,
-) -> StageCost:
+def keep_blocks(ledger: Ledger, t: ModelSize, steps: int) -> tuple[int, int]:
+    """Fill the budget with a teacher's blocks: (how many stay, bytes read of all in so many steps).
+
+    Those that stay are read once, the others in every step.
+    """
+    pinned = ledger.fill("teacher's blocks", t.block_work, t.shape.layers)
+    return pinned, t.block_bytes * (pinned + steps * (t.shape.layers - pinned))
+
+
+def taught(one_step: StageCost, ledger: Ledger, job: DistillationSpec, micro: int) -> StageCost:
     """All steps of a student that learns from a teacher, whose blocks stay as far as there is room.
 
     one_step: its operations are of one step, its bytes of all. ledger: with what `hold` writes.
@@ -415,10 +416,8 @@ def taught(
     waits = 2 * (job.step_tokens // (micro * length)) + 2
     pinned = 0
     if job.targets == "live":
-        pinned = ledger.fill("teacher's blocks", t.block_work, t.shape.layers)
-        read = t.block_bytes * (pinned + job.iters * (t.shape.layers - pinned))
-        if not same_head:
-            read += t.head_bytes
+        pinned, read = keep_blocks(ledger, t, job.iters)
+        read += t.head_bytes
         flops += forward_flops(t, job.step_tokens, length)
         waits += pass_waits(t, job.step_tokens, micro * length, length, head=False)
     else:

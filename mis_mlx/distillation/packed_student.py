@@ -278,11 +278,12 @@ def tuning_cost(job: DistillationSpec, micro: int, limit: int, iters: int) -> St
     What learns, its gradients and moments, where they fit; else they are in files, a block at a
     time in memory. The integers of one block, and of as many others as there is room for.
     """
-    in_memory = _scales_in_memory(job, micro, limit, iters)
+    job = replace(job, iters=iters)
+    in_memory = _tuning(job, micro, limit, on_disk=False)
     fits = needed_bytes(limit, in_memory.peak_bytes, job.student.gpu) <= limit
     if fits or distributed.size() > 1:  # machines send each other what is in memory
         return in_memory
-    on_disk = _scales_on_disk(job, micro, limit, iters)
+    on_disk = _tuning(job, micro, limit, on_disk=True)
     return min(in_memory, on_disk, key=lambda cost: cost.peak_bytes)
 
 
@@ -291,51 +292,56 @@ def learning_scales(job: DistillationSpec) -> int:
     return 2 * job.student.all_block_params // job.rounding.q_group_size
 
 
-def _learning_in_block(job: DistillationSpec) -> int:
-    """Scales and biases of a block, of the largest."""
-    return 2 * job.student.largest_block_params // job.rounding.q_group_size
-
-
-def _scales_in_memory(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost:
-    """`tuning_cost`, with all that learns in memory."""
-    job = replace(job, iters=iters)
-    trained = learning_scales(job)
-    of_one = optimizer.STATE_BYTES + optimizer.GRADIENT_BYTES
-    ledger = _ledger(job, micro, limit)
-    ledger.hold("what learns, gradients and moments", of_one * trained)
-    saved = job.checkpoints * optimizer.STATE_BYTES * trained
-    return _with_teacher(job, micro, ledger, written=saved)
-
-
-def _scales_on_disk(job: DistillationSpec, micro: int, limit: int, iters: int) -> StageCost:
-    """`tuning_cost`, with what learns and its moments in a file a block.
+def _tuning(job: DistillationSpec, micro: int, limit: int, *, on_disk: bool) -> StageCost:
+    """All steps. on_disk: what learns and its moments are in a file a block.
 
     Checkpoints are second names of these files. Room is for gradients first, which would be written
     and read at every step, then for integers, which are only read.
     """
-    job = replace(job, iters=iters)
-    layers = job.student.shape.layers
-    of_block = optimizer.GRADIENT_BYTES * _learning_in_block(job)
-    values = optimizer.GRADIENT_BYTES * learning_scales(job)
-    state = optimizer.STATE_BYTES * learning_scales(job)
-    ledger = _ledger(job, micro, limit)
-    ledger.hold("values of the block at work", of_block)
-    ledger.hold("its gradients, as they came and as a vector", of_block, count=2)
-    held = ledger.fill("gradients of blocks", of_block, layers)
-    put_away = (layers - held) * of_block
-    # values on the way there and back, all for the update, which writes all of it
-    read = iters * (2 * values + state + put_away)
-    written = values + iters * (state + put_away)
-    cost = _with_teacher(job, micro, ledger, read=read, written=written)
-    # a block's new file is there before the old one goes
-    files = state + optimizer.STATE_BYTES * _learning_in_block(job) + put_away
-    return replace(cost, state_bytes=files, held_gradients=held)
-
-
-def _ledger(job: DistillationSpec, micro: int, limit: int) -> Ledger:
-    """What a step holds besides all that learns: integers of one block, and the teacher."""
     m = job.student
-    learning = _learning_in_block(job)
+    layers = m.shape.layers
+    in_block = 2 * m.largest_block_params // job.rounding.q_group_size
+    state = optimizer.STATE_BYTES * learning_scales(job)
+    gradients = optimizer.GRADIENT_BYTES * learning_scales(job)
+    of_block = optimizer.GRADIENT_BYTES * in_block
+    ledger = _ledger(job, micro, limit, in_block)
+    read = 0
+    files = 0
+    held = 0
+    if on_disk:
+        ledger.hold("values of the block at work", of_block)
+        ledger.hold("its gradients, as they came and as a vector", of_block, count=2)
+        held = ledger.fill("gradients of blocks", of_block, layers)
+        put_away = (layers - held) * of_block
+        # values on the way there and back, all for the update, which writes all of it
+        read = job.iters * (2 * gradients + state + put_away)
+        written = gradients + job.iters * (state + put_away)
+        # a block's new file is there before the old one goes
+        files = state + optimizer.STATE_BYTES * in_block + put_away
+    else:
+        ledger.hold("what learns, gradients and moments", state + gradients)
+        written = job.checkpoints * state
+    kept = ledger.fill("integers of blocks", _integers_bytes(job), layers)
+    reads = layers + 2 * job.iters * (layers - kept)
+    one_step = StageCost(
+        name=SCALES,
+        read_bytes=reads * _packed_block(job) + read,
+        written_bytes=rounding_cost.packed_bytes(m, job.rounding) + written,
+        flops=block_gradients.step_flops(job),
+        updated=learning_scales(job),
+        kept=kept,
+        state_bytes=files,
+        held_gradients=held,
+    )
+    return live_teacher.taught(one_step, ledger, job, micro)
+
+
+def _ledger(job: DistillationSpec, micro: int, limit: int, learning: int) -> Ledger:
+    """What a step holds besides all that learns: integers of one block, and the teacher.
+
+    learning: scales and biases of a block.
+    """
+    m = job.student
     step = block_gradients.holdings(
         job,
         micro,
@@ -352,28 +358,6 @@ def _ledger(job: DistillationSpec, micro: int, limit: int) -> Ledger:
     ledger.moment("step", step=step.peak_bytes)
     live_teacher.hold(ledger, job, micro)
     return ledger
-
-
-def _with_teacher(
-    job: DistillationSpec, micro: int, ledger: Ledger, *, read: int = 0, written: int = 0
-) -> StageCost:
-    """All steps, with as many blocks' integers in memory as there is room for.
-
-    read, written: bytes besides these and the result.
-    """
-    m = job.student
-    layers = m.shape.layers
-    kept = ledger.fill("integers of blocks", _integers_bytes(job), layers)
-    reads = layers + 2 * job.iters * (layers - kept)
-    one_step = StageCost(
-        name=SCALES,
-        read_bytes=reads * _packed_block(job) + read,
-        written_bytes=rounding_cost.packed_bytes(m, job.rounding) + written,
-        flops=block_gradients.step_flops(job),
-        updated=learning_scales(job),
-        kept=kept,
-    )
-    return live_teacher.taught(one_step, ledger, job, micro)
 
 
 def _packed_block(job: DistillationSpec) -> int:

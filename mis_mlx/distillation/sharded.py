@@ -373,7 +373,7 @@ def sharded_cost(job: DistillationSpec, micro: int, shard: int, limit: int = 0) 
     if shard:
         ledger.hold("blocks on their way", block_bytes, count=2)
     live_teacher.hold(ledger, job, micro, same_head=job.same_head)
-    return live_teacher.taught(one_step, ledger, job, micro, same_head=job.same_head)
+    return live_teacher.taught(one_step, ledger, job, micro)
 
 
 def steps_per_shard(job: DistillationSpec, shard: int) -> int:

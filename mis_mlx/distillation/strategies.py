@@ -4,7 +4,6 @@ In bytes, operations and memory. Knows no flags, nor how the work is done. What 
 beside the modules that do it.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -23,7 +22,8 @@ from mis_mlx.hardware.memory import TRAINED_BYTES, TRAINED_WHOLE_BYTES, process_
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.hardware.stage_cost import StageCost, in_turn
 from mis_mlx.judge import writing_cost
-from mis_mlx.judge.judging_cost import comparison_cost, timed_weights
+from mis_mlx.judge.comparison import comparison_cost
+from mis_mlx.judge.speed.rounds import timed_weights
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import attends, shape_of
 from mis_mlx.models.opening import load
@@ -31,7 +31,7 @@ from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import distributed, pass_cost
 from mis_mlx.models.passing.pass_cost import TENSOR_BYTES
 from mis_mlx.planner import estimates
-from mis_mlx.planner.distillation_spec import SCALES, DistillationSpec, Mode
+from mis_mlx.planner.distillation_spec import SCALES, STORE, DistillationSpec, Mode
 from mis_mlx.planner.machines import block_shares
 from mis_mlx.pruning.pruning_cost import (
     pruning_cost,
@@ -51,7 +51,6 @@ from mis_mlx.types import Budget, Checkpoint, MisError, gib
 
 RATE_OF_WEIGHTS = 5.35e-4  # learning rate, as a part of their root mean square
 TAUGHT = "distil", SCALES  # phases in which a student learns from its teacher
-TEXTS = 2  # held-out texts that models are measured on
 
 
 def measuring_cost(job: DistillationSpec, most_bytes: int, limit: int) -> StageCost:
@@ -93,10 +92,10 @@ def measuring_cost(job: DistillationSpec, most_bytes: int, limit: int) -> StageC
 
 
 def _on_texts(job: DistillationSpec, models: list[ModelSize]) -> list[StageCost]:
-    """The passes of models over the held-out windows: of the first text, and of all others."""
+    """The passes of models over the held-out windows of the first text, and of the other one."""
     first = comparison_cost(models, job.eval_windows, job.max_seq_length)
-    others = comparison_cost(models, max(1, job.eval_windows // 3), job.max_seq_length)
-    return [first, others.repeated(TEXTS - 1)]
+    other = comparison_cost(models, max(1, job.eval_windows // 3), job.max_seq_length)
+    return [first, other]
 
 
 def usual_rate(teacher: Checkpoint) -> float:
@@ -231,11 +230,9 @@ def candidate_strategies(job: DistillationSpec) -> Iterator[dict[str, Any]]:
 
     A micro-batch divides the one asked for.
     """
-    small = [n for n in range(1, math.isqrt(job.batch_size) + 1) if job.batch_size % n == 0]
-    large = [job.batch_size // n for n in small]
     all_but_one = max(1, job.student.shape.layers - 1)
-    for micro in sorted({*small, *large}, reverse=True):
-        for mode in job.modes:
+    for micro in range(job.batch_size, 0, -1):
+        for mode in job.modes if job.batch_size % micro == 0 else ():
             shards = range(all_but_one, 0, -1) if mode == "sharded" else [0]
             for shard in shards:
                 yield {"mode": mode, "micro": micro, "shard": shard}
@@ -275,10 +272,11 @@ def plan_strategy(
     trained_left = left - (training - own)
     phases = writers.teacher_cost(job, left)
     phases += _cutting(job, left, mode)
-    if mode == "resident":
-        phases.append(resident_cost(job, micro, trained_left))
-    elif mode != "none":
-        phases.append(sharded_cost(job, micro, shard, trained_left))
+    cached = job.targets == "cached"
+    if mode != "none":
+        if cached:
+            phases.append(store_cost(job, left))
+        phases.append(_distil(job, mode, micro, shard=shard, limit=trained_left))
     phases.append(
         quantizing_cost(
             job.student,
@@ -292,14 +290,10 @@ def plan_strategy(
     if steps:
         tuning = tuning_cost(job, micro, trained_left, steps)
         needed = tuning.peak_bytes + training
-        if job.targets == "cached":
+        if cached:
             needed = max(needed, store_cost(job, left).peak_bytes + own)
         if needed <= limit or tuned is not None or job.rounding.q_iters is not None:
-            phases.append(tuning)
-    first_taught = next((n for n, p in enumerate(phases) if p.name in TAUGHT), None)
-    if job.targets == "cached" and first_taught is not None:
-        phases.insert(first_taught, store_cost(job, left))
-    phases = [*writers.with_student(job, phases, left)]
+            phases += [*_before_tuning(job, left, trained=mode != "none"), tuning]
     if not job.rounds_only:
         most_bytes = max(p.peak_bytes for p in phases) + own
         phases.append(measuring_cost(job, most_bytes, left))
@@ -309,14 +303,47 @@ def plan_strategy(
 def _cutting(job: DistillationSpec, limit: int, mode: Mode) -> list[StageCost]:
     """The phases that make the student which is trained or rounded."""
     phases = []
-    if job.viewed:
-        if job.shown and job.shown.shape != job.teacher.shape:
-            phases.append(vocabulary_cost(job.shown, job.max_seq_length))
-    elif not job.rounds_only:
-        phases.append(pruning_cost(job, limit))
+    shown = job.shown
+    if shown and shown.shape == job.teacher.shape:
+        shown = None
+    if not (job.viewed or job.rounds_only):
+        pruning = pruning_cost(
+            job.teacher,
+            job.student.nbytes,
+            windows=0 if job.uncut else job.num_samples,
+            length=job.max_seq_length,
+            limit=limit,
+            rotation=job.rotation,
+            shown=shown,
+        )
+        phases.append(pruning)
+    elif shown and job.viewed:
+        phases.append(vocabulary_cost(shown, job.max_seq_length))
     if job.reconstruct_samples:
         phases.append(repair_cost(job, limit, in_parts(job, mode)))
     return phases
+
+
+def _distil(job: DistillationSpec, mode: Mode, micro: int, *, shard: int, limit: int) -> StageCost:
+    """The training itself, by this strategy."""
+    if mode == "resident":
+        return resident_cost(job, micro, limit)
+    return sharded_cost(job, micro, shard, limit)
+
+
+def _before_tuning(job: DistillationSpec, limit: int, *, trained: bool) -> list[StageCost]:
+    """The phases between rounding and the steps with scales.
+
+    What the student writes, and the teacher's targets on it; or, where nothing was trained, on the
+    text.
+    """
+    answers = writers.student_cost(job, limit)
+    if job.targets != "cached" or (trained and not answers):
+        return answers
+    if answers:  # of the steps with scales alone
+        job = replace(job, iters=1)
+    store = store_cost(job, limit)
+    return [*answers, replace(store, name=writers.SECOND_STORE if trained else STORE)]
 
 
 def best_plan(job: DistillationSpec, budget_bytes: int, rates: Rates) -> MemoryPlan:

@@ -69,15 +69,9 @@ def plan(model: ModelSize, settings: WritingSettings, limit: Budget) -> writing_
     """Memory and time of the writing. MisError where the teacher does not fit the budget."""
     answered = sum(len(prompt.turns) for prompt in settings.prompts)
     with_tools = any(prompt.tools for prompt in settings.prompts)
-    return writing_cost.plan_writing(
-        model,
-        answered,
-        settings.max_tokens,
-        limit,
-        prompt_tokens=TOOLS_TOKENS if with_tools else TYPICAL_TOKENS,
-        at_once=AT_ONCE,
-        name="teacher's answers",
-    )
+    before = TOOLS_TOKENS if with_tools else TYPICAL_TOKENS
+    texts = writing_cost.Texts(answered, before, settings.max_tokens)
+    return writing_cost.plan_writing(model, texts, limit, at_once=AT_ONCE)
 
 
 def template_sha256(teacher: Checkpoint) -> str:

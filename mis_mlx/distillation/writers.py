@@ -6,18 +6,16 @@ disk for every token does not. Then the answers that come with the package stand
 calibrates, and the rounded student, which is small, writes those that its scales learn from.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
 from mis_mlx.data import prompts
 from mis_mlx.distillation import teacher_answers
-from mis_mlx.distillation.live_teacher import store_cost
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge.writing_cost import WritingPlan
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing.pass_cost import TENSOR_BYTES
-from mis_mlx.planner.distillation_spec import SCALES, STORE, DistillationSpec, Writer
+from mis_mlx.planner.distillation_spec import DistillationSpec, Writer
 from mis_mlx.quantization import rounding_cost
 from mis_mlx.settings.recipe import EVAL_PROMPTS, EVAL_PROMPTS_STREAMED
 from mis_mlx.types import Budget, MisError
@@ -74,30 +72,10 @@ def teacher_cost(job: DistillationSpec, limit: int) -> list[StageCost]:
     return [replace(plan.cost, name=TEACHER)] if plan else []
 
 
-def with_student(
-    job: DistillationSpec, phases: Sequence[StageCost], limit: int
-) -> Sequence[StageCost]:
-    """The phases of a run, with what its rounded student takes to answer.
-
-    Where targets are stored, those of its answers are stored behind that, and no others if nothing
-    was learned before.
-    """
-    names = [phase.name for phase in phases]
-    if not job.conversations or job.writer != "student" or SCALES not in names:
-        return phases
+def student_cost(job: DistillationSpec, limit: int) -> list[StageCost]:
+    """[what the rounded student takes to answer], [] where nobody or the teacher does."""
+    if not job.conversations or job.writer != "student":
+        return []
     student = rounding_cost.packed_size(job.student, job.rounding)
     plan = _plan(student, job.conversations, Budget(limit), tools=job.asks_tools)
-    if plan is None:
-        return phases
-    begin = list(phases[: names.index(SCALES)])
-    end = phases[names.index(SCALES) :]
-    added = [replace(plan.cost, name=STUDENT)]
-    if STORE in names:
-        # of the steps with scales alone
-        store = store_cost(replace(job, iters=1), limit)
-        if begin[-1].name == STORE:
-            begin.pop()
-        else:
-            store = replace(store, name=SECOND_STORE)
-        added.append(store)
-    return [*begin, *added, *end]
+    return [replace(plan.cost, name=STUDENT)] if plan else []

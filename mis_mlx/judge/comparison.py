@@ -20,11 +20,15 @@ from mis_mlx import cli
 from mis_mlx.compute import host_losses, precision
 from mis_mlx.compute.host_losses import CHUNK, GROUP
 from mis_mlx.data.token_windows import Windows
+from mis_mlx.hardware.ledger import Ledger
+from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge.answer_figures import bits_per_byte
 from mis_mlx.maths import stats
 from mis_mlx.models.architectures import sizes
 from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import distributed
+from mis_mlx.models.passing.pass_cost import forward_flops, pass_waits, pass_workspace, side_bytes
 from mis_mlx.models.passing.stream import HEAD_PART, Hidden, Stream, evaluate_now
 from mis_mlx.storage import safetensors
 from mis_mlx.types import Checkpoint, MisError, Row
@@ -430,3 +434,44 @@ def _exp(log: tuple[float, float]) -> tuple[float, float]:
     mean, error = log
     value = math.exp(mean)
     return value, value * error
+
+
+def comparison_cost(models: Sequence[ModelSize], windows: int, length: int) -> StageCost:
+    """A pass of each model over the same windows, then their heads in parts (as in comparison).
+
+    Parts of the first one's head and of each other's: two of each, and the temporaries that make
+    and read one, logits of CHUNK tokens, and statistics of GROUP tokens.
+    """
+    tokens = windows * length
+    ledger = Ledger()
+    flops = 0.0
+    waits = 0
+    for number, m in enumerate(models):
+        body = m.body_bytes(pass_workspace(m, tokens, length, length))
+        ledger.hold("final states", m.hidden_bytes, tokens)
+        ledger.moment(f"pass of model {number}", slots=m.slots_bytes, body=body)
+        flops += forward_flops(m, tokens, length)
+        waits += pass_waits(m, tokens, length, length, head=False)
+    ledger.hold("what blocks share", max(side_bytes(m, tokens) for m in models))
+    vocab = min(m.shape.vocab for m in models)
+    hidden = max(m.shape.hidden for m in models)
+    rows = min(HEAD_PART // hidden, vocab)
+    parts = math.ceil(vocab / rows)
+    heads = [3 * rows * m.head_work // m.shape.vocab for m in models]
+    at_once = CHUNK if any(m.gpu for m in models) else min(length, CHUNK)
+    ledger.moment(
+        "heads",
+        parts=heads[0] + max(heads),
+        logits=2 * 4 * at_once * rows,
+        temporaries=3 * rows * hidden,
+        statistics=11 * 8 * min(tokens, GROUP + length) * parts,
+    )
+    # two heads and their statistics
+    waits += len(models) * 3 * parts * math.ceil(tokens / GROUP)
+    return StageCost(
+        name="measure",
+        read_bytes=sum(m.nbytes for m in models),
+        peak_bytes=ledger.peak_bytes,
+        flops=flops,
+        waits=waits,
+    )

@@ -28,14 +28,8 @@ def plan(
     """How a model's answers are written within the budget. MisError where nothing fits."""
     tokenizer = load.tokenizer(model.path)
     lengths = [len(_ids(tokenizer, prompt)) for prompt in asked]
-    return writing_cost.plan_writing(
-        model_of(model),
-        len(asked),
-        max_tokens,
-        limit,
-        prompt_tokens=max(lengths),
-        at_once=[min(size, len(asked)) for size in at_once],
-    )
+    texts = writing_cost.Texts(len(asked), max(lengths), max_tokens)
+    return writing_cost.plan_writing(model_of(model), texts, limit, at_once=at_once)
 
 
 def _ids(tokenizer: Any, prompt: Prompt) -> list[int]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from mis_mlx.hardware import ledger
 from mis_mlx.hardware.stage_cost import StageCost, in_turn
-from mis_mlx.judge.judging_cost import comparison_cost
+from mis_mlx.judge.comparison import comparison_cost
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import pass_cost
 from mis_mlx.models.writing import continuous_batch, streamed_batch, text_writer
@@ -53,22 +53,28 @@ class WritingPlan:
         return text_writer.opened(checkpoint, self.headroom_bytes, direct=self.direct, room=room)
 
 
+class Texts(NamedTuple):
+    """What is written: so many texts behind prompts of at most so many tokens."""
+
+    number: int
+    prompt_tokens: int
+    max_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Of a text at its end, its prompt included."""
+        return self.prompt_tokens + self.max_tokens
+
+
 def plan_writing(
-    m: ModelSize,
-    count: int,
-    max_tokens: int,
-    limit: Budget,
-    *,
-    prompt_tokens: int = 0,
-    at_once: Sequence[int],
-    name: str = "write",
+    m: ModelSize, texts: Texts, limit: Budget, *, at_once: Sequence[int], name: str = "write"
 ) -> WritingPlan:
-    """How `count` texts of `max_tokens` are written within the budget.
+    """How texts are written within the budget.
 
     The first plan that fits: whole before streamed, and the most texts side by side first, which
     `at_once` lists in falling order. MisError where none fits."""
-    texts = Texts(count, prompt_tokens, max_tokens)
-    for whole, size in product((True, False), at_once):
+    sizes = [min(size, texts.number) for size in at_once]
+    for whole, size in product((True, False), sizes):
         cost = resident_cost(m, texts, size) if whole else streamed_cost(m, texts, size)
         need = ledger.needed_bytes(limit.limit_bytes, cost.peak_bytes, m.gpu)
         if need > limit.limit_bytes:
@@ -91,19 +97,6 @@ def plan_writing(
         remedy=f"give --budget {estimates.budget_flag(need)}",
     )
     raise AssertionError("what does not fit is refused above")
-
-
-class Texts(NamedTuple):
-    """What is written: so many texts behind prompts of at most so many tokens."""
-
-    number: int
-    prompt_tokens: int
-    max_tokens: int
-
-    @property
-    def tokens(self) -> int:
-        """Of a text at its end, its prompt included."""
-        return self.prompt_tokens + self.max_tokens
 
 
 def resident_cost(m: ModelSize, texts: Texts, at_once: int) -> StageCost:
@@ -159,11 +152,8 @@ def answers_cost(
     teacher, *students = models
 
     def writing(m: ModelSize, number: int, max_tokens: int, at_once: Sequence[int]) -> StageCost:
-        sizes = [min(size, number) for size in at_once]
-        plan = plan_writing(
-            m, number, max_tokens, limit, prompt_tokens=PROMPT_TOKENS, at_once=sizes
-        )
-        return plan.cost
+        texts = Texts(number, PROMPT_TOKENS, max_tokens)
+        return plan_writing(m, texts, limit, at_once=at_once).cost
 
     def reading(m: ModelSize, number: int, max_tokens: int) -> StageCost:
         # hidden states of all prompts with their answers stay; then comes the head

@@ -57,16 +57,23 @@ def enough_budget(arrays: int) -> int:
 
 
 def require_fit(
-    budget: Budget, *phases: StageCost, other: str = ", or lower --max-seq-length or --batch-size"
+    budget: Budget,
+    *phases: StageCost,
+    other: str = ", or lower --max-seq-length or --batch-size",
+    needs: Callable[[StageCost], int] | None = None,
 ) -> None:
     """Refuse before work starts when the largest phase does not fit with its process.
 
-    MisError with both numbers, a budget that is enough, and what else helps.
+    MisError with both numbers, a budget that is enough, and what else helps. needs: as of
+    `report_costs`.
     """
     worst = max(phases, key=lambda p: p.peak_bytes)
-    need = needed_bytes(budget.limit_bytes, worst.peak_bytes)
-    budget_enough = budget_flag(enough_budget(worst.peak_bytes))
-    budget.need(need, worst.name, f"give --budget {budget_enough} or more{other}")
+    if needs:
+        need = enough = needs(worst)
+    else:
+        need = needed_bytes(budget.limit_bytes, worst.peak_bytes)
+        enough = enough_budget(worst.peak_bytes)
+    budget.need(need, worst.name, f"give --budget {budget_flag(enough)} or more{other}")
 
 
 def report_costs(
@@ -80,21 +87,18 @@ def report_costs(
 
     needs: its bytes with the process; default: by `needed_bytes`. tell: says it.
     """
-    seconds = 0.0
     peak = 0
     for p in phases:
         moved = f"{gib(p.read_bytes)} read, {gib(p.written_bytes)} written"
-        phase_seconds = p.seconds(machine)
-        seconds += phase_seconds
         need = needs(p) if needs else needed_bytes(limit_bytes, p.peak_bytes)
         peak = max(peak, need)
-        tell(f"{p.name}: {gib(need)} of memory, {moved}, about {duration(phase_seconds)}")
+        tell(f"{p.name}: {gib(need)} of memory, {moved}, about {duration(p.seconds(machine))}")
     return {
         "peak_bytes": peak,
         "budget_bytes": limit_bytes,
         "read_bytes": sum(p.read_bytes for p in phases),
         "written_bytes": sum(p.written_bytes for p in phases),
-        "seconds": round(seconds),
+        "seconds": round(sum(p.seconds(machine) for p in phases)),
         "check_failed": peak > limit_bytes,
     }
 

@@ -23,20 +23,30 @@ from mis_mlx.pruning.slicing import copying_bytes
 from mis_mlx.pruning.vocabulary import vocabulary_cost
 
 
-def pruning_cost(job: DistillationSpec, limit: int) -> StageCost:
-    """Choose the tokens, calibrate where something is cut, then copy tensor by tensor."""
-    t = job.teacher
-    length = job.max_seq_length
-    stages = [StageCost("")]  # uncut: nothing is ranked
-    if not job.uncut:
-        stages = [calibration_cost(t, job.num_samples, length, limit, rotation=job.rotation)]
-    if job.shown and job.shown.shape != t.shape:
-        stages.append(vocabulary_cost(job.shown, length))
+def pruning_cost(
+    t: ModelSize,
+    student_bytes: int,
+    *,
+    windows: int,
+    length: int,
+    limit: int,
+    rotation: bool,
+    shown: ModelSize | None = None,
+) -> StageCost:
+    """Choose the tokens, calibrate on windows, if any, then copy tensor by tensor.
+
+    shown: the teacher with all of its tokens, where some go.
+    """
+    stages = [StageCost("")]  # nothing is ranked
+    if windows:
+        stages = [calibration_cost(t, windows, length, limit, rotation=rotation)]
+    if shown:
+        stages.append(vocabulary_cost(shown, length))
     copying = StageCost(
         "copy",
         read_bytes=t.nbytes,
-        written_bytes=job.student.nbytes,
-        peak_bytes=copying_bytes(t, rotation=job.rotation),
+        written_bytes=student_bytes,
+        peak_bytes=copying_bytes(t, rotation=rotation),
     )
     return in_turn("prune", *stages, copying)
 

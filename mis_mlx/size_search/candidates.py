@@ -28,7 +28,7 @@ from mis_mlx.models.passing import stream
 from mis_mlx.pruning import calibrate, select, slicing, vocabulary
 from mis_mlx.quantization import bit_allocation, packed_format, stage
 from mis_mlx.runs.run_loop import OpenRun
-from mis_mlx.size_search import measuring_cost, unwritten
+from mis_mlx.size_search import unwritten
 from mis_mlx.size_search.shape_search import CUTS, Choice, group_of
 from mis_mlx.storage.files import DISK, Files
 from mis_mlx.storage.hidden_spool import Spool
@@ -145,7 +145,7 @@ class Candidates:
         length = self.run.recipe.max_seq_length
         windows = len(self.answers.prompts) if self.answers else len(self.ranking.tokens)
         limit = self.run.plan.budget_bytes
-        return measuring_cost.at_once(model_of(self.teacher), windows, length, limit)
+        return unwritten.at_once(model_of(self.teacher), windows, length, limit)
 
     @cached_property
     def before(self) -> Shape:

@@ -8,7 +8,7 @@ from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.distillation import answer_loss, strategies
 from mis_mlx.hardware.stage_cost import StageCost, in_turn
-from mis_mlx.judge.judging_cost import comparison_cost
+from mis_mlx.judge.comparison import comparison_cost
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening.model_size import model_of
@@ -18,8 +18,8 @@ from mis_mlx.pruning.calibrate import calibration_cost
 from mis_mlx.pruning.vocabulary import vocabulary_cost
 from mis_mlx.quantization.stage import sensitivity_cost
 from mis_mlx.size_search import excess, known_losses, limits, shape_search
-from mis_mlx.size_search.measuring_cost import fitting_cost, passes_cost
 from mis_mlx.size_search.shape_search import Choice, Sizes, probes_of
+from mis_mlx.size_search.unwritten import fitting_cost, passes_cost
 from mis_mlx.types import Budget, Checkpoint, MisError
 
 # Students that a search by --lose measures before the smallest one by corrected sums is one that
@@ -66,7 +66,9 @@ def plan_search(
     )
     tell(str(plan.rates))
     if not s.dry_run:
-        _need(plan, stages, limit)
+        if not plan.fits:
+            raise MisError(strategies.remedy(plan))
+        estimates.require_fit(limit, *stages, needs=plan.needed_bytes)
     outcome["check_failed"] = outcome["check_failed"] or not plan.fits
     return plan, seconds, outcome
 
@@ -89,16 +91,6 @@ def _plan_of_largest(
     job = spec_of(model_of(teacher), student, s, rounding, copied=whole)
     job = measured_block.of_job(job, limit.limit_bytes)
     return strategies.best_plan(job, limit.limit_bytes, estimates.machine_rates())
-
-
-def _need(plan: strategies.MemoryPlan, stages: Sequence[StageCost], limit: Budget) -> None:
-    """MisError where the plan or a stage does not fit the budget."""
-    if not plan.fits:
-        raise MisError(strategies.remedy(plan))
-    peak, worst = max((plan.needed_bytes(stage), stage.name) for stage in stages)
-    enough = estimates.budget_flag(peak)
-    remedy = f"give --budget {enough} or more, or lower --max-seq-length or --batch-size"
-    limit.need(peak, worst, remedy)
 
 
 def search_cost(

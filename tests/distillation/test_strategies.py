@@ -23,7 +23,7 @@ from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import M1_AIR
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge import comparison
-from mis_mlx.judge.judging_cost import comparison_cost
+from mis_mlx.judge.comparison import comparison_cost
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models.architectures import arch

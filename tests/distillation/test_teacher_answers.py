@@ -334,12 +334,12 @@ def test_within_the_budget_or_a_sentence(chat: Checkpoint, monkeypatch: pytest.M
     one_turn = [replace_turns(prompt) for prompt in TWO_TURNS * 2]
     single = teacher_answers.plan(m, replace(HOW, prompts=one_turn), Budget(4000 * MIB))
 
-    assert much.at_once == 64
+    assert much.at_once == len(HOW.prompts)
     assert much.headroom_bytes is None
     assert 0 < much.peak_bytes < 4000 * MIB
     assert turns.cost.flops == pytest.approx(2 * single.cost.flops)
-    less = teacher_answers.plan(m, HOW, Budget(45 * MIB))
-    assert less.at_once < 64
+    less = teacher_answers.plan(m, HOW, Budget(9 * MIB))
+    assert less.at_once < much.at_once
     assert less.peak_bytes < much.peak_bytes
     with pytest.raises(MisError, match="the budget is 1 MiB: give --budget"):
         teacher_answers.plan(m, HOW, Budget(MIB))

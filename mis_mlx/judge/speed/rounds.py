@@ -23,11 +23,10 @@ from mlx.utils import tree_flatten
 from mis_mlx.data import preparation
 from mis_mlx.hardware import rates
 from mis_mlx.hardware.thermal.thermal_monitor import Monitor
-from mis_mlx.judge import judging_cost
 from mis_mlx.maths.stats import summary
 from mis_mlx.models.architectures import arch, stored_form
 from mis_mlx.models.opening import load
-from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.opening.model_size import ModelSize, model_of
 from mis_mlx.models.passing import pass_cost, stream
 from mis_mlx.models.writing import mlx_generate
 from mis_mlx.types import Checkpoint, Row
@@ -223,10 +222,33 @@ def token_times(coming: Iterable[int]) -> tuple[list[float], list[int]]:
     return stamps, tokens
 
 
+def timed_bytes(params: int) -> int:
+    """Memory of stock mlx-lm with a model of so many parameters whole.
+
+    As stored, and as float32.
+    """
+    return 6 * params
+
+
+def timed_weights(models: list[ModelSize], most_bytes: int, limit: int) -> int:
+    """Weights of the models that are in memory together while they are timed; 0: none is."""
+    together = 0
+    largest = 0
+    timed = 0
+    for m in models:
+        weights = m.nbytes if m.packed else m.params * m.item
+        needed = timed_bytes(m.params)
+        together += weights
+        timed += needed
+        if needed <= limit:
+            largest = max(largest, weights)
+    return together if timed <= most_bytes else largest
+
+
 def need_bytes(checkpoint: Checkpoint, r: Request) -> int:
     """Bytes of one model in stock mlx-lm, its cache, and a piece of the prompt in computation."""
     m = model_of(checkpoint)
-    weights = judging_cost.timed_bytes(m.params)
+    weights = timed_bytes(m.params)
     keys = pass_cost.keys_bytes(m, r.prompt + r.answer)
     return weights + keys + pass_cost.workspace_bytes(m, min(r.prompt, PREFILL), r.prompt)
 

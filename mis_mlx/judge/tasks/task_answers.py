@@ -59,18 +59,9 @@ def asking(
         known = chat_template.knows_tools(tokenizer)
         tool_tasks.need_tools(checkpoint.path, known=known)
     prompts = [_prompt(tokenizer, task.questions[n]) for n in left]
-    m = model_of(checkpoint)
-    count = len(prompts)
-    lengths = [len(prompt) for prompt in prompts]
-    sizes = [min(size, count) for size in AT_ONCE]
+    texts = writing_cost.Texts(len(prompts), max(map(len, prompts)), task.max_tokens)
     plan = writing_cost.plan_writing(
-        m,
-        count,
-        task.max_tokens,
-        limit,
-        prompt_tokens=max(lengths),
-        at_once=sizes,
-        name=task.name,
+        model_of(checkpoint), texts, limit, at_once=AT_ONCE, name=task.name
     )
 
     def records() -> Iterator[Record]:
@@ -78,9 +69,9 @@ def asking(
         writer = plan.open(checkpoint)
         own = slice(distributed.rank(), None, distributed.size())
         completions = writer.completions(prompts[own], task.max_tokens, ends)
-        texts = _texts(tokenizer, left[own], completions, ends)
+        decoded = _texts(tokenizer, left[own], completions, ends)
         judged_at_once = JUDGED_AT_ONCE if plan.headroom_bytes is None else JUDGED_IF_STREAMED
-        written = _judged_parts(task, texts, judged_at_once, tokenizer)
+        written = _judged_parts(task, decoded, judged_at_once, tokenizer)
         # Every round ends with a gathering, which a machine that had stopped would block for ever.
         # So all machines make rounds until the last one has nothing more.
         while True:

@@ -22,6 +22,7 @@ from mis_mlx.models.architectures import (
 from mis_mlx.models.architectures.sizes import attending, head_size, key_owners
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize
+from mis_mlx.models.passing import residency
 from mis_mlx.models.passing.residency import batches_per_pass, pass_bytes
 from mis_mlx.models.passing.stream import GROUP_BYTES
 
@@ -178,14 +179,10 @@ class Stays(NamedTuple):
 
 
 def stays(m: ModelSize, headroom_bytes: int) -> Stays:
-    """What so many bytes keep between passes: the head first, then blocks 0, 1 ...
-
-    As `residency.plan`.
-    """
-    left_bytes = headroom_bytes - m.head_work
-    if left_bytes < 0:
+    """What so many bytes keep between passes, as of `residency.plan`, in whole blocks."""
+    head, blocks, _ = residency.plan(m, headroom_bytes, [m.block_work, m.block_work])
+    if not head:
         return Stays(0, 1.0, 0)
-    blocks = min(m.shape.layers, left_bytes // m.block_work)
     others_bytes = (m.shape.layers - blocks) * m.block_bytes
     return Stays(blocks, others_bytes / once_bytes(m), m.head_work + blocks * m.block_work)
 

@@ -293,7 +293,7 @@ def test_fewer_answers_together_where_memory_is_short(llama: Checkpoint) -> None
     streamed.
     """
     m = answering.estimates.model_of(llama)
-    how = {"prompt_tokens": 100, "at_once": task_answers.AT_ONCE}
+    texts = writing_cost.Texts(100, 100, 64)
     needs = [continuous_batch.resident_bytes(m, size, 164) for size in task_answers.AT_ONCE]
 
     assert task_answers.AT_ONCE[0] == 48
@@ -302,7 +302,7 @@ def test_fewer_answers_together_where_memory_is_short(llama: Checkpoint) -> None
     for size, need in zip(task_answers.AT_ONCE, needs, strict=True):
         whole = next(n for n in range(need, 2**30, 2**12) if memory.process_bytes(n) + need <= n)
         limit = Budget(whole)
-        plan = writing_cost.plan_writing(m, 100, 64, limit, **how)
+        plan = writing_cost.plan_writing(m, texts, limit, at_once=task_answers.AT_ONCE)
         assert (plan.at_once, plan.headroom_bytes) == (size, None)
 
 
