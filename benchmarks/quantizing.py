@@ -6,7 +6,7 @@ programs.
     scripts/mis benchmarks/quantizing.py --table
 
 A model of the shape of a 0.5 B one with 152 thousand tokens and of random weights, so there is
-nothing to say of its quality (benchmarks/quality_4bit.py has that, of a real one). Whoever
+nothing to say of its quality (benchmarks/rivals.py has that, of real ones). Whoever
 calibrates sees the same windows, whoever trains makes as many steps; mlx_lm's functions are called
 as its commands call them, in float32, ours are `mis_mlx.quantize`. Every row is a process of its
 own, whose largest resident set is counted from when the text is ready (Linux); what the process
@@ -24,18 +24,20 @@ import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import laboratory
+import other_quantizers
 import psutil
-import quality_4bit
 import streaming
 from planned import HALF
 
 from mis_mlx import cli, quantize
+from mis_mlx.data import preparation
 from mis_mlx.distillation import train_loop
-from mis_mlx.models.opening import compute_type
+from mis_mlx.models.opening import compute_type, load
 from mis_mlx.reporting.text import markdown_table
 
 GIVEN: dict[str, Any] = {"num_samples": 4, "max_seq_length": 128, "q_iters": 4}
@@ -64,7 +66,8 @@ SEVEN_ROWS: dict[str, dict[str, Any]] = {
 SMALL = "2GiB"
 LARGE = "4GiB"
 LIMIT_S = 1800
-THEIRS = {label: make for label, make in quality_4bit.ROWS.items() if label.startswith("mlx_lm")}
+DYNAMIC_BITS = 4.5  # of a weight: of our default
+THEIRS = ("mlx_lm convert", "mlx_lm gptq", "mlx_lm awq", "mlx_lm dwq", "mlx_lm dynamic_quant")
 
 
 @dataclass(frozen=True)
@@ -82,13 +85,28 @@ class Settings:
 def maker(name: str, model: str) -> Callable[[Path], Any]:
     """What writes the row's folder, its text made ready."""
     if name in THEIRS:
-        bench = quality_4bit.Bench(quality_4bit.Settings(model=model, eval_windows=1, **GIVEN))
-        return lambda out: THEIRS[name](bench, out)
+        return their_maker(name, Path(model))
     label, _, budget = name.partition(" under ")
     how = {**GIVEN, **(OURS | SEVEN_ROWS)[label]}
     if budget:
         how["budget"] = budget
     return lambda out: quantize.run(quantize.Settings(model=model, mlx_path=str(out), **how))
+
+
+def their_maker(name: str, folder: Path) -> Callable[[Path], Any]:
+    """`maker` of a program of mlx_lm's; gptq and awq keep 8 bits for the embedding."""
+    train = preparation.prepare(None, load.tokenizer(folder), GIVEN["max_seq_length"]).train
+    batches = preparation.calibration(train, GIVEN["num_samples"], 0)
+    if name == "mlx_lm convert":
+        return partial(laboratory.packed, folder)
+    if name == "mlx_lm gptq":
+        return lambda out: other_quantizers.gptq(folder, out, batches, embedding_bits=8)
+    if name == "mlx_lm awq":
+        of_table: dict[str, Any] = {"embedding_bits": 8, "embedding_group": 64}
+        return lambda out: other_quantizers.awq(folder, out, batches, **of_table, steps=10)
+    if name == "mlx_lm dwq":
+        return lambda out: other_quantizers.dwq(folder, out, train, GIVEN["q_iters"])
+    return lambda out: other_quantizers.dynamic_quant(folder, out, batches, DYNAMIC_BITS)
 
 
 def row(name: str, model: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import mostly_slow, mostly_thorough
 from tests.faults.conftest import Note
-from tests.faults.test_operations import LONG, SHORT, Benches
+from tests.faults.test_operations import EACH, LONG, SHORT, Benches
 
 CUTS = 2000  # in all, of the slow run: of each job CUTS / number of jobs
 
@@ -30,9 +30,9 @@ def test_a_power_cut_loses_nothing_that_was_safe(name: str, bench: Benches) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("name", (*SHORT, *LONG))
 def test_two_thousand_power_cuts(name: str, bench: Benches, note: Note) -> None:
-    """From every disk that a cut may leave, the job is gone on with to its end."""
+    """From EACH disks that a cut may leave, the job is gone on with to its end."""
     b = bench(name)
-    b.power(CUTS // len((*SHORT, *LONG)))
+    b.power(CUTS // len((*SHORT, *LONG)), resumed=EACH)
     note("power cut", name, b.ends, len(b.bad))
     assert not b.bad
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mis_mlx.maths import stats
 from mis_mlx.planner import estimates
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import LEFTOVER, Files
@@ -109,9 +110,9 @@ class Bench:
                 self.bad.append(f"operation {at}, {fate}: {type(error).__name__}: {error}")
         self._judge(f"operation {at}, {fate}", ended, said, place)
 
-    def ends_at_each(self) -> None:
+    def ends_at_each(self, resumed: int) -> None:
         """The process ends at operation 1, 2, 3 ...: what lies there when half of each is done, all
-        of one run.
+        of one run. resumed: from so many of these disks, spread over all, the job is gone on with.
 
         Nothing of ours is done after a kill, so that a copy of the disk at that moment is what it
         leaves.
@@ -144,8 +145,9 @@ class Bench:
 
         with changed(wrap), acknowledged(said.append):
             self.job.run(place)
-        for what, here in kept.values():
-            self._go_on(what, here)
+        left = list(kept.values())
+        for number in stats.spread(len(left), resumed):
+            self._go_on(*left[number])
 
     def power(self, count: int, forgets: str = "", resumed: int = 10**9) -> None:
         """`count` cuts at random moments of one run. forgets: see `recorded`. resumed: the most to
