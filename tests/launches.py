@@ -30,6 +30,7 @@ VIEWS = frozenset(
         "Unflatten",
     }
 )
+FIT_LAUNCHES = 51  # of `rounding.fit_grids` on a GPU
 PRIMITIVE = re.compile(r'label ="([^"]*)", shape=rectangle')
 
 

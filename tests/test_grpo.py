@@ -140,6 +140,7 @@ def test_end_to_end(undisturbed: tuple[Path, Done]) -> None:
     assert isinstance(mlx_generate.continuation(model, tokenizer, "how many", 4), str)
 
 
+@pytest.mark.thorough
 def test_a_killed_run_ends_with_the_same_bits(
     undisturbed: tuple[Path, Done],
     small: tuple[object, ...],
@@ -191,6 +192,7 @@ def test_equal_rewards_leave_the_model_as_it_was(
     assert result["tokens"] == 0
 
 
+@pytest.mark.thorough
 def test_lora_and_several_updates(small: tuple[object, ...], tmp_path: Path) -> None:
     """Adapters alone learn; with three updates on the same answers ratios leave 1 and some tokens
     are clipped.

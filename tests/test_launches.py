@@ -17,7 +17,7 @@ import pytest
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher
 from mis_mlx.distillation.whole_model import value_and_grad
-from mis_mlx.maths import gptq, rounding
+from mis_mlx.maths import gptq
 from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.writing import mlx_generate
@@ -77,7 +77,7 @@ def test_gptq_fuses(
     plan = packed_format.formats_of(llama.config, 64)
     next(stage.rounded_blocks(llama, batches, plan))
     assert len(counts) == 3 + 12
-    assert max(counts) <= rounding.FIT_LAUNCHES
+    assert max(counts) <= launches.FIT_LAUNCHES
 
 
 def test_a_tuning_step(packed: Checkpoint, llama: Checkpoint) -> None:

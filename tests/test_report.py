@@ -280,6 +280,7 @@ def test_what_a_run_writes_down_for_it(finished: tuple[Path, Done], llama: Check
     assert "out" not in story.begun["flags"]
 
 
+@pytest.mark.thorough
 def test_weather_and_aais(warm: Path, tmp_path: Path) -> None:
     """Temperatures and tea breaks in the picture's words; how many channels AAIS keeps that the
     plain one does not.
@@ -589,7 +590,7 @@ def peak_of_child(folder: Path) -> int:
     return int(done.stdout.splitlines()[-1]) * (1 if sys.platform == "darwin" else 1024)
 
 
-@pytest.mark.parametrize("count", [10**5, pytest.param(10**6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", mostly_slow([10**5, 10**6], thorough=[10**5]))
 def test_a_million_steps_in_bounded_memory(count: int, copy: Path) -> None:
     """A log of very many lines: a page that is no larger, a peak hardly higher than for ten, every
     extreme kept.

@@ -155,6 +155,7 @@ def _never(*_: Any, **__: Any) -> None:
     pytest.fail("a model was written")
 
 
+@pytest.mark.thorough
 def test_bits_of_a_delta_rule(
     models: Callable[[str], Checkpoint],
     text_folder: Path,

@@ -38,7 +38,6 @@ FITTED = 2**18  # weights whose grids are fitted at a time
 # two of these. A GPU takes more at once, which is fewer launches.
 CANDIDATES = 2**20
 FUSED_CANDIDATES = 4 * CANDIDATES
-FIT_LAUNCHES = 51  # kernels that a GPU launches for them
 RANGE_ENDS = 4  # places of a range's end that are tried, at either end
 # How much of a group's range is cut off at an end in a step, by bits. Of 8 bits nothing is cut off:
 # the range costs next to nothing there.

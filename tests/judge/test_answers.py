@@ -293,6 +293,7 @@ def test_a_stop_token_ends_an_answer(chat: Checkpoint, monkeypatch: pytest.Monke
     assert said == [Answer("If so", ended=True), Answer("If so", ended=False)]
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("cpu_policy")  # its budget is for float32
 def test_a_streamed_model_answers_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedily, and with each prompt's own random numbers, after prompts of several lengths."""

@@ -20,7 +20,7 @@ from mis_mlx.models.writing import streamed_batch
 from mis_mlx.models.writing.draws import Draws, Sampling
 from mis_mlx.types import Checkpoint
 from tests import tiny
-from tests.conftest import mostly_slow
+from tests.conftest import mostly_slow, mostly_thorough
 
 Models = Callable[[str], Checkpoint]
 MIB = 2**20
@@ -91,7 +91,7 @@ def test_a_streamed_writer_takes_what_the_plan_says(
         {"vocab_size": 49152},
     ],
 )
-@pytest.mark.parametrize("at_once", [3, 20])
+@pytest.mark.parametrize("at_once", mostly_thorough([3, 20], 20))
 def test_a_wide_model_and_many_tokens_are_planned_closely(
     tmp_path: Path, shape: dict[str, int], at_once: int
 ) -> None:

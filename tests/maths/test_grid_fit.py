@@ -123,7 +123,7 @@ def test_a_group_of_columns_takes_few_launches(bits: int) -> None:
     costs = costs_of(64)
     mx.eval(columns, costs)
     grids = rounding.fit_grids(columns, bits, costs, fused=True)
-    assert launches.counted(grids).total() <= rounding.FIT_LAUNCHES < 553 / 10
+    assert launches.counted(grids).total() <= launches.FIT_LAUNCHES < 553 / 10
 
 
 @pytest.mark.parametrize("fused", [False, True])

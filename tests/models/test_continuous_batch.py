@@ -14,6 +14,7 @@ from mis_mlx.models.writing import continuous_batch
 from mis_mlx.models.writing.continuous_batch import Completion, Room
 from mis_mlx.models.writing.draws import Draws
 from mis_mlx.types import Checkpoint
+from tests.conftest import mostly_thorough
 
 # Seven prompts of 1 to 9 tokens: in a batch of three, texts begin beside longer ones.
 PROMPTS = [
@@ -50,7 +51,7 @@ def stops_of(model: nn.Module) -> list[int]:
     return [alone(model, PROMPTS[0], [])[3], alone(model, PROMPTS[-1], [])[1]]
 
 
-@pytest.mark.parametrize("at_once", [1, 3, 16])
+@pytest.mark.parametrize("at_once", mostly_thorough([1, 3, 16], 3))
 def test_greedy_is_the_models_own_text(model: nn.Module, at_once: int) -> None:
     """Every prompt once, whatever the batch; some texts end early, so others begin beside them."""
     stop = stops_of(model)

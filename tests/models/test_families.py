@@ -33,12 +33,15 @@ from mis_mlx.models.passing import stream
 from mis_mlx.models.writing import streamed_decode
 from mis_mlx.types import Checkpoint, MisError
 from tests import stock, tiny
-from tests.conftest import mostly_slow
+from tests.conftest import mostly_slow, mostly_thorough
 from tests.family_checks import TOKENS, apart, streamed
 
 Models = Callable[[str], Checkpoint]
 # Polish models are llamas and mistrals of other ratios: one with biases in the short run.
-QUICK = mostly_slow(tiny.MODELS, *tiny.FAMILIES, "Bielik-4.5B-v3")
+SHORT = (*tiny.FAMILIES, "Bielik-4.5B-v3")
+QUICK = mostly_slow(tiny.MODELS, *SHORT)
+DIFFERENT = ("gemma3_text", "gpt_oss", "lfm2", "qwen3_5_text", "Bielik-4.5B-v3")
+FEWER = mostly_slow(tiny.MODELS, *DIFFERENT, thorough=SHORT)
 
 
 def stock_of(folder: Path) -> nn.Module:
@@ -121,7 +124,7 @@ def test_streamed_is_resident_is_stock(models: Models, batches: list[mx.array], 
 
 
 @pytest.mark.usefixtures("cpu_policy")
-@pytest.mark.parametrize("kind", ["qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("kind", mostly_thorough(["qwen3_moe", "olmoe"], "olmoe"))
 def test_a_mixture_writes_what_stock_writes(models: Models, kind: str) -> None:
     """Greedy tokens with nothing kept, with room for some experts, and for all; fewer bytes the
     more room there is.
@@ -147,7 +150,7 @@ MIXTURES = [name for name, kind in FAMILIES.items() if issubclass(kind, Mixture)
 
 
 @pytest.mark.usefixtures("cpu_policy")
-@pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.parametrize("kind", mostly_thorough(MIXTURES, "qwen2_moe"))
 def test_four_bits_of_a_mixture_are_stock(
     models: Models,
     batches: list[mx.array],
@@ -177,7 +180,7 @@ def test_four_bits_of_a_mixture_are_stock(
 
 
 @pytest.mark.usefixtures("cpu_policy")
-@pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.parametrize("kind", mostly_thorough(MIXTURES, "gpt_oss"))
 def test_experts_are_read_once_for_many_batches(
     models: Models, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,7 +221,7 @@ def test_experts_are_read_once_for_many_batches(
 
 
 @pytest.mark.usefixtures("cpu_policy")
-@pytest.mark.parametrize("kind", QUICK)
+@pytest.mark.parametrize("kind", FEWER)
 def test_gradients_are_those_of_the_whole_model(models: Models, kind: str, tmp_path: Path) -> None:
     """The distillation step's, by numpy and in one graph, against autodiff of mlx_lm's own forward
     pass.
@@ -303,7 +306,7 @@ def test_cut_along_every_axis_it_opens_in_stock(
     )
 
 
-@pytest.mark.parametrize("kind", mostly_slow(tiny.MODELS, "qwen2_moe"))
+@pytest.mark.parametrize("kind", mostly_slow(tiny.MODELS, thorough=["qwen2_moe"]))
 def test_the_whole_way(models: Models, kind: str, tmp_path: Path, text_folder: Path) -> None:
     """Every family and every Polish model; in the short run a mixture, and further below joined
     matrices.

@@ -39,7 +39,7 @@ from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Checkpoint, MisError
 from tests import family_checks, tiny
 from tests import stock as stock_models
-from tests.conftest import mostly_slow, near
+from tests.conftest import mostly_slow, mostly_thorough, near
 from tests.family_checks import TOKENS
 
 KIND = "gemma4_text"
@@ -136,7 +136,7 @@ def test_of_a_model_that_sees_and_hears_the_text_part_is_opened(
     mostly_slow(
         product(BOTH, ("cpu", "metal"), ("round", "gptq")),
         (BOTH[0], "cpu", "round"),
-        (BOTH[1], "cpu", "gptq"),
+        thorough=[(BOTH[1], "cpu", "gptq")],
         of_several=True,
     ),
     indirect=["gemma"],
@@ -223,7 +223,10 @@ def test_tables_go_through_memory_in_parts(
 
 
 @pytest.mark.usefixtures("cpu_policy")
-@pytest.mark.parametrize(("each", "windows"), [(7, 1), (7, 2), (3, 2), (2, 1)])
+@pytest.mark.parametrize(
+    ("each", "windows"),
+    mostly_thorough([(7, 1), (7, 2), (3, 2), (2, 1)], (3, 2), of_several=True),
+)
 def test_gradients_block_by_block_are_the_whole_models(
     gemma: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, each: int, windows: int
 ) -> None:

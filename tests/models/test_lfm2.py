@@ -153,7 +153,12 @@ def test_options_share_their_question(lfm: Checkpoint) -> None:
 
 @pytest.mark.parametrize(
     ("policy", "method"),
-    mostly_slow(product(("cpu", "metal"), ("round", "gptq")), ("cpu", "gptq"), of_several=True),
+    mostly_slow(
+        product(("cpu", "metal"), ("round", "gptq")),
+        ("cpu", "round"),
+        thorough=[("cpu", "gptq")],
+        of_several=True,
+    ),
 )
 def test_four_bits_are_stock(
     lfm: Checkpoint,

@@ -35,6 +35,9 @@ SHOWN = (
 )
 
 
+QUICK = ("gpt_oss", "gemma3n_text", "qwen3_5_text")
+
+
 def log_probs_of(whole: nn.Module, text: Sequence[int]) -> mx.array:
     """Of the token behind a text (V,), all of which is read at once."""
     logits = whole(mx.array([text]))[0, -1].astype(mx.float32)
@@ -42,7 +45,9 @@ def log_probs_of(whole: nn.Module, text: Sequence[int]) -> mx.array:
 
 
 @pytest.mark.usefixtures("cpu_policy")
-@pytest.mark.parametrize("kind", mostly_slow(["llama", "biased", *tiny.MODELS], *SHOWN))
+@pytest.mark.parametrize(
+    "kind", mostly_slow(["llama", "biased", *tiny.MODELS], *QUICK, thorough=SHOWN)
+)
 def test_what_comes_next_is_what_a_text_alone_says(
     models: Models, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,7 +54,7 @@ def stranger(tmp_path: Path) -> Stream:
 
 @pytest.mark.parametrize(
     "kind",
-    mostly_slow([*tiny.KINDS, *MORE], "llama", "gemma3n_text", "lfm2"),
+    mostly_slow([*tiny.KINDS, *MORE], "llama", "lfm2", thorough=["gemma3n_text"]),
 )
 def test_the_tokens_are_mlx_lms(
     models: Callable[[str], Checkpoint],

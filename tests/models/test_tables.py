@@ -24,6 +24,7 @@ from mis_mlx.storage import safetensors
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits
 from tests import tiny
+from tests.conftest import mostly_thorough
 from tests.peaks import allocated, counted
 
 ROWS = 400_000
@@ -48,7 +49,7 @@ def _packed(wordy: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Chec
     return load.open_checkpoint(folder)
 
 
-@pytest.fixture(name="policy", params=["cpu", "metal"], autouse=True)
+@pytest.fixture(name="policy", params=mostly_thorough(["cpu", "metal"], "cpu"), autouse=True)
 def _policy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("MIS_MLX_POLICY", request.param)
     return str(request.param)

@@ -21,7 +21,7 @@ from mis_mlx.models.writing import model_writer
 from mis_mlx.pruning import calibrate, reconstruct
 from mis_mlx.types import MisError
 from tests import tiny
-from tests.conftest import near
+from tests.conftest import mostly_thorough, near
 
 FEW = 4  # blocks: what is tested here is in each of them
 
@@ -115,7 +115,7 @@ def test_the_weather_weighs_experts(tmp_path: Path, text_folder: Path) -> None:
     assert (plain["importance"], warm["importance"]) == ("rms", "aais")
 
 
-@pytest.mark.parametrize("by", ["reap", "frequency", "random"])
+@pytest.mark.parametrize("by", mostly_thorough(["reap", "frequency", "random"], "reap"))
 def test_what_stays_is_the_teachers(tmp_path: Path, text_folder: Path, by: str) -> None:
     """Experts with their rows of the router, in order; nothing else changes."""
     teacher = load.open_checkpoint(tiny.make(tmp_path / "m", **MIXTURE))
@@ -210,6 +210,7 @@ def test_few_tokens_fit_the_memory(
     assert min(asked) >= 1
 
 
+@pytest.mark.thorough
 def test_an_eighth_of_the_model(
     tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,6 +336,7 @@ def test_the_plan_of_a_large_mixture(capsys: pytest.CaptureFixture[str]) -> None
     assert found["0.5x"]["params_student"] == 16_030_316_544 < found["0.75x"]["params_student"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("kind", "way"), [("gpt_oss", "sharded"), ("mixtral", "blocks")])
 def test_trained_in_other_ways(tmp_path: Path, text_folder: Path, kind: str, way: Any) -> None:
     """In shards, whose files hold experts one by one whatever the family has; all blocks with

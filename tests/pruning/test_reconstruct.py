@@ -7,6 +7,7 @@ from __future__ import annotations
 import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from mis_mlx.pruning import pruning_cost, reconstruct, slicing
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Checkpoint, KeptUnits, Precision
 from tests import family_checks, peaks, tiny
+from tests.conftest import mostly_thorough
 
 ALL = (0, 1, 2)
 SOME = tuple(range(0, 768, 3))
@@ -155,7 +157,13 @@ CUTS = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [*(("llama", name) for name in CUTS), ("gemma3_text", "ffn")]
+    ("kind", "name"),
+    mostly_thorough(
+        [*(("llama", name) for name in CUTS), ("gemma3_text", "ffn")],
+        ("llama", "hidden"),
+        ("gemma3_text", "ffn"),
+        of_several=True,
+    ),
 )
 def test_the_error_falls_block_by_block(
     tmp_path: Path,
@@ -327,8 +335,10 @@ def test_a_wide_layer_is_refitted_beside_nothing_in_float64(
 
 
 @pytest.mark.usefixtures("cpu_policy")
-@pytest.mark.parametrize("item", [0, 4])
-@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize(
+    ("dtype", "item"),
+    mostly_thorough(product(("F32", "BF16"), (0, 4)), ("BF16", 4), of_several=True),
+)
 def test_a_repair_stays_under_the_plan(
     tmp_path: Path, dtype: Any, item: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -361,8 +371,15 @@ def test_a_repair_stays_under_the_plan(
     assert planned.peak_bytes / 4 < peak.nbytes < peaks.allocated(planned.peak_bytes)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    mostly_thorough(
+        product(("llama", "gemma3_text", "qwen3_moe"), ("float32", "bfloat16", "float16")),
+        ("llama", "float16"),
+        ("gemma3_text", "bfloat16"),
+        of_several=True,
+    ),
+)
 def test_what_is_repaired_is_float32(
     tmp_path: Path,
     models: Callable[[str], Checkpoint],
@@ -390,7 +407,7 @@ def test_what_is_repaired_is_float32(
     [
         pytest.param("gemma3_text", "bfloat16", marks=pytest.mark.slow),
         ("gemma3_text", "float16"),
-        ("gemma4_text", "bfloat16"),
+        pytest.param("gemma4_text", "bfloat16", marks=pytest.mark.thorough),
     ],
 )
 def test_a_repaired_norm_learns_in_float32(

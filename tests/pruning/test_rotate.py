@@ -414,6 +414,7 @@ def test_a_rotation_that_does_not_fit_is_a_sentence(tmp_path: Path, llama: Check
     assert keep.basis.shape == (64, 48)
 
 
+@pytest.mark.thorough
 def test_the_whole_way_with_a_rotated_student(
     tmp_path: Path,
     llama: Checkpoint,

@@ -460,6 +460,7 @@ def test_two_machines(
     )
 
 
+@pytest.mark.thorough
 def test_resumed_after_each_stage(
     tmp_path: Path,
     finished: tuple[Path, Done],
@@ -479,6 +480,7 @@ def test_resumed_after_each_stage(
         distill.run(replace(settings_of(distill, small, run), resume=True, vocab="700"))
 
 
+@pytest.mark.thorough
 def test_a_student_made_earlier(
     tmp_path: Path,
     finished: tuple[Path, Done],
@@ -515,6 +517,7 @@ def test_a_student_made_earlier(
     assert "vocabulary.json does not say which rows it has" in sentence(refused)
 
 
+@pytest.mark.thorough
 def test_commands_on_a_trimmed_student(
     tmp_path: Path,
     finished: tuple[Path, Done],
@@ -601,6 +604,7 @@ def test_the_page_of_such_a_run(finished: tuple[Path, Done]) -> None:
     )
 
 
+@pytest.mark.thorough
 def test_plan_follows(big: Checkpoint, in_process: Callable[..., Done]) -> None:
     """`plan --vocab`: fewer parameters in the student, all of the teacher's."""
     whole, half = (
@@ -687,6 +691,7 @@ BRIEF_SEARCH += ("--eval-windows", 8, "--iters", 8, "--reconstruct-samples", 0)
 BRIEF_SEARCH += ("--evaluations", 2, "--finalists", 1, "--learning-rate", "2e-4")
 
 
+@pytest.mark.thorough
 def test_search_over_vocabularies(
     big: Checkpoint,
     text_folder: Path,
