@@ -359,6 +359,7 @@ def test_without_conversations_or_questions(
     assert ("training windows are" in out.err) == trained
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("brief_talk")
 def test_a_dry_run_says_that_the_teacher_would_answer_first(
     tmp_path: Path, text_folder: Path, capfd: pytest.CaptureFixture[str]

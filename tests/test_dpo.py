@@ -25,7 +25,7 @@ from mis_mlx.models.writing import mlx_generate
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
-from tests.conftest import Done, last_line, losses, mostly_slow, settings_of
+from tests.conftest import Done, last_line, losses, mostly_slow, mostly_thorough, settings_of
 from tests.test_sft import SMALL, answers  # noqa: F401  a fixture
 
 
@@ -180,7 +180,7 @@ def _fused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attend)
 
 
-@pytest.mark.parametrize("word", ["cpu", "metal"])
+@pytest.mark.parametrize("word", mostly_thorough(["cpu", "metal"], "cpu"))
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_training_begins_at_exactly_zero(
     kind: Any,

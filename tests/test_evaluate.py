@@ -163,6 +163,7 @@ def test_the_recovery_table(
     assert last_line(again)["recovered"] == last_line(done)["recovered"]
 
 
+@pytest.mark.thorough
 def test_builtin_end_to_end(
     tmp_path: Path, llama: Checkpoint, command: Callable[..., Done]
 ) -> None:

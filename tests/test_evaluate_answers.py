@@ -144,6 +144,7 @@ def test_a_student_of_fewer_tokens(chat: Path, tmp_path: Path) -> None:
     assert found["all"]["endless_student"] > 0
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("cache", "cpu_policy")  # its budget is for float32
 def test_memory_stays_under_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Models that do not fit are streamed, and say the same."""

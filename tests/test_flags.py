@@ -25,6 +25,7 @@ from mis_mlx.quantization import bit_allocation, stage
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError, Within
+from tests.conftest import mostly_slow
 
 WORDS = ("nan", "inf", "-inf", "-1", "0", "1e30", str(10**12), "")
 THERMAL = (thermal.Record, thermal.Replay, thermal.Doctor)
@@ -349,9 +350,7 @@ def asked_before(name: str) -> set[str]:
 
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "plan" else n for n in DRY_RUNS]
-)
+@pytest.mark.parametrize("name", mostly_slow(DRY_RUNS, "export", thorough=set(DRY_RUNS) - {"plan"}))
 def test_the_ends_of_every_range_can_be_planned(
     name: str,
     every: bool,

@@ -95,6 +95,7 @@ def test_keywords_are_the_flags() -> None:
         assert "budget" in keywords
 
 
+@pytest.mark.thorough
 def test_importing_does_nothing_and_the_first_call_brings_fast_products(
     llama: Checkpoint, own_home: dict[str, str]
 ) -> None:

@@ -35,7 +35,7 @@ from mis_mlx.models.writing.continuous_batch import Room
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
 from tests import forks, tiny
-from tests.conftest import Done, last_line, losses, settings_of
+from tests.conftest import Done, last_line, losses, mostly_thorough, settings_of
 
 # A reward that a model of random weights gets now and then: the share of letters that are small
 # vowels.
@@ -276,7 +276,7 @@ def test_the_reference_is_the_model_as_it_was(llama: Checkpoint, folder: Path) -
 
 
 @pytest.mark.parametrize("iterations", [1, 3])
-@pytest.mark.parametrize("word", ["cpu", "metal"])
+@pytest.mark.parametrize("word", mostly_thorough(["cpu", "metal"], "cpu"))
 def test_learning_begins_at_exactly_zero(
     iterations: int,
     word: str,

@@ -178,6 +178,7 @@ def searched(llama: Checkpoint, text_folder: Path, out: Path, **given: Any) -> d
     return search.run(search.Settings(**asked))
 
 
+@pytest.mark.thorough
 def test_a_smaller_loss_needs_more_bytes(
     llama: Checkpoint, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

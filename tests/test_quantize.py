@@ -91,6 +91,7 @@ def test_gptq_end_to_end(
     assert isinstance(mlx_generate.continuation(model, tokenizer, "The with statement", 4), str)
 
 
+@pytest.mark.thorough
 def test_gptq_on_fewer_windows_in_memory_gives_the_same_bits(
     tmp_path: Path, llama: Checkpoint
 ) -> None:

@@ -41,6 +41,7 @@ BEGUN = {
     "stored": "targets",
     "steps": "tune-steps/step-00000002",
 }
+QUICK = ("sensitivity", "a block", "stored", "steps")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -112,7 +113,9 @@ def test_killed_in_each_phase_it_goes_on_to_the_same_bytes(
     new = (*asked, "--budget", budget, "--mlx-path", out)
     more = ("--mlx-path", out, "--resume")
     killed = []
-    for phase, begun in BEGUN.items():
+    phases = BEGUN if budget == LIVE else QUICK
+    for phase in phases:
+        begun = BEGUN[phase]
         if phase == "stored" and budget == LIVE:
             continue
         child = Child(own_home, *(more if killed else new))
@@ -123,7 +126,7 @@ def test_killed_in_each_phase_it_goes_on_to_the_same_bytes(
         assert (work / begun).exists() and not out.exists()
     done = Child(own_home, *more).end()
     assert done.returncode == 0, done.stderr
-    assert len(killed) >= 4
+    assert len(killed) >= len(phases) - 2
     assert "continuing from step" in done.stderr
     assert "sensitivity" not in done.stderr
     assert contents(out) == whole
@@ -234,13 +237,15 @@ def test_a_budget_without_room_for_a_block_names_one_that_has(
 
 def test_work_that_is_there_is_not_begun_again(
     tmp_path: Path,
-    asked: tuple[object, ...],
+    deep: Path,
+    text_folder: Path,
     own_home: dict[str, str],
     command: Callable[..., Done],
 ) -> None:
     """Without --resume it is refused; with it, so is another setting, and a result in its place."""
     out = tmp_path / "out"
     work = tmp_path / "out-unfinished"
+    asked = ("--model", deep, "--data", text_folder, *BRIEF)
     child = Child(own_home, *asked, "--mlx-path", out)
     child.wait_for(work / BEGUN["a block"])
     child.process.kill()

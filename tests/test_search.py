@@ -103,6 +103,7 @@ def sizes(record: dict[str, Any]) -> dict[str, Any]:
     return {axis: record[axis] for axis in (*shape_search.CUTS, "bits")}
 
 
+@pytest.mark.thorough
 def test_end_to_end(done: tuple[Path, Done], llama: Checkpoint) -> None:
     """The likeliest within the limit are measured once, the best two distilled and rounded, no
     student is left over; every folder has at most the bytes asked for.
@@ -135,6 +136,7 @@ def test_end_to_end(done: tuple[Path, Done], llama: Checkpoint) -> None:
     assert axes == {"layers", "ffn", "heads"}  # the tiny tokenizer is as small as can be
 
 
+@pytest.mark.thorough
 def test_the_table_says_what_the_log_holds(done: tuple[Path, Done], llama: Checkpoint) -> None:
     """Columns are the finalists; each mean is of the windows in the log; distilled is better than
     pruned.
@@ -166,6 +168,7 @@ def test_the_table_says_what_the_log_holds(done: tuple[Path, Done], llama: Check
     )
 
 
+@pytest.mark.thorough
 def test_the_line_it_recommends_is_one_that_distill_takes(
     done: tuple[Path, Done], in_process: Callable[..., Done]
 ) -> None:
@@ -178,6 +181,7 @@ def test_the_line_it_recommends_is_one_that_distill_takes(
     assert last_line(dry)["params_student"] in [f["params"] for f in result["finalists"]]
 
 
+@pytest.mark.thorough
 def test_the_score_is_that_of_a_student_by_hand(
     tmp_path: Path, done: tuple[Path, Done], small: search.Settings
 ) -> None:
@@ -318,6 +322,7 @@ def test_killed_and_resumed_is_the_undisturbed_search(
     assert not list(out.rglob(".tmp-*"))
 
 
+@pytest.mark.thorough
 def test_nothing_is_measured_twice(
     tmp_path: Path,
     done: tuple[Path, Done],
@@ -340,6 +345,7 @@ def test_nothing_is_measured_twice(
     assert (out / "table.md").read_bytes() == (done[0] / "table.md").read_bytes()
 
 
+@pytest.mark.thorough
 def test_a_resumed_search_keeps_its_flags_and_is_no_distillation(
     done: tuple[Path, Done], finished: tuple[Path, Done], in_process: Callable[..., Done]
 ) -> None:
@@ -352,6 +358,7 @@ def test_a_resumed_search_keeps_its_flags_and_is_no_distillation(
         search.run(search.Settings(resume=True, out=str(finished[0])))
 
 
+@pytest.mark.thorough
 def test_a_stop_in_a_training_names_the_search(
     tmp_path: Path, done: tuple[Path, Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:

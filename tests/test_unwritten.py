@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits
 from tests import tiny
+from tests.conftest import mostly_thorough
 
 CUT = select.PruningConfig(scenario="none", importance="rms")
 
@@ -61,9 +63,15 @@ def same(own: unwritten.Running, other: Checkpoint, batches: list[mx.array]) -> 
 # In float32: a GPU multiplies packed matrices as they are, and half precision rounds elsewhere.
 @pytest.mark.usefixtures("cpu_policy")
 @pytest.mark.parametrize(
-    "kind", ["llama", "untied", "qwen3", "gemma3_text", "qwen3_5_text", "lfm2"]
+    ("kind", "fit"),
+    mostly_thorough(
+        product(("llama", "untied", "qwen3", "gemma3_text", "qwen3_5_text", "lfm2"), (False, True)),
+        ("llama", True),
+        ("untied", False),
+        ("qwen3_5_text", True),
+        of_several=True,
+    ),
 )
-@pytest.mark.parametrize("fit", [False, True])
 def test_rounded_in_memory_is_rounded_in_a_folder(
     kind: str,
     fit: bool,
@@ -121,6 +129,7 @@ def searched(teacher: Checkpoint, text: Path, out: Path, **given: Any) -> dict[s
     return search.run(search.Settings(**asked))
 
 
+@pytest.mark.thorough
 def test_a_teacher_that_streams_keeps_its_blocks(
     llama: Checkpoint,
     text_folder: Path,
@@ -176,6 +185,7 @@ def test_bits_of_a_delta_rule(
     assert found["best"]["target_bpw"] >= least - 0.01
 
 
+@pytest.mark.thorough
 def test_several_students_in_one_pass_and_one_by_one(
     llama: Checkpoint, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

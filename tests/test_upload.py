@@ -119,6 +119,7 @@ def received(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.thorough
 def test_a_dense_model_is_sent_and_nothing_else(
     llama: Checkpoint, tmp_path: Path, hub_here: dict[str, str]
 ) -> None:
@@ -166,6 +167,7 @@ def test_the_packed_model_goes_with_its_gguf(
     assert "mlx_lm.generate --model me/small" in card.text
 
 
+@pytest.mark.thorough
 def test_the_packed_model_goes_beside_a_folder_for_transformers(
     four: Path, tmp_path: Path, hub_here: dict[str, str]
 ) -> None:

@@ -12,7 +12,9 @@ import pytest
 from mis_mlx.models.opening import load
 from mis_mlx.types import Checkpoint
 from tests import machines, tiny
-from tests.conftest import near
+from tests.conftest import mostly_slow, near
+
+MACHINES = mostly_slow([2, 3], thorough=[2])  # as whole commands: tests/test_ranks.py
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ def arrays(worked: dict[int, Path], n: int, rank: int, name: str) -> dict[str, n
 
 
 @pytest.mark.parametrize("name", ["distilled", "tuned", "distilled in layers"])
-@pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", MACHINES)
 def test_ten_steps_are_those_of_one_machine(worked: dict[int, Path], n: int, name: str) -> None:
     """Weights, losses and gradient norms within 1e-5 of one machine's, whatever was whose part; and
     the same bits on every machine. Weights whose gradients nearly vanish: 1.2e-5 were measured of
@@ -77,7 +79,7 @@ def test_ten_steps_are_those_of_one_machine(worked: dict[int, Path], n: int, nam
 
 
 @pytest.mark.parametrize("name", ["calibrated", "calibrated in layers"])
-@pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", MACHINES)
 def test_statistics_are_those_of_one_machine(worked: dict[int, Path], n: int, name: str) -> None:
     """Float64 sums that differ in the order of adding alone (1e-12), on every machine: of its
     batches, or blocks.
@@ -92,7 +94,7 @@ def test_statistics_are_those_of_one_machine(worked: dict[int, Path], n: int, na
 
 
 @pytest.mark.parametrize("name", ["read", "kept"])
-@pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", MACHINES)
 def test_a_pass_through_shared_blocks_is_that_of_one_machine(
     worked: dict[int, Path], n: int, name: str
 ) -> None:
@@ -108,7 +110,7 @@ def test_a_pass_through_shared_blocks_is_that_of_one_machine(
 
 
 @pytest.mark.parametrize("name", ["targets", "layers"])
-@pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", MACHINES)
 def test_logit_stores_are_the_same_bytes(worked: dict[int, Path], n: int, name: str) -> None:
     """Each makes its own parts, and all have them all, manifest included; also where they share its
     blocks.

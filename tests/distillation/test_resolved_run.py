@@ -80,7 +80,7 @@ def begin_and_resume(settings: distill.Settings) -> None:
         {"vocab": "300", "iters": 7, "learning_rate": 1e-3, "temperature_c": 20.0},
         {"scenario": "gazda", "targets": "cached", "q_mode": "mxfp4", "q_group_size": 32},
         {"scenario": "gazda", "train": "blocks", "batch_size": 4, "grad_accumulation_steps": 3},
-        {"bytes": "190KB", "minutes": 2.0},
+        pytest.param({"bytes": "190KB", "minutes": 2.0}, marks=pytest.mark.thorough),
     ],
     ids=lambda flags: " ".join(flags),
 )
@@ -260,6 +260,7 @@ def tracing(kind: type, met: set[str]) -> Iterator[None]:
         threading.setprofile(None)  # type: ignore[arg-type]
 
 
+@pytest.mark.thorough
 def test_few_functions_see_all_settings(
     llama: Checkpoint,
     text_folder: Path,

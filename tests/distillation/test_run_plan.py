@@ -19,7 +19,7 @@ from mis_mlx.models.opening import load
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
 from tests import family_checks, tiny
-from tests.conftest import mostly_slow
+from tests.conftest import mostly_slow, mostly_thorough
 
 SMALL: dict[str, Any] = {
     "scenario": "none",
@@ -38,7 +38,7 @@ HIGH: dict[str, Any] = {"target": "conditions", "temperature_c": 8.0, "altitude_
 LOW: dict[str, Any] = {"target": "conditions", "temperature_c": 8.0, "altitude_m": 100.0}
 
 
-@pytest.mark.parametrize("policy", ["cpu", "metal"])
+@pytest.mark.parametrize("policy", mostly_thorough(["cpu", "metal"], "cpu"))
 @pytest.mark.parametrize("cut", [{"ffn_widths": "768,512,256"}, HIGH])
 @pytest.mark.usefixtures("brief_look")
 def test_a_student_as_wide_as_its_teacher_in_one_block_is_repaired_and_trained(
@@ -95,7 +95,7 @@ def test_a_packed_student_is_refused_before_anything_begins(
     assert not out.exists()
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("kind", mostly_thorough(["llama", "qwen3_moe"], "llama"))
 def test_the_plan_holds_what_the_conditions_may_give(
     kind: str, models: Callable[[str], Checkpoint], text_folder: Path, tmp_path: Path
 ) -> None:

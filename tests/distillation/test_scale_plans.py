@@ -27,6 +27,7 @@ from mis_mlx.settings.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Budget
 from tests import tiny
+from tests.conftest import mostly_thorough
 
 SIZES = {
     **tiny.CONFIG,
@@ -95,7 +96,7 @@ def test_a_plan_says_what_lies_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "scales" in planning.table(tight)
 
 
-@pytest.mark.parametrize("policy", ["cpu", "metal"])
+@pytest.mark.parametrize("policy", mostly_thorough(["cpu", "metal"], "cpu"))
 @pytest.mark.parametrize("room", [0, pytest.param(500_000, marks=pytest.mark.slow)])
 def test_learning_on_disk_stays_under_the_plan(
     tmp_path: Path, policy: str, room: int, monkeypatch: pytest.MonkeyPatch

@@ -230,7 +230,10 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "each"), mostly_slow(KINDS, *KINDS[2:], of_several=True))
+@pytest.mark.parametrize(
+    ("kind", "each"),
+    mostly_slow(KINDS, ("llama", 3), ("qwen3", 1), thorough=KINDS[2:], of_several=True),
+)
 def test_sharded_is_resident_bit_for_bit(
     tmp_path: Path, source: Callable[[str], Checkpoint], kind: str, each: int
 ) -> None:

@@ -44,6 +44,7 @@ from mis_mlx.settings.recipe import (
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Air, Budget, Checkpoint
 from tests import tiny
+from tests.conftest import mostly_thorough
 from tests.peaks import allocated
 
 MIB = 2**20
@@ -205,7 +206,7 @@ def test_the_usual_rate_knows_the_weights(
     assert whole or rates[0] == RATE
 
 
-@pytest.mark.parametrize("targets", ["live", "cached"])
+@pytest.mark.parametrize("targets", mostly_thorough(["live", "cached"], "live"))
 def test_more_budget_never_reads_more(targets: Any) -> None:
     """With the micro-batch and the way fixed: blocks stay, shards grow, passes merge, spools
     shrink.
@@ -233,6 +234,7 @@ def test_more_budget_never_reads_more(targets: Any) -> None:
     assert len({p.shard_layers for p in plans}) > 2
 
 
+@pytest.mark.thorough
 def test_steps_after_rounding_go_where_nobody_asked_for_them() -> None:
     """Under a budget that holds training and not `tune` they are left out; asked for, they do not
     fit, said so.
@@ -257,6 +259,7 @@ def test_steps_after_rounding_go_where_nobody_asked_for_them() -> None:
     assert strategies.plan_strategy(job, GIB, M1_AIR, **plan.strategy) != whole
 
 
+@pytest.mark.thorough
 def test_targets_are_stored_where_the_teacher_does_not_fit_beside_the_student() -> None:
     """With room for all of it the teacher is live; with less its targets are on disk, read once;
     asked for live targets, they stay so; and a run that goes on keeps what it has.
@@ -410,7 +413,8 @@ BY_BLOCKS: list[tuple[dict[str, Any], int, int, int, bool, bool]] = [
 
 @pytest.mark.usefixtures("cpu_policy")
 @pytest.mark.parametrize(
-    ("sizes", "batch", "accumulate", "length", "resident", "same_head"), BY_BLOCKS
+    ("sizes", "batch", "accumulate", "length", "resident", "same_head"),
+    mostly_thorough(BY_BLOCKS, BY_BLOCKS[1], BY_BLOCKS[5], of_several=True),
 )
 def test_training_by_blocks_stays_under_the_plan(
     tmp_path: Path,
@@ -471,7 +475,7 @@ def test_training_by_blocks_stays_under_the_plan(
     )
 
 
-@pytest.mark.parametrize("shard", [1, 3])
+@pytest.mark.parametrize("shard", mostly_thorough([1, 3], 3))
 def test_sharded_training_stays_under_the_plan(
     tmp_path: Path, wide: tuple[Checkpoint, Checkpoint], shard: int
 ) -> None:

@@ -22,6 +22,7 @@ from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.types import Budget, Checkpoint, MisError
 from tests import tiny
+from tests.conftest import mostly_thorough
 
 MIB = 2**20
 
@@ -116,7 +117,7 @@ def test_what_is_kept_by_hand() -> None:
     assert teacher_answers.kept_text(Answer("I'm not sure. " * 30, ended=True)) == ""
 
 
-@pytest.mark.parametrize("done", [0, 1, 8])
+@pytest.mark.parametrize("done", mostly_thorough([0, 1, 8], 1))
 def test_a_killed_run_goes_on(
     chat: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int
 ) -> None:

@@ -15,7 +15,7 @@ from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.types import MisError
 from tests import disks
-from tests.conftest import files_up_to
+from tests.conftest import files_up_to, mostly_thorough
 from tests.faults import jobs
 from tests.faults.conftest import Note
 from tests.faults.verdicts import Bench
@@ -38,7 +38,12 @@ def refused(job: jobs.Job, place: Path) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["prune", "quantize", "export", "distill", "sft", "logit store"])
+@pytest.mark.parametrize(
+    "name",
+    mostly_thorough(
+        ["prune", "quantize", "export", "distill", "sft", "logit store"], "export", "distill"
+    ),
+)
 def test_a_full_disk_is_waited_out(
     name: str,
     bench: Benches,

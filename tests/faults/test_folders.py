@@ -34,6 +34,7 @@ from mis_mlx import (
 )
 from mis_mlx.models.opening import tokenizer_check
 from mis_mlx.types import MisError
+from tests.conftest import mostly_thorough
 from tests.faults import jobs, liars
 from tests.faults.conftest import Note
 
@@ -320,7 +321,7 @@ def test_a_bad_folder_is_one_sentence(
         note(fault, command, {"said so": 1}, bad=0, said=said)
 
 
-@pytest.mark.parametrize("command", READERS)
+@pytest.mark.parametrize("command", mostly_thorough(READERS, *READERS[:3]))
 def test_weights_that_are_not_numbers_are_named(
     command: str, made: tuple[Path, Path], tmp_path: Path, note: Note
 ) -> None:
@@ -330,7 +331,7 @@ def test_weights_that_are_not_numbers_are_named(
         note(fault, command, {"said so": 1}, bad=0, said=said)
 
 
-@pytest.mark.parametrize("command", SPEAKERS)
+@pytest.mark.parametrize("command", mostly_thorough(SPEAKERS, SPEAKERS[0]))
 def test_a_stranger_s_tokenizer_is_tried_in_a_child(
     command: str,
     made: tuple[Path, Path],

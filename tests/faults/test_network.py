@@ -98,7 +98,7 @@ def watched(argv: list[str], env: dict[str, str], place: Path) -> tuple[str, str
     return seen.read_text(), done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("command", mostly_thorough(["distill", "generate", "export"], "distill"))
+@pytest.mark.parametrize("command", mostly_thorough(["distill", "generate", "export"]))
 def test_a_run_talks_to_nobody(
     command: str,
     all_jobs: dict[str, jobs.Job],

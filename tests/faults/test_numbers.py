@@ -25,6 +25,7 @@ from mis_mlx.models.opening import load
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.types import MisError
+from tests.conftest import mostly_thorough
 from tests.faults import jobs
 from tests.faults.conftest import Note
 
@@ -143,7 +144,9 @@ def test_three_in_a_row_go_back_and_on_without_them(
     )
 
 
-@pytest.mark.parametrize(("first", "back"), [(4, 3), (6, 6)])
+@pytest.mark.parametrize(
+    ("first", "back"), mostly_thorough([(4, 3), (6, 6)], (4, 3), of_several=True)
+)
 def test_a_sharded_run_goes_back_too(
     first: int,
     back: int,

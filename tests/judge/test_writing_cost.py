@@ -107,6 +107,7 @@ def test_a_wide_model_and_many_tokens_are_planned_closely(
     assert 0.6 * plan.cost.peak_bytes <= peak <= plan.cost.peak_bytes
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("cpu_policy")
 def test_room_saves_reading(tmp_path: Path) -> None:
     """With room for the head and some blocks a plan has fewer bytes, and so has the writer."""

@@ -39,7 +39,6 @@ from tests.family_checks import TOKENS, apart, streamed
 Models = Callable[[str], Checkpoint]
 # Polish models are llamas and mistrals of other ratios: one with biases in the short run.
 SHORT = (*tiny.FAMILIES, "Bielik-4.5B-v3")
-QUICK = mostly_slow(tiny.MODELS, *SHORT)
 DIFFERENT = ("gemma3_text", "gpt_oss", "lfm2", "qwen3_5_text", "Bielik-4.5B-v3")
 FEWER = mostly_slow(tiny.MODELS, *DIFFERENT, thorough=SHORT)
 
@@ -256,7 +255,7 @@ def test_gradients_are_those_of_the_whole_model(models: Models, kind: str, tmp_p
             assert mx.abs(gradient - named[name]).max().item() <= 2e-4 * most + 1e-7, name
 
 
-@pytest.mark.parametrize("kind", QUICK)
+@pytest.mark.parametrize("kind", FEWER)
 def test_cut_along_every_axis_it_opens_in_stock(
     models: Models, kind: str, tmp_path: Path, text_folder: Path
 ) -> None:
@@ -496,6 +495,7 @@ def test_joined_matrices_are_opened_apart(models: Models, bits: int | None, tmp_
         assert mx.array_equal(whole, load.resident_model(models("untied"), mx.float32)(tokens))
 
 
+@pytest.mark.thorough
 def test_the_whole_way_of_joined_matrices(tmp_path: Path, text_folder: Path) -> None:
     """Its students are llama folders."""
     the_whole_way(tiny.joined(tmp_path / "phi3"), tmp_path, text_folder, layers=2)

@@ -46,7 +46,7 @@ KIND = "gemma4_text"
 BOTH = (KIND, "gemma3n_text")
 
 
-@pytest.fixture(scope="module", params=BOTH)
+@pytest.fixture(scope="module", params=mostly_thorough(BOTH, KIND))
 def gemma(request: pytest.FixtureRequest, models: Callable[[str], Checkpoint]) -> Checkpoint:
     return models(request.param)
 

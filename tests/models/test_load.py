@@ -62,6 +62,7 @@ def test_head_and_pieces_are_those_of_the_model(
     assert mx.allclose(alone, hidden @ load.head_weight(model).T, atol=1e-6)
 
 
+@pytest.mark.thorough
 def test_mlx_lm_leaves_the_process_as_it_was() -> None:
     """mlx_lm lowers the hard limit on open files when imported; not through this door."""
     code = """

@@ -15,13 +15,20 @@ from mis_mlx.models.writing import lora
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
 from tests import family_checks
+from tests.conftest import mostly_thorough
 from tests.family_checks import TOKENS, apart
 
 MIXTURES = ("qwen3_moe", "qwen2_moe", "mixtral", "gpt_oss", "olmoe")
 
 
 @pytest.mark.parametrize(
-    ("kind", "policy"), [*((kind, "cpu") for kind in MIXTURES), ("qwen3_moe", "metal")]
+    ("kind", "policy"),
+    mostly_thorough(
+        [*((kind, "cpu") for kind in MIXTURES), ("qwen3_moe", "metal")],
+        ("gpt_oss", "cpu"),
+        ("qwen3_moe", "metal"),
+        of_several=True,
+    ),
 )
 def test_adapters_of_experts_are_mlx_lms(
     kind: str,

@@ -49,6 +49,7 @@ def test_streamed_is_resident_bit_for_bit(
         assert mx.array_equal(model(tokens), stock(tokens))
 
 
+@pytest.mark.thorough
 def test_passes_leave_nothing_behind(
     models: Callable[[str], Checkpoint], batches: list[mx.array]
 ) -> None:

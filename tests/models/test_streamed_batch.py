@@ -35,7 +35,7 @@ SHOWN = (
 )
 
 
-QUICK = ("gpt_oss", "gemma3n_text", "qwen3_5_text")
+QUICK = ("gpt_oss", "lfm2")
 
 
 def log_probs_of(whole: nn.Module, text: Sequence[int]) -> mx.array:

@@ -54,7 +54,7 @@ def stranger(tmp_path: Path) -> Stream:
 
 @pytest.mark.parametrize(
     "kind",
-    mostly_slow([*tiny.KINDS, *MORE], "llama", "lfm2", thorough=["gemma3n_text"]),
+    mostly_slow([*tiny.KINDS, *MORE], "llama", thorough=["lfm2", "gemma3n_text"]),
 )
 def test_the_tokens_are_mlx_lms(
     models: Callable[[str], Checkpoint],

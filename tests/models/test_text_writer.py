@@ -26,7 +26,7 @@ PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [40], [21, 22, 23], [7, 9]]
 @pytest.fixture(
     name="checkpoint",
     params=mostly_slow(
-        ["llama", "qwen3", "lfm2", "gemma3_text"], "llama", "lfm2", thorough=["gemma3_text"]
+        ["llama", "qwen3", "lfm2", "gemma3_text"], "llama", thorough=["lfm2", "gemma3_text"]
     ),
 )
 def _checkpoint(request: pytest.FixtureRequest, models: Callable[[str], Checkpoint]) -> Checkpoint:

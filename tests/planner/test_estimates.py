@@ -207,7 +207,10 @@ CASES = [
     ("word", "kind", "windows", "length"),
     [
         *mostly_slow(
-            CASES[:-3], *CASES[:9], ("metal", "F32", 2, 256), *CASES[12:-3], of_several=True
+            CASES[:-3],
+            *CASES[:9:2],
+            thorough=[*CASES[:9], ("metal", "F32", 2, 256), *CASES[12:-3]],
+            of_several=True,
         ),
         ("metal", "4-bit", 1, 16),
     ],
@@ -269,7 +272,7 @@ def test_a_real_pass_stays_under_the_plan(
     [
         *list(product(("cpu", "metal"), ("BF16", "4-bit"), (2, 6), (False,)))[:-2],
         *[pytest.param("metal", "4-bit", kept, False, marks=pytest.mark.slow) for kept in (2, 6)],
-        ("metal", "4-bit", 6, True),
+        pytest.param("metal", "4-bit", 6, True, marks=pytest.mark.thorough),
     ],
 )
 def test_blocks_that_stay_are_within_the_plan(

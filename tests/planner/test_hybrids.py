@@ -22,6 +22,7 @@ from mis_mlx.settings.recipe import DistillationConfig, TrainingConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Budget
 from tests import tiny
+from tests.conftest import mostly_thorough
 from tests.peaks import allocated
 
 SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 1024, "vocab_size": 2048}
@@ -41,7 +42,9 @@ def larger(kind: str) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("cpu_policy")
-@pytest.mark.parametrize(("windows", "length"), [(1, 64), (6, 128)])
+@pytest.mark.parametrize(
+    ("windows", "length"), mostly_thorough([(1, 64), (6, 128)], (1, 64), of_several=True)
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pass_stays_under_the_plan(tmp_path: Path, kind: str, windows: int, length: int) -> None:
     """A streamed pass, with the channels of every token and the keys and values that wait: MLX's

@@ -229,6 +229,7 @@ def test_an_eighth_of_the_model(
     assert mx.get_peak_memory() - before < nbytes / 8
 
 
+@pytest.mark.thorough
 def test_stopped_and_resumed_to_the_same_bits(
     tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -406,7 +406,7 @@ def test_what_is_repaired_is_float32(
     ("kind", "dtype"),
     [
         pytest.param("gemma3_text", "bfloat16", marks=pytest.mark.slow),
-        ("gemma3_text", "float16"),
+        pytest.param("gemma3_text", "float16", marks=pytest.mark.thorough),
         pytest.param("gemma4_text", "bfloat16", marks=pytest.mark.thorough),
     ],
 )

@@ -44,7 +44,7 @@ def stock(model: Path, messages: list[dict[str, str]]) -> str:
 
 
 def test_both_hear_the_questions_and_themselves(pair: dict[str, Place]) -> None:
-    """The second turn is what stock mlx-lm answers to that model's own conversation."""
+    """The student's second turn is what stock mlx-lm answers to its own conversation."""
     conversation = Conversation()
     told: dict[str, list[dict[str, str]]] = {}
     for name, model in pair.items():
@@ -52,16 +52,16 @@ def test_both_hear_the_questions_and_themselves(pair: dict[str, Place]) -> None:
         answer = stock(model.path, [question])
         told[name] = [question, {"role": "assistant", "content": answer}]
     conversation.add(FIRST, {name: told[name][1]["content"] for name in told})
+    question = {"role": "user", "content": PROMPT}
     answers = {}
     for name, model in pair.items():
-        shown: list[str] = []
-        asked = Asked(name, model, prompt=PROMPT, max_tokens=TOKENS)
-        said = asyncio.run(conversation.answer(asked, shown.append))
-        answers[name] = str(said.result["text"]).strip()
-        told[name].append({"role": "user", "content": PROMPT})
-        assert answers[name] == stock(model.path, told[name])
-        assert "".join(shown).strip() == answers[name]
+        told[name].append(question)
+        answers[name] = stock(model.path, told[name])
         told[name].append({"role": "assistant", "content": answers[name]})
+    shown: list[str] = []
+    asked = Asked("student", pair["student"], prompt=PROMPT, max_tokens=TOKENS)
+    said = asyncio.run(conversation.answer(asked, shown.append))
+    assert said.result["text"].strip() == "".join(shown).strip() == answers["student"]
     conversation.add(PROMPT, answers)
     assert conversation.messages("teacher") == told["teacher"]
     assert conversation.messages("student") == told["student"]

@@ -241,6 +241,7 @@ def test_written_answers_are_judged_by_their_last_line(llama: Checkpoint) -> Non
     assert kept[0]["text"]
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("cpu_policy")  # its budgets are for float32
 def test_the_same_is_written_where_the_model_does_not_fit(tmp_path: Path) -> None:
     """A pass over the file for every token of all answers instead of a model in memory."""

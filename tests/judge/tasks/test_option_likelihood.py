@@ -21,6 +21,7 @@ from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
+from tests.conftest import mostly_thorough
 
 WORDS = (
     "if",
@@ -70,7 +71,7 @@ def plain(checkpoint: Checkpoint, encoded: list[option_likelihood.Encoded]) -> l
     return found
 
 
-@pytest.mark.parametrize("kind", [*tiny.KINDS])
+@pytest.mark.parametrize("kind", mostly_thorough(tiny.KINDS, "llama"))
 def test_the_plain_forward_pass_gives_the_same(
     models: Callable[[str], Checkpoint], kind: str
 ) -> None:
