@@ -215,6 +215,7 @@ def result_words(story: RunRecord) -> str:
         "texts": [],
         "speed": [],
         "first_token": [],
+        "languages": result.get("languages") or {},
         "last": last,
     }
     lines = [html.document("won.md", values)]

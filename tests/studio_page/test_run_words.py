@@ -24,6 +24,7 @@ RESULT = {
     "loops_4-bit": 20.0,
     "loops_teacher": 13.3,
     "answers_prompts": 2,
+    "languages": {"German": 0.31, "French": 0.2},
 }
 PLANNED = [{"phase": name, "seconds": 10.0} for name in ("vocabulary", "quantize", "measure")]
 
@@ -88,6 +89,9 @@ def test_a_finished_run_says_what_came_of_it(run: Path) -> None:
     assert said.splitlines() == [
         "269.0 → 67.9 MB. Loss on the teacher's answers +0.084 bits per byte (target 0.100: "
         "reached). Loops 20 % (teacher 13 %).",
+        "",
+        "With fewer tokens, in languages that the text may lack: German +0.310, French +0.200 bits "
+        "per byte; give --data in yours.",
         "",
         "> Hello?",
         "",
