@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,15 @@ def test_a_pass_stays_under_the_plan(tmp_path: Path, kind: str, windows: int, le
 
 
 @pytest.mark.usefixtures("cpu_policy")
-@pytest.mark.parametrize("way", ["blocks", "sharded"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    mostly_thorough(
+        product(KINDS, ("blocks", "sharded")),
+        ("lfm2", "blocks"),
+        ("qwen3_5_text", "sharded"),
+        of_several=True,
+    ),
+)
 def test_training_stays_under_the_plan(tmp_path: Path, kind: str, way: str) -> None:
     """Two steps of the student block by block, all blocks in memory or two of them."""
     folders = [tiny.make(tmp_path / str(seed), seed=seed, **larger(kind)) for seed in (0, 1)]

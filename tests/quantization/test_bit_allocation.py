@@ -115,6 +115,7 @@ def test_it_is_the_gradient_of_weights_along_the_errors(
         assert found[path] == pytest.approx(cost, rel=1e-4), path
 
 
+@pytest.mark.thorough
 def test_many_draws_give_the_kl_itself(models, batches: list[mx.array]) -> None:
     """The mean over 16 seeds is within 40 % of the KL that rounding one matrix to 4 bits
     measures.

@@ -20,6 +20,7 @@ from mis_mlx.quantization.packed_format import Format
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
+from tests.conftest import mostly_thorough
 
 ONE_GROUP = QuantizationConfig(q_groups="one")
 MIXED = QuantizationConfig(q_groups="mixed")
@@ -104,6 +105,7 @@ def test_a_cost_is_in_step_with_the_squared_error(llama: Checkpoint, method: str
         assert found[UP][Format(4, 64)] == 0.2
 
 
+@pytest.mark.thorough
 def test_costs_of_the_usual_formats_are_those_of_fitted_grids(
     llama: Checkpoint, batches: list[mx.array]
 ) -> None:
@@ -150,7 +152,7 @@ def test_formats_of_two_matrices_by_pencil(llama: Checkpoint) -> None:
     assert report["nats"][DOWN] == {"2/64": 5.0, "3/128": 0.5, "4/128": 0.2}
 
 
-@pytest.mark.parametrize("target", [2.6, 3.0, 4.5])
+@pytest.mark.parametrize("target", mostly_thorough([2.6, 3.0, 4.5], 2.6))
 def test_mixed_groups_open_in_mlx_lm(
     target: float, llama: Checkpoint, batches: list[mx.array], tmp_path: Path
 ) -> None:

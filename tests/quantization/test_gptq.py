@@ -27,6 +27,7 @@ from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.storage.safetensors import write_tensors
 from mis_mlx.types import UNDECIDED, Checkpoint, KeptUnits, MisError
 from tests import tiny
+from tests.conftest import mostly_thorough
 
 
 def write(
@@ -46,7 +47,7 @@ def write(
     return load.open_checkpoint(out)
 
 
-@pytest.mark.parametrize("kind", [*tiny.KINDS, "phi3"])
+@pytest.mark.parametrize("kind", mostly_thorough([*tiny.KINDS, "phi3"], "llama", "phi3"))
 def test_every_kind_opens_in_stock_mlx_lm(
     tmp_path: Path, models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str
 ) -> None:
