@@ -259,7 +259,7 @@ def run(settings: Settings) -> dict[str, Any]:
         folder,
         checkpoint,
         micro=parts.batch_size,
-        phases=phases,
+        planned=planned,
         card=card,
         name="dpo",
     ) as alignment:

@@ -186,7 +186,7 @@ def run(settings: Settings) -> dict[str, Any]:
         folder,
         checkpoint,
         micro=s.batch_size,
-        phases=phases,
+        planned=planned,
         card=card,
         name="grpo",
     ) as alignment:

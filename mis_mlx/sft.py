@@ -121,7 +121,7 @@ def run(settings: Settings) -> dict[str, Any]:
         folder,
         checkpoint,
         micro=parts.batch_size,
-        phases=[phase],
+        planned=planned,
         card=card,
         name="sft",
     ) as alignment:

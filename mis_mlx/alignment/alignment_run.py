@@ -191,11 +191,19 @@ def training_cost(
 
 
 def report_plan(s: Alignment, phases: Sequence[StageCost]) -> dict[str, Any]:
-    """The result of a --dry-run of these phases under the budget; each is reported in a line."""
-    limit = memory.budget(s.budget_bytes).limit_bytes
-    result = estimates.report_costs(phases, limit, estimates.machine_rates())
+    """The result of a --dry-run of these phases under the budget; each is reported in a line.
+
+    MisError with both numbers where a run that is none does not fit.
+    """
+    budget = memory.budget(s.budget_bytes)
+    result = estimates.report_costs(phases, budget.limit_bytes, estimates.machine_rates())
     fits = "does not fit" if result["check_failed"] else "fits"
-    cli.say(f"peak {gib(result['peak_bytes'])} {fits} the budget of {gib(limit)}")
+    cli.say(f"peak {gib(result['peak_bytes'])} {fits} the budget of {gib(budget.limit_bytes)}")
+    if not s.dry_run:
+        other = ", lower --batch-size or --max-seq-length, or use --fine-tune-type lora"
+        estimates.require_fit(
+            budget, *phases, other=f"{other}; alignment trains whole models in memory"
+        )
     return result
 
 
@@ -442,28 +450,21 @@ def start_run(
     checkpoint: Checkpoint,
     *,
     micro: int,
-    phases: Sequence[StageCost],
+    planned: Mapping[str, Any],
     card: Mapping[str, Any],
     name: str,
 ) -> Iterator[AlignmentRun]:
     """The run, new or continued (`folder`), with its student in memory.
 
-    micro: rows, pairs or answers in a micro-batch. card: facts about the data, with its
-    "fingerprint". name: of the command. MisError with both numbers where a phase does not fit the
-    budget.
+    micro: rows, pairs or answers in a micro-batch. planned: by `report_plan`. card: facts about the
+    data, with its "fingerprint". name: of the command.
     """
-    budget = memory.budget(s.budget_bytes)
-    rates = estimates.machine_rates()
-    seconds = sum(phase.seconds(rates) for phase in phases)
-    largest = max(phases, key=lambda phase: phase.peak_bytes)
-    peak = needed_bytes(budget.limit_bytes, largest.peak_bytes)
-    other = ", lower --batch-size or --max-seq-length, or use --fine-tune-type lora"
-    estimates.require_fit(
-        budget, largest, other=f"{other}; alignment trains whole models in memory"
-    )
+    seconds = planned["seconds"]
     if folder is None:
         cli.say(progress.promise(seconds))
-    opened_run = _opened(s, folder, checkpoint, micro=micro, card=card, name=name, wired=peak)
+    opened_run = _opened(
+        s, folder, checkpoint, micro=micro, card=card, name=name, wired=planned["peak_bytes"]
+    )
     with progress.run(name, {name: seconds}), opened_run as run:
         if not (run.folder / run_folder.DATA).exists():
             facts = json.dumps(dict(card), indent=2, ensure_ascii=False)

@@ -270,7 +270,7 @@ def plan_strategy(
     own = process_around(job, limit, mode, trains=False)
     training = process_around(job, limit, mode, trains=True)
     trained_left = left - (training - own)
-    phases = writers.teacher_cost(job, left)
+    phases = writers.answering_cost(job, left, "teacher")
     phases += _cutting(job, left, mode)
     cached = job.targets == "cached"
     if mode != "none":
@@ -337,7 +337,7 @@ def _before_tuning(job: DistillationSpec, limit: int, *, trained: bool) -> list[
     What the student writes, and the teacher's targets on it; or, where nothing was trained, on the
     text.
     """
-    answers = writers.student_cost(job, limit)
+    answers = writers.answering_cost(job, limit, "student")
     if job.targets != "cached" or (trained and not answers):
         return answers
     if answers:  # of the steps with scales alone

@@ -63,19 +63,18 @@ def _plan(m: ModelSize, count: int, limit: Budget, *, tools: bool) -> WritingPla
         return None
 
 
-def teacher_cost(job: DistillationSpec, limit: int) -> list[StageCost]:
-    """[what the teacher takes to answer], [] where nobody or the student does."""
-    if not job.conversations or job.writer != "teacher":
-        return []
-    teacher = job.shown or job.teacher
-    plan = _plan(teacher, job.conversations, Budget(limit), tools=job.asks_tools)
-    return [replace(plan.cost, name=TEACHER)] if plan else []
+def answering_cost(job: DistillationSpec, limit: int, writer: Writer) -> list[StageCost]:
+    """[what this writer takes to answer], [] where nobody or the other one does.
 
-
-def student_cost(job: DistillationSpec, limit: int) -> list[StageCost]:
-    """[what the rounded student takes to answer], [] where nobody or the teacher does."""
-    if not job.conversations or job.writer != "student":
+    The student writes once it is rounded.
+    """
+    if not job.conversations or job.writer != writer:
         return []
-    student = rounding_cost.packed_size(job.student, job.rounding)
-    plan = _plan(student, job.conversations, Budget(limit), tools=job.asks_tools)
-    return [replace(plan.cost, name=STUDENT)] if plan else []
+    if writer == "teacher":
+        name = TEACHER
+        m = job.shown or job.teacher
+    else:
+        name = STUDENT
+        m = rounding_cost.packed_size(job.student, job.rounding)
+    plan = _plan(m, job.conversations, Budget(limit), tools=job.asks_tools)
+    return [replace(plan.cost, name=name)] if plan else []

@@ -57,40 +57,29 @@ def enough_budget(arrays: int) -> int:
 
 
 def require_fit(
-    budget: Budget,
-    *phases: StageCost,
-    other: str = ", or lower --max-seq-length or --batch-size",
-    needs: Callable[[StageCost], int] | None = None,
+    budget: Budget, *phases: StageCost, other: str = ", or lower --max-seq-length or --batch-size"
 ) -> None:
     """Refuse before work starts when the largest phase does not fit with its process.
 
-    MisError with both numbers, a budget that is enough, and what else helps. needs: as of
-    `report_costs`.
+    MisError with both numbers, a budget that is enough, and what else helps.
     """
     worst = max(phases, key=lambda p: p.peak_bytes)
-    if needs:
-        need = enough = needs(worst)
-    else:
-        need = needed_bytes(budget.limit_bytes, worst.peak_bytes)
-        enough = enough_budget(worst.peak_bytes)
-    budget.need(need, worst.name, f"give --budget {budget_flag(enough)} or more{other}")
+    need = needed_bytes(budget.limit_bytes, worst.peak_bytes)
+    budget_enough = budget_flag(enough_budget(worst.peak_bytes))
+    budget.need(need, worst.name, f"give --budget {budget_enough} or more{other}")
 
 
 def report_costs(
     phases: Sequence[StageCost],
     limit_bytes: int,
     machine: rates.Rates,
-    needs: Callable[[StageCost], int] | None = None,
     tell: Callable[..., None] = cli.say,
 ) -> dict[str, Any]:
-    """Say what each phase takes; returned is what a --dry-run says of them.
-
-    needs: its bytes with the process; default: by `needed_bytes`. tell: says it.
-    """
+    """Say what each phase takes; returned is what a --dry-run says of them. tell: says it."""
     peak = 0
     for p in phases:
         moved = f"{gib(p.read_bytes)} read, {gib(p.written_bytes)} written"
-        need = needs(p) if needs else needed_bytes(limit_bytes, p.peak_bytes)
+        need = needed_bytes(limit_bytes, p.peak_bytes)
         peak = max(peak, need)
         tell(f"{p.name}: {gib(need)} of memory, {moved}, about {duration(p.seconds(machine))}")
     return {

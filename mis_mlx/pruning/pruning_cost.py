@@ -1,7 +1,6 @@
 """What cutting and repairing a model take: bytes, memory, operations."""
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 
@@ -51,14 +50,7 @@ def pruning_cost(
     return in_turn("prune", *stages, copying)
 
 
-class FitWork(NamedTuple):
-    """Operations of a block's fit, and those of the host's solver besides."""
-
-    flops: float
-    host_flops: float
-
-
-def fit_cost(ledger: Ledger, m: ModelSize, tokens: int, workspace: int) -> FitWork:
+def fit_cost(ledger: Ledger, m: ModelSize, tokens: int, workspace: int) -> StageCost:
     """Write down what a block's closed-form fit holds (maths/reconstruction); its work.
 
     Normal equations, and tokens held out as they are; besides them what a block's pass takes
@@ -86,7 +78,7 @@ def fit_cost(ledger: Ledger, m: ModelSize, tokens: int, workspace: int) -> FitWo
     solves = len(RIDGES) + 1
     host = solves * solver_flops(f, 2 / 3 * f, 2 * d)
     flops = 2.0 * tokens * f * (f + d) + solves * f * f * (2 / 3 * f + 4 * d) + judged
-    return FitWork(flops - host, host)
+    return StageCost("fit", flops=flops - host, host_flops=host)
 
 
 def repair_cost(job: DistillationSpec, limit: int, item: int = 0) -> StageCost:
@@ -150,11 +142,11 @@ def repair_cost(job: DistillationSpec, limit: int, item: int = 0) -> StageCost:
     )
 
 
-def _routers(ledger: Ledger, m: ModelSize, tokens: int) -> FitWork:
+def _routers(ledger: Ledger, m: ModelSize, tokens: int) -> StageCost:
     """Write down what training a block's router holds; its work."""
     token_bytes = m.shape.experts * m.hidden_bytes  # of all experts' outputs
     outputs_bytes = 2 * min(tokens * token_bytes, ROUTER_BYTES)
     ledger.hold("outputs of all experts", outputs_bytes, count=2)
     ledger.hold("what they should give", tokens * m.hidden_bytes)
     asked = min(tokens, outputs_bytes // (2 * token_bytes))
-    return FitWork(2.0 * asked * m.largest_block_params, 0.0)
+    return StageCost("routers", flops=2.0 * asked * m.largest_block_params)

@@ -61,14 +61,12 @@ def plan_search(
             stages += part
             seconds[name] = sum(stage.seconds(plan.rates) for stage in part)
     tell = cli.say if s.dry_run else cli.detail
-    outcome = estimates.report_costs(
-        stages, limit.limit_bytes, plan.rates, needs=plan.needed_bytes, tell=tell
-    )
+    outcome = estimates.report_costs(stages, limit.limit_bytes, plan.rates, tell)
     tell(str(plan.rates))
     if not s.dry_run:
         if not plan.fits:
             raise MisError(strategies.remedy(plan))
-        estimates.require_fit(limit, *stages, needs=plan.needed_bytes)
+        estimates.require_fit(limit, *stages)
     outcome["check_failed"] = outcome["check_failed"] or not plan.fits
     return plan, seconds, outcome
 

@@ -370,30 +370,26 @@ def _parts(
     total = sum(lengths)
     rows = max(*lengths, option_likelihood.ROWS)
 
-    def room_bytes(tokens: int) -> int:
-        return pass_cost.room_beside(
-            m, limit.limit_bytes, tokens=tokens, micro_tokens=rows, length=rows
-        )
-
     one_pass = partial(
         pass_cost.streamed_pass, name, m, micro_tokens=rows, length=rows, spool=False
     )
+
+    def room_bytes(once: StageCost) -> int:
+        return ledger.headroom_bytes(limit.limit_bytes, once.peak_bytes, m.gpu)
+
     least = one_pass(tokens=rows)
     estimates.require_fit(limit, least, other="")
     part = min(total, PART)
-    if pass_cost.stays(m, room_bytes(part)).blocks < m.shape.layers:
+    if pass_cost.stays(m, room_bytes(one_pass(tokens=part))).blocks < m.shape.layers:
         # What the budget leaves holds hidden states, 2 D numbers a token.
-        spare = ledger.headroom_bytes(limit.limit_bytes, least.peak_bytes, m.gpu)
-        part = max(rows, min(total, spare // (2 * m.shape.hidden * m.item)))
+        part = max(rows, min(total, room_bytes(least) // (2 * m.shape.hidden * m.item)))
     once = one_pass(tokens=part)
-    room = room_bytes(part)
-    kept = pass_cost.stays(m, room)
+    kept = pass_cost.stays(m, room_bytes(once))
     again = math.ceil(total / part) - 1
-    held = ledger.headroom_bytes(limit.limit_bytes, 0, m.gpu) - room + kept.nbytes
     cost = replace(
         once,
         read_bytes=m.nbytes + int(again * kept.share * once.read_bytes),
-        peak_bytes=max(once.peak_bytes, held),
+        peak_bytes=once.peak_bytes + kept.nbytes,
         flops=pass_cost.forward_flops(m, total, rows),
     )
-    return _Parts(cost, part, headroom_bytes=room)
+    return _Parts(cost, part, headroom_bytes=room_bytes(once))

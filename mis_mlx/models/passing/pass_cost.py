@@ -6,7 +6,6 @@ name their origin, and tests hold the two together.
 
 import math
 from dataclasses import replace
-from functools import partial
 from typing import NamedTuple
 
 from mis_mlx.compute import streams
@@ -58,19 +57,12 @@ def table_part(m: ModelSize) -> int:
     return min(load.TABLE_PART, m.head_params)
 
 
-def largest_matrix(m: ModelSize) -> int:
-    """Numbers in the largest matrix, of a block or of the vocabulary."""
-    rows = max(m.shape.vocab, m.shape.ffn)
-    return rows * m.shape.hidden
-
-
 def whole_bytes(m: ModelSize) -> int:
     """Memory of a model that is opened whole: all weights as they compute, one tensor as stored."""
-    weights = m.whole_work
-    if not m.as_stored:
-        stored_item = m.nbytes / m.params
-        weights += math.ceil(stored_item * largest_matrix(m))
-    return weights
+    if m.as_stored:
+        return m.whole_work
+    largest = max(m.shape.vocab, m.shape.ffn) * m.shape.hidden
+    return m.whole_work + math.ceil(m.nbytes / m.params * largest)
 
 
 def stacked_bytes(m: ModelSize) -> int:
@@ -282,30 +274,6 @@ def pass_waits(
     return waits
 
 
-def room_beside(
-    m: ModelSize,
-    limit_bytes: int,
-    *,
-    tokens: int,
-    micro_tokens: int,
-    length: int,
-    beside_bytes: int = 0,
-) -> int:
-    """Bytes for the head and for blocks beside a pass as of `streamed_pass`."""
-    one_pass = partial(
-        streamed_pass,
-        "",
-        m,
-        tokens=tokens,
-        micro_tokens=micro_tokens,
-        length=length,
-        spool=False,
-        beside_bytes=beside_bytes,
-    )
-    logits = one_pass().peak_bytes - m.head_work
-    return headroom_bytes(limit_bytes, max(one_pass(head=False).peak_bytes, logits), m.gpu)
-
-
 def token_cost(m: ModelSize, length: int, limit_bytes: int) -> StageCost:
     """One token generated after `length` others.
 
@@ -315,10 +283,10 @@ def token_cost(m: ModelSize, length: int, limit_bytes: int) -> StageCost:
     once = streamed_pass(
         "one token", m, tokens=1, micro_tokens=1, length=length, spool=False, beside_bytes=cache
     )
-    room = room_beside(m, limit_bytes, tokens=1, micro_tokens=1, length=length, beside_bytes=cache)
-    kept = stays(m, room)
+    kept = stays(m, headroom_bytes(limit_bytes, once.peak_bytes, m.gpu))
     return replace(
         once,
         read_bytes=int(m.active_share * kept.share * once.read_bytes),
+        peak_bytes=once.peak_bytes + kept.nbytes,
         touched_bytes=int(m.active_share * m.shape.layers * m.block_work) + m.head_work + cache,
     )
