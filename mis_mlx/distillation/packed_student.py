@@ -278,12 +278,11 @@ def tuning_cost(job: DistillationSpec, micro: int, limit: int, iters: int) -> St
     What learns, its gradients and moments, where they fit; else they are in files, a block at a
     time in memory. The integers of one block, and of as many others as there is room for.
     """
-    job = replace(job, iters=iters)
-    in_memory = _tuning(job, micro, limit, on_disk=False)
+    in_memory = _tuning(job, micro, limit, iters, on_disk=False)
     fits = needed_bytes(limit, in_memory.peak_bytes, job.student.gpu) <= limit
     if fits or distributed.size() > 1:  # machines send each other what is in memory
         return in_memory
-    on_disk = _tuning(job, micro, limit, on_disk=True)
+    on_disk = _tuning(job, micro, limit, iters, on_disk=True)
     return min(in_memory, on_disk, key=lambda cost: cost.peak_bytes)
 
 
@@ -292,12 +291,15 @@ def learning_scales(job: DistillationSpec) -> int:
     return 2 * job.student.all_block_params // job.rounding.q_group_size
 
 
-def _tuning(job: DistillationSpec, micro: int, limit: int, *, on_disk: bool) -> StageCost:
+def _tuning(
+    job: DistillationSpec, micro: int, limit: int, iters: int, *, on_disk: bool
+) -> StageCost:
     """All steps. on_disk: what learns and its moments are in a file a block.
 
     Checkpoints are second names of these files. Room is for gradients first, which would be written
     and read at every step, then for integers, which are only read.
     """
+    job = replace(job, iters=iters)
     m = job.student
     layers = m.shape.layers
     in_block = 2 * m.largest_block_params // job.rounding.q_group_size

@@ -587,7 +587,10 @@ def test_pruning_stays_under_the_plan(
     shape = select.wanted_shape(teacher.config, cut)
     small = model_of(arch.student_config(teacher.config, shape, tuple(range(4)), "float32"))
     asked = replace(Distilled(), **{**how, "num_samples": 6, "max_seq_length": 64})
-    planned = pruning_cost.pruning_cost(spec_of(model_of(teacher), small, asked), GIB)
+    job = spec_of(model_of(teacher), small, asked)
+    planned = pruning_cost.pruning_cost(
+        job.teacher, small.nbytes, windows=6, length=64, limit=GIB, rotation=job.rotation
+    )
     batches = [mx.random.randint(0, 512, (1, 64), key=mx.random.key(k)) for k in range(6)]
     held_out = Windows(np.zeros((1, 8), np.int32), np.ones((1, 8), np.float32))
     mx.eval(batches)

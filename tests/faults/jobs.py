@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,8 @@ def _with_scales_on_disk(run: Callable[[Path], None]) -> Callable[[Path], None]:
 
     def run_on_disk(place: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(strategies, "tuning_cost", packed_student._scales_on_disk)
+            on_disk = partial(packed_student._tuning, on_disk=True)
+            patch.setattr(strategies, "tuning_cost", on_disk)
             run(place)
 
     return run_on_disk
