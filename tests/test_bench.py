@@ -254,6 +254,7 @@ def test_a_model_that_does_not_fit_is_plans_sentence(
     assert "the budget is 1 MiB: give a larger --budget" in said
 
 
+@pytest.mark.thorough
 def test_flags_of_mlx_lm_and_two_models(
     llama: Checkpoint, tmp_path: Path, command: Callable[..., Done]
 ) -> None:

@@ -59,6 +59,7 @@ def asked(*texts: str) -> list[Prompt]:
     return [Prompt(({"role": "user", "content": text},), "explain", "en") for text in texts]
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("cache")
 def test_end_to_end(tmp_path: Path, chat: Path, in_process: Callable[..., Done]) -> None:
     """Answers come first, beside another task; a copy costs nothing above its teacher; asked once

@@ -347,6 +347,7 @@ def test_a_rollout_is_what_was_said(llama: Checkpoint, folder: Path) -> None:
         assert abs(sum(float(advantage.sum()) for advantage in advantages)) < 1e-4
 
 
+@pytest.mark.thorough
 def test_nothing_scored_is_a_sentence(llama: Checkpoint, folder: Path, tmp_path: Path) -> None:
     """A function that fails on everything stops the run with its reason; on some groups, these are
     skipped.

@@ -99,7 +99,6 @@ def test_no_command_imports_from_the_current_folder(
                 *((name, DOORS[i % 3]) for i, name in enumerate(SHORT) if name != "export"),
             ],
             ("export", "module"),
-            ("export", "scripts/mis"),
             ("export", "console"),
             of_several=True,
         )

@@ -230,6 +230,7 @@ def test_flags_that_cannot_be(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.thorough
 def test_sensitivity_and_steps_stay_under_the_plan(tmp_path: Path) -> None:
     """MLX's peak of either, under what the plan says, and not by more than a factor of four."""
     sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 1536, "vocab_size": 2048}

@@ -187,7 +187,7 @@ def test_a_ctrl_c_ends_with_the_line_that_continues(
 @pytest.mark.parametrize(
     ("budget", "phases"),
     [
-        (LIVE, ["quantize", "distil scales"]),
+        pytest.param(LIVE, ["quantize", "distil scales"], marks=pytest.mark.thorough),
         (SMALL, ["quantize", "logit store", "distil scales"]),
     ],
 )

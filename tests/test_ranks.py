@@ -123,7 +123,7 @@ def test_mlx_launch_starts_machines_that_work_together(
     assert (out / of).read_bytes() == (alone[0] / of).read_bytes()
 
 
-@pytest.mark.parametrize("how", ["started", pytest.param("mlx.launch", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", mostly_slow(["started", "mlx.launch"], thorough=["started"]))
 def test_two_machines_give_the_run_of_one(
     how: str,
     tmp_path: Path,

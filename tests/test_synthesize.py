@@ -99,6 +99,7 @@ def test_texts_are_the_models_own(llama: Checkpoint, anything_goes: None, tmp_pa
     assert greedy == ("A shepherd" + tokenizer.decode(wanted)).strip()
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("cpu_policy")
 def test_a_streamed_model_writes_the_same(
     llama: Checkpoint, anything_goes: None, tmp_path: Path

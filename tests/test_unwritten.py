@@ -198,6 +198,7 @@ def test_several_students_in_one_pass_and_one_by_one(
         assert (tmp_path / "many" / log).read_text() == (tmp_path / "few" / log).read_text()
 
 
+@pytest.mark.thorough
 def test_a_student_that_is_not_cut_is_no_copy(
     tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,9 +40,7 @@ def refused(job: jobs.Job, place: Path) -> str:
 
 @pytest.mark.parametrize(
     "name",
-    mostly_thorough(
-        ["prune", "quantize", "export", "distill", "sft", "logit store"], "export", "distill"
-    ),
+    mostly_thorough(["prune", "quantize", "export", "distill", "sft", "logit store"], "export"),
 )
 def test_a_full_disk_is_waited_out(
     name: str,

@@ -61,8 +61,7 @@ def test_whichever_operation_fails_nothing_is_lost(name: str, bench: Benches) ->
     mostly_slow(
         (TUNED, *LONG),
         TUNED,
-        "distill, block by block",
-        thorough=("distill", "distill, scales on disk", "sft"),
+        thorough=set(LONG) - {"distill, targets on disk"},
     ),
 )
 def test_a_run_goes_on_after_any_operation(name: str, bench: Benches) -> None:

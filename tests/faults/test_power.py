@@ -15,7 +15,7 @@ CUTS = 2000  # in all, of the slow run: of each job CUTS / number of jobs
 
 @pytest.mark.parametrize(
     "name",
-    mostly_thorough((*SHORT, "distill", "distill, scales on disk", "sft"), "export", "distill"),
+    mostly_thorough((*SHORT, "distill", "distill, scales on disk", "sft"), "export"),
 )
 def test_a_power_cut_loses_nothing_that_was_safe(name: str, bench: Benches) -> None:
     """Forty cuts a job; from two of a run's different disks it goes on to its end, of a command's

@@ -96,6 +96,7 @@ def test_gemma4(models: Callable[[str], Checkpoint], tmp_path: Path) -> None:
     assert "blk.3.attn_k.weight" not in weights
 
 
+@pytest.mark.thorough
 def test_gemma3n(tmp_path: Path) -> None:
     """AltUp's matrices in one stack, its coefficients within their bounds, zeros for keys that no
     block reads, and a row for every token."""

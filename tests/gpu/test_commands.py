@@ -51,6 +51,8 @@ from tests.conftest import Done, last_line, mostly_slow
 from tests.gpu.test_policy import overflowing  # noqa: F401  a fixture
 from tests.test_sft import answers  # noqa: F401  a fixture
 
+pytestmark = pytest.mark.thorough  # test_policy.py and test_device.py are quick
+
 PROMPT = "The for statement is used to"
 SEEN: dict[str, Any] = dict(max_seq_length=32, num_samples=2)
 RUN: dict[str, Any] = dict(
@@ -87,13 +89,9 @@ EMULATED = (
 )
 
 
-QUICK = ("dense", "4.6 bits")
-
-
 def slow_where(slow: Sequence[str], name: str, *values: Any) -> Any:
-    """A case by its name, thorough unless it is quick."""
-    mark = pytest.mark.slow if name in slow else pytest.mark.thorough
-    return pytest.param(*values, id=name, marks=[] if name in QUICK else [mark])
+    """A case by its name."""
+    return pytest.param(*values, id=name, marks=[pytest.mark.slow] if name in slow else [])
 
 
 @pytest.fixture(autouse=True)
@@ -378,7 +376,6 @@ def test_prune(
     assert said["nll_metal"] == pytest.approx(said["nll_cpu"], abs=0.01)
 
 
-@pytest.mark.thorough
 def test_search(
     teachers: Callable[[str], Path], text_folder: Path, tmp_path: Path, in_float32: Any
 ) -> None:
@@ -572,8 +569,7 @@ def stock(folder: Path, prompt: str, count: int) -> str:
 
 
 @pytest.mark.parametrize(
-    "kind",
-    mostly_slow(["bfloat16", "affine", "mxfp4", "nvfp4"], "mxfp4", thorough=["bfloat16", "affine"]),
+    "kind", mostly_slow(["bfloat16", "affine", "mxfp4", "nvfp4"], "bfloat16", "affine", "mxfp4")
 )
 def test_generate(
     kind: str, teachers: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
@@ -608,7 +604,6 @@ def test_generate(
         assert guessed["passes"] < whole["passes"] == whole["tokens"]
 
 
-@pytest.mark.thorough
 def test_evaluate(teachers: Callable[[str], Path], text_folder: Path, in_float32: Any) -> None:
     """Held-out losses of a dense, a 4-bit and an mxfp4 model, and --kld's of that, are
     float32's.
@@ -635,7 +630,6 @@ def test_evaluate(teachers: Callable[[str], Path], text_folder: Path, in_float32
     assert {n: found[n] for n in names} == pytest.approx({n: want[n] for n in names}, abs=1e-3)
 
 
-@pytest.mark.thorough
 def test_evaluate_tasks(
     teachers: Callable[[str], Path],
     tmp_path: Path,
@@ -692,7 +686,6 @@ def test_bench(teachers: Callable[[str], Path]) -> None:
     assert all(r["mean"] > 0 for r in rates)
 
 
-@pytest.mark.thorough
 def test_plan(teachers: Callable[[str], Path], text_folder: Path, in_float32: Any) -> None:
     """A packed teacher and a float16 one take less memory in the plan than de-quantized in float32,
     where their blocks are what counts; never much more. These are measured twice, and on a CPU
@@ -709,7 +702,6 @@ def test_plan(teachers: Callable[[str], Path], text_folder: Path, in_float32: An
         assert 0 < found["peak_bytes"] <= 1.05 * want["peak_bytes"]
 
 
-@pytest.mark.thorough
 def test_as_processes(
     teachers: Callable[[str], Path], text_folder: Path, tmp_path: Path, command: Callable[..., Done]
 ) -> None:

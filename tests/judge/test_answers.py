@@ -322,6 +322,7 @@ def test_a_streamed_model_answers_the_same(tmp_path: Path, monkeypatch: pytest.M
     assert whole_teacher.sampled != whole_teacher.greedy
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("cpu_policy")
 def test_both_kinds_of_answers_come_from_the_same_passes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -155,7 +155,6 @@ def test_options_share_their_question(lfm: Checkpoint) -> None:
     ("policy", "method"),
     mostly_slow(
         product(("cpu", "metal"), ("round", "gptq")),
-        ("cpu", "round"),
         thorough=[("cpu", "gptq")],
         of_several=True,
     ),
@@ -316,6 +315,7 @@ def test_what_of_a_file_is_refused(change: dict[str, Any], said: str, tmp_path: 
         read_config(folder)
 
 
+@pytest.mark.thorough
 def test_both_kinds_stay(lfm: Checkpoint, tmp_path: Path, text_folder: Path) -> None:
     """The first block of each kind; one block alone is refused before any work."""
     asked = {"model": str(lfm.path), "scenario": "none", "data": str(text_folder)}

@@ -135,6 +135,7 @@ def test_the_real_teacher_says_the_same() -> None:
     assert len(drafted) < COUNT / 2
 
 
+@pytest.mark.thorough
 def test_a_packed_model_whose_best_draft_is_itself(tmp_path: Path, llama: Checkpoint) -> None:
     """With some blocks kept between passes; a pass settles the depth of the tree and one more
     token. Nothing comes after the end token, and never more than asked for, however much a pass

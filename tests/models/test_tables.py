@@ -67,6 +67,7 @@ def peak_of(work: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> int:
     return peak.nbytes
 
 
+@pytest.mark.thorough
 def test_a_packed_table_is_cut_in_parts(
     packed: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +109,7 @@ def test_a_table_is_rounded_in_parts(
     assert mx.array_equal(stored, words)
 
 
+@pytest.mark.thorough
 def test_a_packed_table_is_exported_in_parts(
     packed: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -213,7 +213,7 @@ CASES = [
             thorough=[*CASES[:9], ("metal", "F32", 2, 256), *CASES[12:-3]],
             of_several=True,
         ),
-        ("metal", "4-bit", 1, 16),
+        pytest.param("metal", "4-bit", 1, 16, marks=pytest.mark.thorough),
     ],
 )
 def test_a_real_pass_stays_under_the_plan(

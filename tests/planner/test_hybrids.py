@@ -90,7 +90,6 @@ def test_a_pass_stays_under_the_plan(tmp_path: Path, kind: str, windows: int, le
     mostly_thorough(
         product(KINDS, ("blocks", "sharded")),
         ("lfm2", "blocks"),
-        ("qwen3_5_text", "sharded"),
         of_several=True,
     ),
 )

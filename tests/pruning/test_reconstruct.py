@@ -161,7 +161,6 @@ CUTS = {
     mostly_thorough(
         [*(("llama", name) for name in CUTS), ("gemma3_text", "ffn")],
         ("llama", "hidden"),
-        ("gemma3_text", "ffn"),
         of_several=True,
     ),
 )
@@ -198,7 +197,9 @@ def test_the_error_falls_block_by_block(
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
-@pytest.mark.parametrize(("count", "length"), [(1, 64), (2, 12), (4, 12)])
+@pytest.mark.parametrize(
+    ("count", "length"), mostly_thorough([(1, 64), (2, 12), (4, 12)], (2, 12), of_several=True)
+)
 def test_few_tokens_do_not_spoil_a_student(
     tmp_path: Path, models: Callable[[str], Checkpoint], count: int, length: int, kind: str
 ) -> None:
@@ -309,6 +310,7 @@ def test_each_kind_of_text_judges_a_block(
     assert all(0 < share <= 1 for share in left)
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("cpu_policy")
 def test_a_wide_layer_is_refitted_beside_nothing_in_float64(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

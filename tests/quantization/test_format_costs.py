@@ -224,6 +224,7 @@ def test_the_least_target_can_be_made(llama: Checkpoint, batches: list[mx.array]
     assert {kind.bits for kind in plan.values()} == {2}
 
 
+@pytest.mark.thorough
 def test_the_command_goes_down_to_2_bits(
     llama: Checkpoint, text_folder: Path, tmp_path: Path
 ) -> None:

@@ -142,6 +142,7 @@ def test_a_run_outlives_who_started_it(here: Path, line: list[str]) -> None:
     assert "everything is saved" in runs.last_lines(runs.named("tiny-001"), 1)[0]
 
 
+@pytest.mark.thorough
 def test_a_run_that_is_refused_says_why(here: Path, line: list[str]) -> None:
     """It has no folder, but a log; the next one gets another name."""
     name = runs.start("tiny", [*line, "--budget", "1MiB"])
