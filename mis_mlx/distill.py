@@ -28,7 +28,7 @@ from mis_mlx.judge import answers, comparison
 from mis_mlx.judge.speed import rounds
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import shape_of
-from mis_mlx.models.opening import compute_type, load
+from mis_mlx.models.opening import compute_type
 from mis_mlx.models.passing import distributed
 from mis_mlx.models.writing import mlx_generate
 from mis_mlx.pruning import vocabulary
@@ -405,9 +405,7 @@ def _stages(
     student = resolved.student
     rounding = student.rounding
     judging = measurement.judging_windows(c, data, teacher, resolved.recipe.eval_windows)
-    # Else every phase would hold them, too.
-    load.opened_tokenizer.cache_clear()
-    preparation.forget()
+    run_loop.forget_text()
     viewed = compression.view(c)
     if viewed:
         pruned = viewed

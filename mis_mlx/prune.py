@@ -85,6 +85,7 @@ def run(settings: Settings) -> dict[str, Any]:
         )
         samples = preparation.calibration(data.train, s.num_samples, s.seed)
         held_out = comparison.spread_windows(next(iter(data.held_out.values())), 24)
+        run_loop.forget_text()
         report = select.prune(
             teacher,
             samples,

@@ -99,11 +99,13 @@ def run(settings: Settings) -> dict[str, Any]:
             return _dry_run(s, checkpoint, plan)
         if not plan.fits:
             raise MisError(strategies.remedy(plan))
+        data = _text(s, checkpoint)
+        run_loop.forget_text()
         strategy = plan.strategy
         with run_loop.entered(folder, out, out=s.out, asked=settings.given, plan=strategy) as place:
             place.decide(asdict(s), strategy, memory.budget(s.budget_bytes))
             with _no_empty_work(place, new=folder is None):
-                return _work(s, checkpoint, teacher, plan=plan, place=place)
+                return _work(s, checkpoint, teacher, data=data, plan=plan, place=place)
 
 
 def _check(s: Settings, checkpoint: Checkpoint, folder: Path | None) -> None:
@@ -212,12 +214,15 @@ def _work(
     checkpoint: Checkpoint,
     other: Checkpoint,
     *,
+    data: Windows,
     plan: strategies.MemoryPlan,
     place: run_loop.Place,
 ) -> dict[str, Any]:
-    """Round, and let scales learn from the model `other`, which reads the same tokens."""
+    """Round, and let scales learn from the model `other`, which reads the same tokens.
+
+    data: of `_text`.
+    """
     asked = part_of(DistillationConfig, asdict(s))
-    data = _text(s, checkpoint)
     origin = {
         "model": run_folder.origin(checkpoint, "")["teacher"],
         **run_folder.origin(other, fingerprint(data)),

@@ -61,6 +61,26 @@ def test_end_to_end(tmp_path: Path, llama: Checkpoint, command: Callable[..., Do
     assert isinstance(mlx_generate.continuation(model, tokenizer, "The with statement", 4), str)
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [("quantize", "--max-seq-length", 32), ("prune", "--scenario", "half-ffn")],
+    ids=lambda asked: asked[0],
+)
+def test_no_phase_holds_the_tokenizer(
+    tmp_path: Path,
+    llama: Checkpoint,
+    text_folder: Path,
+    in_process: Callable[..., Done],
+    asked: tuple[object, ...],
+) -> None:
+    """With 152 thousand tokens it takes 200 MiB of a budget, and no plan counts it."""
+    name, *flags = asked
+    paths = ("--model", llama.path, "--data", text_folder, "--mlx-path", tmp_path / "made")
+    done = in_process(name, *paths, *flags, "--num-samples", 2)
+    assert done.returncode == 0, done.stderr
+    assert not load.opened_tokenizer.cache_info().currsize
+
+
 FOUR = QuantizationConfig(target_bpw=None)
 NEAREST = QuantizationConfig(target_bpw=None, q_method="round")
 PLAIN = ("--q-method", "round", "--target-bpw", "None")

@@ -14,6 +14,7 @@ from mis_mlx.distillation import conversations, pipeline, teacher_answers, write
 from mis_mlx.distillation.conversations import Wanted
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.passing import distributed
+from mis_mlx.runs import run_loop
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Budget, MisError
 
@@ -39,8 +40,7 @@ def of_student(
     length = c.data.tokens.shape[1]
     tokenizer = load.tokenizer(c.teacher.path)
     data = preparation.prepare(source._replace(answers=file), tokenizer, length).train
-    load.opened_tokenizer.cache_clear()
-    preparation.forget()
+    run_loop.forget_text()
     fingerprint = token_windows.fingerprint(data)
     distributed.check_same({run_folder.LEARNED: fingerprint})
     if distributed.is_main():

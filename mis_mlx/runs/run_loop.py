@@ -159,6 +159,15 @@ def prepare_text(
     }
 
 
+def forget_text() -> None:
+    """Let go of tokenizers and rows, once all windows are made.
+
+    Else every phase would hold them too, 200 MiB with 152 thousand tokens.
+    """
+    load.opened_tokenizer.cache_clear()
+    preparation.forget()
+
+
 @dataclass(frozen=True)
 class Place:
     """The folder of a run on this machine, which nobody else works in meanwhile."""

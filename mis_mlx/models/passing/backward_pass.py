@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mis_mlx.compute import token_losses
+from mis_mlx.hardware import memory
 from mis_mlx.maths.losses import chunk_rows, softcap_gradient
 from mis_mlx.models.architectures import block_inputs, sizes
 from mis_mlx.models.architectures.block_inputs import BlockInputs, BlockOutputs
@@ -101,6 +102,7 @@ def _grads_at_head(
     """
     outputs = source.run_block(last_block, hidden)
     norm = load.final_norm(source.checkpoint, source.dtype)
+    memory.give_back()  # what blocks used: the head may be the largest thing of all
     head = source.head()
     grads = []
     for b, output in enumerate(outputs):
