@@ -11,6 +11,7 @@ from mis_mlx.hardware.ledger import Ledger
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths.rounding import (
     CANDIDATE_BITS,
+    GROUPS,
     HELD_BYTES,
     PART,
     SLAB,
@@ -118,6 +119,7 @@ def sensing_cost(m: ModelSize, *, windows: int, length: int, limit: int) -> Stag
     ledger = Ledger(limit, m.gpu)
     ledger.hold("a pass without its workspace", one_pass.peak_bytes - workspace)
     ledger.hold("hidden states and cotangents", length * m.hidden_bytes, 2 * windows)
+    ledger.hold("variances of groups", 4 * m.tables_params // min(GROUPS))  # embedding_costs
     # Of logits three arrays were measured on a CPU, five under Metal's policy.
     logits = Footprint(on_host=True).logit_bytes(2 * m.shape.vocab, length) * (2 + m.gpu) // 2
     ledger.moment("head", head=m.head_work, logits=logits)
