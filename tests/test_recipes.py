@@ -30,6 +30,7 @@ from mis_mlx.compute import precision
 from mis_mlx.models.opening import load
 from mis_mlx.storage import run_folder
 from tests import tiny
+from tests.conftest import mostly_slow
 from tests.machines import ROOT, ended, started
 
 PAGE = ROOT / "docs" / "recipes.md"
@@ -229,10 +230,11 @@ def follow(recipe: Recipe, place: Path, env: Mapping[str, str], teacher: Path, t
 
 # Two machines; a search and a run: tests/test_ranks.py, test_search.py have them in short.
 LONG = r"mlx\.launch|--bytes"
-CASES = [
-    pytest.param(r, marks=pytest.mark.slow) if re.search(LONG, str(r.commands)) else r
-    for r in RECIPES
-]
+CASES = mostly_slow(
+    RECIPES,
+    *(r for r in RECIPES if "evaluate" in r.title),
+    thorough=[r for r in RECIPES if not re.search(LONG, str(r.commands))],
+)
 
 
 @pytest.mark.parametrize(
