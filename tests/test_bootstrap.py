@@ -21,7 +21,7 @@ from mis_mlx import __version__
 ROOT = Path(__file__).parent.parent
 MIS = ROOT / "scripts" / "mis"
 TOOLS = ("cat", "cksum", "dirname", "getconf", "mkdir", "mv", "readlink", "rm", "sed", "sh")
-WORKERS = min(4, os.sysconf("SC_NPROCESSORS_ONLN") + 1)
+WORKERS = min(4, os.sysconf("SC_NPROCESSORS_ONLN"))
 
 # A Python that notes what it is asked, makes a "venv" of itself, and can be told to fail at pip.
 PYTHON = """#!/bin/sh
