@@ -29,6 +29,7 @@ from mis_mlx.types import MisError, Row, duration, gib
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
     "README.md",
+    "docs/compare.md",
     "docs/results.md",
     "docs/models.md",
     "docs/quantization.md",
@@ -436,6 +437,28 @@ def few_bits_by_seed(*found: Found) -> str:
     return words.markdown_table(head, lines)
 
 
+def rivals(found: Found) -> str:
+    """A line a row, by size: what it loses on answers and on text, and what making it takes."""
+    rows = sorted(found["rows"].items(), key=lambda item: float(item[1]["mb"]))
+    head = ["", "bits per weight", "MB", "answers", "KL", "same top token", "EAR", "loops, %"]
+    lines = list[list[str]]()
+    for label, row in rows:
+        cells = [label, f"{row['effective_bits']:.2f}", f"{row['mb']:.1f}"]
+        cells.append(with_margin(row["answers_excess"]) if "answers_excess" in row else "–")
+        cells += [with_margin(row[name]) if name in row else "–" for name in ("kl", "top1", "ear")]
+        cells.append(f"{row['loops'][0]:.0f}")
+        if "seconds" in row:
+            cells += [f"{row['cpu_seconds'] / 60:.1f}", f"{row['peak_gib']:.1f}"]
+        else:
+            cells += ["–", "–"]
+        lines.append(cells)
+    given = found["given"]
+    sizes = f"{given['prompts']} prompts, {given['eval_tokens']:,} tokens of text, half of it "
+    sizes += f"Polish, {given['windows']} windows of calibration, one seed"
+    table = words.markdown_table([*head, "CPU minutes", "peak, GiB"], lines)
+    return "\n".join([table, "", where(found, sizes)])
+
+
 def with_margin(value: list[float]) -> str:
     """A number, with half the width of its 95 % interval where there is one."""
     mean, *interval = value
@@ -554,6 +577,8 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "lose-gemma-3-270m": (lose, ("lose-gemma-3-270m.json",)),
     "lose-briefly": (lose_briefly, ("lose.json",)),
     "planned": (planned_phases, ("planned.json",)),
+    "rivals-qwen-coder-0.5b": (rivals, ("rivals-qwen-coder-0.5b.json",)),
+    "rivals-smollm2": (rivals, ("rivals-smollm2.json",)),
     "few-bits": (few_bits, ("bits-SmolLM2-135M-Instruct.json",)),
     "few-bits-by-seed": (
         few_bits_by_seed,
