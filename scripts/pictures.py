@@ -156,6 +156,8 @@ def _of_first_seed(path: Path) -> bool:
 def curves(source: str) -> bytes:
     """SVG: loss against megabytes, a line a program, a panel a model. source: as of `rivals`."""
     shown = json.loads(source)
+    losses = [loss for programs in shown.values() for of in programs.values() for _, loss in of]
+    lines = {}
     with matplotlib.rc_context({**STYLE, "axes.spines.left": True}):
         figure = Figure(figsize=(4.4 * max(2, len(shown)), 3.4), layout="constrained")
         panels = figure.subplots(1, len(shown), squeeze=False)[0]
@@ -163,15 +165,18 @@ def curves(source: str) -> bytes:
             for name in (name for name in LINES if name in programs):
                 points = programs[name]
                 color, wide = LINES[name]
-                axis.plot(*zip(*points, strict=True), "o-", color=color, lw=wide, ms=4, label=name)
+                style = {"color": color, "lw": wide, "ms": 4}
+                (lines[name],) = axis.plot(*zip(*points, strict=True), "o-", **style)
             axis.set_yscale("symlog", linthresh=0.1, linscale=0.6)
             axis.set_yticks([0, 0.05, 0.1, 0.2, 0.5, 1, 2, 4], labels=TICKS)
+            axis.set_ylim(-0.01, 1.3 * max(losses))
             axis.minorticks_off()
             axis.set_title(model, fontsize=10)
             axis.set_xlabel("file, MB")
             axis.grid(axis="y", alpha=0.25)
         panels[0].set_ylabel("loss on the model's own answers,\nbits per byte (less is better)")
-        panels[-1].legend(frameon=False, fontsize=8)
+        named = [name for name in LINES if name in lines]
+        panels[-1].legend([lines[name] for name in named], named, frameon=False, fontsize=8)
         svg = io.StringIO()
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     return svg.getvalue().encode()
