@@ -1,7 +1,7 @@
 """The fault matrix: runs the tests that make faults, the slow ones too, and writes what became of
 every fault.
 
-    scripts/mis benchmarks/faults.py            # 40 minutes on 2 cores
+    scripts/mis benchmarks/faults.py            # an hour or more on 2 cores
     scripts/mis benchmarks/faults.py --quick    # without the slow ones: what they found before is
     kept
 

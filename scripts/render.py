@@ -441,11 +441,12 @@ def rivals(found: Found) -> str:
     """A line a row, by size: what it loses on answers and on text, and what making it takes."""
     rows = sorted(found["rows"].items(), key=lambda item: float(item[1]["mb"]))
     head = ["", "bits per weight", "MB", "answers", "KL", "same top token", "EAR", "loops, %"]
+    head += ["CPU minutes", "peak, GiB"]
+    figures = ("answers_excess", "kl", "top1", "ear")
     lines = list[list[str]]()
     for label, row in rows:
         cells = [label, f"{row['effective_bits']:.2f}", f"{row['mb']:.1f}"]
-        cells.append(with_margin(row["answers_excess"]) if "answers_excess" in row else "–")
-        cells += [with_margin(row[name]) if name in row else "–" for name in ("kl", "top1", "ear")]
+        cells += [with_margin(row[name]) if name in row else "–" for name in figures]
         cells.append(f"{row['loops'][0]:.0f}")
         if "seconds" in row:
             cells += [f"{row['cpu_seconds'] / 60:.1f}", f"{row['peak_gib']:.1f}"]
@@ -455,8 +456,7 @@ def rivals(found: Found) -> str:
     given = found["given"]
     sizes = f"{given['prompts']} prompts, {given['eval_tokens']:,} tokens of text, half of it "
     sizes += f"Polish, {given['windows']} windows of calibration, one seed"
-    table = words.markdown_table([*head, "CPU minutes", "peak, GiB"], lines)
-    return "\n".join([table, "", where(found, sizes)])
+    return "\n".join([words.markdown_table(head, lines), "", where(found, sizes)])
 
 
 def with_margin(value: list[float]) -> str:

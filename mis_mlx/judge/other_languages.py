@@ -28,10 +28,11 @@ def bits_per_byte(model: Checkpoint) -> dict[str, float]:
     """
     tokenizer = load.tokenizer(model.path)
     before = token_windows.start_tokens(tokenizer) or [token_windows.end_token(tokenizer)]
-    own = [tokenizer.encode(text, add_special_tokens=False) for text in texts().values()]
+    spoken = texts()
+    own = [tokenizer.encode(text, add_special_tokens=False) for text in spoken.values()]
     found = score.of_last_tokens(model, [[*before, *ids] for ids in own], [*map(len, own)])
     costs = {}
-    for (language, text), values in zip(texts().items(), found, strict=True):
+    for (language, text), values in zip(spoken.items(), found, strict=True):
         costs[language] = -float(values.sum()) / math.log(2) / len(text.encode())
     return costs
 
