@@ -1,9 +1,10 @@
-"""Texts that begin when others end, against one token at a time without a cache."""
+"""Texts that begin when others end, and what mlx-lm's generator would wire. That they are the
+model's own: test_text_writer.py."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,7 +15,6 @@ from mis_mlx.models.writing import continuous_batch
 from mis_mlx.models.writing.continuous_batch import Completion, Room
 from mis_mlx.models.writing.draws import Draws
 from mis_mlx.types import Checkpoint
-from tests.conftest import mostly_thorough
 
 # Seven prompts of 1 to 9 tokens: in a batch of three, texts begin beside longer ones.
 PROMPTS = [
@@ -29,10 +29,9 @@ PROMPTS = [
 LENGTH = 12
 
 
-# gemma3_text has blocks that see seven tokens, with a cache of their own kind.
-@pytest.fixture(name="model", params=["llama", "qwen3", "gemma3_text"])
-def _model(request: pytest.FixtureRequest, models: Callable[[str], Checkpoint]) -> nn.Module:
-    loaded = load.resident_model(models(request.param), mx.float32)
+@pytest.fixture(name="model")
+def _model(llama: Checkpoint) -> nn.Module:
+    loaded = load.resident_model(llama, mx.float32)
     mx.eval(loaded.parameters())
     return loaded
 
@@ -46,32 +45,8 @@ def alone(model: nn.Module, prompt: Sequence[int], stop: Sequence[int]) -> list[
     return written
 
 
-def stops_of(model: nn.Module) -> list[int]:
-    """Two tokens that end some texts early: one of the first text, one of the last."""
-    return [alone(model, PROMPTS[0], [])[3], alone(model, PROMPTS[-1], [])[1]]
-
-
-@pytest.mark.parametrize("at_once", mostly_thorough([1, 3, 16], 3))
-def test_greedy_is_the_models_own_text(model: nn.Module, at_once: int) -> None:
-    """Every prompt once, whatever the batch; some texts end early, so others begin beside them."""
-    stop = stops_of(model)
-    expected = [alone(model, prompt, stop) for prompt in PROMPTS]
-    assert len({len(ids) for ids in expected}) > 1
-
-    completions = list(
-        continuous_batch.completions(
-            model, PROMPTS, max_tokens=LENGTH, stop=stop, room=Room(at_once), draws=Draws()
-        )
-    )
-
-    numbers = [completion.number for completion in completions]
-    assert sorted(numbers) == list(range(len(PROMPTS)))
-    assert {number: ids for number, ids in completions} == dict(enumerate(expected))
-
-
-def test_a_text_comes_as_soon_as_it_has_ended(llama: Checkpoint) -> None:
+def test_a_text_comes_as_soon_as_it_has_ended(model: nn.Module) -> None:
     """Three places and seven prompts: the first text comes before the last prompt was read."""
-    model = load.resident_model(llama, mx.float32)
     read: list[int] = []
 
     class Counted(list):

@@ -1,11 +1,16 @@
 """What every architecture says of a config must hold, whichever family it is.
 
-Here it is asked of configs and of modules that were just made, so it is quick. What blocks compute
+What it must refuse, too. Here it is asked of configs and of modules that were just made, so it is
+quick. What blocks compute
 is in test_families.py: parity, streams, cuts along every axis, a whole run.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,8 @@ from mlx.utils import tree_flatten
 from mis_mlx.models.architectures import arch, config_checks
 from mis_mlx.models.architectures.families import FAMILIES, family
 from mis_mlx.models.architectures.shape import ALL, weight_count
-from mis_mlx.models.opening.config import check_config
+from mis_mlx.models.opening import load
+from mis_mlx.models.opening.config import check_config, read_config
 from mis_mlx.types import MisError
 from tests import tiny
 
@@ -34,6 +40,72 @@ NEEDED = [
     for value in values
 ]
 ONLY = [(name, key, value) for name, kind in FAMILIES.items() for key, value in kind.only]
+
+PUBLISHED = Path(__file__).parents[2] / "benchmarks" / "model_configs"
+PARAMS = {  # as their cards and papers say; gemma-3n's with keys and values that no block uses
+    "Bielik-7B-v0.1": 7_241_732_096,
+    "Bielik-Minitron-7B-v3": 7_476_678_656,
+    "Llama-PLLuM-8B": 8_030_261_248,
+    "PLLuM-12B": 12_247_782_400,
+    "Phi-4-mini-instruct": 3_836_021_760,
+    "Phi-3-mini-128k-instruct": 3_821_079_552,
+    "gemma-4-e2b": 4_628_569_379,
+    "gemma-4-e4b": 7_463_013_418,
+    "gemma-3n-e2b": 4_456_156_768,
+    "lfm2-350m": 354_483_968,
+    "lfm2-700m": 742_489_344,
+    "lfm2-1.2b": 1_170_340_608,
+}
+SLIDING = {"full_attention": {"rope_type": "odd"}, "sliding_attention": {}}
+YARN = {**tiny.GEMMA4_ROPES, "full_attention": {"rope_type": "yarn"}}
+# What one family alone refuses: (family, change, what the sentence names).
+BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("gemma3_text", {"sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
+    ("gemma3_text", {"rope_parameters": SLIDING}, "odd"),
+    ("granite", {"logits_scaling": -1}, "logits_scaling is -1"),
+    ("gemma4_text", {"vocab_size_per_layer_input": 128}, "has 128 rows, but the embedding 512"),
+    ("gemma4_text", {"num_kv_shared_layers": 7}, "num_kv_shared_layers is 7"),
+    ("gemma4_text", {"num_kv_shared_layers": 5}, "none of the first 2 blocks"),
+    ("gemma4_text", {"rope_parameters": None}, "rope_parameters must have full_attention"),
+    ("gemma4_text", {"rope_parameters": YARN}, "is 'yarn'"),
+    ("gemma3n_text", {"altup_active_idx": 3}, "altup_active_idx is 3, but should be 0 to 2"),
+    ("gemma3n_text", {"altup_num_inputs": None}, "altup_num_inputs is None"),
+    ("gemma3n_text", {"laurel_rank": 0}, "laurel_rank is 0"),
+    ("gemma3n_text", {"activation_sparsity_pattern": [1.0] * 7}, "is 1.0, but must be 0 to 1"),
+    ("gemma3n_text", {"vocab_size_per_layer_input": 600}, "has 600 rows, but the embedding 512"),
+    ("lfm2", {"layer_types": ["conv"] * 7}, "all blocks are conv"),
+    ("lfm2", {"layer_types": ["sliding_attention"] * 7}, "each of conv or full_attention"),
+    ("lfm2", {"model_type": "lfm2_moe", "num_experts": 32}, "nearest is lfm2"),
+    ("qwen3_5_text", {"linear_num_value_heads": 3}, "linear_num_value_heads is 3, which 2 key"),
+    ("qwen3_5_text", {"full_attention_interval": 4}, "says full_attention for block 2"),
+    ("qwen3_5_text", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.25, but"),
+    ("qwen3_5_text", {"model_type": "qwen3_5_moe"}, "model_type 'qwen3_5_moe' is not supported"),
+]
+FACTOR = "partial_rotary_factor"
+TWO_FACTORS = {FACTOR: 0.5, "rope_parameters": {FACTOR: 0.75}}
+YARNED = {FACTOR: 0.5, "rope_scaling": {"type": "yarn", "factor": 2.0}}
+NOT_8 = {"type": "longrope", "long_factor": [1.0]}
+# The same of config.json as it lies in a folder, where it says things otherwise.
+BAD_FILES: list[tuple[str, dict[str, Any], str]] = [
+    ("lfm2", {"conv_dim": 128}, "conv_dim is 128, but hidden_size 64"),
+    ("lfm2", {"layer_types": ["conv"] * 6 + ["full_attention"]}, "layer_types has another order"),
+    ("lfm2", {"block_ff_dim": "x"}, "block_ff_dim is 'x'"),
+    ("lfm2", {"norm_eps": None}, "rms_norm_eps is None"),
+    ("phi3", {FACTOR: 1.5}, f"{FACTOR} is 1.5"),
+    ("phi3", {FACTOR: 0.7}, f"{FACTOR} is 0.7"),
+    ("phi3", {FACTOR: 1e999}, "inf"),
+    ("phi3", {FACTOR: "x"}, f"{FACTOR} is 'x'"),
+    ("phi3", TWO_FACTORS, "is 0.75"),
+    ("phi3", YARNED, "is 'yarn', supported: default, longrope"),
+    ("phi3", {"rope_scaling": {**tiny.LONG, "type": "su"}}, "is 'su', supported"),
+    ("phi3", {"rope_scaling": NOT_8}, "long_factor must be a list of 8"),
+    ("phi3", {"rope_scaling": {**tiny.LONG, "short_factor": None}}, "short_factor must be a list"),
+    ("phi3", {"rope_scaling": {**tiny.LONG, "long_factor": [0] * 8}}, "long_factor is 0"),
+    ("phi3", {"rope_scaling": {**tiny.LONG, "attention_factor": 1.2}}, "has attention_factor"),
+    ("phi3", {"rope_scaling": tiny.LONG, "max_position_embeddings": None}, "embeddings is None"),
+    ("phi3", {"rope_scaling": tiny.LONG, "original_max_position_embeddings": 1}, "- 1 is 0"),
+    ("phi3", {"num_key_value_heads": 4}, "has 128 rows, but config.json says 192"),
+]
 
 
 def refused(config: dict[str, Any], changes: dict[str, Any]) -> str:
@@ -67,6 +139,67 @@ def test_no_other_value_is_computed(name: str, key: str, value: Any) -> None:
     elif value is not None:
         other = value + 1
     assert f"{key} is {other!r}" in refused(CONFIGS[name], {key: other})
+
+
+@pytest.mark.parametrize(("name", "change", "words"), BAD)
+def test_what_no_block_computes_is_refused(name: str, change: dict[str, Any], words: str) -> None:
+    """Values that nobody's model of the family has, and that mlx-lm computes otherwise, or not."""
+    assert words in refused(CONFIGS[name], change)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A tiny model of a family, made once."""
+    root = tmp_path_factory.mktemp("folders")
+
+    def made(name: str) -> Path:
+        out = root / name
+        if out.exists():
+            return out
+        return tiny.joined(out) if name == "phi3" else tiny.make(out, **tiny.FAMILIES[name])
+
+    return made
+
+
+@pytest.mark.parametrize(("name", "change", "words"), BAD_FILES)
+def test_what_no_folder_may_say(
+    folders: Callable[[str], Path],
+    name: str,
+    change: dict[str, Any],
+    words: str,
+    tmp_path: Path,
+) -> None:
+    """Sizes that contradict each other or the tensors, and positions that nothing computes."""
+    for path in folders(name).iterdir():
+        if path.name != "config.json":
+            os.link(path, tmp_path / path.name)
+    config = json.loads((folders(name) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(MisError) as caught:
+        load.open_checkpoint(tmp_path)
+    assert words.lower() in str(caught.value).lower()
+
+
+def published(name: str) -> Mapping[str, Any]:
+    """A config as it was published."""
+    known = {**tiny.POLISH, **tiny.PHI, **arch.PUBLISHED}
+    if name in known:
+        return known[name]
+    found = json.loads((PUBLISHED / f"{name}.json").read_text())
+    return {key: value for key, value in found.items() if key not in ("title", "source")}
+
+
+@pytest.mark.parametrize("name", PARAMS)
+def test_published_models_have_as_many_parameters(name: str, tmp_path: Path) -> None:
+    """By the sizes of their tensors; a phi3 of its own code becomes one of the family's."""
+    (tmp_path / "config.json").write_text(json.dumps(published(name)))
+    config = read_config(tmp_path)
+    architecture = family(config)
+    sizes = [math.prod(shape) for shape in arch.tensors_of(config).values()]
+    unused = [math.prod(shape) for shape in architecture.unused_shapes().values()]
+    assert arch.params(config) == sum(sizes)
+    assert sum(sizes) + (sum(unused) if "3n" in name else 0) == PARAMS[name]
+    assert "auto_map" not in config
 
 
 @pytest.mark.parametrize("name", FAMILIES)

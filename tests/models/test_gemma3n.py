@@ -1,5 +1,5 @@
-"""Gemma 3n alone: AltUp's versions of the hidden states, its folders, its refusals. What it shares
-with Gemma 4 is in test_gemma4.py, parity in test_families.py.
+"""Gemma 3n alone: AltUp's versions of the hidden states, its folders. What it shares with Gemma 4
+is in test_gemma4.py, parity and bits in test_families.py, configs in test_contract.py.
 """
 
 from __future__ import annotations
@@ -15,12 +15,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mis_mlx import plan, prune
-from mis_mlx.models.architectures import altup, arch
-from mis_mlx.models.architectures.families import family
-from mis_mlx.models.architectures.sizes import key_owners
+from mis_mlx import prune
+from mis_mlx.models.architectures import altup
 from mis_mlx.models.opening import load
-from mis_mlx.models.opening.config import check_config, read_config
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import backward_pass
 from mis_mlx.models.writing import model_writer
@@ -29,7 +26,7 @@ from mis_mlx.pruning import calibrate, vocabulary
 from mis_mlx.settings.recipe import DistillationConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.hidden_spool import Spool
-from mis_mlx.types import GIB, Checkpoint, MisError
+from mis_mlx.types import Checkpoint, MisError
 from tests import family_checks, stock, tiny
 from tests.family_checks import TOKENS, apart, streamed
 
@@ -40,27 +37,6 @@ CONFIG = {**tiny.CONFIG, **tiny.FAMILIES[KIND]}
 @pytest.fixture(scope="module")
 def gemma(models: Callable[[str], Checkpoint]) -> Checkpoint:
     return models(KIND)
-
-
-@pytest.mark.parametrize(("name", "total"), [("gemma-3n-e2b", 4_456_156_768), ("gemma-3n-e4b", 0)])
-def test_the_published_shapes(name: str, total: int, tmp_path: Path) -> None:
-    """As many parameters as mlx-lm's modules have: ours, and the unused keys and values.
-
-    The text part of E2B is published as 4.46 billion.
-    """
-    (tmp_path / "config.json").write_text(json.dumps(arch.PUBLISHED[name]))
-    config = read_config(tmp_path)
-    unused = sum(int(np.prod(shape)) for shape in family(config).unused_shapes().values())
-    tensors = arch.tensors_of(config)
-    ours = sum(int(np.prod(shape)) for shape in tensors.values())
-    assert arch.params(config) == ours
-    # lazy: nothing is drawn
-    module = load.mlx_lm("models.gemma3n")
-    theirs = module.LanguageModel(load.model_args(config))
-    assert ours + unused == sum(a.size for _, a in tree_flatten(theirs.parameters()))
-    assert total in (0, ours + unused)
-    own = config["num_hidden_layers"] - config["num_kv_shared_layers"]
-    assert set(key_owners(config)[own:]) == {own - 1, own - 2}
 
 
 @pytest.mark.usefixtures("cpu_policy")
@@ -230,47 +206,11 @@ def test_hidden_states_on_disk_are_as_wide(
         assert mx.array_equal(state, again[b])
 
 
-@pytest.mark.parametrize("policy", ["cpu", "metal"])
-def test_adapters_open_in_stock(
-    gemma: Checkpoint, tmp_path: Path, policy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """LoRA leaves AltUp's coefficients alone; mlx_lm takes what comes out as --adapter-path."""
-    monkeypatch.setenv("MIS_MLX_POLICY", policy)
-    out = family_checks.adapted(gemma, tmp_path)
-    stored: Any = mx.load(str(out / "adapters" / "adapters.safetensors"))
-    named = dict(stored)
-    assert named and all(name.startswith("model.language_model.layers.") for name in named)
-    assert not any("altup" in name for name in named)
-    theirs = load.mlx_lm("utils").load(str(gemma.path), adapter_path=str(out / "adapters"))[0]
-    fused = load.open_checkpoint(out / "model")
-    theirs.set_dtype(mx.float32)
-    want = theirs(TOKENS, cache=theirs.make_cache())
-    before = streamed(gemma, TOKENS)
-    # the folder has bfloat16 numbers
-    assert apart(streamed(fused, TOKENS), want) < 0.1 * apart(want, before)
-
-
 def test_nothing_is_fitted_in_closed_form(gemma: Checkpoint) -> None:
     """No output of a block is linear in down_proj: training begins at the pruned student."""
     m = model_of(gemma, gpu=False, dtype=mx.float32)
     job = spec_of(m, m, DistillationConfig(reconstruct_samples=8))
     assert job.reconstruct_samples == 0 and "none" not in job.modes
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"altup_active_idx": 3}, "altup_active_idx is 3, but should be 0 to 2"),
-        ({"altup_num_inputs": None}, "altup_num_inputs is None"),
-        ({"laurel_rank": 0}, "laurel_rank is 0"),
-        ({"activation_sparsity_pattern": [1.0] * 7}, "is 1.0, but must be 0 to 1"),
-        ({"vocab_size_per_layer_input": 600}, "has 600 rows, but the embedding 512"),
-    ],
-)
-def test_what_of_a_config_is_refused(change: dict[str, Any], said: str) -> None:
-    """Values that nobody's Gemma 3n has, and that mlx-lm computes otherwise or not at all."""
-    with pytest.raises(MisError, match=said):
-        check_config({**CONFIG, **change}, Path("config.json"))
 
 
 def test_blocks_of_several_widths_are_refused(tmp_path: Path) -> None:
@@ -281,15 +221,3 @@ def test_blocks_of_several_widths_are_refused(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(MisError, match="intermediate_size is 512 in some blocks and 768 in others"):
         load.open_checkpoint(folder)
-
-
-def test_the_plan_of_the_published_ones() -> None:
-    """Most tokens, and no training by default: E2B in 5 GiB; E4B where it is rounded."""
-    asked = plan.Settings(teacher="gemma-3n-e2b", budget="5GiB", machine="m1-air")
-    made = plan.run(asked)
-    assert made["mode"] == "none" and not made["check_failed"] and made["peak_bytes"] < 5 * GIB
-    assert made["params_student"] / made["params_teacher"] == pytest.approx(0.857, abs=0.001)
-    large = plan.run(
-        plan.Settings(teacher="gemma-3n-e4b", budget="5GiB", machine="m1-air", q_method="round")
-    )
-    assert not large["check_failed"]

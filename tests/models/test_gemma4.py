@@ -1,14 +1,12 @@
 """Gemma 4, and Gemma 3n where it has the same: what their blocks take beside hidden states,
-forwards, backwards, on disk. Parity is in test_families.py, what 3n alone has in test_gemma3n.py.
+forwards, backwards, on disk. Parity and bits are in test_families.py, configs in test_contract.py,
+what 3n alone has in test_gemma3n.py.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mis_mlx import dpo, plan, prune, search
+from mis_mlx import dpo, prune, search
 from mis_mlx.compute import host_losses, streams
 from mis_mlx.compute.precision import dtype_of
 from mis_mlx.compute.token_losses import TokenLoss
@@ -30,16 +28,15 @@ from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import ffn_size as ffn_of
 from mis_mlx.models.architectures.sizes import key_owners, softcap
 from mis_mlx.models.opening import load
-from mis_mlx.models.opening.config import check_config, read_config
 from mis_mlx.models.passing import backward_pass, pipeline_parallel, stream
-from mis_mlx.models.writing import model_writer, text_writer
+from mis_mlx.models.writing import model_writer
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import bit_allocation, packed_format
 from mis_mlx.storage.files import DISK
-from mis_mlx.types import GIB, Checkpoint, MisError
+from mis_mlx.types import Checkpoint, MisError
 from tests import family_checks, tiny
 from tests import stock as stock_models
-from tests.conftest import mostly_slow, mostly_thorough, near
+from tests.conftest import mostly_thorough, near
 from tests.family_checks import TOKENS
 
 KIND = "gemma4_text"
@@ -90,27 +87,6 @@ def test_who_makes_keys_and_values() -> None:
     assert arch.fixed_blocks(e2b) == {13, 14, 34}
 
 
-@pytest.mark.parametrize(
-    ("name", "tables", "total"),
-    [
-        ("gemma-4-e2b", 262_144 * (1536 + 35 * 256), 4_628_569_379),
-        ("gemma-4-e4b", 262_144 * (2560 + 42 * 256), 7_463_013_418),
-    ],
-)
-def test_the_published_shapes(name: str, tables: int, total: int, tmp_path: Path) -> None:
-    """Rows of tables are most of E2B; every tensor that the config promises is counted."""
-    (tmp_path / "config.json").write_text(json.dumps(arch.PUBLISHED[name]))
-    config = read_config(tmp_path)
-    assert config["vocab_size"] * arch.row_params(config) == tables
-    assert arch.params(config) == sum(
-        int(np.prod(shape)) for shape in arch.tensors_of(config).values()
-    )
-    assert arch.params(config) == total
-    # lazy: nothing is drawn
-    stock_model = load.mlx_lm("models.gemma4_text").Model(load.model_args(config))
-    assert total == sum(array.size for _, array in tree_flatten(stock_model.parameters()))
-
-
 @pytest.mark.parametrize("beside", ["", "model."])
 def test_of_a_model_that_sees_and_hears_the_text_part_is_opened(
     models: Callable[[str], Checkpoint],
@@ -129,59 +105,6 @@ def test_of_a_model_that_sees_and_hears_the_text_part_is_opened(
     assert opened.config["model_type"] == KIND
     assert mx.array_equal(logits(opened, TOKENS), logits(gemma, TOKENS))
     assert mx.abs(logits(opened, TOKENS) - stock_logits(opened)).max().item() <= near(1e-5, 0.02)
-
-
-@pytest.mark.parametrize(
-    ("gemma", "policy", "method"),
-    mostly_slow(
-        product(BOTH, ("cpu", "metal"), ("round", "gptq")),
-        (BOTH[0], "cpu", "round"),
-        thorough=[(BOTH[1], "cpu", "gptq")],
-        of_several=True,
-    ),
-    indirect=["gemma"],
-)
-def test_four_bits_are_stock(
-    gemma: Checkpoint,
-    method: Any,
-    policy: str,
-    tmp_path: Path,
-    text_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Both tables packed, the table of per-layer inputs in parts; whole, streamed, and with weights
-    kept packed.
-    """
-    monkeypatch.setenv("MIS_MLX_POLICY", policy)
-    monkeypatch.setattr(load, "TABLE_PART", 50 * 7 * 32)
-    bpw = 5.0 if method == "gptq" else None
-    more = {"target_bpw": bpw, "data": str(text_folder), "num_samples": 2, "max_seq_length": 24}
-    four = family_checks.quantized(gemma.path, tmp_path / "four", method, **more)
-    formats = packed_format.formats(four)
-    assert {"model.embed_tokens_per_layer", "model.embed_tokens"} < formats.keys()
-    assert all(formats[path].bits == 8 for path in packed_format.wide_projections(four.config))
-    assert formats.keys() == matrices_of(four)
-    theirs = stock_logits(four)
-    assert mx.abs(logits(four, TOKENS) - theirs).max().item() <= (1e-4 if policy == "cpu" else 2e-2)
-    if policy == "cpu":
-        whole = load.resident_model(four, mx.float32)(TOKENS)
-        assert mx.abs(whole - theirs).max().item() <= 1e-4
-        name = "model.embed_tokens_per_layer.weight"
-        kind = formats["model.embed_tokens_per_layer"]
-        table = load.dense(gemma, name)
-        packed = packed_format.rounded_matrix(table, kind, fit=method == "gptq")
-        assert mx.array_equal(
-            load.dense(
-                four,
-                name,
-                {
-                    "model.embed_tokens_per_layer.weight": packed[0],
-                    "model.embed_tokens_per_layer.scales": packed[1],
-                    "model.embed_tokens_per_layer.biases": packed[2],
-                },
-            ),
-            load.dense(four, name),
-        )
 
 
 def test_tables_go_through_memory_in_parts(
@@ -344,19 +267,6 @@ def test_bits_go_to_the_table_of_per_layer_inputs(
     assert found.keys() == matrices_of(gemma) - packed_format.wide_projections(gemma.config)
 
 
-@pytest.mark.usefixtures("cpu_policy")
-def test_many_texts_are_written_as_each_alone(gemma: Checkpoint) -> None:
-    """Streamed, side by side, past the window; a text's tokens are stock mlx_lm's."""
-    prompts = [[5, 9, 300], [44, 8, 120, 3, 77]]
-    ours = text_writer.TextWriter(stream.Stream(gemma, mx.float32)).write(prompts, 12, ())
-    model = stock(gemma.path)
-    for prompt, text in zip(prompts, ours, strict=True):
-        want = list[int]()
-        for _ in range(12):
-            want.append(int(mx.argmax(model(mx.array([[*prompt, *want]]))[0, -1])))
-        assert text == want
-
-
 def test_depth_keeps_who_makes_keys(gemma: Checkpoint, tmp_path: Path, text_folder: Path) -> None:
     """Blocks 1, 2 and 6 stay whatever they are worth; the config says how many of those that are
     left share.
@@ -389,43 +299,6 @@ def test_depth_keeps_who_makes_keys(gemma: Checkpoint, tmp_path: Path, text_fold
         )
 
 
-@pytest.mark.parametrize(
-    ("kind", "way"),
-    mostly_slow(product(BOTH, family_checks.WAYS), of_several=True),
-)
-def test_every_way_of_training(tmp_path: Path, text_folder: Path, kind: str, way: str) -> None:
-    """Of a smaller student: see `check_training`."""
-    teacher = tiny.FAMILIES[kind]
-    family_checks.check_training(tmp_path, text_folder, way, teacher=teacher, target_bpw=6.0)
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"vocab_size_per_layer_input": 128}, "has 128 rows, but the embedding 512"),
-        ({"num_kv_shared_layers": 7}, "num_kv_shared_layers is 7, but should be 0 to 6"),
-        (
-            {"num_kv_shared_layers": 5},
-            "share keys and values, but none of the first 2 blocks makes any",
-        ),
-        (
-            {"rope_parameters": None},
-            "rope_parameters must have full_attention and sliding_attention",
-        ),
-        (
-            {"rope_parameters": {**tiny.GEMMA4_ROPES, "full_attention": {"rope_type": "yarn"}}},
-            "is 'yarn'",
-        ),
-    ],
-)
-def test_what_of_a_config_is_refused(change: dict[str, Any], said: str) -> None:
-    """Variants that are not built, and configs that mlx-lm and transformers would read
-    differently.
-    """
-    with pytest.raises(MisError, match=said):
-        check_config({**tiny.CONFIG, **tiny.FAMILIES[KIND], **change}, Path("config.json"))
-
-
 def test_what_is_not_built_is_a_sentence(
     models: Callable[[str], Checkpoint], tmp_path: Path, text_folder: Path
 ) -> None:
@@ -456,14 +329,6 @@ def test_a_teacher_and_its_own_logits(gemma: Checkpoint) -> None:
     loss, *_ = token_loss.gradients(hidden, table, mx.ones(5), hidden, frozen_head=True)
     assert abs(loss.item()) < near(1e-5, 1e-2)
     assert mx.abs(teacher._logits_by(table)(hidden)).max().item() <= 3.0
-
-
-@pytest.mark.usefixtures("cpu_policy")
-def test_answers_are_the_same_whole_and_streamed(gemma: Checkpoint) -> None:
-    """Several prompts side by side, by mlx_lm's batches and block by block."""
-    prompts = [[5, 9, 300], [44, 8, 120, 3, 77], [7]]
-    whole, pieces = (text_writer.opened(gemma, room) for room in (None, 0))
-    assert whole.write(prompts, 10, ()) == pieces.write(prompts, 10, ())
 
 
 @pytest.mark.usefixtures("cpu_policy")
@@ -547,28 +412,6 @@ def test_what_is_not_capped_is_another_loss() -> None:
     assert dw is not None
     assert mx.allclose(dh, bh, atol=1e-5)
     assert mx.allclose(dw, bw, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("teacher", "params"),
-    [
-        pytest.param("gemma-4-e2b", 0.851, marks=pytest.mark.thorough),
-        pytest.param("gemma-4-e4b", 0.883, marks=pytest.mark.slow),
-    ],
-)
-def test_the_plan_of_the_published_ones(teacher: str, params: float) -> None:
-    """Without a quarter of the tokens by default, within 5 GiB of a laptop of 8; or cut and
-    trained, if it fits.
-    """
-    asked = plan.Settings(teacher=teacher, budget="5GiB", machine="m1-air")
-    made = plan.run(asked)
-    assert made["params_student"] / made["params_teacher"] == pytest.approx(params, abs=0.001)
-    assert made["mode"] == "none"
-    assert not made["check_failed"]
-    assert made["peak_bytes"] < 5 * GIB
-    cut = plan.run(replace(asked, scenario="gazda"))
-    assert cut["params_student"] < made["params_teacher"]
-    assert cut["mode"] in ("sharded", "none")
 
 
 def test_a_token_reads_no_table(gemma: Checkpoint) -> None:

@@ -1,15 +1,13 @@
-"""Qwen 3.5, dense text: the gated delta rule in chunks, its folders, bits, state and refusals.
+"""Qwen 3.5, dense text: the gated delta rule in chunks, its folders and state.
 
-Parity of a whole model with stock mlx_lm, and its gradients, are in test_families.py.
+Parity with stock mlx_lm, gradients and bits are in test_families.py, configs in test_contract.py.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import chain, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,21 +15,19 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx import generate, grpo, plan, prune, quantize, sft
+from mis_mlx import generate, grpo, prune, quantize, sft
 from mis_mlx.judge.tasks import option_likelihood
-from mis_mlx.models.architectures import arch, bit_floors, gated_delta
+from mis_mlx.models.architectures import gated_delta
 from mis_mlx.models.architectures.sizes import attends
 from mis_mlx.models.opening import load
-from mis_mlx.models.opening.config import check_config, read_config
+from mis_mlx.models.opening.config import read_config
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import attention_masks, stream
-from mis_mlx.models.writing import mlx_generate, model_writer, streamed_decode, text_writer
-from mis_mlx.quantization import packed_format
+from mis_mlx.models.writing import mlx_generate, model_writer, streamed_decode
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError, Precision
 from tests import family_checks, stock, tiny
-from tests.conftest import mostly_slow
 from tests.family_checks import TOKENS, apart, streamed
 
 KIND = "qwen3_5_text"
@@ -134,70 +130,6 @@ def test_inverses_by_numpy() -> None:
             assert np.abs(found - want).max() <= 1e-4 * np.abs(want).max()
 
 
-@pytest.mark.usefixtures("cpu_policy")
-def test_streamed_text_is_the_whole_models(
-    qwen: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Greedy tokens of one text, a long prompt in parts, and of several texts side by side."""
-    monkeypatch.setattr(streamed_decode, "ROWS", 8)
-    model = load.resident_model(qwen, mx.float32)
-    prompt = TOKENS[0].tolist()
-    want = list[int]()
-    for _ in range(8):
-        z = model(mx.array([[*prompt, *want]]))
-        want.append(int(mx.argmax(z[0, -1])))
-    passes = streamed_decode.decode(stream.Stream(qwen, mx.float32), prompt, 8)
-    assert list(chain.from_iterable(passes)) == want
-    prompts = [[5, 9, 300], [44, 8, 120, 3, 77], [7]]
-    whole, pieces = (text_writer.opened(qwen, room) for room in (None, 0))
-    assert whole.write(prompts, 10, ()) == pieces.write(prompts, 10, ())
-
-
-@pytest.mark.parametrize(
-    ("policy", "method"),
-    mostly_slow(
-        product(("cpu", "metal"), ("round", "gptq")),
-        ("cpu", "round"),
-        of_several=True,
-    ),
-)
-def test_bits_are_stock(
-    qwen: Checkpoint,
-    method: Any,
-    policy: str,
-    tmp_path: Path,
-    text_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Matrices around a delta rule have 5 bits or more, its small ones 8; kernels are not rounded;
-    stock mlx_lm computes the same.
-    """
-    monkeypatch.setenv("MIS_MLX_POLICY", policy)
-    folder = tiny.make(tmp_path / "m", **{**tiny.FAMILIES[KIND], "linear_value_head_dim": 32})
-    bpw = 6.5 if method == "gptq" else None
-    more = {"target_bpw": bpw, "data": str(text_folder), **FEW}
-    four = family_checks.quantized(folder, tmp_path / "four", method, **more)
-    formats = packed_format.formats(four)
-    floors = bit_floors.delta_floors(four.config)
-    assert len(floors) == 3 * 5
-    assert all(formats[path].bits >= fewest for path, fewest in floors.items())
-    assert all(formats[path].bits == 8 for path in bit_floors.delta_gates(four.config))
-    matrices = [n for n, shape in arch.tensors_of(four.config).items() if len(shape) == 2]
-    assert formats.keys() == {name.removesuffix(".weight") for name in matrices}
-    if method == "round":
-        assert formats["model.layers.0.mlp.up_proj"].bits == 4
-        shapes = arch.tensors_of(four.config)
-        further = 0
-        for path in {*floors, *bit_floors.delta_gates(four.config)}:
-            further += (formats[path].bits - 4) * math.prod(shapes[f"{path}.weight"])
-        assert bit_floors.further_bits(four.config) == further > 0
-    theirs = stock.opened(four.path)
-    theirs.set_dtype(mx.float32)
-    tolerance = 1e-5 if policy == "cpu" else 2e-2
-    assert apart(streamed(four, TOKENS), theirs(TOKENS)) <= tolerance
-    assert apart(load.resident_model(four, mx.float32)(TOKENS), theirs(TOKENS)) <= tolerance
-
-
 @pytest.mark.parametrize(
     "written", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["opened", "written"]
 )
@@ -283,13 +215,6 @@ def test_depth_keeps_the_period(qwen: Checkpoint, tmp_path: Path, text_folder: P
         prune.run(prune.Settings(mlx_path=str(tmp_path / "x"), layers=2, **asked))
 
 
-@pytest.mark.parametrize("way", mostly_slow(family_checks.WAYS))
-def test_every_way_of_training(tmp_path: Path, text_folder: Path, way: str) -> None:
-    """Of a smaller student: see `check_training`."""
-    teacher = {**tiny.FAMILIES[KIND], "linear_value_head_dim": 32}
-    family_checks.check_training(tmp_path, text_folder, way, teacher=teacher)
-
-
 def test_rows_of_sft_have_windows_of_their_own(qwen: Checkpoint, tmp_path: Path) -> None:
     """Packing is the default, and is left out by itself: the rows' losses are those without it."""
     data = tmp_path / "data"
@@ -331,21 +256,6 @@ def test_what_is_not_built_is_a_sentence(qwen: Checkpoint) -> None:
         list(streamed_decode.decode(source, [5, 9], 8, draft=stream.Stream(qwen, mx.float32)))
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"linear_num_value_heads": 3}, "linear_num_value_heads is 3, which 2 key heads"),
-        ({"full_attention_interval": 4}, "layer_types says full_attention for block 2"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.25, but"),
-        ({"model_type": "qwen3_5_moe"}, "model_type 'qwen3_5_moe' is not supported"),
-    ],
-)
-def test_what_of_a_config_is_refused(change: dict[str, Any], said: str) -> None:
-    """Values that nobody's Qwen 3.5 has, and that mlx-lm computes otherwise or not at all."""
-    with pytest.raises(MisError, match=said):
-        check_config({**CONFIG, **change}, Path("config.json"))
-
-
 def test_transformers_form_is_refused(tmp_path: Path) -> None:
     """There norms multiply by 1 + weight, which the kernels' shape tells."""
     folder = tiny.make(tmp_path / "m", **tiny.FAMILIES[KIND])
@@ -372,16 +282,3 @@ def test_a_config_without_kinds(tmp_path: Path) -> None:
     read = read_config(folder)
     assert [i for i in range(7) if attends(read, i)] == [3]
     assert read["rope_parameters"]["partial_rotary_factor"] == 0.25
-
-
-def test_a_plan_of_one(tmp_path: Path) -> None:
-    """From a shape alone: half of the tokens, and the bits of its delta rules."""
-    config = {**CONFIG, "hidden_size": 1024, "vocab_size": 248_320, "num_hidden_layers": 6}
-    sizes = {"layer_types": None, "head_dim": 256, "full_attention_interval": 3}
-    (tmp_path / "config.json").write_text(json.dumps({**config, **sizes}))
-    asked = plan.Settings(
-        teacher=str(tmp_path), budget="5GiB", machine="m1-air", scenario="none", vocab="0.5x"
-    )
-    made = plan.run(asked)
-    assert not made["check_failed"]
-    assert made["params_teacher"] - made["params_student"] == 2 * 1024 * 124_160

@@ -71,7 +71,7 @@ def plain(checkpoint: Checkpoint, encoded: list[option_likelihood.Encoded]) -> l
     return found
 
 
-@pytest.mark.parametrize("kind", mostly_thorough(tiny.KINDS, "llama"))
+@pytest.mark.parametrize("kind", mostly_thorough([*tiny.KINDS, "lfm2"], "llama", "lfm2"))
 def test_the_plain_forward_pass_gives_the_same(
     models: Callable[[str], Checkpoint], kind: str
 ) -> None:
