@@ -1,8 +1,8 @@
 """What every architecture says of a config must hold, whichever family it is.
 
 What it must refuse, too. Here it is asked of configs and of modules that were just made, so it is
-quick. What blocks compute
-is in test_families.py: parity, streams, cuts along every axis, a whole run.
+quick. What blocks compute is in test_families.py: parity, streams, cuts along every axis, bits, a
+whole run.
 """
 
 from __future__ import annotations
