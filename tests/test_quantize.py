@@ -82,7 +82,6 @@ def test_no_phase_holds_the_tokenizer(
 
 
 FOUR = QuantizationConfig(target_bpw=None)
-NEAREST = QuantizationConfig(target_bpw=None, q_method="round")
 PLAIN = ("--q-method", "round", "--target-bpw", "None")
 GPTQ = ("--target-bpw", "None", "--num-samples", 4, "--max-seq-length", 32)
 

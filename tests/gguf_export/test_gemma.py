@@ -96,40 +96,6 @@ def test_gemma4(models: Callable[[str], Checkpoint], tmp_path: Path) -> None:
     assert "blk.3.attn_k.weight" not in weights
 
 
-@pytest.mark.thorough
-def test_gemma3n(tmp_path: Path) -> None:
-    """AltUp's matrices in one stack, its coefficients within their bounds, zeros for keys that no
-    block reads, and a row for every token."""
-    sizes = {"vocab_size": 544, "vocab_size_per_layer_input": 500}
-    folder = tiny.make(tmp_path / "m", **{**GEMMA3N, **sizes})
-    model = load.open_checkpoint(folder)
-    reader = opened(folder, tmp_path / "out")
-    told = facts(reader, "gemma3n")
-    assert [told["altup.num_inputs"], told["altup.active_idx"]] == [4, 0]
-    assert told["attention.shared_kv_layers"] == 3
-    scales = told["activation_sparsity_scale"]
-    np.testing.assert_allclose(scales[:10], 1.6448536, rtol=1e-6)
-    assert set(scales[10:]) == {-np.inf}
-    weights = values(reader)
-    for theirs, stem in (
-        ("altup_proj", "altup_projections"),
-        ("altup_unembd_proj", "altup_unembed_projections"),
-    ):
-        want = [stored(model, f"model.{stem}.{n}.weight") for n in range(3)]
-        np.testing.assert_array_equal(weights[f"{theirs}.weight"], want)
-    coefs = stored(model, "model.layers.1.altup.prediction_coefs.weight")
-    assert np.abs(coefs).max() > 0.1
-    got = weights["blk.1.altup_predict_coef.weight"]
-    np.testing.assert_array_equal(got, np.clip(coefs, -0.1, 0.1))
-    table = stored(model, "model.embed_tokens_per_layer.weight")
-    want = np.concatenate([table, np.repeat(table[:1], 44, axis=0)])
-    np.testing.assert_array_equal(weights["per_layer_token_embd.weight"], want)
-    for name in ("attn_k.weight", "attn_v.weight", "attn_k_norm.weight"):
-        assert not weights[f"blk.20.{name}"].any()
-        assert weights[f"blk.20.{name}"].shape == weights[f"blk.19.{name}"].shape
-        assert weights[f"blk.19.{name}"].any()
-
-
 @pytest.mark.parametrize("kind", mostly_thorough(["gemma4", "gemma3n"], "gemma4"))
 def test_llama_cpps_graph_computes_the_model(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
@@ -151,6 +117,9 @@ def test_llama_cpps_graph_computes_the_model(
     finally:
         mx.enable_compile()
     graph = gemma_graph.gemma3n if kind == "gemma3n" else gemma_graph.gemma4
+    if kind == "gemma3n":  # llama.cpp opens a file only with keys for every block
+        unread = [values(reader)[f"blk.20.attn_{side}.weight"] for side in ("k", "v")]
+        assert not any(map(np.any, unread))
     np.testing.assert_allclose(graph(reader, ids), want, atol=5e-4)
     assert np.ptp(want) > 0.5
 

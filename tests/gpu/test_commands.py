@@ -8,8 +8,6 @@ what was seen, more where Adam's first steps are taken.
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,13 +20,11 @@ import numpy as np
 import pytest
 
 from mis_mlx import (
-    bench,
     distill,
     dpo,
     evaluate,
     export,
     generate,
-    grpo,
     plan,
     prune,
     quantize,
@@ -493,55 +489,6 @@ def test_alignment(
     opens(Path(found["student"]))
 
 
-@pytest.mark.parametrize(
-    ("kind", "tune"),
-    [
-        ("affine", "lora"),
-        pytest.param("bfloat16", "lora", marks=pytest.mark.slow),
-        ("bfloat16", "full"),
-    ],
-)
-def test_grpo(kind: str, tune: Any, teachers: Callable[[str], Path], tmp_path: Path) -> None:
-    """Sampling, rewards, and a reference that reads the model again in both steps: it is nearly the
-    model itself.
-    """
-    (tmp_path / "vowels.py").write_text(
-        "def vowels(prompts, completions, answer):\n"
-        "    return [sum(c in 'aeiouy' for c in text) / max(1, len(text)) for text in "
-        "completions]\n"
-    )
-    (tmp_path / "data").mkdir()
-    rows = [
-        json.dumps({"prompt": q, "answer": "1"})
-        for q in ("what is", "how many", "where is", "why", "who was")
-    ]
-    for split in ("train", "valid"):
-        (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
-    flags = {
-        **ALIGNED,
-        "batch_size": 4,
-        "group_size": 4,
-        "grad_accumulation_steps": 1,
-        "max_completion_length": 6,
-    }
-    flags |= {
-        "beta": 20.0,
-        "fine_tune_type": tune,
-        "reward_functions_file": str(tmp_path / "vowels.py"),
-    }
-    flags |= {
-        "model": str(teachers(kind)),
-        "data": str(tmp_path / "data"),
-        "out": str(tmp_path / "run"),
-    }
-    result = grpo.run(grpo.Settings(**flags))
-    rows = run_folder.metrics(tmp_path / "run")
-    assert all(math.isfinite(r["loss"]) and 0 < r["reward"] < 1 for r in rows)
-    # 20 times k3: other weights, and it would be more than 2
-    assert all(abs(r["loss"]) < 1 for r in rows), rows
-    opens(Path(result["student"]))
-
-
 def test_export(teachers: Callable[[str], Path], tmp_path: Path, in_float32: Any) -> None:
     """A GGUF and a dense folder of the 4-bit model: the very bytes that the other policy writes."""
     for form in ("gguf", "hf"):
@@ -658,32 +605,6 @@ def test_evaluate_tasks(
     assert len(by_type) == 2
     assert len(by_type[0]) >= 4
     np.testing.assert_allclose(by_type[0], by_type[1], rtol=5e-3)
-
-
-@pytest.mark.slow
-def test_evaluate_every_task(teachers: Callable[[str], Path]) -> None:
-    """All that is built in, on a dense and a 4-bit model."""
-    flags: dict[str, Any] = dict(tasks=("builtin",), num_questions=2, eval_windows=1)
-    found = evaluate.run(
-        evaluate.Settings(str(teachers("bfloat16")), (str(teachers("affine")),), **flags)
-    )
-    assert len(found["recovered"]) == 9
-    for text in found["held_out"].values():
-        assert all(map(math.isfinite, text.values()))
-
-
-def test_bench(teachers: Callable[[str], Path]) -> None:
-    """Both models answer, at some speed; what is timed computes in float16 and says so."""
-    models = (str(teachers("bfloat16")), str(teachers("affine")))
-    said = bench.run(
-        bench.Settings(
-            model=models, prompt_tokens=4, generation_tokens=3, num_trials=1, governor="observe"
-        )
-    )
-    assert [m["format"] for m in said["models"].values()] == ["float16", "4- to 8-bit"]
-    rates = [m["decode_tps"] for m in said["measured"]["models"].values()]
-    assert len(rates) == 2
-    assert all(r["mean"] > 0 for r in rates)
 
 
 def test_plan(teachers: Callable[[str], Path], text_folder: Path, in_float32: Any) -> None:
