@@ -1,4 +1,4 @@
-"""Generated tasks as they ship, by the verifier that trains on them: right answers and wrong ones."""
+"""Generated tasks as they ship, by the verifier that trains on them: right answers and wrong."""
 
 from __future__ import annotations
 
