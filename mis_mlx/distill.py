@@ -130,19 +130,18 @@ def _resolved(
     teacher: Checkpoint,
     folder: Path | None,
     *,
-    search_seconds: float = 0.0,
+    sought: plan_report.Search | None = None,
 ) -> ResolvedRun:
     """The run with everything decided, its plan said.
 
-    sizes: that a search chose. folder: of a run for which some of it is decided. search_seconds:
-    of a search that comes first. MisError where the plan does not fit the budget, except in a dry
-    run.
+    sizes: that a search chose. folder: of a run for which some of it is decided. sought: the
+    search that comes first. MisError where the plan does not fit the budget, except in a dry run.
     """
     resolved = resolved_run.resolve(s, sizes, teacher, folder)
     expected = resolved.report.expected_loss
     if s.dry_run:
         known = plan.outlook(resolved.plan, expected)
-        table = plan_report.table(resolved.plan, known, search_seconds=search_seconds)
+        table = plan_report.table(resolved.plan, known, search=sought)
         cli.say(text.aligned(table))
         _say_untrained(s, resolved.plan)
         return _expecting_more(resolved)
@@ -170,7 +169,7 @@ def _say_untrained(s: Settings, chosen: strategies.MemoryPlan) -> None:
 def _say_whole(sought: search.PlannedSearch, rest: strategies.MemoryPlan) -> None:
     """What all of a run should take that begins with a search; rest: by a likely student."""
     phases = {"search": sum(sought.seconds.values()), **rest.planned}
-    cli.say(plan_report.time_line(phases), plan_report.memory_line(rest))
+    cli.say(plan_report.time_line(phases), plan_report.memory_line(rest, sought.takes))
     note = plan_report.night(rest, sum(phases.values()))
     if note:
         cli.say(note)
@@ -190,11 +189,11 @@ def _dry_run(
 ) -> dict[str, Any]:
     """What a run would do before its first stage, said; its plan for machines."""
     sizes = size_request.unsearched(s)
-    search_seconds = 0.0
+    before = None
     if sought is not None:
         sizes = {"lose": sought.settings.lose, **size_request.likely_sizes(teacher)}
-        search_seconds = sum(sought.seconds.values())
-    resolved = _resolved(s, sizes, teacher, folder, search_seconds=search_seconds)
+        before = sought.takes
+    resolved = _resolved(s, sizes, teacher, folder, sought=before)
     if resolved.plan.fits:
         _write_text(resolved.text.written, teacher, dry_run=True)
         conversations.source(
@@ -208,7 +207,11 @@ def _dry_run(
     if note:
         cli.say(note)
     outcome = plan.outcome(resolved.plan, str(teacher.path))
-    return {**outcome, "seconds": outcome["seconds"] + round(search_seconds)}
+    outcome["peak_bytes"] = plan_report.peak_bytes(resolved.plan, before)
+    if sought is not None:
+        outcome["seconds"] += round(sought.takes.seconds)
+        outcome["check_failed"] = outcome["check_failed"] or sought.outcome["check_failed"]
+    return outcome
 
 
 def _sought(s: Settings, teacher: Checkpoint, folder: Path | None) -> search.PlannedSearch | None:

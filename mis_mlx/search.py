@@ -236,6 +236,11 @@ class PlannedSearch:
     known: Mapping[str, Any]
 
     @property
+    def takes(self) -> plan_report.Search:
+        """Its time and memory."""
+        return plan_report.Search(sum(self.seconds.values()), self.outcome["peak_bytes"])
+
+    @property
     def result(self) -> dict[str, Any]:
         """The beginning of its result."""
         return {
@@ -398,7 +403,7 @@ def run(settings: Settings) -> dict[str, Any]:
         planned.source()
         return {**planned.result, **planned.outcome}
     if folder is None:
-        cli.say(plan_report.time_line(planned.seconds), plan_report.memory_line(planned.plan))
+        cli.say(plan_report.time_line(planned.seconds), plan_report.memory_line(planned.plan, planned.takes))
     name = f"{UNDER.name}/{teacher.path.name}"
     with run_loop.entered(folder, name, out=s.out, asked=s.given) as place:
         place.decide(asdict(s), {}, planned.limit)

@@ -334,6 +334,10 @@ def test_longer_than_a_night_is_said_first(tmp_path: Path) -> None:
     assert "--conversations 0 saves " in first
     assert "--eval-prompts 0 saves " in first
     assert "longer than a night" not in plan_report.table(short)
-    searched = plan_report.table(short, search_seconds=9 * 3600.0)
-    assert "| search for sizes | 9.0 h |" in searched
+    searched = plan_report.table(short, search=plan_report.Search(9 * 3600.0, 2**40))
+    assert "| search for sizes | 9.0 h | 1024.00 GiB |" in searched
+    assert " | 1024.00 GiB of " in searched  # the most of all
+    assert "memory: up to 1024.00 GiB of " in plan_report.memory_line(
+        short, plan_report.Search(1.0, 2**40)
+    )
     assert "This takes longer than a night: a smaller model takes less." in searched

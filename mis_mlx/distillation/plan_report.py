@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from mis_mlx import cli
 from mis_mlx.distillation import packed_student, sharded, strategies, writers
@@ -39,14 +39,21 @@ class Outlook:
 NOTHING_KNOWN = Outlook()
 
 
+class Search(NamedTuple):
+    """What the search before a run takes."""
+
+    seconds: float
+    peak_bytes: int
+
+
 def table(
-    plan: strategies.MemoryPlan, outlook: Outlook = NOTHING_KNOWN, *, search_seconds: float = 0.0
+    plan: strategies.MemoryPlan, outlook: Outlook = NOTHING_KNOWN, *, search: Search | None = None
 ) -> str:
     """The plan for people: the student, time and memory of each phase, how; or what would fit.
 
-    What has to be left out comes first. search_seconds: of a search for sizes before it. With -v
-    every byte of it.
+    What has to be left out comes first. search: for sizes, before it. With -v every byte of it.
     """
+    search_seconds = search.seconds if search else 0.0
     seconds = search_seconds + sum(plan.planned.values())
     hours = duration(seconds)
     if plan.rates.hot < 1:
@@ -55,7 +62,8 @@ def table(
     job = plan.job
     page = _page(plan, outlook) | {
         "hours": hours,
-        "search_seconds": search_seconds,
+        "search": search,
+        "peak_bytes": peak_bytes(plan, search),
         "night": night(plan, seconds),
         "measured": job.student.block_factors != BY_FORMULA,
         "one": pass_cost.token_cost(job.teacher, job.max_seq_length, plan.budget_bytes),
@@ -95,9 +103,14 @@ def time_line(phases: Mapping[str, float]) -> str:
     return f"time: {progress.promise(sum(phases.values()))}: {parts}"
 
 
-def memory_line(plan: strategies.MemoryPlan) -> str:
+def peak_bytes(plan: strategies.MemoryPlan, search: Search | None) -> int:
+    """The most that a run takes, with the search before it."""
+    return max(plan.peak_bytes, search.peak_bytes if search else 0)
+
+
+def memory_line(plan: strategies.MemoryPlan, search: Search | None = None) -> str:
     """'memory: up to 2.55 GiB of 5.00 GiB', with the bytes of files that the run writes."""
-    held = f"{gib(plan.peak_bytes)} of {gib(plan.budget_bytes)}"
+    held = f"{gib(peak_bytes(plan, search))} of {gib(plan.budget_bytes)}"
     return f"memory: up to {held}; disk: up to {gib(disk_bytes(plan))} of files"
 
 
