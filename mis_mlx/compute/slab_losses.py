@@ -16,6 +16,8 @@ from mis_mlx.maths import losses
 
 LOGIT_BYTES = 2**24  # of float32 logits (n, some tokens) at a time
 Slabs = Callable[[int], Iterator[tuple[int, mx.array]]]  # tokens of a slab -> (first, (tokens, D))
+# Sees of each slab its first token, the probabilities (n, tokens) and the softcap's slopes there.
+Seen = Callable[[int, mx.array, mx.array | None], None]
 
 
 def slab_rows(positions: int, logit_bytes: int) -> int:
@@ -37,11 +39,12 @@ def sparse_kl_gradients(
     weights: mx.array,
     *,
     softcap: float = 0.0,
+    seen: Seen = lambda start, p, slope: None,
 ) -> tuple[mx.array, mx.array]:
     """(the sum in nats, its gradient in hidden (n, D)) of `losses.sampled_kl_sum`, evaluated.
 
     The head is frozen. slabs(rows): the head, from its first token on. loss_mask: (n,). ids,
-    weights: (n, m).
+    weights: (n, m). seen: is shown every slab's probabilities, by the sums of weights.
     """
     wide = hidden.astype(mx.float32)
     rows = slab_rows(len(hidden), LOGIT_BYTES)
@@ -58,6 +61,7 @@ def sparse_kl_gradients(
         z = losses.apply_softcap(wide @ part.T, softcap)
         slope = losses.softcap_gradient(z, softcap) if softcap else None
         p = _exp(z - mx.array(lse)[:, None]) * mx.array(total)[:, None]
+        seen(start, p, slope)
         row, column = np.nonzero((targets >= start) & (targets < start + len(part)))
         if len(row):
             places = mx.array(targets[row, column] - start)

@@ -66,14 +66,17 @@ class VocabularyCosts:
             self.variances[path] = mx.concatenate(parts)
             stream.evaluate_now(self.variances[path])
 
-    def at_head(self, x: mx.array, above: mx.array, slopes: mx.array | None = None) -> None:
-        """Add some positions: head inputs x (n, D), d log p(drawn) / d logits `above` (n, V).
+    def at_head(
+        self, x: mx.array, above: mx.array, slopes: mx.array | None = None, first: int = 0
+    ) -> None:
+        """Add some positions: head inputs x (n, D), d log p(drawn) / d logits `above` (n, v).
 
         `above` has the mean square p (1 - p) over draws: |above| is p, or 1 - p for the drawn one.
-        slopes (n, V): d logits / d what the head gives, under a softcap.
+        slopes (n, v): d logits / d what the head gives, under a softcap. first: of the v tokens.
         """
         inputs = mx.square(x.astype(mx.float32)).reshape(len(x), -1, self.group)
-        errors = inputs.sum(axis=-1) @ self.variances[self.head].T
+        variances = self.variances[self.head][first : first + above.shape[1]]
+        errors = inputs.sum(axis=-1) @ variances.T
         chance = mx.abs(above)
         expected = chance * (1 - chance) * errors
         if slopes is not None:

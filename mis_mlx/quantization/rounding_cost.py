@@ -18,6 +18,7 @@ from mis_mlx.maths.rounding import (
 )
 from mis_mlx.models.architectures import bit_floors
 from mis_mlx.models.opening.model_size import ModelSize
+from mis_mlx.models.passing.backward_pass import head_in_slabs, slabs_bytes
 from mis_mlx.models.passing.pass_cost import (
     DENSE_ITEM,
     block_matrix,
@@ -120,9 +121,13 @@ def sensing_cost(m: ModelSize, *, windows: int, length: int, limit: int) -> Stag
     ledger.hold("a pass without its workspace", one_pass.peak_bytes - workspace)
     ledger.hold("hidden states and cotangents", length * m.hidden_bytes, 2 * windows)
     ledger.hold("variances of groups", 4 * m.tables_params // min(GROUPS))  # embedding_costs
-    # Of logits three arrays were measured on a CPU, five under Metal's policy.
-    logits = Footprint(on_host=True).logit_bytes(2 * m.shape.vocab, length) * (2 + m.gpu) // 2
-    ledger.moment("head", head=m.head_work, logits=logits)
+    slabs = head_in_slabs(m.config)
+    if slabs:
+        ledger.moment("head", slabs=slabs_bytes(m.config, windows, length))
+    else:
+        # Of logits three arrays were measured on a CPU, five under Metal's policy.
+        logits = Footprint(on_host=True).logit_bytes(2 * m.shape.vocab, length) * (2 + m.gpu) // 2
+        ledger.moment("head", head=m.head_work, logits=logits)
     ledger.moment(
         "way back",
         block=max(workspace, backward),
@@ -135,10 +140,11 @@ def sensing_cost(m: ModelSize, *, windows: int, length: int, limit: int) -> Stag
     touched = windows * (12 + 4 * formats) + batches * 20 * formats
     return StageCost(
         name="sensitivity",
-        read_bytes=2 * m.nbytes + spooled,
+        read_bytes=2 * m.nbytes + spooled + slabs * 3 * m.head_bytes,
         written_bytes=spooled,
         peak_bytes=ledger.peak_bytes,
-        flops=4 * forward_flops(m, windows * length, length),
+        flops=4 * forward_flops(m, windows * length, length)
+        + slabs * 4 * windows * length * m.head_params,
         touched_bytes=touched * s.layers * m.largest_block_params,
         held_tokens=held * length,
         waits=one_pass.waits + s.layers * (7 * (formats + batches) + windows),

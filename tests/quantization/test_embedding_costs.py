@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx.compute import precision
+from mis_mlx.compute import precision, slab_draws
 from mis_mlx.models.architectures.sizes import softcap
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import backward_pass
@@ -22,23 +22,30 @@ STEP = 1e-6
 CAPPED = {"final_logit_softcapping": 0.5}
 
 
+@pytest.mark.parametrize("at_once", [backward_pass.HEAD_AT_ONCE, 0], ids=["whole", "slabs"])
 @pytest.mark.parametrize("policy", ["cpu", "metal"])
 @pytest.mark.parametrize("changes", [{}, {**tiny.FAMILIES["gemma4_text"], **CAPPED}])
 def test_a_head_under_a_softcap_costs_less(
-    changes: dict[str, Any], policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any],
+    policy: str,
+    at_once: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The sum over positions and rows of p (1 - p), times the square of the cap's slope, which is
     found by differences in float64, times what a row's errors do to its logit.
     """
     monkeypatch.setenv(precision.POLICY, policy)
+    monkeypatch.setattr(backward_pass, "HEAD_AT_ONCE", at_once)
     folder = tiny.make(tmp_path / "m", **changes)
     model = load.open_checkpoint(folder, Precision(asked="float32"))
     costs = VocabularyCosts(model, GROUP)
     seen = list[mx.array]()
 
-    def at_head(x: mx.array, *others: Any) -> None:
-        seen.append(x)
-        costs.at_head(x, *others)
+    def at_head(x: mx.array, above: mx.array, slopes: mx.array | None, first: int) -> None:
+        if not first:  # the same positions come with every slab
+            seen.append(x)
+        costs.at_head(x, above, slopes, first)
 
     batches = [family_checks.TOKENS]
     visit = family_checks.block_gradients(model)
@@ -61,3 +68,39 @@ def test_a_head_under_a_softcap_costs_less(
     assert costs.squares[costs.head] == pytest.approx(wanted, rel=1e-3)
     if cap:
         assert slope.min() < 0.9  # the cap is felt
+
+
+@pytest.mark.parametrize("policy", ["cpu", "metal"])
+@pytest.mark.parametrize("family", ["llama", "gemma4_text", "gemma3n_text"])
+def test_a_head_in_slabs_sends_back_what_the_whole_one_does(
+    family: str, policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the same tokens drawn, at the first block's inputs; of two batches in one go."""
+    monkeypatch.setenv(precision.POLICY, policy)
+    folder = tiny.make(tmp_path / "m", **tiny.FAMILIES.get(family, {"tie_word_embeddings": False}))
+    model = load.open_checkpoint(folder, Precision(asked="float32"))
+    batches = [family_checks.TOKENS, family_checks.TOKENS[:, ::-1]]
+    drawn = list[np.ndarray]()
+    sample = slab_draws.sample
+
+    def noted(*given: Any, **how: Any) -> list[slab_draws.Target]:
+        targets = sample(*given, **how)
+        drawn.extend(ids for _, ids, _ in targets)
+        return targets
+
+    monkeypatch.setattr(slab_draws, "sample", noted)
+    monkeypatch.setattr(backward_pass, "HEAD_AT_ONCE", 0)
+    visit = family_checks.block_gradients(model)
+    in_slabs = backward_pass.input_gradients(model, batches, visit, seed=3)
+    assert [len(ids) for ids in drawn] == [12, 12]
+    left = [int(token) for ids in drawn for token in ids]
+
+    def again(z: mx.array, key: mx.array) -> mx.array:  # noqa: ARG001
+        return mx.array([left.pop(0) for _ in range(len(z))])
+
+    monkeypatch.setattr(mx.random, "categorical", again)
+    monkeypatch.setattr(backward_pass, "HEAD_AT_ONCE", 10**9)
+    whole = backward_pass.input_gradients(model, batches, visit, seed=3)
+    assert not left
+    for ours, theirs in zip(in_slabs, whole, strict=True):
+        assert mx.abs(ours - theirs).max().item() <= 1e-4 * mx.abs(theirs).max().item()

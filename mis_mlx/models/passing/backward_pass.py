@@ -4,15 +4,18 @@ The gradient is that of the log-probability of next tokens that the model itself
 own tokens would make this the empirical Fisher of arXiv 2204.09656.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
-from mis_mlx.compute import token_losses
+from mis_mlx.compute import slab_draws, slab_losses, token_losses
 from mis_mlx.hardware import memory
-from mis_mlx.maths.losses import chunk_rows, softcap_gradient
-from mis_mlx.models.architectures import block_inputs, sizes
+from mis_mlx.maths.losses import Logits, chunk_rows, softcap_gradient
+from mis_mlx.models.architectures import block_inputs, modules, sizes
 from mis_mlx.models.architectures.block_inputs import BlockInputs, BlockOutputs
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import stream, sweep
@@ -22,8 +25,12 @@ from mis_mlx.types import Checkpoint
 # and the cotangents of its outputs -> the cotangents of its inputs.
 BlockBackward = Callable[[Sequence[BlockInputs], Sequence[BlockOutputs]], Sequence[BlockInputs]]
 BlockVisitor = Callable[[int, nn.Module], BlockBackward]
-AtHead = Callable[[mx.array, mx.array, mx.array | None], None]
+AtHead = Callable[[mx.array, mx.array, mx.array | None, int], None]
 AtChannels = Callable[[int, int, mx.array], None]
+
+# Bytes of a head in float32 that is there at once; of a larger one, such as a 3 B model's, one
+# slab. The draws of these are others, so the size of the head decides, and never a budget.
+HEAD_AT_ONCE = 600_000_000
 
 
 def input_gradients(
@@ -33,7 +40,7 @@ def input_gradients(
     seed: int = 0,
     *,
     kept: stream.Hidden | None = None,
-    at_head: AtHead = lambda x, above, slopes: None,
+    at_head: AtHead = lambda x, above, slopes, first: None,
     at_channels: AtChannels = lambda i, b, below: None,
 ) -> list[mx.array]:
     """d log p / d x (B, T, D) of every batch, x the scaled embedding: forward, then back.
@@ -43,8 +50,9 @@ def input_gradients(
     batches: token ids [(B, T)]. visit(i, block): gives the function that takes batches back through
     block i, from the block's inputs and d log p / d outputs to d log p / d inputs. kept: a place
     other than memory for L * len(batches) hidden states (B, T, D). at_head: sees the head's inputs
-    (n, D), d log p / d logits (n, V) and d logits / d what the head gives (n, V), some rows at a
-    time; the last is None where no softcap is between the two. at_channels: sees d log p / d
+    (n, D), the likelihood gradients of some tokens' logits, as large as their probabilities or
+    those of all other tokens (n, v), d logits / d what the head gives (n, v), and the first of
+    these tokens; slopes are None where no softcap is between the two. at_channels: sees d log p / d
     per-layer inputs (B, T, P) of block i and batch b, where the family has them.
     """
     # Forward. `kept` holds the inputs of every block: those of block i and batch b at i n + b. The
@@ -82,10 +90,26 @@ def input_gradients(
                 if below.per_layer is not None:
                     at_channels(i, b, below.per_layer)
                 grads[b] = below.hidden
+        del through  # it knows the block's matrices, which go before the next block comes
     for b, at_block in enumerate(grads):
         grads[b] = source.door.back(kept[b], at_block)
         stream.evaluate_now(grads[b])
     return grads
+
+
+def head_in_slabs(config: Mapping[str, Any]) -> bool:
+    """Whether a model of this config.json has a head that is never there at once."""
+    shape = sizes.shape_of(config)
+    return 4 * shape.vocab * shape.hidden > HEAD_AT_ONCE
+
+
+def slabs_bytes(config: Mapping[str, Any], windows: int, length: int) -> int:
+    """What a head in slabs takes: its inputs, their gradient and a slab's part of it; the slabs."""
+    shape = sizes.shape_of(config)
+    positions = windows * length
+    state = positions * (4 * 4 * shape.hidden + slab_draws.state_bytes(0, 1))
+    drawing = slab_draws.slab_bytes(length, shape.hidden, shape.vocab)
+    return state + max(drawing, slab_losses.slab_bytes(positions, shape.hidden, shape.vocab))
 
 
 def _grads_at_head(
@@ -103,11 +127,62 @@ def _grads_at_head(
     outputs = source.run_block(last_block, hidden)
     norm = load.final_norm(source.checkpoint, source.dtype)
     memory.give_back()  # what blocks used: the head may be the largest thing of all
+    if head_in_slabs(source.checkpoint.config):
+        return _drawn_in_slabs(source, norm, outputs, seed=seed, at_head=at_head)
     head = source.head()
     grads = []
     for b, output in enumerate(outputs):
         key = mx.random.key(seed * len(outputs) + b)
         grads.append(_drawn(source, norm, head, hidden=output, key=key, at_head=at_head))
+    return grads
+
+
+def _drawn_in_slabs(
+    source: stream.Stream,
+    norm: nn.Module,
+    hidden: Sequence[mx.array],
+    *,
+    seed: int,
+    at_head: AtHead,
+) -> list[mx.array]:
+    """d log p(drawn tokens) / d hidden [(B, T, D)]: `_drawn` of all batches, the head in slabs.
+
+    The head is gone through four times: two draw, two make the gradient.
+    """
+    config = source.checkpoint.config
+    vocab = sizes.shape_of(config).vocab
+    flat = [states.reshape(-1, states.shape[-1]) for states in hidden]
+    normed = [norm(states).astype(mx.float32) for states in flat]
+    stream.evaluate_now(normed)
+    starts = np.cumsum([0, *(len(states) for states in normed)])
+
+    def logits() -> Iterator[tuple[int, Logits]]:
+        for start, part in source.head_parts(vocab, slab_draws.slab_rows(len(normed[0]))):
+            yield start, partial(load.wide_logits, part)
+
+    def weights(rows: int) -> Iterator[tuple[int, mx.array]]:
+        for start, part in source.head_parts(vocab, rows):
+            yield start, modules.dense_weight(part)
+
+    targets = slab_draws.sample(normed, logits, count=1, seed=seed, first=starts[:-1].tolist())
+    drawn = np.concatenate([ids for _, ids, _ in targets])
+    together = mx.concatenate(normed)
+    normed.clear()
+    # The KL to the drawn token alone is its -log p.
+    _, pull = slab_losses.sparse_kl_gradients(
+        together,
+        weights,
+        mx.ones((len(together),)),
+        mx.array(drawn[:, None]),
+        mx.ones((len(together), 1)),
+        softcap=sizes.softcap(config) or 0.0,
+        seen=lambda start, p, slopes: at_head(together, p, slopes, start),
+    )
+    grads = []
+    for b, states in enumerate(flat):
+        above = -pull[starts[b] : starts[b + 1]].astype(states.dtype)
+        grads.append(mx.vjp(norm, [states], [above])[1][0].reshape(hidden[b].shape))
+        stream.evaluate_now(grads[-1])
     return grads
 
 
@@ -148,5 +223,5 @@ def _drawn(
         parts.append(gradients[0])
         # Evaluated part by part: the logits of one part alone are in memory.
         stream.evaluate_now(parts[-1])
-        at_head(norm(some), above, slopes)
+        at_head(norm(some), above, slopes, 0)
     return mx.concatenate(parts).reshape(hidden.shape)
