@@ -403,7 +403,8 @@ def run(settings: Settings) -> dict[str, Any]:
         planned.source()
         return {**planned.result, **planned.outcome}
     if folder is None:
-        cli.say(plan_report.time_line(planned.seconds), plan_report.memory_line(planned.plan, planned.takes))
+        held = plan_report.memory_line(planned.plan, planned.takes)
+        cli.say(plan_report.time_line(planned.seconds), held)
     name = f"{UNDER.name}/{teacher.path.name}"
     with run_loop.entered(folder, name, out=s.out, asked=s.given) as place:
         place.decide(asdict(s), {}, planned.limit)

@@ -95,7 +95,7 @@ def test_a_head_in_slabs_sends_back_what_the_whole_one_does(
     assert [len(ids) for ids in drawn] == [12, 12]
     left = [int(token) for ids in drawn for token in ids]
 
-    def again(z: mx.array, key: mx.array) -> mx.array:  # noqa: ARG001
+    def again(z: mx.array, key: mx.array) -> mx.array:
         return mx.array([left.pop(0) for _ in range(len(z))])
 
     monkeypatch.setattr(mx.random, "categorical", again)
