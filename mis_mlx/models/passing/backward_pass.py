@@ -28,9 +28,10 @@ BlockVisitor = Callable[[int, nn.Module], BlockBackward]
 AtHead = Callable[[mx.array, mx.array, mx.array | None, int], None]
 AtChannels = Callable[[int, int, mx.array], None]
 
-# Bytes of a head in float32 that is there at once; of a larger one, such as a 3 B model's, one
-# slab. The draws of these are others, so the size of the head decides, and never a budget.
-HEAD_AT_ONCE = 600_000_000
+# Bytes of a head in float32 that is there at once; of a larger one, such as Gemma's with its
+# 262 thousand tokens, one slab is. It draws other tokens, so the size of the head decides, and
+# never a budget.
+HEAD_AT_ONCE = 2**28
 
 
 def input_gradients(
