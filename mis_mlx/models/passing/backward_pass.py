@@ -91,7 +91,6 @@ def input_gradients(
                 if below.per_layer is not None:
                     at_channels(i, b, below.per_layer)
                 grads[b] = below.hidden
-        del through  # it knows the block's matrices, which go before the next block comes
     for b, at_block in enumerate(grads):
         grads[b] = source.door.back(kept[b], at_block)
         stream.evaluate_now(grads[b])

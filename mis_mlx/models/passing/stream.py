@@ -136,8 +136,9 @@ class Stream:
                 if i - self.first < self.resident_blocks:
                     self._kept[i] = block
                     continue
-                # the caller's loop variable still names the module: let go of its weights now
-                block.clear()
+                # somebody still names the block or a layer of it: their weights go now
+                for module in block.modules():
+                    module.clear()
                 if not self._copies:
                     self._blocks.free.append(slot)
 
