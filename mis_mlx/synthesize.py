@@ -21,10 +21,12 @@ from mis_mlx.compute import precision
 from mis_mlx.data import chat_template, preparation, prompts
 from mis_mlx.data.rows import Row
 from mis_mlx.hardware import memory
-from mis_mlx.judge import repetition, writing_cost
+from mis_mlx.judge import repetition
+from mis_mlx.judge.write import WritingPlan, plan_writing
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize, model_of
 from mis_mlx.models.writing import mlx_generate, tool_calls
+from mis_mlx.models.writing.continuous_batch import Texts
 from mis_mlx.models.writing.draws import Draws, Sampling
 from mis_mlx.models.writing.text_writer import TextWriter
 from mis_mlx.reporting import progress
@@ -125,16 +127,14 @@ def usable(text: str) -> bool:
     return len(text) >= SHORT and words >= WORDLIKE * len(text) and not repetition.loops(text)
 
 
-def way_of(
-    s: Settings, m: ModelSize, limit: Budget, *, tools: bool = False
-) -> writing_cost.WritingPlan:
+def way_of(s: Settings, m: ModelSize, limit: Budget, *, tools: bool = False) -> WritingPlan:
     """How the texts are written within the budget. tools: some prompts have them.
 
     MisError where no way fits.
     """
     before = TOOLS_TOKENS if tools else OPENING_TOKENS
-    texts = writing_cost.Texts(s.num_samples, before, s.max_tokens)
-    return writing_cost.plan_writing(m, texts, limit, at_once=AT_ONCE)
+    texts = Texts(s.num_samples, before, s.max_tokens)
+    return plan_writing(m, texts, limit, at_once=AT_ONCE)
 
 
 class _Asked(NamedTuple):
@@ -255,7 +255,7 @@ def _texts(
     settings: Settings,
     checkpoint: Checkpoint,
     part: Path,
-    writing_plan: writing_cost.WritingPlan,
+    writing_plan: WritingPlan,
 ) -> list[Row]:
     """As many different texts as are asked for, each kept in the file `part`.
 

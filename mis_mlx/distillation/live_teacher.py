@@ -34,7 +34,6 @@ from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import distributed, pipeline_parallel, stream
 from mis_mlx.models.passing.pass_cost import (
     forward_flops,
-    pass_waits,
     pass_workspace,
     side_bytes,
     streamed_pass,
@@ -412,14 +411,11 @@ def taught(one_step: StageCost, ledger: Ledger, job: DistillationSpec, micro: in
     t = job.teacher
     length = job.max_seq_length
     flops = one_step.flops
-    # of a step: loss and gradients of every micro-batch, the norm, the update
-    waits = 2 * (job.step_tokens // (micro * length)) + 2
     pinned = 0
     if job.targets == "live":
         pinned, read = keep_blocks(ledger, t, job.iters)
         read += t.head_bytes
         flops += forward_flops(t, job.step_tokens, length)
-        waits += pass_waits(t, job.step_tokens, micro * length, length, head=False)
     else:
         read = job.iters * job.step_tokens * job.target_bytes
     return replace(
@@ -429,7 +425,6 @@ def taught(one_step: StageCost, ledger: Ledger, job: DistillationSpec, micro: in
         flops=job.iters * flops,
         pinned=pinned,
         updated=job.iters * one_step.updated,
-        waits=job.iters * waits,
     )
 
 

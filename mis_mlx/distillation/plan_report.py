@@ -10,7 +10,6 @@ from mis_mlx.distillation import packed_student, sharded, strategies, writers
 from mis_mlx.maths import optimizer
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening.model_size import BY_FORMULA
-from mis_mlx.models.passing import pass_cost
 from mis_mlx.planner import estimates
 from mis_mlx.planner.distillation_spec import SCALES, STORE
 from mis_mlx.quantization import rounding_cost
@@ -66,7 +65,6 @@ def table(
         "peak_bytes": peak_bytes(plan, search),
         "night": night(plan, seconds),
         "measured": job.student.block_factors != BY_FORMULA,
-        "one": pass_cost.token_cost(job.teacher, job.max_seq_length, plan.budget_bytes),
         "remedy": strategies.remedy(plan),
         "disk": disk_bytes(plan),
         "state": max(p.state_bytes for p in plan.phases),

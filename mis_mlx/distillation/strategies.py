@@ -21,9 +21,10 @@ from mis_mlx.distillation.whole_model import resident_cost
 from mis_mlx.hardware.memory import TRAINED_BYTES, TRAINED_WHOLE_BYTES, process_bytes
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.hardware.stage_cost import StageCost, in_turn
-from mis_mlx.judge import writing_cost
+from mis_mlx.judge import other_languages
 from mis_mlx.judge.comparison import comparison_cost
-from mis_mlx.judge.speed.rounds import timed_weights
+from mis_mlx.judge.speed.rounds import timing_cost
+from mis_mlx.judge.write import answers_cost
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import attends, shape_of
 from mis_mlx.models.opening import load
@@ -70,17 +71,15 @@ def measuring_cost(job: DistillationSpec, most_bytes: int, limit: int) -> StageC
     if rounds:
         compared.append(four_bit)
     stages = _on_texts(job, compared)
-    if job.shown:  # in its own vocabulary
-        stages += _on_texts(job, [job.shown])
-    timed = timed_weights([teacher, result], most_bytes, limit)
-    if timed:  # and its head, while it is converted
-        stages.append(StageCost("speed", peak_bytes=timed + 2 * teacher.head_params))
+    if teacher.shape.vocab != job.student.shape.vocab:  # it reads with its own tokens, too
+        stages += [*_on_texts(job, [teacher]), other_languages.excess_cost([teacher, result])]
+    stages.append(timing_cost([teacher, result], most_bytes, limit))
     students = [job.student]
     if rounds:
         students.append(four_bit)
     if job.answers:
         with suppress(MisError):  # the student cannot write in the budget, so nobody is asked
-            answers = writing_cost.answers_cost(
+            answers = answers_cost(
                 [teacher, *students],
                 job.answers,
                 Budget(limit),

@@ -20,11 +20,13 @@ from mis_mlx.data import chat_template
 from mis_mlx.data.prompts import Prompt
 from mis_mlx.data.rows import Row
 from mis_mlx.hardware import memory
-from mis_mlx.judge import answer_figures, answers, repetition, writing_cost
+from mis_mlx.judge import answer_figures, answers, repetition
 from mis_mlx.judge.prompts import Answer
+from mis_mlx.judge.write import WritingPlan, plan_writing
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize, model_of
 from mis_mlx.models.writing import tool_calls
+from mis_mlx.models.writing.continuous_batch import Texts
 from mis_mlx.models.writing.draws import Draws, Sampling
 from mis_mlx.reporting import progress
 from mis_mlx.storage import run_folder
@@ -65,13 +67,13 @@ class WritingSettings:
         }
 
 
-def plan(model: ModelSize, settings: WritingSettings, limit: Budget) -> writing_cost.WritingPlan:
+def plan(model: ModelSize, settings: WritingSettings, limit: Budget) -> WritingPlan:
     """Memory and time of the writing. MisError where the teacher does not fit the budget."""
     answered = sum(len(prompt.turns) for prompt in settings.prompts)
     with_tools = any(prompt.tools for prompt in settings.prompts)
     before = TOOLS_TOKENS if with_tools else TYPICAL_TOKENS
-    texts = writing_cost.Texts(answered, before, settings.max_tokens)
-    return writing_cost.plan_writing(model, texts, limit, at_once=AT_ONCE)
+    texts = Texts(answered, before, settings.max_tokens)
+    return plan_writing(model, texts, limit, at_once=AT_ONCE)
 
 
 def template_sha256(teacher: Checkpoint) -> str:

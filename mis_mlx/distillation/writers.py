@@ -12,7 +12,7 @@ from functools import cache
 from mis_mlx.data import prompts
 from mis_mlx.distillation import teacher_answers
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.judge.writing_cost import WritingPlan
+from mis_mlx.judge.write import WritingPlan
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing.pass_cost import TENSOR_BYTES
 from mis_mlx.planner.distillation_spec import DistillationSpec, Writer

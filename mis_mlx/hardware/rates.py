@@ -60,7 +60,6 @@ class Rates:
     source: str
     hot: float = 1.0  # share of the computing rates that is left once the machine is hot
     room_bytes: int | None = None  # most a process should take; None: ask hardware.memory
-    wait_s: float = WAIT_S  # of one synchronisation with a GPU
     host_flops_per_s: float = HOST_FLOPS  # of numpy's solvers next to a GPU, in float64
 
     def __str__(self) -> str:
@@ -339,7 +338,6 @@ def _rates(read: float, written: float, memory: float, source: str) -> Rates:
         forward_flops_per_s=forward,
         training_flops_per_s=training,
         source=source,
-        wait_s=wait_seconds(),
     )
 
 

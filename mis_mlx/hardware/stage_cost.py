@@ -12,7 +12,6 @@ WORK = (
     "flops",
     "touched_bytes",
     "updated",
-    "waits",
     "host_flops",
 )
 
@@ -41,7 +40,6 @@ class StageCost:
     spooled_bytes: int = 0
     held_tokens: int = 0  # whose hidden states stay in memory
     updated: int = 0  # parameters that the optimizer changes, in all steps together
-    waits: int = 0  # how often the host waits for the device
     host_flops: float = 0.0  # of numpy's solvers, which a GPU waits for
     parts: tuple["StageCost", ...] = ()
 
@@ -54,8 +52,8 @@ class StageCost:
         """The time on a machine of these rates: of disk, arithmetic and memory the slowest.
 
         The three overlap within a stage; stages in a row do not. The optimizer's updates come on
-        top of the arithmetic, which ends before one begins. So do, on a GPU, waits and
-        what numpy computes meanwhile. hot: computing at the rates of a hot machine.
+        top of the arithmetic, which ends before one begins. So does, on a GPU, what numpy
+        computes meanwhile. hot: computing at the rates of a hot machine.
         """
         if self.parts:
             return sum(part.seconds(machine, hot) for part in self.parts)
@@ -66,7 +64,6 @@ class StageCost:
         if machine.gpu:  # a CPU's training rate has the updates in it (rates.ELEMENTWISE)
             work = self.flops / (flops_per_s * slowdown)
             work += optimizer.TRAFFIC_BYTES * self.updated / machine.memory_bytes_per_s
-            work += self.waits * machine.wait_s
             work += self.host_flops / (machine.host_flops_per_s * slowdown)
         else:
             work = (self.flops + self.host_flops) / (flops_per_s * slowdown)

@@ -26,7 +26,7 @@ from mis_mlx import cli
 from mis_mlx.data import chat_template, rows
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.judge import write, writing_cost
+from mis_mlx.judge import write
 from mis_mlx.judge.answer_figures import AnswerBits
 from mis_mlx.judge.judgement import (
     Judgement,
@@ -50,12 +50,12 @@ from mis_mlx.judge.prompts import (
 )
 from mis_mlx.judge.score import has_template, log_probabilities, need_template
 from mis_mlx.judge.tasks import answering
-from mis_mlx.judge.write import answered
-from mis_mlx.judge.writing_cost import (
+from mis_mlx.judge.write import (
     ANSWER_TOKENS,
     ANSWERS_AT_ONCE,
     GREEDY_TOKENS,
     PAIRS_AT_ONCE,
+    answered,
 )
 from mis_mlx.maths import stats
 from mis_mlx.models.opening import load
@@ -475,6 +475,6 @@ def plan(
     if not taken or (teacher_kept and not students):
         return None
     shapes = [model_of(model) for model in (teacher, *students)]
-    cost = writing_cost.answers_cost(shapes, len(taken), limit, teacher_kept=teacher_kept)
+    cost = write.answers_cost(shapes, len(taken), limit, teacher_kept=teacher_kept)
     estimates.require_fit(limit, cost, other="")
     return cost

@@ -28,7 +28,7 @@ from mis_mlx.models.architectures import sizes
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import distributed
-from mis_mlx.models.passing.pass_cost import forward_flops, pass_waits, pass_workspace, side_bytes
+from mis_mlx.models.passing.pass_cost import forward_flops, pass_workspace, side_bytes
 from mis_mlx.models.passing.stream import HEAD_PART, Hidden, Stream, evaluate_now
 from mis_mlx.storage import safetensors
 from mis_mlx.types import Checkpoint, MisError, Row
@@ -445,13 +445,11 @@ def comparison_cost(models: Sequence[ModelSize], windows: int, length: int) -> S
     tokens = windows * length
     ledger = Ledger()
     flops = 0.0
-    waits = 0
     for number, m in enumerate(models):
         body = m.body_bytes(pass_workspace(m, tokens, length, length))
         ledger.hold("final states", m.hidden_bytes, tokens)
         ledger.moment(f"pass of model {number}", slots=m.slots_bytes, body=body)
         flops += forward_flops(m, tokens, length)
-        waits += pass_waits(m, tokens, length, length, head=False)
     ledger.hold("what blocks share", max(side_bytes(m, tokens) for m in models))
     vocab = min(m.shape.vocab for m in models)
     hidden = max(m.shape.hidden for m in models)
@@ -466,12 +464,9 @@ def comparison_cost(models: Sequence[ModelSize], windows: int, length: int) -> S
         temporaries=3 * rows * hidden,
         statistics=11 * 8 * min(tokens, GROUP + length) * parts,
     )
-    # two heads and their statistics
-    waits += len(models) * 3 * parts * math.ceil(tokens / GROUP)
     return StageCost(
         name="measure",
         read_bytes=sum(m.nbytes for m in models),
         peak_bytes=ledger.peak_bytes,
         flops=flops,
-        waits=waits,
     )

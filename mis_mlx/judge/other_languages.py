@@ -6,18 +6,25 @@ a model reads these worse.
 """
 
 import math
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from mis_mlx.data import token_windows
+from mis_mlx.hardware.stage_cost import StageCost, in_turn
 from mis_mlx.judge import score
+from mis_mlx.judge.comparison import comparison_cost
 from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.types import Checkpoint
 
 FOLDER = Path(__file__).parents[1] / "data" / "languages"
+TOKENS = 400  # of a text, about: a token has two of its bytes where words fall into pieces
 
 
+@cache
 def texts() -> dict[str, str]:
-    """{language: its text}."""
+    """{language: its text}; read once a process, for a plan asks many times."""
     return {path.stem: path.read_text("utf-8").strip() for path in sorted(FOLDER.glob("*.txt"))}
 
 
@@ -42,3 +49,9 @@ def excess(teacher: Checkpoint, student: Checkpoint) -> dict[str, float]:
     before = bits_per_byte(teacher)
     after = bits_per_byte(student)
     return {language: round(after[language] - before[language], 4) for language in before}
+
+
+def excess_cost(models: Sequence[ModelSize]) -> StageCost:
+    """What `excess` takes: each model reads all texts in one pass, and its head comes in parts."""
+    passes = [comparison_cost([m], windows=len(texts()), length=TOKENS) for m in models]
+    return in_turn("languages", *passes)

@@ -11,7 +11,6 @@ numbers, without the inverse of G: N and D take the place of G, so that a matrix
 needs 0.8 GB instead of 2.5.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -282,12 +281,3 @@ def operations(sides: Sides) -> tuple[float, float]:
         of_products += share * 2 * inputs**2
         of_rounding += share * inputs**2 * (inputs / 3 + outputs)
     return of_products, of_rounding
-
-
-def fits(sides: Sides, group: int) -> int:
-    """How often grids are fitted: for each group of columns, some rows at a time."""
-    count = 0
-    for inputs, outputs in sides:
-        rows = min(PART // inputs, FUSED_CANDIDATES // (RANGE_ENDS**2 * group))
-        count += inputs // group * math.ceil(outputs / rows)
-    return count

@@ -137,7 +137,6 @@ def repair_cost(job: DistillationSpec, limit: int, item: int = 0) -> StageCost:
         flops=big.flops + again * small.flops + layers * work.flops,
         spooled_bytes=spooled * (t.hidden_bytes + m.hidden_bytes),
         held_tokens=held * length,
-        waits=big.waits + 2 * small.waits,
         host_flops=layers * work.host_flops,
     )
 
@@ -145,8 +144,9 @@ def repair_cost(job: DistillationSpec, limit: int, item: int = 0) -> StageCost:
 def _routers(ledger: Ledger, m: ModelSize, tokens: int) -> StageCost:
     """Write down what training a block's router holds; its work."""
     token_bytes = m.shape.experts * m.hidden_bytes  # of all experts' outputs
-    outputs_bytes = 2 * min(tokens * token_bytes, ROUTER_BYTES)
+    # of two sets, each of which has ROUTER_BYTES at the most; a step gathers as many
+    outputs_bytes = min(tokens * token_bytes, 2 * ROUTER_BYTES)
     ledger.hold("outputs of all experts", outputs_bytes, count=2)
     ledger.hold("what they should give", tokens * m.hidden_bytes)
-    asked = min(tokens, outputs_bytes // (2 * token_bytes))
+    asked = outputs_bytes // token_bytes
     return StageCost("routers", flops=2.0 * asked * m.largest_block_params)

@@ -10,7 +10,6 @@ from mis_mlx.compute.token_losses import Footprint
 from mis_mlx.hardware.ledger import Ledger
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths.rounding import (
-    CANDIDATE_BITS,
     GROUPS,
     HELD_BYTES,
     PART,
@@ -99,17 +98,14 @@ def writing_bytes(m: ModelSize, group: int) -> int:
 def sensing_cost(m: ModelSize, *, windows: int, length: int, limit: int) -> StageCost:
     """A forward and a backward pass that say what bits cost (bit_allocation).
 
-    Inputs of all blocks are spooled if need be. Traffic and operations are those of
-    bit_allocation's docstring.
+    Inputs of all blocks are spooled if need be. Operations are those of bit_allocation's docstring.
     """
     s = m.wide
-    formats = len(CANDIDATE_BITS)
     # inputs of a block's matrices, and gradients of their outputs, in one window
     attention = 2 * (s.heads + s.kv_heads) * s.head_dim
     seen = 4 * length * (4 * s.hidden + attention + 3 * s.ffn)
     at_once = max(HELD_BYTES, 4 * m.largest_block_params) // seen
     batch = min(windows, max(1, at_once))
-    batches = math.ceil(windows / batch)
     one_pass = streamed_pass("", m, tokens=length, length=length, head=False, spool=False)
     # The workspace of the forward pass is gone at the head, and the head before the way back.
     workspace = workspace_bytes(m, length, length)
@@ -137,7 +133,6 @@ def sensing_cost(m: ModelSize, *, windows: int, length: int, limit: int) -> Stag
     inputs_bytes = length * m.hidden_bytes * m.shape.layers
     held = ledger.fill("inputs of all blocks", inputs_bytes, windows)
     spooled = (windows - held) * inputs_bytes
-    touched = windows * (12 + 4 * formats) + batches * 20 * formats
     return StageCost(
         name="sensitivity",
         read_bytes=2 * m.nbytes + spooled + slabs * 3 * m.head_bytes,
@@ -145,7 +140,5 @@ def sensing_cost(m: ModelSize, *, windows: int, length: int, limit: int) -> Stag
         peak_bytes=ledger.peak_bytes,
         flops=4 * forward_flops(m, windows * length, length)
         + slabs * 4 * windows * length * m.head_params,
-        touched_bytes=touched * s.layers * m.largest_block_params,
         held_tokens=held * length,
-        waits=one_pass.waits + s.layers * (7 * (formats + batches) + windows),
     )

@@ -454,13 +454,11 @@ def _compensated(
     of_products, of_rounding = gptq.operations(_sides(m))
     flops = 2 * one_pass.flops + s.layers * tokens * of_products
     host_flops = s.layers * of_rounding
-    fits = s.layers * gptq.fits(_sides(m), config.q_group_size)
     ledger = Ledger()
     ledger.hold("slots", m.slots_bytes)
     ledger.hold("hidden states", m.hidden_bytes, one_pass.held_tokens)
     ledger.moment("a tensor", made=plain.peak_bytes)
     if rounding_cost.rounds_head(config):
-        head = [(s.hidden, s.vocab)]
         ledger.moment(
             "the head",
             gram=reconstruction.square_bytes(s.hidden),
@@ -469,7 +467,6 @@ def _compensated(
         )
         flops += 2 * tokens * s.hidden**2
         host_flops += s.hidden**2 * (s.hidden / 3 + s.vocab)
-        fits += gptq.fits(head, config.q_group_size)
     return replace(
         one_pass,
         name=plain.name,
@@ -477,7 +474,5 @@ def _compensated(
         written_bytes=plain.written_bytes + one_pass.written_bytes,
         peak_bytes=max(one_pass.peak_bytes, ledger.peak_bytes),
         flops=flops,
-        # A grid's kernels are launched in about the time of a wait; then numpy goes on from it.
-        waits=2 * one_pass.waits + 2 * fits,
         host_flops=host_flops,  # numpy rounds
     )

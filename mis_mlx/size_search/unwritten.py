@@ -214,13 +214,11 @@ def possible(teacher: Checkpoint, shape: Shape) -> bool:
 
 def fitting_cost(t: ModelSize) -> StageCost:
     """Every matrix of a student rounded on fitted grids, once."""
-    fits = math.ceil(t.params * RANGE_ENDS**2 / FUSED_CANDIDATES)
     return StageCost(
         name="fit",
         peak_bytes=2 * 4 * FUSED_CANDIDATES,
         flops=0.0 if t.gpu else FITTED_FLOPS * t.params,
         touched_bytes=FITTED_BYTES * t.params if t.gpu else 0,
-        waits=fits,  # the time in which their kernels are launched
     )
 
 
@@ -261,4 +259,4 @@ def _at_once(t: ModelSize, most: int, texts: int, length: int, limit: int) -> tu
 def _forward(t: ModelSize, texts: int, length: int) -> StageCost:
     """A student in a pass, compared with its reader."""
     both = comparison_cost([t, t], texts, length)
-    return replace(both, flops=both.flops / 2, waits=both.waits // 2)
+    return replace(both, flops=both.flops / 2)

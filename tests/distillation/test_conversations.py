@@ -18,7 +18,7 @@ from mis_mlx.data import preparation, prompts
 from mis_mlx.distillation import conversations, teacher_answers
 from mis_mlx.distillation.conversations import Wanted
 from mis_mlx.hardware import memory
-from mis_mlx.judge import answers, writing_cost
+from mis_mlx.judge import answers, write
 from mis_mlx.judge.answer_figures import AnswerBits
 from mis_mlx.judge.answers import Judgement, ModelAnswers, TeacherAnswers
 from mis_mlx.judge.prompts import Answer, AnswerPair, Prompt, read_header, read_pairs
@@ -214,8 +214,8 @@ def test_what_is_shipped_is_of_these_settings() -> None:
         "temperature": answers.TEMPERATURE,
         "top_p": answers.TOP_P,
         "seed": answers.SEED,
-        "answer_tokens": writing_cost.ANSWER_TOKENS,
-        "greedy_tokens": writing_cost.GREEDY_TOKENS,
+        "answer_tokens": write.ANSWER_TOKENS,
+        "greedy_tokens": write.GREEDY_TOKENS,
     }
     assert pairs.keys() == {prompt.sha256 for prompt in asked}
     firsts = {prompt.turns[0] for prompt in prompts.train()}

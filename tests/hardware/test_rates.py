@@ -155,7 +155,7 @@ def test_the_roof_is_measured_here() -> None:
     assert "OPENBLAS_NUM_THREADS=" in at.threads
 
 
-def test_waits_are_measured_and_kept(tmp_path: Path) -> None:
+def test_waits_are_measured_and_rates_kept(tmp_path: Path) -> None:
     """Of tiny evaluations and operations; a file of before has the guesses, and perhaps
     what nobody reads any more."""
     assert 0 < rates.wait_seconds(10) < 1
@@ -163,13 +163,8 @@ def test_waits_are_measured_and_kept(tmp_path: Path) -> None:
     known = rates._rates(1e9, 1e9, 1e9, "here")
     (tmp_path / "rates.json").write_text(rates.to_json(known))
     assert rates.load(tmp_path / "rates.json") == known
-    assert known.wait_s != rates.WAIT_S
-    older = {
-        k: v
-        for k, v in json.loads(rates.to_json(known)).items()
-        if k not in ("wait_s", "host_flops_per_s")
-    }
-    (tmp_path / "rates.json").write_text(json.dumps({**older, "launch_s": 1e-6}))
+    older = {k: v for k, v in json.loads(rates.to_json(known)).items() if k != "host_flops_per_s"}
+    (tmp_path / "rates.json").write_text(json.dumps({**older, "launch_s": 1e-6, "wait_s": 1e-4}))
     found = rates.load(tmp_path / "rates.json")
     assert found is not None
-    assert (found.wait_s, found.host_flops_per_s) == (rates.WAIT_S, rates.HOST_FLOPS)
+    assert found.host_flops_per_s == rates.HOST_FLOPS

@@ -18,7 +18,7 @@ import pytest
 from mis_mlx.compute import precision
 from mis_mlx.data import token_windows
 from mis_mlx.hardware import memory
-from mis_mlx.judge import answer_figures, answers, score, writing_cost
+from mis_mlx.judge import answer_figures, answers, score, write
 from mis_mlx.judge.answers import AnswerBits, TeacherAnswers
 from mis_mlx.judge.prompts import Answer, AnswerPair, Prompt, read_pairs
 from mis_mlx.models.opening import compute_type, load
@@ -298,13 +298,13 @@ def test_a_stop_token_ends_an_answer(chat: Checkpoint, monkeypatch: pytest.Monke
 def test_a_streamed_model_answers_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedily, and with each prompt's own random numbers, after prompts of several lengths."""
     kinds = list[int | None]()
-    opened = writing_cost.WritingPlan.open
+    opened = write.WritingPlan.open
 
-    def watched(plan: writing_cost.WritingPlan, checkpoint: Checkpoint) -> text_writer.TextWriter:
+    def watched(plan: write.WritingPlan, checkpoint: Checkpoint) -> text_writer.TextWriter:
         kinds.append(plan.headroom_bytes)
         return opened(plan, checkpoint)
 
-    monkeypatch.setattr(writing_cost.WritingPlan, "open", watched)
+    monkeypatch.setattr(write.WritingPlan, "open", watched)
     deep = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=24))
     chat = chatting(deep, tmp_path / "chat")
     little = Budget(20 * MIB)
@@ -640,10 +640,10 @@ def test_planned_before_anything_is_asked(tmp_path: Path) -> None:
     deep = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=24))
     m = model_of(deep)
     much = Budget(2000 * MIB)
-    one = writing_cost.answers_cost([m, m], 8, much)
-    two = writing_cost.answers_cost([m, m, m], 8, much)
-    kept = writing_cost.answers_cost([m, m], 8, much, teacher_kept=True)
-    poor = writing_cost.answers_cost([m, m], 8, Budget(20 * MIB))
+    one = write.answers_cost([m, m], 8, much)
+    two = write.answers_cost([m, m, m], 8, much)
+    kept = write.answers_cost([m, m], 8, much, teacher_kept=True)
+    poor = write.answers_cost([m, m], 8, Budget(20 * MIB))
     assert one.flops < two.flops
     assert kept.flops < one.flops
     assert kept.peak_bytes <= one.peak_bytes
@@ -651,7 +651,7 @@ def test_planned_before_anything_is_asked(tmp_path: Path) -> None:
     assert poor.read_bytes > 20 * one.read_bytes
     assert poor.peak_bytes < 20 * MIB
     with pytest.raises(MisError, match="the budget is 1 MiB: give --budget"):
-        writing_cost.answers_cost([m], 8, Budget(MIB))
+        write.answers_cost([m], 8, Budget(MIB))
 
 
 def test_a_device_finds_what_numpy_finds(chat: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,13 +186,6 @@ def test_a_budget_has_no_cache_in_it() -> None:
     assert ledger.headroom_bytes(GIB, 100 * MIB, True) == GIB - 250 * MIB
     assert ledger.headroom_bytes(GIB, 100 * MIB, False) == GIB - (40 + 100) * MIB
     assert ledger.headroom_bytes(GIB, 0) == ledger.headroom_bytes(GIB, 0, False)
-    for gpu in (False, True):  # what finds room is decided by the model's device
-        m = model_of({**tiny.CONFIG, "num_hidden_layers": 4000}, gpu)
-        one = pass_cost.token_cost(m, 16, GIB)
-        alone = pass_cost.token_cost(m, 16, 0)
-        room = ledger.headroom_bytes(GIB, alone.peak_bytes, gpu) - m.head_work
-        assert 0 < one.read_bytes < m.nbytes
-        assert one.read_bytes == (4000 - room // m.block_work) * m.block_bytes
 
 
 PASSES = [(1, 16), (6, 64), (2, 256)]
@@ -366,19 +359,15 @@ def test_a_gpu_holds_what_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Footprint(gpu=True).logit_bytes(512, 10_000) == 15 * one
 
 
-def test_a_token_keeps_what_fits() -> None:
-    """More budget, never more read; with all of it in memory nothing, and memory's own speed is
-    what is left.
-    """
+def test_a_pass_reads_what_does_not_stay() -> None:
+    """With more room never more of the weights; with enough room nothing."""
     m = model_of(tiny.CONFIG, gpu=False)
-    passes = [pass_cost.token_cost(m, 32, n * MIB // 4) for n in range(1, 60)]
-    reads = [p.read_bytes for p in passes]
-    assert reads == sorted(reads, reverse=True)
-    assert reads[0] == 3 * 4 * BLOCK + 4 * 512 * 64
-    assert reads[-1] == 0
-    assert len({*reads}) == 5  # nothing, the head, and one, two and three blocks stay
-    cache = 2 * 3 * 32 * 2 * 16 * 4  # keys and values of 32 tokens
-    assert passes[-1].touched_bytes == 3 * m.block_work + 4 * 512 * 64 + cache
+    found = [pass_cost.stays(m, n * MIB // 4) for n in range(60)]
+    shares = [kept.share for kept in found]
+    assert shares == sorted(shares, reverse=True)
+    assert (shares[0], shares[-1]) == (1, 0)
+    assert len({*shares}) == 5  # nothing, the head, and one, two and three blocks stay
+    assert found[-1].nbytes == 3 * m.block_work + m.head_work
 
 
 def test_a_refusal_names_both_numbers_and_a_budget_that_does() -> None:

@@ -22,6 +22,8 @@ from mlx.utils import tree_flatten
 
 from mis_mlx.data import preparation
 from mis_mlx.hardware import rates
+from mis_mlx.hardware.ledger import Ledger
+from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.hardware.thermal.thermal_monitor import Monitor
 from mis_mlx.maths.stats import summary
 from mis_mlx.models.architectures import arch, stored_form
@@ -108,8 +110,6 @@ def load_model(checkpoint: Checkpoint) -> BenchmarkModel:
     began = time.perf_counter()
     model, tokenizer = mlx_generate.open_model(checkpoint)
     arrays = dict[str, mx.array](tree_flatten(model.parameters()))
-    for array in arrays.values():  # together, those that are converted would be held twice
-        stream.evaluate_now(array)
     seconds = time.perf_counter() - began
     tables = _table_prefixes(arrays)
     nbytes = 0
@@ -230,19 +230,23 @@ def timed_bytes(params: int) -> int:
     return 6 * params
 
 
-def timed_weights(models: list[ModelSize], most_bytes: int, limit: int) -> int:
-    """Weights of the models that are in memory together while they are timed; 0: none is."""
-    together = 0
-    largest = 0
-    timed = 0
-    for m in models:
+def timing_cost(models: Sequence[ModelSize], most_bytes: int, limit: int) -> StageCost:
+    """The weights of models that are timed, and what opening one of them holds besides.
+
+    All are in memory together where that takes no more than `most_bytes`, else those that fit the
+    `limit` come one after the other.
+    """
+    fitting = [m for m in models if timed_bytes(m.params) <= limit]
+    together = sum(timed_bytes(m.params) for m in models) <= most_bytes
+    ledger = Ledger()
+    for number, m in enumerate(fitting):
         weights = m.nbytes if m.packed else m.params * m.item
-        needed = timed_bytes(m.params)
-        together += weights
-        timed += needed
-        if needed <= limit:
-            largest = max(largest, weights)
-    return together if timed <= most_bytes else largest
+        opening = 0 if m.packed else pass_cost.opening_bytes(m)
+        if together:
+            ledger.hold("weights", weights)
+            weights = 0
+        ledger.moment(f"model {number}", weights=weights, opening=opening)
+    return StageCost("speed", peak_bytes=ledger.peak_bytes)
 
 
 def need_bytes(checkpoint: Checkpoint, r: Request) -> int:

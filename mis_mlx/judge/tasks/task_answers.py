@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 from mis_mlx import cli
 from mis_mlx.data import chat_template
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.judge import writing_cost
 from mis_mlx.judge.tasks import instructions, rewards, tool_tasks
 from mis_mlx.judge.tasks.questions import Question, Task
+from mis_mlx.judge.write import plan_writing
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import distributed
 from mis_mlx.models.writing import mlx_generate, tool_calls
-from mis_mlx.models.writing.continuous_batch import Completion
+from mis_mlx.models.writing.continuous_batch import Completion, Texts
 from mis_mlx.types import Budget, Checkpoint
 
 # Answers written together, as many as fit. In the same CPU time 48 have 1.3 times the tokens of 16,
@@ -59,10 +59,8 @@ def asking(
         known = chat_template.knows_tools(tokenizer)
         tool_tasks.need_tools(checkpoint.path, known=known)
     prompts = [_prompt(tokenizer, task.questions[n]) for n in left]
-    texts = writing_cost.Texts(len(prompts), max(map(len, prompts)), task.max_tokens)
-    plan = writing_cost.plan_writing(
-        model_of(checkpoint), texts, limit, at_once=AT_ONCE, name=task.name
-    )
+    texts = Texts(len(prompts), max(map(len, prompts)), task.max_tokens)
+    plan = plan_writing(model_of(checkpoint), texts, limit, at_once=AT_ONCE, name=task.name)
 
     def records() -> Iterator[Record]:
         ends = tokenizer.eos_token_ids

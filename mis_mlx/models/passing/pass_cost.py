@@ -5,12 +5,11 @@ name their origin, and tests hold the two together.
 """
 
 import math
-from dataclasses import replace
 from typing import NamedTuple
 
 from mis_mlx.compute import streams
 from mis_mlx.compute.token_losses import Footprint
-from mis_mlx.hardware.ledger import Ledger, headroom_bytes
+from mis_mlx.hardware.ledger import Ledger
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models.architectures import (
     arch,
@@ -31,7 +30,6 @@ SMALL_BYTES = 2**20  # norms, masks, whole pages: too little for a formula
 DENSE_ITEM = 12
 # that Python and MLX take to know of a tensor: its name and place (measured on 24,302)
 TENSOR_BYTES = 3 * 1024
-BLOCK_WAITS = 2  # for a block's weights, and for the check that its first output is a number
 
 
 def tensor_bytes(m: ModelSize) -> int:
@@ -58,11 +56,18 @@ def table_part(m: ModelSize) -> int:
 
 
 def whole_bytes(m: ModelSize) -> int:
-    """Memory of a model that is opened whole: all weights as they compute, one tensor as stored."""
-    if m.as_stored:
-        return m.whole_work
-    largest = max(m.shape.vocab, m.shape.ffn) * m.shape.hidden
-    return m.whole_work + math.ceil(m.nbytes / m.params * largest)
+    """Memory of a model that is opened whole: all weights as they compute, and `opening_bytes`."""
+    return m.whole_work + opening_bytes(m)
+
+
+def opening_bytes(m: ModelSize) -> int:
+    """What opening a model tensor by tensor holds besides: the largest as stored, if converted.
+
+    A matrix of experts is there as stored, each apart and all in one.
+    """
+    numbers = 0 if m.as_stored else max(m.shape.vocab, m.shape.ffn) * m.shape.hidden
+    numbers = max(numbers, 2 * m.shape.experts * m.shape.ffn * m.shape.hidden)
+    return math.ceil(m.nbytes / m.params * numbers)
 
 
 def stacked_bytes(m: ModelSize) -> int:
@@ -115,22 +120,25 @@ def parallel_windows(m: ModelSize) -> int:
     return streams.count_on(gpu=m.gpu)
 
 
-def workspace_bytes(m: ModelSize, tokens: int, length: int) -> int:
+def workspace_bytes(m: ModelSize, tokens: int, length: int, in_pass: int = 0) -> int:
     """The most that a block's forward pass over one micro-batch holds, in float32.
 
-    Times the number of micro-batches that go side by side here.
+    Times the number of micro-batches that go side by side here. Experts answer for as many of the
+    tokens of a pass (`in_pass`) as GROUP_BYTES hold the outputs of; as much again are their inputs
+    and what the outputs are added to.
     """
     by_formula = pass_bytes(m.config, tokens, length)
     of_one = int(m.block_factors.forward * by_formula)
     workspace = parallel_windows(m) * of_one
     if m.shape.experts:
-        workspace += 2 * GROUP_BYTES
+        of_token = m.hidden_bytes * m.config["num_experts_per_tok"]
+        workspace += 2 * max(tokens * of_token, min(in_pass * of_token, GROUP_BYTES))
     return workspace
 
 
 def pass_workspace(m: ModelSize, tokens: int, micro_tokens: int, length: int) -> int:
     """The workspace of a pass over `tokens` in micro-batches; a GPU takes several at once."""
-    workspace = workspace_bytes(m, micro_tokens, length)
+    workspace = workspace_bytes(m, micro_tokens, length, tokens)
     if m.gpu:
         batches = math.ceil(tokens / micro_tokens)
         workspace *= min(batches, batches_per_pass(m.config, micro_tokens, length))
@@ -237,7 +245,6 @@ def streamed_pass(
         flops=forward_flops(m, tokens, length, head=head),
         spooled_bytes=hidden - held,
         held_tokens=held // m.hidden_bytes,
-        waits=pass_waits(m, tokens, micro_tokens, length, head=head),
     )
 
 
@@ -253,40 +260,3 @@ def head_opening_bytes(m: ModelSize) -> int:
     if m.packed and not m.as_stored:
         return m.head_work * 3 // 2
     return 0
-
-
-def pass_waits(
-    m: ModelSize,
-    tokens: int,
-    micro_tokens: int,
-    length: int,
-    *,
-    head: bool,
-) -> int:
-    """How often the host waits for the device in one pass: block by block, then at the head."""
-    batches = math.ceil(tokens / micro_tokens)
-    passes = batches
-    if m.gpu:
-        passes = math.ceil(batches / batches_per_pass(m.config, micro_tokens, length))
-    waits = m.shape.layers * (passes + BLOCK_WAITS)
-    if head:
-        waits += batches
-    return waits
-
-
-def token_cost(m: ModelSize, length: int, limit_bytes: int) -> StageCost:
-    """One token generated after `length` others.
-
-    Blocks are kept from the token before as far as they fit.
-    """
-    cache = keys_bytes(m, length)
-    once = streamed_pass(
-        "one token", m, tokens=1, micro_tokens=1, length=length, spool=False, beside_bytes=cache
-    )
-    kept = stays(m, headroom_bytes(limit_bytes, once.peak_bytes, m.gpu))
-    return replace(
-        once,
-        read_bytes=int(m.active_share * kept.share * once.read_bytes),
-        peak_bytes=once.peak_bytes + kept.nbytes,
-        touched_bytes=int(m.active_share * m.shape.layers * m.block_work) + m.head_work + cache,
-    )

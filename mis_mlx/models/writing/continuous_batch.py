@@ -5,6 +5,7 @@ token still fetches all weights. mlx-lm's generator can take new texts between t
 the batch stays nearly full.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,9 +17,10 @@ import mlx.nn as nn
 
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.ledger import Ledger
+from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize
-from mis_mlx.models.passing.pass_cost import texts_bytes, whole_bytes
+from mis_mlx.models.passing.pass_cost import forward_flops, texts_bytes, whole_bytes
 from mis_mlx.models.passing.stream import evaluate_now
 from mis_mlx.models.writing.draws import Draws
 
@@ -34,6 +36,19 @@ class Completion(NamedTuple):
 
     number: int
     ids: list[int]
+
+
+class Texts(NamedTuple):
+    """What is to be written: so many texts behind prompts of at most so many tokens."""
+
+    number: int
+    prompt_tokens: int
+    max_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Of a text at its end, its prompt included."""
+        return self.prompt_tokens + self.max_tokens
 
 
 @dataclass(frozen=True)
@@ -198,6 +213,19 @@ def resident_bytes(m: ModelSize, at_once: int, tokens: int) -> int:
     ledger.hold("keys and values", texts_bytes(m, at_once, grown(tokens)), count=3)
     ledger.hold("logits", LOGIT_COPIES * 4 * m.shape.vocab, at_once)
     return ledger.peak_bytes
+
+
+def writing_cost(m: ModelSize, texts: Texts, at_once: int) -> StageCost:
+    """The cost of a model that is whole in memory: every step of a batch fetches all weights."""
+    steps = texts.max_tokens * math.ceil(texts.number / at_once)
+    met_bytes = int(m.active_share * m.shape.layers * m.block_work) + m.head_work
+    return StageCost(
+        name="write",
+        read_bytes=m.nbytes,
+        peak_bytes=resident_bytes(m, at_once, texts.tokens),
+        flops=forward_flops(m, texts.number * texts.tokens, texts.tokens),
+        touched_bytes=steps * met_bytes,
+    )
 
 
 def grown(tokens: int) -> int:

@@ -5,13 +5,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.data import token_windows
 from mis_mlx.models.architectures import mlx_modules, sizes
 from mis_mlx.models.opening import load, tokenizer_check
-from mis_mlx.models.passing.stream import NotNumbers
+from mis_mlx.models.passing.stream import NotNumbers, evaluate_now
 from mis_mlx.types import Checkpoint
 
 PROMPTS = {
@@ -23,18 +24,22 @@ PROMPTS = {
 def open_model(checkpoint: Checkpoint) -> tuple[nn.Module, Any]:
     """(model, tokenizer) by stock `mlx_lm.load` of a folder that passed our gate.
 
-    Floats are in the type that the checkpoint computes in.
+    Floats are in the type that the checkpoint computes in. Weights are read and converted one after
+    the other: together they would be held twice.
     """
     tokenizer_check.check_tokenizer(checkpoint.path)
     model, tokenizer = load.mlx_lm("utils").load(
         str(checkpoint.path),
         tokenizer_config={"trust_remote_code": False},
+        lazy=True,
         trust_remote_code=False,
     )
     model = getattr(model, "language_model", model)  # of a model that also sees
     model.shape = sizes.shape_of(checkpoint.config)
     model._config = checkpoint.config
     mlx_modules.set_dtype(model, checkpoint.config, precision.dtype_of(checkpoint))
+    for _, array in tree_flatten(model.parameters()):
+        evaluate_now(array)
     return model, tokenizer
 
 

@@ -17,21 +17,22 @@ import numpy as np
 
 from mis_mlx.compute import streams
 from mis_mlx.hardware.ledger import Ledger
-from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.hardware.stage_cost import StageCost, in_turn
 from mis_mlx.models.architectures import block_inputs, block_state, experts, side_inputs
 from mis_mlx.models.architectures.sizes import key_owners
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing.pass_cost import (
-    BLOCK_WAITS,
     SMALL_BYTES,
     block_texts_bytes,
     head_opening_bytes,
+    once_bytes,
+    stays,
     streamed_pass,
     texts_bytes,
 )
 from mis_mlx.models.passing.stream import HEAD_PART, Stream, evaluate_now
-from mis_mlx.models.writing.continuous_batch import LOGIT_COPIES, Completion, Queue, Room
+from mis_mlx.models.writing.continuous_batch import LOGIT_COPIES, Completion, Queue, Room, Texts
 from mis_mlx.models.writing.draws import Draws
 
 ROWS = 512  # tokens of a long prompt that go through a block at a time
@@ -257,7 +258,29 @@ def log_probs(model: Stream, hidden: mx.array) -> mx.array:
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
-def pass_cost(m: ModelSize, at_once: int, tokens: int, *, longest: int) -> StageCost:
+def writing_cost(m: ModelSize, texts: Texts, at_once: int, headroom_bytes: int = 0) -> StageCost:
+    """The cost of a model that is read once for a token of `at_once` texts.
+
+    The first pass reads their prompts. New texts begin in the passes of those that go on, so that
+    there are no more passes than if all of a batch ended together. What stays in the bytes left is
+    read once.
+    """
+    share = stays(m, headroom_bytes).share
+    batches = math.ceil(texts.number / at_once)
+
+    def passes(tokens: int, times: int) -> StageCost:
+        one = _pass_cost(m, at_once, tokens, longest=texts.tokens)
+        return replace(one, read_bytes=int(share * one.read_bytes)).repeated(times)
+
+    return in_turn(
+        "write",
+        passes(max(1, texts.prompt_tokens), batches),
+        passes(1, batches * (texts.max_tokens - 1)),
+        StageCost("weights that stay", read_bytes=int((1 - share) * once_bytes(m))),
+    )
+
+
+def _pass_cost(m: ModelSize, at_once: int, tokens: int, *, longest: int) -> StageCost:
     """One pass in which `at_once` texts read so many tokens each, and draw one.
 
     What all blocks keep of all texts is in memory, and copies of what one block keeps. longest:
@@ -288,13 +311,11 @@ def pass_cost(m: ModelSize, at_once: int, tokens: int, *, longest: int) -> Stage
     ledger.hold("head", m.head_work)
     ledger.moment("head opened", made=_head_opening_bytes(m))
     ledger.moment("tokens drawn", logits=logits)
-    evaluated = 1 if tokens == 1 else at_once  # each prompt by itself
     return replace(
         cost,
         read_bytes=cost.read_bytes + m.head_bytes,
         flops=cost.flops + 2.0 * at_once * m.head_params,
         peak_bytes=max(cost.peak_bytes, ledger.peak_bytes),
-        waits=m.shape.layers * (evaluated + BLOCK_WAITS),
     )
 
 

@@ -4,7 +4,7 @@ Both write the same, and so do many texts side by side and each alone: a text de
 and its seed (`draws`). Only where two tokens are equally likely, to the last digits that a batch of
 another shape rounds differently, may texts part.
 
-judge/writing_cost says what each way takes, and which of them fits.
+The two say what they take, and judge/write which of them fits.
 """
 
 from collections.abc import Collection, Iterator, Sequence

@@ -15,10 +15,12 @@ import pytest
 
 from mis_mlx import evaluate
 from mis_mlx.hardware import child_process, memory
-from mis_mlx.judge import recovery_table, writing_cost
+from mis_mlx.judge import recovery_table
 from mis_mlx.judge.tasks import answering, instructions, questions, task_answers, task_registry
 from mis_mlx.judge.tasks.instructions import Instruction, Levels
+from mis_mlx.judge.write import plan_writing
 from mis_mlx.models.writing import continuous_batch
+from mis_mlx.models.writing.continuous_batch import Texts
 from mis_mlx.types import Budget, Checkpoint, MisError
 
 NO_COMMA = "punctuation:no_comma"
@@ -293,7 +295,7 @@ def test_fewer_answers_together_where_memory_is_short(llama: Checkpoint) -> None
     streamed.
     """
     m = answering.estimates.model_of(llama)
-    texts = writing_cost.Texts(100, 100, 64)
+    texts = Texts(100, 100, 64)
     needs = [continuous_batch.resident_bytes(m, size, 164) for size in task_answers.AT_ONCE]
 
     assert task_answers.AT_ONCE[0] == 48
@@ -302,7 +304,7 @@ def test_fewer_answers_together_where_memory_is_short(llama: Checkpoint) -> None
     for size, need in zip(task_answers.AT_ONCE, needs, strict=True):
         whole = next(n for n in range(need, 2**30, 2**12) if memory.process_bytes(n) + need <= n)
         limit = Budget(whole)
-        plan = writing_cost.plan_writing(m, texts, limit, at_once=task_answers.AT_ONCE)
+        plan = plan_writing(m, texts, limit, at_once=task_answers.AT_ONCE)
         assert (plan.at_once, plan.headroom_bytes) == (size, None)
 
 

@@ -10,13 +10,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx.judge import writing_cost
-from mis_mlx.judge.writing_cost import WritingPlan
+from mis_mlx.judge.write import WritingPlan
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize, model_of
 from mis_mlx.models.passing import pass_cost
 from mis_mlx.models.passing.stream import Stream
 from mis_mlx.models.writing import streamed_batch
+from mis_mlx.models.writing.continuous_batch import Texts
 from mis_mlx.models.writing.draws import Draws, Sampling
 from mis_mlx.types import Checkpoint
 from tests import tiny
@@ -35,12 +35,12 @@ MORE = [("llama", 3), ("lfm2", 3), *((kind, 20) for kind in KINDS if kind != "gp
 
 def streamed_plan(m: ModelSize, at_once: int, room_bytes: int = 0) -> WritingPlan:
     """Of a streamed model, with so many bytes more than it needs."""
-    texts = writing_cost.Texts(COUNT, LONGEST, ANSWER)
-    need = writing_cost.streamed_cost(m, texts, at_once).peak_bytes
+    texts = Texts(COUNT, LONGEST, ANSWER)
+    need = streamed_batch.writing_cost(m, texts, at_once).peak_bytes
     return WritingPlan(
         at_once=at_once,
         peak_bytes=need + room_bytes,
-        cost=writing_cost.streamed_cost(m, texts, at_once, room_bytes),
+        cost=streamed_batch.writing_cost(m, texts, at_once, room_bytes),
         headroom_bytes=room_bytes,
         tokens=texts.tokens,
     )
@@ -133,8 +133,8 @@ def test_a_prompt_is_one_pass(tmp_path: Path) -> None:
     m = model_of(deep)
     costs = {}
     for prompt_tokens in (8, 200):
-        texts = writing_cost.Texts(24, prompt_tokens, 48)
-        costs[prompt_tokens] = writing_cost.streamed_cost(m, texts, 24)
+        texts = Texts(24, prompt_tokens, 48)
+        costs[prompt_tokens] = streamed_batch.writing_cost(m, texts, 24)
     assert costs[8].read_bytes == costs[200].read_bytes == 48 * (m.head_bytes + 24 * m.block_bytes)
     kept = pass_cost.texts_bytes(m, 24, 248 + streamed_batch.STEP)
     assert kept < costs[200].peak_bytes < 1.7 * kept
