@@ -25,7 +25,7 @@ from mis_mlx.models.architectures import arch, gated_delta
 from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
-from mis_mlx.planner import block_cost
+from mis_mlx.models.passing import residency
 
 LENGTHS = (256, 1024)
 HEADS = 16
@@ -147,7 +147,7 @@ def block_of(kind: str, length: int, rounds: int) -> dict[str, Any]:
     block.update(weights)
     shapes = arch.layer_tensors(config, block=number).values()
     params = sum(map(math.prod, shapes))
-    planned = block_cost.backward_bytes(model_of(config), 1, length) + 4 * params
+    planned = residency.backward_bytes(model_of(config), 1, length) + 4 * params
     return {**found, "planned_bytes": planned, "ratio": round(planned / found["peak_bytes"], 2)}
 
 

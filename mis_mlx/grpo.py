@@ -18,9 +18,8 @@ from mis_mlx.judge.tasks import rewards
 from mis_mlx.models.architectures.sizes import reads_in_order
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize
-from mis_mlx.models.passing import distributed, pass_cost, stream
+from mis_mlx.models.passing import distributed, pass_cost, residency, stream
 from mis_mlx.models.writing.continuous_batch import Room, grown
-from mis_mlx.planner import block_cost
 from mis_mlx.types import Budget, Checkpoint, MisError
 
 Split = tuple[list[rows.Row], list[list[int]]]  # rows, and the token ids of their prompts
@@ -84,7 +83,7 @@ def _phases(
     # Sampling has the training's weights and moments in memory, without its activations.
     single = replace(s, grad_accumulation_steps=1)
     state = alignment_run.training_cost(single, checkpoint, 1, branches).peak_bytes
-    state -= block_cost.activation_bytes(m, 1, branches)
+    state -= residency.activation_bytes(m, 1, branches)
     return _sampling(s, m, longest, state, at_once=at_once), updating
 
 

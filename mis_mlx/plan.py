@@ -201,7 +201,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "micro_batch": plan.micro_batch,
         "shard_layers": plan.shard_layers,
         "pinned": plan.pinned,
-        "spooled_bytes": max(p.spooled_bytes for p in plan.phases),
+        "scratch_bytes": max(p.scratch_bytes for p in plan.phases),
         "read_bytes": sum(p.read_bytes for p in plan.phases),
         "written_bytes": sum(p.written_bytes for p in plan.phases),
         "disk_bytes": plan_report.disk_bytes(plan),

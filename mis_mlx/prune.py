@@ -9,6 +9,7 @@ from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.data import preparation
 from mis_mlx.hardware import memory
+from mis_mlx.hardware.stage_cost import WINDOWS
 from mis_mlx.hardware.thermal.run_monitor import ThermalMonitor
 from mis_mlx.judge import comparison
 from mis_mlx.models.architectures import arch
@@ -95,7 +96,7 @@ def run(settings: Settings) -> dict[str, Any]:
             dtype=s.dtype,
             air=thermal_monitor.air,
             files=files,
-            held=planned.held_tokens // length,
+            held=planned.stays.get(WINDOWS, 0),
         )
         report["params_before"] = arch.params(checkpoint.config)
         cli.say(html.document("pruned.md", report))

@@ -8,7 +8,7 @@ from mis_mlx import cli
 from mis_mlx.alignment import alignment_run, sequence_packing
 from mis_mlx.distillation import live_teacher
 from mis_mlx.hardware import memory
-from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.hardware.stage_cost import BLOCKS, StageCost
 from mis_mlx.judge import comparison
 from mis_mlx.models.architectures.sizes import reads_in_order, softcap
 from mis_mlx.models.opening import compute_type, resolve
@@ -50,13 +50,13 @@ def _phase(
     limit = memory.budget(s.budget_bytes).limit_bytes
     ledger = alignment_run.training_ledger(s, checkpoint, s.batch_size, length, limit)
     live_teacher.hold_teacher(ledger, teacher, tokens, s.batch_size * length, length=length)
-    pinned, read_bytes = live_teacher.keep_blocks(ledger, teacher, s.iters)
+    read_bytes = live_teacher.keep_blocks(ledger, teacher, s.iters)
     return replace(
         alone,
         peak_bytes=ledger.peak_bytes,
         flops=alone.flops + s.iters * pass_cost.forward_flops(teacher, tokens, length),
         read_bytes=alone.read_bytes + read_bytes,
-        pinned=pinned,
+        stays=ledger.filled,
     )
 
 
@@ -129,7 +129,7 @@ def run(settings: Settings) -> dict[str, Any]:
             s,
             checkpoint,
             beside,
-            pinned=phase.pinned,
+            pinned=phase.stays.get(BLOCKS, 0),
             budget_bytes=alignment.budget_bytes,
         )
         micro_batches = partial(train.micro_batches, source, parts)

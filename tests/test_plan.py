@@ -40,7 +40,7 @@ def test_end_to_end(llama: Checkpoint, in_process: Callable[..., Done]) -> None:
     result = last_line(done)
     assert result["params_teacher"] == arch.params(llama.config) > result["params_student"]
     assert result["least_budget_bytes"] <= result["peak_bytes"] <= result["budget_bytes"] == GIB
-    assert (result["mode"], result["micro_batch"], result["pinned"], result["spooled_bytes"]) == (
+    assert (result["mode"], result["micro_batch"], result["pinned"], result["scratch_bytes"]) == (
         "resident",
         2,
         3,

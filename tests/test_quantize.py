@@ -16,6 +16,7 @@ import pytest
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import live_teacher, packed_student
 from mis_mlx.hardware import memory
+from mis_mlx.hardware.stage_cost import INTEGERS, WINDOWS
 from mis_mlx.maths import gptq
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.opening.model_size import model_of
@@ -170,8 +171,8 @@ def test_gptq_stays_under_the_plan(
     checkpoint = load.open_checkpoint(tiny.make(tmp_path / "m", dtype=dtype, **sizes))
     batches = [mx.random.randint(0, 512, (1, 64), key=mx.random.key(k)) for k in range(6)]
     planned = stage.quantizing_cost(model_of(checkpoint), FOUR, windows=6, length=64, limit=GIB)
-    assert planned.held_tokens == 6 * 64
-    assert planned.spooled_bytes == 0
+    assert planned.stays[WINDOWS] == 6
+    assert planned.scratch_bytes == 0
     mx.eval(batches)
     before = mx.get_active_memory()
     parts = (gptq, "factorize"), (gptq, "rounded")
@@ -277,7 +278,7 @@ def test_sensitivity_and_steps_stay_under_the_plan(tmp_path: Path) -> None:
         source = live_teacher.StreamedTeacher(checkpoint, None)
         recipe = DistillationConfig(iters=2, batch_size=1, learning_rate=1e-4)
         packed = load.open_checkpoint(tmp_path / "q4")
-        student = packed_student.PackedStudent(packed, planned[1].kept)
+        student = packed_student.PackedStudent(packed, planned[1].stays[INTEGERS])
         for _ in live_teacher.steps(student, source, text, recipe):
             memory.give_back(cache=False)
 

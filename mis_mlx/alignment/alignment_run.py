@@ -32,9 +32,9 @@ from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize, model_of
-from mis_mlx.models.passing import distributed, pass_cost, stream
+from mis_mlx.models.passing import distributed, pass_cost, residency, stream
 from mis_mlx.models.writing import lora, model_writer
-from mis_mlx.planner import block_cost, estimates
+from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress
 from mis_mlx.runs import run_loop
 from mis_mlx.settings import recipe
@@ -154,7 +154,7 @@ def training_ledger(
             m, rows, length, loss=loss, accumulates=accumulates, limit=limit
         )
     learning = optimizer.STATE_BYTES + optimizer.GRADIENT_BYTES
-    activations = block_cost.activation_bytes(m, rows, length)
+    activations = residency.activation_bytes(m, rows, length)
     ledger = Ledger(limit, m.gpu)
     ledger.hold("weights", m.whole_work)
     ledger.hold("adapters, gradients and moments", learning * s.lora.params(m.config))

@@ -29,7 +29,7 @@ from mis_mlx.models.passing.pass_cost import (
     parallel_windows,
     side_bytes,
 )
-from mis_mlx.planner.block_cost import activation_bytes, backward_bytes
+from mis_mlx.models.passing.residency import activation_bytes, backward_bytes
 from mis_mlx.planner.distillation_spec import DistillationSpec
 
 

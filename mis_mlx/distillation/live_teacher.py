@@ -26,7 +26,7 @@ from mis_mlx.data.token_windows import Windows, fingerprint
 from mis_mlx.distillation import train_loop
 from mis_mlx.distillation.train_loop import F, MicroBatch
 from mis_mlx.hardware.ledger import Ledger
-from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.hardware.stage_cost import BLOCKS, WINDOWS, StageCost
 from mis_mlx.maths import losses
 from mis_mlx.models.architectures.sizes import shape_of, softcap
 from mis_mlx.models.opening import load
@@ -394,13 +394,13 @@ def hold_teacher(
     ledger.moment("teacher's pass", body=t.body_bytes(workspace))
 
 
-def keep_blocks(ledger: Ledger, t: ModelSize, steps: int) -> tuple[int, int]:
-    """Fill the budget with a teacher's blocks: (how many stay, bytes read of all in so many steps).
+def keep_blocks(ledger: Ledger, t: ModelSize, steps: int) -> int:
+    """Fill the budget with a teacher's blocks; bytes read of all of them in so many steps.
 
     Those that stay are read once, the others in every step.
     """
-    pinned = ledger.fill("teacher's blocks", t.block_work, t.shape.layers)
-    return pinned, t.block_bytes * (pinned + steps * (t.shape.layers - pinned))
+    pinned = ledger.fill(BLOCKS, t.block_work, t.shape.layers)
+    return t.block_bytes * (pinned + steps * (t.shape.layers - pinned))
 
 
 def taught(one_step: StageCost, ledger: Ledger, job: DistillationSpec, micro: int) -> StageCost:
@@ -411,10 +411,8 @@ def taught(one_step: StageCost, ledger: Ledger, job: DistillationSpec, micro: in
     t = job.teacher
     length = job.max_seq_length
     flops = one_step.flops
-    pinned = 0
     if job.targets == "live":
-        pinned, read = keep_blocks(ledger, t, job.iters)
-        read += t.head_bytes
+        read = keep_blocks(ledger, t, job.iters) + t.head_bytes
         flops += forward_flops(t, job.step_tokens, length)
     else:
         read = job.iters * job.step_tokens * job.target_bytes
@@ -423,7 +421,7 @@ def taught(one_step: StageCost, ledger: Ledger, job: DistillationSpec, micro: in
         read_bytes=one_step.read_bytes + read,
         peak_bytes=ledger.peak_bytes,
         flops=job.iters * flops,
-        pinned=pinned,
+        stays=ledger.filled,
         updated=job.iters * one_step.updated,
     )
 
@@ -451,5 +449,5 @@ def store_cost(job: DistillationSpec, limit: int) -> StageCost:
         written_bytes=windows * length * job.target_bytes,
         peak_bytes=ledger.peak_bytes,
         flops=windows * (one.flops + 4.0 * length * t.head_params),
-        held_tokens=at_once * length,
+        stays={WINDOWS: at_once},
     )

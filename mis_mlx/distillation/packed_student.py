@@ -23,7 +23,7 @@ from mis_mlx.distillation import block_gradients, live_teacher, train_loop
 from mis_mlx.distillation.block_gradients import BlockGradients
 from mis_mlx.distillation.train_loop import Applied, MicroBatch, Update
 from mis_mlx.hardware.ledger import Ledger, needed_bytes
-from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.hardware.stage_cost import GRADIENTS, INTEGERS, StageCost
 from mis_mlx.maths import optimizer
 from mis_mlx.maths.optimizer import GuardedAdamW, Part
 from mis_mlx.models.architectures import altup, arch
@@ -309,11 +309,10 @@ def _tuning(
     ledger = _ledger(job, micro, limit, in_block)
     read = 0
     files = 0
-    held = 0
     if on_disk:
         ledger.hold("values of the block at work", of_block)
         ledger.hold("its gradients, as they came and as a vector", of_block, count=2)
-        held = ledger.fill("gradients of blocks", of_block, layers)
+        held = ledger.fill(GRADIENTS, of_block, layers)
         put_away = (layers - held) * of_block
         # values on the way there and back, all for the update, which writes all of it
         read = job.iters * (2 * gradients + state + put_away)
@@ -323,7 +322,7 @@ def _tuning(
     else:
         ledger.hold("what learns, gradients and moments", state + gradients)
         written = job.checkpoints * state
-    kept = ledger.fill("integers of blocks", _integers_bytes(job), layers)
+    kept = ledger.fill(INTEGERS, _integers_bytes(job), layers)
     reads = layers + 2 * job.iters * (layers - kept)
     one_step = StageCost(
         name=SCALES,
@@ -331,9 +330,7 @@ def _tuning(
         written_bytes=rounding_cost.packed_bytes(m, job.rounding) + written,
         flops=block_gradients.step_flops(job),
         updated=learning_scales(job),
-        kept=kept,
-        state_bytes=files,
-        held_gradients=held,
+        scratch_bytes=files,
     )
     return live_teacher.taught(one_step, ledger, job, micro)
 

@@ -22,6 +22,7 @@ from mis_mlx.distillation.sharded import Sharded, steps_per_shard
 from mis_mlx.distillation.strategies import MemoryPlan, in_parts
 from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.hardware import memory
+from mis_mlx.hardware.stage_cost import INTEGERS
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models.architectures.sizes import softcap
@@ -305,7 +306,7 @@ def _repaired(c: Run, pruned: Checkpoint, parts: Checkpoint | None = None) -> di
     planned = next(phase for phase in c.plan.phases if phase.name == "repair")
     windows = c.pick(samples, use=2)
     kinds = c.kinds(samples, use=2)
-    c.files.require_space(c.folder, planned.spooled_bytes, "the spool of hidden states")
+    c.files.require_space(c.folder, planned.scratch_bytes, "the spool of hidden states")
     spool = None
     put = None
     if parts is not None:
@@ -366,7 +367,7 @@ def tune(c: Run, rounded: Path, out: Path, rate: float) -> None:
     source = target_source(c)  # its pass is over before the student takes memory
     with scale_state.place(planned, c.folder, c.files) as state:
         student = packed_student.PackedStudent(
-            checkpoint, planned.kept, weight_decay=recipe.weight_decay, state=state
+            checkpoint, planned.stays[INTEGERS], weight_decay=recipe.weight_decay, state=state
         )
         training = run_loop.CheckpointedTraining(
             c, student, c.remember, c.recall, steps=TUNE_STEPS, log=TUNE_LOG, label=SCALES

@@ -67,8 +67,7 @@ def table(
         "measured": job.student.block_factors != BY_FORMULA,
         "remedy": strategies.remedy(plan),
         "disk": disk_bytes(plan),
-        "state": max(p.state_bytes for p in plan.phases),
-        "spooled": max(p.spooled_bytes for p in plan.phases),
+        "scratch": max(p.scratch_bytes for p in plan.phases),
         "written": sum(p.written_bytes for p in plan.phases),
         "life": LIFE_BYTES,
         "verbose": cli.DETAILS in os.environ,
@@ -200,6 +199,5 @@ def disk_bytes(plan: strategies.MemoryPlan) -> int:
         if p.name == SCALES:
             # the rounded model stays beside the one with what was learned
             files += rounding_cost.packed_bytes(m, plan.job.rounding)
-            files += p.state_bytes
             files += 2 * optimizer.STATE_BYTES * packed_student.learning_scales(plan.job)
-    return files + max(p.spooled_bytes for p in plan.phases)
+    return files + max(p.scratch_bytes for p in plan.phases)

@@ -20,7 +20,7 @@ from mis_mlx.distillation.sharded import sharded_cost
 from mis_mlx.distillation.whole_model import resident_cost
 from mis_mlx.hardware.memory import TRAINED_BYTES, TRAINED_WHOLE_BYTES, process_bytes
 from mis_mlx.hardware.rates import Rates
-from mis_mlx.hardware.stage_cost import StageCost, in_turn
+from mis_mlx.hardware.stage_cost import BLOCKS, WINDOWS, StageCost, in_turn
 from mis_mlx.judge import other_languages
 from mis_mlx.judge.comparison import comparison_cost
 from mis_mlx.judge.speed.rounds import timing_cost
@@ -183,8 +183,7 @@ class MemoryPlan:
 
     def held_windows(self, name: str) -> int:
         """How many windows of hidden states the phase of this name keeps in memory."""
-        held = next((p.held_tokens for p in self.phases if p.name == name), 0)
-        return held // self.job.max_seq_length
+        return next((p.stays.get(WINDOWS, 0) for p in self.phases if p.name == name), 0)
 
     @property
     def tuning_steps(self) -> int:
@@ -211,7 +210,7 @@ class MemoryPlan:
     @property
     def pinned(self) -> int:
         """Teacher blocks that stay in memory during training."""
-        return next((p.pinned for p in self.phases if p.name in TAUGHT), 0)
+        return next((p.stays.get(BLOCKS, 0) for p in self.phases if p.name in TAUGHT), 0)
 
 
 def in_parts(job: DistillationSpec, mode: Mode) -> int:

@@ -24,7 +24,7 @@ from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import distributed
 from mis_mlx.models.passing.pass_cost import forward_flops
-from mis_mlx.planner.block_cost import activation_bytes, backward_bytes
+from mis_mlx.models.passing.residency import activation_bytes, backward_bytes
 from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.types import MOST
 

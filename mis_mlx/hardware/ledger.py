@@ -34,6 +34,7 @@ class Ledger:
         self.gpu = gpu
         self.holdings: list[Holding] = []
         self.moments: dict[str, tuple[Holding, ...]] = {}
+        self.filled: dict[str, int] = {}
 
     def hold(self, name: str, nbytes: int, count: int = 1) -> None:
         """Something that is there all the time."""
@@ -49,9 +50,10 @@ class Ledger:
     def fill(self, name: str, nbytes: int, most: int) -> int:
         """Hold as many of so many bytes as the budget has room for, `most` at the most.
 
-        Returned is their number.
+        Returned is their number, which is in `filled`, too.
         """
         count = min(most, self.room_bytes // nbytes)
+        self.filled[name] = count
         self.hold(name, nbytes, count)
         return count
 

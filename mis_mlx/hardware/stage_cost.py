@@ -1,10 +1,16 @@
 """What a stage of work takes: bytes, memory, operations; and how long that takes on a machine."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from mis_mlx.hardware import rates
 from mis_mlx.maths import optimizer
 
+# what may stay
+WINDOWS = "hidden states of windows"
+BLOCKS = "teacher's blocks"
+INTEGERS = "integers of a packed student's blocks"
+GRADIENTS = "gradients of blocks"
 # fields that add up over stages
 WORK = (
     "read_bytes",
@@ -20,9 +26,9 @@ WORK = (
 class StageCost:
     """One stage: bytes, memory, operations.
 
-    peak_bytes: of arrays, without the process, as of a `Ledger`. `pinned` blocks stay in memory
-    between passes; `spooled_bytes` of hidden states lie on disk. parts: stages in a row that this
-    is the sum of (`in_turn`).
+    peak_bytes: of arrays, without the process, as of a `Ledger`. stays: of what stays in memory
+    where there is room, how many: `Ledger.filled`. scratch_bytes: of files that are gone behind the
+    stage, with what found no room. parts: stages in a row that this is the sum of (`in_turn`).
     """
 
     name: str
@@ -32,13 +38,8 @@ class StageCost:
     flops: float = 0.0
     # weights fetched from memory; counts where there is little to do with each
     touched_bytes: int = 0
-    pinned: int = 0
-    kept: int = 0  # blocks of a packed student whose integers stay in memory
-    # of scales that learn and their moments, in files meanwhile; 0: they are in memory
-    state_bytes: int = 0
-    held_gradients: int = 0  # blocks whose gradients are in memory all the same
-    spooled_bytes: int = 0
-    held_tokens: int = 0  # whose hidden states stay in memory
+    stays: Mapping[str, int] = field(default_factory=dict)
+    scratch_bytes: int = 0
     updated: int = 0  # parameters that the optimizer changes, in all steps together
     host_flops: float = 0.0  # of numpy's solvers, which a GPU waits for
     parts: tuple["StageCost", ...] = ()

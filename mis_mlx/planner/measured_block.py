@@ -1,10 +1,10 @@
 """One block, measured on this device: what a pass through it, forward and back, really holds.
 
-The formulas of models/passing/residency and planner/block_cost count arrays as MLX's CPU back end
-keeps them. Which arrays the kernels of another device keep, only that device knows. So one block of
-random weights goes forward and back here, and the formulas are corrected by what that took. A large
-block is measured in small: widths, heads and tokens divided by one number, so that weights and
-activations shrink alike. What was measured is kept, for this device and version of MLX.
+The formulas of models/passing/residency count arrays as MLX's CPU back end keeps them. Which arrays
+the kernels of another device keep, only that device knows. So one block of random weights goes
+forward and back here, and the formulas are corrected by what that took. A large block is measured
+in small: widths, heads and tokens divided by one number, so that weights and activations shrink
+alike. What was measured is kept, for this device and version of MLX.
 """
 
 import json
@@ -37,7 +37,6 @@ from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening.model_size import BlockFactors, ModelSize, model_of
 from mis_mlx.models.passing import residency
 from mis_mlx.models.passing.stream import evaluate_now
-from mis_mlx.planner import block_cost
 from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.storage import hub
 from mis_mlx.storage.files import DISK
@@ -178,7 +177,7 @@ def _is_small(sample: _Sample, limit_bytes: int) -> bool:
     """Whether the sample is quick to measure, in half of the budget."""
     m = model_of(sample.config, dtype=mx.float32)
     needed = 3 * 4 * m.largest_block_params  # weights, gradients, and those of a second stream
-    needed += 2 * block_cost.backward_bytes(m, sample.batch, sample.length)
+    needed += 2 * residency.backward_bytes(m, sample.batch, sample.length)
     needed += memory.process_bytes(limit_bytes)
     short = sample.batch * sample.length <= MOST_TOKENS
     return short and m.largest_block_params <= MOST_PARAMS and needed <= limit_bytes // 2
@@ -204,8 +203,8 @@ def _measured(sample: _Sample) -> BlockFactors:
     tokens = sample.batch * sample.length
     return BlockFactors(
         forward=forward / residency.pass_bytes(m.config, tokens, sample.length),
-        kept=kept / block_cost.activation_bytes(m, sample.batch, sample.length),
-        backward=MARGIN * backward / block_cost.backward_bytes(m, sample.batch, sample.length),
+        kept=kept / residency.activation_bytes(m, sample.batch, sample.length),
+        backward=MARGIN * backward / residency.backward_bytes(m, sample.batch, sample.length),
     )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from mis_mlx.hardware.ledger import Ledger
 from mis_mlx.hardware.memory import TRAINED_BYTES
-from mis_mlx.hardware.stage_cost import StageCost, in_turn
+from mis_mlx.hardware.stage_cost import WINDOWS, StageCost, in_turn
 from mis_mlx.maths.reconstruction import HELD_OUT, RIDGES, precision, solver_flops
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing.pass_cost import (
@@ -123,10 +123,10 @@ def repair_cost(job: DistillationSpec, limit: int, item: int = 0) -> StageCost:
     written = 0
     if item:
         ledger.moment("a part is written", block=body + 4 * m.largest_block_params)
-        held = ledger.fill("hidden states of windows", window, job.reconstruct_samples)
+        held = ledger.fill(WINDOWS, window, job.reconstruct_samples)
         written = item * (m.params + layers * m.largest_block_params)
     else:
-        ledger.hold("hidden states of windows", window, held)
+        ledger.hold(WINDOWS, window, held)
     spooled = tokens - held * length
     visits = t.hidden_bytes * (t.shape.layers + 1) + m.hidden_bytes * (layers + 1)
     return StageCost(
@@ -135,8 +135,8 @@ def repair_cost(job: DistillationSpec, limit: int, item: int = 0) -> StageCost:
         written_bytes=written + spooled * visits,
         peak_bytes=ledger.peak_bytes,
         flops=big.flops + again * small.flops + layers * work.flops,
-        spooled_bytes=spooled * (t.hidden_bytes + m.hidden_bytes),
-        held_tokens=held * length,
+        scratch_bytes=spooled * (t.hidden_bytes + m.hidden_bytes),
+        stays=ledger.filled,
         host_flops=layers * work.host_flops,
     )
 

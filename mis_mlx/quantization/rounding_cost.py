@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from mis_mlx.compute.token_losses import Footprint
 from mis_mlx.hardware.ledger import Ledger
-from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.hardware.stage_cost import WINDOWS, StageCost
 from mis_mlx.maths.rounding import (
     GROUPS,
     HELD_BYTES,
@@ -28,8 +28,7 @@ from mis_mlx.models.passing.pass_cost import (
     table_part,
     workspace_bytes,
 )
-from mis_mlx.models.passing.residency import batches_per_pass
-from mis_mlx.planner.block_cost import backward_bytes
+from mis_mlx.models.passing.residency import backward_bytes, batches_per_pass
 from mis_mlx.settings.recipe import QuantizationConfig
 
 BIAS_BITS = 32  # scale and bias of a group
@@ -131,7 +130,7 @@ def sensing_cost(m: ModelSize, *, windows: int, length: int, limit: int) -> Stag
         slab=(2 * batch + 4) * 4 * min(SLAB, s.ffn * s.hidden),
     )
     inputs_bytes = length * m.hidden_bytes * m.shape.layers
-    held = ledger.fill("inputs of all blocks", inputs_bytes, windows)
+    held = ledger.fill(WINDOWS, inputs_bytes, windows)
     spooled = (windows - held) * inputs_bytes
     return StageCost(
         name="sensitivity",
@@ -140,5 +139,5 @@ def sensing_cost(m: ModelSize, *, windows: int, length: int, limit: int) -> Stag
         peak_bytes=ledger.peak_bytes,
         flops=4 * forward_flops(m, windows * length, length)
         + slabs * 4 * windows * length * m.head_params,
-        held_tokens=held * length,
+        stays=ledger.filled,
     )

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.hardware.stage_cost import GRADIENTS, StageCost
 from mis_mlx.maths import optimizer
 from mis_mlx.maths.optimizer import Named, Part
 from mis_mlx.models.architectures import arch
@@ -88,13 +88,13 @@ def place(planned: StageCost, folder: Path, files: Files) -> Iterator[ScaleState
 
     MisError where the disk has too little space for them.
     """
-    if not planned.state_bytes:
+    if not planned.scratch_bytes:
         yield InMemory()
         return
-    files.require_space(folder, planned.state_bytes, WHAT)
+    files.require_space(folder, planned.scratch_bytes, WHAT)
     own = folder / f".tmp-scales-{os.getpid()}"
     try:
-        yield OnDisk(own, planned.held_gradients, files)
+        yield OnDisk(own, planned.stays[GRADIENTS], files)
     finally:
         files.discard(own)
 

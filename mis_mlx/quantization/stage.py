@@ -20,7 +20,7 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.compute import host_losses, precision, streams
 from mis_mlx.hardware.ledger import Ledger
-from mis_mlx.hardware.stage_cost import StageCost, in_turn
+from mis_mlx.hardware.stage_cost import WINDOWS, StageCost, in_turn
 from mis_mlx.maths import gptq, reconstruction, rounding
 from mis_mlx.models.architectures import arch, modules
 from mis_mlx.models.architectures.sizes import shape_of
@@ -375,8 +375,8 @@ def quantizing_cost(
     if config.target_bpw is None:
         return cost
     sensing = rounding_cost.sensing_cost(m, windows=windows, length=length, limit=limit)
-    held = min(cost.held_tokens or windows * length, sensing.held_tokens)
-    return replace(in_turn("quantize", cost, sensing), held_tokens=held)
+    held = min(cost.stays.get(WINDOWS, windows), sensing.stays[WINDOWS])
+    return replace(in_turn("quantize", cost, sensing), stays={WINDOWS: held})
 
 
 def sensitivity_cost(teacher: ModelSize, length: int, limit: int) -> StageCost:
@@ -456,7 +456,7 @@ def _compensated(
     host_flops = s.layers * of_rounding
     ledger = Ledger()
     ledger.hold("slots", m.slots_bytes)
-    ledger.hold("hidden states", m.hidden_bytes, one_pass.held_tokens)
+    ledger.hold(WINDOWS, length * m.hidden_bytes, one_pass.stays[WINDOWS])
     ledger.moment("a tensor", made=plain.peak_bytes)
     if rounding_cost.rounds_head(config):
         ledger.moment(

@@ -15,6 +15,7 @@ import numpy as np
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import answer_loss, pipeline
+from mis_mlx.hardware.stage_cost import WINDOWS
 from mis_mlx.judge import answers, comparison
 from mis_mlx.judge.score import has_template
 from mis_mlx.maths import rounding, stats
@@ -201,7 +202,7 @@ class Candidates:
         length = batches[0].size
         size = model_of(run.teacher)
         cost = stage.sensitivity_cost(size, length, run.plan.budget_bytes)
-        held = cost.held_tokens // length
+        held = cost.stays[WINDOWS]
         # What enters each block is kept: as many arrays for a window as the teacher has blocks.
         states = None
         if held < len(batches):

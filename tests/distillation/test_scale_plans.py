@@ -18,7 +18,7 @@ from mis_mlx.distillation import plan_report as planning
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import M1_AIR
-from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.hardware.stage_cost import GRADIENTS, INTEGERS, StageCost
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.planner.distillation_spec import DistillationSpec
@@ -73,7 +73,7 @@ def test_a_deeper_model_takes_more_disk_and_hardly_more_memory() -> None:
     deep = tuned(spec(40), 0)
     inputs = 36 * 4 * 64 * 256
     assert deep.peak_bytes - shallow.peak_bytes == pytest.approx(inputs, rel=0.1)
-    assert deep.state_bytes > 8 * shallow.state_bytes
+    assert deep.scratch_bytes > 8 * shallow.scratch_bytes
 
 
 def test_a_plan_says_what_lies_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,11 +87,10 @@ def test_a_plan_says_what_lies_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     budgets = [n * 2**18 for n in range(4, 4000)]
     plans = (strategies.plan_strategy(job, n, M1_AIR, **way) for n in budgets)
     tight = next(plan for plan in plans if plan.fits)
-    state = max(phase.state_bytes for phase in tight.phases)
+    state = max(phase.scratch_bytes for phase in tight.phases)
     assert tight.tuning_steps == roomy.tuning_steps == STEPS
-    assert max(phase.state_bytes for phase in roomy.phases) == 0 < state
-    spooled = max(phase.spooled_bytes for phase in tight.phases)
-    assert planning.disk_bytes(tight) - spooled >= planning.disk_bytes(roomy) + state - 2**20
+    assert max(phase.scratch_bytes for phase in roomy.phases) == 0 < state
+    assert planning.disk_bytes(tight) >= planning.disk_bytes(roomy) + state - 2**20
     monkeypatch.setenv("MIS_MLX_DETAILS", "1")
     assert "scales" in planning.table(tight)
 
@@ -111,8 +110,8 @@ def test_learning_on_disk_stays_under_the_plan(
     m = model_of(checkpoint, gpu=policy == "metal")
     job = replace(spec(8), teacher=m, student=m)
     planned = tuned(job, least_on_disk(job) + room)
-    assert planned.state_bytes
-    assert planned.held_gradients == (2 if room else 0)
+    assert planned.scratch_bytes
+    assert planned.stays[GRADIENTS] == (2 if room else 0)
     packed_format.write_quantized(
         checkpoint, tmp_path / "q4", packed_format.formats_of(checkpoint.config, 64), DISK
     )
@@ -138,11 +137,11 @@ def test_learning_on_disk_stays_under_the_plan(
         scale_state.place(planned, tmp_path, DISK) as state,
     ):
         mx.set_cache_limit(0)
-        student = packed_student.PackedStudent(packed, planned.kept, state=state)
+        student = packed_student.PackedStudent(packed, planned.stays[INTEGERS], state=state)
         for _ in live_teacher.steps(student, source, text, recipe):
             memory.give_back(cache=False)
         peak = mx.get_peak_memory() - before
         files = sum(file.nbytes for file in state.entries().values())
     assert planned.peak_bytes / 4 < peak < planned.peak_bytes, (peak, planned.peak_bytes)
-    assert planned.state_bytes / 2 < files < planned.state_bytes
+    assert planned.scratch_bytes / 2 < files < planned.scratch_bytes
     assert not list(tmp_path.glob(".tmp-*"))

@@ -21,7 +21,7 @@ from mis_mlx.distillation import live_teacher, sharded, strategies, train_loop, 
 from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import M1_AIR
-from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.hardware.stage_cost import BLOCKS, StageCost
 from mis_mlx.judge import comparison
 from mis_mlx.judge.comparison import comparison_cost
 from mis_mlx.maths import losses
@@ -390,7 +390,7 @@ def test_resident_training_stays_under_the_plan(
         source = live_teacher.StreamedTeacher(teacher, None if resident else 0)
         steps = list(live_teacher.steps(WholeModel(model, GuardedAdamW()), source, data, recipe))
     peak = max(s.peak_bytes for s in steps) - before
-    assert planned.pinned == (6 if resident else 0)
+    assert planned.stays.get(BLOCKS, 0) == (6 if resident else 0)
     assert planned.peak_bytes / 4 < peak < allocated(planned.peak_bytes), (
         peak / MIB,
         planned.peak_bytes / MIB,
@@ -480,7 +480,7 @@ def test_training_by_blocks_stays_under_the_plan(
         student.begin()
         steps = list(live_teacher.steps(student, source, data, recipe))
     peak = max(s.peak_bytes for s in steps) - before
-    assert planned.pinned == (5 if resident else 0)
+    assert planned.stays.get(BLOCKS, 0) == (5 if resident else 0)
     assert planned.peak_bytes / 1.2 < peak < allocated(planned.peak_bytes), (
         peak / MIB,
         planned.peak_bytes / MIB,
@@ -545,7 +545,7 @@ def test_a_shard_beside_its_teacher_stays_under_the_plan(
         grad_accumulation_steps=2,
     )
     planned = sharded.sharded_cost(job, 2, 2, limit)
-    assert planned.pinned == (5 if limit else 0)
+    assert planned.stays.get(BLOCKS, 0) == (5 if limit else 0)
     tokens = np.random.default_rng(0).integers(0, 512, (12, 32)).astype(np.int32)
     data = Windows(tokens, np.ones((12, 32), np.float32))
     recipe = TrainingConfig(iters=2, batch_size=2, grad_accumulation_steps=2, max_seq_length=32)

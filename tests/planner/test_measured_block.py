@@ -14,7 +14,8 @@ from mis_mlx.compute import streams
 from mis_mlx.models.architectures import stock
 from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening.model_size import BY_FORMULA, model_of
-from mis_mlx.planner import block_cost, measured_block
+from mis_mlx.models.passing import residency
+from mis_mlx.planner import measured_block
 from mis_mlx.types import GIB
 from tests import tiny
 
@@ -73,7 +74,7 @@ def test_a_corrected_plan_holds_what_training_holds(
     corrected = measured_block.with_factors(m, BATCH, LENGTH, GIB)
     assert corrected.block_factors != BY_FORMULA
     peak = max(trained_peak() for _ in range(3))
-    assert peak <= block_cost.backward_bytes(corrected, BATCH, LENGTH) <= 1.2 * peak
+    assert peak <= residency.backward_bytes(corrected, BATCH, LENGTH) <= 1.2 * peak
     assert kept.exists()
 
 
@@ -88,8 +89,8 @@ def test_a_measurement_is_made_once_and_kept(kept: Path) -> None:
     kept.write_text(json.dumps(stored))
     changed = measured_block.with_factors(m, BATCH, LENGTH, GIB)
     assert changed.block_factors.kept == 1.5
-    plain = block_cost.activation_bytes(m, BATCH, LENGTH)
-    assert block_cost.activation_bytes(changed, BATCH, LENGTH) == int(1.5 * plain)
+    plain = residency.activation_bytes(m, BATCH, LENGTH)
+    assert residency.activation_bytes(changed, BATCH, LENGTH) == int(1.5 * plain)
     kept.write_text('{"cut off')
     again = measured_block.with_factors(m, BATCH, LENGTH, GIB)
     assert again.block_factors.kept == pytest.approx(first.block_factors.kept, rel=0.05)

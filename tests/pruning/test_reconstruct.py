@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from mis_mlx import distill
+from mis_mlx.hardware.stage_cost import WINDOWS
 from mis_mlx.maths import reconstruction
 from mis_mlx.maths.reconstruction import RIDGES
 from mis_mlx.models.architectures import modules
@@ -365,7 +366,7 @@ def test_a_repair_stays_under_the_plan(
         max_seq_length=128,
     )
     planned = pruning_cost.repair_cost(job, GIB, item)
-    assert planned.held_tokens == 6 * 128
+    assert planned.stays == ({WINDOWS: 6} if item else {})
     put = (lambda name, weight: mx.eval(weight)) if item else None
     with peaks.counted(monkeypatch, (reconstruct, "fit_down_proj")) as peak:
         mx.set_cache_limit(0)

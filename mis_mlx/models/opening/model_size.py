@@ -26,7 +26,7 @@ KINDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 class BlockFactors:
     """What a block was measured to hold, as parts of what formulas say; 1: not measured.
 
-    forward: of passing/residency.pass_bytes. kept, backward: of the two in planner/block_cost.
+    Of three functions of passing/residency: pass_bytes, activation_bytes and backward_bytes.
     """
 
     forward: float = 1.0

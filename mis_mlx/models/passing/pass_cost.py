@@ -10,7 +10,7 @@ from typing import NamedTuple
 from mis_mlx.compute import streams
 from mis_mlx.compute.token_losses import Footprint
 from mis_mlx.hardware.ledger import Ledger
-from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.hardware.stage_cost import WINDOWS, StageCost
 from mis_mlx.models.architectures import (
     arch,
     mixer_sizes,
@@ -228,12 +228,13 @@ def streamed_pass(
     if head:
         ledger.moment("the head", head=m.head_work, logits=_logit_bytes(m, micro_tokens))
     hidden = tokens * m.hidden_bytes
-    held = hidden
+    batch_bytes = micro_tokens * m.hidden_bytes
+    scratch = 0
     if spool:
-        batch_bytes = micro_tokens * m.hidden_bytes
-        held = min(hidden, ledger.room_bytes // batch_bytes * batch_bytes)
-    ledger.hold("hidden states", held)
-    moved = (hidden - held) * (s.layers + 1)
+        scratch = hidden - batch_bytes * ledger.fill(WINDOWS, batch_bytes, tokens // micro_tokens)
+    else:
+        ledger.hold(WINDOWS, hidden)
+    moved = scratch * (s.layers + 1)
     # A block's experts are read once a group of tokens (stream.Stream.run_experts).
     groups = math.ceil(hidden * m.config.get("num_experts_per_tok", 0) / GROUP_BYTES)
     reads = 1 + max(0, groups - 1) * (1 - m.memory_share)
@@ -243,8 +244,8 @@ def streamed_pass(
         written_bytes=moved,
         peak_bytes=max(ledger.peak_bytes, beside_bytes + filling_bytes(m, tokens)),
         flops=forward_flops(m, tokens, length, head=head),
-        spooled_bytes=hidden - held,
-        held_tokens=held // m.hidden_bytes,
+        scratch_bytes=scratch,
+        stays=ledger.filled,
     )
 
 
