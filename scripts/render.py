@@ -222,6 +222,7 @@ TRAINED = {
     "blocks": "`blocks`",
     "sharded": "`sharded`",
     "none": "`none`: repaired alone",
+    "sft": "`resident`",
 }
 
 
@@ -372,6 +373,7 @@ PHASES = (
     "quantize",
     "distil scales",
     "measure",
+    "sft",
 )
 
 
