@@ -38,7 +38,8 @@ def open_model(checkpoint: Checkpoint) -> tuple[nn.Module, Any]:
     model.shape = sizes.shape_of(checkpoint.config)
     model._config = checkpoint.config
     mlx_modules.set_dtype(model, checkpoint.config, precision.dtype_of(checkpoint))
-    for _, array in tree_flatten(model.parameters()):
+    arrays = dict[str, mx.array](tree_flatten(model.parameters()))
+    for array in arrays.values():
         evaluate_now(array)
     return model, tokenizer
 
