@@ -277,6 +277,7 @@ def test_blocks_go_only_where_tokens_and_bits_are_not_enough(llama: Checkpoint) 
     assert search.unrounded_axes(llama, Budget(llama.nbytes)) == ("vocab",)  # it streams
 
 
+@pytest.mark.thorough
 def test_a_distillation_by_its_loss(
     llama: Checkpoint, text_folder: Path, tmp_path: Path, command: Callable[..., Done]
 ) -> None:

@@ -64,6 +64,7 @@ def test_end_to_end(llama: Checkpoint, in_process: Callable[..., Done]) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.thorough
 def test_a_config_is_enough(
     tmp_path: Path,
     llama: Checkpoint,

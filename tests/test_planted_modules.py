@@ -115,6 +115,7 @@ def test_no_child_imports_from_the_current_folder(
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.thorough
 def test_no_job_of_the_page_imports_from_the_current_folder(
     folder: Folder, own_home: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -110,6 +110,7 @@ def measured(lab: SimpleNamespace) -> dict[str, dict[str, Any]]:
     }
 
 
+@pytest.mark.thorough
 def test_all_parts_are_measured_and_stored(
     lab: SimpleNamespace, measured: dict[str, dict[str, Any]]
 ) -> None:
@@ -137,6 +138,7 @@ def test_all_parts_are_measured_and_stored(
         )
 
 
+@pytest.mark.thorough
 def test_what_was_finished_stays_after_ctrl_c(
     lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,6 +167,7 @@ def test_what_was_finished_stays_after_ctrl_c(
     assert not (lab.results / "nowhere.json").exists()
 
 
+@pytest.mark.thorough
 def test_clocks_agree_on_what_they_count(measured: dict[str, dict[str, Any]]) -> None:
     """mlx-lm's count of 4 tokens over 3 gaps, corrected by 3/4; ratios are round by round."""
     a = measured["throughput"]["agreement"]
@@ -223,6 +226,7 @@ def page(lab: SimpleNamespace, tmp_path: Path, text: str = PAGE) -> Path:
     return tmp_path
 
 
+@pytest.mark.thorough
 def test_tables_are_written_and_drift_is_seen(
     lab: SimpleNamespace,
     measured: dict[str, dict[str, Any]],

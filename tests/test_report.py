@@ -527,6 +527,7 @@ def test_what_is_no_run_is_a_sentence(tmp_path: Path, in_process: Callable[..., 
         report.run(report.Settings((str(tmp_path),), every_s=0))
 
 
+@pytest.mark.thorough
 def test_several_runs_side_by_side(copy: Path, warm: Path, tmp_path: Path) -> None:
     """One picture of all losses, each number with its difference to the first run's, the settings
     that differ.

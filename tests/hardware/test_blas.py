@@ -253,6 +253,7 @@ def test_without_a_library_the_first_line_says_so(bare: Bare) -> None:
 @pytest.mark.parametrize(
     "way", [["mis_mlx", "plan"], pytest.param(["mis_mlx.plan"], marks=pytest.mark.slow)]
 )
+@pytest.mark.thorough
 def test_commands_start_again_with_it_once(bare: Bare, llama: Checkpoint, way: list[str]) -> None:
     """`python -m mis_mlx plan` and `python -m mis_mlx.plan`: Python's flags and ours as they were,
     all of them.

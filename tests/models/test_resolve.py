@@ -55,8 +55,12 @@ def test_a_folder_is_used_as_it_is(tmp_path: Path, cache: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["./missing", "missing", "a/b/c", "../x", ""])
-def test_what_is_neither_folder_nor_hub_id_is_refused(name: str, cache: Path) -> None:
+def test_what_is_neither_folder_nor_hub_id_is_refused(
+    name: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The hub is not asked for things that cannot be there; an empty name is no folder either."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # a checkout may stand beside a folder x
     with pytest.raises(MisError, match="check the path"):
         resolve.resolve_model(name)
     assert not cache.exists()

@@ -231,6 +231,7 @@ def test_full_size_is_the_identity(tmp_path: Path, big: Checkpoint, text_folder:
     assert not (tmp_path / "same" / vocabulary.ROWS).exists()
 
 
+@pytest.mark.thorough
 def test_prune_alone(
     tmp_path: Path, big: Checkpoint, text_folder: Path, command: Callable[..., Done]
 ) -> None:

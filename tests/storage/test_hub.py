@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from mis_mlx.storage import hub
+from tests.conftest import mostly_thorough
 
 COMMIT = "c0ffee" + "0" * 34
 CONTENT = {
@@ -182,7 +183,11 @@ def test_a_model_without_safetensors_is_refused(
 
 
 @pytest.mark.parametrize(
-    "gone", ["model-00002-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json"]
+    "gone",
+    mostly_thorough(
+        ["model-00002-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json"],
+        "model-00002-of-00002.safetensors",
+    ),
 )
 def test_a_part_of_a_model_is_not_adopted(
     server: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: str

@@ -28,6 +28,7 @@ def test_of_an_unmeasured_model_nothing_is_drawn(
     assert expected.curve(None) == []
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not HERE, reason="the default model is not in the cache: run distill once")
 def test_the_default_model_is_known() -> None:
     """Fewer bytes lose more; `distill` takes the flags; near what a real search expected.
