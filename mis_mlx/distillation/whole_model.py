@@ -250,6 +250,9 @@ def holdings(
         ledger.moment("forward", **forward)
         ledger.moment("first block back", block=block, kept=activations + head, summed=summed)
         ledger.moment("last block back", block=block, gradients=each, summed=summed)
+        # Windows that have no stream of their own go back when the first ones have gradients.
+        waiting = activations * max(0, batch - loss.streams) // batch
+        ledger.moment("later windows", kept=waiting, gradients=each, summed=summed)
     else:
         ledger.moment("forward", **forward, gradients=gradients)
         ledger.moment("backward", block=block, gradients=gradients, summed=summed)
