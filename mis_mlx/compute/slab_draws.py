@@ -24,14 +24,14 @@ Slabs = Callable[[], Iterator[tuple[int, Logits]]]  # (first token, logits of a 
 Target = tuple[np.ndarray, np.ndarray, np.ndarray]  # sizes, ids, shares of a window
 
 
-def slab_rows(positions: int) -> int:
-    """Tokens of a slab for windows of so many positions."""
-    return slab_losses.slab_rows(positions, LOGIT_BYTES)
+def slab_rows(positions: int, width: int) -> int:
+    """Tokens of a slab for windows of so many positions (n, width)."""
+    return slab_losses.slab_rows(positions, width, LOGIT_BYTES)
 
 
 def slab_bytes(positions: int, width: int, vocab: int) -> int:
     """What a slab takes: its part of the head, as read and in float32, and its logits at work."""
-    rows = min(slab_rows(positions), vocab)
+    rows = min(slab_rows(positions, width), vocab)
     return rows * (2 * 4 * width + LOGIT_ITEM * positions)
 
 

@@ -15,19 +15,20 @@ from mis_mlx.compute.host_losses import view
 from mis_mlx.maths import losses
 
 LOGIT_BYTES = 2**24  # of float32 logits (n, some tokens) at a time
+HEAD_BYTES = 2**26  # of a float32 head (some tokens, D) at a time: few positions have few logits
 Slabs = Callable[[int], Iterator[tuple[int, mx.array]]]  # tokens of a slab -> (first, (tokens, D))
 # Sees of each slab its first token, the probabilities (n, tokens) and the softcap's slopes there.
 Seen = Callable[[int, mx.array, mx.array | None], None]
 
 
-def slab_rows(positions: int, logit_bytes: int) -> int:
-    """Tokens of a slab for so many positions. logit_bytes: of their float32 logits."""
-    return max(256, logit_bytes // (4 * positions))
+def slab_rows(positions: int, width: int, logit_bytes: int) -> int:
+    """Tokens of a slab for so many positions. width: D. logit_bytes: of their float32 logits."""
+    return max(256, min(logit_bytes // (4 * positions), HEAD_BYTES // (4 * width)))
 
 
 def slab_bytes(positions: int, width: int, vocab: int) -> int:
     """What a slab takes: its part of the head, as read and in float32, and logits in flight."""
-    rows = min(slab_rows(positions, LOGIT_BYTES), vocab)
+    rows = min(slab_rows(positions, width, LOGIT_BYTES), vocab)
     return 4 * rows * (2 * width + 4 * positions)
 
 
@@ -47,7 +48,7 @@ def sparse_kl_gradients(
     weights: (n, m). seen: is shown every slab's probabilities, by the sums of weights.
     """
     wide = hidden.astype(mx.float32)
-    rows = slab_rows(len(hidden), LOGIT_BYTES)
+    rows = slab_rows(*hidden.shape, LOGIT_BYTES)
     targets = np.array(ids)
     w = np.array(weights, np.float32)
     chosen, lse = _first_sweep(wide, slabs(rows), targets, softcap=softcap)

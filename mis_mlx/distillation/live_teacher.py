@@ -243,11 +243,12 @@ def write_store(
     every machine makes as many passes as the one that makes most.
     """
     n, length = data.tokens.shape
+    shape = shape_of(checkpoint.config)
     spec = logit_store.Spec(
         kind="top and sampled",
         top=top,
         count=count,
-        vocab=shape_of(checkpoint.config).vocab,
+        vocab=shape.vocab,
         windows=n,
         length=length,
         teacher=run_folder.origin(checkpoint, "")["teacher"],
@@ -271,7 +272,7 @@ def write_store(
         hidden = source.hidden([mx.array(data.tokens[window][None]) for window in group])
         targets = slab_draws.sample(
             [states[0] for states in hidden],
-            partial(source.head_slabs, slab_draws.slab_rows(length)),
+            partial(source.head_slabs, slab_draws.slab_rows(length, shape.hidden)),
             count,
             seed,
             [window * length for window in group],

@@ -157,7 +157,7 @@ def _drawn_in_slabs(
     starts = np.cumsum([0, *(len(states) for states in normed)])
 
     def logits() -> Iterator[tuple[int, Logits]]:
-        for start, part in source.head_parts(vocab, slab_draws.slab_rows(len(normed[0]))):
+        for start, part in source.head_parts(vocab, slab_draws.slab_rows(*normed[0].shape)):
             yield start, partial(load.wide_logits, part)
 
     def weights(rows: int) -> Iterator[tuple[int, mx.array]]:
