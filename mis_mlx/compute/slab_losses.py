@@ -48,7 +48,7 @@ def sparse_kl_gradients(
     weights: (n, m). seen: is shown every slab's probabilities, by the sums of weights.
     """
     wide = hidden.astype(mx.float32)
-    rows = slab_rows(*hidden.shape, LOGIT_BYTES)
+    rows = slab_rows(len(hidden), hidden.shape[1], LOGIT_BYTES)
     targets = np.array(ids)
     w = np.array(weights, np.float32)
     chosen, lse = _first_sweep(wide, slabs(rows), targets, softcap=softcap)
