@@ -171,7 +171,7 @@ def test_the_users_functions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("body", "why"),
     [
-        ("while True: pass", "no answer in 1 s"),
+        ("import time; time.sleep(60)", "no answer in 4 s"),
         ("import os; os._exit(0)", "its process ended with 0"),
         ("raise ValueError('oh')", "ValueError: oh"),
         ("return [float('nan')] * len(completions)", "ValueError"),
@@ -182,12 +182,16 @@ def test_the_users_functions(tmp_path: Path) -> None:
     ],
 )
 def test_what_breaks_a_function_is_no_reward(tmp_path: Path, body: str, why: str) -> None:
-    """Only the group with the text that broke it goes unscored, and the note says why."""
+    """Only the group with the text that broke it goes unscored, and the note says why.
+
+    A child takes seconds to begin where many other programs run.
+    """
     source = (
         f"def f(prompts, completions, answer):\n    if '6' in completions[1]:\n        {body}\n"
     )
     source += "    return [1.0] * len(completions)\n"
-    found = rewards.score(functions(tmp_path, source, seconds=1.0), ROWS, GROUPS)
+    seconds = 4.0 if "sleep" in body else rewards.SECONDS
+    found = rewards.score(functions(tmp_path, source, seconds=seconds), ROWS, GROUPS)
     assert [s.totals for s in found] == [(None, None), (1.0, 1.0, 1.0)]
     assert found[1].notes == ()
     (note,) = found[0].notes
