@@ -175,10 +175,7 @@ def test_the_users_functions(tmp_path: Path) -> None:
         ("import os; os._exit(0)", "its process ended with 0"),
         ("raise ValueError('oh')", "ValueError: oh"),
         ("return [float('nan')] * len(completions)", "ValueError"),
-        (
-            "import sys; sys.setrecursionlimit(10**9); f = lambda: f(); f()",
-            "its process ended|RecursionError|no answer",
-        ),
+        ("import os; os.abort()", "its process ended with -6"),
     ],
 )
 def test_what_breaks_a_function_is_no_reward(tmp_path: Path, body: str, why: str) -> None:
@@ -195,7 +192,7 @@ def test_what_breaks_a_function_is_no_reward(tmp_path: Path, body: str, why: str
     assert [s.totals for s in found] == [(None, None), (1.0, 1.0, 1.0)]
     assert found[1].notes == ()
     (note,) = found[0].notes
-    assert any(part in note for part in why.split("|")), note
+    assert why in note
 
 
 def test_memory_is_limited(tmp_path: Path) -> None:
