@@ -13,7 +13,8 @@ set anew (Linux), so that numpy's share and MLX's both count; the choice of toke
 before the first phase, belongs to it, as in the plan. Planned and measured are of the process, less
 what it held before the run.
 
-Writes benchmarks/results/<machine>/planned.json after every case, and goes on where it was stopped.
+Writes benchmarks/results/<machine>/planned.json after every case, and goes on where it was stopped;
+`--only` runs a case anew. Every case keeps the commit that it ran at.
 """
 
 from __future__ import annotations
@@ -136,7 +137,8 @@ class Settings:
     """Which of them."""
 
     only: str | None = None
-    """a case by its name, such as default or `0.5 B shape, 2 GiB`; default: all"""
+    """a case by its name, such as default or `0.5 B shape, 2 GiB`, anew; default: all that are not
+    stored"""
     teacher: str | None = None
     """of one stretch alone, in a process of its own"""
     out: str | None = None
@@ -274,20 +276,24 @@ def main(s: Settings) -> None:
             return fine_tuning(s.teacher, Path(s.out))
         return stretch(s.only, s.teacher, Path(s.out))
     given = {"brief": BRIEF}
-    found = {} if s.only else laboratory.resumed("planned", given, ["cases"]).get("cases", {})
+    stored = laboratory.resumed("planned", given, ["cases"]).get("cases", {})
+    found = {name: stored[name] for name in CASES if name in stored}
     with tempfile.TemporaryDirectory() as temp:
         for name in [s.only] if s.only else [n for n in CASES if n not in found]:
-            found[name] = case(name, str(teacher_of(name, Path(temp))), Path(temp))
+            version = laboratory.version()  # before hours in which somebody may commit
+            found[name] = {
+                "git": version,
+                **case(name, str(teacher_of(name, Path(temp))), Path(temp)),
+            }
             for label, (planned, taken) in found[name]["phases"].items():
                 said = (
                     f"planned {planned / 2**20:.0f} MiB, took {taken / 2**20:.0f}: "
                     f"{planned / taken - 1:+.0%}"
                 )
                 cli.say(f"{name}, {label}: {said}")
-            if not s.only:
-                laboratory.write(
-                    "planned", "scripts/mis benchmarks/planned.py", {"given": given, "cases": found}
-                )
+            laboratory.write(
+                "planned", "scripts/mis benchmarks/planned.py", {"given": given, "cases": found}
+            )
 
 
 if __name__ == "__main__":
