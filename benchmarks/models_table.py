@@ -34,7 +34,7 @@ from mis_mlx.hardware import rates
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening.config import read_config
-from mis_mlx.quantization import rounding_cost
+from mis_mlx.quantization import rounded_size
 from mis_mlx.settings.recipe import EVAL_PROMPTS, EVAL_PROMPTS_STREAMED
 from mis_mlx.size_search import candidates, search_plan, shape_search, shortfall, size_request
 from mis_mlx.types import Budget
@@ -197,7 +197,7 @@ def student(made: strategies.MemoryPlan) -> dict[str, Any]:
     small = made.job.student
     return {
         "params": arch.params(small.config),
-        "bytes": rounding_cost.packed_bytes(small, made.job.rounding),
+        "bytes": rounded_size.rounded_bytes(small, made.job.rounding),
         "shape": str(small.shape),
         "peak_bytes": made.peak_bytes,
         "fits": made.fits,

@@ -17,7 +17,6 @@ from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.planner import estimates
 from mis_mlx.pruning import select, vocabulary
-from mis_mlx.pruning.pruning_cost import pruning_cost
 from mis_mlx.reporting import html, progress
 from mis_mlx.runs import run_loop
 from mis_mlx.storage.files import Files
@@ -56,7 +55,7 @@ def run(settings: Settings) -> dict[str, Any]:
     m = model_of(checkpoint)
     narrower = select.wanted_shape(checkpoint.config, s).hidden < m.shape.hidden
     rotation = narrower and s.hidden_by == "pca"
-    planned = pruning_cost(
+    planned = select.pruning_cost(
         m,
         m.nbytes,
         windows=s.num_samples,

@@ -23,6 +23,7 @@ from mis_mlx.compute import precision, streams
 from mis_mlx.data import token_windows
 from mis_mlx.distillation import train_loop
 from mis_mlx.distillation.whole_model import WholeModel
+from mis_mlx.maths import reconstruction
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
@@ -69,8 +70,8 @@ class _Streams:
     def judges(self) -> Sequence[int]:
         """Which batches no step is made of; none where there are too few."""
         return (
-            reconstruct.held_out_windows([0] * n)
-            if (n := len(self.target)) >= reconstruct.HELD_OUT
+            reconstruction.held_out_windows([0] * n)
+            if (n := len(self.target)) >= reconstruction.HELD_OUT
             else range(0)
         )
 

@@ -31,7 +31,7 @@ from mis_mlx.models.opening import load
 from mis_mlx.models.passing import distributed, stream
 from mis_mlx.models.passing.stream import evaluate_now
 from mis_mlx.planner.distillation_spec import SCALES, DistillationSpec
-from mis_mlx.quantization import learned_scales, rounding_cost, scale_state
+from mis_mlx.quantization import learned_scales, rounded_size, scale_state
 from mis_mlx.quantization.learned_scales import PackedStream
 from mis_mlx.quantization.scale_state import ScaleState
 from mis_mlx.storage.checkpoint import Written
@@ -327,7 +327,7 @@ def _tuning(
     one_step = StageCost(
         name=SCALES,
         read_bytes=reads * _packed_block(job) + read,
-        written_bytes=rounding_cost.packed_bytes(m, job.rounding) + written,
+        written_bytes=rounded_size.rounded_bytes(m, job.rounding) + written,
         flops=block_gradients.step_flops(job),
         updated=learning_scales(job),
         scratch_bytes=files,
@@ -363,7 +363,7 @@ def _packed_block(job: DistillationSpec) -> int:
     """Bytes of a rounded block on disk."""
     m = job.student
     share = m.all_block_params / m.params / m.shape.layers
-    return int(share * rounding_cost.packed_bytes(m, job.rounding))
+    return int(share * rounded_size.rounded_bytes(m, job.rounding))
 
 
 def _integers_bytes(job: DistillationSpec) -> int:

@@ -12,7 +12,7 @@ from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening.model_size import BY_FORMULA
 from mis_mlx.planner import estimates
 from mis_mlx.planner.distillation_spec import SCALES, STORE
-from mis_mlx.quantization import rounding_cost
+from mis_mlx.quantization import rounded_size
 from mis_mlx.reporting import html, progress
 from mis_mlx.types import duration, gib
 
@@ -117,7 +117,7 @@ def _page(plan: strategies.MemoryPlan, outlook: Outlook) -> dict[str, Any]:
     teacher = job.shown or job.teacher
     packed = 0
     if any(p.name == "quantize" for p in plan.phases):
-        packed = rounding_cost.packed_bytes(job.student, job.rounding)
+        packed = rounded_size.rounded_bytes(job.student, job.rounding)
     layers = plan.shard_layers or job.student.shape.layers
     return vars(outlook) | {
         "plan": plan,
@@ -193,11 +193,11 @@ def disk_bytes(plan: strategies.MemoryPlan) -> int:
         files += 2 * blocks * sharded.block_state_bytes(m.config)
     for p in plan.phases:
         if p.name == "quantize":
-            files += rounding_cost.files_bytes(m, plan.job.rounding)
+            files += rounded_size.files_bytes(m, plan.job.rounding)
         if p.name in (STORE, writers.SECOND_STORE):
             files += p.written_bytes
         if p.name == SCALES:
             # the rounded model stays beside the one with what was learned
-            files += rounding_cost.packed_bytes(m, plan.job.rounding)
+            files += rounded_size.rounded_bytes(m, plan.job.rounding)
             files += 2 * optimizer.STATE_BYTES * packed_student.learning_scales(plan.job)
     return files + max(p.scratch_bytes for p in plan.phases)

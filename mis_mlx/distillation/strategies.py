@@ -34,12 +34,10 @@ from mis_mlx.models.passing.pass_cost import TENSOR_BYTES
 from mis_mlx.planner import estimates
 from mis_mlx.planner.distillation_spec import SCALES, STORE, DistillationSpec, Mode
 from mis_mlx.planner.machines import block_shares
-from mis_mlx.pruning.pruning_cost import (
-    pruning_cost,
-    repair_cost,
-)
+from mis_mlx.pruning.reconstruct import repair_cost
+from mis_mlx.pruning.select import pruning_cost
 from mis_mlx.pruning.vocabulary import vocabulary_cost
-from mis_mlx.quantization import rounding_cost
+from mis_mlx.quantization import rounded_size
 from mis_mlx.quantization.stage import quantizing_cost
 from mis_mlx.settings.recipe import (
     RATE,
@@ -61,7 +59,7 @@ def measuring_cost(job: DistillationSpec, most_bytes: int, limit: int) -> StageC
     phases before, which took `most_bytes`, leave room for both, else one by one. Then models answer
     prompts, where the student can write in the budget `limit`.
     """
-    four_bit = rounding_cost.packed_size(job.student, job.rounding)
+    four_bit = rounded_size.rounded_size(job.student, job.rounding)
     rounds = job.rounding is not ROUND_TO_NEAREST
     result = four_bit if rounds else job.student
     teacher = job.shown or job.teacher

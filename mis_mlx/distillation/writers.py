@@ -16,7 +16,7 @@ from mis_mlx.judge.write import WritingPlan
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing.pass_cost import TENSOR_BYTES
 from mis_mlx.planner.distillation_spec import DistillationSpec, Writer
-from mis_mlx.quantization import rounding_cost
+from mis_mlx.quantization import rounded_size
 from mis_mlx.settings.recipe import EVAL_PROMPTS, EVAL_PROMPTS_STREAMED
 from mis_mlx.types import Budget, MisError
 
@@ -75,6 +75,6 @@ def answering_cost(job: DistillationSpec, limit: int, writer: Writer) -> list[St
         m = job.shown or job.teacher
     else:
         name = STUDENT
-        m = rounding_cost.packed_size(job.student, job.rounding)
+        m = rounded_size.rounded_size(job.student, job.rounding)
     plan = _plan(m, job.conversations, Budget(limit), tools=job.asks_tools)
     return [replace(plan.cost, name=name)] if plan else []

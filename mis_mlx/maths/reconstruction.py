@@ -47,6 +47,27 @@ def inverse_root(gram: np.ndarray) -> mx.array:
     return mx.linalg.tri_inv(mx.linalg.cholesky(mx.array(gram), stream=mx.cpu), stream=mx.cpu)
 
 
+def held_out_windows(kinds: Sequence[int]) -> list[int]:
+    """Which windows, of these kinds of text, are held out to judge a block by.
+
+    Of every kind each fourth, or the last of fewer. Where there are several kinds, one of a single
+    window judges nothing.
+    """
+    held_out = list[int]()
+    several = len(set(kinds)) > 1
+    for kind in sorted(set(kinds)):
+        windows = [number for number, window_kind in enumerate(kinds) if window_kind == kind]
+        every = min(HELD_OUT, len(windows))
+        if not (several and every == 1):
+            held_out += windows[every - 1 :: every]
+    return sorted(held_out) or [len(kinds) - 1]
+
+
+def token_rms(rows: mx.array) -> mx.array:
+    """(..., D) -> (...), of each row, never 0."""
+    return mx.maximum(mx.sqrt(mx.square(rows).mean(axis=-1)), 1e-6)
+
+
 class NormalEquations:
     """Sums for the change U of a layer's weight that best restores the layer's output:
 

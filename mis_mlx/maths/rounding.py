@@ -24,12 +24,6 @@ BEYOND = "a matrix has weights beyond 65,504, where float16 scales end: leave th
 CANDIDATE_BITS = (3, 4, 5, 6, 8)
 ENOUGH_BITS = 8  # rounding costs nothing there: such matrices get their nearest values
 GROUPS = (32, 64, 128)  # weights that may share a scale
-# The next two belong to quantization/bit_allocation; the planner reads them from here.
-# Bytes of what windows leave in a block, inputs and cotangents: 32 windows of 256 tokens in a model
-# of 135 M. Each time they are full, all matrices are rounded to every format. It holds at least one
-# window, and as many bytes as its own matrices have in float32.
-HELD_BYTES = 288 * 2**20
-SLAB = 2**18  # weights whose gradients and errors exist at once
 OPENED = 2**20  # weights that are de-quantized at a time
 PART = 2**24  # weights of a matrix that are rounded at a time
 SAMPLED = 2**15  # weights of a matrix on which `fit_share` is measured, at least a row

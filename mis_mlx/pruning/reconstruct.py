@@ -10,39 +10,49 @@ result is judged on windows held out, after the norm's gains are fitted to it. A
 Gemma's stream are a thousand times larger than the rest, so each counts by its own size, and those
 that the norm makes small are left alone.
 
-Of a mixture the routers learn to choose among the experts that are left: a block's experts are
-asked once, each for all tokens; then its router alone is trained on their outputs, towards the
-same goal (CerebrasResearch/reap, issue 3).
+Of a mixture the routers learn to choose among the experts that are left (pruning/routers).
 """
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.maths.reconstruction import HELD_OUT, HeldOut, NormalEquations
-from mis_mlx.models.architectures import experts, families, modules
+from mis_mlx.hardware.ledger import Ledger
+from mis_mlx.hardware.memory import TRAINED_BYTES
+from mis_mlx.hardware.stage_cost import WINDOWS, StageCost
+from mis_mlx.maths.reconstruction import (
+    HELD_OUT,
+    RIDGES,
+    HeldOut,
+    NormalEquations,
+    held_out_windows,
+    precision,
+    solver_flops,
+    token_rms,
+)
+from mis_mlx.models.architectures import families, modules
 from mis_mlx.models.architectures.sizes import shape_of
-from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import stream, sweep
+from mis_mlx.models.passing.pass_cost import (
+    hold_stream,
+    parallel_windows,
+    pass_workspace,
+    streamed_pass,
+)
 from mis_mlx.models.passing.stream import Batches, Hidden
+from mis_mlx.planner.distillation_spec import DistillationSpec
+from mis_mlx.pruning import routers
 from mis_mlx.types import Checkpoint, KeptUnits
 
-ROUTER_BYTES = 2**28  # of outputs of all experts of a block
 GAIN_DAMPING = 0.01  # of the mean channel, by which a gain is held back
 POST_MLP_NORM = "post_feedforward_layernorm"  # of Gemma's blocks
 SMALL_GAIN = 0.1  # of the median gain: smaller ones count as small
-# of Adam on all tokens at once, and between looks at those held out
-ROUTER_STEPS = 60
-ROUTER_LOOK_STEPS = 5
-# of Adam, times the root mean square of the router's weights: ten times as much unlearns what is
-# rare
-ROUTER_RATE = 5e-4
 
 
 def reconstruct(
@@ -87,7 +97,7 @@ def reconstruct(
     # that block is read.
     for _, turn in zip(advance_teacher(big, keep, target), small.sweep(own), strict=True):
         if of_experts:
-            router, error = train_router(small, turn.block, own, target, kinds)
+            router, error = routers.train_router(small, turn.block, own, target, kinds)
             changed = {repaired_name(student): router}
         else:
             changed, error = fit_down_proj(turn, target, kinds=kinds, columns=columns)
@@ -120,22 +130,6 @@ def advance_teacher(teacher: stream.Stream, keep: KeptUnits, hidden: Hidden) -> 
             turn.block.clear()  # its weights are not to lie beside a fit
         done = end
         yield j
-
-
-def held_out_windows(kinds: Sequence[int]) -> list[int]:
-    """Which windows, of these kinds of text, are held out to judge a block by.
-
-    Of every kind each fourth, or the last of fewer. Where there are several kinds, one of a single
-    window judges nothing.
-    """
-    held_out = list[int]()
-    several = len(set(kinds)) > 1
-    for kind in sorted(set(kinds)):
-        windows = [number for number, window_kind in enumerate(kinds) if window_kind == kind]
-        every = min(HELD_OUT, len(windows))
-        if not (several and every == 1):
-            held_out += windows[every - 1 :: every]
-    return sorted(held_out) or [len(kinds) - 1]
 
 
 def kept_columns(keep: KeptUnits) -> mx.array | None:
@@ -212,12 +206,12 @@ class _FitTokens:
         missing = (goal - stack.out.astype(mx.float32).reshape(-1, outputs)) / self.scale
         # A window's first token is a hundred times longer than the rest: unweighted, the fit would
         # be to it alone.
-        weight = 1.0 / _rms(goal)
+        weight = 1.0 / token_rms(goal)
         into = stack.taken["down_proj"]
         if self.post_norm:
             # The norm divides by this length, which is taken to stay as it is. So the matrix lacks
             # that many times as much, and the error counts as before.
-            length = _rms(self.linear(into).astype(mx.float32).reshape(-1, outputs))
+            length = token_rms(self.linear(into).astype(mx.float32).reshape(-1, outputs))
             missing = missing * length[:, None]
             weight = weight / length
         return into.reshape(-1, inputs), missing, weight
@@ -292,16 +286,6 @@ def fit_down_proj(
     return changed, error
 
 
-def _rms(rows: mx.array) -> mx.array:
-    """(..., D) -> (...), of each row, never 0."""
-    return mx.maximum(mx.sqrt(mx.square(rows).mean(axis=-1)), 1e-6)
-
-
-def _rows(states: mx.array) -> mx.array:
-    """(B, T, D) -> (B T, D)."""
-    return states.reshape(-1, states.shape[-1])
-
-
 class _PostNorm:
     """The norm behind Gemma's MLP, in a fit of the down_proj before it.
 
@@ -328,7 +312,7 @@ class _PostNorm:
         squares = []
         for want in self.task.target:
             goal = self.task.goal(want)
-            of_channel = mx.square(goal / _rms(goal)[..., None]).mean(axis=(0, 1))
+            of_channel = mx.square(goal / token_rms(goal)[..., None]).mean(axis=(0, 1))
             squares.append(np.array(of_channel))
         return np.sqrt(np.maximum(np.mean(squares, axis=0), 1e-12))
 
@@ -343,7 +327,7 @@ class _PostNorm:
         total = np.zeros((3, len(self.gain)))
         for b in windows:
             goal = task.goal(task.target[b])
-            rms = _rms(goal)[..., None]
+            rms = token_rms(goal)[..., None]
             missing = goal - task.out(b).astype(mx.float32)
             missing = missing / self.sizes / rms
             given = self.norm(recorder.take()).astype(mx.float32) / self.sizes / rms
@@ -378,94 +362,92 @@ class _PostNorm:
         return gains, left
 
 
-def train_router(
-    source: stream.Stream,
-    block: nn.Module,
-    hidden: Hidden,
-    goals: Hidden,
-    kinds: Sequence[int],
-) -> tuple[mx.array, float]:
-    """Give the block the router that best takes `hidden` to `goals`, both [(B, T, D)].
+def _fit_cost(ledger: Ledger, m: ModelSize, tokens: int, workspace: int) -> StageCost:
+    """Write down what a block's closed-form fit holds; its work.
 
-    Returns (its rows (E, D) float32, the share of the error that they leave on batches held out).
-    It stays as it is, and 1 is left, where none does better there. Tokens are weighted by 1 / rms
-    of the goal, as in `fit_down_proj`. Unused batches are not fetched.
+    Normal equations, and tokens held out as they are; besides them what a block's pass takes
+    (`workspace`) and float32 batches of products, then what solving makes of the sums, and the
+    block where it is a copy. Held-out tokens judge every ridge, then join the sums. Solvers are
+    numpy's in float64, or LAPACK's in float32 of wide layers, of which four operations count as
+    one.
     """
-    part, router = load.expert_part(source.checkpoint, block)
-    old = router.weight
-    dtype = hidden[0].dtype
-    held_out = held_out_windows(kinds)
-    # Outputs of all experts for a batch are E times as large as the batch: so many batches fit.
-    most = max(2, ROUTER_BYTES // (hidden[0].nbytes * len(old)))
-    learning = [b for b in range(len(hidden)) if b not in held_out]
-    if not learning:
-        return old.astype(mx.float32), 1.0
-
-    def asked(numbers: Sequence[int]) -> _RouterBatch:
-        some = numbers[:most]
-        return _RouterBatch(source, block, [hidden[b] for b in some], [goals[b] for b in some])
-
-    # Experts answer once, for all tokens of both sets: training asks only which answers count.
-    training_set = asked(learning)
-    held_out_set = asked(held_out)
-
-    def error(weight: mx.array, batch: _RouterBatch) -> mx.array:
-        router.weight = weight.astype(dtype)
-        part.experts.expert_outputs = batch.expert_outputs
-        mixed = part(batch.inputs).reshape(batch.beside.shape).astype(mx.float32)
-        out = batch.beside + mixed
-        return mx.square((batch.goal - out) * batch.weight).sum()
-
-    weight = old.astype(mx.float32)
-    best = weight
-    first = float(error(weight, held_out_set))
-    least = first
-    size = float(mx.sqrt(mx.square(weight).mean()))
-    adam = optim.Adam(ROUTER_RATE * size)
-    for step in range(1, ROUTER_STEPS + 1):
-        grads = {"gate": mx.grad(error)(weight, training_set)}
-        weight = adam.apply_gradients(grads, {"gate": weight})["gate"]
-        stream.evaluate_now(weight, adam.state)  # else sixty steps would be one graph
-        if step % ROUTER_LOOK_STEPS == 0:
-            now = float(error(weight, held_out_set))
-            if now < least:
-                best = weight
-                least = now
-    part.experts.expert_outputs = None  # the block computes its experts again
-    router.weight = best.astype(old.dtype) if least < first else old
-    return best, least / first if first else 1.0
+    f = m.wide.ffn
+    d = m.shape.hidden
+    item = np.dtype(precision(f)).itemsize
+    held_out = max(1, tokens // HELD_OUT)
+    sums = {"sums": item * f * (f + d), "held_out": 4 * held_out * (f + d)}
+    products = 4 * parallel_windows(m) * f * (f + d)
+    ledger.moment("products", **sums, products=products, workspace=workspace)
+    ledger.moment(
+        "solving",
+        **sums,
+        solving=f * (item * f + max(2 * item, 16) * d),
+        # BLAS packs parts of what it solves: as much was measured on F = 3,242, less on 1,024.
+        packed=min(TRAINED_BYTES, sums["sums"] // 4),
+        block=0 if m.as_stored else m.block_work,
+    )
+    judged = 2.0 * len(RIDGES) * held_out * f * d
+    solves = len(RIDGES) + 1
+    host = solves * solver_flops(f, 2 / 3 * f, 2 * d)
+    flops = 2.0 * tokens * f * (f + d) + solves * f * f * (2 / 3 * f + 4 * d) + judged
+    return StageCost("fit", flops=flops - host, host_flops=host)
 
 
-class _RouterBatch:
-    """Outputs of all experts of a block for some batches' tokens, and where these should arrive.
+def repair_cost(job: DistillationSpec, limit: int, item: int = 0) -> StageCost:
+    """Both models side by side, every down_proj fitted anew.
 
-    Rows (n, ...): n tokens of all batches together.
+    item: bytes of a number in the student's parts, each of which is written, with hidden states on
+    disk as far as they find no room; 0: the student is one file, and its new matrices wait in
+    memory. Of a mixture the routers are trained: every expert's output for all tokens that there is
+    room for, in a training and a held-out set, of which a step gathers some more.
     """
-
-    def __init__(
-        self,
-        source: stream.Stream,
-        block: nn.Module,
-        hidden: Hidden,
-        goals: Hidden,
-    ):
-        part, router = load.expert_part(source.checkpoint, block)
-        beside = []
-        inputs = []
-        for x in hidden:
-            # behind attention: the stream that the mixture's output is added to, and its input
-            mask = load.mask(source.args, block, x)
-            stream_in, experts_in = experts.attention_part(block, x, mask)
-            stream.evaluate_now(stream_in, experts_in)
-            beside.append(_rows(stream_in))
-            inputs.append(_rows(experts_in)[None])
-        self.inputs = mx.concatenate(inputs, axis=1)
-        self.beside = mx.concatenate(beside).astype(mx.float32)
-        self.goal = mx.concatenate([_rows(goal) for goal in goals]).astype(mx.float32)
-        self.weight = 1.0 / _rms(self.goal)[:, None]
-        # Every token chooses every expert: (1, n, E).
-        count = len(router.weight)
-        numbers = np.broadcast_to(np.arange(count), (1, len(self.goal), count))
-        every = mx.array(numbers)
-        self.expert_outputs = part.experts.outputs([self.inputs], [every])[0]
-        stream.evaluate_now(self.inputs, self.beside, self.goal, self.weight, self.expert_outputs)
+    length = job.max_seq_length
+    tokens = job.reconstruct_samples * length
+    t = job.teacher
+    m = job.student
+    if item:
+        block_bytes = item * m.largest_block_params
+        m = replace(m, block_bytes=block_bytes, as_stored=item == m.item == 4)
+    layers = m.shape.layers
+    big, small = (
+        streamed_pass("", model, tokens=tokens, length=length, head=False, spool=False)
+        for model in (t, m)
+    )
+    ledger = Ledger(limit, t.gpu)
+    hold_stream(ledger, t, tokens)
+    hold_stream(ledger, m, tokens)
+    workspace = pass_workspace(t, tokens, length, length)
+    ledger.hold("in flight", t.in_flight(workspace))
+    ledger.moment("teacher's pass", body=t.body_bytes(workspace))
+    body = m.body_bytes(pass_workspace(m, tokens, length, length))
+    read = big.read_bytes + m.nbytes
+    if m.shape.experts:
+        work = routers.training_cost(ledger, m, tokens)
+        ledger.hold("student's pass", body)
+        read += small.read_bytes
+        again = 1
+    else:
+        work = _fit_cost(ledger, m, tokens, body)
+        ledger.hold("new matrices", 4 * m.shape.hidden * m.shape.ffn, 1 if item else layers)
+        again = 2  # a block's output is computed once more
+    window = length * (t.hidden_bytes + m.hidden_bytes)
+    held = job.reconstruct_samples
+    written = 0
+    if item:
+        ledger.moment("a part is written", block=body + 4 * m.largest_block_params)
+        held = ledger.fill(WINDOWS, window, job.reconstruct_samples)
+        written = item * (m.params + layers * m.largest_block_params)
+    else:
+        ledger.hold(WINDOWS, window, held)
+    spooled = tokens - held * length
+    visits = t.hidden_bytes * (t.shape.layers + 1) + m.hidden_bytes * (layers + 1)
+    return StageCost(
+        name="repair",
+        read_bytes=read + spooled * visits,
+        written_bytes=written + spooled * visits,
+        peak_bytes=ledger.peak_bytes,
+        flops=big.flops + again * small.flops + layers * work.flops,
+        scratch_bytes=spooled * (t.hidden_bytes + m.hidden_bytes),
+        stays=ledger.filled,
+        host_flops=layers * work.host_flops,
+    )

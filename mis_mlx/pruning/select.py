@@ -13,6 +13,7 @@ import numpy as np
 
 from mis_mlx.compute import precision
 from mis_mlx.data.token_windows import Windows
+from mis_mlx.hardware.stage_cost import StageCost, in_turn
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.judge import comparison
 from mis_mlx.maths import importance
@@ -22,6 +23,7 @@ from mis_mlx.models.architectures.mixture import MOST_EXPERTS
 from mis_mlx.models.architectures.shape import ALL, Shape
 from mis_mlx.models.architectures.sizes import attends, shape_of
 from mis_mlx.models.opening import compute_type
+from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import distributed, pipeline_parallel, stream
 from mis_mlx.pruning import calibrate, slicing, vocabulary
 from mis_mlx.storage.files import Files
@@ -447,3 +449,31 @@ def _losses(
             students[name] = compute_type.open_to_compute(Path(temp) / name, wanted)
         measured = comparison.compare(students, held_out)
     return {f"nll_{name}": float(measured[name, "nll"].mean()) for name in students}
+
+
+def pruning_cost(
+    t: ModelSize,
+    student_bytes: int,
+    *,
+    windows: int,
+    length: int,
+    limit: int,
+    rotation: bool,
+    shown: ModelSize | None = None,
+) -> StageCost:
+    """Choose the tokens, calibrate on windows, if any, then copy tensor by tensor.
+
+    shown: the teacher with all of its tokens, where some go.
+    """
+    stages = [StageCost("")]  # nothing is ranked
+    if windows:
+        stages = [calibrate.calibration_cost(t, windows, length, limit, rotation=rotation)]
+    if shown:
+        stages.append(vocabulary.vocabulary_cost(shown, length))
+    copying = StageCost(
+        "copy",
+        read_bytes=t.nbytes,
+        written_bytes=student_bytes,
+        peak_bytes=slicing.copying_bytes(t, rotation=rotation),
+    )
+    return in_turn("prune", *stages, copying)

@@ -14,6 +14,7 @@ tokens, 7B, 5 formats: 9 TB, and a wait for each matrix and batch.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -22,10 +23,13 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.compute import precision, streams
+from mis_mlx.hardware.ledger import Ledger
+from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths import rounding
 from mis_mlx.models.architectures import arch, block_inputs, modules, sizes
 from mis_mlx.models.architectures.block_inputs import BlockInputs, BlockOutputs
 from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import backward_pass, stream, sweep
 from mis_mlx.models.passing.stream import Batches, Hidden
 from mis_mlx.quantization import format_costs, packed_format
@@ -36,6 +40,12 @@ from mis_mlx.types import Checkpoint, MisError
 Width = TypeVar("Width", int, float)  # bits of a weight, with its share of the scales or without
 
 SLACK = 1e-9  # bits of a weight
+# Bytes of what windows leave in a block, inputs and cotangents: 32 windows of 256 tokens in a model
+# of 135 M. Each time they are full, all matrices are rounded to every format. It holds at least one
+# window, and as many bytes as its own matrices have in float32.
+HELD_BYTES = 288 * 2**20
+SLAB = 2**18  # weights whose gradients and errors exist at once
+SENSED = 8  # windows that say what bits cost in a search
 
 
 def mixed(
@@ -299,10 +309,9 @@ class _BlockErrors:
         self._seen: list[Seen] = []
         # of squares over windows, (formats,) for each matrix
         self._sums = [mx.zeros((len(bits),)) for _ in self._matrices]
-        weights = sum(
-            modules.dense_weight(linear).size for linear in self._linears
-        )  # lazy: not made
-        self._held_bytes = max(rounding.HELD_BYTES, 4 * weights)
+        # lazy: not made
+        weights = sum(modules.dense_weight(linear).size for linear in self._linears)
+        self._held_bytes = _held_bytes(weights)
 
     def backward(
         self,
@@ -444,6 +453,28 @@ def _along(
         return mx.stack(products, axis=1)
 
     first_input, first_above = pairs[0]
-    step = max(1, rounding.SLAB // streams.count() // first_input.shape[1])
+    step = max(1, SLAB // streams.count() // first_input.shape[1])
     slabs = [slice(start, start + step) for start in range(0, first_above.shape[1], step)]
     return sum(streams.parallel_map(of_slab, slabs), mx.zeros((len(pairs), len(bits))))
+
+
+def _held_bytes(weights: int) -> int:
+    """Bytes of windows that wait for each other in a block of so many weights."""
+    return max(HELD_BYTES, 4 * weights)
+
+
+def sensing_cost(m: ModelSize, length: int, limit: int, windows: int = SENSED) -> StageCost:
+    """What `costs` takes. Operations are those of the module's docstring."""
+    s = m.wide
+    # inputs of a block's matrices, and gradients of their outputs, in one window
+    attention = 2 * (s.heads + s.kv_heads) * s.head_dim
+    seen = 4 * length * (4 * s.hidden + attention + 3 * s.ffn)
+    waiting = min(windows, max(1, _held_bytes(m.largest_block_params) // seen))
+    slab = (2 * waiting + 4) * 4 * min(SLAB, s.ffn * s.hidden)
+    ledger = Ledger(limit, m.gpu)
+    # of the embedding and the head (embedding_costs)
+    ledger.hold("variances of groups", 4 * m.tables_params // min(rounding.GROUPS))
+    cost = backward_pass.gradients_cost(
+        ledger, m, windows=windows, length=length, visiting=waiting * seen + slab
+    )
+    return replace(cost, name="sensitivity")

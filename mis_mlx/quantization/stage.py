@@ -8,6 +8,7 @@ with the block's own weights as they were. The head comes last, by what the roun
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,11 +32,12 @@ from mis_mlx.models.passing.pass_cost import (
     DENSE_ITEM,
     block_matrix,
     parallel_windows,
+    stacked_bytes,
     streamed_pass,
     table_part,
 )
 from mis_mlx.models.passing.stream import Batches, Hidden
-from mis_mlx.quantization import bit_allocation, packed_format, rounding_cost
+from mis_mlx.quantization import bit_allocation, packed_format, rounded_size
 from mis_mlx.quantization.begun_rounding import BegunRounding
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage.files import Files
@@ -45,7 +47,6 @@ from mis_mlx.types import Checkpoint, MisError
 # Share of the mean square of a tied head's inputs. Its rows go into the first block, too, where all
 # columns of their error count alike (benchmarks/README.md).
 TIED_RIDGE = 0.1
-SENSED = 8  # windows that say what bits cost in a search
 
 
 def check(config: Mapping[str, Any], rounding: QuantizationConfig) -> None:
@@ -367,21 +368,34 @@ def quantizing_cost(
     cost = StageCost(
         name="quantize",
         read_bytes=m.nbytes,
-        written_bytes=rounding_cost.files_bytes(m, config),
-        peak_bytes=rounding_cost.writing_bytes(m, config.q_group_size),
+        written_bytes=rounded_size.files_bytes(m, config),
+        peak_bytes=_writing_bytes(m, config.q_group_size),
     )
     if config.compensates:
         cost = _compensated(cost, m, config, tokens=windows * length, length=length, limit=limit)
     if config.target_bpw is None:
         return cost
-    sensing = rounding_cost.sensing_cost(m, windows=windows, length=length, limit=limit)
+    sensing = bit_allocation.sensing_cost(m, length, limit, windows)
     held = min(cost.stays.get(WINDOWS, windows), sensing.stays[WINDOWS])
     return replace(in_turn("quantize", cost, sensing), stays={WINDOWS: held})
 
 
-def sensitivity_cost(teacher: ModelSize, length: int, limit: int) -> StageCost:
-    """See on SENSED windows what every matrix of the teacher costs in fewer bits."""
-    return rounding_cost.sensing_cost(teacher, windows=SENSED, length=length, limit=limit)
+def _writing_bytes(m: ModelSize, group: int) -> int:
+    """What packing a model tensor by tensor holds (packed_format.write_quantized).
+
+    As stored, packed, and the part that is rounded at a time. group: weights that share a scale.
+    """
+    matrix = block_matrix(m)
+    stored_item = math.ceil(m.nbytes / m.params)
+    table = table_part(m)
+    ledger = Ledger()
+    ledger.hold("experts of a matrix", stacked_bytes(m))
+    # of a table, which wait for its integers
+    ledger.hold("scales", 2 * 4 * max(m.side_params, m.head_params) // group)
+    ledger.moment("matrix", whole=(stored_item + 2) * matrix, part=4 * min(matrix, rounding.PART))
+    rows = (DENSE_ITEM + 2) * table
+    ledger.moment("table", rows=rows, part=4 * min(m.head_params, rounding.PART))
+    return ledger.peak_bytes
 
 
 def _sides(m: ModelSize) -> gptq.Sides:
@@ -458,7 +472,7 @@ def _compensated(
     ledger.hold("slots", m.slots_bytes)
     ledger.hold(WINDOWS, length * m.hidden_bytes, one_pass.stays[WINDOWS])
     ledger.moment("a tensor", made=plain.peak_bytes)
-    if rounding_cost.rounds_head(config):
+    if rounded_size.rounds_head(config):
         ledger.moment(
             "the head",
             gram=reconstruction.square_bytes(s.hidden),

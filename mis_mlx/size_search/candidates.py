@@ -27,7 +27,7 @@ from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import stream
 from mis_mlx.pruning import calibrate, select, slicing, vocabulary
-from mis_mlx.quantization import bit_allocation, packed_format, stage
+from mis_mlx.quantization import bit_allocation, packed_format
 from mis_mlx.runs.run_loop import OpenRun
 from mis_mlx.size_search import unwritten
 from mis_mlx.size_search.shape_search import CUTS, Choice, group_of
@@ -198,10 +198,10 @@ class Candidates:
     def _measured_sensitivity(self) -> Costs:
         """`sensitivity`, measured. MisError where a cost is not a number."""
         run = self.run
-        batches = self.samples[: stage.SENSED]
+        batches = self.samples[: bit_allocation.SENSED]
         length = batches[0].size
         size = model_of(run.teacher)
-        cost = stage.sensitivity_cost(size, length, run.plan.budget_bytes)
+        cost = bit_allocation.sensing_cost(size, length, run.plan.budget_bytes)
         held = cost.stays[WINDOWS]
         # What enters each block is kept: as many arrays for a window as the teacher has blocks.
         states = None

@@ -16,7 +16,7 @@ from mis_mlx.planner import estimates, measured_block
 from mis_mlx.planner.distillation_spec import DistillationSpec, spec_of
 from mis_mlx.pruning.calibrate import calibration_cost
 from mis_mlx.pruning.vocabulary import vocabulary_cost
-from mis_mlx.quantization.stage import sensitivity_cost
+from mis_mlx.quantization.bit_allocation import sensing_cost
 from mis_mlx.size_search import excess, known_losses, limits, shape_search
 from mis_mlx.size_search.shape_search import Choice, Sizes, probes_of
 from mis_mlx.size_search.unwritten import fitting_cost, passes_cost
@@ -116,7 +116,7 @@ def search_cost(
         seen = calibration_cost(t, s.num_samples, length, limit, rotation="hidden" in s.axes)
         rank.append(replace(seen, name="calibrate"))
     if s.mixed:
-        rank.append(sensitivity_cost(t, length, limit))
+        rank.append(sensing_cost(t, length, limit))
     if rows:
         rank.append(replace(vocabulary_cost(t, length), name="choose tokens"))
     most = answer_loss.MOST_OF_OTHERS if s.streams else answer_loss.MOST

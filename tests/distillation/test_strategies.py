@@ -32,7 +32,7 @@ from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import pass_cost
 from mis_mlx.models.writing import model_writer
 from mis_mlx.planner.distillation_spec import MODES, DistillationSpec, Mode, spec_of
-from mis_mlx.pruning import pruning_cost, select
+from mis_mlx.pruning import select
 from mis_mlx.quantization import packed_format
 from mis_mlx.settings.recipe import (
     RATE,
@@ -600,7 +600,7 @@ def test_pruning_stays_under_the_plan(
     small = model_of(arch.student_config(teacher.config, shape, tuple(range(4)), "float32"))
     asked = replace(Distilled(), **{**how, "num_samples": 6, "max_seq_length": 64})
     job = spec_of(model_of(teacher), small, asked)
-    planned = pruning_cost.pruning_cost(
+    planned = select.pruning_cost(
         job.teacher, small.nbytes, windows=6, length=64, limit=GIB, rotation=job.rotation
     )
     batches = [mx.random.randint(0, 512, (1, 64), key=mx.random.key(k)) for k in range(6)]

@@ -18,7 +18,7 @@ from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.config import check_config
 from mis_mlx.models.writing import model_writer
-from mis_mlx.pruning import calibrate, reconstruct
+from mis_mlx.pruning import calibrate, reconstruct, routers
 from mis_mlx.types import MisError
 from tests import tiny
 from tests.conftest import mostly_thorough, near
@@ -191,14 +191,14 @@ def test_few_tokens_fit_the_memory(
     those to judge.
     """
     asked = list[int]()
-    old = reconstruct._RouterBatch.__init__
+    old = routers._RouterBatch.__init__
 
     def counted(self: Any, source: Any, block: Any, hidden: Any, goals: Any) -> None:
         asked.append(len(hidden))
         old(self, source, block=block, hidden=hidden, goals=goals)
 
-    monkeypatch.setattr(reconstruct._RouterBatch, "__init__", counted)
-    monkeypatch.setattr(reconstruct, "ROUTER_BYTES", 1)
+    monkeypatch.setattr(routers._RouterBatch, "__init__", counted)
+    monkeypatch.setattr(routers, "ROUTER_BYTES", 1)
     teacher = load.open_checkpoint(tiny.make(tmp_path / "m", **MIXTURE))
     cut(teacher.path, tmp_path / "cut", text_folder, experts="6")
     student = load.open_checkpoint(tmp_path / "cut")
@@ -235,7 +235,7 @@ def test_stopped_and_resumed_to_the_same_bits(
 ) -> None:
     """In the middle of the healing; the run goes on from the pruned folder."""
     model = tiny.make(tmp_path / "m", **MIXTURE)
-    old = reconstruct.train_router
+    old = routers.train_router
     calls = list[int]()
     how: dict[str, Any] = {
         "teacher": str(model),
@@ -259,7 +259,7 @@ def test_stopped_and_resumed_to_the_same_bits(
     whole = distill.run(distill.Settings(out=str(tmp_path / "whole"), **how))
     assert whole["mode"] == "none"
     assert "nll_student" in whole
-    monkeypatch.setattr(reconstruct, "train_router", stopped)
+    monkeypatch.setattr(routers, "train_router", stopped)
     with pytest.raises(KeyboardInterrupt):
         distill.run(distill.Settings(out=str(tmp_path / "run"), **how))
     distill.run(distill.Settings(out=str(tmp_path / "run"), resume=True))

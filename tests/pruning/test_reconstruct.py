@@ -26,7 +26,7 @@ from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import stream
 from mis_mlx.models.writing import model_writer
 from mis_mlx.planner.distillation_spec import DistillationSpec
-from mis_mlx.pruning import pruning_cost, reconstruct, slicing
+from mis_mlx.pruning import reconstruct, slicing
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Checkpoint, KeptUnits, Precision
 from tests import family_checks, peaks, tiny
@@ -55,14 +55,14 @@ def test_who_judges_by_pencil() -> None:
     wherever its windows stand; a kind of one window only teaches, and where all are such, the last
     window judges.
     """
-    assert reconstruct.held_out_windows([0] * 9) == [3, 7]
-    assert reconstruct.held_out_windows([0] * 3) == [2]
-    assert reconstruct.held_out_windows([5]) == [0]
-    assert reconstruct.held_out_windows([0, 1] * 4) == [6, 7]
-    assert reconstruct.held_out_windows([1, 0, 0, 1, 0, 0, 0, 0, 0]) == [3, 5]
-    assert reconstruct.held_out_windows([0, 0, 0, 0, 1]) == [3]
-    assert reconstruct.held_out_windows([0, 0, 2]) == [1]
-    assert reconstruct.held_out_windows([0, 1, 2]) == [2]
+    assert reconstruction.held_out_windows([0] * 9) == [3, 7]
+    assert reconstruction.held_out_windows([0] * 3) == [2]
+    assert reconstruction.held_out_windows([5]) == [0]
+    assert reconstruction.held_out_windows([0, 1] * 4) == [6, 7]
+    assert reconstruction.held_out_windows([1, 0, 0, 1, 0, 0, 0, 0, 0]) == [3, 5]
+    assert reconstruction.held_out_windows([0, 0, 0, 0, 1]) == [3]
+    assert reconstruction.held_out_windows([0, 0, 2]) == [1]
+    assert reconstruction.held_out_windows([0, 1, 2]) == [2]
 
 
 @pytest.mark.parametrize("kinds", [[0] * 12, [0, 1] * 6, [0, 0, 1] * 4, [0, 0, 0, 1] * 3 + [2]])
@@ -70,7 +70,7 @@ def test_every_kind_that_can_is_fitted_and_judged(kinds: list[int]) -> None:
     """A kind of two windows and more has one that judges and one that does not; about a quarter of
     all judges.
     """
-    held_out = reconstruct.held_out_windows(kinds)
+    held_out = reconstruction.held_out_windows(kinds)
 
     assert held_out == sorted(set(held_out))
     assert len(held_out) <= max(len(set(kinds)), len(kinds) / 3)
@@ -365,7 +365,7 @@ def test_a_repair_stays_under_the_plan(
         reconstruct_samples=6,
         max_seq_length=128,
     )
-    planned = pruning_cost.repair_cost(job, GIB, item)
+    planned = reconstruct.repair_cost(job, GIB, item)
     assert planned.stays == ({WINDOWS: 6} if item else {})
     put = (lambda name, weight: mx.eval(weight)) if item else None
     with peaks.counted(monkeypatch, (reconstruct, "fit_down_proj")) as peak:

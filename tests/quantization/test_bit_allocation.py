@@ -56,10 +56,10 @@ def kl(checkpoint: Checkpoint, name: str, error: mx.array, batches: list[mx.arra
 @pytest.mark.parametrize(
     ("kind", "held_bytes"),
     mostly_slow(
-        product(("qwen2", "biased", "phi3"), (1, rounding.HELD_BYTES)),
+        product(("qwen2", "biased", "phi3"), (1, bit_allocation.HELD_BYTES)),
         ("qwen2", 1),
-        ("biased", rounding.HELD_BYTES),
-        ("phi3", rounding.HELD_BYTES),
+        ("biased", bit_allocation.HELD_BYTES),
+        ("phi3", bit_allocation.HELD_BYTES),
         of_several=True,
     ),
 )
@@ -74,8 +74,8 @@ def test_it_is_the_gradient_of_weights_along_the_errors(
     wanted = dict[str, dict[int, float]]()
     args = load.model_args(checkpoint.config)
     tokens = sum(b.size for b in batches)
-    monkeypatch.setattr(rounding, "HELD_BYTES", held_bytes)
-    monkeypatch.setattr(rounding, "SLAB", 1000 if held_bytes == 1 else rounding.SLAB)
+    monkeypatch.setattr(bit_allocation, "HELD_BYTES", held_bytes)
+    monkeypatch.setattr(bit_allocation, "SLAB", 1000 if held_bytes == 1 else bit_allocation.SLAB)
 
     def visit(i: int, block: nn.Module):
         paths = []

@@ -13,12 +13,23 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.compute import slab_draws, slab_losses, token_losses
+from mis_mlx.compute.token_losses import Footprint
 from mis_mlx.hardware import memory
+from mis_mlx.hardware.ledger import Ledger
+from mis_mlx.hardware.stage_cost import WINDOWS, StageCost
 from mis_mlx.maths.losses import Logits, chunk_rows, softcap_gradient
 from mis_mlx.models.architectures import block_inputs, modules, sizes
 from mis_mlx.models.architectures.block_inputs import BlockInputs, BlockOutputs
 from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import stream, sweep
+from mis_mlx.models.passing.pass_cost import (
+    forward_flops,
+    parallel_windows,
+    streamed_pass,
+    workspace_bytes,
+)
+from mis_mlx.models.passing.residency import backward_bytes, batches_per_pass
 from mis_mlx.types import Checkpoint
 
 # For as many batches as there are streams, or as a GPU takes back in one pass: the block's inputs
@@ -101,15 +112,6 @@ def head_in_slabs(config: Mapping[str, Any]) -> bool:
     """Whether a model of this config.json has a head that is never there at once."""
     shape = sizes.shape_of(config)
     return 4 * shape.vocab * shape.hidden > HEAD_AT_ONCE
-
-
-def slabs_bytes(config: Mapping[str, Any], windows: int, length: int) -> int:
-    """What a head in slabs takes: its inputs, their gradient and a slab's part of it; the slabs."""
-    shape = sizes.shape_of(config)
-    positions = windows * length
-    state = positions * (4 * 4 * shape.hidden + slab_draws.state_bytes(0, 1))
-    drawing = slab_draws.slab_bytes(length, shape.hidden, shape.vocab)
-    return state + max(drawing, slab_losses.slab_bytes(positions, shape.hidden, shape.vocab))
 
 
 def _grads_at_head(
@@ -225,3 +227,49 @@ def _drawn(
         stream.evaluate_now(parts[-1])
         at_head(norm(some), above, slopes, 0)
     return mx.concatenate(parts).reshape(hidden.shape)
+
+
+def gradients_cost(
+    ledger: Ledger, m: ModelSize, *, windows: int, length: int, visiting: int
+) -> StageCost:
+    """What `input_gradients` takes; what it holds is written into the ledger of a `visit`.
+
+    visiting: bytes that this holds on the way back. Inputs of all blocks are spooled if need be.
+    """
+    one_pass = streamed_pass("", m, tokens=length, length=length, head=False, spool=False)
+    # The workspace of the forward pass is gone at the head, and the head before the way back.
+    workspace = workspace_bytes(m, length, length)
+    # In one stream 0.2 to 0.8 of it were measured, in two 0.4 to 1.2.
+    backward = (1 + parallel_windows(m)) * backward_bytes(m, 1, length) // 2
+    if m.gpu:  # half a stack goes back in one pass
+        backward *= min(windows, max(1, batches_per_pass(m.config, length, length) // 2))
+    ledger.hold("a pass without its workspace", one_pass.peak_bytes - workspace)
+    ledger.hold("hidden states and cotangents", length * m.hidden_bytes, 2 * windows)
+    slabs = head_in_slabs(m.config)
+    if slabs:
+        ledger.moment("head", slabs=_slabs_bytes(m, windows * length, length))
+    else:
+        # Of logits three arrays were measured on a CPU, five under Metal's policy.
+        logits = Footprint(on_host=True).logit_bytes(2 * m.shape.vocab, length) * (2 + m.gpu) // 2
+        ledger.moment("head", head=m.head_work, logits=logits)
+    ledger.moment("way back", block=max(workspace, backward), visiting=visiting)
+    inputs_bytes = length * m.hidden_bytes * m.shape.layers
+    held = ledger.fill(WINDOWS, inputs_bytes, windows)
+    spooled = (windows - held) * inputs_bytes
+    return StageCost(
+        name="there and back",
+        read_bytes=2 * m.nbytes + spooled + slabs * 3 * m.head_bytes,
+        written_bytes=spooled,
+        peak_bytes=ledger.peak_bytes,
+        flops=4 * forward_flops(m, windows * length, length)
+        + slabs * 4 * windows * length * m.head_params,
+        stays=ledger.filled,
+    )
+
+
+def _slabs_bytes(m: ModelSize, positions: int, length: int) -> int:
+    """What a head in slabs takes: its inputs, their gradient and a slab's part of it; the slabs."""
+    s = m.shape
+    state = positions * (4 * 4 * s.hidden + slab_draws.state_bytes(0, 1))
+    drawing = slab_draws.slab_bytes(length, s.hidden, s.vocab)
+    return state + max(drawing, slab_losses.slab_bytes(positions, s.hidden, s.vocab))
