@@ -35,7 +35,6 @@ from mis_mlx.data import preparation, token_windows
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.judge import comparison
 from mis_mlx.models.opening import compute_type, load, resolve
-from mis_mlx.models.opening.trimmed_tokenizer import Vocabulary
 from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting.text import markdown_table
 from mis_mlx.types import Checkpoint
@@ -137,10 +136,9 @@ def main(s: Settings) -> None:
         return
     teacher = compute_type.open_to_compute(resolve.resolve_model(s.teacher).path)
     tokenizer = load.tokenizer(teacher.path)
-    tokens = Vocabulary(teacher.path)
     train = preparation.prepare(None, tokenizer, 256).train
     model = load.resident_model(teacher, mx.float32)
-    needed = vocabulary.needed(tokens, teacher.path)
+    tokens, needed = vocabulary.needed(teacher.path)
     weight = model.model.embed_tokens.weight
     ways = weights(s, teacher, tokenizer=tokenizer, train=train, count=len(weight))
     with tempfile.TemporaryDirectory() as place:

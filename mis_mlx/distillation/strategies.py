@@ -50,6 +50,7 @@ from mis_mlx.types import Budget, Checkpoint, MisError, gib
 
 RATE_OF_WEIGHTS = 5.35e-4  # learning rate, as a part of their root mean square
 TAUGHT = "distil", SCALES  # phases in which a student learns from its teacher
+WITH_TEXT = "prune", "vocabulary", writers.TEACHER, writers.STUDENT, "measure"
 
 
 def measuring_cost(job: DistillationSpec, most_bytes: int, limit: int) -> StageCost:
@@ -139,15 +140,28 @@ class MemoryPlan:
     phases: tuple[StageCost, ...]
 
     def needed_bytes(self, stage: StageCost) -> int:
-        """What a stage of this job needs of a budget, with the process around it."""
-        return stage.peak_bytes + process_around(
-            self.job, self.budget_bytes, self.mode, trains=bool(stage.updated)
+        """What a stage of this job needs of a budget, with the process and text around it."""
+        text = self.shown.text_bytes if stage.name in WITH_TEXT else 0
+        return (
+            stage.peak_bytes
+            + text
+            + process_around(self.job, self.budget_bytes, self.mode, trains=bool(stage.updated))
         )
 
     @property
+    def shown(self) -> ModelSize:
+        """The teacher with all of its tokens."""
+        return self.job.shown or self.job.teacher
+
+    @property
     def peak_bytes(self) -> int:
-        """Of the largest phase, with the process around it."""
-        return max(map(self.needed_bytes, self.phases))
+        """Of the largest phase, with the process around it, or of opening the tokenizer."""
+        return max(self.opening_bytes, *map(self.needed_bytes, self.phases))
+
+    @property
+    def opening_bytes(self) -> int:
+        """What opening the teacher's tokenizer takes, before any phase."""
+        return self.shown.opening_bytes
 
     @property
     def strategy(self) -> dict[str, Any]:
@@ -378,10 +392,12 @@ def remedy(plan: MemoryPlan) -> str:
     """What would make it fit, in one sentence with both numbers; empty when it fits."""
     if plan.fits:
         return ""
-    worst = max(plan.phases, key=plan.needed_bytes)
+    worst = max(plan.phases, key=plan.needed_bytes).name
+    if plan.peak_bytes == plan.opening_bytes:
+        worst = "opening the tokenizer"
     least = estimates.budget_flag(least_bytes(plan.job, plan.rates))
     text = (
-        f"{worst.name} needs {gib(plan.peak_bytes)}, but the budget is {gib(plan.budget_bytes)}: "
+        f"{worst} needs {gib(plan.peak_bytes)}, but the budget is {gib(plan.budget_bytes)}: "
         f"give --budget {least}"
     )
     for flags, job in _smaller_jobs(plan.job):

@@ -69,7 +69,7 @@ def plan_writing(
             cost = continuous_batch.writing_cost(m, texts, size)
         else:
             cost = streamed_batch.writing_cost(m, texts, size)
-        need = ledger.needed_bytes(limit.limit_bytes, cost.peak_bytes, m.gpu)
+        need = m.text_bytes + ledger.needed_bytes(limit.limit_bytes, cost.peak_bytes, m.gpu)
         if need > limit.limit_bytes:
             continue
         room = None

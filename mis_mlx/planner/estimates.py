@@ -15,7 +15,7 @@ from mis_mlx.hardware import rates
 from mis_mlx.hardware.ledger import needed_bytes
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models.opening import compute_type
-from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.opening.model_size import ModelSize, model_of
 from mis_mlx.models.passing.pass_cost import streamed_pass
 from mis_mlx.storage import hub
 from mis_mlx.storage.files import DISK, as_mis_error
@@ -67,6 +67,13 @@ def require_fit(
     need = needed_bytes(budget.limit_bytes, worst.peak_bytes)
     budget_enough = budget_flag(enough_budget(worst.peak_bytes))
     budget.need(need, worst.name, f"give --budget {budget_enough} or more{other}")
+
+
+def require_tokenizer(budget: Budget, m: ModelSize) -> None:
+    """Refuse, before anything is opened, a budget that a model's tokenizer alone exceeds."""
+    flag = budget_flag(m.opening_bytes)
+    what = f"opening a tokenizer of {m.shape.vocab:,} tokens"
+    budget.need(m.opening_bytes, what, f"give --budget {flag} or more")
 
 
 def report_costs(

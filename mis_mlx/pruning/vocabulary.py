@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,7 @@ def size(asked: str | None, model: Path | None, rows: int) -> int:
     rounded = min(rows, _round_up(wanted))
     if rounded == rows or model is None:
         return rounded
-    least = len(needed(Vocabulary(model), model))
+    least = len(needed(model)[1])
     if least > rounded:
         why = (
             f"bytes, special tokens and the chat template need {least:,} tokens, but "
@@ -138,18 +137,23 @@ def defaults(
     return {"scenario": name, "vocab": asked or own.get(name)}
 
 
-def needed(tokens: Vocabulary, model: Path) -> set[int]:
-    """Rows that must stay, with those of the text that a chat template writes around messages."""
-    rows = tokens.needed(read_config(model))
+def needed(model: Path) -> tuple[Vocabulary, set[int]]:
+    """(a folder's tokens, the rows that must stay).
+
+    Among them are those of the text that a chat template writes around messages.
+    """
+    around: list[int] = []
     # A model may have no template, or one that refuses; it is a program and can raise anything.
     with suppress(Exception):
-        tokenizer = load.tokenizer(model)
+        tokenizer = load.tokenizer(model)  # opened before the lists below are there
         (talk,) = token_windows.tokenize([{"messages": SHORTEST_CHAT}], tokenizer)
         # Before an answer there may be more, such as an empty thought.
-        prompt = token_windows.prompt_ids(SHORTEST_CHAT[:1], tokenizer)
-        for token in chain(talk.tolist(), prompt):
-            rows |= tokens.parts(token)
-    return rows
+        around = [*talk.tolist(), *token_windows.prompt_ids(SHORTEST_CHAT[:1], tokenizer)]
+    tokens = Vocabulary(model)
+    rows = tokens.needed(read_config(model))
+    for token in around:
+        rows |= tokens.parts(token)
+    return tokens, rows
 
 
 def first_rows(teacher: Checkpoint, rows: int) -> Checkpoint:
@@ -288,8 +292,8 @@ def chosen(
         np.add.at(listed, tokenizer.encode(f" {word}", add_special_tokens=False), share)
     # Each of the three counts by its shares of one.
     listed += counts / counts.sum() + expected_counts / expected_counts.sum()
-    tokens = Vocabulary(teacher.path)
-    kept = tokens.chosen(needed(tokens, teacher.path), listed, rows)
+    tokens, least = needed(teacher.path)
+    kept = tokens.chosen(least, listed, rows)
     share = counts[kept].sum() / counts.sum()
     covered = "all of" if share > 0.99995 else f"{share:.2%} of"
     cli.outcome(

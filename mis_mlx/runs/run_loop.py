@@ -27,6 +27,7 @@ from mis_mlx.hardware.thermal.run_monitor import (
 from mis_mlx.maths.optimizer import Diverged, GuardedAdamW
 from mis_mlx.models.architectures import scenarios
 from mis_mlx.models.opening import load, resolve
+from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import distributed
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress, text
@@ -134,6 +135,8 @@ def open_model(
         distributed.check_same({what: run_folder.origin(checkpoint, "")["teacher"]})
     limit = memory.budget(s.budget_bytes)
     cli.detail(f"memory budget: {gib(limit.limit_bytes)}, {limit.why}")
+    if not getattr(s, "dry_run", False):  # whose plan says what would be too much
+        estimates.require_tokenizer(limit, model_of(checkpoint))
     return estimates.settle_precision(limit, checkpoint, s.precision)
 
 
@@ -166,6 +169,7 @@ def forget_text() -> None:
     """
     load.opened_tokenizer.cache_clear()
     preparation.forget()
+    memory.give_back(cache=False)
 
 
 @dataclass(frozen=True)

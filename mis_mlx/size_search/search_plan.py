@@ -58,7 +58,8 @@ def plan_search(
     seconds = {}
     for name, part in work.items():
         if part:
-            stages += part
+            text = plan.job.teacher.text_bytes
+            stages += [replace(stage, peak_bytes=stage.peak_bytes + text) for stage in part]
             seconds[name] = sum(stage.seconds(plan.rates) for stage in part)
     tell = cli.say if s.dry_run else cli.detail
     outcome = estimates.report_costs(stages, limit.limit_bytes, plan.rates, tell)

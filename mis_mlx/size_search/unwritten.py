@@ -247,7 +247,7 @@ def at_once(t: ModelSize, texts: int, length: int, limit: int) -> int:
 
 def _at_once(t: ModelSize, most: int, texts: int, length: int, limit: int) -> tuple[int, int]:
     """(how many of `most` students go through one pass, the bytes that they hold)."""
-    ledger = Ledger(limit, t.gpu)
+    ledger = Ledger(max(0, limit - t.text_bytes), t.gpu)
     ledger.hold("one and its reader, compared", _forward(t, texts, length).peak_bytes)
     ledger.hold("a block", t.item * t.largest_block_params)
     ledger.hold("its largest matrix, rounded", ROUNDED_BYTES, block_matrix(t))

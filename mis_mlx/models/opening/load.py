@@ -12,6 +12,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.compute import precision
+from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import on_gpu
 from mis_mlx.maths import losses, rounding
 from mis_mlx.models.architectures import arch, lookup, modules, side_inputs, tensor_shapes
@@ -459,10 +460,11 @@ def tokenizer(path: Path) -> Any:
     return opened_tokenizer(path, digest)
 
 
-# a run's teacher and student: of 262 thousand tokens one takes 120 MiB, to open it 680
+# a run's teacher and student
 @lru_cache(maxsize=2)
 def opened_tokenizer(path: Path, _digest: bytes) -> Any:
     """`tokenizer` of checked files. _digest: of the files, which may change."""
+    memory.give_back(cache=False)  # what else was read must not lie beside it
     try:
         return mlx_lm("utils").load_tokenizer(path, {"trust_remote_code": False})
     except Exception as error:
@@ -470,3 +472,5 @@ def opened_tokenizer(path: Path, _digest: bytes) -> Any:
         raise MisError(
             f"{path}: the tokenizer does not open ({text}): copy the tokenizer files again"
         ) from None
+    finally:
+        memory.give_back(cache=False)  # of 262 thousand tokens 120 MiB stay of 720

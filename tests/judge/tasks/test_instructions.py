@@ -302,6 +302,7 @@ def test_fewer_answers_together_where_memory_is_short(llama: Checkpoint) -> None
     assert needs == sorted(needs, reverse=True)
     assert len(set(needs)) == len(needs)
     for size, need in zip(task_answers.AT_ONCE, needs, strict=True):
+        need += m.text_bytes
         whole = next(n for n in range(need, 2**30, 2**12) if memory.process_bytes(n) + need <= n)
         limit = Budget(whole)
         plan = plan_writing(m, texts, limit, at_once=task_answers.AT_ONCE)
