@@ -37,11 +37,13 @@ import streaming
 from mis_mlx import cli, distill, sft
 from mis_mlx.alignment import alignment_run
 from mis_mlx.distillation.pipeline import Run
+from mis_mlx.distillation.writers import SECOND_STORE
 from mis_mlx.hardware import ledger, memory
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening import resolve
+from mis_mlx.planner.distillation_spec import STORE
 from mis_mlx.pruning import vocabulary
 from mis_mlx.storage import run_folder
 
@@ -174,8 +176,9 @@ def stretch(name: str, teacher: str, out: Path) -> None:
 
     @contextmanager
     def phase(course: Run, label: str) -> Iterator[None]:
-        # Behind these two nothing is on disk that a run would go on from.
-        if set(taken) - {"vocabulary", "repair"}:
+        # Behind the first two nothing is on disk that a run would go on from; behind the others a
+        # run that goes on comes through the phase again, in which it has nothing to do.
+        if set(taken) - {"vocabulary", "repair", STORE, SECOND_STORE}:
             print(json.dumps(taken), file=sys.__stdout__, flush=True)
             os._exit(0)  # as a killed run does
         if label != "prune":
@@ -234,8 +237,11 @@ def case(name: str, teacher: str, temp: Path) -> dict[str, Any]:
         return {"mode": "sft", "budget_bytes": limit, "phases": phases}
     while "measure" not in taken:
         done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        if not set(found) - set(taken):
+            raise RuntimeError(f"{name}: a run that goes on comes no further than {list(found)}")
         # A choice of tokens that is on disk takes nothing when it is read again.
-        taken = json.loads(done.stdout.splitlines()[-1]) | taken
+        taken = found | taken
     planned = next(r for r in run_folder.records(out / run_folder.PHASES) if "planned" in r)
     rows = {}
     for phase in planned["planned"]:
