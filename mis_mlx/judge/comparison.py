@@ -29,7 +29,7 @@ from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import distributed
 from mis_mlx.models.passing.pass_cost import forward_flops, pass_workspace, side_bytes
-from mis_mlx.models.passing.stream import HEAD_PART, Hidden, Stream, evaluate_now
+from mis_mlx.models.passing.stream import Hidden, Stream, evaluate_now, head_rows
 from mis_mlx.storage import safetensors
 from mis_mlx.types import Checkpoint, MisError, Row
 
@@ -226,7 +226,7 @@ def _compare_chunks(base: Passed, other: Passed, chunks: Sequence[_Chunk]) -> No
     other_shape = sizes.shape_of(other_stream.checkpoint.config)
     # A student with a trimmed vocabulary is compared over the rows that both have.
     vocab = min(base_shape.vocab, other_shape.vocab)
-    rows = HEAD_PART // max(base_shape.hidden, other_shape.hidden)
+    rows = head_rows(max(base_shape.hidden, other_shape.hidden), vocab)
     base_parts = base_stream.head_parts(vocab, rows)
     other_parts = other_stream.head_parts(vocab, rows)
     # Both heads advance in step: one part of each is in memory.
@@ -453,7 +453,7 @@ def comparison_cost(models: Sequence[ModelSize], windows: int, length: int) -> S
     ledger.hold("what blocks share", max(side_bytes(m, tokens) for m in models))
     vocab = min(m.shape.vocab for m in models)
     hidden = max(m.shape.hidden for m in models)
-    rows = min(HEAD_PART // hidden, vocab)
+    rows = head_rows(hidden, vocab)
     parts = math.ceil(vocab / rows)
     heads = [3 * rows * m.head_work // m.shape.vocab for m in models]
     at_once = CHUNK if any(m.gpu for m in models) else min(length, CHUNK)

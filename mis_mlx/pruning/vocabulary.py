@@ -34,7 +34,6 @@ from mis_mlx.models.opening.tokenizer_check import ROWS
 from mis_mlx.models.opening.trimmed_tokenizer import Vocabulary, moved_ids
 from mis_mlx.models.passing import distributed, stream
 from mis_mlx.models.passing.pass_cost import forward_flops, streamed_pass
-from mis_mlx.models.passing.stream import HEAD_PART
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import safetensors
 from mis_mlx.storage.files import DISK, Files
@@ -183,14 +182,13 @@ def expected(teacher: Checkpoint, windows: token_windows.Windows) -> np.ndarray:
     parts of the head that are read again for each.
     """
     s = shape_of(teacher.config)
-    rows = stream.HEAD_PART // s.hidden
+    rows = stream.head_rows(s.hidden, s.vocab)
     hidden = comparison.final_hidden(teacher, windows)
     source = stream.Stream(teacher)
     sums = np.zeros(s.vocab)
-    # Logits (n, V) of a chunk are as large as VOCABULARY_LOGITS allows.
-    step = VOCABULARY_LOGITS // s.vocab
     chunks = []
     for states in hidden:
+        step = _positions(states.shape[1], s.vocab)
         for first in range(0, states.shape[1], step):
             chunks.append(states[0][first : first + step])
     for chunk in cli.show_progress("window", chunks, len(chunks)):
@@ -208,6 +206,11 @@ def expected(teacher: Checkpoint, windows: token_windows.Windows) -> np.ndarray:
         weights = 1 / total
         sums += np.concatenate([np.array(weights @ part) for part in logits])
     return sums
+
+
+def _positions(length: int, vocab: int) -> int:
+    """Positions of a window whose logits (n, V) are held at once: as VOCABULARY_LOGITS allows."""
+    return min(length, VOCABULARY_LOGITS // vocab)
 
 
 @dataclass(frozen=True)
@@ -442,11 +445,11 @@ def vocabulary_cost(t: ModelSize, length: int) -> StageCost:
     """
     tokens = VOCABULARY_WINDOWS * length
     vocab = t.shape.vocab
-    rows = min(HEAD_PART // t.shape.hidden, vocab)
+    rows = stream.head_rows(t.shape.hidden, vocab)
     final_states = streamed_pass(
         "vocabulary", t, tokens=tokens, length=length, head=False, spool=False
     )
-    positions = min(length, VOCABULARY_LOGITS // vocab)
+    positions = _positions(length, vocab)
     ledger = Ledger()
     ledger.hold("final states", tokens * t.shape.hidden * t.item)
     ledger.hold("logits", 4 * positions * (vocab + 2 * rows))

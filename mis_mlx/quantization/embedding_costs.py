@@ -111,7 +111,7 @@ class PerLayerCosts:
         self._path = arch.PER_LAYER.rstrip(".")
         table = checkpoint.tensors[f"{arch.PER_LAYER}weight"]
         reader = Reader({f"{arch.PER_LAYER}weight": table})
-        step = max(1, stream.HEAD_PART // table.shape[1])
+        step = stream.head_rows(table.shape[1], table.shape[0])
         parts = []
         for start in range(0, len(self._ids), step):
             rows = reader.rows(table, self._ids[start : start + step])

@@ -23,6 +23,7 @@ from mis_mlx.judge.answers import AnswerBits, TeacherAnswers
 from mis_mlx.judge.prompts import Answer, AnswerPair, Prompt, read_pairs
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.passing import stream
 from mis_mlx.models.passing.stream import Stream
 from mis_mlx.models.writing import mlx_generate, text_writer
 from mis_mlx.models.writing.continuous_batch import Completion
@@ -222,7 +223,7 @@ def test_the_head_in_parts_is_the_head(chat: Checkpoint, monkeypatch: pytest.Mon
     """Targets in the first part, in the last one, and between."""
     texts = [[5, 0, 511, 256, 99, 100], [7, 3]]
     whole = score.of_last_tokens(chat, texts, [5, 1])
-    monkeypatch.setattr(score, "HEAD_PART", 100 * 64)
+    monkeypatch.setattr(stream, "HEAD_PART", 100 * 64)
     parts = score.of_last_tokens(chat, texts, [5, 1])
     for one, other in zip(whole, parts, strict=True):
         np.testing.assert_allclose(one, other, atol=near(1e-5, 1e-2))
@@ -663,7 +664,7 @@ def test_a_device_finds_what_numpy_finds(chat: Checkpoint, monkeypatch: pytest.M
     hidden = []
     for target, key in zip(targets, keys, strict=True):
         hidden.append(mx.random.normal((1, len(target) + 3, 64), key=key))
-    monkeypatch.setattr(score, "HEAD_PART", 64 * 100)
+    monkeypatch.setattr(stream, "HEAD_PART", 64 * 100)
     found = []
     for policy in ("cpu", "metal"):
         monkeypatch.setenv(precision.POLICY, policy)

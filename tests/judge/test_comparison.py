@@ -210,7 +210,7 @@ def test_logits_come_in_chunks(
 
     monkeypatch.setattr(comparison.load, "wide_logits", watched)
     monkeypatch.setattr(comparison, "CHUNK", 8)
-    monkeypatch.setattr(comparison, "HEAD_PART", 100 * 64)
+    monkeypatch.setattr(stream, "HEAD_PART", 100 * 64)
     monkeypatch.setattr(comparison, "GROUP", halves.tokens.shape[1])
 
     small = comparison.kld({"base": llama, "m": llama}, halves)["m"]

@@ -49,6 +49,11 @@ Batches = Sequence[mx.array]  # token ids [(B, T)]
 Arrays = dict[str, mx.array]  # by the names of their tensors
 
 
+def head_rows(hidden: int, vocab: int) -> int:
+    """Rows of a head (vocab, hidden) that are read at a time where it comes in parts."""
+    return min(vocab, max(1, HEAD_PART // hidden))
+
+
 class NotNumbers(MisError):
     """A weight or a block's output holds NaN or infinity.
 
