@@ -397,8 +397,8 @@ def planned_phases(found: Found) -> str:
             plan, took = case["phases"][phase]
             more = f"{plan / took - 1:+.0%}"
             cells.append(f"{plan / 2**20:,.0f} / {took / 2**20:,.0f} ({more})")
-        lines.append(cells)
-    return words.markdown_table(["planned / took, MiB", *columns], lines)
+        lines.append([*cells, case.get("git", "–")[:7]])
+    return words.markdown_table(["planned / took, MiB", *columns, "commit"], lines)
 
 
 def few_bits(found: Found) -> str:
