@@ -430,6 +430,7 @@ def teacher_of_run(
         if not kept:
             kept = chosen(teacher, rows, train, config)
         write(teacher, kept, out, files)
+        memory.give_back(cache=False)  # lists of all tokens and merges, 1,500 bytes a token
     distributed.broadcast_folder(out, files)
     seen = open_trimmed(teacher, out)
     if student:
