@@ -383,7 +383,7 @@ def _fit_cost(ledger: Ledger, m: ModelSize, tokens: int, workspace: int) -> Stag
         **sums,
         solving=f * (item * f + max(2 * item, 16) * d),
         # BLAS packs parts of what it solves: as much was measured on F = 3,242, less on 1,024.
-        packed=min(TRAINED_BYTES, sums["sums"] // 4),
+        packed=min(TRAINED_BYTES, 2 * f * (f + d)),
         block=0 if m.as_stored else m.block_work,
     )
     judged = 2.0 * len(RIDGES) * held_out * f * d
