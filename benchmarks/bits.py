@@ -212,14 +212,7 @@ class Bench:
         """
         found = {}
         if has_template(self.teacher):
-            models = {"taught by": self.taught_by, "unrounded": self.teacher, "rounded": wide}
-            asked = answers.prompts(self.s.prompts)
-            silent = ["unrounded", "rounded"]
-            judgement = answers.judged(models, asked, memory.budget(None), silent=silent)
-            assert judgement is not None  # all have a template
-            rounded = judgement.models["rounded"].bits
-            more = rounded.nats - judgement.models["unrounded"].bits.nats
-            found["answers"] = digits(*answer_figures.bits_per_byte(more, rounded.nbytes))
+            found["answers"] = self.answers_lost(wide)
         for text, windows in self.held_out.items():
             if text not in self.teacher_nats:
                 figures = comparison.compare({"teacher": self.teacher}, windows)
@@ -228,6 +221,20 @@ class Bench:
             nats = comparison.per_byte(figures["rounded", "nll"], windows)
             found[text] = digits((nats - self.teacher_nats[text]) / math.log(2))
         return found
+
+    def answers_lost(self, wide: Checkpoint) -> list[float]:
+        """Bits per byte above the unrounded model, of the answers of the model that teaches.
+
+        With the ends of their 95 % interval.
+        """
+        models = {"taught by": self.taught_by, "unrounded": self.teacher, "rounded": wide}
+        asked = answers.prompts(self.s.prompts)
+        silent = ["unrounded", "rounded"]
+        judgement = answers.judged(models, asked, memory.budget(None), silent=silent)
+        assert judgement is not None  # all have a template
+        rounded = judgement.models["rounded"].bits
+        more = rounded.nats - judgement.models["unrounded"].bits.nats
+        return digits(*answer_figures.bits_per_byte(more, rounded.nbytes))
 
     def add(self, label: str, make: Callable[[Path], Made]) -> None:
         """Make a model's folder, judge it, and keep the numbers."""
