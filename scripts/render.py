@@ -439,6 +439,27 @@ def few_bits_by_seed(*found: Found) -> str:
     return words.markdown_table(head, lines)
 
 
+def learning_scales(found: Found) -> str:
+    """A line a row: KL and what is lost on each text, and what the steps take."""
+    rows = found["rows"]
+    texts = list(next(iter(rows.values()))["kl"])
+    head = ["", "tokens", *(f"KL, {text}" for text in texts), *texts, "answers", "CPU minutes"]
+    lines = list[list[str]]()
+    # by the number of bits, in the order in which the rows were made
+    for label, row in sorted(rows.items(), key=lambda item: float(item[0].split()[0])):
+        cells = [label, f"{row['tokens']:,}" if "tokens" in row else "0"]
+        cells += [f"{row['kl'][text]:.3f}" for text in texts]
+        cells += [f"{row['lost'][text]:.3f}" for text in texts]
+        answers = row["lost"].get("answers")
+        cells.append(with_margin(answers) if answers else "–")
+        cells.append(f"{row['cpu_seconds'] / 60:.1f}" if "cpu_seconds" in row else "–")
+        lines.append(cells)
+    given = found["given"]
+    sizes = f"{given['eval']} windows of each text, {given['prompts']} prompts, "
+    sizes += f"{given['calibration']} windows of calibration"
+    return "\n".join([words.markdown_table(head, lines), "", where(found, sizes)])
+
+
 def rivals(found: Found) -> str:
     """A line a row, by size: what it loses on answers and on text, and what making it takes."""
     rows = sorted(found["rows"].items(), key=lambda item: float(item[1]["mb"]))
@@ -581,6 +602,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "planned": (planned_phases, ("planned.json",)),
     "rivals-qwen-coder-0.5b": (rivals, ("rivals-qwen-coder-0.5b.json",)),
     "rivals-smollm2": (rivals, ("rivals-smollm2.json",)),
+    "scales": (learning_scales, ("scales.json",)),
     "few-bits": (few_bits, ("bits-SmolLM2-135M-Instruct.json",)),
     "few-bits-by-seed": (
         few_bits_by_seed,
