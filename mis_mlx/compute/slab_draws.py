@@ -131,7 +131,7 @@ class _Draft:
         some = sums[:, -1] > self._passed
         last = z.shape[1] - 1 - (powers[:, ::-1] > 0).argmax(axis=1)
         self._last = np.where(some, last + start, self._last)
-        self._passed = sums[:, -1]
+        self._passed = sums[:, -1].copy()  # a view would keep the whole slab for every window
 
     def targets(self) -> Target:
         """Sizes, ids and shares, when all slabs were drawn from."""

@@ -4,6 +4,7 @@ expectation.
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable, Iterator
 
 import mlx.core as mx
@@ -265,3 +266,32 @@ def test_the_likeliest_tokens_are_exact() -> None:
     _, ids, shares = sample(logits, 4, 0, 0, top=9)
     assert ids.tolist() == list(range(6))
     assert shares == pytest.approx(p)
+
+
+def test_windows_under_way_keep_their_targets_and_no_slab() -> None:
+    """More of them take what they say of themselves (`state_bytes`), beside one slab at work."""
+    n, width, vocab, top, count = 32, 8, 4096, 8, 4
+    head = mx.random.normal((vocab, width), key=mx.random.key(0))
+    windows = [mx.random.normal((n, width), key=mx.random.key(1 + i)) for i in range(24)]
+    rows = vocab // 4
+
+    def slabs() -> Iterator[tuple[int, Logits]]:
+        for start in range(0, vocab, rows):
+            yield start, lambda z, start=start: z @ head[start : start + rows].T
+
+    def peak(some: int) -> int:
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        slab_draws.sample(windows[:some], slabs, count, 0, range(0, n * some, n), top=top)
+        return tracemalloc.get_traced_memory()[1] - before
+
+    tracemalloc.start()
+    try:
+        peak(1)
+        few = peak(4)
+        many = peak(24)
+    finally:
+        tracemalloc.stop()
+    kept = 20 * n * slab_draws.state_bytes(top, count)
+    assert many - few < 2 * kept
+    assert many - few < 20 * n * rows * 8 / 4  # a running sum of a slab for each
