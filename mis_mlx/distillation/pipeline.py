@@ -259,8 +259,10 @@ def target_source(c: Run) -> live_teacher.TargetSource:
             headroom_bytes = c.plan.pinned * teacher.block_work + teacher.head_work
         return _streamed_teacher(c, headroom_bytes)
     learned = c.targets == LEARNED_TARGETS
-    # Tuning may take more steps than the distillation: windows for either.
-    iters = c.plan.tuning_steps if learned else max(c.plan.job.iters, c.plan.tuning_steps)
+    # Tuning may take more steps than the distillation: windows for either, if there are both.
+    iters = c.plan.tuning_steps
+    if not learned and c.plan.mode != "none":
+        iters = max(c.plan.job.iters, iters)
     name = STORE
     if learned and writers.SECOND_STORE in c.plan.planned:
         name = writers.SECOND_STORE

@@ -350,7 +350,7 @@ def _before_tuning(job: DistillationSpec, limit: int, *, trained: bool) -> list[
     answers = writers.answering_cost(job, limit, "student")
     if job.targets != "cached" or (trained and not answers):
         return answers
-    if answers:  # of the steps with scales alone
+    if answers or not trained:  # of the steps with scales alone
         job = replace(job, iters=1)
     store = store_cost(job, limit)
     return [*answers, replace(store, name=writers.SECOND_STORE if trained else STORE)]
