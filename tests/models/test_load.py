@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -67,6 +68,7 @@ def test_mlx_lm_leaves_the_process_as_it_was() -> None:
     """mlx_lm lowers the hard limit on open files when imported; not through this door."""
     code = """
 import resource
+import shutil
 before = resource.getrlimit(resource.RLIMIT_NOFILE)
 from mis_mlx.models.opening import load, resolve
 import sys
@@ -122,6 +124,10 @@ def test_a_tokenizer_is_opened_once_until_its_files_change(tmp_path: Path) -> No
     folder = tiny.make(tmp_path / "model")
     first = load.tokenizer(folder)
     assert load.tokenizer(folder) is first
+    assert load.tokenizer(shutil.copytree(folder, tmp_path / "copy")) is first
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "mistral"}))
+    assert load.tokenizer(folder) is not first
     settings = folder / "tokenizer_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": 77}))
     assert load.tokenizer(folder) is not first

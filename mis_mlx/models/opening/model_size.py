@@ -23,7 +23,7 @@ SLOT_BYTES = 16 * 2**10  # by which a buffer for a block is larger than the bloc
 # transformers read its file as JSON and tokenizers once more. Measured on Gemma 3, Qwen 2.5 and
 # SmolLM2: 262, 152 and 49 thousand tokens. Libraries, 60 MiB of any process, are not in it.
 TEXT_BYTES = 900
-OPENING_BYTES = 2900
+OPENING_BYTES = 3300
 KINDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
