@@ -32,7 +32,7 @@ from mis_mlx.types import Budget, Checkpoint
 def outlook(plan: strategies.MemoryPlan, expected_loss: float | None = None) -> plan_report.Outlook:
     """What is known of the student of a distillation. expected_loss: as there."""
     job = plan.job
-    teacher = job.shown or job.teacher
+    teacher = job.whole_teacher
     return plan_report.Outlook(
         words=shape_search.words(job.student.shape, teacher.shape),
         left_out=shortfall.left_out(plan),
@@ -147,7 +147,7 @@ def talking(
 
     known: its answers come with the package.
     """
-    teacher = job.shown or job.teacher
+    teacher = job.whole_teacher
     if known:
         return replace(job, answers=recipe.EVAL_PROMPTS, answers_known=True)
     count = conversations.FEWEST

@@ -114,7 +114,7 @@ def memory_line(plan: strategies.MemoryPlan, search: Search | None = None) -> st
 def _page(plan: strategies.MemoryPlan, outlook: Outlook) -> dict[str, Any]:
     """What the templates of a plan have in common."""
     job = plan.job
-    teacher = job.shown or job.teacher
+    teacher = job.whole_teacher
     packed = 0
     if any(p.name == "quantize" for p in plan.phases):
         packed = rounded_size.rounded_bytes(job.student, job.rounding)
@@ -158,7 +158,7 @@ def outcome(plan: strategies.MemoryPlan, teacher: str) -> dict[str, Any]:
 
     teacher: its path or name.
     """
-    before = plan.job.shown or plan.job.teacher
+    before = plan.job.whole_teacher
     return {
         "teacher": teacher,
         "params_teacher": arch.params(before.config),

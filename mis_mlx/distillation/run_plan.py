@@ -104,7 +104,7 @@ def _with_writer(
     """The job with those who answer prompts. writer: of a run that goes on, whatever it may take
     by now.
     """
-    teacher = job.shown or job.teacher
+    teacher = job.whole_teacher
     if writer is None:
         writer = found.writer(teacher, budget)
     count = 0 if found.known and writer == "teacher" else found.prompts

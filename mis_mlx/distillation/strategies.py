@@ -63,7 +63,7 @@ def measuring_cost(job: DistillationSpec, most_bytes: int, limit: int) -> StageC
     four_bit = rounded_size.rounded_size(job.student, job.rounding)
     rounds = job.rounding is not ROUND_TO_NEAREST
     result = four_bit if rounds else job.student
-    teacher = job.shown or job.teacher
+    teacher = job.whole_teacher
     compared = [job.teacher]
     if not job.uncut:
         compared += [job.student, job.student]
@@ -141,17 +141,12 @@ class MemoryPlan:
 
     def needed_bytes(self, stage: StageCost) -> int:
         """What a stage of this job needs of a budget, with the process and text around it."""
-        text = self.shown.text_bytes if stage.name in WITH_TEXT else 0
+        text = self.job.whole_teacher.text_bytes if stage.name in WITH_TEXT else 0
         return (
             stage.peak_bytes
             + text
             + process_around(self.job, self.budget_bytes, self.mode, trains=bool(stage.updated))
         )
-
-    @property
-    def shown(self) -> ModelSize:
-        """The teacher with all of its tokens."""
-        return self.job.shown or self.job.teacher
 
     @property
     def peak_bytes(self) -> int:
@@ -161,7 +156,7 @@ class MemoryPlan:
     @property
     def opening_bytes(self) -> int:
         """What opening the teacher's tokenizer takes, before any phase."""
-        return self.shown.opening_bytes
+        return self.job.whole_teacher.opening_bytes
 
     @property
     def strategy(self) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def answering_cost(job: DistillationSpec, limit: int, writer: Writer) -> list[St
         return []
     if writer == "teacher":
         name = TEACHER
-        m = job.shown or job.teacher
+        m = job.whole_teacher
     else:
         name = STUDENT
         m = rounded_size.rounded_size(job.student, job.rounding)

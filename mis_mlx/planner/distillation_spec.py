@@ -56,6 +56,11 @@ class DistillationSpec(DistillationConfig):
     may_store: bool = False  # targets on disk take the place of a teacher that does not fit
 
     @property
+    def whole_teacher(self) -> ModelSize:
+        """The teacher with its own vocabulary."""
+        return self.shown or self.teacher
+
+    @property
     def loss_footprint(self) -> Footprint:
         """What the loss holds while it is computed."""
         if self.targets != "live":

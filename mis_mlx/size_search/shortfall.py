@@ -54,7 +54,7 @@ def loss_factor(plan: strategies.MemoryPlan) -> float:
 
 def _untrained_loss(plan: strategies.MemoryPlan) -> float:
     """At most what a cut student loses where it does not learn: all that learning wins back."""
-    before = (plan.job.shown or plan.job.teacher).shape
+    before = plan.job.whole_teacher.shape
     after = plan.job.student.shape
     shares = [1.0]
     for axis in ("layers", "ffn", "heads", "hidden"):
