@@ -142,7 +142,7 @@ def _texts(
     MisError where the comparison does not fit.
     """
     shapes = [model_of(model) for model in models.values()]
-    planned = comparison_cost(shapes, s.eval_windows, length)
+    planned = comparison_cost(shapes, s.eval_windows, length).beside(shapes[0].text_bytes)
     estimates.require_fit(limit, planned)
     layers = s.spread == "layers"
     # One pass is made of each model: blocks stay in memory only to take the next windows while
@@ -278,7 +278,8 @@ def _plan(
     if len(phases) < len(asked):
         known = f", {len(asked) - len(phases)} of {len(asked)} reused from an earlier run"
     if wanted.text:
-        comparing = comparison_cost(shapes, s.eval_windows, s.max_seq_length or LENGTH)
+        length = s.max_seq_length or LENGTH
+        comparing = comparison_cost(shapes, s.eval_windows, length).beside(shapes[0].text_bytes)
         phases.append(comparing)
         estimates.require_fit(limit, comparing)
     rates = estimates.machine_rates()
@@ -439,6 +440,7 @@ def _opened_models(s: Settings, limit: Budget) -> dict[str, Checkpoint]:
     models = {}
     for name, folder in zip(names, folders, strict=True):
         checkpoint = load.open_checkpoint(folder)
+        estimates.require_tokenizer(limit, model_of(checkpoint))
         models[name] = estimates.settle_precision(limit, checkpoint, s.precision)
     return models
 

@@ -100,7 +100,7 @@ def _whole_bytes(checkpoint: Checkpoint, request: rounds.Request, limit: Budget)
     program's copies.
     """
     m = model_of(checkpoint)
-    need = rounds.need_bytes(checkpoint, request)
+    need = rounds.need_bytes(checkpoint, request) + m.text_bytes
     if m.shape.experts or (m.packed and not precision.keeps_packed()):
         return 0
     fits = ledger.needed_bytes(limit.limit_bytes, need) <= limit.limit_bytes
@@ -116,7 +116,7 @@ def _streamed_plan(
     """What one pass of the model costs when its blocks are read from disk."""
     m = model_of(checkpoint)
     length = prompt_tokens + settings.max_tokens
-    beside = pass_cost.texts_bytes(m, 1, length)
+    beside = m.text_bytes + pass_cost.texts_bytes(m, 1, length)
     if draft:  # the draft stays whole, and keeps keys and values too
         small = model_of(draft)
         blocks = small.shape.layers * small.block_work + small.slots_bytes
@@ -207,9 +207,10 @@ def run(settings: Settings) -> dict[str, Any]:
     if settings.draft_model:
         _refuse_draft(checkpoint)
         draft = comparison.same_vocabulary(checkpoint, load.open_checkpoint(settings.draft_model))
+    limit = memory.budget(settings.budget_bytes)
+    estimates.require_tokenizer(limit, model_of(checkpoint))
     tokenizer = load.tokenizer(checkpoint.path)
     ids = _prompt_ids(settings, checkpoint, tokenizer)
-    limit = memory.budget(settings.budget_bytes)
     checkpoint = estimates.settle_precision(limit, checkpoint, settings.precision)
     if draft:
         draft = estimates.settle_precision(limit, draft, settings.precision)

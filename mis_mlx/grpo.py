@@ -79,7 +79,7 @@ def _phases(
     branched = replace(s, grad_accumulation_steps=micro_batches)
     updating = alignment_run.training_cost(branched, checkpoint, 1, branches, name="learn")
     if s.beta:
-        updating = replace(updating, peak_bytes=updating.peak_bytes + m.slots_bytes)
+        updating = updating.beside(m.slots_bytes)
     # Sampling has the training's weights and moments in memory, without its activations.
     single = replace(s, grad_accumulation_steps=1)
     state = alignment_run.training_cost(single, checkpoint, 1, branches).peak_bytes

@@ -245,7 +245,7 @@ class _TriedTokenizers:
         self.passed = set(known)
         self._try = tokenizer_check._try
 
-    def look(self, tokenizer: tokenizer_check._Tokenizer) -> None:
+    def look(self, tokenizer: tokenizer_check.Tokenizer) -> None:
         """In place of `tokenizer_check._try`."""
         if tokenizer.digest not in self.passed:
             self._try(tokenizer)

@@ -18,9 +18,12 @@ from typing import Any
 import pytest
 
 from mis_mlx import __main__, flag_help, thermal
+from mis_mlx.models.opening import load, model_size
 from mis_mlx.types import Checkpoint
+from tests import tiny
 from tests.conftest import Done, last_line, sentence
 
+TOKENS = 40_000
 COMMANDS = tuple(__main__.commands())
 
 
@@ -120,11 +123,11 @@ def test_a_model_that_is_not_there_is_one_sentence(name: str, here: Path, in_pro
 
 @pytest.fixture
 def asked(llama: Checkpoint, text_folder: Path, tmp_path: Path) -> Callable[[str], Any]:
-    """`asked(name)`: settings of a command's dry run."""
+    """`asked(name)`: settings of a command's dry run; `asked(name, folder)`: with that model."""
 
-    def of(name: str) -> Any:
+    def of(name: str, model: Path = llama.path) -> Any:
         known = names_of(name)
-        given: dict[str, Any] = {at(name): str(llama.path), "dry_run": True, **MORE.get(name, {})}
+        given: dict[str, Any] = {at(name): str(model), "dry_run": True, **MORE.get(name, {})}
         if name in ROWS:
             given["data"] = str(tmp_path / "rows")
             (tmp_path / "rows").mkdir()
@@ -153,6 +156,18 @@ def test_a_dry_run_counts_and_writes_nothing(
     assert made(here) == []
 
 
+def flags(settings: Any, **others: Any) -> list[object]:
+    """The command line that gives these settings, with `others` in place of their own."""
+    words = list[object]()
+    for field, value in {**settings.given, **others}.items():
+        flag = f"--{field.replace('_', '-')}"
+        if isinstance(value, bool):
+            words += [flag] * value
+        else:
+            words += [flag, *(value if isinstance(value, tuple) else (value,))]
+    return words
+
+
 @pytest.mark.parametrize("dry", [True, False])
 @pytest.mark.parametrize("name", DRY)
 def test_what_does_not_fit_is_said_with_the_budget(
@@ -161,14 +176,7 @@ def test_what_does_not_fit_is_said_with_the_budget(
     """A dry run has exit code 3 and the numbers, or is refused as the command itself is: by one
     sentence with the budget and its flag. Nothing is made.
     """
-    words = list[object]()
-    for field, value in {**asked(name).given, "budget": "1MiB", "dry_run": dry}.items():
-        flag = f"--{field.replace('_', '-')}"
-        if isinstance(value, bool):
-            words += [flag] * value
-        else:
-            words += [flag, *(value if isinstance(value, tuple) else (value,))]
-    done = in_process(name, *words)
+    done = in_process(name, *flags(asked(name), budget="1MiB", dry_run=dry))
     if dry and done.returncode == 3:
         assert last_line(done)["check_failed"]
         assert last_line(done)["peak_bytes"] > 2**20
@@ -177,3 +185,29 @@ def test_what_does_not_fit_is_said_with_the_budget(
         assert "the budget is 1 MiB" in said and "--budget" in said
         assert "{" not in done.stdout
     assert made(here) == []
+
+
+@pytest.mark.parametrize("name", [n for n in DRY if n != "export"])  # which opens none here
+def test_no_tokenizer_opens_that_alone_exceeds_the_budget(
+    name: str,
+    here: Path,
+    in_process: Run,
+    asked: Callable[..., Any],
+    many_tokens: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One sentence says what it takes; nothing is made."""
+    opened = list[Any]()
+    monkeypatch.setattr(load, "opened_tokenizer", opened.append)
+    budget = model_size.OPENING_BYTES * TOKENS * 3 // 4
+    done = in_process(name, *flags(asked(name, many_tokens), budget=budget, dry_run=False))
+    assert f"a tokenizer of {TOKENS:,} tokens" in sentence(done)
+    assert opened == []
+    assert made(here) == []
+
+
+@pytest.fixture(scope="module")
+def many_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny model with TOKENS rows."""
+    folder = tmp_path_factory.mktemp("many") / "model"
+    return tiny.make(folder, vocab_size=TOKENS, dtype="BF16")

@@ -150,12 +150,15 @@ def training_ledger(
     loss = Footprint(gpu=m.gpu)
     if not s.lora:
         accumulates = s.grad_accumulation_steps > 1
-        return whole_model.holdings(
+        ledger = whole_model.holdings(
             m, rows, length, loss=loss, accumulates=accumulates, limit=limit
         )
+        ledger.hold("text", m.text_bytes)
+        return ledger
     learning = optimizer.STATE_BYTES + optimizer.GRADIENT_BYTES
     activations = residency.activation_bytes(m, rows, length)
     ledger = Ledger(limit, m.gpu)
+    ledger.hold("text", m.text_bytes)
     ledger.hold("weights", m.whole_work)
     ledger.hold("adapters, gradients and moments", learning * s.lora.params(m.config))
     ledger.hold("activations", activations)

@@ -44,6 +44,10 @@ class StageCost:
     host_flops: float = 0.0  # of numpy's solvers, which a GPU waits for
     parts: tuple["StageCost", ...] = ()
 
+    def beside(self, nbytes: int) -> "StageCost":
+        """This stage while `nbytes` more are held."""
+        return replace(self, peak_bytes=self.peak_bytes + nbytes)
+
     def repeated(self, times: int) -> "StageCost":
         """This stage `times` times in a row, in the memory of one."""
         work = {name: times * getattr(self, name) for name in WORK}

@@ -59,7 +59,7 @@ def plan_search(
     for name, part in work.items():
         if part:
             text = plan.job.teacher.text_bytes
-            stages += [replace(stage, peak_bytes=stage.peak_bytes + text) for stage in part]
+            stages += [stage.beside(text) for stage in part]
             seconds[name] = sum(stage.seconds(plan.rates) for stage in part)
     tell = cli.say if s.dry_run else cli.detail
     outcome = estimates.report_costs(stages, limit.limit_bytes, plan.rates, tell)

@@ -371,7 +371,13 @@ def _parts(
     rows = max(*lengths, option_likelihood.ROWS)
 
     one_pass = partial(
-        pass_cost.streamed_pass, name, m, micro_tokens=rows, length=rows, spool=False
+        pass_cost.streamed_pass,
+        name,
+        m,
+        micro_tokens=rows,
+        length=rows,
+        spool=False,
+        beside_bytes=m.text_bytes,
     )
 
     def room_bytes(once: StageCost) -> int:

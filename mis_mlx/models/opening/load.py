@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -457,31 +456,20 @@ def logit_softcap(model: nn.Module) -> float:
 
 def tokenizer(path: Path) -> Any:
     """mlx-lm's tokenizer wrapper of a model folder. Foreign code is refused, not asked about."""
-    digest = tokenizer_check.check_tokenizer(path)
-    kind = str(tokenizer_check.read_json(path / "config.json").get("model_type"))
-    return opened_tokenizer(_Tokenizer(digest, kind, path))
-
-
-@dataclass(frozen=True)
-class _Tokenizer:
-    """What mlx-lm opens alike, wherever it lies: the same files, for the same kind of model."""
-
-    digest: bytes
-    kind: str
-    path: Path = field(compare=False)
+    return opened_tokenizer(tokenizer_check.check_tokenizer(path))
 
 
 # a run's teacher and student
 @lru_cache(maxsize=2)
-def opened_tokenizer(checked: _Tokenizer) -> Any:
+def opened_tokenizer(checked: tokenizer_check.Tokenizer) -> Any:
     """`tokenizer` of files that were checked."""
     memory.give_back(cache=False)  # what else was read must not lie beside it
     try:
-        return mlx_lm("utils").load_tokenizer(checked.path, {"trust_remote_code": False})
+        return mlx_lm("utils").load_tokenizer(checked.folder, {"trust_remote_code": False})
     except Exception as error:
         text = " ".join(str(error).split())[:160]
         raise MisError(
-            f"{checked.path}: the tokenizer does not open ({text}): copy the tokenizer files again"
+            f"{checked.folder}: the tokenizer does not open ({text}): copy the tokenizer files again"
         ) from None
     finally:
         memory.give_back(cache=False)  # of 262 thousand tokens 120 MiB stay of 720

@@ -53,15 +53,20 @@ SAID = [
 
 
 @dataclass(frozen=True)
-class _Tokenizer:
-    """A tokenizer's files, equal to others with the same content."""
+class Tokenizer:
+    """A folder's tokenizer that was tried, equal to every other that mlx-lm opens alike: the same
+    files, for the same kind of model.
+    """
 
     digest: bytes
+    """of the files"""
+    kind: str
+    """the model's `model_type`"""
     folder: Path = field(compare=False)
 
 
 @cache  # of the content: a tokenizer that passed once is not tried again
-def _try(tokenizer: _Tokenizer) -> None:
+def _try(tokenizer: Tokenizer) -> None:
     """MisError unless a child opened the tokenizer and its template, within limits."""
     folder = tokenizer.folder
     try:
@@ -71,18 +76,16 @@ def _try(tokenizer: _Tokenizer) -> None:
         raise MisError(f"{folder}: the tokenizer does not open ({why}): {remedy}") from None
 
 
-def check_tokenizer(folder: Path) -> bytes:
-    """MisError unless a child opened the folder's tokenizer and template, within limits.
-
-    Returns a digest of these files.
-    """
+def check_tokenizer(folder: Path) -> Tokenizer:
+    """The folder's; MisError unless a child opened it and its template, within limits."""
     digest = hashlib.sha256()
     for path in present(folder):
         content = path.read_bytes()
         digest.update(f"{path.name} {len(content)} ".encode() + content)
-    tokenizer = _Tokenizer(digest.digest(), folder)
+    kind = str(read_json(folder / "config.json").get("model_type"))
+    tokenizer = Tokenizer(digest.digest(), kind, folder)
     _try(tokenizer)
-    return tokenizer.digest
+    return tokenizer
 
 
 def present(folder: Path) -> Iterator[Path]:
