@@ -468,8 +468,7 @@ def opened_tokenizer(checked: tokenizer_check.Tokenizer) -> Any:
         return mlx_lm("utils").load_tokenizer(checked.folder, {"trust_remote_code": False})
     except Exception as error:
         text = " ".join(str(error).split())[:160]
-        raise MisError(
-            f"{checked.folder}: the tokenizer does not open ({text}): copy the tokenizer files again"
-        ) from None
+        why = f"{checked.folder}: the tokenizer does not open ({text})"
+        raise MisError(f"{why}: copy the tokenizer files again") from None
     finally:
         memory.give_back(cache=False)  # of 262 thousand tokens 120 MiB stay of 720
