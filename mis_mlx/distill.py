@@ -416,18 +416,26 @@ def _stages(
         pruned = compression.prune(c, student.pruning, data, arch.params(teacher.config))
     else:
         pruned = compute_type.open_to_compute(student.folder, teacher.precision)
-    models = {"teacher": teacher, "pruned": pruned}
-    distilled = folder / ("distilled" if rounding else "model")
-    if not viewed:
-        pipeline.distil(c, pruned, distilled)
     main = distributed.is_main()
+    dense = pruned
+    if c.plan.job.uncut and rounding:
+        # A copy of a packed teacher, as floats, is for rounding alone.
+        pruned = c.teacher
+        distilled = pruned
+    else:
+        out = folder / ("distilled" if rounding else "model")
+        pipeline.distil(c, pruned, out)
+        if main:
+            dense = compute_type.open_to_compute(out, teacher.precision)
+        distilled = dense
+    models = {"teacher": teacher, "pruned": pruned}
     if main:
-        models["distilled"] = viewed or compute_type.open_to_compute(distilled, teacher.precision)
+        models["distilled"] = distilled
     if rounding:
         compression.quantize(
             c,
             rounding,
-            models.get("distilled"),
+            dense if main else None,
             lambda rounded: later_text.of_student(c, rounded, source, resolved.text.wanted),
         )
     # Other machines are needed only for a teacher whose blocks are shared.

@@ -228,9 +228,37 @@ def test_a_student_that_is_not_cut_is_no_copy(
         made[name] = (tmp_path / name / "model" / "model.safetensors").read_bytes()
         disk[name] = {path.name for path in (tmp_path / name).iterdir() if path.is_dir()}
     assert made["view"] == made["copy"]
-    assert disk == {"view": {"model"}, "copy": {"model", "pruned", "distilled"}}
+    assert disk == {"view": {"model"}, "copy": {"model", "pruned"}}
     resolved = resolved_run.resolve(asked, {}, load.open_checkpoint(teacher), None)
     assert resolved.plan.job.viewed
     copied = replace(resolved.plan, job=replace(resolved.plan.job, viewed=False))
-    written = 2 * resolved.plan.job.student.nbytes
+    written = resolved.plan.job.student.nbytes
     assert plan_report.disk_bytes(copied) == plan_report.disk_bytes(resolved.plan) + written
+
+
+def test_a_packed_teacher_is_copied_once(text_folder: Path, tmp_path: Path) -> None:
+    """For rounding alone: what is measured beside the student is the teacher."""
+    dense = load.open_checkpoint(tiny.make(tmp_path / "dense", dtype="BF16"))
+    teacher = tmp_path / "teacher"
+    formats = packed_format.formats_of(dense.config, 32)
+    packed_format.write_quantized(dense, teacher, formats, DISK)
+    out = tmp_path / "run"
+    asked = distill.Settings(
+        teacher=str(teacher),
+        data=str(text_folder),
+        out=str(out),
+        scenario="none",
+        target_bpw=4.5,
+        max_seq_length=32,
+        num_samples=4,
+        eval_windows=2,
+        eval_prompts=0,
+        bench_tokens=0,
+        q_iters=1,
+        keep_steps=True,
+    )
+    distill.run(asked)
+    folders = {path.name for path in out.iterdir() if path.is_dir()}
+    assert "pruned" in folders
+    assert not folders & {"distilled", "parts"}
+    assert "| | teacher | student |" in (out / "table.md").read_text()

@@ -223,11 +223,11 @@ class MemoryPlan:
 def in_parts(job: DistillationSpec, mode: Mode) -> int:
     """Bytes of a number in the files in which a student is repaired block by block.
 
-    0: it is repaired in memory, as all mixtures are.
+    0: it is repaired in memory, as all mixtures are, or not at all.
     """
     if job.student.shape.experts:
         return 0
-    return {"sharded": 4, "none": 2}.get(mode, 0)
+    return {"sharded": 4, "none": 2 * bool(job.reconstruct_samples)}.get(mode, 0)
 
 
 def candidate_strategies(job: DistillationSpec) -> Iterator[dict[str, Any]]:
