@@ -59,6 +59,7 @@ def start(out: Path, flags: tuple[object, ...], env: dict[str, str]) -> Child:
     return Child(env, *(("--resume",) if born else flags), "--out", out)
 
 
+@pytest.mark.thorough
 def test_killed_and_resumed_is_the_undisturbed_run(
     tmp_path: Path, finished: tuple[Path, Done], flags: tuple[object, ...], own_home: dict[str, str]
 ) -> None:

@@ -100,6 +100,7 @@ def finished(
     return request.param, contents(place / "out")
 
 
+@pytest.mark.thorough
 def test_killed_in_each_phase_it_goes_on_to_the_same_bytes(
     tmp_path: Path,
     asked: tuple[object, ...],

@@ -94,6 +94,7 @@ def runs_in(here: Path, out: Path | None) -> list[Path]:
     return [out] if out else list((here / "runs").glob("*"))
 
 
+@pytest.mark.thorough
 def test_killed_in_its_search(
     tmp_path: Path,
     line: Line,

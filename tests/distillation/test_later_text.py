@@ -233,6 +233,7 @@ KILLS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("brief")
 def test_killed_in_each_phase_it_ends_the_same(
     whole: Whole,

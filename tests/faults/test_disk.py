@@ -76,7 +76,7 @@ def test_a_full_disk_is_waited_out(
     note("A5 a real full disk, ever larger", name, ends, bad=0, said=sentence)
 
 
-@pytest.mark.parametrize("name", ["quantize", "distill", "sft"])
+@pytest.mark.parametrize("name", mostly_thorough(["quantize", "distill", "sft"], "quantize"))
 def test_a_write_that_stops_halfway(
     name: str, bench: Benches, all_jobs: dict[str, jobs.Job], tmp_path: Path, note: Note
 ) -> None:

@@ -276,6 +276,7 @@ def test_a_run_settles_its_precision_when_it_opens_the_model(
         assert precision.dtype_of(opened) == want
 
 
+@pytest.mark.thorough
 def test_every_model_of_a_run_computes_as_asked(
     llama: Checkpoint,
     text_folder: Path,

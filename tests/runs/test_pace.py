@@ -70,6 +70,7 @@ def test_minutes_end_when_they_are_over(
     assert steps[-1]["learning_rate"] < 0.2 * max(step["learning_rate"] for step in steps)
 
 
+@pytest.mark.thorough
 def test_the_same_number_of_steps_gives_the_same_student(
     flags: tuple[object, ...],
     tmp_path: Path,
