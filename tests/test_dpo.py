@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 
 from mis_mlx import dpo
-from mis_mlx.alignment import alignment_run
+from mis_mlx.alignment import alignment_run, sequence_packing
 from mis_mlx.compute import precision
+from mis_mlx.data import token_windows
 from mis_mlx.models.opening import compute_type
 from mis_mlx.models.writing import mlx_generate
 from mis_mlx.storage import checkpoint as protocol
@@ -124,6 +125,21 @@ def test_a_damaged_reference_is_made_again(small: Any, tmp_path: Path) -> None:
     again = dpo.run(settings_of(dpo, small, folder, iters=2, resume=True))
     assert (folder / "model/model.safetensors").read_bytes() == weights
     assert again["held_out_best"] == result["held_out_best"]
+
+
+@pytest.mark.parametrize(("count", "batch"), [(7, 2), (7, 3), (5, 8), (1, 1)])
+def test_the_rows_that_steps_see(count: int, batch: int) -> None:
+    """As drawn step by step; a number of steps without end is not drawn to its end."""
+    for iters in (1, 2, 3):
+        s = dpo.Settings(iters=iters, batch_size=batch)
+        drawn = [
+            token_windows.order(count, s.batch_size * s.grad_accumulation_steps, step, s.seed)
+            for step in range(iters)
+        ]
+        wanted = np.unique(np.concatenate(drawn))
+        assert sequence_packing.visited_rows(count, s).tolist() == wanted.tolist()
+    endless = dpo.Settings(iters=10**12, batch_size=batch)
+    assert sequence_packing.visited_rows(count, endless).tolist() == list(range(count))
 
 
 def test_dpop_is_judged_by_the_mean_pair(undisturbed: tuple[Path, Done]) -> None:

@@ -87,8 +87,12 @@ def drawn_indices(lengths: Sequence[int], s: TrainingConfig, step: int) -> list[
 def visited_rows(count: int, s: TrainingConfig) -> np.ndarray:
     """The rows, of `count`, that the steps of a training see, rising."""
     in_a_step = s.batch_size * s.grad_accumulation_steps
-    batches = [token_windows.order(count, in_a_step, step, s.seed) for step in range(s.iters)]
-    return np.unique(np.concatenate(batches))
+    seen = np.zeros(count, bool)
+    for step in range(s.iters):
+        seen[token_windows.order(count, in_a_step, step, s.seed)] = True
+        if seen.all():
+            break
+    return np.flatnonzero(seen)
 
 
 def by_length(label: str, lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
