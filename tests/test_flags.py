@@ -10,6 +10,8 @@ import inspect
 import json
 import math
 import re
+import resource
+import sys
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, replace
 from itertools import chain
@@ -24,7 +26,7 @@ from mis_mlx.hardware import rates
 from mis_mlx.quantization import bit_allocation, stage
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage.files import DISK
-from mis_mlx.types import Checkpoint, MisError, Within
+from mis_mlx.types import GIB, Checkpoint, MisError, Within
 from tests.conftest import mostly_slow
 
 WORDS = ("nan", "inf", "-inf", "-1", "0", "1e30", str(10**12), "")
@@ -349,6 +351,19 @@ def asked_before(name: str) -> set[str]:
     return {flag for flag in limits(kind) if (owner(kind, flag), flag) in shared}
 
 
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """Two GiB more raise MemoryError (on Linux), before the system has to end a process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if sys.platform == "linux":
+        held = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        assert held
+        resource.setrlimit(resource.RLIMIT_DATA, (1024 * int(held[1]) + 2 * GIB, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+@pytest.mark.usefixtures("little_memory")
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", mostly_slow(DRY_RUNS, "export", thorough=set(DRY_RUNS) - {"plan"}))
 def test_the_ends_of_every_range_can_be_planned(
