@@ -283,8 +283,27 @@ class Sharded:
         )
         # Nothing but the lazy update holds the gradients now, so they go as it is evaluated.
         grads.clear()
-        mx.eval(block.parameters(), optimizer.adamw.state)
+        _evaluate(block, optimizer)
         return norm, note
+
+
+def _evaluate(block: nn.Module, optimizer: GuardedAdamW) -> None:
+    """Compute an update, of as many weights at a time as there are streams.
+
+    MLX makes room for all that it is asked for together, before the first of it is there.
+    """
+    moments = optimizer.arrays()
+    arrays = []
+    for name, weight in dict[str, mx.array](tree_flatten(block.parameters())).items():
+        arrays.append([weight, *_below(moments, f"{name}.")])
+    count = streams.count()
+    for start in range(0, len(arrays), count):
+        mx.eval(arrays[start : start + count])
+    mx.eval(optimizer.adamw.state)
+
+
+def _below(named: Named, before: str) -> list[mx.array]:
+    return [array for name, array in named.items() if name.startswith(before)]
 
 
 def _of_block(named: Named, i: int) -> dict[str, mx.array]:
