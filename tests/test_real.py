@@ -67,9 +67,12 @@ def test_it_reads_english(real: Checkpoint) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """(folder, result) of `distill --iters 4` with everything else small."""
+    """(folder, result) of `distill --scenario half-ffn --iters 4` with everything else small."""
     out = tmp_path_factory.mktemp("real") / "run"
     flags = [
+        "--scenario",
+        "half-ffn",
+        "--keep-steps",
         "--iters",
         4,
         "--num-samples",
@@ -78,6 +81,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
         8,
         "--eval-windows",
         4,
+        "--eval-prompts",
+        2,
         "--bench-tokens",
         4,
     ]
@@ -104,7 +109,7 @@ def test_all_four_folders_speak(run: tuple[Path, dict[str, Any]], real: Checkpoi
 
 
 def test_the_numbers_are_in_order(run: tuple[Path, dict[str, Any]]) -> None:
-    """GAZDA's shape; the teacher is best, four steps and the repair beat bare pruning, 4 bits cost
+    """Half of the FFN; the teacher is best, four steps and the repair beat bare pruning, 4 bits cost
     a little.
     """
     out, result = run
