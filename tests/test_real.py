@@ -109,8 +109,8 @@ def test_all_four_folders_speak(run: tuple[Path, dict[str, Any]], real: Checkpoi
 
 
 def test_the_numbers_are_in_order(run: tuple[Path, dict[str, Any]]) -> None:
-    """Half of the FFN; the teacher is best, four steps and the repair beat bare pruning, 4 bits cost
-    a little.
+    """Half of the FFN; the teacher is best, four steps and the repair beat bare pruning, 4 bits
+    cost a little.
     """
     out, result = run
     assert (result["params_teacher"], result["params_student"]) == (134_515_008, 90_275_904)
