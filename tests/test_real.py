@@ -67,7 +67,7 @@ def test_it_reads_english(real: Checkpoint) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """(folder, result) of `distill --scenario half-ffn --iters 4` with everything else small."""
+    """(folder, result) of `distill --scenario half-ffn --iters 4 --q-iters 0`, the rest small."""
     out = tmp_path_factory.mktemp("real") / "run"
     flags = [
         "--scenario",
@@ -75,6 +75,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
         "--keep-steps",
         "--iters",
         4,
+        "--q-iters",
+        0,
         "--num-samples",
         8,
         "--reconstruct-samples",
@@ -141,18 +143,23 @@ PROMPTS = (
 )
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
 def test_four_bits_on_metal_say_what_mlx_lm_says(
-    run: tuple[Path, dict[str, Any]], prompt: str, metal: None
+    run: tuple[Path, dict[str, Any]], metal: None
 ) -> None:
     """The 4-bit model under Metal's policy: the 32 greedy tokens that mlx_lm finds in float16 with
-    packed weights.
+    packed weights, fewer where a small student has nothing to say.
     """
     folder = run[0] / "model"
     model, tokenizer = load.mlx_lm("utils").load(str(folder))
     model.set_dtype(mx.float16)
-    said = load.mlx_lm("generate").stream_generate(model, tokenizer, prompt, max_tokens=32)
-    want = [r.token for r in said if r.token not in tokenizer.eos_token_ids]
-    flags: dict[str, Any] = {"prompt": prompt, "max_tokens": 32, "ignore_chat_template": True}
-    found = generate.run(generate.Settings(model=str(folder), compute_dtype="float16", **flags))
-    assert found["text"] == tokenizer.decode(want) != ""
+    flags: dict[str, Any] = {"max_tokens": 32, "ignore_chat_template": True}
+    wanted = []
+    for prompt in PROMPTS:
+        said = load.mlx_lm("generate").stream_generate(model, tokenizer, prompt, max_tokens=32)
+        tokens = [r.token for r in said if r.token not in tokenizer.eos_token_ids]
+        wanted.append(tokenizer.decode(tokens))
+        settings = generate.Settings(
+            model=str(folder), prompt=prompt, compute_dtype="float16", **flags
+        )
+        assert generate.run(settings)["text"] == wanted[-1]
+    assert any(wanted)
