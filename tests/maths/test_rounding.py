@@ -4,6 +4,8 @@ nearest value.
 
 from __future__ import annotations
 
+import tracemalloc
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -304,3 +306,17 @@ def test_weights_beyond_float16_are_refused() -> None:
     weight = mx.full((2, 64), 70_000.0)
     with pytest.raises(MisError, match="leave the model unquantized"):
         rounding.fitted(weight, 64, 4)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_a_large_matrix_is_opened_where_it_stays(bits: int) -> None:
+    """As `values` has it, without a second copy of it in numpy's memory."""
+    packed = mx.quantize(mx.random.normal((4096, 256), key=mx.random.key(bits)), 64, bits)
+    wanted = rounding.values(packed, 64, bits)
+    mx.eval(wanted)
+    tracemalloc.start()
+    found = rounding.dequantized(packed, 64, bits)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert mx.array_equal(found, wanted)
+    assert peak < found.nbytes // 4
