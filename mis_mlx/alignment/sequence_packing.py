@@ -87,12 +87,9 @@ def drawn_indices(lengths: Sequence[int], s: TrainingConfig, step: int) -> list[
 def visited_rows(count: int, s: TrainingConfig) -> np.ndarray:
     """The rows, of `count`, that the steps of a training see, rising."""
     in_a_step = s.batch_size * s.grad_accumulation_steps
-    seen = np.zeros(count, bool)
-    for step in range(s.iters):
-        seen[token_windows.order(count, in_a_step, step, s.seed)] = True
-        if seen.all():
-            break
-    return np.flatnonzero(seen)
+    steps = range(s.iters)
+    batches = (token_windows.order(count, in_a_step, step, s.seed) for step in steps)
+    return token_windows.drawn(count, batches)
 
 
 def by_length(label: str, lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:

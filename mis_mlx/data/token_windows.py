@@ -463,6 +463,19 @@ def order(n_windows: int, batch_size: int, step: int, seed: int) -> np.ndarray:
     return np.resize(permutation[within * batch_size :], batch_size)
 
 
+def drawn(count: int, batches: Iterable[np.ndarray]) -> np.ndarray:
+    """Those of `count` windows that are in batches of indices, rising.
+
+    Batches are asked for until all windows are drawn.
+    """
+    seen = np.zeros(count, bool)
+    for indices in batches:
+        seen[indices] = True
+        if seen.all():
+            break
+    return np.flatnonzero(seen)
+
+
 def fingerprint(windows: Windows) -> str:
     """sha256 of the windows' shape and tokens, in hex: the same on every machine."""
     shape = repr(windows.tokens.shape)

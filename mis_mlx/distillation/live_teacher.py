@@ -21,7 +21,7 @@ import numpy as np
 from mis_mlx.compute import precision, slab_draws, streams
 from mis_mlx.compute.slab_losses import Slabs, sparse_kl_gradients
 from mis_mlx.compute.token_losses import TokenLoss, teacher_kl
-from mis_mlx.data import draws
+from mis_mlx.data import draws, token_windows
 from mis_mlx.data.token_windows import Windows, fingerprint
 from mis_mlx.distillation import train_loop
 from mis_mlx.distillation.train_loop import F, MicroBatch
@@ -211,10 +211,9 @@ def steps(
 def visited_windows(data: Windows, recipe: TrainingConfig) -> np.ndarray:
     """The windows of the data that a run's steps train on, rising: those that need targets."""
     in_a_step = recipe.batch_size * recipe.grad_accumulation_steps
-    batches = [
-        draws.drawn_batch(data, in_a_step, step, recipe.seed) for step in range(recipe.iters)
-    ]
-    return np.unique(np.concatenate(batches))
+    steps = range(recipe.iters)
+    batches = (draws.drawn_batch(data, in_a_step, step, recipe.seed) for step in steps)
+    return token_windows.drawn(len(data.tokens), batches)
 
 
 def write_store(
