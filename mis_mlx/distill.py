@@ -418,7 +418,7 @@ def _stages(
         pruned = compute_type.open_to_compute(student.folder, teacher.precision)
     main = distributed.is_main()
     dense = pruned
-    if c.plan.job.uncut and rounding:
+    if c.plan.job.rounds_teacher:
         # A copy of a packed teacher, as floats, is for rounding alone.
         pruned = c.teacher
         distilled = pruned

@@ -14,7 +14,6 @@ from mis_mlx.planner import estimates
 from mis_mlx.planner.distillation_spec import SCALES, STORE
 from mis_mlx.quantization import rounded_size
 from mis_mlx.reporting import html, progress
-from mis_mlx.settings.recipe import ROUND_TO_NEAREST
 from mis_mlx.types import duration, gib
 
 NIGHT_S = 8 * 3600.0  # a run that takes longer says so first, and what would take less
@@ -185,8 +184,7 @@ def disk_bytes(plan: strategies.MemoryPlan) -> int:
     params = arch.params(m.config)
     files = 0
     if not plan.job.rounds_only and not plan.job.viewed:
-        rounds = plan.job.rounding is not ROUND_TO_NEAREST
-        files += (1 if plan.job.uncut and rounds else 2) * m.nbytes
+        files += (1 if plan.job.rounds_teacher else 2) * m.nbytes
     files += params * strategies.in_parts(plan.job, plan.mode)
     if plan.mode == "resident":
         files += 2 * optimizer.STATE_BYTES * params

@@ -41,7 +41,6 @@ from mis_mlx.quantization import rounded_size
 from mis_mlx.quantization.stage import quantizing_cost
 from mis_mlx.settings.recipe import (
     RATE,
-    ROUND_TO_NEAREST,
     TUNE_ITERS,
     DistillationConfig,
     Targets,
@@ -61,20 +60,19 @@ def measuring_cost(job: DistillationSpec, most_bytes: int, limit: int) -> StageC
     prompts, where the student can write in the budget `limit`.
     """
     four_bit = rounded_size.rounded_size(job.student, job.rounding)
-    rounds = job.rounding is not ROUND_TO_NEAREST
-    result = four_bit if rounds else job.student
+    result = four_bit if job.rounds else job.student
     teacher = job.whole_teacher
     compared = [job.teacher]
     if not job.uncut:
         compared += [job.student, job.student]
-    if rounds:
+    if job.rounds:
         compared.append(four_bit)
     stages = _on_texts(job, compared)
     if teacher.shape.vocab != job.student.shape.vocab:  # it reads with its own tokens, too
         stages += [*_on_texts(job, [teacher]), other_languages.excess_cost([teacher, result])]
     stages.append(timing_cost([teacher, result], most_bytes, limit))
     students = [job.student]
-    if rounds:
+    if job.rounds:
         students.append(four_bit)
     if job.answers:
         with suppress(MisError):  # the student cannot write in the budget, so nobody is asked

@@ -61,6 +61,16 @@ class DistillationSpec(DistillationConfig):
         return self.shown or self.teacher
 
     @property
+    def rounds(self) -> bool:
+        """Whether the trained student is rounded."""
+        return self.rounding is not ROUND_TO_NEAREST
+
+    @property
+    def rounds_teacher(self) -> bool:
+        """Whether what is rounded is the teacher itself, so that no trained student is written."""
+        return self.uncut and self.rounds
+
+    @property
     def loss_footprint(self) -> Footprint:
         """What the loss holds while it is computed."""
         if self.targets != "live":
