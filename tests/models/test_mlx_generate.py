@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
@@ -70,3 +74,31 @@ def test_floats_run_in_the_quick_type(
     model, tokenizer = mlx_generate.open_model(compute_type.open_to_compute(root / "q4"))
     assert {p.dtype for _, p in tree_flatten(model.parameters())} == {quick, mx.uint32}
     assert isinstance(mlx_generate.continuation(model, tokenizer, "The if statement", 4), str)
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "ends"),
+    [(7, None, {7}), (7, [5, 9], {5, 9}), ([5, 7], 0, {5, 7}), (None, None, set())],
+)
+def test_answers_end_where_mlx_lm_ends_them(
+    llama: Checkpoint, tmp_path: Path, config: object, generation: object, ends: set[int]
+) -> None:
+    """A chat model's settings may name other ends than its tokenizer: whoever opens the tokenizer
+    has them, however often it was opened with others, and one open tokenizer serves all.
+    """
+    usual = set(load.tokenizer(llama.path).eos_token_ids)
+    folder = shutil.copytree(llama.path, tmp_path / "chat")
+    settings = json.loads((folder / "config.json").read_text("utf-8"))
+    settings["eos_token_id"] = config
+    (folder / "config.json").write_text(json.dumps(settings), "utf-8")
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": generation}), "utf-8"
+    )
+    found = set(load.tokenizer(folder).eos_token_ids)
+    assert found == usual | ends
+    _, stock = load.mlx_lm("utils").load(str(folder), lazy=True)
+    assert found == set(stock.eos_token_ids)
+    opened = load.opened_tokenizer.cache_info().misses
+    _, tokenizer = mlx_generate.open_model(compute_type.open_to_compute(folder))
+    assert tokenizer is load.tokenizer(folder)
+    assert load.opened_tokenizer.cache_info().misses == opened

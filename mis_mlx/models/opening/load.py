@@ -465,7 +465,11 @@ def opened_tokenizer(checked: tokenizer_check.Tokenizer) -> Any:
     """`tokenizer` of files that were checked."""
     memory.give_back(cache=False)  # what else was read must not lie beside it
     try:
-        return mlx_lm("utils").load_tokenizer(checked.folder, {"trust_remote_code": False})
+        return mlx_lm("utils").load_tokenizer(
+            checked.folder,
+            {"trust_remote_code": False},
+            eos_token_ids=list(checked.ends) or None,
+        )
     except Exception as error:
         text = " ".join(str(error).split())[:160]
         why = f"{checked.folder}: the tokenizer does not open ({text})"

@@ -8,7 +8,7 @@ in a process, whichever folder it lies in.
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -62,6 +62,8 @@ class Tokenizer:
     """of the files"""
     kind: str
     """the model's `model_type`"""
+    ends: tuple[int, ...]
+    """tokens that end an answer, by the model's settings; (): as the tokenizer says"""
     folder: Path = field(compare=False)
 
 
@@ -82,10 +84,23 @@ def check_tokenizer(folder: Path) -> Tokenizer:
     for path in present(folder):
         content = path.read_bytes()
         digest.update(f"{path.name} {len(content)} ".encode() + content)
-    kind = str(read_json(folder / "config.json").get("model_type"))
-    tokenizer = Tokenizer(digest.digest(), kind, folder)
+    config = read_json(folder / "config.json")
+    kind = str(config.get("model_type"))
+    tokenizer = Tokenizer(digest.digest(), kind, _ends(folder, config), folder)
     _try(tokenizer)
     return tokenizer
+
+
+def _ends(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Tokens that end an answer: generation_config.json's, else config.json's, as mlx-lm has it.
+
+    A chat model's turns often end with another token than its texts, which the tokenizer names.
+    """
+    found = read_json(folder / "generation_config.json").get("eos_token_id")
+    if not found:
+        found = config.get("eos_token_id")
+    every = found if isinstance(found, list) else [found]
+    return tuple(number for number in every if isinstance(number, int))
 
 
 def present(folder: Path) -> Iterator[Path]:

@@ -11,7 +11,7 @@ from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.data import token_windows
 from mis_mlx.models.architectures import mlx_modules, sizes
-from mis_mlx.models.opening import load, tokenizer_check
+from mis_mlx.models.opening import load
 from mis_mlx.models.passing.stream import NotNumbers, evaluate_now
 from mis_mlx.types import Checkpoint
 
@@ -22,18 +22,13 @@ PROMPTS = {
 
 
 def open_model(checkpoint: Checkpoint) -> tuple[nn.Module, Any]:
-    """(model, tokenizer) by stock `mlx_lm.load` of a folder that passed our gate.
+    """(model, tokenizer) as stock `mlx_lm.load` opens a folder, which passed our gate.
 
     Floats are in the type that the checkpoint computes in. Weights are read and converted one after
-    the other: together they would be held twice.
+    the other: together they would be held twice. A tokenizer that is open is not opened again.
     """
-    tokenizer_check.check_tokenizer(checkpoint.path)
-    model, tokenizer = load.mlx_lm("utils").load(
-        str(checkpoint.path),
-        tokenizer_config={"trust_remote_code": False},
-        lazy=True,
-        trust_remote_code=False,
-    )
+    tokenizer = load.tokenizer(checkpoint.path)
+    model, _ = load.mlx_lm("utils").load_model(checkpoint.path, lazy=True, trust_remote_code=False)
     model = getattr(model, "language_model", model)  # of a model that also sees
     model.shape = sizes.shape_of(checkpoint.config)
     model._config = checkpoint.config
