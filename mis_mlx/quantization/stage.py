@@ -17,7 +17,7 @@ its last one comes when the others are rounded.
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,9 +51,8 @@ from mis_mlx.storage.files import Files
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import Checkpoint
 
-# Part of the way that a matrix moves to what makes up for all before it. Text of calibration is
-# little: at 3 bits SmolLM2 loses 0.889 nats a token without, 0.61 at 0.3 for what writes into the
-# stream, 0.63 at 0.5, 0.65 at 0.7, 0.77 at 1; 0.71 where tokens held out decide.
+# Part of the way that a matrix moves to what makes up for all before it: text of calibration is
+# little, and all of the way would fit it too well (benchmarks/scales.py --make-up).
 MADE_UP = 0.5
 LAST = "ffn"  # the axis that the last matrix of a block reads
 # Share of the mean square of a tied head's inputs. Its rows go into the first block, too, where all
@@ -233,29 +232,13 @@ def _rounded_block(
     block = turn.block
     prefix = arch.block_prefix(i)
     readers = arch.readers(block)
-    # Without a norm behind it the last matrix can make up for the others of its block, too.
-    to_stream = unrounded and not norms_outputs(turn.source.checkpoint.config)
-    first = [axis for axis in readers if not (to_stream and axis == LAST)]
-    asked = _compensated_axes(turn, first, plan)
-    if unrounded:
-        sums = input_sums.of_unrounded(turn, unrounded, asked)
-        unrounded.go()  # while the block's weights are its own
-    else:
-        sums = input_sums.of_inputs(turn, asked)
     rounded: dict[str, rounding.Packed] = {}
-
-    def round_axis(axis: str) -> None:
-        part, names = readers[axis]
-        linears = {f"{prefix}{part}.{name}": block[part][name] for name in names}
-        # pop: a gram (in, in) goes when its matrices are done
-        rounded.update(_rounded_readers(linears, plan, sums.pop(axis, None)))
-
-    for axis in first:
-        round_axis(axis)
-    if unrounded and to_stream and LAST in readers:
-        if _compensated_axes(turn, [LAST], plan):
-            sums = input_sums.of_stream(turn, unrounded.hidden, LAST)
-        round_axis(LAST)
+    for axes, sums in _gathered(turn, unrounded, plan):
+        for axis in axes:
+            part, names = readers[axis]
+            linears = {f"{prefix}{part}.{name}": block[part][name] for name in names}
+            # pop: a gram (in, in) goes when its matrices are done
+            rounded |= _rounded_readers(linears, plan, sums.pop(axis, None))
     for path in sorted(packed_format.wide_projections(turn.source.checkpoint.config)):
         if arch.block_of(path) == i and path not in rounded:
             linear = dict(block.named_modules())[path.removeprefix(prefix)]
@@ -264,15 +247,37 @@ def _rounded_block(
     return rounded
 
 
-def _compensated_axes(
-    turn: sweep.BlockTurn, axes: Sequence[str], plan: packed_format.Formats
-) -> list[str]:
-    """Those of which GPTQ rounds a matrix; others need no sums."""
+def _gathered(
+    turn: sweep.BlockTurn, unrounded: sweep.BlockTurn | None, plan: packed_format.Formats
+) -> Iterator[tuple[list[str], dict[str, input_sums.Sums]]]:
+    """(axes, their sums) of a block, whose matrices are rounded before the next axes come.
+
+    Axes of which GPTQ rounds no matrix need no sums. unrounded: as of `_rounded_block`.
+    """
+    axes = list(arch.readers(turn.block))
+    needed = _compensated_axes(turn, plan)
+    if unrounded is None:
+        yield axes, input_sums.of_inputs(turn, needed)
+        return
+    # Without a norm behind it the last matrix can make up for the others of its block, too.
+    behind_norms = norms_outputs(turn.source.checkpoint.config)
+    last = [axis for axis in axes if axis == LAST and not behind_norms]
+    first = [axis for axis in axes if axis not in last]
+    sums = input_sums.of_unrounded(turn, unrounded, [axis for axis in first if axis in needed])
+    unrounded.go()  # while the block's weights are its own
+    yield first, sums
+    for axis in last:
+        if axis in needed:
+            sums = input_sums.of_stream(turn, unrounded.hidden, axis)
+        yield [axis], sums
+
+
+def _compensated_axes(turn: sweep.BlockTurn, plan: packed_format.Formats) -> list[str]:
+    """The axes of a block of which GPTQ rounds a matrix."""
     prefix = arch.block_prefix(turn.number)
     found = []
     for axis, (part, names) in arch.readers(turn.block).items():
-        bits = [plan[f"{prefix}{part}.{name}"].bits for name in names]
-        if axis in axes and min(bits) < rounding.ENOUGH_BITS:
+        if any(plan[f"{prefix}{part}.{name}"].bits < rounding.ENOUGH_BITS for name in names):
             found.append(axis)
     return found
 
