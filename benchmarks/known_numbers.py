@@ -1,19 +1,21 @@
-"""Numbers that others know, of the default teacher and its student: IFEval, BLiMP, our own grammar.
+"""Numbers that others know, of a teacher and its student: IFEval, BLiMP, our own grammar.
 
     scripts/mis benchmarks/known_numbers.py --run runs/NAME --ifeval FILE --blimp FILE
     scripts/mis benchmarks/known_numbers.py --run runs/NAME --ifeval FILE --ifeval-step 8
-    scripts/mis scripts/render.py     # puts the table into docs/results.md
+    scripts/mis benchmarks/known_numbers.py --teacher FOLDER --name NAME --run FOLDER --blimp FILE
+    scripts/mis scripts/render.py     # puts the tables into docs/results.md
 
-NAME is a finished default run of distill. The files are for measuring only and no part of this
-repository (docs/evaluation.md says where they come from). IFEval is strict and loose, at the level
-of prompts and of instructions; answers are greedy, of 512 tokens at most. Beside them stand
+--run is a finished run of distill, or a folder whose `model` is what `quantize` wrote. The files
+are for measuring only and no part of this repository (docs/evaluation.md says where they come
+from). --models and --measures name a part of both. IFEval is strict and loose, at the level of
+prompts and of instructions; answers are greedy, of 512 tokens at most. Beside them stand
 `grammar-en`, and what the student's own judge says: bits per byte of the teacher's answers above
 the teacher, and how many answers repeat themselves. Packed weights are judged as float32.
 
 All 541 prompts take about half an hour of one core for one model, all 6,699 pairs about 10 minutes.
 A step of 8 asks every eighth. Answers are kept, so the same command goes on after a stop, and a
 smaller step asks only what is new. Writes benchmarks/results/<machine>/known_numbers.json after
-every figure.
+every figure; with --name, known_numbers-<name>.json.
 """
 
 from __future__ import annotations
@@ -60,6 +62,8 @@ class Settings:
     """folder of a finished run of distill; its students are measured"""
     teacher: str | None = None
     """default: SmolLM2-135M-Instruct"""
+    name: str | None = None
+    """what to call another teacher in the results"""
     ifeval: str | None = None
     """file of IFEval's prompts, .jsonl"""
     blimp: str | None = None
@@ -195,6 +199,8 @@ def check_names(s: Settings) -> None:
 def command(s: Settings) -> str:
     """The command, without this machine's paths."""
     words = "scripts/mis benchmarks/known_numbers.py --run runs/NAME --ifeval FILE --blimp FILE"
+    if s.name:
+        words += f" --teacher FOLDER --name {s.name}"
     for flag, step in (("ifeval", s.ifeval_step), ("blimp", s.blimp_step)):
         if step > 1:
             words += f" --{flag}-step {step}"
@@ -204,6 +210,7 @@ def command(s: Settings) -> str:
 def main(s: Settings) -> None:
     """Every figure that is not there yet."""
     check_names(s)
+    result = f"{RESULT}-{s.name}" if s.name else RESULT
     measures = measuring(s)
     given = {
         "max_tokens": questions.INSTRUCTION_TOKENS,
@@ -211,7 +218,8 @@ def main(s: Settings) -> None:
         "blimp_step": s.blimp_step,
         "loops_version": repetition.VERSION,
     }
-    rows: dict[str, Any] = resumed(RESULT, given, ["rows"]).get("rows", {})
+    card = {} if s.name else {"card": CARD}
+    rows: dict[str, Any] = resumed(result, given, ["rows"]).get("rows", {})
     for name in s.models:
         missing = [measure for measure in s.measures if measure not in rows.get(name, {})]
         if not missing:
@@ -222,7 +230,7 @@ def main(s: Settings) -> None:
                 row = rows.setdefault(name, {"mb": round(megabytes, 1)})
                 row[measure] = measures[measure](model)
                 cli.say(f"{name}, {measure}: {row[measure]}")
-                write(RESULT, command(s), {"given": given, "card": CARD, "rows": rows})
+                write(result, command(s), {"given": given, **card, "rows": rows})
 
 
 if __name__ == "__main__":

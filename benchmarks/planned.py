@@ -1,11 +1,12 @@
 """What the plan says a phase takes of memory, beside what the process took: is a budget what it
 says?
 
-    scripts/mis benchmarks/planned.py [--only CASE]    # an hour on 2 cores, 6 GB of disk
+    scripts/mis benchmarks/planned.py [--only CASE]    # two hours on 2 cores, 6 GB of disk
 
-Distillations of a few steps with the default's sizes in all else: the default, which cuts no block;
-`half-vocab` of the same teacher, and that under 350 MiB, nearly the least that trains it; of a
-4-bit teacher; of gemma-3-270m. Of random weights: the shape of a 0.5 B model with 152 thousand
+Distillations of a few steps with the default's sizes in all else: the default, which cuts no block,
+and that with q_make_up; `half-vocab` of the same teacher, and that under 350 MiB, nearly the least
+that trains it; of a 4-bit teacher, and of the same in float32 under 450 MiB, which answers from
+disk; of gemma-3-270m. Of random weights: the shape of a 0.5 B model with 152 thousand
 tokens, whole under 5 GiB, under 2 GiB, which trains it in parts, and under 850 MiB; a mixture of
 experts; six blocks of LFM2 350M; and Gemma 4 E2B's blocks, eight of them, half as wide. And `sft`
 of the default teacher. Before each phase the system is told to count the process's largest resident
@@ -130,6 +131,8 @@ CASES: dict[str, dict[str, Any]] = {
     "mixture": {"scenario": "fewer-experts"},
     "LFM2's blocks": SMALLER,
     "Gemma 4's blocks": SMALLER,
+    "made up": {"scenario": "none", "q_make_up": True},
+    "streamed answers": SMALLER | {"budget": "450MiB", "q_iters": None},
     "sft": {"iters": 2, "save_every": 1, "eval_rows": 8},
 }
 
@@ -264,6 +267,9 @@ def teacher_of(name: str, temp: Path) -> Path:
     teacher = resolve.resolve_model(None).path
     if name == "4-bit teacher":
         return laboratory.packed(teacher, temp / "packed")
+    if name == "streamed answers":
+        packed = laboratory.packed(teacher, temp / "packed")
+        return laboratory.unpacked(packed, temp / "float32")
     return teacher
 
 

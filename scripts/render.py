@@ -241,20 +241,27 @@ KNOWN_HEAD = [
 
 
 def known_numbers(found: Found) -> str:
-    """A line a model: IFEval, BLiMP, our grammar, and what our own judge of answers says."""
+    """A line a model: IFEval, BLiMP, our grammar, and what our own judge of answers says.
+
+    A measure that no model has leaves its column out.
+    """
     rows = found["rows"]
-    lines = [known_cells(name, row) for name, row in rows.items()]
+    cells = [known_cells(name, row) for name, row in rows.items()]
+    shown = [at for at in range(len(KNOWN_HEAD)) if any(line[at] != "–" for line in cells)]
+    head = [KNOWN_HEAD[at] for at in shown]
+    lines = [[line[at] for at in shown] for line in cells]
     teacher = rows["teacher"]
     asked = []
     for measure, label in (("ifeval", "prompts of IFEval"), ("blimp", "pairs of BLiMP")):
         if measure in teacher:
             asked.append(f"{teacher[measure]['questions']} {label}")
-    sizes = (
-        f"{', '.join(asked)}; answers to IFEval have at most {found['given']['max_tokens']} "
-        f"tokens; the teacher's card says {found['card']}"
-    )
+    sizes = ", ".join(asked)
+    if "ifeval" in teacher:
+        sizes += f"; answers to IFEval have at most {found['given']['max_tokens']} tokens"
+    if "card" in found:
+        sizes += f"; the teacher's card says {found['card']}"
     source = where(found, sizes) + counted_by(found)
-    return "\n".join([words.markdown_table(KNOWN_HEAD, lines), "", source])
+    return "\n".join([words.markdown_table(head, lines), "", source])
 
 
 def known_cells(name: str, row: Found) -> list[str]:
@@ -615,6 +622,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "few-bits-gemma": (few_bits, ("bits-gemma-3-270m.json",)),
     "few-bits-student": (few_bits, ("bits-half-vocab-student.json",)),
     "known-numbers": (known_numbers, ("known_numbers.json",)),
+    "known-numbers-qwen-coder-0.5b": (known_numbers, ("known_numbers-qwen-coder-0.5b.json",)),
     "models-default": (models_default, ("models.json",)),
     "models-budgets": (models_budgets, ("models.json",)),
     "gemma-models": (gemma_models, ("gemma_models.json",)),

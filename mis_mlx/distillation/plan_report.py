@@ -136,11 +136,10 @@ def night(plan: strategies.MemoryPlan, seconds: float) -> str:
     if seconds <= NIGHT_S or not plan.fits:
         return ""
     job = plan.job
-    blind = replace(job.rounding, q_method="round", target_bpw=None)
     ways = {
         "--eval-prompts 0": replace(job, answers=0),
         "--conversations 0": replace(job, conversations=0),
-        "--q-method round": replace(job, rounding=blind),
+        "--q-method round": replace(job, rounding=job.rounding.blind),
     }
     saved = {}
     for flags, less in ways.items():

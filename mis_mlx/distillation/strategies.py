@@ -407,8 +407,7 @@ def _smaller_jobs(job: DistillationSpec) -> Iterator[tuple[str, DistillationSpec
         flags = "--q-method round"
         if job.rounding.target_bpw is not None:
             flags += " without --target-bpw"
-        blind = replace(job.rounding, q_method="round", target_bpw=None)
-        yield flags, replace(job, rounding=blind)
+        yield flags, replace(job, rounding=job.rounding.blind)
     if job.rounding.steps(TUNE_ITERS):
         yield "--q-iters 0", replace(job, rounding=replace(job.rounding, q_iters=0))
     length = job.max_seq_length

@@ -49,7 +49,7 @@ from mis_mlx.quantization.begun_rounding import BegunRounding
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.hidden_spool import Spool
-from mis_mlx.types import Checkpoint
+from mis_mlx.types import Checkpoint, MisError
 
 # Part of the way that a matrix moves to what makes up for all before it: text of calibration is
 # little, and all of the way would fit it too well (benchmarks/scales.py --make-up).
@@ -63,8 +63,15 @@ TIED_RIDGE = 0.1
 def check(config: Mapping[str, Any], rounding: QuantizationConfig) -> None:
     """Refuse, before hours of work, what cannot be rounded in this way.
 
-    A shape that groups do not divide, a target out of reach.
+    A shape that groups do not divide, a target out of reach, q_make_up without GPTQ.
     """
+    if rounding.q_make_up and not rounding.affine.compensates:
+        other = f"q_method: {rounding.q_method}"
+        if rounding.q_mode != "affine":
+            other = f"q_mode: {rounding.q_mode}"
+        raise MisError(
+            f"q_make_up: true is for GPTQ, but {other} rounds to the nearest: leave out one of them"
+        )
     packed_format.formats_of(config, rounding.q_group_size, mode=rounding.q_mode)
     bit_allocation.check(config, rounding.affine)
 

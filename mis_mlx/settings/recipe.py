@@ -174,7 +174,12 @@ class QuantizationConfig:
         """The flags that count: in formats that are not affine, weights are rounded, no more."""
         if self.q_mode == "affine":
             return self
-        return replace(self, target_bpw=None, q_method="round", q_iters=0)
+        return replace(self.blind, q_iters=0)
+
+    @property
+    def blind(self) -> QuantizationConfig:
+        """The same without what looks at text before it rounds."""
+        return replace(self, target_bpw=None, q_method="round", q_make_up=False)
 
     @property
     def looks(self) -> bool:
@@ -215,7 +220,7 @@ FIRST_STEPS = 4  # whose pace says how many fit into --minutes; fewer than `warm
 ITERS = 30
 RATE = 1e-4
 # costs nothing beside the student
-ROUND_TO_NEAREST = QuantizationConfig(target_bpw=None, q_method="round", q_iters=0)
+ROUND_TO_NEAREST = replace(QuantizationConfig().blind, q_iters=0)
 
 
 def steps_of(asked: DistillationConfig, config: Mapping[str, Any]) -> int:
