@@ -23,6 +23,7 @@ from mis_mlx.distillation import (
 )
 from mis_mlx.distillation.distill_flags import DistillFlags
 from mis_mlx.distillation.resolved_run import ResolvedRun
+from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import battery
 from mis_mlx.judge import answers, comparison
 from mis_mlx.judge.speed import rounds
@@ -475,6 +476,7 @@ def _sizes(c: pipeline.Run, models: comparison.Models, tokens: int) -> list[Row]
         if len(fitting) < 2:
             timed = f"only {', '.join(fitting)} does, and is timed" if fitting else "none is timed"
             cli.say(f"measure: not every model fits the budget whole: {timed}")
+        memory.give_back()  # what was compared must not lie beside the weights
         sizes += bench.measure(
             fitting,
             prompt_tokens=2 * tokens,

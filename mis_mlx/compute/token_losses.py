@@ -26,6 +26,9 @@ FLOAT_BYTES = 4  # of a logit: both back ends compute in float32
 MLX_ARRAYS = 5  # (n, V) that MLX holds at a time of one chunk
 # of `losses.kl_sum`, whose memory MLX takes before the first of them is done (measured on a CPU)
 CHUNKS_AHEAD = 3
+# (n, V) that MLX takes for tokens as targets of a frozen head (measured on a CPU: it counts 7, and
+# the process grows by 2)
+FROZEN_ARRAYS = 8
 # (n, V) that a chunk makes, five of them alive at a time; a GPU may hold all it has begun
 CHUNK_ARRAYS = 12
 NUMPY_ARRAYS = 2  # (n, V) of one chunk: logits of student and teacher
@@ -303,17 +306,20 @@ class Footprint:
         """
         return streams.count_on(gpu=self.gpu) if self.on_host else 0
 
-    def logit_bytes(self, vocab: int, positions: int) -> int:
+    def logit_bytes(self, vocab: int, positions: int, *, student_alone: bool = False) -> int:
         """Logits in flight: chunks of float32 arrays (n, V).
 
-        A GPU holds the arrays that it needs and those of the commands in flight, one each, for
-        (n, V) fills a command buffer.
+        student_alone: the head gets no gradient, and no teacher's logits stand beside. A GPU holds
+        the arrays that it needs and those of the commands in flight, one each, for (n, V) fills a
+        command buffer.
         """
         rows = losses.chunk_rows(vocab)
         if self.on_host:
             return NUMPY_ARRAYS * min(positions, rows) * vocab * FLOAT_BYTES
         chunks = math.ceil(positions / rows)
         arrays = MLX_ARRAYS * min(CHUNKS_AHEAD, chunks)
+        if student_alone:
+            arrays = min(arrays, FROZEN_ARRAYS)
         if self.gpu:
             arrays = min(MLX_ARRAYS + COMMANDS_AHEAD, CHUNK_ARRAYS * chunks)
         return arrays * rows * vocab * FLOAT_BYTES

@@ -395,7 +395,8 @@ def holdings(
     ledger.hold("inputs of every block", 4 * s.layers * job.step_tokens * m.channels)
     ledger.hold("what blocks share", side_bytes(replace(m, item=4), job.step_tokens))
     ledger.hold("in flight", m.in_flight(activations))
-    logits = job.loss_footprint.logit_bytes(s.vocab, tokens)
+    alone = job.targets != "live"  # and the head of a student in blocks is frozen
+    logits = job.loss_footprint.logit_bytes(s.vocab, tokens, student_alone=alone)
     if slabs:
         ledger.hold("head in slabs", slab_bytes(tokens, s.hidden, s.vocab))
         ledger.moment("loss", kept=kept)

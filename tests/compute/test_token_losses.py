@@ -310,7 +310,8 @@ def test_where_windows_go_side_by_side(
 
 def test_logits_by_pencil() -> None:
     """Of 32,768 tokens a chunk has 256 positions. numpy: student and teacher of one; MLX: five
-    arrays of three chunks; a GPU: those, or what its commands in flight hold.
+    arrays of three chunks, or eight where the student stands alone; a GPU: those, or what its
+    commands in flight hold.
     """
     chunk = 256 * 32_768 * 4
     host = Footprint(on_host=True)
@@ -319,5 +320,7 @@ def test_logits_by_pencil() -> None:
     assert host.logit_bytes(32_768, 64) == 2 * 64 * 32_768 * 4
     assert Footprint().logit_bytes(32_768, 64) == 5 * chunk
     assert Footprint().logit_bytes(32_768, 10_000) == 15 * chunk
+    assert Footprint().logit_bytes(32_768, 64, student_alone=True) == 5 * chunk
+    assert Footprint().logit_bytes(32_768, 10_000, student_alone=True) == 8 * chunk
     assert Footprint(gpu=True).logit_bytes(32_768, 64) == 12 * chunk
     assert Footprint(gpu=True).logit_bytes(32_768, 10_000) == 15 * chunk

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mis_mlx.compute.token_losses import Footprint
 from mis_mlx.maths import losses
 
 N = 13
@@ -159,6 +160,26 @@ def test_a_frozen_head_has_no_gradient_in_memory() -> None:
         return peak_of(lambda: gradient(student))
 
     assert peak(True) <= wide.nbytes < peak(False)
+
+
+@pytest.mark.skipif(mx.default_device() == mx.gpu, reason="a CPU's arrays are counted")
+@pytest.mark.parametrize("chunks", [1, 2, 9])
+def test_tokens_as_targets_take_what_is_planned(chunks: int) -> None:
+    """Of a frozen head, beside the hidden states and their gradient."""
+    vocab = 32_768
+    n = chunks * losses.chunk_rows(vocab)
+    student = mx.random.normal((n, D), key=mx.random.key(1))
+    head = mx.random.normal((vocab, D), key=mx.random.key(2))
+    tokens = mx.random.randint(0, vocab, (n, 4), key=mx.random.key(3))
+    shares = mx.full((n, 4), 0.25)
+    mx.eval(student, head, tokens, shares)
+
+    def loss(hidden: mx.array) -> mx.array:
+        return losses.sampled_kl_sum(hidden, head, mx.ones((n,)), tokens, shares, frozen_head=True)
+
+    taken = peak_of(lambda: mx.value_and_grad(loss)(student))
+    planned = Footprint().logit_bytes(vocab, n, student_alone=True)
+    assert taken <= planned + 8 * student.nbytes
 
 
 def test_memory_is_bounded_by_the_chunk() -> None:
