@@ -132,7 +132,7 @@ CASES: dict[str, dict[str, Any]] = {
     "LFM2's blocks": SMALLER,
     "Gemma 4's blocks": SMALLER,
     "made up": {"scenario": "none", "q_make_up": True},
-    "streamed answers": SMALLER | {"budget": "450MiB", "q_iters": None},
+    "streamed answers": SMALLER | {"budget": "450MiB", "q_iters": None, "conversations": 0},
     "sft": {"iters": 2, "save_every": 1, "eval_rows": 8},
 }
 
