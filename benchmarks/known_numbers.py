@@ -3,7 +3,7 @@
     scripts/mis benchmarks/known_numbers.py --run runs/NAME --ifeval FILE --blimp FILE
     scripts/mis benchmarks/known_numbers.py --run runs/NAME --ifeval FILE --ifeval-step 8
     scripts/mis benchmarks/known_numbers.py --teacher FOLDER --name NAME --run FOLDER --blimp FILE
-    scripts/mis scripts/render.py     # puts the tables into docs/results.md
+    scripts/mis scripts/render.py     # puts the default teacher's into docs/results.md
 
 --run is a finished run of distill, or a folder whose `model` is what `quantize` wrote. The files
 are for measuring only and no part of this repository (docs/evaluation.md says where they come

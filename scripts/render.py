@@ -622,7 +622,6 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "few-bits-gemma": (few_bits, ("bits-gemma-3-270m.json",)),
     "few-bits-student": (few_bits, ("bits-half-vocab-student.json",)),
     "known-numbers": (known_numbers, ("known_numbers.json",)),
-    "known-numbers-qwen-coder-0.5b": (known_numbers, ("known_numbers-qwen-coder-0.5b.json",)),
     "models-default": (models_default, ("models.json",)),
     "models-budgets": (models_budgets, ("models.json",)),
     "gemma-models": (gemma_models, ("gemma_models.json",)),
