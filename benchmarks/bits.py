@@ -159,11 +159,10 @@ class Bench:
         *,
         before: bool = False,
         tunes: bool = False,
-        makes_up: bool = False,
     ) -> Callable[[Path], Made]:
         """The teacher in so many bits per weight, on fitted grids, by GPTQ.
 
-        tunes: then scales learn. makes_up: as of q_make_up.
+        tunes: then scales learn.
         """
 
         def make(out: Path) -> Made:
@@ -172,7 +171,7 @@ class Bench:
                 costs = {path: older_formats(of_path) for path, of_path in costs.items()}
             layout, report = bit_allocation.chosen_layout(self.teacher.config, costs, target)
             began = time.monotonic()
-            rounded = stage.rounded_blocks(self.teacher, self.batches, layout, makes_up=makes_up)
+            rounded = stage.rounded_blocks(self.teacher, self.batches, layout)
             untuned = out.with_name("untuned") if tunes else out
             packed_format.write_quantized(
                 self.teacher, untuned, layout, DISK, rounded=rounded, fit=True

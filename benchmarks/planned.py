@@ -3,16 +3,15 @@ says?
 
     scripts/mis benchmarks/planned.py [--only CASE]    # two hours on 2 cores, 6 GB of disk
 
-Distillations of a few steps with the default's sizes in all else: the default, which cuts no block,
-and that with q_make_up; `half-vocab` of the same teacher, and that under 350 MiB, nearly the least
-that trains it; of a 4-bit teacher, and of the same in float32 under 450 MiB, which answers from
-disk; of gemma-3-270m. Of random weights: the shape of a 0.5 B model with 152 thousand
-tokens, whole under 5 GiB, under 2 GiB, which trains it in parts, and under 850 MiB; a mixture of
-experts; six blocks of LFM2 350M; and Gemma 4 E2B's blocks, eight of them, half as wide. And `sft`
-of the default teacher. Before each phase the system is told to count the process's largest resident
-set anew (Linux), so that numpy's share and MLX's both count; the choice of tokens, which comes
-before the first phase, belongs to it, as in the plan. Planned and measured are of the process, less
-what it held before the run.
+Distillations of a few steps with the default's sizes in all else: the default, which cuts no block;
+`half-vocab` of the same teacher, and that under 350 MiB, nearly the least that trains it; of a
+4-bit teacher, and of the same in float32 under 450 MiB, which answers from disk; of gemma-3-270m.
+Of random weights: the shape of a 0.5 B model with 152 thousand tokens, whole under 5 GiB, under 2
+GiB, which trains it in parts, and under 850 MiB; a mixture of experts; six blocks of LFM2 350M; and
+Gemma 4 E2B's blocks, eight of them, half as wide. And `sft` of the default teacher. Before each
+phase the system is told to count the process's largest resident set anew (Linux), so that numpy's
+share and MLX's both count; the choice of tokens, which comes before the first phase, belongs to it,
+as in the plan. Planned and measured are of the process, less what it held before the run.
 
 Writes benchmarks/results/<machine>/planned.json after every case, and goes on where it was stopped;
 `--only` runs a case anew. Every case keeps the commit that it ran at.
@@ -131,7 +130,6 @@ CASES: dict[str, dict[str, Any]] = {
     "mixture": {"scenario": "fewer-experts"},
     "LFM2's blocks": SMALLER,
     "Gemma 4's blocks": SMALLER,
-    "made up": {"scenario": "none", "q_make_up": True},
     "streamed answers": SMALLER | {"budget": "450MiB", "q_iters": None, "conversations": 0},
     "sft": {"iters": 2, "save_every": 1, "eval_rows": 8},
 }

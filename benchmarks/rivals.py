@@ -6,8 +6,7 @@
 
 A row is the whole model in fewer bits. All of them that learn learn from the same windows of our
 text, and those that train, ours and mlx_lm.dwq, from as many tokens. Everything else is as each
-program has it by default; "made up" is q_make_up. Every row is judged by its weights as float32
-numbers:
+program has it by default. Every row is judged by its weights as float32 numbers:
 
     effective_bits   of the file, scales and all, by the number of parameters; mb: 10^6 bytes
     kl, top1, ear    beside the unrounded model, on --eval-tokens tokens of held-out text, half of
@@ -215,9 +214,6 @@ class Rivals:
         for target, width in zip(TARGETS, CONVERTED, strict=False):
             yield f"mlx_lm.convert, {width} bits", self.convert(width)
             yield f"ours, {target:g}", self.bench.ours(target, tunes=True)
-        for target in TARGETS:
-            makes = self.bench.ours(target, tunes=True, makes_up=True)
-            yield f"ours, {target:g}, made up", makes
         for target, low, high in DYNAMIC:
             yield (
                 f"mlx_lm.dynamic_quant, {target:g}",

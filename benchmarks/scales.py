@@ -111,8 +111,6 @@ class Settings:
     """rows that are judged by answers, too"""
     prompts: int = 30
     """held-out prompts that the unrounded model has answered"""
-    make_up: bool = False
-    """rows of models that are rounded with q_make_up; their names end in "made up\""""
 
 
 @dataclass(frozen=True)
@@ -234,7 +232,6 @@ class Trials:
             )
         )
         self.teacher = self.bench.teacher
-        self.made_up = ", made up" if s.make_up else ""
         self.given = {"calibration": CALIBRATION, "eval": EVAL_WINDOWS, "prompts": s.prompts}
         self.rows: dict[str, Any] = resumed("scales", self.given, ["rows"]).get("rows", {})
         self._trunks: dict[tuple[float, float], Trunk] = {}  # by bits and rate
@@ -254,10 +251,10 @@ class Trials:
 
     def rounded(self, target: float) -> Path:
         """The teacher in so many bits, made unless it is there."""
-        out = self.work / f"rounded-{target:g}{self.made_up}"
+        out = self.work / f"rounded-{target:g}"
         if not out.exists():
             began = time.monotonic()
-            self.bench.ours(target, makes_up=self.s.make_up)(out)
+            self.bench.ours(target)(out)
             cli.say(f"{target:g} bits: rounded in {time.monotonic() - began:.0f} s")
         return out
 
@@ -310,7 +307,7 @@ class Trials:
 
     def add(self, target: float, label: str) -> None:
         """Make a row, judge it, and keep the numbers."""
-        name = f"{target:g} bits, {label}{self.made_up}"
+        name = f"{target:g} bits, {label}"
         if name in self.rows:
             return
         packed = self.work / "learned"

@@ -138,7 +138,7 @@ def rivals() -> str:
             program = next(
                 (name for start, name in PROGRAMS.items() if label.startswith(start)), ""
             )
-            if not program or label.endswith("made up"):  # a trial of the same size as ours
+            if not program:
                 continue
             lost = row["lost"]["answers"] if "lost" in row else row["answers_excess"]
             nbytes = row["nbytes"] / 1e6 if "nbytes" in row else row["mb"]

@@ -88,21 +88,6 @@ def test_quantize(tmp_path: Path, what: str, method: str, text_folder: Path) -> 
     assert not list(place.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("given", "which"),
-    [({"q_method": "round"}, "q_method: round"), ({"q_mode": "mxfp4"}, "q_mode: mxfp4")],
-)
-def test_making_up_where_nothing_compensates(
-    tmp_path: Path, given: dict[str, Any], which: str
-) -> None:
-    """GPTQ alone knows what was rounded before a matrix."""
-    out = tmp_path / "out"
-    settings = quantize.Settings(model=str(tiny.make(tmp_path / "t")), mlx_path=str(out))
-    with pytest.raises(MisError, match=f"q_make_up: true is for GPTQ, but {which} rounds"):
-        quantize.run(settings.with_values(q_make_up=True, **given))
-    assert not out.exists()
-
-
 @pytest.mark.parametrize("method", ["round", "gptq"])
 def test_a_tokenizer_that_is_not_there(tmp_path: Path, method: str) -> None:
     """A model that nobody could speak to is not made."""

@@ -108,37 +108,6 @@ def _corner(a: np.ndarray, damping: float) -> np.ndarray:
     raise MisError("a matrix's inputs are too large or not finite: use --q-method round")
 
 
-def solved(factor: Factor, rows: np.ndarray) -> np.ndarray:
-    """X (n, in) of X G = R, G the factor's damped gram matrix. R is overwritten."""
-    feedback, costs = factor
-    panels = [slice(start, start + PANEL) for start in range(0, len(costs), PANEL)]
-    inverses = [_unit_inverse(feedback[panel, panel]) for panel in panels]
-    # R = Y N^T from the last panel on, Y = Z D, Z = X N from the first one
-    for panel, inverse in zip(reversed(panels), reversed(inverses), strict=True):
-        behind = slice(panel.stop, None)
-        rows[:, panel] -= _product(rows[:, behind], feedback[panel, behind].T)
-        rows[:, panel] = _product(rows[:, panel], inverse.T)
-    rows /= costs
-    for panel, inverse in zip(panels, inverses, strict=True):
-        before = slice(panel.start)
-        rows[:, panel] -= _product(rows[:, before], feedback[before, panel])
-        rows[:, panel] = _product(rows[:, panel], inverse)
-    return rows
-
-
-def _product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """In float32 by MLX, for which a GPU computes it."""
-    if left.dtype == np.float64:
-        return left @ right
-    return np.array(mx.array(left) @ mx.array(right))
-
-
-def solving_operations(inputs: int, rows: int) -> tuple[float, float]:
-    """(operations of MLX, of numpy) of `solved`."""
-    operations = 2.0 * inputs**2 * rows
-    return (operations, 0.0) if is_wide(inputs) else (0.0, operations)
-
-
 def rounded(
     weights: Sequence[mx.array],
     factor: Factor,

@@ -113,7 +113,7 @@ def of_mixture(config: Mapping[str, Any], asked: QuantizationConfig) -> dict[str
             "a mixture of experts is rounded to 4 bits: gptq, --target-bpw and --q-iters are for "
             "dense models"
         )
-    return {"q_method": "round", "q_make_up": False, "target_bpw": None, "q_iters": 0}
+    return {"q_method": "round", "target_bpw": None, "q_iters": 0}
 
 
 def formats_of(

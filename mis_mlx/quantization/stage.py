@@ -3,21 +3,13 @@ least on text.
 
 Blocks are streamed and rounded one by one, each on the outputs of the rounded blocks before it.
 GPTQ (arXiv 2210.17323): every matrix is rounded so that its output changes least on the inputs that
-calibration sees (maths/gptq). The head comes last, by what the rounded blocks give it.
-
-With q_make_up a matrix first moves towards what makes up for all that was rounded before it: to the
-weights that bring the model nearest to the unrounded one, on the inputs that it really gets. For a
-matrix that writes into the stream that is the stream behind it, for others their own outputs (arXiv
-2504.09629). So all windows go through the unrounded blocks, too.
-
-The inputs of a block's matrices are gathered with the block's weights as they were; with q_make_up
-its last one comes when the others are rounded.
+calibration sees (maths/rounding). The inputs of a block's matrices are gathered once per block,
+with the block's own weights as they were. The head comes last, by what the rounded blocks give it.
 """
 
-import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,34 +19,31 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.compute import precision, streams
+from mis_mlx.compute import host_losses, precision, streams
 from mis_mlx.hardware.ledger import Ledger
 from mis_mlx.hardware.stage_cost import WINDOWS, StageCost, in_turn
 from mis_mlx.maths import gptq, reconstruction, rounding
 from mis_mlx.models.architectures import arch, modules
-from mis_mlx.models.architectures.sizes import norms_outputs, shape_of
+from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize
-from mis_mlx.models.passing import stream, sweep
+from mis_mlx.models.passing import residency, stream, sweep
 from mis_mlx.models.passing.pass_cost import (
     DENSE_ITEM,
     block_matrix,
+    parallel_windows,
     stacked_bytes,
     streamed_pass,
     table_part,
 )
 from mis_mlx.models.passing.stream import Batches, Hidden
-from mis_mlx.quantization import bit_allocation, input_sums, packed_format, rounded_size
+from mis_mlx.quantization import bit_allocation, packed_format, rounded_size
 from mis_mlx.quantization.begun_rounding import BegunRounding
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import Checkpoint, MisError
 
-# Part of the way that a matrix moves to what makes up for all before it: text of calibration is
-# little, and all of the way would fit it too well (benchmarks/scales.py --make-up).
-MADE_UP = 0.5
-LAST = "ffn"  # the axis that the last matrix of a block reads
 # Share of the mean square of a tied head's inputs. Its rows go into the first block, too, where all
 # columns of their error count alike (benchmarks/README.md).
 TIED_RIDGE = 0.1
@@ -63,15 +52,8 @@ TIED_RIDGE = 0.1
 def check(config: Mapping[str, Any], rounding: QuantizationConfig) -> None:
     """Refuse, before hours of work, what cannot be rounded in this way.
 
-    A shape that groups do not divide, a target out of reach, q_make_up without GPTQ.
+    A shape that groups do not divide, a target out of reach.
     """
-    if rounding.q_make_up and not rounding.affine.compensates:
-        other = f"q_method: {rounding.q_method}"
-        if rounding.q_mode != "affine":
-            other = f"q_mode: {rounding.q_mode}"
-        raise MisError(
-            f"q_make_up: true is for GPTQ, but {other} rounds to the nearest: leave out one of them"
-        )
     packed_format.formats_of(config, rounding.q_group_size, mode=rounding.q_mode)
     bit_allocation.check(config, rounding.affine)
 
@@ -119,15 +101,7 @@ def quantize(
         extra[packed_format.SENSITIVITY] = json.dumps(report).encode()
     rounded = None
     if rounding.compensates:
-        rounded = rounded_blocks(
-            checkpoint,
-            batches,
-            plan,
-            hidden(1),
-            hidden(1),
-            makes_up=rounding.q_make_up,
-            begun=begun,
-        )
+        rounded = rounded_blocks(checkpoint, batches, plan, hidden(1), begun)
     return packed_format.write_quantized(
         checkpoint,
         out,
@@ -157,37 +131,28 @@ def rounded_blocks(
     batches: Batches,
     plan: packed_format.Formats,
     hidden: Hidden | None = None,
-    unrounded: Hidden | None = None,
-    *,
-    makes_up: bool = False,
     begun: BegunRounding | None = None,
 ) -> Iterator[packed_format.RoundedBlock]:
     """Per block, in order, {module path: packed matrix}, calibrated on token ids [(B, T)].
 
     Behind the blocks comes the head, where `packed_format.compensated_head` names it. plan: affine
-    formats only. hidden, unrounded: places other than memory for the hidden states of the rounded
-    blocks, and of the blocks as they were. makes_up: as of q_make_up. begun: of blocks that are
-    rounded already. MisError when an input's products overflow.
+    formats only. hidden: a place for the hidden states other than memory. begun: of blocks that
+    are rounded already. MisError when an input's products overflow.
     """
     if begun and begun.blocks:
         cli.say(f"continuing after {begun.blocks} rounded blocks")
     source = stream.Stream(checkpoint, direct=hidden is not None)
     hidden = source.embed(batches, hidden)
-    beside = _Unrounded(source, hidden, unrounded) if makes_up else None
 
     def finished(turn: sweep.BlockTurn) -> packed_format.RoundedBlock:
         # The turn's windows are as the rounded blocks before it make them, which is what the
         # quantized model will have there.
-        other = beside.turn(turn) if beside else None
         known = begun.block(turn.number) if begun else None
-        if known is None:
-            rounded = _rounded_block(turn, other, plan)
-        else:
-            if other:
-                other.go()
-            rounded = known
+        if known is not None:
             _put_back(turn.block, arch.block_prefix(turn.number), known, plan)
-        if begun and known is None:
+            return known
+        rounded = _rounded_block(turn, plan)
+        if begun:
             begun.keep_block(turn.number, rounded)
         return rounded
 
@@ -197,23 +162,6 @@ def rounded_blocks(
         # The block's weights are the rounded ones now, with which the windows go on.
     if head:
         yield _kept_head(source, head, plan[head], hidden=hidden, begun=begun)
-
-
-class _Unrounded:
-    """The windows as the blocks were, beside those that the rounded ones make.
-
-    hidden: before the first block, where both are one. place: for the states, other than memory.
-    """
-
-    def __init__(self, source: stream.Stream, hidden: Hidden, place: Hidden | None):
-        self.source = source.beside()
-        self.hidden: Hidden = [] if place is None else place
-        for states in hidden:
-            self.hidden.append(states)
-
-    def turn(self, rounded: sweep.BlockTurn) -> sweep.BlockTurn:
-        """Their turn at the same block."""
-        return sweep.BlockTurn(self.source, rounded.number, rounded.block, self.hidden)
 
 
 def _put_back(
@@ -228,65 +176,34 @@ def _put_back(
 
 
 def _rounded_block(
-    turn: sweep.BlockTurn, unrounded: sweep.BlockTurn | None, plan: packed_format.Formats
+    turn: sweep.BlockTurn, plan: packed_format.Formats
 ) -> packed_format.RoundedBlock:
-    """{module path: packed matrix} of a block, whose weights become the rounded ones.
-
-    unrounded: the block's turn for the windows as the blocks before it were, which are behind it
-    then; None where nobody makes up for anything.
-    """
+    """{module path: packed matrix} of a block, whose weights become the rounded ones."""
     i = turn.number
     block = turn.block
+    config = turn.source.checkpoint.config
     prefix = arch.block_prefix(i)
     readers = arch.readers(block)
+    tapped = []
+    for axis, (part, names) in readers.items():
+        # A gram costs a product per batch: only matrices that GPTQ rounds need theirs.
+        if any(plan[f"{prefix}{part}.{name}"].bits < rounding.ENOUGH_BITS for name in names):
+            tapped.append(axis)
+    # All grams before the first matrix changes: a rounded matrix would change the later ones'
+    # inputs.
+    where = f"{turn.source.checkpoint.path}: {prefix}"
+    grams = _grams(turn, tapped, where=where)
     rounded: dict[str, rounding.Packed] = {}
-    for axes, sums in _gathered(turn, unrounded, plan):
-        for axis in axes:
-            part, names = readers[axis]
-            linears = {f"{prefix}{part}.{name}": block[part][name] for name in names}
-            # pop: a gram (in, in) goes when its matrices are done
-            rounded |= _rounded_readers(linears, plan, sums.pop(axis, None))
-    for path in sorted(packed_format.wide_projections(turn.source.checkpoint.config)):
+    for axis, (part, names) in readers.items():
+        linears = {f"{prefix}{part}.{name}": block[part][name] for name in names}
+        # pop: a gram (in, in) goes when its matrices are done
+        rounded |= _rounded_readers(linears, plan, grams.pop(axis, None))
+    for path in sorted(packed_format.wide_projections(config)):
         if arch.block_of(path) == i and path not in rounded:
             linear = dict(block.named_modules())[path.removeprefix(prefix)]
             weight = modules.dense_weight(linear)
             rounded[path] = rounding.nearest(weight, plan[path].group, plan[path].bits)
     return rounded
-
-
-def _gathered(
-    turn: sweep.BlockTurn, unrounded: sweep.BlockTurn | None, plan: packed_format.Formats
-) -> Iterator[tuple[list[str], dict[str, input_sums.Sums]]]:
-    """(axes, their sums) of a block, whose matrices are rounded before the next axes come.
-
-    Axes of which GPTQ rounds no matrix need no sums. unrounded: as of `_rounded_block`.
-    """
-    axes = list(arch.readers(turn.block))
-    needed = _compensated_axes(turn, plan)
-    if unrounded is None:
-        yield axes, input_sums.of_inputs(turn, needed)
-        return
-    # Without a norm behind it the last matrix can make up for the others of its block, too.
-    behind_norms = norms_outputs(turn.source.checkpoint.config)
-    last = [axis for axis in axes if axis == LAST and not behind_norms]
-    first = [axis for axis in axes if axis not in last]
-    sums = input_sums.of_unrounded(turn, unrounded, [axis for axis in first if axis in needed])
-    unrounded.go()  # while the block's weights are its own
-    yield first, sums
-    for axis in last:
-        if axis in needed:
-            sums = input_sums.of_stream(turn, unrounded.hidden, axis)
-        yield [axis], sums
-
-
-def _compensated_axes(turn: sweep.BlockTurn, plan: packed_format.Formats) -> list[str]:
-    """The axes of a block of which GPTQ rounds a matrix."""
-    prefix = arch.block_prefix(turn.number)
-    found = []
-    for axis, (part, names) in arch.readers(turn.block).items():
-        if any(plan[f"{prefix}{part}.{name}"].bits < rounding.ENOUGH_BITS for name in names):
-            found.append(axis)
-    return found
 
 
 def _kept_head(
@@ -318,14 +235,13 @@ def _rounded_head(
     size = source.checkpoint.config["hidden_size"]
     gram = np.zeros((size, size), reconstruction.precision(size))
 
-    def work(stack: tuple[int, list[mx.array]]) -> input_sums.Summand:
+    def work(stack: tuple[int, list[mx.array]]) -> mx.array:
         _, windows = stack
         (inputs,) = source.norm([sweep.joined(windows)])
-        inputs = input_sums.rows(inputs)
-        return input_sums.summand(inputs, inputs)
+        return _summand(inputs)
 
     for product in streams.parallel_map(work, sweep.stacks(source, hidden)):
-        input_sums.add(gram, product, where, triangle=True)
+        _add(gram, product, where)
     if shape_of(source.checkpoint.config).tied:
         np.einsum("ii->i", gram)[:] += TIED_RIDGE * np.trace(gram) / size
     factor = gptq.factorize(gram)
@@ -344,22 +260,16 @@ def _rounded_head(
 def _rounded_readers(
     linears: Mapping[str, nn.Module],
     plan: packed_format.Formats,
-    sums: input_sums.Sums | None,
+    gram: np.ndarray | None,
 ) -> dict[str, rounding.Packed]:
     """The matrices that read one axis, by module path: rounded, and put into their layers.
 
-    sums: of the input that they share, overwritten; None for nearest values.
+    gram: (in, in), of the input that they share, overwritten; None for nearest values.
     """
     rounded = {}
     factor = None
-    if sums is not None:
-        factor = gptq.factorize(sums.gram)
-        if sums.missed is not None:
-            step = mx.array(gptq.solved(factor, sums.missed), mx.float32)
-            for linear in linears.values():
-                linear.weight = _moved(linear.weight, step, of_outputs=sums.of_outputs)
-            del step
-        del sums  # the factor has the gram's place
+    if gram is not None:
+        factor = gptq.factorize(gram)
     by_format: dict[packed_format.Format, list[str]] = {}
     for path in linears:
         by_format.setdefault(plan[path], []).append(path)
@@ -382,21 +292,68 @@ def _rounded_readers(
     return rounded
 
 
-def _moved(weight: mx.array, step: mx.array, *, of_outputs: bool) -> mx.array:
-    """A matrix W (out, in), MADE_UP of the way to what makes up for what it lacks.
+def _grams(turn: sweep.BlockTurn, axes: Sequence[str], *, where: str = "") -> dict[str, np.ndarray]:
+    """{axis: sum of a a^T (in, in) over all tokens' inputs a to the matrices that read the axis}.
 
-    step: the least squares of what inputs lack by the inputs (in, in), or, of_outputs, of what
-    outputs lack (out, in). Their ridge is the factor's damping.
+    Of a wide one only the upper triangle is whole, which is what `gptq.factorize` reads. Products
+    of one batch are float32, sums over batches in `reconstruction.precision`. MisError, with
+    `where`, when a product overflows.
     """
-    outputs, inputs = weight.shape
-    size = max(1, rounding.PART // inputs)
-    parts = []
-    for start in range(0, outputs, size):
-        rows = weight[start : start + size].astype(mx.float32)
-        whole = step[start : start + size] if of_outputs else rows @ step
-        parts.append((rows + MADE_UP * whole).astype(weight.dtype))
-        stream.evaluate_now(parts[-1])
-    return sweep.joined(parts)
+    places = {}
+    sums = {}
+    for axis, (part, names) in arch.readers(turn.block).items():
+        if axis not in axes:
+            continue
+        # The matrices that read an axis have one input: the first one's is looked at.
+        places[axis] = (part, names[0])
+        inputs = turn.block[part][names[0]].weight.shape[1]
+        sums[axis] = np.zeros((inputs, inputs), reconstruction.precision(inputs))
+
+    # A sum does not ask which window a token belongs to: all windows of a stack are one product.
+    def look(stack: sweep.Stack) -> dict[str, mx.array]:
+        return {axis: _summand(inputs) for axis, inputs in stack.taken.items()}
+
+    for found in turn.look(look, places):
+        for axis, array in found.items():
+            _add(sums[axis], array, f"{where}{'.'.join(places[axis])}")
+    return sums
+
+
+def _summand(inputs: mx.array) -> mx.array:
+    """What `_add` adds for inputs (..., n): a a^T of all of them; of wide ones they themselves."""
+    inputs = inputs.astype(mx.float32)
+    inputs = inputs.reshape(-1, inputs.shape[-1])
+    if reconstruction.is_wide(inputs.shape[1]):
+        return inputs
+    return inputs.T @ inputs
+
+
+def _add(sums: np.ndarray, seen: mx.array, where: str) -> None:
+    """Add the product of some inputs to the sums (in, in).
+
+    seen: the product; or the inputs (n, in), where the sums are wide. MisError, with `where`, when
+    the product overflows.
+    """
+    slabs: Iterable[tuple[int, mx.array]] = [(0, seen)]
+    if reconstruction.is_wide(len(sums)):
+        slabs = _product_slabs(seen)
+    for start, product in slabs:
+        values = host_losses.view(product)
+        # Checked before it is added: a sum with one infinity is lost. By numpy, in place: MLX takes
+        # as long for that on a CPU as for the product.
+        if not np.isfinite(values).all():
+            raise MisError(f"{where} meets values that are not finite: use plain rounding")
+        sums[start : start + len(values), start:] += values
+
+
+def _product_slabs(inputs: mx.array) -> Iterator[tuple[int, mx.array]]:
+    """(first row, rows of inputs^T inputs from the diagonal on): its upper triangle, in slabs.
+
+    inputs: (n, in) float32.
+    """
+    for start in range(0, inputs.shape[1], gptq.PANEL):
+        rows = inputs[:, start : start + gptq.PANEL]
+        yield start, rows.T @ inputs[:, start:]
 
 
 def quantizing_cost(
@@ -404,8 +361,8 @@ def quantizing_cost(
 ) -> StageCost:
     """Quantize tensor by tensor.
 
-    With `target_bpw`, passes over `windows` come first and say what bits cost. With GPTQ, passes
-    over them go along and make up for errors.
+    With `target_bpw`, passes over `windows` come first and say what bits cost. With GPTQ, a pass
+    over them goes along and makes up for errors.
     """
     config = rounding.affine
     cost = StageCost(
@@ -454,49 +411,34 @@ def _sides(m: ModelSize) -> gptq.Sides:
     ]
 
 
-def _readers(m: ModelSize) -> gptq.Sides:
-    """Those of `_sides` that read the stream."""
-    return _sides(m)[::2]
+def _block_bytes(m: ModelSize, length: int) -> int:
+    """What rounding a block holds besides it: grams, which stay until their matrices are rounded.
 
-
-def _summed(m: ModelSize, *, makes_up: bool) -> list[input_sums.Sides]:
-    """The axes of `_sides` whose sums are gathered together.
-
-    What writes into the stream lacks outputs, other matrices lack inputs; without a norm behind it
-    the last matrix has its own turn.
+    What is added to them are products of one window in every stream, of wide ones a slab in numpy
+    and in MLX; a GPU gets several windows at once.
     """
-    if not makes_up:
-        return [[(inputs, 0) for inputs, _ in _sides(m)]]
-    sides = [(inputs, inputs) for inputs, _ in _readers(m)]
-    sides += _sides(m)[1::2]
-    if norms_outputs(m.config):
-        return [sides]
-    return [sides[:-1], sides[-1:]]
-
-
-def _block_bytes(m: ModelSize, length: int, *, makes_up: bool) -> int:
-    """What rounding a block holds besides it: sums, which stay until their matrices are rounded."""
     sides = _sides(m)
+    tokens = length
+    if m.gpu:
+        tokens *= residency.batches_per_pass(m.config, length, length)
+    products = 0
+    for inputs, _ in sides:
+        if reconstruction.is_wide(inputs):
+            products += 4 * inputs * (2 * gptq.PANEL + tokens)
+        else:
+            products += 4 * inputs**2 * parallel_windows(m)
     weights = max(inputs * outputs for inputs, outputs in sides)
     # the values as the block computes with them, in parts and whole
-    values = 2 * m.item * block_matrix(m)
-    work = max(gptq.work_bytes(sides, fused=m.gpu), gptq.packed_bytes(weights) + values)
+    values = gptq.packed_bytes(weights) + 2 * m.item * block_matrix(m)
+    work = max(gptq.work_bytes(sides, fused=m.gpu), values)
+    grams = [reconstruction.square_bytes(inputs) for inputs, _ in sides]
     ledger = Ledger()
-    replaced = 0
-    for number, together in enumerate(_summed(m, makes_up=makes_up)):
-        sums = input_sums.sums_bytes(together)
-        # of least squares, which are numpy's until MLX has them
-        step = max(4 * inputs * missed for inputs, missed in together)
-        moving = (step + 3 * 4 * min(rounding.PART, weights) + values) * makes_up
-        gathering = input_sums.gathering_bytes(m, together, length)
-        for name, needs in (("gathering", gathering), ("moving", moving), ("rounding", work)):
-            held = sums - step if name == "rounding" else sums
-            ledger.moment(f"{name} {number}", sums=held, replaced=replaced, needs=needs)
-        # Weights that need no conversion stay where they were read while rounded ones take their
-        # place.
-        replaced = m.item * m.largest_block_params if m.as_stored else 0
-        largest = max(input_sums.sums_bytes([side]) for side in together)
-        ledger.moment(f"later ones {number}", sums=sums - largest, replaced=replaced, needs=work)
+    ledger.moment("gathering", grams=sum(grams), products=products)
+    ledger.moment("first matrix", grams=sum(grams), work=work)
+    # Weights that need no conversion stay where they were read while rounded ones take their place.
+    # The widest matrix is the first.
+    replaced = m.item * m.largest_block_params if m.as_stored else 0
+    ledger.moment("later ones", grams=sum(grams) - max(grams), replaced=replaced, work=work)
     return ledger.peak_bytes
 
 
@@ -521,20 +463,10 @@ def _compensated(
         length=length,
         limit_bytes=limit,
         head=False,
-        beside_bytes=_block_bytes(m, length, makes_up=config.q_make_up),
-        states=config.states,
+        beside_bytes=_block_bytes(m, length),
     )
     of_products, of_rounding = gptq.operations(_sides(m))
-    # Each kind of windows goes through twice, the first time for the sums.
-    flops = 2 * one_pass.flops
-    for inputs, missed in itertools.chain(*_summed(m, makes_up=config.q_make_up)):
-        of_products += 2 * inputs * missed
-        by_mlx, by_numpy = gptq.solving_operations(inputs, missed)
-        flops += s.layers * by_mlx
-        of_rounding += by_numpy
-    flops += s.layers * tokens * of_products
-    if config.q_make_up:
-        flops += 2 * s.layers * s.hidden**2 * sum(outputs for _, outputs in _readers(m))
+    flops = 2 * one_pass.flops + s.layers * tokens * of_products
     host_flops = s.layers * of_rounding
     ledger = Ledger()
     ledger.hold("slots", m.slots_bytes)
@@ -563,5 +495,4 @@ def _compensated(
         peak_bytes=max(one_pass.peak_bytes, ledger.peak_bytes),
         flops=flops,
         host_flops=host_flops,  # numpy rounds
-        stays={WINDOWS: one_pass.stays[WINDOWS] // config.states},  # of each kind
     )

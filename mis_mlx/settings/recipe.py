@@ -156,10 +156,6 @@ class QuantizationConfig:
     """round: each weight to its nearest value; gptq: so that outputs on calibration windows change
     least
     """
-    q_make_up: Annotated[bool, FILE_ONLY] = False
-    """with q_method gptq: matrices first move towards what makes up for all that was rounded before
-    them. A trial: of three small models one lost less, at 3 bits, and one answered worse, at 3.5
-    """
     q_iters: Whole | None = None
     """steps in which scales, biases and norms learn from the teacher, and integers stay; default:
     20 in `distill`, if the budget has room for them
@@ -179,7 +175,7 @@ class QuantizationConfig:
     @property
     def blind(self) -> QuantizationConfig:
         """The same without what looks at text before it rounds."""
-        return replace(self, target_bpw=None, q_method="round", q_make_up=False)
+        return replace(self, target_bpw=None, q_method="round")
 
     @property
     def looks(self) -> bool:
@@ -199,11 +195,6 @@ class QuantizationConfig:
     def compensates(self) -> bool:
         """Whether weights make up for the errors of others, on fitted grids."""
         return self.q_method != "round"
-
-    @property
-    def states(self) -> int:
-        """Kinds of states of every window while blocks are rounded: of these, and of unrounded."""
-        return 2 if self.q_make_up else 1
 
     def steps(self, usual: int = 0) -> int:
         """Steps after rounding; `usual` where nobody asked for a number."""

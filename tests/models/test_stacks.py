@@ -18,14 +18,13 @@ import pytest
 from mis_mlx.compute import precision, quick_exp
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.judge import comparison
-from mis_mlx.models.architectures import readers
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import pass_cost, residency, stream
 from mis_mlx.models.passing.sweep import BlockTurn
 from mis_mlx.pruning import reconstruct
 from mis_mlx.pruning.calibrate import calibrate
-from mis_mlx.quantization import bit_allocation, input_sums
+from mis_mlx.quantization import bit_allocation, stage
 from mis_mlx.types import Air, Checkpoint, Precision
 from tests import tiny
 from tests.conftest import mostly_thorough
@@ -155,19 +154,14 @@ def test_gram_matrices(llama: Checkpoint, batches: list[mx.array], under: Any) -
     def work() -> Any:
         source = stream.Stream(llama)
         hidden = source.embed(batches)
-        other = [states * 1.1 for states in hidden]
         _, block = next(source.blocks([0]))
-        own = BlockTurn(source, 0, block, hidden)
-        unrounded = BlockTurn(source.beside(), 0, block, other)
-        gathered = input_sums.of_unrounded(own, unrounded, list(readers.READERS))
-        return {**gathered, "last": input_sums.of_stream(own, other, "ffn")["ffn"]}
+        return stage._grams(BlockTurn(source, source.block_index, block, hidden), ["ffn", "norm1"])
 
     want, many = under("cpu", work)
     found, few = under("metal", work)
-    assert (many, few) == (3 * WINDOWS, 3)
-    for axis, both in want.items():
-        for there, here in zip(found[axis][:2], both[:2], strict=True):
-            near(there, here)
+    assert (many, few) == (WINDOWS, 1)
+    for axis, gram in want.items():
+        near(found[axis], gram)
 
 
 def test_repair(llama: Checkpoint, batches: list[mx.array], tmp_path: Path, under: Any) -> None:
@@ -222,18 +216,15 @@ def test_what_takes_more_than_hidden_states(
     monkeypatch.setattr(quick_exp, "is_quicker", lambda _: False)  # of a CPU alone: other bits
     gemma = in_float32(models(kind))
 
-    def sums() -> list[np.ndarray]:
+    def sums() -> dict[str, np.ndarray]:
         source = stream.Stream(gemma)
         hidden = source.embed(batches[:3])
-        beside = source.beside()
-        other = [states * 1.1 for states in hidden]
         for i, block in source.blocks():
             if i == source.layers - 1:
-                turns = BlockTurn(source, i, block, hidden), BlockTurn(beside, i, block, other)
-                found = input_sums.of_unrounded(*turns, ["ffn", "norm1"])
-                return [array for of in found.values() for array in of[:2] if array is not None]
-            for each, states in ((source, hidden), (beside, other)):
-                BlockTurn(each, i, block, states).go()
+                return stage._grams(
+                    BlockTurn(source, source.block_index, block, hidden), ["ffn", "norm1"]
+                )
+            source.run_block(block, hidden)
         raise AssertionError
 
     def forth() -> list[np.ndarray]:
@@ -243,7 +234,7 @@ def test_what_takes_more_than_hidden_states(
             np.array([*statistics.block.values()]),
             *(of.env_weighted for of in statistics.ffn.values()),
         ]
-        return [*found, *sums()]
+        return [*found, *sums().values()]
 
     want, _ = under("cpu", forth)
     found, _ = under("metal", forth)

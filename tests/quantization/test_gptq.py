@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -21,7 +20,7 @@ from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.passing import stream
 from mis_mlx.models.passing.sweep import BlockTurn
 from mis_mlx.pruning import slicing
-from mis_mlx.quantization import input_sums, packed_format, stage
+from mis_mlx.quantization import packed_format, stage
 from mis_mlx.quantization.begun_rounding import BegunRounding
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.hidden_spool import Spool
@@ -32,12 +31,7 @@ from tests.conftest import mostly_thorough
 
 
 def write(
-    checkpoint: Checkpoint,
-    out: Path,
-    batches: list[mx.array],
-    group: int = 64,
-    *,
-    makes_up: bool = False,
+    checkpoint: Checkpoint, out: Path, batches: list[mx.array], group: int = 64
 ) -> Checkpoint:
     """The model rounded on `batches`, opened."""
     plan = packed_format.formats_of(
@@ -48,24 +42,19 @@ def write(
         out,
         plan=plan,
         files=DISK,
-        rounded=stage.rounded_blocks(checkpoint, batches, plan, makes_up=makes_up),
+        rounded=stage.rounded_blocks(checkpoint, batches, plan),
     )
     return load.open_checkpoint(out)
 
 
 @pytest.mark.parametrize("kind", mostly_thorough([*tiny.KINDS, "phi3"], "llama", "phi3"))
-@pytest.mark.parametrize("makes_up", [False, True])
 def test_every_kind_opens_in_stock_mlx_lm(
-    tmp_path: Path,
-    models: Callable[[str], Checkpoint],
-    batches: list[mx.array],
-    kind: str,
-    makes_up: bool,
+    tmp_path: Path, models: Callable[[str], Checkpoint], batches: list[mx.array], kind: str
 ) -> None:
     """Same config, names, types and sizes as plain rounding; embedding, head and norms the same
     bytes.
     """
-    made = write(models(kind), tmp_path / "gptq", batches, makes_up=makes_up)
+    made = write(models(kind), tmp_path / "gptq", batches)
     packed_format.write_quantized(
         models(kind), tmp_path / "round", packed_format.formats_of(models(kind).config, 64), DISK
     )
@@ -107,77 +96,11 @@ def test_each_block_is_fitted_to_the_stream_of_the_rounded_ones(
         assert i < 2
         rounded.run_block(block, hidden)
     for _, block in source.blocks([2]):
-        turn = BlockTurn(source, source.block_index, block, hidden)
-        gram = input_sums.of_inputs(turn, ["ffn"])["ffn"].gram
+        grams = stage._grams(BlockTurn(source, source.block_index, block, hidden), ["ffn"])
         down = block.mlp.down_proj.weight
-    wanted = gptq.rounded([down], gptq.factorize(gram), 64, 4)[0]
+    wanted = gptq.rounded([down], gptq.factorize(grams["ffn"]), 64, 4)[0]
     for a, b in zip(chosen[2]["model.layers.2.mlp.down_proj"], wanted, strict=True):
         assert (a == b).all()
-
-
-@pytest.mark.usefixtures("cpu_policy")
-def test_a_block_makes_up_for_what_was_rounded_before(
-    tmp_path: Path, llama: Checkpoint, batches: list[mx.array]
-) -> None:
-    """Block 2's last matrix is its own float values, half of the way to what makes up for all that
-    was rounded before it, by the hidden states that the folder written has there.
-    """
-    folder = write(llama, tmp_path / "q4", batches, makes_up=True)
-    rounded = stream.Stream(folder, mx.float32)
-    source = stream.Stream(llama, mx.float32)
-    plan = packed_format.formats_of(llama.config, 64)
-    chosen = list(stage.rounded_blocks(llama, batches, plan, makes_up=True))
-    hidden = source.embed(batches)
-    unrounded = list(hidden)
-    for source_of, states in ((rounded, hidden), (source, unrounded)):
-        for i, block in source_of.blocks([0, 1]):
-            assert i < 2
-            source_of.run_block(block, states)
-    for _, block in source.blocks([2]):
-        BlockTurn(source, 2, block, unrounded).go()
-        down = block.mlp.down_proj.weight
-        stage._put_back(block, "model.layers.2.", chosen[2], plan)
-        block.mlp.down_proj.weight = down
-        turn = BlockTurn(source, 2, block, hidden)
-        found = input_sums.of_stream(turn, unrounded, "ffn")["ffn"]
-    gram, missed, of_outputs = found
-    assert missed is not None
-    damped = gram + gptq.DAMPING * np.trace(gram) / len(gram) * np.eye(len(gram))
-    moved = np.array(down) + stage.MADE_UP * missed @ np.linalg.inv(damped)
-    factor = gptq.factorize(gram)
-    step = mx.array(gptq.solved(factor, missed), mx.float32)
-    wanted = stage._moved(down, step, of_outputs=of_outputs)
-    np.testing.assert_allclose(np.array(wanted), moved, atol=1e-5 * np.abs(moved).max())
-    (packed,) = gptq.rounded([wanted], factor, 64, 4)
-    for a, b in zip(chosen[2]["model.layers.2.mlp.down_proj"], packed, strict=True):
-        assert (a == b).all()
-
-
-def sums(
-    source: stream.Stream, block: nn.Module, hidden: list[mx.array], unrounded: list[mx.array]
-) -> dict[str, input_sums.Sums]:
-    """Those of all axes of a block under way."""
-    turns = []
-    for each, states in ((source, hidden), (source.beside(), unrounded)):
-        turns.append(BlockTurn(each, source.block_index, block, states))
-    return input_sums.of_unrounded(turns[0], turns[1], list(arch.READERS))
-
-
-@pytest.mark.parametrize("panel", [16, 64, 512])
-def test_a_factor_solves_for_its_damped_gram_matrix(
-    panel: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the place of the right side, panel by panel, the last one narrower."""
-    monkeypatch.setattr(gptq, "PANEL", panel)
-    draws = np.random.default_rng(0)
-    inputs = draws.normal(size=(200, 50))
-    gram = inputs.T @ inputs
-    right = draws.normal(size=(7, 50))
-    damped = gram + gptq.DAMPING * np.trace(gram) / 50 * np.eye(50)
-    wanted = right.copy()
-    solved = gptq.solved(gptq.factorize(gram), right)
-    assert solved is right
-    np.testing.assert_allclose(solved @ damped, wanted, atol=1e-9)
 
 
 def narrow_head(checkpoint: Checkpoint) -> packed_format.Formats:
@@ -233,11 +156,9 @@ def test_a_head_in_the_journal_is_not_made_again(
 ) -> None:
     """Nor the blocks: the same numbers without a sum over text."""
     plan = narrow_head(llama)
-    begun = BegunRounding(tmp_path, DISK)
-    whole = list(stage.rounded_blocks(llama, batches, plan, makes_up=True, begun=begun))
+    whole = list(stage.rounded_blocks(llama, batches, plan, begun=BegunRounding(tmp_path, DISK)))
     monkeypatch.delattr(gptq, "rounded")
-    begun = BegunRounding(tmp_path, DISK)
-    again = stage.rounded_blocks(llama, batches, plan, makes_up=True, begun=begun)
+    again = stage.rounded_blocks(llama, batches, plan, begun=BegunRounding(tmp_path, DISK))
     for a, b in zip(whole, again, strict=True):
         assert a.keys() == b.keys()
         for path in a:
@@ -253,51 +174,33 @@ def test_a_head_of_eight_bits_gets_its_nearest_values(llama: Checkpoint) -> None
 
 
 def test_the_gram_matrices(llama: Checkpoint, batches: list[mx.array]) -> None:
-    """Of what goes into the matrices of block 0, and of what that lacks to other states' inputs,
-    against mlx-lm's modules turn by turn; the block stays whole, and all states before it.
+    """Of what goes into the matrices of block 0, against mlx-lm's modules turn by turn; the block
+    stays whole.
     """
     source = stream.Stream(llama, mx.float32)
     hidden = source.embed(batches)
-    other = [
-        states + 0.1 * mx.random.normal(states.shape, key=mx.random.key(1)) for states in hidden
-    ]
-    before = [np.array(states) for states in (*hidden, *other)]
     for _, block in source.blocks([0]):
         linear = block.mlp.down_proj
-        found = sums(source, block, hidden, other)
+        grams = stage._grams(
+            BlockTurn(source, source.block_index, block, hidden), list(arch.READERS)
+        )
         assert block.mlp.down_proj is linear
-        assert found.keys() == set(arch.READERS)
-        grams = {axis: np.zeros_like(of.gram) for axis, of in found.items()}
-        missed = {axis: np.zeros_like(of.missed) for axis, of in found.items()}
-
-        def inputs(h: mx.array, block: nn.Module = block) -> dict[str, np.ndarray]:
+        seen = {axis: np.zeros_like(g) for axis, g in grams.items()}
+        for h in hidden:
             first = block.input_layernorm(h)
             middle = h + block.self_attn(first, load.mask(source.args, block, h))
             second = block.post_attention_layernorm(middle)
             mlp = block.mlp
             inner = mx.sigmoid(mlp.gate_proj(second)) * mlp.gate_proj(second) * mlp.up_proj(second)
-            seen = {"norm1": first, "norm2": second, "ffn": inner, "stream": h}
-            return {axis: np.array(a, np.float64)[0] for axis, a in seen.items()}
-
-        for h, there in zip(hidden, other, strict=True):
-            theirs = inputs(there)
-            own = inputs(h)
-            stream_lacks = theirs.pop("stream") - own.pop("stream")
-            for axis, a in own.items():
-                lacks = theirs[axis] - a
-                if axis == "ffn":  # it writes into the stream
-                    lacks = lacks @ np.array(linear.weight, np.float64).T + stream_lacks
-                grams[axis] += a.T @ a
-                missed[axis] += lacks.T @ a
+            for axis, a in (("norm1", first), ("norm2", second), ("ffn", inner)):
+                flat = np.array(a, np.float64)[0]
+                seen[axis] += flat.T @ flat
     for axis in ("norm1", "norm2", "ffn"):
-        for there, wanted in ((found[axis].gram, grams[axis]), (found[axis].missed, missed[axis])):
-            # float32 products
-            np.testing.assert_allclose(there, wanted, atol=1e-5 * np.abs(wanted).max())
-            assert there.dtype == np.float64
-    assert found["heads"].gram.shape == found["heads"].missed.shape == (64, 64)
-    assert {axis for axis, of in found.items() if of.of_outputs} == {"heads", "ffn"}
-    assert np.linalg.eigvalsh(found["heads"].gram).min() > -1e-6
-    assert all((a == b).all() for a, b in zip(before, (*hidden, *other), strict=True))
+        scale = np.abs(seen[axis]).max()
+        np.testing.assert_allclose(grams[axis], seen[axis], atol=1e-5 * scale)  # float32 products
+        assert grams[axis].dtype == np.float64
+    assert grams["heads"].shape == (64, 64)
+    assert np.linalg.eigvalsh(grams["heads"]).min() > -1e-6
 
 
 @pytest.mark.usefixtures("cpu_policy")
@@ -309,19 +212,13 @@ def test_wide_sums_are_made_in_slabs(
     """
     source = stream.Stream(llama, mx.float32)
     hidden = source.embed(batches)
-    other = [
-        states + 0.1 * mx.random.normal(states.shape, key=mx.random.key(1)) for states in hidden
-    ]
     for _, block in source.blocks([0]):
-        whole, missed, *_ = sums(source, block, hidden, other)["ffn"]
+        whole = stage._grams(BlockTurn(source, source.block_index, block, hidden), ["ffn"])["ffn"]
         monkeypatch.setattr(reconstruction, "WIDE", 500)
         monkeypatch.setattr(gptq, "PANEL", 100)
-        wide, missed_there, *_ = sums(source, block, hidden, other)["ffn"]
+        wide = stage._grams(BlockTurn(source, source.block_index, block, hidden), ["ffn"])["ffn"]
         down = block.mlp.down_proj.weight
-    assert missed is not None
-    assert missed_there is not None
-    assert wide.dtype == missed_there.dtype == np.float32
-    np.testing.assert_allclose(missed_there, missed, atol=1e-5 * np.abs(missed).max())
+    assert wide.dtype == np.float32
     upper = np.triu(whole)
     np.testing.assert_allclose(np.triu(wide), upper, atol=1e-5 * np.abs(whole).max())
     errors = []
@@ -385,10 +282,8 @@ def test_hidden_states_on_disk_change_nothing(
 ) -> None:
     """One window in memory, the other spooled: the same bits."""
     plan = narrow_head(llama)
-    places = [Spool(tmp_path, 1, DISK) for _ in range(2)]
-    spooled = stage.rounded_blocks(llama, batches, plan, *places, makes_up=True)
-    whole = stage.rounded_blocks(llama, batches, plan, makes_up=True)
-    for a, b in zip(whole, spooled, strict=True):
+    spooled = stage.rounded_blocks(llama, batches, plan, Spool(tmp_path, 1, DISK))
+    for a, b in zip(stage.rounded_blocks(llama, batches, plan), spooled, strict=True):
         for path in a:
             assert all((x == y).all() for x, y in zip(a[path], b[path], strict=True))
 

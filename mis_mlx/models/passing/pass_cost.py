@@ -91,17 +91,17 @@ def forward_flops(m: ModelSize, tokens: int, length: int, head: bool = True) -> 
     return 2.0 * tokens * params
 
 
-def side_bytes(m: ModelSize, tokens: int, states: int = 1) -> int:
+def side_bytes(m: ModelSize, tokens: int) -> int:
     """What a pass over so many tokens keeps for later blocks besides hidden states.
 
     Per-layer channels of every block for each token that occurs, all of them at the most; keys and
-    values that several blocks use, of so many kinds of states.
+    values that several blocks use.
     """
     owners = {owner for owner in key_owners(m.config) if owner is not None}
     shared = sum(2 * m.shape.kv_heads * head_size(m.config, i) for i in owners)
     ends = shape.weight_count(arch.end_tensors(m.config))
     numbers = m.side_numbers(tokens)
-    return m.item * (numbers + states * tokens * shared + ends)
+    return m.item * (numbers + tokens * shared + ends)
 
 
 def filling_bytes(m: ModelSize, tokens: int) -> int:
@@ -192,11 +192,11 @@ def once_bytes(m: ModelSize) -> int:
     return m.head_bytes + m.shape.layers * m.block_bytes
 
 
-def hold_stream(ledger: Ledger, m: ModelSize, tokens: int, states: int = 1) -> None:
+def hold_stream(ledger: Ledger, m: ModelSize, tokens: int) -> None:
     """Write down what a stream holds in any pass over so many tokens, besides block and states."""
     ledger.hold("slots", m.slots_bytes)
     ledger.hold("norms and masks", SMALL_BYTES)
-    ledger.hold("what blocks share", side_bytes(m, tokens, states))
+    ledger.hold("what blocks share", side_bytes(m, tokens))
 
 
 def streamed_pass(
@@ -210,13 +210,12 @@ def streamed_pass(
     head: bool = True,
     spool: bool = True,
     beside_bytes: int = 0,
-    states: int = 1,
 ) -> StageCost:
     """One pass from disk over `tokens`, block by block, as `stream.Stream` does.
 
     Every block sees all micro-batches; default: of one window. head: with logits at the end. spool:
     hidden states that find no room are written and read once a block. beside_bytes: held by
-    others. states: kinds of states of every window that go along (quantization/input_sums).
+    others.
     """
     s = m.shape
     micro_tokens = micro_tokens or length
@@ -224,16 +223,15 @@ def streamed_pass(
     body = m.body_bytes(workspace) + m.in_flight(workspace)
     ledger = Ledger(limit_bytes, m.gpu)
     ledger.hold("of others", beside_bytes)
-    hold_stream(ledger, m, tokens, states)
+    hold_stream(ledger, m, tokens)
     ledger.moment("a block", body=body)
     if head:
         ledger.moment("the head", head=m.head_work, logits=_logit_bytes(m, micro_tokens))
-    hidden = states * tokens * m.hidden_bytes
+    hidden = tokens * m.hidden_bytes
     batch_bytes = micro_tokens * m.hidden_bytes
     scratch = 0
     if spool:
-        windows = states * tokens // micro_tokens
-        scratch = hidden - batch_bytes * ledger.fill(WINDOWS, batch_bytes, windows)
+        scratch = hidden - batch_bytes * ledger.fill(WINDOWS, batch_bytes, tokens // micro_tokens)
     else:
         ledger.hold(WINDOWS, hidden)
     moved = scratch * (s.layers + 1)
@@ -245,7 +243,7 @@ def streamed_pass(
         read_bytes=int(s.layers * m.block_bytes * reads) + (m.head_bytes if head else 0) + moved,
         written_bytes=moved,
         peak_bytes=max(ledger.peak_bytes, beside_bytes + filling_bytes(m, tokens)),
-        flops=states * forward_flops(m, tokens, length, head=head),
+        flops=forward_flops(m, tokens, length, head=head),
         scratch_bytes=scratch,
         stays=ledger.filled,
     )

@@ -5,7 +5,6 @@ many batches there are. A block is freed after its use, unless there is room for
 as fit stay in memory and are read once.
 """
 
-import copy
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -223,15 +222,6 @@ class Stream:
             evaluate_now(entered)
             hidden.append(entered)
         return hidden
-
-    def beside(self) -> "Stream":
-        """A stream of the same blocks for other states of the same windows.
-
-        Keys and values that blocks share are its own; whatever was read serves both.
-        """
-        other = copy.copy(self)
-        other.sides = side_inputs.of_config(self.checkpoint.config, self.sides.per_layer)
-        return other
 
     def _reads_entrance(self) -> Callable[[], nn.Module] | None:
         """Reads what stands before the first block; None where nothing does."""

@@ -129,23 +129,6 @@ class BlockTurn:
         with _recorded(self.block, places) as recorders:
             yield from streams.parallel_map(work, stacks(self.source, self._windows()))
 
-    def look_beside(
-        self, other: "BlockTurn", look: Callable[[Stack, Stack], Any], places: Places
-    ) -> Iterator[Any]:
-        """What `look` makes of every stack and that of the same windows before `other`, evaluated.
-
-        other: the same block's turn. All windows stay before the block.
-        """
-
-        def work(own: tuple[int, list[mx.array]]) -> Any:
-            first, windows = own
-            theirs = [other.hidden[first + k] for k in range(len(windows))]
-            stack = self._stack(first, windows, recorders)
-            return look(stack, other._stack(first, theirs, recorders))
-
-        with _recorded(self.block, places) as recorders:
-            yield from streams.parallel_map(work, stacks(self.source, self._windows()))
-
     def through(
         self,
         look: Look | None = None,
