@@ -1,4 +1,5 @@
-"""Numbers that others know, of a teacher and its student: IFEval, BLiMP, our own grammar.
+"""Numbers that others know, of a teacher and its student: IFEval, BLiMP; and our own grammar and
+tools.
 
     scripts/mis benchmarks/known_numbers.py --run runs/NAME --ifeval FILE --blimp FILE
     scripts/mis benchmarks/known_numbers.py --run runs/NAME --ifeval FILE --ifeval-step 8
@@ -10,7 +11,9 @@ are for measuring only and no part of this repository (docs/evaluation.md says w
 from). --models and --measures name a part of both. IFEval is strict and loose, at the level of
 prompts and of instructions; answers are greedy, of 512 tokens at most. Beside them stand
 `grammar-en`, and what the student's own judge says: bits per byte of the teacher's answers above
-the teacher, and how many answers repeat themselves. Packed weights are judged as float32.
+the teacher, and how many answers repeat themselves. For a model whose template knows tools,
+`--measures tool-calls tool-rounds` asks --tool-prompts of each (docs/evaluation.md says which).
+Packed weights are judged as float32.
 
 All 541 prompts take about half an hour of one core for one model, all 6,699 pairs about 10 minutes.
 A step of 8 asks every eighth. Answers are kept, so the same command goes on after a stop, and a
@@ -21,7 +24,7 @@ every figure; with --name, known_numbers-<name>.json.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +35,14 @@ from laboratory import packed, resumed, start, write
 from mis_mlx import cli
 from mis_mlx.hardware import memory
 from mis_mlx.judge import answers, repetition
-from mis_mlx.judge.tasks import answering, instructions, questions, task_answers, task_registry
+from mis_mlx.judge.tasks import (
+    answering,
+    instructions,
+    questions,
+    task_answers,
+    task_registry,
+    tool_tasks,
+)
 from mis_mlx.judge.tasks.questions import Task
 from mis_mlx.maths import stats
 from mis_mlx.models.opening import compute_type, load, resolve
@@ -49,6 +59,7 @@ MODELS: dict[str, str | None] = {
     PACKED: None,
 }
 MEASURES = ("grammar-en", "blimp", "ifeval", "answers")
+TOOLS = (tool_tasks.CALLS, tool_tasks.ROUNDS)
 CARD = 29.9  # IFEval of SmolLM2-135M-Instruct by its model card, percent
 GRAMMAR = "grammar-en"
 ALL_QUESTIONS = 100_000
@@ -75,7 +86,9 @@ class Settings:
     models: tuple[str, ...] = tuple(MODELS)
     """which, of those in MODELS"""
     measures: tuple[str, ...] = MEASURES
-    """which, of those in MEASURES"""
+    """which, of those in MEASURES and TOOLS"""
+    tool_prompts: Count = 400
+    """of each of TOOLS; of rounds, as many conversations as these make, or all"""
 
 
 def opened(name: str, s: Settings, place: Path) -> tuple[Checkpoint, float]:
@@ -98,9 +111,9 @@ def opened(name: str, s: Settings, place: Path) -> tuple[Checkpoint, float]:
     return compute_type.open_to_compute(place / "wide"), rounded.nbytes / 1e6
 
 
-def percent(marks: Sequence[float]) -> dict[str, float]:
-    """{"mean", "low", "high"} of marks, in percent, 95 % over questions."""
-    mean, low, high = stats.interval(100 * np.array(marks))
+def percent(marks: Sequence[float] | np.ndarray) -> dict[str, float]:
+    """{"mean", "low", "high"} of marks, in percent, 95 % over questions; few say from 0 to 100."""
+    mean, low, high = np.clip(stats.interval(100 * np.asarray(marks)), 0, 100)
     return {"mean": round(mean, 2), "low": round(low, 2), "high": round(high, 2)}
 
 
@@ -143,6 +156,14 @@ def followed(model: Checkpoint, task: Task, step: int) -> dict[str, Any]:
     }
 
 
+def called(model: Checkpoint, task: Task) -> dict[str, Any]:
+    """How often a model calls the right tools, rightly, in percent; of rounds, until it fails."""
+    sha256 = answering.sha256(model)
+    marks = answering.scores(model, sha256, task, memory.budget(None))
+    shares = tool_tasks.shares(task, answering.calls(sha256, task))
+    return {"questions": len(task.questions), **percent(marks), "shares": shares}
+
+
 def judged(model: Checkpoint, s: Settings) -> dict[str, Any]:
     """The model's answers to our held-out prompts beside the teacher's; {} without a template."""
     teacher = compute_type.open_to_compute(resolve.resolve_model(s.teacher).path)
@@ -169,7 +190,8 @@ def measuring(s: Settings) -> dict[str, Callable[[Checkpoint], dict[str, Any]]]:
     for name, file in files.items():
         if name in s.measures and file is None:
             raise MisError(f"--{name} is not given: name its file, or leave it out of --measures")
-    wanted = [str(files.get(name) or name) for name in s.measures if name != "answers"]
+    own = ("answers", *TOOLS)
+    wanted = [str(files.get(name) or name) for name in s.measures if name not in own]
     asked = task_registry.find(wanted, ALL_QUESTIONS).tasks if wanted else ()
     by_name = {Path(file).stem: name for name, file in files.items() if file}
     task_of = {by_name.get(task.name, task.name): task for task in asked}
@@ -179,9 +201,18 @@ def measuring(s: Settings) -> dict[str, Callable[[Checkpoint], dict[str, Any]]]:
         measure = followed if task_of[name].kind == "instructions" else chosen
         return lambda model: measure(model, task_of[name], steps[name])
 
+    def of_tools(name: str) -> Callable[[Checkpoint], dict[str, Any]]:
+        (task,) = tool_tasks.tasks([name], s.tool_prompts)
+        return lambda model: called(model, task)
+
     measures: dict[str, Callable[[Checkpoint], dict[str, Any]]] = {}
     for name in s.measures:
-        measures[name] = of_task(name) if name in task_of else lambda model: judged(model, s)
+        if name in TOOLS:
+            measures[name] = of_tools(name)
+        elif name in task_of:
+            measures[name] = of_task(name)
+        else:
+            measures[name] = lambda model: judged(model, s)
     return measures
 
 
@@ -189,21 +220,30 @@ def check_names(s: Settings) -> None:
     """MisError where a model or a measure is unknown."""
     for flag, given, known in (
         ("models", s.models, tuple(MODELS)),
-        ("measures", s.measures, MEASURES),
+        ("measures", s.measures, (*MEASURES, *TOOLS)),
     ):
         unknown = [name for name in given if name not in known]
         if unknown:
             raise MisError(f"--{flag} names {unknown[0]!r}: known are {', '.join(known)}")
 
 
-def command(s: Settings) -> str:
-    """The command, without this machine's paths."""
-    words = "scripts/mis benchmarks/known_numbers.py --run runs/NAME --ifeval FILE --blimp FILE"
+def command(s: Settings, rows: Mapping[str, Any]) -> str:
+    """What makes all of these rows' figures, without this machine's paths."""
+    measures = [name for name in (*MEASURES, *TOOLS) if any(name in row for row in rows.values())]
+    words = "scripts/mis benchmarks/known_numbers.py --run runs/NAME"
     if s.name:
         words += f" --teacher FOLDER --name {s.name}"
-    for flag, step in (("ifeval", s.ifeval_step), ("blimp", s.blimp_step)):
+    steps = {"ifeval": s.ifeval_step, "blimp": s.blimp_step}
+    for name in steps:
+        if name in measures:
+            words += f" --{name} FILE"
+    for name, step in steps.items():
         if step > 1:
-            words += f" --{flag}-step {step}"
+            words += f" --{name}-step {step}"
+    if measures != list(MEASURES):
+        words += f" --measures {' '.join(measures)}"
+    if set(TOOLS) & set(measures):
+        words += f" --tool-prompts {s.tool_prompts}"
     return words
 
 
@@ -230,7 +270,7 @@ def main(s: Settings) -> None:
                 row = rows.setdefault(name, {"mb": round(megabytes, 1)})
                 row[measure] = measures[measure](model)
                 cli.say(f"{name}, {measure}: {row[measure]}")
-                write(result, command(s), {"given": given, **card, "rows": rows})
+                write(result, command(s, rows), {"given": given, **card, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -235,13 +235,16 @@ KNOWN_HEAD = [
     "loose",
     "BLiMP, %",
     "`grammar-en`, %",
+    "right calls of tools, %",
+    "readable, %",
+    "right until the first failure, % of 10 rounds",
     "answers",
     "loops, %",
 ]
 
 
 def known_numbers(found: Found) -> str:
-    """A line a model: IFEval, BLiMP, our grammar, and what our own judge of answers says.
+    """A line a model: IFEval, BLiMP, our grammar and tools, and what our judge of answers says.
 
     A measure that no model has leaves its column out.
     """
@@ -252,7 +255,13 @@ def known_numbers(found: Found) -> str:
     lines = [[line[at] for at in shown] for line in cells]
     teacher = rows["teacher"]
     asked = []
-    for measure, label in (("ifeval", "prompts of IFEval"), ("blimp", "pairs of BLiMP")):
+    labels = {
+        "ifeval": "prompts of IFEval",
+        "blimp": "pairs of BLiMP",
+        "tool-calls": "prompts with tools",
+        "tool-rounds": "rounds of calls",
+    }
+    for measure, label in labels.items():
         if measure in teacher:
             asked.append(f"{teacher[measure]['questions']} {label}")
     sizes = ", ".join(asked)
@@ -270,7 +279,11 @@ def known_cells(name: str, row: Found) -> list[str]:
     line = [name, f"{row['mb']:.1f}", with_interval(ifeval)]
     for key in ("prompt_strict", "inst_strict", "mean_loose"):
         line.append(f"{ifeval[key]:.1f}" if ifeval else "–")
-    line += [with_interval(row.get(measure, {})) for measure in ("blimp", "grammar-en")]
+    shares = ("blimp", "grammar-en", "tool-calls")
+    line += [with_interval(row.get(measure, {})) for measure in shares]
+    calls = row.get("tool-calls", {})
+    line.append(f"{100 * calls['shares']['valid JSON']:.1f}" if calls else "–")
+    line.append(with_interval(row.get("tool-rounds", {})))
     judgement = row.get("answers", {})
     for key, digits in (("answers_excess", 3), ("loops", 1)):
         line.append(f"{judgement[key]:.{digits}f}" if key in judgement else "–")

@@ -16,6 +16,7 @@ from mis_mlx.judge.tasks import instructions, questions
 from mis_mlx.models.opening import compute_type
 from mis_mlx.models.writing import mlx_generate
 from mis_mlx.types import Checkpoint
+from tests import tiny
 from tests.test_docs import program
 
 ROOT = Path(__file__).parents[2]
@@ -89,7 +90,7 @@ def test_pairs_are_marked_as_stock_mlx_lm_marks_them(
     figure = stored["rows"]["teacher"]["blimp"]
     assert figure["questions"] == 3
     assert figure["mean"] == pytest.approx(100 * sum(right) / 3, abs=0.01)
-    assert stored["command"].endswith("--ifeval FILE --blimp FILE --blimp-step 2")
+    assert stored["command"].endswith("--blimp FILE --blimp-step 2 --measures blimp")
     assert str(lab.root) not in lab.stored.read_text("utf-8")
     before = lab.stored.stat().st_mtime_ns
     lab.program.main(settings)
@@ -124,6 +125,25 @@ def test_instructions_are_counted_and_shown(lab: SimpleNamespace, llama: Checkpo
     page = lab.render.table(lab.root, "here/known-numbers")
     assert f"| teacher | {llama.nbytes / 1e6:.1f} | {figure['mean']:.1f} (" in page
     assert "3 prompts of IFEval; answers to IFEval have at most 8 tokens" in page
+
+
+def test_calls_of_tools_are_counted_and_shown(lab: SimpleNamespace) -> None:
+    """A model that babbles calls nothing: right where no tool is wanted, and in no round."""
+    folder = tiny.calling(lab.root / "calling")
+    lab.program.main(
+        lab.program.Settings(
+            teacher=str(folder), models=("teacher",), measures=lab.program.TOOLS, tool_prompts=20
+        )
+    )
+
+    row = json.loads(lab.stored.read_text("utf-8"))["rows"]["teacher"]
+    calls, rounds = row["tool-calls"], row["tool-rounds"]
+    assert (calls["questions"], rounds["questions"]) == (20, 20)
+    assert calls["mean"] == pytest.approx(20)
+    assert rounds["mean"] == 0
+    page = lab.render.table(lab.root, "here/known-numbers")
+    assert "20 prompts with tools, 20 rounds of calls" in page
+    assert f"| {100 * calls['shares']['valid JSON']:.1f} | 0.0 (0.0–100.0) |" in page
 
 
 def kept_texts(cache: Path) -> list[str]:
