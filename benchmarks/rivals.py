@@ -47,8 +47,8 @@ from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import compute_type
 from mis_mlx.types import Checkpoint, Count
 
-TARGETS = (4.5, 3.5)  # bits per weight of ours: those of mlx_lm.convert at 4 and at 3 bits
-CONVERTED = (4, 3, 5, 6)
+TARGETS = (4.5, 3.5, 2.5)  # bits per weight of ours: those of mlx_lm.convert at 4, 3 and 2 bits
+CONVERTED = (4, 3, 2, 5, 6)
 # Bits per weight, and the two formats that mlx_lm.dynamic_quant mixes.
 DYNAMIC = ((4.5, 3, 5), (3.5, 2, 4))
 LLAMA_CPP = ("Q4_K_M", "Q3_K_M", "IQ3_M", "IQ2_M")
