@@ -480,9 +480,17 @@ def learning_scales(found: Found) -> str:
     return "\n".join([words.markdown_table(head, lines), "", where(found, sizes)])
 
 
-def rivals(found: Found) -> str:
-    """A line a row, by size: what it loses on answers and on text, and what making it takes."""
-    rows = sorted(found["rows"].items(), key=lambda item: float(item[1]["mb"]))
+def rivals(found: Found, *others: Found) -> str:
+    """A line a row, by size: what it loses on answers and on text, and what making it takes.
+
+    others: of other seeds.
+    """
+    every = dict(found["rows"])
+    for other in others:
+        for label, row in other["rows"].items():
+            if "seconds" in row:
+                every[f"{label}, seed {other['given']['seed']}"] = row
+    rows = sorted(every.items(), key=lambda item: float(item[1]["mb"]))
     head = ["", "bits per weight", "MB", "answers", "KL", "same top token", "EAR", "loops, %"]
     head += ["CPU minutes", "peak, GiB"]
     figures = ("answers_excess", "kl", "top1", "ear")
@@ -498,7 +506,8 @@ def rivals(found: Found) -> str:
         lines.append(cells)
     given = found["given"]
     sizes = f"{given['prompts']} prompts, {given['eval_tokens']:,} tokens of text, half of it "
-    sizes += f"Polish, {given['windows']} windows of calibration, one seed"
+    sizes += f"Polish, {given['windows']} windows of calibration, "
+    sizes += "seed 0 where none is named" if others else "one seed"
     return "\n".join([words.markdown_table(head, lines), "", where(found, sizes)])
 
 
@@ -621,7 +630,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "lose-briefly": (lose_briefly, ("lose.json",)),
     "planned": (planned_phases, ("planned.json",)),
     "rivals-qwen-coder-0.5b": (rivals, ("rivals-qwen-coder-0.5b.json",)),
-    "rivals-smollm2": (rivals, ("rivals-smollm2.json",)),
+    "rivals-smollm2": (rivals, tuple(f"rivals-smollm2{seed}.json" for seed in ("", "-1", "-2"))),
     "scales": (learning_scales, ("scales.json",)),
     "few-bits": (few_bits, ("bits-SmolLM2-135M-Instruct.json",)),
     "few-bits-by-seed": (
@@ -635,6 +644,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "few-bits-gemma": (few_bits, ("bits-gemma-3-270m.json",)),
     "few-bits-student": (few_bits, ("bits-half-vocab-student.json",)),
     "known-numbers": (known_numbers, ("known_numbers.json",)),
+    "known-numbers-qwen-coder-0.5b": (known_numbers, ("known_numbers-qwen-coder-0.5b.json",)),
     "models-default": (models_default, ("models.json",)),
     "models-budgets": (models_budgets, ("models.json",)),
     "gemma-models": (gemma_models, ("gemma_models.json",)),
