@@ -68,7 +68,12 @@ def asking(
         own = slice(distributed.rank(), None, distributed.size())
         completions = writer.completions(prompts[own], task.max_tokens, ends)
         decoded = _texts(tokenizer, left[own], completions, ends)
-        judged_at_once = JUDGED_AT_ONCE if plan.headroom_bytes is None else JUDGED_IF_STREAMED
+        if task.kind in tool_tasks.KINDS:
+            judged_at_once = 1  # by this process
+        elif plan.headroom_bytes is None:
+            judged_at_once = JUDGED_AT_ONCE
+        else:
+            judged_at_once = JUDGED_IF_STREAMED
         written = _judged_parts(task, decoded, judged_at_once, tokenizer)
         # Every round ends with a gathering, which a machine that had stopped would block for ever.
         # So all machines make rounds until the last one has nothing more.

@@ -231,6 +231,26 @@ def test_a_teacher_that_is_seldom_right_is_compared_with_itself(calling: Checkpo
     assert single.json()["models"]["student"]["calls"]["right tool"] == 0.2
 
 
+def test_an_answer_is_kept_as_it_ends(
+    calling: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop at the third answer of a batch costs neither of the others."""
+    read = tool_calls.read
+    read_so_far = list[str]()
+
+    def until_the_third(text: str, tokenizer: Any, tools: Any) -> Any:
+        read_so_far.append(text)
+        if len(read_so_far) == 3:
+            raise KeyboardInterrupt
+        return read(text, tokenizer, tools)
+
+    monkeypatch.setattr(tool_calls, "read", until_the_third)
+    (task,) = [replace(task, max_tokens=4) for task in tool_tasks.tasks([tool_tasks.CALLS], 5)]
+    with pytest.raises(KeyboardInterrupt):
+        answering.scores(calling, "0" * 64, task, memory.budget(None))
+    assert len(answering.unanswered("0" * 64, task)[1]) == 2
+
+
 def test_tools_names_both_tasks() -> None:
     """As one word of --tasks, or one by one."""
     both = task_registry.find(["tools"], 20).tasks
