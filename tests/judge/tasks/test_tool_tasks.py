@@ -231,9 +231,7 @@ def test_a_teacher_that_is_seldom_right_is_compared_with_itself(calling: Checkpo
     assert single.json()["models"]["student"]["calls"]["right tool"] == 0.2
 
 
-def test_an_answer_is_kept_as_it_ends(
-    calling: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_answer_is_kept_as_it_ends(calling: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stop at the third answer of a batch costs neither of the others."""
     read = tool_calls.read
     read_so_far = list[str]()
