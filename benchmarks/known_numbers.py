@@ -51,11 +51,12 @@ from mis_mlx.types import Checkpoint, Count, MisError
 
 RESULT = "known_numbers"
 PACKED = "teacher, MLX's 4 bits"
+ROUNDED = "4-bit"
 # Columns of the run; None: the teacher, whole or as mlx_lm.convert packs it.
 MODELS: dict[str, str | None] = {
     "teacher": None,
     "distilled": "distilled",
-    "4-bit": "model",
+    ROUNDED: "model",
     PACKED: None,
 }
 MEASURES = ("grammar-en", "blimp", "ifeval", "answers")
@@ -75,6 +76,8 @@ class Settings:
     """default: SmolLM2-135M-Instruct"""
     name: str | None = None
     """what to call another teacher in the results"""
+    label: str = ROUNDED
+    """what to call the row of the run's rounded student, where several runs have one"""
     ifeval: str | None = None
     """file of IFEval's prompts, .jsonl"""
     blimp: str | None = None
@@ -233,6 +236,8 @@ def command(s: Settings, rows: Mapping[str, Any]) -> str:
     words = "scripts/mis benchmarks/known_numbers.py --run runs/NAME"
     if s.name:
         words += f" --teacher FOLDER --name {s.name}"
+    if s.label in rows and s.label != ROUNDED:
+        words += " --label LABEL"
     steps = {"ifeval": s.ifeval_step, "blimp": s.blimp_step}
     for name in steps:
         if name in measures:
@@ -261,15 +266,16 @@ def main(s: Settings) -> None:
     card = {} if s.name else {"card": CARD}
     rows: dict[str, Any] = resumed(result, given, ["rows"]).get("rows", {})
     for name in s.models:
-        missing = [measure for measure in s.measures if measure not in rows.get(name, {})]
+        label = s.label if name == ROUNDED else name
+        missing = [measure for measure in s.measures if measure not in rows.get(label, {})]
         if not missing:
             continue
         with tempfile.TemporaryDirectory() as temp:
             model, megabytes = opened(name, s, Path(temp))
             for measure in missing:
-                row = rows.setdefault(name, {"mb": round(megabytes, 1)})
+                row = rows.setdefault(label, {"mb": round(megabytes, 1)})
                 row[measure] = measures[measure](model)
-                cli.say(f"{name}, {measure}: {row[measure]}")
+                cli.say(f"{label}, {measure}: {row[measure]}")
                 write(result, command(s, rows), {"given": given, **card, "rows": rows})
 
 

@@ -92,29 +92,17 @@ def test_a_config_is_enough(
 @pytest.mark.parametrize(
     ("changes", "mode", "named"),
     [
-        pytest.param(
+        (
             {"budget": "108MiB", "targets": "live"},
             "resident",
             "streamed from disk at every step, ",
-            marks=pytest.mark.slow,
         ),
-        pytest.param(
-            {"train": "sharded"},
-            "sharded",
-            "student blocks trainable at a time for ",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            {"budget": "108MiB"},
-            "resident",
-            "the teacher is replaced by its stored logits",
-            marks=pytest.mark.thorough,
-        ),
-        pytest.param(
+        ({"train": "sharded"}, "sharded", "student blocks trainable at a time for "),
+        ({"budget": "108MiB"}, "resident", "the teacher is replaced by its stored logits"),
+        (
             {"num_samples": 32768, "budget": "108MiB", "quantize": 0},
             "resident",
             "of hidden states on disk",
-            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -49,7 +49,7 @@ from mis_mlx.types import Budget, Checkpoint, MisError, gib
 
 RATE_OF_WEIGHTS = 5.35e-4  # learning rate, as a part of their root mean square
 TAUGHT = "distil", SCALES  # phases in which a student learns from its teacher
-WITH_TEXT = "prune", "vocabulary", writers.TEACHER, writers.STUDENT, "measure"
+WITH_TEXT = "vocabulary", writers.TEACHER, writers.STUDENT, "measure"
 
 
 def measuring_cost(job: DistillationSpec, most_bytes: int, limit: int) -> StageCost:
@@ -370,12 +370,14 @@ def best_plan(job: DistillationSpec, budget_bytes: int, rates: Rates) -> MemoryP
 
 
 def least_bytes(job: DistillationSpec, rates: Rates) -> int:
-    """The smallest budget in which some strategy for the job fits."""
+    """The smallest budget in which some strategy for the job fits.
+
+    One window and one block at a time: more only takes more.
+    """
+    ways = [w for w in candidate_strategies(job) if w["micro"] == 1 and w["shard"] <= 1]
     least = 0
     while True:
-        need = min(
-            plan_strategy(job, least, rates, **way).peak_bytes for way in candidate_strategies(job)
-        )
+        need = min(plan_strategy(job, least, rates, **way).peak_bytes for way in ways)
         if need <= least:
             return least
         least = need

@@ -235,13 +235,13 @@ def _add(
 
 
 def calibration_cost(
-    t: ModelSize, windows: int, length: int, limit: int, *, rotation: bool
+    t: ModelSize, windows: int, length: int, limit: int, *, rotation: bool, beside_bytes: int = 0
 ) -> StageCost:
     """The passes that say what to keep: one, and two more for a rotation.
 
     rotation: the hidden size is cut along directions. That takes D x D sums and their eigenvectors,
     in float64. Hidden states stay in memory as far as they fit besides these, for the same place
-    serves all passes.
+    serves all passes. beside_bytes: held by others.
     """
     square = t.shape.hidden**2
     sums = 5 * 8 * square if rotation else 0
@@ -252,7 +252,7 @@ def calibration_cost(
         length=length,
         limit_bytes=limit,
         head=False,
-        beside_bytes=sums,
+        beside_bytes=sums + beside_bytes,
     )
     if not rotation:
         return one_pass

@@ -463,17 +463,22 @@ def pruning_cost(
 ) -> StageCost:
     """Choose the tokens, calibrate on windows, if any, then copy tensor by tensor.
 
-    shown: the teacher with all of its tokens, where some go.
+    All with the text's tokenizer in memory. shown: the teacher with all of its tokens, where some
+    go.
     """
+    text_bytes = (shown or t).text_bytes
     stages = [StageCost("")]  # nothing is ranked
     if windows:
-        stages = [calibrate.calibration_cost(t, windows, length, limit, rotation=rotation)]
+        calibration = calibrate.calibration_cost(
+            t, windows, length, limit, rotation=rotation, beside_bytes=text_bytes
+        )
+        stages = [calibration]
     if shown:
-        stages.append(vocabulary.vocabulary_cost(shown, length))
+        stages.append(vocabulary.vocabulary_cost(shown, length).beside(text_bytes))
     copying = StageCost(
         "copy",
         read_bytes=t.nbytes,
         written_bytes=student_bytes,
-        peak_bytes=slicing.copying_bytes(t, rotation=rotation),
+        peak_bytes=slicing.copying_bytes(t, rotation=rotation) + text_bytes,
     )
     return in_turn("prune", *stages, copying)

@@ -114,7 +114,8 @@ def search_cost(
     judging = -(-4 * s.eval_windows // 3)
     rank = []
     if {axis for axis, _ in probes} - {"vocab"}:
-        seen = calibration_cost(t, s.num_samples, length, limit, rotation="hidden" in s.axes)
+        beside_text = max(0, limit - t.text_bytes)
+        seen = calibration_cost(t, s.num_samples, length, beside_text, rotation="hidden" in s.axes)
         rank.append(replace(seen, name="calibrate"))
     if s.mixed:
         rank.append(sensing_cost(t, length, limit))
