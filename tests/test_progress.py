@@ -58,6 +58,22 @@ def test_time_left_by_pencil() -> None:
             assert display.line().startswith("distil 11/60  about 4.1 min left  0.3/s  ")
 
 
+def test_a_run_may_have_the_name_of_its_first_phase() -> None:
+    """As `quantize` has: the second phase counts once, and by its own beginning."""
+    clock = Clock()
+    display = Display({"quantize": 10.0, "distil scales": 40.0}, clock)
+    with display.level("quantize"):
+        with display.level("quantize"):
+            assert display.left() == (10.0, 50.0)
+            clock.now_s += 20
+        display.took["quantize"] = 20.0
+        assert display.left() == (None, 80.0)
+        with display.level("distil scales"):
+            clock.now_s += 5
+            assert display.left() == (75.0, 75.0)
+            assert display.line().startswith("distil scales 6 %  about 75.0 s left  5.0 s so far")
+
+
 def test_a_line_has_at_most_one_count() -> None:
     """The loop that is all of its phase is counted; no loop inside of one is, however long it
     takes.

@@ -138,8 +138,12 @@ class Display:
         return None, later or None  # it takes longer than planned
 
     def _phase(self) -> Level | None:
-        """The planned phase that is under way, if there is one."""
-        planned = (level for level in self.levels if level.label in self.planned)
+        """The planned phase that is under way, if there is one.
+
+        The run itself, where it has the name of a phase that is not over.
+        """
+        under_way = self.planned.keys() - self.took.keys()
+        planned = (level for level in reversed(self.levels) if level.label in under_way)
         return next((level for level in planned if not level.total), None)
 
     def _outermost_loop(self) -> Level | None:
