@@ -1,5 +1,8 @@
 """llama.cpp itself, where llama-cpp-python is installed, opens what `export` writes and computes
 what MLX computes.
+
+Built for one Xeon with AMX and float16 vectors (GGML_NATIVE), llama.cpp computed no Gemma 3n:
+float16 gave NaN, 4 bits no likeness. Built with GGML_NATIVE=OFF on the same machine it does.
 """
 
 from __future__ import annotations
