@@ -159,12 +159,24 @@ def followed(model: Checkpoint, task: Task, step: int) -> dict[str, Any]:
     }
 
 
-def called(model: Checkpoint, task: Task) -> dict[str, Any]:
-    """How often a model calls the right tools, rightly, in percent; of rounds, until it fails."""
-    sha256 = answering.sha256(model)
-    marks = answering.scores(model, sha256, task, memory.budget(None))
-    shares = tool_tasks.shares(task, answering.calls(sha256, task))
-    return {"questions": len(task.questions), **percent(marks), "shares": shares}
+def called(model: Checkpoint, name: str, prompts: int) -> dict[str, Any]:
+    """How often a model calls the right tools, rightly, in percent; of rounds, until it fails.
+
+    Of the first `prompts`; answers to more of them, or to fewer, are kept together.
+    """
+    (task,) = tool_tasks.tasks([name], ALL_QUESTIONS)
+    (first,) = tool_tasks.tasks([name], prompts)
+    numbers = range(len(first.questions))
+    records = answering.asked(
+        model, answering.sha256(model), task, limit=memory.budget(None), numbers=numbers
+    )
+    calls = [records[number]["calls"] for number in numbers]
+    marks = tool_tasks.marks(first, calls)
+    return {
+        "questions": len(numbers),
+        **percent(marks),
+        "shares": tool_tasks.shares(first, calls),
+    }
 
 
 def judged(model: Checkpoint, s: Settings) -> dict[str, Any]:
@@ -205,8 +217,7 @@ def measuring(s: Settings) -> dict[str, Callable[[Checkpoint], dict[str, Any]]]:
         return lambda model: measure(model, task_of[name], steps[name])
 
     def of_tools(name: str) -> Callable[[Checkpoint], dict[str, Any]]:
-        (task,) = tool_tasks.tasks([name], s.tool_prompts)
-        return lambda model: called(model, task)
+        return lambda model: called(model, name, s.tool_prompts)
 
     measures: dict[str, Callable[[Checkpoint], dict[str, Any]]] = {}
     for name in s.measures:
