@@ -176,7 +176,8 @@ def curves(source: str) -> bytes:
             axis.grid(axis="y", alpha=0.25)
         panels[0].set_ylabel("loss on the model's own answers,\nbits per byte (less is better)")
         named = [name for name in LINES if name in lines]
-        panels[-1].legend([lines[name] for name in named], named, frameon=False, fontsize=8)
+        handles = [lines[name] for name in named]
+        figure.legend(handles, named, frameon=False, fontsize=8, loc="outside right center")
         svg = io.StringIO()
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     return svg.getvalue().encode()
