@@ -159,24 +159,29 @@ def followed(model: Checkpoint, task: Task, step: int) -> dict[str, Any]:
     }
 
 
-def called(model: Checkpoint, name: str, prompts: int) -> dict[str, Any]:
+def called(model: Checkpoint, s: Settings, name: str) -> dict[str, Any]:
     """How often a model calls the right tools, rightly, in percent; of rounds, until it fails.
 
-    Of the first `prompts`; answers to more of them, or to fewer, are kept together.
+    Of the first prompts; answers to more of them, or to fewer, are kept together. "above_teacher":
+    the difference from the teacher on the same prompts, in points.
     """
     (task,) = tool_tasks.tasks([name], ALL_QUESTIONS)
-    (first,) = tool_tasks.tasks([name], prompts)
+    (first,) = tool_tasks.tasks([name], s.tool_prompts)
     numbers = range(len(first.questions))
-    records = answering.asked(
-        model, answering.sha256(model), task, limit=memory.budget(None), numbers=numbers
-    )
-    calls = [records[number]["calls"] for number in numbers]
+
+    def calls_of(asked: Checkpoint) -> list[tool_tasks.Calls]:
+        sha256 = answering.sha256(asked)
+        records = answering.asked(asked, sha256, task, limit=memory.budget(None), numbers=numbers)
+        return [records[number]["calls"] for number in numbers]
+
+    calls = calls_of(model)
     marks = tool_tasks.marks(first, calls)
-    return {
-        "questions": len(numbers),
-        **percent(marks),
-        "shares": tool_tasks.shares(first, calls),
-    }
+    figure: dict[str, Any] = {"questions": len(numbers), **percent(marks)}
+    teacher = compute_type.open_to_compute(resolve.resolve_model(s.teacher).path)
+    if model.path != teacher.path:
+        above = 100 * (marks - tool_tasks.marks(first, calls_of(teacher)))
+        figure["above_teacher"] = [round(value, 2) for value in stats.interval(above)]
+    return {**figure, "shares": tool_tasks.shares(first, calls)}
 
 
 def judged(model: Checkpoint, s: Settings) -> dict[str, Any]:
@@ -217,7 +222,7 @@ def measuring(s: Settings) -> dict[str, Callable[[Checkpoint], dict[str, Any]]]:
         return lambda model: measure(model, task_of[name], steps[name])
 
     def of_tools(name: str) -> Callable[[Checkpoint], dict[str, Any]]:
-        return lambda model: called(model, name, s.tool_prompts)
+        return lambda model: called(model, s, name)
 
     measures: dict[str, Callable[[Checkpoint], dict[str, Any]]] = {}
     for name in s.measures:

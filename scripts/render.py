@@ -236,6 +236,7 @@ KNOWN_HEAD = [
     "BLiMP, %",
     "`grammar-en`, %",
     "right calls of tools, %",
+    "points above the teacher's",
     "readable, %",
     "right until the first failure, % of 10 rounds",
     "answers",
@@ -282,6 +283,7 @@ def known_cells(name: str, row: Found) -> list[str]:
     shares = ("blimp", "grammar-en", "tool-calls")
     line += [with_interval(row.get(measure, {})) for measure in shares]
     calls = row.get("tool-calls", {})
+    line.append(points(calls.get("above_teacher")))
     line.append(f"{100 * calls['shares']['valid JSON']:.1f}" if calls else "–")
     line.append(with_interval(row.get("tool-rounds", {})))
     judgement = row.get("answers", {})
@@ -295,6 +297,14 @@ def with_interval(figure: Found) -> str:
     if not figure:
         return "–"
     return f"{figure['mean']:.1f} ({figure['low']:.1f}–{figure['high']:.1f})"
+
+
+def points(difference: list[float] | None) -> str:
+    """A mean difference with its 95 % interval; a dash where there is none."""
+    if difference is None:
+        return "–"
+    mean, low, high = difference
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})".replace("-", "−")
 
 
 def hours(value: float | None) -> str:

@@ -154,15 +154,26 @@ def test_instructions_are_counted_and_shown(lab: SimpleNamespace, llama: Checkpo
 
 
 def test_calls_of_tools_are_counted_and_shown(lab: SimpleNamespace) -> None:
-    """A model that babbles calls nothing: right where no tool is wanted, and in no round."""
+    """A model that babbles calls nothing: right where no tool is wanted, and in no round.
+
+    A student that is its teacher is neither above nor below it.
+    """
     folder = tiny.calling(lab.root / "calling")
+    (lab.root / "model").symlink_to(folder)
     lab.program.main(
         lab.program.Settings(
-            teacher=str(folder), models=("teacher",), measures=lab.program.TOOLS, tool_prompts=20
+            run=str(lab.root),
+            teacher=str(folder),
+            models=("teacher", "4-bit"),
+            measures=lab.program.TOOLS,
+            tool_prompts=20,
         )
     )
 
-    row = json.loads(lab.stored.read_text("utf-8"))["rows"]["teacher"]
+    rows = json.loads(lab.stored.read_text("utf-8"))["rows"]
+    row = rows["teacher"]
+    assert "above_teacher" not in row["tool-calls"]
+    assert rows["4-bit"]["tool-calls"]["above_teacher"] == [0, 0, 0]
     calls, rounds = row["tool-calls"], row["tool-rounds"]
     assert (calls["questions"], rounds["questions"]) == (20, 20)
     assert calls["mean"] == pytest.approx(20)
