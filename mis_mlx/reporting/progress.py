@@ -140,10 +140,9 @@ class Display:
     def _phase(self) -> Level | None:
         """The planned phase that is under way, if there is one.
 
-        The run itself, where it has the name of a phase that is not over.
+        The innermost: a run may have the name of one of its phases.
         """
-        under_way = self.planned.keys() - self.took.keys()
-        planned = (level for level in reversed(self.levels) if level.label in under_way)
+        planned = (level for level in reversed(self.levels) if level.label in self.planned)
         return next((level for level in planned if not level.total), None)
 
     def _outermost_loop(self) -> Level | None:
