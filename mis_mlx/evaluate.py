@@ -17,12 +17,12 @@ from mis_mlx.judge import answers, comparison, recovery_table
 from mis_mlx.judge.comparison import Models, comparison_cost
 from mis_mlx.judge.prompts import Prompt
 from mis_mlx.judge.recovery_table import Outcome
-from mis_mlx.judge.tasks import answering, examination, harness, task_registry
+from mis_mlx.judge.tasks import answering, examination, task_registry
 from mis_mlx.judge.tasks.examination import Hashes
 from mis_mlx.judge.tasks.task_registry import EvaluationSet
 from mis_mlx.models.opening import load, resolve
-from mis_mlx.models.opening.model_size import ModelSize, model_of
-from mis_mlx.models.passing import distributed, pass_cost, stream
+from mis_mlx.models.opening.model_size import model_of
+from mis_mlx.models.passing import distributed, stream
 from mis_mlx.planner import estimates, machines
 from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting import figures, html, progress, text
@@ -68,8 +68,8 @@ class Settings(cli.Budgeted, precision.Computing):
     of every window
     """
     tasks: tuple[str, ...] = ()
-    """answers, tools, builtin, polish-offline, dialects, polish, english, one of their tasks,
-    lm_eval/ID, your own folders or .jsonl files; without --tasks: held-out text
+    """answers, tools, builtin, polish-offline, dialects, one of their tasks, your own folders or
+    .jsonl files; without --tasks: held-out text
     """
     num_questions: Annotated[int, Within(2, MOST)] = 100
     """questions per task, and prompts for `answers`"""
@@ -77,7 +77,7 @@ class Settings(cli.Budgeted, precision.Computing):
         bool, Off("ask questions with options as plain text, also of chat models")
     ] = True
     """ask questions with options through the chat template of a model that has one, with each
-    option as the reply; lm-eval's own tasks are plain text for all
+    option as the reply
     """
     out: str | None = None
     """folder for recovery.md, .json, .svg and .html, and answers.jsonl; default: print the table
@@ -259,14 +259,11 @@ def _plan(
     limit: Budget,
     prompts: list[Prompt],
 ) -> dict[str, Any]:
-    """Peak and time of all that is still to be asked, without lm-eval's tasks; said aloud.
+    """Peak and time of all that is still to be asked; said aloud.
 
     MisError where something does not fit.
     """
     shapes = [model_of(model) for model in models.values()]
-    if wanted.harness:
-        for shape, model in zip(shapes, models.values(), strict=True):
-            _need_whole(shape, model, limit)
     asked = list[StageCost | None]()
     for name, model in models.items():
         for task in wanted.tasks:
@@ -293,16 +290,6 @@ def _plan(
     return {"peak_bytes": peak, "seconds": seconds}
 
 
-def _need_whole(m: ModelSize, model: Checkpoint, limit: Budget) -> None:
-    """MisError where the budget does not hold a whole model that reads 2,048 tokens at once."""
-    arrays = pass_cost.whole_bytes(m) + pass_cost.workspace_bytes(m, 2048, 2048)
-    limit.need(
-        ledger.needed_bytes(limit.limit_bytes, arrays),
-        f"lm-eval's tasks need {model.path} whole in memory, which",
-        "give a larger --budget",
-    )
-
-
 def _wanted(s: Settings) -> EvaluationSet:
     """What --tasks asks for, through chat templates or as plain text."""
     wanted = task_registry.find(s.tasks, s.num_questions, s.data)
@@ -322,8 +309,6 @@ def _examine(
     """The tasks: judge the rows, plan, ask all models, print and write the recovery table."""
     began = time.monotonic()
     wanted = _wanted(s)
-    if wanted.harness:
-        harness.check_harness(wanted.harness)
     for task in wanted.tasks:
         cli.say(f"{task.name}: {len(task.questions)} questions; {task.about}")
     distributed.check_same({task.name: task.sha256 for task in wanted.tasks})
@@ -333,7 +318,7 @@ def _examine(
         counts = {task.name: len(task.questions) for task in wanted.tasks}
         if prompts:
             counts[task_registry.ANSWERS] = len(prompts)
-        return {"questions": counts, "lm_eval": list(wanted.harness), **plan}
+        return {"questions": counts, **plan}
     if s.out and distributed.is_main():
         DISK.make_folder(Path(s.out))
     answered = _answered(prompts, models, hashes, limit)
@@ -344,7 +329,6 @@ def _examine(
             hashes,
             limit,
             layers=s.spread == "layers",
-            num_questions=s.num_questions,
         )
     )
     tables = ""

@@ -1,7 +1,7 @@
 """One model, one task: the mark of every question. Answers are kept, so nothing is asked twice.
 
 Options are chosen by log-likelihood (judge/tasks/option_likelihood), and texts are written
-(judge/tasks/task_answers). lm-eval's own tasks are in judge/tasks/harness.
+(judge/tasks/task_answers).
 """
 
 import hashlib

@@ -1,14 +1,12 @@
 """All models are asked all tasks: the outcomes that the recovery table is made of."""
 
-import importlib.metadata
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 
 from mis_mlx.judge.comparison import Models
 from mis_mlx.judge.recovery_table import Outcome
-from mis_mlx.judge.tasks import answering, harness, instructions, questions, tool_tasks
+from mis_mlx.judge.tasks import answering, instructions, questions, tool_tasks
 from mis_mlx.judge.tasks.task_registry import EvaluationSet
 from mis_mlx.types import Budget
 
@@ -22,12 +20,10 @@ def outcomes(
     limit: Budget,
     *,
     layers: bool,
-    num_questions: int,
 ) -> Iterator[Outcome]:
-    """Our tasks, then lm-eval's; each model is asked all of ours before the next model.
+    """Each model is asked all tasks before the next model.
 
-    layers: as in `answering.scores`. num_questions: of each of lm-eval's tasks. Every machine must
-    call this.
+    layers: as in `answering.scores`. Every machine must call this.
     """
     marks_of = {}
     # Model by model, not task by task: a tokenizer is opened once for all tasks.
@@ -53,8 +49,6 @@ def outcomes(
             levels=levels,
             ways=_ways(models, task),
         )
-    if wanted.harness:
-        yield from _harness_outcomes(wanted, models, hashes, num_questions)
 
 
 def _levels(hashes: Hashes, task: questions.Task) -> dict[str, instructions.Levels] | None:
@@ -101,21 +95,3 @@ def _ways(models: Models, task: questions.Task) -> dict[str, str] | None:
         if way:
             ways[name] = way
     return ways or None
-
-
-def _harness_outcomes(
-    wanted: EvaluationSet, models: Models, hashes: Hashes, num_questions: int
-) -> Iterator[Outcome]:
-    """lm-eval's tasks, by its own harness."""
-    by_model = list[list[dict[str, Any]]]()
-    for name, model in models.items():
-        rows = harness.by_harness(model, hashes[name], wanted.harness, num_questions)
-        by_model.append(rows)
-    version = importlib.metadata.version("lm_eval")
-    for of_task in zip(*by_model, strict=True):
-        first = of_task[0]
-        marks = {}
-        for name, row in zip(models, of_task, strict=True):
-            marks[name] = np.array(row["marks"])
-        about = f"lm-eval {version}, {first['metric']}"
-        yield Outcome(first["task"], about, marks, chance=np.array(first["chance"]))

@@ -18,7 +18,6 @@ from mis_mlx.types import MisError
 
 TEXT = "text"
 CONTINUE = "continue"
-HARNESS = "lm_eval/"
 ANSWERS = "answers"  # to held-out prompts (judge/answers)
 TOOLS_PRESET = "tools"
 TOOLS = [tool_tasks.CALLS, tool_tasks.ROUNDS]
@@ -35,12 +34,11 @@ PRESETS: dict[str, list[str]] = polish.ABOUT["presets"]
 class EvaluationSet(NamedTuple):
     """Everything that --tasks asks for.
 
-    tasks: ours. harness: ids of lm-eval's. text: whether held-out text is measured. known: the
-    training text, which tasks may overlap. answers: whether the models answer held-out prompts.
+    text: whether held-out text is measured. known: the training text, which tasks may overlap.
+    answers: whether the models answer held-out prompts.
     """
 
     tasks: tuple[questions.Task, ...]
-    harness: tuple[str, ...]
     text: bool
     known: questions.Known
     answers: bool = False
@@ -60,8 +58,7 @@ def find(
     parts = list[str]()
     for name in names:
         parts += PRESETS.get(name, TOOLS if name == TOOLS_PRESET else [name])
-    harness = [name.removeprefix(HARNESS) for name in parts if name.startswith(HARNESS)]
-    ours = [name for name in parts if name not in (TEXT, ANSWERS) and not name.startswith(HARNESS)]
+    ours = [name for name in parts if name not in (TEXT, ANSWERS)]
     of_tools = [name for name in ours if name in TOOLS]
     ours = [name for name in ours if name not in TOOLS]
     known = questions.Known(questions.training_words(data) if ours else [])
@@ -78,7 +75,6 @@ def find(
             )
     return EvaluationSet(
         tasks=tuple(tasks),
-        harness=tuple(harness),
         text=TEXT in parts,
         known=known,
         answers=ANSWERS in parts,

@@ -45,7 +45,6 @@ def test_builtin_needs_no_network() -> None:
     ]
     assert names == [*chosen, "maths-written"]
     assert found.text
-    assert not found.harness
     assert all(len(task.questions) == 10 for task in found.tasks)
     assert found.tasks[-1].kind == "checked"
     assert "Answer: number" in found.tasks[-1].questions[0].context
