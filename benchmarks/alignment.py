@@ -5,7 +5,7 @@ likelihood of pairs.
     scripts/mis benchmarks/alignment.py dpo     # about 8: DPO-Positive, then plain DPO, both from
     the student of `sft`
 
-Data: the generated tasks, held-out ones of other problems (task_files.py). Runs are left under
+Data: the generated tasks, held-out ones of other problems (mis_mlx/data/tasks). Runs are left under
 runs/alignment/. Writes benchmarks/results/<machine>/alignment-sft.json and alignment-dpo.json.
 """
 

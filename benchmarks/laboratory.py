@@ -151,53 +151,6 @@ def bits_per_byte(table: str) -> dict[str, list[float]]:
     return bits
 
 
-def picture(name: str, draw: Callable[[Any], None]) -> None:
-    """Put benchmarks/results/<machine>/<name>.svg and .png in place; `draw` gets matplotlib's
-    axes.
-    """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        cli.say(
-            f"no picture of {name}: pip install matplotlib, then the same command again, which "
-            f"measures nothing"
-        )
-        return
-
-    settings: Any = {
-        "svg.hashsalt": "mis",
-        "font.size": 11,
-        "axes.grid": True,
-        "grid.color": "#dddddd",
-    }
-    settings |= {
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "figure.constrained_layout.use": True,
-    }
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(7.5, 5.4))
-        draw(figure.subplots())
-        for kind in ("svg", "png"):
-            metadata: Any = {"Date": None} if kind == "svg" else {"Software": None}
-            figure.savefig(RESULTS / f"{name}.{kind}", dpi=120, metadata=metadata)
-
-
-def logarithmic(axes: Any, across: str, up: str) -> None:
-    """Both axes logarithmic with plain numbers on them (powers of 2 across), the legend under the
-    picture.
-    """
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.set_minor_formatter(lambda *_: "")
-    axes.set_xlabel(across)
-    axes.set_ylabel(up)
-    axes.figure.legend(loc="outside lower center", ncols=2, fontsize=8.5)
-
-
 def stored(name: str) -> dict[str, Any]:
     """What `write` put there; {} when there is nothing."""
     path = RESULTS / f"{name}.json"

@@ -86,7 +86,7 @@ def main(s: Settings) -> None:
     for seed in SEEDS:
         with TemporaryDirectory() as temp:
             pruned = bench.pruned(
-                Arm("", cut=cut(**shape, importance="rms")), seed, Path(temp) / "pruned"
+                Arm(cut=cut(**shape, importance="rms")), seed, Path(temp) / "pruned"
             )
             keep = model_writer.read_keep(pruned.path)
             assert keep is not None

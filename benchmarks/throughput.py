@@ -17,8 +17,7 @@ is smaller.
 
 A part that is there, of the same weights and sizes, is not measured again (delete the file for
 that). Writes benchmarks/results/<machine>/throughput.json after each part, with what was to be
-shown and whether it holds, and a picture of decode speed against the bytes of a token, under this
-machine's roof and an M1's, the latter computed.
+shown and whether it holds.
 """
 
 from __future__ import annotations
@@ -44,7 +43,6 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import bench, cli
 from mis_mlx.compute import precision
-from mis_mlx.hardware.rates import M1_AIR
 from mis_mlx.judge.speed import rounds
 from mis_mlx.judge.speed.rounds import BenchmarkModel, Request
 from mis_mlx.maths.stats import bounds, interval
@@ -390,31 +388,6 @@ def reasons(found: dict[str, Any]) -> list[str]:
     return said
 
 
-def draw(found: dict[str, Any], axes: Any) -> None:
-    """Decode speed against the bytes a token moves, both logarithmic: a bandwidth is a straight
-    line.
-    """
-    points = []
-    for kind in ("dense", "4-bit"):
-        for name, measured in found[kind]["measured"]["models"].items():
-            if "moved_mb" in measured:
-                label = f"{name}, {found[kind]['models'][name]['format']}"
-                points.append((measured["moved_mb"], measured["decode_tps"], label))
-    here = found["dense"]["measured"]["roof"]["memory_bytes_per_s"]
-    m1 = M1_AIR.memory_bytes_per_s
-    ends = [min(p[0] for p in points) / 1.5, max(p[0] for p in points) * 1.5]
-    for label, rate, style in (
-        (f"memory here, measured: {here / 1e9:.0f} GB/s", here, "-"),
-        (f"an M1's, computed, not run: {m1 / 1e9:.0f} GB/s", m1, "--"),
-    ):
-        axes.plot(ends, [rate / 1e6 / mb for mb in ends], style, color="#555555", label=label)
-    for (mb, tps, label), color in zip(points, COLORS, strict=False):
-        text = f"{label}: {tps['mean']:.1f} tokens/s"
-        axes.errorbar([mb], [tps["mean"]], [tps["sd"]], fmt="o", color=color, label=text)
-    laboratory.logarithmic(axes, "MB read from memory for one token", "decode, tokens/s")
-    axes.set_title("Decode speed under the roof")
-
-
 def main(s: Settings) -> None:
     """The parts that are asked for and not there yet; stored after each."""
     big = resolve.resolve_model(s.teacher).path
@@ -453,8 +426,6 @@ def main(s: Settings) -> None:
     laboratory.say_goals(verdict(found))
     for line in reasons(found):
         cli.say(line)
-    if {"dense", "4-bit"} <= found.keys():
-        laboratory.picture(s.name, lambda axes: draw(found, axes))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,7 @@ evaluated after every part of every block. Best: operations over the matrix rate
 weights over bandwidth, whichever is longer. Warm-up: a prompt of that length, of 512 tokens at
 most. A length that is there, of the same weights, is not measured again, however many trials it had
 (delete the file for that): long ones can have fewer. Writes benchmarks/results/<machine>/ttft.json
-(ttft-4bit.json) after every length, with whether the student is the quicker one at each, and a
-picture.
+(ttft-4bit.json) after every length, with whether the student is the quicker one at each.
 """
 
 from __future__ import annotations
@@ -40,7 +39,6 @@ from mis_mlx.models.opening import compute_type, resolve
 from mis_mlx.types import Checkpoint
 
 WARM_UP = 512
-COLORS = {"teacher": "#1f77b4", "student": "#d62728"}
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,6 @@ def main(s: Settings) -> None:
                 + ", ".join(f"{n} {rows[length][n]['cold_ms']['median']:.0f} ms" for n in subjects)
             )
     laboratory.say_goals(verdict(rows))
-    laboratory.picture(name, lambda axes: draw([rows[n] for n in sorted(rows)], kind, axes))
 
 
 def verdict(rows: dict[int, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -164,31 +161,6 @@ def verdict(rows: dict[int, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     at = min(leads, key=lambda n: leads[n])
     label = f"the student's first token is earlier at every length, cold; least so at {at} tokens"
     return {label: laboratory.goal(leads[at], "{:.2f}x", "more than 1x", leads[at] > 1)}
-
-
-def draw(rows: list[dict[str, Any]], kind: str, axes: Any) -> None:
-    """TTFT against length, both logarithmic, with what this machine could do at best."""
-    lengths = [row["prompt_tokens"] for row in rows]
-    for name, color in COLORS.items():
-        for key, label, style in (
-            ("cold_ms", "cold", "o-"),
-            ("cached_ms", "prompt in the cache", "s--"),
-        ):
-            means = [row[name][key]["mean"] for row in rows]
-            spread = [row[name][key]["sd"] for row in rows]
-            axes.errorbar(
-                lengths,
-                means,
-                spread,
-                fmt=style,
-                color=color,
-                label=f"{name}, {label}",
-                markersize=4,
-            )
-        best = [row[name]["best_ms"] for row in rows]
-        axes.plot(lengths, best, ":", color=color, label=f"{name}, cold, at best here")
-    laboratory.logarithmic(axes, "tokens in the prompt", "time to first token, ms")
-    axes.set_title(f"Time to first token, {kind}, on a {laboratory.machine()['computes_on']}")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,7 @@
 
 Each picture holds twelve digits of the SHA-256 of what it shows. --check compares them, and only
 those that are old are drawn; delete a picture to have it drawn anyway. Nothing is measured here.
-report.png needs a browser, Chromium or Chrome, on PATH (scripts/install-chromium). The pictures of
-docs/studio.md are scripts/studio_pictures.py's.
+report.png needs a browser, Chromium or Chrome, on PATH (scripts/install-chromium).
 """
 
 from __future__ import annotations

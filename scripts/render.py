@@ -22,9 +22,8 @@ from typing import Any
 
 from mis_mlx import cli
 from mis_mlx.judge import repetition
-from mis_mlx.judge.speed import rounds
 from mis_mlx.reporting import text as words
-from mis_mlx.types import MisError, Row, duration, gib
+from mis_mlx.types import MisError, duration, gib
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
@@ -39,17 +38,6 @@ BLOCK = re.compile(
     r"^<!-- table: (\S+) -->\n(.*?)(?:^<!-- end -->|(?=^<!-- table: )|\Z)", re.MULTILINE | re.DOTALL
 )
 END = "<!-- end -->"
-SHOWN = (
-    "weights_mb",
-    "load_s",
-    "ttft_ms",
-    "ttft_best_ms",
-    "ttft_cached_ms",
-    "prefill_tps",
-    "tpot_ms",
-    "decode_tps",
-)
-SHOWN += ("moved_mb", "decode_best_tps", "reached", "m1_best_tps", "peak_mb", "joules")
 
 Found = Mapping[str, Any]  # a results file
 
@@ -77,96 +65,6 @@ def where(found: Found, sizes: str) -> str:
     )
     on += f"mlx-lm {found['mlx-lm']}, commit {found['git']}"
     return f"`{found['command']}` on {on}; {sizes}."
-
-
-def goals(verdict: Mapping[str, Found]) -> list[str]:
-    """What was to be shown, and whether it is."""
-    return [
-        f"- {what}: {one['shown']} (aim: {one['aim']}{'' if one['holds'] else ', **not reached**'})"
-        for what, one in verdict.items()
-    ]
-
-
-def throughput(found: Found) -> str:
-    """Both formats side by side, as `bench` arranges them; what was to be shown; where a token
-    goes.
-    """
-    names = list[str]()
-    rows = list[Row]()
-    for part in ("dense", "4-bit"):
-        if part in found:
-            fixed = found[part]["models"]
-            # Older files have a model with a draft beside it, whose column would be mostly empty:
-            # the page says it.
-            measured = {n: m for n, m in found[part]["measured"]["models"].items() if "bound" in m}
-            label = {n: f"{n}, {fixed[n]['format']}" for n in measured}
-            names += label.values()
-            rows += [
-                Row(
-                    model=label[r.model],
-                    metric=r.metric,
-                    value=r.value,
-                    low=r.low,
-                    high=r.high,
-                    n=r.n,
-                )
-                for r in rounds.rows(fixed, measured)
-            ]
-    given = found["given"]
-    sizes = f"prompts of {given['prompt_tokens']} tokens, {given['generation_tokens']} generated, "
-    sizes += (
-        f"{given['num_trials']} trials ({given['four_bit_trials']} in 4 bits) in turn, ± one "
-        f"standard deviation"
-    )
-    shown = {name: how for name, how in words.TABLES["bench"].items() if name in SHOWN}
-    lines = [words.table(rows, names, shown), "", where(found, sizes), ""]
-    if found["student"]:
-        lines += [f"The student: {found['student']}.", ""]
-    lines += goals(found["verdict"])
-    lines += [f"- One token by part, {line}" for line in found["reasons"]]
-    parts = ("dense", "4-bit", "agreement", "profile")
-    return "\n".join(lines + restless({part: found[part] for part in parts if part in found}))
-
-
-def restless(parts: Mapping[str, Found]) -> list[str]:
-    """What was measured on a busy or hot machine, and why that is known."""
-    hot = [f"- {part}: {why}" for part, found in parts.items() for why in found["hot"]]
-    return ["", "Not measured at rest:", "", *hot] if hot else []
-
-
-def ttft(found: Found) -> str:
-    """A line a length: cold and cached, and by how much the student is quicker."""
-    head = [
-        "tokens in the prompt",
-        "trials",
-        f"teacher, {found['format']}, ms",
-        "student, ms",
-        "quicker by",
-    ]
-    head += ["student at best here, ms", "prompt cached: teacher, ms", "student, ms"]
-    lines = []
-    for row in found["rows"]:
-        big = row["teacher"]
-        small = row["student"]
-        cold = [
-            f"{model['cold_ms']['mean']:.0f} ± {model['cold_ms']['sd']:.0f}"
-            for model in (big, small)
-        ]
-        cached = [f"{model['cached_ms']['median']:.0f}" for model in (big, small)]
-        counts = [str(row["prompt_tokens"]), str(small["cold_ms"]["n"])]
-        lines.append(
-            [
-                *counts,
-                *cold,
-                f"{row['speed_up']['cold_ms']:.2f}x",
-                f"{small['best_ms']:.0f}",
-                *cached,
-            ]
-        )
-    sizes = "teacher and student in turn, ± one standard deviation, ratios of medians"
-    hot = restless({f"{row['prompt_tokens']} tokens": row for row in found["rows"]})
-    table = words.markdown_table(head, lines, words=0)
-    return "\n".join([table, "", where(found, sizes), "", *goals(found["verdict"]), *hot])
 
 
 def speed(whole: Found, first: Found) -> str:
@@ -209,11 +107,6 @@ def speed(whole: Found, first: Found) -> str:
         f"{table}\n\nMedians on {on}; decoding after {given['prompt_tokens']} tokens. `bench` and "
         f"`mlx_lm.benchmark`, the first token that it counts taken out, are {apart:.1%} apart."
     )
-
-
-def default_run(markdown: str) -> str:
-    """The table that `distill` wrote itself."""
-    return markdown.strip()
 
 
 # What a plan's way of training is called in a table.
@@ -432,8 +325,12 @@ def planned_phases(found: Found) -> str:
 
 
 def few_bits(found: Found) -> str:
-    """A line a row, by size: what it loses on answers and on each text, and its GGUF."""
+    """A line a row, by size: what it loses on answers and on each text, and its GGUF.
+
+    Rows of ways of rounding that are gone are left out.
+    """
     rows = sorted(found["rows"].items(), key=lambda item: float(item[1]["nbytes"]))
+    rows = [item for item in rows if not item[0].startswith(("before", "blocks"))]
     texts = list(rows[0][1]["lost"])
     head = ["", "bits per weight", "MB", *texts, "GGUF, MB", "of it the same numbers, %"]
     lines = list[list[str]]()
@@ -450,23 +347,6 @@ def few_bits(found: Found) -> str:
     sizes = f"{given['prompts']} prompts, {given['eval']} windows of each text, "
     sizes += f"{given['windows']} windows of calibration, one seed"
     return "\n".join([words.markdown_table(head, lines), "", where(found, sizes)])
-
-
-def few_bits_by_seed(*found: Found) -> str:
-    """A line a row that all seeds have: what it loses with each of them."""
-    first = found[0]["rows"]
-    shared = [label for label in first if all(label in of_seed["rows"] for of_seed in found)]
-    texts = list(next(iter(first.values()))["lost"])
-    seeds = ", ".join(str(of_seed["given"].get("seed", 0)) for of_seed in found)
-    lines = list[list[str]]()
-    for label in shared:
-        cells = [label]
-        for text in texts:
-            lost = [of_seed["rows"][label]["lost"][text][0] for of_seed in found]
-            cells.append(", ".join(f"{value:.3f}" for value in lost))
-        lines.append(cells)
-    head = [f"seeds {seeds}", *texts]
-    return words.markdown_table(head, lines)
 
 
 def learning_scales(found: Found) -> str:
@@ -609,20 +489,6 @@ def lose(found: Found) -> str:
     return "\n".join([words.markdown_table(head, lines), "", source + counted_by(found)])
 
 
-def lose_briefly(found: Found) -> str:
-    """The first seed's runs and the packed teachers, by size."""
-    head = ["default teacher", "MB", "bits per byte above it", "own answers that loop, %"]
-    lines = []
-    for name, row in largest_first(found):
-        loss, _, seed = name.partition(", seed ")
-        if seed not in ("", "0"):
-            continue
-        label = f"`{loss}`" if seed else loss.replace("teacher in MLX's", "MLX's own")
-        loops = f"{row['loops_4-bit']:.0f}"
-        lines.append([label, f"{row['bytes_4-bit']:.1f}", f"{row['reached_loss']:.3f}", loops])
-    return "\n".join([words.markdown_table(head, lines), "", f"`{found['command']}`, one seed."])
-
-
 def sizes_of(row: Found) -> list[str]:
     """Parameters and bytes of a model on disk."""
     return [f"{row['params'] / 1e9:.2f} B", f"{row['bytes'] / 1e9:.2f} GB"]
@@ -630,29 +496,14 @@ def sizes_of(row: Found) -> list[str]:
 
 # Table: what arranges it, the files it is made of.
 TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
-    "throughput": (throughput, ("throughput.json",)),
-    "ttft": (ttft, ("ttft.json",)),
-    "ttft-4bit": (ttft, ("ttft-4bit.json",)),
     "speed": (speed, ("throughput.json", "ttft.json")),
-    "distill-default": (default_run, ("distill-default.md",)),
     "lose": (lose, ("lose.json",)),
     "lose-gemma-3-270m": (lose, ("lose-gemma-3-270m.json",)),
-    "lose-briefly": (lose_briefly, ("lose.json",)),
     "planned": (planned_phases, ("planned.json",)),
     "rivals-qwen-coder-0.5b": (rivals, ("rivals-qwen-coder-0.5b.json",)),
     "rivals-smollm2": (rivals, tuple(f"rivals-smollm2{seed}.json" for seed in ("", "-1", "-2"))),
     "scales": (learning_scales, ("scales.json",)),
     "few-bits": (few_bits, ("bits-SmolLM2-135M-Instruct.json",)),
-    "few-bits-by-seed": (
-        few_bits_by_seed,
-        tuple(f"bits-SmolLM2-135M-Instruct{seed}.json" for seed in ("", "-1", "-2")),
-    ),
-    "few-bits-gemma-by-seed": (
-        few_bits_by_seed,
-        tuple(f"bits-gemma-3-270m{seed}.json" for seed in ("", "-1", "-2")),
-    ),
-    "few-bits-gemma": (few_bits, ("bits-gemma-3-270m.json",)),
-    "few-bits-student": (few_bits, ("bits-half-vocab-student.json",)),
     "known-numbers": (known_numbers, ("known_numbers.json",)),
     "known-numbers-qwen-coder-0.5b": (known_numbers, ("known_numbers-qwen-coder-0.5b.json",)),
     "models-default": (models_default, ("models.json",)),
@@ -663,19 +514,6 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
         models_measured,
         (*(f"{name}.json" for name, _ in RUNS), "planned.json"),
     ),
-}
-PROGRAMS = {
-    "bits-SmolLM2-135M-Instruct": "bits.py",
-    "bits-SmolLM2-135M-Instruct-1": "bits.py --seed 1",
-    "bits-SmolLM2-135M-Instruct-2": "bits.py --seed 2",
-    "bits-gemma-3-270m": "bits.py --model gemma-3-270m",
-    "bits-gemma-3-270m-1": "bits.py --model gemma-3-270m --seed 1",
-    "bits-gemma-3-270m-2": "bits.py --model gemma-3-270m --seed 2",
-    "bits-half-vocab-student": "bits.py --name half-vocab-student --model RUN/distilled",
-    "distill-default": "distill.py default",
-    "ttft-4bit": "ttft.py --four-bit",
-    "models": "models_table.py",
-    "gemma-4-e2b": "e2b.py",
 }
 
 
@@ -690,10 +528,7 @@ def table(root: Path, name: str) -> str:
     paths = [root / "benchmarks" / "results" / machine / name for name in names]
     for path in paths:
         if not path.is_file():
-            return (
-                f"*Not measured yet: `scripts/mis "
-                f"benchmarks/{PROGRAMS.get(path.stem, f'{path.stem}.py')}`.*"
-            )
+            raise MisError(f"the table {name} needs {path}, which is not there: measure it again")
     texts = [path.read_text("utf-8") for path in paths]
     try:
         return arrange(

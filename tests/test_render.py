@@ -33,15 +33,8 @@ QUICK |= {"four_bit_trials": 1}
 PAGE = """# A page
 
 before
-<!-- table: here/throughput -->
-<!-- end -->
-between
 <!-- table: here/speed -->
-<!-- end -->
-<!-- table: here/ttft -->
 | an old | table |
-<!-- end -->
-<!-- table: elsewhere/ttft-4bit -->
 <!-- end -->
 after
 """
@@ -114,9 +107,7 @@ def measured(lab: SimpleNamespace) -> dict[str, dict[str, Any]]:
 def test_all_parts_are_measured_and_stored(
     lab: SimpleNamespace, measured: dict[str, dict[str, Any]]
 ) -> None:
-    """Every part, its commit, the machine, the weights; the two of one format beside each other;
-    pictures.
-    """
+    """Every part, its commit, the machine, the weights; the two of one format beside each other."""
     found = measured["throughput"]
     assert set(PARTS) <= found.keys()
     assert {"chip", "memory_gib", "release", "mlx", "git"} <= found.keys()
@@ -131,11 +122,6 @@ def test_all_parts_are_measured_and_stored(
     assert len(found["verdict"]) == 6
     assert len(found["reasons"]) == 2
     assert len(set(found["given"]["weights_sha256"].values())) == 2
-    assert f"Time to first token, {kind}, on a CPU" in (lab.results / "ttft.svg").read_text()
-    for name in ("throughput", "ttft"):
-        assert all(
-            (lab.results / f"{name}.{kind}").stat().st_size > 10_000 for kind in ("svg", "png")
-        )
 
 
 @pytest.mark.thorough
@@ -242,19 +228,18 @@ def test_tables_are_written_and_drift_is_seen(
     assert (root / "README.md").read_text() == PAGE
     assert lab.render.main(lab.render.Settings(root=str(root))) == 0
     text = (root / "README.md").read_text()
-    assert text.startswith("# A page\n\nbefore\n<!-- table: here/throughput -->\n| |")
+    assert text.startswith("# A page\n\nbefore\n<!-- table: here/speed -->\n| |")
     assert text.endswith("\nafter\n")
     assert "an old" not in text
-    assert "Not measured yet: `scripts/mis benchmarks/ttft.py --four-bit`" in text
-    mean = measured["throughput"]["dense"]["measured"]["models"]["student"]["decode_tps"]["mean"]
-    assert f"| {mean:.2f} |" in text
+    speed = measured["throughput"]["dense"]["measured"]["models"]["student"]["decode_tps"]["median"]
+    cell = f"| {speed:,.1f} |"
+    assert cell in text
     assert "computed" in text
-    assert "| 16 |" in text
     assert lab.render.main(check) == 0
     capsys.readouterr()
-    (root / "README.md").write_text(text.replace(f"| {mean:.2f} |", f"| {mean + 1:.2f} |"))
+    (root / "README.md").write_text(text.replace(cell, f"| {speed + 1:,.1f} |"))
     assert lab.render.main(check) == 1
-    assert f"| {mean + 1:.2f} |" in capsys.readouterr().err
+    assert f"| {speed + 1:,.1f} |" in capsys.readouterr().err
     (root / "benchmarks/results/here/ttft.json").write_text('{"command": "of an older program"}')
     with pytest.raises(MisError, match="measure it again"):
         lab.render.main(check)
@@ -264,11 +249,11 @@ def test_tables_are_written_and_drift_is_seen(
     ("text", "said"),
     [
         ("<!-- table: here/other -->\n<!-- end -->\n", "no table 'here/other'"),
-        ("<!-- table: throughput -->\n<!-- end -->\n", "MACHINE/NAME"),
-        ("<!-- table: here/ttft -->\n| x |\n\n## More\n", "has no <!-- end -->"),
+        ("<!-- table: speed -->\n<!-- end -->\n", "MACHINE/NAME"),
+        ("<!-- table: here/speed -->\n| x |\n\n## More\n", "has no <!-- end -->"),
         (
-            "<!-- table: here/ttft -->\n<!-- table: here/throughput -->\n<!-- end -->\n",
-            "here/ttft has no",
+            "<!-- table: here/speed -->\n<!-- table: here/lose -->\n<!-- end -->\n",
+            "here/speed has no",
         ),
     ],
 )

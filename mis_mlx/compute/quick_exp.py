@@ -4,7 +4,7 @@ On x86 MLX's CPU back end computes exp number by number with six calls into the 
 each; there sigmoid and softmax took more of a block's time than its matrix products. Its power is
 one call, 5 ns, of the same precision: exp is e to the power x here. Other last bits come of it.
 What learns goes through as well. Metal, and every type but float32, keep MLX's own functions
-(benchmarks/hottest.py has the profile).
+(hottest.py at bd583ffb has the profile).
 """
 
 import math

@@ -28,7 +28,7 @@ SHAPES: rows.Shapes = {
     "pair": ("prompt", "chosen", "rejected"),
     "answer": ("prompt", "answer"),
 }
-# with answers worked, right and wrong; benchmarks/task_files.py made them
+# with answers worked, right and wrong; task_files.py at bd583ffb made them
 BUILT_IN = Path(__file__).parent / "tasks"
 LICENSE_CHARACTERS = 500  # of a license file, kept as a note
 PERSONAL: dict[str, str] = yaml.safe_load(

@@ -1,8 +1,8 @@
 """Text in three splits, and token windows of it: held-out windows share nothing with training.
 
 The text comes from folders in mlx-lm's format or the hub, or is built in: Python's manual in
-English (`pydoc_data`), the Polish Miś texts (benchmarks/polish_text), what the default teacher
-wrote. Every row is judged first; notes say what was dropped.
+English (`pydoc_data`), the Polish Miś texts (benchmarks/polish_text at bd583ffb wrote them), what
+the default teacher wrote. Every row is judged first; notes say what was dropped.
 """
 
 import re
@@ -34,9 +34,9 @@ WRITTEN = Path(__file__).parent / "written" / "train.jsonl"  # ABOUT says by who
 ANSWERS = Path(__file__).parent / "written" / "answers.jsonl"
 CONVERSATIONS = "conversations"
 LEAST_CHOOSING = 4  # windows, of which a mean says something
-# Of every draw of the built-in training text, without conversations (benchmarks/teacher_text.py)
+# Of every draw of the built-in training text, without conversations (teacher_text.py at bd583ffb)
 # and with them, which trials on one seed chose: more of them costs the manual, less of them answers
-# (benchmarks/answers.py compares).
+# (answers.py at bd583ffb compares).
 TEXT_SHARES = {"Python documentation": 5 / 8, "Polish": 1 / 8, "written by a model": 2 / 8}
 SHARES = {
     "Python documentation": 0.35,

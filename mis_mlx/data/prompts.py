@@ -1,9 +1,10 @@
 """Prompts that a teacher answers, so that its student learns to answer.
 
-benchmarks/prompts.py makes them. Sixteen kinds in English and Polish, from explanations to second
-turns. The prompts that judge a student (judge/answers) have other templates and other words.
+benchmarks/prompts.py at bd583ffb made them. Sixteen kinds in English and Polish, from explanations
+to second turns. The prompts that judge a student (judge/answers) have other templates and other
+words.
 
-A teacher that can call tools is asked to, too (benchmarks/tool_prompts.py), with other tools than
+A teacher that can call tools is asked to, too (tool_prompts.py there), with other tools than
 those that judge (judge/tasks/tool_tasks).
 """
 

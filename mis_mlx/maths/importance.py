@@ -2,7 +2,7 @@
 
 Statistics are sums over calibration samples and add up in any order. AAIS is eq. (1) of the paper:
 I_j = |a_j| * T_env / h_npm, with |a_j| the rms over tokens, which picks better than Minitron's mean
-(benchmarks/recovery.py, neurons).
+(recovery.py at bd583ffb, neurons).
 """
 
 from __future__ import annotations

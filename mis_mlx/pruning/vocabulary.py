@@ -275,7 +275,7 @@ def chosen(
 
     Half of that is counted in windows of its own tokens and in more text, half is the teacher's
     expectation in some of the windows: it knows words that fit there and did not come up
-    (benchmarks/vocabulary_choice.py). Words of languages count as much as these two.
+    (vocabulary_choice.py at bd583ffb). Words of languages count as much as these two.
     """
     # What the teacher expects in a few windows: a streamed pass, kept for the next vocabulary.
     some = train.pick(draws.drawn_windows(train, VOCABULARY_WINDOWS, (0, 0, 1)))

@@ -87,7 +87,7 @@ def blocks_after_removed(checkpoint: Checkpoint) -> tuple[int, ...]:
 
     Their down_proj carries the weights that reconstruction put there, and its outliers: on the
     default student these four cost 0.14 of the 0.28 nats of rounding, at 2 % of the bytes
-    (benchmarks/rounding.py).
+    (rounding.py at bd583ffb).
     """
     keep = model_writer.read_keep(checkpoint.path)
     if keep is None:

@@ -25,7 +25,7 @@ PLACE_WORDS = 30  # of a place in held-out text that `continue` is made of
 CONTEXT_WORDS = 24  # of these; the others are the ending
 WRONG_ENDINGS = 3
 Fetched = tuple[dict[str, list[rows.Row]], dict[str, Any]]  # rows by file; where they come from
-# made by benchmarks/task_files.py
+# made by benchmarks/task_files.py at bd583ffb
 BUILT_IN = Path(__file__).parent / "sets" / "built_in"
 ABOUT: dict[str, str] = polish.ABOUT["built-in"]  # -written: the model writes, instead of choosing
 PRESETS: dict[str, list[str]] = polish.ABOUT["presets"]

@@ -6,7 +6,7 @@
                  calls before; every model has the right calls before it. How many are right before
                  the first one that is not?
 
-The prompts are ours (benchmarks/tool_prompts.py) and come with the package. A model is told of the
+The prompts are ours (tool_prompts.py at bd583ffb) and come with the package. A model is told of the
 tools by its own chat template and does not think aloud; `models/writing/tool_calls` reads its
 calls. An argument must have its type; case, blanks around a text and the order of a list do not
 count. An optional one that nobody asked for may have its default, or be a free text, such as a
