@@ -77,7 +77,6 @@ class Settings(DistillFlags):
     FILE_ONLY: ClassVar = frozenset(
         {
             "kv_heads",
-            "ffn_widths",
             "importance",
             "hidden_by",
             "target",

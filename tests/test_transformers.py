@@ -34,8 +34,8 @@ KINDS: dict[str, dict[str, Any]] = {
 # ones have none.
 KINDS["ministral3"] = {**KINDS["ministral3"], "sliding_window": None, "layer_types": None}
 # Written in mlx-lm's names, which transformers does not know: parts of models that see and hear,
-# experts with gates and ups apart, and an architecture whose code only its folder has.
-for unknown in ("gemma3n_text", "qwen3_5_text", "gpt_oss", "nemotron-nas"):
+# and experts with gates and ups apart.
+for unknown in ("gemma3n_text", "qwen3_5_text", "gpt_oss"):
     del KINDS[unknown]
 WINDOW = {"num_samples": 4, "max_seq_length": 32}
 

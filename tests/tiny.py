@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mis_mlx.models.architectures import arch, block_widths
+from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.families import family
 from mis_mlx.models.writing import model_writer
 from mis_mlx.settings.recipe import TrainingConfig
@@ -171,12 +171,6 @@ FAMILIES["lfm2"] = {
         "full_attention",
     ],
     "conv_L_cache": 3,
-}
-FAMILIES["nemotron-nas"] = {  # a llama of three widths
-    "architectures": ["DeciLMForCausalLM"],
-    "block_configs": [
-        block_widths.block_config(width, 64, 2) for width in (768, 512, 256, 768, 256, 512, 512)
-    ],
 }
 FAMILIES["qwen3_5_text"] = {
     "architectures": ["Qwen3_5ForCausalLM"],

@@ -144,15 +144,6 @@ def _added(mask: mx.array, shape: tuple[int, ...]) -> mx.array:
     return mx.unflatten(mask, 1, shape[1:3])
 
 
-def silu_or(stock: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
-    """mlx's `silu(x)`: ours where it is quicker, else `stock`."""
-
-    def chosen(x: mx.array) -> mx.array:
-        return silu(x) if is_quicker(x) else stock(x)
-
-    return chosen
-
-
 def swiglu_or(stock: Callable[..., mx.array]) -> Callable[..., mx.array]:
     """mlx-lm's `swiglu(gate, x)`: ours where it is quicker, else `stock`."""
 

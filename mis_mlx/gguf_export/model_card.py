@@ -9,7 +9,6 @@ import yaml
 
 from mis_mlx.gguf_export import run_facts
 from mis_mlx.models.architectures import arch, sizes
-from mis_mlx.models.architectures.sizes import transformers_opens
 from mis_mlx.models.opening import resolve
 from mis_mlx.models.writing import model_writer
 from mis_mlx.reporting import html
@@ -94,13 +93,11 @@ def readme(
     if not license and base == resolve.DEFAULT:
         license = "apache-2.0"
     is_changed = run_values["keep"] is not None or _is_aligned(checkpoint.path)
-    # A family of unequal blocks: transformers has no such architecture.
-    unequal = not transformers_opens(checkpoint.config)
     front = {
         "base_model": base,
         "base_model_relation": _relation(checkpoint, file, is_changed=is_changed) if base else None,
         "license": license,
-        **_library(file, with_mlx=bool(repository), unequal=unequal),
+        **_library(file, with_mlx=bool(repository)),
         "pipeline_tag": "text-generation",
     }
     stated = {key: value for key, value in front.items() if value}
@@ -116,22 +113,18 @@ def readme(
         **run_values,
         "file": file,
         "repository": repository,
-        "unequal": unequal,
     }
     return html.document("model_card.md", values) + "\n"
 
 
-def _library(file: str, *, with_mlx: bool, unequal: bool) -> dict[str, Any]:
-    """The card's library and tags. file: the GGUF's name; "" for a Hugging Face folder.
-
-    unequal: whether blocks differ in width.
-    """
+def _library(file: str, *, with_mlx: bool) -> dict[str, Any]:
+    """The card's library and tags. file: the GGUF's name; "" for a Hugging Face folder."""
     tags = ["mis_mlx"]
     if file:
         tags.insert(0, "gguf")
     if with_mlx:
         tags.insert(0, "mlx")
-    library = "mlx" if unequal else "transformers"
+    library = "transformers"
     if file:
         library = "mlx" if with_mlx else "gguf"
     return {"library_name": library, "tags": tags}

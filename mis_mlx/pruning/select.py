@@ -18,7 +18,7 @@ from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.judge import comparison
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import Key, Statistics
-from mis_mlx.models.architectures import arch, block_widths, scenarios
+from mis_mlx.models.architectures import arch, scenarios
 from mis_mlx.models.architectures.mixture import MOST_EXPERTS
 from mis_mlx.models.architectures.shape import ALL, Shape
 from mis_mlx.models.architectures.sizes import attends, shape_of
@@ -54,10 +54,6 @@ class PruningConfig(ThermalFlags, vocabulary.VocabularyConfig):
     """keep this many layers"""
     ffn: Count | None = None
     """keep this many FFN neurons per layer"""
-    ffn_widths: str | None = None
-    """keep this many FFN neurons in each layer that stays: one number per layer, multiples of 256,
-    separated by commas. The student of a llama is then a nemotron-nas
-    """
     experts: str | None = None
     """keep this many experts per block of a mixture: a number, or a share such as 0.75x"""
     experts_by: Literal["reap", "frequency", "random"] = "reap"
@@ -145,27 +141,27 @@ def select_units(
     kept: dict[Key, tuple[int, ...]] = {}
     differ: dict[Key, int] = {}
 
-    def choose(key: Key, block: Shape) -> None:
+    def choose(key: Key) -> None:
         i, axis = key
-        kept[key] = _pick(axis, scores(key), before, block)
+        kept[key] = _pick(axis, scores(key), before, shape)
         plain = importance.rms(getattr(statistics, axis)[i])
-        differ[key] = len(set(kept[key]) - set(_pick(axis, plain, before, block)))
+        differ[key] = len(set(kept[key]) - set(_pick(axis, plain, before, shape)))
 
-    for i, block in zip(layers, _block_shapes(config, cut, shape), strict=True):
+    for i in layers:
         attending = attends(config, i)
         axes = ["experts", "ffn"]
         if attending:
             axes.append("heads")
         for axis in axes:
-            if getattr(block, axis) < getattr(before, axis):
-                choose((i, axis), block)
+            if getattr(shape, axis) < getattr(before, axis):
+                choose((i, axis))
         if not attending and shape.hidden < before.hidden:
-            choose((i, "channels"), shape)
+            choose((i, "channels"))
         if attending and shape.kv_heads < before.kv_heads:
             group = before.heads // before.kv_heads
             kept[i, "kv_heads"] = tuple(sorted({head // group for head in kept[i, "heads"]}))
     if shape.hidden < before.hidden and cut.hidden_by == "importance":
-        choose((-1, "hidden"), shape)
+        choose((-1, "hidden"))
     celsius = statistics.ambient_c
     report = {
         "importance": used,
@@ -180,12 +176,6 @@ def select_units(
         "profile": profile(statistics, layers, kept, scores),
     }
     return shape, KeptUnits(layers, kept, used, report)
-
-
-def _block_shapes(config: Mapping[str, Any], cut: PruningConfig, shape: Shape) -> list[Shape]:
-    """The shape of each block that stays: `shape`, with a width of its own by --ffn-widths."""
-    widths = asked_widths(config, cut, shape.layers) or [shape.ffn] * shape.layers
-    return [replace(shape, ffn=width) for width in widths]
 
 
 def _shape_by_conditions(
@@ -256,12 +246,7 @@ def wanted_shape(config: Mapping[str, Any], cut: PruningConfig) -> Shape:
     exact = {axis: getattr(cut, axis) for axis in ALL}
     most = before.experts or MOST_EXPERTS
     exact["experts"] = arch.count("--experts", cut.experts, most, "experts")
-    if cut.ffn_widths:
-        exact["ffn"] = before.ffn
     shape = arch.target_shape(config, ratios, **exact)
-    widths = asked_widths(config, cut, shape.layers)
-    if widths:  # of the widest
-        return replace(shape, ffn=max(widths))
     if cut.scenario != "none" and shape == before and cut.target == "fixed":
         why = (
             f"--scenario {cut.scenario} would cut nothing of {before}, because FFN goes in steps "
@@ -279,50 +264,12 @@ def largest_student(config: Mapping[str, Any], cut: PruningConfig, dtype: str) -
     shape = wanted_shape(config, cut)
     if cut.target == "conditions":
         shape = replace(shape, ffn=shape_of(config).ffn)
-    edited = arch.student_config(config, shape, dtype=dtype)
-    widths = asked_widths(config, cut, shape.layers)
-    if widths and len(set(widths)) > 1:
-        return arch.unequal(edited, widths)
-    return edited
-
-
-def asked_widths(
-    config: Mapping[str, Any], cut: PruningConfig, layers: int
-) -> tuple[int, ...] | None:
-    """The FFN neurons of each of the `layers` blocks that stay, by --ffn-widths; None without it.
-
-    MisError where they do not fit the teacher, or no loader would open them.
-    """
-    if not cut.ffn_widths:
-        return None
-    arch.require_unequal(config)
-    if cut.ffn or cut.target == "conditions":
-        other = "--ffn" if cut.ffn else "--target conditions"
-        raise MisError(f"--ffn-widths and {other} both say how wide blocks are: give one of them")
-    try:
-        widths = tuple(int(width) for width in cut.ffn_widths.split(","))
-    except ValueError:
-        raise MisError(
-            f"--ffn-widths {cut.ffn_widths[:40]} is not whole numbers separated by commas"
-        ) from None
-    if len(widths) != layers:
-        raise MisError(
-            f"--ffn-widths has {len(widths)} numbers, but {layers} layers stay: give one for each"
-        )
-    before = shape_of(config)
-    for width in widths:
-        if not 1 <= width <= before.ffn:
-            raise MisError(
-                f"--ffn-widths has {width}, which is outside 1 to {before.ffn}, the teacher's size"
-            )
-        block_widths.multiple_of(width, before.hidden)
-    return widths
+    return arch.student_config(config, shape, dtype=dtype)
 
 
 def cuts_nothing(config: Mapping[str, Any], cut: PruningConfig) -> bool:
     """Whether all of a model stays, so that nobody need say what of it matters least."""
-    exact = cut.target == "fixed" and not cut.ffn_widths
-    return exact and wanted_shape(config, cut) == shape_of(config)
+    return cut.target == "fixed" and wanted_shape(config, cut) == shape_of(config)
 
 
 def prune(
@@ -411,7 +358,7 @@ def _outcome(
     config: Mapping[str, Any], shape: Shape, keep: KeptUnits, dtype: str
 ) -> dict[str, Any]:
     """What a pruning has done, for the JSON line."""
-    student = slicing.student_config(config, shape, keep, dtype)
+    student = arch.student_config(config, shape, keep.layers, dtype)
     return {
         "params_before": arch.params(config),
         "params": arch.params(student),

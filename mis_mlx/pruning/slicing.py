@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -18,7 +17,7 @@ import numpy as np
 from mis_mlx.compute import precision
 from mis_mlx.models.architectures import arch, experts
 from mis_mlx.models.architectures.shape import Shape
-from mis_mlx.models.architectures.sizes import ffn_size, may_be_unequal, shape_of, side_width
+from mis_mlx.models.architectures.sizes import ffn_size, shape_of, side_width
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import stream, sweep
@@ -311,22 +310,6 @@ def _mixed_cut(
     return mx.take(weight, mx.array(own), axis=1 if is_last else 0)
 
 
-def student_config(
-    config: Mapping[str, Any], shape: Shape, keep: KeptUnits, dtype: str
-) -> dict[str, Any]:
-    """The student's config.json: of another family where its blocks differ in FFN width."""
-    edited = arch.student_config(config, shape, keep.layers, dtype)
-    if not may_be_unequal(config):
-        return edited
-    widths = []
-    for layer in keep.layers:
-        neurons = keep.kept.get((layer, "ffn"))
-        widths.append(len(neurons) if neurons else ffn_size(config, layer))
-    if len(set(widths)) == 1:
-        return edited
-    return arch.unequal(edited, widths)
-
-
 def write_student(
     teacher: Checkpoint,
     shape: Shape,
@@ -360,7 +343,7 @@ def write_student(
     if tensor is None:
         tensor = partial(model_writer.dense, teacher)
     model_writer.write_model(
-        student_config(teacher.config, shape, keep, dtype),
+        arch.student_config(teacher.config, shape, keep.layers, dtype),
         partial(taken, teacher, keep, tensor),
         source=teacher.path,
         out=out,

@@ -23,7 +23,7 @@ SCENARIO = "none"  # of students whose sizes are searched for
 DEFAULT_LOSS = 0.1  # bits a byte that a run allows where nothing is said about sizes
 GIVE_SIZES = "give sizes, such as --vocab 0.5x, and --target-bpw"  # where there is no search
 # Settings that say how large the result is; formats other than affine have bits of their own.
-SIZE_SETTINGS = ("student", "scenario", *ALL, "ffn_widths", "target_bpw", "q_mode")
+SIZE_SETTINGS = ("student", "scenario", *ALL, "target_bpw", "q_mode")
 
 
 @dataclass(frozen=True, kw_only=True)

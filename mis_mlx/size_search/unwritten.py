@@ -70,7 +70,7 @@ class Student:
         """Its config.json, before it is rounded."""
         if self.keep is None:
             return self.reader.config
-        return slicing.student_config(self.reader.config, self.shape, self.keep, DTYPE)
+        return arch.student_config(self.reader.config, self.shape, self.keep.layers, DTYPE)
 
     @property
     def nbytes(self) -> int:

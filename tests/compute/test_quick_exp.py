@@ -118,19 +118,6 @@ def test_swiglu_and_its_gradients():
         np.testing.assert_allclose(ours_of, stock_of, atol=1e-5)
 
 
-def test_blocks_without_swiglu_compute_the_same(monkeypatch):
-    """nemotron-nas has SiLU in a table; its blocks that are a llama's give a llama's bits."""
-    monkeypatch.setenv("MIS_MLX_POLICY", "cpu")
-    act = mlx_lm("models.nemotron-nas")._ACT2FN["silu"]
-    swiglu = mlx_lm("models.activations").swiglu
-    gate = mx.linspace(-80, 80, 1001)
-    x = mx.random.normal(gate.shape)
-    assert mx.array_equal(act(gate) * x, swiglu(gate, x))
-    assert not mx.array_equal(act(gate), nn.silu(gate))
-    half = gate.astype(mx.float16)
-    assert mx.array_equal(act(half), nn.silu(half))
-
-
 def test_exp_is_as_exact_as_mlx():
     x = mx.linspace(-80, 80, 10_001)
     exact = np.exp(np.array(x, np.float64))

@@ -380,16 +380,3 @@ def student_config(
     edited["torch_dtype"] = dtype
     family(config).cut(edited, shape, kept)
     return edited
-
-
-def require_unequal(config: Config) -> None:
-    """MisError unless blocks of this model may differ in FFN width and still be opened."""
-    family(config).require_unequal()
-
-
-def unequal(config: Config, widths: Sequence[int]) -> dict[str, Any]:
-    """A student's config, as `student_config` gives it, with a width for each block.
-
-    It is of the family that can say so. MisError where there is none.
-    """
-    return family(config).unequal(widths)

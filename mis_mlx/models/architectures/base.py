@@ -252,18 +252,6 @@ class Architecture(Described):
             theta = {"rope_theta": edited["rope_theta"]}
             edited["rope_parameters"] = {"rope_type": "default", **rope, **scaling, **theta}
 
-    def require_unequal(self) -> None:
-        """MisError unless blocks may differ in FFN width and the student can still be opened."""
-        raise MisError(
-            f"blocks of a {self.name} cannot differ in FFN width: only those of a llama can. Give "
-            f"--ffn with one width for all"
-        )
-
-    def unequal(self, widths: Sequence[int]) -> dict[str, Any]:
-        """The config of a student, which this one is, with a width for each block."""
-        self.require_unequal()
-        raise NotImplementedError
-
     # Files
 
     def own_config(self) -> dict[str, Any]:

@@ -78,8 +78,6 @@ class Described:
     # which blocks are `fixed_blocks`
     why_fixed = "those that make keys and values for others, and the last one"
     measurable = True  # whether one block alone tells what any of them holds
-    unequal_widths = False  # whether students' blocks may differ in FFN width
-    transformers = True  # whether it opens the family
     stacked = False  # whether experts are stacked on disk
     # whether mlx-lm must be told which matrices have adapters
     lora_names_matrices = False

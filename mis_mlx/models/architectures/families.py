@@ -15,7 +15,6 @@ from mis_mlx.models.architectures.lfm2 import Lfm2
 from mis_mlx.models.architectures.llama import Llama, Mistral
 from mis_mlx.models.architectures.ministral3 import Ministral3
 from mis_mlx.models.architectures.mixture import Mixtral, Mixture, Olmoe, Qwen2Moe, Qwen3Moe
-from mis_mlx.models.architectures.nemotron_nas import NemotronNas
 from mis_mlx.models.architectures.olmo2 import Olmo2
 from mis_mlx.models.architectures.phi3 import Phi3
 from mis_mlx.models.architectures.qwen import Qwen2, Qwen3
@@ -26,7 +25,6 @@ from mis_mlx.models.architectures.smollm3 import SmolLM3
 ARCHITECTURES: tuple[type[Architecture], ...] = (
     Llama,
     Mistral,
-    NemotronNas,
     Qwen2,
     Qwen3,
     SmolLM3,

@@ -95,11 +95,6 @@ def silences(config: Config) -> bool:
     return family(config).silences
 
 
-def may_be_unequal(config: Config) -> bool:
-    """Whether blocks of a student may differ in FFN width."""
-    return family(config).unequal_widths
-
-
 def step_factor(config: Config, *, repaired: bool) -> int:
     """The factor of the usual number of steps; repaired: whether a repair was asked for."""
     architecture = family(config)
@@ -109,8 +104,3 @@ def step_factor(config: Config, *, repaired: bool) -> int:
 def gguf_name(config: Config) -> str:
     """The architecture of llama.cpp; "": the family is not exported."""
     return family(config).gguf
-
-
-def transformers_opens(config: Config) -> bool:
-    """Whether transformers has the family."""
-    return family(config).transformers

@@ -37,8 +37,6 @@ def mlx_lm(module: str) -> ModuleType:
         found = importlib.import_module(f"mlx_lm.{module}")
     finally:
         resource.setrlimit = setrlimit
-    if hasattr(found, "_ACT2FN"):  # of nemotron-nas, whose blocks do not take `swiglu`
-        found._ACT2FN["silu"] = quick_exp.silu_or(nn.silu)
     return found
 
 
