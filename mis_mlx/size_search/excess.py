@@ -195,7 +195,7 @@ def _bits_alone(c: Candidates, measured: Curve) -> Curve:
     fewest, most = shape_search.bpw_range(c.group, c.teacher.config, c.before)
     curve = Curve()
     for bpw in np.arange(fewest, most, 0.125):
-        chosen = _teacher_bits(c, float(bpw))
+        chosen = c.allocated(Choice(c.before, float(bpw)), range(c.before.layers))
         costs = [c.sensitivity[path][bits] for path, bits in chosen.items()]
         nats = sum(costs) * tokens_a_byte
         curve.append((float(bpw), nats))
@@ -206,11 +206,6 @@ def _bits_alone(c: Candidates, measured: Curve) -> Curve:
     stretch = nats_probed / np.interp(probed, sizes, estimated)
     stretched = estimated * np.interp(sizes, probed, stretch)
     return list(zip(sizes.tolist(), stretched.tolist(), strict=True))
-
-
-def _teacher_bits(c: Candidates, bpw: float) -> dict[str, int]:
-    """{module path: bits} of the teacher in so many bits a weight."""
-    return c.allocated(Choice(c.before, bpw), range(c.before.layers))
 
 
 def _probed(c: Candidates, probes: Sequence[tuple[str, float]]) -> list[float]:
