@@ -11,6 +11,7 @@ import pty
 import re
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,8 @@ class Clock:
 
 
 def test_time_left_by_pencil() -> None:
-    """A loop that is all of its phase by its rate; later phases as planned, times measured over
-    planned.
+    """A loop that is all of its phase by its rate, all else by the plan; what an ended phase took
+    instead of its plan tells of the others by its share of the whole plan.
     """
     clock = Clock()
     display = Display({"prune": 10.0, "distil": 100.0, "measure": 50.0}, clock)
@@ -44,18 +45,44 @@ def test_time_left_by_pencil() -> None:
             show(0)
             clock.now_s += 2
             show(1)
-            # the plan says 10 - 2, the rate 6: the plan; then 100 + 50
+            # the plan says 10 - 2; then 100 + 50
             assert display.left() == (8.0, 158.0)
             clock.now_s += 10
             show(2)
-            assert display.left() == (12.0, 162.0)  # overdue by the plan: the rate, 12 s for 2 of 4
+            assert display.left() == (None, 150.0)  # overdue
         display.took["prune"] = 20.0
         with display.level("distil"), display.level("distil", 60, whole=True) as show:
-            assert display.left() == (200.0, 300.0)  # all twice as long as planned
+            assert display.left() == (106.25, 159.375)  # 170 s for the 160 that were planned
             clock.now_s += 3
             show(11)  # the first step here: ten were done before
-            assert display.left() == (3.0 * 49, 3.0 * 49 + 100.0)
-            assert display.line().startswith("distil 11/60  about 4.1 min left  0.3/s  ")
+            assert display.left() == (3.0 * 49, 3.0 * 49 + 53.125)
+            assert display.line().startswith("distil 11/60  about 3.3 min left  0.3/s  ")
+
+
+def test_the_percent_never_falls_and_no_time_comes_back() -> None:
+    """In a phase of several loops, one of which begins slowly: it goes by its plan."""
+    clock = Clock()
+    display = Display({"quantize": 100.0, "measure": 50.0}, clock)
+    seen = []
+    with display.level("distill"), display.level("quantize"):
+        for seconds in ([1.0] * 20, [4.0, *[0.5] * 39], [1.0] * 30):
+            with display.level("block", len(seconds)) as show:
+                for done, turn_s in enumerate(seconds, 1):
+                    clock.now_s += turn_s
+                    show(done)
+                    (percent,) = re.findall(r"quantize (\d+) %", display.line())
+                    seen.append((int(percent), display.left()[1]))
+    for before, after in pairwise(seen):
+        assert after[0] >= before[0]
+        assert after[1] <= before[1]
+
+
+def test_a_short_phase_says_little_of_long_ones() -> None:
+    """Ten seconds that took forty do not make a quarter of an hour an hour."""
+    display = Display({"vocabulary": 10.0, "quantize": 900.0}, Clock())
+    display.took["vocabulary"] = 40.0
+    with display.level("distill"), display.level("quantize"):
+        assert display.left()[1] == pytest.approx(900, rel=0.05)
 
 
 def test_a_run_may_have_the_name_of_its_first_phase() -> None:
@@ -67,11 +94,11 @@ def test_a_run_may_have_the_name_of_its_first_phase() -> None:
             assert display.left() == (10.0, 50.0)
             clock.now_s += 20
         display.took["quantize"] = 20.0
-        assert display.left() == (None, 80.0)
+        assert display.left() == (None, 48.0)
         with display.level("distil scales"):
             clock.now_s += 5
-            assert display.left() == (75.0, 75.0)
-            assert display.line().startswith("distil scales 6 %  about 75.0 s left  5.0 s so far")
+            assert display.left() == (43.0, 43.0)
+            assert display.line().startswith("distil scales 10 %  about 43.0 s left  5.0 s so far")
 
 
 def test_a_line_has_at_most_one_count() -> None:

@@ -100,11 +100,14 @@ class Display:
 
     @property
     def ratio(self) -> float:
-        """Seconds that the ended phases took, as a share of what was planned for them."""
-        known = [name for name in self.took if self.planned.get(name)]
-        if not known:
-            return 1.0
-        return sum(self.took[name] for name in known) / sum(self.planned[name] for name in known)
+        """Seconds of the whole run as a share of its plan, where phases to come take as planned.
+
+        So a short phase that took four times as long says little of a long one.
+        """
+        seconds = 0.0
+        for name, planned_s in self.planned.items():
+            seconds += self.took.get(name, planned_s)
+        return seconds / (sum(self.planned.values()) or 1.0)
 
     def later_s(self, phase: str) -> float:
         """Seconds of all phases after this one."""
@@ -117,7 +120,8 @@ class Display:
     def left(self) -> tuple[float | None, float | None]:
         """Seconds that are left of (phase or loop, run); None: unknown.
 
-        By the pace of the loop. A phase of several loops: by the plan, if that says more.
+        By the pace of the loop. A phase of several loops: by the plan, for each of them has a pace
+        of its own.
         """
         now = self.clock()
         rest = None
@@ -130,8 +134,7 @@ class Display:
             ahead = sum(seconds for name, seconds in self.planned.items() if name not in self.took)
             return (None, self.ratio * ahead or None) if self.planned else (rest, None)
         if rest is None or loop is None or loop.label != phase.label:
-            by_plan = self.ratio * self.planned[phase.label] - (now - phase.began_s)
-            rest = max(by_plan, rest or 0.0)
+            rest = self.ratio * self.planned[phase.label] - (now - phase.began_s)
         later = self.later_s(phase.label)
         if rest > 0:
             return rest, rest + later
