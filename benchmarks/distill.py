@@ -36,7 +36,7 @@ def main(label: str, flags: list[str]) -> None:
         }
         if label == "default":
             report.run(
-                report.Settings((str(folder),), str(laboratory.RESULTS / f"distill-{label}.html"))
+                report.Settings(str(folder), str(laboratory.RESULTS / f"distill-{label}.html"))
             )
     # Where the folder is kept is this machine's affair.
     told = [

@@ -74,10 +74,8 @@ def main(run: Path, count: int, tasks: tuple[str, ...]) -> None:
             f"scripts/mis benchmarks/recovery_table.py runs/NAME {count} {' '.join(tasks)}",
             found,
         )
-        page = page.replace("recovery.svg", "recovery_table.svg")
-        page += "\nRandom weights\n\n" + control_page.partition("\n\n![")[0] + "\n"
+        page += "\nRandom weights\n\n" + control_page
         (RESULTS / "recovery_table.md").write_text(page)
-        shutil.copy(folder / "out" / "recovery.svg", RESULTS / "recovery_table.svg")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""Write an HTML page about a run, or about several side by side.
+"""Write an HTML page about a run.
 
-The page needs no other file. Each part of it takes the story and a key, with which the ids of its
-pictures begin, and leaves out what is unknown. KeyError, TypeError or ValueError where values are
-not this version's.
+The page needs no other file. Each part of it takes the story, and leaves out what is unknown.
+KeyError, TypeError or ValueError where values are not this version's.
 """
 
 import shlex
-import time
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -18,12 +17,11 @@ from mis_mlx import cli
 from mis_mlx.distillation import run_verdict
 from mis_mlx.judge import answer_figures, repetition
 from mis_mlx.models.architectures import scenarios
-from mis_mlx.reporting import axes, figures, html, run_reader, smoothing, timeline
-from mis_mlx.reporting.run_reader import Point, Record, RunRecord, Series
+from mis_mlx.reporting import charts, html, run_reader
+from mis_mlx.reporting.run_reader import Record, RunRecord, points_of
 from mis_mlx.storage import files, run_folder
-from mis_mlx.types import GIB, Count, MisError, duration, evenly, gib
+from mis_mlx.types import MisError, duration, evenly, gib
 
-FEW = 5  # steps: a course of fewer is not smoothed
 SHOWN = 6  # prompts whose answers are on the page
 
 
@@ -31,24 +29,15 @@ SHOWN = 6  # prompts whose answers are on the page
 class Settings:
     """Reads a run folder and writes RUN/report.html: open it in any browser, or mail it."""
 
-    run: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """run folders; default: the newest one under runs/"""
+    run: Annotated[str | None, tyro.conf.Positional] = None
+    """run folder; default: the newest one under runs/"""
     out: str | None = None
-    """file to write; default: report.html in the first run folder"""
-    watch: bool = False
-    """update the page, and reload it in the browser, until the run ends or you press Ctrl-C"""
-    every_s: Count = 20
-    """seconds between updates"""
+    """file to write; default: report.html in the run folder"""
     config: cli.ConfigFile = None
     """YAML file with any of these flags"""
 
 
-def _since(story: RunRecord, series: Series, scale: float = 1.0) -> list[Point]:
-    """(seconds since the run began, value times `scale`) of each point."""
-    return [(wall_s - story.began_s, value * scale) for wall_s, value in series.points()]
-
-
-def verdict(story: RunRecord, key: str) -> str:
+def verdict(story: RunRecord) -> str:
     """What the student costs and loses, a warning first if it repeats itself.
 
     Of a run that goes on: how far it is.
@@ -60,20 +49,20 @@ def verdict(story: RunRecord, key: str) -> str:
     return html.part("verdict", warning=_warning(talks, models), sentences=sentences)
 
 
-def summary(story: RunRecord, key: str) -> str:
+def summary(story: RunRecord) -> str:
     """What was done, on what and how long, and with what result; '' while the run goes on."""
     return _summary(story) if story.result else ""
 
 
 def _summary(story: RunRecord) -> str:
     teacher = story.result.get("teacher") or story.config.get("teacher") or "the default teacher"
+    steps = points_of(story.steps, "number", "loss") or points_of(story.scales, "number", "loss")
     return html.part(
         "summary",
         s=story,
         scenario=scenarios.plain(str(story.config.get("scenario"))),
         teacher=PurePath(str(teacher)).name,
-        step=story.steps.series["number"].points()[-1:],
-        loss=story.steps.series["loss"].points()[-1:],
+        last=steps[-1] if steps else None,
         duration=duration,
         gib=gib,
     )
@@ -89,7 +78,7 @@ class Talk:
     answers: dict[str, dict[str, Any]]
 
 
-def answers(story: RunRecord, key: str) -> str:
+def answers(story: RunRecord) -> str:
     """Answers of teacher and student side by side."""
     talks, models = _told(story)
     return html.part("answers", models=models, talks=_some(talks))
@@ -155,59 +144,51 @@ def _warning(talks: Sequence[Talk], models: Sequence[str]) -> str:
     return html.document("loops.md", values).replace("**", "")
 
 
-def recovery(story: RunRecord, key: str) -> str:
+def recovery(story: RunRecord) -> str:
     """The table of the four models."""
     return html.part("recovery", table=html.markdown(story.table))
 
 
-def course(story: RunRecord, key: str) -> str:
-    """Loss with temperature and tea breaks, speed, memory: over time, in one picture."""
-    air = story.air
-    series = story.steps.series
-    loss = _since(story, series["loss"])
-    if not loss:
-        return ""
-    panels: dict[str, axes.Lines] = {"loss, nats per token": {"each step": loss}}
-    width = 0
-    if len(loss) >= FEW:
-        mean, width = smoothing.smoothed(loss)
-        panels["loss, nats per token"] = {"each step": loss, "smoothed": mean}
-    warm = {
-        "die": _since(story, air.series["die_c"]),
-        "air": _since(story, air.series["ambient_c"]),
-    }
-    if any(warm.values()):
-        panels["°C"] = warm
-    speed = _since(story, series["tokens_per_s"])
-    if speed:
-        panels["tokens/s"] = {"speed": speed}
-    memory = _since(story, series["peak_bytes"], 1 / GIB)
-    if memory:
-        panels["GiB"] = {"memory": memory}
-    breaks = []
-    causes = set()
-    for start, end, cause in air.pauses:
-        breaks.append((start - story.began_s, end - story.began_s))
-        causes.add(cause)
-    budget = story.begun.get("budget_bytes") or story.result.get("budget_bytes")
-    values = {
-        "loss": loss,
-        "width": width,
-        "count": series["loss"].count,
-        "warm": warm,
-        "breaks": breaks,
-        "speed": speed,
-        "causes": sorted(causes),
-        "planned": _known("{:.0f}".format, _planned_speed(story)),
-        "memory": memory,
-        "budget": _known(gib, budget),
-    }
-    words = " ".join(html.document("course.md", values).split())
-    caption = (f"{key}course", "Loss, temperature, tea breaks, speed, memory", words)
-    picture = timeline.over_time(
-        caption, panels, shaded=breaks, faint={"each step"} if width else ()
-    )
-    return html.part("course", pictures=[picture])
+def course(story: RunRecord) -> str:
+    """Loss of the weights' steps and of the scales'; temperatures."""
+    pictures = []
+    for key, title, records, planned in (
+        ("loss", "Training", story.steps, _planned_speed(story)),
+        ("scales", "Scales of the rounded student", story.scales, None),
+    ):
+        loss = points_of(records, "number", "loss")
+        if not loss:
+            continue
+        speed = []
+        for record in records:
+            tokens = run_reader.finite(record.get("tokens"))
+            seconds = run_reader.finite(record.get("seconds"))
+            if tokens and seconds:
+                speed.append((0, tokens / seconds))
+        values = {
+            "loss": loss,
+            "speed": speed,
+            "planned": planned,
+        }
+        text = " ".join(html.document("course.md", values).split())
+        picture = charts.lines((key, title, text), ("step", "nats per token"), {"loss": loss})
+        pictures.append(picture)
+    warm = {}
+    for name, field in (("die", "die_c"), ("air", "ambient_c")):
+        points = points_of(story.air, "wall_s", field)
+        if points:
+            first_s, _ = points[0]
+            warm[name] = [((wall_s - first_s) / 60, value) for wall_s, value in points]
+    if warm:
+        values = {
+            "loss": [],
+            "warm": warm,
+            "breaks": story.result.get("tea_breaks", 0),
+            "causes": sorted(story.result.get("tea_reasons", {})),
+        }
+        text = " ".join(html.document("course.md", values).split())
+        pictures.append(charts.lines(("heat", "Temperature", text), ("minutes", "°C"), warm))
+    return html.part("course", pictures=pictures)
 
 
 def _planned_speed(story: RunRecord) -> float | None:
@@ -219,15 +200,14 @@ def _planned_speed(story: RunRecord) -> float | None:
     return begun["step_tokens"] * begun["iters"] / seconds["distil"]
 
 
-def cost(story: RunRecord, key: str) -> str:
+def cost(story: RunRecord) -> str:
     """Time and memory of every phase, as it was and as planned."""
     took = story.took()
     peaks: dict[str, list[float]] = {}
     for record in story.phases:
         peaks.setdefault(record["phase"], []).append(record["peak_bytes"])
     if "distil" in took:
-        points = story.steps.series["peak_bytes"].points()
-        peaks["distil"] += [nbytes for _, nbytes in points]
+        peaks["distil"] += [nbytes for _, nbytes in points_of(story.steps, "number", "peak_bytes")]
     planned = {plan["phase"]: plan for plan in story.begun.get("planned", [])}
     rows = []
     for name in dict.fromkeys([*planned, *took]):
@@ -247,7 +227,7 @@ def _known(form: Callable[[float], str], value: float | None) -> str:
     return "–" if value is None else form(value)
 
 
-def pruning(story: RunRecord, key: str) -> str:
+def pruning(story: RunRecord) -> str:
     """Which blocks, heads and neurons were kept, and how important they are."""
     report = story.keep.get("report") or {}
     layers = set(story.keep.get("layers", []))
@@ -267,9 +247,9 @@ def pruning(story: RunRecord, key: str) -> str:
             f"1 − cosine of each of the {len(blocks)} blocks: how far it turns the hidden states. "
             f"Removed: {listed}."
         )
-        caption = (f"{key}blocks", "Blocks", text)
+        caption = ("blocks", "Blocks", text)
         groups = {"kept": kept, "removed": removed}
-        pictures.append(figures.columns(caption, ("block", "1 − cosine"), groups))
+        pictures.append(charts.columns(caption, ("block", "1 − cosine"), groups))
     shares = {}
     for axis in ("ffn", "heads"):
         of_blocks = []
@@ -282,7 +262,7 @@ def pruning(story: RunRecord, key: str) -> str:
     return html.part("pruning", report=report, pictures=pictures, shares=shares)
 
 
-def samples(story: RunRecord, key: str) -> str:
+def samples(story: RunRecord) -> str:
     """What the models write after the same words, side by side."""
     texts: dict[str, dict[str, str]] = {}
     for sample in story.samples:
@@ -292,14 +272,12 @@ def samples(story: RunRecord, key: str) -> str:
     return html.part("samples", texts=texts)
 
 
-def origins(story: RunRecord, key: str) -> str:
+def origins(story: RunRecord) -> str:
     """The command, versions, hashes, settings."""
-    words = ["python", "-m", "mis_mlx.distill"]
-    for name, value in (story.begun.get("flags") or {}).items():
-        words.append("--" + name.replace("_", "-"))
-        if value is not True:
-            values = value if isinstance(value, list) else [value]
-            words += map(str, values)
+    words = [str(cli.from_here(Path(sys.executable))), "-m", "mis_mlx", "distill"]
+    if story.asked:
+        # Some settings are no flags: the file has all that were said.
+        words += ["-c", str((story.folder / run_folder.ASKED).absolute())]
     facts = dict(story.origin)
     rates = story.begun.get("rates") or {}
     if "device" in rates:
@@ -310,98 +288,24 @@ def origins(story: RunRecord, key: str) -> str:
     return html.part("origins", command=command, facts=facts, config=story.config)
 
 
-def comparison(stories: Sequence[RunRecord], names: list[str]) -> str:
-    """Several runs side by side: losses in one picture, numbers, settings that differ.
-
-    Beside a number stands its difference to the first run's.
-    """
-    losses = {}
-    ends = []
-    for name, story in zip(names, stories, strict=True):
-        series = story.steps.series["loss"]
-        points = _since(story, series)
-        losses[name] = smoothing.smoothed(points)[0] if len(points) >= FEW else points
-        if points:
-            _, last = points[-1]
-            ends.append(f"{name} ends at {last:.3f}")
-    picture = ""
-    if ends:
-        text = f"Training loss of {len(losses)} runs: {'; '.join(ends)}."
-        caption = ("all-loss", "Loss of all runs", text)
-        picture = timeline.over_time(caption, {"loss, nats per token": losses})
-    results = []
-    for story in stories:
-        results.append({k: v for k, v in story.result.items() if type(v) in (int, float)})
-    numbers = []
-    for name, values in _by_key(results).items():
-        cells = [_cell(value, values[0]) for value in values]
-        numbers.append([name, *cells])
-    configs = [story.config for story in stories]
-    settings = []
-    for name, values in _by_key(configs).items():
-        texts = [str(value) for value in values]
-        if len(set(texts)) > 1:
-            settings.append([name, *texts])
-    return html.part(
-        "comparison",
-        picture=picture,
-        names=names,
-        numbers=numbers,
-        settings=settings,
-    )
-
-
-def _by_key(mappings: Sequence[Record]) -> dict[str, list[Any]]:
-    """{key of any of them: its value in each of them, a dash where there is none}."""
-    keys: dict[str, None] = {}
-    for mapping in mappings:
-        keys.update(dict.fromkeys(mapping))
-    values = {}
-    for key in keys:
-        values[key] = [mapping.get(key, "–") for mapping in mappings]
-    return values
-
-
-def _cell(value: Any, first: Any) -> str:
-    """A number, and by how much it differs from the first run's; a dash for anything else."""
-    if type(value) not in (int, float):
-        return "–"
-    form = "," if type(value) is int else ",.4g"
-    if type(first) not in (int, float) or value == first:
-        return format(value, form)
-    return f"{value:{form}} ({value - first:+{form}})"
-
-
 # in the page's order
 OF_RUN = (verdict, answers, samples, summary, recovery, course, cost, pruning, origins)
 
 
-def render(stories: Sequence[RunRecord], every_s: int | None = None) -> str:
-    """The page. every_s: how often a browser is to open it anew, in seconds."""
-    names = []
-    folders = [story.name for story in stories]
-    for number, name in enumerate(folders, 1):
-        # no two alike
-        names.append(name if folders.count(name) == 1 else f"{name} ({number})")
-    parts = [html.part("heading", text=" and ".join(names))]
-    if len(stories) > 1:
-        parts.append(_part(comparison, stories, names))
-    for number, (name, story) in enumerate(zip(names, stories, strict=True)):
-        if len(stories) > 1:
-            parts.append(html.part("heading", text=name))
-        key = f"r{number}-"
-        parts += [_part(make, story, key) for make in OF_RUN]
-        parts.append(html.part("missing", lines=story.missing))
-    title = f"{', '.join(names)}: mis_mlx"
-    return html.page(title, "".join(parts), every_s)
+def render(story: RunRecord) -> str:
+    """The page."""
+    parts = [html.part("heading", text=story.name)]
+    parts += [_part(make, story) for make in OF_RUN]
+    parts.append(html.part("missing", lines=story.missing))
+    return html.page(f"{story.name}: mis_mlx", "".join(parts))
 
 
-def _part(make: Callable[..., str], *values: Any) -> str:
+def _part(make: Callable[[RunRecord], str], story: RunRecord) -> str:
     """A part of the page, or a sentence where a file holds what this version does not write."""
     from jinja2 import UndefinedError
 
     try:
-        return make(*values)
+        return make(story)
     except (
         UndefinedError,
         LookupError,
@@ -418,42 +322,25 @@ def _part(make: Callable[..., str], *values: Any) -> str:
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """The command: read, draw, write; again and again when watching."""
-    cli.check_ranges(settings)
-    folders = [Path(name) for name in settings.run]
-    if not folders:
+    """The command: read, draw, write."""
+    if settings.run is None:
         configs = list(Path("runs").glob(f"*/{run_folder.CONFIG}"))
         if not configs:
             raise MisError(
                 "There is no run under runs/: name a run folder, or make one with distill"
             )
-        newest = max(configs, key=lambda path: path.stat().st_mtime)
-        folders = [newest.parent]
-    out = folders[0] / "report.html"
-    if settings.out:
-        out = Path(settings.out)
+        folder = max(configs, key=lambda path: path.stat().st_mtime).parent
+    else:
+        folder = Path(settings.run)
+    out = Path(settings.out) if settings.out else folder / "report.html"
     files.need_place("--out", out, "file")
-    while True:
-        stories = [run_reader.read(folder) for folder in folders]
-        going = settings.watch and not all(story.result for story in stories)
-        files.DISK.make_folder(out.absolute().parent)
-        page = render(stories, settings.every_s if going else None)
-        files.DISK.replace_text(out, page)
-        if not going:
-            break
-        progress = ", ".join(f"{story.steps.lines} steps of {story.name}" for story in stories)
-        cli.say(f"{out}: {progress}; Ctrl-C ends the watch")
-        time.sleep(settings.every_s)
+    story = run_reader.read(folder)
+    files.DISK.make_folder(out.absolute().parent)
+    page = render(story)
+    files.DISK.replace_text(out, page)
     cli.say(f"{out}: open it in a browser")
-    missing = []
-    for story in stories:
-        missing += [f"{story.name}: {text}" for text in story.missing]
-    return {
-        "report": str(out),
-        "bytes": len(page.encode()),
-        "runs": len(stories),
-        "missing": missing,
-    }
+    missing = [f"{story.name}: {text}" for text in story.missing]
+    return {"report": str(out), "bytes": len(page.encode()), "missing": missing}
 
 
 if __name__ == "__main__":

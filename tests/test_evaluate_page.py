@@ -5,14 +5,12 @@ bear.
 from __future__ import annotations
 
 import re
-import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
 
-from mis_mlx.judge.recovery_table import Outcome, figure, markdown
+from mis_mlx.judge.recovery_table import Outcome, markdown
 from mis_mlx.maths.stats import interval, recovery
-from mis_mlx.reporting import figures
 
 N = 100
 
@@ -175,16 +173,3 @@ def test_contamination_is_counted() -> None:
     assert "7 of 90 in sums share 13 words in a row" in markdown([shared])
     assert "Contamination" not in markdown([Outcome(o.task, o.about, o.marks, o.chance)])
     assert o.json()["contamination"] == {"shared": 0, "looked_up": 100}
-
-
-def test_the_figure_is_a_file_of_its_own() -> None:
-    """Well-formed SVG with every task that the teacher knows, and no other."""
-    known = outcome("sums", teacher=90, student=70, other=50)
-    unknown = outcome("bus", teacher=50, student=50, other=60)
-    picture = figure([known, unknown])
-    svg = figures.standalone(picture)
-    assert ET.fromstring(svg).tag.endswith("svg")
-    assert "sums" in svg
-    assert "bus" not in svg
-    assert "student" in svg
-    assert "other" in svg

@@ -1,4 +1,4 @@
-"""The recovery table in Markdown, as a figure, and in plain words. Knows marks, and no model."""
+"""The recovery table in Markdown and in plain words. Knows marks, and no model."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ import numpy as np
 
 from mis_mlx.judge.tasks.instructions import Levels
 from mis_mlx.maths.stats import LEAST_FOR_INTERVAL, bounds, interval, recovery
-from mis_mlx.reporting import figures, html
+from mis_mlx.reporting import html
 from mis_mlx.reporting.text import plus_minus
 
 
@@ -218,24 +218,3 @@ def _compared(name: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         if low > 0:
             compared["clearly"].append(task)
     return compared
-
-
-def figure(outcomes: Sequence[Outcome]) -> str:
-    """The recoveries with their intervals as HTML.
-
-    Without tasks of which the teacher knows nothing; "" where nothing is left.
-    """
-    known = [outcome for outcome in outcomes if outcome.knows]
-    if not known or not _students(known):
-        return ""
-    names = _students(known)
-    rows = {}
-    for outcome in known:
-        rows[outcome.task] = [outcome.recovered(name) for name in names]
-    limits = {"chance": 0.0, "teacher": 1.0}
-    about = (
-        "How much of the teacher's score above chance a student keeps, ± 95 % intervals; 0 % is "
-        "chance."
-    )
-    caption = ("recovery", "Recovered", about)
-    return figures.intervals(caption, "recovered", rows, names=names, limits=limits)

@@ -41,14 +41,11 @@ def part(macro: str, **values: Any) -> str:
     return str(getattr(macros, macro)(**values))
 
 
-def page(title: str, body: str, every_s: int | None = None) -> str:
-    """The document, which a browser opens anew every `every_s` seconds.
-
-    The browser loads nothing and runs only our script, whatever `body` holds.
-    """
+def page(title: str, body: str) -> str:
+    """The document. The browser loads nothing and runs only our script, whatever `body` holds."""
     script = _templates().get_template("page.js").render()
     seal = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return part("page", title=title, body=body, seal=seal, script=script, every_s=every_s)
+    return part("page", title=title, body=body, seal=seal, script=script)
 
 
 def markdown(text: str) -> str:

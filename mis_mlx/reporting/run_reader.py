@@ -1,13 +1,11 @@
 """What a run folder tells: every file may be missing, torn, or of another version.
 
-Nothing in here is safe as HTML. Logs are thinned line by line: a million lines take the memory of a
-thousand, and no spike is lost.
+Nothing in here is safe as HTML.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,122 +14,29 @@ import yaml
 from mis_mlx.storage import run_folder
 from mis_mlx.types import MisError
 
-STEPS = ("number", "loss", "tokens", "seconds", "peak_bytes")
+SCALES = "tune.jsonl"  # the steps in which scales learn
+THERMAL = "thermal.jsonl"
 KEEPS = ("pruned/keep.json", "distilled/keep.json", "model/keep.json")  # the first that is there
 MAPPINGS = run_folder.CONFIG, run_folder.ORIGIN, run_folder.RESULT
 LOST: dict[str, str] = yaml.safe_load(
     (Path(__file__).parent / "templates" / "lost.yaml").read_text("utf-8")
 )
-MOST_POINTS = 2400  # that a series keeps: when it has more, its runs become twice as long
-LINE_BYTES = 1 << 16  # a longer line is no record of ours
-MOST = 1000  # pauses that are kept one by one
-BACKWARDS_S = 1.0  # a wall clock that jumps back further was set, or is another machine's
+# {phase: the file that it writes}: in a run that has no such phase, nobody misses the file.
+WRITTEN_BY = {"prune": KEEPS[0], "distil": run_folder.METRICS, "distil scales": SCALES}
 
 Point = tuple[float, float]
 Record = Mapping[str, Any]  # of a log or a settings file
-Pause = tuple[float, float, str]  # start, end, cause
 
 
-@dataclass
-class Series:
-    """Values at places that never fall; of many, the extremes of each run of neighbours.
-
-    All runs are equally long.
-    """
-
-    count: int = 0
-    _kept: list[Point] = field(default_factory=list)
-    _run: list[Point] = field(default_factory=list)  # of neighbours, not yet full
-    _width: int = 2  # values in a run, of which two are kept
-
-    def add(self, x: float, y: float) -> None:
-        """The next value."""
-        self.count += 1
-        self._run.append((x, y))
-        if len(self._run) > self._width:
-            *full, last = self._run
-            self._kept += _extremes(full)
-            self._run = [last]
-        if len(self._kept) > MOST_POINTS:
-            thinned = []
-            for start in range(0, len(self._kept), 4):
-                thinned += _extremes(self._kept[start : start + 4])
-            self._kept = thinned
-            self._width *= 2
-
-    def points(self) -> list[Point]:
-        """The kept values by place: all while there are few, later each run's extremes.
-
-        The last value is always among them.
-        """
-        points = {*self._kept, *_extremes(self._run)}
-        points.update(self._run[-1:])
-        return sorted(points)
-
-
-def _extremes(points: Sequence[Point]) -> list[Point]:
-    """The lowest and the highest, in their order."""
-    by_height = sorted(points, key=lambda point: point[1])
-    ends = {*by_height[:1], *by_height[-1:]}
-    return sorted(ends)
-
-
-@dataclass
-class History:
-    """One log. Places in it are seconds since 1970, as the records have them, never falling."""
-
-    series: dict[str, Series]
-    lines: int = 0
-    torn: int = 0  # lines that are no record
-    first_s: float | None = None
-    last_s: float = -math.inf
-    pauses: list[Pause] = field(default_factory=list)  # of "pause" lines
-
-
-def history_of(path: Path, names: Sequence[str]) -> History:
-    """The numbers of these names, and "tokens_per_s", in a log, if there is one.
-
-    A step done twice is in it twice.
-    """
-    history = History({name: Series() for name in (*names, "tokens_per_s")})
-    behind = 0.0  # seconds by which the wall clock was set back
-    pausing = False  # whether the last record is of a pause
-    for record in run_folder.parsed(path, LINE_BYTES):
-        history.lines += 1
-        wall_s = finite(record.get("wall_s")) if record else None
-        if not record or wall_s is None:
-            history.torn += 1
-            continue
-        if wall_s + behind < history.last_s - BACKWARDS_S:
-            behind = history.last_s - wall_s
-        now = max(wall_s + behind, history.last_s)
-        history.last_s = now
-        if history.first_s is None:
-            history.first_s = now
-        for name, value in _values(record, names).items():
-            history.series[name].add(now, value)
-        room = pausing or len(history.pauses) < MOST
-        paused = record.get("action") == "pause" and room
-        if pausing:
-            start, _, cause = history.pauses[-1]
-            history.pauses[-1] = (start, now, cause)
-        elif paused:
-            cause = str(record.get("cause", ""))[:80]
-            history.pauses.append((now, now, cause))
-        pausing = paused
-    return history
-
-
-def _values(record: Record, names: Sequence[str]) -> dict[str, float]:
-    """The numbers of these names in a record, as far as it has them; and "tokens_per_s"."""
-    values = {}
-    for name in names:
-        value = finite(record.get(name))
-        if value is not None:
-            values[name] = value
-    if values.get("seconds") and "tokens" in values:
-        values["tokens_per_s"] = values["tokens"] / values["seconds"]
-    return values
+def points_of(records: Sequence[Record], x: str, y: str) -> list[Point]:
+    """(x, y) of the records in which both are numbers, by x; the last one counts of several."""
+    found = {}
+    for record in records:
+        place = finite(record.get(x))
+        value = finite(record.get(y))
+        if place is not None and value is not None:
+            found[place] = value
+    return sorted(found.items())
 
 
 def finite(value: Any) -> float | None:
@@ -151,19 +56,20 @@ class RunRecord(NamedTuple):
     """
 
     name: str  # of its folder
-    began_s: float  # since 1970, at which time begins on pictures
     config: Record
     origin: Record
     result: Record
     keep: Record
+    asked: Record  # the settings that were said
     begun: Record  # what the first start planned
     phases: Sequence[Record]
     samples: Sequence[Record]
     # to held-out prompts, prompt by prompt; none where nobody was asked
     answers: Sequence[Record]
     table: str
-    steps: History
-    air: History
+    steps: Sequence[Record]  # in which weights learn
+    scales: Sequence[Record]  # in which scales learn
+    air: Sequence[Record]
     missing: Sequence[str]
     folder: Path
 
@@ -199,19 +105,25 @@ def _answers(folder: Path) -> list[dict[str, Any]]:
     return [record for record in records if "text" in record]
 
 
-def _missing(folder: Path, files: Record) -> list[str]:
-    """A sentence for each file that is missing, damaged or torn. files: {name: what it holds}."""
+def _missing(folder: Path, files: Record, planned: set[str]) -> list[str]:
+    """A sentence for each file that is missing, damaged or torn.
+
+    files: {name: what it holds; of a log, its lines, None for a torn one}. planned: the run's
+    phases; empty: not known.
+    """
+    unwritten = {name for phase, name in WRITTEN_BY.items() if planned and phase not in planned}
     missing = []
     for name, held in files.items():
-        log = held if isinstance(held, History) else None
         lost = LOST[Path(name).name]
-        if not (folder / name).is_file() or (log and not log.lines):
-            missing.append(f"{name} is missing: {lost}")
+        if not (folder / name).is_file() or held == []:
+            if name not in unwritten:
+                missing.append(f"{name} is missing: {lost}")
         elif held is None:
             missing.append(f"{name} is damaged: {lost}")
-        elif log and log.torn:
+        elif isinstance(held, list) and None in held:
             missing.append(
-                f"{name} has {log.torn} of {log.lines} lines that are not records; they are skipped"
+                f"{name} has {held.count(None)} of {len(held)} lines that are not records; they "
+                f"are skipped"
             )
     return missing
 
@@ -220,43 +132,39 @@ def read(folder: Path) -> RunRecord:
     """Everything that is there. MisError when nothing of a run is."""
     keeps = (name for name in KEEPS if (folder / name).is_file())
     keep = next(keeps, KEEPS[0])
-    phases = run_folder.records(folder / run_folder.PHASES)
     mappings = {}
     for name in (*MAPPINGS, keep):
         mappings[name] = _held(run_folder.stored_settings, folder, name)
-    samples = run_folder.records(folder / run_folder.SAMPLES)
     table = _held((folder / "table.md").read_text, "utf-8", "replace")
-    steps = history_of(folder / run_folder.METRICS, STEPS)
-    air = history_of(folder / "thermal.jsonl", ("die_c", "ambient_c"))
-    files = {
-        run_folder.PHASES: phases,
-        **mappings,
-        run_folder.SAMPLES: samples,
-        "table.md": table,
-        run_folder.METRICS: steps,
-        "thermal.jsonl": air,
-    }
+    logs = {}
+    for name in (run_folder.PHASES, run_folder.SAMPLES, run_folder.METRICS, SCALES, THERMAL):
+        logs[name] = list(run_folder.parsed(folder / name))
+    records = {name: [line for line in log if line is not None] for name, log in logs.items()}
+    phases = records[run_folder.PHASES]
+    steps = records[run_folder.METRICS]
     config, origin, result, kept = (mapping or {} for mapping in mappings.values())
-    missing = _missing(folder, files) + _without_answers(folder, result)
-    if not (phases or any(mappings.values()) or steps.lines):
+    if not (phases or any(mappings.values()) or steps):
         raise MisError(f"{folder} is not a run folder: give one, such as runs/NAME-001")
     starts_of_run = (record for record in phases if isinstance(record.get("planned"), list))
     begun: Record = next(starts_of_run, {})
-    starts = (finite(begun.get("wall_s")), steps.first_s, air.first_s)
+    plans = [plan for plan in begun.get("planned", []) if isinstance(plan, dict)]
+    planned = {str(plan.get("phase")) for plan in plans}
+    missing = _missing(folder, {**logs, **mappings, "table.md": table}, planned)
     return RunRecord(
         name=folder.resolve().name,
-        began_s=min((start for start in starts if start is not None), default=0.0),
         config=config,
         origin=origin,
         result=result,
         keep=kept,
+        asked=_held(run_folder.stored_settings, folder, run_folder.ASKED) or {},
         begun=begun,
         phases=[record for record in phases if isinstance(record.get("phase"), str)],
-        samples=[record for record in samples if "text" in record],
+        samples=[record for record in records[run_folder.SAMPLES] if "text" in record],
         answers=_answers(folder),
         table=table or "",
         steps=steps,
-        air=air,
-        missing=missing,
+        scales=records[SCALES],
+        air=records[THERMAL],
+        missing=missing + _without_answers(folder, result),
         folder=folder,
     )

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mis_mlx.reporting import html, run_reader
-from mis_mlx.reporting.run_reader import Point, RunRecord, Series
+from mis_mlx.reporting.run_reader import Point, Record, RunRecord, points_of
 from mis_mlx.storage import run_folder
 from mis_mlx.studio_page import runs
 from mis_mlx.studio_page.runs import FINISHED, RUNNING, STOPPED, Listed
@@ -262,41 +262,28 @@ def _time(seconds: float | None) -> str:
 def fact_words(story: RunRecord) -> str:
     """Steps, loss, memory against the budget, temperature."""
     words = []
-    series = story.steps.series
-    number = _last(series["number"])
-    loss = _last(series["loss"])
-    if number is not None and loss is not None:
+    losses = points_of(story.steps, "number", "loss")
+    if losses:
+        number, loss = losses[-1]
         steps = story.begun.get("iters", "?")
         words.append(f"step {number:.0f} of {steps}")
         words.append(f"loss {loss:.3f}")
     peaks = [record.get("peak_bytes", 0) for record in story.phases]
-    for _, nbytes in series["peak_bytes"].points():
+    for _, nbytes in points_of(story.steps, "wall_s", "peak_bytes"):
         peaks.append(nbytes)
     budget = story.begun.get("budget_bytes")
     if peaks and budget:
         most = max(peaks)
         words.append(f"memory {gib(most)} of {gib(budget)}")
-    die_c = _last(story.air.series["die_c"])
-    if die_c is None:
-        words.append("no temperature measured")
-    else:
-        words.append(f"{die_c:.0f} °C")
+    die = points_of(story.air, "wall_s", "die_c")
+    words.append(f"{die[-1][1]:.0f} °C" if die else "no temperature measured")
     return ", ".join(words)
-
-
-def _last(series: Series) -> float | None:
-    """The last value; None where there is none."""
-    points = series.points()
-    if not points:
-        return None
-    _, value = points[-1]
-    return value
 
 
 def curves(story: RunRecord) -> dict[str, dict[str, list[Point]]]:
     """{title: {name: (seconds since the run began, value)}}, for charts."""
-    loss = _since(story, story.steps.series["loss"])
-    memory = _since(story, story.steps.series["peak_bytes"], 1 / GIB)
+    loss = _since(story, story.steps, "loss")
+    memory = _since(story, story.steps, "peak_bytes", 1 / GIB)
     lines: dict[str, dict[str, list[Point]]] = {}
     if loss:
         lines[LOSS] = {"loss": loss}
@@ -308,16 +295,19 @@ def curves(story: RunRecord) -> dict[str, dict[str, list[Point]]]:
         first_s, _ = memory[0]
         last_s, _ = memory[-1]
         lines[MEMORY]["budget"] = [(first_s, height), (last_s, height)]
-    die = _since(story, story.air.series["die_c"])
+    die = _since(story, story.air, "die_c")
     if die:
         lines[HEAT] = {"die": die}
     return lines
 
 
-def _since(story: RunRecord, series: Series, scale: float = 1.0) -> list[Point]:
+def _since(
+    story: RunRecord, records: Sequence[Record], name: str, scale: float = 1.0
+) -> list[Point]:
+    began_s = story.begun.get("wall_s", 0.0)
     points = []
-    for wall_s, value in series.points():
-        points.append((wall_s - story.began_s, value * scale))
+    for wall_s, value in points_of(records, "wall_s", name):
+        points.append((wall_s - began_s, value * scale))
     return points
 
 
