@@ -409,28 +409,24 @@ def _stages(
     rounding = student.rounding
     judging = measurement.judging_windows(c, data, teacher, resolved.recipe.eval_windows)
     run_loop.forget_text()
-    viewed = compression.view(c)
-    if viewed:
-        pruned = viewed
-    elif student.folder is None:
-        pruned = compression.prune(c, student.pruning, data, arch.params(teacher.config))
+    if student.folder is None:
+        before = arch.params(teacher.config)
+        pruned = compression.view(c) or compression.prune(c, student.pruning, data, before)
     else:
         pruned = compute_type.open_to_compute(student.folder, teacher.precision)
     main = distributed.is_main()
     dense = pruned
-    if c.plan.job.rounds_teacher:
-        # A copy of a packed teacher, as floats, is for rounding alone.
-        pruned = c.teacher
-        distilled = pruned
-    else:
+    models = {"teacher": teacher}
+    if not c.plan.job.uncut:
+        models["pruned"] = pruned
+    elif rounding and c.teacher is not teacher:
+        models["trimmed"] = c.teacher
+    if not c.plan.job.rounds_teacher:
         out = folder / ("distilled" if rounding else "model")
         pipeline.distil(c, pruned, out)
         if main:
             dense = compute_type.open_to_compute(out, teacher.precision)
-        distilled = dense
-    models = {"teacher": teacher, "pruned": pruned}
-    if main:
-        models["distilled"] = distilled
+            models["distilled"] = dense
     if rounding:
         compression.quantize(
             c,

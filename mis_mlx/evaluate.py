@@ -25,7 +25,7 @@ from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import distributed, stream
 from mis_mlx.planner import estimates, machines
 from mis_mlx.pruning import vocabulary
-from mis_mlx.reporting import figures, html, progress, text
+from mis_mlx.reporting import html, progress, text
 from mis_mlx.storage.files import DISK, need_place
 from mis_mlx.types import (
     MOST,
@@ -42,7 +42,6 @@ from mis_mlx.types import (
 )
 
 LENGTH = 256  # tokens in a window
-KLD_LENGTH = 512  # with --kld
 # name, title, chosen windows, and a function that opens a model for one pass
 Text = tuple[str, str, token_windows.Windows, comparison.OpenStream]
 
@@ -61,12 +60,8 @@ class Settings(cli.Budgeted, precision.Computing):
     """
     eval_windows: Count = 24
     """held-out windows"""
-    max_seq_length: Tokens | None = None
-    """tokens per window; default: 256, with --kld 512"""
-    kld: bool = False
-    """print llama.cpp's quality report instead, with the teacher as reference, over the second half
-    of every window
-    """
+    max_seq_length: Tokens = LENGTH
+    """tokens per window"""
     tasks: tuple[str, ...] = ()
     """answers, tools, builtin, polish-offline, dialects, one of their tasks, your own folders or
     .jsonl files; without --tasks: held-out text
@@ -80,9 +75,7 @@ class Settings(cli.Budgeted, precision.Computing):
     option as the reply
     """
     out: str | None = None
-    """folder for recovery.md, .json, .svg and .html, and answers.jsonl; default: print the table
-    only
-    """
+    """folder for recovery.md and .json, and answers.jsonl; default: print the table only"""
     dry_run: bool = False
     """with --tasks: check all rows, count questions, bytes and time, and stop before any model
     answers
@@ -100,47 +93,17 @@ def _print(words: str) -> None:
         print(text.aligned(words))
 
 
-def _kld(
-    models: Models,
-    held_out: token_windows.Windows,
-    title: str,
-    opened: comparison.OpenStream,
-) -> dict[str, Any]:
-    """Print llama.cpp's report on all models but the first, the reference; the same for the JSON
-    line.
-    """
-    held_out = comparison.second_half(held_out)
-    report = comparison.kld(models, held_out, opened)
-    tokens = int((held_out.loss_mask > 0).sum())
-    sha256 = token_windows.fingerprint(held_out)
-    rows = []
-    result: dict[str, Any] = {"tokens": tokens, "sha256_tokens": sha256}
-    for name, figures_of in report.items():
-        for metric, (value, error) in figures_of.items():
-            result[f"{metric}_{name}"] = value
-            if error is None:
-                rows.append(Row(name, metric, value))
-            else:
-                rows.append(Row(name, metric, value, low=value - error, high=value + error))
-                result[f"{metric}_se_{name}"] = error
-    table = text.table(rows, list(report), text.TABLES["kld"])
-    _print(f"\n{title}: the {tokens} tokens of their second halves, ± one standard error\n")
-    _print(f"{table}\n\nsha256 of the tokens: {sha256}")
-    return result
-
-
 def _texts(
     s: Settings,
     models: Models,
     tokenizer: Any,
     limit: Budget,
-    *,
-    length: int,
 ) -> Iterator[Text]:
     """Every held-out text, one after the other; the budget holds while the caller uses it.
 
     MisError where the comparison does not fit.
     """
+    length = s.max_seq_length
     shapes = [model_of(model) for model in models.values()]
     planned = comparison_cost(shapes, s.eval_windows, length).beside(shapes[0].text_bytes)
     estimates.require_fit(limit, planned)
@@ -182,8 +145,7 @@ def _held_out(
     teacher = models["teacher"]
     tokenizer = load.tokenizer(seen.path)
     compared = {**models, "teacher": seen}
-    length = s.max_seq_length or LENGTH
-    for name, title, chosen, opened in _texts(s, models, tokenizer, limit, length=length):
+    for name, title, chosen, opened in _texts(s, models, tokenizer, limit):
         means = comparison.compare_across_machines(compared, chosen, opened)
         rows = comparison.rows_of(means, chosen)
         if seen is not teacher:
@@ -275,8 +237,8 @@ def _plan(
     if len(phases) < len(asked):
         known = f", {len(asked) - len(phases)} of {len(asked)} reused from an earlier run"
     if wanted.text:
-        length = s.max_seq_length or LENGTH
-        comparing = comparison_cost(shapes, s.eval_windows, length).beside(shapes[0].text_bytes)
+        comparing = comparison_cost(shapes, s.eval_windows, s.max_seq_length)
+        comparing = comparing.beside(shapes[0].text_bytes)
         phases.append(comparing)
         estimates.require_fit(limit, comparing)
     rates = estimates.machine_rates()
@@ -390,16 +352,9 @@ def _write(
     if answered:
         result["answers"] = answered.result
         conversations.write_answers(answered.judgement, out, DISK)
-    picture = recovery_table.figure(outcomes)
-    title = "The recovery table"
-    body = f"<h1>{title}</h1>" + html.markdown(page) + html.part("figures", pictures=[picture])
-    if picture:
-        DISK.replace_text(out / "recovery.svg", figures.standalone(picture))
-        page += "\n\n![Recovered](recovery.svg)"
     lines = json.dumps(result, ensure_ascii=False, indent=1)
     DISK.replace_text(out / "recovery.md", page + "\n")
     DISK.replace_text(out / "recovery.json", lines + "\n")
-    DISK.replace_text(out / "recovery.html", html.page(title, body))
 
 
 def _check_flags(s: Settings) -> None:
@@ -407,13 +362,6 @@ def _check_flags(s: Settings) -> None:
     if (s.out or s.dry_run) and not s.tasks:
         flag = "--out" if s.out else "--dry-run"
         raise MisError(f"{flag} needs --tasks: name some, such as --tasks text")
-    if s.kld and s.tasks:
-        raise MisError("--kld and --tasks are two different reports: give one of them")
-    if s.kld and not s.students:
-        raise MisError(
-            "--kld compares two models, but only the teacher is given: name the other with "
-            "--students"
-        )
 
 
 def _opened_models(s: Settings, limit: Budget) -> dict[str, Checkpoint]:
@@ -447,30 +395,10 @@ def run(settings: Settings) -> dict[str, Any]:
         distributed.check_same(hashes)
         if s.tasks:
             result = _examine(s, models, seen, hashes, limit=limit)
-        elif s.kld:
-            result = _kld_reports(s, models, seen, limit)
         else:
             tables, result = _held_out(s, models, seen, limit)
             _print(f"\n{tables}")
         return {"teacher": str(teacher.path), "students": list(s.students), **result}
-
-
-def _kld_reports(
-    s: Settings,
-    models: Models,
-    seen: Checkpoint,
-    limit: Budget,
-) -> dict[str, Any]:
-    """llama.cpp's report on each text.
-
-    seen: the teacher with its students' vocabulary, which is the reference.
-    """
-    compared = {**models, "teacher": seen}
-    length = s.max_seq_length or KLD_LENGTH
-    texts = _texts(s, compared, load.tokenizer(seen.path), limit, length=length)
-    if seen is not models["teacher"]:
-        cli.say(comparison.ACROSS)
-    return {name: _kld(compared, chosen, title, opened) for name, title, chosen, opened in texts}
 
 
 if __name__ == "__main__":

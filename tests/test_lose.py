@@ -357,7 +357,7 @@ def test_what_no_search_knows_is_not_cut(
 def said(excess: float) -> answers.ModelAnswers:
     """A model that needs so many bits a byte for the one answer of 100 bytes."""
     bits = AnswerBits(np.array([100 * math.log(2) * (1 + excess)]), np.array([100.0]))
-    return answers.ModelAnswers(bits, [], [])
+    return answers.ModelAnswers(bits, [])
 
 
 @pytest.mark.parametrize(("reached", "far"), [(0.12, False), (0.14, True), (0.06, True)])

@@ -29,7 +29,7 @@ def test_evaluate_says_what_one_machine_says(
     text_folder: Path,
     own_home: dict[str, str],
 ) -> None:
-    """Options, answers that are written, held-out text and --kld: the same figures; the first
+    """Options, answers that are written, and held-out text: the same figures; the first
     machine keeps answers and writes the page, the others say nothing; what is kept is not asked
     again.
     """
@@ -65,7 +65,6 @@ def test_evaluate_says_what_one_machine_says(
         for kind, flags in (
             ("table", ["--tasks", tasks, "text", "--num-questions", 9, "--out", home / "out"]),
             ("again", ["--tasks", tasks, "--num-questions", 9]),
-            ("kld", ["--kld"]),
         ):
             if (kind, machines) == ("again", 1):  # what one machine keeps: tests/test_evaluate.py
                 continue
@@ -75,10 +74,9 @@ def test_evaluate_says_what_one_machine_says(
             assert not any(d.stdout or d.stderr for d in done[1:])
             said[kind, machines] = done[0]
     assert "4 of 4 reused from an earlier run" in said["again", n].stderr
-    for kind in ("table", "kld"):
-        one, many = (last_line(said[kind, machines]) for machines in (1, n))
-        one.pop("out", None), many.pop("out", None)
-        _alike(one, many)
+    one, many = (last_line(said["table", machines]) for machines in (1, n))
+    one.pop("out", None), many.pop("out", None)
+    _alike(one, many)
     one_page, page = (
         (tmp_path / f"home-{machines}" / "out" / "recovery.md").read_text() for machines in (1, n)
     )

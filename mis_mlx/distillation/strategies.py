@@ -55,7 +55,7 @@ WITH_TEXT = "vocabulary", writers.TEACHER, writers.STUDENT, "measure"
 def measuring_cost(job: DistillationSpec, most_bytes: int, limit: int) -> StageCost:
     """Teacher, pruned, distilled and 4-bit student on every text; then those that fit are timed.
 
-    Models that are one are measured once. Teacher and result are timed, side by side where the
+    Teacher and result are timed, side by side where the
     phases before, which took `most_bytes`, leave room for both, else one by one. Then models answer
     prompts, where the student can write in the budget `limit`.
     """
@@ -71,9 +71,9 @@ def measuring_cost(job: DistillationSpec, most_bytes: int, limit: int) -> StageC
     if teacher.shape.vocab != job.student.shape.vocab:  # it reads with its own tokens, too
         stages += [*_on_texts(job, [teacher]), other_languages.excess_cost([teacher, result])]
     stages.append(timing_cost([teacher, result], most_bytes, limit))
-    students = [job.student]
-    if job.rounds:
-        students.append(four_bit)
+    students = [result]
+    if job.rounds and (not job.uncut or teacher.shape.vocab != job.student.shape.vocab):
+        students.insert(0, job.student)
     if job.answers:
         with suppress(MisError):  # the student cannot write in the budget, so nobody is asked
             answers = answers_cost(

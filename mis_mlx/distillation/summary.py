@@ -30,7 +30,7 @@ from mis_mlx.types import MisError, Row, Step
 LOSSES = (("nll", "nats/token"), ("bpb", "bits per byte"))
 
 Quality = Mapping[str, list[Row]]  # rows of every held-out text
-# A model's name in the JSON -> its name in tables.
+# A model's name in the JSON -> in a run. "trimmed" is an uncut teacher with fewer tokens.
 NAMES = {"teacher": "teacher", "pruned": "pruned", "student": "distilled", "quantized": "4-bit"}
 MISSED = 0.3  # share of the expected loss by which a reached one may differ without a remark
 LEAST_LOSS = 0.02  # bits a byte: for a smaller expected loss, MISSED is a share of this
@@ -99,9 +99,9 @@ def reporter(
 def result(
     folder: Path, models: comparison.Models, sizes: list[Row], quality: Quality
 ) -> dict[str, Any]:
-    """The run's JSON. models: teacher, pruned, distilled and perhaps 4-bit.
+    """The run's JSON. models: the teacher, and those of the other NAMES that the run has.
 
-    The first text of `quality` counts.
+    The first text of `quality` counts. A figure of a model that the run does not have is None.
     """
     rows = next(iter(quality.values()))
     main = {(row.model, row.metric): row.value for row in rows}
@@ -110,27 +110,29 @@ def result(
     steps = run_folder.metrics(folder)
     tokens = sum(step["tokens"] for step in steps)
     seconds = sum(step["seconds"] for step in steps)
-    gap = main["pruned", loss] - main["teacher", loss]
     gap_closed = None
-    if round(gap, 3):
-        gap_closed = (main["pruned", loss] - main["distilled", loss]) / gap
-    keep = model_writer.read_keep(models["pruned"].path)
     pruning = dict[str, Any]()
-    if keep:
-        pruning = {name: value for name, value in keep.report.items() if name not in select.BULKY}
+    if "pruned" in models:
+        gap = main["pruned", loss] - main["teacher", loss]
+        if round(gap, 3):
+            gap_closed = (main["pruned", loss] - main["distilled", loss]) / gap
+        keep = model_writer.read_keep(models["pruned"].path)
+        report = keep.report if keep else {}
+        pruning = {name: value for name, value in report.items() if name not in select.BULKY}
+    *_, student = models.values()
     return {
         "teacher": str(models["teacher"].path),
         "student": str(folder / "model"),
         "run": str(folder),
         "params_teacher": arch.params(models["teacher"].config),
-        "params_student": arch.params(models["distilled"].config),
-        # None for a model that reads other tokens.
+        "params_student": arch.params(student.config),
+        # None for a model that reads other tokens, too.
         **{f"nll_{key}": main.get((name, "nll")) for key, name in NAMES.items()},
         **{f"bits_per_byte_{name}": main.get((name, "bpb")) for name in models},
         "gap_closed": gap_closed,
-        "kl_pruned": main["pruned", "kl"],
-        "kl_student": main["distilled", "kl"],
-        "top1_student": main["distilled", "top1"],
+        "kl_pruned": main.get(("pruned", "kl")),
+        "kl_student": main.get(("distilled", "kl")),
+        "top1_student": main.get(("distilled", "top1")),
         **{
             f"{row.metric}_{row.model}": round(row.value, 3)
             for row in sizes
@@ -214,19 +216,11 @@ def result_page(
 
 
 def columns_of(models: comparison.Models) -> dict[str, str]:
-    """{a model's name: what a table calls it}, of those that are models of their own.
-
-    Where no block is cut, what is rounded is the teacher, perhaps with fewer tokens.
-    """
+    """{a model's name: what a table calls it}."""
     *_, student = models
     shown = {name: name for name in models}
-    dense = models["distilled"]
-    if models["pruned"] is dense:
-        del shown["pruned"]
-        if dense is models["teacher"]:
-            del shown["distilled"]
-        else:
-            shown["distilled"] = "fewer tokens"
+    if "trimmed" in models:
+        shown["trimmed"] = "fewer tokens"
     return {**shown, student: "student"}
 
 

@@ -53,14 +53,13 @@ def rows_of(
     name: str,
     cost: AnswerBits,
     greedy: Sequence[Answer] | None = None,
-    logprob: float | None = None,
     *,
     teacher_bits: AnswerBits | None = None,
 ) -> list[Row]:
     """The figures of a model. Intervals are over prompts, 95 %; a ratio's error is linearised.
 
     answers: bits per byte. answers_excess: those above the teacher's, paired by prompt. loops,
-    empty, endless: percent of the greedy answers. teacher_logprob: nats per token."""
+    empty, endless: percent of the greedy answers."""
     rows = []
     prompts = len(cost.nats)
     if cost.nbytes.sum() > 0:
@@ -75,8 +74,6 @@ def rows_of(
         shares = 100.0 * verdicts.mean(axis=0)
         for metric, share in zip(Verdict._fields, shares, strict=True):
             rows.append(Row(name, metric, float(share), n=prompts))
-    if logprob is not None and not math.isnan(logprob):
-        rows.append(Row(name, "teacher_logprob", logprob, n=prompts))
     return rows
 
 

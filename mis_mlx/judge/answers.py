@@ -4,7 +4,6 @@ A student may predict a manual well, in bits per byte, and still answer nonsense
 
     answers                cost of the teacher's own sampled answers under a model, in bits per byte
     loops, empty, endless  share of a model's greedy answers that go wrong, in percent
-    teacher_logprob        log-probability of these answers under the teacher, in nats per token
 
 Every model reads a prompt through its own chat template and an answer with its own tokenizer. Bytes
 are those of the answer's text, so models with different tokenizers compare. A model without a chat
@@ -32,7 +31,6 @@ from mis_mlx.judge.judgement import (
     Judgement,
     ModelAnswers,
     TeacherAnswers,
-    mean_logprob,
     text_bytes,
 )
 from mis_mlx.judge.keep import Kept, all_kept
@@ -207,22 +205,13 @@ def _measured(
 ) -> dict[str, AnswerPair]:
     """The answers to these prompts with their cost under the teacher itself, which is kept."""
     pairs = [known[prompt.sha256] for prompt in asked]
-    # One streamed pass of the teacher, over both kinds of answers.
-    both = [*(pair.sampled for pair in pairs), *(pair.greedy for pair in pairs)]
-    logprobs = log_probabilities(teacher, [*asked, *asked], both)
-    sampled = logprobs[: len(asked)]
-    greedy = logprobs[len(asked) :]
+    sampled = log_probabilities(teacher, asked, [pair.sampled for pair in pairs])
     measured = {}
     kept = journal_at(path)
     if distributed.is_main() and asked:
         kept.begin()
-    for prompt, pair, of_sampled, of_greedy in zip(asked, pairs, sampled, greedy, strict=True):
-        with_cost = replace(
-            pair,
-            nats=rounded(-float(of_sampled.sum())),
-            greedy_nats=rounded(-float(of_greedy.sum())),
-            greedy_tokens=len(of_greedy),
-        )
+    for prompt, pair, of_sampled in zip(asked, pairs, sampled, strict=True):
+        with_cost = replace(pair, nats=rounded(-float(of_sampled.sum())))
         measured[prompt.sha256] = with_cost
         if distributed.is_main():
             kept.add(record_of(prompt, with_cost))
@@ -320,12 +309,6 @@ def _kept_of_student(student: Checkpoint, model_sha256: str | None) -> Kept:
     return Kept(model_sha256 or answering.sha256(student), json_sha256(settings))
 
 
-def _kept_of_teacher(teacher: Checkpoint) -> Kept:
-    """The files of the costs of students' answers under the teacher."""
-    header = _header(teacher)
-    return Kept(header["teacher"], json_sha256(header["settings"]))
-
-
 def shipped_for(teacher: Checkpoint, shipped: Path = SHIPPED) -> bool:
     """Whether the answers that come with the package are this teacher's."""
     return read_header(shipped).get("teacher") == _identity(teacher)
@@ -355,18 +338,6 @@ def bits(model: Checkpoint, answers: TeacherAnswers) -> AnswerBits:
     logprobs = log_probabilities(model, answers.prompts, answers.sampled)
     nats = np.array([-values.sum() for values in logprobs], np.float64)
     return AnswerBits(nats, text_bytes(answers.sampled))
-
-
-def teacher_logprob(
-    teacher: Checkpoint,
-    asked: Sequence[Prompt],
-    answers: Sequence[Answer],
-) -> float:
-    """Mean log-probability per token, in nats, that the teacher gives to a student's answers.
-
-    NaN where these hold no token. Low for nonsense, but high for loops: every model expects a loop
-    to go on."""
-    return mean_logprob(log_probabilities(teacher, asked, answers))
 
 
 def judged(
@@ -407,7 +378,6 @@ def judged(
             continue
         said[name] = _student(
             model,
-            teacher,
             answers,
             limit,
             kept=_kept_of_student(model, known_hashes.get(name)),
@@ -418,7 +388,6 @@ def judged(
 
 def _student(
     student: Checkpoint,
-    teacher: Checkpoint,
     answers: TeacherAnswers,
     limit: Budget,
     *,
@@ -428,7 +397,6 @@ def _student(
     """One student, judged; whatever is not yet kept is asked now, and kept."""
     asked = answers.prompts
     written = list[Answer]()
-    logprobs = list[np.ndarray]()
     if writes:
         # The student writes only what it has not yet written.
         known = kept.answers()
@@ -437,14 +405,9 @@ def _student(
         for prompt, answer in zip(missing, new, strict=True):
             known[prompt.sha256] = answer
         written = [known[prompt.sha256] for prompt in asked]
-        # The teacher reads the student's answers, in one streamed pass.
-        of_written = _kept_of_teacher(teacher).measured(teacher, asked, written)
-        logprobs = [cost.logprobs for cost in of_written]
-    # The student reads the teacher's answers, in another one.
-    of_sampled = kept.measured(student, asked, answers.sampled)
-    nats = np.array([cost.nats for cost in of_sampled], np.float64)
-    bits = AnswerBits(nats, text_bytes(answers.sampled))
-    return ModelAnswers(bits, written, logprobs)
+    # The student reads the teacher's answers, in one streamed pass.
+    nats = np.array(kept.measured(student, asked, answers.sampled), np.float64)
+    return ModelAnswers(AnswerBits(nats, text_bytes(answers.sampled)), written)
 
 
 def plan(
@@ -470,7 +433,7 @@ def plan(
     for name, model in judging.items():
         kept = _kept_of_student(model, known_hashes.get(name))
         # Costs are of the teacher's answers: without these none of a student's can be kept.
-        if not teacher_kept or not all_kept(kept, _kept_of_teacher(teacher), taken, pairs):
+        if not teacher_kept or not all_kept(kept, taken, pairs):
             students.append(model)
     if not taken or (teacher_kept and not students):
         return None

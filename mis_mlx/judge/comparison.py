@@ -1,10 +1,4 @@
-"""Students against their teacher on held-out windows: loss, KL, agreement, per window. Streamed.
-
-Also llama.cpp's report (tools/perplexity, --kl-divergence), with its names and units. It covers
-the second half of every window; ± is one standard error over tokens, as if they were independent.
-Two things differ from llama.cpp: the reference's probabilities are complete (llama.cpp keeps
-16 bits and drops those under e^-16), and a window has no start token in front.
-"""
+"""Students against their teacher on held-out windows: loss, KL, agreement, per window. Streamed."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,8 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mis_mlx import cli
-from mis_mlx.compute import host_losses, precision
+from mis_mlx.compute import host_losses
 from mis_mlx.compute.host_losses import CHUNK, GROUP
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.hardware.ledger import Ledger
@@ -30,7 +23,6 @@ from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import distributed
 from mis_mlx.models.passing.pass_cost import forward_flops, pass_workspace, side_bytes
 from mis_mlx.models.passing.stream import Hidden, Stream, evaluate_now, head_rows
-from mis_mlx.storage import safetensors
 from mis_mlx.types import Checkpoint, MisError, Row
 
 Models = Mapping[str, Checkpoint]  # by name
@@ -41,10 +33,7 @@ ACROSS = (
     "The other models have a smaller vocabulary than the teacher. For KL and same top token, the "
     "teacher reads their tokens, and only the shared rows count."
 )
-FEW = 100  # tokens; llama.cpp makes no statistics of fewer
 METRICS = ("nll", "kl", "top1", "ear")  # of a student, in the order of `by_window`
-# {metric: (value, its standard error where there is one)}
-Figures = dict[str, tuple[float, float | None]]
 
 
 def spread_windows(held_out: Windows, count: int) -> Windows:
@@ -101,16 +90,15 @@ def compare(
 
     One block of one model is in memory at a time, then parts of the teacher's head and of one
     student's. hidden: the teacher's `final_hidden`, where it is compared with many students in
-    several calls. A model that is an earlier one, to the byte, is not measured again.
+    several calls. A student that is the teacher's own Checkpoint is not measured again.
     """
     (teacher, base), *students = models.items()
     if hidden is None:
         hidden = final_hidden(base, held_out, opened)
-    twins = _twins(models)
     measured = {}
     # A teacher without other students is compared with itself: that is how its own nll comes about.
-    for name in [name for name, _ in students if name not in twins] or [teacher]:
-        model = models[name]
+    others = [(name, model) for name, model in students if model is not base]
+    for name, model in others or [(teacher, base)]:
         states = hidden
         if model is not base:
             states = final_hidden(model, held_out, opened)
@@ -119,33 +107,11 @@ def compare(
     means_of: dict[tuple[str, str], np.ndarray] = {(teacher, "nll"): teacher_nll}
     # What a student is given that is the teacher; a window without predictions has 0 everywhere.
     counted = np.asarray(held_out.loss_mask[:, :-1].any(axis=1)).astype(np.float64)
-    measured[teacher] = [teacher_nll, np.zeros(len(counted)), counted, counted]
+    same = [teacher_nll, np.zeros(len(counted)), counted, counted]
     for name, _ in students:
-        for metric, values in zip(METRICS, measured[twins.get(name, name)], strict=True):
+        for metric, values in zip(METRICS, measured.get(name, same), strict=True):
             means_of[name, metric] = values
     return means_of
-
-
-def _twins(models: Models) -> dict[str, str]:
-    """{a model's name: that of the first one which it is, to the byte}, without the first ones."""
-    first = list[str]()
-    twins = {}
-    for name, model in models.items():
-        twin = next((other for other in first if _is_same(models[other], model)), None)
-        if twin is None:
-            first.append(name)
-        else:
-            twins[name] = twin
-    return twins
-
-
-def _is_same(one: Checkpoint, other: Checkpoint) -> bool:
-    """Whether two models are one: config, type of computation, and every byte of their weights."""
-    if dict(one.config) != dict(other.config):
-        return False
-    if precision.dtype_of(one) != precision.dtype_of(other):
-        return False
-    return safetensors.same_bytes(one.tensors, other.tensors)
 
 
 def window_means(base: Passed, other: Passed, held_out: Windows) -> np.ndarray:
@@ -327,113 +293,6 @@ def same_vocabulary(teacher: Checkpoint, other: Checkpoint) -> Checkpoint:
             f"this teacher"
         )
     return other
-
-
-def second_half(held_out: Windows) -> Windows:
-    """The same windows, with predictions in their first half not counted.
-
-    MisError when fewer than FEW are left.
-    """
-    loss_mask = held_out.loss_mask.copy()
-    loss_mask[:, : loss_mask.shape[1] // 2] = 0
-    count = int((loss_mask > 0).sum())
-    if count < FEW:
-        why = (
-            f"{count} tokens lie in the second halves of {len(loss_mask)} windows, but the "
-            f"statistics need {FEW}"
-        )
-        raise MisError(f"{why}: raise --eval-windows, or add test text")
-    return Windows(held_out.tokens, loss_mask)
-
-
-def kld(
-    models: Models,
-    held_out: Windows,
-    opened: OpenStream = Stream,
-) -> dict[str, Figures]:
-    """{name: figures} of all models but the first, which is the reference.
-
-    Over the predictions that count. Every machine must call this: each compares its own windows,
-    then all rows are gathered.
-    """
-    (_, base), *others = models.items()
-    held_out = own_windows(held_out)
-    hidden = final_hidden(base, held_out, opened)
-    report = {}
-    for name, other in cli.show_progress("model", others, len(others)):
-        # The other's hidden states get no name: it would keep them during the next model's pass.
-        windows = by_window(
-            base=(Stream(base), hidden),
-            other=(Stream(other), final_hidden(other, held_out, opened)),
-            held_out=held_out,
-        )
-        own_rows = list[list[float]]()
-        for values in windows:
-            own_rows += values.tolist()
-        gathered = distributed.all_gather(own_rows)
-        every = np.array(list(chain.from_iterable(gathered)))
-        base_nll, nll, kl, same, _ = every.T
-        report[name] = figures(base_nll, nll, kl, same)
-    return report
-
-
-def figures(
-    base_nll: np.ndarray,
-    nll: np.ndarray,
-    kld: np.ndarray,
-    same: np.ndarray,
-) -> Figures:
-    """llama.cpp's figures from values per token, each (n,).
-
-    base_nll, nll, kld: in nats. same: 1 where the top token is the same. Δp ("dp") is the change of
-    the true token's probability, in percentage points.
-    """
-    base_probability = np.exp(-base_nll)
-    probability = np.exp(-nll)
-    dp = 100.0 * (probability - base_probability)
-    top = float(same.mean())
-    variance = top * (1.0 - top) / (len(same) - 1)
-    return {
-        "mean_kld": _mean(kld),
-        "max_kld": _quantile(kld, 1.0),
-        "p999_kld": _quantile(kld, 0.999),
-        "p99_kld": _quantile(kld, 0.99),
-        "median_kld": _quantile(kld, 0.5),
-        "mean_dp": _mean(dp),
-        "rms_dp": _root_mean_square(dp),
-        "same_top_p": (100.0 * top, 100.0 * math.sqrt(variance)),
-        "ppl": _exp(_mean(nll)),
-        "ppl_base": _exp(_mean(base_nll)),
-        # The error of a mean difference counts the covariance of both.
-        "ppl_ratio": _exp(_mean(nll - base_nll)),
-    }
-
-
-def _mean(values: np.ndarray) -> tuple[float, float]:
-    """(mean, its standard error)."""
-    error = values.std(ddof=1) / math.sqrt(len(values))
-    return float(values.mean()), float(error)
-
-
-def _quantile(values: np.ndarray, share: float) -> tuple[float, None]:
-    """The value below which this share of them lies; it has no standard error here."""
-    return float(np.quantile(values, share)), None
-
-
-def _root_mean_square(values: np.ndarray) -> tuple[float, float]:
-    """(root of the mean square, its standard error by the first derivative, 0 at 0)."""
-    square, error = _mean(np.square(values))
-    root = math.sqrt(square)
-    if not root:
-        return 0.0, 0.0
-    return root, error / (2 * root)
-
-
-def _exp(log: tuple[float, float]) -> tuple[float, float]:
-    """exp of a mean, with its standard error by the first derivative."""
-    mean, error = log
-    value = math.exp(mean)
-    return value, value * error
 
 
 def comparison_cost(models: Sequence[ModelSize], windows: int, length: int) -> StageCost:

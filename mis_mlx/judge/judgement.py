@@ -3,7 +3,6 @@
 Texts and numbers only: no model is asked here.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,37 +19,21 @@ def text_bytes(answers: Sequence[Answer]) -> np.ndarray:
     return np.array(nbytes, np.int64)
 
 
-def mean_logprob(logprobs: Sequence[np.ndarray]) -> float:
-    """Mean over all tokens of [(n,)] answers, in nats; NaN where they hold no token."""
-    count = sum(len(values) for values in logprobs)
-    if not count:
-        return math.nan
-    return float(np.concatenate(logprobs).mean())
-
-
 @dataclass(frozen=True)
 class ModelAnswers:
     """One model's answers, and how they and the teacher's are judged.
 
     bits: cost of the teacher's sampled answers under this model. greedy: its own answers, [] where
-    it has written none. logprobs: [(n,)], what the teacher gives to the tokens of each of these, in
-    nats."""
+    it has written none."""
 
     bits: AnswerBits
     greedy: list[Answer]
-    logprobs: list[np.ndarray]
-
-    @property
-    def logprob(self) -> float:
-        """Mean over the tokens of all greedy answers, in nats."""
-        return mean_logprob(self.logprobs)
 
     def part(self, chosen: Sequence[int]) -> "ModelAnswers":
         """The same for some of the prompts, by number."""
         return ModelAnswers(
             bits=AnswerBits(self.bits.nats[chosen], self.bits.nbytes[chosen]),
             greedy=[self.greedy[number] for number in chosen if self.greedy],
-            logprobs=[self.logprobs[number] for number in chosen if self.logprobs],
         )
 
 
@@ -75,13 +58,7 @@ class TeacherAnswers:
     def as_model(self) -> ModelAnswers:
         """The teacher's answers as those of any other model."""
         nats = np.array([pair.nats or 0.0 for pair in self.pairs], np.float64)
-        logprobs = []
-        for pair in self.pairs:
-            # Only the sum over an answer is kept, so every token gets the mean.
-            mean = -pair.greedy_nats / max(1, pair.greedy_tokens)
-            logprobs.append(np.full(pair.greedy_tokens, mean))
-        bits = AnswerBits(nats, text_bytes(self.sampled))
-        return ModelAnswers(bits, self.greedy, logprobs)
+        return ModelAnswers(AnswerBits(nats, text_bytes(self.sampled)), self.greedy)
 
     def part(self, chosen: Sequence[int]) -> "TeacherAnswers":
         """The answers to some of the prompts, by number."""
@@ -111,7 +88,7 @@ class Judgement:
         for name, said in self.models.items():
             # Nothing is "above the teacher" in the teacher's own row.
             teacher_bits = None if name == teacher_name else self.models[teacher_name].bits
-            rows += rows_of(name, said.bits, said.greedy, said.logprob, teacher_bits=teacher_bits)
+            rows += rows_of(name, said.bits, said.greedy, teacher_bits=teacher_bits)
         return rows
 
     def part(self, chosen: Sequence[int]) -> "Judgement":

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
 from mis_mlx.judge.prompts import Answer, AnswerPair, Prompt, answer_of, rounded
 from mis_mlx.judge.score import log_probabilities
 from mis_mlx.models.passing import distributed
@@ -17,20 +15,6 @@ from mis_mlx.storage import hub
 from mis_mlx.storage.files import DISK, json_sha256
 from mis_mlx.storage.journal import Journal
 from mis_mlx.types import Checkpoint
-
-
-@dataclass(frozen=True)
-class Cost:
-    """One answer's cost under a model: nats of all its tokens, with its end; their number."""
-
-    nats: float
-    tokens: int
-
-    @property
-    def logprobs(self) -> np.ndarray:
-        """(tokens,) the mean log-probability of a token, in nats, repeated for each of them."""
-        mean = -self.nats / max(1, self.tokens)
-        return np.full(self.tokens, mean)
 
 
 @dataclass(frozen=True)
@@ -55,7 +39,7 @@ class Kept:
 
     @property
     def costs_path(self) -> Path:
-        """The file of costs, {"prompt_sha256", "answer_sha256", "nats", "tokens"} a line."""
+        """The file of costs, {"prompt_sha256", "answer_sha256", "nats"} a line."""
         return self._path("answer-costs")
 
     def answers(self) -> dict[str, Answer]:
@@ -71,14 +55,13 @@ class Kept:
         """Add one greedy answer."""
         _add(self._answers, {"prompt_sha256": prompt.sha256, "greedy": asdict(answer)})
 
-    def costs(self) -> dict[tuple[str, str], Cost]:
-        """{(prompt's sha256, answer's sha256): the answer's cost}."""
+    def costs(self) -> dict[tuple[str, str], float]:
+        """{(prompt's sha256, answer's sha256): nats of the answer's tokens, with its end}."""
         costs = {}
         for (prompt_sha256, answer_sha256), record in self._costs.read().items():
             nats = record.get("nats")
-            tokens = record.get("tokens")
-            if isinstance(nats, float) and math.isfinite(nats) and isinstance(tokens, int):
-                costs[str(prompt_sha256), str(answer_sha256)] = Cost(nats, tokens)
+            if isinstance(nats, float) and math.isfinite(nats):
+                costs[str(prompt_sha256), str(answer_sha256)] = nats
         return costs
 
     def measured(
@@ -86,8 +69,8 @@ class Kept:
         model: Checkpoint,
         asked: Sequence[Prompt],
         given: Sequence[Answer],
-    ) -> list[Cost]:
-        """Each answer's cost under the model. Costs not yet kept take one streamed pass."""
+    ) -> list[float]:
+        """Each answer's nats under the model. Those not yet kept take one streamed pass."""
         known = self.costs()
         keys = [cost_key(prompt, answer) for prompt, answer in zip(asked, given, strict=True)]
         missing = [number for number, key in enumerate(keys) if key not in known]
@@ -98,13 +81,12 @@ class Kept:
         )
         for number, values in zip(missing, logprobs, strict=True):
             prompt_sha256, answer_sha256 = keys[number]
-            cost = Cost(rounded(-float(values.sum())), len(values))
-            known[keys[number]] = cost
+            nats = rounded(-float(values.sum()))
+            known[keys[number]] = nats
             record = {
                 "prompt_sha256": prompt_sha256,
                 "answer_sha256": answer_sha256,
-                "nats": cost.nats,
-                "tokens": cost.tokens,
+                "nats": nats,
             }
             _add(self._costs, record)
         return [known[key] for key in keys]
@@ -132,18 +114,13 @@ def cost_key(prompt: Prompt, answer: Answer) -> tuple[str, str]:
 
 def all_kept(
     of_student: Kept,
-    of_teacher: Kept,
     asked: Sequence[Prompt],
     pairs: Mapping[str, AnswerPair],
 ) -> bool:
-    """Whether a student's own answers are kept, with the costs of these and of the teacher's."""
+    """Whether a student's own answers are kept, with what the teacher's cost it."""
     own = of_student.answers()
     costs = of_student.costs()
-    teacher_costs = of_teacher.costs()
     for prompt in asked:
-        answer = own.get(prompt.sha256)
-        if answer is None or cost_key(prompt, answer) not in teacher_costs:
-            return False
-        if cost_key(prompt, pairs[prompt.sha256].sampled) not in costs:
+        if prompt.sha256 not in own or cost_key(prompt, pairs[prompt.sha256].sampled) not in costs:
             return False
     return True

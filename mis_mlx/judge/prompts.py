@@ -1,11 +1,11 @@
 """Prompts, the answers to them, and the files of a teacher's answers.
 
 A file is JSON lines: an optional header, then a record for every prompt, {"prompt_sha256",
-"sampled": {"text", "ended"}, "greedy": {"text", "ended"}, "nats", "greedy_nats", "greedy_tokens"}.
+"sampled": {"text", "ended"}, "greedy": {"text", "ended"}, "nats"}.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +46,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class AnswerPair:
-    """The teacher's answers to one prompt, with their cost under the teacher itself.
+    """The teacher's answers to one prompt.
 
-    nats: of the sampled answer; None where the costs are not yet measured. greedy_nats,
-    greedy_tokens: of the greedy one, its end included."""
+    nats: the cost of the sampled one under the teacher itself; None where it is not yet measured.
+    """
 
     sampled: Answer
     greedy: Answer
     nats: float | None = None
-    greedy_nats: float = 0.0
-    greedy_tokens: int = 0
 
 
 def prompt_of(row: rows.Row) -> Prompt:
@@ -95,8 +93,6 @@ def record_of(prompt: Prompt, pair: AnswerPair) -> dict[str, Any]:
     }
     if pair.nats is not None:
         record["nats"] = rounded(pair.nats)
-        record["greedy_nats"] = rounded(pair.greedy_nats)
-        record["greedy_tokens"] = pair.greedy_tokens
     return record
 
 
@@ -112,23 +108,10 @@ def read_pairs(path: Path) -> dict[str, AnswerPair]:
         sampled = answer_of(record.get("sampled"))
         greedy = answer_of(record.get("greedy"))
         if sampled is not None and greedy is not None:
-            pair = AnswerPair(sampled, greedy)
-            pairs[str(prompt_sha256)] = _with_cost(record, pair)
+            nats = record.get("nats")
+            cost = nats if isinstance(nats, float) else None
+            pairs[str(prompt_sha256)] = AnswerPair(sampled, greedy, cost)
     return pairs
-
-
-def _with_cost(record: dict[str, Any], pair: AnswerPair) -> AnswerPair:
-    """The pair with its cost under the teacher, where the record has that."""
-    nats = record.get("nats")
-    greedy_nats = record.get("greedy_nats")
-    tokens = record.get("greedy_tokens")
-    if (
-        not isinstance(nats, float)
-        or not isinstance(greedy_nats, float)
-        or not isinstance(tokens, int)
-    ):
-        return pair
-    return replace(pair, nats=nats, greedy_nats=greedy_nats, greedy_tokens=tokens)
 
 
 def answer_of(value: Any) -> Answer | None:

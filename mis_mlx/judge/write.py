@@ -150,10 +150,9 @@ def answers_cost(
 ) -> StageCost:
     """The cost of judging what models answer to `count` prompts (judge/answers).
 
-    The first model is the teacher. All write, and each reads the teacher's sampled answers; the
-    teacher reads what all have written.
+    The first model is the teacher. All write, and each reads the teacher's sampled answers.
 
-    teacher_kept: its answers are there already, and what it makes of them. silent: how many of the
+    teacher_kept: its answers are there already, with their cost. silent: how many of the
     students, the first ones, do not write. MisError where a model cannot write in the budget."""
     teacher, *students = models
 
@@ -161,18 +160,17 @@ def answers_cost(
         texts = Texts(number, PROMPT_TOKENS, max_tokens)
         return plan_writing(m, texts, limit, at_once=at_once).cost
 
-    def reading(m: ModelSize, number: int, max_tokens: int) -> StageCost:
+    def reading(m: ModelSize) -> StageCost:
         # hidden states of all prompts with their answers stay; then comes the head
-        return comparison_cost([m], windows=number, length=PROMPT_TOKENS + max_tokens)
+        return comparison_cost([m], windows=count, length=PROMPT_TOKENS + ANSWER_TOKENS)
 
     costs = [StageCost("")]
     if not teacher_kept:
-        # sampled and greedy answers side by side, and one pass over both
+        # sampled and greedy answers side by side, and one pass over the sampled ones
         costs.append(writing(teacher, 2 * count, ANSWER_TOKENS, PAIRS_AT_ONCE))
-        costs.append(reading(teacher, 2 * count, ANSWER_TOKENS))
+        costs.append(reading(teacher))
     for number, student in enumerate(students):
-        costs.append(reading(student, count, ANSWER_TOKENS))
+        costs.append(reading(student))
         if number >= silent:
             costs.append(writing(student, count, GREEDY_TOKENS, ANSWERS_AT_ONCE))
-            costs.append(reading(teacher, count, GREEDY_TOKENS))
     return in_turn("answers", *costs)

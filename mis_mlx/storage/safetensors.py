@@ -16,7 +16,6 @@ from mis_mlx.types import GIB, MisError, TensorAt, grouped
 
 UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".npz", ".pkl")
 INDEX = "model.safetensors.index.json"
-COMPARED_BYTES = 2**22  # at a time
 
 Spec = tuple[str, tuple[int, ...]]  # dtype as safetensors spells it, shape
 Specs = Mapping[str, Spec]  # by name
@@ -79,36 +78,6 @@ def index(folder: Path) -> dict[str, TensorAt]:
                 f"{folder}: {INDEX} and the shards disagree about {min(wrong)}; download it again"
             )
     return tensors
-
-
-def same_bytes(first: Mapping[str, TensorAt], second: Mapping[str, TensorAt]) -> bool:
-    """Whether two models have the same tensors, to the byte. Read until the first difference."""
-    if first.keys() != second.keys():
-        return False
-    for name, tensor in first.items():
-        other = second[name]
-        if (tensor.dtype, tensor.shape) != (other.dtype, other.shape):
-            return False
-    # The smallest first: norms tell most models apart, a table may be the same in all of them.
-    by_size = sorted(first, key=lambda name: first[name].nbytes)
-    return all(_same_bytes(first[name], second[name]) for name in by_size)
-
-
-def _same_bytes(first: TensorAt, second: TensorAt) -> bool:
-    """Whether two tensors have the same bytes on disk."""
-    if (first.file, first.offset) == (second.file, second.offset):
-        return True
-    with first.file.open("rb") as one, second.file.open("rb") as two:
-        one.seek(first.offset)
-        two.seek(second.offset)
-        left = first.nbytes
-        while left:
-            size = min(left, COMPARED_BYTES)
-            part = one.read(size)
-            if len(part) < size or part != two.read(size):
-                return False
-            left -= size
-    return True
 
 
 def _in_files(folder: Path, files: Sequence[str]) -> dict[str, TensorAt]:

@@ -243,10 +243,9 @@ def judged(languages: str, greedy: dict[str, Sequence[Answer]]) -> Judgement:
     said = dict[str, ModelAnswers]()
     for number, (name, own) in enumerate(greedy.items()):
         bits = AnswerBits(math.log(2) * (number + 1.0) * nbytes, nbytes)
-        said[name] = ModelAnswers(bits, list(own), [np.full(4, -1.5) for _ in own])
+        said[name] = ModelAnswers(bits, list(own))
     pairs = [
-        AnswerPair(sampled=FINE, greedy=answer, nats=1.0, greedy_nats=1.0, greedy_tokens=4)
-        for answer in next(iter(greedy.values()))
+        AnswerPair(sampled=FINE, greedy=answer, nats=1.0) for answer in next(iter(greedy.values()))
     ]
     return Judgement(TeacherAnswers(asked, pairs), said)
 

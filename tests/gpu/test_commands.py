@@ -552,9 +552,7 @@ def test_generate(
 
 
 def test_evaluate(teachers: Callable[[str], Path], text_folder: Path, in_float32: Any) -> None:
-    """Held-out losses of a dense, a 4-bit and an mxfp4 model, and --kld's of that, are
-    float32's.
-    """
+    """Held-out losses of a dense, a 4-bit and an mxfp4 model are float32's."""
 
     def run(windows: int, *kinds: str, **more: Any) -> dict[str, float]:
         flags = {"eval_windows": windows, "max_seq_length": 32, **more}
@@ -569,12 +567,6 @@ def test_evaluate(teachers: Callable[[str], Path], text_folder: Path, in_float32
     names = [key for key in want if key.startswith(("nll", "kl"))]
     assert len(names) >= 5
     assert {n: found[n] for n in names} == pytest.approx({n: want[n] for n in names}, abs=2e-3)
-    want = in_float32(lambda: run(8, "mxfp4", kld=True))
-    found = run(8, "mxfp4", kld=True)
-    names = [key for key in want if key.startswith("mean_kld")]
-    assert names
-    assert want["sha256_tokens"] == found["sha256_tokens"]
-    assert {n: found[n] for n in names} == pytest.approx({n: want[n] for n in names}, abs=1e-3)
 
 
 def test_evaluate_tasks(
@@ -655,7 +647,7 @@ def test_as_processes(
     assert done.returncode == 0, done.stderr
     assert "de-quantized" not in (tmp_path / "run" / "table.md").read_text()
     opens(Path(last_line(done)["student"]))
-    page = report.run(report.Settings((str(tmp_path / "run"),)))
+    page = report.run(report.Settings(str(tmp_path / "run")))
     assert page["bytes"] > 10_000
     assert "PLACEHOLDER" not in page
     said = command("generate", "--model", teachers("mxfp4"), "--prompt", "if x", "--max-tokens", 5)

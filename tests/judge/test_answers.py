@@ -216,7 +216,6 @@ def test_an_empty_answer_is_its_end(chat: Checkpoint) -> None:
     assert found.nats[1] == 0
     assert found.nbytes.tolist() == [0, 0]
     assert [row.metric for row in answer_figures.rows_of("m", found)] == []
-    assert math.isnan(answers.teacher_logprob(chat, THREE[:1], [Answer("", ended=False)]))
 
 
 def test_the_head_in_parts_is_the_head(chat: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,21 +250,6 @@ def test_each_model_reads_with_its_own_tokenizer(chat: Checkpoint, tmp_path: Pat
     wanted = -plain_log_probabilities(student, ids, len(own)).sum()
     assert student_bits.nats[0] == pytest.approx(wanted, rel=near(1e-5, 2e-3))
     assert student_bits.nbytes.tolist() == teacher_bits.nbytes.tolist()
-
-
-def test_the_teacher_judges_what_a_student_says(chat: Checkpoint) -> None:
-    """The mean over the tokens of all answers, ends among them."""
-    tokenizer = load.tokenizer(chat.path)
-    said = [Answer("If so", ended=True), Answer("The while statement", ended=False)]
-
-    found = answers.teacher_logprob(chat, THREE[:2], said)
-
-    values = list[float]()
-    for prompt, answer in zip(THREE, said, strict=False):
-        own = tokenizer.encode(answer.text) + [tokenizer.eos_token_id] * answer.ended
-        ids = [*mlx_generate.chat_ids(tokenizer, prompt.messages), *own]
-        values += plain_log_probabilities(chat, ids, len(own)).tolist()
-    assert found == pytest.approx(np.mean(values), rel=near(1e-5, 2e-3))
 
 
 def test_greedy_answers_are_mlx_lms(chat: Checkpoint) -> None:
@@ -345,7 +329,7 @@ def test_both_kinds_of_answers_come_from_the_same_passes(
     found = answers.teacher_answers(chat, THREE, Budget(20 * MIB))
 
     assert sum(passes) == answers.ANSWER_TOKENS + 1
-    assert all(pair.nats and pair.greedy_nats for pair in found.pairs)
+    assert all(pair.nats for pair in found.pairs)
     assert [answer.ended for answer in found.greedy] == [False] * 3
 
 
@@ -467,7 +451,7 @@ def test_what_is_shipped_unmeasured_is_measured_once(
     assert measured == whole
     assert kept == whole
     assert seen == []
-    assert all(pair.nats and pair.greedy_nats > 0 and pair.greedy_tokens > 0 for pair in kept.pairs)
+    assert all(pair.nats for pair in kept.pairs)
 
 
 def test_silent_students_are_judged_by_the_teachers_answers_alone(
@@ -502,12 +486,11 @@ def test_silent_students_are_judged_by_the_teachers_answers_alone(
 
 
 def test_the_teacher_is_known_by_what_is_kept() -> None:
-    """By pencil: its sampled answers cost 3 and 5 nats; its greedy ones -1/2 nat a token of four,
-    -1 of two: -2/3.
-    """
+    """By pencil: its sampled answers cost 3 and 5 nats."""
     said = [Answer("abcd", ended=True), Answer("efgh", ended=False)]
-    costs = [(3.0, 2.0, 4), (5.0, 2.0, 2)]
-    pairs = [AnswerPair(answer, answer, *cost) for answer, cost in zip(said, costs, strict=True)]
+    pairs = [
+        AnswerPair(answer, answer, cost) for answer, cost in zip(said, (3.0, 5.0), strict=True)
+    ]
 
     teacher = TeacherAnswers(THREE[:2], pairs)
 
@@ -516,11 +499,10 @@ def test_the_teacher_is_known_by_what_is_kept() -> None:
         4,
         4,
     ]
-    assert teacher.as_model.logprob == pytest.approx(-4 / 6)
     assert teacher.as_model.greedy == teacher.sampled == teacher.greedy == said
     second = teacher.part([1])
     assert second.prompts == THREE[1:2]
-    assert second.as_model.logprob == pytest.approx(-1.0)
+    assert second.as_model.bits.nats.tolist() == [5.0]
 
 
 def test_a_model_without_a_template_is_not_judged(llama: Checkpoint, chat: Checkpoint) -> None:
@@ -556,7 +538,7 @@ def test_a_prompt_that_one_template_refuses_is_left_out_for_all(
     with pytest.raises(
         MisError, match=r"refuses the prompt 'Why\?' \(one turn only\): leave it out"
     ):
-        answers.teacher_logprob(strict, [LATER], [Answer("If", ended=True)])
+        score.log_probabilities(strict, [LATER], [Answer("If", ended=True)])
 
 
 def test_a_student_is_judged_beside_its_teacher(chat: Checkpoint, tmp_path: Path) -> None:
@@ -573,10 +555,9 @@ def test_a_student_is_judged_beside_its_teacher(chat: Checkpoint, tmp_path: Path
     value = {(row.model, row.metric): row for row in found.rows}
     excess = value["copy", "answers_excess"]
     assert (excess.value, excess.low, excess.high) == (0, -math.inf, math.inf)
-    shared = {"answers", "loops", "empty", "endless", "teacher_logprob"}
+    shared = {"answers", "loops", "empty", "endless"}
     assert {metric for name, metric in value if name == "teacher"} == shared
     assert {metric for name, metric in value if name == "student"} == {*shared, "answers_excess"}
-    assert value["copy", "teacher_logprob"].value == value["teacher", "teacher_logprob"].value
     difference = value["student", "answers"].value - value["teacher", "answers"].value
     assert value["student", "answers_excess"].value == pytest.approx(difference)
     assert found.greedy["student"] != found.greedy["teacher"]
@@ -621,7 +602,7 @@ def test_rows_by_pencil() -> None:
 
     found = {
         row.metric: row
-        for row in answer_figures.rows_of("m", bits, said, -1.5, teacher_bits=teacher_bits)
+        for row in answer_figures.rows_of("m", bits, said, teacher_bits=teacher_bits)
     }
 
     assert (found["answers"].value, found["answers"].n) == (pytest.approx(2.0), 2)
@@ -629,7 +610,6 @@ def test_rows_by_pencil() -> None:
     assert found["answers_excess"].value == pytest.approx(1.0)
     shares = {name: (found[name].value, found[name].n) for name in ("loops", "empty", "endless")}
     assert shares == {"loops": (25.0, 4), "empty": (25.0, 4), "endless": (50.0, 4)}
-    assert (found["teacher_logprob"].value, found["teacher_logprob"].n) == (-1.5, 4)
     assert [row.metric for row in answer_figures.rows_of("m", bits)] == ["answers"]
 
 

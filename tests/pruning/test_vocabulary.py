@@ -406,10 +406,10 @@ def test_nothing_but_tokens_is_cut(
     assert phases == {"quantize", "distil scales", "measure"}
     assert not (run / "distilled").exists()
     result = last_line(done)
-    assert result["bits_per_byte_distilled"] == result["bits_per_byte_pruned"]
+    kinds = {name.removeprefix("bytes_") for name in result if name.startswith("bytes_")}
+    assert kinds == {"teacher", "trimmed", "4-bit"}
     assert result["mode"] == "none"
-    assert result["kl_pruned"] == pytest.approx(0, abs=1e-4)
-    assert not result["gap_closed"]
+    assert result["kl_pruned"] is result["kl_student"] is result["gap_closed"] is None
     made = weights(run)
     (run / "result.json").unlink()
     for name in ("model", "rounded", "tune-steps"):
@@ -527,7 +527,7 @@ def test_commands_on_a_trimmed_student(
     text_folder: Path,
     command: Callable[..., Done],
 ) -> None:
-    """evaluate, evaluate --kld and quantize take the whole teacher beside it; generate takes no
+    """evaluate and quantize take the whole teacher beside it; generate takes no
     such draft.
     """
     student = finished[0] / "distilled"
@@ -545,9 +545,6 @@ def test_commands_on_a_trimmed_student(
         ("bpb_model", "4-bit"),
     ):
         assert said[key] == pytest.approx(result[f"bits_per_byte_{name}"], rel=near(1e-6, 1e-3))
-    done = command("evaluate", *both, "--kld", "--eval-windows", 20)
-    assert done.returncode == 0
-    assert comparison.ACROSS in done.stderr
     flags = ("--num-samples", 2, "--q-iters", 2, "--mlx-path", tmp_path / "q")
     done = command("quantize", "--model", student, "--teacher", big.path, *common, *flags)
     assert done.returncode == 0, done.stderr
@@ -597,7 +594,7 @@ def test_gguf_keeps_the_parents_pre_tokenizer(
 def test_the_page_of_such_a_run(finished: tuple[Path, Done]) -> None:
     """Whole, its losses in bits a byte, since nats a token cannot be compared."""
     out, done = finished
-    report.run(report.Settings((str(out),), str(out.parent / "page.html")))
+    report.run(report.Settings(str(out), str(out.parent / "page.html")))
     page = (out.parent / "page.html").read_text("utf-8")
     bits = last_line(done)["bits_per_byte_distilled"]
     assert (
