@@ -75,9 +75,12 @@ def of_talks(teacher: Checkpoint, talks: Sequence[Row], *, own: bool = True) -> 
     prompts = []
     answers = []
     for row in talks:
-        if not _is_talk(row):
+        messages = row.get("messages")
+        if not isinstance(messages, list) or len(messages) < 2:
             continue
-        *before, last = row["messages"]
+        *before, last = messages
+        if last["role"] != "assistant" or not last["content"].strip():
+            continue
         prompts.append(Prompt(tuple(before), kind="", language="en"))
         # Some were cut off at their longest: whether one ends here is not judged.
         answers.append(Answer(last["content"], ended=False))
@@ -94,11 +97,3 @@ def of_talks(teacher: Checkpoint, talks: Sequence[Row], *, own: bool = True) -> 
         nbytes=np.array([len(answer.text.encode()) for answer in answers], np.float64),
         own=own,
     )
-
-
-def _is_talk(row: Row) -> bool:
-    """Whether a row is a conversation that ends with an answer of some length."""
-    messages = row.get("messages")
-    if not isinstance(messages, list) or len(messages) < 2:
-        return False
-    return messages[-1]["role"] == "assistant" and bool(messages[-1]["content"].strip())
