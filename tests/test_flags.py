@@ -236,7 +236,7 @@ def test_a_place_that_takes_nothing_is_refused_first(
     ):
         monkeypatch.setattr(place, worked)
     if name == "report":
-        flags = {"run": (str(tmp_path),)}
+        flags = {"run": str(tmp_path)}
     for what, place in places(kind, tmp_path).items():
         before = sorted(tmp_path.rglob("*"))
         given = place if name in ("doctor", "thermal") else str(place)
