@@ -50,7 +50,7 @@ TOKENS_AND_BITS: tuple[Axis, ...] = ("vocab", "bits")
 ALL_BUT_HIDDEN: tuple[Axis, ...] = ("layers", "ffn", "heads", *TOKENS_AND_BITS)
 # Instead of flags of earlier versions.
 LIMIT_SIZE = "limit --bytes or --params, and time what comes out by `scripts/mis bench`"
-MEASURE_CURVE = "`scripts/mis benchmarks/frontier.py` measures loss against bytes"
+MEASURE_CURVE = "benchmarks/frontier.py at bd583ffb measured loss against bytes"
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,11 @@ OTHERS = {
 }  # fmt: skip
 PLACEHOLDER = re.compile(r"\$\w+|\$\{\w+\}|<[^<>]+>")
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+# A file of the checkout that a text names; `NAME at COMMIT` is gone, and that commit has it.
+NAMED = re.compile(
+    r"(?<![\w:/.-])(?:benchmarks|scripts|mis_mlx|tests)/[\w/.-]*\w\.(?:py|json|svg|png|md)\b"
+    r"(?! at [0-9a-f]{8})"
+)
 END = re.compile(r"\|\|?|&&?|;|\d?>>?|<")  # what ends a command, where it is a word
 
 
@@ -356,6 +361,21 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_commands_parse(page: Path) -> None:
     """By the settings of the command that they call; a flag in prose is a command's."""
     assert not (bad := command_problems(page)), "\n".join(bad)
+
+
+@pytest.mark.parametrize("folder", ["docs", "mis_mlx", "benchmarks"])
+def test_what_a_text_names_exists(folder: str) -> None:
+    """Programs, results and modules, in pages, docstrings and comments: behind a figure stands what
+    measured it.
+    """
+    texts = PAGES if folder == "docs" else [*(ROOT / folder).rglob("*.py")]
+    gone = []
+    for path in texts:
+        for name in NAMED.findall(path.read_text("utf-8")):
+            placeholder = re.search(r"[A-Z]{4}", name)
+            if not (placeholder or (ROOT / name).exists()):
+                gone.append(f"{path.relative_to(ROOT)} names {name}")
+    assert not gone, "\n".join(gone)
 
 
 GOOD_PAGE = """# A page

@@ -101,7 +101,7 @@ def test_what_scripts_write_is_what_they_would_write_now(program: str) -> None:
 
 def test_every_result_names_its_command_and_versions() -> None:
     """A number without the command and the versions that made it is not a result."""
-    files = sorted(RESULTS.glob("*/*.json"))
+    files = sorted(RESULTS.rglob("*.json"))
     known = commands()
     assert files
     for path in files:

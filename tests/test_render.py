@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from mis_mlx.compute import precision
@@ -151,23 +150,6 @@ def test_what_was_finished_stays_after_ctrl_c(
     with pytest.raises(SystemExit, match="nowhere"):
         lab.laboratory.start(lab.throughput.Settings, lab.throughput.main)
     assert not (lab.results / "nowhere.json").exists()
-
-
-@pytest.mark.thorough
-def test_clocks_agree_on_what_they_count(measured: dict[str, dict[str, Any]]) -> None:
-    """mlx-lm's count of 4 tokens over 3 gaps, corrected by 3/4; ratios are round by round."""
-    a = measured["throughput"]["agreement"]
-    assert a["mlx_lm_corrected_tps"] == pytest.approx(a["mlx_lm_tps"] * 3 / 4)
-    all_tps = {name: np.array(rates) for name, rates in a["all_tps"].items()}
-    assert a["bench_over_mlx_lm"]["median"] == pytest.approx(
-        np.median(all_tps["bench"] / all_tps["mlx_lm"] * 4 / 3)
-    )
-    assert a["overhead"]["n"] == 1
-    assert a["own_us_per_token"] > 0
-    program = a["all_mlx_lm_benchmark_tps"]
-    assert a["bench_over_mlx_lm_benchmark"]["median"] == pytest.approx(
-        program["bench"][0] / program["mlx_lm.benchmark"][0] * 4 / 3
-    )
 
 
 def rate(tps: float) -> dict[str, Any]:
