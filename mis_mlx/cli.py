@@ -5,6 +5,7 @@ terminal still ends with the same JSON line: scripts of the last version read it
 """
 
 import difflib
+import io
 import itertools
 import json
 import os
@@ -432,7 +433,8 @@ def main(config_type: Any, run: Callable[[Any], dict[str, Any]], several: bool =
         prepare()
         if rank() is not None and not several:
             raise MisError(f"{prog} runs on one machine only: start it without mlx.launch")
-        with redirect_stdout(sys.stderr) if json_alone else nullcontext():
+        elsewhere = io.StringIO() if rank() else sys.stderr  # of several processes one speaks
+        with redirect_stdout(elsewhere) if json_alone or rank() else nullcontext():
             result = run(settings)
     except (MisError, RuntimeError) as error:
         message = in_words_of(config_type, str(error))

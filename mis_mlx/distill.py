@@ -30,7 +30,6 @@ from mis_mlx.judge.speed import rounds
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import compute_type
-from mis_mlx.models.passing import distributed
 from mis_mlx.models.writing import mlx_generate
 from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting import progress, text
@@ -38,7 +37,6 @@ from mis_mlx.runs import run_loop
 from mis_mlx.size_search import earlier, shortfall, size_request
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError, Row
 
 # Settings that may differ when a run is resumed: none of them changes a weight.
@@ -48,7 +46,6 @@ FREE = run_loop.FREE_ANYWHERE | {
     "bench_tokens",
     "report_to",
     "save_every",
-    "spread",
     "keep_steps",
 }
 
@@ -86,7 +83,6 @@ class Settings(DistillFlags):
             "vocab_text",
             "languages",
             "q_mode",
-            "spread",
             "expected_loss",
         }
     )
@@ -102,7 +98,7 @@ def run(settings: Settings) -> dict[str, Any]:
     summary.trackers(s.report_to)
     teacher = run_loop.open_model(s, s.teacher, "teacher")
     begun = None  # the folder of a run whose settings are all decided
-    if distributed.broadcast_json(lambda: folder is not None and run_folder.is_decided(folder)):
+    if folder is not None and run_folder.is_decided(folder):
         begun = folder
     sought = None if begun else _sought(s, teacher, folder)
     if s.dry_run:
@@ -318,7 +314,7 @@ def _write_text(
     """Have the teacher write the text of --data teacher, unless it is there."""
     if written is None:
         return
-    if distributed.is_main() and not written.out.exists():
+    if not written.out.exists():
         cli.say(f"--data teacher: the teacher writes first, into {written.out}")
         asked = synthesize.Settings(
             model=str(teacher.path),
@@ -335,8 +331,6 @@ def _write_text(
         with protocol.only_maker(written.out, cli.say) as missing:
             if missing:
                 synthesize.make(asked)
-    if not dry_run:
-        distributed.broadcast_folder(written.out, DISK)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,8 +366,9 @@ def _begin(
         wired=memory_plan.peak_bytes if memory_plan.mode != "sharded" else 0,
     ) as opened:
         run_plan.log(resolved.settings.given, opened, memory_plan)
-        reported = resolved.report.report_to if distributed.is_main() else None
-        report = summary.reporter(reported, opened.folder, resolved.settings.values)
+        report = summary.reporter(
+            resolved.report.report_to, opened.folder, resolved.settings.values
+        )
         seen, data = vocabulary.of_run(
             teacher,
             student.folder,
@@ -391,7 +386,6 @@ def _begin(
             data=data.train,
             plan=memory_plan,
             report=report,
-            shares=resolved.shares,
         )
         return _stages(resolved, c, data, source)
 
@@ -402,7 +396,7 @@ def _stages(
     data: preparation.Data,
     source: preparation.Source,
 ) -> tuple[str, dict[str, Any]]:
-    """(what the screen shows, the result); ("", {}) on machines beside the first one."""
+    """(what the screen shows, the result)."""
     folder = c.folder
     teacher = resolved.teacher
     student = resolved.student
@@ -414,7 +408,6 @@ def _stages(
         pruned = compression.view(c) or compression.prune(c, student.pruning, data, before)
     else:
         pruned = compute_type.open_to_compute(student.folder, teacher.precision)
-    main = distributed.is_main()
     dense = pruned
     models = {"teacher": teacher}
     if not c.plan.job.uncut:
@@ -424,28 +417,22 @@ def _stages(
     if not c.plan.job.rounds_teacher:
         out = folder / ("distilled" if rounding else "model")
         pipeline.distil(c, pruned, out)
-        if main:
-            dense = compute_type.open_to_compute(out, teacher.precision)
-            models["distilled"] = dense
+        dense = compute_type.open_to_compute(out, teacher.precision)
+        models["distilled"] = dense
     if rounding:
         compression.quantize(
             c,
             rounding,
-            dense if main else None,
+            dense,
             lambda rounded: later_text.of_student(c, rounded, source, resolved.text.wanted),
         )
-    # Other machines are needed only for a teacher whose blocks are shared.
-    if not main and not c.shares:
-        return "", {}
-    if main and rounding:
+    if rounding:
         models["4-bit"] = compute_type.open_to_compute(folder / "model", teacher.precision)
     with c.phase("measure"):
-        answered = measurement.answered(c, models, resolved.report.eval_prompts) if main else None
+        answered = measurement.answered(c, models, resolved.report.eval_prompts)
         quality = measurement.quality(c, judging, models)
-        sizes = _sizes(c, models, resolved.report.bench_tokens) if main else []
-        languages = measurement.languages(c, models) if main else {}
-    if not main:
-        return "", {}
+        sizes = _sizes(c, models, resolved.report.bench_tokens)
+        languages = measurement.languages(c, models)
     measured = Measured(
         models=models, sizes=sizes, quality=quality, answered=answered, languages=languages
     )

@@ -21,7 +21,7 @@ from mis_mlx.distillation.whole_model import as_in_training
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths import losses, rl_losses
 from mis_mlx.models.opening import load
-from mis_mlx.models.passing import distributed, pass_cost
+from mis_mlx.models.passing import pass_cost
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.types import Positive, Rate, Within
 
@@ -207,27 +207,21 @@ def _reference(
     held_out: Sequence[Pair],
     batch_size: int,
 ) -> np.ndarray:
-    """The reference's log-probabilities of these pairs, (N, 2) on every machine.
-
-    The first machine computes them, or reads what the run has saved.
-    """
-    logps = np.zeros((len(trained) + len(held_out), 2), np.float32)
+    """The reference's log-probabilities of these pairs, (N, 2), which the run keeps."""
     folder = alignment.folder / REFERENCE
-    if distributed.is_main():
-        saved = protocol.newest(folder, alignment.files)
-        if saved:
-            # of the same data: a run is not resumed with others
-            logps = np.array(protocol.load_arrays(saved, "logps")["chosen_rejected"])
-        else:
-            parts = [
-                reference(alignment.model, trained, batch_size=batch_size, trained=True),
-                reference(alignment.model, held_out, batch_size=batch_size, trained=False),
-            ]
-            logps = np.concatenate(parts)
-            arrays = {"logps": {"chosen_rejected": mx.array(logps)}}
-            state = {"fingerprint": alignment.card["fingerprint"]}
-            protocol.save_step(folder, 0, arrays, state, files=alignment.files)
-    return np.array(distributed.broadcast_array(mx.array(logps)))
+    saved = protocol.newest(folder, alignment.files)
+    if saved:
+        # of the same data: a run is not resumed with others
+        return np.array(protocol.load_arrays(saved, "logps")["chosen_rejected"])
+    parts = [
+        reference(alignment.model, trained, batch_size=batch_size, trained=True),
+        reference(alignment.model, held_out, batch_size=batch_size, trained=False),
+    ]
+    logps = np.concatenate(parts)
+    arrays = {"logps": {"chosen_rejected": mx.array(logps)}}
+    state = {"fingerprint": alignment.card["fingerprint"]}
+    protocol.save_step(folder, 0, arrays, state, files=alignment.files)
+    return logps
 
 
 def run(settings: Settings) -> dict[str, Any]:

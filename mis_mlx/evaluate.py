@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from mis_mlx import cli
 from mis_mlx.compute import precision
@@ -22,8 +22,7 @@ from mis_mlx.judge.tasks.examination import Hashes
 from mis_mlx.judge.tasks.task_registry import EvaluationSet
 from mis_mlx.models.opening import load, resolve
 from mis_mlx.models.opening.model_size import model_of
-from mis_mlx.models.passing import distributed, stream
-from mis_mlx.planner import estimates, machines
+from mis_mlx.planner import estimates
 from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting import html, progress, text
 from mis_mlx.storage.files import DISK, need_place
@@ -42,8 +41,7 @@ from mis_mlx.types import (
 )
 
 LENGTH = 256  # tokens in a window
-# name, title, chosen windows, and a function that opens a model for one pass
-Text = tuple[str, str, token_windows.Windows, comparison.OpenStream]
+Text = tuple[str, str, token_windows.Windows]  # name, title, chosen windows
 
 
 @dataclass(frozen=True)
@@ -80,17 +78,6 @@ class Settings(cli.Budgeted, precision.Computing):
     """with --tasks: check all rows, count questions, bytes and time, and stop before any model
     answers
     """
-    spread: Literal["whole", "layers"] = "whole"
-    """with several machines (mlx.launch): each passes its share of windows and questions through
-    whole models (whole), or all of them through its own blocks and on to the next machine (layers),
-    for models that no machine can hold alone
-    """
-
-
-def _print(words: str) -> None:
-    """On stdout, by the first of several machines."""
-    if distributed.is_main():
-        print(text.aligned(words))
 
 
 def _texts(
@@ -107,27 +94,11 @@ def _texts(
     shapes = [model_of(model) for model in models.values()]
     planned = comparison_cost(shapes, s.eval_windows, length).beside(shapes[0].text_bytes)
     estimates.require_fit(limit, planned)
-    layers = s.spread == "layers"
-    # One pass is made of each model: blocks stay in memory only to take the next windows while
-    # others work.
-    room = ledger.headroom_bytes(limit.limit_bytes, planned.peak_bytes) if layers else 0
-
-    def opened(model: Checkpoint) -> stream.Stream:
-        return machines.open_stream(
-            model,
-            limit,
-            headroom_bytes=room,
-            tokens=s.eval_windows * length,
-            length=length,
-            layers=layers,
-        )
-
     for name, held_out in preparation.prepare(s.data, tokenizer, length).held_out.items():
         chosen = comparison.spread_windows(held_out, s.eval_windows)
-        distributed.check_same({name: token_windows.fingerprint(chosen)})
         title = f"{name}, {len(chosen.tokens)} windows of {length} tokens"
         with memory.limited(limit):
-            yield name, title, chosen, opened
+            yield name, title, chosen
 
 
 def _held_out(
@@ -145,14 +116,14 @@ def _held_out(
     teacher = models["teacher"]
     tokenizer = load.tokenizer(seen.path)
     compared = {**models, "teacher": seen}
-    for name, title, chosen, opened in _texts(s, models, tokenizer, limit):
-        means = comparison.compare_across_machines(compared, chosen, opened)
+    for name, title, chosen in _texts(s, models, tokenizer, limit):
+        means = comparison.compare(compared, chosen)
         rows = comparison.rows_of(means, chosen)
         if seen is not teacher:
             # Students of a trimmed vocabulary are compared with the trimmed teacher. The teacher's
             # own figures are those of its whole vocabulary, over the same text.
             own = token_windows.retokenized(chosen, tokenizer, load.tokenizer(teacher.path))
-            teacher_means = comparison.compare_across_machines({"teacher": teacher}, own, opened)
+            teacher_means = comparison.compare({"teacher": teacher}, own)
             rows = comparison.rows_across_vocabularies(rows, teacher_means, own)
             title = f"{title}. {comparison.ACROSS}"
         table = text.table(rows, list(models), text.TABLES["held-out"])
@@ -178,11 +149,11 @@ def _answered(
     hashes: Hashes,
     limit: Budget,
 ) -> _Answered | None:
-    """All models' answers to held-out prompts, on the first machine.
+    """All models' answers to held-out prompts.
 
-    None on others, and where there are no prompts. MisError where no prompt suits all models.
+    None where there are no prompts. MisError where no prompt suits all models.
     """
-    if not prompts or not distributed.is_main():
+    if not prompts:
         return None
     with memory.limited(limit):
         judgement = answers.judged(models, prompts, limit, hashes=hashes)
@@ -246,8 +217,7 @@ def _plan(
     if phases:
         arrays = max(phase.peak_bytes for phase in phases)
         peak = ledger.needed_bytes(limit.limit_bytes, arrays)
-    # Several machines share the work.
-    seconds = sum(phase.seconds(rates) for phase in phases) / distributed.size()
+    seconds = sum(phase.seconds(rates) for phase in phases)
     cli.say(f"peak {gib(peak)}, about {duration(seconds)}{known}")
     return {"peak_bytes": peak, "seconds": seconds}
 
@@ -273,7 +243,6 @@ def _examine(
     wanted = _wanted(s)
     for task in wanted.tasks:
         cli.say(f"{task.name}: {len(task.questions)} questions; {task.about}")
-    distributed.check_same({task.name: task.sha256 for task in wanted.tasks})
     prompts = answers.prompts(s.num_questions) if wanted.answers else []
     plan = _plan(s, wanted, models, hashes, limit=limit, prompts=prompts)
     if s.dry_run:
@@ -281,18 +250,10 @@ def _examine(
         if prompts:
             counts[task_registry.ANSWERS] = len(prompts)
         return {"questions": counts, **plan}
-    if s.out and distributed.is_main():
+    if s.out:
         DISK.make_folder(Path(s.out))
     answered = _answered(prompts, models, hashes, limit)
-    outcomes = list(
-        examination.outcomes(
-            wanted,
-            models,
-            hashes,
-            limit,
-            layers=s.spread == "layers",
-        )
-    )
+    outcomes = list(examination.outcomes(wanted, models, hashes, limit))
     tables = ""
     held_out = dict[str, Any]()
     if wanted.text:
@@ -300,8 +261,8 @@ def _examine(
     page = recovery_table.markdown(outcomes, tables)
     if answered:
         page = f"{answered.page}\n\n{page}".strip()
-    _print(f"\n{page}\n")
-    if s.out and distributed.is_main():
+    print(text.aligned(f"\n{page}\n"))
+    if s.out:
         result = {
             "sha256": hashes,
             "tasks": [outcome.json() for outcome in outcomes],
@@ -381,25 +342,22 @@ def run(settings: Settings) -> dict[str, Any]:
     """The command: the recovery table where tasks are named, else one table for each text."""
     s = settings
     cli.check_ranges(s)
-    if s.out and distributed.is_main():
+    if s.out:
         need_place("--out", s.out)
     _check_flags(s)
     limit = memory.budget(s.budget_bytes)
     models = _opened_models(s, limit)
     teacher, *students = models.values()
     with progress.run("evaluate"), vocabulary.shared(teacher, students) as seen:
-        # Kept answers are found by the hash; several machines must have the same models.
-        hashes = dict[str, str]()
-        if s.tasks or distributed.size() > 1:
-            hashes = {name: answering.sha256(model) for name, model in models.items()}
-        distributed.check_same(hashes)
         if s.tasks:
+            # Kept answers are found by the hash.
+            hashes = {name: answering.sha256(model) for name, model in models.items()}
             result = _examine(s, models, seen, hashes, limit=limit)
         else:
             tables, result = _held_out(s, models, seen, limit)
-            _print(f"\n{tables}")
+            print(text.aligned(f"\n{tables}"))
         return {"teacher": str(teacher.path), "students": list(s.students), **result}
 
 
 if __name__ == "__main__":
-    cli.main(Settings, run, several=True)
+    cli.main(Settings, run)

@@ -18,7 +18,7 @@ from mis_mlx.judge.tasks import rewards
 from mis_mlx.models.architectures.sizes import reads_in_order
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize
-from mis_mlx.models.passing import distributed, pass_cost, residency, stream
+from mis_mlx.models.passing import pass_cost, residency, stream
 from mis_mlx.models.writing.continuous_batch import Room, grown
 from mis_mlx.types import Budget, Checkpoint, MisError
 
@@ -139,22 +139,6 @@ def _sampling(s: Settings, m: ModelSize, longest: int, state: int, *, at_once: i
     )
 
 
-def _check_machines(s: Settings) -> None:
-    """MisError where several machines cannot share a step's questions."""
-    machines = distributed.size()
-    if machines == 1 or (s.num_iterations == 1 and machines <= s.grad_accumulation_steps):
-        return
-    what = (
-        f"{machines} machines share {s.grad_accumulation_steps} questions, and --num-iterations "
-        f"is {s.num_iterations}"
-    )
-    remedy = (
-        f"give --grad-accumulation-steps {machines} or more and --num-iterations 1, or use "
-        f"fewer machines"
-    )
-    raise MisError(f"{what}: {remedy}")
-
-
 def run(settings: Settings) -> dict[str, Any]:
     """The command: open, check the data and the rewards, plan, sample and learn, write the best."""
     s, folder, checkpoint = alignment_run.open_run_model(settings)
@@ -177,7 +161,6 @@ def run(settings: Settings) -> dict[str, Any]:
     at_once = _together(s, checkpoint, longest)
     phases = _phases(s, checkpoint, longest, at_once)
     planned = alignment_run.report_plan(s, phases)
-    _check_machines(s)
     if s.dry_run:
         return {"model": str(checkpoint.path), "questions": len(train), **planned}
     with alignment_run.start_run(
@@ -213,4 +196,4 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cli.main(Settings, run, several=True)
+    cli.main(Settings, run)

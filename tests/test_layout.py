@@ -53,7 +53,6 @@ METHODS = {  # that change what they belong to
 # (module, what a function of it changes), of which a process has one
 STATE = {
     ("reporting.progress", "cli.SHOWN"),  # what is on the terminal
-    ("models.passing.distributed", "_world()"),  # how many machines are left, once one is lost
 }
 
 

@@ -323,8 +323,6 @@ def test_by_default_a_loss_is_allowed(llama: Checkpoint, monkeypatch: pytest.Mon
         assert allowed(**given) is None
     assert allowed(budget=str(llama.nbytes)) == size_request.DEFAULT_LOSS
     assert allowed(lose=0.2, layers=2) == 0.2  # refused later, with the sizes
-    monkeypatch.setattr(size_request.distributed, "size", lambda: 2)
-    assert allowed() is None
 
 
 def test_what_no_search_knows_is_not_cut(

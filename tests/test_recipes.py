@@ -172,7 +172,11 @@ def run(argv: list[str], n: int, place: Path, env: Mapping[str, str], out: str |
     """`python argv` on n machines, to its end; with `out`, the run in that folder until Ctrl-C
     after a few steps.
     """
-    with started(n, argv, env, [place] * n) as made:
+    places = [place]
+    for number in range(1, n):  # every machine works in a folder of its own
+        places.append(place.with_name(f"{place.name}-{number}"))
+        places[-1].mkdir(exist_ok=True)
+    with started(n, argv, env, places) as made:
         while (
             out
             and all(p.poll() is None for p in made)
@@ -228,7 +232,7 @@ def follow(recipe: Recipe, place: Path, env: Mapping[str, str], teacher: Path, t
         )
 
 
-# Two machines; a search and a run: tests/test_ranks.py, test_search.py have them in short.
+# Two machines; a search and a run: tests/test_several_machines.py, test_search.py have them.
 LONG = r"mlx\.launch|--bytes"
 CASES = mostly_slow(
     RECIPES,

@@ -33,7 +33,7 @@ from mis_mlx.models.opening import load
 from mis_mlx.pruning import calibrate, select, slicing
 from mis_mlx.quantization import bit_allocation, packed_format
 from mis_mlx.reporting import text
-from mis_mlx.size_search import candidates, finalists, limits, shape_search, size_request
+from mis_mlx.size_search import candidates, finalists, limits, shape_search
 from mis_mlx.size_search.candidates import Candidates
 from mis_mlx.size_search.shape_search import Choice, Losses
 from mis_mlx.storage import run_folder
@@ -271,18 +271,6 @@ def test_sensitivity_keeps_to_the_plan_of_its_own(
         )
     assert seen[0] is None
     assert isinstance(seen[1], Spool)
-
-
-def test_distill_in_so_many_bytes_is_for_one_machine(
-    llama: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The search measures on one machine; several would each say what they found."""
-    request = size_request.request_of(distill.Settings(bytes="50MB"))
-    flags = request.flags(size_request.allowed_loss(request, llama))
-    size_request.refuse_impossible(request, flags, llama)
-    monkeypatch.setattr(size_request.distributed, "size", lambda: 2)
-    with pytest.raises(MisError, match="--bytes 50MB needs a search, which runs on one machine"):
-        size_request.refuse_impossible(request, flags, llama)
 
 
 def kill_at(

@@ -32,7 +32,7 @@ from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize, model_of
-from mis_mlx.models.passing import distributed, pass_cost, residency, stream
+from mis_mlx.models.passing import pass_cost, residency, stream
 from mis_mlx.models.writing import lora, model_writer
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress
@@ -214,7 +214,7 @@ def fit_micro_batches(s: S, folder: Path | None, phase: Callable[[S], StageCost]
     """`s` with its steps in the largest micro-batches for which `phase(s)` fits the budget.
 
     A run that goes on, in `folder`, keeps the size that it has. A micro-batch divides the one asked
-    for, and a step stays what it was. All machines get the first one's answer.
+    for, and a step stays what it was.
     """
     limit = memory.budget(s.budget_bytes).limit_bytes
 
@@ -222,18 +222,15 @@ def fit_micro_batches(s: S, folder: Path | None, phase: Callable[[S], StageCost]
         steps = s.grad_accumulation_steps * s.batch_size // size
         return replace(s, batch_size=size, grad_accumulation_steps=steps)
 
-    def fitting() -> int:
-        if folder:
-            plan = run_folder.stored_settings(folder, run_folder.PLAN)
-            return int(plan.get("micro", s.batch_size))
-        for size in range(s.batch_size, 0, -1):
-            if s.batch_size % size:
-                continue
-            if needed_bytes(limit, phase(in_parts(size)).peak_bytes) <= limit:
-                return size
-        return 1
-
-    return in_parts(distributed.broadcast_json(fitting))
+    if folder:
+        plan = run_folder.stored_settings(folder, run_folder.PLAN)
+        return in_parts(int(plan.get("micro", s.batch_size)))
+    for size in range(s.batch_size, 0, -1):
+        if s.batch_size % size:
+            continue
+        if needed_bytes(limit, phase(in_parts(size)).peak_bytes) <= limit:
+            return in_parts(size)
+    return in_parts(1)
 
 
 @dataclass
@@ -268,7 +265,7 @@ class AlignmentRun(run_loop.OpenRun):
         def remember(number: int) -> dict[str, Any]:
             # Measured only at steps where every run of these settings measures: a stop does not
             # change the best.
-            if distributed.is_main() and (number % s.save_every == 0 or number == s.iters):
+            if number % s.save_every == 0 or number == s.iters:
                 self._measure(number, held_out, judge)
             return {"best": self.best}
 
@@ -287,8 +284,6 @@ class AlignmentRun(run_loop.OpenRun):
         start = training.start(lambda: None)
         steps = partial(steps_of, student, micro_batches, loss, s)
         training.finish(steps, start, s.iters, s.save_every)
-        if not distributed.is_main():
-            return {}
         return self._finish()
 
     @property

@@ -4,8 +4,7 @@ A step's answers depend on the weights, the data, the seed and the step alone.
 """
 
 import json
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -27,7 +26,7 @@ from mis_mlx.maths.losses import token_logps
 from mis_mlx.models.architectures import modules
 from mis_mlx.models.architectures.sizes import softcap
 from mis_mlx.models.opening import load
-from mis_mlx.models.passing import attention_masks, distributed, stream
+from mis_mlx.models.passing import attention_masks, stream
 from mis_mlx.models.writing.continuous_batch import Room
 from mis_mlx.models.writing.draws import Draws, Sampling
 from mis_mlx.models.writing.text_writer import TextWriter
@@ -40,7 +39,6 @@ SAMPLES = "samples.jsonl"
 # Answers that are written together, as many as fit: decoding reads all weights once per token, for
 # one answer or for many.
 AT_ONCE = (32, 16, 8, 4, 1)
-COUNTS = ("unscored", "kept", "groups")  # facts that several machines add up
 TABLE = (
     ("reward", ".3f"),
     ("answer_tokens", ".1f"),
@@ -145,7 +143,7 @@ class Settings(alignment_run.Alignment):
 
 @dataclass
 class Sampler:
-    """Makes this machine's part of a step's rollout.
+    """Makes a step's rollout.
 
     prompts: token ids of each row of `rows`, in the same order. reference: where KL is asked for,
     the model as it was. log: takes a line of JSON per prompt. room: for answers side by side;
@@ -165,13 +163,10 @@ class Sampler:
     def __call__(self, step: int) -> Rollout:
         """Step `step`, counted from 0. MisError when no answer of it could be scored."""
         s = self.settings
-        # Every machine draws the same questions and takes its share of them.
-        every = order(len(self.rows), s.grad_accumulation_steps, step, s.seed)
-        indices = distributed.shard(every)
-        # Each answer has random numbers of its own, whichever machine writes it, and beside what.
+        indices = order(len(self.rows), s.grad_accumulation_steps, step, s.seed)
+        # Each answer has random numbers of its own, beside whatever it is written.
         seeds = []
-        places = range(len(every))
-        for place in distributed.shard(places):
+        for place in range(len(indices)):
             entropy = [s.seed, step, place]
             state = np.random.SeedSequence(entropy)
             of_group = state.generate_state(s.group_size)
@@ -184,15 +179,11 @@ class Sampler:
         lines = []
         for row, group, score, teaches in zip(rows, texts, scores, kept.tolist(), strict=True):
             lines.append(_record(step, row, group, score, kept=teaches))
-        for line in chain.from_iterable(distributed.all_gather(lines)):
+        for line in lines:
             self.log(line)
         advantage = rl_losses.advantages(totals, scaled=s.loss_type != "dr_grpo")
         chosen = [(indices[n], answers[n], advantage[n]) for n in np.flatnonzero(kept)]
-        all_facts = distributed.all_gather(facts)
-        parts = self._parts(chosen)
-        if len(all_facts) == 1:
-            return parts, all_facts[0]
-        return parts, _joined(all_facts)
+        return self._parts(chosen), facts
 
     def scored(
         self,
@@ -359,23 +350,6 @@ def _record(
     return json.dumps(record, ensure_ascii=False)
 
 
-def _joined(facts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The facts of all machines as one: counts added, means weighted by groups."""
-    values = defaultdict(list)
-    groups = defaultdict(list)
-    for machine in facts:
-        for name, value in machine.items():
-            values[name].append(value)
-            groups[name].append(machine["groups"])
-    joined = {}
-    for name in values:
-        if name in COUNTS:
-            joined[name] = sum(values[name])
-        else:
-            joined[name] = float(np.average(values[name], weights=groups[name]))
-    return joined
-
-
 def steps_of(
     student: WholeModel,
     rollouts: Callable[[int], Rollout],
@@ -405,9 +379,7 @@ def steps_of(
             peak_bytes=peak,
             note="no group has different rewards: no update",
         )
-        # Asked of all machines: one whose groups teach nothing still takes part in the others'
-        # updates, with a gradient of zeros.
-        updates = s.num_iterations if distributed.any_rank(parts) else 0
+        updates = s.num_iterations if parts else 0
         # The first update is of the model that sampled: its ratios are 1, and are not computed
         # another way.
         seen = [(branches, advantage, None, ref) for branches, advantage, _, ref in parts]

@@ -5,7 +5,6 @@ each block is computed again from its input, for one gradient. So activations an
 block are held at a time, whatever the model's depth.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -147,10 +146,8 @@ class BlockGradients:
                 # Forward and back in one go, so that it is neither read nor computed twice.
                 total, grads, of_norm = self._run_last_block(block, hidden, batches, loss)
         counted = float(sum(loss_mask.sum() for _, loss_mask, *_ in batches))
-        machines = distributed.all_gather((total, counted))
-        total = math.fsum(nats for nats, _ in machines)
-        tokens = math.fsum(count for _, count in machines)
-        tokens = max(tokens, 1.0)  # a step without a token that counts has loss 0
+        total, counted = distributed.sums(total, counted)
+        tokens = max(counted, 1.0)  # a step without a token that counts has loss 0
         return ForwardResult(
             loss=total / tokens,
             tokens=tokens,

@@ -8,7 +8,6 @@ from mis_mlx.data import preparation
 from mis_mlx.distillation import pipeline
 from mis_mlx.judge import comparison
 from mis_mlx.models.opening import compute_type
-from mis_mlx.models.passing import distributed
 from mis_mlx.models.writing import model_writer
 from mis_mlx.planner.distillation_spec import SCALES
 from mis_mlx.pruning import select
@@ -24,7 +23,7 @@ def prune(
 ) -> Checkpoint:
     """The pruned student; made now, unless it is there. before: the teacher's parameters."""
     out = c.folder / "pruned"
-    if not distributed.broadcast_json(out.exists):
+    if not out.exists():
         first_text = next(iter(data.held_out.values()))
         held_out = comparison.spread_windows(first_text, c.recipe.eval_windows)
         with c.phase("prune"):
@@ -38,11 +37,8 @@ def prune(
                 air=c.air,
                 files=c.files,
                 held=c.plan.held_windows("prune"),
-                shares=c.shares,
             )
-            if distributed.is_main():
-                cli.outcome(html.document("pruned.md", {**report, "params_before": before}))
-    distributed.broadcast_folder(out, c.files)
+            cli.outcome(html.document("pruned.md", {**report, "params_before": before}))
     return compute_type.open_to_compute(out, c.teacher.precision)
 
 
@@ -52,7 +48,7 @@ def view(c: pipeline.Run) -> Checkpoint | None:
     None where the student is another, or a copy was begun. A teacher that was pruned itself has a
     record of that beside it, which would be taken for this student's.
     """
-    begun = distributed.broadcast_json((c.folder / "pruned").exists)
+    begun = (c.folder / "pruned").exists()
     if not c.plan.job.viewed or begun or model_writer.read_keep(c.teacher.path):
         return None
     return c.teacher
@@ -61,18 +57,18 @@ def view(c: pipeline.Run) -> Checkpoint | None:
 def quantize(
     c: pipeline.Run,
     rounding: QuantizationConfig,
-    dense: Checkpoint | None,
+    dense: Checkpoint,
     later_text: Callable[[Path], pipeline.Run] | None = None,
 ) -> None:
     """Round the student, then tune its scales; a folder that is there is not made again.
 
-    A rounding that was stopped goes on after the last block that it kept. dense: the student; None
-    on machines beside the first one. later_text: the run with the text that the scales of the
+    A rounding that was stopped goes on after the last block that it kept. dense: the
+    student. later_text: the run with the text that the scales of the
     rounded student in this folder learn from; default: the same text.
     """
     out = c.folder / "model"
     rounded = c.folder / (pipeline.ROUNDED if c.plan.tuning_steps else "model")
-    if dense is not None and not rounded.exists() and not out.exists():
+    if not rounded.exists() and not out.exists():
         samples = c.recipe.num_samples if rounding.looks else 0
         batches = c.pick(samples, use=1)
         held = c.plan.held_windows("quantize")
@@ -89,8 +85,7 @@ def quantize(
                 begun=BegunRounding(kept, c.files),
             )
         c.files.discard(kept)
-    if not distributed.broadcast_json(out.exists):
-        distributed.broadcast_folder(rounded, c.files)
+    if not out.exists():
         if later_text:
             c = later_text(rounded)
         cli.detail(f"{SCALES}: biases and norms learn, too; integers stay")

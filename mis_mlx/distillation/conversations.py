@@ -13,12 +13,11 @@ from mis_mlx.judge import answers
 from mis_mlx.judge.answer_figures import MORE_LOOPS
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize, model_of
-from mis_mlx.models.passing import distributed
 from mis_mlx.planner.distillation_spec import Writer
 from mis_mlx.reporting import html, progress
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
-from mis_mlx.storage.files import DISK, Files, json_sha256
+from mis_mlx.storage.files import Files, json_sha256
 from mis_mlx.types import Budget, Checkpoint, MisError, Row, duration, evenly, gib
 
 WRITTEN = Path("runs/answers")  # files of what teachers answered
@@ -114,7 +113,7 @@ def to_answer(teacher: Checkpoint, wanted: Wanted) -> ToAnswer:
     if answers.shipped_for(teacher):
         return ToAnswer(0)
     file = _file_of(teacher, wanted)
-    known = distributed.broadcast_json(file.exists)
+    known = file.exists()
     return ToAnswer(_count(wanted), known=known, tools=_knows_tools(teacher))
 
 
@@ -177,12 +176,10 @@ def _written(teacher: Checkpoint, wanted: Wanted, limit: Budget, *, dry_run: boo
     count = _count(wanted)
     writing = writing_of(teacher, wanted)
     file = _file_of(teacher, wanted)
-    folder = file.parent
-    if distributed.broadcast_json(file.exists):
+    if file.exists():
         fallen = 0
-        if distributed.is_main() and not dry_run:
+        if not dry_run:
             fallen = teacher_answers.filter_again(file)
-        distributed.broadcast_folder(folder, DISK)
         gone = f"; {fallen} that repeat themselves are left out now" if fallen else ""
         tell = cli.say if fallen or dry_run else cli.detail
         tell(f"conversations: reusing the teacher's answers in {file}{gone}")
@@ -195,19 +192,15 @@ def _written(teacher: Checkpoint, wanted: Wanted, limit: Budget, *, dry_run: boo
     )
     if dry_run:
         return file
-    if distributed.is_main():
-        try:
-            with protocol.only_maker(file, cli.say) as missing:
-                if missing:
-                    with progress.phase(writers.TEACHER):
-                        kept = teacher_answers.write(teacher, writing, file, limit)
-                        cli.outcome(f"conversations: {kept} of {count} answers are kept")
-        except MisError as error:
-            cli.say(f"conversations are left out of the training text: {error}")
-    if not distributed.broadcast_json(file.exists):
-        return None
-    distributed.broadcast_folder(folder, DISK)
-    return file
+    try:
+        with protocol.only_maker(file, cli.say) as missing:
+            if missing:
+                with progress.phase(writers.TEACHER):
+                    kept = teacher_answers.write(teacher, writing, file, limit)
+                    cli.outcome(f"conversations: {kept} of {count} answers are kept")
+    except MisError as error:
+        cli.say(f"conversations are left out of the training text: {error}")
+    return file if file.exists() else None
 
 
 def tables(judgement: answers.Judgement) -> dict[str, list[Row]]:

@@ -56,10 +56,6 @@ class DistillFlags(
     """tokens timed per model; each model then writes twice as many for `report`; 0: neither"""
     report_to: str | None = None
     """tensorboard, wandb or swanlab: logs every step there; install the package first"""
-    spread: Literal["whole", "layers"] = "whole"
-    """with several machines: each passes its own windows through the whole teacher (whole), or all
-    windows through its own blocks (layers)
-    """
     keep_steps: bool = False
     """after the run, keep the files that only --resume needs: checkpoints, the rounded student,
     stored targets

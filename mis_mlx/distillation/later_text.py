@@ -13,7 +13,6 @@ from mis_mlx.data import preparation, token_windows
 from mis_mlx.distillation import conversations, pipeline, teacher_answers, writers
 from mis_mlx.distillation.conversations import Wanted
 from mis_mlx.models.opening import compute_type, load
-from mis_mlx.models.passing import distributed
 from mis_mlx.runs import run_loop
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Budget, MisError
@@ -32,19 +31,16 @@ def of_student(
     if not c.plan.student_writes:
         return c
     file = c.folder / FOLDER / "answers.jsonl"
-    if distributed.is_main() and not file.exists():
+    if not file.exists():
         _write(c, rounded, conversations.writing_of(c.teacher, wanted), file)
-    if not distributed.broadcast_json(file.exists):
+    if not file.exists():
         return c
-    distributed.broadcast_folder(file.parent, c.files)
     length = c.data.tokens.shape[1]
     tokenizer = load.tokenizer(c.teacher.path)
     data = preparation.prepare(source._replace(answers=file), tokenizer, length).train
     run_loop.forget_text()
     fingerprint = token_windows.fingerprint(data)
-    distributed.check_same({run_folder.LEARNED: fingerprint})
-    if distributed.is_main():
-        run_folder.same_learned(c.folder, fingerprint, c.files)
+    run_folder.same_learned(c.folder, fingerprint, c.files)
     return replace(c, data=data, targets=pipeline.LEARNED_TARGETS)
 
 

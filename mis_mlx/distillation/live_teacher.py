@@ -31,7 +31,7 @@ from mis_mlx.maths import losses
 from mis_mlx.models.architectures.sizes import shape_of, softcap
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize
-from mis_mlx.models.passing import distributed, pipeline_parallel, stream
+from mis_mlx.models.passing import distributed, stream
 from mis_mlx.models.passing.pass_cost import (
     forward_flops,
     pass_workspace,
@@ -62,8 +62,7 @@ class StreamedTeacher:
 
     hidden(token ids [(B, T)]) -> [(B, T, D)]; a streamed teacher is read once for all of them.
     logits(hidden (n, D)) -> (n, V). headroom_bytes, direct: as of `stream.Stream`. temperature: T
-    of eq. (2). cross_entropy: as of `losses.kl_sum`. shares: how many blocks each of several
-    machines has; empty: each reads the whole teacher. same_head: a student's head that is not
+    of eq. (2). cross_entropy: as of `losses.kl_sum`. same_head: a student's head that is not
     trained is the teacher's, which then need not be read.
     """
 
@@ -74,15 +73,10 @@ class StreamedTeacher:
         direct: bool = False,
         temperature: float = 1.0,
         cross_entropy: float = 0.0,
-        shares: Sequence[int] = (),
         same_head: bool = False,
     ):
         dtype = precision.dtype_of(checkpoint)
-        self._source = (
-            pipeline_parallel.Relay(checkpoint, dtype, headroom_bytes, direct=direct, shares=shares)
-            if shares
-            else stream.Stream(checkpoint, dtype, headroom_bytes, direct=direct)
-        )
+        self._source = stream.Stream(checkpoint, dtype, headroom_bytes, direct=direct)
         self.hidden = self._source.forward
         self.temperature = temperature
         self._cross_entropy = cross_entropy
@@ -228,7 +222,6 @@ def write_store(
     seed: int = 0,
     windows_per_pass: int = 64,
     show: Callable[[int, str], None] = lambda done, text: None,
-    together: bool = False,
 ) -> logit_store.Targets:
     """The finished store of `data`'s targets in `folder`; only what is missing is made.
 
@@ -237,9 +230,7 @@ def write_store(
 
     checkpoint: the teacher's. teacher(): opens it; not called when nothing is missing. It is passed
     through once for every `windows_per_pass` windows. top, count: as of `slab_draws.sample`.
-    show(windows done, text). Several machines share the missing parts out, and all have the whole
-    store in the end. together: they share the teacher too (models/passing/pipeline_parallel), so
-    every machine makes as many passes as the one that makes most.
+    show(windows done, text).
     """
     n, length = data.tokens.shape
     shape = shape_of(checkpoint.config)
@@ -255,19 +246,13 @@ def write_store(
         seed=seed,
     )
     store = logit_store.create(folder, spec, files)
-    parts = distributed.broadcast_json(
-        lambda: sorted({window // spec.part_windows for window in store.missing()})
-    )
-    own = set(distributed.shard(parts))
-    missing = [window for window in store.missing() if window // spec.part_windows in own]
-    passes = -(-len(missing) // windows_per_pass)
-    if together:
-        passes = max(distributed.all_gather(passes))
+    missing = store.missing()
+    if not missing:
+        return store
     done = n - len(missing)
-    source = teacher() if passes else None
-    for start in range(0, passes * windows_per_pass, windows_per_pass):
-        assert source is not None
-        group = missing[start : start + windows_per_pass]  # empty: only the others have windows
+    source = teacher()
+    for start in range(0, len(missing), windows_per_pass):
+        group = missing[start : start + windows_per_pass]
         hidden = source.hidden([mx.array(data.tokens[window][None]) for window in group])
         targets = slab_draws.sample(
             [states[0] for states in hidden],
@@ -281,20 +266,7 @@ def write_store(
             store.put(window, dict(zip(spec.dtypes(), arrays, strict=True)))
             done += 1
             show(done, f"{store.bytes_per_token:.0f} bytes/token")
-    _exchange(store, files)
     return store
-
-
-def _exchange(store: logit_store.Targets, files: Files) -> None:
-    """Send every part that some machine has to those that lack it."""
-    parts_of = [set(numbers) for numbers in distributed.all_gather(sorted(store.parts))]
-    for number in range(store.total):
-        owners = [rank for rank, numbers in enumerate(parts_of) if number in numbers]
-        if owners:
-            if len(owners) < len(parts_of):
-                distributed.broadcast_file(store.path(number), files, owners[0])
-            if number not in store.parts:
-                store.adopt(number)
 
 
 class CachedTeacher:

@@ -1,15 +1,11 @@
 """The last stage of a run: teacher and students on held-out text, and their answers to prompts."""
 
-import mlx.core as mx
-
-from mis_mlx.compute import precision
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import conversations, pipeline, summary
 from mis_mlx.judge import answers, comparison, other_languages
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
-from mis_mlx.models.passing import distributed, pipeline_parallel, stream
 from mis_mlx.types import Budget, Checkpoint
 
 # By held-out text: its windows in the tokens of the students and, where the teacher has more
@@ -40,37 +36,17 @@ def judging_windows(
 
 
 def quality(c: pipeline.Run, judging: Judging, models: comparison.Models) -> summary.Quality:
-    """Rows by held-out text, on the first machine.
-
-    Where machines share the teacher's blocks, all of them take part in its passes.
-    """
+    """Rows by held-out text."""
     rows_of = {}
     teacher = models["teacher"]
     for name, (windows, own) in judging.items():
-        hidden = _shared_pass(c, c.teacher, windows)
-        own_hidden = _shared_pass(c, teacher, own) if own else None
-        if not distributed.is_main():
-            continue
-        compared = comparison.compare({**models, "teacher": c.teacher}, windows, hidden)
+        compared = comparison.compare({**models, "teacher": c.teacher}, windows)
         rows = comparison.rows_of(compared, windows)
         if own:
-            of_teacher = comparison.compare({"teacher": teacher}, own, own_hidden)
+            of_teacher = comparison.compare({"teacher": teacher}, own)
             rows = comparison.rows_across_vocabularies(rows, of_teacher, own)
         rows_of[name] = rows
     return rows_of
-
-
-def _shared_pass(c: pipeline.Run, model: Checkpoint, windows: Windows) -> stream.Hidden | None:
-    """Final hidden states by machines that share a model's blocks; None: each has all of them."""
-    if not c.shares:
-        return None
-    # The first machine brings all windows, the others bring none.
-    batches = []
-    if distributed.is_main():
-        batches = [mx.array(window[None]) for window in windows.tokens]
-    dtype = precision.dtype_of(model)
-    relay = pipeline_parallel.Relay(model, dtype, 0, direct=c.direct, shares=c.shares)
-    return relay.forward(batches)
 
 
 def answered(
@@ -82,7 +58,7 @@ def answered(
 
     None where there are no prompts, or no model answers.
     """
-    if not prompts or c.shares:  # no machine holds a teacher whose blocks several share
+    if not prompts:
         return None
     asked = {name: model for name, model in models.items() if name != "pruned"}
     judgement = conversations.judged_answers(asked, prompts, Budget(c.plan.budget_bytes))
@@ -94,9 +70,9 @@ def answered(
 def languages(c: pipeline.Run, models: comparison.Models) -> dict[str, float]:
     """{language: bits a byte that the last model loses in it}, where it has fewer tokens.
 
-    {} otherwise, and where no machine holds the teacher.
+    {} otherwise.
     """
     teacher, *_, student = models.values()
-    if c.shares or shape_of(student.config).vocab == shape_of(teacher.config).vocab:
+    if shape_of(student.config).vocab == shape_of(teacher.config).vocab:
         return {}
     return other_languages.excess(teacher, student)

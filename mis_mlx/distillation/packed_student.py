@@ -181,7 +181,7 @@ class PackedStudent:
         vectors = self._state.new_gradients()
         squares = []
         for i, gradients in self._passes.backward_blocks(forward):
-            distributed.all_reduce_gradients(gradients)
+            distributed.sum_gradients(gradients)
             found = optimizer.sums_of_squares(gradients, streams.stream)
             in_turn = [gradients[name] for name in self._source.shapes[i]]
             vector = _as_vector(in_turn, self._source.most_learns)
@@ -191,7 +191,7 @@ class PackedStudent:
             gradients.clear()
             del vector, in_turn
         of_norm = forward.norm
-        distributed.all_reduce_gradients(of_norm)
+        distributed.sum_gradients(of_norm)
         squares.insert(0, optimizer.sums_of_squares(of_norm))
         (norm,) = of_norm.values()
         evaluate_now(squares, norm)
@@ -208,7 +208,7 @@ class PackedStudent:
     def apply(self, found: FoundGradients, update: Update) -> Applied:
         """One step of all that learns, a block at a time."""
         scale = update.noise / found.tokens
-        norm = scale * train_loop.agreed(optimizer.norm_of_squares(found.squares))
+        norm = scale * distributed.mean(float(optimizer.norm_of_squares(found.squares)))
         learns, note = self._optimizer.decide(
             found.loss,
             norm,
@@ -280,7 +280,7 @@ def tuning_cost(job: DistillationSpec, micro: int, limit: int, iters: int) -> St
     """
     in_memory = _tuning(job, micro, limit, iters, on_disk=False)
     fits = needed_bytes(limit, in_memory.peak_bytes, job.student.gpu) <= limit
-    if fits or distributed.size() > 1:  # machines send each other what is in memory
+    if fits:
         return in_memory
     on_disk = _tuning(job, micro, limit, iters, on_disk=True)
     return min(in_memory, on_disk, key=lambda cost: cost.peak_bytes)

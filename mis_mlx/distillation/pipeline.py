@@ -64,9 +64,8 @@ class Run(run_loop.OpenRun):
     """What the stages share.
 
     recipe: as asked for, its micro-batches as planned. report: is told of every step of the
-    distillation. shares: how many of the teacher's blocks each machine has; (): each has all.
-    sigma: spread of eps_halny, fixed from one checkpoint to the next, so that a resumed run has the
-    same. targets: the folder of those that are stored.
+    distillation. sigma: spread of eps_halny, fixed from one checkpoint to the next, so that a
+    resumed run has the same. targets: the folder of those that are stored.
     """
 
     recipe: DistillationConfig
@@ -74,7 +73,6 @@ class Run(run_loop.OpenRun):
     data: token_windows.Windows
     plan: MemoryPlan
     report: Callable[[Step], None] | None = None
-    shares: tuple[int, ...] = ()
     sigma: float = 0.0
     targets: str = TARGETS
 
@@ -95,11 +93,10 @@ class Run(run_loop.OpenRun):
         return self.data.kind[windows].tolist()
 
     def remember(self, number: int) -> dict[str, Any]:
-        """What a checkpoint keeps of the weather, which the first machine measures now."""
+        """What a checkpoint keeps of the weather, as it is now."""
         halny = self.recipe.halny
-        self.sigma = distributed.broadcast_json(
-            lambda: losses.halny_sigma(self.air(look=False).spread_c) if halny is None else halny
-        )
+        own = losses.halny_sigma(self.air(look=False).spread_c) if halny is None else halny
+        self.sigma = distributed.mean(own)
         return {"halny_sigma": self.sigma}
 
     def recall(self, state: dict[str, Any]) -> None:
@@ -134,21 +131,20 @@ class Run(run_loop.OpenRun):
 
 def distil(c: Run, pruned: Checkpoint, out: Path) -> None:
     """Train a pruned student to its end, then write its folder `out`, unless it is there."""
-    if distributed.broadcast_json(out.exists):
+    if out.exists():
         return
     take = train(c, pruned)
     config = {**pruned.config, "torch_dtype": DTYPE}
     extra = model_writer.keep_files(model_writer.read_keep(pruned.path))
-    if distributed.is_main():
-        model_writer.write_model(
-            config,
-            take,
-            pruned.path,
-            out,
-            dtype=DTYPE,
-            files=c.files,
-            extra=extra,
-        )
+    model_writer.write_model(
+        config,
+        take,
+        pruned.path,
+        out,
+        dtype=DTYPE,
+        files=c.files,
+        extra=extra,
+    )
 
 
 def train(c: Run, pruned: Checkpoint) -> model_writer.Take:
@@ -245,7 +241,6 @@ def _streamed_teacher(c: Run, headroom_bytes: int | None) -> live_teacher.Stream
         direct=c.direct,
         temperature=c.recipe.temperature,
         cross_entropy=c.recipe.cross_entropy,
-        shares=c.shares,
         same_head=c.plan.job.same_head,
     )
 
@@ -267,8 +262,6 @@ def target_source(c: Run) -> live_teacher.TargetSource:
     if learned and writers.SECOND_STORE in c.plan.planned:
         name = writers.SECOND_STORE
     windows = live_teacher.visited_windows(c.data, replace(c.recipe, iters=iters))
-    # Each machine brings its own windows into a pass through a teacher that several share.
-    held = c.plan.held_windows(name)
     with c.phase(name), progress.bar("targets", len(windows)) as show:
         store = live_teacher.write_store(
             c.teacher,
@@ -277,9 +270,8 @@ def target_source(c: Run) -> live_teacher.TargetSource:
             c.folder / c.targets,
             files=c.files,
             seed=c.recipe.seed,
-            windows_per_pass=max(1, held // max(1, len(c.shares))),
+            windows_per_pass=max(1, c.plan.held_windows(name)),
             show=show,
-            together=bool(c.shares),
         )
     cli.say(
         *store.notes,
@@ -375,5 +367,4 @@ def tune(c: Run, rounded: Path, out: Path, rate: float) -> None:
             c, student, c.remember, c.recall, steps=TUNE_STEPS, log=TUNE_LOG, label=SCALES
         )
         _learn(c, student, training, source=source, recipe=recipe, begin=lambda: None)
-        if distributed.is_main():
-            learned_scales.write_learned(checkpoint, student.learned(), out, c.files)
+        learned_scales.write_learned(checkpoint, student.learned(), out, c.files)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mis_mlx.distillation import conversations, run_plan, run_text, strategies
+from mis_mlx.distillation import conversations, run_plan, run_text
 from mis_mlx.distillation.distill_flags import DistillFlags
 from mis_mlx.distillation.run_plan import RunRequest, StudentSpec
 from mis_mlx.distillation.run_text import RunText
@@ -55,7 +55,7 @@ class ResolvedRun:
     teacher: with its own vocabulary. recipe: with the number of steps, the learning rate, and
     micro-batches as planned; with --minutes the number is what the plan expected. strategy: how
     the student trains, for plan.json. settings: for config.yaml. plan: what all that takes on this
-    machine. shares: how many of the teacher's blocks each machine has; (): each has all.
+    machine.
     """
 
     teacher: Checkpoint
@@ -67,7 +67,6 @@ class ResolvedRun:
     settings: StoredSettings
     # Both rest on rates and the budget, which may be others when a run goes on.
     plan: MemoryPlan = field(compare=False)
-    shares: tuple[int, ...] = field(compare=False)
 
     @property
     def name(self) -> str:
@@ -113,9 +112,6 @@ def resolve(
     values["learning_rate"] = recipe.learning_rate
     if values["eval_prompts"] is None:
         values["eval_prompts"] = plan.job.answers or EVAL_PROMPTS
-    shares: tuple[int, ...] = ()
-    if asked.spread == "layers":
-        shares = strategies.blocks_by_machine(plan)
     text = run_text.text_of(asked, teacher, plan.job.iters)
     settings = _stored(values, asdict(type(asked)()))
     report = part_of(ReportConfig, values)
@@ -129,7 +125,6 @@ def resolve(
         strategy=strategy,
         settings=settings,
         plan=plan,
-        shares=shares,
     )
 
 

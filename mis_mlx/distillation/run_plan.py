@@ -14,7 +14,6 @@ from mis_mlx.hardware.rates import Rates
 from mis_mlx.judge import answers
 from mis_mlx.models.opening import load, resolve
 from mis_mlx.models.opening.model_size import model_of
-from mis_mlx.models.passing import distributed
 from mis_mlx.planner import estimates, measured_block
 from mis_mlx.planner.distillation_spec import DistillationSpec, Writer, spec_of
 from mis_mlx.pruning import select, vocabulary
@@ -28,7 +27,7 @@ from mis_mlx.settings.recipe import (
     QuantizationConfig,
 )
 from mis_mlx.storage import run_folder
-from mis_mlx.types import Budget, Checkpoint, MisError, gib
+from mis_mlx.types import Budget, Checkpoint, MisError
 
 # In plan.json, beside the strategy.
 PLANNED_ITERS = "iters"
@@ -66,15 +65,13 @@ class RunRequest:
 
 
 def plan_run(request: RunRequest, budget: Budget, folder: Path | None) -> strategies.MemoryPlan:
-    """The plan of a new run; of the run in `folder`, which goes on its own way whatever the budget.
-
-    Several machines go the first one's way, each with its own budget; MisError where they would
-    train a student in parts.
+    """The plan of a new run; of the run in `folder`, which goes on its own way whatever the
+    budget.
     """
     limit = budget.limit_bytes
     job = measured_block.of_job(_job(request, budget), limit)
     rates = estimates.machine_rates()
-    before = distributed.broadcast_json(lambda: _strategy_of(folder))
+    before = _strategy_of(folder)
     counted = before.pop(PLANNED_ITERS, None)
     writer: Writer | None = before.pop(WRITER, None)
     if counted:
@@ -84,18 +81,8 @@ def plan_run(request: RunRequest, budget: Budget, folder: Path | None) -> strate
     found = request.to_answer(job.iters)
     if found.prompts:
         job = _with_writer(job, found, writer, budget)
-
-    def strategy() -> dict[str, Any]:
-        return before or strategies.best_plan(job, limit, rates).strategy
-
-    plan = strategies.plan_strategy(job, limit, rates, **distributed.broadcast_json(strategy))
-    if distributed.size() > 1 and plan.mode == "sharded":
-        why = (
-            f"with {distributed.size()} machines, each must hold the whole student, but "
-            f"{gib(limit)} hold only a part of it"
-        )
-        raise MisError(f"{why}: raise --budget, leave out --train, or use one machine")
-    return plan
+    strategy = before or strategies.best_plan(job, limit, rates).strategy
+    return strategies.plan_strategy(job, limit, rates, **strategy)
 
 
 def _with_writer(

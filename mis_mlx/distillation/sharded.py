@@ -268,8 +268,8 @@ class Sharded:
         """
         block = self.shard.layers[i - self.blocks.start]
         optimizer = self.optimizers[i - self.blocks.start]
-        distributed.all_reduce_gradients(grads)
-        norm = train_loop.agreed(global_norm(grads, streams.stream))
+        distributed.sum_gradients(grads)
+        norm = distributed.mean(float(global_norm(grads, streams.stream)))
         norm = norm * update.noise / found.tokens
         note = optimizer.update(
             block,

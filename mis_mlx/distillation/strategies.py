@@ -12,7 +12,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from mis_mlx import cli
 from mis_mlx.distillation import writers
 from mis_mlx.distillation.live_teacher import store_cost
 from mis_mlx.distillation.packed_student import tuning_cost
@@ -29,11 +28,10 @@ from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import attends, shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize
-from mis_mlx.models.passing import distributed, pass_cost
+from mis_mlx.models.passing import pass_cost
 from mis_mlx.models.passing.pass_cost import TENSOR_BYTES
 from mis_mlx.planner import estimates
 from mis_mlx.planner.distillation_spec import SCALES, STORE, DistillationSpec, Mode
-from mis_mlx.planner.machines import block_shares
 from mis_mlx.pruning.reconstruct import repair_cost
 from mis_mlx.pruning.select import pruning_cost
 from mis_mlx.pruning.vocabulary import vocabulary_cost
@@ -418,19 +416,3 @@ def _smaller_jobs(job: DistillationSpec) -> Iterator[tuple[str, DistillationSpec
         if shorter >= 16:
             flags = f"--max-seq-length {shorter} instead of {length}"
             yield flags, replace(job, max_seq_length=shorter)
-
-
-def blocks_by_machine(plan: MemoryPlan) -> tuple[int, ...]:
-    """How many of the teacher's blocks each machine has; () where there is one machine."""
-    if distributed.size() == 1:
-        return ()
-    job = plan.job
-    counts = block_shares(
-        job.teacher,
-        plan.pinned,
-        tokens=job.step_tokens,
-        length=job.max_seq_length,
-        rates=plan.rates,
-    )
-    cli.say(f"teacher blocks by machine: {', '.join(map(str, counts))}")
-    return tuple(counts)

@@ -106,11 +106,6 @@ def steps(
         yield done
 
 
-def agreed(norm: mx.array) -> float:
-    """The first machine's norm, on all machines: guards must decide alike everywhere."""
-    return float(distributed.broadcast_json(partial(float, norm)))
-
-
 def remembered(optimizers: Sequence[GuardedAdamW]) -> dict[str, Any]:
     """What a student's guards remember, as a checkpoint's state.json holds it."""
     return {"guards": [optimizer.memory() for optimizer in optimizers]}
@@ -134,7 +129,7 @@ def _redone_after_sleep(work: Callable[[], F]) -> tuple[float, str, F]:
         mark = CLOCK.asleep()
         mx.reset_peak_memory()
         result = work()
-        slept = max(distributed.all_gather(CLOCK.slept(mark)))
+        (slept,) = distributed.sums(CLOCK.slept(mark))
         if not slept:
             return began, note, result
         note = f"the machine slept {slept / 60:.0f} min; step done again. "

@@ -81,7 +81,7 @@ class WholeModel:
         optimizer = self.optimizers[0]
         grads = found.take()
         scale = update.noise / found.tokens
-        norm = scale * train_loop.agreed(global_norm(grads, streams.stream))
+        norm = scale * distributed.mean(float(global_norm(grads, streams.stream)))
         note = optimizer.update(
             self.model,
             grads,
@@ -200,11 +200,8 @@ def _gradients(
         del grads
     if summed_grads is None:  # a machine without a part in this step
         summed_grads = tree_map(mx.zeros_like, model.trainable_parameters())
-    totals = dict[str, float]()
-    own_sums = {name: float(part) for name, part in sums.items()}
-    for machine in distributed.all_gather(own_sums):
-        for name, value in machine.items():
-            totals[name] = totals.get(name, 0.0) + value
+    distributed.sum_gradients(sums)
+    totals = {name: float(part) for name, part in sums.items()}
     tokens = max(totals.pop(_COUNT), 1.0)
     loss = totals.pop(_LOSS) / tokens
     means = {name: value / tokens for name, value in totals.items()}
@@ -213,7 +210,7 @@ def _gradients(
     # By name: the sums over machines replace the gradients one group after the other.
     named = dict(tree_flatten(summed_grads))
     del summed_grads
-    distributed.all_reduce_gradients(named)
+    distributed.sum_gradients(named)
     grads = tree_unflatten(list(named.items()))
     return StepGradients(loss, tokens, grads=grads, further=means)
 

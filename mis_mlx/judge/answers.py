@@ -58,7 +58,6 @@ from mis_mlx.judge.write import (
 from mis_mlx.maths import stats
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
-from mis_mlx.models.passing import distributed
 from mis_mlx.models.writing import mlx_generate
 from mis_mlx.models.writing.draws import Draws, Sampling
 from mis_mlx.models.writing.text_writer import TextWriter
@@ -208,13 +207,12 @@ def _measured(
     sampled = log_probabilities(teacher, asked, [pair.sampled for pair in pairs])
     measured = {}
     kept = journal_at(path)
-    if distributed.is_main() and asked:
+    if asked:
         kept.begin()
     for prompt, pair, of_sampled in zip(asked, pairs, sampled, strict=True):
         with_cost = replace(pair, nats=rounded(-float(of_sampled.sum())))
         measured[prompt.sha256] = with_cost
-        if distributed.is_main():
-            kept.add(record_of(prompt, with_cost))
+        kept.add(record_of(prompt, with_cost))
     return measured
 
 
@@ -235,8 +233,7 @@ def _write_missing(
         teacher, [*asked, *asked], ANSWER_TOKENS, limit, at_once=PAIRS_AT_ONCE
     )
     kept = journal_at(path)
-    if distributed.is_main():
-        kept.begin()
+    kept.begin()
     with progress.bar("answers of the teacher", len(asked)) as show, memory.limited(limit):
         show(0)
         writer = writing_plan.open(teacher)
@@ -245,8 +242,7 @@ def _write_missing(
             part = asked[start : start + KEPT_TOGETHER]
             for prompt, pair in _pairs(writer, tokenizer, part):
                 written[prompt.sha256] = pair
-                if distributed.is_main():
-                    kept.add(record_of(prompt, pair))
+                kept.add(record_of(prompt, pair))
                 show(len(written))
             mx.clear_cache()
     return written

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, zip_longest
+from itertools import chain
 from typing import Any
 
 import mlx.core as mx
@@ -20,7 +20,6 @@ from mis_mlx.maths import stats
 from mis_mlx.models.architectures import sizes
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize
-from mis_mlx.models.passing import distributed
 from mis_mlx.models.passing.pass_cost import forward_flops, pass_workspace, side_bytes
 from mis_mlx.models.passing.stream import Hidden, Stream, evaluate_now, head_rows
 from mis_mlx.types import Checkpoint, MisError, Row
@@ -49,30 +48,6 @@ def final_hidden(
     """The model's final hidden states [(1, T, D)] of every window. Streamed."""
     batches = [mx.array(window[None]) for window in held_out.tokens]
     return opened(model).forward(batches)
-
-
-def own_windows(held_out: Windows) -> Windows:
-    """This machine's share of the windows, perhaps none; without the count of bytes."""
-    return Windows(
-        tokens=distributed.shard(held_out.tokens),
-        loss_mask=distributed.shard(held_out.loss_mask),
-    )
-
-
-def compare_across_machines(models: Models, held_out: Windows, opened: OpenStream) -> Means:
-    """The result of `compare`, with the windows shared out among the machines.
-
-    Every machine must call this: the values are gathered at the end.
-    """
-    own_means = compare(models, own_windows(held_out), opened=opened)
-    means = {}
-    for key, values in own_means.items():
-        # Window n went to machine n % size, so one value of each machine in turn restores the
-        # order. A machine with one window less is padded with None.
-        gathered = distributed.all_gather(values.tolist())
-        in_order = chain.from_iterable(zip_longest(*gathered))
-        means[key] = np.array([value for value in in_order if value is not None])
-    return means
 
 
 def compare(

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from mis_mlx.judge.prompts import Answer, AnswerPair, Prompt, answer_of, rounded
 from mis_mlx.judge.score import log_probabilities
-from mis_mlx.models.passing import distributed
 from mis_mlx.storage import hub
 from mis_mlx.storage.files import DISK, json_sha256
 from mis_mlx.storage.journal import Journal
@@ -101,10 +100,9 @@ class Kept:
 
 
 def _add(journal: Journal, record: dict[str, object]) -> None:
-    """One more record, written by the first of several machines."""
-    if distributed.is_main():
-        DISK.make_folder(journal.path.parent)
-        journal.add(record)
+    """One more record."""
+    DISK.make_folder(journal.path.parent)
+    journal.add(record)
 
 
 def cost_key(prompt: Prompt, answer: Answer) -> tuple[str, str]:

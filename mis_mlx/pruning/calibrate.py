@@ -15,7 +15,7 @@ from mis_mlx.maths.importance import ExpertSums, Statistics, Sums
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import attends, ffn_size, shape_of
 from mis_mlx.models.opening.model_size import ModelSize
-from mis_mlx.models.passing import distributed, pipeline_parallel, stream, sweep
+from mis_mlx.models.passing import stream, sweep
 from mis_mlx.models.passing.pass_cost import streamed_pass
 from mis_mlx.types import Air, Checkpoint
 
@@ -102,41 +102,27 @@ class _Asked:
 
 
 def _merge(out: Statistics, experts: Mapping[int, ExpertSums], batches: int) -> None:
-    """Sums of this machine's batches become those of all machines', and blocks' sums means."""
-    fields = list[tuple[Any, str]]()  # the same on every machine, in the same order
-    for layers in (out.ffn, out.heads, out.channels, out.hidden):
-        for i in sorted(layers):
-            fields += [(layers[i], name) for name in ("mean", "square", "env_weighted")]
-    for i in sorted(experts):
-        fields += [(experts[i], name) for name in ("routed", "gated", "env_weighted")]
-    totals = distributed.all_reduce_sums([getattr(owner, name) for owner, name in fields])
-    for (owner, name), total in zip(fields, totals, strict=True):
-        setattr(owner, name, total)
-    # distances of the stream before and behind a block, as a mean over all machines' batches
-    own = np.array([out.block[i] for i in sorted(out.block)])
-    distances, count = distributed.all_reduce_sums([own, np.array(batches)])
-    for i, distance in enumerate(distances):
-        out.block[i] = float(distance / count)
+    """Sums over batches become means, of distances before and behind a block, and scores."""
+    for i, distance in out.block.items():
+        out.block[i] = distance / batches
     for i, layer in experts.items():
         out.experts[i] = layer.scores()
         out.routed[i] = layer.routed
 
 
 def _air(out: Statistics, airs: Sequence[Air], unit: str | None) -> None:
-    """The air and altitude of all machines' batches.
+    """The air and altitude of all batches.
 
     Where one batch has no T_env, none weighs more than another.
     """
     weights = [importance.weight_of(air, unit) for air in airs]
-    out.measured = not distributed.any_rank(None in weights)
+    out.measured = None not in weights
     if not out.measured:
         layers = (out.ffn, out.heads, out.channels, out.experts, out.hidden)
         for sums in chain.from_iterable(axis.values() for axis in layers):
             sums.env_weighted = sums.square.copy()
-    celsius = distributed.all_gather([air.celsius for air in airs if air.celsius is not None])
-    out.ambient_c = list(chain.from_iterable(celsius))
-    altitudes = distributed.all_gather(airs[-1].altitude_m if airs else None)
-    out.altitude_m = next((m for m in altitudes if m is not None), None)
+    out.ambient_c = [air.celsius for air in airs if air.celsius is not None]
+    out.altitude_m = airs[-1].altitude_m if airs else None
 
 
 def _zero_sums(units: int) -> Sums:
@@ -151,22 +137,18 @@ def calibrate(
     air: Callable[[], Air] = Air,
     unit: str | None = "kelvin",
     hidden: stream.Hidden | None = None,
-    relay: pipeline_parallel.Relay | None = None,
 ) -> tuple[Statistics, stream.Hidden]:
     """Statistics of all layers over token ids [(B, T)], and the teacher's final hidden states.
 
     These are [(B, T, D)]. `air()` is asked once per batch, as the batch enters the model: its
     T_b weighs that batch in AAIS. If any batch has no T_b, all weigh 1, and `measured` is False.
     unit: of T_b; None: no batch weighs by its air.
-    hidden: a place for the hidden states other than memory. Several machines each bring their own
-    batches and get the statistics of all; of a `relay` each looks at its own blocks.
+    hidden: a place for the hidden states other than memory.
     """
     out, experts = _nothing_yet(checkpoint.config)
     # Hidden states go to disk where the budget is small; then weights bypass the page cache, too.
     direct = not isinstance(hidden, list | None)
-    source: stream.Stream | None = relay
-    if source is None:
-        source = stream.Stream(checkpoint, precision.dtype_of(checkpoint), direct=direct)
+    source = stream.Stream(checkpoint, precision.dtype_of(checkpoint), direct=direct)
     hidden = source.embed(batches, hidden)
     airs = list[Air]()
 
@@ -191,7 +173,7 @@ def calibrate(
 
 
 def _nothing_yet(config: Mapping[str, Any]) -> tuple[Statistics, dict[int, ExpertSums]]:
-    """Sums of all layers before the first batch; those that another machine looks at stay zero."""
+    """Sums of all layers before the first batch."""
     s = shape_of(config)
     # Norms of all layers together: they share the hidden channels.
     out = Statistics(hidden={-1: _zero_sums(s.hidden)})

@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from mis_mlx.compute import precision
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.hardware.stage_cost import StageCost, in_turn
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
@@ -24,7 +23,7 @@ from mis_mlx.models.architectures.shape import ALL, Shape
 from mis_mlx.models.architectures.sizes import attends, shape_of
 from mis_mlx.models.opening import compute_type
 from mis_mlx.models.opening.model_size import ModelSize
-from mis_mlx.models.passing import distributed, pipeline_parallel, stream
+from mis_mlx.models.passing import stream
 from mis_mlx.pruning import calibrate, slicing, vocabulary
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.hidden_spool import Spool
@@ -283,14 +282,12 @@ def prune(
     air: Callable[[], Air],
     files: Files,
     held: int | None = None,
-    shares: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Calibrate on token ids [(B, T)], choose, write the folder `out`.
 
     Returns what was done, for the JSON line. Nothing is calibrated where nothing is cut. Where AAIS
     keeps other channels than plain importance, a plain student is made too and the two are compared
-    on `held_out`. Of several machines the first one chooses and writes; shares: how many blocks
-    each has (a `Relay`). held: batches whose hidden states stay in memory (default: all).
+    on `held_out`. held: batches whose hidden states stay in memory (default: all).
     """
     wanted_shape(checkpoint.config, cut)  # refuses before the pass, not after
     folder = out.absolute().parent
@@ -305,11 +302,10 @@ def prune(
     if uncut:
         statistics = Statistics(block=dict.fromkeys(range(shape_of(checkpoint.config).layers), 0.0))
     else:
-        relay = _relay(checkpoint, shares, direct=spooled)
-        statistics = _calibrated(checkpoint, batches, cut, air, relay=relay, hidden=states())
-    # Every machine has brought its part; the student is the first one's to make.
-    if not distributed.is_main():
-        return {}
+        unit = cut.temperature_unit if cut.importance == "aais" else None
+        statistics, _ = calibrate.calibrate(
+            checkpoint, batches, air=air, unit=unit, hidden=states()
+        )
     shape, keep = select_units(checkpoint.config, statistics, cut)
     if uncut:
         keep = replace(keep, why=UNCUT, report={**keep.report, **NOT_RANKED})
@@ -333,27 +329,6 @@ def prune(
     return _outcome(checkpoint.config, shape, write(keep, out), dtype)
 
 
-def _calibrated(
-    checkpoint: Checkpoint,
-    batches: stream.Batches,
-    cut: PruningConfig,
-    air: Callable[[], Air],
-    *,
-    relay: pipeline_parallel.Relay | None,
-    hidden: stream.Hidden,
-) -> Statistics:
-    """What all machines see of the units on their batches, for `cut` to rank them by."""
-    statistics, _ = calibrate.calibrate(
-        checkpoint,
-        distributed.shard(batches),
-        air=air,
-        unit=cut.temperature_unit if cut.importance == "aais" else None,
-        relay=relay,
-        hidden=hidden,
-    )
-    return statistics
-
-
 def _outcome(
     config: Mapping[str, Any], shape: Shape, keep: KeptUnits, dtype: str
 ) -> dict[str, Any]:
@@ -365,16 +340,6 @@ def _outcome(
         "shape": str(shape),
         **{k: v for k, v in keep.report.items() if k not in BULKY},
     }
-
-
-def _relay(
-    checkpoint: Checkpoint, shares: Sequence[int], *, direct: bool
-) -> pipeline_parallel.Relay | None:
-    """This machine's blocks, where several machines share them."""
-    if not shares:
-        return None
-    dtype = precision.dtype_of(checkpoint)
-    return pipeline_parallel.Relay(checkpoint, dtype, 0, direct=direct, shares=shares)
 
 
 def _losses(

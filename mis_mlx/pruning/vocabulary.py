@@ -32,7 +32,7 @@ from mis_mlx.models.opening.config import read_config
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.opening.tokenizer_check import ROWS
 from mis_mlx.models.opening.trimmed_tokenizer import Vocabulary, moved_ids
-from mis_mlx.models.passing import distributed, stream
+from mis_mlx.models.passing import stream
 from mis_mlx.models.passing.pass_cost import forward_flops, streamed_pass
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import safetensors
@@ -425,13 +425,12 @@ def teacher_of_run(
     out = run / FOLDER
     if rows == shape_of(teacher.config).vocab:
         return teacher
-    if distributed.is_main() and not out.exists():
+    if not out.exists():
         kept = rows_of(Path(student)) if student else None
         if not kept:
             kept = chosen(teacher, rows, train, config)
         write(teacher, kept, out, files)
         memory.give_back(cache=False)  # lists of all tokens and merges, 1,500 bytes a token
-    distributed.broadcast_folder(out, files)
     seen = open_trimmed(teacher, out)
     if student:
         comparison.same_vocabulary(seen, load.open_checkpoint(student))

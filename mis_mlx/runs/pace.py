@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from mis_mlx import cli
-from mis_mlx.models.passing import distributed
 from mis_mlx.runs.run_loop import CheckpointedTraining
 from mis_mlx.settings.recipe import FIRST_STEPS, DistillationConfig
 from mis_mlx.storage.journal import Journal
@@ -62,13 +61,13 @@ def finish(
         assert recipe.iters is not None
         training.finish(steps_of(recipe), start, recipe.iters, save_every)
         return
-    pace = distributed.broadcast_json(lambda: _stored(training))
+    pace = _stored(training)
     if pace is None:
         if start < FIRST_STEPS:
             first = _first_of(steps_of(recipe))
             training.finish(first, start, FIRST_STEPS, save_every)
             start = FIRST_STEPS
-        pace = distributed.broadcast_json(lambda: _decided(training, recipe))
+        pace = _decided(training, recipe)
         cli.say(
             f"{pace['iters']} steps fit into {recipe.minutes:g} minutes: {pace['seconds']:.1f} s "
             f"each"

@@ -37,7 +37,7 @@ from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import Files, as_mis_error, json_sha256, need_place
 from mis_mlx.types import Air, Budget, Checkpoint, MisError, Step, gib
 
-BLAS_THREADS = "blas_threads"  # in origin.json, a number for each machine
+BLAS_THREADS = "blas_threads"  # in origin.json
 S = TypeVar("S", bound=cli.Resumable)  # a command's Settings
 # Settings that may differ when a run of any command goes on: none changes a result.
 FREE_ANYWHERE = frozenset(
@@ -54,52 +54,40 @@ def resumed(settings: S, free: frozenset[str], under: Path = Path("runs")) -> tu
     """
     if not settings.resume:
         return settings, None
-
-    def stored() -> tuple[dict[str, Any], str]:
-        folder = run_folder.find(settings.out, under)
-        kind = type(settings)
-        asked = _plain(kind, run_folder.asked_settings(folder))
-        decided = run_folder.is_decided(folder)
-        before = _plain(kind, run_folder.stored_settings(folder)) if decided else asked
-        flag_help.refuse_gone(kind, asked)  # values that nobody asked for are of no consequence
-        before = {n: value for n, value in before.items() if n not in flag_help.gone(kind)}
-        defaults = asdict(type(settings)())
-        values = run_folder.merged(settings.given, defaults, before, free, asked=asked)
-        if not decided:
-            values = {name: values[name] for name in {**asked, **settings.given}}
-        return values, str(folder)
-
-    # The first machine alone has the folder.
-    values, folder = distributed.broadcast_json(stored)
-    _restore_threads(Path(folder))
+    folder = run_folder.find(settings.out, under)
+    kind = type(settings)
+    asked = _plain(kind, run_folder.asked_settings(folder))
+    decided = run_folder.is_decided(folder)
+    before = _plain(kind, run_folder.stored_settings(folder)) if decided else asked
+    flag_help.refuse_gone(kind, asked)  # values that nobody asked for are of no consequence
+    before = {n: value for n, value in before.items() if n not in flag_help.gone(kind)}
+    defaults = asdict(type(settings)())
+    values = run_folder.merged(settings.given, defaults, before, free, asked=asked)
+    if not decided:
+        values = {name: values[name] for name in {**asked, **settings.given}}
+    _restore_threads(folder)
     for name, value in values.items():
         if isinstance(value, list):  # JSON has no tuples
             values[name] = tuple(value)
-    return type(settings)(**values), Path(folder)
+    return type(settings)(**values), folder
 
 
 def _restore_threads(folder: Path) -> None:
-    """Have matrix products take as many threads as when the run began, on each machine."""
-
-    def stored() -> list[str]:
-        # A run that has not begun may have a search in it, which did.
-        for file in (folder / run_folder.ORIGIN, *folder.glob(f"*/{run_folder.ORIGIN}")):
-            if file.is_file():
-                known = run_folder.stored_settings(file.parent, file.name)
-                return str(known.get(BLAS_THREADS, "")).split()
-        return []
-
-    threads = distributed.broadcast_json(stored)
-    if len(threads) == distributed.size() and threads[distributed.rank()].isdigit():
-        note = blas_threads.go_on_with(int(threads[distributed.rank()]))
-        if note:
-            cli.say(note)
+    """Have matrix products take as many threads as when the run began."""
+    # A run that has not begun may have a search in it, which did.
+    for file in (folder / run_folder.ORIGIN, *folder.glob(f"*/{run_folder.ORIGIN}")):
+        if file.is_file():
+            known = run_folder.stored_settings(file.parent, file.name)
+            threads = str(known.get(BLAS_THREADS, ""))
+            note = blas_threads.go_on_with(int(threads)) if threads.isdigit() else ""
+            if note:
+                cli.say(note)
+            return
 
 
 def _arithmetic() -> dict[str, str]:
     """What computes matrix products: on the CPU their last bits depend on it. For origin.json."""
-    threads = map(str, distributed.all_gather(blas_threads.at_start()))
-    return {"blas": blas_threads.name(), BLAS_THREADS: " ".join(threads)}
+    return {"blas": blas_threads.name(), BLAS_THREADS: str(blas_threads.at_start())}
 
 
 def _plain(kind: type, stored: dict[str, Any]) -> dict[str, Any]:
@@ -115,24 +103,20 @@ def open_model(
 ) -> Checkpoint:
     """The model that a command begins with, opened once the flags are checked.
 
-    MisError where machines have different models; before the model is looked for, where a flag is
-    out of its range, where a run would wait for the plug after its first step, or where a path
-    cannot be written: that of --out, by default under `place`, or of the flag `new`, which names
-    something that is not there yet.
+    MisError before the model is looked for, where a flag is out of its range, where a run would
+    wait for the plug after its first step, or where a path cannot be written: that of --out, by
+    default under `place`, or of the flag `new`, which names something that is not there yet.
     """
     cli.check_ranges(s)
     if isinstance(s, cli.Resumable) and isinstance(s, ThermalFlags) and not s.dry_run:
         check_power(s)
     if new:
         need_place(new, place, "new")
-    elif distributed.is_main():
+    else:
         need_place("--out", s.out or place)
     source = resolve.resolve_model(model)
     cli.say(f"{what}: {source.source}")
     checkpoint = load.open_checkpoint(source.path)
-    # All machines take part in a run; only the first one writes text for it.
-    if distributed.size() > 1 and isinstance(s, cli.Resumable):
-        distributed.check_same({what: run_folder.origin(checkpoint, "")["teacher"]})
     limit = memory.budget(s.budget_bytes)
     cli.detail(f"memory budget: {gib(limit.limit_bytes)}, {limit.why}")
     if not getattr(s, "dry_run", False):  # whose plan says what would be too much
@@ -186,7 +170,7 @@ class Place:
         limit: named among them in any case: what other programs leave free on another day does not
         change a run that goes on.
         """
-        if distributed.is_main() and not run_folder.is_decided(self.folder):
+        if not run_folder.is_decided(self.folder):
             budget = settings.get("budget") or estimates.budget_flag(limit.limit_bytes)
             run_folder.decide(self.folder, {**settings, "budget": budget}, plan, self.files)
 
@@ -211,29 +195,28 @@ def entered(
     """The place of the run in `folder`, or of a new one: `out`, or a new folder called `name`.
 
     It is made and locked before anything works in it, and can be resumed from then on. A new run
-    that is refused before any work leaves nothing. Machines beside the first one work in a folder
-    that is deleted at the end. asked, plan: as in `run_folder.begin`.
+    that is refused before any work leaves nothing. asked, plan: as in `run_folder.begin`.
     """
     files = Files()
-    new = folder is None and distributed.is_main()
-    if new:
+    new = folder is None
+    if folder is None:
         folder = run_folder.make(out, name, files)
     cli.say(f"run folder: {folder}")
     try:
-        with distributed.workplace(folder) as path, protocol.lock(path):
+        with protocol.lock(folder):
             if new:
-                run_folder.begin(path, asked, plan, files)
-            protocol.sweep(path, files)
+                run_folder.begin(folder, asked, plan, files)
+            protocol.sweep(folder, files)
             # They are the process's own, and 226 MiB with torch: before memory is counted.
             load.mlx_lm("utils")
-            place = Place(path, files, Account(path, files))
+            place = Place(folder, files, Account(folder, files))
             try:
                 yield place
             except BaseException as stop:
                 with suppress(MisError, OSError):
                     place.account.keep()
                 if new and isinstance(stop, MisError):
-                    run_folder.forget_bare(path, files)
+                    run_folder.forget_bare(folder, files)
                 raise
     except KeyboardInterrupt:
         # The closing sentence names the folder.
@@ -289,10 +272,9 @@ def open_run(
     One that goes on must have begun with what is `same` in `origin`. wired: as of
     `memory.limited`, in bytes.
     """
-    distributed.check_same(origin)
+    distributed.check_same({name: value.encode() for name, value in origin.items()})
     origin = {**origin, **_arithmetic()}
-    if distributed.is_main():
-        cli.say(*run_folder.same_origin(place.folder, origin, place.files, same))
+    cli.say(*run_folder.same_origin(place.folder, origin, place.files, same))
     with (
         memory.limited(limit, wired),
         ThermalMonitor(thermal, place.folder / "thermal.jsonl", place.files) as thermal_monitor,
@@ -356,9 +338,9 @@ class Trained(Protocol):
 class CheckpointedTraining:
     """A training that can be stopped and resumed at any time.
 
-    remember(number): further state for a
-    checkpoint, asked for on every machine; recall(state) gets it again. steps, log: the folder of
-    its checkpoints and the file of its steps, in the run's folder. report: called with every step.
+    remember(number): further state for a checkpoint; recall(state) gets it again. steps, log: the
+    folder of its checkpoints and the file of its steps, in the run's folder. report: called with
+    every step.
     """
 
     run: OpenRun
@@ -373,62 +355,43 @@ class CheckpointedTraining:
     def start(self, begin: Callable[[], object]) -> int:
         """The number of steps done: of the newest checkpoint, which is put back; else 0.
 
-        A new run calls `begin` on the first machine, and saves what that made as checkpoint 0.
+        A new run calls `begin`, and saves what that made as checkpoint 0. MisError where several
+        machines do not stand at the same step of the same run.
         """
         number = self.restore_newest()
-        if number is not None:
-            return number
-        if distributed.is_main():
+        if number is None:
             begin()
             with as_mis_error(self.run.folder, "the folder of checkpoints"):
                 self.run.files.make_folder(self.run.folder / self.steps)
-        self._send_state()
-        self.save(0)
-        return 0
-
-    def _send_state(self) -> None:
-        """Give every machine the weights, moments and memory of the first one."""
-        if distributed.size() == 1:
-            return
-        # Every machine takes part in both sums, the first one too.
-        arrays = distributed.broadcast_arrays(self._in_memory)
-        state = distributed.broadcast_json(self.trained.memory)
-        if not distributed.is_main():
-            self.trained.restore({"optimizer": {}, **arrays}, state)
-
-    def _in_memory(self) -> dict[str, Mapping[str, mx.array]]:
-        """The trained arrays; where there are several machines, they are all in memory."""
-        found = {}
-        for key, named in self.trained.arrays().items():
-            assert not isinstance(named, protocol.Written)
-            found[key] = named
-        return found
+            self.save(0)
+            number = 0
+        if distributed.machines()[1] > 1:
+            saved = self.run.folder / self.steps / f"step-{number:08d}" / protocol.MANIFEST
+            hashes = json.loads(saved.read_bytes())["files"]
+            del hashes[protocol.STATE]  # how long each machine took so far
+            settings = run_folder.stored_settings(self.run.folder)
+            del settings["budget"]
+            plan = run_folder.stored_settings(self.run.folder, run_folder.PLAN)
+            for what, value in {"checkpoint": hashes, "setting": settings, "plan": plan}.items():
+                distributed.check_same({what: json.dumps([number, value]).encode()})
+        return number
 
     def restore_newest(self) -> int | None:
-        """Put the newest checkpoint back on every machine: its number; None when there is none."""
-        # Machines beside the first one have none on disk: they get the first one's state.
+        """Put the newest checkpoint back: its number; None when there is none."""
         saved = protocol.newest(self.run.folder / self.steps, self.run.files)
-        if saved:
-            cli.say(*saved.notes, f"continuing from step {saved.number}")
-            arrays = {key: protocol.load_arrays(saved, key) for key in saved.state["arrays"]}
-            self.trained.restore({"optimizer": {}, **arrays}, saved.state["optimizer"])
-            if not self.run.account.known:  # an earlier version kept it here alone
-                self.run.thermal_monitor.breaks = PauseCounter(**saved.state["tea"])
-        newest: Any = distributed.broadcast_json(
-            lambda: [saved.number, saved.state] if saved else None
-        )
-        if newest is None:
+        if saved is None:
             return None
-        number, state = newest
-        self._send_state()
-        self.recall(state)
-        return number
+        cli.say(*saved.notes, f"continuing from step {saved.number}")
+        arrays = {key: protocol.load_arrays(saved, key) for key in saved.state["arrays"]}
+        self.trained.restore({"optimizer": {}, **arrays}, saved.state["optimizer"])
+        if not self.run.account.known:  # an earlier version kept it here alone
+            self.run.thermal_monitor.breaks = PauseCounter(**saved.state["tea"])
+        self.recall(dict(saved.state))
+        return saved.number
 
     def save(self, number: int) -> None:
         """Save a checkpoint: all that a resumed run needs."""
-        remembered = self.remember(number)  # all machines take part
-        if not distributed.is_main():
-            return
+        remembered = self.remember(number)
         arrays = {key: named for key, named in self.trained.arrays().items() if named}
         state = {
             "arrays": list(arrays),
@@ -457,44 +420,31 @@ class CheckpointedTraining:
         """Run `steps` to their end.
 
         MisError after a checkpoint when Ctrl-C, SIGTERM or the governor stops it, here or on
-        another machine, or when another machine is gone.
+        another machine.
         """
         run = self.run
         where = cli.continuing(run.folder)
-        unsaved = 0  # the number of a step that no checkpoint holds
         with cli.stop_asked() as asked, progress.bar(self.label, iters) as show:
-            try:
-                for step in steps:
-                    memory.give_back(cache=False)
-                    run.account.peak.note(step.peak_bytes)
-                    self._log(step, show)
-                    unsaved = step.number
-                    due = step.number % save_every == 0 or step.number == iters
-                    for _ in _cooldowns(run.thermal_monitor, step, show, asked):
-                        due = True
-                        # One machine saves before it rests; several save together, afterwards.
-                        if unsaved and distributed.size() == 1:
-                            self.save(step.number)
-                            unsaved = 0
-                    # `any_rank` is a sum over all machines: every one of them gets here, for
-                    # `unsaved` is 0 only where there is one machine.
-                    if unsaved and distributed.any_rank(due or asked):
+            for step in steps:
+                memory.give_back(cache=False)
+                run.account.peak.note(step.peak_bytes)
+                self._log(step, show)
+                unsaved = True
+                due = step.number % save_every == 0 or step.number == iters
+                for _ in _cooldowns(run.thermal_monitor, step, show, asked):
+                    due = True
+                    # One machine saves before it rests; several save together, afterwards.
+                    if unsaved and distributed.machines()[1] == 1:
                         self.save(step.number)
-                        unsaved = 0
-                    if distributed.any_rank(asked):
-                        # The exit code depends on the cause: a Ctrl-C is one of its own.
-                        by_hand = KeyboardInterrupt() if signal.SIGINT in asked else None
-                        why = (
-                            f"stopped at step {step.number} of {iters}; everything is saved: "
-                            f"{where}"
-                        )
-                        raise MisError(why) from by_hand
-            except distributed.Lost as lost:
-                if not distributed.is_main():
-                    raise
-                if unsaved:  # the last step that all machines did
-                    self.save(unsaved)
-                raise MisError(f"{lost}; all finished steps are saved: {where}") from None
+                        unsaved = False
+                saves, stops = distributed.sums(due, bool(asked))
+                if unsaved and (saves or stops):
+                    self.save(step.number)
+                if stops:
+                    # The exit code depends on the cause: a Ctrl-C is one of its own.
+                    by_hand = KeyboardInterrupt() if signal.SIGINT in asked else None
+                    why = f"stopped at step {step.number} of {iters}; everything is saved: {where}"
+                    raise MisError(why) from by_hand
 
     def finish(
         self, steps: Callable[[int], Iterator[Step]], start: int, iters: int, save_every: int

@@ -14,7 +14,6 @@ from mis_mlx.hardware import memory
 from mis_mlx.models.architectures import families
 from mis_mlx.models.architectures.shape import ALL
 from mis_mlx.models.architectures.sizes import attending, reads_in_order, shape_of, side_width
-from mis_mlx.models.passing import distributed
 from mis_mlx.quantization import packed_format
 from mis_mlx.size_search import candidates, shape_search
 from mis_mlx.types import Budget, Checkpoint, MisError, gib
@@ -112,8 +111,6 @@ def allowed_loss(request: SizeRequest, teacher: Checkpoint) -> float | None:
 
 def _undecided(teacher: Checkpoint) -> str:
     """Why there is no search for this teacher's sizes unasked; empty where there is one."""
-    if distributed.size() > 1:
-        return "a search runs on one machine only"
     if not shape_search.group_of(shape_of(teacher.config)):
         return "the rows of this teacher's matrices are not divisible by 32"
     return ""
@@ -147,7 +144,7 @@ def unsearched(asked: DistillFlags) -> dict[str, Any]:
 def refuse_impossible(request: SizeRequest, flags: str, teacher: Checkpoint) -> None:
     """MisError where `flags` ask for a search that cannot be.
 
-    Sizes are given beside it, no search knows the teacher, or several machines would search.
+    Sizes are given beside it, or no search knows the teacher.
     """
     why = unsearchable(teacher.config)
     if why:
@@ -158,11 +155,6 @@ def refuse_impossible(request: SizeRequest, flags: str, teacher: Checkpoint) -> 
     if request.bytes and not request.quantizes:
         raise MisError(
             f"{flags} chooses bits, but --quantize 0 turns them off: leave one of them out"
-        )
-    if distributed.size() > 1:
-        raise MisError(
-            f"{flags} needs a search, which runs on one machine: run `search` there, then the "
-            f"command it prints"
         )
 
 

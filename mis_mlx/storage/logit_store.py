@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx.storage.checkpoint import sweep
-from mis_mlx.storage.files import Files, as_mis_error, file_sha256
+from mis_mlx.storage.files import Files, as_mis_error
 from mis_mlx.storage.header_check import check
 from mis_mlx.storage.safetensors import write_arrays
 from mis_mlx.types import MisError
@@ -148,12 +148,6 @@ class Targets:
             coming = self._coming
             self._coming = []
             self._commit(number, coming)
-
-    def adopt(self, number: int) -> None:
-        """Count a part as finished whose file was made elsewhere and is here now."""
-        path = self.path(number)
-        self.parts[number] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        self.save()
 
     def path(self, number: int) -> Path:
         """The file of a part, which may not be there yet."""

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from mis_mlx.hardware import memory
 from mis_mlx.models.opening import load
-from mis_mlx.models.passing import pipeline_parallel, stream
+from mis_mlx.models.passing import stream
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
@@ -166,18 +166,17 @@ def test_what_has_room_is_read_once(
 
 
 @pytest.mark.parametrize("headroom_bytes", [0, None])
-@pytest.mark.parametrize("shares", [(), (3,)])
 def test_a_block_whose_output_is_no_number_is_named(
-    tmp_path: Path, batches: list[mx.array], shares: tuple[int, ...], headroom_bytes: int | None
+    tmp_path: Path, batches: list[mx.array], headroom_bytes: int | None
 ) -> None:
-    """Streamed or kept in memory, by one machine or by several that share the blocks."""
+    """Streamed or kept in memory."""
     folder = tiny.make(tmp_path / "m")
     weights = tiny.stored_weights(folder)
     weights["model.layers.1.mlp.down_proj.weight"] = mx.full((64, 768), 3e38)
     mx.eval(weights)
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
     where = load.open_checkpoint(folder), mx.float32, headroom_bytes, False
-    source = pipeline_parallel.Relay(*where, shares) if shares else stream.Stream(*where)
+    source = stream.Stream(*where)
     with pytest.raises(stream.NotNumbers, match="block 1 of 3 gives values that are not numbers"):
         source.forward(batches)
 

@@ -45,7 +45,6 @@ from tests.conftest import (
     settings_of,
     weights,
 )
-from tests.test_ranks import launched
 
 ROWS = 1024
 KEPT = 512
@@ -435,31 +434,6 @@ def test_other_ways(
     assert done.returncode == 0, done.stderr
     assert last_line(done)["bits_per_byte_distilled"] < last_line(done)["bits_per_byte_pruned"] + 1
     assert not (tmp_path / "run" / vocabulary.FOLDER).exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("spread", ["whole", "layers"])
-def test_two_machines(
-    tmp_path: Path,
-    finished: tuple[Path, Done],
-    small: tuple[object, ...],
-    own_home: dict[str, str],
-    spread: str,
-) -> None:
-    """One chooses the rows and writes them, the other gets them: the table of one machine."""
-    (tmp_path / "how.yaml").write_text(f"spread: {spread}\n")
-    done = launched(
-        own_home, 2, "distill", *small, "-c", tmp_path / "how.yaml", "--out", tmp_path / "run"
-    )
-    result = last_line(done)
-    alone = last_line(finished[1])
-    for name in ("teacher", "pruned", "distilled", "4-bit"):
-        assert result[f"bits_per_byte_{name}"] == pytest.approx(
-            alone[f"bits_per_byte_{name}"], rel=1e-3
-        )
-    assert vocabulary.rows_of(tmp_path / "run" / "model") == vocabulary.rows_of(
-        finished[0] / "model"
-    )
 
 
 @pytest.mark.thorough

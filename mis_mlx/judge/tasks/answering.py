@@ -26,8 +26,9 @@ from mis_mlx.judge.tasks.questions import Question, Task
 from mis_mlx.judge.tasks.task_answers import Asking, Record
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize, model_of
-from mis_mlx.models.passing import distributed, pass_cost
-from mis_mlx.planner import estimates, machines
+from mis_mlx.models.passing import pass_cost
+from mis_mlx.models.passing.stream import Stream
+from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress
 from mis_mlx.storage import hub
 from mis_mlx.storage.files import file_sha256
@@ -79,13 +80,9 @@ def read(path: Path) -> Asked:
 
 
 def unanswered(model_sha256: str, task: Task) -> tuple[Path, Asked, list[int]]:
-    """(file of the answers, those that are kept, numbers of the questions that are left).
-
-    The first of several machines reads the file; all of them must call this.
-    """
+    """(file of the answers, those that are kept, numbers of the questions that are left)."""
     path = answers_path(model_sha256, task.sha256)
-    rows = distributed.broadcast_json(lambda: list(read(path).values()))
-    answers = {row["n"]: row for row in rows}
+    answers = read(path)
     left = [n for n in range(len(task.questions)) if n not in answers]
     return path, answers, left
 
@@ -103,7 +100,7 @@ def plan(
     _, _, left = unanswered(model_sha256, task)
     if not left:
         return None
-    return _asking(checkpoint, task, left, limit, layers=False).cost
+    return _asking(checkpoint, task, left, limit).cost
 
 
 def scores(
@@ -111,17 +108,14 @@ def scores(
     model_sha256: str,
     task: Task,
     limit: Budget,
-    layers: bool = False,
 ) -> np.ndarray:
     """(n,) the mark of every question.
 
     1 or 0 where an answer is right or wrong, otherwise from 0 to 1; for instructions as
-    `instructions.marks`, for tools as `tool_tasks.marks`. Several machines ask together, and all of
-    them must call this. layers: the model's blocks are shared out among them, where options are
-    chosen.
+    `instructions.marks`, for tools as `tool_tasks.marks`.
     """
     numbers = range(len(task.questions))
-    answers = asked(checkpoint, model_sha256, task, limit=limit, numbers=numbers, layers=layers)
+    answers = asked(checkpoint, model_sha256, task, limit=limit, numbers=numbers)
     if task.kind == "instructions":
         return np.array(instructions.marks(*_followed_of(task, answers)))
     if task.kind in tool_tasks.KINDS:
@@ -136,29 +130,23 @@ def asked(
     *,
     limit: Budget,
     numbers: Sequence[int],
-    layers: bool = False,
 ) -> Asked:
-    """A task's records, of which those of `numbers` that are not kept are asked now.
-
-    Several machines ask together, and all of them must call this. layers: as in `scores`.
-    """
+    """A task's records, of which those of `numbers` that are not kept are asked now."""
     path, answers, missing = unanswered(model_sha256, task)
     wanted = set(numbers)
     left = [number for number in missing if number in wanted]
     kept = journal_at(path)
-    if distributed.is_main():
-        kept.begin()
+    kept.begin()
     label = f"{checkpoint.path.name} {task.name}"
     with progress.bar(label, len(wanted)) as show, memory.limited(limit):
         records: Iterator[Record] = iter(())
         if left:
-            records = _asking(checkpoint, task, left, limit, layers=layers).records()
+            records = _asking(checkpoint, task, left, limit).records()
         still_left = len(left)
         for row in records:
             answers[row["n"]] = row
             # At once, so that a run that is stopped loses little.
-            if distributed.is_main():
-                kept.add(row)
+            kept.add(row)
             still_left -= 1
             show(len(wanted) - still_left)
     return answers
@@ -267,12 +255,10 @@ def _asking(
     task: Task,
     left: Sequence[int],
     limit: Budget,
-    *,
-    layers: bool,
 ) -> Asking:
     """How the questions `left` are asked. MisError where it cannot be done in the budget."""
     if task.kind == "choice":
-        return _choosing(checkpoint, task, left, limit, layers=layers)
+        return _choosing(checkpoint, task, left, limit)
     tokenizer = _tokenizer(checkpoint.path)
     return task_answers.asking(checkpoint, tokenizer, task, left=left, limit=limit)
 
@@ -293,8 +279,6 @@ def _choosing(
     task: Task,
     left: Sequence[int],
     limit: Budget,
-    *,
-    layers: bool,
 ) -> Asking:
     """Log-likelihoods of the options of the questions `left`, part by part."""
     encoded = _encoded(_tokenizer(checkpoint.path), task, left)
@@ -310,17 +294,11 @@ def _choosing(
     parts = _parts(model_of(checkpoint), task.name, lengths, limit)
 
     def records() -> Iterator[Record]:
-        # All machines make parts of one size: the smallest that any of them has planned.
-        tokens = min(distributed.all_gather(parts.tokens))
-        stream = machines.open_stream(
-            checkpoint,
-            limit,
-            headroom_bytes=parts.headroom_bytes,
-            tokens=tokens,
-            length=option_likelihood.ROWS,
-            layers=layers,
+        direct = memory.crowds_page_cache(checkpoint.nbytes, limit)
+        stream = Stream(
+            checkpoint, precision.dtype_of(checkpoint), parts.headroom_bytes, direct=direct
         )
-        for part in grouped(range(len(lengths)), lengths.__getitem__, tokens):
+        for part in grouped(range(len(lengths)), lengths.__getitem__, parts.tokens):
             likelihoods = option_likelihood.score(stream, [encoded[i] for i in part])
             for i, values in zip(part, likelihoods, strict=True):
                 yield {"n": left[i], "ll": values}

@@ -18,19 +18,13 @@ def outcomes(
     models: Models,
     hashes: Hashes,
     limit: Budget,
-    *,
-    layers: bool,
 ) -> Iterator[Outcome]:
-    """Each model is asked all tasks before the next model.
-
-    layers: as in `answering.scores`. Every machine must call this.
-    """
+    """Each model is asked all tasks before the next model."""
     marks_of = {}
     # Model by model, not task by task: a tokenizer is opened once for all tasks.
     for name, model in models.items():
         marks_of[name] = [
-            answering.scores(model, hashes[name], task, limit, layers=layers)
-            for task in wanted.tasks
+            answering.scores(model, hashes[name], task, limit) for task in wanted.tasks
         ]
     for number, task in enumerate(wanted.tasks):
         if task.kind in tool_tasks.KINDS:

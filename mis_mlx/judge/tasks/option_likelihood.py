@@ -17,7 +17,7 @@ import numpy as np
 from mis_mlx.maths.losses import chunk_rows
 from mis_mlx.models.architectures import sizes
 from mis_mlx.models.opening import load
-from mis_mlx.models.passing import attention_masks, distributed, pipeline_parallel
+from mis_mlx.models.passing import attention_masks
 from mis_mlx.models.passing.stream import Hidden, Stream
 from mis_mlx.models.passing.sweep import BlockTurn
 from mis_mlx.models.writing import mlx_generate
@@ -164,53 +164,37 @@ def score(
     encoded: Sequence[Encoded],
     rows: int = ROWS,
 ) -> list[list[float]]:
-    """Log-likelihood in nats of every option of every question, in one pass of the weights.
-
-    Each of several machines computes some of the sequences, and all get the same result, which one
-    machine alone would find. All of them must call this.
-    """
+    """Log-likelihood in nats of every option of every question, in one pass of the weights."""
     if sizes.reads_in_order(stream.checkpoint.config):
         raise MisError(
             f"{stream.checkpoint.path} reads one text after the other, so a question's options "
             f"cannot share its context: leave out --tasks whose questions have options"
         )
     packed = list(packs(encoded, rows))
-    own = distributed.shard(packed)
     hidden = _final_hidden(stream, packed)
     head = stream.head()
     shape = sizes.shape_of(stream.checkpoint.config)
     sums = [[0.0] * len(options) for _, options in encoded]
-    own_sums = []
-    for states, pack in zip(hidden, own, strict=True):
+    for states, pack in zip(hidden, packed, strict=True):
         logps = _logps(head, states[0], pack, shape.vocab)
         for (question, option), value in zip(pack.owner, logps, strict=True):
             sums[question][option] += float(value)
-        for number in pack.which:
-            own_sums.append((number, sums[number]))
-    for machine_sums in distributed.all_gather(own_sums):
-        for number, values in machine_sums:
-            sums[number] = values
     return sums
 
 
 def _final_hidden(stream: Stream, packed: Sequence[Pack]) -> Hidden:
-    """[(1, S, D)]: final states of this machine's own sequences among `packed`.
-
-    `pipeline_parallel.passing` gives the sequences that go through this machine's blocks.
-    """
-    own = distributed.shard(packed)
-    passing = pipeline_parallel.passing(stream, packed)
-    hidden = stream.embed([pack.tokens for pack in own])
+    """[(1, S, D)]: final states of these sequences."""
+    hidden = stream.embed([pack.tokens for pack in packed])
     for turn in stream.sweep(hidden):
-        turn.go(partial(_through, stream, turn, passing=passing))
+        turn.go(partial(_through, stream, turn, packed=packed))
     return stream.norm(hidden)
 
 
 def _through(
-    stream: Stream, turn: BlockTurn, number: int, hidden: mx.array, *, passing: Sequence[Pack]
+    stream: Stream, turn: BlockTurn, number: int, hidden: mx.array, *, packed: Sequence[Pack]
 ) -> mx.array:
     """A pack's hidden states (1, S, D) through a block; lazy."""
-    pack = passing[number]
+    pack = packed[number]
     inputs = stream.sides.inputs(turn.number, number, hidden)
     # A question's options stand side by side, so positions and mask are the pack's.
     outputs = attention_masks.run_masked_block(

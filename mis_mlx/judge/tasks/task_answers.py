@@ -15,7 +15,6 @@ from mis_mlx.judge.tasks import instructions, rewards, tool_tasks
 from mis_mlx.judge.tasks.questions import Question, Task
 from mis_mlx.judge.write import plan_writing
 from mis_mlx.models.opening.model_size import model_of
-from mis_mlx.models.passing import distributed
 from mis_mlx.models.writing import mlx_generate, tool_calls
 from mis_mlx.models.writing.continuous_batch import Completion, Texts
 from mis_mlx.types import Budget, Checkpoint
@@ -65,24 +64,16 @@ def asking(
     def records() -> Iterator[Record]:
         ends = tokenizer.eos_token_ids
         writer = plan.open(checkpoint)
-        own = slice(distributed.rank(), None, distributed.size())
-        completions = writer.completions(prompts[own], task.max_tokens, ends)
-        decoded = _texts(tokenizer, left[own], completions, ends)
+        completions = writer.completions(prompts, task.max_tokens, ends)
+        decoded = _texts(tokenizer, left, completions, ends)
         if task.kind in tool_tasks.KINDS:
             judged_at_once = 1  # by this process
         elif plan.headroom_bytes is None:
             judged_at_once = JUDGED_AT_ONCE
         else:
             judged_at_once = JUDGED_IF_STREAMED
-        written = _judged_parts(task, decoded, judged_at_once, tokenizer)
-        # Every round ends with a gathering, which a machine that had stopped would block for ever.
-        # So all machines make rounds until the last one has nothing more.
-        while True:
-            parts = distributed.all_gather(next(written, None))
-            if not any(parts):
-                return
-            for part in parts:
-                yield from part or ()
+        for part in _judged_parts(task, decoded, judged_at_once, tokenizer):
+            yield from part
 
     return Asking(plan.cost, records)
 

@@ -117,7 +117,6 @@ class Stream:
         self._checked: set[str] = set()  # modules whose weights were searched for NaN
         self.block_index = 0  # block that was given out last
         self.sides = side_inputs.of_config(checkpoint.config)  # of the pass that is under way
-        self.first = 0  # of the blocks that may stay
 
     def blocks(self, order: Sequence[int] | None = None) -> Iterator[tuple[int, nn.Module]]:
         """(i, block i with evaluated weights) in `order`, each at most once; default: all.
@@ -138,7 +137,7 @@ class Stream:
                 block = self.opened(i, self._own(raw))
                 self._check_once(block, f"model.layers.{i}.", slot, self._blocks)
                 yield i, block
-                if i - self.first < self.resident_blocks:
+                if i < self.resident_blocks:
                     self._kept[i] = block
                     continue
                 # somebody still names the block or a layer of it: their weights go now
