@@ -80,12 +80,13 @@ def alive(started: Started) -> bool:
         return False
 
 
-def holder(pid: int) -> bool:
-    """Whether a process of this number runs that is one of this package's commands."""
-    try:
-        return any("mis_mlx" in word for word in psutil.Process(pid).cmdline())
-    except psutil.Error:
-        return False
+def holder(pid: int) -> Started | None:
+    """The process of this number, if it runs one of this package's commands."""
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        if any("mis_mlx" in word for word in process.cmdline()):
+            return Started(pid, process.create_time())
+    return None
 
 
 def held_bytes(pid: int) -> int:
@@ -107,12 +108,17 @@ def total_bytes() -> int:
 
 
 def stop(started: Started, at_once: bool = False) -> None:
-    """Ask a run to stop after its step, as Ctrl-C does; or end it and all that it started."""
+    """Ask a run to stop after its step, as Ctrl-C does; or end it and all that it started.
+
+    Of a run that somebody else started, a group of processes that it does not lead goes on.
+    """
     if not alive(started):
         return
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        if at_once:
+        if at_once and os.getpgid(started.pid) == started.pid:
             os.killpg(started.pid, signal.SIGKILL)
+        elif at_once:
+            os.kill(started.pid, signal.SIGKILL)
         else:
             os.kill(started.pid, signal.SIGINT)
 

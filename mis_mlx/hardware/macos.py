@@ -22,6 +22,7 @@ SMALL_BYTES = 8 * 2**30  # on a Mac with no more memory MLX sends small command 
 MEGABYTES = "MLX_MAX_MB_PER_BUFFER"
 OPERATIONS = "MLX_MAX_OPS_PER_BUFFER"
 SMALL_MEGABYTES = "3"
+OURS = "MIS_MLX_SMALL_BUFFERS"  # set where MEGABYTES is not the user's, for what we start
 # Commands that only read a model: their arrays are small, and every buffer costs them time.
 READERS = ("bench", "generate")
 
@@ -35,8 +36,12 @@ def settle() -> None:
     if sys.platform != "darwin":
         return
     os.environ.setdefault(WATCHDOG, "1")
-    if total_bytes() <= SMALL_BYTES and not reads_only(sys.orig_argv):
-        os.environ.setdefault(MEGABYTES, SMALL_MEGABYTES)
+    if reads_only(sys.orig_argv):
+        if os.environ.pop(OURS, None):
+            os.environ.pop(MEGABYTES, None)
+    elif total_bytes() <= SMALL_BYTES and MEGABYTES not in os.environ:
+        os.environ[MEGABYTES] = SMALL_MEGABYTES
+        os.environ[OURS] = "1"
     if os.environ.get(DEVICE) == "cpu" and not compiler_installed():
         os.environ.setdefault(NO_COMPILE, "1")
 

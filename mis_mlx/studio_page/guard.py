@@ -63,6 +63,8 @@ class Door:
     def refusal(self, headers: Mapping[str, str]) -> str:
         """Why a request does not come from our own page or address; empty where it does."""
         hosts = [f"{HOST}:{self.port}", f"localhost:{self.port}"]
+        if self.port == 80:  # which no browser writes behind a name
+            hosts += [HOST, "localhost"]
         host = headers.get("host", "")
         if host not in hosts:
             return f"the host {host[:80]!r} is not this machine"

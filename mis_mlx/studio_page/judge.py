@@ -1,12 +1,13 @@
-"""Judge: the report, and a talk with teacher and student side by side."""
+"""Judge: a talk with teacher and student side by side."""
 
 import asyncio
 import time
 from pathlib import Path
 from typing import Any
 
-from mis_mlx.hardware import jobs
-from mis_mlx.studio_page import places, run_panel, runs, wishes
+from mis_mlx.reporting import run_reader
+from mis_mlx.reporting.run_reader import RunRecord
+from mis_mlx.studio_page import places, runs, wishes
 from mis_mlx.studio_page.conversation import Asked, Conversation, figure_words
 from mis_mlx.studio_page.runs import FINISHED, Listed
 from mis_mlx.studio_page.studio_state import Alert, Studio
@@ -42,11 +43,6 @@ class _Judge:
         ui.label("Is it good?").classes("text-h6")
         self.run = ui.select([], label="Run").classes("w-full")
         self.run.on_value_change(self._of_run)
-        with ui.row().classes("items-center"):
-            self.make = ui.button("Make the report", icon="summarize", on_click=self._report)
-            self.link = ui.link("Open the report", "/", new_tab=True)
-            self.link.set_visibility(False)
-        ui.separator()
         self._chat()
         self.alert = Alert(studio)
         tabs.on_value_change(lambda event: self._shown(event.value))
@@ -99,32 +95,12 @@ class _Judge:
         if run.name != self.talked_with:
             self._begin_anew()
             self.talked_with = run.name
-        self._link(run)
         self.prompts.clear()
         with self.prompts:
             for prompt in held_out(run):
                 button = self.studio.ui.button(shortened(prompt))
                 button.props("outline no-caps padding='4px 10px'")
                 button.on_click(lambda text=prompt: self.prompt.set_value(text))
-
-    def _link(self, run: Listed) -> None:
-        there = (run.folder / "report.html").is_file()
-        self.link.set_visibility(there)
-        self.link.props(f'href="/report/{run.name}"')
-
-    async def _report(self) -> None:
-        self.alert.clear()
-        self.make.disable()
-        try:
-            run = runs.named(self.run.value)
-            answer = await jobs.ask("report", [str(run.folder)])
-            if answer.sentence:
-                raise MisError(answer.sentence)
-            self._link(run)
-        except MisError as error:
-            self.alert.say(error)
-        finally:
-            self.make.enable()
 
     def _stop(self) -> None:
         if self.task:
@@ -224,9 +200,17 @@ class _Judge:
         return answered
 
 
+def story_of(run: Listed) -> RunRecord | None:
+    """What its folder tells; None where there is nothing yet."""
+    try:
+        return run_reader.read(run.folder)
+    except (MisError, OSError):
+        return None
+
+
 def held_out(run: Listed) -> list[str]:
     """Some of the prompts that a run was judged by."""
-    story = run_panel.story_of(run)
+    story = story_of(run)
     prompts: dict[str, None] = {}  # in their order
     for row in story.answers if story else ():
         prompts[str(row.get("prompt", ""))] = None
@@ -263,7 +247,7 @@ def tokens_of(value: object) -> int:
 def pair(run: Listed, more: tuple[Path, ...]) -> tuple[places.Place, places.Place]:
     """(teacher, student) of a finished run. MisError where one is not among the models found."""
     found = {place.path: place for place in places.models(more)}
-    story = run_panel.story_of(run)
+    story = story_of(run)
     named = Path(str(story.result.get("teacher", ""))) if story else Path()
     teacher = found.get(named.absolute())
     if teacher is None:

@@ -1,19 +1,18 @@
-"""Keep: export, other programs' folders, upload, delete."""
+"""Keep: export, upload, delete."""
 
 import re
+import shlex
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from mis_mlx.hardware import child_process, jobs, programs
+from mis_mlx.hardware import jobs
 from mis_mlx.studio_page import places, runs
 from mis_mlx.studio_page.studio_state import Alert, Studio
 from mis_mlx.studio_page.wishes import Wishes
 from mis_mlx.types import MisError
 
 EXPORTED = Path("exported")
-COPY_S = 3600.0  # of patience with a copy to a slow disk
-COPIED = 2**24  # bytes of a file that are copied at a time
 # key: label, flags of `export`
 FORMS = {
     "gguf": ("GGUF, as the model is packed", ["--format", "gguf"]),
@@ -58,9 +57,6 @@ class _Keep:
         with ui.row().classes("items-center w-full"):
             self.form = ui.select(labels, value="gguf", label="Form").classes("col-grow")
             self._button("Export", self._export)
-        with ui.row():
-            self._button("Copy to LM Studio", self._lm_studio)
-            self._button("Give to Ollama", self._ollama)
 
     def _upload(self) -> None:
         ui = self.studio.ui
@@ -113,19 +109,7 @@ class _Keep:
             raise MisError("this form is not known: choose one of the list")
         _, flags = FORMS[self.form.value]
         out = await export(model, f"{run.name}-{self.form.value}", flags)
-        return f"Written: {out}"
-
-    async def _lm_studio(self) -> str:
-        run, model = self._model()
-        copied = await self.studio.nicegui.run.io_bound(copy_elsewhere, model, run.name)
-        return f"Copied to {copied}: LM Studio lists it as mis_mlx/{run.name}"
-
-    async def _ollama(self) -> str:
-        run, model = self._model()
-        programs.ollama(run.name)  # its absence is said before the work
-        out = await export(model, f"{run.name}-ollama", FORMS["gguf"][1])
-        name = await self.studio.nicegui.run.io_bound(programs.give_to_ollama, out, run.name)
-        return f"Ollama has it: ollama run {name}"
+        return "\n".join([f"Written: {out}", *commands(out, run.name)])
 
     async def _send(self) -> str:
         run, model = self._model()
@@ -196,6 +180,22 @@ async def export(model: Path, name: str, flags: list[str]) -> Path:
     return out
 
 
+def commands(out: Path, name: str) -> list[str]:
+    """Lines for a terminal with which other programs take an exported GGUF; none for other forms.
+
+    name: of the run.
+    """
+    lines = []
+    for file in sorted(out.glob("*.gguf")):
+        gguf = shlex.quote(str(file))
+        listed = re.sub(r"[^a-z0-9._-]", "-", name.lower())  # the letters that Ollama takes
+        lines.append(f"llama.cpp: llama-cli -m {gguf}")
+        lines.append(f"LM Studio (not tried): lms import --copy {gguf}")
+        create = f"ollama create {listed} -f Modelfile"
+        lines.append(f"Ollama (not tried): cd {shlex.quote(str(out))} && {create}")
+    return lines
+
+
 def free_folder(parent: Path, name: str) -> Path:
     """`parent/name`, or with a number behind it where that is there."""
     folder = parent / name
@@ -204,43 +204,3 @@ def free_folder(parent: Path, name: str) -> Path:
         folder = parent / f"{name}-{number}"
         number += 1
     return folder
-
-
-def copy_elsewhere(model: Path, name: str) -> str:
-    """`to_lm_studio` in a process of its own, so that MLX is not in this one; the copy's path."""
-    arguments = {"model": str(model), "name": name}
-    try:
-        copied = child_process.ask(__name__, "lm_studio_copy", arguments, seconds=COPY_S)
-    except child_process.NoAnswer as error:
-        raise MisError(str(error).removeprefix("MisError: ")) from None
-    return str(copied)
-
-
-def lm_studio_copy(model: str, name: str) -> str:
-    """`to_lm_studio`, of and as text."""
-    return str(to_lm_studio(Path(model), name))
-
-
-def to_lm_studio(model: Path, name: str) -> Path:
-    """Copy a model folder to where LM Studio looks; the copy is there as a whole, or not at all.
-
-    MisError where LM Studio has no folder, or has this model.
-    """
-    from mis_mlx.storage.checkpoint import commit_folder
-    from mis_mlx.storage.files import DISK
-
-    roots = [root for root in places.lm_studio_folders() if root.is_dir()]
-    if not roots:
-        looked = places.lm_studio_folders()[0]
-        raise MisError(f"{looked} does not exist: start LM Studio once, then copy again")
-    files = [path for path in sorted(model.iterdir()) if path.is_file()]
-    nbytes = sum(path.stat().st_size for path in files)
-    final = roots[0] / "mis_mlx" / name
-    with commit_folder(final, DISK, nbytes) as folder:
-        for path in files:
-            target = folder / path.name
-            DISK.write(target, b"")
-            with path.open("rb") as source:
-                while part := source.read(COPIED):
-                    DISK.extend(target, part)
-    return final

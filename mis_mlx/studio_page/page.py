@@ -24,11 +24,13 @@ PANELS = {
 }
 # A machine that trains is slow: a page that did not answer for so long keeps what was chosen.
 PATIENCE_S = 120.0
-# A report is a page with scripts of its own and words of models: a browser shows it apart.
-REPORT_POLICY = (
-    "sandbox allow-scripts; default-src 'none'; style-src 'unsafe-inline'; "
-    "script-src 'unsafe-inline'; img-src data:"
-)
+# A report is a page with scripts of its own and words of models: a browser shows it apart, in a
+# frame of this page and in no other one.
+REPORT_HEADERS = {
+    "content-security-policy": "sandbox allow-scripts; default-src 'none'; "
+    "style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; frame-ancestors 'self'",
+    "x-frame-options": "SAMEORIGIN",
+}
 PRIMARY = "#2b7bb9"  # white on it and it on black have a contrast of 4.4 and more
 STYLE = """
 .said { white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -121,6 +123,6 @@ def _report(nicegui: ModuleType) -> Callable[[str], Any]:
             text = path.read_text("utf-8")
         except (MisError, OSError) as error:
             return responses.PlainTextResponse(f"There is no report: {error}", status_code=404)
-        return responses.HTMLResponse(text, headers={"content-security-policy": REPORT_POLICY})
+        return responses.HTMLResponse(text, headers=REPORT_HEADERS)
 
     return report

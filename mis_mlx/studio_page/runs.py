@@ -23,7 +23,6 @@ from mis_mlx.types import MisError, gib
 
 RUNS = Path("runs")
 BOOKS = RUNS / ".studio"  # logs and records of what the page started
-NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}")
 HELD = re.compile(r"process (\d+) since")  # what storage/checkpoint.lock writes
 TAIL_BYTES = 4096  # of a log, that are looked at
 # states of a run
@@ -49,9 +48,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Listed:
-    """A run, by name. job: None where somebody else started it."""
+    """A run, by name. worker: the process that works on it now, whoever started that; None where
+    there is none. job: None where the page has never started it.
+    """
 
     name: str
+    worker: Started | None
     state: str
     began_s: float
     job: Job | None
@@ -74,7 +76,8 @@ def listed() -> list[Listed]:
     known = [folder.name for folder in run_folder.all_under(RUNS)]
     known += [path.stem for path in BOOKS.glob("*.json")]
     for name in known:
-        if NAME.fullmatch(name) and not (RUNS / name).is_symlink():
+        shown = name.isprintable() and not name.startswith(".")
+        if shown and not (RUNS / name).is_symlink():
             names.add(name)
     found = [_listed(name) for name in names]
     return sorted(found, key=lambda run: (-run.began_s, run.name))
@@ -91,8 +94,9 @@ def named(name: object) -> Listed:
 def _listed(name: str) -> Listed:
     folder = RUNS / name
     job = _job(name)
+    worker = _worker(folder, job)
     state = STOPPED
-    if _works(folder, job):
+    if worker:
         state = RUNNING
     elif (folder / run_folder.RESULT).is_file():
         state = FINISHED
@@ -103,7 +107,14 @@ def _listed(name: str) -> Listed:
     with contextlib.suppress(OSError):
         for file in (folder / "model").glob("*.safetensors"):
             model_bytes += file.stat().st_size
-    return Listed(name=name, state=state, began_s=began_s, job=job, model_bytes=model_bytes)
+    return Listed(
+        name=name,
+        worker=worker,
+        state=state,
+        began_s=began_s,
+        job=job,
+        model_bytes=model_bytes,
+    )
 
 
 def _job(name: str) -> Job | None:
@@ -114,20 +125,19 @@ def _job(name: str) -> Job | None:
         return None
 
 
-def _works(folder: Path, job: Job | None) -> bool:
-    """Whether a process works on it: ours, or the one that holds its lock."""
+def _worker(folder: Path, job: Job | None) -> Started | None:
+    """The process that works on it: ours, or the one that holds its lock."""
     if job and job.pid and jobs.alive(job.started):
-        return True
+        return job.started
     with contextlib.suppress(OSError):
         held = HELD.match((folder / ".lock").read_text("utf-8", "replace"))
-        if held:
-            pid = int(held[1])
-            return jobs.holder(pid) and _locked(folder / ".lock")
-    return False
+        if held and _locked(folder / ".lock"):
+            return jobs.holder(int(held[1]))
+    return None
 
 
 def _locked(path: Path) -> bool:
-    """Whether somebody holds this lock. Asked only where the process that took it still runs."""
+    """Whether somebody holds this lock."""
     with path.open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -246,9 +256,9 @@ def resume(name: object) -> None:
 def stop(name: object, at_once: bool) -> None:
     """Ask a run to stop after this step, with all of it saved; or end its process now."""
     run = named(name)
-    if run.state != RUNNING or not run.job:
-        raise MisError(f"{run.name} was not started here or has ended: there is nothing to stop")
-    jobs.stop(run.job.started, at_once)
+    if not run.worker:
+        raise MisError(f"{run.name} has ended: there is nothing to stop")
+    jobs.stop(run.worker, at_once)
 
 
 def delete(name: object) -> int:
@@ -303,11 +313,11 @@ def check_fits(what: str, nbytes: int) -> None:
     left = jobs.free_bytes()
     busy = running()
     beside = ""
-    if busy and busy.job:
+    if busy and busy.worker:
         budget = held(busy).get("budget_bytes")
         # What the run may still take, it will.
         if isinstance(budget, int):
-            left -= max(0, budget - jobs.held_bytes(busy.job.pid))
+            left -= max(0, budget - jobs.held_bytes(busy.worker.pid))
         beside = f" next to {busy.name}"
     if nbytes > left:
         why = f"{what} needs {gib(nbytes)}, {gib(max(0, left))} are free{beside}"

@@ -1,10 +1,10 @@
 """What a user has chosen, as flags of `distill`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from mis_mlx.models.architectures import scenarios
 from mis_mlx.studio_page import places
 from mis_mlx.types import MisError
 
@@ -78,7 +78,7 @@ def base_flags(wishes: Wishes, more: Sequence[Path]) -> list[str]:
     return flags
 
 
-def size_flags(wishes: Wishes, scenarios: Sequence[str]) -> list[str]:
+def size_flags(wishes: Wishes) -> list[str]:
     """Flags that say how large the result is."""
     if wishes.decides == "loss":
         return ["--lose", f"{number(wishes.loss, 0, 10, 'the allowed loss'):g}"]
@@ -86,20 +86,7 @@ def size_flags(wishes: Wishes, scenarios: Sequence[str]) -> list[str]:
         size = number(wishes.megabytes, 0.001, 1e7, "the size in MB")
         return ["--bytes", f"{size:g}MB"]
     if wishes.decides == "scenario":
-        if wishes.scenario not in scenarios:
+        if wishes.scenario not in scenarios.PLAIN_NAMES:
             raise MisError("this scenario is not known: choose one of the list")
         return ["--scenario", wishes.scenario]
     return []
-
-
-def point_of(wishes: Wishes, curve: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The student of the curve that these wishes ask for: the smallest within the allowed loss, or
-    the one that loses least within the bytes. None where there is none.
-    """
-    if wishes.decides == "loss":
-        within = [point for point in curve if point["loss"] <= wishes.loss]
-        return min(within, key=lambda point: point["nbytes"], default=None)
-    if wishes.decides == "bytes":
-        within = [point for point in curve if point["nbytes"] <= wishes.megabytes * 1e6]
-        return min(within, key=lambda point: point["loss"], default=None)
-    return None

@@ -43,6 +43,7 @@ MAY = {
     "data/preparation.py": "a data set from the hub",
     "judge/tasks/questions.py": "a data set from the hub",
     "studio_page/decide.py": "asyncio's threads; opens nothing",
+    "studio_page/run_panel.py": "quotes a name for an address of the page",
     "studio_page/judge.py": "asyncio's threads; opens nothing",
     "studio_page/guard.py": "takes the addresses of requests to the page apart",
     "hardware/jobs.py": "asyncio's child processes; opens nothing",

@@ -92,6 +92,18 @@ def test_command_buffers_are_small_on_8_gb(gib: int, want: str) -> None:
     assert entered(code, macos.MEGABYTES, MLX_MAX_MB_PER_BUFFER="50") == ["50"]
 
 
+def test_a_reader_does_not_take_what_its_starter_set_for_itself() -> None:
+    """`generate` as a child of the page has MLX's own buffers; a user's setting reaches it."""
+    total = "os.sysconf = lambda name: 4096 if name == 'SC_PAGE_SIZE' else 8 * 2**18\n"
+    code = ENTRY.replace("import mis_mlx\n", f"{total}import mis_mlx\n")
+    child = code.replace(
+        "import mis_mlx\n", "sys.orig_argv = ['x', '-m', 'mis_mlx.generate']\nimport mis_mlx\n"
+    )
+    start = f"import subprocess\nsubprocess.run([sys.executable, '-c', {child!r}, *sys.argv[1:]])\n"
+    assert entered(code + start, macos.MEGABYTES) == ["3", "-"]
+    assert entered(code + start, macos.MEGABYTES, MLX_MAX_MB_PER_BUFFER="3") == ["3", "3"]
+
+
 @pytest.mark.parametrize(
     ("line", "want"),
     [

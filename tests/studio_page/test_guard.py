@@ -71,6 +71,14 @@ def test_the_address_lets_one_browser_in() -> None:
     assert inside(sent(door, {"host": HERE, "cookie": cookie}, token))
 
 
+def test_a_browser_leaves_port_80_out() -> None:
+    """Its host and origin are names alone; on any other port these are refused."""
+    for port, lets_in in ((80, True), (PORT, False)):
+        door = Door(port)
+        headers = {"host": "127.0.0.1", "origin": "http://127.0.0.1"}
+        assert (door.refusal(headers) == "") is lets_in
+
+
 REFUSED = {
     "another host": {"host": f"evil.example:{PORT}"},
     "another port": {"host": "127.0.0.1:1"},

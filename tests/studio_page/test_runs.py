@@ -224,7 +224,7 @@ def test_damaged_records_harm_nobody(here: Path) -> None:
 
 @pytest.mark.thorough
 def test_a_run_of_the_terminal_is_listed(here: Path, line: list[str]) -> None:
-    """It counts as the one that runs, and is not ours to stop."""
+    """It counts as the one that runs, and is stopped like ours."""
     command = [sys.executable, "-m", "mis_mlx.distill", *line, "--out", "runs/mine"]
     env = {**os.environ, "PYTHONPATH": str(forks.ROOT)}
     with subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) as process:
@@ -232,11 +232,39 @@ def test_a_run_of_the_terminal_is_listed(here: Path, line: list[str]) -> None:
             wait(lambda: any(run.state == RUNNING for run in runs.listed()), "listed")
             with pytest.raises(MisError, match="mine is running"):
                 runs.start("tiny", line)
-            with pytest.raises(MisError, match="was not started here"):
-                runs.stop("mine", at_once=True)
+            runs.stop("mine", at_once=True)
+            process.wait(PATIENCE_S)
         finally:
             process.kill()
     assert state("mine") == STOPPED
+
+
+@pytest.mark.parametrize("model", ["Żubr", "_model", "a model"])
+def test_every_run_that_was_started_is_seen(here: Path, model: str) -> None:
+    """Whatever the teacher is called; it works alone, and is stopped."""
+    name = runs.start(model, ["--help"])
+    assert runs.named(name).job
+    with contextlib.suppress(MisError):  # it may have ended meanwhile
+        runs.stop(name, at_once=True)
+
+
+@pytest.mark.thorough
+def test_a_run_that_a_terminal_resumed_is_stopped(here: Path, line: list[str]) -> None:
+    """Its record names a process that has ended; the one that holds its lock is asked."""
+    name = runs.start("tiny", line)
+    wait(lambda: trained(name), "steps")
+    runs.stop(name, at_once=True)
+    wait(lambda: state(name) == STOPPED, "stopped")
+    command = [sys.executable, "-m", "mis_mlx.distill", "--resume", "--out", f"runs/{name}"]
+    env = {**os.environ, "PYTHONPATH": str(forks.ROOT)}
+    with subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) as process:
+        try:
+            wait(lambda: state(name) == RUNNING, "running")
+            runs.stop(name, at_once=False)
+            process.wait(PATIENCE_S)
+        finally:
+            process.kill()
+    assert state(name) == STOPPED
 
 
 @pytest.mark.thorough

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from mis_mlx import cli, distill
+from mis_mlx.size_search import size_request
 from mis_mlx.studio_page import judge, keep, places, wishes
 from mis_mlx.studio_page.wishes import Wishes
-from mis_mlx.types import Checkpoint, MisError
+from mis_mlx.types import MisError
 from tests import tiny
 
 PATHS = (
@@ -28,7 +29,7 @@ PATHS = (
     "-c",
     "a/b/c",
     "a\0b/c",
-    "a/b\n",
+    "a/b\nc",
     "",
 )
 
@@ -53,7 +54,7 @@ def test_no_field_takes_a_path(here: Path, field: str, path: str) -> None:
         chosen.model = wishes.HUB
     with pytest.raises(MisError) as error:
         wishes.base_flags(chosen, ())
-        wishes.size_flags(chosen, ["balanced"])
+        wishes.size_flags(chosen)
     assert "\n" not in str(error.value)
 
 
@@ -73,7 +74,7 @@ def test_sliders_send_numbers(field: str, value: Any) -> None:
     chosen = replace(Wishes(), decides=kind, **{field: value})
     with pytest.raises(MisError, match="give a number from"):
         wishes.base_flags(chosen, ())
-        wishes.size_flags(chosen, [])
+        wishes.size_flags(chosen)
 
 
 @pytest.mark.parametrize("value", [None, "5", 0, -1, 1.5, 513, True, float("inf")])
@@ -125,6 +126,11 @@ def test_models_are_found_where_programs_keep_them(here: Path) -> None:
     assert places.models() == [place for place in found if place.path.parent.name != "more"]
 
 
+def test_the_default_loss_is_that_of_distill() -> None:
+    """The slider begins where the command does."""
+    assert Wishes().loss == size_request.DEFAULT_LOSS
+
+
 def test_texts_and_settings_are_found_here(here: Path, text_folder: Path) -> None:
     """Folders with a train.jsonl, not too deep, not hidden; YAML files, no links out of here."""
     for name in ("notes", "deep/er", ".hidden", "a/b/c/d"):
@@ -152,36 +158,11 @@ def test_flags_are_those_of_distill(here: Path, text_folder: Path) -> None:
         ("settings", "iters", 3),
     ):
         sized = replace(chosen, decides=decides, scenario="balanced")
-        line = [*flags, *wishes.size_flags(sized, ["balanced"])]
+        line = [*flags, *wishes.size_flags(sized)]
         settings = cli.parse(distill.Settings, line)
         assert getattr(settings, name) == value
         assert (settings.teacher, settings.minutes) == (str(model), 20)
         assert settings.budget == "1024MiB"
-
-
-def test_the_point_of_a_curve() -> None:
-    """The smallest within the allowed loss; the least loss within the bytes."""
-    curve = [{"loss": x / 10, "nbytes": 10**7 * (10 - x)} for x in range(1, 6)]
-    assert wishes.point_of(Wishes(loss=0.35), curve) == curve[2]
-    assert wishes.point_of(Wishes(loss=0.05), curve) is None
-    assert wishes.point_of(Wishes(decides="bytes", megabytes=75), curve) == curve[2]
-    assert wishes.point_of(Wishes(decides="scenario"), curve) is None
-
-
-def test_a_copy_for_lm_studio(here: Path, llama: Checkpoint) -> None:
-    """Whole, where LM Studio looks; refused where it is not installed, or has one of this name."""
-    with pytest.raises(MisError, match="start LM Studio once"):
-        keep.to_lm_studio(llama.path, "tiny-001")
-    (here / "home" / ".lmstudio" / "models").mkdir(parents=True)
-    copied = keep.to_lm_studio(llama.path, "tiny-001")
-    assert copied == here / "home" / ".lmstudio" / "models" / "mis_mlx" / "tiny-001"
-    assert {path.name for path in copied.iterdir()} == {
-        path.name for path in llama.path.iterdir() if path.is_file()
-    }
-    config = json.loads((copied / "config.json").read_text())
-    assert config == dict(llama.config)
-    with pytest.raises(MisError, match="exists already"):
-        keep.to_lm_studio(llama.path, "tiny-001")
 
 
 def test_exports_overwrite_nothing(here: Path) -> None:
@@ -189,3 +170,18 @@ def test_exports_overwrite_nothing(here: Path) -> None:
     (here / "exported" / "x-gguf").mkdir(parents=True)
     (here / "exported" / "x-gguf-2").symlink_to("/nowhere")
     assert keep.free_folder(Path("exported"), "x-gguf") == Path("exported/x-gguf-3")
+
+
+def test_other_programs_take_an_export(here: Path) -> None:
+    """Lines to paste, also of a folder with a space; of a form that they do not read, none."""
+    out = here / "exported" / "My Run-gguf"
+    out.mkdir(parents=True)
+    assert keep.commands(out, "My Run") == []
+    (out / "a.gguf").write_bytes(b"")
+    lines = keep.commands(out, "My Run")
+    commands = [shlex.split(line.partition(": ")[2]) for line in lines]
+    assert commands == [
+        ["llama-cli", "-m", str(out / "a.gguf")],
+        ["lms", "import", "--copy", str(out / "a.gguf")],
+        ["cd", str(out), "&&", "ollama", "create", "my-run", "-f", "Modelfile"],
+    ]
