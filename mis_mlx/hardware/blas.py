@@ -17,6 +17,10 @@ from pathlib import Path
 # "off": everything stays as it is. Otherwise set by us, so that this is done once
 MARK = "MIS_MLX_BLAS"
 THREADS = "OPENBLAS_NUM_THREADS"
+CHOSEN = "chosen"  # MARK where the threads are ours and not the user's
+# Seconds that are looked at, one after the other, while others keep a core busy: what the kernel
+# still writes for the command before is over by then.
+LOOKS_S = (0.2, 0.5, 0.5, 0.5, 0.5, 0.5)
 PREFIX = b"scipy_"
 # What `renamed` and the file system raise where the library is unknown or cannot be written.
 OTHERWISE = (OSError, ValueError, LookupError, ArithmeticError, AttributeError, struct.error)
@@ -146,11 +150,13 @@ def _copied(source: Path, folder: Path) -> Path | None:
 def threads() -> tuple[str, str]:
     """(threads for OpenBLAS, the reason).
 
-    The cores that this process may use, less those that others keep busy now (the last minute's
-    load may be ours), shared with our own MLX ring on this machine. One thread too many is ten
-    times slower than one too few.
+    The cores that this process may use, less those that others keep busy during all LOOKS_S (the
+    last minute's load may be ours), shared with our own MLX ring on this machine. One thread too
+    many is ten times slower than one too few.
     """
-    cores = float(len(os.sched_getaffinity(0)))
+    cores = 1.0
+    if sys.platform == "linux":
+        cores = float(len(os.sched_getaffinity(0)))
     processes = 1
     load = 0.0
     with suppress(OSError, ValueError):  # no control group, or "max"
@@ -159,11 +165,21 @@ def threads() -> tuple[str, str]:
     with suppress(OSError):
         hosts = Path(os.environ.get("MLX_HOSTFILE", "")).read_text("utf-8")
         processes = max(1, hosts.count('"127.0.0.1'))
+    whole = most(cores, 0.0, processes)
     with suppress(ImportError, OSError):
         import psutil  # not needed where the number of threads is given
 
-        load = psutil.cpu_percent(0.2) / 100 * cores
-    return str(most(cores, load, processes)), f"{cores:g} cores, {load:.1f} busy"
+        for seconds in LOOKS_S:
+            load = psutil.cpu_percent(seconds) / 100 * cores
+            if most(cores, load, processes) == whole:
+                break
+    found = most(cores, load, processes)
+    reason = f"{cores:g} cores, {load:.1f} busy"
+    if found < whole:
+        reason += (
+            f"; {THREADS}={whole} computes up to {whole / found:g} times as fast on idle cores"
+        )
+    return str(found), reason
 
 
 def most(mine: float, load: float, processes: int) -> int:
@@ -217,7 +233,7 @@ def load() -> None:
 
 def for_children() -> tuple[Path | None, list[str]]:
     """`settled`, for all that this process starts or becomes: it begins with the library."""
-    os.environ[MARK] = "on"
+    os.environ[MARK] = "on" if THREADS in os.environ else CHOSEN
     library, lines = settled()
     if library:
         preloaded = f"{library}:{os.environ.get('LD_PRELOAD', '')}"

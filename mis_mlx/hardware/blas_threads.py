@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -64,7 +65,9 @@ def go_on_with(threads: int) -> str:
     """
     before = at_start()
     library, _ = _openblas()
-    if library is None or threads == before or threads > len(os.sched_getaffinity(0)):
+    if sys.platform != "linux" or library is None or threads == before:
+        return ""
+    if threads > len(os.sched_getaffinity(0)):
         return ""
     for setter in _setters():
         setter(threads)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from mis_mlx.hardware import free_memory, import_path
+from mis_mlx.hardware import blas, free_memory, import_path
 
 Show = Callable[[str], object]  # is given a piece of text
 NEAR_S = 2.0  # two readings of a process's start that lie so near are of the same process
@@ -54,14 +54,21 @@ def _line(command: str, flags: Sequence[str]) -> list[str]:
 
 
 def start(command: str, flags: Sequence[str], log: Path) -> Started:
-    """Start a command whose output is added to `log`. OSError where that cannot be written."""
+    """Start a command whose output is added to `log`. OSError where that cannot be written.
+
+    It chooses its own number of threads, as what is busy now may differ from when we began.
+    """
+    environment = import_path.environment()
+    if environment.get(blas.MARK) == blas.CHOSEN:
+        del environment[blas.MARK]
+        environment.pop(blas.THREADS, None)
     with log.open("ab") as out:
         process = subprocess.Popen(
             _line(command, flags),
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
-            env=import_path.environment(),
+            env=environment,
             start_new_session=True,
         )
     process.returncode = 0  # nobody waits for it: `alive` asks for it by its number

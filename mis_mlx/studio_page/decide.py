@@ -59,8 +59,7 @@ class _Decide:
         with size:
             label = "Size: {} MB of weights"
             self.size = self._slider("megabytes", label, 1, most=MOST_MB, step=1)
-        names = list(scenarios.PLAIN_NAMES)
-        scenario = ui.select(names, value=chosen.scenario, label="Scenario")
+        scenario = ui.select(list(scenarios.PLAIN_NAMES), value=chosen.scenario, label="Scenario")
         scenario.bind_value(chosen, "scenario").on_value_change(self.follow)
         scenario.bind_visibility_from(chosen, "decides", value="scenario")
         scenario.classes("w-full")

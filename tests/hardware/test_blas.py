@@ -187,20 +187,29 @@ def test_threads_follow_cores_and_load(
 
 
 @pytest.mark.parametrize(
-    ("percent", "said", "count"), [(0.0, "0.0", "2"), (20.0, "0.4", "2"), (50.0, "1.0", "1")]
+    ("percents", "said", "count"),
+    [
+        ([0.0], "0.0 busy", "2"),
+        ([20.0], "0.4 busy", "2"),
+        ([40.0, 40.0, 10.0], "0.2 busy", "2"),  # the kernel wrote what the last command made
+        ([50.0] * 20, "1.0 busy; OPENBLAS_NUM_THREADS=2 computes up to 2 times as fast", "1"),
+    ],
 )
-def test_threads_go_by_what_is_busy_now(
-    monkeypatch: pytest.MonkeyPatch, percent: float, said: str, count: str
+def test_threads_go_by_what_stays_busy(
+    monkeypatch: pytest.MonkeyPatch, percents: list[float], said: str, count: str
 ) -> None:
-    """A moment's share of all cores, whatever the last minute was like; without psutil nothing is
-    taken as busy.
+    """Shares of all cores in some moments, whatever the last minute was like; what ends within
+    seconds takes no thread; without psutil nothing is taken as busy.
     """
+    moments = iter(percents)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
     # no control group, no ring
     monkeypatch.setattr(blas.Path, "read_text", lambda *_: "max 100000")
     monkeypatch.setattr(os, "getloadavg", lambda: (9.0, 9.0, 9.0))
-    monkeypatch.setattr(psutil, "cpu_percent", lambda seconds: percent)
-    assert blas.threads() == (count, f"2 cores, {said} busy")
+    monkeypatch.setattr(psutil, "cpu_percent", lambda seconds: next(moments))
+    found, reason = blas.threads()
+    assert found == count
+    assert reason.startswith(f"2 cores, {said}")
     monkeypatch.setitem(sys.modules, "psutil", None)
     assert blas.threads() == ("2", "2 cores, 0.0 busy")
 
@@ -212,7 +221,7 @@ def test_program_becomes_the_command(bare: Bare) -> None:
     assert done.stdout == "['a b', '--x=*', '']\n"
     assert note["argv"] == list(line)
     assert note["fast"]
-    assert note["mark"] == "on"
+    assert note["mark"] == blas.CHOSEN
     assert int(note["threads"]) >= 1
     assert done.stderr.startswith(f"mis: OPENBLAS_NUM_THREADS={note['threads']} (")
     assert done.stderr.count("\n") == 1

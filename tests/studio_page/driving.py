@@ -33,12 +33,12 @@ needs_browser = pytest.mark.skipif(
     not (EXTRA and DRIVER and CHROMIUM),
     reason="needs NiceGUI, Chromium and playwright: pip install '.[studio]' playwright",
 )
-PATIENCE_S = 60
+PATIENCE_S = 180
 PANELS = ("Choose", "Decide", "Run", "Judge", "Keep")
 MOST_BYTES = 150 * 10**6  # of the page's process
 QUICK = {
     "max_seq_length": 32, "num_samples": 4, "reconstruct_samples": 4, "eval_windows": 3,
-    "scenario": "goral", "iters": 400, "save_every": 4, "learning_rate": 0.01, "q_iters": 2,
+    "scenario": "goral", "iters": 300, "save_every": 4, "learning_rate": 0.01, "q_iters": 2,
     "q_group_size": 32, "bench_tokens": 3, "eval_prompts": 4, "conversations": 0,
 }  # fmt: skip
 

@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from mis_mlx.hardware import jobs
+from mis_mlx.hardware import blas, jobs
 from mis_mlx.hardware.jobs import Started
 from mis_mlx.storage import run_folder
 from mis_mlx.studio_page import runs
@@ -280,6 +281,17 @@ def test_a_model_has_to_fit(here: Path, line: list[str], monkeypatch: pytest.Mon
         MisError, match=r"needs 512 MiB, .* free next to tiny-001: wait for the run"
     ):
         runs.check_fits("A model", 2**29)
+
+
+@pytest.mark.parametrize(("mark", "threads"), [(blas.CHOSEN, None), ("on", "1")])
+def test_a_run_chooses_its_own_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mark: str, threads: str | None
+) -> None:
+    """Not those that the page found when it began; the user's own number reaches it."""
+    monkeypatch.setenv(blas.MARK, mark)
+    monkeypatch.setenv(blas.THREADS, "1")
+    started = jobs.start("distill", ["--help"], tmp_path / "log")
+    assert psutil.Process(started.pid).environ().get(blas.THREADS) == threads
 
 
 def test_a_record_names_one_process() -> None:
