@@ -32,10 +32,7 @@ VIRTUAL_SIGMA_LATER_C = 4.0
 POWER_SUPPLIES = Path("/sys/class/power_supply")  # Linux: a folder for each
 
 
-NO_AIR = (
-    "no --temperature-c, no start after a long rest, no SMC TVA0, no idle battery to estimate "
-    "it from"
-)
+NO_AIR = "no --temperature-c, no start after a long rest, no SMC TVA0"
 NO_ALTITUDE = "no --altitude-m and none in the configuration file"
 
 
@@ -222,9 +219,9 @@ class Monitor:
 
 def _replayed(fact: Fact) -> Fact:
     """The fact with a source that says it is a recording's, except for what the user gave."""
-    parts = fact.source.split(" + ")
-    named = [part if part == "given" else f"replay {part}" for part in parts]
-    return fact._replace(source=" + ".join(named))
+    if fact.source == "given":
+        return fact
+    return fact._replace(source=f"replay {fact.source}")
 
 
 def temperatures() -> Rows:
