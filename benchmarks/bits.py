@@ -2,14 +2,12 @@
 
     scripts/mis benchmarks/bits.py --num-samples 32          # two minutes a row on a core
     scripts/mis benchmarks/bits.py --model gemma-3-270m --targets 3 4.5
-    scripts/mis scripts/render.py                            # puts the rows into a table
 
 A row is the whole teacher, all its tokens and blocks, in so many bits per weight, scales included.
-"before": each matrix has 3 to 8 bits in groups of 64. "now": 2 bits and groups of 32 and 128 join
-the choice. Both are chosen by the same measured costs and rounded by GPTQ on fitted grids, without
-tuning. "tuned": scales and norms then learn, for 20 steps, from the model itself or from --teacher
-(--q-iters 20).
-mlx_lm's rows are `mlx_lm.convert -q`; rivals.py has all other programs.
+"now": 2 to 8 bits in groups of 32, 64 and 128, chosen by measured costs and rounded by GPTQ on
+fitted grids, without tuning. "tuned": scales and norms then learn, for 20 steps, from the model
+itself or from --teacher (--q-iters 20). mlx_lm's rows are `mlx_lm.convert -q`; rivals.py has all
+other programs.
 
 Every row is judged by its float32 weights: bits per byte above the unrounded model, of the
 teacher's own answers to held-out prompts and of the built-in held-out text. Writes
@@ -26,16 +24,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import laboratory
-from laboratory import resumed, start, write
+from laboratory import experiment, start
 
 from mis_mlx import cli
 from mis_mlx.data import preparation
-from mis_mlx.gguf_export import tensors
 from mis_mlx.hardware import memory
 from mis_mlx.judge import answer_figures, answers, comparison
 from mis_mlx.judge.score import has_template
@@ -54,7 +51,6 @@ from mis_mlx.types import Checkpoint
 
 HOW = QuantizationConfig(q_groups="mixed", q_iters=0)
 LENGTH = 256  # tokens of a window
-LEAST_BEFORE = 3
 PACKED = {"2 bits, groups of 32": (2, 32), "3 bits": (3, 64), "4 bits": (4, 64)}
 TUNING_STEPS = 20
 Made = dict[str, Any]  # what is known of a row before it is judged
@@ -106,8 +102,6 @@ class Bench:
         if s.seed:
             self.name += f"-{s.seed}"
             self.given["seed"] = s.seed
-        before = resumed(self.name, self.given, ["rows"])
-        self.rows: dict[str, Any] = before.get("rows", {})
         data = preparation.prepare(None, load.tokenizer(self.teacher.path), LENGTH)
         self.data = data
         self.train = data.train
@@ -117,8 +111,8 @@ class Bench:
         for text, windows in data.held_out.items():
             self.held_out[text] = comparison.spread_windows(windows, s.eval_windows)
 
-    def keep(self) -> None:
-        """Write what there is."""
+    def command(self) -> str:
+        """What makes the same rows again."""
         command = "scripts/mis benchmarks/bits.py"
         if self.s.name is not None:
             # whoever repeats this has the run's folder elsewhere
@@ -133,7 +127,7 @@ class Bench:
             command += f" --seed {self.s.seed}"
         if self.s.sensitivity is not None:
             command += f" --sensitivity {self.s.sensitivity}"
-        write(self.name, command, {"given": self.given, "rows": self.rows})
+        return command
 
     @cached_property
     def costs(self) -> dict[str, format_costs.FormatCosts]:
@@ -153,23 +147,14 @@ class Bench:
         cli.say(f"costs of all formats: {time.monotonic() - began:.0f} s")
         return found
 
-    def ours(
-        self,
-        target: float,
-        *,
-        before: bool = False,
-        tunes: bool = False,
-    ) -> Callable[[Path], Made]:
+    def ours(self, target: float, *, tunes: bool = False) -> Callable[[Path], Made]:
         """The teacher in so many bits per weight, on fitted grids, by GPTQ.
 
         tunes: then scales learn.
         """
 
         def make(out: Path) -> Made:
-            costs = self.costs
-            if before:
-                costs = {path: older_formats(of_path) for path, of_path in costs.items()}
-            layout, report = bit_allocation.chosen_layout(self.teacher.config, costs, target)
+            layout, report = bit_allocation.chosen_layout(self.teacher.config, self.costs, target)
             began = time.monotonic()
             rounded = stage.rounded_blocks(self.teacher, self.batches, layout)
             untuned = out.with_name("untuned") if tunes else out
@@ -236,40 +221,26 @@ class Bench:
         more = rounded.nats - judgement.models["unrounded"].bits.nats
         return digits(*answer_figures.bits_per_byte(more, rounded.nbytes))
 
-    def add(self, label: str, make: Callable[[Path], Made]) -> None:
-        """Make a model's folder, judge it, and keep the numbers."""
-        if label in self.rows:
-            return
+    def row(self, make: Callable[[Path], Made]) -> dict[str, Any]:
+        """Make a model's folder, and judge it."""
         with tempfile.TemporaryDirectory() as temp:
             out = Path(temp) / "packed"
             made = make(out)
             checkpoint = compute_type.open_to_compute(out)
             wide = out
             if arch.is_quantized(checkpoint.tensors):
-                made = {"nbytes": checkpoint.nbytes, "gguf": gguf(checkpoint), **made}
+                made = {"nbytes": checkpoint.nbytes, **made}
                 wide = laboratory.unpacked(out, Path(temp) / "wide")
-            row = {
+            return {
                 "bits_per_weight": 8 * made["nbytes"] / arch.params(checkpoint.config),
                 "lost": self.judge(compute_type.open_to_compute(wide)),
                 **made,
             }
-        self.rows[label] = row
-        cli.say(f"{label}: {row}")
-        self.keep()
 
 
 def digits(*values: float) -> list[float]:
     """Four digits of each."""
     return [round(value, 4) for value in values]
-
-
-def older_formats(costs: format_costs.FormatCosts) -> format_costs.FormatCosts:
-    """Those of "before": 3 bits or more, in groups of 64."""
-    found = {}
-    for kind, nats in costs.items():
-        if kind.bits >= LEAST_BEFORE and kind.group == HOW.q_group_size:
-            found[kind] = nats
-    return found
 
 
 def shares(checkpoint: Checkpoint, layout: packed_format.Formats) -> dict[str, float]:
@@ -282,27 +253,10 @@ def shares(checkpoint: Checkpoint, layout: packed_format.Formats) -> dict[str, f
     return {name: round(weights[name] / together, 3) for name in sorted(weights)}
 
 
-def gguf(packed: Checkpoint) -> dict[str, float]:
-    """Bytes of the GGUF that `export` makes, and the share of packed weights that it keeps."""
-    nbytes = 0
-    exact = 0
-    matrices = 0
-    for part in tensors.parts(packed, tensors.out_type(packed)):
-        nbytes += part.nbytes
-        if len(part.shape) > 1:
-            size = math.prod(part.shape)
-            matrices += size
-            exact += size * part.exact
-    return {"nbytes": nbytes, "exact": round(exact / matrices, 3)}
-
-
 def rows_of(bench: Bench) -> Iterator[tuple[str, Callable[[Path], Made]]]:
     """(label, what makes it) of every row, in order."""
-    least_before = packed_format.Format(LEAST_BEFORE, HOW.q_group_size).bits_per_weight
     for target in bench.s.targets:
         yield f"now, {target:g}", bench.ours(target)
-        if target >= least_before:
-            yield f"before, {target:g}", bench.ours(target, before=True)
     tuned = "tuned"
     if bench.s.q_iters != TUNING_STEPS:
         tuned += f" in {bench.s.q_iters} steps"
@@ -315,9 +269,12 @@ def rows_of(bench: Bench) -> Iterator[tuple[str, Callable[[Path], Made]]]:
 def main(s: Settings) -> None:
     """Every row that is not there yet."""
     bench = Bench(s)
-    for label, make in rows_of(bench):
-        if not s.only or label in s.only:
-            bench.add(label, make)
+    rows = [
+        (label, partial(bench.row, make))
+        for label, make in rows_of(bench)
+        if not s.only or label in s.only
+    ]
+    experiment(bench.name, bench.command(), bench.given, rows)
 
 
 if __name__ == "__main__":

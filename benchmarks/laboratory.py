@@ -163,6 +163,29 @@ def resumed(name: str, given: dict[str, Any], keys: Iterable[str]) -> dict[str, 
     return {key: found[key] for key in keys if key in found} if found.get("given") == given else {}
 
 
+def experiment(
+    name: str,
+    command: str,
+    given: dict[str, Any],
+    rows: Iterable[tuple[str, Callable[[], dict[str, Any] | None]]],
+) -> dict[str, Any]:
+    """All rows of a results file by label; those that are not there yet are measured and stored.
+
+    rows: labels, and what measures each; None leaves a row out. Rows of another `given` do not
+    count.
+    """
+    found = resumed(name, given, ["rows"]).get("rows", {})
+    for label, measure in rows:
+        if label in found:
+            continue
+        row = measure()
+        if row is not None:
+            found[label] = row
+            cli.say(f"{label}: {row}")
+            write(name, command, {"given": given, "rows": found})
+    return found
+
+
 def count_anew() -> None:
     """Have Linux forget the largest resident set of this process."""
     if (place := Path("/proc/self/clear_refs")).exists():

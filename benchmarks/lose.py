@@ -3,7 +3,6 @@
     scripts/mis benchmarks/lose.py                          # a run takes 10 minutes on 2 cores
     scripts/mis benchmarks/lose.py --teacher gemma-3-270m
     scripts/mis benchmarks/lose.py --losses 0.2 --seeds 1
-    scripts/mis benchmarks/lose.py --table
 
 Every run is `distill --lose LOSS --seed SEED` with distill's defaults. It is judged by the run
 itself: bits per byte above the teacher of the teacher's answers to held-out prompts, and how many
@@ -16,19 +15,20 @@ after every row.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from laboratory import packed, resumed, start, stored, unpacked, write
+from laboratory import experiment, packed, start, unpacked
 
-from mis_mlx import cli, distill
+from mis_mlx import distill
 from mis_mlx.hardware import memory
 from mis_mlx.judge import answers, repetition
 from mis_mlx.judge.score import has_template
 from mis_mlx.models.opening import compute_type, resolve
 from mis_mlx.reporting import run_reader
-from mis_mlx.reporting.text import markdown_table
 from mis_mlx.settings import recipe
 
 PACKED_BITS = 4, 3
@@ -43,14 +43,6 @@ KEPT_RESULTS = (
     "answers_excess_distilled",
     "peak_bytes",
 )
-FIGURES = (
-    ("bytes_4-bit", 1),
-    ("expected_loss", 3),
-    ("reached_loss", 3),
-    ("loops_4-bit", 0),
-    ("loops_teacher", 0),
-)
-HEADER = ["", "MB", "expected", "reached", "loops, %", "teacher's, %", "minutes"]
 
 
 @dataclass(frozen=True)
@@ -63,8 +55,6 @@ class Settings:
     """values of --lose"""
     seeds: tuple[int, ...] = (0, 1, 2)
     """of batches and windows; the first seed of every loss comes first"""
-    table: bool = False
-    """print what there is, and make nothing"""
 
 
 def run_row(teacher: str | None, loss: float, seed: int) -> dict[str, Any]:
@@ -101,50 +91,23 @@ def packed_row(teacher: str | None, bits: int) -> dict[str, Any]:
     return row
 
 
-def number(row: dict[str, Any], key: str, digits: int) -> str:
-    """A figure of a row; empty where it has none."""
-    return f"{row[key]:.{digits}f}" if key in row else ""
-
-
-def table(rows: dict[str, dict[str, Any]]) -> str:
-    """Markdown, in the order of the rows' names."""
-    body = []
-    for name in sorted(rows):
-        row = rows[name]
-        cells = [name]
-        for key, digits in FIGURES:
-            cells.append(number(row, key, digits))
-        minutes = sum(row.get("seconds", {}).values()) / 60
-        cells.append(f"{minutes:.1f}" if minutes else "")
-        body.append(cells)
-    return markdown_table(HEADER, body)
+def rows(s: Settings) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Labels of all rows, and what measures each."""
+    for seed in s.seeds:
+        for loss in s.losses:
+            yield f"--lose {loss}, seed {seed}", partial(run_row, s.teacher, loss, seed)
+    for bits in PACKED_BITS:
+        yield f"teacher in MLX's {bits} bits", partial(packed_row, s.teacher, bits)
 
 
 def main(s: Settings) -> None:
     """Every row that is not there yet."""
     name = "lose" if s.teacher is None else f"lose-{Path(s.teacher).name}"
     given = {"loops_version": repetition.VERSION}
-    rows = resumed(name, given, ["rows"]).get("rows", {})
     command = "scripts/mis benchmarks/lose.py"
     if s.teacher is not None:
         command += f" --teacher {s.teacher}"
-
-    def keep(label: str, row: dict[str, Any]) -> None:
-        rows[label] = row
-        cli.say(f"{label}: {row}")
-        write(name, command, {"given": given, "rows": rows})
-
-    if not s.table:
-        for seed in s.seeds:
-            for loss in s.losses:
-                label = f"--lose {loss}, seed {seed}"
-                if label not in rows:
-                    keep(label, run_row(s.teacher, loss, seed))
-        for bits in PACKED_BITS:
-            label = f"teacher in MLX's {bits} bits"
-            if label not in rows:
-                keep(label, packed_row(s.teacher, bits))
-    cli.say(table(stored(name)["rows"]))
+    experiment(name, command, given, rows(s))
 
 
 if __name__ == "__main__":

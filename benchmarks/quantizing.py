@@ -3,7 +3,6 @@ programs.
 
     scripts/mis benchmarks/quantizing.py
     scripts/mis benchmarks/quantizing.py --shape 7b    # two blocks of a 7 B model, ours only
-    scripts/mis benchmarks/quantizing.py --table
 
 A model of the shape of a 0.5 B one with 152 thousand tokens and of random weights, so there is
 nothing to say of its quality (benchmarks/rivals.py has that, of real ones). Whoever
@@ -38,7 +37,6 @@ from mis_mlx import cli, quantize
 from mis_mlx.data import preparation
 from mis_mlx.distillation import train_loop
 from mis_mlx.models.opening import compute_type, load
-from mis_mlx.reporting.text import markdown_table
 
 GIVEN: dict[str, Any] = {"num_samples": 4, "max_seq_length": 128, "q_iters": 4}
 OURS: dict[str, dict[str, Any]] = {
@@ -76,8 +74,6 @@ class Settings:
 
     shape: Literal["0.5b", "7b"] = "0.5b"
     """whose shape the model of random weights has"""
-    table: bool = False
-    """print what there is, and make nothing"""
     work: str | None = None
     """one row, set by the program itself: its name and the model's folder"""
 
@@ -127,22 +123,6 @@ def row(name: str, model: str) -> dict[str, Any]:
         }
 
 
-def table(rows: dict[str, dict[str, Any]]) -> str:
-    """Markdown."""
-    lines = [
-        [
-            name,
-            f"{one['seconds']:.0f}",
-            f"{one['peak_bytes'] / 1e6:,.0f}",
-            f"{one['nbytes'] / 1e6:.0f}",
-        ]
-        if "seconds" in one
-        else [name, f"> {one['stopped_after_s']}", "–", "–"]
-        for name, one in rows.items()
-    ]
-    return markdown_table(["", "s", "peak, MB", "file, MB"], lines)
-
-
 def names_of(shape: str) -> list[str]:
     """All rows of a shape, the slowest last."""
     if shape == "7b":
@@ -155,6 +135,20 @@ def names_of(shape: str) -> list[str]:
         *(f"{name} under {SMALL}" for name in small),
         *slow,
     ]
+
+
+def alone(name: str, model: Path) -> dict[str, Any] | None:
+    """A row measured in a process of its own; None where that failed."""
+    hot = laboratory.busy(name)
+    line = [sys.executable, __file__, f"--work={json.dumps([name, str(model)])}"]
+    try:
+        done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=False, timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return {"stopped_after_s": LIMIT_S, "hot": hot}
+    if done.returncode:
+        cli.say(f"{name}: its process ended with {done.returncode}")
+        return None
+    return {**json.loads(done.stdout.splitlines()[-1]), "hot": hot}
 
 
 def main(s: Settings) -> None:
@@ -170,28 +164,10 @@ def main(s: Settings) -> None:
         file = "quantizing_7b"
         command += " --shape 7b"
         sizes = SEVEN
-    rows = laboratory.resumed(file, GIVEN, ["rows"]).get("rows", {})
     with tempfile.TemporaryDirectory() as temp:
-        missing = [name for name in names if name not in rows and not s.table]
-        model = ""
-        if missing:
-            model = str(streaming.synthetic(Path(temp) / "model", sizes))
-        for name in missing:
-            hot = laboratory.busy(name)
-            line = [sys.executable, __file__, f"--work={json.dumps([name, model])}"]
-            try:
-                done = subprocess.run(
-                    line, stdout=subprocess.PIPE, text=True, check=False, timeout=LIMIT_S
-                )
-                if done.returncode:
-                    cli.say(f"{name}: its process ended with {done.returncode}")
-                    continue
-                rows[name] = {**json.loads(done.stdout.splitlines()[-1]), "hot": hot}
-            except subprocess.TimeoutExpired:
-                rows[name] = {"stopped_after_s": LIMIT_S, "hot": hot}
-            cli.say(f"{name}: {rows[name]}")
-            laboratory.write(file, command, {"given": GIVEN, "rows": rows})
-    print(table(rows))
+        model = streaming.synthetic(Path(temp) / "model", sizes)
+        rows = [(name, partial(alone, name, model)) for name in names]
+        laboratory.experiment(file, command, GIVEN, rows)
 
 
 if __name__ == "__main__":

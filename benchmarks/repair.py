@@ -12,22 +12,24 @@ Writes benchmarks/results/<machine>/repair.json, or repair-<teacher>.json, after
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from laboratory import start, stored, write
+from laboratory import experiment, start
 from recovery import WIDE, Arm, Bench, cut
 
-from mis_mlx import cli
 from mis_mlx.maths.reconstruction import HeldOut, NormalEquations, remaining_error
 from mis_mlx.models.opening import load, resolve
 from mis_mlx.models.writing import model_writer
 from mis_mlx.pruning import reconstruct
+from mis_mlx.types import Checkpoint
 
 SEEDS = (0, 1, 2)
 # of 64, the default, both end alike: 3.019 and 3.021 after distillation
@@ -69,44 +71,40 @@ def plain() -> Iterator[None]:
         NormalEquations.best_update = judged  # type: ignore[method-assign]
 
 
+def rows(s: Settings) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Of every seed: the pruned student, then each repair of it."""
+    shape = WIDE if s.teacher is None else {"layers": 17, "ffn": 1216}
+    repairs = REPAIRS if s.teacher is None else ((8, "held out"), (64, "held out"))
+    folder = str(resolve.resolve_model(s.teacher).path)
+    bench = Bench(s.max_seq_length, s.eval_windows, folder)
+
+    def row(pruned: Checkpoint, seed: int, count: int, how: str) -> dict[str, Any]:
+        student = load.resident_model(pruned, mx.float32)
+        left = list[float]()
+        if count:
+            keep = model_writer.read_keep(pruned.path)
+            assert keep is not None
+            windows = bench.pick(count, seed, 2)
+            with plain() if how == "plain" else nullcontext():
+                repaired, left = reconstruct.reconstruct(bench.checkpoint, pruned, keep, windows)
+            student.load_weights(list(repaired.items()), strict=False)
+        return {**bench.judge(student), "blocks_kept_as_they_were": left.count(1.0)}
+
+    for seed in SEEDS:
+        with TemporaryDirectory() as temp:
+            arm = Arm(cut=cut(**shape, importance="rms"))
+            pruned = bench.pruned(arm, seed, Path(temp) / "pruned")
+            yield f"{seed}, pruned", partial(row, pruned, seed, 0, "")
+            for count, how in repairs:
+                yield f"{seed}, {count} windows, {how}", partial(row, pruned, seed, count, how)
+
+
 def main(s: Settings) -> None:
     """Every row that is not there yet."""
     given = {"max_seq_length": s.max_seq_length, "eval_windows": s.eval_windows}
-    name, shape = (
-        ("repair", WIDE)
-        if s.teacher is None
-        else (f"repair-{s.teacher}", {"layers": 17, "ffn": 1216})
-    )
-    repairs = REPAIRS if s.teacher is None else ((8, "held out"), (64, "held out"))
+    name = "repair" + (f"-{s.teacher}" if s.teacher else "")
     command = "scripts/mis benchmarks/repair.py" + (f" --teacher {s.teacher}" if s.teacher else "")
-    before = stored(name)
-    rows = before["rows"] if before.get("given") == given else {}
-    folder = str(resolve.resolve_model(s.teacher).path)
-    bench = Bench(s.max_seq_length, s.eval_windows, folder)
-    for seed in SEEDS:
-        with TemporaryDirectory() as temp:
-            pruned = bench.pruned(
-                Arm(cut=cut(**shape, importance="rms")), seed, Path(temp) / "pruned"
-            )
-            keep = model_writer.read_keep(pruned.path)
-            assert keep is not None
-            for count, how in [(0, ""), *repairs]:
-                if (
-                    row := f"{seed}, {count} windows, {how}" if count else f"{seed}, pruned"
-                ) in rows:
-                    continue
-                student = load.resident_model(pruned, mx.float32)
-                left = list[float]()
-                if count:
-                    windows = bench.pick(count, seed, 2)
-                    with plain() if how == "plain" else nullcontext():
-                        repaired, left = reconstruct.reconstruct(
-                            bench.checkpoint, pruned, keep, windows
-                        )
-                    student.load_weights(list(repaired.items()), strict=False)
-                rows[row] = {**bench.judge(student), "blocks_kept_as_they_were": left.count(1.0)}
-                cli.say(f"seed {row}: {rows[row]}")
-                write(name, command, {"given": given, "rows": rows})
+    experiment(name, command, given, rows(s))
 
 
 if __name__ == "__main__":

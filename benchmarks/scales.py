@@ -2,7 +2,6 @@
 
     scripts/mis benchmarks/scales.py --work FOLDER              # five minutes a row on a core
     scripts/mis benchmarks/scales.py --work FOLDER --targets 3.5 --only default "rate x 2"
-    scripts/mis scripts/render.py                               # puts the rows into a table
 
 SmolLM2-135M-Instruct is rounded once for each number of bits, by the usual choice of formats and
 GPTQ. All rows of a number of bits have these integers. In the row "default" scales, biases and
@@ -29,7 +28,8 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ import bits
 import laboratory
 import mlx.core as mx
 import numpy as np
-from laboratory import resumed, start, write
+from laboratory import experiment, start
 
 from mis_mlx import cli
 from mis_mlx.data.token_windows import Windows
@@ -233,7 +233,6 @@ class Trials:
         )
         self.teacher = self.bench.teacher
         self.given = {"calibration": CALIBRATION, "eval": EVAL_WINDOWS, "prompts": s.prompts}
-        self.rows: dict[str, Any] = resumed("scales", self.given, ["rows"]).get("rows", {})
         self._trunks: dict[tuple[float, float], Trunk] = {}  # by bits and rate
 
     @cached_property
@@ -305,11 +304,8 @@ class Trials:
             lost["answers"] = self.bench.answers_lost(model)
         return {"kl": kl, "lost": lost}
 
-    def add(self, target: float, label: str) -> None:
-        """Make a row, judge it, and keep the numbers."""
-        name = f"{target:g} bits, {label}"
-        if name in self.rows:
-            return
+    def row(self, target: float, label: str) -> dict[str, Any]:
+        """Make a model and judge it."""
         packed = self.work / "learned"
         wide = self.work / "wide"
         for folder in (packed, wide):  # a row that was stopped left them
@@ -325,21 +321,17 @@ class Trials:
         for folder in (self.work / "learned", wide):
             shutil.rmtree(folder, ignore_errors=True)
         mx.clear_cache()
-        self.rows[name] = row
-        cli.say(f"{name}: {row}")
-        write(
-            "scales",
-            "scripts/mis benchmarks/scales.py",
-            {"given": self.given, "rows": self.rows},
-        )
+        return row
 
 
 def main(s: Settings) -> None:
     """Every row that is not there yet."""
     trials = Trials(s)
-    for label in s.only or (ROUNDED, *TRIALS):
-        for target in s.targets:
-            trials.add(target, label)
+    rows = [
+        (f"{target:g} bits, {label}", partial(trials.row, target, label))
+        for label, target in product(s.only or (ROUNDED, *TRIALS), s.targets)
+    ]
+    experiment("scales", "scripts/mis benchmarks/scales.py", trials.given, rows)
 
 
 if __name__ == "__main__":

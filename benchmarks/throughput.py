@@ -1,19 +1,16 @@
-"""Teacher against student, format against format; our figures beside mlx-lm's own in the same run;
-where a token goes.
+"""Teacher against student, format against format; our figures beside mlx-lm's own in the same run.
 
     scripts/mis benchmarks/throughput.py --student RUN/distilled --four-bit RUN/model    # 20
     minutes on a quiet core
     scripts/mis benchmarks/throughput.py --student RUN/distilled --parts dense           # one of
-    the four parts
+    the three parts
 
-Four parts. `dense`: teacher and student in turn as they are computed (float32 on a CPU). `4-bit`:
+Three parts. `dense`: teacher and student in turn as they are computed (float32 on a CPU). `4-bit`:
 both as `mlx_lm.convert -q` packs them, so that one format is never compared with another, and
 beside them the student as our `quantize` left it. `agreement`, on the student: bench's trial,
 mlx-lm's stream_generate and a bare generate_step loop that takes two times only, in turn; then
 `mlx_lm.benchmark` itself between trials of ours. mlx-lm counts the first token without its time:
-`corrected` takes it out, (g - 1) / g. `profile`: one token, evaluated after every part, so that the
-parts together are a little more than a token; says where the student is not as much quicker as it
-is smaller.
+`corrected` takes it out, (g - 1) / g.
 
 A part that is there, of the same weights and sizes, is not measured again (delete the file for
 that). Writes benchmarks/results/<machine>/throughput.json after each part, with what was to be
@@ -30,7 +27,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,19 +36,17 @@ import laboratory
 import mlx.core as mx
 import numpy as np
 import psutil
-from mlx.utils import tree_flatten
 
 from mis_mlx import bench, cli
 from mis_mlx.compute import precision
 from mis_mlx.judge.speed import rounds
-from mis_mlx.judge.speed.rounds import BenchmarkModel, Request
+from mis_mlx.judge.speed.rounds import Request
 from mis_mlx.maths.stats import bounds, interval
 from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.models.passing.stream import evaluate_now
-from mis_mlx.models.writing import mlx_generate
 from mis_mlx.types import MisError
 
-PARTS = ("dense", "4-bit", "agreement", "profile")
+PARTS = ("dense", "4-bit", "agreement")
 # what is to be shown
 SPEED_UP = 1.45
 APART = 0.02
@@ -72,7 +67,7 @@ class Settings:
     """default: the default teacher"""
     note: str = ""
     """what the student is, for the results file"""
-    parts: tuple[Literal["dense", "4-bit", "agreement", "profile"], ...] = PARTS
+    parts: tuple[Literal["dense", "4-bit", "agreement"], ...] = PARTS
     """what to measure, where it has not been"""
     prompt_tokens: int = 512
     generation_tokens: int = 128
@@ -244,86 +239,6 @@ def beside_the_program(ours: Callable[[], float], s: Settings) -> dict[str, Any]
     }
 
 
-def profile(big: Path, s: Settings) -> dict[str, Any]:
-    """{format: {model: {part: milliseconds and megabytes}}} of all four."""
-    with tempfile.TemporaryDirectory() as temp:
-        kinds = {"dense": {"teacher": big, "student": Path(s.student)}}
-        kinds["4-bit"] = packed_pair(big, Path(s.student), Path(temp))
-        found: dict[str, Any] = {}
-        for kind, folders in kinds.items():
-            found[kind] = {}
-            for name, folder in folders.items():
-                found[kind][name] = by_part(
-                    rounds.load_model(compute_type.open_to_compute(folder)), s.prompt_tokens
-                )
-        return found
-
-
-def by_part(
-    s: BenchmarkModel, depth: int, tokens: int = 1, turns: int = 24
-) -> dict[str, dict[str, float]]:
-    """{part: {"ms": median over `turns`, "mb": of its weights and cache}} of so many tokens,
-    `depth` in the cache.
-    """
-    kept = mlx_generate.filled_cache(s.model, depth)
-    inner = s.model.model
-    mask = "causal" if tokens > 1 else None
-    times: dict[str, list[float]] = {}
-    taken: dict[str, float] = {}
-
-    def part(label: str, work: Callable[[], mx.array]) -> mx.array:
-        began = time.perf_counter()
-        evaluate_now(done := work())
-        taken[label] = taken.get(label, 0.0) + 1000 * (time.perf_counter() - began)
-        return done
-
-    for _ in range(turns):
-        taken.clear()
-        h = part("embedding", lambda: inner.embed_tokens(mx.array([[7] * tokens])))
-        for block, cache in zip(inner.layers, kept, strict=True):
-            n = block.input_layernorm
-            f = block.self_attn
-            h = part("attention", lambda h=h, n=n, f=f, c=cache: h + f(n(h), mask, c))
-            n = block.post_attention_layernorm
-            f = block.mlp
-            h = part("FFN", lambda h=h, n=n, f=f: h + f(n(h)))
-            cache.trim(tokens)
-        h = part("last norm", lambda h=h: inner.norm(h))
-        logits = part("vocabulary head", lambda h=h: head(s, h))
-        part(
-            "choice",
-            lambda y=logits: mx.argmax(y - mx.logsumexp(y, axis=-1, keepdims=True), axis=-1),
-        )
-        for label, value in taken.items():
-            times.setdefault(label, []).append(value)
-    found = {label: {"ms": statistics.median(values)} for label, values in times.items()}
-    keys = 0
-    for cache in kept:
-        for array in cache.state[:2]:
-            # the array has room for more
-            keys += array.nbytes // array.shape[2] * (depth + tokens)
-    for label, nbytes in (
-        ("attention", keys + sum(_nbytes(b.self_attn) for b in inner.layers)),
-        ("FFN", sum(_nbytes(b.mlp) for b in inner.layers)),
-        ("vocabulary head", _nbytes(getattr(s.model, "lm_head", inner.embed_tokens))),
-    ):
-        found[label]["mb"] = nbytes / 1e6
-    return found
-
-
-def _nbytes(module: Any) -> int:
-    return sum(a.nbytes for _, a in tree_flatten(module.parameters()))
-
-
-def head(s: BenchmarkModel, hidden: mx.array) -> mx.array:
-    """Logits of hidden states, tied or not."""
-    return (
-        s.model.lm_head(hidden)
-        if hasattr(s.model, "lm_head")
-        else s.model.model.embed_tokens.as_linear(hidden)
-    )
-
-
 def verdict(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """{what was to be shown: a `laboratory.goal`} of the parts that are there."""
     said = dict[str, dict[str, Any]]()
@@ -356,38 +271,6 @@ def verdict(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return said
 
 
-def _total_ms(parts: Iterable[dict[str, float]]) -> float:
-    return sum(part["ms"] for part in parts)
-
-
-def _without_bytes(model: dict[str, dict[str, float]]) -> list[dict[str, float]]:
-    """Parts whose bytes were not counted."""
-    return [part for part in model.values() if "mb" not in part]
-
-
-def reasons(found: dict[str, Any]) -> list[str]:
-    """Where a token goes, part by part: how much smaller the student's part is, and how much
-    quicker.
-    """
-    said = []
-    for kind in ("dense", "4-bit") if "profile" in found else ():
-        big, small = (found["profile"][kind][name] for name in ("teacher", "student"))
-        parts = [
-            f"{part} {big[part]['ms']:.2f} to {small[part]['ms']:.2f} ms"
-            f" ({big[part]['ms'] / small[part]['ms']:.2f}x for "
-            f"{big[part]['mb'] / small[part]['mb']:.2f}x the bytes)"
-            for part in ("attention", "FFN", "vocabulary head")
-        ]
-        whole = [_total_ms(model.values()) for model in (big, small)]
-        rest = [_total_ms(_without_bytes(model)) for model in (big, small)]
-        said.append(
-            f"{kind}, teacher to student: {', '.join(parts)}, the rest {rest[0]:.2f} to "
-            f"{rest[1]:.2f} ms; "
-            f"together {whole[0]:.2f} to {whole[1]:.2f} ms, {whole[0] / whole[1]:.2f}x"
-        )
-    return said
-
-
 def main(s: Settings) -> None:
     """The parts that are asked for and not there yet; stored after each."""
     big = resolve.resolve_model(s.teacher).path
@@ -412,7 +295,7 @@ def main(s: Settings) -> None:
     )
     command += "".join(f" --{k.replace('_', '-')} {getattr(s, k)}" for k in sizes)
     found = laboratory.resumed(s.name, given, PARTS)
-    make = {"dense": dense, "4-bit": four_bit, "agreement": agreement, "profile": profile}
+    make = {"dense": dense, "4-bit": four_bit, "agreement": agreement}
     for part in s.parts:
         if part in found:
             cli.say(f"{part}: is there, measured at {found[part]['git']}; not measured again")
@@ -421,11 +304,9 @@ def main(s: Settings) -> None:
         before = laboratory.busy("before")
         made = {"git": laboratory.version(), **make[part](big, s)}
         found[part] = {"hot": before + laboratory.busy("after"), **made}  # bench looks for itself
-        shown = {"verdict": verdict(found), "reasons": reasons(found)}
-        laboratory.write(s.name, command, {"student": s.note, "given": given, **found, **shown})
+        shown = {"student": s.note, "given": given, **found, "verdict": verdict(found)}
+        laboratory.write(s.name, command, shown)
     laboratory.say_goals(verdict(found))
-    for line in reasons(found):
-        cli.say(line)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ the prompt cached.
 
 Cold: a text of its own in every trial, nothing in the cache. Cached: the same prompt again, all of
 it but the last token in the cache. Models take turns; both as they are computed (float32 on a CPU,
-float16 on Metal), or both in 4 bits as `mlx_lm.convert -q` packs them. Parts: a prompt once more,
-evaluated after every part of every block. Best: operations over the matrix rate measured here, or
-weights over bandwidth, whichever is longer. Warm-up: a prompt of that length, of 512 tokens at
-most. A length that is there, of the same weights, is not measured again, however many trials it had
-(delete the file for that): long ones can have fewer. Writes benchmarks/results/<machine>/ttft.json
-(ttft-4bit.json) after every length, with whether the student is the quicker one at each.
+float16 on Metal), or both in 4 bits as `mlx_lm.convert -q` packs them. Best: operations over the
+matrix rate measured here, or weights over bandwidth, whichever is longer. Warm-up: a prompt of that
+length, of 512 tokens at most. A length that is there, of the same weights, is not measured again,
+however many trials it had (delete the file for that): long ones can have fewer. Writes
+benchmarks/results/<machine>/ttft.json (ttft-4bit.json) after every length, with whether the
+student is the quicker one at each.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from typing import Any
 
 import laboratory
 import psutil
-import throughput
 
 from mis_mlx import cli
 from mis_mlx.compute import precision
@@ -89,7 +88,6 @@ def row(
             "cached_ms": figures["ttft_cached_ms"],
             "best_ms": best,
         }
-        found[name]["parts"] = throughput.by_part(model, 0, length, 1)
     kinds = ("cold_ms", "cached_ms")
     found["speed_up"] = {
         k: found["teacher"][k]["median"] / found["student"][k]["median"] for k in kinds

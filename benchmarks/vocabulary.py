@@ -16,13 +16,15 @@ from __future__ import annotations
 import json
 import tempfile
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from laboratory import start, stored, write
+from laboratory import experiment, start
 
-from mis_mlx import cli, distill, evaluate
+from mis_mlx import distill, evaluate
 from mis_mlx.types import MisError
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -72,44 +74,48 @@ def texts(place: Path) -> dict[str, Path]:
     return {name: place / name for name in found}
 
 
+def row(
+    seed: int, shape: str, folders: dict[str, Path], *, place: Path, s: Settings
+) -> dict[str, Any]:
+    """One student, pruned and distilled, in bits per byte of every text."""
+    run = place / f"run-{seed}-{shape[:5]}"
+    result = distill.run(
+        distill.Settings(
+            out=str(run),
+            seed=seed,
+            iters=s.iters,
+            quantize=0,
+            bench_tokens=0,
+            reconstruct_samples=32,
+            eval_windows=3,
+            **SHAPES[shape],
+        )
+    )
+    found: dict[str, Any] = {
+        "params": result["params_student"],
+        "tokens_per_s": result["tokens_per_s"],
+    }
+    for name, folder in folders.items():
+        asked = evaluate.Settings(
+            students=(str(run / "pruned"), str(run / "model")),
+            data=str(folder),
+            eval_windows=s.eval_windows,
+        )
+        found[name] = evaluate.run(asked)["held-out"]
+    return found
+
+
 def main(s: Settings) -> None:
     """Every row that is not there yet."""
     given = {"iters": s.iters, "eval_windows": s.eval_windows}
-    before = stored("vocabulary")
-    rows = before["rows"] if before.get("given") == given else {}
     with tempfile.TemporaryDirectory() as temp:
-        folders = texts(Path(temp))
-        for seed in SEEDS:
-            for shape, flags in SHAPES.items():
-                if (label := f"{shape}, seed {seed}") in rows:
-                    continue
-                run = Path(temp) / f"run-{len(rows)}"
-                more: dict[str, Any] = {
-                    "quantize": 0,
-                    "bench_tokens": 0,
-                    "reconstruct_samples": 32,
-                    "eval_windows": 3,
-                }
-                result = distill.run(
-                    distill.Settings(out=str(run), seed=seed, iters=s.iters, **more, **flags)
-                )
-                row: dict[str, Any] = {
-                    "params": result["params_student"],
-                    "tokens_per_s": result["tokens_per_s"],
-                }
-                for name, folder in folders.items():
-                    students = str(run / "pruned"), str(run / "model")
-                    asked = evaluate.Settings(
-                        students=students, data=str(folder), eval_windows=s.eval_windows
-                    )
-                    row[name] = evaluate.run(asked)["held-out"]
-                rows[label] = row
-                cli.say(f"{label}: {row}")
-                write(
-                    "vocabulary",
-                    "scripts/mis benchmarks/vocabulary.py",
-                    {"given": given, "rows": rows},
-                )
+        place = Path(temp)
+        folders = texts(place)
+        rows = [
+            (f"{shape}, seed {seed}", partial(row, seed, shape, folders, place=place, s=s))
+            for seed, shape in product(SEEDS, SHAPES)
+        ]
+        experiment("vocabulary", "scripts/mis benchmarks/vocabulary.py", given, rows)
 
 
 if __name__ == "__main__":

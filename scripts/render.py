@@ -176,7 +176,11 @@ def known_cells(name: str, row: Found) -> list[str]:
     shares = ("blimp", "grammar-en", "tool-calls")
     line += [with_interval(row.get(measure, {})) for measure in shares]
     calls = row.get("tool-calls", {})
-    line.append(points(calls.get("above_teacher")))
+    if "above_teacher" in calls:
+        mean, low, high = calls["above_teacher"]
+        line.append(f"{mean:+.1f} ({low:+.1f} to {high:+.1f})".replace("-", "−"))
+    else:
+        line.append("–")
     line.append(f"{100 * calls['shares']['valid JSON']:.1f}" if calls else "–")
     line.append(with_interval(row.get("tool-rounds", {})))
     judgement = row.get("answers", {})
@@ -190,14 +194,6 @@ def with_interval(figure: Found) -> str:
     if not figure:
         return "–"
     return f"{figure['mean']:.1f} ({figure['low']:.1f}–{figure['high']:.1f})"
-
-
-def points(difference: list[float] | None) -> str:
-    """A mean difference with its 95 % interval; a dash where there is none."""
-    if difference is None:
-        return "–"
-    mean, low, high = difference
-    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})".replace("-", "−")
 
 
 def hours(value: float | None) -> str:
@@ -261,6 +257,7 @@ RUNS = (
     ("distill-qwen-coder-0.5b", "a chat model of 0.5 B, default: sizes by a search"),
     ("distill-gemma-600MiB", "gemma-3-270m, half of the tokens, `--budget 600MiB`"),
 )
+FOLDER = "../benchmarks/results/linux-x86_64"  # that these runs are of, as docs/ links it
 SHAPES = ("0.5 B shape, 2 GiB", "0.5 B shape, 850 MiB")  # of planned.json
 
 
@@ -276,14 +273,14 @@ def models_measured(*files: Found) -> str:
         untouched = run["mode"] == "none" and "repair" not in run["phases"]
         training = "none needed" if untouched else TRAINED[run["mode"]]
         took = [gib(run["peak_bytes"]), duration(run["seconds"]), training]
-        lines.append([title, results_link(f"{name}.json"), *big, *small, *took])
+        lines.append([title, f"[{name}.json]({FOLDER}/{name}.json)", *big, *small, *took])
     for name in SHAPES:
         case = shapes["cases"][name]
         peak = max(measured for _, measured in case["phases"].values())
         unknown = ["–", "–", "–", "–"]
         took = [gib(peak), "–", TRAINED[case["mode"]]]
         title = f"{name}: random weights, 2 steps"
-        lines.append([title, results_link("planned.json"), *unknown, *took])
+        lines.append([title, f"[planned.json]({FOLDER}/planned.json)", *unknown, *took])
     return words.markdown_table(head, lines, words=2)
 
 
@@ -322,52 +319,6 @@ def planned_phases(found: Found) -> str:
             cells.append(f"{plan / 2**20:,.0f} / {took / 2**20:,.0f} ({more})")
         lines.append([*cells, case.get("git", "–")[:7]])
     return words.markdown_table(["planned / took, MiB", *columns, "commit"], lines)
-
-
-def few_bits(found: Found) -> str:
-    """A line a row, by size: what it loses on answers and on each text, and its GGUF.
-
-    Rows of ways of rounding that are gone are left out.
-    """
-    rows = sorted(found["rows"].items(), key=lambda item: float(item[1]["nbytes"]))
-    rows = [item for item in rows if not item[0].startswith(("before", "blocks"))]
-    texts = list(rows[0][1]["lost"])
-    head = ["", "bits per weight", "MB", *texts, "GGUF, MB", "of it the same numbers, %"]
-    lines = list[list[str]]()
-    for label, row in rows:
-        cells = [label, f"{row['bits_per_weight']:.2f}", f"{row['nbytes'] / 1e6:.1f}"]
-        cells += [with_margin(row["lost"][text]) for text in texts]
-        file = row.get("gguf")
-        if file:
-            cells += [f"{file['nbytes'] / 1e6:.1f}", f"{100 * file['exact']:.0f}"]
-        else:  # it is a GGUF itself
-            cells += [f"{row['nbytes'] / 1e6:.1f}", "–"]
-        lines.append(cells)
-    given = found["given"]
-    sizes = f"{given['prompts']} prompts, {given['eval']} windows of each text, "
-    sizes += f"{given['windows']} windows of calibration, one seed"
-    return "\n".join([words.markdown_table(head, lines), "", where(found, sizes)])
-
-
-def learning_scales(found: Found) -> str:
-    """A line a row: KL and what is lost on each text, and what the steps take."""
-    rows = found["rows"]
-    texts = list(next(iter(rows.values()))["kl"])
-    head = ["", "tokens", *(f"KL, {text}" for text in texts), *texts, "answers", "CPU minutes"]
-    lines = list[list[str]]()
-    # by the number of bits, in the order in which the rows were made
-    for label, row in sorted(rows.items(), key=lambda item: float(item[0].split()[0])):
-        cells = [label, f"{row['tokens']:,}" if "tokens" in row else "0"]
-        cells += [f"{row['kl'][text]:.3f}" for text in texts]
-        cells += [f"{row['lost'][text]:.3f}" for text in texts]
-        answers = row["lost"].get("answers")
-        cells.append(with_margin(answers) if answers else "–")
-        cells.append(f"{row['cpu_seconds'] / 60:.1f}" if "cpu_seconds" in row else "–")
-        lines.append(cells)
-    given = found["given"]
-    sizes = f"{given['eval']} windows of each text, {given['prompts']} prompts, "
-    sizes += f"{given['calibration']} windows of calibration"
-    return "\n".join([words.markdown_table(head, lines), "", where(found, sizes)])
 
 
 def rivals(found: Found, *others: Found) -> str:
@@ -410,11 +361,6 @@ def with_margin(value: list[float]) -> str:
     return f"{mean:.3f} ± {(high - low) / 2:.3f}"
 
 
-def results_link(name: str) -> str:
-    """A link from a page in docs/ to a results file of the machine that these runs are of."""
-    return f"[{name}](../benchmarks/results/linux-x86_64/{name})"
-
-
 def gemma_models(found: Found) -> str:
     """Two lines a model, one for each student: its bytes, and memory and hours by machine."""
     machines = list(found["given"]["machines"])
@@ -427,17 +373,12 @@ def gemma_models(found: Found) -> str:
             first = next(iter(plans.values()))
             cells = [row["title"], f"{row['bytes'] / 1e9:.2f} GB", tokens]
             cells.append(f"{first['bytes'] / 1e9:.2f} GB")
-            cells += [memory_and_time(student) for student in plans.values()]
+            for plan in plans.values():
+                peak = gib(plan["peak_bytes"])
+                fits = f"{peak}, {hours(plan['hours'])}"
+                cells.append(fits if plan["fits"] else f"does not fit: {peak}")
             lines.append(cells)
     return "\n".join([words.markdown_table(head, lines, words=3), "", computed(found)])
-
-
-def memory_and_time(student: Found) -> str:
-    """What a plan takes, in one cell."""
-    peak = gib(student["peak_bytes"])
-    if not student["fits"]:
-        return f"does not fit: {peak}"
-    return f"{peak}, {hours(student['hours'])}"
 
 
 def true_shape(found: Found) -> str:
@@ -458,11 +399,6 @@ def true_shape(found: Found) -> str:
     return "\n".join([words.markdown_table(head, lines), "", source])
 
 
-def largest_first(found: Found) -> list[tuple[str, Found]]:
-    """The rows of `lose.py`, by the bytes of their models."""
-    return sorted(found["rows"].items(), key=lambda item: -float(item[1]["bytes_4-bit"]))
-
-
 def counted_by(found: Found) -> str:
     """A sentence where loops were counted by another version than today's."""
     version = found.get("given", {}).get("loops_version", 1)
@@ -475,7 +411,8 @@ def lose(found: Found) -> str:
     """What was allowed, expected and reached."""
     head = ["run", "MB", "expected", "reached", "loops, %", "teacher's, %"]
     lines = []
-    for name, row in largest_first(found):
+    by_bytes = sorted(found["rows"].items(), key=lambda item: -float(item[1]["bytes_4-bit"]))
+    for name, row in by_bytes:
         # A teacher that is only packed expects nothing; one without a chat template has no answers.
         cells = [name, f"{row['bytes_4-bit']:.1f}"]
         for key in ("expected_loss", "reached_loss"):
@@ -502,8 +439,6 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "planned": (planned_phases, ("planned.json",)),
     "rivals-qwen-coder-0.5b": (rivals, ("rivals-qwen-coder-0.5b.json",)),
     "rivals-smollm2": (rivals, tuple(f"rivals-smollm2{seed}.json" for seed in ("", "-1", "-2"))),
-    "scales": (learning_scales, ("scales.json",)),
-    "few-bits": (few_bits, ("bits-SmolLM2-135M-Instruct.json",)),
     "known-numbers": (known_numbers, ("known_numbers.json",)),
     "known-numbers-qwen-coder-0.5b": (known_numbers, ("known_numbers-qwen-coder-0.5b.json",)),
     "models-default": (models_default, ("models.json",)),
