@@ -29,7 +29,7 @@ from typing import Any
 import laboratory
 
 from mis_mlx import cli, plan, search
-from mis_mlx.distillation import conversations, plan_report, strategies, writers
+from mis_mlx.distillation import conversations, plan_report, strategies, teacher_answers
 from mis_mlx.hardware import rates
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.families import family
@@ -130,19 +130,18 @@ def hours_of_search(made: strategies.MemoryPlan, config: Mapping[str, Any]) -> f
 def hours_of_answers(made: strategies.MemoryPlan) -> dict[str, float | str | None]:
     """Hours that a teacher with a chat template adds.
 
-    before: it, or the rounded student in its place, answers the fewest prompts that a run asks for.
+    before: it answers the fewest prompts that a run asks for; None where it is too big to write.
     at_end: it and its student answer others. None where a model cannot write in the budget, so that
-    nobody is asked, or where nothing is learned from answers. writer: of those before."""
+    nobody is asked."""
     asked = strategies.plan_strategy(
         job=plan.talking(made.job, Budget(made.budget_bytes), known=False),
         limit=made.budget_bytes,
         rates=made.rates,
         **made.strategy,
     )
-    before = sum(asked.planned.get(name, 0.0) for name in (writers.TEACHER, writers.STUDENT))
+    before = asked.planned.get(teacher_answers.PHASE, 0.0)
     at_end = asked.planned["measure"] - made.planned["measure"]
     return {
-        "writer": asked.job.writer if before else "nobody",
         "before": round(before / 3600, 3) if before else None,
         "at_end": round(at_end / 3600, 3) if at_end else None,
     }

@@ -37,7 +37,6 @@ import streaming
 from mis_mlx import cli, distill, sft
 from mis_mlx.alignment import alignment_run
 from mis_mlx.distillation.pipeline import Run
-from mis_mlx.distillation.writers import SECOND_STORE
 from mis_mlx.hardware import ledger, memory
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models.architectures import arch
@@ -179,7 +178,7 @@ def stretch(name: str, teacher: str, out: Path) -> None:
     def phase(course: Run, label: str) -> Iterator[None]:
         # Behind the first two nothing is on disk that a run would go on from; behind the others a
         # run that goes on comes through the phase again, in which it has nothing to do.
-        if set(taken) - {"vocabulary", "repair", STORE, SECOND_STORE}:
+        if set(taken) - {"vocabulary", "repair", STORE}:
             print(json.dumps(taken), file=sys.__stdout__, flush=True)
             os._exit(0)  # as a killed run does
         if label != "prune":

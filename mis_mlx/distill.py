@@ -6,18 +6,16 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mis_mlx import bench, cli, plan, search, synthesize
+from mis_mlx import bench, cli, plan, search
 from mis_mlx.data import preparation
 from mis_mlx.distillation import (
     compression,
     conversations,
-    later_text,
     measurement,
     pipeline,
     plan_report,
     resolved_run,
     run_plan,
-    run_text,
     strategies,
     summary,
 )
@@ -35,7 +33,6 @@ from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting import progress, text
 from mis_mlx.runs import run_loop
 from mis_mlx.size_search import earlier, shortfall, size_request
-from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError, Row
 
@@ -115,7 +112,6 @@ def run(settings: Settings) -> dict[str, Any]:
     name = f"{teacher.path.name}-{size_request.SCENARIO}"
     plan_now = {run_plan.PLANNED_ITERS: sought.settings.student_iters}
     with run_loop.entered(folder, name, out=s.out, asked=s.given, plan=plan_now) as place:
-        _write_text(run_text.teacher_text(s, teacher), teacher)
         sizes = _found(sought, place)
         return _work(_resolved(s, sizes, teacher, place.folder), place, told=True)
 
@@ -191,12 +187,11 @@ def _dry_run(
         before = sought.takes
     resolved = _resolved(s, sizes, teacher, folder, sought=before)
     if resolved.plan.fits:
-        _write_text(resolved.text.written, teacher, dry_run=True)
         conversations.source(
             teacher,
-            resolved.text.wanted,
+            resolved.text,
             resolved.budget,
-            writer=resolved.plan.job.writer,
+            writes=resolved.plan.job.teacher_writes,
             dry_run=True,
         )
     note = battery(resolved.student.pruning)  # a run says it when it begins
@@ -229,9 +224,6 @@ def _sought(s: Settings, teacher: Checkpoint, folder: Path | None) -> search.Pla
     # A search has its own, and the minutes are the distillation's that follows it.
     names -= {"out", "resume", "iters", "eval_windows", "minutes"}
     given: dict[str, Any] = {name: getattr(s, name) for name in names}
-    written = run_text.teacher_text(s, teacher)
-    if written:
-        given["data"] = str(written.out)
     if not s.quantize:
         given["axes"] = search.unrounded_axes(teacher, request.limit)
     steps = _steps_to_follow(s, teacher, folder)
@@ -288,49 +280,23 @@ def _searched(sought: search.PlannedSearch, place: run_loop.Place) -> dict[str, 
 
 
 def _work(resolved: ResolvedRun, place: run_loop.Place, *, told: bool = False) -> dict[str, Any]:
-    """Write the text, read it, go through all stages; the result.
+    """Read the text, go through all stages; the result.
 
     told: a search has said what the text is.
     """
     place.decide(resolved.settings.values, resolved.strategy, resolved.budget)
-    _write_text(resolved.text.written, resolved.teacher)
     with progress.run("distill", resolved.plan.planned):
         source = conversations.source(
             resolved.teacher,
-            resolved.text.wanted,
+            resolved.text,
             resolved.budget,
-            writer=resolved.plan.job.writer,
+            writes=resolved.plan.job.teacher_writes,
         )
         table, result = _begin(resolved, source, place, told=told)
     if table:
         print(text.aligned(table))
         cli.say(summary.next_steps(Path(result["run"])))
     return result
-
-
-def _write_text(
-    written: run_text.TeacherText | None, teacher: Checkpoint, *, dry_run: bool = False
-) -> None:
-    """Have the teacher write the text of --data teacher, unless it is there."""
-    if written is None:
-        return
-    if not written.out.exists():
-        cli.say(f"--data teacher: the teacher writes first, into {written.out}")
-        asked = synthesize.Settings(
-            model=str(teacher.path),
-            out=str(written.out),
-            num_samples=written.texts,
-            budget=written.budget,
-            compute_dtype=written.compute_dtype,
-            seed=written.seed,
-            dry_run=dry_run,
-        )
-        if dry_run:
-            synthesize.run(asked)
-            return
-        with protocol.only_maker(written.out, cli.say) as missing:
-            if missing:
-                synthesize.make(asked)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -387,14 +353,13 @@ def _begin(
             plan=memory_plan,
             report=report,
         )
-        return _stages(resolved, c, data, source)
+        return _stages(resolved, c, data)
 
 
 def _stages(
     resolved: ResolvedRun,
     c: pipeline.Run,
     data: preparation.Data,
-    source: preparation.Source,
 ) -> tuple[str, dict[str, Any]]:
     """(what the screen shows, the result)."""
     folder = c.folder
@@ -420,12 +385,7 @@ def _stages(
         dense = compute_type.open_to_compute(out, teacher.precision)
         models["distilled"] = dense
     if rounding:
-        compression.quantize(
-            c,
-            rounding,
-            dense,
-            lambda rounded: later_text.of_student(c, rounded, source, resolved.text.wanted),
-        )
+        compression.quantize(c, rounding, dense)
     if rounding:
         models["4-bit"] = compute_type.open_to_compute(folder / "model", teacher.precision)
     with c.phase("measure"):

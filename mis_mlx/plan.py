@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mis_mlx import cli
-from mis_mlx.distillation import conversations, plan_report, strategies, writers
+from mis_mlx.distillation import conversations, plan_report, strategies, teacher_answers
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, battery
@@ -151,11 +151,12 @@ def talking(
     if known:
         return replace(job, answers=recipe.EVAL_PROMPTS, answers_known=True)
     count = conversations.FEWEST
+    writes = teacher_answers.is_whole(teacher, teacher_answers.settings_of(count), budget)
     return replace(
         job,
-        conversations=count,
-        writer=writers.who_writes(teacher, count, budget),
-        answers=writers.judging_prompts(teacher, budget),
+        conversations=count if writes else 0,
+        teacher_writes=writes,
+        answers=teacher_answers.judging_prompts(teacher, budget),
     )
 
 

@@ -25,7 +25,6 @@ from mis_mlx import (
     quantize,
     search,
     sft,
-    synthesize,
     thermal,
 )
 from mis_mlx.reporting import progress, text
@@ -229,7 +228,6 @@ def test_the_help_of_a_command_of_several(capsys: pytest.CaptureFixture[str]) ->
         (Settings, "--mlx-path", "out", "here"),
         (Settings, "--num-layers", "layers", 3),
         (sft.Settings, "--data-licence", "data_license", "CC0"),
-        (synthesize.Settings, "--temperature", "temp", 0.5),
     ],
 )
 def test_other_names_of_a_flag(

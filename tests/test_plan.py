@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from mis_mlx import cli, plan
-from mis_mlx.distillation import plan_report, writers
+from mis_mlx.distillation import plan_report, teacher_answers
 from mis_mlx.hardware import rates
 from mis_mlx.hardware.rates import M1_AIR
 from mis_mlx.models.architectures import arch
@@ -296,17 +296,11 @@ def test_a_teacher_with_a_template_is_asked(
     whole, _ = plan.planned(asked, M1_AIR)
     streamed, _ = plan.planned(replace(asked, budget="22MiB"), M1_AIR)
 
-    assert list(whole.planned) == [writers.TEACHER, *silent.planned]
+    assert list(whole.planned) == [teacher_answers.PHASE, *silent.planned]
     assert whole.planned["measure"] > silent.planned["measure"]
-    assert not whole.student_writes
     assert (whole.job.answers, streamed.job.answers) == (60, 24)
-    assert list(streamed.planned) == [
-        "quantize",
-        writers.STUDENT,
-        "logit store",
-        "distil scales",
-        "measure",
-    ]
+    assert not streamed.job.teacher_writes
+    assert list(streamed.planned) == ["quantize", "logit store", "distil scales", "measure"]
 
 
 def test_longer_than_a_night_is_said_first(tmp_path: Path) -> None:

@@ -21,11 +21,10 @@ from mis_mlx.data.overlap import without_overlap
 from mis_mlx.data.row_draw import drawn, drawn_bytes
 from mis_mlx.data.rows import Reading, Row, collect, read, split_off
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.storage import files, hub
+from mis_mlx.storage import files
 from mis_mlx.types import MisError
 
 MIS = "mis"  # `--data mis`: the Polish texts; a folder of that name is reached as ./mis
-TEACHER = "teacher"  # `--data teacher` of distill, which has the teacher write first
 MIS_FOLDER = Path(__file__).parent / "polish" / MIS
 SPLITS = ("train", "valid", "test")
 Stamps = tuple[tuple[str, int, int], ...]  # of a folder's files: name, time of change, bytes
@@ -96,10 +95,6 @@ def load(data: str | None = None, tokens: int = 0) -> Texts:
         )
         splits = {name: read(MIS_FOLDER / f"{name}.jsonl").rows for name in SPLITS}
         return _built_in("Polish text: the Miś dataset", splits, shared)
-    if data == TEACHER:
-        raise MisError(
-            "--data teacher works with distill only: run `synthesize`, and give its folder here"
-        )
     folder = Path(data).expanduser()
     if folder.is_dir():  # mlx-lm's: train.jsonl and perhaps valid.jsonl, test.jsonl
         stamps = []
@@ -422,8 +417,7 @@ def prepare(source: Source | str | None, tokenizer: Any, length: int) -> Data:
     manual, Polish Miś texts (whose splits share sentence templates by design: there overlap stays),
     what a model wrote, and, for a tokenizer with a chat template, conversations in which the
     default teacher answers, or those in the file `answers`. With other `data` there are
-    conversations only where `answers` names them. What `synthesize` wrote to add to the built-in
-    text is measured on the same held-out text.
+    conversations only where `answers` names them.
     """
     if not isinstance(source, Source):
         source = Source(source)
@@ -442,9 +436,7 @@ def prepare(source: Source | str | None, tokenizer: Any, length: int) -> Data:
     polish = load(MIS)
     held_out = {"held-out": test}
     choosing = None
-    # A folder that `synthesize` wrote says of what --data its held-out splits are: None, the
-    # built-in text.
-    if data is None or hub.provenance(Path(data).expanduser()).get("data", data) is None:
+    if data is None:
         held_out = {"English": test, "Polish": cut.text(polish.test)}
     else:
         choosing = _choosing(texts.valid, own_train, cut)

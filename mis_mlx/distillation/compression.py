@@ -1,8 +1,5 @@
 """The stages of a run around its training: prune the teacher, round the student."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 from mis_mlx import cli
 from mis_mlx.data import preparation
 from mis_mlx.distillation import pipeline
@@ -58,13 +55,10 @@ def quantize(
     c: pipeline.Run,
     rounding: QuantizationConfig,
     dense: Checkpoint,
-    later_text: Callable[[Path], pipeline.Run] | None = None,
 ) -> None:
     """Round the student, then tune its scales; a folder that is there is not made again.
 
-    A rounding that was stopped goes on after the last block that it kept. dense: the
-    student. later_text: the run with the text that the scales of the
-    rounded student in this folder learn from; default: the same text.
+    A rounding that was stopped goes on after the last block that it kept. dense: the student.
     """
     out = c.folder / "model"
     rounded = c.folder / (pipeline.ROUNDED if c.plan.tuning_steps else "model")
@@ -86,7 +80,5 @@ def quantize(
             )
         c.files.discard(kept)
     if not out.exists():
-        if later_text:
-            c = later_text(rounded)
         cli.detail(f"{SCALES}: biases and norms learn, too; integers stay")
         pipeline.tune(c, rounded, out, rounding.q_learning_rate)

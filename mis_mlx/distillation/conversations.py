@@ -4,16 +4,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mis_mlx import cli
 from mis_mlx.data import chat_template, preparation
-from mis_mlx.distillation import teacher_answers, writers
+from mis_mlx.distillation import teacher_answers
 from mis_mlx.judge import answers
 from mis_mlx.judge.answer_figures import MORE_LOOPS
 from mis_mlx.models.opening import load
-from mis_mlx.models.opening.model_size import ModelSize, model_of
-from mis_mlx.planner.distillation_spec import Writer
+from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.reporting import html, progress
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
@@ -21,7 +20,7 @@ from mis_mlx.storage.files import Files, json_sha256
 from mis_mlx.types import Budget, Checkpoint, MisError, Row, duration, evenly, gib
 
 WRITTEN = Path("runs/answers")  # files of what teachers answered
-# Prompts that a teacher is asked. 240 and 48 answers taught the same (writers.py at bd583ffb).
+# Prompts that a teacher is asked. 240 and 48 answers taught the same.
 FEWEST = 96
 MOST = 2400
 SHOWN = 3  # prompts whose answers a run prints
@@ -59,131 +58,105 @@ def source(
     wanted: Wanted,
     limit: Budget,
     *,
-    writer: Writer | None = None,
+    writes: bool | None = None,
     dry_run: bool = False,
 ) -> preparation.Source:
-    """The text of a run, before its student is rounded.
+    """The text of a run.
 
     With a teacher that has a chat template, answers to our prompts are a part of it. The default
     teacher's come with the package; another teacher writes them now, once, and they are kept and
-    used again. Where the student is to write, those of the package stand in. writer: None: as
-    `writers.who_writes` says. dry_run: says what the writing would take, and writes nothing.
+    used again. writes: whether it does; where it would be read from disk for every token, those of
+    the package stand in. None: as its size says. dry_run: says what the writing would take, and
+    writes nothing.
     """
-    plain = preparation.Source(wanted.data, share=wanted.share, tokens=wanted.visited)
-    without = plain._replace(share=0.0)
-    if not _may_answer(teacher, wanted):
-        return without
-    if _has_own(wanted, dry_run=dry_run):
-        return plain
-    shipped = plain if wanted.data is None else plain._replace(answers=preparation.ANSWERS)
-    if answers.shipped_for(teacher):
-        return shipped
-    if (writer or to_answer(teacher, wanted).writer(model_of(teacher), limit)) == "student":
+    unasked = _unasked(teacher, wanted)
+    if unasked is not None:
+        return unasked
+    writing = _writing(teacher, wanted)
+    file = file_of(teacher, writing)
+    known = file.exists()
+    if writes is None:
+        writes = known or teacher_answers.is_whole(model_of(teacher), writing, limit)
+    if not writes:
         cli.say(
             "conversations: the teacher would be read from disk for every token that it writes, so "
-            "the text begins with the answers that come with the package"
+            "it reads the answers that come with the package"
         )
-        return shipped
-    file = _written(teacher, wanted, limit, dry_run=dry_run)
-    return plain._replace(answers=file) if file else without
-
-
-class ToAnswer(NamedTuple):
-    """How many prompts are answered so that a student learns from it; 0: none.
-
-    known: whether the teacher's answers are there from an earlier run. tools: whether some ask for
-    calls of tools.
-    """
-
-    prompts: int
-    known: bool = False
-    tools: bool = False
-
-    def writer(self, teacher: ModelSize, limit: Budget) -> Writer:
-        """Who writes where that is not decided yet."""
-        if self.known:
-            return "teacher"
-        return writers.who_writes(teacher, self.prompts, limit, tools=self.tools)
-
-
-def to_answer(teacher: Checkpoint, wanted: Wanted) -> ToAnswer:
-    """What a run asks for that has not come with the package or with its text."""
-    if not _may_answer(teacher, wanted) or _has_own(wanted, dry_run=True):
-        return ToAnswer(0)
-    if answers.shipped_for(teacher):
-        return ToAnswer(0)
-    file = _file_of(teacher, wanted)
-    known = file.exists()
-    return ToAnswer(_count(wanted), known=known, tools=_knows_tools(teacher))
-
-
-def _file_of(teacher: Checkpoint, wanted: Wanted) -> Path:
-    """The file of a teacher's answers, which later runs use again."""
-    identity = run_folder.origin(teacher, "")["teacher"]
-    template = teacher_answers.template_sha256(teacher)
-    settings = {**writing_of(teacher, wanted).settings, "template": template}
-    folder = WRITTEN / f"{teacher.path.name}-{identity[:8]}-{json_sha256(settings)[:8]}"
-    return folder / "answers.jsonl"
-
-
-def _count(wanted: Wanted) -> int:
-    """How many prompts are asked for so much training."""
-    return max(FEWEST, min(MOST, wanted.tokens // teacher_answers.TYPICAL_TOKENS))
-
-
-def _may_answer(teacher: Checkpoint, wanted: Wanted) -> bool:
-    """Whether a run asks for conversations, and its teacher has a template for them."""
-    return wanted.share != 0 and preparation.takes_conversations(load.tokenizer(teacher.path))
-
-
-def _has_own(wanted: Wanted, *, dry_run: bool) -> bool:
-    """Whether --data has conversations, and no others are asked for."""
-    if wanted.share is not None or wanted.data is None:
-        return False
-    return _has_conversations(wanted.data, wanted.visited, dry_run=dry_run)
-
-
-def _has_conversations(data: str, visited: int, *, dry_run: bool) -> bool:
-    """Whether --data has conversations.
-
-    A dry run goes on where its text is not there: with --data teacher it is written later.
-    """
-    try:
-        return preparation.has_conversations(data, visited)
-    except MisError:
-        if dry_run:
-            return False
-        raise
-
-
-def writing_of(teacher: Checkpoint, wanted: Wanted) -> teacher_answers.WritingSettings:
-    """How our prompts are answered for a run.
-
-    A model that can call tools shall not forget it, so some prompts ask it to.
-    """
-    return writers.settings_of(_count(wanted), wanted.seed, tools=_knows_tools(teacher))
-
-
-def _knows_tools(teacher: Checkpoint) -> bool:
-    return chat_template.knows_tools(load.tokenizer(teacher.path))
-
-
-def _written(teacher: Checkpoint, wanted: Wanted, limit: Budget, *, dry_run: bool) -> Path | None:
-    """The file of a teacher's answers, made now if it is not there.
-
-    None where too few answers were usable, which is said.
-    """
-    count = _count(wanted)
-    writing = writing_of(teacher, wanted)
-    file = _file_of(teacher, wanted)
-    if file.exists():
+        return _shipped(wanted)
+    if known:
         fallen = 0
         if not dry_run:
             fallen = teacher_answers.filter_again(file)
         gone = f"; {fallen} that repeat themselves are left out now" if fallen else ""
         tell = cli.say if fallen or dry_run else cli.detail
         tell(f"conversations: reusing the teacher's answers in {file}{gone}")
-        return file
+    elif not _write(teacher, writing, file, limit, dry_run=dry_run):
+        return _plain(wanted)._replace(share=0.0)
+    return _plain(wanted)._replace(answers=file)
+
+
+def asked_of(teacher: Checkpoint, wanted: Wanted) -> teacher_answers.WritingSettings | None:
+    """How the teacher answers our prompts for a run.
+
+    None where it is not asked: there are to be no conversations, or others are there.
+    """
+    if _unasked(teacher, wanted) is not None:
+        return None
+    return _writing(teacher, wanted)
+
+
+def file_of(teacher: Checkpoint, writing: teacher_answers.WritingSettings) -> Path:
+    """The file of a teacher's answers, which later runs use again."""
+    identity = run_folder.origin(teacher, "")["teacher"]
+    template = teacher_answers.template_sha256(teacher)
+    settings = {**writing.settings, "template": template}
+    folder = WRITTEN / f"{teacher.path.name}-{identity[:8]}-{json_sha256(settings)[:8]}"
+    return folder / "answers.jsonl"
+
+
+def _plain(wanted: Wanted) -> preparation.Source:
+    """--data and the built-in text as they are."""
+    return preparation.Source(wanted.data, share=wanted.share, tokens=wanted.visited)
+
+
+def _shipped(wanted: Wanted) -> preparation.Source:
+    """The text with the answers that come with the package, which the built-in text has."""
+    if wanted.data is None:
+        return _plain(wanted)
+    return _plain(wanted)._replace(answers=preparation.ANSWERS)
+
+
+def _unasked(teacher: Checkpoint, wanted: Wanted) -> preparation.Source | None:
+    """The text of a run for which the teacher is not asked; None where it is."""
+    tokenizer = load.tokenizer(teacher.path)
+    if wanted.share == 0 or not preparation.takes_conversations(tokenizer):
+        return _plain(wanted)._replace(share=0.0)
+    own = wanted.data if wanted.share is None else None
+    if own is not None and preparation.has_conversations(own, wanted.visited):
+        return _plain(wanted)
+    return _shipped(wanted) if answers.shipped_for(teacher) else None
+
+
+def _writing(teacher: Checkpoint, wanted: Wanted) -> teacher_answers.WritingSettings:
+    """How our prompts are answered for a run, one for so much training.
+
+    A model that can call tools shall not forget it, so some prompts ask it to.
+    """
+    count = max(FEWEST, min(MOST, wanted.tokens // teacher_answers.TYPICAL_TOKENS))
+    tools = chat_template.knows_tools(load.tokenizer(teacher.path))
+    return teacher_answers.settings_of(count, wanted.seed, tools=tools)
+
+
+def _write(
+    teacher: Checkpoint,
+    writing: teacher_answers.WritingSettings,
+    file: Path,
+    limit: Budget,
+    *,
+    dry_run: bool,
+) -> bool:
+    """Have the teacher answer; whether enough answers are usable, else that is said."""
+    count = len(writing.prompts)
     plan = teacher_answers.plan(model_of(teacher), writing, limit)
     size = f"{gib(plan.peak_bytes)} of {gib(limit.limit_bytes)}, about {duration(plan.seconds)}"
     cli.say(
@@ -191,16 +164,16 @@ def _written(teacher: Checkpoint, wanted: Wanted, limit: Budget, *, dry_run: boo
         f"{size}; into {file}"
     )
     if dry_run:
-        return file
+        return True
     try:
         with protocol.only_maker(file, cli.say) as missing:
             if missing:
-                with progress.phase(writers.TEACHER):
+                with progress.phase(teacher_answers.PHASE):
                     kept = teacher_answers.write(teacher, writing, file, limit)
                     cli.outcome(f"conversations: {kept} of {count} answers are kept")
     except MisError as error:
         cli.say(f"conversations are left out of the training text: {error}")
-    return file if file.exists() else None
+    return file.exists()
 
 
 def tables(judgement: answers.Judgement) -> dict[str, list[Row]]:

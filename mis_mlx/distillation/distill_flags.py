@@ -25,13 +25,13 @@ class DistillFlags(
     student: str | None = None
     """folder of a student that is already pruned; default: prune now"""
     data: str | None = None
-    """folder with train.jsonl (valid.jsonl, test.jsonl), or hub data set; `--data teacher`: the
-    teacher writes a quarter of the text first; default: built-in text
+    """folder with train.jsonl (valid.jsonl, test.jsonl), or hub data set; default: built-in
+    text
     """
     conversations: Annotated[float | None, Within(0.0, 0.95)] = None
     """share of the training text in which our prompts are answered, so that the student learns to
-    answer; any teacher but the default one writes first, once, or its rounded student does, if it
-    would be read from disk. Default: 0.44 if the teacher has a chat template and --data has no
+    answer; any teacher but the default one writes first, once, unless it would be read from disk.
+    Default: 0.44 if the teacher has a chat template and --data has no
     conversations; 0: none
     """
     lose: Annotated[float | None, Within(0.0, MOST)] = None

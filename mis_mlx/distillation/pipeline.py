@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
-from mis_mlx.distillation import live_teacher, packed_student, train_loop, writers
+from mis_mlx.distillation import live_teacher, packed_student, train_loop
 from mis_mlx.distillation.sharded import Sharded, steps_per_shard
 from mis_mlx.distillation.strategies import MemoryPlan, in_parts
 from mis_mlx.distillation.whole_model import WholeModel
@@ -45,7 +45,6 @@ TUNE_LOG = "tune.jsonl"
 ROUNDING = "rounding"  # what is made of a rounding that is not done
 ROUNDED = "rounded"  # the model before its scales learn
 TARGETS = "targets"
-LEARNED_TARGETS = "targets-learned"  # on the text that the student wrote
 # Folders that nobody needs once a run is done.
 TEMPORARY = (
     "steps",
@@ -54,7 +53,6 @@ TEMPORARY = (
     ROUNDED,
     "parts",
     TARGETS,
-    LEARNED_TARGETS,
     vocabulary.FOLDER,
 )
 
@@ -65,7 +63,7 @@ class Run(run_loop.OpenRun):
 
     recipe: as asked for, its micro-batches as planned. report: is told of every step of the
     distillation. sigma: spread of eps_halny, fixed from one checkpoint to the next, so that a
-    resumed run has the same. targets: the folder of those that are stored.
+    resumed run has the same.
     """
 
     recipe: DistillationConfig
@@ -74,7 +72,6 @@ class Run(run_loop.OpenRun):
     plan: MemoryPlan
     report: Callable[[Step], None] | None = None
     sigma: float = 0.0
-    targets: str = TARGETS
 
     @property
     def direct(self) -> bool:
@@ -253,29 +250,23 @@ def target_source(c: Run) -> live_teacher.TargetSource:
         if c.plan.pinned != teacher.shape.layers:
             headroom_bytes = c.plan.pinned * teacher.block_work + teacher.head_work
         return _streamed_teacher(c, headroom_bytes)
-    learned = c.targets == LEARNED_TARGETS
     # Tuning may take more steps than the distillation: windows for either, if there are both.
     iters = c.plan.tuning_steps
-    if not learned and c.plan.mode != "none":
+    if c.plan.mode != "none":
         iters = max(c.plan.job.iters, iters)
-    name = STORE
-    if learned and writers.SECOND_STORE in c.plan.planned:
-        name = writers.SECOND_STORE
     windows = live_teacher.visited_windows(c.data, replace(c.recipe, iters=iters))
-    with c.phase(name), progress.bar("targets", len(windows)) as show:
+    with c.phase(STORE), progress.bar("targets", len(windows)) as show:
         store = live_teacher.write_store(
             c.teacher,
             partial(_streamed_teacher, c, 0),
             c.data.pick(windows),
-            c.folder / c.targets,
+            c.folder / TARGETS,
             files=c.files,
             seed=c.recipe.seed,
-            windows_per_pass=max(1, c.plan.held_windows(name)),
+            windows_per_pass=max(1, c.plan.held_windows(STORE)),
             show=show,
         )
-    cli.say(
-        *store.notes,
-    )
+    cli.say(*store.notes)
     cli.detail(
         f"logit store: {store.bytes_per_token:.0f} bytes per token; losses use sampled targets"
     )

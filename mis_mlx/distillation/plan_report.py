@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from mis_mlx import cli
-from mis_mlx.distillation import packed_student, sharded, strategies, writers
+from mis_mlx.distillation import packed_student, sharded, strategies
 from mis_mlx.maths import optimizer
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening.model_size import BY_FORMULA
@@ -194,7 +194,7 @@ def disk_bytes(plan: strategies.MemoryPlan) -> int:
     for p in plan.phases:
         if p.name == "quantize":
             files += rounded_size.files_bytes(m, plan.job.rounding)
-        if p.name in (STORE, writers.SECOND_STORE):
+        if p.name == STORE:
             files += p.written_bytes
         if p.name == SCALES:
             # the rounded model stays beside the one with what was learned

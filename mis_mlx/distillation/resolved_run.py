@@ -9,10 +9,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mis_mlx.distillation import conversations, run_plan, run_text
+from mis_mlx.distillation import conversations, run_plan
 from mis_mlx.distillation.distill_flags import DistillFlags
 from mis_mlx.distillation.run_plan import RunRequest, StudentSpec
-from mis_mlx.distillation.run_text import RunText
 from mis_mlx.distillation.strategies import MemoryPlan
 from mis_mlx.hardware import memory
 from mis_mlx.planner import estimates
@@ -61,7 +60,7 @@ class ResolvedRun:
     teacher: Checkpoint
     student: StudentSpec
     recipe: DistillationConfig
-    text: RunText
+    text: conversations.Wanted
     report: ReportConfig
     strategy: Mapping[str, Any]
     settings: StoredSettings
@@ -95,15 +94,17 @@ def resolve(
     _settle(values, teacher)
     student = _student(values, teacher)
 
-    def to_answer(iters: int) -> conversations.ToAnswer:
-        return conversations.to_answer(teacher, run_text.text_of(asked, teacher, iters).wanted)
+    def wanted(iters: int) -> conversations.Wanted:
+        return conversations.wanted_of(
+            asked.data, asked.conversations, visited=iters * asked.step_tokens, seed=asked.seed
+        )
 
     request = RunRequest(
         teacher=teacher,
         student=student,
         recipe=part_of(DistillationConfig, values),
         eval_prompts=asked.eval_prompts,
-        to_answer=to_answer,
+        wanted=wanted,
     )
     plan = run_plan.plan_run(request, limit, folder)
     recipe = plan.recipe(request.recipe, teacher)
@@ -112,7 +113,6 @@ def resolve(
     values["learning_rate"] = recipe.learning_rate
     if values["eval_prompts"] is None:
         values["eval_prompts"] = plan.job.answers or EVAL_PROMPTS
-    text = run_text.text_of(asked, teacher, plan.job.iters)
     settings = _stored(values, asdict(type(asked)()))
     report = part_of(ReportConfig, values)
     strategy = run_plan.stored_strategy(plan)
@@ -120,7 +120,7 @@ def resolve(
         teacher=teacher,
         student=student,
         recipe=recipe,
-        text=text,
+        text=wanted(plan.job.iters),
         report=report,
         strategy=strategy,
         settings=settings,

@@ -8,14 +8,13 @@ from typing import Any
 
 from mis_mlx.compute import precision
 from mis_mlx.data import preparation
-from mis_mlx.distillation import pipeline, strategies, writers
-from mis_mlx.distillation.conversations import ToAnswer
+from mis_mlx.distillation import conversations, pipeline, strategies, teacher_answers
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.judge import answers
 from mis_mlx.models.opening import load, resolve
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.planner import estimates, measured_block
-from mis_mlx.planner.distillation_spec import DistillationSpec, Writer, spec_of
+from mis_mlx.planner.distillation_spec import DistillationSpec, spec_of
 from mis_mlx.pruning import select, vocabulary
 from mis_mlx.quantization import packed_format, stage
 from mis_mlx.runs.run_loop import OpenRun
@@ -31,7 +30,7 @@ from mis_mlx.types import Budget, Checkpoint, MisError
 
 # In plan.json, beside the strategy.
 PLANNED_ITERS = "iters"
-WRITER = "writer"
+WRITES = "teacher_writes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,15 +52,15 @@ class RunRequest:
     """What a run is to do, before it is known how.
 
     teacher: with its own vocabulary. recipe: the number of steps may be open. eval_prompts:
-    held-out prompts that the models answer at the end; None: the usual number. to_answer: prompts
-    that are answered so that the student learns from it in so many steps.
+    held-out prompts that the models answer at the end; None: the usual number. wanted: the text of
+    so many steps.
     """
 
     teacher: Checkpoint
     student: StudentSpec
     recipe: DistillationConfig
     eval_prompts: int | None
-    to_answer: Callable[[int], ToAnswer]
+    wanted: Callable[[int], conversations.Wanted]
 
 
 def plan_run(request: RunRequest, budget: Budget, folder: Path | None) -> strategies.MemoryPlan:
@@ -73,29 +72,25 @@ def plan_run(request: RunRequest, budget: Budget, folder: Path | None) -> strate
     rates = estimates.machine_rates()
     before = _strategy_of(folder)
     counted = before.pop(PLANNED_ITERS, None)
-    writer: Writer | None = before.pop(WRITER, None)
+    writes: bool | None = before.pop(WRITES, None)
     if counted:
         job = replace(job, iters=counted)
     elif request.recipe.minutes is not None:
         job = _paced(request.recipe.minutes, job, limit, rates)
-    found = request.to_answer(job.iters)
-    if found.prompts:
-        job = _with_writer(job, found, writer, budget)
+    writing = conversations.asked_of(request.teacher, request.wanted(job.iters))
+    if writing is not None:
+        known = conversations.file_of(request.teacher, writing).exists()
+        # A run that goes on does not choose again, whatever it may take by now.
+        if writes is None:
+            writes = known or teacher_answers.is_whole(job.whole_teacher, writing, budget)
+        job = replace(
+            job,
+            conversations=len(writing.prompts) if writes and not known else 0,
+            asks_tools=any(prompt.tools for prompt in writing.prompts),
+            teacher_writes=writes,
+        )
     strategy = before or strategies.best_plan(job, limit, rates).strategy
     return strategies.plan_strategy(job, limit, rates, **strategy)
-
-
-def _with_writer(
-    job: DistillationSpec, found: ToAnswer, writer: Writer | None, budget: Budget
-) -> DistillationSpec:
-    """The job with those who answer prompts. writer: of a run that goes on, whatever it may take
-    by now.
-    """
-    teacher = job.whole_teacher
-    if writer is None:
-        writer = found.writer(teacher, budget)
-    count = 0 if found.known and writer == "teacher" else found.prompts
-    return replace(job, conversations=count, asks_tools=found.tools, writer=writer)
 
 
 def stored_strategy(plan: strategies.MemoryPlan) -> dict[str, Any]:
@@ -103,25 +98,19 @@ def stored_strategy(plan: strategies.MemoryPlan) -> dict[str, Any]:
 
     With --minutes that is the number which the plan expected when the run began. How much is
     answered first depends on it, so a run that goes on must not count again; nor does it choose
-    again who writes.
+    again whether the teacher writes.
     """
-    return {**plan.strategy, PLANNED_ITERS: plan.job.iters, WRITER: plan.job.writer}
+    return {**plan.strategy, PLANNED_ITERS: plan.job.iters, WRITES: plan.job.teacher_writes}
 
 
 def _strategy_of(folder: Path | None) -> dict[str, Any]:
     """What the plan.json of a run that goes on says, {} of a new one.
 
-    Older ones do not have the number of steps, their targets are among the run's settings, and
-    their teacher wrote; before a run is decided the number is all that they have.
+    Before a run is decided, the number of steps is all that it has.
     """
     if folder is None:
         return {}
-    strategy = run_folder.stored_settings(folder, run_folder.PLAN)
-    if "mode" in strategy and "targets" not in strategy:
-        strategy["targets"] = run_folder.stored_settings(folder).get("targets") or "live"
-    if "mode" in strategy:
-        strategy.setdefault(WRITER, "teacher")
-    return strategy
+    return run_folder.stored_settings(folder, run_folder.PLAN)
 
 
 def _job(request: RunRequest, budget: Budget) -> DistillationSpec:
@@ -162,7 +151,7 @@ def _judging_prompts(request: RunRequest, budget: Budget) -> int:
         return request.eval_prompts
     if answers.known(request.teacher, answers.prompts(EVAL_PROMPTS)):
         return EVAL_PROMPTS
-    return writers.judging_prompts(model_of(request.teacher), budget)
+    return teacher_answers.judging_prompts(model_of(request.teacher), budget)
 
 
 def _paced(minutes: float, job: DistillationSpec, limit: int, rates: Rates) -> DistillationSpec:

@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mis_mlx.distillation import writers
+from mis_mlx.distillation import teacher_answers
 from mis_mlx.distillation.live_teacher import store_cost
 from mis_mlx.distillation.packed_student import tuning_cost
 from mis_mlx.distillation.sharded import sharded_cost
@@ -31,7 +31,7 @@ from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import pass_cost
 from mis_mlx.models.passing.pass_cost import TENSOR_BYTES
 from mis_mlx.planner import estimates
-from mis_mlx.planner.distillation_spec import SCALES, STORE, DistillationSpec, Mode
+from mis_mlx.planner.distillation_spec import SCALES, DistillationSpec, Mode
 from mis_mlx.pruning.reconstruct import repair_cost
 from mis_mlx.pruning.select import pruning_cost
 from mis_mlx.pruning.vocabulary import vocabulary_cost
@@ -47,7 +47,7 @@ from mis_mlx.types import Budget, Checkpoint, MisError, gib
 
 RATE_OF_WEIGHTS = 5.35e-4  # learning rate, as a part of their root mean square
 TAUGHT = "distil", SCALES  # phases in which a student learns from its teacher
-WITH_TEXT = "vocabulary", writers.TEACHER, writers.STUDENT, "measure"
+WITH_TEXT = "vocabulary", teacher_answers.PHASE, "measure"
 
 
 def measuring_cost(job: DistillationSpec, most_bytes: int, limit: int) -> StageCost:
@@ -196,11 +196,6 @@ class MemoryPlan:
         return self.job.rounding.steps(TUNE_ITERS)
 
     @property
-    def student_writes(self) -> bool:
-        """Whether the rounded student writes the conversations that its scales learn from."""
-        return any(p.name == writers.STUDENT for p in self.phases)
-
-    @property
     def fits(self) -> bool:
         """Whether every phase keeps to the budget."""
         return self.peak_bytes <= self.budget_bytes
@@ -271,7 +266,7 @@ def plan_strategy(
     own = process_around(job, limit, mode, trains=False)
     training = process_around(job, limit, mode, trains=True)
     trained_left = left - (training - own)
-    phases = writers.answering_cost(job, left, "teacher")
+    phases = teacher_answers.answering_cost(job, left)
     phases += _cutting(job, left, mode)
     cached = job.targets == "cached"
     if mode != "none":
@@ -294,7 +289,9 @@ def plan_strategy(
         if cached:
             needed = max(needed, store_cost(job, left).peak_bytes + own)
         if needed <= limit or tuned is not None or job.rounding.q_iters is not None:
-            phases += [*_before_tuning(job, left, trained=mode != "none"), tuning]
+            if cached and mode == "none":  # nothing has needed targets before
+                phases.append(store_cost(replace(job, iters=1), left))
+            phases.append(tuning)
     if not job.rounds_only:
         most_bytes = max(p.peak_bytes for p in phases) + own
         phases.append(measuring_cost(job, most_bytes, left))
@@ -330,21 +327,6 @@ def _distil(job: DistillationSpec, mode: Mode, micro: int, *, shard: int, limit:
     if mode == "resident":
         return resident_cost(job, micro, limit)
     return sharded_cost(job, micro, shard, limit)
-
-
-def _before_tuning(job: DistillationSpec, limit: int, *, trained: bool) -> list[StageCost]:
-    """The phases between rounding and the steps with scales.
-
-    What the student writes, and the teacher's targets on it; or, where nothing was trained, on the
-    text.
-    """
-    answers = writers.answering_cost(job, limit, "student")
-    if job.targets != "cached" or (trained and not answers):
-        return answers
-    if answers or not trained:  # of the steps with scales alone
-        job = replace(job, iters=1)
-    store = store_cost(job, limit)
-    return [*answers, replace(store, name=writers.SECOND_STORE if trained else STORE)]
 
 
 def best_plan(job: DistillationSpec, budget_bytes: int, rates: Rates) -> MemoryPlan:

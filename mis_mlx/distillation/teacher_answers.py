@@ -10,30 +10,37 @@ rounding.
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from mis_mlx.data import chat_template
+from mis_mlx.data import prompts as our_prompts
 from mis_mlx.data.prompts import Prompt
 from mis_mlx.data.rows import Row
 from mis_mlx.hardware import memory
+from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge import answer_figures, answers, repetition
 from mis_mlx.judge.prompts import Answer
 from mis_mlx.judge.write import WritingPlan, plan_writing
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize, model_of
+from mis_mlx.models.passing.pass_cost import TENSOR_BYTES
 from mis_mlx.models.writing import tool_calls
 from mis_mlx.models.writing.continuous_batch import Texts
 from mis_mlx.models.writing.draws import Draws, Sampling
+from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.reporting import progress
+from mis_mlx.settings.recipe import EVAL_PROMPTS, EVAL_PROMPTS_STREAMED
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK, json_sha256
 from mis_mlx.storage.journal import Journal
 from mis_mlx.types import Budget, Checkpoint, MisError
 
+PHASE = "teacher's answers"
 AT_ONCE = (64, 44, 24, 8, 1)  # answers written together, as many as fit
 TYPICAL_TOKENS = 96  # of a prompt of ours, with a template around it
 TOOLS_TOKENS = 512  # of one that tells of tools
@@ -74,6 +81,45 @@ def plan(model: ModelSize, settings: WritingSettings, limit: Budget) -> WritingP
     before = TOOLS_TOKENS if with_tools else TYPICAL_TOKENS
     texts = Texts(answered, before, settings.max_tokens)
     return plan_writing(model, texts, limit, at_once=AT_ONCE)
+
+
+def settings_of(count: int, seed: int = 0, *, tools: bool = False) -> WritingSettings:
+    """How the first `count` of our prompts are answered. tools: as in `prompts.train`."""
+    return WritingSettings(_prompts(count, tools), seed=seed)
+
+
+@cache
+def _prompts(count: int, tools: bool) -> tuple[Prompt, ...]:
+    """The first ones, read once a process: a plan asks many times."""
+    return tuple(our_prompts.train(count, tools=tools))
+
+
+def is_whole(teacher: ModelSize, settings: WritingSettings, limit: Budget) -> bool:
+    """Whether the teacher is whole in memory while it writes, in a plan of all phases."""
+    left = limit.limit_bytes - TENSOR_BYTES * teacher.tensors
+    try:
+        return plan(teacher, settings, Budget(max(0, left))).headroom_bytes is None
+    except MisError:
+        return False
+
+
+def answering_cost(job: DistillationSpec, limit: int) -> list[StageCost]:
+    """[what the teacher takes to answer], [] where it is not asked or does not fit."""
+    if not job.conversations:
+        return []
+    settings = settings_of(job.conversations, tools=job.asks_tools)
+    try:
+        cost = plan(job.whole_teacher, settings, Budget(limit)).cost
+    except MisError:
+        return []
+    return [replace(cost, name=PHASE)]
+
+
+def judging_prompts(teacher: ModelSize, limit: Budget) -> int:
+    """How many held-out prompts teacher and student answer where nobody says a number."""
+    if is_whole(teacher, settings_of(EVAL_PROMPTS_STREAMED), limit):
+        return EVAL_PROMPTS
+    return EVAL_PROMPTS_STREAMED
 
 
 def template_sha256(teacher: Checkpoint) -> str:
@@ -134,13 +180,11 @@ def write(
     settings: WritingSettings,
     out: Path,
     limit: Budget,
-    who: str = "teacher's answers",
 ) -> int:
     """Write the file `out`: a row {"messages": [...]} for each conversation; return their number.
 
     Until it is complete, answers are kept in a file next to it as they end: a run that was stopped
-    goes on with those that are missing. who: what the bar is called, of another model than a
-    teacher. MisError where too few answers are usable.
+    goes on with those that are missing. MisError where too few answers are usable.
     """
     planned = plan(model_of(teacher), settings, limit)
     identity = {
@@ -153,7 +197,7 @@ def write(
     for (turn, number), record in part.begin().items():
         said[turn, number] = Answer(record["text"], record["ended"])
     total = sum(len(prompt.turns) for prompt in settings.prompts)
-    with progress.bar(who, total) as show, memory.limited(limit):
+    with progress.bar(PHASE, total) as show, memory.limited(limit):
         show(len(said))
         writer = planned.open(teacher)
         tokenizer = load.tokenizer(teacher.path)
@@ -179,7 +223,7 @@ def write(
         show(total)
     count = len(settings.prompts)
     if len(kept) < USABLE * count:
-        why = f"of {count} {who} only {len(kept)} are neither empty nor loops"
+        why = f"of {count} {PHASE} only {len(kept)} are neither empty nor loops"
         raise MisError(f"{why}: give --conversations 0, or --data with conversations of your own")
     write_rows(out, kept)
     DISK.discard(part.path)

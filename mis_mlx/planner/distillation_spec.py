@@ -19,7 +19,6 @@ from mis_mlx.settings.recipe import (
 from mis_mlx.storage import logit_store
 
 Mode = Literal["resident", "blocks", "sharded", "none"]
-Writer = Literal["teacher", "student"]  # of conversations to learn from
 
 SCALES = "distil scales"  # the phase behind rounding; "distil" is the one before it
 STORE = "logit store"  # the phase that keeps a teacher's targets
@@ -41,9 +40,9 @@ class DistillationSpec(DistillationConfig):
     rounding: QuantizationConfig = ROUND_TO_NEAREST  # of the trained student
     # the teacher with its own vocabulary, where the student has another
     shown: ModelSize | None = None
-    conversations: int = 0  # prompts that are answered so that the student learns from that
+    conversations: int = 0  # prompts that the teacher answers so that the student learns from it
     asks_tools: bool = False  # whether some of them ask for calls of tools
-    writer: Writer = "teacher"  # of these answers; nobody is, where a student would learn nothing
+    teacher_writes: bool = True  # else answers that came with the package stand in
     answers: int = 0  # held-out prompts that teacher and student answer at the end
     answers_known: bool = False  # the teacher's are kept from before, or came with the package
     # the student is the teacher: nothing to repair, nothing to learn before rounding

@@ -205,7 +205,6 @@ class QuantizationConfig:
 TUNE_ITERS = 20
 EVAL_PROMPTS = 60  # that the models of a run answer at its end
 EVAL_PROMPTS_STREAMED = 24  # where the teacher is read from disk for a token: as many share a pass
-TEACHER_TEXTS = 144  # that a teacher writes: `synthesize`; `--data teacher` at the least
 FIRST_STEPS = 4  # whose pace says how many fit into --minutes; fewer than `warmup`
 # of a repaired student; families says what others need
 ITERS = 30

@@ -31,7 +31,6 @@ DATA = "data.json"
 TAKEN = "taken.json"  # seconds, memory and tea breaks so far
 SEARCH = "search"  # the folder, in a run's, of the search for its sizes
 SAMPLE_BYTES = 4096  # of every tensor, for the teacher's fingerprint
-LEARNED = "learned"  # in origin.json, of the text that scales learn from where that comes later
 # In origin.json, each with its words: what trains and is trained on, the text that judges, and the
 # model that is rounded.
 WORDS = {"teacher": "teacher", "data": "data", "held_out": "held-out text", "model": "model"}
@@ -283,21 +282,6 @@ def same_origin(
             changed = f"{name} was {then}, is now {now}"
             notes.append(f"{changed}: the result may differ in the last bits")
     return notes
-
-
-def same_learned(folder: Path, fingerprint: str, files: Files) -> None:
-    """Keep the fingerprint of the text that a run's scales learn from, which comes later than that
-    which calibrates; of a run that goes on check it.
-
-    MisError where it is another one.
-    """
-    known = stored_settings(folder, ORIGIN)
-    before = known.get(LEARNED, fingerprint)
-    if before != fingerprint:
-        why = f"The text that scales learn from ({before[:12]} is now {fingerprint[:12]}) changed"
-        raise MisError(f"{why} since {folder} learned from it: start a new run")
-    if LEARNED not in known:
-        _write_json(folder / ORIGIN, {**known, LEARNED: fingerprint}, files)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

@@ -23,9 +23,10 @@ from mis_mlx.judge.answer_figures import AnswerBits
 from mis_mlx.judge.answers import Judgement, ModelAnswers, TeacherAnswers
 from mis_mlx.judge.prompts import Answer, AnswerPair, Prompt, read_header, read_pairs
 from mis_mlx.models.opening import load
+from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import DISK
-from mis_mlx.types import Checkpoint, MisError
+from mis_mlx.types import Budget, Checkpoint
 from tests import tiny
 
 LOOP = Answer("I'm not sure. " * 30, ended=False)
@@ -177,14 +178,20 @@ def test_data_with_conversations_of_its_own(
     assert beside.share == 0.5
 
 
-def test_a_dry_run_does_not_look_for_text_that_is_not_written_yet(chat: Checkpoint) -> None:
-    """--data teacher names a folder that `synthesize` would make; a real run reads it."""
-    planned = source(chat, wanted("runs/text/teacher-0"), dry_run=True)
-
-    assert planned.data == "runs/text/teacher-0"
-    assert planned.answers is not None
-    with pytest.raises(MisError, match="there is no folder runs/text/teacher-0"):
-        source(chat, wanted("runs/text/teacher-0"))
+def test_a_teacher_that_would_be_streamed_reads_the_shipped_answers(chat: Checkpoint) -> None:
+    """It writes nothing, unless its answers are there already."""
+    asked = teacher_answers.settings_of(6)
+    m = model_of(chat)
+    assert teacher_answers.is_whole(m, asked, Budget(2**30))
+    assert not teacher_answers.is_whole(m, asked, Budget(2**20))
+    tight = conversations.source(chat, wanted(), Budget(2**20))
+    assert tight == preparation.Source(None)
+    assert not Path("runs").exists()
+    own = source(chat, wanted())
+    assert own.answers is not None
+    assert conversations.source(chat, wanted(), Budget(2**20)) == own
+    # A run that began without them goes on without them.
+    assert conversations.source(chat, wanted(), Budget(2**30), writes=False) == tight
 
 
 def test_a_teacher_that_answers_nonsense_is_none_to_learn_answers_from(

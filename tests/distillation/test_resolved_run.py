@@ -14,11 +14,10 @@ from typing import Any, NoReturn
 
 import pytest
 
-from mis_mlx import distill, synthesize
-from mis_mlx.distillation import pipeline, resolved_run, run_text
+from mis_mlx import distill
+from mis_mlx.distillation import pipeline, resolved_run
 from mis_mlx.distillation.resolved_run import ResolvedRun
 from mis_mlx.hardware import memory
-from mis_mlx.judge import repetition
 from mis_mlx.planner import estimates
 from mis_mlx.settings import recipe
 from mis_mlx.settings.parts import part_of
@@ -118,42 +117,6 @@ def test_a_run_that_goes_on_is_what_it_was(
         assert begun.report.expected_loss == stored["expected_loss"] is not None
 
 
-def test_a_text_that_the_teacher_writes_is_asked_for_once(
-    llama: Checkpoint,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    resolved: list[ResolvedRun],
-    stop: list[pipeline.Run],
-) -> None:
-    """--data teacher with so large a batch that the number of texts follows from the steps, which
-    nobody gave: they are known when the run goes on, and the text is the same.
-    """
-    monkeypatch.chdir(tmp_path)
-    # A random model writes no words.
-    for name, value in (("WORDLIKE", 0.0), ("SHORT", 10)):
-        monkeypatch.setattr(synthesize, name, value)
-    monkeypatch.setattr(repetition, "loops", lambda text: False)
-    monkeypatch.setattr(recipe, "TEACHER_TEXTS", 2)
-    monkeypatch.setattr(run_text, "TEXT_TOKENS", 640)
-    settings = distill.Settings(
-        teacher=str(llama.path),
-        data="teacher",
-        batch_size=16,
-        scenario="gazda",
-        out="run",
-        **QUICK,
-    )
-    begin_and_resume(settings)
-    begun, resumed = resolved
-    assert begun == resumed
-    assert begun.plan.phases == resumed.plan.phases
-    assert begun.text.written is not None
-    assert begun.text.written.texts == recipe.ITERS * 16 * 32 // (4 * 640) > 2
-    assert begun.text.wanted.data == str(begun.text.written.out)
-    assert [str(folder) for folder in run_text.WRITTEN_TEXTS.iterdir()] == [begun.text.wanted.data]
-    assert stop[0].data.tokens.tolist() == stop[1].data.tokens.tolist()
-
-
 def test_minutes_on_another_day(
     llama: Checkpoint,
     text_folder: Path,
@@ -163,8 +126,7 @@ def test_minutes_on_another_day(
     stop: list[pipeline.Run],
 ) -> None:
     """With --minutes the plan expects a number of steps, and so many answers of the teacher are
-    asked for. A run that goes on keeps that number where rates are measured anew; a run of an
-    earlier version, whose plan.json does not have it, counts again and goes on, too.
+    asked for. A run that goes on keeps that number where rates are measured anew.
     """
     monkeypatch.chdir(tmp_path)
     settings = distill.Settings(
@@ -189,17 +151,7 @@ def test_minutes_on_another_day(
     begun, _, later = resolved
     assert later == begun
     assert later.plan.planned != begun.plan.planned
-    assert later.text.wanted.tokens == begun.text.wanted.tokens > 0
-    path = tmp_path / "run" / run_folder.PLAN
-    older = json.loads(path.read_text())
-    assert older.pop("iters") == begun.recipe.iters
-    path.write_text(json.dumps(older))
-    with pytest.raises(KeyboardInterrupt):
-        distill.run(again)
-    assert resolved[-1].text.wanted.tokens > begun.text.wanted.tokens
-    assert replace(resolved[-1], text=begun.text, strategy=begun.strategy) == replace(
-        begun, recipe=resolved[-1].recipe
-    )
+    assert later.text.tokens == begun.text.tokens > 0
 
 
 def test_other_programs_do_not_stop_a_run_that_goes_on(

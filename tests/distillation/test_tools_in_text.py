@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from mis_mlx import synthesize
 from mis_mlx.data import preparation, prompts, token_windows
 from mis_mlx.distillation import conversations, teacher_answers
 from mis_mlx.hardware import memory
@@ -58,12 +57,6 @@ def test_calls_stand_apart_from_words_where_the_model_marks_them() -> None:
     assert [call["function"] for call in called["tool_calls"]] == [CALL]
     assert tool_calls.reply(JSON, Marked(), []) == {"role": "assistant", "content": JSON}
     assert tool_calls.reply('<tool_call>{"name": ', Marked(), []) is None
-    prompt = prompts.calling()[0]
-    row = synthesize._called("Wake me.", f"<tool_call>{JSON}</tool_call>", Marked(), prompt.tools)
-    assert row is not None
-    assert row["messages"][0] == {"role": "user", "content": "Wake me."}
-    assert row["tools"] == list(prompt.tools)
-    assert synthesize._called("Wake me.", "No.", Marked(), prompt.tools) is None
 
 
 def test_the_tokens_of_a_call_are_learned(calling: Checkpoint) -> None:
