@@ -61,9 +61,7 @@ def run_row(teacher: str | None, loss: float, seed: int) -> dict[str, Any]:
     """One run, from the search to the measurement, without its timed part."""
     with tempfile.TemporaryDirectory() as temp:
         out = Path(temp) / "run"
-        settings = distill.Settings(
-            teacher=teacher, lose=loss, seed=seed, out=str(out), bench_tokens=0
-        )
+        settings = distill.Settings(teacher=teacher, lose=loss, seed=seed, out=str(out))
         result = distill.run(settings)
         seconds = run_reader.read(out).took()
     row = {name: result[name] for name in KEPT_RESULTS if name in result}

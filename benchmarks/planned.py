@@ -111,7 +111,6 @@ BRIEF: dict[str, Any] = {
     "num_samples": 4,
     "reconstruct_samples": 4,
     "eval_windows": 3,
-    "bench_tokens": 4,
     "q_iters": 2,
     "eval_prompts": 8,
     "lose": None,

@@ -230,7 +230,7 @@ def budget(folder: Path, out: Path, limit: str = "600MiB") -> dict[str, Any]:
         "--eval-windows",
         3,
     ]
-    flags += ["--bench-tokens", 0, "--quantize", 0]
+    flags += ["--quantize", 0]
     command = [sys.executable, "-P", "-m", "mis_mlx.distill", *map(str, flags)]
     began = time.perf_counter()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -19,7 +18,7 @@ from mis_mlx.judge.speed import rounds
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import compute_type, resolve
 from mis_mlx.reporting import progress, text
-from mis_mlx.types import MOST, Checkpoint, MisError, Reading, Row, Seconds, Seed, Within
+from mis_mlx.types import MOST, Checkpoint, MisError, Reading, Seconds, Seed, Within
 
 IDLE_S = 5.0  # of rest, whose power is subtracted
 
@@ -42,32 +41,6 @@ class Settings(cli.Budgeted, precision.Computing, run_monitor.ThermalFlags):
     """seconds of rest before each trial; use 30 or more on a laptop without a fan"""
     seed: Seed = 0
     """selects the texts"""
-
-
-def measure(
-    models: Mapping[str, Checkpoint],
-    prompt_tokens: int,
-    tokens: int,
-    count: int,
-    limit_bytes: int = 0,
-) -> list[Row]:
-    """Rows `ttft_ms` and `decode_tps` of each model, medians of `count` trials.
-
-    The models are timed in turn if all of them fit in `limit_bytes` together.
-    """
-    request = rounds.Request(prompt_tokens, max(tokens, 2))
-    needs = [rounds.need_bytes(model, request) for model in models.values()]
-    together = sum(needs) <= limit_bytes
-    trials = rounds.rounds(models, together, count, request)
-    by_model = dict[str, list[rounds.Measurement]]()
-    for name, trial in cli.show_progress("trial", trials, count * len(models)):
-        by_model.setdefault(name, []).append(trial)
-    rows = []
-    for name, of_model in by_model.items():
-        figures = rounds.figures(of_model, request)
-        rows.append(Row(name, "ttft_ms", figures["ttft_ms"]["median"], n=count))
-        rows.append(Row(name, "decode_tps", figures["decode_tps"]["median"], n=count))
-    return rows
 
 
 class Bench:

@@ -1,12 +1,11 @@
 """Make a small 4-bit student: prune, distill, quantize, measure."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mis_mlx import bench, cli, plan, search
+from mis_mlx import cli, plan, search
 from mis_mlx.data import preparation
 from mis_mlx.distillation import (
     compression,
@@ -21,14 +20,11 @@ from mis_mlx.distillation import (
 )
 from mis_mlx.distillation.distill_flags import DistillFlags
 from mis_mlx.distillation.resolved_run import ResolvedRun
-from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import battery
 from mis_mlx.judge import answers, comparison
-from mis_mlx.judge.speed import rounds
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import compute_type
-from mis_mlx.models.writing import mlx_generate
 from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting import progress, text
 from mis_mlx.runs import run_loop
@@ -40,7 +36,6 @@ from mis_mlx.types import Checkpoint, MisError, Row
 FREE = run_loop.FREE_ANYWHERE | {
     "eval_windows",
     "eval_prompts",
-    "bench_tokens",
     "report_to",
     "save_every",
     "keep_steps",
@@ -308,7 +303,6 @@ class Measured:
     """
 
     models: comparison.Models
-    sizes: list[Row]
     quality: summary.Quality
     answered: answers.Judgement | None
     languages: dict[str, float]
@@ -391,45 +385,9 @@ def _stages(
     with c.phase("measure"):
         answered = measurement.answered(c, models, resolved.report.eval_prompts)
         quality = measurement.quality(c, judging, models)
-        sizes = _sizes(c, models, resolved.report.bench_tokens)
         languages = measurement.languages(c, models)
-    measured = Measured(
-        models=models, sizes=sizes, quality=quality, answered=answered, languages=languages
-    )
+    measured = Measured(models=models, quality=quality, answered=answered, languages=languages)
     return _finish(resolved, c, measured)
-
-
-def _sizes(c: pipeline.Run, models: comparison.Models, tokens: int) -> list[Row]:
-    """Rows of size and speed. The models that are timed also write samples, for the report.
-
-    These are the teacher and the result, as far as they fit. tokens: timed; 0: none.
-    """
-    teacher, *_, result = models
-    sizes = []
-    fitting = {}
-    for name, model in models.items():
-        params = arch.params(model.config)
-        sizes.append(Row(name, "params", params / 1e6))
-        fits = rounds.timed_bytes(params) <= c.plan.budget_bytes
-        if name in (teacher, result) and fits:
-            fitting[name] = model
-    sizes += [Row(name, "bytes", model.nbytes / 1e6) for name, model in models.items()]
-    if tokens:
-        if len(fitting) < 2:
-            timed = f"only {', '.join(fitting)} does, and is timed" if fitting else "none is timed"
-            cli.say(f"measure: not every model fits the budget whole: {timed}")
-        memory.give_back()  # what was compared must not lie beside the weights
-        sizes += bench.measure(
-            fitting,
-            prompt_tokens=2 * tokens,
-            tokens=tokens,
-            count=2,
-            limit_bytes=c.plan.peak_bytes,
-        )
-        samples = mlx_generate.samples(fitting, 2 * tokens)
-        lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
-        c.files.replace_text(c.folder / run_folder.SAMPLES, "".join(lines))
-    return sizes
 
 
 def _finish(
@@ -441,6 +399,10 @@ def _finish(
     models = measured.models
     answered = measured.answered
     student = list(models)[-1]
+    sizes = []
+    for name, model in models.items():
+        sizes.append(Row(name, "params", arch.params(model.config) / 1e6))
+        sizes.append(Row(name, "bytes", model.nbytes / 1e6))
     expected = summary.expectation(report.expected_loss, student, answered, measured.quality)
     sentence = ""
     far = False
@@ -453,7 +415,7 @@ def _finish(
     def page(*, for_screen: bool) -> str:
         return summary.result_page(
             models,
-            measured.sizes,
+            sizes,
             measured.quality,
             resolved.recipe.max_seq_length,
             answered=answered,
@@ -466,7 +428,7 @@ def _finish(
 
     c.files.replace_text(folder / "table.md", page(for_screen=False) + "\n")
     figures = conversations.figures(answered) if answered else {}
-    result = summary.result(folder, models, measured.sizes, measured.quality)
+    result = summary.result(folder, models, sizes, measured.quality)
     if measured.languages:
         result["languages"] = measured.languages
     result = c.finish({**figures, **result, **expected, "mode": c.plan.mode})

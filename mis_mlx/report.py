@@ -262,16 +262,6 @@ def pruning(story: RunRecord) -> str:
     return html.part("pruning", report=report, pictures=pictures, shares=shares)
 
 
-def samples(story: RunRecord) -> str:
-    """What the models write after the same words, side by side."""
-    texts: dict[str, dict[str, str]] = {}
-    for sample in story.samples:
-        prompt = f"{sample['language']}: “{sample['prompt']} …”"
-        by_model = texts.setdefault(prompt, {})
-        by_model[str(sample["model"])] = str(sample["text"])
-    return html.part("samples", texts=texts)
-
-
 def origins(story: RunRecord) -> str:
     """The command, versions, hashes, settings."""
     words = [str(cli.from_here(Path(sys.executable))), "-m", "mis_mlx", "distill"]
@@ -289,7 +279,7 @@ def origins(story: RunRecord) -> str:
 
 
 # in the page's order
-OF_RUN = (verdict, answers, samples, summary, recovery, course, cost, pruning, origins)
+OF_RUN = (verdict, answers, summary, recovery, course, cost, pruning, origins)
 
 
 def render(story: RunRecord) -> str:

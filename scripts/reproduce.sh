@@ -31,7 +31,7 @@ train() {
 }
 
 stage "$out/pruned" prune --mlx-path "$out/pruned"
-train distilled distill --student "$out/pruned" --quantize 0 --iters 20 --eval-windows 8 --bench-tokens 0
+train distilled distill --student "$out/pruned" --quantize 0 --iters 20 --eval-windows 8
 train sft sft --model "$out/distilled/model" --iters 10 --batch-size 2 --save-every 10 --eval-rows 16
 train dpo dpo --model "$out/sft/model" --iters 4 --batch-size 2 --save-every 4 --eval-rows 8
 train grpo grpo --model "$out/dpo/model" --tasks sums --iters 4 --max-completion-length 48 --save-every 4 --eval-rows 8

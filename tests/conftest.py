@@ -52,7 +52,7 @@ SMALL = (
     "--eval-windows",
     3,
 )
-SMALL += ("--scenario", "goral", "--iters", ITERS, "--save-every", EVERY, "--bench-tokens", 0)
+SMALL += ("--scenario", "goral", "--iters", ITERS, "--save-every", EVERY)
 SMALL += ("--learning-rate", "1e-2", "--q-iters", 6)
 
 
@@ -287,8 +287,6 @@ def finished(once: Once, flags: tuple[object, ...], own_home: dict[str, str]) ->
             *flags,
             "--out",
             folder / "run",
-            "--bench-tokens",
-            3,
         ]
         env = {**own_home, "PYTHONPATH": str(forks.ROOT)}
         done = subprocess.run(

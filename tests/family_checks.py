@@ -28,7 +28,6 @@ RUN: dict[str, Any] = {
     "max_seq_length": 32,
     "eval_windows": 2,
     "reconstruct_samples": 4,
-    "bench_tokens": 2,
     "learning_rate": 1e-4,
     "q_iters": 2,
     "q_group_size": 32,

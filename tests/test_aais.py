@@ -144,7 +144,6 @@ def test_tea_breaks_do_not_touch_the_weights(
         "reconstruct_samples": 2,
         "batch_size": 1,
         "eval_windows": 2,
-        "bench_tokens": 0,
     }
     common |= {"halny": 0.0, "importance": "activation", "quantize": 0}
     calm = distill.run(distill.Settings(out=str(tmp_path / "calm"), **common))

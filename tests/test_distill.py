@@ -14,10 +14,9 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mis_mlx import distill, report
+from mis_mlx import distill
 from mis_mlx.distillation import conversations, pipeline, teacher_answers
 from mis_mlx.judge import answers
-from mis_mlx.judge.speed import rounds
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
@@ -75,7 +74,6 @@ def test_the_last_line_is_the_result(finished: tuple[Path, Done], llama: Checkpo
     assert 0 < result["peak_bytes"] < result["budget_bytes"]
     assert result["tokens"] == ITERS * 2 * 31
     assert result["tokens_per_s"] > 0
-    assert all(result[f"decode_tps_{name}"] > 0 for name in ("teacher", "4-bit"))
     assert "| | teacher | pruned | distilled | student |" in done.stdout
     assert (out / "table.md").read_text().splitlines()[
         0
@@ -163,9 +161,7 @@ def test_its_config_gives_the_same_run_again(
 ) -> None:
     """`-c RUN/config.yaml` elsewhere: the same weights, bit for bit."""
     out, _ = finished
-    done = command(
-        "distill", "-c", out / "config.yaml", "--bench-tokens", 0, "--out", tmp_path / "again"
-    )
+    done = command("distill", "-c", out / "config.yaml", "--out", tmp_path / "again")
     assert done.returncode == 0, done.stderr
     assert weights(tmp_path / "again") == weights(out)
     assert losses(tmp_path / "again") == losses(out)
@@ -194,9 +190,7 @@ def test_flags_from_yaml(
     (tmp_path / "good.yaml").write_text("learning_rate: 1e-3\niters: 3\nquantize: 0\n")
     given = flags[: flags.index("--iters")]
     out = tmp_path / "run"
-    done = command(
-        "distill", "-c", tmp_path / "good.yaml", *given, "--bench-tokens", 0, "--out", out
-    )
+    done = command("distill", "-c", tmp_path / "good.yaml", *given, "--out", out)
     assert done.returncode == 0, done.stderr
     assert max(r["learning_rate"] for r in run_folder.metrics(out)) == pytest.approx(1e-3)
     assert not (out / "distilled").exists()
@@ -210,25 +204,6 @@ def refused(out: Path, **changes: Any) -> str:
     with pytest.raises(MisError) as caught:
         distill.run(distill.Settings(out=str(out), resume=True, **changes))
     return str(caught.value)
-
-
-def test_a_budget_that_no_model_fits_whole(
-    tmp_path: Path,
-    flags: tuple[object, ...],
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    """Nothing is timed, which it says, the run ends as any other and has its page."""
-    monkeypatch.setattr(rounds, "timed_bytes", lambda params: 2**50)
-    s = settings_of(distill, flags, tmp_path / "run", bench_tokens=4, iters=1, quantize=0)
-    assert distill.run(s)["params_student"]
-    assert "not every model fits the budget whole: none is timed" in "".join(capfd.readouterr())
-    table = (tmp_path / "run" / "table.md").read_text("utf-8")
-    assert "weights on disk" in table
-    assert "first token" not in table
-    page = tmp_path / "page.html"
-    report.run(report.Settings(str(tmp_path / "run"), str(page)))
-    assert "weights on disk" in page.read_text("utf-8")
 
 
 @pytest.fixture

@@ -130,7 +130,7 @@ def test_the_examples_of_the_page_run(
     for block in blocks:
         code = block.replace('"HuggingFaceTB/SmolLM2-135M-Instruct"', f'"{llama.path}", **small')
         code = code.replace(
-            "iters=30", "iters=2, reconstruct_samples=4, eval_windows=2, bench_tokens=2, vocab='1x'"
+            "iters=30", "iters=2, reconstruct_samples=4, eval_windows=2, vocab='1x'"
         )
         code = code.replace("model=packed.folder", "model=packed.folder, out_type='f16'")
         code = code.replace("model=small.folder", "model=small.folder, q_iters=0, **few")

@@ -29,8 +29,6 @@ FLAGS = ("--max-seq-length", 32, "--num-samples", 2, "--reconstruct-samples", 2)
 FLAGS += (
     "--eval-windows",
     1,
-    "--bench-tokens",
-    0,
     "--iters",
     6,
     "--save-every",

@@ -85,8 +85,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
         4,
         "--eval-prompts",
         2,
-        "--bench-tokens",
-        4,
     ]
     argv = [sys.executable, "-m", "mis_mlx.distill", "--out", out, *flags, "--max-seq-length", 128]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}

@@ -309,9 +309,6 @@ def test_what_a_run_writes_down_for_it(finished: tuple[Path, Done], llama: Check
         == ["prune", "repair", "distil", "quantize", "distil scales", "measure"]
     )
     assert all(p["seconds"] > 0 and p["peak_bytes"] > 0 for p in story.phases)
-    models = ("teacher", "4-bit")
-    shown = {(sample["model"], sample["language"]) for sample in story.samples}
-    assert shown == set(product(models, ("English", "Polish")))
     profile = story.keep["report"]["profile"]
     layers = llama.config["num_hidden_layers"]
     parts = product(range(layers), ("ffn", "heads"))
@@ -468,11 +465,6 @@ def test_text_of_models_and_files_is_never_run(copy: Path, tmp_path: Path) -> No
     """
     put_answers(copy, rows_of_answers("loop " * 60))
     before = Tags(written(copy)[0])
-    samples = run_folder.records(copy / run_folder.SAMPLES)
-    lines = []
-    for sample in samples:
-        lines.append(json.dumps({name: f"{value}{HOSTILE}" for name, value in sample.items()}))
-    (copy / run_folder.SAMPLES).write_text("\n".join(lines) + "\n")
     answers = []
     for row in rows_of_answers("loop " * 60):
         spoilt = {name: f"{value}{HOSTILE}" for name, value in row.items()}
@@ -512,7 +504,6 @@ FILES = (
     "table.md",
     "metrics.jsonl",
     "phases.jsonl",
-    "samples.jsonl",
 )
 ALL_FILES = (*FILES, "pruned/keep.json")
 FOREIGN = {

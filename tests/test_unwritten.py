@@ -221,7 +221,6 @@ def test_a_student_that_is_not_cut_is_no_copy(
             num_samples=4,
             eval_windows=2,
             eval_prompts=0,
-            bench_tokens=0,
             q_iters=1,
         )
         distill.run(asked)
@@ -253,7 +252,6 @@ def test_a_packed_teacher_is_copied_once(text_folder: Path, tmp_path: Path) -> N
         num_samples=4,
         eval_windows=2,
         eval_prompts=0,
-        bench_tokens=0,
         q_iters=1,
         keep_steps=True,
     )

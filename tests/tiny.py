@@ -586,5 +586,5 @@ def schedule(iters: int, peak: float, warmup: int) -> TrainingConfig:
 def run_flags(teacher: Path, text: Path) -> tuple[object, ...]:
     """Flags of a `distill` of a tiny teacher that takes seconds and does everything once."""
     sizes = ("--max-seq-length", 32, "--num-samples", 4, "--reconstruct-samples", 2)
-    steps = ("--iters", 4, "--q-iters", 1, "--eval-windows", 2, "--bench-tokens", 0)
+    steps = ("--iters", 4, "--q-iters", 1, "--eval-windows", 2)
     return ("--teacher", teacher, "--data", text, *sizes, *steps)

@@ -32,7 +32,6 @@ class ReportConfig:
     """
 
     eval_prompts: int
-    bench_tokens: int
     lose: float | None
     expected_loss: float | None
     report_to: str | None

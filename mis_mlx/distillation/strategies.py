@@ -22,7 +22,6 @@ from mis_mlx.hardware.rates import Rates
 from mis_mlx.hardware.stage_cost import BLOCKS, WINDOWS, StageCost, in_turn
 from mis_mlx.judge import other_languages
 from mis_mlx.judge.comparison import comparison_cost
-from mis_mlx.judge.speed.rounds import timing_cost
 from mis_mlx.judge.write import answers_cost
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import attends, shape_of
@@ -50,12 +49,10 @@ TAUGHT = "distil", SCALES  # phases in which a student learns from its teacher
 WITH_TEXT = "vocabulary", teacher_answers.PHASE, "measure"
 
 
-def measuring_cost(job: DistillationSpec, most_bytes: int, limit: int) -> StageCost:
-    """Teacher, pruned, distilled and 4-bit student on every text; then those that fit are timed.
+def measuring_cost(job: DistillationSpec, limit: int) -> StageCost:
+    """Teacher, pruned, distilled and 4-bit student on every text.
 
-    Teacher and result are timed, side by side where the
-    phases before, which took `most_bytes`, leave room for both, else one by one. Then models answer
-    prompts, where the student can write in the budget `limit`.
+    Models answer prompts at the end, where the student can write in the budget `limit`.
     """
     four_bit = rounded_size.rounded_size(job.student, job.rounding)
     result = four_bit if job.rounds else job.student
@@ -68,7 +65,6 @@ def measuring_cost(job: DistillationSpec, most_bytes: int, limit: int) -> StageC
     stages = _on_texts(job, compared)
     if teacher.shape.vocab != job.student.shape.vocab:  # it reads with its own tokens, too
         stages += [*_on_texts(job, [teacher]), other_languages.excess_cost([teacher, result])]
-    stages.append(timing_cost([teacher, result], most_bytes, limit))
     students = [result]
     if job.rounds and (not job.uncut or teacher.shape.vocab != job.student.shape.vocab):
         students.insert(0, job.student)
@@ -293,8 +289,7 @@ def plan_strategy(
                 phases.append(store_cost(replace(job, iters=1), left))
             phases.append(tuning)
     if not job.rounds_only:
-        most_bytes = max(p.peak_bytes for p in phases) + own
-        phases.append(measuring_cost(job, most_bytes, left))
+        phases.append(measuring_cost(job, left))
     return MemoryPlan(job, limit, rates, mode, micro, shard, tuple(phases))
 
 

@@ -238,13 +238,6 @@ def gain_sentence(
     figures = {}
     if answered:
         figures = {(row.model, row.metric): row.value for row in answered.rows}
-    of_sizes = {(row.model, row.metric): row.value for row in sizes}
-
-    def pair(metric: str) -> list[float]:
-        """The teacher's and the student's figure; [] where one is not known."""
-        both = [of_sizes.get((name, metric)) for name in (teacher, student)]
-        return [figure for figure in both if figure is not None] if None not in both else []
-
     values = {
         "teacher": {row.metric: row.value for row in sizes if row.model == teacher},
         "student": {row.metric: row.value for row in sizes if row.model == student},
@@ -253,8 +246,6 @@ def gain_sentence(
         "lose": lose,
         "loops": figures.get((student, "loops")),
         "teacher_loops": figures.get((teacher, "loops")),
-        "speed": pair("decode_tps"),
-        "first_token": pair("ttft_ms"),
         "texts": _texts(quality, LOSSES[::-1]),
         "languages": languages or {},
     }

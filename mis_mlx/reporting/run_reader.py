@@ -63,7 +63,6 @@ class RunRecord(NamedTuple):
     asked: Record  # the settings that were said
     begun: Record  # what the first start planned
     phases: Sequence[Record]
-    samples: Sequence[Record]
     # to held-out prompts, prompt by prompt; none where nobody was asked
     answers: Sequence[Record]
     table: str
@@ -137,7 +136,7 @@ def read(folder: Path) -> RunRecord:
         mappings[name] = _held(run_folder.stored_settings, folder, name)
     table = _held((folder / "table.md").read_text, "utf-8", "replace")
     logs = {}
-    for name in (run_folder.PHASES, run_folder.SAMPLES, run_folder.METRICS, SCALES, THERMAL):
+    for name in (run_folder.PHASES, run_folder.METRICS, SCALES, THERMAL):
         logs[name] = list(run_folder.parsed(folder / name))
     records = {name: [line for line in log if line is not None] for name, log in logs.items()}
     phases = records[run_folder.PHASES]
@@ -159,7 +158,6 @@ def read(folder: Path) -> RunRecord:
         asked=_held(run_folder.stored_settings, folder, run_folder.ASKED) or {},
         begun=begun,
         phases=[record for record in phases if isinstance(record.get("phase"), str)],
-        samples=[record for record in records[run_folder.SAMPLES] if "text" in record],
         answers=_answers(folder),
         table=table or "",
         steps=steps,

@@ -25,7 +25,6 @@ NOT_STORED = ("out", "resume", "dry_run", "config")  # settings that say where a
 PHASES = "phases.jsonl"  # what each start planned, then what each phase took
 ANSWERS = "answers.jsonl"  # the models' answers to held-out prompts
 LATER = "second turn"  # kind of those prompts that say little without the turns before
-SAMPLES = "samples.jsonl"  # what each model writes after the same words
 # Source and license of the data of an alignment, beside the run and its model.
 DATA = "data.json"
 TAKEN = "taken.json"  # seconds, memory and tea breaks so far

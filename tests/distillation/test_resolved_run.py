@@ -32,7 +32,6 @@ QUICK: dict[str, Any] = {
     "num_samples": 4,
     "reconstruct_samples": 2,
     "eval_windows": 2,
-    "bench_tokens": 0,
     "q_iters": 1,
 }
 

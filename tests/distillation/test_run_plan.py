@@ -29,7 +29,6 @@ SMALL: dict[str, Any] = {
     "max_seq_length": 32,
     "reconstruct_samples": 8,
     "eval_windows": 2,
-    "bench_tokens": 0,
     "learning_rate": 1e-4,
     "warmup": 1,
     "quantize": 0,

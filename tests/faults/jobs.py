@@ -118,7 +118,6 @@ def jobs(model: Path, text: Path) -> dict[str, Job]:
         **few,
         "reconstruct_samples": 2,
         "eval_windows": 1,
-        "bench_tokens": 0,
         "ffn": 256,
         "iters": 2,
         "save_every": 1,

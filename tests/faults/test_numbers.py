@@ -45,7 +45,7 @@ def settings(all_jobs: dict[str, jobs.Job], tmp_path: Path) -> Callable[[str], d
         "num_samples": 2,
         "max_seq_length": 32,
     }
-    brief |= {"reconstruct_samples": 0, "eval_windows": 1, "bench_tokens": 0, "ffn": 256}
+    brief |= {"reconstruct_samples": 0, "eval_windows": 1, "ffn": 256}
     brief |= {
         "iters": ITERS,
         "save_every": EVERY,

@@ -59,7 +59,6 @@ RUN: dict[str, Any] = dict(
     ffn=128,
     iters=3,
     save_every=2,
-    bench_tokens=0,
     q_iters=2,
     governor="observe",
     learning_rate=1e-4,

@@ -297,7 +297,7 @@ def test_every_model_of_a_run_computes_as_asked(
     monkeypatch.setattr(stream.Stream, "__init__", noted)
     sizes: dict[str, Any] = {"scenario": "goral", "vocab": "0.75x", "ffn": 128}
     sizes |= {"max_seq_length": 32, "num_samples": 2, "reconstruct_samples": 2, "eval_windows": 1}
-    steps: dict[str, Any] = {"iters": 1, "q_iters": 1, "bench_tokens": 0, "governor": "observe"}
+    steps: dict[str, Any] = {"iters": 1, "q_iters": 1, "governor": "observe"}
     settings = distill.Settings(
         teacher=str(llama.path),
         data=str(text_folder),

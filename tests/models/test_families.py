@@ -349,9 +349,6 @@ def the_whole_way(teacher: Path, tmp_path: Path, text_folder: Path, layers: int 
     asked: dict[str, Any] = {
         axis: size for axis, size in sizes.items() if axis in family(config).axes
     }
-    # Stock mlx_lm is not timed where it would compute in float16: MLX's CPU gathers products of
-    # float32 alone.
-    timed = 0 if mixture(config) and precision.keeps_packed() else 2
     result = distill.run(
         distill.Settings(
             teacher=str(teacher),
@@ -362,7 +359,6 @@ def the_whole_way(teacher: Path, tmp_path: Path, text_folder: Path, layers: int 
             max_seq_length=32,
             eval_windows=2,
             reconstruct_samples=2,
-            bench_tokens=timed,
             learning_rate=1e-4,
             warmup=1,
             q_iters=2,

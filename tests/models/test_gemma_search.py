@@ -32,7 +32,7 @@ BRIEF: dict[str, Any] = {
 # of a search
 SMALL = {**BRIEF, "rank_windows": 3, "evaluations": 2, "finalists": 1, "eval_windows": 6}
 # of a distillation
-SHORT = {**BRIEF, "eval_windows": 3, "eval_prompts": 0, "bench_tokens": 0, "q_iters": 0}
+SHORT = {**BRIEF, "eval_windows": 3, "eval_prompts": 0, "q_iters": 0}
 
 
 def made(folder: Path, kind: str) -> Path:

@@ -55,7 +55,7 @@ def test_minutes_end_when_they_are_over(
     or take one.
     """
     monkeypatch.setattr(train_loop, "CLOCK", SlowClock(seconds))
-    asked = [*flags[: flags.index("--iters")], "--minutes", 5, "--bench-tokens", 0, "--quantize", 0]
+    asked = [*flags[: flags.index("--iters")], "--minutes", 5, "--quantize", 0]
 
     result = distill.run(settings_of(distill, tuple(asked), tmp_path / "run"))
 
@@ -85,8 +85,6 @@ def test_the_same_number_of_steps_gives_the_same_student(
         *flags[: flags.index("--iters")],
         "--save-every",
         3,
-        "--bench-tokens",
-        0,
         "--q-iters",
         1,
     )

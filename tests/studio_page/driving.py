@@ -39,7 +39,7 @@ MOST_BYTES = 150 * 10**6  # of the page's process
 QUICK = {
     "max_seq_length": 32, "num_samples": 4, "reconstruct_samples": 4, "eval_windows": 3,
     "scenario": "goral", "iters": 300, "save_every": 4, "learning_rate": 0.01, "q_iters": 2,
-    "q_group_size": 32, "bench_tokens": 3, "eval_prompts": 4, "conversations": 0,
+    "q_group_size": 32, "eval_prompts": 4, "conversations": 0,
 }  # fmt: skip
 
 

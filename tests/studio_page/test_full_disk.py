@@ -42,7 +42,7 @@ def test_a_full_disk_is_said_and_waited_out(
 
     Every time a sentence stands on the page, which goes on; what was saved is used.
     """
-    write_settings(folder / "quick.yaml", {**QUICK, "iters": 12, "bench_tokens": 0})
+    write_settings(folder / "quick.yaml", {**QUICK, "iters": 12})
     (folder / "runs").symlink_to(small_disk(4))
     with page_of(folder, home, "--models", "more") as served, browser() as context:
         tab = Tab(context, served.address)

@@ -37,7 +37,7 @@ from tests.studio_page.driving import (
 
 PHASES = ("prune", "repair", "distil", "quantize", "distil scales", "measure")
 LOOK_S = 0.005
-BRIEF = {**QUICK, "iters": 12, "bench_tokens": 0}  # nothing whose length depends on the clock
+BRIEF = {**QUICK, "iters": 12}  # nothing whose length depends on the clock
 
 
 def wait(over: Callable[[], Any], what: str) -> Any:

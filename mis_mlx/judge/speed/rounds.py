@@ -22,13 +22,11 @@ from mlx.utils import tree_flatten
 
 from mis_mlx.data import preparation
 from mis_mlx.hardware import rates
-from mis_mlx.hardware.ledger import Ledger
-from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.hardware.thermal.thermal_monitor import Monitor
 from mis_mlx.maths.stats import summary
 from mis_mlx.models.architectures import arch, stored_form
 from mis_mlx.models.opening import load
-from mis_mlx.models.opening.model_size import ModelSize, model_of
+from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import pass_cost, stream
 from mis_mlx.models.writing import mlx_generate
 from mis_mlx.types import Checkpoint, Row
@@ -222,37 +220,10 @@ def token_times(coming: Iterable[int]) -> tuple[list[float], list[int]]:
     return stamps, tokens
 
 
-def timed_bytes(params: int) -> int:
-    """Memory of stock mlx-lm with a model of so many parameters whole.
-
-    As stored, and as float32.
-    """
-    return 6 * params
-
-
-def timing_cost(models: Sequence[ModelSize], most_bytes: int, limit: int) -> StageCost:
-    """The weights of models that are timed, and what opening one of them holds besides.
-
-    All are in memory together where that takes no more than `most_bytes`, else those that fit the
-    `limit` come one after the other.
-    """
-    fitting = [m for m in models if timed_bytes(m.params) <= limit]
-    together = sum(timed_bytes(m.params) for m in models) <= most_bytes
-    ledger = Ledger()
-    for number, m in enumerate(fitting):
-        weights = m.nbytes if m.packed else m.params * m.item
-        opening = 0 if m.packed else pass_cost.opening_bytes(m)
-        if together:
-            ledger.hold("weights", weights)
-            weights = 0
-        ledger.moment(f"model {number}", weights=weights, opening=opening)
-    return StageCost("speed", peak_bytes=ledger.peak_bytes)
-
-
 def need_bytes(checkpoint: Checkpoint, r: Request) -> int:
     """Bytes of one model in stock mlx-lm, its cache, and a piece of the prompt in computation."""
     m = model_of(checkpoint)
-    weights = timed_bytes(m.params)
+    weights = 6 * m.params  # as stored, and as float32
     keys = pass_cost.keys_bytes(m, r.prompt + r.answer)
     return weights + keys + pass_cost.workspace_bytes(m, min(r.prompt, PREFILL), r.prompt)
 

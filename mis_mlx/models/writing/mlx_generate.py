@@ -7,18 +7,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.data import token_windows
 from mis_mlx.models.architectures import mlx_modules, sizes
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing.stream import NotNumbers, evaluate_now
 from mis_mlx.types import Checkpoint
-
-PROMPTS = {
-    "English": "The for statement is used to",
-    "Polish": "Baca wyszedł rano z owcami na halę i",
-}
 
 
 def open_model(checkpoint: Checkpoint) -> tuple[nn.Module, Any]:
@@ -123,17 +117,3 @@ def greedy(
             message = f"{where}: the model gives values that are not numbers"
             raise NotNumbers(message, activation_dtype(model))
         yield int(token)
-
-
-def samples(models: Mapping[str, Checkpoint], count: int) -> Iterator[dict[str, str]]:
-    """What each model writes after the same words: {model, language, prompt, text}.
-
-    One model is in memory at a time.
-    """
-    for name, checkpoint in cli.show_progress("samples of model", models.items(), len(models)):
-        model, tokenizer = open_model(checkpoint)
-        for language, prompt in PROMPTS.items():
-            text = continuation(model, tokenizer, prompt, count)
-            yield {"model": name, "language": language, "prompt": prompt, "text": text}
-        del model
-        mx.clear_cache()
