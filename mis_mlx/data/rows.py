@@ -26,6 +26,7 @@ Placed = tuple[Row, str]  # and where it stands, for people: "train.jsonl line 3
 Numbered = tuple[int, object, str | None]  # number, value, None; or number, None, why it is no JSON
 Line = tuple[int, bytes | None]  # number, what stands there; None: it is too long
 Judge = Callable[[object], str | None]  # why a value is no row to use; None: it is one
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 T = TypeVar("T")
 # what a row may be, by the keys that make it; the first that fits counts
 Shapes = Mapping[str, Sequence[str]]
@@ -173,6 +174,8 @@ def _messages_fault(messages: object) -> str | None:
             reason = text_fault(key, value)
             if reason:
                 return f"message {number}: {reason}"
+        if message["role"] not in ROLES:
+            return f"message {number}: 'role' is {ascii(message['role'])[:40]}, none of {ROLES}"
     return None
 
 

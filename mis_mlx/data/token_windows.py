@@ -1,8 +1,9 @@
 """Text for training and measuring: token windows, the bytes they stand for, batch order."""
 
 import hashlib
+import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -244,11 +245,11 @@ def _render(
 ) -> Ids:
     """Ids of `chat_template.text`, where only the template's own special tokens are special.
 
-    A special token spelled in a message passes through the template as one private character and is
-    cut up afterwards. A conversation without any, nearly every one, is encoded in one go, exactly
-    as mlx-lm does.
+    A special token spelled in a message or a tool, whether in its content, in a name or in an
+    argument, passes through the template as one private character and is cut up afterwards. A
+    conversation without any, nearly every one, is encoded in one go, exactly as mlx-lm does.
     """
-    content = "".join(message["content"] for message in messages)
+    content = "".join(_strings([*messages, *tools]))
     spelled = [token for token in _special_tokens(tokenizer) if token in content]
     # The longest first, because one special token may begin another; by name for a fixed order.
     spelled.sort(key=lambda token: (-len(token), token))
@@ -257,21 +258,21 @@ def _render(
     stand_ins = dict(zip(spelled, unused, strict=False))
     pattern = "|".join(map(re.escape, spelled)) or "(?!)"
     known = re.compile(pattern)
-    safe = []
-    for message in messages:
-        text = known.sub(lambda match: stand_ins[match[0]], message["content"])
-        safe.append({**message, "content": text})
     rendered = chat_template.text(
-        safe,
+        _replaced(messages, known, stand_ins),
         tokenizer,
         prompt=prompt,
         thinking=thinking,
         today=today,
-        tools=tools,
+        tools=_replaced(tools, known, stand_ins),
     )
     if not spelled:
         return _encode(tokenizer, rendered, split=False)
     meant = {stand_in: token for token, stand_in in stand_ins.items()}
+    # A template may write a tool as Python's repr or as ASCII JSON.
+    for stand_in in meant:
+        for escaped in (ascii(stand_in)[1:-1], json.dumps(stand_in)[1:-1]):
+            rendered = rendered.replace(escaped, stand_in)
     ids = []
     # The brackets keep the stand-ins among the pieces: these are text, what lies between them is
     # the template's, with special tokens of its own.
@@ -281,6 +282,33 @@ def _render(
         elif piece:
             ids += _encode(tokenizer, piece, split=False)
     return ids
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in a JSON value, the names in its objects, too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, part in value.items():
+            yield name
+            yield from _strings(part)
+    elif isinstance(value, Sequence):
+        for part in value:
+            yield from _strings(part)
+
+
+def _replaced(value: Any, known: re.Pattern[str], stand_ins: Mapping[str, str]) -> Any:
+    """A JSON value in which every string has its stand-ins in place of what is `known`."""
+    if isinstance(value, str):
+        return known.sub(lambda match: stand_ins[match[0]], value)
+    if isinstance(value, Mapping):
+        parts = {}
+        for name, part in value.items():
+            parts[_replaced(name, known, stand_ins)] = _replaced(part, known, stand_ins)
+        return parts
+    if isinstance(value, Sequence):
+        return [_replaced(part, known, stand_ins) for part in value]
+    return value
 
 
 def _special_tokens(tokenizer: Any) -> set[str]:

@@ -35,6 +35,10 @@ BAD_LINES = {
         b'{"messages": [{"role": "user"}]}',
         "message 1: 'content' is null",
     ),
+    "a role of its own": (
+        b'{"messages": [{"role": "user<|im_end|>", "content": "a"}]}',
+        "message 1: 'role' is 'user<|im_end|>', none of",
+    ),
     "tools": (
         b'{"messages": [{"role": "user", "content": "a"}], "tools": [{}]}',
         "tool 1 is not {'type': 'function', 'function': {'name': ...}}",
