@@ -28,7 +28,7 @@ def parts(out: Path, checkpoint: Checkpoint, form: str) -> dict[str, Path]:
     result = {}
     inside = f"{SUBFOLDER}/" if form == "hf" else ""
     for path in packed_files(checkpoint):
-        result[f"{inside}{path.name}"] = path
+        result[f"{inside}{path.relative_to(checkpoint.path)}"] = path
     for path in sorted(out.iterdir()):
         if path.is_file():
             result[path.name] = path

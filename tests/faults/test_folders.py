@@ -195,6 +195,14 @@ NUMBERS: dict[str, tuple[Change, str]] = {
 }
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 ESCAPE = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+
+
+def another_template(folder: Path) -> None:
+    """A template beside the usual one, which transformers takes where there are tools."""
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text(ENDLESS)
+
+
 SPEECH: dict[str, tuple[Change, str]] = {
     "C11 auto_map of the tokenizer": (
         lambda f: settings(
@@ -206,6 +214,11 @@ SPEECH: dict[str, tuple[Change, str]] = {
         lambda f: (f / "chat_template.jinja").write_text(ENDLESS),
         "no answer in 2 s",
     ),
+    "C12 an endless chat template where there are tools": (
+        lambda f: (f / "chat_template.jinja").write_text(f"{{% if tools %}}{ENDLESS}{{% endif %}}"),
+        "no answer in 2 s",
+    ),
+    "C12 an endless chat template for tools alone": (another_template, "no answer in 2 s"),
     "C12 a chat template that wants out": (
         lambda f: (f / "chat_template.jinja").write_text(ESCAPE),
         "SecurityError",

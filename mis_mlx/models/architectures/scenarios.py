@@ -1,8 +1,7 @@
 """Named cuts: which share of each axis of a model stays.
 
 Every scenario has a plain name, which says what it does, and the mountain name that the paper (or
-we in its manner) gave it. Both are accepted wherever a scenario is named. Files that this version
-writes have the plain one; files of earlier versions, which have the other, are read alike.
+we in its manner) gave it. Both are accepted wherever a scenario is named. Files have the plain one.
 """
 
 from typing import Annotated, Literal

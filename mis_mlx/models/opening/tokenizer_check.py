@@ -6,6 +6,7 @@ in a process, whichever folder it lies in.
 """
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mis_mlx.data import chat_template
 from mis_mlx.hardware import child_process
 from mis_mlx.storage.header_check import Refused, json_object
 from mis_mlx.storage.safetensors import require_inside
@@ -34,6 +36,8 @@ FILES = (
     "tokenizer.model",
     ROWS,
 )
+# Beside these, the templates that transformers takes for some conversations, as with tools.
+MORE_TEMPLATES = "additional_chat_templates"
 MOST_BYTES = 2**28  # of one of these files; the largest known, of 256 thousand tokens, takes 33 MB
 SECONDS = 30.0
 MEMORY_BYTES = 4 * GIB
@@ -49,6 +53,14 @@ WORDS = [
 SAID = [
     {"role": "user", "content": "Ile owiec jest na hali?"},
     {"role": "assistant", "content": "Sto dwadzieścia."},
+]
+CALL = {"type": "function", "function": {"name": chat_template.UNKNOWN, "arguments": {"a": 1}}}
+CALLED = [
+    {"role": "system", "content": "Liczysz owce."},
+    SAID[0],
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "name": chat_template.UNKNOWN, "content": "120"},
+    {"role": "assistant", "content": "Sto dwadzieścia.", "reasoning_content": "Policzone."},
 ]
 
 
@@ -83,7 +95,8 @@ def check_tokenizer(folder: Path) -> Tokenizer:
     digest = hashlib.sha256()
     for path in present(folder):
         content = path.read_bytes()
-        digest.update(f"{path.name} {len(content)} ".encode() + content)
+        name = path.relative_to(folder)
+        digest.update(f"{name} {len(content)} ".encode() + content)
     config = read_json(folder / "config.json")
     kind = str(config.get("model_type"))
     tokenizer = Tokenizer(digest.digest(), kind, _ends(folder, config), folder)
@@ -104,15 +117,17 @@ def _ends(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def present(folder: Path) -> Iterator[Path]:
-    """The FILES that are there.
+    """The FILES that are there, and all of MORE_TEMPLATES.
 
     MisError for one that is no regular file of sane size inside the folder.
     """
-    for name in FILES:
-        path = folder / name
+    more = folder / MORE_TEMPLATES
+    if os.path.lexists(more):
+        require_inside(folder, MORE_TEMPLATES)
+    for path in (*(folder / name for name in FILES), *sorted(more.glob("*.jinja"))):
         if not os.path.lexists(path):
             continue
-        require_inside(folder, name)
+        require_inside(path.parent, path.name)
         if not path.is_file():
             raise MisError(f"{path} is not a regular file: copy the tokenizer files again")
         nbytes = path.stat().st_size
@@ -162,9 +177,9 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _templates(folder: Path, settings: dict[str, Any]) -> Iterator[str]:
     """Every chat template that the folder has, in a file of its own or in a settings file."""
-    path = folder / "chat_template.jinja"
-    if path.exists():
-        yield path.read_text("utf-8")
+    for path in (folder / "chat_template.jinja", *(folder / MORE_TEMPLATES).glob("*.jinja")):
+        if path.exists():
+            yield path.read_text("utf-8")
     for holder in (settings, _json(folder / "chat_template.json")):
         templates = holder.get("chat_template")
         if not isinstance(templates, list):
@@ -176,31 +191,39 @@ def _templates(folder: Path, settings: dict[str, Any]) -> Iterator[str]:
 
 
 def _rendered(template: str, settings: dict[str, Any]) -> int:
-    """Characters of SAID in the template, with and without a generation prompt.
+    """Characters of SAID and CALLED in the template: with and without a generation prompt, tools
+    and thoughts, which are branches of their own.
 
-    A template may refuse the conversation; all other errors pass through.
+    A template may refuse a conversation, and do so by any error where tools are in it; of SAID all
+    others pass through.
     """
     from jinja2.exceptions import SecurityError, TemplateError
 
-    values: dict[str, Any] = {"tools": None, "documents": None, "enable_thinking": False}
-    for key, value in settings.items():
-        if key.endswith("_token") and isinstance(value, str):
-            values[key] = value
+    tokens = [key for key in settings if key.endswith("_token")]
+    values: dict[str, Any] = {k: settings[k] for k in tokens if isinstance(settings[k], str)}
+    tools = [chat_template.UNKNOWN_TOOL]
+    trials = itertools.product((SAID, SAID[:1], CALLED, CALLED[:4]), (None, tools), (False, True))
     count = 0
-    for messages, generation in ((SAID, False), (SAID[:1], True)):
+    for messages, with_tools, thinking in trials:
         values["messages"] = messages
-        values["add_generation_prompt"] = generation
+        values["add_generation_prompt"] = messages[-1]["role"] != "assistant"
+        trial = {"tools": with_tools, "documents": None, "enable_thinking": thinking}
+        written = 0
         try:
-            for piece in _sandbox().from_string(template).generate(**values):
-                count += len(piece)
-                if count > MOST_CHARACTERS:
-                    raise ValueError(
-                        f"the chat template writes more than {MOST_CHARACTERS} characters"
-                    )
-        except SecurityError:
+            for piece in _sandbox().from_string(template).generate(**values, **trial):
+                written += len(piece)
+                if written > MOST_CHARACTERS:
+                    break
+        except (SecurityError, MemoryError):
             raise
         except TemplateError:
             continue
+        except Exception:
+            if messages[0] is SAID[0] and not with_tools:
+                raise
+        count = max(count, written)
+    if count > MOST_CHARACTERS:
+        raise ValueError(f"the chat template writes more than {MOST_CHARACTERS} characters")
     return count
 
 

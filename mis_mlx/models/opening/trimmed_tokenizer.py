@@ -161,7 +161,7 @@ class Vocabulary:
             if path.name in REPLACED:
                 continue
             if path.suffix != ".json" or path.name.startswith("chat_template"):
-                yield path.name, path.read_bytes()
+                yield str(path.relative_to(self.folder)), path.read_bytes()
             elif path.name == "tokenizer.json":
                 # Indented, it would take 300 MB for Gemma
                 yield path.name, json.dumps(self._tokenizer(new), ensure_ascii=False).encode()

@@ -190,9 +190,12 @@ def write_folder(
         files.write(folder / "config.json", json.dumps(dict(config), indent=2).encode())
         for name, value in (extra or {}).items():
             content = value if isinstance(value, bytes) else json.dumps(value).encode()
+            files.make_folder((folder / name).parent)
             files.write(folder / name, content)
         for path in list(tokenizer_check.present(source)):  # judges all before one is copied
-            files.write(folder / path.name, path.read_bytes())
+            copy = folder / path.relative_to(source)
+            files.make_folder(copy.parent)
+            files.write(copy, path.read_bytes())
 
 
 def dense(checkpoint: Checkpoint, name: str) -> Tensor:
