@@ -104,7 +104,6 @@ def read_yaml(path: str, config_type: type) -> dict[str, Any]:
     result = {}
     lines = {str(key).replace("-", "_"): (key, value) for key, value in _yaml_lines(path).items()}
     for name, (key, value) in flag_help.current_names(config_type, lines).items():
-        flag_help.refuse_gone(config_type, {name: value}, where=f"{path}: ")
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = (
@@ -193,7 +192,6 @@ def parse(config_type: Any, argv: Sequence[str] | None = None, prog: str | None 
         names = flag_help.other_names(config_type)
         args = [_current_flag(names, arg) for arg in args]
         _refuse_file_only(config_type, args)
-        flag_help.refuse_gone(config_type, _said(args))
         for flag, file in itertools.pairwise(args):
             if flag in ("-c", "--config"):
                 if file:
@@ -294,12 +292,8 @@ def in_words_of(config_type: Any, message: str) -> str:
 
 
 def check_ranges(settings: Any) -> None:
-    """MisError where a number is outside of its field's `types.Within`, or a text is empty.
-
-    Or where a value is `types.Gone`.
-    """
+    """MisError where a number is outside of its field's `types.Within`, or a text is empty."""
     config_type = type(settings)
-    flag_help.refuse_gone(config_type, vars(settings))
     file_only = flag_help.quiet(config_type)
     for name, hint in get_type_hints(config_type, include_extras=True).items():
         value = getattr(settings, name)

@@ -1,7 +1,4 @@
-"""--help and --help-all of a command: its settings as flags, in groups, with their docstrings.
-
-And what is said of a value that a setting no longer takes.
-"""
+"""--help and --help-all of a command: its settings as flags, in groups, with their docstrings."""
 
 import inspect
 import json
@@ -15,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from docstring_parser import parse_from_object
 
-from mis_mlx.types import FILE_ONLY, Also, Gone, MisError, Off, Shown
+from mis_mlx.types import FILE_ONLY, Also, Off, Shown
 
 # Titles and the commands or flags under them, in this order; flags that no group names come last.
 GROUPS = json.loads((Path(__file__).parent / "help.json").read_text("utf-8"))
@@ -31,27 +28,6 @@ def quiet(kind: type) -> frozenset[str]:
     return listed | {
         name for name, hint in hints.items() if FILE_ONLY in getattr(hint, "__metadata__", ())
     }
-
-
-def gone(kind: type) -> Mapping[str, str]:
-    """{setting of an earlier version: what to do instead}."""
-    return getattr(kind, "GONE", {})
-
-
-def refuse_gone(config_type: type, values: Mapping[str, Any], where: str = "") -> None:
-    """MisError, with `where`, for a setting of an earlier version, or a value that it took then.
-
-    values: by name.
-    """
-    file_only = quiet(config_type)
-    for name, remedy in gone(config_type).items():
-        if name in values:
-            raise MisError(f"{where}{shown(name, file_only)} is no longer there: {remedy}")
-    for name, hint in get_type_hints(config_type, include_extras=True).items():
-        for part in getattr(hint, "__metadata__", ()):
-            if isinstance(part, Gone) and values.get(name) == part.value:
-                flag = shown(name, file_only)
-                raise MisError(f"{where}{flag} {part.value} is no longer there: {part.remedy}")
 
 
 def shown(name: str, file_only: Collection[str]) -> str:

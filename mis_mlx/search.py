@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from mis_mlx import cli
 from mis_mlx.compute import precision
@@ -48,9 +48,6 @@ PASSES = 3  # that measure a choice each: of a teacher that streams, and of toke
 Axis = Literal["layers", "ffn", "heads", "hidden", "vocab", "bits"]
 TOKENS_AND_BITS: tuple[Axis, ...] = ("vocab", "bits")
 ALL_BUT_HIDDEN: tuple[Axis, ...] = ("layers", "ffn", "heads", *TOKENS_AND_BITS)
-# Instead of flags of earlier versions.
-LIMIT_SIZE = "limit --bytes or --params, and time what comes out by `scripts/mis bench`"
-MEASURE_CURVE = "benchmarks/frontier.py at bd583ffb measured loss against bytes"
 
 
 @dataclass(frozen=True)
@@ -106,16 +103,6 @@ class Settings(
     """held-out windows for ranking; a third as many of every other text"""
     eval_windows: Annotated[int, Within(2, MOST)] = 24
     """further held-out windows, to judge finalists; a third as many of every other text"""
-
-    GONE: ClassVar = {
-        "decode": LIMIT_SIZE,
-        "ttft": LIMIT_SIZE,
-        "memory": LIMIT_SIZE,
-        "max_kv_size": LIMIT_SIZE,
-        "prompt_tokens": LIMIT_SIZE,
-        "frontier": MEASURE_CURVE,
-        "against": MEASURE_CURVE,
-    }
 
     @property
     def mixed(self) -> bool:

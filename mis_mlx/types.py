@@ -58,10 +58,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Also:
-    """In the annotation of a setting: names that it takes, too, which no help shows.
-
-    Those of an earlier version, and mlx-lm's.
-    """
+    """In the annotation of a setting: names that it takes, too, which no help shows: mlx-lm's."""
 
     names: tuple[str, ...]
 
@@ -71,14 +68,6 @@ class Off:
     """In the annotation of a switch that is on: what --no-NAME does, for the help."""
 
     words: str
-
-
-@dataclass(frozen=True)
-class Gone:
-    """In the annotation of a setting: a value that it no longer takes, and what to do instead."""
-
-    value: Any
-    remedy: str
 
 
 def _readable(number: float) -> str:

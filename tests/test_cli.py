@@ -23,12 +23,10 @@ from mis_mlx import (
     evaluate,
     flag_help,
     quantize,
-    search,
     sft,
     thermal,
 )
 from mis_mlx.reporting import progress, text
-from mis_mlx.runs import run_loop
 from mis_mlx.types import GIB, MisError, Row, Step
 
 Settings = distill.Settings
@@ -120,52 +118,6 @@ def test_bad_yaml_is_a_sentence(tmp_path: Path, yaml: str, sentence: str) -> Non
     assert "\n" not in said
 
 
-def test_flags_of_earlier_versions_are_a_sentence(tmp_path: Path) -> None:
-    """With a value, as a switch, in a file; a search that was begun with one does not go on, one
-    that only had its default does.
-    """
-    said = "--ttft is no longer there: limit --bytes or --params"
-    for line in (["--ttft", "1.5x"], ["--ttft=1.5x"]):
-        with pytest.raises(MisError, match=f"^{said}"):
-            cli.parse(search.Settings, line)
-    with pytest.raises(MisError, match="^--frontier is no longer there: .*benchmarks/frontier.py"):
-        cli.parse(search.Settings, ["--lose", "0.1", "--frontier"])
-    with pytest.raises(MisError, match=rf"settings\.yaml: {said}"):
-        parsed(tmp_path, "ttft: 1.5x\n", kind=search.Settings)
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "asked.yaml").write_text("params: 0.5x\n")
-    (run / "config.yaml").write_text("params: 0.5x\nttft: null\nmax_kv_size: 2048\n")
-    goes_on, folder = run_loop.resumed(search.Settings(resume=True, out=str(run)), search.FREE)
-    assert goes_on.params == "0.5x"
-    assert folder == run
-    (run / "asked.yaml").write_text("ttft: 1.5x\n")
-    with pytest.raises(MisError, match=f"^{said}"):
-        run_loop.resumed(search.Settings(resume=True, out=str(run)), search.FREE)
-
-
-@pytest.mark.parametrize(
-    ("kind", "flag", "value", "remedy"),
-    [
-        (Settings, "--train", "lora", "adapters are trained by `sft --fine-tune-type lora`"),
-        (quantize.Settings, "--q-method", "blocks", "give --q-iters 20"),
-    ],
-)
-def test_values_of_earlier_versions_are_a_sentence(
-    tmp_path: Path, kind: Any, flag: str, value: str, remedy: str
-) -> None:
-    """As a flag in both spellings, in a file, and from Python or a run that goes on."""
-    name = flag.removeprefix("--").replace("-", "_")
-    sentence = f"{flag} {value} is no longer there: {remedy}"
-    for line in ([flag, value], [f"{flag}={value}"]):
-        with pytest.raises(MisError, match=f"^{sentence}$"):
-            cli.parse(kind, line)
-    with pytest.raises(MisError, match=rf"settings\.yaml: {sentence}$"):
-        parsed(tmp_path, f"{name}: {value}\n", kind=kind)
-    with pytest.raises(MisError, match=f"^{sentence}$"):
-        cli.check_ranges(kind(**{name: value}))
-
-
 def test_no_yaml_there(tmp_path: Path) -> None:
     """A missing file, a folder, bytes that are no text."""
     (tmp_path / "s.yaml").write_bytes(b"iters: \xff\xfe\n")
@@ -227,13 +179,12 @@ def test_the_help_of_a_command_of_several(capsys: pytest.CaptureFixture[str]) ->
     [
         (Settings, "--mlx-path", "out", "here"),
         (Settings, "--num-layers", "layers", 3),
-        (sft.Settings, "--data-licence", "data_license", "CC0"),
     ],
 )
 def test_other_names_of_a_flag(
     kind: Any, flag: str, name: str, value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """mlx-lm's and those of an earlier version: as a flag, in a file, and from Python; unsaid."""
+    """mlx-lm's: as a flag, in a file, and from Python; unsaid."""
     assert getattr(cli.parse(kind, [flag, str(value)]), name) == value
     assert getattr(cli.parse(kind, [f"{flag}={value}"]), name) == value
     other = flag.removeprefix("--").replace("-", "_")

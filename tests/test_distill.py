@@ -105,7 +105,6 @@ def test_what_a_run_leaves_on_disk(finished: tuple[Path, Done]) -> None:
         "table.md",
         "result.json",
         "phases.jsonl",
-        "samples.jsonl",
     }
     assert [number for number, _, _ in losses(out)] == list(range(1, ITERS + 1))
     assert sorted(p.name for p in (out / "steps").iterdir()) == ["step-00000016", "step-00000018"]

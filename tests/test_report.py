@@ -187,7 +187,6 @@ def test_the_page_of_a_run(finished: tuple[Path, Done], copy: Path) -> None:
         "How it went",
         "What it cost",
         "What was kept",
-        "What they write",
         "To do it again",
     )
     assert all(f"<h2>{head}</h2>" in page for head in heads)
@@ -293,7 +292,7 @@ def test_the_verdict_comes_first(copy: Path) -> None:
     assert "8 % of its own answers repeat themselves; of the teacher&#39;s, 0 %." in text
     assert "0.123 bits per byte above the teacher" in text
     heads = re.findall(r"<h2>(.*?)</h2>", page)
-    assert heads[:3] == ["Answers", "What they write", "How it was made"]
+    assert heads[:2] == ["Answers", "How it was made"]
     assert "For comparison" not in page  # nobody measured the teacher in 4 bits
 
 
@@ -447,7 +446,7 @@ def test_answers_of_one_model(copy: Path) -> None:
 
     page, _ = written(copy)
 
-    section = page[page.index("<h2>Answers") : page.index("<h2>What they write")]
+    section = page[page.index("<h2>Answers") : page.index("<h2>How it was made")]
     assert "<b>teacher</b><p>(nothing)</p>" in section
     assert "4-bit" not in section
     assert re.findall(r"<h3>Prompt (\d+)\?</h3>", section) == ["0", "4", "6", "1", "5", "9"]

@@ -42,7 +42,6 @@ from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.journal import Journal
 from mis_mlx.types import (
-    Also,
     Checkpoint,
     Count,
     MisError,
@@ -78,7 +77,7 @@ class Alignment(cli.Resumable, precision.Computing, ThermalFlags, recipe.Trainin
     """folder or hub id of the model to align; default: SmolLM2-135M-Instruct"""
     data: str | None = None
     """folder with train.jsonl and, optionally, valid.jsonl; default: generated tasks"""
-    data_license: Annotated[str | None, Also(("data_licence",))] = None
+    data_license: str | None = None
     """license of the data, or the consent it was given with; default: the LICENSE file next to it
     """
     scrub_pii: bool = False

@@ -30,7 +30,7 @@ from mis_mlx.models.passing import attention_masks, stream
 from mis_mlx.models.writing.continuous_batch import Room
 from mis_mlx.models.writing.draws import Draws, Sampling
 from mis_mlx.models.writing.text_writer import TextWriter
-from mis_mlx.types import MOST, Also, Count, MisError, Positive, Rate, Step, Within
+from mis_mlx.types import MOST, Count, MisError, Positive, Rate, Step, Within
 
 # micro-batches of a step, for `Settings.loss`; facts about the step
 Rollout = tuple[list[tuple[Any, ...]], dict[str, float]]
@@ -64,7 +64,7 @@ class Settings(alignment_run.Alignment):
     """answers per prompt, which are compared with each other"""
     max_completion_length: Count = 128
     """maximum tokens per answer"""
-    temp: Annotated[Positive, Also(("temperature",))] = 1.0
+    temp: Positive = 1.0
     """sampling temperature"""
     loss_type: rl_losses.LossType = "dapo"
     """dapo: mean over all tokens of a step; grpo: mean over answers; dr_grpo: constant divisor,

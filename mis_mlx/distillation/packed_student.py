@@ -163,7 +163,7 @@ class PackedStudent:
             found |= named
             named.clear()
         counts = {name: found.pop(name) for name in list(found) if "." not in name}
-        (guard,) = train_loop.guards(memory)
+        (guard,) = memory["guards"]
         self._optimizer.restore(counts, guard)
         for i, shapes in enumerate(self._source.shapes):
             named = {}

@@ -136,12 +136,9 @@ class Sharded:
         self._check(memory["visit"])
         self._shard_layers = memory["shard_layers"]
         self._steps_per_shard = memory["steps_per_shard"]
-        blocks = self._blocks_of(memory["visit"])
-        self._enter(memory["visit"], _in_whole_model(arrays["model"], blocks))
-        moments = _in_whole_model(arrays["optimizer"], blocks)
-        guards = train_loop.guards(memory)
-        for (i, _, optimizer), guard in zip(self._learning(), guards, strict=True):
-            optimizer.restore(_of_block(moments, i), guard)
+        self._enter(memory["visit"], arrays["model"])
+        for (i, _, optimizer), guard in zip(self._learning(), memory["guards"], strict=True):
+            optimizer.restore(_of_block(arrays["optimizer"], i), guard)
             # Now, not later: the checkpoint's file may go once this method returns.
             mx.eval(optimizer.adamw.state)
 
@@ -313,20 +310,6 @@ def _of_block(named: Named, i: int) -> dict[str, mx.array]:
     for name, array in named.items():
         if name.startswith(before):
             found[name.removeprefix(before)] = array
-    return found
-
-
-def _in_whole_model(named: Named, blocks: range) -> dict[str, mx.array]:
-    """A checkpoint's arrays of a shard by name in the whole model.
-
-    Earlier versions counted its blocks from 0: `layers.0.x` for a weight, `0.x` for a moment.
-    """
-    found = {}
-    for name, array in named.items():
-        number, _, inside = name.removeprefix("layers.").partition(".")
-        if number.isdigit():
-            name = arch.block_prefix(blocks[int(number)]) + inside
-        found[name] = array
     return found
 
 

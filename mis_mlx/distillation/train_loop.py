@@ -111,13 +111,6 @@ def remembered(optimizers: Sequence[GuardedAdamW]) -> dict[str, Any]:
     return {"guards": [optimizer.memory() for optimizer in optimizers]}
 
 
-def guards(memory: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What each guard remembers, in a checkpoint's state; earlier versions spelled it otherwise."""
-    if "norms" in memory:  # of a student with one guard
-        return [dict(memory)]
-    return list(memory.get("guards") or memory["blocks"])
-
-
 def _redone_after_sleep(work: Callable[[], F]) -> tuple[float, str, F]:
     """(when `work` began, a note, its result); it is done again where the machine slept meanwhile.
 

@@ -116,7 +116,7 @@ class WholeModel:
 
     def restore(self, arrays: dict[str, dict[str, mx.array]], memory: dict[str, Any]) -> None:
         """Put a checkpoint's arrays back, evaluated: a file may go once this returns."""
-        (guard,) = train_loop.guards(memory)
+        (guard,) = memory["guards"]
         optimizer = self.optimizers[0]
         self.model.update(tree_unflatten(list(arrays["model"].items())))
         optimizer.restore(arrays["optimizer"], guard)

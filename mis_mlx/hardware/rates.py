@@ -13,7 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -350,8 +350,7 @@ def load(path: Path) -> Rates | None:
     """Read the rates in `path`; None where there are none of this device and version."""
     try:
         stored = json.loads(path.read_text("utf-8"))
-        known = {field.name for field in fields(Rates)}  # earlier versions had others, too
-        rates = Rates(**{name: stored[name] for name in stored if name in known})
+        rates = Rates(**stored)
     except (OSError, ValueError, TypeError):
         return None
     if rates.device != device_name():

@@ -466,10 +466,9 @@ class GuardedAdamW:
         }
 
     def restore(self, arrays: dict[str, mx.array], memory: dict[str, Any]) -> None:
-        """Put back what `arrays` and `memory` gave; memory of earlier versions, too."""
+        """Put back what `arrays` and `memory` gave."""
         self.adamw.state = tree_unflatten(list(arrays.items()))
         self.norms = memory["norms"]
         self.bad = memory["bad"]
-        older = "passed" in memory
-        self.skipped = memory["passed" if older else "skipped"]
-        self.lr_scale = memory["calm" if older else "lr_scale"]
+        self.skipped = memory["skipped"]
+        self.lr_scale = memory["lr_scale"]

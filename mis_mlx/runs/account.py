@@ -22,7 +22,7 @@ EVERY_S = 10.0  # between two times that it is kept in the middle of a phase
 class Account:
     """The account of the run in a folder.
 
-    known: whether an earlier process kept one there. peak: of this process. breaks: of the run.
+    peak: of this process. breaks: of the run.
     """
 
     def __init__(self, folder: Path, files: Files, whole: "Account | None" = None) -> None:
@@ -34,18 +34,9 @@ class Account:
         self._began_s = time.monotonic()
         self._kept_s = self._began_s
         stored = _stored(folder)
-        self.known = bool(stored)
         self._earlier_s = float(stored.get("seconds", 0.0))
         self._earlier_bytes = int(stored.get("peak_bytes", 0))
         self.breaks = PauseCounter(**stored.get("tea", {}))
-        if not self.known:
-            self._read_phases()
-
-    def _read_phases(self) -> None:
-        """Begin with what the phases took of a run that an earlier version began."""
-        for record in run_folder.records(self._folder / run_folder.PHASES):
-            self._earlier_s += record.get("seconds", 0.0)
-            self._earlier_bytes = max(self._earlier_bytes, record.get("peak_bytes", 0))
 
     @property
     def seconds(self) -> float:

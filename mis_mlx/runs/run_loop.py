@@ -18,7 +18,6 @@ from mis_mlx import cli, flag_help
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.hardware import blas_threads, memory
 from mis_mlx.hardware.thermal.run_monitor import (
-    PauseCounter,
     ThermalFlags,
     ThermalMonitor,
     battery,
@@ -59,8 +58,6 @@ def resumed(settings: S, free: frozenset[str], under: Path = Path("runs")) -> tu
     asked = _plain(kind, run_folder.asked_settings(folder))
     decided = run_folder.is_decided(folder)
     before = _plain(kind, run_folder.stored_settings(folder)) if decided else asked
-    flag_help.refuse_gone(kind, asked)  # values that nobody asked for are of no consequence
-    before = {n: value for n, value in before.items() if n not in flag_help.gone(kind)}
     defaults = asdict(type(settings)())
     values = run_folder.merged(settings.given, defaults, before, free, asked=asked)
     if not decided:
@@ -396,7 +393,6 @@ class CheckpointedTraining:
         state = {
             "arrays": list(arrays),
             "optimizer": self.trained.memory(),
-            "tea": asdict(self.run.thermal_monitor.breaks),
             **remembered,
         }
         folder = self.run.folder / self.steps

@@ -90,19 +90,8 @@ def changed(
 
 
 def _differing(before: Identity, wanted: Identity) -> set[str]:
-    """The names of what differs.
-
-    Empty where nobody can tell: an earlier version kept fewer fingerprints.
-    """
-    names = set[str]()
-    for name, value in wanted.items():
-        then = before.get(name)
-        if then == value:
-            continue
-        if then is None and name in run_folder.WORDS:
-            return set()
-        names.add(name)
-    return names
+    """The names of what differs."""
+    return {name for name, value in wanted.items() if before.get(name) != value}
 
 
 def set_aside(folder: Path, files: Files) -> Path:

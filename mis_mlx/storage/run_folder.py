@@ -169,9 +169,7 @@ def find(out: str | None, under: Path = Path("runs")) -> Path:
 
 
 def asked_settings(folder: Path) -> dict[str, Any]:
-    """The settings that were said when a run began; {} of a run of an earlier version."""
-    if not (folder / ASKED).is_file():
-        return {}
+    """The settings that were said when a run began."""
     return stored_settings(folder, ASKED)
 
 
@@ -267,8 +265,6 @@ def same_origin(
     notes = []
     for name, now in origin.items():
         then = before.get(name)
-        if then is None and name not in SAME:  # an earlier version did not keep it
-            continue
         if then == now:
             continue
         if name in same:

@@ -358,27 +358,6 @@ class Killed(BaseException):
     """Stands for the end of the process: no `except` and no clean-up gets past it."""
 
 
-def in_older_words(arrays: Arrays, memory: dict[str, Any], first: int) -> tuple[Arrays, Any]:
-    """A checkpoint as versions up to 2026-11 wrote it: blocks of a shard counted from 0."""
-    renamed: Arrays = {}
-    for key, before in (("model", "layers."), ("optimizer", "")):
-        renamed[key] = {}
-        for name, array in arrays.get(key, {}).items():
-            _, _, number, inside = name.split(".", 3)
-            renamed[key][f"{before}{int(number) - first}.{inside}"] = array
-    kept = {key: value for key, value in memory.items() if key != "guards"}
-    kept["blocks"] = [
-        {
-            "norms": guard["norms"],
-            "bad": guard["bad"],
-            "passed": guard["skipped"],
-            "calm": guard["lr_scale"],
-        }
-        for guard in memory["guards"]
-    ]
-    return renamed, kept
-
-
 def run(
     source: Checkpoint,
     root: Path,
@@ -387,11 +366,9 @@ def run(
     every: int = VISIT,
     iters: int = 5,
     stop: int | None = None,
-    *,
-    older: bool = False,
 ) -> list[Step]:
     """What a command does: start or resume, train, save `every` steps; killed after step `stop` is
-    saved, or not. older: in the words of earlier versions.
+    saved, or not.
     """
     steps_dir = root / "steps"
     done = []
@@ -407,8 +384,6 @@ def run(
     def save(number: int) -> None:
         arrays = {key: named for key, named in student.arrays().items() if named}
         memory = student.memory()
-        if older:
-            arrays, memory = in_older_words(arrays, memory, student.blocks.start)
         state = {"arrays": list(arrays), "shard": memory}
         protocol.save_step(steps_dir, number, arrays=arrays, state=state, files=files)
 
@@ -437,23 +412,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory, smallest: Checkpoint) -> Who
     """Steps and files of an undisturbed run of six steps, one block at a time."""
     root = tmp_path_factory.mktemp("whole")
     return facts(run(smallest, root, each=1, iters=6)), contents(root / "s")
-
-
-@pytest.mark.parametrize("stop", [(1, 1), (2, 1), (3, 2), (4, 2)])
-def test_an_earlier_version_killed_after_a_step(
-    tmp_path: Path, smallest: Checkpoint, whole: Whole, stop: tuple[int, int]
-) -> None:
-    """Saved or not, at the end of a visit or not: the rest of the run and the model are the
-    undisturbed run's. (Of today's version: test_students_contract.py.)
-    """
-    number, every = stop
-    with pytest.raises(Killed):
-        run(smallest, tmp_path, each=1, every=every, iters=6, stop=number, older=True)
-    rest = run(smallest, tmp_path, each=1, every=every, iters=6)
-    assert (facts(rest), contents(tmp_path / "s")) == (
-        whole[0][number // every * every :],
-        whole[1],
-    )
 
 
 def damage(step: Path) -> None:

@@ -156,43 +156,6 @@ def test_all_masked_is_not_a_division_by_zero() -> None:
     assert weights(model) == weights(net())
 
 
-def in_older_words(memory: dict[str, Any]) -> dict[str, Any]:
-    """What the one guard of a student remembers, as versions up to 2026-11 kept it."""
-    (guard,) = memory["guards"]
-    return {
-        "norms": guard["norms"],
-        "bad": guard["bad"],
-        "passed": guard["skipped"],
-        "calm": guard["lr_scale"],
-    }
-
-
-def test_a_checkpoint_of_an_earlier_version_goes_on() -> None:
-    """Weights and moments through arrays and restore: the end is that of the run that never
-    stopped.
-    """
-    whole = net()
-    optimizer = GuardedAdamW()
-    steps = run(whole, optimizer, cut([6, 6]))
-    first = net()
-    before = GuardedAdamW()
-    for step in train_loop.steps(
-        WholeModel(first, before), cut([6, 6]), squares, tiny.schedule(6, 1e-2, 2)
-    ):
-        if step.number == 3:
-            break
-    second = net()
-    after = GuardedAdamW()
-    saved = WholeModel(first, before)
-    WholeModel(second, after).restore(saved.arrays(), in_older_words(saved.memory()))
-    rest = run(second, after, cut([6, 6]), start=3)
-    assert [s.loss for s in rest] == [s.loss for s in steps[3:]]
-    assert weights(second) == weights(whole)
-    assert {n: a.tolist() for n, a in after.arrays().items()} == {
-        n: a.tolist() for n, a in optimizer.arrays().items()
-    }
-
-
 def test_recipe_schedule() -> None:
     """Peak and floor of the flags; a warm-up longer than the run is cut to it."""
     schedule = TrainingConfig(iters=3, learning_rate=1e-3, warmup=10)

@@ -38,7 +38,6 @@ def test_processes_add_up(tmp_path: Path, clock: list[float]) -> None:
     assert second.seconds == pytest.approx(42)
     assert second.peak_bytes == 2**40
     assert (second.breaks.count, second.breaks.seconds) == (2, 5.0)
-    assert second.known
 
 
 def test_a_kill_costs_seconds(tmp_path: Path, clock: list[float]) -> None:
@@ -53,24 +52,6 @@ def test_a_kill_costs_seconds(tmp_path: Path, clock: list[float]) -> None:
     part.keep_sometimes()
     for folder in (tmp_path, tmp_path / "part"):
         assert Account(folder, DISK).seconds == pytest.approx(account.EVERY_S)
-
-
-@pytest.mark.parametrize("damage", [None, b"", b"{", b"[1]"])
-def test_an_older_run_begins_with_its_phases(
-    tmp_path: Path, clock: list[float], damage: bytes | None
-) -> None:
-    """Which it logged, torn lines left out; so does one whose account is damaged."""
-    lines = [{"flags": {}, "planned": []}, {"phase": "prune", "seconds": 3.5, "peak_bytes": 2**40}]
-    lines.append({"phase": "distil", "seconds": 20.0, "peak_bytes": 2**30})
-    for record in lines:
-        DISK.append(tmp_path / run_folder.PHASES, json.dumps(record))
-    DISK.append(tmp_path / run_folder.PHASES, '{"phase": "measure", "sec')
-    if damage is not None:
-        (tmp_path / run_folder.TAKEN).write_bytes(damage)
-    older = Account(tmp_path, DISK)
-    assert not older.known
-    assert older.seconds == pytest.approx(23.5)
-    assert older.peak_bytes == 2**40
 
 
 def test_a_resumed_run_tells_of_all_of_it(
