@@ -50,12 +50,12 @@ WORDS = [
     *(run * 64 + "!" for run in _RUNS),
     "Baca wyszedł rano z owcami na halę; it's 12.50 zł, isn't it?\r\n\tfor i in range(10): pass",
 ]
-SAID = [
+SAID: list[dict[str, Any]] = [
     {"role": "user", "content": "Ile owiec jest na hali?"},
     {"role": "assistant", "content": "Sto dwadzieścia."},
 ]
 CALL = {"type": "function", "function": {"name": chat_template.UNKNOWN, "arguments": {"a": 1}}}
-CALLED = [
+CALLED: list[dict[str, Any]] = [
     {"role": "system", "content": "Liczysz owce."},
     SAID[0],
     {"role": "assistant", "content": "", "tool_calls": [CALL]},
