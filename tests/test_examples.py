@@ -189,6 +189,15 @@ PERSONAL = [
     ),
     ("(18) 207 12 34 w Nowym Targu", "[telephone] w Nowym Targu", {"telephone": 1}),
     ("call +44 20 7946 0958", "call [telephone]", {"telephone": 1}),
+    # with what word processors write in place of blanks and hyphens, with dots, before a hyphen
+    (
+        "+48\u00a0601\u00a0202\u00a0303, 601\u2011202\u2011303",
+        "[telephone], [telephone]",
+        {"telephone": 2},
+    ),
+    ("+48.601.202.303, 601.202.303", "[telephone], [telephone]", {"telephone": 2}),
+    ("44051401359- 123\u2011456\u201132\u201118-", "[PESEL]- [NIP]-", {"PESEL": 1, "NIP": 1}),
+    ("1.2345678, +3.14159265, 2-44051401359, 10.0.0.127", None, {}),
     ("12 345 owiec, 100 200 zł, 7:05, 2026-11-25, 601 + 202 = 803", None, {}),
 ]
 
@@ -215,6 +224,26 @@ def test_scrubbing_reaches_every_text_of_a_row(tmp_path: Path) -> None:
     assert "@" not in json.dumps([clean.train, clean.valid])
     assert clean.card["pii_removed"] == {"e-mail": 6}
     assert "replaced 6 e-mail" in clean.notes
+
+
+def test_scrubbing_reaches_numbers_and_names_in_calls(tmp_path: Path) -> None:
+    """The arguments of a call: what a setting is called, and a number that is one; others stay."""
+    arguments = {"a@b.pl": 44051401359, "count": 7, "whole": True}
+    call = {"function": {"name": "find", "arguments": arguments}}
+    row = {
+        "messages": [
+            {"role": "user", "content": "find"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ]
+    }
+    folder = str(write(tmp_path, train=[row], valid=[row]))
+    found = examples.load(folder, SHAPES, scrub=True)
+    message = found.train[0][0]["messages"][1]
+    assert message["tool_calls"][0]["function"]["arguments"] == {
+        "[e-mail]": "[PESEL]",
+        "count": 7,
+        "whole": True,
+    }
 
 
 def split(*rows: Row) -> list[Placed]:

@@ -76,9 +76,20 @@ def load(
             f"{folder} has no train.jsonl: --data takes a folder with one JSON object per line in "
             f"it"
         )
-    train, valid, notes = _splits(folder, shapes, tokens)
+    train, problems, notes = _read(folder / "train.jsonl", shapes, tokens)
+    valid: PlacedRows = []
+    if (folder / "valid.jsonl").exists():
+        valid, more_problems, more_notes = _read(folder / "valid.jsonl", shapes, tokens=0)
+        problems += more_problems
+        notes += more_notes
+    rows.refuse(problems)
     if data is None and kinds:
-        _check_kinds(train, kinds)
+        known = sorted({row["task"] for row, _ in train})
+        unknown = sorted(set(kinds).difference(known))
+        if unknown:
+            raise MisError(
+                f"there are no tasks called {unknown[0]}: known tasks: {', '.join(known)}"
+            )
         train = _of_kinds(train, kinds)
         valid = _of_kinds(valid, kinds)
     if not valid:
@@ -109,30 +120,6 @@ def load(
     return Examples(train, valid, card, [total, *notes])
 
 
-def _splits(
-    folder: Path,
-    shapes: Sequence[str],
-    tokens: int,
-) -> tuple[PlacedRows, PlacedRows, list[str]]:
-    """(rows to train on, held-out rows if there are any, what was not read in words)."""
-    train = _read(folder / "train.jsonl", shapes, tokens)
-    valid = _Read([], [], [])
-    if (folder / "valid.jsonl").exists():
-        valid = _read(folder / "valid.jsonl", shapes, tokens=0)
-    problems = train.problems + valid.problems
-    rows.refuse(problems)
-    notes = train.left_out + valid.left_out
-    return train.rows, valid.rows, notes
-
-
-def _check_kinds(tasks: PlacedRows, kinds: Sequence[str]) -> None:
-    """MisError for a kind of generated task that does not exist."""
-    known = sorted({row["task"] for row, _ in tasks})
-    unknown = sorted(set(kinds).difference(known))
-    if unknown:
-        raise MisError(f"there are no tasks called {unknown[0]}: known tasks: {', '.join(known)}")
-
-
 def _of_kinds(tasks: PlacedRows, kinds: Sequence[str]) -> PlacedRows:
     return [(row, place) for row, place in tasks if row["task"] in kinds]
 
@@ -153,20 +140,15 @@ def _held_out(train: PlacedRows) -> tuple[PlacedRows, PlacedRows]:
     return others, held_out
 
 
-class _Read(NamedTuple):
-    """Good rows of one file, the faults of the others, and what was not read, in words."""
-
-    rows: PlacedRows
-    problems: list[str]
-    left_out: list[str]
-
-
 def _read(
     path: Path,
     shapes: Sequence[str],
     tokens: int,
-) -> _Read:
-    """The rows of one file; a number as an answer becomes text. tokens: as in `load`."""
+) -> tuple[PlacedRows, list[str], list[str]]:
+    """(good rows of one file, the faults of the others, what was not read in words).
+
+    A number as an answer becomes text. tokens: as in `load`.
+    """
     wanted = {shape: SHAPES[shape] for shape in shapes}
 
     def fault(row: object) -> str | None:
@@ -190,7 +172,7 @@ def _read(
     good, problems = rows.judged(values, f"{path.name} line", fault)
     if not good and not problems:
         problems = [f"{path.name}: it has no rows"]
-    return _Read(good, problems, lines.note(path.name))
+    return good, problems, lines.note(path.name)
 
 
 def _license(folder: Path) -> str:
@@ -204,12 +186,14 @@ def _license(folder: Path) -> str:
 
 def _scrubbed(value: Any, removed: Counter[str]) -> Any:
     if isinstance(value, dict):
-        return {key: _scrubbed(part, removed) for key, part in value.items()}
+        return {scrub(key, removed): _scrubbed(part, removed) for key, part in value.items()}
     if isinstance(value, list):
         return [_scrubbed(part, removed) for part in value]
     if isinstance(value, str):
         return scrub(value, removed)
-    return value
+    # A number stays one, unless it is personal data.
+    clean = scrub(str(value), removed)
+    return value if clean == str(value) else clean
 
 
 def is_pesel(text: str) -> bool:
