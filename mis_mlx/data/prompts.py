@@ -8,7 +8,7 @@ A teacher that can call tools is asked to, too (tool_prompts.py there), with oth
 those that judge (judge/tasks/tool_tasks).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,18 +35,16 @@ class Prompt(NamedTuple):
 
 def train(
     count: int | None = None,
-    languages: Sequence[str] = ("en", "pl"),
     *,
     tools: bool = False,
 ) -> list[Prompt]:
-    """The first `count` prompts in these languages; None: all. Kinds and templates come in turn.
+    """The first `count` prompts; None: all. Kinds, templates and languages come in turn.
 
     tools: one in TOOLS_EVERY asks for a call of a tool, in English.
     """
     prompts = []
     for row in run_folder.records(TRAIN):
-        if row["language"] in languages:
-            prompts.append(Prompt(row["kind"], row["language"], tuple(row["turns"])))
+        prompts.append(Prompt(row["kind"], row["language"], tuple(row["turns"])))
     if tools:
         for number, prompt in enumerate(calling()):
             prompts.insert(TOOLS_EVERY * number + TOOLS_EVERY - 1, prompt)

@@ -142,7 +142,7 @@ def fault(row: object, shapes: Shapes) -> str | None:
     shape = shape_of(row, shapes)
     if shape is None:
         keys = ", ".join(ascii(key)[:40] for key in list(row)[:4]) or "none"
-        wanted = " nor ".join(map(_quoted, shapes.values()))
+        wanted = " nor ".join(" and ".join(map(repr, keys)) for keys in shapes.values())
         return f"has {'no' if len(shapes) == 1 else 'neither'} {wanted} (its keys: {keys})"
     if shape == "messages":
         return _tools_fault(row.get("tools")) or _messages_fault(row["messages"])
@@ -151,10 +151,6 @@ def fault(row: object, shapes: Shapes) -> str | None:
         if why:
             return why
     return None
-
-
-def _quoted(keys: Sequence[str]) -> str:
-    return " and ".join(f"'{key}'" for key in keys)
 
 
 def _messages_fault(messages: object) -> str | None:
@@ -233,17 +229,15 @@ def _bare(row: Row) -> Row:
     keys = TEXT[shape_of(row, TEXT) or "text"]
     bare = {key: row[key] for key in keys}
     if "messages" in bare:
-        bare["messages"] = [_bare_message(message) for message in row["messages"]]
+        bare["messages"] = []
+        for message in row["messages"]:
+            kept = {"role": message["role"], "content": message["content"]}
+            for key in ("tool_calls", "name", "tool_call_id"):
+                if message.get(key) and (key == "tool_calls" or message["role"] == "tool"):
+                    kept[key] = message[key]
+            bare["messages"].append(kept)
         if row.get("tools"):
             bare["tools"] = row["tools"]
-    return bare
-
-
-def _bare_message(message: Row) -> Row:
-    bare = {"role": message["role"], "content": message["content"]}
-    for key in ("tool_calls", "name", "tool_call_id"):
-        if message.get(key) and (key == "tool_calls" or message["role"] == "tool"):
-            bare[key] = message[key]
     return bare
 
 

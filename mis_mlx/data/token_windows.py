@@ -173,7 +173,12 @@ def conversation(row: Row, tokenizer: Any, mask_prompt: bool) -> Marked:
     are those of the conversation up to it: the templates of some models rewrite earlier turns.
     """
     messages = _messages(row)
-    _check_tools(row, tokenizer)
+    calls = row.get("tools") or any(message.get("tool_calls") for message in messages)
+    if calls and not chat_template.knows_tools(tokenizer):  # it would leave them out in silence
+        raise MisError(
+            "the text has conversations with tools, but this model's chat template knows none: "
+            "leave these rows out, or take a model that calls tools"
+        )
     thinking = chat_template.thinks(messages, tokenizer)
     told: dict[str, Any] = {"thinking": thinking, "tools": row.get("tools") or ()}
     ids = _render(messages, tokenizer, **told)
@@ -198,17 +203,6 @@ def conversation(row: Row, tokenizer: Any, mask_prompt: bool) -> Marked:
         count = end - begin
         loss_mask[begin:end] = [1] * count
     return ids, loss_mask
-
-
-def _check_tools(row: Row, tokenizer: Any) -> None:
-    """MisError for a row with tools that the chat template would leave out in silence."""
-    if not row.get("tools") and not any(m.get("tool_calls") for m in _messages(row)):
-        return
-    if not chat_template.knows_tools(tokenizer):
-        raise MisError(
-            "the text has conversations with tools, but this model's chat template knows none: "
-            "leave these rows out, or take a model that calls tools"
-        )
 
 
 def prompt_ids(
@@ -246,15 +240,18 @@ def _render(
     """Ids of `chat_template.text`, where only the template's own special tokens are special.
 
     A special token spelled in a message or a tool, whether in its content, in a name or in an
-    argument, passes through the template as one private character and is cut up afterwards. A
+    argument, passes through the template as one other character and is cut up afterwards. A
     conversation without any, nearly every one, is encoded in one go, exactly as mlx-lm does.
     """
-    content = "".join(_strings([*messages, *tools]))
-    spelled = [token for token in _special_tokens(tokenizer) if token in content]
+    content = json.dumps([*messages, *tools], ensure_ascii=False)
+    spelled = []
+    for token in _special_tokens(tokenizer):
+        if json.dumps(token, ensure_ascii=False)[1:-1] in content:
+            spelled.append(token)
     # The longest first, because one special token may begin another; by name for a fixed order.
     spelled.sort(key=lambda token: (-len(token), token))
-    # Code points of a private plane that no message uses.
-    unused = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in content)
+    # Rare Chinese characters that no message uses; Python's repr writes them as they are.
+    unused = (chr(code) for code in range(0x20000, 0x2A6DE) if chr(code) not in content)
     stand_ins = dict(zip(spelled, unused, strict=False))
     pattern = "|".join(map(re.escape, spelled)) or "(?!)"
     known = re.compile(pattern)
@@ -269,10 +266,6 @@ def _render(
     if not spelled:
         return _encode(tokenizer, rendered, split=False)
     meant = {stand_in: token for token, stand_in in stand_ins.items()}
-    # A template may write a tool as Python's repr or as ASCII JSON.
-    for stand_in in meant:
-        for escaped in (ascii(stand_in)[1:-1], json.dumps(stand_in)[1:-1]):
-            rendered = rendered.replace(escaped, stand_in)
     ids = []
     # The brackets keep the stand-ins among the pieces: these are text, what lies between them is
     # the template's, with special tokens of its own.
@@ -284,19 +277,6 @@ def _render(
     return ids
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """Every string in a JSON value, the names in its objects, too."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for name, part in value.items():
-            yield name
-            yield from _strings(part)
-    elif isinstance(value, Sequence):
-        for part in value:
-            yield from _strings(part)
-
-
 def _replaced(value: Any, known: re.Pattern[str], stand_ins: Mapping[str, str]) -> Any:
     """A JSON value in which every string has its stand-ins in place of what is `known`."""
     if isinstance(value, str):
@@ -306,7 +286,7 @@ def _replaced(value: Any, known: re.Pattern[str], stand_ins: Mapping[str, str]) 
         for name, part in value.items():
             parts[_replaced(name, known, stand_ins)] = _replaced(part, known, stand_ins)
         return parts
-    if isinstance(value, Sequence):
+    if isinstance(value, list | tuple):
         return [_replaced(part, known, stand_ins) for part in value]
     return value
 

@@ -9,7 +9,7 @@ from typing import Any
 from mis_mlx import cli
 from mis_mlx.data import chat_template, preparation
 from mis_mlx.distillation import teacher_answers
-from mis_mlx.judge import answers
+from mis_mlx.judge import answers, keep
 from mis_mlx.judge.answer_figures import MORE_LOOPS
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
@@ -108,8 +108,7 @@ def asked_of(teacher: Checkpoint, wanted: Wanted) -> teacher_answers.WritingSett
 def file_of(teacher: Checkpoint, writing: teacher_answers.WritingSettings) -> Path:
     """The file of a teacher's answers, which later runs use again."""
     identity = run_folder.origin(teacher, "")["teacher"]
-    template = teacher_answers.template_sha256(teacher)
-    settings = {**writing.settings, "template": template}
+    settings = {**writing.settings, "speech": keep.speech_sha256(teacher.path)}
     folder = WRITTEN / f"{teacher.path.name}-{identity[:8]}-{json_sha256(settings)[:8]}"
     return folder / "answers.jsonl"
 

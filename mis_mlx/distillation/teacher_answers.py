@@ -17,13 +17,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from mis_mlx.data import chat_template
 from mis_mlx.data import prompts as our_prompts
 from mis_mlx.data.prompts import Prompt
 from mis_mlx.data.rows import Row
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.judge import answer_figures, answers, repetition
+from mis_mlx.judge import answer_figures, answers, keep, repetition
 from mis_mlx.judge.prompts import Answer
 from mis_mlx.judge.write import WritingPlan, plan_writing
 from mis_mlx.models.opening import load
@@ -122,11 +121,6 @@ def judging_prompts(teacher: ModelSize, limit: Budget) -> int:
     return EVAL_PROMPTS_STREAMED
 
 
-def template_sha256(teacher: Checkpoint) -> str:
-    """Of the chat template and what it is told, in hex: others give other answers."""
-    return chat_template.identity(load.tokenizer(teacher.path))
-
-
 def kept_text(answer: Answer) -> str:
     """The part of an answer to learn from; '' where it says nothing or repeats itself.
 
@@ -189,7 +183,7 @@ def write(
     planned = plan(model_of(teacher), settings, limit)
     identity = {
         "teacher": run_folder.origin(teacher, "")["teacher"],
-        "template": template_sha256(teacher),
+        "speech": keep.speech_sha256(teacher.path),
         **settings.settings,
     }
     part = Journal(out.with_name(f".{out.name}.part"), ("turn", "number"), identity)

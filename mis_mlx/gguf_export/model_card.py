@@ -92,7 +92,10 @@ def readme(
     run_values = _of_run(checkpoint.path)
     if not license and base == resolve.DEFAULT:
         license = "apache-2.0"
-    is_changed = run_values["keep"] is not None or _is_aligned(checkpoint.path)
+    run = run_of(checkpoint.path)
+    is_changed = run_values["keep"] is not None
+    if run is not None:  # of `sft`, `dpo` or `grpo`
+        is_changed |= "model" in run_folder.stored_settings(run)
     front = {
         "base_model": base,
         "base_model_relation": _relation(checkpoint, file, is_changed=is_changed) if base else None,
@@ -141,12 +144,6 @@ def _relation(checkpoint: Checkpoint, file: str, *, is_changed: bool) -> str | N
     dense = any(file.endswith(f"-{kind}.gguf") for kind in DENSE_TYPES)
     is_rounded = bool(file) and not dense
     return "quantized" if is_rounded or arch.is_quantized(checkpoint.tensors) else None
-
-
-def _is_aligned(folder: Path) -> bool:
-    """Whether a run of `sft`, `dpo` or `grpo` made the model."""
-    run = run_of(folder)
-    return run is not None and "model" in run_folder.stored_settings(run)
 
 
 def _of_run(folder: Path) -> dict[str, Any]:

@@ -14,8 +14,9 @@ def packed_files(checkpoint: Checkpoint) -> list[Path]:
     if not arch.is_quantized(checkpoint.tensors):
         return []
     folder = checkpoint.path
-    weights = sorted(folder.glob("model*.safetensors*"))  # an index ends in .json
-    return [folder / "config.json", *weights, *sorted(tokenizer_check.present(folder))]
+    weights = folder.glob("model*.safetensors*")  # an index ends in .json
+    others = tokenizer_check.present(folder)
+    return [folder / "config.json", *sorted(weights), *sorted(others)]
 
 
 def parts(out: Path, checkpoint: Checkpoint, form: str) -> dict[str, Path]:
@@ -26,9 +27,9 @@ def parts(out: Path, checkpoint: Checkpoint, form: str) -> dict[str, Path]:
     model goes into a subfolder.
     """
     result = {}
-    inside = f"{SUBFOLDER}/" if form == "hf" else ""
+    inside = Path(SUBFOLDER if form == "hf" else "")
     for path in packed_files(checkpoint):
-        result[f"{inside}{path.relative_to(checkpoint.path)}"] = path
+        result[str(inside / path.relative_to(checkpoint.path))] = path
     for path in sorted(out.iterdir()):
         if path.is_file():
             result[path.name] = path

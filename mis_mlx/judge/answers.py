@@ -22,10 +22,10 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.data import chat_template, rows
+from mis_mlx.data import rows
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.judge import write
+from mis_mlx.judge import keep, write
 from mis_mlx.judge.answer_figures import AnswerBits
 from mis_mlx.judge.judgement import (
     Judgement,
@@ -279,7 +279,7 @@ def _header(teacher: Checkpoint) -> dict[str, Any]:
         "seed": SEED,
         "answer_tokens": ANSWER_TOKENS,
         "greedy_tokens": GREEDY_TOKENS,
-        "template_sha256": chat_template.identity(load.tokenizer(teacher.path)),
+        "speech_sha256": keep.speech_sha256(teacher.path),
     }
     return {"teacher": _identity(teacher), "settings": settings}
 
@@ -300,14 +300,16 @@ def _kept_of_student(student: Checkpoint, model_sha256: str | None) -> Kept:
     settings = {
         "version": VERSION,
         "greedy_tokens": GREEDY_TOKENS,
-        "stops": sorted(load.tokenizer(student.path).eos_token_ids),
     }
     return Kept(model_sha256 or answering.sha256(student), json_sha256(settings))
 
 
 def shipped_for(teacher: Checkpoint, shipped: Path = SHIPPED) -> bool:
     """Whether the answers that come with the package are this teacher's."""
-    return read_header(shipped).get("teacher") == _identity(teacher)
+    header = read_header(shipped)
+    if header.get("teacher") != _identity(teacher):
+        return False
+    return bool(header["settings"]["speech_sha256"] == keep.speech_sha256(teacher.path))
 
 
 def ship(

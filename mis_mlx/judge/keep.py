@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from mis_mlx.data import chat_template
 from mis_mlx.judge.prompts import Answer, AnswerPair, Prompt, answer_of, rounded
 from mis_mlx.judge.score import log_probabilities
+from mis_mlx.models.opening import load, tokenizer_check
 from mis_mlx.storage import hub
-from mis_mlx.storage.files import DISK, json_sha256
+from mis_mlx.storage.files import DISK, file_sha256, json_sha256
 from mis_mlx.storage.journal import Journal
 from mis_mlx.types import Checkpoint
 
@@ -122,3 +124,18 @@ def all_kept(
         if prompt.sha256 not in own or cost_key(prompt, pairs[prompt.sha256].sampled) not in costs:
             return False
     return True
+
+
+def speech_sha256(path: Path) -> str:
+    """Of all that decides what a model of these weights says, in hex: what is kept of it depends on
+    this.
+
+    The tokenizer and what it puts before a text, the templates and what they are told, the tokens
+    that end an answer.
+    """
+    checked = tokenizer_check.check_tokenizer(path)
+    opened = load.opened_tokenizer(checked)
+    file = path / "tokenizer.json"
+    words = file_sha256(file) if file.is_file() else checked.digest.hex()
+    ends = sorted(opened.eos_token_ids)
+    return json_sha256([words, list(opened.encode("a")), chat_template.identity(opened), ends])

@@ -87,6 +87,7 @@ def test_the_default_teachers_answers_come_with_the_package(
 def test_another_teacher_writes_its_own_once(
     chat: Checkpoint,
     text_folder: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -113,6 +114,10 @@ def test_another_teacher_writes_its_own_once(
         chat, Wanted(None, None, 0, seed=1), memory.budget(None), dry_run=True
     )
     assert other.answers != first.answers
+    ended = load.open_checkpoint(shutil.copytree(chat.path, tmp_path / "ended"))
+    (ended.path / "generation_config.json").write_text('{"eos_token_id": [0, 7]}')
+    others = conversations.source(ended, wanted(), memory.budget(None), dry_run=True)
+    assert others.answers != first.answers
 
 
 def test_two_runs_of_a_new_teacher_write_once(
@@ -215,7 +220,7 @@ def test_what_is_shipped_is_of_these_settings() -> None:
     pairs = read_pairs(answers.SHIPPED)
     asked = answers.prompts(10_000)
 
-    settings = {key: value for key, value in header["settings"].items() if key != "template_sha256"}
+    settings = {key: value for key, value in header["settings"].items() if key != "speech_sha256"}
     assert settings == {
         "version": answers.VERSION,
         "temperature": answers.TEMPERATURE,

@@ -407,6 +407,13 @@ def test_shipped_answers_are_used_for_their_own_teacher(
     assert answers.shipped_for(copy, shipped)
     assert not answers.shipped_for(other, shipped)
     assert not answers.shipped_for(copy, tmp_path / "none.jsonl")
+    ended = load.open_checkpoint(shutil.copytree(chat.path, tmp_path / "ended"))
+    (ended.path / "generation_config.json").write_text('{"eos_token_id": [0, 7]}')
+    assert not answers.shipped_for(ended, shipped)
+    spoken = load.open_checkpoint(shutil.copytree(chat.path, tmp_path / "spoken"))
+    tokenizer = (spoken.path / "tokenizer.json").read_text()
+    (spoken.path / "tokenizer.json").write_text(tokenizer + " ")
+    assert not answers.shipped_for(spoken, shipped)
     answers.teacher_answers(copy, THREE, limit, shipped)
     assert seen == [THREE[2:]]
     for model in (other, worded):

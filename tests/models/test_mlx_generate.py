@@ -24,7 +24,7 @@ def test_continuation_is_the_argmax_chain(llama: Checkpoint) -> None:
     """Greedy text equals taking the most likely token of the whole model again and again."""
     model, tokenizer = mlx_generate.open_model(compute_type.open_to_compute(llama.path))
     ids = tokenizer.encode("The for statement")
-    said = mlx_generate.continuation(model, tokenizer, "The for statement", 6)
+    said = list(mlx_generate.greedy(model, ids, 6))
     want: list[int] = []
     while len(want) < 6:
         token = (
@@ -33,7 +33,7 @@ def test_continuation_is_the_argmax_chain(llama: Checkpoint) -> None:
         if token in tokenizer.eos_token_ids:
             break
         want.append(token)
-    assert said == tokenizer.decode(want)
+    assert said[: len(want)] == want
     assert want
 
 
@@ -73,7 +73,7 @@ def test_floats_run_in_the_quick_type(
     )
     model, tokenizer = mlx_generate.open_model(compute_type.open_to_compute(root / "q4"))
     assert {p.dtype for _, p in tree_flatten(model.parameters())} == {quick, mx.uint32}
-    assert isinstance(mlx_generate.continuation(model, tokenizer, "The if statement", 4), str)
+    assert len(list(mlx_generate.greedy(model, tokenizer.encode("The if statement"), 4))) == 4
 
 
 @pytest.mark.parametrize(

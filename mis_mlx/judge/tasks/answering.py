@@ -17,9 +17,9 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.compute import precision
-from mis_mlx.data import chat_template
 from mis_mlx.hardware import ledger, memory
 from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.judge import keep
 from mis_mlx.judge.tasks import instructions, option_likelihood, questions, task_answers, tool_tasks
 from mis_mlx.judge.tasks.option_likelihood import Encoded
 from mis_mlx.judge.tasks.questions import Question, Task
@@ -46,17 +46,15 @@ Asked = dict[int, Record]
 
 
 def sha256(checkpoint: Checkpoint) -> str:
-    """In hex, of config, tokenizer, weights, their type, `chat_template.changes` and `VERSION`."""
+    """In hex, of config, weights, their type, `keep.speech_sha256` and `VERSION`."""
     files = {tensor.file for tensor in checkpoint.tensors.values()}
     files.add(checkpoint.path / "config.json")
-    files |= {path for path in checkpoint.path.glob("tokenizer*") if path.is_file()}
-    files |= set(checkpoint.path.glob("*.jinja"))
     known = []
     for file in cli.show_progress("hash: file", files, len(files)):
         known.append((file.name, file_sha256(file)))
     # Not the folder's name: a copy elsewhere is the same model.
-    told = chat_template.changes(load.tokenizer(checkpoint.path))
-    decisive = [VERSION, str(precision.dtype_of(checkpoint)), sorted(known), *filter(None, [told])]
+    speech = keep.speech_sha256(checkpoint.path)
+    decisive = [VERSION, str(precision.dtype_of(checkpoint)), sorted(known), speech]
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 

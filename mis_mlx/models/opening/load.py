@@ -127,12 +127,17 @@ def weights(
     """
     if cut is None:
         cut = prefix
-    names = _names_under(checkpoint, prefix)
+    names = [name for name in checkpoint.tensors if name.startswith(prefix)]
+    names = [name for name in names if "rotary_emb" not in name]  # a computed table
+    if shape_of(checkpoint.config).tied:
+        names = [name for name in names if not name.startswith("lm_head.")]
     if raw is None:
         raw = safetensors.lazy(checkpoint.tensors, names)
     elif mixture(checkpoint.config):  # a block and its experts are read apart
         names = [name for name in names if name in raw]
-    names = [name for name in names if name.rpartition(".")[0] not in without or _is_bias(name)]
+    # A layer's own bias is no part of a packed matrix.
+    others = [name for name in names if name.rpartition(".")[0] not in without]
+    names = [name for name in names if name in others or name.endswith(".bias")]
     unpacks = not precision.keeps_packed() and arch.is_quantized(checkpoint.tensors)
     named = []
     for name in names:
@@ -148,20 +153,6 @@ def weights(
                 array = array.astype(own_dtype)
         named.append((name.removeprefix(cut), array))
     return named
-
-
-def _is_bias(name: str) -> bool:
-    """Whether a tensor is a layer's own bias, which is no part of a packed matrix."""
-    return name.endswith(".bias")
-
-
-def _names_under(checkpoint: Checkpoint, prefix: str) -> list[str]:
-    """Names of the stored tensors that a module under `prefix` has, without computed tables."""
-    names = [name for name in checkpoint.tensors if name.startswith(prefix)]
-    names = [name for name in names if "rotary_emb" not in name]
-    if shape_of(checkpoint.config).tied:
-        names = [name for name in names if not name.startswith("lm_head.")]
-    return names
 
 
 def dense(checkpoint: Checkpoint, name: str, raw: Raw | None = None) -> mx.array:

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -56,11 +56,9 @@ SAID: list[dict[str, Any]] = [
 ]
 CALL = {"type": "function", "function": {"name": chat_template.UNKNOWN, "arguments": {"a": 1}}}
 CALLED: list[dict[str, Any]] = [
-    {"role": "system", "content": "Liczysz owce."},
     SAID[0],
-    {"role": "assistant", "content": "", "tool_calls": [CALL]},
-    {"role": "tool", "name": chat_template.UNKNOWN, "content": "120"},
-    {"role": "assistant", "content": "Sto dwadzieścia.", "reasoning_content": "Policzone."},
+    {"role": "assistant", "content": "", "reasoning_content": "Policzę.", "tool_calls": [CALL]},
+    {"role": "tool", "content": "120"},
 ]
 
 
@@ -98,22 +96,14 @@ def check_tokenizer(folder: Path) -> Tokenizer:
         name = path.relative_to(folder)
         digest.update(f"{name} {len(content)} ".encode() + content)
     config = read_json(folder / "config.json")
-    kind = str(config.get("model_type"))
-    tokenizer = Tokenizer(digest.digest(), kind, _ends(folder, config), folder)
+    # As mlx-lm has it: turns often end with another token than texts, which the tokenizer names.
+    generation = read_json(folder / "generation_config.json")
+    end = generation.get("eos_token_id") or config.get("eos_token_id")
+    every = end if isinstance(end, list) else [end]
+    ends = tuple(number for number in every if isinstance(number, int))
+    tokenizer = Tokenizer(digest.digest(), str(config.get("model_type")), ends, folder)
     _try(tokenizer)
     return tokenizer
-
-
-def _ends(folder: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Tokens that end an answer: generation_config.json's, else config.json's, as mlx-lm has it.
-
-    A chat model's turns often end with another token than its texts, which the tokenizer names.
-    """
-    found = read_json(folder / "generation_config.json").get("eos_token_id")
-    if not found:
-        found = config.get("eos_token_id")
-    every = found if isinstance(found, list) else [found]
-    return tuple(number for number in every if isinstance(number, int))
 
 
 def present(folder: Path) -> Iterator[Path]:
@@ -199,18 +189,21 @@ def _rendered(template: str, settings: dict[str, Any]) -> int:
     """
     from jinja2.exceptions import SecurityError, TemplateError
 
-    tokens = [key for key in settings if key.endswith("_token")]
-    values: dict[str, Any] = {k: settings[k] for k in tokens if isinstance(settings[k], str)}
-    tools = [chat_template.UNKNOWN_TOOL]
-    trials = itertools.product((SAID, SAID[:1], CALLED, CALLED[:4]), (None, tools), (False, True))
+    tokens = {name: value for name, value in settings.items() if name.endswith("_token")}
+    values = {name: value for name, value in tokens.items() if isinstance(value, str)}
+    tools = (None, [chat_template.UNKNOWN_TOOL])
+    trials = itertools.product((SAID, SAID[:1], CALLED), tools, (False, True))
     count = 0
     for messages, with_tools, thinking in trials:
-        values["messages"] = messages
-        values["add_generation_prompt"] = messages[-1]["role"] != "assistant"
-        trial = {"tools": with_tools, "documents": None, "enable_thinking": thinking}
         written = 0
         try:
-            for piece in _sandbox().from_string(template).generate(**values, **trial):
+            program = _sandbox().from_string(template)
+            pieces = program.generate(
+                {**values, "messages": messages, "tools": with_tools, "documents": None},
+                add_generation_prompt=messages[-1]["role"] != "assistant",
+                enable_thinking=thinking,
+            )
+            for piece in pieces:
                 written += len(piece)
                 if written > MOST_CHARACTERS:
                     break
@@ -219,7 +212,7 @@ def _rendered(template: str, settings: dict[str, Any]) -> int:
         except TemplateError:
             continue
         except Exception:
-            if messages[0] is SAID[0] and not with_tools:
+            if messages is not CALLED and not with_tools:
                 raise
         count = max(count, written)
     if count > MOST_CHARACTERS:

@@ -100,9 +100,14 @@ class Vocabulary:
         Bytes, the unknown token, special and other added tokens except reserved ones, and the
         tokens that the settings name. config: of config.json.
         """
+        from tokenizers.pre_tokenizers import ByteLevel
+
         settings = read_json(self.folder / "tokenizer_config.json")
         named = [_text(value) for key, value in settings.items() if key.endswith("_token")]
-        rows = self._byte_rows()
+        if self.spec["model"].get("byte_fallback"):
+            rows = {i for text, i in self.ids.items() if BYTE.fullmatch(text)}
+        else:
+            rows = {self.ids[letter] for letter in ByteLevel.alphabet() if letter in self.ids}
         for text, i in self.added.items():
             if text in named or not RESERVED.fullmatch(text):
                 rows.add(i)
@@ -121,14 +126,6 @@ class Vocabulary:
             return model.get("unk_id")
         return self.ids.get(model.get("unk_token") or "")
 
-    def _byte_rows(self) -> set[int]:
-        """Rows of the tokens that stand for single bytes."""
-        from tokenizers.pre_tokenizers import ByteLevel
-
-        if self.spec["model"].get("byte_fallback"):
-            return {i for text, i in self.ids.items() if BYTE.fullmatch(text)}
-        return {self.ids[letter] for letter in ByteLevel.alphabet() if letter in self.ids}
-
     def chosen(self, needed: Collection[int], counts: np.ndarray, size: int) -> list[int]:
         """`size` rows, rising: those needed, then the most frequent, then the first merges.
 
@@ -136,13 +133,11 @@ class Vocabulary:
         tokens, and rows that are no token, come last.
         """
 
-        def is_reserved(row: int) -> bool:
-            return bool(RESERVED.fullmatch(self.texts.get(row, "<unused0>")))
-
         by_count = np.argsort(-counts, kind="stable")
         frequent = by_count[: np.count_nonzero(counts)].tolist()
         merged = (self.ids[left + right] for left, right in self.pairs)
-        rest = sorted(range(len(counts)), key=is_reserved)
+        words = [self.texts.get(row, "<unused0>") for row in range(len(counts))]
+        rest = sorted(range(len(counts)), key=lambda row: bool(RESERVED.fullmatch(words[row])))
         rows = set(needed)
         for row in chain(frequent, merged, rest):
             if len(rows) == size:

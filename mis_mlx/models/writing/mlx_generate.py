@@ -93,16 +93,6 @@ def activation_dtype(model: nn.Module) -> mx.Dtype:
     return norm.weight.dtype
 
 
-def continuation(model: nn.Module, tokenizer: Any, prompt: str, count: int) -> str:
-    """Greedy text after `prompt`, at most `count` tokens, stopping at the end token."""
-    tokens = []
-    for token in greedy(model, tokenizer.encode(prompt), count):
-        if token in tokenizer.eos_token_ids:
-            break
-        tokens.append(token)
-    return tokenizer.decode(tokens)
-
-
 def greedy(
     model: nn.Module, ids: Any, count: int, cache: list[Any] | None = None, where: str = ""
 ) -> Iterator[int]:

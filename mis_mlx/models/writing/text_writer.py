@@ -8,6 +8,7 @@ The two say what they take, and judge/write which of them fits.
 """
 
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import mlx.nn as nn
 
@@ -52,14 +53,10 @@ class TextWriter:
             return
         room = self._room or Room(len(prompts))
         draws = draws or Draws()
-        if isinstance(self._model, Stream):
-            yield from streamed_batch.completions(
-                self._model, prompts, max_tokens=max_tokens, stop=stop, room=room, draws=draws
-            )
-        else:
-            yield from continuous_batch.completions(
-                self._model, prompts, max_tokens=max_tokens, stop=stop, room=room, draws=draws
-            )
+        batch: Any = streamed_batch if isinstance(self._model, Stream) else continuous_batch
+        yield from batch.completions(
+            self._model, prompts, max_tokens=max_tokens, stop=stop, room=room, draws=draws
+        )
 
     def settled(
         self,

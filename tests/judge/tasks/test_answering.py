@@ -129,6 +129,9 @@ def test_another_model_task_version_or_type_has_answers_of_its_own(
     assert answering.sha256(one) == answering.sha256(llama) != answering.sha256(other)
     (one.path / "tokenizer.json").write_text((one.path / "tokenizer.json").read_text() + " ")
     assert answering.sha256(load.open_checkpoint(one.path)) != answering.sha256(llama)
+    ended = load.open_checkpoint(tiny.make(tmp_path / "ended"))
+    (ended.path / "generation_config.json").write_text('{"eos_token_id": [0, 7]}')
+    assert answering.sha256(ended) != answering.sha256(llama)
     assert quiz(30).sha256 != quiz(31).sha256
     before = answering.sha256(llama)
     monkeypatch.setattr(answering, "VERSION", 1)
