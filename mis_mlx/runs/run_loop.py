@@ -381,8 +381,6 @@ class CheckpointedTraining:
         cli.say(*saved.notes, f"continuing from step {saved.number}")
         arrays = {key: protocol.load_arrays(saved, key) for key in saved.state["arrays"]}
         self.trained.restore({"optimizer": {}, **arrays}, saved.state["optimizer"])
-        if not self.run.account.known:  # an earlier version kept it here alone
-            self.run.thermal_monitor.breaks = PauseCounter(**saved.state["tea"])
         self.recall(dict(saved.state))
         return saved.number
 
