@@ -170,7 +170,7 @@ def uncut(
     out = tmp_path_factory.mktemp("uncut") / "a run"
     (extra := out.with_name("extra.yaml")).write_text("q_group_size: 32\nexpected_loss: 0.1\n")
     flags = ("--teacher", llama.path, "--data", text_folder, "--num-samples", 2, "--q-iters", 3)
-    small = ("--max-seq-length", 32, "--eval-windows", 2, "--bench-tokens", 0, "--eval-prompts", 0)
+    small = ("--max-seq-length", 32, "--eval-windows", 2, "--eval-prompts", 0)
     where = ("--scenario", "none", "-c", extra, "--out", out)
     done = command("distill", *flags, *small, *where)
     assert done.returncode == 0, done.stderr
