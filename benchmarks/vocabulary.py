@@ -85,7 +85,6 @@ def row(
             seed=seed,
             iters=s.iters,
             quantize=0,
-            bench_tokens=0,
             reconstruct_samples=32,
             eval_windows=3,
             **SHAPES[shape],
