@@ -232,7 +232,7 @@ def test_one_by_one_there_is_one_model_in_memory(
     run.together = False
     run.models = {name: next(iter(run.models.values())) for name in "abc"}
     run.go(None)
-    assert len(alive) == 6
+    assert len(alive) == 3
 
 
 def test_what_does_not_go_together_is_a_sentence(llama: Checkpoint) -> None:

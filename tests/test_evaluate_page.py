@@ -24,7 +24,6 @@ def outcome(task: str = "sums", chance: float = 0.5, **right: int) -> Outcome:
         marks=marks,
         chance=np.full(N, chance),
         constant=(0.5, "option 1"),
-        overlap=(0, N),
         sha256="0" * 64,
     )
 
@@ -156,20 +155,3 @@ def test_no_spread_is_not_certainty() -> None:
         in markdown([outcome(teacher=90, student=0)])
     )
     assert "± 0 means" not in markdown([outcome(teacher=90, student=70)])
-
-
-def test_contamination_is_counted() -> None:
-    """How many, of how many, in which task."""
-    o = outcome(teacher=90, student=70)
-    assert "none of 100 shares 13 words in a row" in markdown([o])
-    shared = Outcome(
-        task=o.task,
-        about=o.about,
-        marks=o.marks,
-        chance=o.chance,
-        constant=o.constant,
-        overlap=(7, 90),
-    )
-    assert "7 of 90 in sums share 13 words in a row" in markdown([shared])
-    assert "Contamination" not in markdown([Outcome(o.task, o.about, o.marks, o.chance)])
-    assert o.json()["contamination"] == {"shared": 0, "looked_up": 100}

@@ -1,7 +1,7 @@
-"""Run other people's programs: pip for one wheel, apt for packages, llama.cpp's quantizer.
+"""Run other people's programs: pip for one wheel, llama.cpp's quantizer.
 
-Each runs in a process of its own, as llama.cpp may abort. What pip and apt bring is neither
-installed nor run; the wheel is known to the byte.
+Each runs in a process of its own, as llama.cpp may abort. What pip brings is neither installed nor
+run; the wheel is known to the byte.
 """
 
 import importlib.util
@@ -67,30 +67,6 @@ def download_wheel(name: str, version: str, size_bytes: int, sha256: str, *, int
         why = f"{wheel.name} is {facts}, expected {size_bytes} and {sha256}"
         raise MisError(f"{why}: the download was altered, try another package index")
     return wheel
-
-
-def unpack_debian(names: Sequence[str], into: Path) -> list[str]:
-    """Unpack Debian packages into `into` without root; returns their names and versions.
-
-    MisError when apt is absent or has no such package.
-    """
-    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
-        raise MisError(f"this system has no apt to install {' and '.join(names)}")
-    _download(
-        ["apt-get", "download", "-qq", *names],
-        f"apt could not download {' and '.join(names)}",
-        folder=into,
-    )
-    packages = sorted(into.glob("*.deb"))
-    for package in packages:
-        subprocess.run(
-            ["dpkg-deb", "-x", package, into],
-            check=True,
-            capture_output=True,
-            stdin=subprocess.DEVNULL,
-        )
-        package.unlink()
-    return [package.stem for package in packages]
 
 
 def quantizer() -> list[str]:

@@ -15,11 +15,10 @@ class Outcome(NamedTuple):
     """The marks of all models on one task of n questions.
 
     marks: {model: (n,)}, the teacher first. chance (n,): expected marks of guessing. constant:
-    (share, answer) of the best constant answer, U Zośki. overlap: as `questions.Known.overlap`.
-    uniform (n,): expected marks of a model to which all tokens are equally likely. levels: {model:
-    IFEval's two accuracies}, whose mean is the mean of the marks. ways: {model: how options were
-    put to it}. shares: {model: figures of its calls, by name, a tool's task}. None: not known, or
-    a task of another kind.
+    (share, answer) of the best constant answer, U Zośki. uniform (n,): expected marks of a model to
+    which all tokens are equally likely. levels: {model: IFEval's two accuracies}, whose mean is the
+    mean of the marks. ways: {model: how options were put to it}. shares: {model: figures of its
+    calls, by name, a tool's task}. None: not known, or a task of another kind.
     """
 
     task: str
@@ -27,7 +26,6 @@ class Outcome(NamedTuple):
     marks: Mapping[str, np.ndarray]
     chance: np.ndarray
     constant: tuple[float, str] | None = None
-    overlap: tuple[int, int] | None = None
     sha256: str = ""
     uniform: np.ndarray | None = None
     levels: Mapping[str, Levels] | None = None
@@ -82,10 +80,6 @@ class Outcome(NamedTuple):
         if self.constant:
             share, answer = self.constant
             constant = {"share": share, "answer": answer}
-        contamination: dict[str, int] | None = None
-        if self.overlap:
-            shared, looked_up = self.overlap
-            contamination = {"shared": shared, "looked_up": looked_up}
         return {
             "task": self.task,
             "about": self.about,
@@ -93,7 +87,6 @@ class Outcome(NamedTuple):
             "n": len(self.chance),
             "chance": float(self.chance.mean()),
             "u_zoski": constant,
-            "contamination": contamination,
             "uniform": None if self.uniform is None else float(self.uniform.mean()),
             "models": models,
         }
@@ -110,19 +103,12 @@ def markdown(outcomes: Sequence[Outcome], tables: str = "") -> str:
     students = _students(outcomes)
     alike = [outcome for outcome in outcomes if _is_constant(outcome)]
     constants = []
-    shared = []
-    looked_up = 0
     for outcome in outcomes:
         if outcome.knows and outcome.constant:
             share, answer = outcome.constant
             _, low, _ = interval(outcome.teacher - share)
             if low <= 0:
                 constants.append(f"{outcome.task} ({answer})")
-        if outcome.overlap:
-            count, total = outcome.overlap
-            looked_up += total
-            if count:
-                shared.append(f"{count} of {total} in {outcome.task}")
     values: dict[str, Any] = {
         "names": students,
         "interval": interval,
@@ -135,8 +121,6 @@ def markdown(outcomes: Sequence[Outcome], tables: str = "") -> str:
         "alike": [outcome.task for outcome in alike],
         "fewest": min((len(outcome.chance) for outcome in alike), default=0),
         "students": [_compared(name, outcomes) for name in students],
-        "shared": shared,
-        "looked_up": looked_up,
     }
     return html.document("recovery.md", values)
 

@@ -37,7 +37,6 @@ def outcomes(
             marks={name: marks[number] for name, marks in marks_of.items()},
             chance=answering.chance(task),
             constant=answering.best_constant(task),
-            overlap=wanted.known.overlap(task),
             sha256=task.sha256,
             uniform=answering.uniform(models["teacher"], task),
             levels=levels,

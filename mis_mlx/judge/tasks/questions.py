@@ -21,17 +21,13 @@ A file holds rows of one kind and is one task, named like the file:
 import hashlib
 import json
 import random
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, TypeVar
 
-import numpy as np
-
-from mis_mlx.data import preparation, rows
+from mis_mlx.data import rows
 from mis_mlx.judge.tasks import instructions
 from mis_mlx.judge.tasks.instructions import Instruction
 from mis_mlx.maths import stats
@@ -50,8 +46,6 @@ NO_TEXTS = ("instruction_id_list", "kwargs")
 # on a CPU.
 INSTRUCTION_TOKENS = 512
 BLANK = "___"
-SPAN = 13  # words in a row that a question shares with the training text: contamination
-LEAST = 5  # words of a question; shorter ones are not looked up
 MARK = {"en": "Answer", "pl": "Odpowiedź"}
 T = TypeVar("T")
 
@@ -331,74 +325,8 @@ def cloze_row(
     return {"text": text, "options": options, "answer": right}
 
 
-def words(text: str) -> list[str]:
-    """Lower-case words and numbers."""
-    return re.findall(r"\w+", text.lower())
-
-
-def training_words(data: str | None) -> list[str]:
-    """All words of a data source's training rows.
-
-    None: of all built-in texts, including those that models wrote. Of a text too large to be used
-    whole those of the rows that a short run draws (data/row_draw).
-    """
-    if data:
-        train = list(preparation.load(data).train)
-    else:
-        train = [*preparation.load(None).train, *preparation.load(preparation.MIS).train]
-        for path in sorted(preparation.WRITTEN.parent.glob("*.jsonl")):
-            train += rows.read(path).rows
-    known = list[str]()
-    for row in train:
-        known += words(text_of(row))
-    return known
-
-
 def text_of(row: Mapping) -> str:
     """The whole text of a training row, of any kind."""
     texts = [row.get(key, "") for key in ("text", "prompt", "completion")]
     texts += [message["content"] for message in row.get("messages") or []]
     return " ".join(texts)
-
-
-class Known:
-    """The training text, ready to say whether a question shares 13 words in a row with it.
-
-    As GPT-3's authors counted (arXiv 2005.14165, appendix C): without case and punctuation. A
-    question shorter than that is looked up as one phrase.
-    """
-
-    def __init__(self, known: Sequence[str]):
-        hashes = np.fromiter(map(hash, _runs(known)), np.int64)
-        self._runs = np.unique(hashes)  # a set of Python's takes ten times the memory
-        self._text = f" {' '.join(known)} "
-
-    def holds(self, q: Question) -> bool | None:
-        """Whether question and answer share a run with the training text.
-
-        None: they are too short to be looked up.
-        """
-        answer = q.options[q.right] if q.options else f" {q.answer}"
-        asked = words(q.context + answer)
-        if len(asked) >= SPAN:
-            hashes = np.fromiter(map(hash, _runs(asked)), np.int64)
-            first = np.searchsorted(self._runs, hashes, "left")
-            behind = np.searchsorted(self._runs, hashes, "right")
-            return bool((behind > first).any())
-        if len(asked) < LEAST:
-            return None
-        return f" {' '.join(asked)} " in self._text
-
-    def overlap(self, task: Task) -> tuple[int, int]:
-        """(questions that share a run with the training text, questions long enough to be looked
-        up).
-        """
-        verdicts = [self.holds(q) for q in task.questions]
-        looked_up = [held for held in verdicts if held is not None]
-        return sum(looked_up), len(looked_up)
-
-
-def _runs(known: Sequence[str]) -> Iterable[tuple[str, ...]]:
-    """Every SPAN words in a row."""
-    shifted = [islice(known, start, None) for start in range(SPAN)]
-    return zip(*shifted, strict=False)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from mis_mlx import cli
 from mis_mlx.data import preparation, rows
-from mis_mlx.hardware.programs import download_wheel, unpack_debian
+from mis_mlx.hardware.programs import download_wheel
 from mis_mlx.judge.tasks import instructions, questions, rewards, tool_tasks
 from mis_mlx.judge.tasks.sets import polish
 from mis_mlx.storage import files, hub
@@ -28,19 +28,18 @@ Fetched = tuple[dict[str, list[rows.Row]], dict[str, Any]]  # rows by file; wher
 # made by benchmarks/task_files.py at bd583ffb
 BUILT_IN = Path(__file__).parent / "sets" / "built_in"
 ABOUT: dict[str, str] = polish.ABOUT["built-in"]  # -written: the model writes, instead of choosing
+SILESIAN = BUILT_IN.with_name("silesian")  # NOTICE says where it comes from
 PRESETS: dict[str, list[str]] = polish.ABOUT["presets"]
 
 
 class EvaluationSet(NamedTuple):
     """Everything that --tasks asks for.
 
-    text: whether held-out text is measured. known: the training text, which tasks may overlap.
-    answers: whether the models answer held-out prompts.
+    text: whether held-out text is measured. answers: whether the models answer held-out prompts.
     """
 
     tasks: tuple[questions.Task, ...]
     text: bool
-    known: questions.Known
     answers: bool = False
 
 
@@ -61,10 +60,9 @@ def find(
     ours = [name for name in parts if name not in (TEXT, ANSWERS)]
     of_tools = [name for name in ours if name in TOOLS]
     ours = [name for name in ours if name not in TOOLS]
-    known = questions.Known(questions.training_words(data) if ours else [])
     tasks = tool_tasks.tasks(of_tools, count) if of_tools else list[questions.Task]()
     for name in ours:
-        tasks += _tasks_of(name, count, data, known)
+        tasks += _tasks_of(name, count, data)
     for task in tasks:
         _check(task)
     task_names = [task.name for task in tasks]
@@ -76,7 +74,6 @@ def find(
     return EvaluationSet(
         tasks=tuple(tasks),
         text=TEXT in parts,
-        known=known,
         answers=ANSWERS in parts,
     )
 
@@ -85,14 +82,13 @@ def _tasks_of(
     name: str,
     count: int,
     data: str | None,
-    known: questions.Known,
 ) -> list[questions.Task]:
     """The tasks of one name, `count` questions of each."""
     if name in ABOUT:
         task = questions.file(BUILT_IN / f"{name}.jsonl")
         first = task.questions[:count]
         return [replace(task, questions=first, about=ABOUT[name], max_tokens=64)]
-    tasks = _continued(data, known) if name == CONTINUE else _brought(name)
+    tasks = _continued(data) if name == CONTINUE else _brought(name)
     return [task.chosen(count) for task in tasks]
 
 
@@ -136,11 +132,8 @@ def _brought(name: str) -> list[questions.Task]:
     raise MisError(f"--tasks names {name}, which is not a task, a folder or a .jsonl file: {hint}")
 
 
-def _continued(data: str | None, known: questions.Known) -> list[questions.Task]:
-    """Which words come next? Tasks of the held-out part of both built-in texts, or of the user's.
-
-    Places that the training text holds, too, are left out.
-    """
+def _continued(data: str | None) -> list[questions.Task]:
+    """Which words come next? Of the held-out part of both built-in texts, or of the user's."""
     texts: dict[str, str | None] = {CONTINUE: data}
     if not data:
         texts = {f"{CONTINUE}-en": None, f"{CONTINUE}-pl": preparation.MIS}
@@ -149,25 +142,8 @@ def _continued(data: str | None, known: questions.Known) -> list[questions.Task]
         held_out = [questions.text_of(row) for row in preparation.load(source).test]
         places = _places(held_out)
         task = questions.task(name, places, "", per_character=True)
-        new = tuple(q for q in task.questions if not known.holds(q))
-        if len(new) < 2:
-            why = (
-                f"only {len(new)} of {len(places)} places in the held-out text share no 13 words "
-                f"with the training text"
-            )
-            raise MisError(
-                f"{why}, and the task {CONTINUE} needs 2: give another test.jsonl, or leave the "
-                f"task out"
-            )
-        about = (
-            "held-out text; the next 6 words of 30 against three endings from elsewhere; "
-            "places that share "
-        )
-        about += (
-            f"13 words in a row with the training text left out, {len(places) - len(new)} of "
-            f"{len(places)}"
-        )
-        tasks.append(replace(task, questions=new, about=about))
+        about = "held-out text; the next 6 words of 30 against three endings from elsewhere"
+        tasks.append(replace(task, about=about))
     return tasks
 
 
@@ -241,25 +217,12 @@ def _slot(slot: str) -> Path:
 def _dialect(slot: str) -> list[questions.Task]:
     """The tasks of one slot. MisError where it is empty."""
     folder = _slot(slot)
-    if slot == "silesian" and not folder.is_dir():
-        _fetched(folder, 1_000_000, _silesian)
-    if not (folder / polish.PAIRS).is_file() and list(folder.rglob("*.xpi")):
-        pairs = polish.from_firefox(folder)
-        return polish.dialect(slot, pairs, f"Firefox's language packs in {folder}")
+    if slot == SILESIAN.name and not (folder / polish.PAIRS).is_file():
+        pairs = polish.read_pairs(slot, SILESIAN)
+        return polish.dialect(slot, pairs, "Firefox's translations, MPL-2.0")
     pairs = polish.read_pairs(slot, folder)
     origin = hub.provenance(folder).get("source", "your own")
     return polish.dialect(slot, pairs, origin)
-
-
-def _silesian(into: Path) -> Fetched:
-    """Silesian pairs from Debian's packages of Firefox's language packs."""
-    try:
-        versions = unpack_debian(polish.PACKAGES, into)
-    except MisError as error:
-        remedy = f"put Firefox's language packs for pl and szl (.xpi) into {_slot('silesian')}"
-        raise MisError(f"{error}: {remedy}") from None
-    source = f"Firefox's translations, MPL-2.0, from {' and '.join(versions)}"
-    return {polish.PAIRS: polish.from_firefox(into)}, {"source": source}
 
 
 def _dialects() -> list[questions.Task]:

