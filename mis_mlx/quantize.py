@@ -279,7 +279,7 @@ def _deliver(s: Settings, folder: Path, files: Files) -> dict[str, Any]:
         "out": out,
         "quoted": shlex.quote(str(out)),
         "teacher": shlex.quote(str(done["model"])),
-        "python": cli.from_here(Path(sys.executable)),
+        "python": shlex.quote(str(cli.from_here(Path(sys.executable)))),
     }
     cli.say(html.document("next_quantized.md", values))
     return {**done, "mlx_path": s.mlx_path}

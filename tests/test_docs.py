@@ -47,6 +47,8 @@ OTHERS = {
     # mlx.launch and its like
     "--hostfile", "--hosts", "--over", "--backend", "--auto-setup", "--output-hostfile",
 }  # fmt: skip
+# Settings of distill without which its student is uncut, and no weight takes --iters steps.
+LEARNING = {"scenario", "layers", "ffn", "heads", "hidden", "experts", "bytes", "train", "student"}
 PLACEHOLDER = re.compile(r"\$\w+|\$\{\w+\}|<[^<>]+>")
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 # A file of the checkout that a text names; `NAME at COMMIT` is gone, and that commit has it.
@@ -293,7 +295,9 @@ def bad_call(name: str, args: list[str]) -> str:
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
             if kind is not None:
-                cli.parse(kind, [PLACEHOLDER.sub("1", a) for a in args])
+                asked = cli.parse(kind, [PLACEHOLDER.sub("1", a) for a in args])
+                if name == "distill" and "iters" in asked.given and not LEARNING & {*asked.given}:
+                    return "distill leaves --iters out: no block is cut, so no weight learns"
     except MisError as error:
         return f"{name} refuses it ({error})"
     except SystemExit as error:
@@ -388,7 +392,7 @@ See [it](#a-page), [below](#what-it-costs-1), ![a picture](b.svg), [the code](co
 `quantize --q-mode mxfp4`, `--no-fuse`.
 
 ```sh
-scripts/mis distill --iters 3 --out $RUN   # `--nothing`
+scripts/mis distill --q-iters 3 --out $RUN   # `--nothing`
 MIS_MLX_GOVERNOR=cool scripts/mis sft --data <folder> \\
     --iters <n> > log && python -m mis_mlx.thermal record FILE --seconds 3
 .venv/bin/mlx.launch --hostfile h.json .venv/bin/python -m mis_mlx.evaluate --students a b

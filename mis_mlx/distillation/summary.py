@@ -298,7 +298,7 @@ def next_steps(folder: Path) -> str:
     model = folder / "model"
     exports = not model.is_dir() or gguf_name(read_config(model)) != ""
     values = {
-        "python": cli.from_here(Path(sys.executable)),
+        "python": shlex.quote(str(cli.from_here(Path(sys.executable)))),
         "run": shlex.quote(str(cli.from_here(folder.absolute()))),
         "exports": exports,
     }

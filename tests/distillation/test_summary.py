@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -115,20 +112,3 @@ def test_a_column_is_a_model_of_its_own(llama: Checkpoint) -> None:
         (("teacher", "pruned", "distilled"), ["teacher", "pruned", "student"]),
     ):
         assert list(summary.columns_of(own_folders(llama, *names)).values()) == labels
-
-
-def test_lines_to_paste_name_programs_and_folders_that_shells_take(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A folder of a name with a blank is one word; all three programs are there."""
-    monkeypatch.chdir(tmp_path)
-    said = summary.next_steps(tmp_path / "my run")
-    lines = [shlex.split(line, comments=True) for line in said.splitlines()[1:]]
-    assert [line[2:4] for line in lines] == [
-        ["mlx_lm", "generate"],
-        ["mis_mlx", "export"],
-        ["mis_mlx", "report"],
-    ]
-    assert lines[2][4] == "my run"
-    assert lines[1][5] == "my run/model"
-    assert all(Path(line[0]).samefile(sys.executable) for line in lines)
