@@ -222,14 +222,6 @@ def _plan(
     return {"peak_bytes": peak, "seconds": seconds}
 
 
-def _wanted(s: Settings) -> EvaluationSet:
-    """What --tasks asks for, through chat templates or as plain text."""
-    wanted = task_registry.find(s.tasks, s.num_questions, s.data)
-    if s.apply_chat_template:
-        return wanted
-    return wanted._replace(tasks=tuple(task.as_text() for task in wanted.tasks))
-
-
 def _examine(
     s: Settings,
     models: Models,
@@ -240,7 +232,9 @@ def _examine(
 ) -> dict[str, Any]:
     """The tasks: judge the rows, plan, ask all models, print and write the recovery table."""
     began = time.monotonic()
-    wanted = _wanted(s)
+    wanted = task_registry.find(s.tasks, s.num_questions, s.data)
+    if not s.apply_chat_template:
+        wanted = wanted._replace(tasks=tuple(task.as_text() for task in wanted.tasks))
     for task in wanted.tasks:
         cli.say(f"{task.name}: {len(task.questions)} questions; {task.about}")
     prompts = answers.prompts(s.num_questions) if wanted.answers else []
@@ -318,13 +312,6 @@ def _write(
     DISK.replace_text(out / "recovery.json", lines + "\n")
 
 
-def _check_flags(s: Settings) -> None:
-    """MisError where flags do not go together."""
-    if (s.out or s.dry_run) and not s.tasks:
-        flag = "--out" if s.out else "--dry-run"
-        raise MisError(f"{flag} needs --tasks: name some, such as --tasks text")
-
-
 def _opened_models(s: Settings, limit: Budget) -> dict[str, Checkpoint]:
     """The teacher and its students, by name."""
     teacher = resolve.resolve_model(s.teacher).path
@@ -344,7 +331,9 @@ def run(settings: Settings) -> dict[str, Any]:
     cli.check_ranges(s)
     if s.out:
         need_place("--out", s.out)
-    _check_flags(s)
+    if (s.out or s.dry_run) and not s.tasks:
+        flag = "--out" if s.out else "--dry-run"
+        raise MisError(f"{flag} needs --tasks: name some, such as --tasks text")
     limit = memory.budget(s.budget_bytes)
     models = _opened_models(s, limit)
     teacher, *students = models.values()

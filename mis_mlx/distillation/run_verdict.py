@@ -9,17 +9,12 @@ from mis_mlx.reporting import html
 MODELS = ("4-bit", "distilled")  # the first one that a result knows is the student
 
 
-def student_of(result: Mapping[str, Any]) -> str:
-    """The name of the last student in a run's result; "" where it has none."""
-    return next((name for name in MODELS if f"bytes_{name}" in result), "")
-
-
 def sentences(result: Mapping[str, Any], lose: float | None) -> Sequence[str]:
     """Sentences from a run's result: size, loss, loops; what was expected.
 
     lose: the loss that was allowed. Figures that the result does not have are left out.
     """
-    name = student_of(result)
+    name = next((name for name in MODELS if f"bytes_{name}" in result), "")
     values = {
         "quantized": name == "4-bit",
         "nbytes": result.get(f"bytes_{name}"),

@@ -70,5 +70,7 @@ def test_words_are_only_words() -> None:
     hostile = "</text><script>alert(1)</script> & ]]>"
     caption = (CAPTION[0], hostile, hostile)
     root = root_of(charts.lines(caption, (hostile, "y"), {hostile: [(1, 1)]}))
+    title, described, *_ = root
+    assert root.get("aria-labelledby") == f"{title.get('id')} {described.get('id')}"
     assert not list(root.iter(f"{SVG}script"))
     assert hostile in [text.text for text in root.iter(f"{SVG}text")]
