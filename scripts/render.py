@@ -55,16 +55,12 @@ class Settings:
 def where(found: Found, sizes: str) -> str:
     """What the numbers were measured on, and by which command."""
     threads = f", OPENBLAS_NUM_THREADS={found['blas_threads']}" if found.get("blas_threads") else ""
-    on = (
-        f"{found['chip']} ({found['computes_on']}, {found['cores_used']} of {found['cores']} "
-        f"cores{threads}), "
+    return (
+        f"`{found['command']}` on {found['chip']} ({found['computes_on']}, {found['cores_used']} "
+        f"of {found['cores']} cores{threads}), {found['memory_gib']} GiB, {found['release']}, "
+        f"Python {found['python']}, mlx {found['mlx']}, mlx-lm {found['mlx-lm']}, commit "
+        f"{found['git']}; {sizes}."
     )
-    on += (
-        f"{found['memory_gib']} GiB, {found['release']}, Python {found['python']}, mlx "
-        f"{found['mlx']}, "
-    )
-    on += f"mlx-lm {found['mlx-lm']}, commit {found['git']}"
-    return f"`{found['command']}` on {on}; {sizes}."
 
 
 def speed(whole: Found, first: Found) -> str:
@@ -119,24 +115,6 @@ TRAINED = {
 }
 
 
-KNOWN_HEAD = [
-    "",
-    "MB",
-    "IFEval, % (95 %)",
-    "prompts, strict",
-    "instructions, strict",
-    "loose",
-    "BLiMP, %",
-    "`grammar-en`, %",
-    "right calls of tools, %",
-    "points above the teacher's",
-    "readable, %",
-    "right until the first failure, % of 10 rounds",
-    "answers",
-    "loops, %",
-]
-
-
 def known_numbers(found: Found) -> str:
     """A line a model: IFEval, BLiMP, our grammar and tools, and what our judge of answers says.
 
@@ -144,9 +122,8 @@ def known_numbers(found: Found) -> str:
     """
     rows = found["rows"]
     cells = [known_cells(name, row) for name, row in rows.items()]
-    shown = [at for at in range(len(KNOWN_HEAD)) if any(line[at] != "–" for line in cells)]
-    head = [KNOWN_HEAD[at] for at in shown]
-    lines = [[line[at] for at in shown] for line in cells]
+    head = [name for name in cells[0] if any(line[name] != "–" for line in cells)]
+    lines = [[line[name] for name in head] for line in cells]
     teacher = rows["teacher"]
     asked = []
     labels = {
@@ -167,26 +144,36 @@ def known_numbers(found: Found) -> str:
     return "\n".join([words.markdown_table(head, lines), "", source])
 
 
-def known_cells(name: str, row: Found) -> list[str]:
-    """A model's line; a dash where a figure is missing."""
+def known_cells(name: str, row: Found) -> dict[str, str]:
+    """A model's line by column; a dash where a figure is missing."""
     ifeval = row.get("ifeval", {})
-    line = [name, f"{row['mb']:.1f}", with_interval(ifeval)]
-    for key in ("prompt_strict", "inst_strict", "mean_loose"):
-        line.append(f"{ifeval[key]:.1f}" if ifeval else "–")
-    shares = ("blimp", "grammar-en", "tool-calls")
-    line += [with_interval(row.get(measure, {})) for measure in shares]
     calls = row.get("tool-calls", {})
-    if "above_teacher" in calls:
-        mean, low, high = calls["above_teacher"]
-        line.append(f"{mean:+.1f} ({low:+.1f} to {high:+.1f})".replace("-", "−"))
-    else:
-        line.append("–")
-    line.append(f"{100 * calls['shares']['valid JSON']:.1f}" if calls else "–")
-    line.append(with_interval(row.get("tool-rounds", {})))
     judgement = row.get("answers", {})
-    for key, digits in (("answers_excess", 3), ("loops", 1)):
-        line.append(f"{judgement[key]:.{digits}f}" if key in judgement else "–")
-    return line
+    above = "–"
+    if calls.get("above_teacher"):
+        mean, low, high = calls["above_teacher"]
+        above = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})".replace("-", "−")
+    return {
+        "": name,
+        "MB": f"{row['mb']:.1f}",
+        "IFEval, % (95 %)": with_interval(ifeval),
+        "prompts, strict": figure(ifeval.get("prompt_strict")),
+        "instructions, strict": figure(ifeval.get("inst_strict")),
+        "loose": figure(ifeval.get("mean_loose")),
+        "BLiMP, %": with_interval(row.get("blimp", {})),
+        "`grammar-en`, %": with_interval(row.get("grammar-en", {})),
+        "right calls of tools, %": with_interval(calls),
+        "points above the teacher's": above,
+        "readable, %": figure(100 * calls["shares"]["valid JSON"] if calls else None),
+        "right until the first failure, % of 10 rounds": with_interval(row.get("tool-rounds", {})),
+        "answers": figure(judgement.get("answers_excess"), 3),
+        "loops, %": figure(judgement.get("loops")),
+    }
+
+
+def figure(value: float | None, digits: int = 1) -> str:
+    """A number; a dash where there is none."""
+    return f"{value:.{digits}f}" if value is not None else "–"
 
 
 def with_interval(figure: Found) -> str:
@@ -233,20 +220,17 @@ def models_budgets(found: Found) -> str:
     budgets = [budget.replace("GiB", " GiB") for budget in found["given"]["budgets"]]
     lines = list[list[str]]()
     for row in found["rows"].values():
-        lines.append([row["title"], *map(within_budget, row["budgets"].values())])
+        cells = [row["title"]]
+        for plan in row["budgets"].values():
+            done = "not cut"
+            if not plan["uncut"]:
+                done = "repaired" if plan["mode"] == "none" else "trained"
+            if plan["tuned"]:
+                done += ", tuned"
+            fits = f"{done}, {hours(plan['hours'])}" if plan["fits"] else ""
+            cells.append(fits or f"needs {gib(plan['least_bytes'])}")
+        lines.append(cells)
     return "\n".join([words.markdown_table(["model", *budgets], lines), "", computed(found)])
-
-
-def within_budget(plan: Found) -> str:
-    """What a run does in a budget, in one cell."""
-    if not plan["fits"]:
-        return f"needs {gib(plan['least_bytes'])}"
-    done = "not cut"
-    if not plan["uncut"]:
-        done = "repaired" if plan["mode"] == "none" else "trained"
-    if plan["tuned"]:
-        done += ", tuned"
-    return f"{done}, {hours(plan['hours'])}"
 
 
 # Line of the table of runs: the file, what ran.
@@ -299,11 +283,7 @@ PHASES = (
 
 def planned_phases(found: Found) -> str:
     """A line a run: what was planned and what was taken in every phase, in MiB."""
-    cases = {}
-    for title, case in found["cases"].items():
-        # "tune" is an older name
-        phases = {"distil scales" if p == "tune" else p: of for p, of in case["phases"].items()}
-        cases[title] = {**case, "phases": phases}
+    cases = found["cases"]
     columns = [name for name in PHASES if any(name in case["phases"] for case in cases.values())]
     lines = list[list[str]]()
     for title, case in cases.items():
@@ -415,10 +395,8 @@ def lose(found: Found) -> str:
     for name, row in by_bytes:
         # A teacher that is only packed expects nothing; one without a chat template has no answers.
         cells = [name, f"{row['bytes_4-bit']:.1f}"]
-        for key in ("expected_loss", "reached_loss"):
-            cells.append(f"{row[key]:.3f}" if key in row else "–")
-        for key in ("loops_4-bit", "loops_teacher"):
-            cells.append(f"{row[key]:.0f}" if key in row else "–")
+        cells += [figure(row.get(key), 3) for key in ("expected_loss", "reached_loss")]
+        cells += [figure(row.get(key), 0) for key in ("loops_4-bit", "loops_teacher")]
         lines.append(cells)
     source = (
         f"`{found['command']}`, on {found['chip']} next to other jobs, with one thread of BLAS."
@@ -464,14 +442,8 @@ def table(root: Path, name: str) -> str:
     for path in paths:
         if not path.is_file():
             raise MisError(f"the table {name} needs {path}, which is not there: measure it again")
-    texts = [path.read_text("utf-8") for path in paths]
     try:
-        return arrange(
-            *(
-                json.loads(t) if p.suffix == ".json" else t
-                for p, t in zip(paths, texts, strict=True)
-            )
-        )
+        return arrange(*(json.loads(path.read_text("utf-8")) for path in paths))
     except KeyError as error:
         raise MisError(
             f"{kind} of {paths[0].parent} has no {error}: measure it again, whole"
