@@ -5,7 +5,7 @@ import json
 import os
 import time
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import psutil
 import tyro
@@ -28,6 +28,8 @@ class Settings(cli.Budgeted, precision.Computing, run_monitor.ThermalFlags):
     """Every model gets the same texts and lengths, in turns (A B A B), so drift affects all
     equally.
     """
+
+    FILE_ONLY: ClassVar = run_monitor.AIR
 
     model: tuple[str, ...] = ()
     """folders or hub ids, `--model A B`; default: SmolLM2-135M-Instruct"""

@@ -103,7 +103,13 @@ def run(settings: Settings) -> dict[str, Any]:
             return _work(resolved, place)
     likely = size_request.likely_student(teacher.config, teacher.path)
     sizes = {"lose": sought.settings.lose, **likely}
-    _say_whole(sought, resolved_run.resolve(s, sizes, teacher, None).plan)
+    # What all of the run should take, by a likely student.
+    rest = resolved_run.resolve(s, sizes, teacher, None).plan
+    phases = {"search": sum(sought.seconds.values()), **rest.planned}
+    cli.say(plan_report.time_line(phases), plan_report.memory_line(rest, sought.takes))
+    note = plan_report.night(rest, sum(phases.values()))
+    if note:
+        cli.say(note)
     name = f"{teacher.path.name}-{size_request.SCENARIO}"
     plan_now = {run_plan.PLANNED_ITERS: sought.settings.student_iters}
     with run_loop.entered(folder, name, out=s.out, asked=s.given, plan=plan_now) as place:
@@ -151,15 +157,6 @@ def _say_untrained(s: Settings, chosen: strategies.MemoryPlan) -> None:
             f"--iters {s.iters} is left out: no block is cut, so no weight learns; --q-iters sets "
             f"the steps of scales, and --scenario or --train resident trains weights"
         )
-
-
-def _say_whole(sought: search.PlannedSearch, rest: strategies.MemoryPlan) -> None:
-    """What all of a run should take that begins with a search; rest: by a likely student."""
-    phases = {"search": sum(sought.seconds.values()), **rest.planned}
-    cli.say(plan_report.time_line(phases), plan_report.memory_line(rest, sought.takes))
-    note = plan_report.night(rest, sum(phases.values()))
-    if note:
-        cli.say(note)
 
 
 def _expecting_more(resolved: ResolvedRun) -> ResolvedRun:

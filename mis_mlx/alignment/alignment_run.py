@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,7 +26,7 @@ from mis_mlx.gguf_export.model_card import name_of
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.ledger import Ledger, needed_bytes
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
+from mis_mlx.hardware.thermal.run_monitor import AIR, ThermalFlags
 from mis_mlx.maths import optimizer
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models.architectures import arch
@@ -57,15 +57,14 @@ BEST = "best"
 MODEL = "model"
 ADAPTERS = "adapters"
 HELD_OUT = "held_out.jsonl"
-# Settings that may differ when a run goes on: none changes a weight. `save_every` decides which
-# steps can become the best, so it is not among them.
-FREE = run_loop.FREE_ANYWHERE
 S = TypeVar("S", bound="Alignment")
 
 
 @dataclass(frozen=True)
 class Alignment(cli.Resumable, precision.Computing, ThermalFlags, recipe.TrainingConfig):
     """The flags that sft, dpo and grpo share."""
+
+    FILE_ONLY: ClassVar = AIR
 
     batch_size: Count = 4
     """rows, pairs or answers per micro-batch; split when memory is short, with the same result"""
@@ -112,7 +111,8 @@ def open_run_model(settings: S) -> tuple[S, Path | None, Checkpoint]:
 
     MisError where the model cannot be trained as asked.
     """
-    s, folder = run_loop.resumed(settings, FREE)
+    # `save_every` decides which steps can become the best, so it may not differ.
+    s, folder = run_loop.resumed(settings, run_loop.FREE_ANYWHERE)
     checkpoint = run_loop.open_model(s, s.model)
     if s.lora:
         s.lora.check(int(checkpoint.config["num_hidden_layers"]))

@@ -87,8 +87,7 @@ def drawn_indices(lengths: Sequence[int], s: TrainingConfig, step: int) -> list[
 def visited_rows(count: int, s: TrainingConfig) -> np.ndarray:
     """The rows, of `count`, that the steps of a training see, rising."""
     in_a_step = s.batch_size * s.grad_accumulation_steps
-    steps = range(s.iters)
-    batches = (token_windows.order(count, in_a_step, step, s.seed) for step in steps)
+    batches = (token_windows.order(count, in_a_step, step, s.seed) for step in range(s.iters))
     return token_windows.drawn(count, batches)
 
 

@@ -24,23 +24,11 @@ pointer = ctypes.byref(parameters)
 sys.exit(llama_cpp.llama_model_quantize(source.encode(), target.encode(), pointer))"""
 
 
-def _run(command: Sequence[str], folder: Path | None = None) -> tuple[int, list[str]]:
-    """Run a command in that folder; (exit code, its lines of output, then those of its errors)."""
-    done = subprocess.run(command, cwd=folder, capture_output=True, stdin=subprocess.DEVNULL)
+def _run(command: Sequence[str]) -> tuple[int, list[str]]:
+    """Run a command; (exit code, its lines of output, then those of its errors)."""
+    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
     text = (done.stdout + done.stderr).decode(errors="replace")
     return done.returncode, text.strip().splitlines()
-
-
-def _download(
-    command: Sequence[str], what: str, remedy: str = "", folder: Path | None = None
-) -> None:
-    """Run a command that downloads. MisError says `what` failed, its last line, and the remedy."""
-    code, lines = _run(command, folder)
-    if code:
-        last = f"exit code {code}"
-        if lines:
-            last = lines[-1].removeprefix("ERROR: ")[:200]
-        raise MisError(f"{what} ({last}){remedy}")
 
 
 def download_wheel(name: str, version: str, size_bytes: int, sha256: str, *, into: Path) -> Path:
@@ -53,11 +41,13 @@ def download_wheel(name: str, version: str, size_bytes: int, sha256: str, *, int
     command += ["--quiet", "--disable-pip-version-check"]
     command += ["--no-input", "--no-deps", "--only-binary", ":all:", "--retries", "2"]
     command += ["--dest", str(into), f"{name}=={version}"]
-    _download(
-        command,
-        f"pip could not download {name} {version}",
-        ": check the network and pip's settings",
-    )
+    code, lines = _run(command)
+    if code:
+        last = f"exit code {code}"
+        if lines:
+            last = lines[-1].removeprefix("ERROR: ")[:200]
+        why = f"pip could not download {name} {version} ({last})"
+        raise MisError(f"{why}: check the network and pip's settings")
     wheel = next(into.glob("*.whl"))
     nbytes = wheel.stat().st_size
     digest = file_sha256(wheel)

@@ -35,6 +35,10 @@ def default_mode() -> Mode:
     )
 
 
+# The air is no flag of commands whose result does not depend on it.
+AIR = frozenset({"temperature_c", "altitude_m", "thermal_replay"})
+
+
 @dataclass(frozen=True)
 class ThermalFlags:
     """Air, altitude, and how hot the machine may get."""
