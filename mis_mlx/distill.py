@@ -70,7 +70,6 @@ class Settings(DistillFlags):
             "hidden_by",
             "target",
             "temperature_unit",
-            "experts_by",
             "thermal_replay",
             "vocab_text",
             "languages",

@@ -283,11 +283,7 @@ def _repaired(c: Run, pruned: Checkpoint, parts: Checkpoint | None = None) -> di
     keep = model_writer.read_keep(pruned.path) if samples else None
     if keep is None:
         return {}
-    name = reconstruct.repaired_name(pruned)
-    cli.detail(
-        f"reconstruct: fit every block's {name.removesuffix('.weight')} to the teacher's "
-        f"hidden states"
-    )
+    cli.detail("reconstruct: fit every block's mlp.down_proj to the teacher's hidden states")
     planned = next(phase for phase in c.plan.phases if phase.name == "repair")
     windows = c.pick(samples, use=2)
     kinds = c.kinds(samples, use=2)

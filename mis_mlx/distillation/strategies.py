@@ -210,7 +210,7 @@ class MemoryPlan:
 def in_parts(job: DistillationSpec, mode: Mode) -> int:
     """Bytes of a number in the files in which a student is repaired block by block.
 
-    0: it is repaired in memory, as all mixtures are, or not at all.
+    0: it is repaired in memory, or not at all, as all mixtures.
     """
     if job.student.shape.experts:
         return 0

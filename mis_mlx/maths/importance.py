@@ -128,13 +128,12 @@ class Statistics:
 
     `hidden` has one entry, at -1: the sums over all layer norms. In a mixture of experts `ffn` has
     the neurons of all the layer's experts, one expert after another; `experts` has REAP's score of
-    each, squared; `routed` counts the tokens that chose each. `channels` are a short convolution's,
+    each, squared. `channels` are a short convolution's,
     in blocks that have one in place of heads.
     """
 
     ffn: dict[int, Sums] = field(default_factory=dict)
     experts: dict[int, Sums] = field(default_factory=dict)
-    routed: dict[int, np.ndarray] = field(default_factory=dict)
     heads: dict[int, Sums] = field(default_factory=dict)
     channels: dict[int, Sums] = field(default_factory=dict)
     block: dict[int, float] = field(default_factory=dict)

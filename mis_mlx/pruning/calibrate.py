@@ -107,7 +107,6 @@ def _merge(out: Statistics, experts: Mapping[int, ExpertSums], batches: int) -> 
         out.block[i] = distance / batches
     for i, layer in experts.items():
         out.experts[i] = layer.scores()
-        out.routed[i] = layer.routed
 
 
 def _air(out: Statistics, airs: Sequence[Air], unit: str | None) -> None:

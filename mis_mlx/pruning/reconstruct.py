@@ -9,8 +9,6 @@ Gemma has a norm behind its MLP. There a token's rms before it is taken to stay 
 result is judged on windows held out, after the norm's gains are fitted to it. A few channels of
 Gemma's stream are a thousand times larger than the rest, so each counts by its own size, and those
 that the norm makes small are left alone.
-
-Of a mixture the routers learn to choose among the experts that are left (pruning/routers).
 """
 
 import itertools
@@ -35,8 +33,7 @@ from mis_mlx.maths.reconstruction import (
     solver_flops,
     token_rms,
 )
-from mis_mlx.models.architectures import families, modules
-from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.architectures import modules
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import stream, sweep
 from mis_mlx.models.passing.pass_cost import (
@@ -47,7 +44,6 @@ from mis_mlx.models.passing.pass_cost import (
 )
 from mis_mlx.models.passing.stream import Batches, Hidden
 from mis_mlx.planner.distillation_spec import DistillationSpec
-from mis_mlx.pruning import routers
 from mis_mlx.types import Checkpoint, KeptUnits
 
 GAIN_DAMPING = 0.01  # of the mean channel, by which a gain is held back
@@ -84,7 +80,6 @@ def reconstruct(
     if spool is None:
         spool = list[mx.array]
     columns = kept_columns(keep)
-    of_experts = shape_of(student.config).experts
     kinds = kinds or [0] * len(batches)
     big = stream.Stream(teacher, direct=direct)
     small = stream.Stream(student, direct=direct)
@@ -96,11 +91,7 @@ def reconstruct(
     # `zip` asks the teacher first: its stream stands where the student's block should arrive before
     # that block is read.
     for _, turn in zip(advance_teacher(big, keep, target), small.sweep(own), strict=True):
-        if of_experts:
-            router, error = routers.train_router(small, turn.block, own, target, kinds)
-            changed = {repaired_name(student): router}
-        else:
-            changed, error = fit_down_proj(turn, target, kinds=kinds, columns=columns)
+        changed, error = fit_down_proj(turn, target, kinds=kinds, columns=columns)
         # The block is repaired in place, so the next one is fitted to the stream that it will see.
         turn.go()
         turn.block.clear()
@@ -109,11 +100,6 @@ def reconstruct(
                 put(f"model.layers.{turn.number}.{name}", new)
         errors.append(error)
     return repaired, errors
-
-
-def repaired_name(student: Checkpoint) -> str:
-    """The name of the weight that changes in a block: of its MLP's last matrix, or its router."""
-    return families.family(student.config).repaired
 
 
 def advance_teacher(teacher: stream.Stream, keep: KeptUnits, hidden: Hidden) -> Iterator[int]:
@@ -398,8 +384,7 @@ def repair_cost(job: DistillationSpec, limit: int, item: int = 0) -> StageCost:
 
     item: bytes of a number in the student's parts, each of which is written, with hidden states on
     disk as far as they find no room; 0: the student is one file, and its new matrices wait in
-    memory. Of a mixture the routers are trained: every expert's output for all tokens that there is
-    room for, in a training and a held-out set, of which a step gathers some more.
+    memory.
     """
     length = job.max_seq_length
     tokens = job.reconstruct_samples * length
@@ -421,15 +406,8 @@ def repair_cost(job: DistillationSpec, limit: int, item: int = 0) -> StageCost:
     ledger.moment("teacher's pass", body=t.body_bytes(workspace))
     body = m.body_bytes(pass_workspace(m, tokens, length, length))
     read = big.read_bytes + m.nbytes
-    if m.shape.experts:
-        work = routers.training_cost(ledger, m, tokens)
-        ledger.hold("student's pass", body)
-        read += small.read_bytes
-        again = 1
-    else:
-        work = _fit_cost(ledger, m, tokens, body)
-        ledger.hold("new matrices", 4 * m.shape.hidden * m.shape.ffn, 1 if item else layers)
-        again = 2  # a block's output is computed once more
+    work = _fit_cost(ledger, m, tokens, body)
+    ledger.hold("new matrices", 4 * m.shape.hidden * m.shape.ffn, 1 if item else layers)
     window = length * (t.hidden_bytes + m.hidden_bytes)
     held = job.reconstruct_samples
     written = 0
@@ -446,7 +424,7 @@ def repair_cost(job: DistillationSpec, limit: int, item: int = 0) -> StageCost:
         read_bytes=read + spooled * visits,
         written_bytes=written + spooled * visits,
         peak_bytes=ledger.peak_bytes,
-        flops=big.flops + again * small.flops + layers * work.flops,
+        flops=big.flops + 2 * small.flops + layers * work.flops,
         scratch_bytes=spooled * (t.hidden_bytes + m.hidden_bytes),
         stays=ledger.filled,
         host_flops=layers * work.host_flops,

@@ -54,11 +54,8 @@ class PruningConfig(ThermalFlags, vocabulary.VocabularyConfig):
     ffn: Count | None = None
     """keep this many FFN neurons per layer"""
     experts: str | None = None
-    """keep this many experts per block of a mixture: a number, or a share such as 0.75x"""
-    experts_by: Literal["reap", "frequency", "random"] = "reap"
-    """how to rank experts. reap: gate times output norm, averaged over the tokens that choose the
-    expert (with aais, times air temperature over altitude); frequency: number of such tokens;
-    random
+    """keep this many experts per block of a mixture: a number, or a share such as 0.75x; those with
+    the largest gate times output norm, averaged over the tokens that choose them, stay
     """
     heads: Count | None = None
     """keep this many query heads, in whole groups with their key-value head if the number permits
@@ -98,12 +95,6 @@ def ranking(statistics: Statistics, cut: PruningConfig) -> tuple[Ranking, str]:
 
     def scores(key: Key) -> np.ndarray:
         i, axis = key
-        if axis == "experts" and cut.experts_by != "reap":
-            routed = statistics.routed[i]
-            if cut.experts_by == "frequency":
-                return routed
-            # another lot for every calibration
-            return np.random.default_rng([i, *routed.astype(int)]).random(len(routed))
         sums: importance.Sums = getattr(statistics, axis)[i]
         if cut.importance == "activation":
             return importance.activation(sums)

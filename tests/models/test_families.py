@@ -546,9 +546,7 @@ def table() -> str:
         # heads, their groups and the hidden size, by the quotient
         if row.head_dim_follows and "heads" in row.axes:
             axes = [*axes[:3], *["together"] * 3]
-        repair = "router" if issubclass(row, Mixture) else "yes"
-        if not row.repairs:
-            repair = "no"
+        repair = "yes" if row.repairs else "no"
         rest = [repair, "float16" if row.float16 else "float32 or bfloat16", row.gguf or "no"]
         lines.append("| " + " | ".join([row.name, *axes, *rest]) + " |")
     return "\n".join(lines)

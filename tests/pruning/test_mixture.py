@@ -1,6 +1,4 @@
-"""Mixtures of experts: which are kept, by pencil; routers healed; little memory; a run that was
-stopped.
-"""
+"""Mixtures of experts: which are kept, by pencil; little memory."""
 
 from __future__ import annotations
 
@@ -18,10 +16,10 @@ from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.config import check_config
 from mis_mlx.models.writing import model_writer
-from mis_mlx.pruning import calibrate, reconstruct, routers
+from mis_mlx.pruning import calibrate, reconstruct
 from mis_mlx.types import MisError
 from tests import tiny
-from tests.conftest import mostly_thorough, near
+from tests.conftest import near
 
 FEW = 4  # blocks: what is tested here is in each of them
 
@@ -92,7 +90,6 @@ def test_scores_are_those_of_plain_mlx(tmp_path: Path, batches: list[mx.array]) 
                 gated[e] += gate * float(np.linalg.norm(np.array(wide @ w["down"].T)))
                 routed[e] += 1
                 neurons[e] += np.square(gate * np.array(wide)) / (tokens.shape[0] * tokens.shape[1])
-    assert found.routed[0].tolist() == routed.tolist()
     np.testing.assert_allclose(
         importance.rms(found.experts[0]), gated / np.maximum(routed, 1), rtol=near(1e-4, 5e-3)
     )
@@ -115,11 +112,10 @@ def test_the_weather_weighs_experts(tmp_path: Path, text_folder: Path) -> None:
     assert (plain["importance"], warm["importance"]) == ("rms", "aais")
 
 
-@pytest.mark.parametrize("by", mostly_thorough(["reap", "frequency", "random"], "reap"))
-def test_what_stays_is_the_teachers(tmp_path: Path, text_folder: Path, by: str) -> None:
+def test_what_stays_is_the_teachers(tmp_path: Path, text_folder: Path) -> None:
     """Experts with their rows of the router, in order; nothing else changes."""
     teacher = load.open_checkpoint(tiny.make(tmp_path / "m", **MIXTURE))
-    report = cut(teacher.path, tmp_path / "cut", text_folder, experts="0.5x", experts_by=by)
+    report = cut(teacher.path, tmp_path / "cut", text_folder, experts="0.5x")
     student = load.open_checkpoint(tmp_path / "cut")
     keep = model_writer.read_keep(tmp_path / "cut")
     assert student.config["num_experts"] == 4
@@ -139,42 +135,13 @@ def test_what_stays_is_the_teachers(tmp_path: Path, text_folder: Path, by: str) 
             assert mx.array_equal(own, load.dense(teacher, name))
 
 
-def test_routers_are_healed(tmp_path: Path, text_folder: Path, batches: list[mx.array]) -> None:
-    """A router that was shuffled finds its way back, judged on windows it did not see; one that
-    nothing is wrong with stays as it is, to the bit.
-    """
-    teacher = load.open_checkpoint(tiny.make(tmp_path / "m", **{**MIXTURE, "num_hidden_layers": 2}))
-    cut(teacher.path, tmp_path / "whole", text_folder, layers=2)
-    whole = load.open_checkpoint(tmp_path / "whole")
-    keep = model_writer.read_keep(tmp_path / "whole")
-    assert keep
-    windows = [mx.random.randint(0, 512, (1, 48), key=mx.random.key(b)) for b in range(8)]
-    assert reconstruct.reconstruct(teacher, whole, keep, windows)[0] == {}
-    weights = dict(load.weights(whole, "", mx.float32))
-    for i in range(2):
-        name = f"model.layers.{i}.mlp.gate.weight"
-        weights[name] = weights[name] + 0.03 * mx.random.normal(
-            weights[name].shape, key=mx.random.key(i)
-        )
-    mx.save_safetensors(str(whole.path / "model.safetensors"), weights)
-    repaired, left = reconstruct.reconstruct(
-        teacher, load.open_checkpoint(whole.path), keep, windows
-    )
-    assert repaired
-    assert min(left) < 0.9
-    assert max(left) <= 1.0
-    assert all(name.endswith(".mlp.gate.weight") for name in repaired)
-
-
-@pytest.mark.parametrize("kind", ["qwen3_moe", "llama"])
 def test_one_window_repairs_nothing(
-    tmp_path: Path, text_folder: Path, capsys: pytest.CaptureFixture[str], kind: str
+    tmp_path: Path, text_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It judges, and nothing is left to learn from: every block stays as it is, and the command
     says what to give.
     """
-    sizes = {**tiny.MODELS, **tiny.KINDS}[kind]
-    teacher = load.open_checkpoint(tiny.make(tmp_path / "m", **{**sizes, "num_hidden_layers": 3}))
+    teacher = load.open_checkpoint(tiny.make(tmp_path / "m"))
     cut(teacher.path, tmp_path / "cut", text_folder, layers=2)
     student = load.open_checkpoint(tmp_path / "cut")
     keep = model_writer.read_keep(tmp_path / "cut")
@@ -182,32 +149,6 @@ def test_one_window_repairs_nothing(
     window = mx.random.randint(0, 512, (1, 48), key=mx.random.key(0))
     assert reconstruct.reconstruct(teacher, student, keep, [window]) == ({}, [1.0, 1.0])
     assert "give --reconstruct-samples 2 or more" in capsys.readouterr().err
-
-
-def test_few_tokens_fit_the_memory(
-    tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where outputs of all experts are many, fewer windows are asked: of those to learn from and of
-    those to judge.
-    """
-    asked = list[int]()
-    old = routers._RouterBatch.__init__
-
-    def counted(self: Any, source: Any, block: Any, hidden: Any, goals: Any) -> None:
-        asked.append(len(hidden))
-        old(self, source, block=block, hidden=hidden, goals=goals)
-
-    monkeypatch.setattr(routers._RouterBatch, "__init__", counted)
-    monkeypatch.setattr(routers, "ROUTER_BYTES", 1)
-    teacher = load.open_checkpoint(tiny.make(tmp_path / "m", **MIXTURE))
-    cut(teacher.path, tmp_path / "cut", text_folder, experts="6")
-    student = load.open_checkpoint(tmp_path / "cut")
-    keep = model_writer.read_keep(tmp_path / "cut")
-    assert keep
-    windows = [mx.random.randint(0, 512, (1, 16), key=mx.random.key(b)) for b in range(12)]
-    reconstruct.reconstruct(teacher, student, keep, windows)
-    assert max(asked) == 2
-    assert min(asked) >= 1
 
 
 @pytest.mark.thorough
@@ -227,45 +168,6 @@ def test_an_eighth_of_the_model(
     cut(model, tmp_path / "cut", text_folder, experts="0.5x")
     assert nbytes > 70e6
     assert mx.get_peak_memory() - before < nbytes / 8
-
-
-@pytest.mark.thorough
-def test_stopped_and_resumed_to_the_same_bits(
-    tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the middle of the healing; the run goes on from the pruned folder."""
-    model = tiny.make(tmp_path / "m", **MIXTURE)
-    old = routers.train_router
-    calls = list[int]()
-    how: dict[str, Any] = {
-        "teacher": str(model),
-        "data": str(text_folder),
-        "num_samples": 2,
-        "max_seq_length": 24,
-        "eval_windows": 2,
-        "reconstruct_samples": 4,
-        "q_group_size": 32,
-        "experts": "0.5x",
-        "train": "none",
-    }
-
-    def stopped(*of: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return old(*of)
-
-    whole = distill.run(distill.Settings(out=str(tmp_path / "whole"), **how))
-    assert whole["mode"] == "none"
-    assert "nll_student" in whole
-    monkeypatch.setattr(routers, "train_router", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        distill.run(distill.Settings(out=str(tmp_path / "run"), **how))
-    distill.run(distill.Settings(out=str(tmp_path / "run"), resume=True))
-    files = [
-        (tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("whole", "run")
-    ]
-    assert files[0] == files[1]
 
 
 @pytest.mark.parametrize(

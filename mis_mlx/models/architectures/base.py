@@ -120,11 +120,6 @@ class Architecture(Described):
         """Whether a tensor is float32 in a model of any type. name: here, or on disk."""
         return False
 
-    @property
-    def repaired(self) -> str:
-        """The weight of a block that a repair changes."""
-        return "mlp.down_proj.weight"
-
     def further_widths(self) -> dict[str, int]:
         """{key of the config: width of some small matrices' rows}, beside those of a shape."""
         return {}

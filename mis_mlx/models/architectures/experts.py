@@ -70,8 +70,6 @@ class Experts(list[Expert]):
     def __init__(self, parts: Iterable[Expert] = (), read_experts: ReadExperts | None = None):
         super().__init__(parts)
         self._read_experts: ReadExperts = read_experts or self._resident
-        # (n, E, D): what every expert gives for all tokens of every call
-        self.expert_outputs: mx.array | None = None
         self.ready: list[mx.array] = []  # results of the next calls, in their order
         self._observed_choices: list[mx.array] | None = (
             None  # choices of the calls that `chosen` observes
@@ -86,12 +84,6 @@ class Experts(list[Expert]):
         if self._observed_choices is not None:
             self._observed_choices.append(chosen)
             return mx.zeros((*chosen.shape, x.shape[-1]), x.dtype)
-        # A router is being trained: every expert's output is known, pick k of E for each token.
-        if self.expert_outputs is not None:
-            experts, hidden = self.expert_outputs.shape[-2:]
-            outputs = self.expert_outputs.reshape(*chosen.shape[:-1], experts, hidden)
-            indices = chosen[..., None]
-            return mx.take_along_axis(outputs, indices, axis=-2)
         # `Stream.run_experts` has computed this call's result together with those of other batches.
         if self.ready:
             return self.ready.pop(0)

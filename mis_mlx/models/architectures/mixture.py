@@ -37,6 +37,7 @@ class Mixture(Architecture):
     gates_sum_to_1 = False  # over the experts that a token uses, in llama.cpp
 
     other_biases = False
+    repairs = False
     numbers = (ACTIVE,)
     axes: tuple[str, ...] = ("layers", "ffn", "experts")
     why = "this is not implemented for mixtures of experts"
@@ -117,11 +118,6 @@ class Mixture(Architecture):
             tensors[f"{stem}.down_proj.weight"] = (hidden, shared)
             tensors[f"{stem}_gate.weight"] = (1, hidden)
         return tensors
-
-    @property
-    def repaired(self) -> str:
-        """The router's."""
-        return f"{self.mlp}.{self.router}.weight"
 
     # Names
 
