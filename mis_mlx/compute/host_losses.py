@@ -178,8 +178,10 @@ def compared(
             figures += [largest, best]
         # last, because it overwrites the logits, with the student's probabilities
         kl, teacher_lse, lse, p = _divergence(student, teacher)
-        # Rounding may leave the sum of a row below its last chance.
-        drawn = (np.cumsum(p, axis=1) < chance[:, None]).sum(axis=1)
+        # A share of the sum, which rounding may leave below 1: a token without any probability is
+        # not drawn, whose two logarithms would have no difference.
+        sums = np.cumsum(p, axis=1)
+        drawn = (sums <= chance[:, None] * sums[:, -1:]).sum(axis=1)
         drawn = np.minimum(drawn, p.shape[1] - 1)
         for probabilities in (p, student):
             figures.append(np.log(probabilities[rows, drawn]))
@@ -212,7 +214,8 @@ def _compared_on_device(
         best = z.argmax(axis=-1) + start
         # float32 holds the number of a token exactly up to 2^24
         figures += [largest, best.astype(mx.float32)]
-    drawn = (mx.cumsum(p, axis=-1) < chance[:, None]).sum(axis=-1)
+    sums = mx.cumsum(p, axis=-1)
+    drawn = (sums <= chance[:, None] * sums[:, -1:]).sum(axis=-1)
     drawn = mx.minimum(drawn, p.shape[-1] - 1)[:, None]
     for probabilities in (p, q):
         figures.append(mx.log(mx.take_along_axis(probabilities, drawn, axis=-1)[:, 0]))

@@ -22,7 +22,8 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.data import rows
+from mis_mlx.compute import precision
+from mis_mlx.data import chat_template, rows
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge import keep, write
@@ -59,7 +60,7 @@ from mis_mlx.maths import stats
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.writing import mlx_generate
-from mis_mlx.models.writing.draws import Draws, Sampling
+from mis_mlx.models.writing.draws import Draws, Sampling, half_version
 from mis_mlx.models.writing.text_writer import TextWriter
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress
@@ -166,7 +167,7 @@ def teacher_answers(
     where the teacher has no chat template."""
     need_template(teacher)
     taken = accepted([teacher], asked)
-    path = _kept_path(_header(teacher))
+    path = _kept_path(teacher)
     known = _known_pairs(teacher, shipped)
     # A prompt may stand there twice; it is answered once.
     missing = {prompt.sha256: prompt for prompt in taken if prompt.sha256 not in known}
@@ -192,7 +193,7 @@ def _known_pairs(teacher: Checkpoint, shipped: Path = SHIPPED) -> dict[str, Answ
     if read_header(shipped) == header:
         known |= read_pairs(shipped)
     # The kept file comes second: it has the cost of shipped answers, once that is measured.
-    known |= read_pairs(_kept_path(header))
+    known |= read_pairs(_kept_path(teacher))
     return known
 
 
@@ -289,10 +290,12 @@ def _identity(teacher: Checkpoint) -> str:
     return run_folder.origin(teacher, "")["teacher"]
 
 
-def _kept_path(header: Mapping[str, Any]) -> Path:
+def _kept_path(teacher: Checkpoint) -> Path:
     """The file of a teacher's answers."""
+    header = _header(teacher)
     folder = hub.cache_root() / "evaluations" / header["teacher"][:32]
-    return folder / f"answers-{json_sha256(header['settings'])[:16]}.jsonl"
+    settings = {**header["settings"], **half_version(precision.dtype_of(teacher))}
+    return folder / f"answers-{json_sha256(settings)[:16]}.jsonl"
 
 
 def _kept_of_student(student: Checkpoint, model_sha256: str | None) -> Kept:

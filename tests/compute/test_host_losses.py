@@ -120,6 +120,27 @@ def test_how_often_two_models_can_draw_the_same_token(
     assert shared.mean() == pytest.approx(np.minimum(p, q).sum(), abs=0.02)
 
 
+@pytest.mark.parametrize("word", ["cpu", "metal"])
+def test_a_token_of_no_probability_is_not_drawn(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal models, whose last token has none: where the others' shares add up to less than 1 by
+    rounding, a chance above that sum still draws one that has.
+    """
+    monkeypatch.setenv(precision.POLICY, word)
+    monkeypatch.setattr(np.random, "default_rng", lambda _: Highest())
+    z = mx.zeros((1, 3001))
+    z[:, -1] = -200.0
+    p = host_losses.compared(z + 0, z + 0, np.array([0]))
+    assert host_losses.over_parts([p])[0, 4] == pytest.approx(1.0, abs=1e-3)
+
+
+class Highest:
+    """The largest chance that there is."""
+
+    def random(self, count: int, kind: type) -> np.ndarray:
+        """(count,) of it."""
+        return np.full(count, np.nextafter(kind(1), kind(0)))
+
+
 def test_a_comparison_by_pencil() -> None:
     """Two tokens, teacher 3 : 1, student 1 : 1: losses ln 4/3 and ln 2, KL = 0.75 ln 1.5 + 0.25 ln
     0.5; of two tokens that are alike the first is the top one.

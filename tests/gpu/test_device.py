@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mis_mlx import doctor
-from mis_mlx.checks import engine, groups, hybrid_kernels, kernels
+from mis_mlx.checks import engine, full_size, groups, hybrid_kernels, kernels
 from mis_mlx.compute import precision
 from mis_mlx.hardware import macos, memory
 from mis_mlx.models.passing import stream
@@ -40,6 +40,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> engine.Models:
 def test_kernels(name: str, device: str) -> None:
     """Each kernel is as near to its witness as its bound says."""
     found, bound = (kernels.CHECKS | hybrid_kernels.CHECKS)[name]()
+    assert found <= bound
+
+
+@pytest.mark.gpu
+def test_draws_in_half_precision() -> None:
+    """Of 40,000 from rows of 152 thousand in float16 none has no probability."""
+    found, bound = full_size.draws_in_half(40_000)
     assert found <= bound
 
 

@@ -298,7 +298,7 @@ def test_a_streamed_model_answers_the_same(tmp_path: Path, monkeypatch: pytest.M
     streamed = answers.greedy(chat, THREE, little)
     whole = answers.greedy(chat, THREE, much)
     streamed_teacher = answers.teacher_answers(chat, THREE, little)
-    shutil.rmtree(answers._kept_path(answers._header(chat)).parent)
+    shutil.rmtree(answers._kept_path(chat).parent)
     whole_teacher = answers.teacher_answers(chat, THREE, much)
 
     assert [room is None for room in kinds] == [False, True, False, True]
@@ -338,7 +338,7 @@ def test_answers_do_not_depend_on_the_batch(
 ) -> None:
     """One prompt at a time, in another order: the same sampled answers."""
     together = answers.teacher_answers(chat, THREE, memory.budget(None))
-    shutil.rmtree(answers._kept_path(answers._header(chat)).parent)
+    shutil.rmtree(answers._kept_path(chat).parent)
     monkeypatch.setattr(answers, "PAIRS_AT_ONCE", (1,))
 
     apart = answers.teacher_answers(chat, THREE[::-1], memory.budget(None))
@@ -364,7 +364,7 @@ def test_a_stopped_run_goes_on(chat: Checkpoint, monkeypatch: pytest.MonkeyPatch
     """Killed in the middle of a line: only what is missing is written, and it is the same."""
     limit = memory.budget(None)
     whole = answers.teacher_answers(chat, THREE, limit)
-    path = answers._kept_path(answers._header(chat))
+    path = answers._kept_path(chat)
     lines = path.read_text("utf-8").splitlines(keepends=True)
     # before anything was measured
     path.write_text(lines[0] + lines[1][: len(lines[1]) // 2], "utf-8")
@@ -681,3 +681,16 @@ def test_by_metals_policy(metal: None, chat: Checkpoint, tmp_path: Path) -> None
     wanted = -plain_log_probabilities(chat, ids, len(own)).sum()
     assert found.nats[0] == pytest.approx(wanted, rel=2e-3)
     assert len(written.sampled) == len(written.greedy) == 1
+
+
+def test_answers_drawn_in_half_precision_are_kept_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one teacher: those of the version that never drew rare tokens are not used again."""
+    teacher = load.open_checkpoint(tiny.make(tmp_path / "teacher"))
+    chat = chatting(teacher, tmp_path / "chat")
+    paths = set()
+    for policy in ("cpu", "metal"):
+        monkeypatch.setenv(precision.POLICY, policy)
+        paths.add(answers._kept_path(chat))
+    assert len(paths) == 2

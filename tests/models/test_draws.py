@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -57,6 +58,43 @@ def test_a_draw_has_the_distribution() -> None:
     shares = mx.array([float((tokens == token).mean()) for token in range(len(p))])
     chance = mx.sqrt(p * (1 - p) / count)
     assert mx.all(mx.abs(shares - p) <= 4 * chance).item()
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_half_precision_reaches_the_tail(dtype: mx.Dtype) -> None:
+    """Zipf over 49,152 tokens: 33 % of the draws are behind the thousandth token, 53 % behind the
+    hundredth; token for token those of mx.random.categorical in the same type.
+    """
+    ranks = mx.arange(1, 49_153, dtype=mx.float32)
+    row = (-mx.log(ranks) - mx.logsumexp(-mx.log(ranks))).astype(dtype)
+    count = 200
+    table = mx.broadcast_to(row, (count, len(ranks)))
+    found = Draws(Sampling(1.0), range(count))(table, range(count))
+    alone = [
+        drawn_alone(row, Sampling(1.0), mx.random.split(mx.random.key(seed))[0])
+        for seed in range(count)
+    ]
+    expected = mx.array(alone)
+    for rank in (100, 1000):
+        share = (expected >= rank).sum().item()
+        assert share > 40
+        assert abs((found >= rank).sum().item() - share) <= 2
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_a_nucleus_of_probabilities_that_half_precision_rounded(dtype: mx.Dtype) -> None:
+    """Of 0.5, 0.3, 0.15 and 5,000 rare ones, all 6 % too small, as bfloat16 rounds the normalizer
+    of a model whose logits are around 25. Then the first three have 0.89 together, and a nucleus of
+    0.94 would take in the rare ones.
+    """
+    likely = mx.log(mx.array([0.5, 0.3, 0.15]))
+    rare = mx.full((5000,), math.log(0.05 / 5000))
+    log_p = mx.concatenate([likely, rare]).astype(dtype)
+    shifted = (log_p - 0.0625)[None].astype(dtype)
+    count = 400
+    table = mx.broadcast_to(shifted, (count, len(log_p)))
+    tokens = Draws(Sampling(1.0, 0.94), range(count))(table, range(count))
+    assert (tokens < 3).all().item()
 
 
 @pytest.mark.usefixtures("cpu_policy")
