@@ -1,7 +1,7 @@
 """Gemma 4 E2B, trimmed and rounded under 5 GiB: bytes, memory and minutes of its true shape.
 
     scripts/mis benchmarks/e2b.py --work FOLDER      # 13 GB of disk, an hour or more on 2 cores
-    scripts/mis benchmarks/e2b.py --work FOLDER --model gemma-3n-e2b
+    scripts/mis benchmarks/e2b.py --work FOLDER --model gemma-4-e4b
 
 The weights are random, so nothing is learned about losses. They are made here, packed in 4 bits as
 `mlx_lm.convert -q` packs them, some rows at a time, and so is a tokenizer of as many tokens as the
@@ -75,7 +75,7 @@ class Settings:
     work: str = "e2b"
     """folder for the models, with 13 GB of room; they are removed at the end"""
     model: str = "gemma-4-e2b"
-    """a shape that comes with the package, such as gemma-4-e2b or gemma-3n-e2b"""
+    """a shape that comes with the package, such as gemma-4-e2b or gemma-4-e4b"""
     max_seq_length: int = 64
     """tokens of a window in which the model says which tokens it expects"""
     budget: str = "5GiB"
@@ -94,7 +94,7 @@ def packed_specs(config: dict[str, Any]) -> safetensors.Specs:
     """{tensor: (type, shape)} of a model of this config whose matrices have 4 bits."""
     specs = dict[str, safetensors.Spec]()
     for name, shape in arch.tensors_of(config).items():
-        if len(shape) != 2 or name.endswith(arch.COEFFICIENTS):
+        if len(shape) != 2:
             specs[name] = ("BF16", shape)
             continue
         rows, columns = shape

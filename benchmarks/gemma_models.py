@@ -1,4 +1,4 @@
-"""What `plan` says of Gemma 4 and Gemma 3n on Macs of 8 and 16 GB, for docs/models.md. Computed.
+"""What `plan` says of Gemma 4 on Macs of 8 and 16 GB, for docs/models.md. Computed.
 
     scripts/mis benchmarks/gemma_models.py    # minutes; nothing is downloaded
     scripts/mis scripts/render.py             # writes the page's table from it
@@ -8,7 +8,7 @@ as `distill` does it by default, with GPTQ, and once with --q-method round, whic
 and time. The machines are M1 Airs by published rates. The budget is what `distill` takes by itself
 there: 4 and 8 GiB.
 
-The shapes come with the package; tests/models/test_gemma4.py and test_gemma3n.py compare their
+The shapes come with the package; tests/models/test_gemma4.py compares their
 parameters with the published numbers. Writes benchmarks/results/<machine>/gemma_models.json.
 """
 
@@ -28,8 +28,6 @@ from mis_mlx.planner import estimates
 TITLES = {
     "gemma-4-e2b": "Gemma 4 E2B",
     "gemma-4-e4b": "Gemma 4 E4B",
-    "gemma-3n-e2b": "Gemma 3n E2B",
-    "gemma-3n-e4b": "Gemma 3n E4B",
 }
 MACHINES: dict[str, estimates.Machine] = {"8 GB": "m1-air", "16 GB": "m1-air-16gb"}
 STUDENTS = {"half": "0.5x", "quarter": "0.25x"}

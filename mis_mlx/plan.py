@@ -52,8 +52,8 @@ class Settings(cli.Budgeted, recipe.QuantizationConfig, recipe.DistillationConfi
     """Shows what `distill` would take with these flags. Reads configs only and starts nothing."""
 
     teacher: str | None = None
-    """folder (config.json is enough), hub id, mis-137b (the paper's), qwen3-30b-a3b, gemma-4-e2b,
-    gemma-4-e4b, gemma-3n-e2b or gemma-3n-e4b; default: SmolLM2-135M-Instruct
+    """folder (config.json is enough), hub id, mis-137b (the paper's), qwen3-30b-a3b, gemma-4-e2b
+    or gemma-4-e4b; default: SmolLM2-135M-Instruct
     """
     student: str | None = None
     """folder of a student that is already pruned; default: from --scenario, or as a search usually

@@ -11,29 +11,13 @@ import mlx.nn as nn
 
 from mis_mlx.models.architectures import tensor_shapes
 from mis_mlx.models.architectures.families import family
-from mis_mlx.models.architectures.sizes import versions
 from mis_mlx.models.architectures.stored_form import inside_names
 from mis_mlx.models.opening import load
-from mis_mlx.models.opening.config import read_config
-
-
-class Cached(nn.Module):
-    """mlx_lm's gemma3n with a new cache at every call: through it alone blocks share keys."""
-
-    def __init__(self, inner: nn.Module):
-        super().__init__()
-        self.inner = inner
-
-    def __call__(self, tokens: mx.array) -> mx.array:
-        """Token ids (B, T) -> logits (B, T, V)."""
-        return self.inner(tokens, cache=self.inner.make_cache())
 
 
 def opened(folder: Path) -> nn.Module:
     """The model in a folder, called with token ids alone."""
     model: nn.Module = load.mlx_lm("utils").load(str(folder))[0]
-    if versions(read_config(folder)) > 1:
-        return Cached(model)
     return model
 
 
@@ -43,7 +27,7 @@ def ours(named: Mapping[str, mx.array], config: Mapping[str, Any]) -> dict[str, 
     unused = tensor_shapes.unused_tensors(config)
     found = {}
     for name, array in named.items():
-        renamed = architecture.own_name(name.removeprefix("inner."))
+        renamed = architecture.own_name(name)
         (inside,) = inside_names(renamed)
         if inside not in unused:
             found[inside] = array

@@ -35,7 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
 KINDS["ministral3"] = {**KINDS["ministral3"], "sliding_window": None, "layer_types": None}
 # Written in mlx-lm's names, which transformers does not know: parts of models that see and hear,
 # and experts with gates and ups apart.
-for unknown in ("gemma3n_text", "qwen3_5_text", "gpt_oss"):
+for unknown in ("qwen3_5_text", "gpt_oss"):
     del KINDS[unknown]
 WINDOW = {"num_samples": 4, "max_seq_length": 32}
 

@@ -141,24 +141,6 @@ FAMILIES["gemma4_text"] = {  # blocks 1 and 2 make keys and values for the last 
     "enable_moe_block": False,
     "rope_theta": None,
 }
-FAMILIES["gemma3n_text"] = {  # the same kinds of blocks, with AltUp's versions between them
-    "architectures": ["Gemma3nForCausalLM"],
-    "num_key_value_heads": 1,
-    "sliding_window": 7,
-    "layer_types": FAMILIES["gemma4_text"]["layer_types"],
-    "num_kv_shared_layers": 4,
-    "activation_sparsity_pattern": [0.9, 0.9, 0.0, 0.0, 0.0, 0.0, 0.0],
-    "final_logit_softcapping": 3.0,
-    "hidden_size_per_layer_input": 32,
-    "vocab_size_per_layer_input": 512,
-    "laurel_rank": 32,
-    "altup_num_inputs": 3,
-    "altup_active_idx": 1,
-    "altup_coef_clip": 0.1,
-    "altup_correct_scale": True,
-    "rope_local_base_freq": 1e3,
-    "rope_theta": 1e4,
-}
 FAMILIES["lfm2"] = {
     "architectures": ["Lfm2ForCausalLM"],
     "layer_types": [
@@ -399,7 +381,7 @@ def loud(model: Checkpoint, folder: Path) -> Path:
 def calm(folder: Path) -> Path:
     """A float32 model of one file whose attention looks everywhere alike; changed in place.
 
-    With queries as they are drawn, a Gemma 4's or 3n's attention is a choice of one token, and a
+    With queries as they are drawn, a Gemma 4's attention is a choice of one token, and a
     difference of 1e-5 grows a thousandfold.
     """
     path = folder / "model.safetensors"

@@ -31,7 +31,6 @@ from mis_mlx.checks.kernels import (
 )
 from mis_mlx.maths import losses
 from mis_mlx.models.architectures import modules
-from mis_mlx.models.writing.draws import Draws, Sampling
 
 VOCAB = 24_576  # half of the default teacher's tokens
 ALL_TOKENS = 49_152
@@ -40,8 +39,6 @@ TOKENS = 512
 QUERY_HEADS = 9
 KEY_HEADS = 3
 HEAD_SIZE = 64
-VAST = 151_936  # tokens of Qwen's models
-POSSIBLE = 8_192  # of them that a text may go on with
 SEEN = 32  # rows of a large result that numpy makes, too
 
 
@@ -138,29 +135,6 @@ def sorting() -> Found:
     return float(max(differs.mean() for differs in wrong)), 0.0
 
 
-def draws_in_half(count: int = 1000) -> Found:
-    """Check draws from float16 log-probabilities of 152 thousand tokens, 8,192 of them possible.
-
-    The error is the number of draws of the others, and of those that the second thousand and later
-    ones of the possible lack. A running sum in half precision gives both: it never reaches these,
-    and on Metal it does not rise at every step."""
-    possible = np.linspace(0, VAST - 1, POSSIBLE).astype(int)
-    row = np.full(VAST, -np.inf, np.float32)
-    row[possible] = -np.log(np.arange(1, POSSIBLE + 1))
-    log_probs = mx.array(row).astype(mx.float16)
-    wrong = 0
-    later = 0
-    for first in range(0, count, SEEN):
-        texts = range(min(SEEN, count - first))
-        draw = Draws(Sampling(1.0), [first + text for text in texts])
-        tokens = draw(mx.broadcast_to(log_probs, (len(texts), VAST)), texts)
-        drawn = np.array(tokens)
-        wrong += int((~np.isin(drawn, possible)).sum())
-        later += int((drawn > possible[POSSIBLE // 8]).sum())
-    # 22 % of Zipf's draws are there.
-    return float(wrong + max(0, count // 8 - later)), 0.0
-
-
 @check_within(2)  # sums of 576
 def packed_matrix(dtype: mx.Dtype) -> Compared:
     """Check products with a 4-bit matrix (4,608, 576), of 40 rows and of one."""
@@ -198,5 +172,4 @@ CHECKS: dict[str, Check] = {
     **in_both_types(BY_TYPE),
     "softmax of 24,576 and 49,152": softmax_of_a_vocabulary,
     "sorting 49,152, errors": sorting,
-    "draws from float16, wrong ones": draws_in_half,
 }

@@ -181,8 +181,7 @@ def compared(
         # A share of the sum, which rounding may leave below 1: a token without any probability is
         # not drawn, whose two logarithms would have no difference.
         sums = np.cumsum(p, axis=1)
-        drawn = (sums <= chance[:, None] * sums[:, -1:]).sum(axis=1)
-        drawn = np.minimum(drawn, p.shape[1] - 1)
+        drawn = (sums < chance[:, None] * sums[:, -1:]).sum(axis=1)
         for probabilities in (p, student):
             figures.append(np.log(probabilities[rows, drawn]))
         return np.stack([kl, teacher_lse, lse, *figures], axis=1)
@@ -215,8 +214,7 @@ def _compared_on_device(
         # float32 holds the number of a token exactly up to 2^24
         figures += [largest, best.astype(mx.float32)]
     sums = mx.cumsum(p, axis=-1)
-    drawn = (sums <= chance[:, None] * sums[:, -1:]).sum(axis=-1)
-    drawn = mx.minimum(drawn, p.shape[-1] - 1)[:, None]
+    drawn = (sums < chance[:, None] * sums[:, -1:]).sum(axis=-1, keepdims=True)
     for probabilities in (p, q):
         figures.append(mx.log(mx.take_along_axis(probabilities, drawn, axis=-1)[:, 0]))
     return mx.stack([kl, teacher_lse, lse, *figures], axis=1)

@@ -37,7 +37,7 @@ class _End:
     """What stands behind the last block in a step: norm, head (V, D) and the loss.
 
     learning: the norm's weights, by name, if they learn. slabs: the head in slabs; `head` is a
-    placeholder then. width: D, which AltUp's hidden states between blocks exceed.
+    placeholder then. width: D.
     """
 
     loss: TokenLoss

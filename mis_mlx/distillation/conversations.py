@@ -13,10 +13,8 @@ from mis_mlx.distillation import teacher_answers
 from mis_mlx.judge import answers, keep
 from mis_mlx.judge.answer_figures import MORE_LOOPS
 from mis_mlx.models.opening import load
-from mis_mlx.models.opening.model_size import ModelSize, model_of
-from mis_mlx.models.passing import distributed
+from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.writing.draws import half_version
-from mis_mlx.planner.distillation_spec import Writer
 from mis_mlx.reporting import html, progress
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
@@ -112,11 +110,13 @@ def asked_of(teacher: Checkpoint, wanted: Wanted) -> teacher_answers.WritingSett
 def file_of(teacher: Checkpoint, writing: teacher_answers.WritingSettings) -> Path:
     """The file of a teacher's answers, which later runs use again."""
     identity = run_folder.origin(teacher, "")["teacher"]
-    template = teacher_answers.template_sha256(teacher)
-    half = half_version(precision.dtype_of(teacher))
-    settings = {**writing_of(teacher, wanted).settings, "template": template, **half}
-    folder = WRITTEN / f"{teacher.path.name}-{identity[:8]}-{json_sha256(settings)[:8]}"
-    return folder / "answers.jsonl"
+    settings = {
+        **writing.settings,
+        "speech": keep.speech_sha256(teacher.path),
+        **half_version(precision.dtype_of(teacher)),
+    }
+    written = f"{teacher.path.name}-{identity[:8]}-{json_sha256(settings)[:8]}/answers.jsonl"
+    return WRITTEN / written
 
 
 def _plain(wanted: Wanted) -> preparation.Source:

@@ -26,7 +26,7 @@ from mis_mlx.hardware.ledger import Ledger, needed_bytes
 from mis_mlx.hardware.stage_cost import GRADIENTS, INTEGERS, StageCost
 from mis_mlx.maths import optimizer
 from mis_mlx.maths.optimizer import GuardedAdamW, Part
-from mis_mlx.models.architectures import altup, arch
+from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import distributed, stream
 from mis_mlx.models.passing.stream import evaluate_now
@@ -113,9 +113,6 @@ class PackedStudent:
         self._source = PackedStream(student, kept, self._state, direct=direct)
         norm = load.final_norm(student, mx.float32)
         self._norm = stream.load_checked(norm, f"{student.path}: {load.NORM}")
-        if isinstance(norm, altup.Exit):  # the matrices beside the norm do not learn
-            norm.freeze()
-            norm.norm.unfreeze()
         (self._norm_name,) = dict[str, Any](tree_flatten(norm.trainable_parameters()))
         self._norm_moments: Mapping[str, Mapping[str, mx.array]] = {}
         self._passes = BlockGradients(

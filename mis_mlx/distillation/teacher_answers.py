@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from mis_mlx.compute import precision
-from mis_mlx.data import chat_template
+from mis_mlx.data import prompts as our_prompts
 from mis_mlx.data.prompts import Prompt
 from mis_mlx.data.rows import Row
 from mis_mlx.hardware import memory
@@ -32,6 +32,7 @@ from mis_mlx.models.passing.pass_cost import TENSOR_BYTES
 from mis_mlx.models.writing import tool_calls
 from mis_mlx.models.writing.continuous_batch import Texts
 from mis_mlx.models.writing.draws import Draws, Sampling, half_version
+from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.reporting import progress
 from mis_mlx.settings.recipe import EVAL_PROMPTS, EVAL_PROMPTS_STREAMED
 from mis_mlx.storage import run_folder

@@ -24,7 +24,7 @@ from mis_mlx.gguf_export.positions import Config
 from mis_mlx.gguf_export.rerounding import Rerounding
 from mis_mlx.gguf_export.words import FILE_TYPES, FREQS, REWRAPPED
 from mis_mlx.maths import rounding
-from mis_mlx.models.architectures import arch, experts, families, stored_form
+from mis_mlx.models.architectures import arch, experts, families, stored_form, tensor_shapes
 from mis_mlx.models.architectures.sizes import normalised, shape_of
 from mis_mlx.models.opening import load, wheel_model
 from mis_mlx.storage import safetensors
@@ -94,7 +94,7 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
     architecture = families.family(config)
     architecture.check_gguf()
     shape = shape_of(config)
-    listed_shapes = gemma.tensors_of(config)
+    listed_shapes = arch.tensors_of(config, stacked=True)
     names = wheel_model.gguf_names(config, listed_shapes)
     heads = {}
     if architecture.interleaved:
@@ -145,13 +145,13 @@ def _kind(
 ) -> tuple[str, bool]:
     """(ggml's type of a tensor, whether MLX's packed numbers go into it unchanged)."""
     # A router decides which experts a token meets: it is never quantized.
-    small = len(size) == 1 or source.endswith((".bias", *arch.COEFFICIENTS))
+    small = len(size) == 1 or source.endswith(".bias")
     if small or experts.is_router(source):
         return "F32", False
     if stored_form.is_kernel(source):  # llama.cpp convolves in float32
         return "F32", False
     # All experts of a stacked matrix are packed alike, so the first one answers for them.
-    name = gemma.matrices(source, checkpoint.config)[0]
+    name = tensor_shapes.one_by_one(source, checkpoint.config)[0]
     if wanted == "q4_k_m":
         return _k_mixture(checkpoint.config, name, size[-1]), False
     if wanted in ("f32", "f16", "bf16", "q8_0"):
@@ -195,7 +195,7 @@ def _k_mixture(config: Config, name: str, columns: int) -> str:
         last_eighth = 7 * shape.layers // 8
         if block < eighth or block >= last_eighth or (block - eighth) % 3 == 2:
             wide = True
-    if columns % BLOCK or gemma.stays_wide(name):
+    if columns % BLOCK or "per_layer_model_projection" in name:
         return "F16"
     if columns % K_BLOCK:
         return "Q8_0" if wide else "Q5_0"
@@ -225,10 +225,7 @@ def rows(
         # llama.cpp's rotation pairs neighbouring rows, Hugging Face's the halves of a head. In
         # another order the model runs without an error and talks nonsense.
         order = wheel_model.row_order(shape[0], part.heads)
-    if part.source in families.family(checkpoint.config).written_zeros():
-        yield gemma.zeros(part.shape, part.kind)
-        return
-    for source in gemma.matrices(part.source, checkpoint.config):
+    for source in tensor_shapes.one_by_one(part.source, checkpoint.config):
         matrix = part._replace(source=source, shape=shape)
         stem = source.removesuffix(".weight")
         names = (source, f"{stem}.scales", f"{stem}.biases")
@@ -262,7 +259,6 @@ def _converted(
 ) -> np.ndarray:
     """Rows of any kind, de-quantized to float32 and rounded to the part's type."""
     values = np.array(load.dense(checkpoint, part.source, slab).astype(mx.float32))
-    values = gemma.clipped(values, part.source, checkpoint.config)
     if "norm" in part.source:
         # llama.cpp multiplies by the weight alone; Gemma's norms multiply by 1 + weight.
         architecture = families.family(checkpoint.config)

@@ -23,7 +23,7 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.compute import precision
-from mis_mlx.data import chat_template, rows
+from mis_mlx.data import rows
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge import keep, write
@@ -229,7 +229,6 @@ def _write_missing(
     next to a student's own. They are written side by side, so that a teacher that is read from disk
     is read once for a token of both."""
     written = dict[str, AnswerPair]()
-    tokenizer = load.tokenizer(teacher.path)
     writing_plan = write.plan(
         teacher, [*asked, *asked], ANSWER_TOKENS, limit, at_once=PAIRS_AT_ONCE
     )
@@ -241,7 +240,7 @@ def _write_missing(
         # In parts: what was said before a kill is kept where both answers are there.
         for start in range(0, len(asked), KEPT_TOGETHER):
             part = asked[start : start + KEPT_TOGETHER]
-            for prompt, pair in _pairs(writer, tokenizer, part):
+            for prompt, pair in _pairs(writer, load.tokenizer(teacher.path), part):
                 written[prompt.sha256] = pair
                 kept.add(record_of(prompt, pair))
                 show(len(written))
@@ -282,12 +281,7 @@ def _header(teacher: Checkpoint) -> dict[str, Any]:
         "greedy_tokens": GREEDY_TOKENS,
         "speech_sha256": keep.speech_sha256(teacher.path),
     }
-    return {"teacher": _identity(teacher), "settings": settings}
-
-
-def _identity(teacher: Checkpoint) -> str:
-    """The teacher as a run's folder records it."""
-    return run_folder.origin(teacher, "")["teacher"]
+    return {"teacher": run_folder.origin(teacher, "")["teacher"], "settings": settings}
 
 
 def _kept_path(teacher: Checkpoint) -> Path:
@@ -310,7 +304,7 @@ def _kept_of_student(student: Checkpoint, model_sha256: str | None) -> Kept:
 def shipped_for(teacher: Checkpoint, shipped: Path = SHIPPED) -> bool:
     """Whether the answers that come with the package are this teacher's."""
     header = read_header(shipped)
-    if header.get("teacher") != _identity(teacher):
+    if header.get("teacher") != run_folder.origin(teacher, "")["teacher"]:
         return False
     return bool(header["settings"]["speech_sha256"] == keep.speech_sha256(teacher.path))
 
@@ -325,8 +319,7 @@ def ship(
     answers = teacher_answers(teacher, asked, limit, shipped=path)
     lines = [json.dumps(_header(teacher))]
     for prompt, pair in zip(answers.prompts, answers.pairs, strict=True):
-        record = record_of(prompt, pair)
-        lines.append(json.dumps(record, ensure_ascii=False))
+        lines.append(json.dumps(record_of(prompt, pair), ensure_ascii=False))
     DISK.replace_text(path, "".join(f"{line}\n" for line in lines))
     return answers
 

@@ -9,7 +9,7 @@ sum over tokens of the mean of <d log p / dW, error>^2}, for errors of 2^bits - 
 import mlx.core as mx
 import numpy as np
 
-from mis_mlx.models.architectures import arch, side_inputs, sizes
+from mis_mlx.models.architectures import arch, sizes
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import stream
 from mis_mlx.models.passing.stream import Batches
@@ -106,7 +106,7 @@ class PerLayerCosts:
         self._batches = []
         for batch in batches:
             ids = np.array(batch).reshape(-1)
-            self._batches.append(side_inputs.table_rows(checkpoint.config, ids))
+            self._batches.append(ids)
         self._ids = np.unique(np.concatenate(self._batches))
         self._path = arch.PER_LAYER.rstrip(".")
         table = checkpoint.tensors[f"{arch.PER_LAYER}weight"]

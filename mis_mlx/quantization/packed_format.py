@@ -136,7 +136,7 @@ def formats_of(
     for name, shape in arch.tensors_of(config, stacked=True).items():
         if len(shape) < 2 or name.endswith(".bias") or experts.is_router(name):
             continue
-        if name.endswith(arch.COEFFICIENTS) or stored_form.is_kernel(name):
+        if stored_form.is_kernel(name):
             continue
         path = name.removesuffix(".weight")
         shapes[path] = shape
@@ -165,8 +165,8 @@ def _group_remedy(shapes: Mapping[str, tuple[int, ...]]) -> str:
 def wide_projections(config: Mapping[str, Any]) -> set[str]:
     """Module paths of the small matrices that always have 8 bits.
 
-    Per-layer inputs come in through them; AltUp's ends and second ways have such ones, too. In a
-    gated delta rule they say what each head forgets and learns.
+    Per-layer inputs come in through them. In a gated delta rule they say what each
+    head forgets and learns.
     """
     return bit_floors.delta_gates(config) | tensor_shapes.gates(config)
 

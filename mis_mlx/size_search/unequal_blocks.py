@@ -1,15 +1,11 @@
-"""The size of a student whose blocks are not alike, as Gemma 4's and Gemma 3n's are not.
+"""The size of a student whose blocks are not alike, as Gemma 4's are not.
 
 Which blocks a cut in depth takes is not known before calibration. So the largest ones are counted,
 and no student is larger than it was thought to be. Arithmetic on configs.
 """
 
-import math
-
 from mis_mlx.models.architectures import arch, tensor_shapes
-from mis_mlx.models.architectures.families import family
 from mis_mlx.models.architectures.shape import Config, Shape, Shapes, weight_count
-from mis_mlx.models.writing import model_writer
 
 PARTS = 3  # tensors of a packed matrix: integers, scales, biases
 
@@ -34,49 +30,24 @@ def _packed(tensors: Shapes) -> Shapes:
     """The matrices among these tensors that are rounded to few bits."""
     matrices: Shapes = {}
     for name, size in tensors.items():
-        small = name.endswith(arch.COEFFICIENTS)
-        if len(size) > 1 and not small:
+        if len(size) > 1:
             matrices[name] = size
     return matrices
 
 
 def weights_of(config: Config, shape: Shape) -> tuple[int, int]:
-    """(weights of matrices, other numbers) of the largest student of this shape.
-
-    The zeros that a written Gemma 3n has in place of unused keys count as other numbers, by their
-    bytes.
-    """
+    """(weights of matrices, other numbers) of the largest student of this shape."""
     student = _largest_student(config, shape)
     tensors = arch.tensors_of(student)
     packed = _packed(tensors)
     matrices = weight_count(packed)
-    others = weight_count(tensors) - matrices
-    others += _zeros(student)
-    return matrices, others
-
-
-def _written_zeros(config: Config) -> Shapes:
-    """The unused keys and values that a model's file has; none in most families."""
-    return family(config).written_zeros()
-
-
-def _zeros(config: Config) -> int:
-    """The numbers of 2 bytes that take as many bytes as the zeros of unused keys and values."""
-    tensors = _written_zeros(config)
-    matrices = weight_count(_packed(tensors))
-    vectors = weight_count(tensors) - matrices
-    packing = model_writer.ZEROS
-    scales = 32 / packing["group_size"]
-    bits = packing["bits"] + scales
-    halves = matrices * bits / 16
-    return vectors + math.ceil(halves)
+    return matrices, weight_count(tensors) - matrices
 
 
 def count_of_tensors(config: Config, shape: Shape) -> int:
     """The number of tensors in the file of a student of this shape, once it is rounded."""
     student = _largest_student(config, shape)
     tensors = arch.tensors_of(student)
-    tensors |= _written_zeros(student)
     packed = len(_packed(tensors))
     further = PARTS - 1
     return len(tensors) + further * packed

@@ -1,6 +1,6 @@
-"""llama.cpp's graphs of gemma4 and gemma3n in numpy's float64, from a GGUF alone.
+"""llama.cpp's graph of gemma4 in numpy's float64, from a GGUF alone.
 
-Follows src/models/gemma4.cpp and gemma3n.cpp of llama.cpp (as in llama-cpp-python 0.3.36), with
+Follows src/models/gemma4.cpp of llama.cpp (as in llama-cpp-python 0.3.36), with
 GELU computed where llama.cpp looks it up, and numbers from its program where it reads no key.
 """
 
@@ -12,21 +12,12 @@ import numpy as np
 from gguf import GGUFReader, dequantize
 
 Array = np.ndarray
-OWN_KEYS = 20  # hparams.n_layer_kv_from_start of gemma3n
-SPARSE = 10  # n_layer_sparsity
-DEVIATIONS = 1.6448533535003662  # f_sparsity_std_mul
-CAP = 30.0  # hparams.f_final_logit_softcapping where no key is read
 
 
 def gelu(x: Array) -> Array:
     """The tanh form."""
     inner = np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
     return 0.5 * x * (1 + np.tanh(inner))
-
-
-def magnitude(x: Array) -> Array:
-    """calc_magnitude: (..., D) -> (..., 1)."""
-    return np.sqrt((x * x).sum(-1, keepdims=True))
 
 
 class Graph:
@@ -146,62 +137,3 @@ def gemma4(file: GGUFReader, ids: list[int]) -> Array:
         x = x + graph.gated(x, i, channels[:, i])
         x = x * graph.weights[f"{name}layer_output_scale.weight"]
     return graph.head(x, graph.key("final_logit_softcapping"))
-
-
-def _modalities(graph: Graph, x: Array, i: int) -> Array:
-    """altup_compute_router_modalities: (T, D) -> (T, A)."""
-    routed = graph.norm(x, f"blk.{i}.altup_router_norm") / x.shape[-1]
-    return np.tanh(graph.linear(routed, f"blk.{i}.altup_router"))
-
-
-def _predicted(graph: Graph, versions: Array, i: int) -> Array:
-    """altup_predict of versions (A, T, D)."""
-    count, tokens, _ = versions.shape
-    coefficients = graph.linear(_modalities(graph, versions[0], i), f"blk.{i}.altup_predict_coef")
-    mixed = coefficients.reshape(tokens, count, count)
-    return versions + np.einsum("tba,atd->btd", mixed, versions)
-
-
-def _corrected(graph: Graph, predictions: Array, activated: Array, i: int) -> Array:
-    """altup_correct."""
-    coefficients = graph.linear(_modalities(graph, activated, i), f"blk.{i}.altup_correct_coef")
-    innovation = activated - predictions[0]
-    return predictions + (coefficients.T[..., None] + 1.0) * innovation
-
-
-def _mlp(graph: Graph, x: Array, i: int) -> Array:
-    """The MLP, which silences neurons in the first blocks."""
-    name = f"blk.{i}."
-    gate = graph.linear(x, f"{name}ffn_gate")
-    if i < SPARSE:
-        cutoff = gate.mean(-1, keepdims=True) + DEVIATIONS * gate.std(-1, keepdims=True, ddof=1)
-        gate = np.maximum(gate - cutoff, 0)
-    return graph.linear(gelu(gate) * graph.linear(x, f"{name}ffn_up"), f"{name}ffn_down")
-
-
-def gemma3n(file: GGUFReader, ids: list[int]) -> Array:
-    """Logits (T, V)."""
-    graph = Graph(file)
-    embedded = graph.embedded(ids)
-    channels = graph.per_layer(ids, embedded)
-    added = np.einsum("td,aed->ate", embedded, graph.weights["altup_proj.weight"])
-    added = added * magnitude(embedded) / magnitude(added)
-    versions = np.concatenate([embedded[None], added])
-    for i in range(graph.layers):
-        name = f"blk.{i}."
-        predictions = _predicted(graph, versions, i)
-        active = predictions[0]
-        x = graph.norm(active, f"{name}attn_norm")
-        low = graph.linear(graph.linear(x, f"{name}laurel_l"), f"{name}laurel_r")
-        laurel = x + graph.norm(low, f"{name}laurel_post_norm")
-        attended = graph.norm(graph.attention(x, i, OWN_KEYS), f"{name}post_attention_norm")
-        joined = (attended + active + laurel) / np.sqrt(2)
-        made = _mlp(graph, graph.norm(joined, f"{name}ffn_norm"), i)
-        activated = joined + graph.norm(made, f"{name}post_ffw_norm")
-        versions = _corrected(graph, predictions, activated, i)
-        scaled = versions[0] * graph.weights[f"{name}altup_correct_scale.weight"]
-        rest = versions[1:] + graph.gated(scaled, i, channels[:, i])
-        versions = np.concatenate([versions[:1], rest])
-    last = np.einsum("atd,aed->ate", versions[1:], graph.weights["altup_unembd_proj.weight"])
-    last = last * magnitude(versions[0]) / magnitude(last)
-    return graph.head((versions[0] + last.sum(0)) / len(versions), CAP)

@@ -1,9 +1,8 @@
-"""Gemma 4 and Gemma 3n in a GGUF: tensors and facts by gguf-py, and what is refused."""
+"""Gemma 4 in a GGUF: tensors and facts by gguf-py, and what is refused."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +12,12 @@ import pytest
 from gguf import GGUFReader, dequantize
 
 from mis_mlx import export
-from mis_mlx.gguf_export import gemma
+from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening import load, wheel_model
 from mis_mlx.types import Checkpoint, MisError
 from tests import family_checks, tiny
-from tests.conftest import mostly_thorough
 from tests.gguf_export import gemma_graph
-
-KINDS = ["sliding_attention"] * 4 + ["full_attention"]
-# Sizes that llama.cpp's gemma3n has in its program, everything else small. Blocks 18 and 19 make
-# keys and values for the last three.
-GEMMA3N: dict[str, Any] = {
-    **tiny.FAMILIES["gemma3n_text"],
-    "num_hidden_layers": 23,
-    "layer_types": (KINDS * 5)[:23],
-    "num_kv_shared_layers": 3,
-    "activation_sparsity_pattern": [0.95] * 10 + [0.0] * 13,
-    "final_logit_softcapping": 30.0,
-    "hidden_size_per_layer_input": 256,
-    "laurel_rank": 64,
-    "altup_num_inputs": 4,
-    "altup_active_idx": 0,
-}
 
 
 def opened(model: Path, out: Path, wanted: str = "f32") -> GGUFReader:
@@ -96,40 +78,22 @@ def test_gemma4(models: Callable[[str], Checkpoint], tmp_path: Path) -> None:
     assert "blk.3.attn_k.weight" not in weights
 
 
-@pytest.mark.parametrize("kind", mostly_thorough(["gemma4", "gemma3n"], "gemma4"))
-def test_llama_cpps_graph_computes_the_model(
-    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_llama_cpps_graph_computes_the_model(tmp_path: Path) -> None:
     """Logits in numpy's float64, from the file alone, as llama.cpp goes through it: windows, shared
-    keys, both head sizes, AltUp, tokens behind the end of the table."""
-    # llama.cpp divides the spread of n neurons by n - 1.
-    monkeypatch.setattr(mx, "std", partial(mx.std, ddof=1))
-    sizes = {"vocab_size": 544, "vocab_size_per_layer_input": 500}
-    config = {**GEMMA3N, **sizes} if kind == "gemma3n" else tiny.FAMILIES["gemma4_text"]
-    folder = tiny.make(tmp_path / "m", **config)
+    keys, both head sizes."""
+    folder = tiny.make(tmp_path / "m", **tiny.FAMILIES["gemma4_text"])
     reader = opened(folder, tmp_path / "out")
-    ids = np.random.default_rng(0).integers(1, config.get("vocab_size", 512), 40).tolist()
+    ids = np.random.default_rng(0).integers(1, 512, 40).tolist()
     model = load.resident_model(load.open_checkpoint(folder), mx.float32)
-    # mlx_lm compiles its choice of neurons, which may have been traced without the patch.
-    mx.disable_compile()
-    try:
-        want = np.array(model(mx.array(ids)[None])[0])
-    finally:
-        mx.enable_compile()
-    graph = gemma_graph.gemma3n if kind == "gemma3n" else gemma_graph.gemma4
-    if kind == "gemma3n":  # llama.cpp opens a file only with keys for every block
-        unread = [values(reader)[f"blk.20.attn_{side}.weight"] for side in ("k", "v")]
-        assert not any(map(np.any, unread))
-    np.testing.assert_allclose(graph(reader, ids), want, atol=5e-4)
+    want = np.array(model(mx.array(ids)[None])[0])
+    np.testing.assert_allclose(gemma_graph.gemma4(reader, ids), want, atol=5e-4)
     assert np.ptp(want) > 0.5
 
 
-@pytest.mark.parametrize("kind", mostly_thorough(["gemma4", "gemma3n"], "gemma4"))
-def test_packed_models(tmp_path: Path, kind: str) -> None:
+def test_packed_models(tmp_path: Path) -> None:
     """Four bits as MLX packed them, also of the table; eight bits are rounded once more, by half a
     step of 127."""
-    config = GEMMA3N if kind == "gemma3n" else tiny.FAMILIES["gemma4_text"]
-    dense = tiny.make(tmp_path / "m", **config)
+    dense = tiny.make(tmp_path / "m", **tiny.FAMILIES["gemma4_text"])
     model = family_checks.quantized(dense, tmp_path / "four", target_bpw=None)
     done = export.run(export.Settings(model=str(model.path), out=str(tmp_path / "out")))
     reader = GGUFReader(tmp_path / "out" / done["file"])
@@ -137,32 +101,13 @@ def test_packed_models(tmp_path: Path, kind: str) -> None:
     assert kinds["per_layer_token_embd.weight"] == "Q4_1"
     assert kinds["blk.1.inp_gate.weight"] == kinds["token_embd.weight"] == "Q8_0"
     weights = values(reader)
-    names = wheel_model.gguf_names(model.config, gemma.tensors_of(model.config))
-    unused = family(model.config).unused_shapes()
+    names = wheel_model.gguf_names(model.config, arch.tensors_of(model.config, stacked=True))
     for ours, theirs in names.items():
-        if ours in unused:
-            continue
         assert theirs
-        want = np.stack([stored(model, name) for name in gemma.matrices(ours, model.config)])
+        want = stored(model, ours)
         off = np.abs(weights[theirs] - want.reshape(weights[theirs].shape)).max()
         most = 0.6 / 127 * np.abs(want).max() if kinds[theirs] == "Q8_0" else 0.0
-        if not theirs.endswith("_coef.weight"):  # these are clipped
-            assert off <= most, theirs
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"laurel_rank": 32}, "laurel_rank is 32, but llama.cpp's gemma3n has 64"),
-        ({"num_kv_shared_layers": 4}, "19 of 23 blocks have keys of their own"),
-        ({"activation_sparsity_pattern": [0.95] * 23}, "silences 95% of the neurons of the first"),
-    ],
-)
-def test_what_llama_cpps_gemma3n_computes_otherwise(change: dict[str, Any], said: str) -> None:
-    """It has these numbers in its program, whatever the file says."""
-    family(GEMMA3N).check_gguf()
-    with pytest.raises(MisError, match=said):
-        family({**GEMMA3N, **change}).check_gguf()
+        assert off <= most, theirs
 
 
 def test_whose_keys_are_used() -> None:

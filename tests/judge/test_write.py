@@ -27,7 +27,7 @@ MIB = 2**20
 COUNT = 20  # texts
 ANSWER = 40  # tokens of each
 LONGEST = 70  # of a prompt
-KINDS = ("llama", "gemma3_text", "gemma4_text", "gemma3n_text", "lfm2", "qwen3_5_text", "gpt_oss")
+KINDS = ("llama", "gemma3_text", "gemma4_text", "lfm2", "qwen3_5_text", "gpt_oss")
 QUICK = [("llama", 20), ("lfm2", 20)]
 # One behind another takes long: of a llama, and of one whose blocks are of two kinds.
 MORE = [("llama", 3), ("lfm2", 3), *((kind, 20) for kind in KINDS if kind != "gpt_oss")]

@@ -133,7 +133,7 @@ def test_a_mixture_writes_what_stock_writes(models: Models, kind: str) -> None:
 
 # Matrices of other rows, where the tiny model's no group divides.
 WIDER: dict[str, dict[str, Any]] = {"qwen3_5_text": {"linear_value_head_dim": 32}}
-HYBRIDS = ("gemma4_text", "gemma3n_text", "lfm2", "qwen3_5_text")
+HYBRIDS = ("gemma4_text", "lfm2", "qwen3_5_text")
 MIXTURES = [name for name, kind in FAMILIES.items() if issubclass(kind, Mixture)]
 
 
@@ -162,7 +162,7 @@ def test_four_bits_are_stock(
     text_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """All matrices are packed, kernels and AltUp's coefficients are not; those that have 8 bits, or
+    """All matrices are packed, kernels are not; those that have 8 bits, or
     5 around a delta rule, have no fewer. By our reading stock mlx_lm's numbers: streamed, whole,
     and with weights kept packed.
     """
@@ -175,7 +175,7 @@ def test_four_bits_are_stock(
     formats = packed_format.formats(four)
     matrices = set[str]()
     for name, shape in arch.tensors_of(four.config).items():
-        if len(shape) == 2 and not name.endswith(arch.COEFFICIENTS):
+        if len(shape) == 2:
             matrices.add(name.removesuffix(".weight"))
     assert formats.keys() <= matrices
     assert all(
@@ -562,7 +562,7 @@ def test_the_page_says_what_the_table_says() -> None:
 
 
 @pytest.mark.usefixtures("cpu_policy")
-@pytest.mark.parametrize("kind", ["gemma3n_text", "lfm2", "qwen3_5_text"])
+@pytest.mark.parametrize("kind", ["lfm2", "qwen3_5_text"])
 @pytest.mark.parametrize("steps", [[12], [5, 1, 1, 5], [1] * 12])
 def test_a_text_in_pieces_is_the_text_in_one(models: Models, kind: str, steps: list[int]) -> None:
     """Past the window, as generation asks for it; and stock mlx_lm's with its own caches."""

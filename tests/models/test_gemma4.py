@@ -1,6 +1,5 @@
-"""Gemma 4, and Gemma 3n where it has the same: what their blocks take beside hidden states,
+"""Gemma 4: what its blocks take beside hidden states,
 forwards, backwards, on disk. Parity and bits are in test_families.py, configs in test_contract.py,
-what 3n alone has in test_gemma3n.py.
 """
 
 from __future__ import annotations
@@ -40,12 +39,11 @@ from tests.conftest import mostly_thorough, near
 from tests.family_checks import TOKENS
 
 KIND = "gemma4_text"
-BOTH = (KIND, "gemma3n_text")
 
 
-@pytest.fixture(scope="module", params=mostly_thorough(BOTH, KIND))
-def gemma(request: pytest.FixtureRequest, models: Callable[[str], Checkpoint]) -> Checkpoint:
-    return models(request.param)
+@pytest.fixture(scope="module")
+def gemma(models: Callable[[str], Checkpoint]) -> Checkpoint:
+    return models(KIND)
 
 
 def stock(folder: Path) -> nn.Module:
@@ -62,11 +60,11 @@ def stock_logits(model: Checkpoint) -> mx.array:
 
 
 def matrices_of(model: Checkpoint) -> set[str]:
-    """Module paths of what is packed: all matrices but AltUp's coefficients."""
+    """Module paths of what is packed: all matrices."""
     return {
         name.removesuffix(".weight")
         for name, shape in arch.tensors_of(model.config).items()
-        if len(shape) > 1 and not name.endswith(arch.COEFFICIENTS)
+        if len(shape) > 1
     }
 
 

@@ -1,4 +1,4 @@
-"""`search` on Gemma 4 and Gemma 3n, whose blocks are not alike: sizes are those of the files, and a
+"""`search` on Gemma 4, whose blocks are not alike: sizes are those of the files, and a
 search goes from end to end.
 """
 
@@ -20,8 +20,7 @@ from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK
 from tests import tiny
 
-KINDS = ("gemma4_text", "gemma3n_text")
-WIDE: dict[str, Any] = {"hidden_size_per_layer_input": 64, "laurel_rank": 64}
+WIDE: dict[str, Any] = {"hidden_size_per_layer_input": 64}
 BRIEF: dict[str, Any] = {
     "max_seq_length": 32,
     "num_samples": 4,
@@ -35,23 +34,18 @@ SMALL = {**BRIEF, "rank_windows": 3, "evaluations": 2, "finalists": 1, "eval_win
 SHORT = {**BRIEF, "eval_windows": 3, "eval_prompts": 0, "q_iters": 0}
 
 
-def made(folder: Path, kind: str) -> Path:
+def made(folder: Path) -> Path:
     """A tiny model whose rows groups of 64 divide."""
-    config = {**tiny.FAMILIES[kind], **WIDE}
-    if kind == "gemma4_text":
-        config.pop("laurel_rank")
-    return tiny.make(folder, **config)
+    return tiny.make(folder, **{**tiny.FAMILIES["gemma4_text"], **WIDE})
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_sizes_are_those_of_files(tmp_path: Path, kind: str) -> None:
+def test_sizes_are_those_of_files(tmp_path: Path) -> None:
     """Parameters to the last one, bytes of the rounded model to a thousandth."""
-    model = load.open_checkpoint(made(tmp_path / "m", kind))
+    model = load.open_checkpoint(made(tmp_path / "m"))
     config = model.config
     shape = shape_of(config)
     weights, others = limits.weights_of(config, shape)
-    unused = unequal_blocks._zeros(config) if kind == "gemma3n_text" else 0
-    assert weights + others - unused == arch.params(config)
+    assert weights + others == arch.params(config)
     plan = packed_format.formats_of(config, 64)
     packed_format.write_quantized(model, tmp_path / "q", plan, DISK)
     rounded = load.open_checkpoint(tmp_path / "q")
@@ -77,10 +71,9 @@ def shape_product(size: tuple[int, ...]) -> int:
     return total
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_student_is_larger_than_thought(kind: str) -> None:
+def test_no_student_is_larger_than_thought() -> None:
     """Whichever blocks a cut in depth takes."""
-    config = {**tiny.CONFIG, **tiny.FAMILIES[kind], **WIDE}
+    config = {**tiny.CONFIG, **tiny.FAMILIES["gemma4_text"], **WIDE}
     fixed = arch.fixed_blocks(config)
     shape = replace(shape_of(config), layers=6)
     most = sum(limits.weights_of(config, shape))
@@ -92,10 +85,9 @@ def test_no_student_is_larger_than_thought(kind: str) -> None:
     assert max(sizes) <= most
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_fewest_bits_count_small_matrices(kind: str) -> None:
+def test_the_fewest_bits_count_small_matrices() -> None:
     """They have 8 bits always: fewer bits on average than that no student can have."""
-    config = {**tiny.CONFIG, **tiny.FAMILIES[kind], **WIDE}
+    config = {**tiny.CONFIG, **tiny.FAMILIES["gemma4_text"], **WIDE}
     shape = shape_of(config)
     shapes = arch.tensors_of(config)
     gates = tensor_shapes.gates(config)
@@ -108,10 +100,9 @@ def test_the_fewest_bits_count_small_matrices(kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_search_by_bytes(tmp_path: Path, text_folder: Path, kind: str) -> None:
+def test_a_search_by_bytes(tmp_path: Path, text_folder: Path) -> None:
     """Candidates and the finalist are within the bytes asked for, as they are on disk."""
-    model = made(tmp_path / "m", kind)
+    model = made(tmp_path / "m")
     config = load.open_checkpoint(model).config
     shape = shape_of(config)
     most = int(limits.file_bytes(config, shape, 4.5))
@@ -127,10 +118,9 @@ def test_a_search_by_bytes(tmp_path: Path, text_folder: Path, kind: str) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_distill_by_loss(tmp_path: Path, text_folder: Path, kind: str) -> None:
+def test_distill_by_loss(tmp_path: Path, text_folder: Path) -> None:
     """The student of `distill --lose` is the one that the search found, and stock sizes fit it."""
-    model = made(tmp_path / "m", kind)
+    model = made(tmp_path / "m")
     settings = distill.Settings(
         teacher=str(model),
         data=str(text_folder),
@@ -147,7 +137,7 @@ def test_nothing_said_leaves_blocks_whole(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without sizes a search chooses tokens and bits: tables are most of such a model."""
-    model = made(tmp_path / "m", "gemma4_text")
+    model = made(tmp_path / "m")
     planned = distill.run(distill.Settings(teacher=str(model), dry_run=True, conversations=0))
     said = capsys.readouterr().err
     assert "within --lose 0.1; a search chooses sizes and bits" in said

@@ -29,7 +29,6 @@ SHOWN = (
     "ministral3",
     "qwen3_moe",
     "gpt_oss",
-    "gemma3n_text",
     "lfm2",
     "qwen3_5_text",
 )
@@ -82,7 +81,7 @@ def test_what_comes_next_is_what_a_text_alone_says(
 
 
 @pytest.mark.parametrize(
-    "kind", mostly_slow(["llama", "gemma3n_text", "qwen3_5_text", "gpt_oss"], "llama", "gpt_oss")
+    "kind", mostly_slow(["llama", "qwen3_5_text", "gpt_oss"], "llama", "gpt_oss")
 )
 def test_by_metals_policy(models: Models, kind: str, metal: None) -> None:
     """In float16, prompts evaluated several together: near the whole text, which is read in float16

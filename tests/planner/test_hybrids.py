@@ -27,7 +27,7 @@ from tests.conftest import mostly_thorough
 from tests.peaks import allocated
 
 SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 1024, "vocab_size": 2048}
-GEMMAS = ["gemma4_text", "gemma3n_text"]
+GEMMAS = ["gemma4_text"]
 KINDS = ["lfm2", "qwen3_5_text", *GEMMAS]
 
 

@@ -155,7 +155,6 @@ KINDS = (
     "phi3",
     "gemma3_text",
     "gemma4_text",
-    "gemma3n_text",
     "lfm2",
 )
 

@@ -23,7 +23,7 @@ from mis_mlx.models.architectures.readers import readers_of as readers_of
 from mis_mlx.models.architectures.shape import ALL, Config, Shape, Shapes, weight_count
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.architectures.stored_form import inside_names
-from mis_mlx.models.architectures.tensor_shapes import end_tensors, layer_tensors, side_tensors
+from mis_mlx.models.architectures.tensor_shapes import layer_tensors, side_tensors
 from mis_mlx.models.architectures.tensor_shapes import tensors_of as tensors_of
 from mis_mlx.types import Checkpoint, MisError, TensorAt
 
@@ -33,14 +33,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {  # configs without weights, for plans
     for name in (
         "mis-137b",
         "qwen3-30b-a3b",
-        "gemma-3n-e2b",
-        "gemma-3n-e4b",
         "gemma-4-e2b",
         "gemma-4-e4b",
     )
 }
 PER_LAYER = per_layer.PER_LAYER
-COEFFICIENTS = tensor_shapes.COEFFICIENTS
 FFN_MULTIPLE = 256  # Metal's fast 4-bit kernels and GGUF K-quants need it
 
 
@@ -82,7 +79,7 @@ def params(config: Config) -> int:
     shape = shape_of(config)
     embedding = shape.vocab * shape.hidden
     head = 0 if shape.tied else embedding
-    sides = weight_count(side_tensors(config) | end_tensors(config))
+    sides = weight_count(side_tensors(config))
     return blocks_params(config) + sides + embedding + head + shape.hidden
 
 

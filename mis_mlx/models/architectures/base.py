@@ -92,16 +92,8 @@ class Architecture(Described):
         """The tensors that make the per-layer inputs, outside of blocks."""
         return {}
 
-    def end_tensors(self) -> Shapes:
-        """The matrices between the embedding and all versions of the hidden states."""
-        return {}
-
     def unused_shapes(self) -> Shapes:
         """Tensors that a published model has, and does not use."""
-        return {}
-
-    def written_zeros(self) -> Shapes:
-        """Those of them that stock mlx_lm wants in a file, as zeros."""
         return {}
 
     def gates(self) -> set[str]:
@@ -182,18 +174,6 @@ class Architecture(Described):
     def embedding_scale(self, dtype: mx.Dtype) -> mx.array | None:
         """The factor of the embedding on its way into the first block, as in mlx-lm; None: 1."""
         return None
-
-    def new_entrance(self) -> nn.Module | None:
-        """What makes the first block's input of the scaled embedding; None: nothing does."""
-        return None
-
-    def new_exit(self) -> nn.Module | None:
-        """What stands around the last norm; None: nothing does."""
-        return None
-
-    def enter(self, model: nn.Module, embedded: mx.array) -> mx.array:
-        """The first block's input in a whole model, of its scaled embedding (B, T, D)."""
-        return embedded
 
     def leave(self, model: nn.Module, hidden: mx.array) -> mx.array:
         """The head's input (B, T, D) in a whole model, of its last block's output."""

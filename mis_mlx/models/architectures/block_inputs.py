@@ -36,7 +36,7 @@ class KeysValues(NamedTuple):
 class BlockInputs:
     """All inputs of one block for one batch."""
 
-    hidden: mx.array  # (B, T, D); of AltUp's versions (B, T, A D)
+    hidden: mx.array  # (B, T, D)
     per_layer: mx.array | None = None  # (B, T, P)
     shared: KeysValues | None = None  # of an earlier block, which this one uses
 

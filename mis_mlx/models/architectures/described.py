@@ -64,7 +64,6 @@ class Described:
     gain_offset = 0.0  # norms multiply by their weights plus this
     interleaved = False  # llama.cpp rotates neighbouring rows of q and k
 
-    silences = False  # whether neurons are silent by the mean and the spread of all of them
     in_order = False  # whether a model reads a sequence as one text; else several may share one
 
     # Cuts and training
@@ -152,11 +151,6 @@ class Described:
     def side_width(self) -> int:
         """The number of channels that each block gets for every token from a table, or 0."""
         return 0
-
-    @property
-    def versions(self) -> int:
-        """The number of versions of the hidden states that blocks pass on: 1, or AltUp's."""
-        return 1
 
     @property
     def softcap(self) -> float:

@@ -7,7 +7,6 @@ from typing import Any
 
 from mis_mlx.models.architectures.base import Architecture
 from mis_mlx.models.architectures.gemma3 import Gemma3
-from mis_mlx.models.architectures.gemma3n import Gemma3n
 from mis_mlx.models.architectures.gemma4 import Gemma4
 from mis_mlx.models.architectures.gpt_oss import GptOss
 from mis_mlx.models.architectures.granite import Granite
@@ -34,7 +33,6 @@ ARCHITECTURES: tuple[type[Architecture], ...] = (
     Phi3,
     Gemma3,
     Gemma4,
-    Gemma3n,
     Lfm2,
     Qwen35,
     Qwen3Moe,
@@ -61,7 +59,6 @@ OPENED_AS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 131_072,
     },
     "gemma4": {"model_type": "gemma4_text", "architectures": ["Gemma4ForCausalLM"]},
-    "gemma3n": {"model_type": "gemma3n_text", "architectures": ["Gemma3nForCausalLM"]},
     "qwen3_5": {"model_type": "qwen3_5_text", "architectures": ["Qwen3_5ForCausalLM"]},
 }
 

@@ -1,4 +1,4 @@
-"""Gemma 3n and 4: blocks that get channels of their own for every token, and share keys.
+"""Gemma 4: blocks that get channels of their own for every token, and share keys.
 
 The last blocks use the keys and values of an earlier block of their kind.
 """
@@ -28,7 +28,6 @@ class PerLayer(Gemma):
     """A Gemma with a table of per-layer inputs, and shared keys and values."""
 
     axes = ("layers", "ffn")
-    fewer_rows = False  # whether the table may have fewer rows than the embedding
 
     @property
     def side_width(self) -> int:
@@ -73,7 +72,7 @@ class PerLayer(Gemma):
         config = self.config
         rows = config[ROWS]
         vocab = config["vocab_size"]
-        if rows > vocab or (rows != vocab and not self.fewer_rows):
+        if rows != vocab:
             why = f"the table of per-layer inputs has {rows:,} rows, but the embedding {vocab:,}"
             raise MisError(f"{why}: only tables with equally many rows are supported")
         layers = self.layers
@@ -128,12 +127,9 @@ class PerLayer(Gemma):
         """The matrices through which per-layer inputs come in."""
         paths = {"model.per_layer_model_projection"}
         for i in range(self.layers):
-            paths.update(f"model.layers.{i}.{name}" for name in self.block_gates())
+            for name in ("per_layer_input_gate", "per_layer_projection"):
+                paths.add(f"model.layers.{i}.{name}")
         return paths
-
-    def block_gates(self) -> tuple[str, ...]:
-        """Those of a block."""
-        return ("per_layer_input_gate", "per_layer_projection")
 
     def prepare(self, model: nn.Module) -> None:
         """The table has a gradient with the same bits at every run."""

@@ -31,14 +31,6 @@ def of_config(values: Config, per_layer: Channels | None = None) -> Sides:
     return Sides(owners, per_layer)
 
 
-def table_rows(values: Config, ids: np.ndarray) -> np.ndarray:
-    """The rows that tokens have in the table of per-layer inputs.
-
-    Tokens behind its end have the row of token 0, as in mlx-lm.
-    """
-    return np.where(ids < values["vocab_size_per_layer_input"], ids, 0)
-
-
 class TokenChannels:
     """The channels that every block gets for each token of some batches.
 

@@ -60,11 +60,6 @@ def softcap(config: Config) -> float:
     return family(config).softcap
 
 
-def versions(config: Config) -> int:
-    """The number of versions of the hidden states that blocks pass on: 1, or AltUp's."""
-    return family(config).versions
-
-
 def side_width(config: Config) -> int:
     """The number of channels that each block gets for every token from a table, or 0."""
     return family(config).side_width
@@ -88,11 +83,6 @@ def holds_float16(config: Config) -> bool:
 def embedding_scale(config: Config, dtype: mx.Dtype) -> mx.array | None:
     """The factor of the embedding on its way into the first block, as mlx-lm has it; None: 1."""
     return family(config).embedding_scale(dtype)
-
-
-def silences(config: Config) -> bool:
-    """Whether blocks silence neurons by the mean and the spread of all of them."""
-    return family(config).silences
 
 
 def step_factor(config: Config, *, repaired: bool) -> int:

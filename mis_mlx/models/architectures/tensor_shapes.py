@@ -3,9 +3,6 @@
 from mis_mlx.models.architectures.families import family
 from mis_mlx.models.architectures.shape import Config, Shapes
 
-# what the names of small matrices end with, whose rows are too short to be packed
-COEFFICIENTS = ("_coefs.weight", ".modality_router.weight")
-
 
 def layer_tensors(config: Config, stacked: bool = False, block: int | None = None) -> Shapes:
     """Names (without `model.layers.N.`) and shapes (out, in) of one block's tensors.
@@ -34,15 +31,10 @@ def side_tensors(config: Config) -> Shapes:
     return family(config).side_tensors()
 
 
-def end_tensors(config: Config) -> Shapes:
-    """The matrices between the embedding and all versions of the hidden states."""
-    return family(config).end_tensors()
-
-
 def gates(config: Config) -> set[str]:
     """Module paths of the small matrices that always have 8 bits; none in most families.
 
-    Per-layer inputs come in through them; AltUp's ends and second ways have such ones, too.
+    Per-layer inputs come in through them.
     """
     return family(config).gates()
 
@@ -56,7 +48,6 @@ def tensors_of(config: Config, stacked: bool = False) -> Shapes:
     s = architecture.shape
     tensors: Shapes = {"model.embed_tokens.weight": (s.vocab, s.hidden)}
     tensors |= architecture.side_tensors()
-    tensors |= architecture.end_tensors()
     for i in range(s.layers):
         block = architecture.block_tensors(i, stacked=stacked)
         for name, shape in block.items():

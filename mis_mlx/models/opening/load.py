@@ -15,7 +15,7 @@ from mis_mlx.compute import precision
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import on_gpu
 from mis_mlx.maths import losses, rounding
-from mis_mlx.models.architectures import arch, lookup, modules, side_inputs, tensor_shapes
+from mis_mlx.models.architectures import arch, lookup, modules, tensor_shapes
 from mis_mlx.models.architectures.arch import PER_LAYER
 from mis_mlx.models.architectures.experts import Expert, ReadExperts
 from mis_mlx.models.architectures.families import family, mixture
@@ -186,13 +186,11 @@ def _packed_names(checkpoint: Checkpoint, name: str) -> list[str]:
 def stored_parts(checkpoint: Checkpoint, name: str, rows: np.ndarray | None = None) -> InParts:
     """A tensor as stored, read as many rows at a time as `TABLE_PART` numbers.
 
-    rows: their numbers, rising; default: all. Of the table of per-layer inputs: of which tokens.
+    rows: their numbers, rising; default: all.
     """
     tensor = checkpoint.tensors[name]
     reader = Reader({name: tensor})
     ids = np.arange(tensor.shape[0]) if rows is None else rows
-    if name.startswith(PER_LAYER):
-        ids = side_inputs.table_rows(checkpoint.config, ids)
     step = _table_rows(tensor.shape)
     starts = range(0, len(ids), step)
     parts = (reader.rows(tensor, ids[start : start + step]) for start in starts)
@@ -326,35 +324,9 @@ def expert_part(checkpoint: Checkpoint, block: nn.Module) -> tuple[nn.Module, nn
     return part, part[of_experts.router]
 
 
-def has_entrance(checkpoint: Checkpoint) -> bool:
-    """Whether anything stands between the scaled embedding and the first block."""
-    return bool(tensor_shapes.end_tensors(checkpoint.config))
-
-
-def entrance(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
-    """What makes AltUp's versions of the scaled embedding, the first block's input; lazy."""
-    new = family(checkpoint.config).new_entrance()
-    assert new
-    _quantize(new, "model.", checkpoint)
-    new.load_weights(weights(checkpoint, "model.altup_projections.", dtype, cut="model."))
-    return new
-
-
 def final_norm(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
-    """The last RMSNorm, lazy. raw: as in `weights`.
-
-    Where blocks pass several versions of the hidden states on, also what makes one of them:
-    (..., A D) -> (..., D).
-    """
-    architecture = family(checkpoint.config)
-    last = architecture.new_exit()
-    if last:
-        _quantize(last, "model.", checkpoint)
-        named = weights(checkpoint, NORM, dtype, raw, cut="model.")
-        named += weights(checkpoint, "model.altup_unembed_projections.", dtype, cut="model.")
-        last.load_weights(named)
-        return last
-    norm = architecture.new_norm()
+    """The last RMSNorm, lazy. raw: as in `weights`."""
+    norm = family(checkpoint.config).new_norm()
     norm.load_weights(weights(checkpoint, NORM, dtype, raw))
     return norm
 

@@ -14,7 +14,7 @@ from mis_mlx.hardware.memory import COMMANDS_AHEAD, in_flight_bytes
 from mis_mlx.maths.losses import PART
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.shape import Shape, weight_count
-from mis_mlx.models.architectures.sizes import holds_float16, shape_of, versions
+from mis_mlx.models.architectures.sizes import holds_float16, shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.types import Checkpoint
 
@@ -62,7 +62,7 @@ class ModelSize:
         1.0  # share of a block's parameters in memory at a time while it streams past
     )
     active_share: float = 1.0  # share of a block's parameters that a token uses
-    side_params: int = 0  # of the table of per-layer inputs, of its projection, and AltUp's ends
+    side_params: int = 0  # of the table of per-layer inputs and of its projection
     block_factors: BlockFactors = BY_FORMULA
 
     @property
@@ -77,12 +77,12 @@ class ModelSize:
 
     @property
     def channels(self) -> int:
-        """The channels of a token between two blocks: D, or AltUp's A D."""
-        return self.shape.hidden * versions(self.config)
+        """The channels of a token between two blocks: D."""
+        return self.shape.hidden
 
     @property
     def hidden_bytes(self) -> int:
-        """Bytes of a token's hidden state between two blocks (D,) or (A D,) in computation."""
+        """Bytes of a token's hidden state between two blocks (D,) in computation."""
         return self.channels * self.item
 
     @property
@@ -203,7 +203,7 @@ def model_of(
     if stored.packed:
         as_stored = gpu
     memory_share, active_share = arch.expert_shares(config)
-    sides = arch.side_tensors(config) | arch.end_tensors(config)
+    sides = arch.side_tensors(config)
     return ModelSize(
         config=config,
         shape=shape,

@@ -85,7 +85,7 @@ def forward(
     architecture = family(model._config)
     embedded = load.embedded(model, tokens)
     sides = side_inputs.of_model(model, tokens, embedded)
-    hidden = architecture.enter(model, embedded)
+    hidden = embedded
     for i, block in enumerate(inner.layers):
         inputs = sides.inputs(i, 0, hidden)
         window = load.window(model.args, block)

@@ -14,7 +14,6 @@ from mis_mlx.hardware.stage_cost import WINDOWS, StageCost
 from mis_mlx.models.architectures import (
     arch,
     mixer_sizes,
-    shape,
     side_inputs,
 )
 from mis_mlx.models.architectures.sizes import attending, head_size, key_owners
@@ -99,9 +98,8 @@ def side_bytes(m: ModelSize, tokens: int) -> int:
     """
     owners = {owner for owner in key_owners(m.config) if owner is not None}
     shared = sum(2 * m.shape.kv_heads * head_size(m.config, i) for i in owners)
-    ends = shape.weight_count(arch.end_tensors(m.config))
     numbers = m.side_numbers(tokens)
-    return m.item * (numbers + tokens * shared + ends)
+    return m.item * (numbers + tokens * shared)
 
 
 def filling_bytes(m: ModelSize, tokens: int) -> int:

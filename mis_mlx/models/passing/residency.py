@@ -85,9 +85,8 @@ def pass_bytes(settings: Config, tokens: int, length: int) -> int:
     length: of the windows.
     """
     shape = arch.widest(settings)
-    sparse = 2 if sizes.silences(settings) else 0  # what a cut-off is computed with
-    ffn = (3 + sparse) * arch.active_ffn_size(settings)
-    per_token = 8 * shape.hidden * sizes.versions(settings) + ffn
+    ffn = 3 * arch.active_ffn_size(settings)
+    per_token = 8 * shape.hidden + ffn
     per_token += mixer_sizes.largest(settings, length)
     return 4 * tokens * per_token
 
@@ -125,7 +124,7 @@ def _kept_bytes(config: Config, batch: int, length: int) -> int:
     if sizes.norms_outputs(config):
         hidden_arrays = 10
         ffn_arrays = 10
-    hidden = hidden_arrays * s.hidden * sizes.versions(config)
+    hidden = hidden_arrays * s.hidden
     ffn = ffn_arrays * arch.active_ffn_size(config)
     mixers = mixer_sizes.of_all(config, length)
     # of channels: rows, their projection, that behind its norm, and the sum

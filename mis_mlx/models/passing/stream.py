@@ -7,7 +7,7 @@ as fit stay in memory and are read once.
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -20,7 +20,6 @@ from mlx.utils import tree_flatten
 from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.models.architectures import (
-    altup,
     arch,
     block_inputs,
     experts,
@@ -103,7 +102,6 @@ class Stream:
         self._kept: dict[int, nn.Module] = {}
         self._hot = OrderedDict[tuple[int, int], tuple[Expert, Slot]]()
         self._norm: nn.Module | None = None
-        self.door = altup.Door(checkpoint.config["hidden_size"], self._reads_entrance())
         self._head: nn.Module | None = None
         slot_bytes = []
         if not self._copies:
@@ -217,18 +215,9 @@ class Stream:
         for tokens in batches:
             ids, rows = np.unique(np.array(tokens), return_inverse=True)
             embedded = self._embedded(ids, rows.reshape(tokens.shape))
-            entered = self.door.enter(embedded)
-            evaluate_now(entered)
-            hidden.append(entered)
+            evaluate_now(embedded)
+            hidden.append(embedded)
         return hidden
-
-    def _reads_entrance(self) -> Callable[[], nn.Module] | None:
-        """Reads what stands before the first block; None where nothing does."""
-        return self._read_entrance if load.has_entrance(self.checkpoint) else None
-
-    def _read_entrance(self) -> nn.Module:
-        entrance = load.entrance(self.checkpoint, self.dtype)
-        return load_checked(entrance, f"{self.checkpoint.path}: ")
 
     def _embedded(self, ids: np.ndarray, rows: np.ndarray) -> mx.array:
         """The scaled embedding (..., D) of token ids[rows]; ids rise."""
@@ -255,12 +244,10 @@ class Stream:
         def of_tokens(ids: np.ndarray) -> mx.array:
             """Channels (m, L, P) of token ids (m,)."""
             # Nothing is named that can go while the result is computed: all of it is large.
-            rows = side_inputs.table_rows(self.checkpoint.config, ids)
-            own, places = np.unique(rows, return_inverse=True)
-            table = load.side_rows(self.checkpoint, self.dtype, self._stored(arch.PER_LAYER, own))
+            table = load.side_rows(self.checkpoint, self.dtype, self._stored(arch.PER_LAYER, ids))
             load_checked(table, f"{where}{arch.PER_LAYER}")
             every = np.arange(len(ids))
-            index = mx.array(places.reshape(-1).astype(np.int32))
+            index = mx.array(every.astype(np.int32))
             projected = projection(table(index), self._embedded(ids, every))
             mx.eval(projected)
             return projected

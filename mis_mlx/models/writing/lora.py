@@ -1,7 +1,7 @@
 """LoRA through mlx-lm's own adapters: insert them, write them, fuse them into weights on disk."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,24 +64,7 @@ def insert(model: nn.Module, lora: Lora, seed: int) -> None:
     """
     model.freeze()
     mx.random.seed(seed)
-    settings = {**lora.settings, "keys": _adapted(model.layers)}
-    load.mlx_lm("tuner.utils").linear_to_lora_layers(model, lora.num_layers, settings)
-
-
-def _adapted(blocks: Sequence[nn.Module]) -> set[str] | None:
-    """Names in a block of the matrices that get an adapter; None: all.
-
-    AltUp's coefficients get none: they are clipped, so what computes reads them itself.
-    """
-    if not any("altup" in block for block in blocks):
-        return None
-    names = set[str]()
-    for block in blocks:
-        for name, module in block.named_modules():
-            linear = isinstance(module, nn.Linear | nn.QuantizedLinear)
-            if linear and not name.startswith("altup."):
-                names.add(name)
-    return names
+    load.mlx_lm("tuner.utils").linear_to_lora_layers(model, lora.num_layers, lora.settings)
 
 
 def write(

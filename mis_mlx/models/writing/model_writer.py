@@ -23,7 +23,6 @@ from mis_mlx.storage.files import Files, as_mis_error
 from mis_mlx.storage.safetensors import (
     InParts,
     Named,
-    Spec,
     Specs,
     Tensor,
     spec_bytes,
@@ -38,11 +37,6 @@ ROTATION = "rotation.npy"
 Take = Callable[[str], Tensor]  # a model's tensor by its name
 SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 MLX_TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}
-ZEROS: dict[str, Any] = {
-    "group_size": 32,
-    "bits": 2,
-    "mode": "affine",
-}  # how matrices of zeros are packed
 
 
 def need_tokenizer(folder: Path) -> None:
@@ -120,50 +114,18 @@ def published(
 ) -> tuple[dict[str, Any], Specs, Named]:
     """A model in the form of its family's files: config, shapes and tensors.
 
-    Keys and values of blocks that share another's come at the end, as zeros, where mlx-lm wants
-    them. The arguments are those of `write_folder`.
+    The arguments are those of `write_folder`.
     """
-    unused = families.family(config).written_zeros()
-    packing = dict[str, Any](config.get("quantization") or {})
-    edited = dict(config)
-    unused_specs = dict[str, Spec]()
-    if unused and packing:
-        for name, shape in unused.items():
-            if len(shape) == 1:
-                unused_specs[name] = ("F16", shape)
-                continue
-            path = name.removesuffix(".weight")
-            packing[path] = ZEROS
-            unused_specs |= _packed_zeros(path, shape)
-        edited |= {"quantization": packing, "quantization_config": packing}
-    elif unused:
-        kind = next(iter(specs.values()))[0]
-        unused_specs = {name: (kind, shape) for name, shape in unused.items()}
-    zeros = (
-        (name, mx.zeros(shape, MLX_TYPES[kind])) for name, (kind, shape) in unused_specs.items()
-    )
-    architecture = families.family(edited)
+    architecture = families.family(config)
     stored_specs = {}
-    for name, (kind, shape) in {**specs, **unused_specs}.items():
+    for name, (kind, shape) in specs.items():
         stored_shape = stored_form.stored_shape(name, shape)
         stored_specs[architecture.stored_name(name)] = (kind, stored_shape)
-    named = itertools.chain(tensors, zeros)
     stored = (
         (architecture.stored_name(name), stored_form.stored_tensor(name, tensor))
-        for name, tensor in named
+        for name, tensor in tensors
     )
     return architecture.stored_config(), stored_specs, stored
-
-
-def _packed_zeros(path: str, shape: Sequence[int]) -> dict[str, Spec]:
-    """Specs of a matrix (out, in) packed as `ZEROS` says."""
-    rows, columns = shape
-    groups = (rows, columns // ZEROS["group_size"])
-    return {
-        f"{path}.weight": ("U32", (rows, columns * ZEROS["bits"] // 32)),
-        f"{path}.scales": ("F16", groups),
-        f"{path}.biases": ("F16", groups),
-    }
 
 
 def write_folder(
