@@ -263,7 +263,7 @@ def run(settings: Settings) -> dict[str, Any]:
         of_train[seen] = logps[: len(seen)]
         of_valid = logps[len(seen) :]
         batches = partial(micro_batches, parts, train, of_train)
-        held_out = partial(measure, alignment.model, s, valid, of_valid, batch=parts.batch_size)
+        held_out = partial(measure, s=s, pairs=valid, logps=of_valid, batch=parts.batch_size)
         judge = OF_MEANS if s.loss_type == "dpop" else "loss"
         return alignment.train(batches, s.loss, held_out, judge=judge)
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import mlx.nn as nn
 import numpy as np
 
 from mis_mlx import cli
@@ -110,7 +111,7 @@ def _sampling(s: Settings, m: ModelSize, longest: int, state: int, *, at_once: i
     cache = pass_cost.texts_bytes(m, 2 * at_once, places)
     work = pass_cost.workspace_bytes(m, max(longest, at_once), length)
     work += 8 * at_once * m.shape.vocab * 4
-    measured = (s.iters // s.save_every + 2) * s.eval_rows  # held-out answers
+    measured = (s.iters // s.save_every + 3) * s.eval_rows  # held-out answers, the result's too
     tokens = s.iters * (s.grad_accumulation_steps * longest + answers * most) + measured * length
     batches = s.iters * -(-answers // at_once) + -(-measured // at_once)
     play = StageCost(
@@ -191,7 +192,11 @@ def run(settings: Settings) -> dict[str, Any]:
             room=Room(at_once, longest + most),
             log=partial(alignment.files.append, alignment.folder / grpo_rollout.SAMPLES),
         )
-        held_out = partial(grpo_rollout.measure, sampler, valid, valid_prompts)
+
+        def held_out(model: nn.Module) -> dict[str, float]:
+            sampler.model = model
+            return grpo_rollout.measure(sampler, valid, valid_prompts)
+
         return alignment.train(sampler, s.loss, held_out, grpo_rollout.steps_of)
 
 

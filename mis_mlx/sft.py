@@ -134,9 +134,8 @@ def run(settings: Settings) -> dict[str, Any]:
         )
         micro_batches = partial(train.micro_batches, source, parts)
         loss = partial(train.loss, source, s.lora is not None)
-        return alignment.train(
-            micro_batches, loss, lambda: valid.measure(alignment.model, parts.batch_size)
-        )
+        held_out = partial(valid.measure, batch_size=parts.batch_size)
+        return alignment.train(micro_batches, loss, held_out)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,12 @@ from mis_mlx import dpo
 from mis_mlx.alignment import alignment_run, sequence_packing
 from mis_mlx.compute import precision
 from mis_mlx.data import token_windows
-from mis_mlx.models.opening import compute_type
+from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.writing import mlx_generate
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
+from tests import tiny
 from tests.conftest import Done, last_line, losses, mostly_slow, mostly_thorough, settings_of
 from tests.test_sft import SMALL, answers  # noqa: F401  a fixture
 
@@ -55,6 +56,30 @@ def test_end_to_end(undisturbed: tuple[Path, Done]) -> None:
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-3)
     model, tokenizer = mlx_generate.open_model(compute_type.open_to_compute(out / "model"))
     assert len(list(mlx_generate.greedy(model, tokenizer.encode("how many"), 4))) == 4
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_figures_are_those_of_the_written_folder(
+    kind: Any, answers: Path, tmp_path: Path  # noqa: F811
+) -> None:
+    """Steps far below bfloat16's spacing: the folder keeps nine tenths of them, and is measured."""
+    model = tiny.make(tmp_path / "bf16", dtype="BF16")
+    flags = ("--model", model, "--data", answers, *SMALL[:-4])
+    rate = {"full": 1e-5, "lora": 1e-4}[kind]
+    settings = settings_of(
+        dpo, flags, tmp_path / "run", learning_rate=rate, fine_tune_type=kind
+    )
+    result = dpo.run(settings)
+    trained = run_folder.records(tmp_path / "run" / alignment_run.HELD_OUT)[-1]["margin"]
+    checkpoint = compute_type.open_to_compute(tmp_path / "run/model")
+    assert {t.dtype for t in checkpoint.tensors.values()} == {"BF16"}
+    _, pairs, _ = alignment_run.data(settings, checkpoint, ("pair",), dpo.ANSWERS)
+    before = load.resident_model(compute_type.open_to_compute(model), mx.float32)
+    logps = dpo.reference(before, pairs, 2, trained=False)
+    written = load.resident_model(checkpoint, mx.float32)
+    found = dpo.measure(written, settings, pairs, logps, 2)["margin"]
+    assert result["held_out_best"]["margin"] == pytest.approx(found, abs=1e-4)
+    assert found == pytest.approx(trained, rel=0.1)
 
 
 def test_the_reference_is_two_floats_a_pair(undisturbed: tuple[Path, Done]) -> None:

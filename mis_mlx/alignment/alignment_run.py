@@ -5,6 +5,7 @@ A run that was killed and resumed ends bit-equal to one that was not.
 
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +28,7 @@ from mis_mlx.hardware import memory
 from mis_mlx.hardware.ledger import Ledger, needed_bytes
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.hardware.thermal.run_monitor import AIR, ThermalFlags
-from mis_mlx.maths import optimizer
+from mis_mlx.maths import optimizer, rounding
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import load
@@ -95,8 +96,8 @@ class Alignment(cli.Resumable, precision.Computing, ThermalFlags, recipe.Trainin
     """scaling factor of the adapters"""
     fuse: Annotated[bool, Off("keep the adapters next to the model, not merged")] = True
     """merge the adapters into the weights at the end"""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """data type of the saved weights"""
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """data type of the saved weights; default: the model's own, or bfloat16 if it is quantized"""
 
     @property
     def lora(self) -> lora.Lora | None:
@@ -134,6 +135,16 @@ def dtype_of(s: Alignment, checkpoint: Checkpoint) -> mx.Dtype:
     if s.lora:
         return precision.dtype_of(checkpoint)
     return mx.float32
+
+
+def saved_dtype(s: Alignment, checkpoint: Checkpoint) -> str:
+    """The type that the result's weights are saved in, as --dtype spells it."""
+    if s.dtype is None and not arch.is_quantized(checkpoint.tensors):
+        largest = max(checkpoint.tensors.values(), key=lambda tensor: tensor.nbytes)
+        for dtype, name in model_writer.SAFETENSORS_NAMES.items():
+            if name == largest.dtype:
+                return dtype
+    return s.dtype or "bfloat16"
 
 
 def model_size(s: Alignment, checkpoint: Checkpoint) -> ModelSize:
@@ -180,7 +191,7 @@ def training_cost(
     trained = s.lora.params(m.config) if s.lora else m.params
     checkpoints = s.iters // s.save_every + 2
     written = checkpoints * (optimizer.STATE_BYTES + optimizer.GRADIENT_BYTES) * trained
-    written += precision.DTYPES[s.dtype].size * m.params
+    written += precision.DTYPES[saved_dtype(s, checkpoint)].size * m.params
     tokens = s.grad_accumulation_steps * rows * length
     return StageCost(
         name=name,
@@ -240,7 +251,7 @@ class AlignmentRun(run_loop.OpenRun):
     settings: Alignment
     checkpoint: Checkpoint
     model: nn.Module
-    optimizer: GuardedAdamW
+    planned_bytes: int  # of the plan's peak
     card: Mapping[str, Any]  # facts about the data, with its license
     best: tuple[int, float] | None = None  # (step, its held-out figure)
 
@@ -248,15 +259,15 @@ class AlignmentRun(run_loop.OpenRun):
         self,
         micro_batches: Callable[[int], Any],
         loss: Loss,
-        held_out: Callable[[], Mapping[str, float]],
+        held_out: Callable[[nn.Module], Mapping[str, float]],
         steps_of: Callable[..., Iterator[Step]] = train_loop.steps,
         judge: str = "loss",
     ) -> dict[str, Any]:
         """Train from the run's state to its end and write the best student; the run's result.
 
         micro_batches, loss: as in `train_loop.steps`; pure functions of the step and of the model.
-        held_out(): measures `model` at every checkpoint; the one with the lowest `judge` becomes
-        the result. steps_of: called as `train_loop.steps`, yields the steps; `micro_batches` and it
+        held_out(model): measures at every checkpoint; the one with the lowest `judge` becomes the
+        result. It is measured again in the folder that is written. steps_of: called as `train_loop.steps`, yields the steps; `micro_batches` and it
         agree on what a step gets.
         """
         s = self.settings
@@ -272,7 +283,7 @@ class AlignmentRun(run_loop.OpenRun):
             number, value = state["best"]
             self.best = (number, value)
 
-        student = WholeModel(self.model, self.optimizer)
+        student = WholeModel(self.model, GuardedAdamW(weight_decay=s.weight_decay))
         training = run_loop.CheckpointedTraining(
             run=self,
             trained=student,
@@ -283,7 +294,8 @@ class AlignmentRun(run_loop.OpenRun):
         start = training.start(lambda: None)
         steps = partial(steps_of, student, micro_batches, loss, s)
         training.finish(steps, start, s.iters, s.save_every)
-        return self._finish()
+        del student, training, steps  # the moments; the written folder takes the model's place
+        return self._finish(held_out, judge)
 
     @property
     def _held_out(self) -> Journal:
@@ -293,16 +305,15 @@ class AlignmentRun(run_loop.OpenRun):
     def _measure(
         self,
         number: int,
-        held_out: Callable[[], Mapping[str, float]],
+        held_out: Callable[[nn.Module], Mapping[str, float]],
         judge: str,
     ) -> None:
         """Log the held-out figures; if the model is the best so far, save its weights."""
         self.model.eval()
-        measured = {name: float(value) for name, value in held_out().items()}
+        measured = {name: float(value) for name, value in held_out(self.model).items()}
         self.model.train()
         self._held_out.add({"number": number, **measured})
-        figures = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
-        cli.say(f"step {number}, held out: {figures}")
+        _say_figures(f"step {number}", measured)
         value = measured[judge]
         if not math.isfinite(value):
             raise MisError(f"the held-out loss at step {number} is {value}: lower --learning-rate")
@@ -323,8 +334,13 @@ class AlignmentRun(run_loop.OpenRun):
             keep=3,
         )
 
-    def _finish(self) -> dict[str, Any]:
-        """Write the best student as an ordinary folder, or its adapters; the run's result."""
+    def _finish(
+        self, held_out: Callable[[nn.Module], Mapping[str, float]], judge: str
+    ) -> dict[str, Any]:
+        """Write the best student as an ordinary folder, or its adapters; the run's result.
+
+        Its figures are those of what was written.
+        """
         s = self.settings
         best = protocol.newest(self.folder / BEST, self.files)
         if best is None:
@@ -338,34 +354,53 @@ class AlignmentRun(run_loop.OpenRun):
             out = self.folder / ADAPTERS
         elif not out.exists():
             self._write_model(arrays, out)
+        params_trained = sum(math.prod(array.shape) for array in arrays.values())
+        del arrays
         steps = run_folder.metrics(self.folder)
-        held_out = self._held_out.read()
+        measured = self._held_out.read()
         tokens = sum(step["tokens"] for step in steps)
         seconds = sum(step["seconds"] for step in steps)
         cli.say(f"{out}: the weights of step {best.number}, the best on the held-out rows")
+        # Adapters by themselves are written bit by bit as they were measured.
+        found: Mapping[str, float] | None = measured.get((best.number,))
+        if out.name == MODEL:
+            found = self._measure_written(out, held_out, judge)
         return self.finish(
             {
                 "model": str(self.checkpoint.path),
                 "student": str(out),
                 "run": str(self.folder),
-                "params_trained": sum(math.prod(array.shape) for array in arrays.values()),
+                "params_trained": params_trained,
                 "best_step": best.number,
-                "held_out_start": held_out.get((0,)),
-                "held_out_best": held_out.get((best.number,)),
+                "held_out_start": measured.get((0,)),
+                "held_out_best": found,
                 "tokens": tokens,
                 "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
             }
         )
 
     def _write_model(self, arrays: dict[str, mx.array], out: Path) -> None:
-        """Commit the folder `out`: these weights, or the model with these adapters added."""
+        """Commit the folder `out`: these weights, or the model with these adapters added.
+
+        Steps of 1e-6 are smaller than what separates two bfloat16 numbers: rounding to the nearest
+        would take most of them back, so weights are rounded at random.
+        """
         s = self.settings
         source = self.checkpoint
-        take: Callable[[str], mx.array] = arrays.__getitem__
+        learned: Callable[[str], mx.array] = arrays.__getitem__
         if s.lora:
-            take = lora.fused(source, arrays, s.lora)
+            learned = lora.fused(source, arrays, s.lora)
+        dtype = saved_dtype(s, source)
         config = {k: v for k, v in source.config.items() if not k.startswith("quantization")}
-        config["torch_dtype"] = s.dtype
+        config.pop("dtype", None)  # transformers 5 would believe it, not torch_dtype
+        config["torch_dtype"] = dtype
+
+        def take(name: str) -> mx.array:
+            if arch.always_float32(config, name):
+                return learned(name)
+            key = mx.random.key(zlib.crc32(f"{s.seed} {name}".encode()))
+            return rounding.stochastic(learned(name), precision.DTYPES[dtype], key)
+
         extra = model_writer.keep_files(model_writer.read_keep(source.path))
         extra[run_folder.DATA] = dict(self.card)
         model_writer.write_model(
@@ -373,10 +408,44 @@ class AlignmentRun(run_loop.OpenRun):
             take,
             source=source.path,
             out=out,
-            dtype=s.dtype,
+            dtype=dtype,
             files=self.files,
             extra=extra,
         )
+
+    def _measure_written(
+        self, out: Path, held_out: Callable[[nn.Module], Mapping[str, float]], judge: str
+    ) -> dict[str, float] | None:
+        """The held-out figures of the folder `out`, which takes the place of `model` in memory.
+
+        None, and a sentence, where it does not fit: a packed model has become a dense one.
+        """
+        s = self.settings
+        written = load.open_checkpoint(out, self.checkpoint.precision)
+        dtype = dtype_of(s, self.checkpoint)
+        more = model_of(written, dtype=dtype).whole_work
+        more -= model_size(s, self.checkpoint).whole_work
+        needed = self.planned_bytes + max(0, more)
+        if needed > self.budget_bytes:
+            cli.say(
+                f"{out} is not measured: that takes {gib(needed)}, and the budget is "
+                f"{gib(self.budget_bytes)}; {HELD_OUT} has the figures of its adapters"
+            )
+            return None
+        del self.model
+        self.model = load.resident_model(written, dtype)
+        measured = {name: float(value) for name, value in held_out(self.model).items()}
+        _say_figures(str(out), measured)
+        if not math.isfinite(measured[judge]):
+            raise MisError(
+                f"{out}: its held-out {judge} is {measured[judge]}: give --dtype float32"
+            )
+        return measured
+
+
+def _say_figures(what: str, measured: Mapping[str, float]) -> None:
+    figures = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
+    cli.say(f"{what}, held out: {figures}")
 
 
 def data(
@@ -466,17 +535,22 @@ def start_run(
         if not (run.folder / run_folder.DATA).exists():
             facts = json.dumps(dict(card), indent=2, ensure_ascii=False)
             run.files.replace_text(run.folder / run_folder.DATA, facts)
-        model = load.resident_model(checkpoint, dtype_of(s, checkpoint))
-        stream.load_checked(model, f"{checkpoint.path}: ")
-        if s.lora:
-            lora.insert(model, s.lora, s.seed)
-            mx.eval(model.parameters())
         yield AlignmentRun(
             **vars(run),
             name=name,
             settings=s,
             checkpoint=checkpoint,
-            model=model,
-            optimizer=GuardedAdamW(weight_decay=s.weight_decay),
+            model=_student(s, checkpoint),
+            planned_bytes=planned["peak_bytes"],
             card=card,
         )
+
+
+def _student(s: Alignment, checkpoint: Checkpoint) -> nn.Module:
+    """The model to train, in memory. Only the run holds it, which lets go of it at its end."""
+    model = load.resident_model(checkpoint, dtype_of(s, checkpoint))
+    stream.load_checked(model, f"{checkpoint.path}: ")
+    if s.lora:
+        lora.insert(model, s.lora, s.seed)
+        mx.eval(model.parameters())
+    return model

@@ -41,6 +41,27 @@ LEAST_SCALE = 1e-12
 LEAST_VARIANCE = 1e-9
 
 
+def stochastic(weight: mx.array, dtype: mx.Dtype, key: mx.array) -> mx.array:
+    """The weight in float16 or bfloat16, each value up or down at random, right in the mean. Lazy.
+
+    A value between two neighbours becomes the upper one as often as it is near to it, so that
+    changes smaller than their distance stay in the mean; what `dtype` can hold stays as it is.
+    Float32 stays float32. key: of `mx.random`.
+    """
+    if dtype == mx.float32:
+        return weight.astype(dtype)
+    wide = weight.astype(mx.float32)
+    near = wide.astype(dtype)
+    missed = mx.abs(wide - near.astype(mx.float32))
+    # The bits of a float behind its sign rise with its size.
+    larger = mx.abs(wide) > mx.abs(near.astype(mx.float32))
+    bits = near.view(mx.uint16)
+    other = mx.where(larger, bits + 1, bits - 1).view(dtype)
+    distance = mx.abs(other.astype(mx.float32) - near.astype(mx.float32))
+    moves = mx.random.uniform(shape=wide.shape, key=key) * distance < missed
+    return mx.where(moves, other, near)
+
+
 def nearest(
     weight: mx.array,
     group: int,

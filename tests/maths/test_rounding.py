@@ -320,3 +320,21 @@ def test_a_large_matrix_is_opened_where_it_stays(bits: int) -> None:
     tracemalloc.stop()
     assert mx.array_equal(found, wanted)
     assert peak < found.nbytes // 4
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_stochastic_rounding_is_right_in_the_mean(dtype: mx.Dtype) -> None:
+    """An eighth of the way to the next number: an eighth goes there. What fits stays, 0 too."""
+    start = mx.array([1.0, -0.75, 0.0, 3e-3]).astype(dtype).astype(mx.float32)
+    key = mx.random.key(3)
+    assert mx.array_equal(rounding.stochastic(start, dtype, key).astype(mx.float32), start)
+    spacing = mx.finfo(dtype).eps
+    for factor in (1.0, -1.0):
+        many = mx.full((40_000,), factor * (1.0 + spacing / 8))
+        found = rounding.stochastic(many, dtype, key).astype(mx.float32)
+        moved = mx.abs(found) - 1.0
+        assert set(moved.tolist()) == {0.0, spacing}
+        assert float(moved.mean()) == pytest.approx(spacing / 8, rel=0.05)
+    assert mx.array_equal(
+        rounding.stochastic(many, dtype, key), rounding.stochastic(many, dtype, key)
+    )
