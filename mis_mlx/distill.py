@@ -23,7 +23,6 @@ from mis_mlx.distillation.resolved_run import ResolvedRun
 from mis_mlx.hardware.thermal.run_monitor import battery
 from mis_mlx.judge import answers, comparison
 from mis_mlx.models.architectures import arch
-from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import compute_type
 from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting import progress, text
@@ -36,7 +35,6 @@ from mis_mlx.types import Checkpoint, MisError, Row
 FREE = run_loop.FREE_ANYWHERE | {
     "eval_windows",
     "eval_prompts",
-    "report_to",
     "save_every",
     "keep_steps",
 }
@@ -55,7 +53,6 @@ class Settings(DistillFlags):
             "lose",
             "bytes",
             "iters",
-            "minutes",
             "target_bpw",
             "resume",
             "dry_run",
@@ -86,7 +83,6 @@ def run(settings: Settings) -> dict[str, Any]:
     """
     s, folder = run_loop.resumed(settings, FREE)
     s.check()
-    summary.trackers(s.report_to)
     teacher = run_loop.open_model(s, s.teacher, "teacher")
     begun = None  # the folder of a run whose settings are all decided
     if folder is not None and run_folder.is_decided(folder):
@@ -97,8 +93,8 @@ def run(settings: Settings) -> dict[str, Any]:
     if sought is None:
         resolved = _resolved(s, size_request.unsearched(s), teacher, begun)
         name = resolved.name
-        plan_now = resolved.strategy
-        with run_loop.entered(folder, name, out=s.out, asked=s.given, plan=plan_now) as place:
+        entered = run_loop.entered(folder, name, out=s.out, asked=s.given, plan=resolved.strategy)
+        with entered as place:
             return _work(resolved, place)
     likely = size_request.likely_student(teacher.config, teacher.path)
     sizes = {"lose": sought.settings.lose, **likely}
@@ -110,8 +106,7 @@ def run(settings: Settings) -> dict[str, Any]:
     if note:
         cli.say(note)
     name = f"{teacher.path.name}-{size_request.SCENARIO}"
-    plan_now = {run_plan.PLANNED_ITERS: sought.settings.student_iters}
-    with run_loop.entered(folder, name, out=s.out, asked=s.given, plan=plan_now) as place:
+    with run_loop.entered(folder, name, out=s.out, asked=s.given, plan={}) as place:
         sizes = _found(sought, place)
         return _work(_resolved(s, sizes, teacher, place.folder), place, told=True)
 
@@ -212,30 +207,12 @@ def _sought(s: Settings, teacher: Checkpoint, folder: Path | None) -> search.Pla
     aim = "the best" if loss is None else "the smallest"
     cli.say(f"student: {aim} within {flags}; a search chooses sizes and bits")
     names = {field.name for field in fields(search.Settings)} & {field.name for field in fields(s)}
-    # A search has its own, and the minutes are the distillation's that follows it.
-    names -= {"out", "resume", "iters", "eval_windows", "minutes"}
+    names -= {"out", "resume", "iters", "eval_windows"}  # a search has its own
     given: dict[str, Any] = {name: getattr(s, name) for name in names}
     if not s.quantize:
         given["axes"] = search.unrounded_axes(teacher, request.limit)
-    steps = _steps_to_follow(s, teacher, folder)
-    given |= {"lose": loss, "finalists": 0, "student_iters": steps}
+    given |= {"lose": loss, "finalists": 0, "student_iters": s.iters}
     return search.plan(search.Settings(**given), teacher, None)
-
-
-def _steps_to_follow(s: Settings, teacher: Checkpoint, folder: Path | None) -> int | None:
-    """The steps on whose number a search counts; None: the usual one.
-
-    With --minutes: as many as a student without one block makes in them, which learns; counted once
-    for a run, as rates are others on another day. folder: of a run that goes on.
-    """
-    if s.minutes is None:
-        return s.iters
-    if folder is not None:
-        counted = run_folder.stored_settings(folder, run_folder.PLAN)
-        return int(counted[run_plan.PLANNED_ITERS])
-    layers = max(1, shape_of(teacher.config).layers - 1)
-    likely = {"scenario": size_request.SCENARIO, "layers": layers}
-    return resolved_run.resolve(s, likely, teacher, None).plan.job.iters
 
 
 def _found(sought: search.PlannedSearch, place: run_loop.Place) -> dict[str, Any]:
@@ -322,9 +299,6 @@ def _begin(
         wired=memory_plan.peak_bytes if memory_plan.mode != "sharded" else 0,
     ) as opened:
         run_plan.log(resolved.settings.given, opened, memory_plan)
-        report = summary.reporter(
-            resolved.report.report_to, opened.folder, resolved.settings.values
-        )
         seen, data = vocabulary.of_run(
             teacher,
             student.folder,
@@ -341,7 +315,6 @@ def _begin(
             teacher=seen,
             data=data.train,
             plan=memory_plan,
-            report=report,
         )
         return _stages(resolved, c, data)
 

@@ -60,15 +60,15 @@ def test_end_to_end(undisturbed: tuple[Path, Done]) -> None:
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_the_figures_are_those_of_the_written_folder(
-    kind: Any, answers: Path, tmp_path: Path  # noqa: F811
+    kind: Any,
+    answers: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     """Steps far below bfloat16's spacing: the folder keeps nine tenths of them, and is measured."""
     model = tiny.make(tmp_path / "bf16", dtype="BF16")
     flags = ("--model", model, "--data", answers, *SMALL[:-4])
     rate = {"full": 1e-5, "lora": 1e-4}[kind]
-    settings = settings_of(
-        dpo, flags, tmp_path / "run", learning_rate=rate, fine_tune_type=kind
-    )
+    settings = settings_of(dpo, flags, tmp_path / "run", learning_rate=rate, fine_tune_type=kind)
     result = dpo.run(settings)
     trained = run_folder.records(tmp_path / "run" / alignment_run.HELD_OUT)[-1]["margin"]
     checkpoint = compute_type.open_to_compute(tmp_path / "run/model")

@@ -267,8 +267,8 @@ class AlignmentRun(run_loop.OpenRun):
 
         micro_batches, loss: as in `train_loop.steps`; pure functions of the step and of the model.
         held_out(model): measures at every checkpoint; the one with the lowest `judge` becomes the
-        result. It is measured again in the folder that is written. steps_of: called as `train_loop.steps`, yields the steps; `micro_batches` and it
-        agree on what a step gets.
+        result. It is measured again in the folder that is written. steps_of: called as
+        `train_loop.steps`, yields the steps; `micro_batches` and it agree on what a step gets.
         """
         s = self.settings
 

@@ -52,8 +52,6 @@ class DistillFlags(
     """held-out prompts that teacher and student answer at the end; 0: none. Default: 60, or 24 of a
     teacher that would be read from disk for every token of its answers
     """
-    report_to: str | None = None
-    """tensorboard, wandb or swanlab: logs every step there; install the package first"""
     keep_steps: bool = False
     """after the run, keep the files that only --resume needs: checkpoints, the rounded student,
     stored targets

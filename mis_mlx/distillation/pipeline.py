@@ -33,10 +33,10 @@ from mis_mlx.planner.distillation_spec import SCALES, STORE
 from mis_mlx.pruning import reconstruct, vocabulary
 from mis_mlx.quantization import learned_scales, packed_format, scale_state
 from mis_mlx.reporting import progress
-from mis_mlx.runs import pace, run_loop
+from mis_mlx.runs import run_loop
 from mis_mlx.settings.recipe import DistillationConfig
 from mis_mlx.storage import hidden_spool, run_folder
-from mis_mlx.types import Budget, Checkpoint, Step
+from mis_mlx.types import Budget, Checkpoint
 
 DTYPE = "bfloat16"  # of unquantized weights on disk
 # Of the steps after rounding, as runs have always called them on disk.
@@ -61,16 +61,14 @@ TEMPORARY = (
 class Run(run_loop.OpenRun):
     """What the stages share.
 
-    recipe: as asked for, its micro-batches as planned. report: is told of every step of the
-    distillation. sigma: spread of eps_halny, fixed from one checkpoint to the next, so that a
-    resumed run has the same.
+    recipe: as asked for, its micro-batches as planned. sigma: spread of eps_halny, fixed from one
+    checkpoint to the next, so that a resumed run has the same.
     """
 
     recipe: DistillationConfig
     teacher: Checkpoint
     data: token_windows.Windows
     plan: MemoryPlan
-    report: Callable[[Step], None] | None = None
     sigma: float = 0.0
 
     @property
@@ -155,7 +153,6 @@ def train(c: Run, pruned: Checkpoint) -> model_writer.Take:
         student,
         c.remember,
         c.recall,
-        report=c.report,
     )
     _learn(c, student, training, source=source, recipe=c.recipe, begin=begin, factor=c.factor)
     return student.take
@@ -177,11 +174,10 @@ def _learn(
     """
     start = training.start(begin)
 
-    def steps_of(recipe: DistillationConfig) -> Callable[[int], Iterator[Step]]:
-        return partial(live_teacher.steps, student, source, c.data, recipe, factor=factor)
-
+    steps = partial(live_teacher.steps, student, source, c.data, recipe, factor=factor)
+    assert recipe.iters is not None
     with c.phase(training.label):
-        pace.finish(training, recipe, steps_of, start, save_every=c.recipe.save_every)
+        training.finish(steps, start, recipe.iters, c.recipe.save_every)
 
 
 def _student(c: Run, pruned: Checkpoint) -> tuple[WholeModel | Sharded, Callable[[], object]]:
@@ -330,7 +326,6 @@ def tuning_recipe(
     return replace(
         asked,
         iters=iters,
-        minutes=None,
         learning_rate=rate,
         warmup=min(3, iters),
         weight_decay=0.0,

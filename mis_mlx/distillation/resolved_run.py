@@ -34,7 +34,6 @@ class ReportConfig:
     eval_prompts: int
     lose: float | None
     expected_loss: float | None
-    report_to: str | None
     keep_steps: bool
 
 
@@ -51,9 +50,8 @@ class ResolvedRun:
     """A run with everything decided.
 
     teacher: with its own vocabulary. recipe: with the number of steps, the learning rate, and
-    micro-batches as planned; with --minutes the number is what the plan expected. strategy: how
-    the student trains, for plan.json. settings: for config.yaml. plan: what all that takes on this
-    machine.
+    micro-batches as planned. strategy: how the student trains, for plan.json. settings: for
+    config.yaml. plan: what all that takes on this machine.
     """
 
     teacher: Checkpoint
@@ -107,8 +105,7 @@ def resolve(
     )
     plan = run_plan.plan_run(request, limit, folder)
     recipe = plan.recipe(request.recipe, teacher)
-    # With --minutes the first steps say how many there are.
-    values["iters"] = recipe.iters if recipe.minutes is None else None
+    values["iters"] = recipe.iters
     values["learning_rate"] = recipe.learning_rate
     if values["eval_prompts"] is None:
         values["eval_prompts"] = plan.job.answers or EVAL_PROMPTS

@@ -9,7 +9,6 @@ from typing import Any
 from mis_mlx.compute import precision
 from mis_mlx.data import preparation
 from mis_mlx.distillation import conversations, pipeline, strategies, teacher_answers
-from mis_mlx.hardware.rates import Rates
 from mis_mlx.judge import answers
 from mis_mlx.models.opening import load, resolve
 from mis_mlx.models.opening.model_size import model_of
@@ -20,17 +19,14 @@ from mis_mlx.quantization import packed_format, stage
 from mis_mlx.runs.run_loop import OpenRun
 from mis_mlx.settings.recipe import (
     EVAL_PROMPTS,
-    FIRST_STEPS,
     ROUND_TO_NEAREST,
     DistillationConfig,
     QuantizationConfig,
 )
 from mis_mlx.storage import run_folder
-from mis_mlx.types import Budget, Checkpoint, MisError
+from mis_mlx.types import Budget, Checkpoint
 
-# In plan.json, beside the strategy.
-PLANNED_ITERS = "iters"
-WRITES = "teacher_writes"
+WRITES = "teacher_writes"  # in plan.json, beside the strategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +67,7 @@ def plan_run(request: RunRequest, budget: Budget, folder: Path | None) -> strate
     job = measured_block.of_job(_job(request, budget), limit)
     rates = estimates.machine_rates()
     before = _strategy_of(folder)
-    counted = before.pop(PLANNED_ITERS, None)
     writes: bool | None = before.pop(WRITES, None)
-    if counted:
-        job = replace(job, iters=counted)
-    elif request.recipe.minutes is not None:
-        job = _paced(request.recipe.minutes, job, limit, rates)
     writing = conversations.asked_of(request.teacher, request.wanted(job.iters))
     if writing is not None:
         known = conversations.file_of(request.teacher, writing).exists()
@@ -94,20 +85,12 @@ def plan_run(request: RunRequest, budget: Budget, folder: Path | None) -> strate
 
 
 def stored_strategy(plan: strategies.MemoryPlan) -> dict[str, Any]:
-    """What plan.json keeps: how the student trains, and in how many steps.
-
-    With --minutes that is the number which the plan expected when the run began. How much is
-    answered first depends on it, so a run that goes on must not count again; nor does it choose
-    again whether the teacher writes.
-    """
-    return {**plan.strategy, PLANNED_ITERS: plan.job.iters, WRITES: plan.job.teacher_writes}
+    """What plan.json keeps: how the student trains, and whether the teacher writes."""
+    return {**plan.strategy, WRITES: plan.job.teacher_writes}
 
 
 def _strategy_of(folder: Path | None) -> dict[str, Any]:
-    """What the plan.json of a run that goes on says, {} of a new one.
-
-    Before a run is decided, the number of steps is all that it has.
-    """
+    """What the plan.json of a run that goes on says, {} of a new one."""
     if folder is None:
         return {}
     return run_folder.stored_settings(folder, run_folder.PLAN)
@@ -152,26 +135,6 @@ def _judging_prompts(request: RunRequest, budget: Budget) -> int:
     if answers.known(request.teacher, answers.prompts(EVAL_PROMPTS)):
         return EVAL_PROMPTS
     return teacher_answers.judging_prompts(model_of(request.teacher), budget)
-
-
-def _paced(minutes: float, job: DistillationSpec, limit: int, rates: Rates) -> DistillationSpec:
-    """The job with as many steps as the plan expects to fit into the minutes.
-
-    MisError where that number must be known before the first step: --iters takes it.
-    """
-    plan = strategies.best_plan(job, limit, rates)
-    seconds = plan.planned.get("distil", 0.0)
-    if not seconds:
-        return job
-    iters = max(2 * FIRST_STEPS, int(60 * minutes * job.iters / seconds))
-    if plan.mode == "sharded" or job.targets == "cached":
-        why = "a student in parts" if plan.mode == "sharded" else "targets on disk"
-        need = f"but {why} must know the number first: give --iters {iters}"
-        raise MisError(
-            f"--minutes {minutes:g} counts steps during training, {need}, which should take about "
-            f"as long"
-        )
-    return replace(job, iters=iters)
 
 
 def _hub_ids(given: Mapping[str, Any]) -> list[str]:

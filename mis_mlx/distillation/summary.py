@@ -1,14 +1,8 @@
-"""Reports of a run: every step to a tracker, and the result at its end.
+"""The result of a run: a dictionary for machines and a page of tables for people."""
 
-Trackers are TensorBoard (by tensorboardX), Weights & Biases and SwanLab; steps have mlx-lm's keys.
-The result is a dictionary for machines and a page of tables for people.
-"""
-
-import atexit
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +12,12 @@ from mis_mlx.distillation import conversations
 from mis_mlx.judge import answers, comparison
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import gguf_name
-from mis_mlx.models.opening import load
 from mis_mlx.models.opening.config import read_config
 from mis_mlx.models.writing import model_writer
 from mis_mlx.pruning import select
 from mis_mlx.reporting import html, text
 from mis_mlx.storage import run_folder
-from mis_mlx.types import MisError, Row, Step
+from mis_mlx.types import Row
 
 # Measures of a loss and their units; the second counts where models read different tokens.
 LOSSES = (("nll", "nats/token"), ("bpb", "bits per byte"))
@@ -34,66 +27,6 @@ Quality = Mapping[str, list[Row]]  # rows of every held-out text
 NAMES = {"teacher": "teacher", "pruned": "pruned", "student": "distilled", "quantized": "4-bit"}
 MISSED = 0.3  # share of the expected loss by which a reached one may differ without a remark
 LEAST_LOSS = 0.02  # bits a byte: for a smaller expected loss, MISSED is a share of this
-PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "swanlab": "swanlab"}
-
-
-def trackers(report_to: str | None) -> list[str]:
-    """The names in `report_to`. MisError when one is unknown or its package is not installed."""
-    given = (report_to or "").split(",")
-    names = [name.strip().lower() for name in given if name.strip()]
-    for name in names:
-        if name not in PACKAGES:
-            raise MisError(
-                f"--report-to {name} is not known: give {', '.join(PACKAGES)}, or several, "
-                f"separated by commas"
-            )
-        if find_spec(PACKAGES[name]) is None:
-            raise MisError(
-                f"--report-to {name} needs a package that is not installed: pip install "
-                f"{PACKAGES[name]}"
-            )
-    return names
-
-
-def reporter(
-    report_to: str | None, folder: Path, config: Mapping[str, Any]
-) -> Callable[[Step], None] | None:
-    """`tell(step)` for the services in `report_to`, of the run in `folder`; None: no services."""
-    names = trackers(report_to)
-    if not names:
-        return None
-    others = ",".join(name for name in names if name != "tensorboard")
-    callbacks = load.mlx_lm("tuner.callbacks").get_reporting_callbacks
-    service = callbacks(others, project_name=folder.name, log_dir=str(folder), config=dict(config))
-    writer = None
-    if "tensorboard" in names:
-        from tensorboardX import SummaryWriter
-
-        writer = SummaryWriter(str(folder / "tensorboard"), flush_secs=2)
-        # A thread of its own writes: at the end it must write the rest.
-        atexit.register(writer.close)
-    # Tokens of the steps before the run was resumed.
-    trained = sum(int(step["tokens"]) for step in run_folder.metrics(folder))
-
-    def tell(step: Step) -> None:
-        nonlocal trained
-        trained += step.tokens
-        info = {
-            "iteration": step.number,
-            "train_loss": step.loss,
-            "learning_rate": step.learning_rate,
-            "iterations_per_second": 1 / max(step.seconds, 1e-9),
-            "tokens_per_second": step.tokens / max(step.seconds, 1e-9),
-            "trained_tokens": trained,
-            "peak_memory": step.peak_bytes / 1e9,  # GB, as mlx-lm has it
-        }
-        if service:
-            service.on_train_loss_report(info)
-        if writer:
-            for name, value in info.items():
-                writer.add_scalar(name, value, step.number)
-
-    return tell
 
 
 def result(

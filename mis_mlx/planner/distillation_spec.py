@@ -113,8 +113,8 @@ def spec_of(
     settings = {f.name: getattr(asked, f.name) for f in fields(DistillationConfig)}
     settings["iters"] = steps_of(asked, student.config)
     settings["targets"] = asked.targets or "live"
-    # The store has targets of temperature 1, for steps whose number is known.
-    plain = asked.temperature == 1.0 and not asked.cross_entropy and asked.minutes is None
+    # The store has targets of temperature 1.
+    plain = asked.temperature == 1.0 and not asked.cross_entropy
     # No fit knows what comes of several hidden states.
     if uncut or not repairs(student.config):
         settings["reconstruct_samples"] = 0

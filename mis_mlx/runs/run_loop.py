@@ -336,8 +336,7 @@ class CheckpointedTraining:
     """A training that can be stopped and resumed at any time.
 
     remember(number): further state for a checkpoint; recall(state) gets it again. steps, log: the
-    folder of its checkpoints and the file of its steps, in the run's folder. report: called with
-    every step.
+    folder of its checkpoints and the file of its steps, in the run's folder.
     """
 
     run: OpenRun
@@ -347,7 +346,6 @@ class CheckpointedTraining:
     steps: str = "steps"
     log: str = run_folder.METRICS
     label: str = "distil"
-    report: Callable[[Step], None] | None = None
 
     def start(self, begin: Callable[[], object]) -> int:
         """The number of steps done: of the newest checkpoint, which is put back; else 0.
@@ -407,8 +405,6 @@ class CheckpointedTraining:
         run.account.keep_sometimes()
         seen = replace(step, reading=run.thermal_monitor.last())
         show(step.number, text.step_text(seen, run.budget_bytes))
-        if self.report:
-            self.report(step)
 
     def _run(self, steps: Iterator[Step], iters: int, save_every: int) -> None:
         """Run `steps` to their end.

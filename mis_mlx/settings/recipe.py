@@ -23,7 +23,6 @@ from mis_mlx.types import (
     Share,
     Tokens,
     Whole,
-    Within,
 )
 
 Targets = Literal["live", "cached"]  # where a step's targets come from
@@ -76,10 +75,6 @@ class DistillationConfig(TrainingConfig):
     """optimizer steps; default: 30 after a repair, which brings the student near its teacher, or 60
     where little or nothing is repaired
     """
-    minutes: Annotated[float | None, Within(0.05, 1e5)] = None
-    """training time in minutes, instead of --iters: times the first steps, and makes as many as
-    fit; sharded training needs --iters
-    """
     # a float wherever steps are made, as iters
     learning_rate: Rate | None = None  # type: ignore[assignment]
     """peak learning rate, which decays to a tenth along a cosine; default: from the teacher's
@@ -111,11 +106,6 @@ class DistillationConfig(TrainingConfig):
     def check(self) -> None:
         """MisError where values make no sense or flags do not go together."""
         cli.check_ranges(self)
-        if self.minutes is not None and self.iters is not None:
-            raise MisError(
-                f"--minutes {self.minutes:g} and --iters {self.iters} both set the number of "
-                f"steps: give one"
-            )
         if self.targets == "cached" and self.temperature != 1.0:
             raise MisError(
                 f"targets: cached holds targets of temperature 1, not {self.temperature:g}: use "
@@ -201,7 +191,6 @@ class QuantizationConfig:
 TUNE_ITERS = 20
 EVAL_PROMPTS = 60  # that the models of a run answer at its end
 EVAL_PROMPTS_STREAMED = 24  # where the teacher is read from disk for a token: as many share a pass
-FIRST_STEPS = 4  # whose pace says how many fit into --minutes; fewer than `warmup`
 # of a repaired student; families says what others need
 ITERS = 30
 RATE = 1e-4

@@ -1,4 +1,4 @@
-"""Decide: how small, how long, in how much memory; the plan follows."""
+"""Decide: how small, in how much memory; the plan follows."""
 
 import asyncio
 from collections.abc import Mapping
@@ -14,7 +14,6 @@ from mis_mlx.types import MisError, duration, gib
 
 WAIT_S = 0.5  # after the last move of a slider
 STEP_MIB = 256
-NIGHT_MIN = 600
 MOST_MB = 8000  # of a model that is not here
 MODES = {
     "resident": "the student is trained whole in memory",
@@ -63,9 +62,6 @@ class _Decide:
         scenario.bind_value(chosen, "scenario").on_value_change(self.follow)
         scenario.bind_visibility_from(chosen, "decides", value="scenario")
         scenario.classes("w-full")
-        usual = "Training: 30 steps, if blocks are cut"
-        label = "Training: {} minutes"
-        self._slider("minutes", label, 0, most=NIGHT_MIN, step=5, nothing=usual)
         most = jobs.total_bytes() // wishes.MIB // STEP_MIB * STEP_MIB
         usual = "Memory: the default, 4 GiB on a Mac of 8 GB, less if less is free"
         label = "Memory: {} MiB"

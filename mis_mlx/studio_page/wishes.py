@@ -33,7 +33,6 @@ class Wishes:
     loss: float = 0.1  # as in `distill`
     megabytes: float = 70.0
     scenario: str = "half-vocab"
-    minutes: int = 0
     memory_mib: int = 0
     run: str = ""
     max_tokens: int = 96
@@ -69,9 +68,6 @@ def base_flags(wishes: Wishes, more: Sequence[Path]) -> list[str]:
     if wishes.settings != NONE:
         file = places.chosen(places.settings_files(), wishes.settings, "settings file")
         flags += ["--config", str(file.path)]
-    minutes = number(wishes.minutes, 0, 10_000, "the time in minutes")
-    if minutes:
-        flags += ["--minutes", f"{minutes:g}"]
     memory = number(wishes.memory_mib, 0, 2**30, "the memory in MiB")
     if memory:
         flags += ["--budget", f"{memory:.0f}MiB"]

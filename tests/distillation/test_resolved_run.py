@@ -18,7 +18,6 @@ from mis_mlx import distill
 from mis_mlx.distillation import pipeline, resolved_run
 from mis_mlx.distillation.resolved_run import ResolvedRun
 from mis_mlx.hardware import memory
-from mis_mlx.planner import estimates
 from mis_mlx.settings import recipe
 from mis_mlx.settings.parts import part_of
 from mis_mlx.settings.recipe import QuantizationConfig
@@ -74,11 +73,11 @@ def begin_and_resume(settings: distill.Settings) -> None:
     "flags",
     [
         {"scenario": "gazda"},
-        {"layers": 2, "minutes": 3.0, "quantize": 0},
+        {"layers": 2, "quantize": 0},
         {"vocab": "300", "iters": 7, "learning_rate": 1e-3, "temperature_c": 20.0},
         {"scenario": "gazda", "targets": "cached", "q_mode": "mxfp4", "q_group_size": 32},
         {"scenario": "gazda", "train": "blocks", "batch_size": 4, "grad_accumulation_steps": 3},
-        pytest.param({"bytes": "190KB", "minutes": 2.0}, marks=pytest.mark.thorough),
+        pytest.param({"bytes": "190KB"}, marks=pytest.mark.thorough),
     ],
     ids=lambda flags: " ".join(flags),
 )
@@ -114,43 +113,6 @@ def test_a_run_that_goes_on_is_what_it_was(
         assert likely[0].recipe.iters == searched["student_iters"]
         assert searched["student_iters"] == begun.recipe.iters > 10 * recipe.ITERS
         assert begun.report.expected_loss == stored["expected_loss"] is not None
-
-
-def test_minutes_on_another_day(
-    llama: Checkpoint,
-    text_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    resolved: list[ResolvedRun],
-    stop: list[pipeline.Run],
-) -> None:
-    """With --minutes the plan expects a number of steps, and so many answers of the teacher are
-    asked for. A run that goes on keeps that number where rates are measured anew.
-    """
-    monkeypatch.chdir(tmp_path)
-    settings = distill.Settings(
-        teacher=str(llama.path),
-        data=str(text_folder),
-        scenario="gazda",
-        minutes=2.0,
-        out="run",
-        **QUICK,
-    )
-    begin_and_resume(settings)
-    now = estimates.machine_rates()
-    quicker = replace(
-        now,
-        training_flops_per_s=4 * now.training_flops_per_s,
-        forward_flops_per_s=4 * now.forward_flops_per_s,
-    )
-    monkeypatch.setattr(estimates, "machine_rates", lambda: quicker)
-    again = distill.Settings(out="run", resume=True)
-    with pytest.raises(KeyboardInterrupt):
-        distill.run(again)
-    begun, _, later = resolved
-    assert later == begun
-    assert later.plan.planned != begun.plan.planned
-    assert later.text.tokens == begun.text.tokens > 0
 
 
 def test_other_programs_do_not_stop_a_run_that_goes_on(

@@ -67,7 +67,7 @@ def test_a_hub_id_is_no_folder_here(here: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [None, "5", "--out", [], True, float("nan"), -1, 1e30])
-@pytest.mark.parametrize("field", ["loss", "megabytes", "minutes", "memory_mib"])
+@pytest.mark.parametrize("field", ["loss", "megabytes", "memory_mib"])
 def test_sliders_send_numbers(field: str, value: Any) -> None:
     """Anything else is a sentence."""
     kind = {"loss": "loss", "megabytes": "bytes"}.get(field, "settings")
@@ -147,7 +147,7 @@ def test_flags_are_those_of_distill(here: Path, text_folder: Path) -> None:
     model = tiny.make(here / "more" / "tiny")
     (here / "notes").symlink_to(text_folder)
     (here / "mine.yaml").write_text("iters: 3\n")
-    chosen = Wishes(minutes=20, memory_mib=1024, loss=0.05)
+    chosen = Wishes(memory_mib=1024, loss=0.05)
     chosen.model = places.models([here / "more"])[0].key
     chosen.settings = places.settings_files()[0].key
     flags = wishes.base_flags(chosen, [here / "more"])
@@ -161,7 +161,7 @@ def test_flags_are_those_of_distill(here: Path, text_folder: Path) -> None:
         line = [*flags, *wishes.size_flags(sized)]
         settings = cli.parse(distill.Settings, line)
         assert getattr(settings, name) == value
-        assert (settings.teacher, settings.minutes) == (str(model), 20)
+        assert settings.teacher == str(model)
         assert settings.budget == "1024MiB"
 
 
