@@ -1,4 +1,4 @@
-"""Train on pairs of better and worse answers: DPO-Positive, DPO, IPO.
+"""Train on pairs of better and worse answers: DPO-Positive, DPO.
 
 The reference is the model before it is trained: two floats a pair, saved in the run folder with
 their hashes.
@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.alignment import alignment_run, sequence_packing
+from mis_mlx.alignment import alignment_run, padded_rows
 from mis_mlx.data.examples import Sequenced
 from mis_mlx.distillation import live_teacher
 from mis_mlx.distillation.whole_model import as_in_training
@@ -38,7 +38,7 @@ class Settings(alignment_run.Alignment):
     learning_rate: Rate = 5e-6
     """peak learning rate; decays to a tenth along a cosine; for billions of parameters, try 1e-6"""
     loss_type: rl_losses.PairLoss = "dpop"
-    """dpop: DPO that keeps the chosen answer likely; sigmoid: plain DPO; ipo; hinge"""
+    """dpop: DPO that keeps the chosen answer likely; sigmoid: plain DPO"""
     beta: Positive = 0.1
     """how strongly the model is held to its original self"""
     dpop_lambda: Annotated[float, Within(0.0, 1e4)] = 5.0
@@ -62,15 +62,12 @@ class Settings(alignment_run.Alignment):
         sums, counts = _sums(student, tokens, loss_mask, self.lora is not None)
         noise = rl_losses.NOISE[load.activation_dtype(student)] * mx.sqrt(counts)
         r_w, r_l = mx.split(rl_losses.dead_zone(sums - reference, noise), 2)
-        n_w, n_l = mx.split(counts, 2)
         losses = rl_losses.pair_losses(
             r_w,
             r_l,
             beta=self.beta,
             kind=self.loss_type,
             dpop_lambda=self.dpop_lambda,
-            chosen_tokens=n_w,
-            rejected_tokens=n_l,
         )
         chosen, rejected = mx.split(sums, 2)
         further = {
@@ -107,10 +104,9 @@ def _sums(
 
 def padded_pairs(pairs: Sequence[Pair]) -> tuple[mx.array, mx.array]:
     """(tokens, learn), (2 B, T) each: the chosen answers, then the rejected ones."""
-    chosen = [[pair[0]] for pair in pairs]
-    rejected = [[pair[1]] for pair in pairs]
-    tokens, loss_mask, _ = sequence_packing.padded_windows([*chosen, *rejected])
-    return tokens, loss_mask
+    chosen = [pair[0] for pair in pairs]
+    rejected = [pair[1] for pair in pairs]
+    return padded_rows.padded([*chosen, *rejected])
 
 
 def reference(
@@ -126,7 +122,7 @@ def reference(
     """
     logps = np.zeros((len(pairs), 2), np.float32)
     lengths = list(map(longer_answer_tokens, pairs))
-    for batch in sequence_packing.by_length("reference: batch", lengths, batch_size):
+    for batch in padded_rows.by_length("reference: batch", lengths, batch_size):
         tokens, loss_mask = padded_pairs([pairs[i] for i in batch])
         work = partial(_row_sums, tokens=tokens, loss_mask=loss_mask)
         sums = as_in_training(model, work) if trained else work(model)
@@ -160,7 +156,7 @@ def micro_batches(
     step: int,
 ) -> list[tuple[mx.array, ...]]:
     """Those of a step: tokens, learn (2 B, T) and the reference's log-probabilities (2 B,)."""
-    batches = sequence_packing.drawn_indices(list(map(longer_answer_tokens, pairs)), s, step)
+    batches = padded_rows.drawn_indices(list(map(longer_answer_tokens, pairs)), s, step)
     return [_batch(pairs, logps, indices) for indices in batches]
 
 
@@ -181,7 +177,7 @@ def measure(
     """
     sums: dict[str, float] = {}
     lengths = list(map(longer_answer_tokens, pairs))
-    for indices in sequence_packing.by_length("held out: batch", lengths, batch):
+    for indices in padded_rows.by_length("held out: batch", lengths, batch):
         total, _, further = s.loss(model, *_batch(pairs, logps, indices))
         for name, value in {"loss": total, **further}.items():
             sums[name] = sums.get(name, 0.0) + float(value)
@@ -237,7 +233,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
     parts = alignment_run.fit_micro_batches(s, folder, training)
     # Only pairs that a step sees need the reference.
-    seen = sequence_packing.visited_rows(len(train), parts)
+    seen = padded_rows.visited_rows(len(train), parts)
     trained = [train[i] for i in seen]
     tokens = sum(2 * longer_answer_tokens(pair) for pair in [*trained, *valid])
     phase = training(parts)

@@ -1,4 +1,4 @@
-"""Train on answers that a program can check: GRPO, Dr. GRPO, DAPO."""
+"""Train on answers that a program can check: GRPO with DAPO's loss."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from mis_mlx import dpo
-from mis_mlx.alignment import alignment_run, sequence_packing
+from mis_mlx.alignment import alignment_run, padded_rows
 from mis_mlx.compute import precision
 from mis_mlx.data import token_windows
 from mis_mlx.models.opening import compute_type, load
@@ -27,7 +27,7 @@ from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
-from tests.conftest import Done, last_line, losses, mostly_slow, mostly_thorough, settings_of
+from tests.conftest import Done, last_line, losses, mostly_thorough, settings_of
 from tests.test_sft import SMALL, answers  # noqa: F401  a fixture
 
 
@@ -162,9 +162,9 @@ def test_the_rows_that_steps_see(count: int, batch: int) -> None:
             for step in range(iters)
         ]
         wanted = np.unique(np.concatenate(drawn))
-        assert sequence_packing.visited_rows(count, s).tolist() == wanted.tolist()
+        assert padded_rows.visited_rows(count, s).tolist() == wanted.tolist()
     endless = dpo.Settings(iters=10**12, batch_size=batch)
-    assert sequence_packing.visited_rows(count, endless).tolist() == list(range(count))
+    assert padded_rows.visited_rows(count, endless).tolist() == list(range(count))
 
 
 def test_dpop_is_judged_by_the_mean_pair(undisturbed: tuple[Path, Done]) -> None:
@@ -180,12 +180,16 @@ def test_dpop_is_judged_by_the_mean_pair(undisturbed: tuple[Path, Done]) -> None
         assert r[dpo.OF_MEANS] == pytest.approx(math.log1p(math.exp(-x)), abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", mostly_slow(["sigmoid", "ipo", "hinge"], "sigmoid"))
-def test_every_loss_type_learns(kind: Any, small: Any, tmp_path: Path) -> None:
+def test_plain_dpo_learns(small: Any, tmp_path: Path) -> None:
     """The margin on held-out pairs grows, with LoRA too."""
     result = dpo.run(
         settings_of(
-            dpo, small, tmp_path / "run", loss_type=kind, fine_tune_type="lora", learning_rate=3e-3
+            dpo,
+            small,
+            tmp_path / "run",
+            loss_type="sigmoid",
+            fine_tune_type="lora",
+            learning_rate=3e-3,
         )
     )
     assert result["held_out_best"]["margin"] > 0.1 > result["held_out_start"]["margin"]

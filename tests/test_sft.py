@@ -1,16 +1,13 @@
-"""The command `sft`: parity with TRL, windows that rows share, LoRA, exact resume, what it
-leaves.
-"""
+"""The command `sft`: parity with TRL, LoRA, exact resume, what it leaves."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +18,13 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from mis_mlx import quantize, sft
-from mis_mlx.alignment import alignment_run, sequence_packing
-from mis_mlx.alignment.sequence_packing import PackedDataset
+from mis_mlx.alignment import alignment_run, padded_rows
+from mis_mlx.alignment.padded_rows import Rows
 from mis_mlx.data.examples import Sequenced
-from mis_mlx.distillation import live_teacher
 from mis_mlx.gguf_export import model_card as model_card
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models.opening import compute_type, load
-from mis_mlx.models.passing import attention_masks
 from mis_mlx.models.writing import lora, mlx_generate
 from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage import run_folder
@@ -87,19 +82,16 @@ def rows_of(found: dict[str, np.ndarray]) -> list[Sequenced]:
     return rows
 
 
-def step(
-    lesson: PackedDataset, model: nn.Module, batch_size: int, parts: int
-) -> tuple[float, float, Any]:
+def step(lesson: Rows, model: nn.Module, batch_size: int, parts: int) -> tuple[float, float, Any]:
     """(sum, count, gradients of the sum) of the first step, micro-batches added as the loop adds
     them.
     """
-    source = live_teacher.TextTargets()
-    loss = partial(lesson.loss, source, False)
+    loss = partial(lesson.loss, False)
     total = 0.0
     count = 0.0
     gradients = None
     recipe = TrainingConfig(batch_size=batch_size, grad_accumulation_steps=parts)
-    for arguments in lesson.micro_batches(source, recipe, 0):
+    for arguments in lesson.micro_batches(recipe, 0):
         (part, n, _), made = nn.value_and_grad(model, loss)(model, *arguments)
         total = total + float(part)
         count = count + float(n)
@@ -108,75 +100,18 @@ def step(
 
 
 @pytest.mark.parametrize("case", ["sft", "sft_parts"])
-@pytest.mark.parametrize(
-    ("room", "batch_size", "parts"), [(0, 4, 1), (0, 1, 4), (64, 1, 1), (32, 1, 2)]
-)
+@pytest.mark.parametrize(("batch_size", "parts"), [(4, 1), (1, 4)])
 def test_loss_and_gradients_are_trls(
-    case: str, room: int, batch_size: int, parts: int, tmp_path: Path
+    case: str, batch_size: int, parts: int, tmp_path: Path
 ) -> None:
-    """TRL's SFTTrainer on completions, its token mean over a step; ours padded, packed, in one part
-    or several.
-    """
+    """TRL's SFTTrainer on completions, its token mean over a step; ours in one part or several."""
     found = trl_model.stored()
     model = trl_model.model(found, "policy", tmp_path)
-    lesson = PackedDataset(rows_of(found), room)
-    assert len(lesson.windows) == batch_size * parts  # so that a step is all of TRL's rows, once
+    lesson = Rows(rows_of(found))
     total, count, gradients = step(lesson, model, batch_size, parts)
     assert total / count == pytest.approx(float(found[f"{case}/loss"]), rel=1e-5)
     assert trl_model.worst(gradients, found, case, count) < 5e-5
     assert lesson.measure(model, 3)["loss"] == pytest.approx(float(found[f"{case}/loss"]), rel=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_rows_in_one_window_do_not_see_each_other(
-    kind: str, models: Callable[[str], Checkpoint]
-) -> None:
-    """Hidden states of packed rows are those of each row alone; another neighbour changes nothing
-    at all.
-    """
-    model = load.resident_model(models(kind), mx.float32)
-    rng = np.random.default_rng(0)
-    rows = [(rng.integers(1, 500, n).astype(np.int32), np.ones(n, np.float32)) for n in (9, 14, 5)]
-    tokens, _, own = sequence_packing.padded_windows([rows])
-    packed = attention_masks.forward(model, tokens, own)
-    begin = 0
-    for ids, _ in rows:
-        alone = model.model(mx.array(ids[None]))[0]
-        assert mx.allclose(packed[0, begin : begin + len(ids)], alone, rtol=1e-4, atol=1e-5)
-        begin += len(ids)
-    other = mx.concatenate([(tokens[:, :9] + 7) % 500, tokens[:, 9:]], axis=1)
-    assert mx.array_equal(attention_masks.forward(model, other, own)[:, 9:28], packed[:, 9:28])
-    # without the mask they would
-    assert not mx.allclose(model.model(tokens)[0, 9:14], packed[0, 9:14], atol=1e-3)
-
-
-def test_a_sliding_window_holds_inside_a_row(tmp_path: Path) -> None:
-    """Blocks that see 4 tokens back see no more of their own row in a shared window."""
-    layers = ["sliding_attention", "full_attention", "sliding_attention"]
-    folder = tiny.make(tmp_path / "near", layer_types=layers, sliding_window=4)
-    model = load.resident_model(load.open_checkpoint(folder), mx.float32)
-    rows = [
-        (np.arange(start, start + 12, dtype=np.int32), np.ones(12, np.float32)) for start in (5, 90)
-    ]
-    tokens, _, own = sequence_packing.padded_windows([rows])
-    packed = attention_masks.forward(model, tokens, own)
-    for at, (ids, _) in enumerate(rows):
-        assert mx.allclose(
-            packed[0, 12 * at : 12 * at + 12],
-            model.model(mx.array(ids[None]))[0],
-            rtol=1e-4,
-            atol=1e-5,
-        )
-
-
-def test_best_fit_places_every_row_once() -> None:
-    """No window overflows, none of the rows is lost, and few windows are taken."""
-    lengths = np.random.default_rng(1).integers(1, 60, 200).tolist()
-    windows = sequence_packing.pack(lengths, 60)
-    assert sorted(chain.from_iterable(windows)) == list(range(200))
-    filled = [np.take(lengths, window).sum() for window in windows]
-    assert max(filled) <= 60
-    assert len(windows) <= sum(lengths) / 60 * 1.05 + 1
 
 
 def test_a_step_draws_the_same_rows_however_it_is_cut() -> None:
@@ -188,7 +123,7 @@ def test_a_step_draws_the_same_rows_however_it_is_cut() -> None:
             for b, p in ((8, 1), (2, 4))
         ]
         whole, parts = (
-            np.concatenate(sequence_packing.drawn_indices(lengths, cut, number)) for cut in cuts
+            np.concatenate(padded_rows.drawn_indices(lengths, cut, number)) for cut in cuts
         )
         assert np.array_equal(whole, parts)
         assert sorted(lengths[i] for i in whole) == [lengths[i] for i in whole]
@@ -232,14 +167,14 @@ def test_a_stopped_run_ends_with_the_same_bits(
     where it always is.
     """
     settings = settings_of(sft, small, tmp_path / "run")
-    drawn = sequence_packing.drawn_indices
+    drawn = padded_rows.drawn_indices
 
     def stopping(lengths: Sequence[int], recipe: TrainingConfig, step: int) -> list[np.ndarray]:
         if step == 2 and not settings.resume:
             os.kill(os.getpid(), signal.SIGTERM)
         return drawn(lengths, recipe, step)
 
-    monkeypatch.setattr(sequence_packing, "drawn_indices", stopping)
+    monkeypatch.setattr(padded_rows, "drawn_indices", stopping)
     with pytest.raises(MisError, match="stopped at step 3 of 6; everything is saved"):
         sft.run(settings)
     settings = settings.with_values(resume=True)
@@ -336,35 +271,13 @@ def test_packed_weights_in_memory_take_adapters(
     assert load.head_weight(model).dtype == mx.float32
     lora.insert(model, lora.Lora(-1, 4, 2.0), 0)
     rows = [(np.arange(3, 9, dtype=np.int32), np.ones(6, np.float32))]
-    lesson = PackedDataset(rows)
-    source = live_teacher.TextTargets()
-    (arguments,) = lesson.micro_batches(source, TrainingConfig(batch_size=1), 0)
-    _, gradients = nn.value_and_grad(model, partial(lesson.loss, source, True))(model, *arguments)
+    lesson = Rows(rows)
+    (arguments,) = lesson.micro_batches(TrainingConfig(batch_size=1), 0)
+    _, gradients = nn.value_and_grad(model, partial(lesson.loss, True))(model, *arguments)
     flat = dict(tree_flatten(gradients))
     assert flat
     assert all(name.endswith(("lora_a", "lora_b")) for name in flat)
     assert any(float(mx.abs(g).max()) > 0 for name, g in flat.items() if name.endswith("lora_b"))
-
-
-def test_a_teacher_has_its_part(small: Any, tmp_path: Path, llama: Checkpoint) -> None:
-    """--distill-weight 1 and the model itself as the teacher: nothing to learn; 0.5: half of the
-    cross-entropy.
-    """
-    alone = sft.run(settings_of(sft, small, tmp_path / "alone", packing=False, iters=2))
-    teacher = {"teacher": str(llama.path), "iters": 2}
-    result = sft.run(
-        settings_of(
-            sft, small, tmp_path / "itself", distill_weight=1.0, learning_rate=1e-6, **teacher
-        )
-    )
-    assert result["held_out_best"]["loss"] == pytest.approx(
-        result["held_out_start"]["loss"], rel=1e-4
-    )
-    assert run_folder.metrics(tmp_path / "itself")[0]["loss"] == pytest.approx(0.0, abs=1e-5)
-    sft.run(settings_of(sft, small, tmp_path / "half", **teacher))
-    first, plain = (run_folder.metrics(tmp_path / name)[0]["loss"] for name in ("half", "alone"))
-    assert first == pytest.approx(plain / 2, rel=1e-4)
-    assert alone["best_step"] >= 0
 
 
 def test_without_room_adapters_are_the_way_out(small: Any, tmp_path: Path) -> None:
@@ -380,11 +293,11 @@ def test_steps_are_cut_where_memory_is_short_and_stay_so(small: Any, tmp_path: P
     """A budget for one row at a time: the same step to rounding, in four parts; resumed under a big
     one, still so.
     """
-    wide = settings_of(sft, small, tmp_path / "wide", packing=False, iters=2, batch_size=4)
+    wide = settings_of(sft, small, tmp_path / "wide", iters=2, batch_size=4)
     *_, checkpoint = alignment_run.open_run_model(wide)
 
     def phase(s: sft.Settings) -> StageCost:
-        return sft._phase(s, checkpoint, None, 32)
+        return alignment_run.training_cost(s, checkpoint, s.batch_size, 32, name="sft")
 
     # rows at once, times: with the gradients of those before beside them
     ways = ((1, 4), (2, 2), (4, 1))

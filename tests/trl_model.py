@@ -1,5 +1,7 @@
-"""The tiny llama of the fixture that scripts/trl_fixtures.py made, in MLX, and a comparison of
-gradients.
+"""The tiny llama of a fixture in MLX, and a comparison of gradients.
+
+fixtures/trl_preference.npz holds what TRL 1.16.0's SFT and DPO trainers computed (torch 2.13.0,
+transformers 5.24.0), and DPO-P, which TRL does not have, by its formula in torch.
 """
 
 from __future__ import annotations

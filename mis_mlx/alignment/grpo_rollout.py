@@ -6,7 +6,6 @@ A step's answers depend on the weights, the data, the seed and the step alone.
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import chain
 from typing import Annotated, Any
 
@@ -19,7 +18,7 @@ from mis_mlx.alignment import alignment_run
 from mis_mlx.data.rows import Row
 from mis_mlx.data.token_windows import order
 from mis_mlx.distillation import train_loop
-from mis_mlx.distillation.whole_model import Loss, WholeModel, as_in_training
+from mis_mlx.distillation.whole_model import Loss, WholeModel
 from mis_mlx.judge.tasks import rewards
 from mis_mlx.maths import rl_losses
 from mis_mlx.maths.losses import token_logps
@@ -44,7 +43,6 @@ TABLE = (
     ("answer_tokens", ".1f"),
     ("kept", ".0f"),
     ("groups", ".0f"),
-    ("clipped", ".3f"),
 )
 
 
@@ -66,20 +64,8 @@ class Settings(alignment_run.Alignment):
     """maximum tokens per answer"""
     temp: Positive = 1.0
     """sampling temperature"""
-    loss_type: rl_losses.LossType = "dapo"
-    """dapo: mean over all tokens of a step; grpo: mean over answers; dr_grpo: constant divisor,
-    unscaled advantages
-    """
-    epsilon: Annotated[float, Within(0.0, 0.999, above=True)] = 0.2
-    """how far below 1 a token's ratio may fall before it is clipped"""
-    epsilon_high: Positive = 0.28
-    """how far above 1 the ratio may rise (DAPO's clip-higher)"""
     beta: Annotated[float, Within(0.0, 1e3)] = 0.0
     """weight of the KL to the original model; above 0, that model is streamed once per step"""
-    num_iterations: Count = 1
-    """weight updates per step, all on the same answers; with 1, every ratio is 1 and nothing is
-    clipped
-    """
     reward_functions: str | None = None
     """names, separated by commas; their rewards are added; default: correct,format, or all
     functions in the file
@@ -111,34 +97,21 @@ class Settings(alignment_run.Alignment):
         model: nn.Module,
         b: attention_masks.Branches,
         advantage: mx.array,
-        old: mx.array | None = None,
         reference: mx.array | None = None,
     ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
-        """(sum, count, further sums) over the answers of one micro-batch.
+        """(sum, tokens that were sampled, further sums) over the answers of one micro-batch.
 
-        advantage: (B,). old, reference: (B, T) log-probabilities under the model that sampled and
-        under the reference. old None: the model as it is now.
+        advantage: (B,). reference: (B, T) log-probabilities under the reference.
         """
-        new = self.logps(model, b, self.lora is not None)
-        if old is None:
-            # Every ratio is exactly 1 then, and its gradient is that of `new`.
-            old = mx.stop_gradient(new)
-        losses, held = rl_losses.token_losses(
-            new,
-            old,
+        total = rl_losses.token_loss_sum(
+            self.logps(model, b, self.lora is not None),
             advantage,
-            epsilon=self.epsilon,
-            epsilon_high=self.epsilon_high,
+            b.mask,
             reference=reference,
             beta=self.beta,
             noise=rl_losses.NOISE[load.activation_dtype(model)],
         )
-        total, count = rl_losses.loss_sum(
-            losses, b.mask, self.loss_type, self.max_completion_length
-        )
-        # The same mean of 0 and 1: the share of tokens whose gradient the clipping stops.
-        clipped, _ = rl_losses.loss_sum(held, b.mask, self.loss_type, self.max_completion_length)
-        return total, count, {"clipped": clipped, "tokens": mx.array(float(b.tokens.size))}
+        return total, b.mask.sum(), {"tokens": mx.array(float(b.tokens.size))}
 
 
 @dataclass
@@ -181,7 +154,7 @@ class Sampler:
             lines.append(_record(step, row, group, score, kept=teaches))
         for line in lines:
             self.log(line)
-        advantage = rl_losses.advantages(totals, scaled=s.loss_type != "dr_grpo")
+        advantage = rl_losses.advantages(totals)
         chosen = [(indices[n], answers[n], advantage[n]) for n in np.flatnonzero(kept)]
         return self._parts(chosen), facts
 
@@ -257,8 +230,11 @@ class Sampler:
             values = [value for value in parts if value is not None]
             if values:
                 facts[f"reward_{name}"] = float(np.mean(values))
-        lengths = np.array([len(answer) for answer in chain.from_iterable(answers)])
-        truncated = lengths >= self.settings.max_completion_length
+        most = self.settings.max_completion_length
+        ends = self.tokenizer.eos_token_ids
+        every = list(chain.from_iterable(answers))
+        lengths = np.array([len(answer) for answer in every])
+        truncated = np.array([len(ids) >= most and ids[-1] not in ends for ids in every])
         facts["unscored"] = int(np.isnan(totals).sum())
         facts["answer_tokens"] = float(lengths.mean())
         facts["truncated"] = float(truncated.mean())
@@ -278,17 +254,11 @@ class Sampler:
             for start in range(0, len(group), s.batch_size):
                 cut = slice(start, start + s.batch_size)
                 branches = attention_masks.join(self.prompts[i], group[cut])
-                old = None
-                if s.num_iterations > 1:
-                    # From the second update on ratios are to this model. Computed as training
-                    # computes them: they differ from 1 by learning, not by another kernel's
-                    # rounding.
-                    work = partial(s.logps, b=branches, frozen_head=True)
-                    old = as_in_training(self.model, work)
-                length = branches.targets.shape[1]  # of the longest answer in this cut
-                ref = None if reference is None else reference[cut, :length]
-                mx.eval([array for array in (old, ref) if array is not None])
-                parts.append((branches, mx.array(advantage[cut]), old, ref))
+                ref = None
+                if reference is not None:
+                    ref = reference[cut, : branches.targets.shape[1]]  # its longest answer
+                    mx.eval(ref)
+                parts.append((branches, mx.array(advantage[cut]), ref))
         return parts
 
     def _references(self, chosen: Sequence[tuple[int, Group]]) -> list[mx.array | None]:
@@ -379,15 +349,10 @@ def steps_of(
             peak_bytes=peak,
             note="no group has different rewards: no update",
         )
-        updates = s.num_iterations if parts else 0
-        # The first update is of the model that sampled: its ratios are 1, and are not computed
-        # another way.
-        seen = [(branches, advantage, None, ref) for branches, advantage, _, ref in parts]
-        for _ in range(updates):
-            batches = {step: seen}
+        if parts:
+            batches = {step: parts}
             # The generator is not named: it would live on, and with it the arrays of its frame.
             done = next(train_loop.steps(student, batches.__getitem__, loss, s, start=step))
-            seen = parts
         facts = {**done.further, **facts}
         seconds = train_loop.CLOCK.monotonic() - began
         peak = max(peak, done.peak_bytes)

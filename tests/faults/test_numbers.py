@@ -18,7 +18,7 @@ import mlx.core as mx
 import pytest
 
 from mis_mlx import distill, sft
-from mis_mlx.alignment.sequence_packing import PackedDataset
+from mis_mlx.alignment.padded_rows import Rows
 from mis_mlx.distillation import live_teacher, strategies
 from mis_mlx.maths.optimizer import Diverged
 from mis_mlx.models.opening import load
@@ -259,8 +259,8 @@ def test_a_tuning_run_goes_back_too(
     has numbers only.
     """
     model, text = all_jobs["sft"].made
-    each = PackedDataset.micro_batches
-    loss = PackedDataset.loss
+    each = Rows.micro_batches
+    loss = Rows.loss
 
     def poisoned(*arguments: Any) -> list[Any]:
         factor = mx.array(math.nan if arguments[-1] + 1 in (4, 5, 6) else 1.0)
@@ -270,8 +270,8 @@ def test_a_tuning_run_goes_back_too(
         total, *rest = loss(*arguments[:-1])
         return (total * arguments[-1], *rest)
 
-    monkeypatch.setattr(PackedDataset, "micro_batches", poisoned)
-    monkeypatch.setattr(PackedDataset, "loss", bitter)
+    monkeypatch.setattr(Rows, "micro_batches", poisoned)
+    monkeypatch.setattr(Rows, "loss", bitter)
     out = tmp_path / "sft"
     lessons = str(text.parent / "lessons")
     sft.run(

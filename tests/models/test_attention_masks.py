@@ -10,7 +10,6 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mis_mlx.alignment import sequence_packing
 from mis_mlx.models.architectures import stock
 from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening import load
@@ -67,31 +66,6 @@ def test_a_sliding_window_counts_positions_not_columns(tmp_path: Path) -> None:
     layers = ["sliding_attention", "full_attention", "sliding_attention"]
     folder = tiny.make(tmp_path / "near", layer_types=layers, sliding_window=3)
     check(load.resident_model(load.open_checkpoint(folder), mx.float32))
-
-
-@pytest.mark.parametrize("kind", ["gpt_oss", "ministral3"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(mx.float32, 3e-6), (mx.float16, 5e-3)])
-def test_rows_that_share_a_window_are_as_if_alone(
-    kind: str, dtype: mx.Dtype, tolerance: float, models: Callable[[str], Checkpoint]
-) -> None:
-    """Rows longer than the window of blocks that slide, and than the positions by which queries
-    grow, in the types of both policies.
-
-    `model.model` is what generates, with the masks that mlx-lm makes.
-    """
-    model = load.resident_model(models(kind), dtype)
-    rng = np.random.default_rng(3)
-    rows = [rng.integers(1, 500, length).astype(np.int32) for length in (18, 11)]
-    marked = [(ids, np.ones(len(ids), np.float32)) for ids in rows]
-    tokens, _, branch = sequence_packing.padded_windows([marked])
-    hidden = attention_masks.forward(model, tokens, branch)[0]
-    start = 0
-    for ids in rows:
-        wanted = model.model(mx.array(ids[None]))[0]
-        found = hidden[start : start + len(ids)]
-        # the mean: a rounded router may choose another expert for a token
-        assert mx.abs(found - wanted).mean().item() < tolerance
-        start += len(ids)
 
 
 def test_a_whole_models_blocks_have_the_windows_of_blocks_alone(

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx import generate, grpo, prune, quantize, sft
+from mis_mlx import generate, grpo, prune, quantize
 from mis_mlx.judge.tasks import option_likelihood
 from mis_mlx.models.architectures import gated_delta
 from mis_mlx.models.architectures.sizes import attends
@@ -24,7 +24,6 @@ from mis_mlx.models.opening.config import read_config
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import attention_masks, stream
 from mis_mlx.models.writing import mlx_generate, model_writer, streamed_decode
-from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError, Precision
 from tests import family_checks, stock, tiny
@@ -213,24 +212,6 @@ def test_depth_keeps_the_period(qwen: Checkpoint, tmp_path: Path, text_folder: P
     assert apart(streamed(student, TOKENS), stock.opened(student.path)(TOKENS)) <= 1e-5
     with pytest.raises(MisError, match="2 layers of a qwen3_5_text are fewer than 3"):
         prune.run(prune.Settings(mlx_path=str(tmp_path / "x"), layers=2, **asked))
-
-
-def test_rows_of_sft_have_windows_of_their_own(qwen: Checkpoint, tmp_path: Path) -> None:
-    """Packing is the default, and is left out by itself: the rows' losses are those without it."""
-    data = tmp_path / "data"
-    data.mkdir()
-    row = json.dumps({"prompt": "The for statement", "completion": " is used to iterate"})
-    for split in ("train", "valid"):
-        (data / f"{split}.jsonl").write_text(f"{row}\n" * 4)
-    asked = sft.Settings(
-        model=str(qwen.path), data=str(data), iters=1, batch_size=2, max_seq_length=32
-    )
-    losses = []
-    for packing in (True, False):
-        out = tmp_path / f"packing {packing}"
-        sft.run(replace(asked, out=str(out), packing=packing))
-        losses.append(run_folder.metrics(out)[0]["loss"])
-    assert losses[0] == losses[1]
 
 
 def test_grpo_is_refused_before_it_begins(qwen: Checkpoint, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Several texts in one sequence, each computed as if it stood alone.
 
-A text is an answer behind its prompt, or one of several rows. The prompt is computed once for all
-of its answers, forward and backward, and nothing is padded.
+A text is an answer behind its prompt, which is computed once for all of its answers, forward and
+backward; nothing is padded.
 """
 
 from collections.abc import Sequence
@@ -69,19 +69,16 @@ def join(prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> Branches:
 
 
 def forward(
-    model: nn.Module, tokens: mx.array, branch: mx.array, positions: np.ndarray | None = None
+    model: nn.Module, tokens: mx.array, branch: mx.array, positions: np.ndarray
 ) -> mx.array:
     """Final hidden states (B, T, D) of a resident model, each token seeing its own text alone.
 
     tokens, branch (B, T): a token looks back at branch 0 and its own. positions (T,): in its own
-    text; default: every branch is a text, and they stand one behind the other. Then rotary
-    positions count on from text to text: they act through their differences alone.
+    text.
     """
     inner = model.model
     mask = _branch_mask(branch)
-    in_text = _positions(branch)
-    if positions is not None:
-        in_text = mx.array(positions)
+    in_text = mx.array(positions)
     architecture = family(model._config)
     embedded = load.embedded(model, tokens)
     sides = side_inputs.of_model(model, tokens, embedded)
@@ -93,20 +90,6 @@ def forward(
             outputs = run_masked_block(block, inputs, mask, positions, window=window)
         hidden = sides.keep(i, 0, outputs)
     return architecture.leave(model, hidden)
-
-
-def _positions(branch: mx.array) -> mx.array:
-    """(B, T): how many tokens of its branch, which are neighbours, stand before each token."""
-    columns = mx.arange(branch.shape[1])
-    own = branch[:, 1:]
-    before = branch[:, :-1]
-    begins = own != before
-    later = columns[1:]
-    starts = mx.where(begins, later, 0)
-    one_in_front = [(0, 0), (1, 0)]
-    starts = mx.pad(starts, one_in_front)
-    start = mx.cummax(starts, axis=1)
-    return columns - start
 
 
 def _branch_mask(branch: mx.array) -> mx.array:
@@ -125,23 +108,19 @@ def run_masked_block(
     block: nn.Module,
     inputs: BlockInputs,
     sees: mx.array,
-    positions: np.ndarray | None,
+    positions: np.ndarray,
     *,
     window: int | None = None,
 ) -> BlockOutputs:
     """One block on hidden states (B, T, D): row i looks at the rows of sees (T, T).
 
-    positions (T,): where each row stands; None: in their order. window: the number of tokens that
-    the block looks back at most; None: all.
+    positions (T,): where each row stands. window: the number of tokens that the block looks back at
+    most; None: all.
     """
     mask = block_state.mask_of(block, sees)
     if window is not None:
-        order = mx.arange(inputs.hidden.shape[1])
-        if positions is not None:
-            order = mx.array(positions)
+        order = mx.array(positions)
         near = order[:, None] < order[None] + window
         mask = mask & near
-    if positions is None:
-        return block_inputs.run(block, inputs, mask)
     with streamed_decode.positioned(block, positions):
         return block_inputs.run(block, inputs, mask)
