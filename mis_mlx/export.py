@@ -1,6 +1,5 @@
 """Write a GGUF for llama.cpp, or a Hugging Face folder."""
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,7 @@ import tyro
 from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.gguf_export import model_card, publication, rerounding, tensors, vocab
-from mis_mlx.hardware import memory, programs
+from mis_mlx.hardware import memory
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import gguf_name, shape_of
 from mis_mlx.models.opening import load, resolve, tokenizer_check
@@ -29,11 +28,8 @@ from mis_mlx.storage.files import DISK, need_place
 from mis_mlx.storage.safetensors import InParts, Tensor
 from mis_mlx.types import Checkpoint, MisError, gib
 
-Type = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q4_k_m", "mxfp4", "nvfp4"]
+Type = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "mxfp4", "nvfp4"]
 OutType = Annotated[Type | None, tyro.conf.arg(aliases=["--outtype"])]  # llama.cpp's spelling too
-K_QUANT = "q4_k_m"  # which llama.cpp makes
-STAGED = "float16.gguf"  # what it makes it of
-THEIR_BYTES = 128 * 2**20  # of a process with llama.cpp in it, besides the tensors
 HF_DTYPES = {"f16": "float16", "bf16": "bfloat16"}
 TOKEN_BYTES = 2048  # Python's memory for a token and its merge, measured on SmolLM2's 49 thousand
 PAPERS_BYTES = 64 * 1024  # README.md and Modelfile, generously
@@ -51,8 +47,7 @@ class Settings(cli.Budgeted):
     """
     out_type: OutType = None
     """type of the matrices; default: q4_1 for a 4-bit model (its 4-bit matrices stay exact, others
-    are rounded again), f16 for other GGUFs, bf16 for hf. q4_k_m is llama.cpp's own type and needs
-    llama-quantize or llama-cpp-python
+    are rounded again), f16 for other GGUFs, bf16 for hf
     """
     out: Annotated[str, tyro.conf.arg(aliases=["--mlx-path"])] = "exported"
     """folder to write"""
@@ -70,21 +65,16 @@ class Settings(cli.Budgeted):
     """show bytes and types, and stop"""
 
 
-def need_bytes(checkpoint: Checkpoint, form: str, wanted: str) -> int:
+def need_bytes(checkpoint: Checkpoint, form: str) -> int:
     """Peak memory of an export, in bytes.
 
-    hf de-quantizes a whole tensor. gguf holds one as stored, slabs of its rows, and the tokens. For
-    a K-quant llama.cpp has a tensor in float16, in float32 and rounded, in a process of its own.
+    hf de-quantizes a whole tensor. gguf holds one as stored, slabs of its rows, and the tokens.
     """
     if form == "hf":
         return pass_cost.tensor_bytes(model_of(checkpoint))
     largest = max(tensor.nbytes for tensor in checkpoint.tensors.values())
-    need = 5 * largest // 4 + 6 * tensors.SLAB_BYTES
-    if wanted == K_QUANT:
-        shapes = arch.tensors_of(checkpoint.config).values()
-        most_weights = max(map(math.prod, shapes))
-        need = max(need, 10 * most_weights + THEIR_BYTES)
-    return need + TOKEN_BYTES * shape_of(checkpoint.config).vocab
+    slabs = 6 * tensors.SLAB_BYTES
+    return 5 * largest // 4 + slabs + TOKEN_BYTES * shape_of(checkpoint.config).vocab
 
 
 def _facts(
@@ -155,22 +145,15 @@ def _readme(
 
 
 def _gguf(settings: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
-    """Commit FOLDER/NAME-TYPE.gguf, Modelfile and README.md.
-
-    A K-quant: llama.cpp makes it from a float16 file in that folder.
-    """
+    """Commit FOLDER/NAME-TYPE.gguf, Modelfile and README.md."""
     name = model_card.name_of(checkpoint.path)
     config = checkpoint.config
     parts = tensors.parts(checkpoint, wanted)
-    written = parts  # in the file that is written here
-    if wanted == K_QUANT:
-        programs.quantizer()  # its absence is said before the work
-        written = tensors.parts(checkpoint, "f16")
     writer = gguf.GGUFWriter(None, gguf_name(config))
     tensors.describe(writer, config, name, wanted)
     notes = vocab.add(writer, checkpoint.path, shape_of(config).vocab)
     facts = {key: value.value for key, value in writer.kv_data[0].items()}
-    head = tensors.head(writer, written)
+    head = tensors.head(writer, parts)
     file = f"{name}-{wanted.upper()}.gguf"
     nbytes = len(head) + tensors.padded_bytes(parts)
     exact = sum(part.exact for part in parts)
@@ -180,22 +163,14 @@ def _gguf(settings: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, 
         return {**result, "notes": [types, *notes]}
     base = _base(settings, checkpoint)
     modelfile = _modelfile(file, facts)
-    room = nbytes + PAPERS_BYTES
-    if wanted == K_QUANT:
-        room += tensors.padded_bytes(written)
     tally = rerounding.Rerounding()
+    room = nbytes + PAPERS_BYTES
     with protocol.commit_folder(Path(settings.out), DISK, room, "the GGUF") as folder:
         rows = (
             tensors.rows(checkpoint, part, tally)
-            for part in cli.show_progress("tensor", written, len(written))
+            for part in cli.show_progress("tensor", parts, len(parts))
         )
-        if wanted == K_QUANT:
-            tensors.write(folder / STAGED, head, written, rows, files=DISK)
-            parts = _k_quantized(folder, file, parts)
-            # what llama.cpp adds was not counted: only what float16 does
-            tally = rerounding.Rerounding()
-        else:
-            tensors.write(folder / file, head, written, rows, files=DISK)
+        tensors.write(folder / file, head, parts, rows, files=DISK)
         notes = _facts(parts, checkpoint, tally) + notes
         DISK.write(folder / "Modelfile", modelfile)
         DISK.write(folder / "README.md", _readme(settings, checkpoint, base, file, notes))
@@ -211,22 +186,6 @@ def _modelfile(file: str, facts: dict[str, Any]) -> bytes:
         stop = facts["tokenizer.ggml.tokens"][end]
     words = {"file": file, "template": facts.get("tokenizer.chat_template", ""), "stop": stop}
     return f"{html.document('Modelfile', words)}\n".encode()
-
-
-def _k_quantized(
-    folder: Path,
-    file: str,
-    parts: list[tensors.Part],
-) -> list[tensors.Part]:
-    """Have llama.cpp make `file` from the staged one, which goes; parts, with the types it chose.
-
-    Its own version chooses them, so they are read from the file.
-    """
-    programs.quantize(folder / STAGED, folder / file, K_QUANT.upper())
-    DISK.remove_tree(folder / STAGED)
-    tensors = gguf.GGUFReader(folder / file).tensors
-    chosen = {tensor.name: tensor.tensor_type.name for tensor in tensors}
-    return [part._replace(kind=chosen[part.name]) for part in parts]
 
 
 def _hf(settings: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
@@ -297,7 +256,7 @@ def run(settings: Settings) -> dict[str, Any]:
     wanted = settings.out_type or (
         tensors.out_type(checkpoint) if settings.format == "gguf" else "bf16"
     )
-    need = need_bytes(checkpoint, settings.format, wanted)
+    need = need_bytes(checkpoint, settings.format)
     remedy = f"give --budget {estimates.budget_flag(need)} or more"
     limit.need(need, "the largest tensor on its way", remedy)
     export = _gguf if settings.format == "gguf" else _hf

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -328,44 +327,3 @@ def test_refusals_write_nothing(tmp_path: Path, llama: Checkpoint) -> None:
     refused("no max_position_embeddings", broken)
     (broken / "tokenizer.json").unlink()
     refused("has no tokenizer: copy", broken, format="hf")
-
-
-def test_k_quants_without_llama_cpp(
-    tmp_path: Path, llama: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Said before any work, also by a dry run: what to install."""
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    for dry in (True, False):
-        with pytest.raises(
-            MisError,
-            match="`brew install llama.cpp`, or `pip install llama-cpp-python`, or use another",
-        ):
-            exported(llama.path, tmp_path / "out", out_type="q4_k_m", dry_run=dry)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("script", "why"),
-    [
-        ("head -c 999 $1 >$2; echo 'failed: no room' >&2; exit 1", "exit code 1: failed: no room"),
-        ("head -c 999 $1 >$2; kill -9 $$", "exit code -9: no message"),
-        ("exit 0", "exit code 0: no message"),
-    ],
-)
-def test_a_llama_cpp_that_fails(
-    tmp_path: Path, llama: Checkpoint, script: str, why: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its last words in one sentence; neither the float16 file nor its half-made one is left."""
-    program = tmp_path / "bin" / "llama-quantize"
-    place = tmp_path / "place"
-    program.parent.mkdir()
-    program.write_text(f"#!/bin/sh\n{script}\n")
-    program.chmod(0o755)
-    place.mkdir()
-    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
-    with pytest.raises(
-        MisError, match=f"llama.cpp could not make llama-Q4_K_M.gguf \\({why}\\): check"
-    ):
-        exported(llama.path, place / "out", out_type="q4_k_m")
-    assert not list(place.iterdir())

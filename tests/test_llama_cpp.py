@@ -4,6 +4,7 @@ what MLX computes.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from mis_mlx import export
 from mis_mlx.data import preparation
-from mis_mlx.gguf_export import tensors, vocab
+from mis_mlx.gguf_export import vocab
 from mis_mlx.models.architectures import families
 from mis_mlx.models.opening import load, resolve
 from mis_mlx.models.opening.pre_tokenizers import KNOWN
 from tests import family_checks, tiny
-from tests.conftest import Done, last_line
 from tests.gguf_export.test_tensors import packed
 from tests.test_export import IDS, forward
 
@@ -253,70 +253,20 @@ def test_packed_families(tmp_path: Path, kind: str, opened: Callable[..., Any]) 
     assert np.corrcoef(found.ravel(), ours(four, mx.float32)(IDS).ravel())[0, 1] > 0.999
 
 
-K_SHAPES: dict[str, dict[str, Any]] = {
-    "whole": {
-        "hidden_size": 256,
-        "head_dim": 64,
-        "intermediate_size": 512,
-        "num_hidden_layers": 17,
-    },
-    "untied": {
-        "hidden_size": 256,
-        "head_dim": 64,
-        "intermediate_size": 256,
-        "num_hidden_layers": 9,
-        "vocab_size": 768,
-        "tie_word_embeddings": False,
-    },
-    "short": {"hidden_size": 96, "head_dim": 32, "intermediate_size": 768, "num_hidden_layers": 8},
-    "odd": {"hidden_size": 80, "head_dim": 20, "intermediate_size": 512},
-}
-
-
-@pytest.mark.parametrize("shape", sorted(K_SHAPES))
-def test_q4_k_m(
-    tmp_path: Path, shape: str, opened: Callable[..., Any], command: Callable[..., Done]
-) -> None:
-    """As a user runs it: types and size as the dry run foretold, no float16 file left, the model
-    still itself.
-    """
-    model = tiny.make(tmp_path / shape, **K_SHAPES[shape])
-    flags = ("--model", model, "--out", tmp_path / "out", "--out-type", "q4_k_m")
-    foretold = last_line(command("export", *flags, "--dry-run"))
-    assert not (tmp_path / "out").exists()
-    done = command("export", *flags)
-    assert done.returncode == 0, done.stderr
-    result = last_line(done)
-    files = {p.name: p.stat().st_size for p in (tmp_path / "out").iterdir()}
-    assert sorted(files) == ["Modelfile", "README.md", f"{shape}-Q4_K_M.gguf"]
-    assert files[result["file"]] == result["nbytes"] == foretold["nbytes"]
-    reader = GGUFReader(tmp_path / "out" / result["file"])
-    due = {p.name: p.kind for p in tensors.parts(load.open_checkpoint(model), "q4_k_m")}
-    assert {t.name: t.tensor_type.name for t in reader.tensors} == due
-    assert foretold["notes"][0] in result["notes"]
+def test_llama_quantize_takes_the_float16_file(tmp_path: Path, opened: Callable[..., Any]) -> None:
+    """The command in docs/export.md, by the library behind it."""
+    model = tiny.make(tmp_path / "m", hidden_size=256, head_dim=64, intermediate_size=768)
+    source = exported(model, tmp_path / "out", "f16")
+    target = tmp_path / "Q4_K_M.gguf"
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
+    pointer = ctypes.byref(parameters)
+    files = (str(source).encode(), str(target).encode())
+    assert llama_cpp.llama_model_quantize(*files, pointer) == 0
+    reader = GGUFReader(target)
     assert reader.fields["general.file_type"].contents() == 15
-    found = theirs(opened(tmp_path / "out" / result["file"]), IDS)
-    assert np.corrcoef(found.ravel(), forward(reader, IDS).ravel())[0, 1] > 0.999
+    found = theirs(opened(target), IDS)
     assert np.corrcoef(found.ravel(), ours(model, mx.float32)(IDS).ravel())[0, 1] > 0.9
-
-
-@pytest.mark.parametrize("hidden", [256, 96])
-def test_joined_matrices_in_q4_k_m(tmp_path: Path, hidden: int) -> None:
-    """The types that llama.cpp chooses for these are those foretold, with whole blocks of 256 and
-    without.
-    """
-    phi = tiny.make(
-        tmp_path / "m",
-        **{
-            **tiny.FAMILIES["phi3"],
-            "hidden_size": hidden,
-            "head_dim": hidden // 4,
-            "rope_scaling": None,
-        },
-    )
-    file = exported(phi, tmp_path / "out", "q4_k_m")
-    due = {p.name: p.kind for p in tensors.parts(load.open_checkpoint(phi), "q4_k_m")}
-    assert {t.name: t.tensor_type.name for t in GGUFReader(file).tensors} == due
 
 
 def cut_alike(model: Any, folder: Path, texts: list[str]) -> None:

@@ -32,7 +32,6 @@ from mis_mlx.storage.files import Files
 from mis_mlx.types import Checkpoint, MisError
 
 NVFP4_BLOCK = 64  # four groups of 16
-K_BLOCK = 256  # of llama.cpp's K types
 SLAB_BYTES = 16 * 2**20  # float32 rows converted at once
 ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT  # bytes, at a multiple of which every tensor begins
 
@@ -87,8 +86,8 @@ def parts(checkpoint: Checkpoint, wanted: str) -> list[Part]:
     """Every tensor of the GGUF, in order. wanted: --out-type.
 
     Vectors are float32. Of a packed model q4_1, mxfp4 and nvfp4 keep exactly what some type of
-    llama.cpp holds; other matrices get Q8_0. q4_k_m: the types that llama.cpp will choose. MisError
-    where rows do not divide by a block, or nothing is packed in the mode that was asked for.
+    llama.cpp holds; other matrices get Q8_0. MisError where rows do not divide by a block, or
+    nothing is packed in the mode that was asked for.
     """
     config = checkpoint.config
     architecture = families.family(config)
@@ -152,8 +151,6 @@ def _kind(
         return "F32", False
     # All experts of a stacked matrix are packed alike, so the first one answers for them.
     name = tensor_shapes.one_by_one(source, checkpoint.config)[0]
-    if wanted == "q4_k_m":
-        return _k_mixture(checkpoint.config, name, size[-1]), False
     if wanted in ("f32", "f16", "bf16", "q8_0"):
         return wanted.upper(), False
     packing = load.packing(checkpoint, name)
@@ -178,28 +175,6 @@ def _same_numbers(packing: Config, columns: int) -> str | None:
         block = NVFP4_BLOCK if mode == "nvfp4" else BLOCK
         divides = columns % block == 0
     return REWRAPPED.get(f"{mode} {packing.get('bits')}") if divides else None
-
-
-def _k_mixture(config: Config, name: str, columns: int) -> str:
-    """The type that llama.cpp chooses for a matrix of a Q4_K_M file.
-
-    From llama_tensor_get_type, llama-cpp-python 0.3.36. The head gets more bits, and so do v_proj,
-    qkv_proj and down_proj of the first and last eighth of the blocks and every third between. Where
-    256 does not divide a row, types with blocks of 32 take 1 to 2 bits more.
-    """
-    shape = shape_of(config)
-    block = arch.block_of(name)
-    wide = name == "lm_head.weight" or (shape.tied and name.startswith(gemma.TABLES))
-    if block is not None and name.endswith(("v_proj.weight", "down_proj.weight")):
-        eighth = shape.layers // 8
-        last_eighth = 7 * shape.layers // 8
-        if block < eighth or block >= last_eighth or (block - eighth) % 3 == 2:
-            wide = True
-    if columns % BLOCK or "per_layer_model_projection" in name:
-        return "F16"
-    if columns % K_BLOCK:
-        return "Q8_0" if wide else "Q5_0"
-    return "Q6_K" if wide else "Q4_K"
 
 
 def rows(

@@ -17,7 +17,6 @@ EXPORTED = Path("exported")
 FORMS = {
     "gguf": ("GGUF, as the model is packed", ["--format", "gguf"]),
     "q8_0": ("GGUF, 8 bits", ["--format", "gguf", "--out-type", "q8_0"]),
-    "q4_k_m": ("GGUF, Q4_K_M (needs llama.cpp)", ["--format", "gguf", "--out-type", "q4_k_m"]),
     "hf": ("Hugging Face folder, bfloat16", ["--format", "hf"]),
 }
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,39}")
