@@ -23,7 +23,7 @@ from mis_mlx.distillation.resolved_run import ResolvedRun
 from mis_mlx.hardware.thermal.run_monitor import battery
 from mis_mlx.judge import answers, comparison
 from mis_mlx.models.architectures import arch
-from mis_mlx.models.opening import compute_type
+from mis_mlx.models.opening import compute_type, load
 from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting import progress, text
 from mis_mlx.runs import run_loop
@@ -291,9 +291,15 @@ def _begin(
     length = resolved.recipe.max_seq_length
     tell = cli.detail if told else cli.say
     data, origin = run_loop.prepare_text(teacher, source, length, tell)
+    same: tuple[str, ...] = run_folder.SAME
+    if student.folder:
+        given = load.open_checkpoint(student.folder)
+        origin["student"] = run_folder.origin(given, "")["teacher"]
+        same = (*same, "student")
     with run_loop.open_run(
         place,
         origin,
+        same=same,
         thermal=student.pruning,
         limit=resolved.budget,
         wired=memory_plan.peak_bytes if memory_plan.mode != "sharded" else 0,

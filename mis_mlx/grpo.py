@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
@@ -21,6 +22,7 @@ from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import pass_cost, residency, stream
 from mis_mlx.models.writing.continuous_batch import Room, grown
+from mis_mlx.storage.files import file_sha256, json_sha256
 from mis_mlx.types import Budget, Checkpoint, MisError
 
 Split = tuple[list[rows.Row], list[list[int]]]  # rows, and the token ids of their prompts
@@ -58,7 +60,11 @@ def _questions(
         splits.append((questions, prompts))
         encoded += sequences
     cli.say(*data.notes)
-    card = {**data.card, "fingerprint": examples.fingerprint(encoded)}
+    # Functions see the rows' other columns, too.
+    fingerprint = json_sha256(
+        [examples.fingerprint(encoded), [questions for questions, _ in splits]]
+    )
+    card = {**data.card, "fingerprint": fingerprint}
     train, valid = splits
     return train, valid, card
 
@@ -164,6 +170,9 @@ def run(settings: Settings) -> dict[str, Any]:
     planned = alignment_run.report_plan(s, phases)
     if s.dry_run:
         return {"model": str(checkpoint.path), "questions": len(train), **planned}
+    same = {}
+    if s.reward_functions_file:
+        same["rewards"] = file_sha256(Path(s.reward_functions_file))
     with alignment_run.start_run(
         s,
         folder,
@@ -172,6 +181,7 @@ def run(settings: Settings) -> dict[str, Any]:
         planned=planned,
         card=card,
         name="grpo",
+        same=same,
     ) as alignment:
         reference = None
         if s.beta:

@@ -5,6 +5,7 @@ says no in time.
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -310,7 +311,7 @@ def test_a_rollout_is_what_was_said(llama: Checkpoint, folder: Path) -> None:
             ] - mx.logsumexp(z, axis=-1)
             assert mx.allclose(own[row, : len(answer)], expected, rtol=1e-4, atol=1e-4)
     for start in range(0, len(sampled), 2):
-        advantages = [advantage for _, advantage, _, _ in sampled[start : start + 2]]
+        advantages = [advantage for _, advantage, _ in sampled[start : start + 2]]
         assert abs(sum(float(advantage.sum()) for advantage in advantages)) < 1e-4
 
 
@@ -407,6 +408,28 @@ def test_answers_that_nothing_could_match_are_named_in_time(
         MisError, match="1 rows .* train.jsonl line 2: has no 'prompt' and 'answer'"
     ):
         grpo.run(settings)
+
+
+def test_other_rewards_are_another_run(
+    small: tuple[object, ...], folder: Path, tmp_path: Path
+) -> None:
+    """--resume with another file of the same name, or another column of the data: refused."""
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    file = data / "vowels.py"
+    given: dict[str, Any] = {"data": str(data), "reward_functions_file": str(file), "iters": 1}
+    settings = settings_of(grpo, small, tmp_path / "run", **given)
+    grpo.run(settings)
+    again = replace(settings, resume=True)
+    file.write_text(VOWELS + "\n# counted anew\n")
+    with pytest.raises(MisError, match="reward functions changed"):
+        grpo.run(again)
+    file.write_text(VOWELS)
+    rows = (data / "train.jsonl").read_text().splitlines()
+    first = {**json.loads(rows[0]), "hint": "u"}
+    (data / "train.jsonl").write_text("\n".join([json.dumps(first), *rows[1:]]) + "\n")
+    with pytest.raises(MisError, match="data changed"):
+        grpo.run(again)
 
 
 def test_the_held_out_measure_is_greedy(llama: Checkpoint, folder: Path) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import mlx.core as mx
@@ -491,6 +492,7 @@ def _opened(
     card: Mapping[str, Any],
     name: str,
     wired: int,
+    same: Mapping[str, str],
 ) -> Iterator[run_loop.OpenRun]:
     """The run's folder, new or that of a run that goes on, at work; as in `start_run`."""
     strategy = {"mode": "resident", "micro": micro}
@@ -500,7 +502,8 @@ def _opened(
         place.decide(asdict(s), strategy, memory.budget(s.budget_bytes))
         opened_run = run_loop.open_run(
             place,
-            run_folder.origin(checkpoint, card["fingerprint"]),
+            {**run_folder.origin(checkpoint, card["fingerprint"]), **same},
+            same=(*run_folder.SAME, *same),
             thermal=s,
             limit=memory.budget(s.budget_bytes),
             wired=wired,
@@ -519,17 +522,26 @@ def start_run(
     planned: Mapping[str, Any],
     card: Mapping[str, Any],
     name: str,
+    same: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[AlignmentRun]:
     """The run, new or continued (`folder`), with its student in memory.
 
     micro: rows, pairs or answers in a micro-batch. planned: by `report_plan`. card: facts about the
-    data, with its "fingerprint". name: of the command.
+    data, with its "fingerprint". name: of the command. same: fingerprints of what else a resumed
+    run must share, by their names in `run_folder.WORDS`.
     """
     seconds = planned["seconds"]
     if folder is None:
         cli.say(progress.promise(seconds))
     opened_run = _opened(
-        s, folder, checkpoint, micro=micro, card=card, name=name, wired=planned["peak_bytes"]
+        s,
+        folder,
+        checkpoint,
+        micro=micro,
+        card=card,
+        name=name,
+        wired=planned["peak_bytes"],
+        same=same,
     )
     with progress.run(name, {name: seconds}), opened_run as run:
         if not (run.folder / run_folder.DATA).exists():

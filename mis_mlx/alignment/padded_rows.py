@@ -75,7 +75,7 @@ class Rows:
 
     def micro_batches(self, s: TrainingConfig, step: int) -> list[tuple[mx.array, ...]]:
         """Those of a step: tokens (B, T), learn (B, T), and how many tokens are no padding."""
-        batches = []
+        batches = list[tuple[mx.array, ...]]()
         for indices in drawn_indices(self.lengths, s, step):
             tokens, loss_mask = padded([self.rows[i] for i in indices])
             count = sum(self.lengths[i] for i in indices)

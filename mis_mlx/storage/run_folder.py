@@ -30,9 +30,16 @@ DATA = "data.json"
 TAKEN = "taken.json"  # seconds, memory and tea breaks so far
 SEARCH = "search"  # the folder, in a run's, of the search for its sizes
 SAMPLE_BYTES = 4096  # of every tensor, for the teacher's fingerprint
-# In origin.json, each with its words: what trains and is trained on, the text that judges, and the
-# model that is rounded.
-WORDS = {"teacher": "teacher", "data": "data", "held_out": "held-out text", "model": "model"}
+# In origin.json, each with its words: what trains and is trained on, the text that judges, the
+# model that is rounded, a student that was given, and the user's file of rewards.
+WORDS = {
+    "teacher": "teacher",
+    "data": "data",
+    "held_out": "held-out text",
+    "model": "model",
+    "student": "student",
+    "rewards": "file of reward functions",
+}
 SAME = ("teacher", "data")  # a run goes on with these alone
 # What a crash can leave in a folder before its run has begun. It is no run.
 _UNBORN = re.compile(rf"\.lock|{ORIGIN}|{PLAN}|{TAKEN}|\.tmp-.*")
@@ -268,14 +275,14 @@ def same_origin(
         if then == now:
             continue
         if name in same:
-            what = f"{WORDS[name]} changed since {folder} began"
-            why = f"The {what} ({str(then)[:12]} is now {now[:12]})"
-            raise MisError(f"{why}: start a new run")
+            raise MisError(
+                f"The {WORDS[name]} changed since {folder} began ({str(then)[:12]} is now "
+                f"{now[:12]}): start a new run"
+            )
         if name in WORDS:
             notes.append(f"the {WORDS[name]} changed: the figures are of what it is now")
         else:
-            changed = f"{name} was {then}, is now {now}"
-            notes.append(f"{changed}: the result may differ in the last bits")
+            notes.append(f"{name} was {then}, is now {now}: the result may differ in the last bits")
     return notes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from mis_mlx.settings.parts import part_of
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
+from tests import tiny
 
 PACKAGE = Path(distill.__file__).parent
 MOST_FUNCTIONS = 13  # that the whole settings of `distill` may pass
@@ -113,6 +115,28 @@ def test_a_run_that_goes_on_is_what_it_was(
         assert likely[0].recipe.iters == searched["student_iters"]
         assert searched["student_iters"] == begun.recipe.iters > 10 * recipe.ITERS
         assert begun.report.expected_loss == stored["expected_loss"] is not None
+
+
+def test_another_student_is_another_run(
+    llama: Checkpoint,
+    text_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    resolved: list[ResolvedRun],
+    stop: list[pipeline.Run],
+) -> None:
+    """A given student whose weights are others by now: --resume is refused."""
+    monkeypatch.chdir(tmp_path)
+    folder = tiny.make(tmp_path / "cut", num_hidden_layers=2)
+    settings = distill.Settings(
+        teacher=str(llama.path), data=str(text_folder), student=str(folder), out="run", **QUICK
+    )
+    with pytest.raises(KeyboardInterrupt):
+        distill.run(settings)
+    shutil.rmtree(folder)
+    tiny.make(folder, seed=1, num_hidden_layers=2)
+    with pytest.raises(MisError, match="student changed"):
+        distill.run(distill.Settings(out="run", resume=True))
 
 
 def test_other_programs_do_not_stop_a_run_that_goes_on(
