@@ -1,6 +1,7 @@
 """Check this machine and MLX on it; paste the report into an issue.
 
-Some sixty checks, each with a witness and a bound. Takes a minute or two, needs no network and no
+Some thirty checks, each of something that can be wrong on this device and that no test elsewhere
+can show, each with a witness and a bound. Takes a minute or two, needs no network and no
 model. Groups of checks run in processes of their own: one that aborts or hangs is a row, and the
 others go on. Exit code 3 when a check fails.
 """
@@ -10,7 +11,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,7 +161,7 @@ def _examine(group: str, folder: Path, compute_dtype: str | None, report: Report
         "compute_dtype": compute_dtype,
     }
     try:
-        with _environment(groups.ENVIRONMENT.get(group, {})):
+        with _environment(group):
             ask("mis_mlx.checks.groups", "run", arguments, PATIENCE_S, look=look)
     except child_process.NoAnswer as trouble:
         look()
@@ -169,17 +170,19 @@ def _examine(group: str, folder: Path, compute_dtype: str | None, report: Report
 
 
 @contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Processes that are started within find these variables."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
+def _environment(group: str) -> Iterator[None]:
+    """What a group's process finds in its environment: MLX reads it when it opens the device.
+
+    To decode, MLX's own command buffers, as `generate` has them, where ours are smaller.
+    """
+    smaller = group == "decoding" and macos.OURS in os.environ
+    if smaller:
+        os.environ[macos.MEGABYTES] = macos.USUAL_MEGABYTES
     try:
         yield
     finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+        if smaller:
+            os.environ[macos.MEGABYTES] = macos.SMALL_MEGABYTES
 
 
 def _head(folder: Path, wanted: Precision) -> str:

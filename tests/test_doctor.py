@@ -16,14 +16,12 @@ import numpy as np
 import pytest
 
 from mis_mlx import doctor
-from mis_mlx.checks import engine, full_size, groups, hybrid_kernels, kernels, training_step
+from mis_mlx.checks import engine, groups, kernels, training_step
 from mis_mlx.compute import precision
 from mis_mlx.hardware import child_process, system_facts
 from mis_mlx.hardware.thermal.recording import Raw
 from mis_mlx.maths import gptq, importance, losses
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.maths.reconstruction import NormalEquations
-from mis_mlx.models.architectures import gated_delta
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import stream
 from mis_mlx.models.writing import streamed_decode
@@ -36,12 +34,12 @@ ROOT = Path(__file__).parents[1]
 BRIEF = """
 import os, runpy
 os.environ["HOME"] = os.environ["TMPDIR"]
-from mis_mlx.checks import engine, full_size, groups, training_step
+from mis_mlx.checks import engine, groups, kernels, training_step
 from mis_mlx.hardware import child_process
 engine.CONFIG |= {"num_hidden_layers": 2, "intermediate_size": 128}
 training_step.CONFIG |= {"num_hidden_layers": 2, "vocab_size": 1024}
-training_step.LENGTH = full_size.TOKENS = 64
-full_size.VOCAB, full_size.ALL_TOKENS, full_size.HIDDEN = 512, 2048, 64
+training_step.LENGTH = kernels.TOKENS = 64
+kernels.VOCAB, kernels.ALL_TOKENS, kernels.HIDDEN = 512, 2048, 64
 child_process.ask = lambda source, function, where, seconds, look: groups.run(**where)
 runpy.run_module("mis_mlx.doctor", run_name="__main__", alter_sys=True)
 """
@@ -65,7 +63,7 @@ def test_it_passes_here(word: str, brief: bool, own_home: dict[str, str], tmp_pa
     found = last_line(done)
     report = (home / "report.md").read_text()
     assert found["failed"] == []
-    assert found["checks"] == len(found["rows"]) > 30
+    assert found["checks"] == len(found["rows"]) > 25
     assert found["policy"] == word
     assert all(row["number"] <= row["bound"] for row in found["rows"])
     assert report.strip() == done.stdout[: done.stdout.rindex("\n{")].strip()
@@ -89,7 +87,7 @@ def test_public_lines() -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> engine.Models:
-    """The doctor's tiny model in four formats."""
+    """The doctor's tiny model in two formats."""
     return engine.make(tmp_path_factory.mktemp("models"))
 
 
@@ -124,18 +122,15 @@ def wrong(work: Callable[..., Any]) -> Callable[..., Any]:
     return give
 
 
-LARGE = ("gradient of a head, 24,576 x 576, float32", "logits, 128 x 24,576, float32")
+LARGE = ("RoPE, float32", "logits, 128 x 24,576, float32")
 FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "RoPE, float32": (mx.fast, "rope", wrong),
-    "attention, float16": (mx.fast, "scaled_dot_product_attention", wrong),
-    "packed products, float16": (mx, "quantized_matmul", wrong),
-    "packing and values of nvfp4": (mx, "dequantize", wrong),
-    "chunked KL, gradients, float32": (
+    "packing and values of all formats": (mx, "dequantize", wrong),
+    "KL of 24,576 tokens, gradients, float32": (
         losses,
         "softmax_lse",
-        lambda f: lambda z: (f(z)[0], f(z)[1] * 1.05),
+        lambda f: lambda z: (f(z)[0] * 1.05, f(z)[1]),
     ),
-    "log-probabilities, float32": (mx, "softmax", wrong),
     "logits, 128 x 24,576, float32": (losses, "wide_product", lambda f: wrong(f)),
     "gradient of a head, 24,576 x 576, float32": (mx, "addmm", wrong),
     "attention, 512 tokens, float32": (mx.fast, "scaled_dot_product_attention", wrong),
@@ -143,21 +138,6 @@ FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "RMSNorm of 576 and 8,192, float32": (mx.fast, "rms_norm", wrong),
     "softmax of 24,576 and 49,152": (mx, "logsumexp", wrong),
     "sorting 49,152, errors": (mx, "argsort", lambda f: lambda *a, **k: f(*a, **k)[..., ::-1]),
-    "short convolution, gradients, float32": (
-        gated_delta,
-        "convolved",
-        lambda f: lambda rows, kernel, length: f(rows, kernel[:, ::-1], length),
-    ),
-    "gated delta rule, gradients, float32": (
-        gated_delta,
-        "unit_lower_inverse",
-        lambda f: lambda strict: f(0.9 * strict),
-    ),
-    "repair, closed form": (
-        NormalEquations,
-        "update",
-        lambda f: lambda self, ridge: f(self, 2 * ridge),
-    ),
 }
 
 
@@ -165,7 +145,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
 def test_kernel_checks_can_fail(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What passes with the right kernel does not with a wrong one."""
     owner, attribute, fault = FAULTS[name]
-    check = {**kernels.CHECKS, **hybrid_kernels.CHECKS, **full_size.CHECKS}[name]
+    check = kernels.CHECKS[name]
     found, bound = check()
     assert found <= bound
     monkeypatch.setattr(owner, attribute, fault(getattr(owner, attribute)))
@@ -177,10 +157,10 @@ def test_gptq_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scales that another device fits otherwise give other integers."""
     whole = gptq.rounded
 
-    def bent(weights: list[mx.array], *rest: Any) -> Any:
+    def bent(weights: list[mx.array], *rest: Any, **how: Any) -> Any:
         if not WITNESSES:
             weights = [w * mx.linspace(0.9, 1.1, w.shape[1]) for w in weights]
-        return whole(weights, *rest)
+        return whole(weights, *rest, **how)
 
     monkeypatch.setattr(gptq, "rounded", bent)
     found, bound = kernels.CHECKS["GPTQ, integers that differ from the CPU's"]()
@@ -204,7 +184,7 @@ def greedy_for_memory(work: Callable[..., Any]) -> Callable[..., Any]:
 
 ENGINE_FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "states, bf16, against the CPU": (mx.fast, "rms_norm", wrong),
-    "states, mxfp4, against the CPU": (
+    "states, 4-bit, against the CPU": (
         load,
         "mask",
         lambda f: lambda *a: f(*a) if WITNESSES else None,

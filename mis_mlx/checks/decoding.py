@@ -45,4 +45,5 @@ def grid_fit_s() -> float:
     """Seconds of one fit of grids in 4 bits, as GPTQ does it for 64 columns at a time."""
     groups = random_normal(3, *GRID)
     mx.eval(groups)
-    return rates.quickest(lambda: mx.eval(rounding.fit_grids(groups, 4)), 0.5)
+    fused = precision.compiles()
+    return rates.quickest(lambda: mx.eval(rounding.fit_grids(groups, 4, fused=fused)), 0.5)

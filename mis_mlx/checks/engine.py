@@ -28,7 +28,7 @@ from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import pass_cost, stream
-from mis_mlx.models.writing import lora, mlx_generate, streamed_decode
+from mis_mlx.models.writing import mlx_generate, streamed_decode
 from mis_mlx.pruning.calibrate import calibrate
 from mis_mlx.quantization import packed_format
 from mis_mlx.settings import recipe
@@ -36,7 +36,6 @@ from mis_mlx.storage import files, safetensors
 from mis_mlx.types import UNDECIDED, Checkpoint, Precision
 
 CONFIG = json.loads((Path(__file__).parent / "model.json").read_text("utf-8"))
-MODES = {"4-bit": "affine", "mxfp4": "mxfp4", "nvfp4": "nvfp4"}
 TOKENS = mx.array(np.random.default_rng(0).integers(0, 16, (1, 16)))  # most of them several times
 Models = dict[str, Checkpoint]
 Trained = tuple[list[float], dict[str, np.ndarray]]
@@ -62,16 +61,13 @@ def write_random(folder: Path, config: Mapping[str, Any], scale: float) -> Path:
 
 
 def make(folder: Path, wanted: Precision = UNDECIDED) -> Models:
-    """Write the same tiny random model in four formats into the empty `folder`.
+    """Write the same tiny random model in two formats into the empty `folder`.
 
-    Returns {"bf16", "4-bit", "mxfp4", "nvfp4": checkpoint}."""
+    Returns {"bf16", "4-bit": checkpoint}."""
     dense = load.open_checkpoint(write_random(folder / "bf16", CONFIG, scale=0.08), wanted)
-    models = {"bf16": dense}
-    for kind, mode in MODES.items():
-        plan = packed_format.formats_of(CONFIG, 64, (), mode)  # type: ignore[arg-type]
-        packed_format.write_quantized(dense, folder / kind, plan, files.DISK)
-        models[kind] = load.open_checkpoint(folder / kind, wanted)
-    return models
+    plan = packed_format.formats_of(CONFIG, 64)
+    packed_format.write_quantized(dense, folder / "4-bit", plan, files.DISK)
+    return {"bf16": dense, "4-bit": load.open_checkpoint(folder / "4-bit", wanted)}
 
 
 def passes(kind: str, models: Models) -> Found:
@@ -210,16 +206,7 @@ def steps(models: Models) -> list[float]:
     return measured
 
 
-def lora_steps(models: Models) -> list[float]:
-    """Measure training steps of adapters on the 4-bit model."""
-    checkpoint = models["4-bit"]
-    model = load.resident_model(checkpoint, precision.dtype_of(checkpoint))
-    lora.insert(model, lora.Lora(num_layers=-1, rank=4, scale=10.0), 0)
-    measured, _ = _trained(model)
-    return measured
-
-
-KINDS = ("bf16", *MODES)
+KINDS = ("bf16", "4-bit")
 CHECKS: dict[str, Callable[[Models], Found]] = {
     **{f"streamed = resident = again, {kind}": partial(passes, kind) for kind in KINDS},
     **{
@@ -227,7 +214,6 @@ CHECKS: dict[str, Callable[[Models], Found]] = {
         for kind in KINDS
     },
     "training steps, against the CPU": partial(beside_cpu, steps, 1e-3, 1e-3),
-    "LoRA steps, 4-bit, against the CPU": partial(beside_cpu, lora_steps, 1e-3, 0.05),
     "calibration, against the CPU": partial(beside_cpu, statistics, 2e-4, 0.02),
     "generate, 4-bit, against mlx_lm": greedy,
     "training again, different tensors": repeated,

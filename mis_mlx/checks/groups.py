@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mis_mlx import cli
-from mis_mlx.checks import decoding, engine, full_size, hybrid_kernels, kernels, training_step
-from mis_mlx.hardware import macos, memory, rates
+from mis_mlx.checks import decoding, engine, kernels, training_step
+from mis_mlx.hardware import memory, rates
 from mis_mlx.types import Precision
 
 SAMPLE_BYTES = 128 * 2**20  # of the disk's rates
@@ -62,15 +62,8 @@ def check(name: str, work: Callable[[], kernels.Found], emit: Emit) -> None:
 
 
 def of_kernels(folder: Path, emit: Emit, wanted: Precision) -> None:
-    """Check small kernels and our arithmetic."""
-    checks = kernels.CHECKS | hybrid_kernels.CHECKS
-    for name, work in checks.items():
-        check(name, work, emit)
-
-
-def of_full_size(folder: Path, emit: Emit, wanted: Precision) -> None:
-    """Check kernels at the default run's sizes."""
-    for name, work in full_size.CHECKS.items():
+    """Check kernels and our arithmetic at the default run's sizes."""
+    for name, work in kernels.CHECKS.items():
         check(name, work, emit)
 
 
@@ -127,17 +120,13 @@ def of_rates(folder: Path, emit: Emit, wanted: Precision) -> None:
 
 
 def of_decoding(folder: Path, emit: Emit, wanted: Precision) -> None:
-    """Time a decoded token of a small model."""
+    """Time a decoded token of a small model, and a fit of grids."""
     name = "decoding, 25 M parameters, tokens/s"
     emit({"begun": name})
     here = guarded(lambda: f"{decoding.decoded_tokens_per_s(folder / 'model', wanted):,.0f}", str)
     beside = f"{decoding.planned_tokens_per_s(rates.M1_AIR):,.0f} at most"
     emit({"rate": [name, here, beside]})
-
-
-def of_grids(operations: str, folder: Path, emit: Emit, wanted: Precision) -> None:
-    """Time a fit of grids, with so many operations in a command buffer."""
-    name = f"a fit of grids at {operations} operations a buffer, ms"
+    name = "a fit of grids, ms"
     emit({"begun": name})
     here = guarded(lambda: f"{1e3 * decoding.grid_fit_s():.3g}", str)
     emit({"rate": [name, here, "not known"]})
@@ -160,18 +149,10 @@ def _rate(name: str, work: Callable[[], float], on_air: float, emit: Emit) -> No
 
 GROUPS: dict[str, Callable[[Path, Emit, Precision], None]] = {
     "kernels": of_kernels,
-    "kernels at full size": of_full_size,
     "the engine": of_engine,
     "a training step": of_training,
     "rates": of_rates,
     "decoding": of_decoding,
-    "grids in small buffers": partial(of_grids, "10"),
-    "grids in usual buffers": partial(of_grids, "40"),
-}
-# What a group's process finds in its environment: MLX reads it when it opens the device.
-ENVIRONMENT = {
-    "grids in small buffers": {macos.OPERATIONS: "10"},
-    "grids in usual buffers": {macos.OPERATIONS: "40"},
 }
 
 

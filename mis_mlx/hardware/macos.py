@@ -15,13 +15,13 @@ NO_COMPILE = "MLX_DISABLE_COMPILE"  # read by MLX when it first compiles a funct
 DEVICE = "MIS_MLX_DEVICE"
 PATIENCE_S = 10.0  # with a program of macOS that is asked something
 SMALL_BYTES = 8 * 2**30  # on a Mac with no more memory MLX sends small command buffers
-# The size of a command buffer, read by MLX when it opens the device, else 40. Metal holds the
+# The size of a command buffer, read by MLX when it opens the device. Metal holds the
 # temporaries of all buffers that are in flight. MLX counts elements, not bytes (mlx issue 3192): a
 # buffer goes when it has more than so many times 2**20 of them, 16 MiB of float32 for 3. The limit
 # on operations saves no memory, and a smaller one costs time.
 MEGABYTES = "MLX_MAX_MB_PER_BUFFER"
-OPERATIONS = "MLX_MAX_OPS_PER_BUFFER"
 SMALL_MEGABYTES = "3"
+USUAL_MEGABYTES = "40"
 OURS = "MIS_MLX_SMALL_BUFFERS"  # set where MEGABYTES is not the user's, for what we start
 # Commands that only read a model: their arrays are small, and every buffer costs them time.
 READERS = ("bench", "generate")

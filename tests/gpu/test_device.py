@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mis_mlx import doctor
-from mis_mlx.checks import engine, groups, hybrid_kernels, kernels
+from mis_mlx.checks import engine, groups, kernels
 from mis_mlx.compute import precision
 from mis_mlx.hardware import macos, memory
 from mis_mlx.models.passing import stream
@@ -33,14 +33,14 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> engine.Models:
-    """The doctor's tiny model in four formats."""
+    """The doctor's tiny model in two formats."""
     return engine.make(tmp_path_factory.mktemp("models"))
 
 
-@pytest.mark.parametrize("name", [*kernels.CHECKS, *hybrid_kernels.CHECKS])
+@pytest.mark.parametrize("name", kernels.CHECKS)
 def test_kernels(name: str, device: str) -> None:
     """Each kernel is as near to its witness as its bound says."""
-    found, bound = (kernels.CHECKS | hybrid_kernels.CHECKS)[name]()
+    found, bound = kernels.CHECKS[name]()
     assert found <= bound
 
 
