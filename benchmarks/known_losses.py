@@ -29,7 +29,7 @@ class Settings:
 def main(s: Settings) -> None:
     """Search for each loss, then copy what is known into the package."""
     for loss in s.losses:
-        search.run(search.Settings(lose=loss, finalists=0))
+        search.run(search.Settings(lose=loss))
     teacher = compute_type.open_to_compute(resolve.resolve_model().path)
     about = known_losses.identity(teacher, "built-in", search.Settings())
     source = known_losses.kept_folder(about)

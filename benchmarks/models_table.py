@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening.config import read_config
 from mis_mlx.quantization import rounded_size
 from mis_mlx.settings.recipe import EVAL_PROMPTS, EVAL_PROMPTS_STREAMED
-from mis_mlx.size_search import candidates, search_plan, shape_search, shortfall, size_request
+from mis_mlx.size_search import candidates, shape_search, shortfall, size_request
 from mis_mlx.types import Budget
 
 CONFIGS = Path(__file__).parent / "model_configs"
@@ -113,18 +113,18 @@ def hours_of_search(made: strategies.MemoryPlan, config: Mapping[str, Any]) -> f
         return None
     teacher = made.job.shown or made.job.teacher
     streams = 2 * teacher.nbytes > made.budget_bytes
-    asked = search.Settings(lose=size_request.DEFAULT_LOSS, streams=streams, finalists=0)
-    axes = ("vocab", "bits") if streams else asked.axes
-    evaluations = search.PASSES if streams else asked.evaluations
-    asked = replace(asked, axes=axes, evaluations=evaluations)
-    rows = candidates.vocabularies(config, None)
-    sizes = shape_search.axis_sizes(config, asked.axes, rows)
-    probes = shape_search.probes_of(sizes, teacher.shape.vocab)
-    job = replace(made.job, teacher=teacher)
-    costs = search_plan.search_cost(
-        asked, job, made.phases, probes, rows=bool(rows), limit=made.budget_bytes
+    evaluations = search.PASSES if streams else search.SETTLED_AFTER
+    sizes = shape_search.axis_sizes(config, candidates.vocabularies(config, None))
+    costs = search.search_cost(
+        teacher,
+        search.Settings(),
+        sizes,
+        probes=len(shape_search.probes_of(sizes)) + 2,
+        measured=evaluations,
+        streams=streams,
+        limit=made.budget_bytes,
     )
-    return sum(cost.seconds(made.rates) for cost in costs["rank"]) / 3600
+    return sum(cost.seconds(made.rates) for cost in costs) / 3600
 
 
 def hours_of_answers(made: strategies.MemoryPlan) -> dict[str, float | str | None]:

@@ -1,9 +1,9 @@
 """Make a small 4-bit student: prune, distill, quantize, measure."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from mis_mlx import cli, plan, search
 from mis_mlx.data import preparation
@@ -18,7 +18,6 @@ from mis_mlx.distillation import (
     strategies,
     summary,
 )
-from mis_mlx.distillation.distill_flags import DistillFlags
 from mis_mlx.distillation.resolved_run import ResolvedRun
 from mis_mlx.hardware.thermal.run_monitor import battery
 from mis_mlx.judge import answers, comparison
@@ -27,53 +26,14 @@ from mis_mlx.models.opening import compute_type, load
 from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting import progress, text
 from mis_mlx.runs import run_loop
-from mis_mlx.size_search import earlier, shortfall, size_request
+from mis_mlx.size_search import shortfall, size_request
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError, Row
 
-# Settings that may differ when a run is resumed: none of them changes a weight.
-FREE = run_loop.FREE_ANYWHERE | {
-    "eval_windows",
-    "eval_prompts",
-    "save_every",
-    "keep_steps",
-}
-
 
 @dataclass(frozen=True)
-class Settings(DistillFlags):
+class Settings(search.Settings):
     """Every default was measured to work. No flag is required."""
-
-    BASIC: ClassVar = frozenset(
-        {
-            "teacher",
-            "data",
-            "budget",
-            "out",
-            "lose",
-            "bytes",
-            "iters",
-            "target_bpw",
-            "resume",
-            "dry_run",
-        }
-    )
-    INTERNAL: ClassVar = frozenset({"expected_loss"})
-    # most are flags of `prune`, whose folder --student takes, or of `quantize`
-    FILE_ONLY: ClassVar = frozenset(
-        {
-            "kv_heads",
-            "importance",
-            "hidden_by",
-            "target",
-            "temperature_unit",
-            "thermal_replay",
-            "vocab_text",
-            "languages",
-            "q_mode",
-            "expected_loss",
-        }
-    )
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -81,13 +41,13 @@ def run(settings: Settings) -> dict[str, Any]:
 
     Where sizes are to be found, the first phase of the run is a search, in the run's folder.
     """
-    s, folder = run_loop.resumed(settings, FREE)
+    s, folder = run_loop.resumed(settings, search.FREE)
     s.check()
     teacher = run_loop.open_model(s, s.teacher, "teacher")
     begun = None  # the folder of a run whose settings are all decided
     if folder is not None and run_folder.is_decided(folder):
         begun = folder
-    sought = None if begun else _sought(s, teacher, folder)
+    sought = None if begun else search.plan(s, teacher, folder)
     if s.dry_run:
         return _dry_run(s, teacher, sought, begun)
     if sought is None:
@@ -96,18 +56,18 @@ def run(settings: Settings) -> dict[str, Any]:
         entered = run_loop.entered(folder, name, out=s.out, asked=s.given, plan=resolved.strategy)
         with entered as place:
             return _work(resolved, place)
-    likely = size_request.likely_student(teacher.config, teacher.path)
-    sizes = {"lose": sought.settings.lose, **likely}
     # What all of the run should take, by a likely student.
-    rest = resolved_run.resolve(s, sizes, teacher, None).plan
-    phases = {"search": sum(sought.seconds.values()), **rest.planned}
+    rest = sought.rest
+    phases = {"search": sought.seconds, **rest.planned}
     cli.say(plan_report.time_line(phases), plan_report.memory_line(rest, sought.takes))
     note = plan_report.night(rest, sum(phases.values()))
     if note:
         cli.say(note)
     name = f"{teacher.path.name}-{size_request.SCENARIO}"
     with run_loop.entered(folder, name, out=s.out, asked=s.given, plan={}) as place:
-        sizes = _found(sought, place)
+        found = search.carry_out(sought, place)
+        expected = max(0.0, found["expected_bits"])
+        sizes = {"lose": sought.lose, **found["best"], "expected_loss": expected}
         return _work(_resolved(s, sizes, teacher, place.folder), place, told=True)
 
 
@@ -163,14 +123,18 @@ def _expecting_more(resolved: ResolvedRun) -> ResolvedRun:
 
 
 def _dry_run(
-    s: Settings, teacher: Checkpoint, sought: search.PlannedSearch | None, folder: Path | None
+    s: Settings, teacher: Checkpoint, sought: search.Sought | None, folder: Path | None
 ) -> dict[str, Any]:
     """What a run would do before its first stage, said; its plan for machines."""
     sizes = size_request.unsearched(s)
     before = None
     if sought is not None:
-        sizes = {"lose": sought.settings.lose, **size_request.likely_sizes(teacher)}
+        likely = size_request.likely_student(
+            teacher.config, teacher.path, sought.sizes, sought.most_bytes
+        )
+        sizes = {"lose": sought.lose, **likely}
         before = sought.takes
+        cli.say("the plan below is that of a likely student: a search chooses another, perhaps")
     resolved = _resolved(s, sizes, teacher, folder, sought=before)
     if resolved.plan.fits:
         conversations.source(
@@ -189,62 +153,6 @@ def _dry_run(
         outcome["seconds"] += round(sought.takes.seconds)
         outcome["check_failed"] = outcome["check_failed"] or sought.outcome["check_failed"]
     return outcome
-
-
-def _sought(s: Settings, teacher: Checkpoint, folder: Path | None) -> search.PlannedSearch | None:
-    """The search that chooses sizes and bits; None where they were given, or chosen before.
-
-    folder: of a run that was stopped before they were.
-    """
-    if s.expected_loss is not None:
-        return None
-    request = size_request.request_of(s)
-    loss = size_request.allowed_loss(request, teacher)
-    flags = request.flags(loss)
-    if not flags:
-        return None
-    size_request.refuse_impossible(request, flags, teacher)
-    aim = "the best" if loss is None else "the smallest"
-    cli.say(f"student: {aim} within {flags}; a search chooses sizes and bits")
-    names = {field.name for field in fields(search.Settings)} & {field.name for field in fields(s)}
-    names -= {"out", "resume", "iters", "eval_windows"}  # a search has its own
-    given: dict[str, Any] = {name: getattr(s, name) for name in names}
-    if not s.quantize:
-        given["axes"] = search.unrounded_axes(teacher, request.limit)
-    given |= {"lose": loss, "finalists": 0, "student_iters": s.iters}
-    return search.plan(search.Settings(**given), teacher, None)
-
-
-def _found(sought: search.PlannedSearch, place: run_loop.Place) -> dict[str, Any]:
-    """Settings of the sizes and bits that the run's search chooses, and the loss it expects."""
-    result = _searched(sought, place)
-    expected = max(0.0, result["expected_bits"])
-    return {"lose": sought.settings.lose, **result["best"], "expected_loss": expected}
-
-
-def _searched(sought: search.PlannedSearch, place: run_loop.Place) -> dict[str, Any]:
-    """The result of the run's search, or of an equal one that has ended.
-
-    One that was stopped goes on. Where its teacher or text is another by now, it is set aside, and
-    a new one begins.
-    """
-    read = search.text_of(sought)
-    wanted = earlier.identity(asdict(sought.settings), read.origin, search.FREE)
-    own = place.folder / run_folder.SEARCH
-    others = earlier.beside(place.folder)
-    done = earlier.ended(wanted, [own, *others], search.FREE)
-    if done:
-        cli.say(f"sizes and bits as in {done}, which was the same search")
-        return earlier.result_of(done)
-    if earlier.of_folder(own, search.FREE) not in ({}, wanted):
-        why = earlier.changed(wanted, [own], search.FREE) or f"{own} is another search"
-        cli.say(f"{why}; what was measured is kept in {earlier.set_aside(own, place.files)}")
-    elif not own.exists():
-        why = earlier.changed(wanted, others, search.FREE)
-        if why:
-            cli.say(why)
-    with place.part(run_folder.SEARCH) as part:
-        return search.carry_out(sought, read, part)
 
 
 def _work(resolved: ResolvedRun, place: run_loop.Place, *, told: bool = False) -> dict[str, Any]:

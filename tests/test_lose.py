@@ -7,9 +7,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,37 +24,29 @@ from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.size_search import (
     candidates,
-    excess,
     known_losses,
-    limits,
     ranking,
     shape_search,
     size_request,
 )
 from mis_mlx.size_search.shape_search import Choice, Losses
 from mis_mlx.storage import run_folder
-from mis_mlx.types import Budget, Checkpoint, MisError, Row
+from mis_mlx.types import Checkpoint, MisError, Row
 from tests import tiny
 from tests.conftest import Done, last_line, sentence
 from tests.test_search import SMOLLM2
 
-EVERY = ("layers", "ffn", "heads", "vocab", "bits")
 SMALL: dict[str, Any] = dict(
     max_seq_length=32,
     num_samples=4,
     reconstruct_samples=0,
-    rank_windows=3,
-    eval_windows=6,
-    evaluations=6,
-    finalists=0,
 )
-LEFT = {"layers": 0.5, "ffn": 0.5, "heads": 0.5, "hidden": 0.5, "vocab": 1.0, "bits": 0.25}
+LEFT = {"ffn": 0.5, "vocab": 1.0, "bits": 0.25}
 
 
 def losses_of(left: dict[str, float] = LEFT) -> Losses:
-    """A teacher that loses 1 nat a byte with half of its blocks, and 0.4 in 4 bits."""
+    """A teacher that loses 0.3 nats a byte with a third of its neurons gone, and 0.4 in 4 bits."""
     points = {
-        "layers": [(15, 1.0)],
         "ffn": [(1024, 0.3), (1280, 0.1)],
         "vocab": [(24_576, 0.06), (36_864, 0.02)],
         "bits": [(3.5, 1.0), (4.0, 0.4), (5.0, 0.1), (6.0, 0.02), (8.5, 0.0)],
@@ -83,37 +74,22 @@ def test_the_smallest_is_the_smallest_of_all(lose: float) -> None:
     lose no more.
     """
     losses = losses_of()
-    sizes = shape_search.axis_sizes(SMOLLM2, EVERY, (24_576, 36_864))
+    sizes = shape_search.axis_sizes(SMOLLM2, (24_576, 36_864), ffn=True)
     sizes = {axis: values[-3:] for axis, values in sizes.items()}
-    shapes = list(shape_search.shapes(SMOLLM2, sizes))
-    best = shape_search.smallest(SMOLLM2, shapes, losses=losses, lose=lose, within=[])
+    shapes = shape_search.shapes(SMOLLM2, sizes)
+    best = shape_search.smallest(SMOLLM2, shapes, losses=losses, lose=lose)
 
-    # Heads have no point, so they seem to cost nothing.
     tried = list[tuple[float, Choice]]()
     for shape in shapes:
         for bpw in np.arange(3.5, 8.51, 0.01):
             choice = Choice(shape, round(float(bpw), 2))
             if losses.expected(choice) <= lose:
-                tried.append((limits.file_bytes(SMOLLM2, *choice), choice))
+                tried.append((shape_search.file_bytes(SMOLLM2, *choice), choice))
                 break
     assert best[0] == min(tried)[1]
     assert len(best) == len(tried)
-    nbytes = [limits.file_bytes(SMOLLM2, *choice) for choice in best]
+    nbytes = [shape_search.file_bytes(SMOLLM2, *choice) for choice in best]
     assert nbytes == sorted(nbytes)
-
-
-def test_other_limits_hold_beside_it() -> None:
-    """With fewer parameters than that the next larger student is the smallest, or none is."""
-    losses = losses_of()
-    sizes = shape_search.axis_sizes(SMOLLM2, EVERY, (24_576, 36_864))
-    shapes = list(shape_search.shapes(SMOLLM2, sizes))
-    most = limits.params_limit(SMOLLM2, "0.9x")
-    found = shape_search.smallest(SMOLLM2, shapes, losses=losses, lose=0.3, within=[most])
-    assert found
-    assert all(most.cost(*choice) <= most.most for choice in found)
-    assert not shape_search.smallest(
-        SMOLLM2, shapes, losses=losses, lose=0.3, within=[limits.bytes_limit(SMOLLM2, "20MB")]
-    )
 
 
 def test_more_steps_leave_less() -> None:
@@ -123,7 +99,6 @@ def test_more_steps_leave_less() -> None:
     assert few == pytest.approx(shape_search.REMAINING_ANSWER_LOSS)
     assert shape_search.remaining_after(None, shape_search.REMAINING_ANSWER_LOSS) == few
     assert many["ffn"] < few["ffn"]
-    assert many["layers"] < few["layers"]
     assert many["vocab"] == few["vocab"]
     assert many["bits"] == few["bits"]
 
@@ -182,49 +157,27 @@ def searched(llama: Checkpoint, text_folder: Path, out: Path, **given: Any) -> d
 def test_a_smaller_loss_needs_more_bytes(
     llama: Checkpoint, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three searches of one teacher: less allowed, more bytes. What the first one measured is not
-    measured again.
+    """Two searches of one teacher: less allowed, more bytes. The table falls in bytes as the loss
+    rises, and the choice is one of its rows.
     """
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
-    cut = partial(searched, llama, text_folder, axes=search.ALL_BUT_HIDDEN)
-    many = cut(out=tmp_path / "many", lose=0.015)
-    probes = (tmp_path / "many" / candidates.PROBES).read_text()
-    monkeypatch.setattr(excess, "_measured", _no_axis_alone(excess._measured))
-    some = cut(out=tmp_path / "some", lose=0.007)
-    few = cut(out=tmp_path / "few", lose=0.003)
-    sizes = [result["expected_bytes"] for result in (many, some, few)]
-    assert sizes[0] < sizes[1] < sizes[2]
-    assert (tmp_path / "few" / candidates.PROBES).read_text() == probes
-    for lose, result in ((0.015, many), (0.007, some), (0.003, few)):
-        assert 0.6 * lose < result["expected_bits"] <= lose * ranking.CLOSE
-    assert many["best"].keys() >= {"scenario", "target_bpw"}
-
-
-def _no_axis_alone(measured: Callable[..., Any]) -> Callable[..., Any]:
-    """What measures students, which must not be asked for one axis alone."""
-
-    def known(c: candidates.Candidates, asked: Sequence[Any]) -> Any:
-        assert not any("axis" in one.sizes for one in asked), "measured again"
-        return measured(c, asked)
-
-    return known
+    many = searched(llama, text_folder, tmp_path / "many", lose=0.015)
+    few = searched(llama, text_folder, tmp_path / "few", lose=0.003)
+    assert many["expected_bytes"] < few["expected_bytes"]
+    for lose, result in ((0.015, many), (0.003, few)):
+        assert 0.5 * lose < result["expected_bits"] <= lose * ranking.CLOSE
+        nbytes = [row["bytes"] for row in result["table"]]
+        assert nbytes == sorted(nbytes, reverse=True)
+        assert result["expected_bytes"] in nbytes
 
 
 def test_what_cannot_be_kept_is_a_sentence(
     llama: Checkpoint, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No loss at all; so little in so few bytes: what the nearest student should lose, and what to
-    give.
-    """
+    """No loss at all: what the nearest student should lose, and what to give."""
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(MisError) as none:
+    with pytest.raises(MisError, match="--lose 0 cannot be reached: .* give --lose"):
         searched(llama, text_folder, tmp_path / "none", lose=0.0)
-    assert "--lose 0 cannot be reached: the nearest student should lose" in str(none.value)
-    assert "give --lose" in str(none.value)
-    with pytest.raises(MisError) as both:
-        searched(llama, text_folder, tmp_path / "both", lose=0.0, bytes="190KB")
-    assert "--lose 0 and --bytes 190KB cannot be reached" in str(both.value)
-    assert "or leave out --bytes 190KB" in str(both.value)
 
 
 def test_what_is_kept_is_of_this_teacher_and_text(
@@ -252,29 +205,16 @@ def test_losses_on_answers_are_not_those_on_text(llama: Checkpoint) -> None:
     does not use it.
     """
     asked = search.Settings(lose=0.1)
-    assert search._identity_of_built_in(asked, llama) == known_losses.identity(
+    assert search._identity_of_built_in(asked, llama, streams=False) == known_losses.identity(
         llama, "built-in", asked
     )
-    assert search._identity_of_built_in(replace(asked, conversations=0.3), llama) != {}
-    assert search._identity_of_built_in(replace(asked, conversations=0.0), llama) == {}
-    assert search._identity_of_built_in(replace(asked, data="folder"), llama) == {}
-
-
-def test_blocks_go_only_where_tokens_and_bits_are_not_enough(llama: Checkpoint) -> None:
-    """A loss cuts no block, however large it is; bytes do below what tokens and bits reach; axes
-    that are named are the ones that are cut.
-    """
-
-    def axes(**given: Any) -> tuple[str, ...]:
-        asked = search.Settings(teacher=str(llama.path), **given)
-        return search.plan(asked, llama, None).settings.axes
-
-    assert axes(lose=0.1) == axes(lose=2.0) == search.TOKENS_AND_BITS
-    assert axes(bytes="300KB") == axes(lose=0.1, bytes="300KB") == search.TOKENS_AND_BITS
-    assert axes(bytes="190KB") == axes(params="0.667x") == search.ALL_BUT_HIDDEN
-    assert axes(lose=0.1, axes=("ffn", "bits")) == ("ffn", "bits")
-    assert search.unrounded_axes(llama, Budget(2**40)) == ("layers", "ffn", "heads", "vocab")
-    assert search.unrounded_axes(llama, Budget(llama.nbytes)) == ("vocab",)  # it streams
+    assert (
+        search._identity_of_built_in(replace(asked, conversations=0.3), llama, streams=False) != {}
+    )
+    assert (
+        search._identity_of_built_in(replace(asked, conversations=0.0), llama, streams=False) == {}
+    )
+    assert search._identity_of_built_in(replace(asked, data="folder"), llama, streams=False) == {}
 
 
 @pytest.mark.thorough
@@ -313,8 +253,7 @@ def test_by_default_a_loss_is_allowed(llama: Checkpoint, monkeypatch: pytest.Mon
     plain = distill.Settings(teacher=str(llama.path))
 
     def allowed(**given: Any) -> float | None:
-        request = size_request.request_of(plain.with_values(**given))
-        return size_request.allowed_loss(request, llama)
+        return size_request.asked_loss(plain.with_values(**given), llama)
 
     assert allowed() == size_request.DEFAULT_LOSS
     assert allowed(target_bpw=4.5) is None  # said, though it is the default
@@ -322,7 +261,8 @@ def test_by_default_a_loss_is_allowed(llama: Checkpoint, monkeypatch: pytest.Mon
     for given in ({"scenario": "gazda"}, {"layers": 2}, {"vocab": "0.5x"}, {"target_bpw": 5.0}):
         assert allowed(**given) is None
     assert allowed(budget=str(llama.nbytes)) == size_request.DEFAULT_LOSS
-    assert allowed(lose=0.2, layers=2) == 0.2  # refused later, with the sizes
+    with pytest.raises(MisError, match="leave out --layers 2, or --lose 0.2"):
+        allowed(lose=0.2, layers=2)
 
 
 def test_what_no_search_knows_is_not_cut(
@@ -335,7 +275,7 @@ def test_what_no_search_knows_is_not_cut(
     plain = distill.Settings(teacher=str(gemma.path))
     assert size_request.unsearched(plain) == {"scenario": "none"}
     assert size_request.unsearched(plain.with_values(scenario="gazda")) == {}
-    assert size_request.allowed_loss(size_request.request_of(plain), gemma) is None
+    assert size_request.asked_loss(plain, gemma) is None
     told = capsys.readouterr().err
     why = (
         "a search rounds in groups of 64 weights, which hidden_size_per_layer_input (32) does not "
@@ -349,7 +289,7 @@ def test_what_no_search_knows_is_not_cut(
         with pytest.raises(
             MisError, match=re.escape(f"{flags} cannot be searched for, because {why}: give sizes")
         ):
-            distill.run(plain.with_values(data="teacher", **given))
+            distill.run(plain.with_values(**given))
 
 
 def said(excess: float) -> answers.ModelAnswers:

@@ -48,7 +48,7 @@ SHORT = f"{BRIEF} --reconstruct-samples 2 --eval-windows 2"
 # Flags behind the page's, the last of which counts.
 MORE = {
     "distill": f"{SHORT} --iters 2 --q-iters 1",
-    "search": f"{SHORT} --iters 2 --rank-windows 2 --evaluations 2 --finalists 2",
+    "search": SHORT,
     "prune": BRIEF,
     "quantize": BRIEF,
     "generate": "--max-tokens 4",

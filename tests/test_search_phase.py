@@ -43,7 +43,7 @@ def whole(
 
 
 def test_a_distillation_in_so_many_bytes(whole: tuple[Path, Done], llama: Checkpoint) -> None:
-    """A search without finalists, then a run with its sizes and bits; the file is no larger than
+    """A search, then a run with its sizes and bits; the file is no larger than
     asked for.
     """
     run, done = whole
@@ -135,45 +135,6 @@ def test_the_line_that_a_stop_leaves_can_be_pasted(
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["run"] == str(run)
     assert weights(run) == weights(whole[0])
-
-
-@pytest.mark.thorough
-def test_other_text_makes_another_search(
-    tmp_path: Path,
-    llama: Checkpoint,
-    text_folder: Path,
-    environment: dict[str, str],
-) -> None:
-    """Edited after a kill in the search, and after the end of a run: it is said, a new search
-    begins, and what the old one measured stays. The same text again is not searched for again.
-    """
-    text = shutil.copytree(text_folder, tmp_path / "text")
-    line = (*tiny.run_flags(llama.path, text), *LIMIT)
-    run, _ = stopped_in_search(line, tmp_path, environment, signal.SIGKILL, out=tmp_path / "a")
-    before = (run / run_folder.SEARCH / candidates.PROBES).read_text()
-
-    def edited() -> None:
-        rows = (text / "test.jsonl").read_text().splitlines()
-        (text / "test.jsonl").write_text("\n".join(rows[:-1]) + "\n")
-
-    def distilled(*flags: object) -> str:
-        done = forks.run(["-m", "mis_mlx.distill", *flags], environment, tmp_path)
-        assert done.returncode == 0, done.stderr
-        return done.stderr
-
-    edited()
-    said = distilled("--out", run, "--resume")
-    assert "the held-out text changed since the search in" in said
-    aside = run / f"{run_folder.SEARCH}-before-1"
-    assert f"is kept in {aside}" in said
-    assert (aside / candidates.PROBES).read_text() == before
-    said = distilled(*line, "--out", tmp_path / "b")
-    assert f"sizes and bits as in {run / run_folder.SEARCH}" in said
-    assert not (tmp_path / "b" / run_folder.SEARCH).exists()
-    edited()
-    said = distilled(*line, "--out", tmp_path / "c")
-    assert "the held-out text changed since the search in" in said
-    assert measured(tmp_path / "c")
 
 
 def test_a_refusal_leaves_no_run(

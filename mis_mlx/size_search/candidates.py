@@ -2,19 +2,18 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import numpy as np
 
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.distillation import answer_loss, pipeline
+from mis_mlx.distillation import answer_loss
 from mis_mlx.hardware.stage_cost import WINDOWS
 from mis_mlx.judge import answers, comparison
 from mis_mlx.judge.score import has_template
@@ -23,14 +22,15 @@ from mis_mlx.maths.importance import Statistics
 from mis_mlx.models.architectures import arch, bit_floors
 from mis_mlx.models.architectures.shape import Shape
 from mis_mlx.models.architectures.sizes import shape_of
-from mis_mlx.models.opening import compute_type, load
+from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import stream
-from mis_mlx.pruning import calibrate, select, slicing, vocabulary
+from mis_mlx.pruning import calibrate, select, vocabulary
 from mis_mlx.quantization import bit_allocation, packed_format
 from mis_mlx.runs.run_loop import OpenRun
+from mis_mlx.settings.recipe import DistillationConfig
 from mis_mlx.size_search import unwritten
-from mis_mlx.size_search.shape_search import CUTS, Choice, group_of
+from mis_mlx.size_search.shape_search import Choice, bpw_range, group_of
 from mis_mlx.storage.files import DISK, Files
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.storage.journal import Journal
@@ -44,39 +44,26 @@ WORST = 100.0  # nats a byte of a student whose loss is not a number
 Costs = dict[str, dict[int, float]]  # module path: bits: nats
 
 
-def split_held_out(
-    held_out: Mapping[str, Windows],
-    ranking: int,
-    judging: int,
-    choosing: Windows | None = None,
-) -> tuple[Windows, Windows]:
-    """(windows that rank candidates, others that judge finalists).
+def ranking_windows(data: preparation.Data, count: int) -> Windows:
+    """The windows that rank students: of the text to choose by, or of each held-out text.
 
-    Windows that selected a student do not judge it. The numbers are of the first text; every other
-    text gives a third as many. choosing: a text of its own to rank by; without it some of the
-    held-out windows do.
+    count: of the first text; every other text gives a third as many, and none more than half of
+    its own, for windows that chose a student do not judge it.
     """
-    if choosing is not None:
-        judges = [comparison.spread_windows(windows, judging) for windows in held_out.values()]
-        return comparison.spread_windows(choosing, ranking), token_windows.concatenated(judges)
+    if data.choosing is not None:
+        return comparison.spread_windows(data.choosing, count)
     ranks = list[Windows]()
-    judges = []
-    for name, windows in held_out.items():
+    for name, windows in data.held_out.items():
         share = 3 if ranks else 1
-        count = len(windows.tokens)
-        if count < 4:
+        held = len(windows.tokens)
+        if held < 4:
             raise MisError(
-                f"the text {name} has {count} held-out windows, but a search needs 4 or more: add "
+                f"the text {name} has {held} held-out windows, but a search needs 4 or more: add "
                 f"text"
             )
-        # Evenly spread, and no more than half of the text.
-        most = min(math.ceil(ranking / share), count // 2)
-        picked = stats.spread(count, most)
-        rest = np.setdiff1d(np.arange(count), picked)
-        ranks.append(windows.pick(picked))
-        others = windows.pick(rest)
-        judges.append(comparison.spread_windows(others, math.ceil(judging / share)))
-    return token_windows.concatenated(ranks), token_windows.concatenated(judges)
+        most = min(math.ceil(count / share), held // 2)
+        ranks.append(windows.pick(stats.spread(held, most)))
+    return token_windows.concatenated(ranks)
 
 
 def vocabularies(config: Mapping[str, Any], folder: Path | None) -> list[int]:
@@ -94,27 +81,31 @@ def vocabularies(config: Mapping[str, Any], folder: Path | None) -> list[int]:
 
 
 class TrimmedTeacher(NamedTuple):
-    """The teacher with the vocabulary of some students, and held-out texts in its tokens."""
+    """The teacher with the vocabulary of some students, and windows that rank in its tokens."""
 
     teacher: Checkpoint
     ranking: Windows
-    judging: Windows
 
 
 @dataclass
 class Candidates:
     """What the measurements share.
 
-    run: of the teacher with all rows. data: all text, in its tokens; source: where the text is
-    from.
+    teacher: with all rows. data: all text, in its tokens. recipe: of the training that follows.
+    vocab: how tokens are chosen. limit_bytes: of memory. streams: whether every pass reads the
+    teacher from disk; direct: past the page cache. rounds: whether bits are chosen.
     """
 
-    run: pipeline.Run
+    run: OpenRun
+    teacher: Checkpoint
     data: preparation.Data
     ranking: Windows
-    judging: Windows
-    settings: Any
-    source: preparation.Source | str | None = None
+    recipe: DistillationConfig
+    vocab: vocabulary.VocabularyConfig
+    limit_bytes: int
+    streams: bool = False
+    direct: bool = False
+    rounds: bool = True
     _trimmed_teachers: dict[int, TrimmedTeacher] = field(default_factory=dict)
     # nats a byte of readers, by their rows
     reader_nats: dict[int, float] = field(default_factory=dict)
@@ -127,26 +118,21 @@ class Candidates:
         """
         if not has_template(self.teacher):
             return None
-        own = not self.settings.streams or answers.shipped_for(self.teacher)
+        own = not self.streams or answers.shipped_for(self.teacher)
         return answer_loss.of_talks(self.teacher, self.data.talks, own=own)
 
     @cached_property
     def samples(self) -> stream.Batches:
         """Windows (1, T) of calibration."""
-        return self.run.pick(self.run.recipe.num_samples, 1)
-
-    @property
-    def teacher(self) -> Checkpoint:
-        """The teacher with all rows."""
-        return self.run.teacher
+        recipe = self.recipe
+        return preparation.calibration(self.data.train, recipe.num_samples, recipe.seed, 1)
 
     @cached_property
     def students_at_once(self) -> int:
         """How many students are measured in one pass, within the budget."""
-        length = self.run.recipe.max_seq_length
+        length = self.recipe.max_seq_length
         windows = len(self.answers.prompts) if self.answers else len(self.ranking.tokens)
-        limit = self.run.plan.budget_bytes
-        return unwritten.at_once(model_of(self.teacher), windows, length, limit)
+        return unwritten.at_once(model_of(self.teacher), windows, length, self.limit_bytes)
 
     @cached_property
     def before(self) -> Shape:
@@ -154,24 +140,28 @@ class Candidates:
         return shape_of(self.teacher.config)
 
     @cached_property
-    def group(self) -> int:
-        """Weights of the teacher that share a scale."""
-        return group_of(self.before)
-
-    def _states(self) -> stream.Hidden:
-        """A place for calibration's hidden states: a file for those that memory does not hold."""
-        held = self.run.plan.held_windows("prune")
-        if held >= len(self.samples):
-            return list[mx.array]()
-        return Spool(self.run.folder, held, self.run.files)
+    def bpw_range(self) -> tuple[float, float]:
+        """(fewest, most) bits of a weight of the teacher."""
+        return bpw_range(group_of(self.before), self.teacher.config, self.before)
 
     @cached_property
     def statistics(self) -> Statistics:
-        """One streamed calibration, for all candidates.
+        """One streamed calibration, for all students with fewer neurons.
 
         Without the weather: a student's shape must not depend on the machine's temperature.
         """
-        states = self._states()
+        recipe = self.recipe
+        cost = calibrate.calibration_cost(
+            model_of(self.teacher),
+            recipe.num_samples,
+            recipe.max_seq_length,
+            self.limit_bytes,
+            rotation=False,
+        )
+        held = cost.stays[WINDOWS]
+        states: stream.Hidden = list[mx.array]()
+        if held < len(self.samples):
+            states = Spool(self.run.folder, held, self.run.files)
         statistics, _ = calibrate.calibrate(self.teacher, self.samples, hidden=states)
         return statistics
 
@@ -200,21 +190,19 @@ class Candidates:
         run = self.run
         batches = self.samples[: bit_allocation.SENSED]
         length = batches[0].size
-        size = model_of(run.teacher)
-        cost = bit_allocation.sensing_cost(size, length, run.plan.budget_bytes)
+        cost = bit_allocation.sensing_cost(model_of(self.teacher), length, self.limit_bytes)
         held = cost.stays[WINDOWS]
         # What enters each block is kept: as many arrays for a window as the teacher has blocks.
         states = None
         if held < len(batches):
             arrays = held * self.before.layers
             states = Spool(run.folder, arrays, run.files)
-        seed = run.recipe.seed
         nats = bit_allocation.costs(
-            run.teacher,
+            self.teacher,
             batches,
-            self.group,
+            group_of(self.before),
             rounding.CANDIDATE_BITS,
-            seed=seed,
+            seed=self.recipe.seed,
             kept=states,
             fit=True,
         )
@@ -222,14 +210,9 @@ class Candidates:
             if not all(map(math.isfinite, costs.values())):
                 raise MisError(
                     "the cost of bits cannot be measured, because this teacher's gradients are too "
-                    "large: leave bits out of `search --axes`, or limit --params"
+                    "large: give sizes, such as --vocab 0.5x, and --target-bpw"
                 )
         return nats
-
-    @cached_property
-    def _directions(self) -> slicing.Directions:
-        """Of the stream, measured when the first candidate is narrower than the teacher."""
-        return slicing.principal_directions(self.teacher, self.samples, self._states)
 
     def trimmed_teacher(self, rows: int) -> TrimmedTeacher:
         """The teacher with so many rows, made once."""
@@ -240,33 +223,21 @@ class Candidates:
     def _new_trimmed_teacher(self, rows: int) -> TrimmedTeacher:
         run = self.run
         if rows == self.before.vocab:
-            return TrimmedTeacher(run.teacher, self.ranking, self.judging)
+            return TrimmedTeacher(self.teacher, self.ranking)
         place = run.folder / f"{vocabulary.FOLDER}-{rows}"
         run.files.make_folder(place)
         teacher = vocabulary.teacher_of_run(
-            run.teacher,
+            self.teacher,
             None,
             rows,
             self.data.train,
-            config=self.settings,
+            config=self.vocab,
             run=place,
             files=run.files,
         )
-        before = load.tokenizer(run.teacher.path)
+        before = load.tokenizer(self.teacher.path)
         after = load.tokenizer(teacher.path)
-        return TrimmedTeacher(
-            teacher=teacher,
-            ranking=token_windows.retokenized(self.ranking, before, after),
-            judging=token_windows.retokenized(self.judging, before, after),
-        )
-
-    def training_text(self, rows: int) -> Windows:
-        """The text of a student with so many rows, tokenized when a finalist learns from it."""
-        if rows == self.before.vocab:
-            return self.run.data
-        tokenizer = load.tokenizer(self.trimmed_teacher(rows).teacher.path)
-        length = self.run.data.tokens.shape[1]
-        return preparation.prepare(self.source, tokenizer, length).train
+        return TrimmedTeacher(teacher, token_windows.retokenized(self.ranking, before, after))
 
     def unwritten(
         self, shape: Shape, bits: Mapping[str, int] | None = None, *, fit: bool = True
@@ -277,81 +248,52 @@ class Candidates:
         """
         reader = self.trimmed_teacher(shape.vocab).teacher
         keep = None
-        if replace(shape, vocab=self.before.vocab) != self.before:
-            keep = self.kept(shape)
+        if shape.ffn != self.before.ffn:
+            keep = self._kept(shape)
         group = group_of(shape)
         formats = {path: packed_format.Format(n, group) for path, n in (bits or {}).items()}
         return unwritten.Student(reader, shape, keep, formats, fit=fit)
 
-    def kept(self, shape: Shape) -> KeptUnits:
+    def _kept(self, shape: Shape) -> KeptUnits:
         """What stays of the teacher in a student of this shape, by plain importance."""
         cut = select.PruningConfig(scenario="none", importance="rms")
         config = self.trimmed_teacher(shape.vocab).teacher.config
         _, keep = select.select_units(config, self.statistics, cut, shape)
         return keep
 
-    def prune(self, shape: Shape, out: Path) -> Checkpoint:
-        """The teacher cut to `shape` by plain importance, as the new folder `out`."""
-        teacher = self.trimmed_teacher(shape.vocab).teacher
-        keep = self.kept(shape)
-        slicing.write_student(
-            teacher,
-            shape,
-            keep,
-            out,
-            dtype=pipeline.DTYPE,
-            files=self.run.files,
-            directions=lambda: self._directions,
-        )
-        return compute_type.open_to_compute(out, teacher.precision)
-
-    def allocated(self, choice: Choice, layers: Sequence[int]) -> dict[str, int]:
+    def allocated(self, choice: Choice) -> dict[str, int]:
         """{module path of the student: bits}, given to matrices where they pay.
 
-        A matrix costs what it costs in the teacher, by the weights that it still has. layers: the
-        teacher's, that stay.
+        A matrix costs what it costs in the teacher, by the weights that it still has. MisError
+        where the matrices need more bits.
         """
         before = arch.tensors_of(self.teacher.config)
-        config = arch.student_config(self.teacher.config, choice.shape, layers)
         sizes = {}
         costs = Costs()
-        for name, size in arch.tensors_of(config).items():
+        for name, size in arch.tensors_of(
+            arch.student_config(self.teacher.config, choice.shape)
+        ).items():
             path = name.removesuffix(".weight")
-            source = path  # in the teacher
-            block = arch.block_of(name)
-            if block is not None:
-                source = path.replace(f".{block}.", f".{layers[block]}.", 1)
-            if source in self.sensitivity:
+            if path in self.sensitivity:
                 sizes[path] = math.prod(size)
-                weights = math.prod(before[f"{source}.weight"])
-                share = sizes[path] / weights
-                in_teacher = self.sensitivity[source]
-                costs[path] = {bits: share * nats for bits, nats in in_teacher.items()}
-        group = group_of(choice.shape)
-        scales = packed_format.Format(0, group).bits_per_weight
-        return bit_allocation.allocate(costs, sizes, choice.bpw - scales)
-
-
-def logged_or_measured(
-    run: OpenRun,
-    log: str,
-    sizes: Mapping[str, Any],
-    measured: Callable[[], Mapping[str, Any]],
-) -> dict[str, Any]:
-    """The record of these sizes in a log of the run; where there is none, `measured` makes it."""
-    journal = journal_of(run.folder, log, run.files)
-    known = journal.read().get(journal.key_of(sizes))
-    if known is not None:
-        return known
-    record = {**sizes, **measured()}
-    journal.add(record)
-    run.account.keep_sometimes()
-    return record
+                share = sizes[path] / math.prod(before[name])
+                costs[path] = {bits: share * nats for bits, nats in self.sensitivity[path].items()}
+        scales = packed_format.Format(0, group_of(choice.shape)).bits_per_weight
+        chosen = bit_allocation.allocate(costs, sizes, choice.bpw - scales)
+        if not chosen:
+            # Else nothing would be rounded, and a loss of 0 be taken for that of so many bits.
+            least = sum(min(costs[path]) * size for path, size in sizes.items())
+            fewest = least / sum(sizes.values()) + scales
+            raise MisError(
+                f"{choice.bpw:g} bits a weight are too few for this model: it has {fewest:.2f} "
+                f"where each matrix has its fewest; ask for more"
+            )
+        return chosen
 
 
 def journal_of(folder: Path, log: str, files: Files = DISK) -> Journal:
     """A log of a search in a folder, as a journal: a record for each student."""
-    key = ("axis", "size", "kv_heads") if log == PROBES else (*CUTS, "kv_heads", "bits")
+    key = ("axis", "size") if log == PROBES else ("ffn", "vocab", "bits")
     return Journal(folder / log, key, files=files)
 
 

@@ -7,10 +7,8 @@ log before the next pass begins, so a search that was killed goes on from there.
 """
 
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -24,17 +22,14 @@ from mis_mlx.maths import rounding
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.shape import Shape
 from mis_mlx.models.architectures.sizes import shape_of
-from mis_mlx.models.opening import compute_type, load
-from mis_mlx.models.passing.stream import Batches, Stream
-from mis_mlx.quantization import packed_format
+from mis_mlx.models.opening import load
+from mis_mlx.models.passing.stream import Batches
 from mis_mlx.size_search import candidates, shape_search, unwritten
 from mis_mlx.size_search.candidates import CANDIDATES, PROBES, WORST, Candidates
-from mis_mlx.size_search.shape_search import CUTS, Choice, Losses, Sizes, group_of
+from mis_mlx.size_search.shape_search import Choice, Losses, Sizes
 from mis_mlx.size_search.unwritten import Running, Student
 from mis_mlx.types import Checkpoint
 
-# Bits of a weight, scales included, at which rounding is measured.
-BITS_PROBED = 4.0, 5.0
 Curve = list[tuple[float, float]]  # (size, nats a byte)
 Record = dict[str, Any]  # a line of a log
 
@@ -85,7 +80,7 @@ def of_students(c: Candidates, students: Sequence[Student]) -> list[float]:
         c.teacher,
         [*bare, *changed],
         [texts[student.shape.vocab].batches for student in (*bare, *changed)],
-        direct=c.run.direct,
+        direct=c.direct,
     )
     of_reader = dict(zip(rows, running[: len(rows)], strict=True))
     of_changed = iter(running[len(rows) :])
@@ -123,17 +118,6 @@ def _divergence(text: Text, reader: comparison.Passed, student: comparison.Passe
     return comparison.per_byte(divergence, text.windows)
 
 
-def of_written(c: Candidates, student: Checkpoint, rows: int) -> float:
-    """Nats a byte that a student in a folder loses; it has so many rows."""
-    if c.answers is not None and c.answers.own:
-        return c.answers.excess(student)
-    (lost,) = of_students(c, [c.unwritten(replace(c.before, vocab=rows))])
-    reader = c.trimmed_teacher(rows).teacher
-    text = text_of(c, reader)
-    first, second = [(Stream(m), Stream(m).forward(text.batches)) for m in (reader, student)]
-    return lost + _divergence(text, first, second)
-
-
 def of_coarse(c: Candidates, students: Sequence[Student]) -> list[float]:
     """`of_students`, where all will be rounded on fitted grids, and some are on MLX's own here.
 
@@ -161,27 +145,34 @@ def _fitted_share(c: Candidates, student: Student) -> float:
     return fitted / nearest if nearest else 1.0
 
 
+def bits_probed(fewest: float) -> tuple[float, float]:
+    """Bits of a weight, scales included, at which rounding is measured. fewest: that there can be.
+
+    4 and 5; more where a model has no student of 4.
+    """
+    low = max(4.0, fewest)
+    return low, max(5.0, low + 0.5)
+
+
 def losses(c: Candidates, sizes: Sizes) -> Losses:
     """What every axis costs by itself: measured, or read from the log."""
-    probes: list[tuple[str, float]] = [*shape_search.probes_of(sizes, c.before.vocab)]
+    probes: list[tuple[str, float]] = [*shape_search.probes_of(sizes)]
     on_answers = c.answers is not None
-    if c.settings.mixed and (on_answers or c.settings.streams):
-        probes += [("bits", bpw) for bpw in BITS_PROBED]
-    measured = _probed(c, probes)
-    points: dict[str, Curve] = {axis: [] for axis in CUTS}
+    if c.rounds and (on_answers or c.streams):
+        probes += [("bits", bpw) for bpw in bits_probed(c.bpw_range[0])]
+    points: dict[str, Curve] = {"ffn": [], "vocab": []}
     bits = Curve()
-    for (axis, size), nats in zip(probes, measured, strict=True):
+    for (axis, size), nats in zip(probes, _probed(c, probes), strict=True):
         if axis == "bits":
             bits.append((size, max(nats, 1e-6)))
         else:
             points[axis].append((size, nats))
-    if c.settings.mixed:
+    if c.rounds:
         points["bits"] = _bits_alone(c, bits)
     remaining = shape_search.REMAINING_LOSS
     if on_answers:
         remaining = shape_search.REMAINING_ANSWER_LOSS
-    remaining = shape_search.remaining_after(c.settings.student_iters, remaining)
-    return Losses(c.before, points, remaining)
+    return Losses(c.before, points, shape_search.remaining_after(c.recipe.iters, remaining))
 
 
 def _bits_alone(c: Candidates, measured: Curve) -> Curve:
@@ -192,10 +183,9 @@ def _bits_alone(c: Candidates, measured: Curve) -> Curve:
     """
     ones = np.ones(len(c.ranking.tokens))
     tokens_a_byte = comparison.per_byte(ones, c.ranking)
-    fewest, most = shape_search.bpw_range(c.group, c.teacher.config, c.before)
     curve = Curve()
-    for bpw in np.arange(fewest, most, 0.125):
-        chosen = c.allocated(Choice(c.before, float(bpw)), range(c.before.layers))
+    for bpw in np.arange(*c.bpw_range, 0.125):
+        chosen = c.allocated(Choice(c.before, float(bpw)))
         costs = [c.sensitivity[path][bits] for path, bits in chosen.items()]
         nats = sum(costs) * tokens_a_byte
         curve.append((float(bpw), nats))
@@ -210,30 +200,21 @@ def _bits_alone(c: Candidates, measured: Curve) -> Curve:
 
 def _probed(c: Candidates, probes: Sequence[tuple[str, float]]) -> list[float]:
     """Nats a byte that the teacher loses when one axis is cut to a size, for each of these."""
-    asked = [_Asked(_sizes_of_probe(c, *probe), *_shape_of_probe(c, *probe)) for probe in probes]
+    asked = []
+    for axis, size in probes:
+        sizes = {"axis": axis, "size": size}
+        if axis == "bits":
+            asked.append(_Asked(sizes, c.before, size))
+        elif axis == "ffn":
+            asked.append(_Asked(sizes, replace(c.before, ffn=int(size)), None))
+        else:
+            asked.append(_Asked(sizes, replace(c.before, vocab=int(size)), None))
     records = _logged_or_measured(c, PROBES, asked, "axes alone")
     found = []
     for record in records:
         nats = record["nats"]
         found.append(WORST if nats is None else float(nats))
     return found
-
-
-def _shape_of_probe(c: Candidates, axis: str, size: float) -> tuple[Shape, float | None]:
-    """(shape of the student that is cut along one axis, its bits; None: it is not rounded)."""
-    if axis == "bits":
-        return c.before, size
-    if axis == "vocab":
-        return replace(c.before, vocab=int(size)), None
-    return arch.target_shape(c.teacher.config, {}, **{axis: int(size)}), None
-
-
-def _sizes_of_probe(c: Candidates, axis: str, size: float) -> dict[str, Any]:
-    """What a line of the log says of it."""
-    if axis == "bits":
-        return {"axis": axis, "size": size}
-    shape, _ = _shape_of_probe(c, axis, size)
-    return {"axis": axis, "size": size, "kv_heads": shape.kv_heads}
 
 
 @dataclass(frozen=True)
@@ -255,9 +236,10 @@ def scores(c: Candidates, choices: Sequence[Choice], expected: Losses) -> list[f
     The loss as pruned and rounded is measured, or read from the log. Its ratio to the sum of what
     each axis costs alone is that of before learning; it corrects the expected loss.
     """
-    asked = [
-        _Asked(choice.sizes, choice.shape, choice.bpw, expected.raw(choice)) for choice in choices
-    ]
+    asked = []
+    for choice in choices:
+        bpw = choice.bpw if c.rounds else None
+        asked.append(_Asked(choice.sizes, choice.shape, bpw, expected.raw(choice)))
     found = []
     for choice, record in zip(choices, _logged_or_measured(c, CANDIDATES, asked), strict=True):
         nats = record["nats"]
@@ -293,16 +275,14 @@ def _logged_or_measured(
 
 
 def _measured(c: Candidates, asked: Sequence[_Asked]) -> list[Record]:
-    """Lines of students for a log: those that can be in one pass, the others written."""
-    if not all(unwritten.possible(c.teacher, one.shape) for one in asked):
-        return [_measured_as_written(c, one) for one in asked]
+    """Lines of students for a log, from one pass."""
     students = []
     for one in asked:
         bits = None
         if one.bpw is not None:
-            bits = _bits(c, Choice(one.shape, one.bpw))
+            bits = c.allocated(Choice(one.shape, one.bpw))
         # Of a teacher that streams bits alone are measured coarsely: what is chosen by that is not.
-        fit = not c.settings.streams or one.predicted is not None
+        fit = not c.streams or one.predicted is not None
         students.append(c.unwritten(one.shape, bits, fit=fit))
     lost = of_coarse(c, students)
     records = []
@@ -315,34 +295,3 @@ def _measured(c: Candidates, asked: Sequence[_Asked]) -> list[Record]:
             record["predicted"] = one.predicted
         records.append(record)
     return records
-
-
-def _bits(c: Candidates, choice: Choice) -> dict[str, int]:
-    """{module path of the student: bits} where they pay, or the usual ones."""
-    layers: Sequence[int] = range(c.before.layers)
-    if choice.shape.layers != c.before.layers:
-        layers = c.kept(choice.shape).layers
-    if c.settings.mixed:
-        return c.allocated(choice, layers)
-    config = arch.student_config(c.teacher.config, choice.shape, layers)
-    paths = packed_format.formats_of(config, group_of(choice.shape))
-    return dict.fromkeys(paths, packed_format.USUAL_BITS)
-
-
-def _measured_as_written(c: Candidates, one: _Asked) -> Record:
-    """The line of a student that has to be written: one with a narrower stream, for instance."""
-    with tempfile.TemporaryDirectory(prefix=".tmp-candidate-", dir=c.run.folder) as place:
-        student = c.prune(one.shape, Path(place) / "pruned")
-        record = {**one.sizes, "params": arch.params(student.config)}
-        if one.bpw is not None:
-            bits = _bits(c, Choice(one.shape, one.bpw))
-            group = group_of(one.shape)
-            formats = {path: packed_format.Format(width, group) for path, width in bits.items()}
-            out = Path(place) / "model"
-            packed_format.write_quantized(student, out, formats, c.run.files, fit=True)
-            student = compute_type.open_to_compute(out, student.precision)
-            record["bytes"] = student.nbytes
-        record["nats"] = candidates.finite_or_none(of_written(c, student, one.shape.vocab))
-        if one.predicted is None:
-            return {**one.sizes, "nats": record["nats"]}
-        return {**record, "predicted": one.predicted}

@@ -1,48 +1,56 @@
-"""Logs of searches with --lose, kept for the next one: what each of a teacher's axes costs.
+"""Logs of searches, kept for the next one: what each of a teacher's axes costs.
 
-A search for another loss asks for the same measurements. So its run folder begins with the logs of
-earlier searches, of the same teacher and text, whatever their seed was. For the default teacher and
-the built-in text the logs come with the package (benchmarks/known_losses.py).
+A search for another loss or other bytes asks for the same measurements. So its run folder begins
+with the logs of earlier searches, of the same teacher and text, whatever their seed was. For the
+default teacher and the built-in text the logs come with the package (benchmarks/known_losses.py).
 """
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mis_mlx import cli
+from mis_mlx.judge import answers, keep
+from mis_mlx.pruning.vocabulary import VocabularyConfig
 from mis_mlx.quantization.packed_format import SENSITIVITY
 from mis_mlx.size_search.candidates import CANDIDATES, PROBES, journal_of
 from mis_mlx.storage import hub, run_folder
 from mis_mlx.storage.files import DISK, Files, json_sha256
-from mis_mlx.types import Checkpoint
+from mis_mlx.types import Checkpoint, MisError
 
 SHIPPED = Path(__file__).parent / "known"
 ABOUT = "about.json"
 # Of how losses are measured: logs of another version are not used. Since 3 other answers count as
 # loops, and chat templates are told other things. The shipped logs were measured with 2: answers
 # that judge the default teacher's students are the same, but 7 of its 632 conversations to learn
-# from have fallen out.
-VERSION = 3
+# from have fallen out. Since 4 no loss is that of a teacher which a probe of bits left unrounded.
+VERSION = 4
 LOGS = (PROBES, CANDIDATES)
 FILES = (*LOGS, SENSITIVITY, ABOUT)  # all that is kept of a teacher
-# Settings that change a measured loss. The number of windows changes it by noise alone, so a
-# measurement with some windows is not repeated with others.
-MEASURED_BY = ("vocab_text", "languages")
 Identity = Mapping[str, Any]  # what a measurement depends on: `identity`
 
 
-def identity(teacher: Checkpoint, text: str, settings: Any) -> dict[str, Any]:
-    """What a measurement depends on. text: a fingerprint of --data, or "built-in"."""
-    given = asdict(settings)
-    identity = {
+def identity(
+    teacher: Checkpoint, text: str, chosen: VocabularyConfig, *, streams: bool = False
+) -> dict[str, Any]:
+    """What a measurement depends on. text: a fingerprint of --data, or "built-in".
+
+    chosen: how tokens are chosen. streams: the teacher is read from disk in every pass: then bits
+    alone are measured coarsely, and answers are another model's unless they came with the package.
+    The number of windows changes a loss by noise alone, so a measurement with some windows is not
+    repeated with others.
+    """
+    return {
         "version": VERSION,
         "teacher": run_folder.origin(teacher, "")["teacher"],
+        "speech": keep.speech_sha256(teacher.path),
         "text": text,
-        **{name: given[name] for name in MEASURED_BY},
+        "vocab_text": chosen.vocab_text,
+        "languages": list(chosen.languages),
+        "own_answers": not streams or answers.shipped_for(teacher),
+        "coarse": streams,
     }
-    # As JSON has it, so that it equals a stored one.
-    return dict(json.loads(json.dumps(identity)))
 
 
 def kept_folder(about: Identity) -> Path:
@@ -66,9 +74,10 @@ def all_known(about: Identity, probes: Iterable[tuple[str, float]]) -> bool:
 
 
 def _sources(about: Identity) -> list[Path]:
-    """The folders with logs of this identity."""
-    folders = [SHIPPED, kept_folder(about)]
-    return [folder for folder in folders if _about(folder) == about]
+    """The folders with logs of this identity, the more exact ones first."""
+    exact = {**about, "coarse": False}
+    folders = [SHIPPED, kept_folder(exact), kept_folder(about)]
+    return [folder for folder in dict.fromkeys(folders) if _about(folder) in (exact, about)]
 
 
 def copy_into_run(run: Path, about: Identity, files: Files) -> int:
@@ -87,16 +96,22 @@ def copy_into_run(run: Path, about: Identity, files: Files) -> int:
 
 
 def keep_logs(run: Path, about: Identity) -> None:
-    """Add the logs of a run to those kept on this machine."""
+    """Add the logs of a run to those kept on this machine.
+
+    A cache that cannot be written costs the next search its time, and this one nothing.
+    """
     folder = kept_folder(about)
-    DISK.make_folder(folder)
-    for name in LOGS:
-        journal_of(folder, name).add_missing(journal_of(run, name))
-    sensitivity = run / SENSITIVITY
-    if sensitivity.is_file():
-        DISK.replace_text(folder / SENSITIVITY, sensitivity.read_text("utf-8"))
-    # Last: a folder without it is not read.
-    DISK.replace_text(folder / ABOUT, json.dumps(dict(about)))
+    try:
+        DISK.make_folder(folder)
+        for name in LOGS:
+            journal_of(folder, name).add_missing(journal_of(run, name))
+        sensitivity = run / SENSITIVITY
+        if sensitivity.is_file():
+            DISK.replace_text(folder / SENSITIVITY, sensitivity.read_text("utf-8"))
+        # Last: a folder without it is not read.
+        DISK.replace_text(folder / ABOUT, json.dumps(dict(about)))
+    except (OSError, MisError) as error:
+        cli.say(f"what was measured is not kept for other searches: {error}")
 
 
 def _about(folder: Path) -> dict[str, Any]:

@@ -3,20 +3,20 @@
 What `distill` asks for, what it refuses, and what it does where nothing was said.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mis_mlx import cli
 from mis_mlx.distillation.distill_flags import DistillFlags
-from mis_mlx.hardware import memory
 from mis_mlx.models.architectures import families
 from mis_mlx.models.architectures.shape import ALL
 from mis_mlx.models.architectures.sizes import attending, reads_in_order, shape_of, side_width
+from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import packed_format
 from mis_mlx.size_search import candidates, shape_search
-from mis_mlx.types import Budget, Checkpoint, MisError, gib
+from mis_mlx.types import Checkpoint, MisError, gib
 
 SCENARIO = "none"  # of students whose sizes are searched for
 DEFAULT_LOSS = 0.1  # bits a byte that a run allows where nothing is said about sizes
@@ -25,48 +25,13 @@ GIVE_SIZES = "give sizes, such as --vocab 0.5x, and --target-bpw"  # where there
 SIZE_SETTINGS = ("student", "scenario", *ALL, "target_bpw", "q_mode")
 
 
-@dataclass(frozen=True, kw_only=True)
-class SizeRequest:
-    """What a distillation says about its student's size.
-
-    lose: bits per byte that it may lose. bytes: as --bytes. given: sizes, as flags. others: whether
-    something else than these decides a size. quantizes: whether bits are to be chosen. limit: for
-    memory.
-    """
-
-    lose: float | None
-    bytes: str | None
-    given: tuple[str, ...]
-    others: bool
-    quantizes: bool
-    limit: Budget
-
-    def flags(self, lose: float | None) -> str:
-        """The flags that ask for a search, with this loss."""
-        flags = []
-        if lose is not None:
-            flags.append(f"--lose {lose:g}")
-        if self.bytes:
-            flags.append(f"--bytes {self.bytes}")
-        return " ".join(flags)
-
-
-def request_of(asked: DistillFlags) -> SizeRequest:
-    """What the flags of `distill` say about sizes."""
+def given_sizes(asked: DistillFlags) -> list[str]:
+    """The flags that say how large the student is."""
     given = []
     for name, value in asked.given.items():
         if name in SIZE_SETTINGS and (name, value) != ("q_mode", "affine"):
             given.append(f"--{name.replace('_', '-')} {value}")
-    others = asked.vocab is not None or asked.target == "conditions"
-    limit = memory.budget(asked.budget_bytes)
-    return SizeRequest(
-        lose=asked.lose,
-        bytes=asked.bytes,
-        given=tuple(given),
-        others=others,
-        quantizes=asked.quantize != 0,
-        limit=limit,
-    )
+    return given
 
 
 def unsearchable(config: Mapping[str, Any]) -> str:
@@ -89,42 +54,52 @@ def unsearchable(config: Mapping[str, Any]) -> str:
             packed_format.formats_of(config, shape_search.group_of(shape) or group)
         except MisError as error:
             return str(error).partition(":")[0]
-    return ""
-
-
-def allowed_loss(request: SizeRequest, teacher: Checkpoint) -> float | None:
-    """The loss that a search is to keep within: as asked for, or the default.
-
-    None where --bytes alone was given, and where there is no search: sizes were given, or a
-    scenario gives them, which is said with the reason.
-    """
-    if request.lose is not None or request.bytes:
-        return request.lose
-    if request.given or request.others:
-        return None
-    why = unsearchable(teacher.config) or _undecided(teacher)
-    if why:
-        cli.say(f"nothing is cut, for no search measures what that costs: {why}: {GIVE_SIZES}")
-        return None
-    return DEFAULT_LOSS
-
-
-def _undecided(teacher: Checkpoint) -> str:
-    """Why there is no search for this teacher's sizes unasked; empty where there is one."""
-    if not shape_search.group_of(shape_of(teacher.config)):
+    if not shape_search.group_of(shape):
         return "the rows of this teacher's matrices are not divisible by 32"
     return ""
 
 
-def streams(teacher: Checkpoint, limit: Budget) -> bool:
-    """Whether every pass of a search reads this teacher from disk."""
-    return 2 * teacher.nbytes > limit.limit_bytes
+def asked_loss(asked: DistillFlags, teacher: Checkpoint) -> float | None:
+    """The loss that a search is to keep within, in bits a byte: as asked for, or the default.
+
+    None where --bytes alone was given, and where there is no search: sizes were given, or a
+    scenario gives them, or it is said why. MisError where flags ask for a search that cannot be.
+    """
+    why = unsearchable(teacher.config)
+    sizes = given_sizes(asked)
+    if asked.lose is None and not asked.bytes:
+        if sizes or asked.vocab is not None or asked.target == "conditions":
+            return None
+        if why:
+            cli.say(f"nothing is cut, for no search measures what that costs: {why}: {GIVE_SIZES}")
+            return None
+        return DEFAULT_LOSS
+    flags = flags_of(asked.lose, asked.bytes)
+    if why:
+        raise MisError(f"{flags} cannot be searched for, because {why}: {GIVE_SIZES}")
+    if sizes:
+        raise MisError(f"{flags} chooses sizes and bits: leave out {', '.join(sizes)}, or {flags}")
+    if asked.bytes and not asked.quantize:
+        raise MisError(
+            f"{flags} chooses bits, but --quantize 0 turns them off: leave one of them out"
+        )
+    return asked.lose
 
 
-def why_whole_blocks(teacher: Checkpoint, limit: Budget) -> str:
-    """Why a search that is told no axes leaves blocks as they are; empty where it cuts them."""
+def flags_of(lose: float | None, nbytes: str | None) -> str:
+    """The flags that ask for a search: '--lose 0.1 --bytes 50MB'."""
+    flags = []
+    if lose is not None:
+        flags.append(f"--lose {lose:g}")
+    if nbytes:
+        flags.append(f"--bytes {nbytes}")
+    return " ".join(flags)
+
+
+def whole_ffn(teacher: Checkpoint, *, streams: bool) -> str:
+    """Why a search leaves the FFN as it is, whatever the bytes; empty where it may cut it."""
     kind = teacher.config["model_type"]
-    if streams(teacher, limit):
+    if streams:
         return f"the teacher ({gib(teacher.nbytes)}) is read from disk"
     if reads_in_order(teacher.config):
         return f"no student of a {kind} with fewer neurons was ever measured"
@@ -133,52 +108,67 @@ def why_whole_blocks(teacher: Checkpoint, limit: Budget) -> str:
     return ""
 
 
+def sizes_of(
+    asked: DistillFlags, teacher: Checkpoint, *, streams: bool
+) -> dict[str, tuple[int, ...]]:
+    """Sizes of every axis that are tried: tokens, and FFN where --bytes needs it.
+
+    MisError where no student has so few bytes.
+    """
+    config = teacher.config
+    vocab = candidates.vocabularies(config, teacher.path)
+    sizes = shape_search.axis_sizes(config, vocab)
+    if asked.vocab is not None:
+        sizes["vocab"] = (vocabulary.rows_left(teacher, asked),)
+    if not asked.bytes:
+        return sizes
+    most_bytes = cli.parse_bytes(asked.bytes, "--bytes")
+    if shape_search.within(config, sizes, most_bytes):
+        return sizes
+    why = whole_ffn(teacher, streams=streams)
+    if not why:
+        sizes = {**shape_search.axis_sizes(config, vocab, ffn=True), "vocab": sizes["vocab"]}
+    if why or not shape_search.within(config, sizes, most_bytes):
+        raise shape_search.too_few_bytes(config, sizes, asked.bytes, most_bytes)
+    cli.say("tokens and bits alone do not get that small: the FFN may be cut, too")
+    return sizes
+
+
 def unsearched(asked: DistillFlags) -> dict[str, Any]:
     """Settings of sizes where no search chooses them: the teacher's own where none was given."""
-    request = request_of(asked)
-    if request.given or request.others or asked.expected_loss is not None:
+    others = asked.vocab is not None or asked.target == "conditions"
+    if given_sizes(asked) or others or asked.expected_loss is not None:
         return {}
     return {"scenario": SCENARIO}
 
 
-def refuse_impossible(request: SizeRequest, flags: str, teacher: Checkpoint) -> None:
-    """MisError where `flags` ask for a search that cannot be.
-
-    Sizes are given beside it, or no search knows the teacher.
-    """
-    why = unsearchable(teacher.config)
-    if why:
-        raise MisError(f"{flags} cannot be searched for, because {why}: {GIVE_SIZES}")
-    if request.given:
-        taken = ", ".join(request.given)
-        raise MisError(f"{flags} chooses sizes and bits: leave out {taken}, or {flags}")
-    if request.bytes and not request.quantizes:
-        raise MisError(
-            f"{flags} chooses bits, but --quantize 0 turns them off: leave one of them out"
-        )
-
-
-def likely_student(config: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
+def likely_student(
+    config: Mapping[str, Any],
+    folder: Path | None,
+    sizes: shape_search.Sizes | None = None,
+    most_bytes: float = math.inf,
+) -> dict[str, Any]:
     """The settings of a student such as a search chooses.
 
-    Searches take tokens and bits first; where no tokens can go, bits alone. folder: of the model,
-    if there is one, with its tokenizer; else this is taken for one that can be trimmed. Mixtures
-    keep all tokens and experts, for there is no search.
+    Searches take a quarter of the tokens first; where no tokens can go, bits alone. folder: of the
+    model, if there is one, with its tokenizer; else this is taken for one that can be trimmed.
+    Mixtures keep all tokens and experts, for there is no search. sizes, most_bytes: of a search
+    for bytes: the student of most neurons, then of most tokens in the usual bits or nearly so.
     """
+    before = shape_of(config)
+    if sizes is not None and math.isfinite(most_bytes):
+
+        def rank(choice: shape_search.Choice) -> tuple[int, float, int]:
+            return choice.shape.ffn, min(choice.bpw, shape_search.USUAL_BPW), choice.shape.vocab
+
+        likely = max(shape_search.within(config, sizes, most_bytes), key=rank)
+        settings = {"scenario": SCENARIO, "target_bpw": likely.bpw}
+        if likely.shape.vocab != before.vocab:
+            settings["vocab"] = str(likely.shape.vocab)
+        if likely.shape.ffn != before.ffn:
+            settings["ffn"] = likely.shape.ffn
+        return settings
     rows = candidates.vocabularies(config, folder)
-    if not rows or shape_of(config).experts:
+    if not rows or before.experts:
         return {"scenario": SCENARIO}
     return {"scenario": SCENARIO, "vocab": str(rows[-1])}
-
-
-def likely_sizes(teacher: Checkpoint) -> dict[str, Any]:
-    """`likely_student`, which a --dry-run plans in place of a search's choice, and says so."""
-    likely = likely_student(teacher.config, teacher.path)
-    kept = "every token"
-    if "vocab" in likely:
-        kept = f"{int(likely['vocab']):,} tokens"
-    cli.say(
-        f"the plan below keeps every block and {kept}, as a search usually does; if a small "
-        f"--bytes cuts blocks, repair and training take longer"
-    )
-    return likely

@@ -21,7 +21,7 @@ from mis_mlx.maths.rounding import FUSED_CANDIDATES, RANGE_ENDS
 from mis_mlx.models.architectures import arch, modules
 from mis_mlx.models.architectures.families import family
 from mis_mlx.models.architectures.shape import Shape
-from mis_mlx.models.architectures.sizes import shape_of, side_width
+from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import stream
@@ -198,18 +198,6 @@ def passed(
     for own, hidden in running:
         own.norm(hidden)
     return running
-
-
-def possible(teacher: Checkpoint, shape: Shape) -> bool:
-    """Whether a student of this shape is made in memory; others have to be written.
-
-    A narrower stream is a rotation of the whole teacher; where blocks have a part of the per-layer
-    tables, those are cut with them; experts are read one by one.
-    """
-    before = shape_of(teacher.config)
-    if before.experts or shape.hidden != before.hidden:
-        return False
-    return not side_width(teacher.config) or shape.layers == before.layers
 
 
 def fitting_cost(t: ModelSize) -> StageCost:

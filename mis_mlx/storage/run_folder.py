@@ -46,7 +46,7 @@ _UNBORN = re.compile(rf"\.lock|{ORIGIN}|{PLAN}|{TAKEN}|\.tmp-.*")
 # What the folder of a run holds before any work was done in it.
 _BARE = re.compile(rf"\.lock|{ASKED}|{PLAN}|{CONFIG}|{TAKEN}|\.tmp-.*")
 # The same, and a search: origin.json is still to be written.
-_UNMADE = re.compile(rf"{_BARE.pattern}|{SEARCH}(-before-\d+)?")
+_UNMADE = re.compile(rf"{_BARE.pattern}|{SEARCH}")
 
 
 def make(out: str | None, name: str, files: Files) -> Path:

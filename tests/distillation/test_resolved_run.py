@@ -19,7 +19,6 @@ from mis_mlx import distill
 from mis_mlx.distillation import pipeline, resolved_run
 from mis_mlx.distillation.resolved_run import ResolvedRun
 from mis_mlx.hardware import memory
-from mis_mlx.settings import recipe
 from mis_mlx.settings.parts import part_of
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage import run_folder
@@ -99,9 +98,7 @@ def test_a_run_that_goes_on_is_what_it_was(
         teacher=str(llama.path), data=str(text_folder), out="run", **{**QUICK, **flags}
     )
     begin_and_resume(settings)
-    # A search asks first how many steps a likely student makes in the minutes, and then how long
-    # all of it takes.
-    *likely, begun, resumed = resolved
+    *_, begun, resumed = resolved  # before them, a search's plan of a likely student
     assert begun == resumed
     assert begun.plan.phases == resumed.plan.phases
     assert begun.recipe.iters
@@ -111,9 +108,6 @@ def test_a_run_that_goes_on_is_what_it_was(
     assert stored == json.loads(json.dumps(begun.settings.values))
     assert run_folder.stored_settings(tmp_path / "run", run_folder.PLAN) == begun.strategy
     if "lose" in flags:
-        searched = run_folder.stored_settings(tmp_path / "run" / run_folder.SEARCH)
-        assert likely[0].recipe.iters == searched["student_iters"]
-        assert searched["student_iters"] == begun.recipe.iters > 10 * recipe.ITERS
         assert begun.report.expected_loss == stored["expected_loss"] is not None
 
 

@@ -287,7 +287,7 @@ def run(command: str, folder: Path, good: Path, text: Path, out: Path) -> object
             )
         ),
         "search": lambda: search.run(
-            search.Settings(params="0.95x", teacher=str(folder), out=str(out), data=str(text))
+            search.Settings(lose=0.1, teacher=str(folder), out=str(out), data=str(text))
         ),
         "plan": lambda: plan.run(plan.Settings(teacher=str(folder))),
         "bench": lambda: bench.run(

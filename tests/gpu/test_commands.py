@@ -380,12 +380,6 @@ def test_search(
         max_seq_length=32,
         num_samples=2,
         reconstruct_samples=0,
-        rank_windows=2,
-        eval_windows=2,
-        iters=2,
-        finalists=1,
-        learning_rate=1e-4,
-        evaluations=3,
         governor="observe",
     )
 

@@ -312,7 +312,7 @@ def test_what_is_not_built_is_a_sentence(
     with pytest.raises(
         MisError, match=r"groups of 64 weights, which \w+ \(32\) does not divide by"
     ):
-        search.run(search.Settings(params="0.5x", **asked))
+        search.run(search.Settings(bytes="1MB", **asked))
 
 
 def test_a_teacher_and_its_own_logits(gemma: Checkpoint) -> None:

@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 
-from mis_mlx import distill, search
+from mis_mlx import distill
 from mis_mlx.models.architectures import arch, tensor_shapes
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.quantization import packed_format
-from mis_mlx.size_search import limits, shape_search, unequal_blocks
-from mis_mlx.storage import run_folder
+from mis_mlx.size_search import shape_search, unequal_blocks
 from mis_mlx.storage.files import DISK
 from tests import tiny
 
@@ -28,8 +27,6 @@ BRIEF: dict[str, Any] = {
     "conversations": 0,
     "iters": 2,
 }
-# of a search
-SMALL = {**BRIEF, "rank_windows": 3, "evaluations": 2, "finalists": 1, "eval_windows": 6}
 # of a distillation
 SHORT = {**BRIEF, "eval_windows": 3, "eval_prompts": 0, "q_iters": 0}
 
@@ -44,7 +41,7 @@ def test_sizes_are_those_of_files(tmp_path: Path) -> None:
     model = load.open_checkpoint(made(tmp_path / "m"))
     config = model.config
     shape = shape_of(config)
-    weights, others = limits.weights_of(config, shape)
+    weights, others = shape_search.weights_of(config, shape)
     assert weights + others == arch.params(config)
     plan = packed_format.formats_of(config, 64)
     packed_format.write_quantized(model, tmp_path / "q", plan, DISK)
@@ -54,12 +51,12 @@ def test_sizes_are_those_of_files(tmp_path: Path) -> None:
         path = name.removesuffix(".weight")
         if path in plan:
             bits += plan[path].bits_per_weight * shape_product(size)
-    told = limits.file_bytes(config, shape, bits / weights)
+    told = shape_search.file_bytes(config, shape, bits / weights)
     file = next(iter(rounded.tensors.values())).file.name
     nbytes = sum(path.stat().st_size for path in (tmp_path / "q").glob("*.safetensors"))
     assert file == "model.safetensors"
     # The header is estimated, 120 bytes a tensor.
-    headers = limits.TENSOR_BYTES * unequal_blocks.count_of_tensors(config, shape)
+    headers = shape_search.TENSOR_BYTES * unequal_blocks.count_of_tensors(config, shape)
     assert abs(told - nbytes) < 0.3 * headers
 
 
@@ -76,7 +73,7 @@ def test_no_student_is_larger_than_thought() -> None:
     config = {**tiny.CONFIG, **tiny.FAMILIES["gemma4_text"], **WIDE}
     fixed = arch.fixed_blocks(config)
     shape = replace(shape_of(config), layers=6)
-    most = sum(limits.weights_of(config, shape))
+    most = sum(shape_search.weights_of(config, shape))
     sizes = set[int]()
     for gone in set(range(7)) - fixed:
         kept = [i for i in range(7) if i != gone]
@@ -92,29 +89,11 @@ def test_the_fewest_bits_count_small_matrices() -> None:
     shapes = arch.tensors_of(config)
     gates = tensor_shapes.gates(config)
     wide = sum(shape_product(shapes[f"{path}.weight"]) for path in gates)
-    weights, _ = limits.weights_of(config, shape)
+    weights, _ = shape_search.weights_of(config, shape)
     fewest, most = shape_search.bpw_range(64, config, shape)
     assert 0 <= fewest - (3.5 + 5 * wide / weights) < 0.01
     assert most == 8.5
     assert shape_search.bpw_range(64, tiny.CONFIG, shape_of(tiny.CONFIG)) == (3.5, 8.5)
-
-
-@pytest.mark.slow
-def test_a_search_by_bytes(tmp_path: Path, text_folder: Path) -> None:
-    """Candidates and the finalist are within the bytes asked for, as they are on disk."""
-    model = made(tmp_path / "m")
-    config = load.open_checkpoint(model).config
-    shape = shape_of(config)
-    most = int(limits.file_bytes(config, shape, 4.5))
-    asked = {"bytes": f"{most}B", "axes": ("ffn", "bits"), **SMALL}
-    folders = {"teacher": str(model), "data": str(text_folder), "out": str(tmp_path / "run")}
-    found = search.run(search.Settings(**folders, **asked))
-    assert len(found["finalists"]) == 1
-    for row in [*found["candidates"], *found["finalists"]]:
-        assert 0.8 * most < row["bytes"] <= most
-    axes = {line["axis"] for line in run_folder.records(tmp_path / "run" / "probes.jsonl")}
-    assert axes == {"ffn"}
-    assert found["best"]["scenario"] == "none"
 
 
 @pytest.mark.slow
@@ -141,6 +120,4 @@ def test_nothing_said_leaves_blocks_whole(
     planned = distill.run(distill.Settings(teacher=str(model), dry_run=True, conversations=0))
     said = capsys.readouterr().err
     assert "within --lose 0.1; a search chooses sizes and bits" in said
-    why = "most of a gemma4_text is tables with a row for each token"
-    assert f"every block stays whole, tokens and bits are chosen: {why}" in said
     assert planned["params_student"] == planned["params_teacher"]

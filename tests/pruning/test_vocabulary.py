@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -29,7 +28,6 @@ from mis_mlx.models.passing import stream
 from mis_mlx.models.passing.stream import Stream
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import packed_format
-from mis_mlx.size_search import candidates, finalists
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
@@ -658,62 +656,6 @@ def test_the_head_in_parts_says_the_same(
     assert np.allclose(vocabulary.expected(big, train), whole, rtol=near(1e-5, 0.05))
 
 
-BRIEF_SEARCH = ("--max-seq-length", 32, "--num-samples", 4, "--rank-windows", 2)
-BRIEF_SEARCH += ("--eval-windows", 8, "--iters", 8, "--reconstruct-samples", 0)
-BRIEF_SEARCH += ("--evaluations", 2, "--finalists", 1, "--learning-rate", "2e-4")
-
-
-@pytest.mark.thorough
-def test_search_over_vocabularies(
-    big: Checkpoint,
-    text_folder: Path,
-    tmp_path: Path,
-    command: Callable[..., Done],
-    in_process: Callable[..., Done],
-) -> None:
-    """Numbers of tokens are an axis: what fewer of them cost is measured, folders of the teacher's
-    rows are made for them alone, and the line that is recommended trims as well. --vocab says
-    which.
-    """
-    flags = ("--teacher", big.path, "--data", text_folder, "--bytes", "200KB")
-    axes = ("--axes", "vocab", "ffn", "bits")
-    done = command("search", *flags, *axes, *BRIEF_SEARCH, "--out", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
-    result = last_line(done)
-    three_quarters = 3 * ROWS // 4
-    assert {c["vocab"] for c in result["candidates"]} <= {KEPT, three_quarters, ROWS}
-    probes = run_folder.records(tmp_path / "run" / candidates.PROBES)
-    assert [p["size"] for p in probes if p["axis"] == "vocab"] == [KEPT, three_quarters]
-    assert not list((tmp_path / "run").glob(f"{vocabulary.FOLDER}*"))
-    dry = in_process("distill", *result["command"].split()[2:], "--dry-run", "--max-seq-length", 32)
-    assert last_line(dry)["params_student"] == result["finalists"][0]["params"]
-    only = in_process(
-        "search", *flags, "--axes", "ffn", "--vocab", "0.5x", *BRIEF_SEARCH, "--dry-run"
-    )
-    assert only.returncode == 0
-    assert "cannot be cut" not in only.stderr
-
-
-@pytest.mark.slow
-def test_a_search_that_leaves_the_teacher_whole(
-    big: Checkpoint, text_folder: Path, tmp_path: Path, command: Callable[..., Done]
-) -> None:
-    """Fewer tokens and bits alone: there is nothing to learn."""
-    where = tmp_path / "uncut"
-    uncut = command(
-        "search",
-        *("--teacher", big.path, "--data", text_folder, "--bytes", "260KB"),
-        *("--axes", "vocab", "bits"),
-        *BRIEF_SEARCH,
-        "--out",
-        where,
-    )
-    assert uncut.returncode == 0, uncut.stderr
-    (record,) = run_folder.records(where / finalists.FINALISTS)
-    assert record["steps"] == 0
-    assert record["kl_distilled"] == record["kl_pruned"]
-
-
 def test_words_of_a_language(big: Checkpoint, text_folder: Path) -> None:
     """The tokens of its commonest words stay; a language without a list is a sentence with those
     that have one.
@@ -745,36 +687,3 @@ def test_words_need_a_package(monkeypatch: pytest.MonkeyPatch, big: Checkpoint) 
         MisError, match=r"--languages needs word lists: pip install '.\[languages\]'"
     ):
         vocabulary.rows_left(big, vocabulary.VocabularyConfig(languages=("de",)))
-
-
-def test_a_vocabulary_that_is_only_measured_has_no_training_text(
-    tmp_path: Path, big: Checkpoint, text_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The teacher of fewer rows is made and its held-out text cut again; the training text is
-    tokenized again when a finalist is to learn from it, and not before.
-    """
-    tokenizer = load.tokenizer(big.path)
-    folder = str(text_folder)
-    data = preparation.prepare(folder, tokenizer, 32)
-    ranking, judging = candidates.split_held_out(data.held_out, 3, 3, data.choosing)
-    run: Any = SimpleNamespace(teacher=big, folder=tmp_path, files=DISK, data=data.train)
-    config = vocabulary.VocabularyConfig()
-    c = candidates.Candidates(run, data, ranking, judging, settings=config, source=folder)
-    asked = []
-    prepare = preparation.prepare
-
-    def counted(*given: Any) -> preparation.Data:
-        asked.append(given)
-        return prepare(*given)
-
-    monkeypatch.setattr(preparation, "prepare", counted)
-    rows = candidates.vocabularies(big.config, big.path)
-    assert KEPT in rows
-    for count in rows:
-        trimmed = c.trimmed_teacher(count).teacher
-        assert trimmed.config["vocab_size"] == count
-    assert not asked
-    text = c.training_text(rows[0])
-    assert len(asked) == 1
-    assert text.tokens.max() < rows[0]
-    assert c.training_text(ROWS) is data.train
