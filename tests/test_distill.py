@@ -338,10 +338,10 @@ def test_without_conversations_or_questions(
 def test_a_dry_run_says_that_the_teacher_would_answer_first(
     tmp_path: Path, text_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Of any --data, and of text that it would write, too; nothing is written."""
+    """Of any --data, and of the built-in text, too; nothing is written."""
     teacher = tiny.talking(tmp_path / "teacher")
     before = set(tmp_path.rglob("*"))
-    for data in (("--data", text_folder), ("--data", "teacher"), ()):
+    for data in (("--data", text_folder), ()):
         s = settings_of(
             distill, ("--teacher", teacher, *data, *SMALL), tmp_path / "run", dry_run=True
         )

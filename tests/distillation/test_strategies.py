@@ -114,8 +114,8 @@ def test_budgets_choose() -> None:
 def test_a_student_with_fewer_tokens_is_measured_in_other_languages() -> None:
     """Its teacher reads the texts with its own tokens, too; both read those in other languages."""
     shown = model_of({**BIG.config, "vocab_size": 1024}, gpu=False)
-    as_many = strategies.measuring_cost(replace(JOB, shown=BIG), 0, GIB)
-    fewer = strategies.measuring_cost(replace(JOB, shown=shown), 0, GIB)
+    as_many = strategies.measuring_cost(replace(JOB, shown=BIG), GIB)
+    fewer = strategies.measuring_cost(replace(JOB, shown=shown), GIB)
     assert [part.name for part in as_many.parts].count("languages") == 0
     assert [part.name for part in fewer.parts].count("languages") == 1
     # of each of two kinds of text, and of all languages

@@ -274,7 +274,7 @@ def test_commands_start_again_with_it_once(bare: Bare, llama: Checkpoint, way: l
     tried = ["-P", "-m", child_process.__name__]
     assert [note["argv"] for note in notes if note["argv"] != tried] == [line]
     assert all(note["fast"] for note in notes)
-    assert done.stderr.count("OPENBLAS_NUM_THREADS=") == 1
+    assert done.stderr.count("mis: OPENBLAS_NUM_THREADS=") == 1
     json.loads(done.stdout.splitlines()[-1])
 
 

@@ -4,7 +4,6 @@ pencil.
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -156,15 +155,9 @@ def test_the_roof_is_measured_here() -> None:
 
 
 def test_waits_are_measured_and_rates_kept(tmp_path: Path) -> None:
-    """Of tiny evaluations and operations; a file of before has the guesses, and perhaps
-    what nobody reads any more."""
+    """Of tiny evaluations and operations; what was kept is read again."""
     assert 0 < rates.wait_seconds(10) < 1
     assert 0 < rates.launch_seconds(10) < 1
     known = rates._rates(1e9, 1e9, 1e9, "here")
     (tmp_path / "rates.json").write_text(rates.to_json(known))
     assert rates.load(tmp_path / "rates.json") == known
-    older = {k: v for k, v in json.loads(rates.to_json(known)).items() if k != "host_flops_per_s"}
-    (tmp_path / "rates.json").write_text(json.dumps({**older, "launch_s": 1e-6, "wait_s": 1e-4}))
-    found = rates.load(tmp_path / "rates.json")
-    assert found is not None
-    assert found.host_flops_per_s == rates.HOST_FLOPS

@@ -7,13 +7,9 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-import yaml
 
 from mis_mlx import cli, distill, flag_help, plan, prune
 from mis_mlx.models.architectures import scenarios
-from mis_mlx.runs import run_loop
-from mis_mlx.storage import run_folder
-from mis_mlx.types import MisError
 
 # What table 1 of the paper, or benchmarks/, has under each mountain name.
 KEPT = {
@@ -67,19 +63,3 @@ def test_help_shows_the_plain_names() -> None:
     assert "gazda" not in line
     words = " ".join(shown.split())
     assert "redyk, gazda, goral, baca, halny, juhas, zbojnik and stado" in words
-
-
-def test_a_run_of_the_old_spelling_goes_on(tmp_path: Path) -> None:
-    """Its settings are read, and either name may be given again; another scenario is refused."""
-    run = tmp_path / "run"
-    run.mkdir()
-    stored = {**asdict(distill.Settings(out=str(run))), "scenario": "gazda"}
-    (run / run_folder.CONFIG).write_text(yaml.safe_dump(stored | {"iters": 7}))
-    for given in (None, "gazda", "half-ffn"):
-        asked = distill.Settings(out=str(run), resume=True, scenario=given)
-        settings, folder = run_loop.resumed(asked, distill.FREE)
-        assert folder == run
-        assert (settings.scenario, settings.iters) == ("half-ffn", 7)
-    with pytest.raises(MisError, match="scenario"):
-        asked = distill.Settings(out=str(run), resume=True, scenario="redyk")
-        run_loop.resumed(asked, distill.FREE)

@@ -377,7 +377,7 @@ def test_a_repair_stays_under_the_plan(
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     mostly_thorough(
-        product(("llama", "gemma3_text", "qwen3_moe"), ("float32", "bfloat16", "float16")),
+        product(("llama", "gemma3_text"), ("float32", "bfloat16", "float16")),
         ("llama", "float16"),
         ("gemma3_text", "bfloat16"),
         of_several=True,
@@ -394,7 +394,7 @@ def test_what_is_repaired_is_float32(
     teacher = replace(models(kind), precision=Precision(dtype=dtype))
     layers = tuple(range(shape_of(teacher.config).layers))
     ffn = shape_of(teacher.config).ffn
-    neurons = tuple(range(0, max(1, shape_of(teacher.config).experts) * ffn, 2))
+    neurons = tuple(range(0, ffn, 2))
     keep = KeptUnits(layers, {(i, "ffn"): neurons for i in layers}, "")
     student = student_of(teacher, keep, tmp_path / "s", ffn=ffn // 2)
     student = replace(student, precision=teacher.precision)

@@ -24,7 +24,7 @@ from tests import forks
 from tests.conftest import SMALL, files_up_to, mostly_slow
 
 PATIENCE_S = 120
-STEPS = 60  # of a run that is stopped in the middle
+STEPS = 200  # of a run that is stopped in the middle
 NAMES = ["..", ".", "", "../other", "/etc", ".studio", "a/b", "nothing-001", None, 3, "x\0"]
 START = """
 import sys
