@@ -136,6 +136,7 @@ def test_tea_breaks_do_not_touch_the_weights(
     common: dict[str, Any] = {
         "teacher": str(model),
         "data": str(text_folder),
+        "scenario": "half-ffn",
         "iters": 20,
         "max_seq_length": 32,
     }

@@ -39,17 +39,17 @@ FLAGS += (
     3,
 )
 FLAGS += ("--learning-rate", "1e-2", "--keep-steps")
+FLAGS += ("--scenario", "half-ffn")  # a search keeps blocks whole
 CACHED = Path(__file__).parent / "fixtures" / "cached.yaml"
 LIVE = CACHED.with_name("live.yaml")
-CUT = ("--scenario", "half-ffn")  # of what is rounded: a search keeps blocks
 WAYS: dict[str, tuple[object, ...]] = {
     "cached": ("--config", CACHED),
     "blocks": ("--train", "blocks"),
     "sharded": ("--train", "sharded", "--config", CACHED),
     "sharded, live": ("--train", "sharded", "--config", LIVE),
     "repaired": ("--train", "none"),
-    "tuned": (*CUT, "--quantize", 4, "--q-iters", 5),
-    "cached, tuned longer": (*CUT, "--config", CACHED, "--quantize", 4, "--q-iters", 9),
+    "tuned": ("--quantize", 4, "--q-iters", 5),
+    "cached, tuned longer": ("--config", CACHED, "--quantize", 4, "--q-iters", 9),
 }
 QUICK = ("cached", "blocks", "tuned")
 # Every phase once; then training by each way of streaming; the others of the matrix are slow.

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 import pytest
@@ -26,7 +21,6 @@ from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 
 PACKAGE = Path(distill.__file__).parent
-MOST_FUNCTIONS = 13  # that the whole settings of `distill` may pass
 QUICK: dict[str, Any] = {
     "max_seq_length": 32,
     "num_samples": 4,
@@ -164,58 +158,3 @@ def test_a_part_has_its_own_fields_alone() -> None:
     part = part_of(QuantizationConfig, {"target_bpw": 3.5, "iters": 4})
     assert part == QuantizationConfig(target_bpw=3.5)
     assert type(part_of(QuantizationConfig, vars(distill.Settings()))) is QuantizationConfig
-
-
-@contextmanager
-def tracing(kind: type, met: set[str]) -> Iterator[None]:
-    """Collect the package's functions that get an object of this type as an argument.
-
-    Its own methods are left out.
-    """
-
-    def look(frame: FrameType, event: str, _: object) -> None:
-        code = frame.f_code
-        if event != "call" or not code.co_filename.startswith(str(PACKAGE)):
-            return
-        for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
-            if name != "self" and isinstance(frame.f_locals.get(name), kind):
-                module = Path(code.co_filename).relative_to(PACKAGE).with_suffix("")
-                met.add(f"{module}:{code.co_qualname}")
-
-    threading.setprofile(look)
-    sys.setprofile(look)
-    try:
-        yield
-    finally:
-        sys.setprofile(None)
-        threading.setprofile(None)  # type: ignore[arg-type]
-
-
-@pytest.mark.thorough
-def test_few_functions_see_all_settings(
-    llama: Checkpoint,
-    text_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """From the first to the last stage of a run whose sizes are searched for: those that resolve
-    the settings, and none of the packages that work on them.
-    """
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
-    settings = distill.Settings(
-        teacher=str(llama.path),
-        data=str(text_folder),
-        lose=0.03,
-        iters=2,
-        out="run",
-        **QUICK,
-    )
-    met = set[str]()
-    with tracing(distill.Settings, met):
-        distill.run(settings)
-    assert "distill:run" in met
-    assert "distillation/resolved_run:resolve" in met
-    assert len(met) <= MOST_FUNCTIONS, "\n".join(sorted(met))
-    stages = ("pruning", "quantization", "judge", "planner", "maths", "distillation/pipeline")
-    assert not [name for name in met if name.startswith(stages)]

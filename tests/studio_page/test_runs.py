@@ -291,6 +291,7 @@ def test_a_run_chooses_its_own_threads(
     monkeypatch.setenv(blas.MARK, mark)
     monkeypatch.setenv(blas.THREADS, "1")
     started = jobs.start("distill", ["--help"], tmp_path / "log")
+    wait(lambda: bool(psutil.Process(started.pid).environ()), "an environment")
     assert psutil.Process(started.pid).environ().get(blas.THREADS) == threads
 
 
