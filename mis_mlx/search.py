@@ -86,7 +86,6 @@ class Settings(DistillFlags):
             "thermal_replay",
             "vocab_text",
             "languages",
-            "q_mode",
             "expected_loss",
         }
     )

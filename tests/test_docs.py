@@ -389,7 +389,7 @@ See [it](#a-page), [below](#what-it-costs-1), ![a picture](b.svg), [the code](co
 ## What it *costs*: `1`
 
 `--iters 3`, `--hostfile`, `distill --help-all`, `mlx_lm.convert --whatever`, \
-`quantize --q-mode mxfp4`, `--no-fuse`.
+`quantize --q-method round`, `--no-fuse`.
 
 ```sh
 scripts/mis distill --q-iters 3 --out $RUN   # `--nothing`

@@ -257,7 +257,7 @@ def test_by_default_a_loss_is_allowed(llama: Checkpoint, monkeypatch: pytest.Mon
 
     assert allowed() == size_request.DEFAULT_LOSS
     assert allowed(target_bpw=4.5) is None  # said, though it is the default
-    assert allowed(q_mode="affine", vocab=None) == size_request.DEFAULT_LOSS
+    assert allowed(vocab=None) == size_request.DEFAULT_LOSS
     for given in ({"scenario": "gazda"}, {"layers": 2}, {"vocab": "0.5x"}, {"target_bpw": 5.0}):
         assert allowed(**given) is None
     assert allowed(budget=str(llama.nbytes)) == size_request.DEFAULT_LOSS

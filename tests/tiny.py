@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.families import family
 from mis_mlx.models.writing import model_writer
+from mis_mlx.quantization import packed_format
 from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.safetensors import index as safetensors_index
@@ -531,6 +532,18 @@ def calling(folder: Path) -> Path:
     talking(folder, max_position_embeddings=4096)
     (folder / "chat_template.jinja").write_text(TOOL_TEMPLATE)
     return folder
+
+
+def in_fp4(model: Checkpoint, out: Path, mode: str) -> dict[str, Any]:
+    """Write `model` with its blocks in mxfp4 or nvfp4, as others publish them, and the embedding in
+    8 affine bits; returns the figures.
+    """
+    group = {"mxfp4": 32, "nvfp4": 16}[mode]
+    plan = packed_format.formats_of(model.config, 64)
+    for path in plan:
+        if arch.block_of(path) is not None:
+            plan[path] = packed_format.Format(4, group, mode)  # type: ignore[arg-type]
+    return packed_format.write_quantized(model, out, plan, DISK)
 
 
 def joined(folder: Path) -> Path:

@@ -7,7 +7,6 @@ error and a remedy.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,8 +35,7 @@ PARTS = ("weight", "scales", "biases")
 # beside a mixed model: the cost of every matrix in every number of bits
 SENSITIVITY = "sensitivity.json"
 USUAL_BITS = 4
-# where 4 bits cost most: the embedding, which makes the logits too when it is tied, and the blocks
-# of `blocks_after_removed`
+# where 4 bits cost most: the embedding, which makes the logits too when it is tied
 WIDE_BITS = 8
 
 
@@ -76,29 +74,9 @@ class Format(NamedTuple):
         return specs
 
 
-GROUPS = {"mxfp4": 32, "nvfp4": 16}  # the formats that have only one group size
 Formats = Mapping[str, Format]  # by module path
 RoundedBlock = Mapping[str, rounding.Packed]  # a block's matrices, by module path
 Rounded = Iterator[RoundedBlock]
-
-
-def blocks_after_removed(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Blocks of a depth-pruned student that stand in for removed ones, and its last block.
-
-    Their down_proj carries the weights that reconstruction put there, and its outliers: on the
-    default student these four cost 0.14 of the 0.28 nats of rounding, at 2 % of the bytes
-    (rounding.py at bd583ffb).
-    """
-    keep = model_writer.read_keep(checkpoint.path)
-    if keep is None:
-        return ()
-    jumps = []
-    for index, (layer, following) in enumerate(pairwise(keep.layers)):
-        if following != layer + 1:
-            jumps.append(index)
-    if not jumps:
-        return ()
-    return (*jumps, len(keep.layers) - 1)
 
 
 def of_mixture(config: Mapping[str, Any], asked: QuantizationConfig) -> dict[str, Any]:
@@ -116,20 +94,13 @@ def of_mixture(config: Mapping[str, Any], asked: QuantizationConfig) -> dict[str
     return {"q_method": "round", "target_bpw": None, "q_iters": 0}
 
 
-def formats_of(
-    config: Mapping[str, Any],
-    group_size: int,
-    wide: tuple[int, ...] = (),
-    mode: rounding.Mode = "affine",
-) -> dict[str, Format]:
-    """The format of every matrix, by module path: 4 bits, or 8 affine ones.
+def formats_of(config: Mapping[str, Any], group_size: int) -> dict[str, Format]:
+    """The format of every matrix, by module path: 4 bits, or 8.
 
-    8 bits are for the embedding, the head, `wide_projections`, and down_proj of blocks `wide`.
-    MisError when a matrix cannot be cut into groups.
+    8 bits are for the embedding, the head and `wide_projections`. MisError when a matrix cannot be
+    cut into groups.
     """
-    eight_bit = {f"model.layers.{i}.mlp.down_proj" for i in wide}
-    eight_bit |= {"model.embed_tokens", "lm_head"} | wide_projections(config)
-    usual = Format(USUAL_BITS, GROUPS.get(mode, group_size), mode)
+    eight_bit = {"model.embed_tokens", "lm_head"} | wide_projections(config)
     floors = bit_floors.delta_floors(config)
     shapes = {}
     plan = {}
@@ -140,7 +111,7 @@ def formats_of(
             continue
         path = name.removesuffix(".weight")
         shapes[path] = shape
-        plan[path] = usual
+        plan[path] = Format(USUAL_BITS, group_size)
         if path in eight_bit:
             plan[path] = Format(WIDE_BITS, group_size)
         elif path in floors:
@@ -214,12 +185,12 @@ def write_quantized(
 def compensated_head(checkpoint: Checkpoint, plan: Formats) -> str | None:
     """The module path of a head that is rounded by what reaches it, behind the blocks.
 
-    None where it has so many bits, or such a format, that it gets its nearest values. A tied head
-    is the embedding, too.
+    None where it has so many bits that it gets its nearest values. A tied head is the embedding,
+    too.
     """
     path = load.head_prefix(checkpoint).rstrip(".")
     kind = plan.get(path)
-    if kind is None or kind.mode != "affine" or kind.bits >= rounding.ENOUGH_BITS:
+    if kind is None or kind.bits >= rounding.ENOUGH_BITS:
         return None
     return path
 

@@ -14,10 +14,9 @@ def rounded_bytes(m: ModelSize, rounding: QuantizationConfig) -> int:
 
     Where no bits are asked for, in 4 bits, with the embedding and the head in 8.
     """
-    config = rounding.affine
-    if config.target_bpw:
-        return int(config.target_bpw * m.params / 8)
-    bits = (4 + BIAS_BITS / config.q_group_size) * m.params + 4 * m.tables_params
+    if rounding.target_bpw:
+        return int(rounding.target_bpw * m.params / 8)
+    bits = (4 + BIAS_BITS / rounding.q_group_size) * m.params + 4 * m.tables_params
     bits += bit_floors.further_bits(m.config)
     return int(bits / 8)
 
@@ -44,9 +43,9 @@ def rounds_head(config: QuantizationConfig) -> bool:
 def files_bytes(m: ModelSize, rounding: QuantizationConfig) -> int:
     """Bytes on disk once a model is rounded: itself, and its blocks and head as begun."""
     packed = rounded_bytes(m, rounding)
-    if not rounding.affine.compensates:
+    if not rounding.compensates:
         return packed
     kept = m.all_block_params
-    if rounds_head(rounding.affine):
+    if rounds_head(rounding):
         kept += m.head_params
     return packed + packed * kept // m.params

@@ -54,8 +54,8 @@ def check(config: Mapping[str, Any], rounding: QuantizationConfig) -> None:
 
     A shape that groups do not divide, a target out of reach.
     """
-    packed_format.formats_of(config, rounding.q_group_size, mode=rounding.q_mode)
-    bit_allocation.check(config, rounding.affine)
+    packed_format.formats_of(config, rounding.q_group_size)
+    bit_allocation.check(config, rounding)
 
 
 def quantize(
@@ -75,7 +75,6 @@ def quantize(
     of the tokens that the model draws. begun: what is in it is not made again, what is made goes
     into it.
     """
-    rounding = rounding.affine
     beside = out.absolute().parent
     files.make_folder(beside)
 
@@ -87,7 +86,9 @@ def quantize(
 
     extra = {}
     if rounding.target_bpw is None:
-        plan = _usual_layout(checkpoint, rounding)
+        plan: packed_format.Formats = packed_format.formats_of(
+            checkpoint.config, rounding.q_group_size
+        )
     else:
         known = begun.layout() if begun else None
         if known is None:
@@ -110,19 +111,6 @@ def quantize(
         rounded=rounded,
         extra=extra,
         fit=rounded is not None,
-    )
-
-
-def _usual_layout(checkpoint: Checkpoint, rounding: QuantizationConfig) -> packed_format.Formats:
-    """The format of every matrix, where no cost is measured."""
-    wide: tuple[int, ...] = ()
-    if rounding.q_mode == "affine":
-        wide = packed_format.blocks_after_removed(checkpoint)
-    return packed_format.formats_of(
-        checkpoint.config,
-        rounding.q_group_size,
-        wide,
-        rounding.q_mode,
     )
 
 
@@ -364,16 +352,15 @@ def quantizing_cost(
     With `target_bpw`, passes over `windows` come first and say what bits cost. With GPTQ, a pass
     over them goes along and makes up for errors.
     """
-    config = rounding.affine
     cost = StageCost(
         name="quantize",
         read_bytes=m.nbytes,
-        written_bytes=rounded_size.files_bytes(m, config),
-        peak_bytes=_writing_bytes(m, config.q_group_size),
+        written_bytes=rounded_size.files_bytes(m, rounding),
+        peak_bytes=_writing_bytes(m, rounding.q_group_size),
     )
-    if config.compensates:
-        cost = _compensated(cost, m, config, tokens=windows * length, length=length, limit=limit)
-    if config.target_bpw is None:
+    if rounding.compensates:
+        cost = _compensated(cost, m, rounding, tokens=windows * length, length=length, limit=limit)
+    if rounding.target_bpw is None:
         return cost
     sensing = bit_allocation.sensing_cost(m, length, limit, windows)
     held = min(cost.stays.get(WINDOWS, windows), sensing.stays[WINDOWS])

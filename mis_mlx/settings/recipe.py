@@ -124,14 +124,9 @@ class QuantizationConfig:
 
     q_group_size: Literal[32, 64, 128] = 64
     """weights that share one scale"""
-    q_mode: Literal["affine", "mxfp4", "nvfp4"] = "affine"
-    """format of the blocks' weights; with mxfp4 and nvfp4, the embedding is 8-bit affine, and
-    measured bits, GPTQ and learning scales do not apply
-    """
     target_bpw: Bits | None = 4.5
     """average bits per weight, including scales: each matrix gets 3 to 8 bits, by the measured loss
     on text; below 3.5, also 2 bits and other group sizes. None: 4 bits, and 8 for the embedding
-    and for down_proj next to removed blocks
     """
     q_groups: Annotated[Literal["auto", "mixed", "one"], FILE_ONLY] = "auto"
     """mixed: with target_bpw, a matrix may have 2 bits, or another group size than q_group_size
@@ -152,13 +147,6 @@ class QuantizationConfig:
     """
 
     @property
-    def affine(self) -> QuantizationConfig:
-        """The flags that count: in formats that are not affine, weights are rounded, no more."""
-        if self.q_mode == "affine":
-            return self
-        return replace(self.blind, q_iters=0)
-
-    @property
     def blind(self) -> QuantizationConfig:
         """The same without what looks at text before it rounds."""
         return replace(self, target_bpw=None, q_method="round")
@@ -166,8 +154,7 @@ class QuantizationConfig:
     @property
     def looks(self) -> bool:
         """Whether rounding looks at text."""
-        affine = self.affine
-        return affine.compensates or affine.target_bpw is not None
+        return self.compensates or self.target_bpw is not None
 
     @property
     def mixes_groups(self) -> bool:
@@ -184,8 +171,7 @@ class QuantizationConfig:
 
     def steps(self, usual: int = 0) -> int:
         """Steps after rounding; `usual` where nobody asked for a number."""
-        asked = self.affine.q_iters
-        return usual if asked is None else asked
+        return usual if self.q_iters is None else self.q_iters
 
 
 TUNE_ITERS = 20

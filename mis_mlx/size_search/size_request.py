@@ -21,15 +21,15 @@ from mis_mlx.types import Checkpoint, MisError, gib
 SCENARIO = "none"  # of students whose sizes are searched for
 DEFAULT_LOSS = 0.1  # bits a byte that a run allows where nothing is said about sizes
 GIVE_SIZES = "give sizes, such as --vocab 0.5x, and --target-bpw"  # where there is no search
-# Settings that say how large the result is; formats other than affine have bits of their own.
-SIZE_SETTINGS = ("student", "scenario", *ALL, "target_bpw", "q_mode")
+# Settings that say how large the result is.
+SIZE_SETTINGS = ("student", "scenario", *ALL, "target_bpw")
 
 
 def given_sizes(asked: DistillFlags) -> list[str]:
     """The flags that say how large the student is."""
     given = []
     for name, value in asked.given.items():
-        if name in SIZE_SETTINGS and (name, value) != ("q_mode", "affine"):
+        if name in SIZE_SETTINGS:
             given.append(f"--{name.replace('_', '-')} {value}")
     return given
 

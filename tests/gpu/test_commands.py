@@ -135,10 +135,10 @@ def teachers(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Cal
                 intermediate_size=192,
                 num_hidden_layers=2,
             )
+        elif kind in ("mxfp4", "nvfp4") and not (root / kind).exists():
+            tiny.in_fp4(load.open_checkpoint(made("bfloat16")), root / kind, kind)
         elif not (root / kind).exists():
             how: dict[str, Any] = dict(q_iters=0, q_method="round", target_bpw=None)
-            if kind != "affine":
-                how |= {"q_mode": kind}
             quantize.run(
                 quantize.Settings(model=str(made("bfloat16")), mlx_path=str(root / kind), **how)
             )
@@ -183,7 +183,6 @@ WAYS = {
     # off. The losses are some 0.06 nats.
     "4-bit teacher": Way("affine", {}, near=0.05, held_out=0.01),
     "mxfp4 teacher": Way("mxfp4", {"quantize": 0}, near=0.02, held_out=0.01),
-    "to mxfp4": Way("bfloat16", {"q_mode": "mxfp4", "q_iters": None}),
     # other tokens are sampled here, there
     "cached": Way("bfloat16", {"targets": "cached", "quantize": 0}, near=0.02),
     "sharded": Way("bfloat16", {"train": "sharded", "quantize": 0}),
@@ -193,9 +192,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize(
-    "way", [slow_where((*EMULATED, "to mxfp4"), name, way) for name, way in WAYS.items()]
-)
+@pytest.mark.parametrize("way", [slow_where(EMULATED, name, way) for name, way in WAYS.items()])
 def test_distill(
     way: Way,
     teachers: Callable[[str], Path],
@@ -398,8 +395,6 @@ def test_search(
 HOWS: dict[str, dict[str, Any]] = {
     "gptq and tune": {"q_iters": 2, "target_bpw": None},
     "4.6 bits": {},
-    "mxfp4": {"q_mode": "mxfp4"},
-    "nvfp4": {"q_mode": "nvfp4", "q_group_size": 32},
 }
 
 

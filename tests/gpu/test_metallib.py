@@ -62,7 +62,7 @@ def test_packed_weights_of_every_format(kernel: str, names: frozenset[str]) -> N
 
 @pytest.mark.parametrize(("mode", "group", "bits"), [("mxfp4", 32, 4), ("nvfp4", 16, 4)])
 def test_floating_formats(mode: str, group: int, bits: int, names: frozenset[str]) -> None:
-    """What mixtures are published in, and `--q-mode` makes."""
+    """What mixtures are published in."""
     wanted = {
         f"{mode}_{kernel}_{dtype}_gs_{group}_b_{bits}" for kernel, dtype in product(PACKED, TYPES)
     }

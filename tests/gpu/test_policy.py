@@ -47,9 +47,11 @@ def packed(tmp_path: Path, stored: str, mode: str = "affine", layers: int = 5) -
     sizes: dict[str, Any] = {"num_hidden_layers": layers, "intermediate_size": 192}
     made = tiny.make(tmp_path / "dense", dtype=stored, torch_dtype=TORCH[stored], **sizes)
     dense = load.open_checkpoint(made)
-    packed_format.write_quantized(
-        dense, tmp_path / "packed", packed_format.formats_of(dense.config, 64, (), mode), DISK
-    )  # type: ignore[arg-type]
+    if mode == "affine":
+        plan = packed_format.formats_of(dense.config, 64)
+        packed_format.write_quantized(dense, tmp_path / "packed", plan, DISK)
+    else:
+        tiny.in_fp4(dense, tmp_path / "packed", mode)
     return load.open_checkpoint(tmp_path / "packed")
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,17 +14,15 @@ import pytest
 
 from mis_mlx.maths import gptq, reconstruction, rounding
 from mis_mlx.models.architectures import arch
-from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.passing import stream
 from mis_mlx.models.passing.sweep import BlockTurn
-from mis_mlx.pruning import slicing
 from mis_mlx.quantization import packed_format, stage
 from mis_mlx.quantization.begun_rounding import BegunRounding
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.storage.safetensors import write_tensors
-from mis_mlx.types import UNDECIDED, Checkpoint, KeptUnits, MisError
+from mis_mlx.types import UNDECIDED, Checkpoint, MisError
 from tests import tiny
 from tests.conftest import mostly_thorough
 
@@ -34,9 +31,7 @@ def write(
     checkpoint: Checkpoint, out: Path, batches: list[mx.array], group: int = 64
 ) -> Checkpoint:
     """The model rounded on `batches`, opened."""
-    plan = packed_format.formats_of(
-        checkpoint.config, group, packed_format.blocks_after_removed(checkpoint)
-    )
+    plan = packed_format.formats_of(checkpoint.config, group)
     packed_format.write_quantized(
         checkpoint,
         out,
@@ -166,10 +161,8 @@ def test_a_head_in_the_journal_is_not_made_again(
 
 
 def test_a_head_of_eight_bits_gets_its_nearest_values(llama: Checkpoint) -> None:
-    """And so does one in a format that has no integers on a line."""
+    """Like all tables in the usual layout."""
     plan = packed_format.formats_of(llama.config, 64)
-    assert packed_format.compensated_head(llama, plan) is None
-    plan = {**plan, "model.embed_tokens": packed_format.Format(4, 32, "mxfp4")}
     assert packed_format.compensated_head(llama, plan) is None
 
 
@@ -248,33 +241,6 @@ def test_the_model_stays_nearer_to_itself(tmp_path: Path) -> None:
         return sum(mx.square(a - b).sum().item() for a, b in zip(found, want, strict=True))
 
     assert error(made) < 0.8 * error(load.open_checkpoint(tmp_path / "round"))
-
-
-@pytest.mark.usefixtures("cpu_policy")
-def test_bridges_keep_their_eight_bits(tmp_path: Path, batches: list[mx.array]) -> None:
-    """down_proj of the blocks that stand for removed ones has the nearest values of fitted
-    grids.
-    """
-    teacher = load.open_checkpoint(tiny.make(tmp_path / "t", num_hidden_layers=4))
-    shape = replace(shape_of(teacher.config), layers=3)
-    slicing.write_student(
-        teacher,
-        shape,
-        keep=KeptUnits((0, 2, 3), {}, ""),
-        out=tmp_path / "s",
-        dtype="float32",
-        files=DISK,
-    )
-    student = load.open_checkpoint(tmp_path / "s")
-    made = write(student, tmp_path / "q4", batches)
-    assert packed_format.blocks_after_removed(student) == (0, 2)
-    for i, bits in ((0, 8), (1, 4), (2, 8)):
-        name = f"model.layers.{i}.mlp.down_proj.weight"
-        nearest = rounding.fitted(load.dense(student, name), 64, bits)
-        plain = rounding.values(nearest, 64, bits)
-        assert bool((load.dense(made, name) == plain).all()) == (bits == 8)
-    settings = json.loads((tmp_path / "q4" / "config.json").read_text())["quantization"]
-    assert settings["model.layers.0.mlp.down_proj"]["bits"] == 8
 
 
 def test_hidden_states_on_disk_change_nothing(

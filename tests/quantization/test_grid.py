@@ -26,7 +26,8 @@ TOKENS = mx.random.randint(0, 512, (2, 16), key=mx.random.key(3))
 @pytest.fixture
 def packed(llama: Checkpoint, tmp_path: Path) -> Checkpoint:
     """The tiny llama in 3, 4 and 8 bits."""
-    plan = dict(packed_format.formats_of(llama.config, 64, (1,)))
+    plan = packed_format.formats_of(llama.config, 64)
+    plan["model.layers.1.mlp.down_proj"] = packed_format.Format(8, 64)
     plan["model.layers.0.self_attn.q_proj"] = packed_format.Format(3, 64)
     packed_format.write_quantized(llama, tmp_path / "q", plan, DISK)
     return load.open_checkpoint(tmp_path / "q")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,11 +13,10 @@ from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
-from mis_mlx.pruning import slicing
 from mis_mlx.quantization import packed_format, stage
 from mis_mlx.settings import recipe
 from mis_mlx.storage.files import DISK
-from mis_mlx.types import Checkpoint, KeptUnits, MisError
+from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 from tests.peaks import allocated
 
@@ -118,40 +115,6 @@ def test_rounding_is_as_good_as_the_bits_allow(tmp_path: Path, llama: Checkpoint
         # MLX moves the grid so that 0 is exact, which costs up to half a step more at one end.
         assert (error <= 1.1 * step).all()
         assert error.mean().item() < 0.6 * step.mean().item()
-
-
-@pytest.mark.parametrize(
-    ("layers", "wide"),
-    [((0, 1, 2), ()), ((0, 2), (0, 1)), ((1, 2), ()), ((0, 1), ()), ((0, 2, 3, 5), (0, 2, 3))],
-)
-def test_bridges_get_eight_bits(
-    tmp_path: Path, layers: tuple[int, ...], wide: tuple[int, ...]
-) -> None:
-    """Blocks before a gap, and then the last one: their down_proj has 8 bits, and stock mlx-lm is
-    told so.
-    """
-    teacher = load.open_checkpoint(tiny.make(tmp_path / "t", num_hidden_layers=6))
-    shape = replace(shape_of(teacher.config), layers=len(layers))
-    slicing.write_student(
-        teacher,
-        shape,
-        keep=KeptUnits(layers, {}, ""),
-        out=tmp_path / "s",
-        dtype="float32",
-        files=DISK,
-    )
-    student = load.open_checkpoint(tmp_path / "s")
-    plan = packed_format.formats_of(student.config, 64, packed_format.blocks_after_removed(student))
-    packed_format.write_quantized(student, tmp_path / "q4", plan, DISK)
-    settings = json.loads((tmp_path / "q4" / "config.json").read_text())["quantization"]
-    paths = {f"model.layers.{i}.mlp.down_proj" for i in wide} | {"model.embed_tokens"}
-    assert {
-        path for path, own in settings.items() if isinstance(own, dict) and own["bits"] == 8
-    } == paths
-    model, _ = load.mlx_lm("utils").load(str(tmp_path / "q4"))
-    assert [layer.mlp.down_proj.bits for layer in model.model.layers] == [
-        8 if i in wide else 4 for i in range(len(layers))
-    ]
 
 
 def test_group_32_when_asked(tmp_path: Path, batches: list[mx.array]) -> None:
