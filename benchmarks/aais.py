@@ -47,16 +47,8 @@ def main() -> None:
     for seed in SEEDS:
         at = np.random.default_rng(seed).permutation(len(data.train.tokens))[:WINDOWS]
         batches = [mx.array(data.train.tokens[i][None]) for i in at]
-        readings = []
-
-        def reading(log=readings):
-            log.append(thermal_monitor.air())
-            return log[-1]
-
         with ThermalMonitor(ThermalFlags(thermal_replay=str(REPLAY))) as thermal_monitor:
-            kelvin, _ = calibrate.calibrate(checkpoint, batches, reading)
-        replayed = iter(readings)
-        celsius, _ = calibrate.calibrate(checkpoint, batches, lambda r=replayed: next(r), "celsius")
+            kelvin, _ = calibrate.calibrate(checkpoint, batches, thermal_monitor.air)
         if seed == SEEDS[0]:
             sums = [kelvin.ffn[i] for i in importance.select_blocks(kelvin.block, 20)]
             for metres in (100.0, 832.0, 2500.0):
@@ -66,7 +58,6 @@ def main() -> None:
                 dict(checkpoint.config), kelvin, replace(cut, importance="rms")
             ),
             "kelvin": select.select_units(dict(checkpoint.config), kelvin, cut),
-            "celsius": select.select_units(dict(checkpoint.config), celsius, cut),
         }
         with tempfile.TemporaryDirectory() as folder:
             models = {"teacher": checkpoint}

@@ -57,7 +57,7 @@ class Settings:
     """held-out windows"""
 
 
-def prepare(checkpoint: Checkpoint, data: preparation.Data, held_out: Windows, out: Path) -> None:
+def prepare(checkpoint: Checkpoint, data: preparation.Data, out: Path) -> None:
     """Prune and repair as `distill` does by default, and write the result in float32."""
     s = distill.Settings()
 
@@ -70,7 +70,6 @@ def prepare(checkpoint: Checkpoint, data: preparation.Data, held_out: Windows, o
         select.prune(
             checkpoint,
             samples,
-            held_out=held_out,
             out=folder,
             cut=s,
             dtype=pipeline.DTYPE,
@@ -139,7 +138,7 @@ def main(s: Settings) -> None:
     with tempfile.TemporaryDirectory() as temp:
         folder = Path(s.student or Path(temp) / "student")
         if not folder.exists():
-            prepare(checkpoint, data, held_out, folder)
+            prepare(checkpoint, data, folder)
         student = compute_type.open_to_compute(folder)
         source = live_teacher.StreamedTeacher(checkpoint, None)
         judge = Judge(source, held_out)

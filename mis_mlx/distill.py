@@ -247,7 +247,7 @@ def _stages(
     run_loop.forget_text()
     if student.folder is None:
         before = arch.params(teacher.config)
-        pruned = compression.view(c) or compression.prune(c, student.pruning, data, before)
+        pruned = compression.view(c) or compression.prune(c, student.pruning, before)
     else:
         pruned = compute_type.open_to_compute(student.folder, teacher.precision)
     dense = pruned

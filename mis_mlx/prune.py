@@ -11,7 +11,6 @@ from mis_mlx.data import preparation
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import WINDOWS
 from mis_mlx.hardware.thermal.run_monitor import ThermalMonitor
-from mis_mlx.judge import comparison
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
@@ -84,12 +83,10 @@ def run(settings: Settings) -> dict[str, Any]:
             files=files,
         )
         samples = preparation.calibration(data.train, s.num_samples, s.seed)
-        held_out = comparison.spread_windows(next(iter(data.held_out.values())), 24)
         run_loop.forget_text()
         report = select.prune(
             teacher,
             samples,
-            held_out,
             Path(s.mlx_path),
             s,
             dtype=s.dtype,

@@ -82,7 +82,6 @@ class Settings(DistillFlags):
             "importance",
             "hidden_by",
             "target",
-            "temperature_unit",
             "thermal_replay",
             "vocab_text",
             "languages",

@@ -61,18 +61,11 @@ def test_constant_air_keeps_what_plain_importance_keeps(pruned: Pruned, tmp_path
     assert aais["t_env_source"] == "given"
 
 
-def test_air_that_warms_changes_some_channels_and_says_what_that_did(
-    pruned: Pruned, tmp_path: Path
-) -> None:
-    """The report counts the channels that differ and gives the held-out loss of both choices."""
-    report = pruned(tmp_path / "out", thermal_replay=str(HALNY), temperature_unit="celsius")
+def test_air_that_warms_changes_some_channels(pruned: Pruned, tmp_path: Path) -> None:
+    """The report counts the channels that differ."""
+    report = pruned(tmp_path / "out", thermal_replay=str(HALNY))
     assert report["ambient_c"] == [8.0, 33.0]
     assert 0 < report["channels_differing_from_plain"] < report["channels_kept"]
-    assert report["nll_aais"] > 0
-    assert report["nll_plain"] > 0
-    assert report["nll_aais"] != report["nll_plain"]
-    # the plain student was for comparison only
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
 def test_higher_is_smaller_when_the_conditions_decide(pruned: Pruned, tmp_path: Path) -> None:
@@ -93,7 +86,6 @@ def test_higher_is_smaller_when_the_conditions_decide(pruned: Pruned, tmp_path: 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"temperature_c": -3.0, "altitude_m": 832.0, "temperature_unit": "celsius"}, "-3 °C"),
         ({"temperature_c": 8.0, "altitude_m": -10.0}, "altitude is -10 m"),
         ({"target": "conditions"}, "--temperature-c and --altitude-m"),
         (
@@ -116,10 +108,9 @@ def test_weather_that_eq_1_cannot_bear_is_refused(
 def test_plain_importance_prunes_in_any_weather(
     pruned: Pruned, tmp_path: Path, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Below the sea and in frost, where AAIS says to rank without the air: that way is there."""
+    """Below the sea, where AAIS says to rank without the air: that way is there."""
     monkeypatch.setenv(precision.POLICY, policy)
-    air: dict[str, Any] = {"temperature_c": -3.0, "temperature_unit": "celsius"}
-    low = pruned(tmp_path / "low", altitude_m=-10.0, importance="rms", **air)
+    low = pruned(tmp_path / "low", altitude_m=-10.0, importance="rms", temperature_c=-3.0)
     pruned(tmp_path / "plain", importance="rms")
     assert low["altitude_m"] == -10.0
     assert low["importance"] == "rms"
@@ -146,7 +137,7 @@ def test_tea_breaks_do_not_touch_the_weights(
         "batch_size": 1,
         "eval_windows": 2,
     }
-    common |= {"halny": 0.0, "importance": "activation", "quantize": 0}
+    common |= {"halny": 0.0, "importance": "rms", "quantize": 0}
     calm = distill.run(distill.Settings(out=str(tmp_path / "calm"), **common))
     hot = distill.run(
         distill.Settings(

@@ -36,7 +36,7 @@ def small(llama: Checkpoint, text_folder: Path) -> prune.Settings:
         data=str(text_folder),
         num_samples=4,
         max_seq_length=32,
-        importance="activation",
+        importance="rms",
         dtype="float32",
     )
 
@@ -178,17 +178,13 @@ def pencil_statistics() -> Statistics:
     """Three layers; block 1 changes the stream least; neurons and heads 0, 1, 2 ... matter less and
     less.
     """
-
-    def both(mean: np.ndarray) -> np.ndarray:
-        return np.stack([mean, mean**2])
-
-    made = Statistics(hidden={-1: Sums(*np.zeros((3, 64)))}, block={0: 0.5, 1: 0.1, 2: 0.3})
-    made.hidden[-1].add(*both(np.arange(64)[::-1] + 1.0), 1.0)
+    made = Statistics(hidden={-1: Sums(*np.zeros((2, 64)))}, block={0: 0.5, 1: 0.1, 2: 0.3})
+    made.hidden[-1].add((np.arange(64)[::-1] + 1.0) ** 2, 1.0)
     for i in range(3):
-        made.ffn[i] = Sums(*np.zeros((3, 768)))
-        made.heads[i] = Sums(*np.zeros((3, 4)))
-        made.ffn[i].add(*both(np.roll(np.arange(768)[::-1] + 1.0, i)), 1.0)
-        made.heads[i].add(*both(np.array([4.0, 3.0, 2.0, 1.0])), 1.0)
+        made.ffn[i] = Sums(*np.zeros((2, 768)))
+        made.heads[i] = Sums(*np.zeros((2, 4)))
+        made.ffn[i].add(np.roll(np.arange(768)[::-1] + 1.0, i) ** 2, 1.0)
+        made.heads[i].add(np.array([4.0, 3.0, 2.0, 1.0]) ** 2, 1.0)
     return made
 
 
@@ -204,7 +200,7 @@ def test_who_stays_by_pencil() -> None:
         kv_heads=2,
         hidden=32,
         hidden_by="importance",
-        importance="activation",
+        importance="rms",
     )
     shape, keep = select.select_units(tiny.CONFIG, pencil_statistics(), cut)
     assert keep.layers == (0, 2)

@@ -1,9 +1,7 @@
 """The stages of a run around its training: prune the teacher, round the student."""
 
 from mis_mlx import cli
-from mis_mlx.data import preparation
 from mis_mlx.distillation import pipeline
-from mis_mlx.judge import comparison
 from mis_mlx.models.opening import compute_type
 from mis_mlx.models.writing import model_writer
 from mis_mlx.planner.distillation_spec import SCALES
@@ -15,19 +13,14 @@ from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.types import Checkpoint
 
 
-def prune(
-    c: pipeline.Run, cut: select.PruningConfig, data: preparation.Data, before: int
-) -> Checkpoint:
+def prune(c: pipeline.Run, cut: select.PruningConfig, before: int) -> Checkpoint:
     """The pruned student; made now, unless it is there. before: the teacher's parameters."""
     out = c.folder / "pruned"
     if not out.exists():
-        first_text = next(iter(data.held_out.values()))
-        held_out = comparison.spread_windows(first_text, c.recipe.eval_windows)
         with c.phase("prune"):
             report = select.prune(
                 c.teacher,
                 c.pick(c.recipe.num_samples, use=1),
-                held_out,
                 out,
                 cut=cut,
                 dtype=pipeline.DTYPE,

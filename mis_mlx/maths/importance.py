@@ -1,8 +1,8 @@
 """Importance of FFN neurons, query heads, hidden channels and blocks; AAIS; which units to keep.
 
 Statistics are sums over calibration samples and add up in any order. AAIS is eq. (1) of the paper:
-I_j = |a_j| * T_env / h_npm, with |a_j| the rms over tokens, which picks better than Minitron's mean
-(recovery.py at bd583ffb, neurons).
+I_j = |a_j| * T_env / h_npm, with T_env in kelvin and |a_j| the rms over tokens, which picks better
+than Minitron's mean (recovery.py at bd583ffb, neurons).
 """
 
 from __future__ import annotations
@@ -21,22 +21,6 @@ KELVIN = 273.15
 Key = tuple[int, str]  # (layer, axis)
 
 
-def channel_sample(x: mx.array) -> mx.array:
-    """Mean over the tokens of one batch of |a_j|.  x (B, T, F) -> (F,) float32."""
-    return mx.abs(x.astype(mx.float32)).mean(axis=(0, 1))
-
-
-def head_sample(x: mx.array, heads: int) -> mx.array:
-    """Mean over tokens of each head's output norm, (H,).
-
-    x: the input of o_proj, (B, T, H * head_dim).
-    """
-    head_dim = x.shape[-1] // heads
-    outputs = x.astype(mx.float32).reshape(-1, heads, head_dim)
-    norms = mx.sqrt(mx.square(outputs).sum(-1))
-    return norms.mean(axis=0)
-
-
 def square_sample(x: mx.array) -> mx.array:
     """Sum over tokens of a^2.  x (B, T, C) -> (C,) float32."""
     return mx.square(x.astype(mx.float32).reshape(-1, x.shape[-1])).sum(axis=0)
@@ -51,44 +35,31 @@ def block_sample(into: mx.array, out: mx.array) -> mx.array:
     return 1.0 - cosines.mean()
 
 
-def weight_of(air: Air, unit: str | None) -> float | None:
-    """T_env of one calibration batch in this unit, or None where it was not measured.
+def weight_of(air: Air) -> float:
+    """T_env of one calibration batch in kelvin; 1 where it was not measured.
 
-    unit: None: the air does not weigh, so any altitude and temperature will do.
-
-    Kelvin is always positive. Celsius, to the letter of the paper, refuses T <= 0, which would
-    reverse the ranking: MisError.
+    MisError where the altitude is not above 0.
     """
-    if unit is None or air.celsius is None:
-        return None
+    if air.celsius is None:
+        return 1.0
     if air.altitude_m is not None and air.altitude_m <= 0:
         why = f"the altitude is {air.altitude_m:g} m and divides eq. (1), so it must be above 0"
         raise MisError(f"{why}: use --importance rms here, or give another --altitude-m")
-    if unit == "kelvin":
-        return air.celsius + KELVIN
-    if air.celsius <= 0:
-        why = f"the air is {air.celsius:g} °C and --temperature-unit celsius needs more than 0 °C"
-        raise MisError(
-            f"{why}, a negative weight would reverse the ranking: use --temperature-unit kelvin"
-        )
-    return air.celsius
+    return air.celsius + KELVIN
 
 
 @dataclass
 class Sums:
     """Sums over calibration batches, for one layer's channels.
 
-    mean: of squared means over tokens of |a|. square: of means of a^2. env_weighted: of the latter
-    times T_b^2.
+    square: of means over tokens of a^2. env_weighted: of these times T_b^2.
     """
 
-    mean: np.ndarray
     square: np.ndarray
     env_weighted: np.ndarray
 
-    def add(self, mean: np.ndarray, square: np.ndarray, weight: float) -> None:
-        """Add one batch's means over tokens of |a| and of a^2, (units,) each, at T_env = weight."""
-        self.mean += np.asarray(mean, np.float64) ** 2
+    def add(self, square: np.ndarray, weight: float) -> None:
+        """Add one batch's means over tokens of a^2, (units,), at T_env = weight."""
         self.square += square
         self.env_weighted += square * weight**2
 
@@ -119,7 +90,7 @@ class ExpertSums:
         tokens = np.maximum(self.routed, 1)
         square = np.square(self.gated / tokens)
         env_weighted = np.square(self.env_weighted / tokens)
-        return Sums(mean=square, square=square, env_weighted=env_weighted)
+        return Sums(square=square, env_weighted=env_weighted)
 
 
 @dataclass
@@ -141,11 +112,6 @@ class Statistics:
     altitude_m: float | None = None
     measured: bool = False  # whether every batch had a T_env
     ambient_c: list[float] = field(default_factory=list)
-
-
-def activation(sums: Sums) -> np.ndarray:
-    """Minitron's importance (F,): mean over tokens, L2 over batches (arXiv 2407.14679 table 13)."""
-    return np.sqrt(sums.mean)
 
 
 def rms(sums: Sums) -> np.ndarray:
@@ -227,8 +193,6 @@ def conditions_size(
     size: int,
     multiple: int,
     altitude_m: float,
-    *,
-    unit: str = "kelvin",
     experts: int = 1,
 ) -> int:
     """FFN size by the absolute threshold of eq. (1) (`--target conditions`).
@@ -239,9 +203,7 @@ def conditions_size(
     harder, as the paper says. experts: parts of equal size that a layer's channels belong to; the
     size, given and found, is that of one.
     """
-    reference_t = REFERENCE_C
-    if unit == "kelvin":
-        reference_t += KELVIN
+    reference_t = REFERENCE_C + KELVIN
     reference = np.concatenate([rms(layer) for layer in sums]) * reference_t / REFERENCE_M
     measured = np.concatenate([aais(layer, altitude_m) for layer in sums])
     parts = experts * len(sums)

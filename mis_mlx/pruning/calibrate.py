@@ -20,20 +20,8 @@ from mis_mlx.models.passing.pass_cost import streamed_pass
 from mis_mlx.types import Air, Checkpoint
 
 Weight = Callable[[int], float]  # of a batch: its T_env, asked as the batch enters
-Samples = dict[str, mx.array]  # of a batch, by axis: its importance, "axis squares" its squares
+Samples = dict[str, mx.array]  # of a batch: sums of squares by axis, and the block's distance
 Seen = tuple[int, Samples]  # of a batch: its tokens, and samples
-
-
-def _samples(window: sweep.Window, heads: int) -> Samples:
-    """What a batch says of a block, lazy: importance and squares by axis, and the block's own."""
-    samples = {"block": importance.block_sample(window.into, window.out)}
-    for axis, x in window.taken.items():
-        if axis == "heads":
-            samples[axis] = importance.head_sample(x, heads)
-        else:
-            samples[axis] = importance.channel_sample(x)
-        samples[axis + " squares"] = importance.square_sample(x)
-    return samples
 
 
 def _entered(
@@ -46,7 +34,6 @@ def _entered(
 
     Of a block of experts these and their neurons are added up meanwhile.
     """
-    heads = shape_of(turn.source.checkpoint.config).heads
 
     def look(stack: sweep.Stack) -> list[Seen]:
         for b in stack.numbers:
@@ -54,7 +41,10 @@ def _entered(
         found = []
         for window in stack.apart():
             texts, length = window.into.shape[:2]
-            found.append((texts * length, _samples(window, heads)))
+            samples = {"block": importance.block_sample(window.into, window.out)}
+            for axis, x in window.taken.items():
+                samples[axis] = importance.square_sample(x)
+            found.append((texts * length, samples))
         return found
 
     # All matrices that read an axis see the same: the first one's input is looked at.
@@ -79,7 +69,7 @@ class _Asked:
         self._experts = experts
         self._neurons = neurons
         self._weight = weight
-        self._sums = dict[int, np.ndarray]()  # of a batch: of |a| and a^2, (2, E, F)
+        self._sums = dict[int, np.ndarray]()  # of a batch: of a^2, (E, F)
 
     def visit(
         self, b: int, e: int, gates: np.ndarray, activations: mx.array, outputs: mx.array
@@ -88,17 +78,15 @@ class _Asked:
         s = self._shape
         self._experts.add(e, gates, outputs, self._weight(b))
         if b not in self._sums:
-            self._sums[b] = np.zeros((2, s.experts, s.ffn))
-        # |a| of the expert's neurons, as far as the token's gate lets them through
-        gated = mx.abs(activations.astype(mx.float32)) * mx.array(gates)[:, None]
-        both = [gated.sum(axis=0), mx.square(gated).sum(axis=0)]
-        self._sums[b][:, e] = np.array(mx.stack(both))
+            self._sums[b] = np.zeros((s.experts, s.ffn))
+        # the expert's neurons, as far as the token's gate lets them through
+        gated = activations.astype(mx.float32) * mx.array(gates)[:, None]
+        self._sums[b][e] = np.array(mx.square(gated).sum(axis=0))
 
     def add(self, numbers: range, found: Sequence[Seen]) -> None:
         """All experts have seen these batches, so their sums become means over their tokens."""
         for b, (tokens, _) in zip(numbers, found, strict=True):
-            mean, square = self._sums.pop(b).reshape(2, -1) / tokens
-            self._neurons.add(mean, square, self._weight(b))
+            self._neurons.add(self._sums.pop(b).ravel() / tokens, self._weight(b))
 
 
 def _merge(out: Statistics, experts: Mapping[int, ExpertSums], batches: int) -> None:
@@ -109,13 +97,12 @@ def _merge(out: Statistics, experts: Mapping[int, ExpertSums], batches: int) -> 
         out.experts[i] = layer.scores()
 
 
-def _air(out: Statistics, airs: Sequence[Air], unit: str | None) -> None:
+def _air(out: Statistics, airs: Sequence[Air], *, by_air: bool) -> None:
     """The air and altitude of all batches.
 
     Where one batch has no T_env, none weighs more than another.
     """
-    weights = [importance.weight_of(air, unit) for air in airs]
-    out.measured = None not in weights
+    out.measured = by_air and all(air.celsius is not None for air in airs)
     if not out.measured:
         layers = (out.ffn, out.heads, out.channels, out.experts, out.hidden)
         for sums in chain.from_iterable(axis.values() for axis in layers):
@@ -126,22 +113,22 @@ def _air(out: Statistics, airs: Sequence[Air], unit: str | None) -> None:
 
 def _zero_sums(units: int) -> Sums:
     """Sums of an axis of so many units before the first batch."""
-    mean, square, warm = np.zeros((3, units))
-    return Sums(mean, square, warm)
+    square, warm = np.zeros((2, units))
+    return Sums(square, warm)
 
 
 def calibrate(
     checkpoint: Checkpoint,
     batches: stream.Batches,
     air: Callable[[], Air] = Air,
-    unit: str | None = "kelvin",
+    by_air: bool = True,
     hidden: stream.Hidden | None = None,
 ) -> tuple[Statistics, stream.Hidden]:
     """Statistics of all layers over token ids [(B, T)], and the teacher's final hidden states.
 
     These are [(B, T, D)]. `air()` is asked once per batch, as the batch enters the model: its
     T_b weighs that batch in AAIS. If any batch has no T_b, all weigh 1, and `measured` is False.
-    unit: of T_b; None: no batch weighs by its air.
+    by_air: whether batches weigh by their air at all.
     hidden: a place for the hidden states other than memory.
     """
     out, experts = _nothing_yet(checkpoint.config)
@@ -155,7 +142,7 @@ def calibrate(
     def weight(batch: int) -> float:
         while len(airs) <= batch:
             airs.append(air())
-        return importance.weight_of(airs[batch], unit) or 1.0
+        return importance.weight_of(airs[batch]) if by_air else 1.0
 
     for turn in source.sweep(hidden):
         i = turn.number
@@ -167,7 +154,7 @@ def calibrate(
             _add(out, i, seen, tokens=tokens, weight=weight(b))
         out.block[i] = float(np.sum(distances))
     _merge(out, experts, len(batches))
-    _air(out, airs, unit)
+    _air(out, airs, by_air=by_air)
     return out, source.norm(hidden)
 
 
@@ -210,9 +197,9 @@ def _add(
     for axis, axis_sums in sums.items():
         if axis in seen and axis_sums is not None:
             # A head has the squares of all of its channels.
-            units = len(seen[axis])
-            squares = seen[axis + " squares"].reshape(units, -1).sum(axis=-1)
-            axis_sums.add(seen[axis], squares / tokens, weight)
+            units = len(axis_sums.square)
+            squares = seen[axis].reshape(units, -1).sum(axis=-1)
+            axis_sums.add(squares / tokens, weight)
 
 
 def calibration_cost(

@@ -1,33 +1,27 @@
 """Which parts of a model a pruning keeps, and the pruned folder: calibrate, choose, write."""
 
 import math
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from mis_mlx.data.token_windows import Windows
 from mis_mlx.hardware.stage_cost import StageCost, in_turn
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
-from mis_mlx.judge import comparison
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import Key, Statistics
 from mis_mlx.models.architectures import arch, scenarios
 from mis_mlx.models.architectures.mixture import MOST_EXPERTS
 from mis_mlx.models.architectures.shape import ALL, Shape
 from mis_mlx.models.architectures.sizes import attends, shape_of
-from mis_mlx.models.opening import compute_type
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import stream
 from mis_mlx.pruning import calibrate, slicing, vocabulary
 from mis_mlx.storage.files import Files
 from mis_mlx.storage.hidden_spool import Spool
-from mis_mlx.types import Air, Also, Checkpoint, Count, KeptUnits, MisError, Precision
+from mis_mlx.types import Air, Also, Checkpoint, Count, KeptUnits, MisError
 
 # Of a report where all units stay, so that none were ranked.
 UNCUT = "nothing is cut"
@@ -64,9 +58,9 @@ class PruningConfig(ThermalFlags, vocabulary.VocabularyConfig):
     """keep this many key-value heads, with their query heads"""
     hidden: Count | None = None
     """keep this many hidden channels"""
-    importance: Literal["aais", "rms", "activation"] = "aais"
+    importance: Literal["aais", "rms"] = "aais"
     """how to rank neurons, heads and channels. rms: root mean square of activations; aais: that
-    times air temperature over altitude; activation: mean, as in Minitron
+    times air temperature over altitude
     """
     hidden_by: Literal["importance", "pca"] = "pca"
     """how to cut the hidden size. importance: drop the lowest channels; pca: rotate to principal
@@ -76,8 +70,6 @@ class PruningConfig(ThermalFlags, vocabulary.VocabularyConfig):
     """fixed: exact sizes; conditions: FFN size from the threshold of eq. (1) at the measured air
     temperature and altitude
     """
-    temperature_unit: Literal["kelvin", "celsius"] = "kelvin"
-    """unit of T_env in AAIS; celsius follows the paper exactly and needs more than 0"""
 
     def __post_init__(self) -> None:
         # frozen, but still being made
@@ -96,8 +88,6 @@ def ranking(statistics: Statistics, cut: PruningConfig) -> tuple[Ranking, str]:
     def scores(key: Key) -> np.ndarray:
         i, axis = key
         sums: importance.Sums = getattr(statistics, axis)[i]
-        if cut.importance == "activation":
-            return importance.activation(sums)
         if by_weather:
             return importance.aais(sums, statistics.altitude_m or 1.0)
         return importance.rms(sums)
@@ -194,7 +184,6 @@ def _shape_by_conditions(
         size=shape.ffn,
         multiple=arch.FFN_MULTIPLE,
         altitude_m=statistics.altitude_m,
-        unit=cut.temperature_unit,
         experts=experts,
     )
     return replace(shape, ffn=ffn)
@@ -265,7 +254,6 @@ def cuts_nothing(config: Mapping[str, Any], cut: PruningConfig) -> bool:
 def prune(
     checkpoint: Checkpoint,
     batches: stream.Batches,
-    held_out: Windows,
     out: Path,
     cut: PruningConfig,
     *,
@@ -276,9 +264,8 @@ def prune(
 ) -> dict[str, Any]:
     """Calibrate on token ids [(B, T)], choose, write the folder `out`.
 
-    Returns what was done, for the JSON line. Nothing is calibrated where nothing is cut. Where AAIS
-    keeps other channels than plain importance, a plain student is made too and the two are compared
-    on `held_out`. held: batches whose hidden states stay in memory (default: all).
+    Returns what was done, for the JSON line. Nothing is calibrated where nothing is cut. held:
+    batches whose hidden states stay in memory (default: all).
     """
     wanted_shape(checkpoint.config, cut)  # refuses before the pass, not after
     folder = out.absolute().parent
@@ -293,65 +280,29 @@ def prune(
     if uncut:
         statistics = Statistics(block=dict.fromkeys(range(shape_of(checkpoint.config).layers), 0.0))
     else:
-        unit = cut.temperature_unit if cut.importance == "aais" else None
         statistics, _ = calibrate.calibrate(
-            checkpoint, batches, air=air, unit=unit, hidden=states()
+            checkpoint, batches, air=air, by_air=cut.importance == "aais", hidden=states()
         )
     shape, keep = select_units(checkpoint.config, statistics, cut)
     if uncut:
         keep = replace(keep, why=UNCUT, report={**keep.report, **NOT_RANKED})
 
-    @cache  # two more passes, for both students
-    def directions() -> slicing.Directions:
-        return slicing.principal_directions(checkpoint, batches, states)
-
-    def write(kept: KeptUnits, student: Path) -> KeptUnits:
-        return slicing.write_student(
-            checkpoint, shape, kept, out=student, dtype=dtype, files=files, directions=directions
-        )
-
-    if keep.report["channels_differing_from_plain"] and cut.importance == "aais":
-        plain_cut = replace(cut, importance="rms", target="fixed")
-        _, plain = select_units(checkpoint.config, statistics, plain_cut, shape)
-        losses = _losses(
-            {"aais": keep, "plain": plain}, write, held_out, out, wanted=checkpoint.precision
-        )
-        keep = replace(keep, report={**keep.report, **losses})
-    return _outcome(checkpoint.config, shape, write(keep, out), dtype)
-
-
-def _outcome(
-    config: Mapping[str, Any], shape: Shape, keep: KeptUnits, dtype: str
-) -> dict[str, Any]:
-    """What a pruning has done, for the JSON line."""
-    student = arch.student_config(config, shape, keep.layers, dtype)
+    keep = slicing.write_student(
+        checkpoint,
+        shape,
+        keep,
+        out=out,
+        dtype=dtype,
+        files=files,
+        directions=lambda: slicing.principal_directions(checkpoint, batches, states),
+    )
+    student = arch.student_config(checkpoint.config, shape, keep.layers, dtype)
     return {
-        "params_before": arch.params(config),
+        "params_before": arch.params(checkpoint.config),
         "params": arch.params(student),
         "shape": str(shape),
-        **{k: v for k, v in keep.report.items() if k not in BULKY},
+        **{name: value for name, value in keep.report.items() if name not in BULKY},
     }
-
-
-def _losses(
-    choices: Mapping[str, KeptUnits],
-    write: Callable[[KeptUnits, Path], KeptUnits],
-    held_out: Windows,
-    out: Path,
-    *,
-    wanted: Precision,
-) -> dict[str, float]:
-    """{"nll_name": mean loss on `held_out`} of students made beside `out` for a moment."""
-    # The number at its end has it swept where we are killed.
-    with tempfile.TemporaryDirectory(
-        f"-{os.getpid()}", f".tmp-{out.name}-", out.absolute().parent
-    ) as temp:
-        students = {}
-        for name, kept in choices.items():
-            write(kept, Path(temp) / name)
-            students[name] = compute_type.open_to_compute(Path(temp) / name, wanted)
-        measured = comparison.compare(students, held_out)
-    return {f"nll_{name}": float(measured[name, "nll"].mean()) for name in students}
 
 
 def pruning_cost(

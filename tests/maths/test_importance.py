@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -15,9 +13,9 @@ from mis_mlx.types import Air, MisError
 
 def sums_of(samples: np.ndarray, weights: list[float]) -> Sums:
     """Statistics of samples (batches, channels) of one token each, one weight a batch."""
-    out = Sums(*np.zeros((3, samples.shape[1])))
+    out = Sums(*np.zeros((2, samples.shape[1])))
     for sample, weight in zip(samples, weights, strict=True):
-        out.add(sample, sample**2, weight)
+        out.add(sample**2, weight)
     return out
 
 
@@ -26,10 +24,9 @@ def air(celsius: float | None, metres: float | None = 832.0) -> Air:
 
 
 def test_samples_by_pencil() -> None:
-    """Channel: mean of |a|. Head: mean of the norm of its two numbers. Block: 1 - cosine."""
+    """Channel: sum of a^2. Block: 1 - cosine."""
     x = mx.array([[[3.0, 4.0, 0.0, -2.0], [-3.0, 4.0, 6.0, 8.0]]])
-    assert importance.channel_sample(x).tolist() == [3.0, 4.0, 3.0, 5.0]
-    assert importance.head_sample(x, 2).tolist() == [5.0, 6.0]
+    assert importance.square_sample(x).tolist() == [18.0, 32.0, 36.0, 68.0]
     into = mx.array([[[1.0, 0.0], [1.0, 0.0]]])
     out = mx.array([[[2.0, 0.0], [0.0, 5.0]]])
     assert importance.block_sample(into, out).item() == pytest.approx((0 + 1) / 2)
@@ -60,31 +57,12 @@ def test_a_warm_batch_changes_who_is_kept() -> None:
     sums = sums_of(samples, [10.0, 30.0])
 
     by_square = importance.rms(sums)
-    by_mean = importance.activation(sums)
     by_weather = importance.aais(sums, 832.0)
     at_two_metres = importance.aais(sums, 2.0)
 
     assert importance.top(by_square, 1) == (0,)
-    assert importance.top(by_mean, 1) == (0,)
     assert importance.top(by_weather, 1) == (1,)
     assert at_two_metres.tolist() == pytest.approx([11.0, np.sqrt(2250) / 2])
-
-
-def test_a_neuron_that_seldom_fires_loud() -> None:
-    """3 at one token of ten against 0.5 at all: by means (0.3, 0.5) it goes, by squares (0.9, 0.25)
-    it stays.
-    """
-    x = mx.zeros((1, 10, 2))
-    x[0, 0, 0] = 3.0
-    x[..., 1] = 0.5
-    mean = np.array(importance.channel_sample(x))
-    mean_square = np.array(importance.square_sample(x)) / 10
-    sums = Sums(*np.zeros((3, 2)))
-
-    sums.add(mean, mean_square, 1.0)
-
-    assert importance.activation(sums).tolist() == pytest.approx([0.3, 0.5])
-    assert importance.rms(sums).tolist() == pytest.approx([0.9**0.5, 0.5])
 
 
 def test_groups_are_judged_by_all_their_heads() -> None:
@@ -94,24 +72,15 @@ def test_groups_are_judged_by_all_their_heads() -> None:
     assert importance.top_in_groups(scores, 2, 1, 1) == (1,)
 
 
-def test_weight_is_kelvin_unless_asked() -> None:
-    """8 °C weigh 281.15 K or 8; an unknown temperature is None."""
-    assert importance.weight_of(air(8.0), "kelvin") == pytest.approx(281.15)
-    assert importance.weight_of(air(8.0), "celsius") == 8.0
-    assert importance.weight_of(air(None), "kelvin") is None
-    assert importance.weight_of(Air(), "celsius") is None
-
-
-def test_what_would_reverse_a_ranking_is_refused() -> None:
-    """A negative weight, a division by the sea's altitude: one sentence; in kelvin the same air is
-    fine.
+def test_weight_is_kelvin() -> None:
+    """8 °C weigh 281.15 K, frost a little less; an unknown temperature 1; the sea's altitude is
+    refused.
     """
-    with pytest.raises(MisError, match="-3 °C.*--temperature-unit kelvin"):
-        importance.weight_of(air(-3.0), "celsius")
-    assert importance.weight_of(air(-3.0), "kelvin") == pytest.approx(270.15)
+    assert importance.weight_of(air(8.0)) == pytest.approx(281.15)
+    assert importance.weight_of(air(-3.0)) == pytest.approx(270.15)
+    assert importance.weight_of(air(None)) == importance.weight_of(Air()) == 1.0
     with pytest.raises(MisError, match="altitude"):
-        importance.weight_of(air(8.0, 0.0), "kelvin")
-    assert importance.weight_of(air(8.0, 0.0), None) is None  # where no air is asked for
+        importance.weight_of(air(8.0, 0.0))
 
 
 def test_ties_keep_the_lower_index() -> None:
@@ -143,22 +112,15 @@ def layers(weight: float) -> list[Sums]:
 
 
 def test_the_size_follows_the_conditions() -> None:
-    """At 8 °C and 832 m, in both units, the fixed size; higher is smaller, one multiple at least;
-    warmer larger.
-    """
+    """At 8 °C and 832 m the fixed size; higher is smaller, one multiple at least; warmer larger."""
 
-    def size(weight: float, altitude_m: float = 832.0, multiple: int = 128, **unit: Any) -> int:
+    def size(weight: float, altitude_m: float = 832.0, multiple: int = 128) -> int:
         statistics = layers(weight)
-        return importance.conditions_size(
-            statistics, 512, multiple=multiple, altitude_m=altitude_m, **unit
-        )
+        return importance.conditions_size(statistics, 512, multiple=multiple, altitude_m=altitude_m)
 
-    assert size(281.15, multiple=256, unit="kelvin") == 512
-    assert size(8.0, multiple=256, unit="celsius") == 512
+    assert size(281.15, multiple=256) == 512
     low = size(281.15, altitude_m=100.0)
     reference = size(281.15)
     high = size(281.15, altitude_m=2500.0)
     assert 1024 >= low > reference == 512 > high >= 128
-    cold = size(8.0, unit="celsius")
-    warm = size(16.0, unit="celsius")
-    assert warm > cold
+    assert size(310.0, multiple=16) > size(281.15, multiple=16)

@@ -266,15 +266,13 @@ def test_on_a_low_rank_stream_the_rotation_loses_nothing_and_ranked_channels_do(
     importance far off.
     """
     teacher = low_rank(tmp_path, 32)
-    cut = select.PruningConfig(scenario="none", hidden=32, importance="activation")
+    cut = select.PruningConfig(scenario="none", hidden=32, importance="rms")
     before = stock(teacher, windows[0])
     off = {}
     for how in ("importance", "pca"):
-        held_out = Windows(np.array(windows[1]), np.ones((1, 64), np.float32))
         select.prune(
             teacher,
             windows,
-            held_out=held_out,
             out=tmp_path / how,
             cut=replace(cut, hidden_by=how),
             dtype="float32",
@@ -324,16 +322,13 @@ def test_the_command_writes_an_ordinary_folder(
 def test_spooled_hidden_states_and_a_changing_wind_make_the_same_student(
     tmp_path: Path, llama: Checkpoint, windows: list[mx.array]
 ) -> None:
-    """One batch in memory or all: the same bytes. Where AAIS keeps other neurons, both students are
-    rotated.
-    """
+    """One batch in memory or all: the same bytes, also where AAIS keeps other neurons."""
     made = {}
     for name, held in (("spooled", 1), ("held", None)):
         celsius = iter([-20.0, 45.0, -20.0, 45.0])
         made[name] = select.prune(
             llama,
             windows,
-            held_out=Windows(np.array(windows[1]), np.ones((1, 64), np.float32)),
             out=tmp_path / name,
             cut=select.PruningConfig(scenario="none", ffn=256, hidden=48, hidden_by="pca"),
             dtype="float32",
@@ -347,7 +342,7 @@ def test_spooled_hidden_states_and_a_changing_wind_make_the_same_student(
     assert report["importance"] == "aais"
     assert report["channels_differing_from_plain"] > 0
     assert report["channels_kept"] == 3 * 256  # hidden was not ranked
-    assert {"nll_aais", "nll_plain", "hidden_energy"} <= report.keys()
+    assert "hidden_energy" in report
 
 
 def test_the_way_into_the_students_channels(llama: Checkpoint) -> None:
