@@ -11,6 +11,7 @@ import inspect
 import os
 import sys
 from contextlib import redirect_stdout
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -54,7 +55,12 @@ class Function(ModuleType):
         """
         cli = import_module("mis_mlx.cli")
         named = import_module("mis_mlx.flag_help").current_names(self.Settings, settings)
-        given = self.Settings(**{name: _plain(value) for name, value in named.items()})
+        plain = {name: _plain(value) for name, value in named.items()}
+        for field in fields(self.Settings):
+            if field.name in plain:
+                value = plain[field.name]
+                plain[field.name] = cli.fitting(self.Settings, field.name, value, field.name)
+        given = self.Settings(**plain)
         cli.check_ranges(given)
         cli.prepare()
         with redirect_stdout(sys.stderr):

@@ -14,6 +14,7 @@ import select
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -100,9 +101,10 @@ class Resumable(Budgeted):
 def read_yaml(path: str, config_type: type) -> dict[str, Any]:
     """The YAML file's values, by field name of `config_type`; dashes count as underscores."""
     known = {f.name: f for f in fields(config_type)}
-    hints = get_type_hints(config_type)
     result = {}
-    lines = {str(key).replace("-", "_"): (key, value) for key, value in _yaml_lines(path).items()}
+    lines = {}
+    for key, value in _yaml_lines(path, flag_help.other_names(config_type)).items():
+        lines[_name_of(str(key))] = (key, value)
     for name, (key, value) in flag_help.current_names(config_type, lines).items():
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
@@ -112,23 +114,35 @@ def read_yaml(path: str, config_type: type) -> dict[str, Any]:
                 else f"known settings: {', '.join(sorted(known))}"
             )
             raise MisError(f"{path}: {key!r} is not a setting of this command: {hint}")
-        value = _converted(value, hints[name])
-        if not _fits(value, hints[name]):
-            annotated = get_type_hints(config_type, include_extras=True)
-            takes = flag_help.metavar(annotated[name]) or "true or false"
-            raise MisError(
-                f"{path}: {key} is {value!r}, but the setting takes {takes}: fix that line"
-            )
-        result[name] = tuple(value) if isinstance(value, list) else value
+        result[name] = fitting(config_type, name, value, f"{path}: {key}")
     return result
 
 
-def _yaml_lines(path: str) -> dict[Any, Any]:
-    """The file's `key: value` lines. MisError where it has something else."""
+def fitting(config_type: type, name: str, value: Any, shown: str) -> Any:
+    """A setting's value in the type that its field wants.
+
+    MisError where the field takes another. shown: what the setting is called there.
+    """
+    hint = get_type_hints(config_type)[name]
+    value = _converted(value, hint)
+    if not _fits(value, hint):
+        annotated = get_type_hints(config_type, include_extras=True)
+        takes = flag_help.metavar(annotated[name]) or "true or false"
+        raise MisError(f"{shown} is {value!r}, but the setting takes {takes}: give one of that")
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _yaml_lines(path: str, others: Mapping[str, str]) -> dict[Any, Any]:
+    """The file's `key: value` lines. MisError where it has something else, or a setting twice.
+
+    others: as of `flag_help.other_names`.
+    """
     import yaml
 
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        text = Path(path).read_text(encoding="utf-8")
+        values = yaml.safe_load(text) or {}
+        tree = yaml.compose(text, yaml.SafeLoader)
     except OSError as error:
         raise MisError(
             f"{path}: cannot be read ({error.strerror}): give an existing file to -c"
@@ -141,6 +155,16 @@ def _yaml_lines(path: str) -> dict[Any, Any]:
         raise MisError(
             f"{path}: holds a {type(values).__name__}, not `flag: value` lines: write one per line"
         )
+    lines = dict[str, int]()
+    for key, _ in tree.value if tree else ():
+        name = _name_of(str(key.value))
+        name = others.get(name, name)
+        line = key.start_mark.line + 1
+        if name in lines:
+            raise MisError(
+                f"{path}: lines {lines[name]} and {line} both give {name}: leave one of them out"
+            )
+        lines[name] = line
     return values
 
 
@@ -157,7 +181,7 @@ def _converted(value: Any, hint: Any) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a field of this type admits a YAML value."""
+    """Whether a field of this type admits a value of a YAML file, or of a Python program."""
     kind = get_origin(hint)
     inner = get_args(hint)
     if kind in (Union, UnionType):
@@ -165,7 +189,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if kind is Literal:
         return any(type(value) is type(i) and value == i for i in inner)
     if kind is tuple:
-        return isinstance(value, list) and all(_fits(v, inner[0]) for v in value)
+        return isinstance(value, list | tuple) and all(_fits(v, inner[0]) for v in value)
     if hint is float:
         return type(value) in (int, float)
     return type(value) is hint
@@ -192,11 +216,14 @@ def parse(config_type: Any, argv: Sequence[str] | None = None, prog: str | None 
         names = flag_help.other_names(config_type)
         args = [_current_flag(names, arg) for arg in args]
         _refuse_file_only(config_type, args)
-        for flag, file in itertools.pairwise(args):
-            if flag in ("-c", "--config"):
-                if file:
-                    given = read_yaml(file, config_type)
-                break
+        files = [file for flag, file in itertools.pairwise(args) if flag in ("-c", "--config")]
+        if len(files) > 1:
+            raise MisError(
+                f"-c is given {len(files)} times ({', '.join(files)}): write all settings into one "
+                f"file"
+            )
+        if files and files[0]:
+            given = read_yaml(files[0], config_type)
         needed = {f.name for f in fields(config_type) if f.default is f.default_factory is MISSING}
         if needed <= set(given):
             default = config_type(**given)
@@ -501,8 +528,14 @@ def show_progress(label: str, items: Iterable[T], total: int) -> Iterator[T]:
 
 @contextmanager
 def stop_asked() -> Iterator[list[int]]:
-    """A list that a first Ctrl-C or SIGTERM fills; a second one stops at once."""
+    """A list that a first Ctrl-C or SIGTERM fills; a second one stops at once.
+
+    Python gives signals to the main thread alone: in another one the list stays empty.
+    """
     asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
 
     def ask(number: int, _frame: object) -> None:
         if asked:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -293,6 +294,23 @@ def test_stop_is_asked_once_and_forced_twice() -> None:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_worker_thread_is_asked_by_nobody() -> None:
+    """Python refuses signal handlers there."""
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(lambda: cli.stop_asked().__enter__()).result() == []
+
+
+@pytest.mark.parametrize("lines", ["iters: 1\niters: 2", "eval-windows: 1\neval_windows: 2"])
+def test_a_setting_is_said_once(tmp_path: Path, lines: str) -> None:
+    """Neither twice in a file, however it is spelt, nor in two files."""
+    file = tmp_path / "a.yaml"
+    file.write_text(f"{lines}\n")
+    with pytest.raises(MisError, match="lines 1 and 2 both give"):
+        cli.read_yaml(str(file), distill.Settings)
+    with pytest.raises(MisError, match="given 2 times"):
+        cli.parse(distill.Settings, ["-c", str(file), "--config=missing.yaml"])
 
 
 def test_table_by_pencil() -> None:

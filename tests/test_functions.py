@@ -79,6 +79,12 @@ def test_what_a_caller_can_mend_is_raised(llama: Checkpoint, tmp_path: Path) -> 
         mis_mlx.prune(model=llama.path, num_samples=-1)
     with pytest.raises(mis_mlx.MisError, match="has no readable config.json"):
         mis_mlx.open(tmp_path)
+    made = tmp_path / "made"
+    with pytest.raises(mis_mlx.MisError, match="'GGUF'.*gguf"):
+        mis_mlx.export(model=llama.path, format="GGUF", out=made)
+    with pytest.raises(mis_mlx.MisError, match="num_samples is '8'"):
+        mis_mlx.prune(model=llama.path, num_samples="8", mlx_path=made)
+    assert not made.exists()
     with pytest.raises(TypeError, match="unexpected keyword argument 'iters'"):
         mis_mlx.prune(iters=2)
     with pytest.raises(AttributeError, match="has no attribute 'distil'"):
