@@ -51,7 +51,12 @@ def main() -> None:
                 print(f"mis_mlx: {_unknown(sys.argv[1], known)}", file=sys.stderr)
                 sys.exit(2)
             else:
-                _print_commands(known)
+                print(USAGE)
+                groups = json.loads((Path(__file__).parent / "help.json").read_text("utf-8"))
+                for title, names in groups["commands"].items():
+                    print(f"\n{title}")
+                    for command in names.split():
+                        print(f"  {command:<10} {known[command]}")
     except KeyboardInterrupt:
         print("mis_mlx: stopped by hand before it began: start it again", file=sys.stderr)
         sys.exit(130)
@@ -73,16 +78,6 @@ def _unknown(name: str, known: dict[str, str]) -> str:
     near = difflib.get_close_matches(name, known, 1)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"there is no command {name}: {hint}`mis_mlx` lists all commands"
-
-
-def _print_commands(known: dict[str, str]) -> None:
-    """The usage, and the commands in their groups."""
-    print(USAGE)
-    groups = json.loads((Path(__file__).parent / "help.json").read_text("utf-8"))
-    for title, names in groups["commands"].items():
-        print(f"\n{title}")
-        for command in names.split():
-            print(f"  {command:<10} {known[command]}")
 
 
 if __name__ == "__main__":

@@ -207,15 +207,12 @@ def parse(config_type: Any, argv: Sequence[str] | None = None, prog: str | None 
         print(flag_help.of_several(get_args(config_type), prog or "mis_mlx", args[0]))
         sys.exit(0)
     if is_dataclass(config_type) and isinstance(config_type, type):
-        args = _config_apart(args)
         help_flags = {"-h", "--help", "--help-all"} & set(args)
         if help_flags:
             every = "--help-all" in help_flags
             print(flag_help.text(config_type, prog or "mis_mlx", every=every))
             sys.exit(0)
-        names = flag_help.other_names(config_type)
-        args = [_current_flag(names, arg) for arg in args]
-        _refuse_file_only(config_type, args)
+        args = _under_one_name(config_type, args)
         files = [file for flag, file in itertools.pairwise(args) if flag in ("-c", "--config")]
         if len(files) > 1:
             raise MisError(
@@ -248,6 +245,31 @@ def _as_said(settings: Made, named: set[str]) -> Made:
     return type(settings)(**said)
 
 
+def _under_one_name(config_type: type, args: Sequence[str]) -> list[str]:
+    """The arguments with every flag under its setting's name, and `-c=FILE` as two of them.
+
+    MisError for a flag of a setting that only a YAML file may give.
+    """
+    others = flag_help.other_names(config_type)
+    file_only = flag_help.quiet(config_type)
+    found = []
+    for arg in args:
+        flag, joined, value = arg.partition("=")
+        if joined and flag in ("-c", "--config"):
+            found += [flag, value]
+            continue
+        name = _name_of(flag)
+        if flag.startswith("--") and name in others:
+            name = others[name]
+            flag = f"--{name.replace('_', '-')}"
+        if flag.startswith("--") and name in file_only:
+            raise MisError(
+                f"{flag} is not a flag: write `{name}: ...` in a YAML file, and give that to -c"
+            )
+        found.append(f"{flag}{joined}{value}")
+    return found
+
+
 def _said(args: Sequence[str]) -> dict[str, str]:
     """Settings behind the flags in `args`: `--target-bpw=4` and `--target-bpw 4` are target_bpw's.
 
@@ -262,42 +284,9 @@ def _said(args: Sequence[str]) -> dict[str, str]:
     return said
 
 
-def _current_flag(names: Mapping[str, str], arg: str) -> str:
-    """A flag under its setting's name, where it is spelt in another way; another word as it is.
-
-    names: as of `flag_help.other_names`.
-    """
-    flag, joined, value = arg.partition("=")
-    name = names.get(_name_of(flag))
-    if name is None or not arg.startswith("--"):
-        return arg
-    return f"--{name.replace('_', '-')}{joined}{value}"
-
-
 def _name_of(flag: str) -> str:
     """The setting of a flag: '--target-bpw' is target_bpw's."""
     return flag.lstrip("-").replace("-", "_")
-
-
-def _config_apart(args: Sequence[str]) -> list[str]:
-    """`--config=FILE` and `-c=FILE` become two arguments."""
-    parts = []
-    for arg in args:
-        joined = arg.startswith(("--config=", "-c="))
-        parts.extend(arg.split("=", 1) if joined else [arg])
-    return parts
-
-
-def _refuse_file_only(config_type: type, args: Sequence[str]) -> None:
-    """MisError for a flag of a setting that only a YAML file may give."""
-    file_only = flag_help.quiet(config_type)
-    for arg in args:
-        flag = arg.partition("=")[0]
-        name = flag.lstrip("-").replace("-", "_")
-        if flag.startswith("--") and name in file_only:
-            raise MisError(
-                f"{flag} is not a flag: write `{name}: ...` in a YAML file, and give that to -c"
-            )
 
 
 def in_words_of(config_type: Any, message: str) -> str:

@@ -312,19 +312,6 @@ def _write(
     DISK.replace_text(out / "recovery.json", lines + "\n")
 
 
-def _opened_models(s: Settings, limit: Budget) -> dict[str, Checkpoint]:
-    """The teacher and its students, by name."""
-    teacher = resolve.resolve_model(s.teacher).path
-    names = ("teacher", *resolve.labels(s.students, ("teacher",)))
-    folders = [teacher, *map(Path, s.students)]
-    models = {}
-    for name, folder in zip(names, folders, strict=True):
-        checkpoint = load.open_checkpoint(folder)
-        estimates.require_tokenizer(limit, model_of(checkpoint))
-        models[name] = estimates.settle_precision(limit, checkpoint, s.precision)
-    return models
-
-
 def run(settings: Settings) -> dict[str, Any]:
     """The command: the recovery table where tasks are named, else one table for each text."""
     s = settings
@@ -335,7 +322,13 @@ def run(settings: Settings) -> dict[str, Any]:
         flag = "--out" if s.out else "--dry-run"
         raise MisError(f"{flag} needs --tasks: name some, such as --tasks text")
     limit = memory.budget(s.budget_bytes)
-    models = _opened_models(s, limit)
+    names = ("teacher", *resolve.labels(s.students, ("teacher",)))
+    folders = [resolve.resolve_model(s.teacher).path, *map(Path, s.students)]
+    models = {}
+    for name, folder in zip(names, folders, strict=True):
+        checkpoint = load.open_checkpoint(folder)
+        estimates.require_tokenizer(limit, model_of(checkpoint))
+        models[name] = estimates.settle_precision(limit, checkpoint, s.precision)
     teacher, *students = models.values()
     with progress.run("evaluate"), vocabulary.shared(teacher, students) as seen:
         if s.tasks:

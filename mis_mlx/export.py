@@ -106,19 +106,6 @@ def _facts(
     return facts
 
 
-def _check_upload(settings: Settings, checkpoint: Checkpoint) -> None:
-    """MisError where --upload-repo cannot be obeyed, before any work."""
-    if not resolve.REPO_ID.fullmatch(settings.upload_repo or ""):
-        raise MisError(
-            f"--upload-repo {settings.upload_repo!r} is not a hub repository: write NAME/MODEL"
-        )
-    if not settings.license and _base(settings, checkpoint) != resolve.DEFAULT:
-        raise MisError(
-            "--upload-repo publishes weights, and their license is not known: name it with "
-            "--license"
-        )
-
-
 def _base(settings: Settings, checkpoint: Checkpoint) -> str | None:
     """The hub id of the model that this one was made from, where it is known."""
     return settings.base_model or model_card.base_of(checkpoint.path)
@@ -162,7 +149,12 @@ def _gguf(settings: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, 
         types = _facts(parts, checkpoint, rerounding.Rerounding())[0]
         return {**result, "notes": [types, *notes]}
     base = _base(settings, checkpoint)
-    modelfile = _modelfile(file, facts)
+    end = facts.get("tokenizer.ggml.eos_token_id")
+    stop = None
+    if end is not None:
+        stop = facts["tokenizer.ggml.tokens"][end]
+    words = {"file": file, "template": facts.get("tokenizer.chat_template", ""), "stop": stop}
+    modelfile = f"{html.document('Modelfile', words)}\n".encode()
     tally = rerounding.Rerounding()
     room = nbytes + PAPERS_BYTES
     with protocol.commit_folder(Path(settings.out), DISK, room, "the GGUF") as folder:
@@ -176,16 +168,6 @@ def _gguf(settings: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, 
         DISK.write(folder / "README.md", _readme(settings, checkpoint, base, file, notes))
     result["nbytes"] = (Path(settings.out) / file).stat().st_size
     return {**result, "inexact_scales": tally.inexact, "notes": notes}
-
-
-def _modelfile(file: str, facts: dict[str, Any]) -> bytes:
-    """Ollama's file. facts: the keys of the GGUF."""
-    end = facts.get("tokenizer.ggml.eos_token_id")
-    stop = None
-    if end is not None:
-        stop = facts["tokenizer.ggml.tokens"][end]
-    words = {"file": file, "template": facts.get("tokenizer.chat_template", ""), "stop": stop}
-    return f"{html.document('Modelfile', words)}\n".encode()
 
 
 def _hf(settings: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, Any]:
@@ -248,10 +230,22 @@ def run(settings: Settings) -> dict[str, Any]:
     folder = resolve.resolve_model(settings.model).path
     checkpoint = load.open_checkpoint(folder)
     tokenizer_check.check_tokenizer(folder)
-    if settings.format == "gguf":
-        _check_family(checkpoint)
+    if settings.format == "gguf" and not gguf_name(checkpoint.config):
+        kind = checkpoint.config["model_type"]
+        raise MisError(
+            f"a {kind} is not exported to GGUF, because its linear attention cannot be written for "
+            f"llama.cpp yet: use --format hf, or the folder in mlx-lm"
+        )
     if settings.upload_repo:
-        _check_upload(settings, checkpoint)
+        if not resolve.REPO_ID.fullmatch(settings.upload_repo):
+            raise MisError(
+                f"--upload-repo {settings.upload_repo!r} is not a hub repository: write NAME/MODEL"
+            )
+        if not settings.license and _base(settings, checkpoint) != resolve.DEFAULT:
+            raise MisError(
+                "--upload-repo publishes weights, and their license is not known: name it with "
+                "--license"
+            )
     limit = memory.budget(settings.budget_bytes)
     wanted = settings.out_type or (
         tensors.out_type(checkpoint) if settings.format == "gguf" else "bf16"
@@ -277,16 +271,6 @@ def run(settings: Settings) -> dict[str, Any]:
         "out": settings.out,
     }
     return {**where, **result, "peak_bytes": need}
-
-
-def _check_family(checkpoint: Checkpoint) -> None:
-    """MisError for a family that is not exported to GGUF."""
-    if not gguf_name(checkpoint.config):
-        kind = checkpoint.config["model_type"]
-        raise MisError(
-            f"a {kind} is not exported to GGUF, because its linear attention cannot be written for "
-            f"llama.cpp yet: use --format hf, or the folder in mlx-lm"
-        )
 
 
 if __name__ == "__main__":

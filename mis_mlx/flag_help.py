@@ -102,7 +102,12 @@ def text(kind: Any, prog: str, every: bool) -> str:
         rare = frozenset()
     defaults = {f.name: f.default for f in fields(kind)}
     summary = inspect.getdoc(kind) or ""
-    usage = " ".join(["usage:", prog, *_by_place(kind), "[flags]"])
+    by_place = []  # FILE, '[RUN ...]'
+    for field in fields(kind):
+        if _is_positional(hints[field.name]):
+            several = isinstance(field.default, tuple)  # which none may be, too
+            by_place.append(f"[{field.name.upper()} ...]" if several else field.name.upper())
+    usage = " ".join(["usage:", prog, *by_place, "[flags]"])
     lines = [usage, "", *textwrap.wrap(summary, width)]
     for title, names in grouped(kind):
         shown = [name for name in names if name not in rare]
@@ -149,17 +154,6 @@ def rare_of(kind: Any) -> frozenset[str]:
 def internal(kind: Any) -> frozenset[str]:
     """The settings that a run writes into its own file, and nobody gives."""
     return getattr(kind, "INTERNAL", frozenset[str]())
-
-
-def _by_place(kind: Any) -> list[str]:
-    """What a usage line says of settings that are given by their place: FILE, '[RUN ...]'."""
-    hints = get_type_hints(kind, include_extras=True)
-    words = []
-    for field in fields(kind):
-        if _is_positional(hints[field.name]):
-            several = isinstance(field.default, tuple)  # which none may be, too
-            words.append(f"[{field.name.upper()} ...]" if several else field.name.upper())
-    return words
 
 
 def _is_positional(hint: Any) -> bool:

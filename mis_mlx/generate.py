@@ -185,15 +185,6 @@ def _generate(
     }
 
 
-def _refuse_draft(checkpoint: Checkpoint) -> None:
-    """MisError where a model cannot read a tree of guesses."""
-    if reads_in_order(checkpoint.config):
-        raise MisError(
-            f"{checkpoint.path} reads one text after the other, so it cannot judge a draft's "
-            f"guesses in one pass: leave out --draft-model"
-        )
-
-
 def _read_bytes(writer: text_writer.TextWriter, checkpoint: Checkpoint) -> int:
     """Bytes read so far; a model that is whole in memory was read once."""
     return writer.read_bytes or checkpoint.nbytes
@@ -205,7 +196,11 @@ def run(settings: Settings) -> dict[str, Any]:
     checkpoint = load.open_checkpoint(resolve.resolve_model(settings.model).path)
     draft = None
     if settings.draft_model:
-        _refuse_draft(checkpoint)
+        if reads_in_order(checkpoint.config):
+            raise MisError(
+                f"{checkpoint.path} reads one text after the other, so it cannot judge a draft's "
+                f"guesses in one pass: leave out --draft-model"
+            )
         draft = comparison.same_vocabulary(checkpoint, load.open_checkpoint(settings.draft_model))
     limit = memory.budget(settings.budget_bytes)
     estimates.require_tokenizer(limit, model_of(checkpoint))

@@ -79,9 +79,19 @@ class Talk:
 
 
 def answers(story: RunRecord) -> str:
-    """Answers of teacher and student side by side."""
+    """Answers of teacher and student side by side, to about SHOWN of the prompts.
+
+    As many of each language, spread evenly over its prompts.
+    """
     talks, models = _told(story)
-    return html.part("answers", models=models, talks=_some(talks))
+    languages = list(dict.fromkeys(talk.language for talk in talks))
+    first_turns = [talk for talk in talks if talk.kind != run_folder.LATER]
+    chosen: list[Talk] = []
+    for language in languages:
+        of_language = [talk for talk in first_turns if talk.language == language]
+        count = max(1, SHOWN // len(languages))
+        chosen += evenly(of_language, count)
+    return html.part("answers", models=models, talks=chosen)
 
 
 def _told(story: RunRecord) -> tuple[list[Talk], list[str]]:
@@ -114,18 +124,6 @@ def _talks(rows: Sequence[Record]) -> list[Talk]:
         answer = {"text": str(row["text"]), "ended": bool(row["ended"])}
         talks[-1].answers[model] = answer
     return talks
-
-
-def _some(talks: Sequence[Talk]) -> list[Talk]:
-    """About SHOWN of the prompts: as many of each language, spread evenly over its prompts."""
-    languages = list(dict.fromkeys(talk.language for talk in talks))
-    first_turns = [talk for talk in talks if talk.kind != run_folder.LATER]
-    chosen: list[Talk] = []
-    for language in languages:
-        of_language = [talk for talk in first_turns if talk.language == language]
-        count = max(1, SHOWN // len(languages))
-        chosen += evenly(of_language, count)
-    return chosen
 
 
 def _warning(talks: Sequence[Talk], models: Sequence[str]) -> str:

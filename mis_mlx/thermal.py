@@ -11,7 +11,7 @@ import tyro
 from mis_mlx import cli
 from mis_mlx.hardware.clock import Clock
 from mis_mlx.hardware.thermal import ambient, recording, run_monitor
-from mis_mlx.hardware.thermal.governor import Decision, Mode, governor_for
+from mis_mlx.hardware.thermal.governor import Mode, governor_for
 from mis_mlx.hardware.thermal.thermal_monitor import Live, Monitor, examined
 from mis_mlx.reporting import html
 from mis_mlx.storage.files import need_place
@@ -113,7 +113,12 @@ def replay_decisions(settings: Replay) -> dict[str, Any]:
             steps += 1
             for decision in run_monitor.after_step(monitor, governor, breaks, settings.step_s):
                 if decision.action != action:
-                    _print_decision(monitor, decision)
+                    reading = monitor.last()
+                    seen = {
+                        name: getattr(reading, name) for name in ("time_s", "die_c", "ambient_c")
+                    }
+                    line = {**seen, **asdict(decision)}
+                    print(json.dumps(line, ensure_ascii=False, allow_nan=False))
                 action = decision.action
         seconds = monitor.clock.monotonic()
     return {
@@ -123,14 +128,6 @@ def replay_decisions(settings: Replay) -> dict[str, Any]:
         "end": action,
         **breaks.as_json(),
     }
-
-
-def _print_decision(monitor: Monitor, decision: Decision) -> None:
-    """Print one JSON line: the time, die and air of the last reading, and the decision."""
-    reading = monitor.last()
-    seen = {name: getattr(reading, name) for name in ("time_s", "die_c", "ambient_c")}
-    line = {**seen, **asdict(decision)}
-    print(json.dumps(line, ensure_ascii=False, allow_nan=False))
 
 
 if __name__ == "__main__":
