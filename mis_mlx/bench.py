@@ -167,14 +167,14 @@ def run(settings: Settings) -> dict[str, Any]:
     bench = Bench(settings)
     with run_monitor.ThermalMonitor(settings) as monitor:
         roof = rates.measure_roof()
-        first = monitor.latest()
+        first = monitor.reading()
         idle_w = None  # this machine's power at rest, where something measures power
         if first.power_w is not None:
             time.sleep(IDLE_S)
             idle_w = rounds.mean_watts(monitor, IDLE_S)
         unfit = {"before": _unfit(first)}
         bench.go(monitor if idle_w is not None else None)
-        unfit["after"] = _unfit(monitor.latest())
+        unfit["after"] = _unfit(monitor.reading())
     hot = [f"{when}: {why}" for when, why in unfit.items() if why]
     for name, trials in bench.done.items():
         slowed = rounds.slowdown_note(name, trials)

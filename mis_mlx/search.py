@@ -82,7 +82,6 @@ class Settings(DistillFlags):
             "importance",
             "hidden_by",
             "target",
-            "thermal_replay",
             "vocab_text",
             "languages",
             "expected_loss",

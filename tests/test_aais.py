@@ -1,12 +1,9 @@
-"""AAIS from the command line: warming air, three altitudes, frost; and a run that a replay
-interrupts.
-"""
+"""AAIS from the command line: warming air, three altitudes, frost; a run that heat interrupts."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from mis_mlx.compute import precision
 from mis_mlx.hardware.rates import Roof
 from mis_mlx.types import MisError
 from tests import tiny
+from tests.hardware.recorded import plug_in
 
 HALNY = Path(__file__).parent / "data" / "halny.jsonl"
 SMALL = {"max_seq_length": 32, "num_samples": 18}
@@ -61,9 +59,12 @@ def test_constant_air_keeps_what_plain_importance_keeps(pruned: Pruned, tmp_path
     assert aais["t_env_source"] == "given"
 
 
-def test_air_that_warms_changes_some_channels(pruned: Pruned, tmp_path: Path) -> None:
+def test_air_that_warms_changes_some_channels(
+    pruned: Pruned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The report counts the channels that differ."""
-    report = pruned(tmp_path / "out", thermal_replay=str(HALNY))
+    plug_in(monkeypatch, HALNY)
+    report = pruned(tmp_path / "out", altitude_m=832.0)
     assert report["ambient_c"] == [8.0, 33.0]
     assert 0 < report["channels_differing_from_plain"] < report["channels_kept"]
 
@@ -119,7 +120,7 @@ def test_plain_importance_prunes_in_any_weather(
 
 
 def test_tea_breaks_do_not_touch_the_weights(
-    model: Path, text_folder: Path, tmp_path: Path
+    model: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that a recorded halny interrupts ends with the weights of the undisturbed one, bit for
     bit.
@@ -139,15 +140,11 @@ def test_tea_breaks_do_not_touch_the_weights(
     }
     common |= {"halny": 0.0, "importance": "rms", "quantize": 0}
     calm = distill.run(distill.Settings(out=str(tmp_path / "calm"), **common))
-    hot = distill.run(
-        distill.Settings(
-            out=str(tmp_path / "hot"), thermal_replay=str(HALNY), governor="steady", **common
-        )
-    )
+    plug_in(monkeypatch, HALNY)
+    hot = distill.run(distill.Settings(out=str(tmp_path / "hot"), governor="steady", **common))
     assert calm["tea_breaks"] == 0
     assert hot["tea_breaks"] > 0
     assert hot["throttled_s"] > hot["seconds"] - calm["seconds"]  # the pauses were virtual
-    assert hot["altitude_source"] == "replay header"
     one, other = (
         mx.load(str(tmp_path / name / "model" / "model.safetensors")) for name in ("calm", "hot")
     )
@@ -171,6 +168,7 @@ def test_a_hot_machine_is_said_to_be_hot(
     replay = tmp_path / "hot.jsonl"
     replay.write_text("\n".join([header, hottest]) + "\n")
     asked = bench.Settings(model=(str(model),), prompt_tokens=4, generation_tokens=4, num_trials=1)
-    report = bench.run(replace(asked, thermal_replay=str(replay)))
+    plug_in(monkeypatch, replay)
+    report = bench.run(asked)
     assert report["hot"]
     assert "above 80" in report["hot"][0]

@@ -18,19 +18,20 @@ from typing import Any
 import pytest
 
 from mis_mlx import bench
-from mis_mlx.hardware.clock import VirtualClock
 from mis_mlx.hardware.rates import Roof
 from mis_mlx.judge.speed import rounds
 from mis_mlx.judge.speed.rounds import Measurement, Request
 from mis_mlx.types import Checkpoint, MisError, Reading
 from tests import forks, tiny
 from tests.conftest import Done, last_line, sentence
+from tests.hardware.recorded import VirtualClock
 
 QUICK = ("-p", 4, "-g", 4, "-n", 1)
 # The command, with a line of progress every tenth of a second: the usual 10 s would all be trials.
 TOLD_AT_ONCE = """
 import runpy
 from mis_mlx.reporting import progress
+from tests.hardware.recorded import VirtualClock
 progress.EVERY_S = 0.1
 runpy.run_module("mis_mlx.bench", run_name="__main__", alter_sys=True)
 """

@@ -165,9 +165,9 @@ def test_a_switch_that_is_on_is_shown_as_it_is_turned_off(
 
 def test_the_help_of_a_command_of_several(capsys: pytest.CaptureFixture[str]) -> None:
     """In the same form as of all others: what there is, then the flags of one."""
-    kinds = thermal.Record | thermal.Replay | thermal.Doctor
-    usage = "usage: thermal replay FILE [flags]"
-    for args, named in ((["--help"], "  replay "), (["replay", "--help"], usage)):
+    kinds = thermal.Record | thermal.Doctor
+    usage = "usage: thermal record FILE [flags]"
+    for args, named in ((["--help"], "  record "), (["record", "--help"], usage)):
         with pytest.raises(SystemExit) as caught:
             cli.parse(kinds, args, prog="thermal")
         assert caught.value.code == 0

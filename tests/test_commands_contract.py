@@ -30,7 +30,7 @@ COMMANDS = tuple(__main__.commands())
 def kind_of(name: str) -> Any:
     """The settings of a command; those of its three for `thermal`."""
     module: Any = importlib.import_module(f"mis_mlx.{name}")
-    return getattr(module, "Settings", thermal.Record | thermal.Replay | thermal.Doctor)
+    return getattr(module, "Settings", thermal.Record | thermal.Doctor)
 
 
 def names_of(name: str) -> set[str]:

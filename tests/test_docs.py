@@ -187,7 +187,7 @@ def settings(name: str) -> Any:
     one without.
     """
     if name == "thermal":
-        return thermal.Record | thermal.Replay | thermal.Doctor
+        return thermal.Record | thermal.Doctor
     module = (
         program(ROOT / name) if name.endswith(".py") else importlib.import_module(f"mis_mlx.{name}")
     )

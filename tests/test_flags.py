@@ -30,7 +30,7 @@ from mis_mlx.types import GIB, Checkpoint, MisError, Within
 from tests.conftest import mostly_slow
 
 WORDS = ("nan", "inf", "-inf", "-1", "0", "1e30", str(10**12), "")
-THERMAL = (thermal.Record, thermal.Replay, thermal.Doctor)
+THERMAL = (thermal.Record, thermal.Doctor)
 
 
 def kinds() -> Iterator[Any]:

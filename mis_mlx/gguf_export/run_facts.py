@@ -29,7 +29,7 @@ SEARCHED = (
     "q_group_size",
 )
 # What says where a person is or what else runs there, and a search's own forecast.
-LEFT_OUT = ("altitude_m", "temperature_c", "thermal_replay", "expected_loss", "budget")
+LEFT_OUT = ("altitude_m", "temperature_c", "expected_loss", "budget")
 
 
 def recipe(run: Path) -> str:

@@ -1,11 +1,11 @@
-"""Time to read and to wait for, real or virtual, and how long the machine slept meanwhile."""
+"""Time to read and to wait for, and how long the machine slept meanwhile."""
 
 import sys
 import time
 
 
 class Clock:
-    """The real clock.
+    """This machine's clock.
 
     Sleep (a closed lid) is read from the system's counters, not from a wall clock, which people and
     NTP set.
@@ -42,27 +42,3 @@ class Clock:
         """
         gap = self.asleep() - since
         return gap if gap >= 1.0 else 0.0
-
-
-class VirtualClock(Clock):
-    """A clock that only `sleep` moves, for replays and tests: `sleep` returns at once.
-
-    Uptime is the machine's.
-    """
-
-    def __init__(self) -> None:
-        self._awake = 0.0
-        self.wall_s = 0.0  # may be set, as NTP or a user sets it; nobody slept
-
-    def monotonic(self) -> float:
-        """Virtual seconds awake."""
-        return self._awake
-
-    def wall(self) -> float:
-        """Virtual seconds since 1970."""
-        return self.wall_s
-
-    def sleep(self, seconds: float) -> None:
-        """Move on by `seconds`."""
-        self._awake += max(seconds, 0.0)
-        self.wall_s += max(seconds, 0.0)

@@ -39,9 +39,7 @@ from mis_mlx.types import Air, Budget, Checkpoint, MisError, Step, gib
 BLAS_THREADS = "blas_threads"  # in origin.json
 S = TypeVar("S", bound=cli.Resumable)  # a command's Settings
 # Settings that may differ when a run of any command goes on: none changes a result.
-FREE_ANYWHERE = frozenset(
-    {"out", "resume", "dry_run", "config", "budget", "governor", "thermal_replay"}
-)
+FREE_ANYWHERE = frozenset({"out", "resume", "dry_run", "config", "budget", "governor"})
 
 
 def resumed(settings: S, free: frozenset[str], under: Path = Path("runs")) -> tuple[S, Path | None]:

@@ -12,8 +12,8 @@ import random
 import struct
 from dataclasses import dataclass, field
 
-from mis_mlx.hardware.clock import VirtualClock
 from mis_mlx.types import Reading
+from tests.hardware.recorded import VirtualClock
 
 TICK_S = 0.1
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mis_mlx.hardware.thermal.recording import Header
 from mis_mlx.types import MisError, Reading
 
 GIVEN_SIGMA_C = 0.7
@@ -102,20 +101,16 @@ def cold_soak(values: Mapping[str, Any]) -> Estimate | None:
     return Estimate(min(known) - 0.3, SOAK_SIGMA_C, "cold soak")
 
 
-def find_altitude(
-    given_m: float | None, header: Header, config: Path | None = None
-) -> tuple[float | None, str]:
+def find_altitude(given_m: float | None, config: Path | None = None) -> tuple[float | None, str]:
     """(metres above sea level, source); no Mac can measure it.
 
-    By hand, else where the recording was made, else `altitude_m` in `config`
-    (~/.config/mis_mlx.toml), else (None, ""). MisError for an impossible height.
+    By hand, else `altitude_m` in `config` (~/.config/mis_mlx.toml), else (None, ""). MisError for
+    an impossible height.
     """
     if config is None:
         config = Path.home() / ".config" / "mis_mlx.toml"
     if given_m is not None:
         return _height(given_m, "--altitude-m"), "given"
-    if header.altitude_m is not None:
-        return _height(header.altitude_m, "the recording's altitude_m"), "replay header"
     try:
         settings = tomllib.loads(config.read_text(encoding="utf8"))
     except FileNotFoundError:

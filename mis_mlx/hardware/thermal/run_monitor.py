@@ -13,11 +13,9 @@ from mis_mlx.hardware.thermal import ambient, governor
 from mis_mlx.hardware.thermal.governor import Decision, Governor, Mode
 from mis_mlx.hardware.thermal.thermal_monitor import Monitor, battery_charge
 from mis_mlx.storage.files import DISK, Files
-from mis_mlx.types import Air, Celsius, Metres, MisError, Reading, Step
+from mis_mlx.types import Air, Celsius, Metres, MisError, Step
 
-WAITING = "throughput", "steady"  # modes that wait for the plug
-# in a replay every step takes this long, so that a replay gives the same run everywhere
-VIRTUAL_STEP_S = 1.0
+PAUSE_LOOK_S = 1.0
 
 
 def default_mode() -> Mode:
@@ -36,7 +34,7 @@ def default_mode() -> Mode:
 
 
 # The air is no flag of commands whose result does not depend on it.
-AIR = frozenset({"temperature_c", "altitude_m", "thermal_replay"})
+AIR = frozenset({"temperature_c", "altitude_m"})
 
 
 @dataclass(frozen=True)
@@ -47,11 +45,9 @@ class ThermalFlags:
     """air temperature in °C, from your own thermometer; default: measured, if this machine can"""
     altitude_m: Metres | None = None
     """metres above sea level; default: altitude_m in ~/.config/mis_mlx.toml"""
-    thermal_replay: str | None = None
-    """recording made by `thermal record`, used instead of this machine's thermometers"""
     governor: Mode = field(default_factory=default_mode)
-    """observe: only watch; throughput, steady, cool: hold 97, 92, 85 °C with pauses (tea breaks);
-    on battery, only observe and cool continue; default: MIS_MLX_GOVERNOR, or steady
+    """observe: only watch; steady, cool: pause (a tea break) at 101, 92 °C, until 90, 82 °C; on
+    battery, only observe and cool continue; default: MIS_MLX_GOVERNOR, or steady
     """
 
 
@@ -61,7 +57,7 @@ def battery(flags: ThermalFlags) -> str:
     Empty when it does not run on one.
     """
     percent, plugged = battery_charge()
-    if flags.thermal_replay or plugged is not False:
+    if plugged is not False:
         return ""
     low = governor.BATTERY_LOW_PERCENT
     enough = governor.BATTERY_ENOUGH_PERCENT
@@ -83,10 +79,8 @@ def check_power(flags: ThermalFlags) -> None:
 
     Nothing has begun yet, so the user can choose.
     """
-    if flags.governor not in WAITING:
-        return
     trouble = battery(flags)
-    if trouble:
+    if trouble and flags.governor == "steady":
         raise MisError(trouble)
 
 
@@ -96,19 +90,19 @@ class PauseCounter:
 
     count: int = 0
     seconds: float = 0.0  # in pauses
-    napped_s: float = 0.0  # between steps, for the duty
     reasons: dict[str, int] = field(default_factory=dict)  # cause -> pauses
 
     def as_json(self) -> dict[str, Any]:
-        """`tea_breaks`, `throttled_s` (all seconds held back), `tea_reasons`, for a run's JSON."""
-        held_s = round(self.seconds + self.napped_s, 1)
-        return {"tea_breaks": self.count, "throttled_s": held_s, "tea_reasons": dict(self.reasons)}
+        """`tea_breaks`, `throttled_s` (their seconds), `tea_reasons`, for a run's JSON."""
+        return {
+            "tea_breaks": self.count,
+            "throttled_s": round(self.seconds, 1),
+            "tea_reasons": dict(self.reasons),
+        }
 
 
-def after_step(
-    monitor: Monitor, judge: Governor, breaks: PauseCounter, step_s: float
-) -> Iterator[Decision]:
-    """Ask the governor after a step of `step_s` seconds, wait as it says, yield its decisions.
+def after_step(monitor: Monitor, judge: Governor, breaks: PauseCounter) -> Iterator[Decision]:
+    """Ask the governor after a step, wait as it says, yield its decisions.
 
     Each comes before its wait, about one a second in a pause, so that the caller can log it, write
     the checkpoint it asks for, or end the run by leaving the `for`; the last one is "run" or
@@ -116,7 +110,7 @@ def after_step(
     heats the die from cool to hot before anyone looks: call it after each part of a long step.
     """
     clock = monitor.clock
-    decision = judge.decide(monitor.reading(), clock.monotonic(), step_s)
+    decision = judge.decide(monitor.reading(), clock.monotonic())
     if decision.action == "pause":
         breaks.count += 1
         breaks.reasons[decision.cause] = breaks.reasons.get(decision.cause, 0) + 1
@@ -126,14 +120,11 @@ def after_step(
         yield replace(decision, checkpoint=decision.checkpoint and not saved)
         saved = saved or decision.checkpoint
         since_s = clock.monotonic()
-        clock.sleep(decision.sleep_s)
+        clock.sleep(PAUSE_LOOK_S)
         reading = monitor.reading()
         breaks.seconds += clock.monotonic() - since_s
         decision = judge.decide(reading, clock.monotonic())
     yield decision
-    if decision.sleep_s:
-        clock.sleep(decision.sleep_s)
-        breaks.napped_s += decision.sleep_s
 
 
 class ThermalMonitor(Monitor):
@@ -143,28 +134,20 @@ class ThermalMonitor(Monitor):
     """
 
     def __init__(self, flags: ThermalFlags, log: Path | None = None, files: Files = DISK):
-        replay = None if flags.thermal_replay is None else Path(flags.thermal_replay)
-        super().__init__(
-            replay=replay, given_ambient_c=flags.temperature_c, altitude_m=flags.altitude_m
-        )
+        super().__init__(given_ambient_c=flags.temperature_c, altitude_m=flags.altitude_m)
         self.breaks = PauseCounter()
         self._mode = flags.governor
         self._log = log
         self._files = files
         self._governor: Governor | None = None
 
-    def latest(self) -> Reading:
-        """The latest reading; of a recording the next one, and its last one again after its end."""
-        last = self.last() if self.source.ended else None
-        return last or self.reading()
-
     def now(self) -> dict[str, float]:
         """The clock that metrics.jsonl and thermal.jsonl share."""
         return {"time_s": round(self.clock.monotonic(), 3), "wall_s": round(self.clock.wall(), 3)}
 
     def air(self, *, look: bool = True) -> Air:
-        """The air by the `latest` reading; look: False: by the last one that was given."""
-        reading = self.latest() if look else self.last()
+        """The air by the latest reading; look: False: by the last one that was given."""
+        reading = self.reading() if look else self.last()
         if reading is None:
             return Air(source="none: not asked")
         no_air = "none: " + self.reasons.get("ambient_c", "not asked")
@@ -190,13 +173,10 @@ class ThermalMonitor(Monitor):
 
         The last one is run or stop.
         """
-        if self.source.ended:
-            return
         if self._governor is None:
             self._governor = self._begin()
-        seconds = VIRTUAL_STEP_S if self.replayed else step.seconds
         pauses = self.breaks.count
-        for decision in after_step(self, self._governor, self.breaks, seconds):
+        for decision in after_step(self, self._governor, self.breaks):
             if self.breaks.count > pauses:
                 pauses = self.breaks.count
                 cli.say(f"tea break after step {step.number}: {decision.reason}")
@@ -207,7 +187,7 @@ class ThermalMonitor(Monitor):
 
     def _begin(self) -> Governor:
         """The run's governor; says so where it is blind."""
-        judge = governor.governor_for(self._mode, self.latest(), self.reasons, apple=self.apple)
+        judge = governor.governor_for(self._mode, self.reading(), self.reasons, apple=self.apple)
         if judge.blind:
             why = self.reasons.get("die_c", "no die temperature")
             cli.detail(f"governor: {self._mode}, but without temperatures: {why}")

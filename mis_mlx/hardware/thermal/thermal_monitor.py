@@ -15,10 +15,10 @@ from typing import Any, Self
 
 import psutil
 
-from mis_mlx.hardware.clock import Clock, VirtualClock
+from mis_mlx.hardware.clock import Clock
 from mis_mlx.hardware.thermal.ambient import Ambient, Estimate, find_altitude, t_env_kind
 from mis_mlx.hardware.thermal.apple_sensors import Apple
-from mis_mlx.hardware.thermal.recording import Header, Raw, Replay, Rows
+from mis_mlx.hardware.thermal.recording import Header, Raw, Rows
 from mis_mlx.hardware.thermal.sensor_rules import Fact, Frozen, judge
 from mis_mlx.types import MisError, Reading
 
@@ -39,7 +39,7 @@ NO_ALTITUDE = "no --altitude-m and none in the configuration file"
 class Live:
     """This machine's thermometers: Apple's on a Mac, else psutil's; psutil for the battery."""
 
-    ended = False  # a recording ends, this does not
+    sampled = True  # by a thread; a test's recording gives one look after the other
 
     def __init__(self, clock: Clock, apple_library: Path | None = None):
         self.clock = clock
@@ -85,18 +85,16 @@ class Live:
 
 
 class Monitor:
-    """Readings of this machine, or of the recording `replay`.
+    """Readings of this machine.
 
-    In a `with` statement a live monitor samples once a second in a daemon thread; a replay has no
-    thread: each `reading()` is the next record, and `clock` is virtual. config: default
-    ~/.config/mis_mlx.toml. clock, apple_library: for tests. MisError for impossible values and bad
-    recordings. Sample in the parent process only: Apple's libraries do not survive a fork.
+    In a `with` statement a daemon thread samples once a second. config: default
+    ~/.config/mis_mlx.toml. clock, apple_library: for tests. MisError for impossible values. Sample
+    in the parent process only: Apple's libraries do not survive a fork.
     """
 
     def __init__(
         self,
         *,
-        replay: Path | None = None,
         given_ambient_c: float | None = None,
         altitude_m: float | None = None,
         clock: Clock | None = None,
@@ -107,15 +105,10 @@ class Monitor:
             raise MisError(
                 f"ambient temperature {given_ambient_c} °C is not within −60 and 60: give it in °C"
             )
-        self.source: Live | Replay
-        if replay:
-            self.source = Replay(replay, VirtualClock())
-        else:
-            self.source = Live(clock or Clock(), apple_library)
-        self.replayed = isinstance(self.source, Replay)
-        # A live Mac, and no virtual one: there a run without a die temperature is not safe.
-        mac = sys.platform == "darwin" or getattr(self.source, "apple", None) is not None
-        self.apple = mac and not self.replayed and not getattr(self.source, "virtual", False)
+        self.source = Live(clock or Clock(), apple_library)
+        # A Mac, and no virtual one: there a run without a die temperature is not safe.
+        mac = sys.platform == "darwin" or self.source.apple is not None
+        self.apple = mac and not self.source.virtual
         self.clock: Clock = self.source.clock
         self.reasons: Mapping[str, str] = {}  # field of Reading -> why it is None
         chip = self.source.header.chip or ""
@@ -123,7 +116,7 @@ class Monitor:
         if chip.startswith(("Apple M1", "Apple M2")):
             sigma_c = VIRTUAL_SIGMA_C
         self._ambient = Ambient(given_ambient_c, sigma_c)
-        self._altitude = find_altitude(altitude_m, self.source.header, config)
+        self._altitude = find_altitude(altitude_m, config)
         self._frozen = Frozen()
         self._history: deque[Reading] = deque()
         self._looking = threading.Lock()  # one look at a time
@@ -132,7 +125,7 @@ class Monitor:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
-        if not self.replayed:
+        if self.source.sampled:
             self.look()
             self._thread = threading.Thread(target=self._sample, name="thermometers", daemon=True)
             self._thread.start()
@@ -151,7 +144,7 @@ class Monitor:
             self.look()
 
     def reading(self) -> Reading:
-        """The latest reading; of a recording, the next one."""
+        """The latest reading."""
         last = self.last() if self._thread else None
         return last or self.look()
 
@@ -210,18 +203,9 @@ class Monitor:
             "battery_percent": Fact(raw.battery_percent, "psutil", "no battery"),
             "plugged": Fact(raw.plugged, "psutil", "no battery"),
         }
-        if self.replayed:
-            facts = {name: _replayed(fact) for name, fact in facts.items()}
         altitude_m, source = self._altitude
         facts["altitude_m"] = Fact(altitude_m, source, NO_ALTITUDE)
         return facts
-
-
-def _replayed(fact: Fact) -> Fact:
-    """The fact with a source that says it is a recording's, except for what the user gave."""
-    if fact.source == "given":
-        return fact
-    return fact._replace(source=f"replay {fact.source}")
 
 
 def temperatures() -> Rows:

@@ -4,7 +4,6 @@ makes.
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 from dataclasses import dataclass, field, replace
@@ -14,8 +13,6 @@ import pytest
 
 from mis_mlx.hardware.thermal.governor import (
     Decision,
-    DieFilter,
-    Duty,
     Governor,
     Held,
     Mode,
@@ -26,6 +23,7 @@ from mis_mlx.hardware.thermal.run_monitor import PauseCounter, after_step
 from mis_mlx.hardware.thermal.thermal_monitor import Monitor
 from mis_mlx.types import MisError, Reading
 from tests.hardware.plant import Plant, PlantMonitor
+from tests.hardware.recorded import plug_in
 
 DATA = Path(__file__).parents[2] / "data"
 GOOD = Reading(
@@ -33,14 +31,11 @@ GOOD = Reading(
 )
 
 
-def feed(
-    governor: Governor, seconds: int, start: int = 0, step_s: float | None = 1.0, **changes
-) -> Decision:
+def feed(governor: Governor, seconds: int, start: int = 0, **changes) -> Decision:
     """One look a second; the last decision."""
     for second in range(start, start + seconds):
-        decision = governor.decide(
-            replace(GOOD, time_s=float(second), **changes), float(second), step_s
-        )
+        reading = replace(GOOD, time_s=float(second), **changes)
+        decision = governor.decide(reading, float(second))
     return decision
 
 
@@ -52,11 +47,17 @@ class Course:
     breaks: PauseCounter = field(default_factory=PauseCounter)
     decisions: list[tuple[float, Decision]] = field(default_factory=list)
 
-    def never_turns_quickly(self) -> bool:
-        """Whether work began or ceased at most every 10 s."""
-        pairs = itertools.pairwise(self.decisions)
-        turns = [now for (_, before), (now, after) in pairs if before.action != after.action]
-        return all(b - a >= 10 for a, b in itertools.pairwise(turns))
+    def shortest_pause_s(self) -> float:
+        """Of the pauses that ended."""
+        shortest = math.inf
+        began = None
+        for now, decision in self.decisions:
+            if decision.action == "pause" and began is None:
+                began = now
+            elif decision.action == "run" and began is not None:
+                shortest = min(shortest, now - began)
+                began = None
+        return shortest
 
 
 def drive(
@@ -68,7 +69,7 @@ def drive(
     clock = course.monitor.clock
     while clock.monotonic() < seconds:
         course.monitor.work(step_s)
-        for decision in after_step(course.monitor, governor, course.breaks, step_s):
+        for decision in after_step(course.monitor, governor, course.breaks):
             course.decisions.append((clock.monotonic(), decision))
         if decision.action == "stop":
             break
@@ -90,28 +91,23 @@ def odd_laptop(seed: int) -> tuple[Plant, float]:
     return plant, pick.choice([0.3, 1.0, 4.0, 8.0])
 
 
-@pytest.mark.parametrize("mode", ["throughput", "steady", "cool"])
+@pytest.mark.parametrize("mode", ["steady", "cool"])
 def test_properties_on_simulated_laptops(mode):
-    """Never above stop + 3 °C, duty in [0.2, 1], turns at least 10 s apart, naps of 5 s at most, no
-    stop.
-    """
+    """Never above stop + 3 °C, pauses of at least 10 s, no stop."""
     for seed in range(8):
         plant, step_s = odd_laptop(seed)
         course = drive(plant, mode, seconds=1800, step_s=step_s, seed=seed)
         assert course.monitor.hottest() < 108
-        assert all(0.2 <= d.duty <= 1.0 and 0.0 <= d.sleep_s <= 5.0 for _, d in course.decisions)
-        assert course.never_turns_quickly()
+        assert course.shortest_pause_s() >= 10
         assert {d.action for _, d in course.decisions} <= {"run", "pause"}
 
 
-@pytest.mark.parametrize(("mode", "set_c"), [("throughput", 97), ("steady", 92), ("cool", 85)])
-def test_each_mode_holds_its_set_point(mode, set_c):
-    """In a warm room, after 20 minutes, the hottest moment is within 1.5 °C of the mode's
-    set-point.
-    """
-    course = drive(Plant(air_c=30.0), mode, 1800, 1.0)
-    assert course.monitor.hottest(since_s=1200) == pytest.approx(set_c, abs=1.5)
-    assert course.breaks.napped_s > 100
+def test_cool_keeps_the_die_cooler():
+    """In a warm room `steady` lets the firmware do it, `cool` pauses; neither is far above."""
+    steady = drive(Plant(air_c=30.0), "steady", 1800, 1.0)
+    cool = drive(Plant(air_c=30.0), "cool", 1800, 1.0)
+    assert cool.breaks.count > steady.breaks.count
+    assert cool.monitor.hottest(since_s=1200) < steady.monitor.hottest(since_s=1200)
 
 
 def test_a_laptop_on_a_pillow_pauses_and_lives():
@@ -120,47 +116,42 @@ def test_a_laptop_on_a_pillow_pauses_and_lives():
     """
     plant = Plant(air_c=35.0, chassis_to_air=3.0, gpu_w=15.0, firmware_c=110.0)
     plant.chassis_c = plant.die_c = 55.0
-    course = drive(plant, "throughput", 3600, 1.0)
+    course = drive(plant, "steady", 3600, 1.0)
     assert course.breaks.count >= 1
     assert course.monitor.hottest() < 108
-    assert course.never_turns_quickly()
+    assert course.shortest_pause_s() >= 10
 
 
 def test_readings_that_grow_old_count_as_lost():
-    """A sampling thread that hangs gives the same reading for ever; after 10 s it is worth
-    nothing.
-    """
+    """A sampling thread that hangs gives the same reading for ever: after 10 s that is hot."""
     governor = Governor("steady")
     old = replace(GOOD, time_s=100.0, die_c=50.0)
-    assert governor.decide(old, 105.0, 1.0).duty == 1.0
-    assert governor.decide(old, 109.0, 1.0).duty == 1.0
-    lost = governor.decide(old, 110.0, 1.0)
-    assert (lost.cause, lost.duty) == ("sensor lost", 0.6)
-    assert feed(Governor("steady"), 10, die_c=None).duty == 1.0  # one that never saw a temperature
-    assert feed(Governor("steady"), 11, die_c=None).duty == 0.6
+    assert governor.decide(old, 105.0).action == "run"
+    assert governor.decide(old, 109.0).action == "run"
+    lost = governor.decide(old, 110.0)
+    assert (lost.cause, lost.action) == ("sensor lost", "pause")
+    assert feed(Governor("steady"), 10, die_c=None).action == "run"  # it never saw a temperature
+    never = Governor("steady")
+    assert feed(never, 11, die_c=None).action == "pause"
+    assert feed(never, 30, 11, die_c=60.0).action == "run"
+    assert feed(never, 950, 41, die_c=None).action == "stop"
 
 
 def test_95_degrees_is_no_reason_to_stop_or_pause():
-    """An M1 Air lives at 95 to 100 °C under load: ten minutes there are slower work, not an end."""
-    for mode in ("throughput", "steady", "cool"):
-        governor = Governor(mode)
-        actions = set()
-        for start in range(0, 600, 10):
-            actions.add(feed(governor, 10, start, die_c=95.0).action)
-        assert actions == {"run"}
+    """An M1 Air lives at 95 to 100 °C under load."""
+    governor = Governor("steady")
+    assert {feed(governor, 10, start, die_c=95.0).action for start in range(0, 600, 10)} == {"run"}
 
 
 def test_pause_resume_and_their_holds():
-    """101 °C for 3 s pauses; 90 °C for 10 s with 3 fresh samples goes on, and not a second
-    before.
-    """
-    governor = Governor("throughput")
+    """101 °C for 1 s pauses; 90 °C for 10 s, in 3 fresh samples, goes on, not a second before."""
+    governor = Governor("steady")
     feed(governor, 30, die_c=80.0)
     actions = [feed(governor, 1, second, die_c=104.0).action for second in range(30, 45)]
     first = actions.index("pause")
-    assert 3 <= first <= 8
+    assert first == 1
     assert "run" not in actions[first:]
-    cooling = [feed(governor, 1, second, None, die_c=85.0) for second in range(45, 75)]
+    cooling = [feed(governor, 1, second, die_c=85.0) for second in range(45, 75)]
     resumed = [decision.action for decision in cooling].index("run")
     assert 10 <= resumed <= 22
     assert cooling[0].reason.startswith("die 104.0 °C, pause at 101")
@@ -169,7 +160,7 @@ def test_pause_resume_and_their_holds():
 
 def test_one_spike_is_not_heat():
     """A single look of 125 °C among looks of 80 changes nothing."""
-    governor = Governor("throughput")
+    governor = Governor("steady")
     feed(governor, 20, die_c=80.0)
     assert feed(governor, 1, 20, die_c=125.0).action == "run"
     assert feed(governor, 10, 21, die_c=80.0).action == "run"
@@ -183,17 +174,15 @@ def test_stop_when_a_pause_does_not_cool():
     assert feed(boiling, 5, 60, die_c=60.0).action == "stop"  # for good
     warm = Governor("steady")
     feed(warm, 20, die_c=102.0)
-    assert feed(warm, 880, 20, None, die_c=95.0).action == "pause"
-    ended = feed(warm, 30, 900, None, die_c=95.0)
+    assert feed(warm, 880, 20, die_c=95.0).action == "pause"
+    ended = feed(warm, 30, 900, die_c=95.0)
     assert ended.action == "stop"
     assert "pause of" in ended.reason
 
 
 def test_pressure():
-    """0 says nothing, 2 is slower work for as long as it takes, 3 stops."""
-    assert feed(Governor(), 60, pressure_level=0).duty == 1.0
-    heavy = feed(Governor(), 600, pressure_level=2)
-    assert (heavy.action, heavy.duty, heavy.cause) == ("run", 0.7, "pressure")
+    """2 is ordinary, 3 stops."""
+    assert feed(Governor(), 600, pressure_level=2).action == "run"
     assert feed(Governor(), 1, pressure_level=3).action == "stop"
 
 
@@ -213,25 +202,20 @@ def test_unplugged_and_low():
     feed(governor, 20)
     pause = feed(governor, 1, 20, plugged=False)
     assert (pause.action, pause.cause, pause.checkpoint) == ("pause", "unplugged", True)
-    assert feed(governor, 2000, 21, None, plugged=False).action == "pause"
-    assert feed(governor, 1, 2021, None).action == "run"
+    assert feed(governor, 2000, 21, plugged=False).action == "pause"
+    assert feed(governor, 1, 2021).action == "run"
     lap = Governor("cool")
     assert feed(lap, 20, plugged=False, battery_percent=50.0).action == "run"
     assert feed(lap, 20, 20, plugged=False, battery_percent=19.0).cause == "battery low"
-    assert feed(lap, 20, 40, None, battery_percent=25.0).action == "pause"
-    assert feed(lap, 20, 60, None, battery_percent=31.0).action == "run"
+    assert feed(lap, 20, 40, battery_percent=25.0).action == "pause"
+    assert feed(lap, 20, 60, battery_percent=31.0).action == "run"
 
 
 def test_observe_never_interferes():
     """It says what it would have done, and always runs."""
     governor = Governor("observe")
     decision = feed(governor, 60, die_c=106.0, plugged=False)
-    assert (decision.action, decision.duty, decision.sleep_s, decision.checkpoint) == (
-        "run",
-        1.0,
-        0.0,
-        False,
-    )
+    assert (decision.action, decision.checkpoint) == ("run", False)
     assert decision.reason.startswith("only observed: ")
 
 
@@ -243,7 +227,7 @@ def test_blind_and_unattended():
     blind = governor_for("steady", unseen, {}, apple=False)
     assert blind.blind
     seeing_nothing = feed(blind, 100, die_c=None)
-    assert (seeing_nothing.duty, seeing_nothing.cause) == (1.0, "blind")
+    assert (seeing_nothing.action, seeing_nothing.cause) == ("run", "blind")
     assert feed(blind, 1, 100, die_c=None, plugged=False).action == "pause"
     with pytest.raises(MisError, match=r"no sensor answered.*doctor"):
         governor_for("steady", unseen, {"die_c": "no sensor answered"}, apple=True)
@@ -253,23 +237,22 @@ def test_blind_and_unattended():
         Governor("warp")  # type: ignore[arg-type]
 
 
-def test_halny_makes_tea_breaks_in_virtual_time():
+def test_halny_makes_tea_breaks_in_virtual_time(monkeypatch):
     """The recording forces six tea breaks; all looks are used, the same way every time."""
     courses = []
     for _ in range(2):
-        with Monitor(replay=DATA / "halny.jsonl") as monitor:
+        plug_in(monkeypatch, DATA / "halny.jsonl")
+        with Monitor() as monitor:
             governor = Governor("steady")
             breaks = PauseCounter()
             log = []
             while not monitor.source.ended:
-                log += after_step(monitor, governor, breaks, step_s=0.1)
+                log += after_step(monitor, governor, breaks)
         courses.append((breaks, log))
     assert courses[0] == courses[1]
     assert (breaks.count, breaks.reasons) == (6, {"hot": 6})
-    assert breaks.seconds > 300
-    assert breaks.as_json()["throttled_s"] == pytest.approx(
-        breaks.seconds + breaks.napped_s, abs=0.06
-    )
+    assert breaks.as_json()["throttled_s"] == pytest.approx(breaks.seconds, abs=0.06)
+    assert breaks.seconds > 60
 
 
 def test_one_checkpoint_a_pause():
@@ -295,26 +278,6 @@ def test_benchmarks_refuse_heat():
     assert unfit_for_timing(replace(GOOD, die_c=90.0)) == "die 90.0 °C, above 80"
     assert unfit_for_timing(replace(GOOD, pressure_level=1)) == "thermal pressure 1, not 0"
     assert unfit_for_timing(replace(GOOD, battery_c=41.0)) == "battery 41.0 °C, 40 or more"
-
-
-def test_filter_looks_ahead_only_upwards():
-    """Rising by 1 °C a second it is 3 °C ahead of its own lag; falling it is not ahead at all."""
-    rising = DieFilter()
-    falling = DieFilter()
-    for second in range(60):
-        rising.add(second, 50.0 + second)
-        falling.add(second, 90.0 - second)
-    lag = 1 / (math.exp(0.5) - 1) + 1  # of the exponential mean, and one sample of the median
-    assert rising.ahead_c == pytest.approx(50 + 59 - lag + 3, abs=0.01)
-    assert falling.ahead_c == pytest.approx(90 - 59 + lag, abs=0.01)
-
-
-def test_duty_falls_at_once_and_rises_slowly():
-    """20 °C too hot costs 0.4 at once; from there it comes back by 0.05 a second."""
-    duty = Duty()
-    assert duty.update(-20.0, 1.0) == pytest.approx(0.57)
-    assert duty.update(+20.0, 1.0) == pytest.approx(0.62)
-    assert duty.update(-80.0, 1.0) == 0.2
 
 
 def test_held_counts_fresh_samples():

@@ -19,7 +19,6 @@ from mlx.utils import tree_flatten
 from mis_mlx import sft
 from mis_mlx.distillation import train_loop
 from mis_mlx.distillation.whole_model import WholeModel
-from mis_mlx.hardware.clock import VirtualClock
 from mis_mlx.hardware.thermal.governor import Mode
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, ThermalMonitor, battery
 from mis_mlx.maths.optimizer import GuardedAdamW
@@ -27,6 +26,7 @@ from mis_mlx.runs.run_loop import entered, open_model, open_run
 from mis_mlx.types import GIB, Budget, MisError, Reading, Step
 from tests import tiny
 from tests.hardware.plant import LidClock
+from tests.hardware.recorded import VirtualClock, plug_in
 
 HALNY = Path(__file__).parents[2] / "data" / "halny.jsonl"
 
@@ -44,10 +44,10 @@ def step(number: int) -> Step:
     )
 
 
-def test_the_spread_of_the_air_is_that_of_the_last_hour() -> None:
+def test_the_spread_of_the_air_is_that_of_the_last_hour(monkeypatch: pytest.MonkeyPatch) -> None:
     """Air that warms from 8 to 33 °C has a spread; before any reading, and by hand, it has none."""
     with ThermalMonitor(ThermalFlags(temperature_c=8.0, altitude_m=832.0)) as thermal_monitor:
-        thermal_monitor.latest()
+        thermal_monitor.reading()
         account = thermal_monitor.account()
         assert (account["t_env_c"], account["t_env_source"], account["altitude_source"]) == (
             8.0,
@@ -55,34 +55,29 @@ def test_the_spread_of_the_air_is_that_of_the_last_hour() -> None:
             "given",
         )
         assert thermal_monitor.air(look=False).spread_c == 0.0
-    with ThermalMonitor(ThermalFlags(thermal_replay=str(HALNY))) as thermal_monitor:
+    plug_in(monkeypatch, HALNY)
+    with ThermalMonitor(ThermalFlags()) as thermal_monitor:
         assert thermal_monitor.air(look=False).spread_c == 0.0
-        air = [thermal_monitor.latest().ambient_c for _ in range(16)]
+        air = [thermal_monitor.reading().ambient_c for _ in range(16)]
         mean = sum(air) / 16
         std = (sum((t - mean) ** 2 for t in air) / 16) ** 0.5
         assert (air[0], air[-1]) == (8.0, 33.0)
         assert thermal_monitor.air(look=False).spread_c == pytest.approx(std)
-        assert thermal_monitor.account()["t_env_source"] == "replay SMC TVA0"
+        assert thermal_monitor.account()["t_env_source"] == "SMC TVA0"
 
 
-def test_tea_breaks_are_counted_logged_and_end_with_the_recording(tmp_path: Path) -> None:
-    """Hot spells pause the run in virtual time; both logs share a clock; after its end the replay
-    is quiet.
-    """
+def test_tea_breaks_are_counted_and_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hot spells pause the run in virtual time; both logs share a clock."""
     log = tmp_path / "thermal.jsonl"
-    with ThermalMonitor(
-        ThermalFlags(thermal_replay=str(HALNY), governor="steady"), log
-    ) as thermal_monitor:
-        actions = []
+    plug_in(monkeypatch, HALNY)
+    with ThermalMonitor(ThermalFlags(governor="steady"), log) as thermal_monitor:
         for number in range(1, 200):
-            decisions = thermal_monitor.after(step(number))
-            actions.append([decision.action for decision in decisions])
+            actions = [decision.action for decision in thermal_monitor.after(step(number))]
+            assert actions[-1] == "run"
         assert thermal_monitor.breaks.count == 6
         assert thermal_monitor.breaks.seconds > 60
         assert thermal_monitor.account()["tea_reasons"] == {"hot": 6}
         now = thermal_monitor.now()
-    assert actions[0] == ["run"]
-    assert actions[-1] == []
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert {line["action"] for line in lines} == {"run", "pause"}
     assert all(line["reason"] for line in lines if line["action"] == "pause")
@@ -145,7 +140,6 @@ def test_a_step_during_which_the_machine_slept_is_done_again() -> None:
             "pauses the run after its first step until it is plugged in; plug it in, or use "
             "--governor cool",
         ),
-        ("throughput", "pauses the run after its first step until it is plugged in"),
         ("cool", "pauses the run below 20 % until there are 30"),
         ("observe", "the run ends when the battery does"),
     ],
@@ -157,8 +151,8 @@ def test_a_run_on_battery_says_so_first(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Before its first step, with the mode's own doing; not when it is plugged in, has no battery,
-    or replays.
+    """Before its first step, with the mode's own doing; not when it is plugged in or has no
+    battery.
     """
     flags = ThermalFlags(governor=mode)
     for charge in (None, SimpleNamespace(percent=55.0, power_plugged=True)):
@@ -166,7 +160,6 @@ def test_a_run_on_battery_says_so_first(
         assert battery(flags) == ""
     charge = SimpleNamespace(percent=55.0, power_plugged=False)
     monkeypatch.setattr(psutil, "sensors_battery", lambda: charge, raising=False)
-    assert battery(replace(flags, thermal_replay=str(HALNY))) == ""
     settings = sft.Settings(governor=mode, out=str(tmp_path / "run"))
     with (
         entered(None, "x", out=settings.out, asked=settings.given) as place,
@@ -177,19 +170,19 @@ def test_a_run_on_battery_says_so_first(
     assert what in text
 
 
-@pytest.mark.parametrize("mode", ["steady", "throughput", "cool", "observe"])
+@pytest.mark.parametrize("mode", ["steady", "cool", "observe"])
 @pytest.mark.parametrize("plugged", [False, True])
 def test_a_run_that_would_wait_for_the_plug_does_not_begin(
     mode: Mode, plugged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On battery, `steady` and `throughput` ask for another flag before a model is looked for;
-    `cool` and `observe` go on, and so does a --dry-run.
+    """On battery, `steady` asks for another flag before a model is looked for; `cool` and
+    `observe` go on, and so does a --dry-run.
     """
     charge = SimpleNamespace(percent=55.0, power_plugged=plugged)
     monkeypatch.setattr(psutil, "sensors_battery", lambda: charge, raising=False)
     model = str(tmp_path / "nowhere")
     settings = sft.Settings(governor=mode, model=model, out=str(tmp_path / "run"))
-    waits = not plugged and mode in ("steady", "throughput")
+    waits = not plugged and mode == "steady"
     want = (
         f"^on battery, 55 %: --governor {mode} pauses .* use --governor cool"
         if waits
@@ -230,7 +223,6 @@ def test_a_pause_is_said_when_it_begins(
         for name, value in (
             ("clock", air.clock),
             ("reading", air.reading),
-            ("replayed", False),
             ("apple", True),
         ):
             monkeypatch.setattr(thermal_monitor, name, value)
@@ -256,7 +248,5 @@ def test_the_governor_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delenv("MIS_MLX_GOVERNOR")
     assert ThermalFlags().governor == "steady"
     monkeypatch.setenv("MIS_MLX_GOVERNOR", "hot")
-    with pytest.raises(
-        MisError, match="MIS_MLX_GOVERNOR is not one of observe, throughput, steady, cool"
-    ):
+    with pytest.raises(MisError, match="MIS_MLX_GOVERNOR is not one of observe, steady, cool"):
         ThermalFlags()

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mis_mlx.hardware.clock import VirtualClock
-from mis_mlx.hardware.thermal.recording import Raw, Replay
+from mis_mlx.hardware.thermal.recording import Raw
 from mis_mlx.hardware.thermal.sensor_rules import Frozen, judge
 from tests.hardware.plant import smc_float
+from tests.hardware.recorded import Replay
 
 DATA = Path(__file__).parents[2] / "data"
 
@@ -21,7 +21,7 @@ def look(**parts) -> Raw:
 
 def test_idle_m1_air():
     """The dump of an idle M1 Air: die 43.6 °C, battery 32.5."""
-    values = judge(Replay(DATA / "m1-air-idle.jsonl", VirtualClock()).look())
+    values = judge(Replay(DATA / "m1-air-idle.jsonl").look())
     assert values["die_c"].value == 43.6
     assert values["die_c"].source == "IOHID PMU2 tdie1"
     assert values["soc_c"].value == pytest.approx(36.9)

@@ -16,7 +16,6 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from mis_mlx.hardware.clock import VirtualClock
 from mis_mlx.hardware.thermal import thermal_monitor
 from mis_mlx.hardware.thermal.ambient import find_altitude
 from mis_mlx.hardware.thermal.governor import governor_for
@@ -24,6 +23,7 @@ from mis_mlx.hardware.thermal.recording import Header, Raw, recorder
 from mis_mlx.hardware.thermal.thermal_monitor import Monitor
 from mis_mlx.types import MisError
 from tests.hardware.plant import LidClock, smc_float
+from tests.hardware.recorded import VirtualClock, plug_in
 
 DATA = Path(__file__).parents[2] / "data"
 NOWHERE = Path("/no/such/mis_mlx.toml")
@@ -114,16 +114,12 @@ def test_impossible_ambient_is_refused(celsius):
 
 
 def test_altitude_in_order(tmp_path):
-    """Flag, then the recording's, then the file's, then none; a bad one is a sentence with the
-    file.
-    """
+    """Flag, then the file's, then none; a bad one is a sentence with the file."""
     config = tmp_path / "mis_mlx.toml"
     config.write_text("altitude_m = 832\n")
-    here = Header(altitude_m=1987.0)
-    assert find_altitude(100.0, here, config) == (100.0, "given")
-    assert find_altitude(None, here, config) == (1987.0, "replay header")
-    assert find_altitude(None, Header(), config) == (832.0, "given in mis_mlx.toml")
-    assert find_altitude(None, Header(), NOWHERE) == (None, "")
+    assert find_altitude(100.0, config) == (100.0, "given")
+    assert find_altitude(None, config) == (832.0, "given in mis_mlx.toml")
+    assert find_altitude(None, NOWHERE) == (None, "")
     for text in (
         "altitude_m = 'location'",
         "altitude_m = 99999",
@@ -133,9 +129,9 @@ def test_altitude_in_order(tmp_path):
     ):
         config.write_text(text)
         with pytest.raises(MisError, match=r"mis_mlx\.toml"):
-            find_altitude(None, Header(), config)
+            find_altitude(None, config)
     with pytest.raises(MisError, match="--altitude-m"):
-        find_altitude(float("inf"), Header(), NOWHERE)
+        find_altitude(float("inf"), NOWHERE)
 
 
 def test_an_m1_air_through_the_real_calls(fake_apple):
@@ -159,24 +155,24 @@ def test_an_m1_air_through_the_real_calls(fake_apple):
     assert reading.power_w == 12.5
     assert monitor.source.header == Header("MacBookAir10,1", "Apple M1", "24D60")
     assert monitor.apple
-    assert not monitor.replayed
 
 
-def test_a_frozen_die_sensor_is_missing(tmp_path):
+def test_a_frozen_die_sensor_is_missing(tmp_path, monkeypatch):
     """74.5 °C for two minutes to the last bit while the power changes is no measurement."""
     path = tmp_path / "frozen.jsonl"
     with recorder(path, Header()) as add:
         for second in range(130):
             keys = {"TCMz": smc_float(74.5), "PSTR": smc_float(5.0 + second / 10)}
             add(Raw(float(second), float(second), smc=keys))
-    monitor = Monitor(replay=path, config=NOWHERE)
+    plug_in(monkeypatch, path)
+    monitor = Monitor(config=NOWHERE)
     readings = [monitor.reading() for _ in range(130)]
     assert readings[119].die_c == 74.5
     assert readings[120].die_c is None
     assert monitor.reasons["die_c"] == "stuck at 74.5 °C for 120 s"
 
 
-def test_all_sensors_gone_and_back(tmp_path):
+def test_all_sensors_gone_and_back(tmp_path, monkeypatch):
     """A sensor that vanishes for a while is None for that while, and its reason is the
     provider's.
     """
@@ -185,7 +181,8 @@ def test_all_sensors_gone_and_back(tmp_path):
         add(Raw(0.0, 0.0, hid=(("PMU tdie1", 50.0),)))
         add(Raw(1.0, 1.0, missing={"IOHID": "no client"}))
         add(Raw(2.0, 2.0, hid=(("PMU tdie1", 51.0),)))
-    monitor = Monitor(replay=path, config=NOWHERE)
+    plug_in(monkeypatch, path)
+    monitor = Monitor(config=NOWHERE)
     assert monitor.reading().die_c == 50.0
     assert monitor.reading().die_c is None
     assert monitor.reasons["die_c"] == "no sensor answered (IOHID: no client)"
@@ -193,35 +190,26 @@ def test_all_sensors_gone_and_back(tmp_path):
     assert "die_c" not in monitor.reasons
 
 
-def test_halny():
-    """The recording warms from 8 to 33 °C in its first 16 looks, at 832 m, and every source says
-    'replay'.
-    """
-    with Monitor(replay=DATA / "halny.jsonl") as monitor:
+def test_halny(monkeypatch):
+    """The recording warms from 8 to 33 °C in its first 16 looks."""
+    plug_in(monkeypatch, DATA / "halny.jsonl")
+    with Monitor(config=NOWHERE) as monitor:
         readings = [monitor.reading() for _ in range(16)]
-        assert "thermometers" not in {thread.name for thread in threading.enumerate()}
     assert readings[0].ambient_c == pytest.approx(8.0, abs=0.01)
     assert readings[-1].ambient_c == pytest.approx(33.0, abs=0.01)
     assert all(a.ambient_c < b.ambient_c for a, b in itertools.pairwise(readings))
-    assert {reading.altitude_m for reading in readings} == {832.0}
-    for reading in readings:
-        assert all(source.startswith("replay ") for source in reading.sources.values())
     assert statistics.pstdev(r.ambient_c for r in monitor.history()) > 5
+    assert Monitor(given_ambient_c=8.0).reading().sources["ambient_c"] == "given"
 
 
-def test_a_given_value_in_a_replay_is_still_given():
-    """What the recording measured is a replay."""
-    monitor = Monitor(replay=DATA / "halny.jsonl", given_ambient_c=8.0)
-    assert monitor.reading().sources["ambient_c"] == "given"
-
-
-def test_history_keeps_an_hour(tmp_path):
+def test_history_keeps_an_hour(tmp_path, monkeypatch):
     """Of two hours of looks, the last hour."""
     path = tmp_path / "long.jsonl"
     with recorder(path, Header()) as add:
         for minute in range(121):
             add(Raw(60.0 * minute, 60.0 * minute, hid=(("PMU tdie1", 40.0),)))
-    monitor = Monitor(replay=path, config=NOWHERE)
+    plug_in(monkeypatch, path)
+    monitor = Monitor(config=NOWHERE)
     while not monitor.source.ended:
         monitor.reading()
     assert [r.time_s for r in monitor.history()] == [60.0 * minute for minute in range(60, 121)]
