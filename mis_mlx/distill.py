@@ -1,6 +1,7 @@
 """Make a small 4-bit student: prune, distill, quantize, measure."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from mis_mlx.distillation.resolved_run import ResolvedRun
 from mis_mlx.hardware.thermal.run_monitor import battery
 from mis_mlx.judge import answers, comparison
 from mis_mlx.models.architectures import arch
+from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting import progress, text
@@ -213,23 +215,29 @@ def _begin(
         wired=memory_plan.peak_bytes if memory_plan.mode != "sharded" else 0,
     ) as opened:
         run_plan.log(resolved.settings.given, opened, memory_plan)
-        seen, data = vocabulary.of_run(
-            teacher,
-            student.folder,
-            student.rows,
-            data,
-            config=student.pruning,
-            source=source,
-            run=opened.folder,
-            files=opened.files,
-        )
         c = pipeline.Run(
             **vars(opened),
             recipe=resolved.recipe,
-            teacher=seen,
+            teacher=teacher,
             data=data.train,
             plan=memory_plan,
         )
+        choosing: AbstractContextManager[None] = nullcontext()
+        if student.folder is None and student.rows != shape_of(teacher.config).vocab:
+            # the plan of `prune` has it in, where something else is cut, too
+            choosing = c.phase("vocabulary" if memory_plan.job.viewed else "prune")
+        with choosing:
+            seen, data = vocabulary.of_run(
+                teacher,
+                student.folder,
+                student.rows,
+                data,
+                config=student.pruning,
+                source=source,
+                run=opened.folder,
+                files=opened.files,
+            )
+        c = replace(c, teacher=seen, data=data.train)
         return _stages(resolved, c, data)
 
 

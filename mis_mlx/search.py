@@ -260,6 +260,7 @@ def carry_out(sought: Sought, place: run_loop.Place) -> dict[str, Any]:
     """Measure axes, rank, write the table; the result. place: of the run, whose part this is."""
     source = _source(sought)
     read = run_loop.prepare_text(sought.teacher, source, sought.asked.max_seq_length)
+    run_loop.forget_text()
     with place.part(run_folder.SEARCH) as part:
         return _carried_out(sought, *read, part)
 

@@ -22,8 +22,9 @@ from mis_mlx.types import GIB, Budget, MisError, gib
 DEFAULT_BYTES = 5 * GIB  # at the most by default where there is no Metal to recommend anything
 SYSTEM_BYTES = 2 * GIB  # of all memory, which the system and a program or two hold
 SHARE = 0.75  # of what Metal recommends, or of free memory: macOS and the browser need some, too
-# What a process grows by: Python and libraries on a CPU; Metal's runtime, until measured
-GROWN_BYTES = 40 * 2**20
+# What a process holds beside arrays: on a CPU Python, libraries, text and holes in the heap (130 to
+# 190 MiB of a whole `distill`); Metal's runtime, until measured
+GROWN_BYTES = 130 * 2**20
 GROWN_METAL_BYTES = 150 * 2**20
 # What each stream adds that trains on a CPU: BLAS's buffer; holes in glibc's heap if all gradients
 # are held at once
@@ -34,6 +35,10 @@ TRAINED_WHOLE_BYTES = 80 * 2**20
 RUSAGE_V4 = 4
 FOOTPRINT = 2 + 7
 MOST_FOOTPRINT = 2 + 28
+# mallopt: blocks from this size on are mapped, and so much freed memory at most stays at the end
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
+LARGE_BYTES = 2**20
 OPEN_FILES = 4096  # macOS allows 256 at first, too few for a model in many files
 COMMANDS_AHEAD = 10  # command buffers that MLX sends before it waits (scheduler.h)
 USUAL_MEGABYTES = "40"
@@ -193,9 +198,8 @@ class Peak:
 def process_bytes(limit_bytes: int, gpu: bool | None = None, trained_bytes: int = 0) -> int:
     """What a process takes of a budget for other things than arrays, a sixth of it at most.
 
-    Python and libraries grow by 13 to 20 MiB on a CPU, whatever the model (measured). gpu: whether
-    on a GPU; default: as this process computes. trained_bytes: what all streams that train add on a
-    CPU.
+    gpu: whether on a GPU; default: as this process computes. trained_bytes: what all streams that
+    train add on a CPU.
     """
     if gpu is None:
         gpu = mx.default_device() == mx.gpu
@@ -214,6 +218,18 @@ def give_back(cache: bool = True) -> None:
     library = CDLL(None)
     if hasattr(library, "malloc_trim"):  # glibc's; macOS has none
         library.malloc_trim(0)
+
+
+def return_large_blocks() -> None:
+    """Ask glibc to give a freed block of LARGE_BYTES or more back to the system at once.
+
+    Left alone it raises that limit to 32 MiB while a program runs, and freed matrices leave holes:
+    a run within 480 MiB held 540 MiB, 479 MiB so (mallopt(3)).
+    """
+    library = CDLL(None)
+    if sys.platform == "linux" and hasattr(library, "mallopt"):
+        for which in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            library.mallopt(which, LARGE_BYTES)
 
 
 def wiring_asked() -> bool:
@@ -265,6 +281,7 @@ def limited(limit: Budget, wired_bytes: int = 0, device: Any = mx) -> Iterator[N
     Metal, so that macOS does not page it out. device: `mlx.core`, or a test's substitute.
     """
     _open_more_files()
+    return_large_blocks()
     gpu = device.default_device() == device.gpu
     arrays = limit.limit_bytes - process_bytes(limit.limit_bytes, gpu)
     memory = device.set_memory_limit(arrays)

@@ -97,7 +97,7 @@ def test_nothing_is_wired_elsewhere(device: Device, monkeypatch: pytest.MonkeyPa
     """
     monkeypatch.setenv("MIS_MLX_WIRE", "1")
     gpu = device.kind == "gpu"
-    memory_limit = GIB - (150 if gpu else 40) * MIB
+    memory_limit = GIB - (150 if gpu else 130) * MIB
     cache = (256 if gpu else 0) * MIB
     with memory.limited(Budget(GIB), GIB, device):
         assert device.limits == {"memory": memory_limit, "cache": cache, "wired": 3}
@@ -144,7 +144,7 @@ def test_the_real_one_here() -> None:
     before = mx.set_memory_limit(GIB)
     try:
         with memory.limited(Budget(2 * GIB)):
-            assert mx.set_memory_limit(2 * GIB) == 2 * GIB - 40 * MIB
+            assert mx.set_memory_limit(2 * GIB) == 2 * GIB - 130 * MIB
         assert mx.set_memory_limit(GIB) == GIB
     finally:
         mx.set_memory_limit(before)
