@@ -85,6 +85,11 @@ def test_public_lines() -> None:
     assert "ola" not in line
 
 
+def test_a_nan_in_one_array_is_the_error() -> None:
+    """Whatever the other arrays are, and no check passes with it."""
+    assert np.isnan(kernels.relative_error([np.array([np.nan, 1.0]), np.ones(2)], [np.ones(2)] * 2))
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> engine.Models:
     """The doctor's tiny model in two formats."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -45,26 +44,6 @@ def test_where_a_module_comes_from(
     (tmp_path / "here.py").write_text("print(5)")
     done = forks.run([*flags, "-m", "here"], own_home, tmp_path)
     assert (done.stdout, done.returncode) == (("", 1) if flags else ("5\n", 0))
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_signal_is_its_end(own_home: dict[str, str], number: int) -> None:
-    """The code is minus its number; SIGINT raises KeyboardInterrupt."""
-    process = forks.start(
-        ["-c", "print(1, flush=True); input()"],
-        own_home,
-        cwd=None,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert process.stdout
-    assert process.stdout.readline() == "1\n"
-    assert process.poll() is None
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(0)
-    process.send_signal(number)
-    process.communicate()
-    assert process.returncode == -number
 
 
 def test_it_computes_what_a_process_computes(own_home: dict[str, str]) -> None:

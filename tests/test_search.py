@@ -82,8 +82,8 @@ def test_bits_are_probed_where_there_are_students() -> None:
     low, high = excess.bits_probed(4.9)
     assert low == 4.9 < high
     config = {**tiny.CONFIG, **tiny.MODELS["qwen3_5_text"]}
-    config = family({**config, "linear_num_value_heads": 8}).own_config()
-    fewest, _ = shape_search.bpw_range(32, config, shape_of(config))
+    config = family({**config, "linear_num_value_heads": 32}).own_config()
+    fewest, _ = shape_search.bpw_range(64, config, shape_of(config))
     sizes = shape_search.axis_sizes(config, ())
     least = shape_search.file_bytes(config, shape_of(config), fewest)
     (choice,) = shape_search.within(config, sizes, least)

@@ -152,11 +152,16 @@ def test_a_killed_run_goes_on(
 def test_what_was_begun_otherwise_begins_anew(
     chat: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another seed, other prompts or another teacher: nothing of the part that is there is used."""
+    """Another seed, other prompts, another teacher or another template of the same one: nothing of
+    the part that is there is used.
+    """
     limit = memory.budget(None)
     out = tmp_path / "answers.jsonl"
     other = load.open_checkpoint(tiny.talking(tmp_path / "other", seed=1))
+    spoken = load.open_checkpoint(tiny.talking(tmp_path / "spoken"))
+    (spoken.path / "chat_template.jinja").write_text(f"{tiny.CHAT_TEMPLATE} ")
     cases = [
+        (spoken, HOW),
         (chat, replace(HOW, seed=1)),
         (chat, replace(HOW, prompts=ASKED[1:])),
         (chat, replace(HOW, temperature=0.5)),

@@ -27,7 +27,8 @@ def test_a_budget_is_filled_and_no_more(most: int, found: int) -> None:
     """With the process around it the budget is met, by as many as are asked for at the most."""
     ledger = Ledger(100 * MIB, gpu=False)
     left = 30 * MIB + MIB // 2
-    ledger.hold("weights", 100 * MIB - process_bytes(100 * MIB, False) - left)
+    ledger.hold("weights", 99 * MIB - process_bytes(100 * MIB, False) - left)
+    ledger.moment("step", work=MIB)
     assert ledger.room_bytes == left
     assert ledger.fill("blocks", MIB, most) == found
     assert needed_bytes(100 * MIB, ledger.peak_bytes, False) == 100 * MIB - left + found * MIB

@@ -29,6 +29,7 @@ LOOPS = [
     "no, " * 60,
     "yes " * 21,
     "床前明月光，疑是地上霜。举头望明月，低头思故乡。这首诗写的是诗人的感受，" + "我不知道。" * 20,
+    "床前明月光，疑是地上霜。举头望明月，低头思故乡。" + "我不知道。" * 30 + "再见了，朋友。",
     "Dear Ann, thank you for the letter that came on Monday, and for the good news in it. "
     + "I am glad to hear that. " * 4,
     " ".join(f"{number}. I am not sure about that." for number in range(1, 20)),

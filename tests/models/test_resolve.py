@@ -43,14 +43,19 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_a_folder_is_used_as_it_is(tmp_path: Path, cache: Path) -> None:
-    """A path that exists is the teacher; nothing is cached. A file, such as a GGUF, is none: the
-    hub is not asked.
+def test_a_folder_is_used_as_it_is(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path that exists is the teacher, also one like owner/model; nothing is cached. A file, such
+    as a GGUF, is none: the hub is not asked.
     """
     (tmp_path / "x.gguf").touch()
     with pytest.raises(MisError, match=r"x.gguf is a file, but a model is a folder"):
         resolve.resolve_model(str(tmp_path / "x.gguf"))
     assert resolve.resolve_model(str(tmp_path)) == resolve.Found(tmp_path, f"folder {tmp_path}")
+    (tmp_path / "owner" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert resolve.resolve_model("owner/model").path.samefile(tmp_path / "owner" / "model")
     assert not cache.exists()
 
 

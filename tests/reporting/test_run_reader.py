@@ -33,6 +33,11 @@ def test_torn_and_foreign_lines_are_counted(tmp_path: Path) -> None:
     assert any("metrics.jsonl has 5 of 6 lines" in text for text in story.missing)
 
 
+def test_a_phase_that_was_resumed_has_all_its_seconds(tmp_path: Path) -> None:
+    log(tmp_path / "phases.jsonl", *({"phase": "distil", "seconds": s} for s in (5, 7)))
+    assert run_reader.read(tmp_path).took() == {"distil": 12}
+
+
 def test_answers_are_missed_only_where_they_were_judged(tmp_path: Path) -> None:
     """By the result; records of ours are kept in their order, torn and foreign lines passed
     over.

@@ -116,6 +116,11 @@ WEATHER = {"name": "get_weather", "arguments": {"city": "Lyon"}}
         ([CALL, WEATHER], [WEATHER, CALL], (True, True, True)),
         ([CALL, WEATHER], [CALL], (True, False, False)),
         (
+            [CALL, CALL],
+            [CALL, {"name": "set_timer", "arguments": {"minutes": 13}}],
+            (True, True, False),
+        ),
+        (
             [WEATHER],
             [{"name": "get_weather", "arguments": {"city": " lyon ", "day": "today"}}],
             (True, True, True),
