@@ -44,7 +44,10 @@ def is_wide(inputs: int) -> bool:
 def inverse_root(gram: np.ndarray) -> mx.array:
     """L^-1 (F, F) float32 of L L^T = G (F, F) float32. It takes little more memory than it has."""
     # MLX has no Metal version of these two, so they name the CPU's stream.
-    return mx.linalg.tri_inv(mx.linalg.cholesky(mx.array(gram), stream=mx.cpu), stream=mx.cpu)
+    return mx.linalg.tri_inv(  # noqa: TID251
+        mx.linalg.cholesky(mx.array(gram), stream=mx.cpu),  # noqa: TID251
+        stream=mx.cpu,
+    )
 
 
 def held_out_windows(kinds: Sequence[int]) -> list[int]:
