@@ -36,7 +36,7 @@ from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening.config import read_config
 from mis_mlx.quantization import rounded_size
 from mis_mlx.settings.recipe import EVAL_PROMPTS, EVAL_PROMPTS_STREAMED
-from mis_mlx.size_search import candidates, shape_search, shortfall, size_request
+from mis_mlx.size_search import shape_search, shortfall, size_request
 from mis_mlx.types import Budget
 
 CONFIGS = Path(__file__).parent / "model_configs"
@@ -114,7 +114,7 @@ def hours_of_search(made: strategies.MemoryPlan, config: Mapping[str, Any]) -> f
     teacher = made.job.shown or made.job.teacher
     streams = 2 * teacher.nbytes > made.budget_bytes
     evaluations = search.PASSES if streams else search.SETTLED_AFTER
-    sizes = shape_search.axis_sizes(config, candidates.vocabularies(config, None))
+    sizes = shape_search.axis_sizes(config, size_request.vocabularies(config, None))
     costs = search.search_cost(
         teacher,
         search.Settings(),

@@ -60,7 +60,7 @@ def run(settings: Settings) -> dict[str, Any]:
             return _work(resolved, place)
     # What all of the run should take, by a likely student.
     rest = sought.rest
-    phases = {"search": sought.seconds, **rest.planned}
+    phases = {"search": sought.takes.seconds, **rest.planned}
     cli.say(plan_report.time_line(phases), plan_report.memory_line(rest, sought.takes))
     note = plan_report.night(rest, sum(phases.values()))
     if note:
@@ -131,10 +131,7 @@ def _dry_run(
     sizes = size_request.unsearched(s)
     before = None
     if sought is not None:
-        likely = size_request.likely_student(
-            teacher.config, teacher.path, sought.sizes, sought.most_bytes
-        )
-        sizes = {"lose": sought.lose, **likely}
+        sizes = dict(sought.likely)
         before = sought.takes
         cli.say("the plan below is that of a likely student: a search chooses another, perhaps")
     resolved = _resolved(s, sizes, teacher, folder, sought=before)

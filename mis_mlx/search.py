@@ -24,7 +24,6 @@ from mis_mlx.pruning.calibrate import calibration_cost
 from mis_mlx.quantization.bit_allocation import sensing_cost
 from mis_mlx.reporting import progress, text
 from mis_mlx.runs import run_loop
-from mis_mlx.settings.parts import part_of
 from mis_mlx.settings.recipe import ITERS, DistillationConfig
 from mis_mlx.size_search import (
     candidates,
@@ -48,7 +47,6 @@ FREE = run_loop.FREE_ANYWHERE | {
 TABLE = "table.md"  # bytes against expected loss, in the search's folder
 EVALUATIONS = 10  # students measured after rounding, at most
 PASSES = 3  # that measure a choice each: of a teacher that streams, and of tokens alone
-RANK_WINDOWS = 6  # held-out windows that rank; a third as many of every other text
 # Students that a search by --lose measures before the smallest one by corrected sums is one that
 # was measured: 1, 1, 1, 4 and 6 in five searches of three teachers.
 SETTLED_AFTER = 4
@@ -94,9 +92,9 @@ class Sought:
     """A search that nothing has been measured for yet.
 
     lose: bits a byte; None: the best within most_bytes. streams: every pass reads the teacher from
-    disk. rest: the plan of the run that follows, by a likely student. seconds: of the search.
-    outcome: of a --dry-run. about: the identity of measurements that are perhaps kept; {}: none
-    are.
+    disk. likely: settings of a student such as it may find; rest: the plan of the run that follows,
+    by that one. takes: its time and memory; outcome: the same of a --dry-run. about: the identity
+    of measurements that are perhaps kept; {}: none are.
     """
 
     asked: DistillFlags
@@ -107,15 +105,11 @@ class Sought:
     streams: bool
     evaluations: int
     limit: Budget
+    likely: Mapping[str, Any]
     rest: strategies.MemoryPlan
-    seconds: float
+    takes: plan_report.Search
     outcome: Mapping[str, Any]
     about: Mapping[str, Any]
-
-    @property
-    def takes(self) -> plan_report.Search:
-        """Its time and memory."""
-        return plan_report.Search(self.seconds, self.outcome["peak_bytes"])
 
     @property
     def flags(self) -> str:
@@ -156,8 +150,8 @@ def plan(asked: DistillFlags, teacher: Checkpoint, folder: Path | None) -> Sough
         measured = evaluations if lose is None else min(evaluations, SETTLED_AFTER)
         probes = len(shape_search.probes_of(sizes)) + (2 if asked.quantize else 0)
     likely = size_request.likely_student(teacher.config, teacher.path, sizes, most_bytes)
-    values = {"lose": lose, **likely}
-    rest = resolved_run.resolve(asked, values, teacher, None).plan
+    likely["lose"] = lose
+    rest = resolved_run.resolve(asked, likely, teacher, None).plan
     costs = search_cost(
         rest.job.whole_teacher,
         asked,
@@ -173,6 +167,7 @@ def plan(asked: DistillFlags, teacher: Checkpoint, folder: Path | None) -> Sough
         if not rest.fits:
             raise MisError(strategies.remedy(rest))
         estimates.require_fit(limit, *costs)
+    seconds = sum(cost.seconds(rest.rates) for cost in costs)
     return Sought(
         asked=asked,
         teacher=teacher,
@@ -182,8 +177,9 @@ def plan(asked: DistillFlags, teacher: Checkpoint, folder: Path | None) -> Sough
         streams=streams,
         evaluations=evaluations,
         limit=limit,
+        likely=likely,
         rest=rest,
-        seconds=sum(cost.seconds(rest.rates) for cost in costs),
+        takes=plan_report.Search(seconds, outcome["peak_bytes"]),
         outcome=outcome,
         about=about,
     )
@@ -220,7 +216,7 @@ def search_cost(
     one after the other, for what was found corrects the next one's size. limit: bytes of memory.
     """
     length = recipe.max_seq_length
-    windows = -(-4 * RANK_WINDOWS // 3)  # of two texts
+    windows = -(-4 * candidates.RANK_WINDOWS // 3)  # of two texts
     most = answer_loss.MOST_OF_OTHERS if streams else answer_loss.MOST
     texts = max(windows, most)
     costs = []
@@ -258,70 +254,60 @@ def _source(sought: Sought) -> preparation.Source:
 
 def carry_out(sought: Sought, place: run_loop.Place) -> dict[str, Any]:
     """Measure axes, rank, write the table; the result. place: of the run, whose part this is."""
-    source = _source(sought)
-    read = run_loop.prepare_text(sought.teacher, source, sought.asked.max_seq_length)
-    run_loop.forget_text()
-    with place.part(run_folder.SEARCH) as part:
-        return _carried_out(sought, *read, part)
-
-
-def _carried_out(
-    sought: Sought, data: preparation.Data, origin: Mapping[str, str], place: run_loop.Place
-) -> dict[str, Any]:
     s = sought.asked
     teacher = sought.teacher
-    place.decide(asdict(s), {"streams": sought.streams}, sought.limit)
-    opening = run_loop.open_run(
-        place,
-        origin,
-        same=tuple(run_folder.WORDS),
-        thermal=s,
-        limit=sought.limit,
-        wired=sought.takes.peak_bytes,
-    )
-    with progress.run("search", {"rank": sought.seconds}), opening as opened:
-        about = sought.about
-        if not about:
-            words = json_sha256([origin["data"], origin["held_out"]])
-            about = known_losses.identity(teacher, words, s, streams=sought.streams)
-        lines = known_losses.copy_into_run(place.folder, about, place.files)
-        if lines:
-            cli.say(f"search: {lines} saved measurements of this teacher are used")
-        c = candidates.Candidates(
-            run=opened,
-            teacher=teacher,
-            data=data,
-            ranking=candidates.ranking_windows(data, RANK_WINDOWS),
-            recipe=part_of(DistillationConfig, asdict(s)),
-            vocab=part_of(vocabulary.VocabularyConfig, asdict(s)),
-            limit_bytes=sought.limit.limit_bytes,
-            streams=sought.streams,
-            direct=memory.crowds_page_cache(teacher.nbytes, sought.limit),
-            rounds=bool(s.quantize),
+    data, origin = run_loop.prepare_text(teacher, _source(sought), s.max_seq_length)
+    run_loop.forget_text()
+    about = sought.about
+    if not about:
+        words = json_sha256([origin["data"], origin["held_out"]])
+        about = known_losses.identity(teacher, words, s, streams=sought.streams)
+    with place.part(run_folder.SEARCH) as part:
+        part.decide(asdict(s), {"streams": sought.streams}, sought.limit)
+        opening = run_loop.open_run(
+            part,
+            origin,
+            same=tuple(run_folder.WORDS),
+            thermal=s,
+            limit=sought.limit,
+            wired=sought.takes.peak_bytes,
         )
-        if sought.lose is None:
-            within = shape_search.within(teacher.config, sought.sizes, sought.most_bytes)
-            found = ranking.rank(c, within, sought.sizes, evaluations=sought.evaluations)
-        else:
-            found = ranking.smallest(
-                c,
-                sought.sizes,
-                sought.lose,
-                evaluations=sought.evaluations,
-                most_bytes=sought.most_bytes,
+        with progress.run("search", {"rank": sought.takes.seconds}), opening as opened:
+            lines = known_losses.copy_into_run(opened.folder, about, opened.files)
+            if lines:
+                cli.say(f"search: {lines} saved measurements of this teacher are used")
+            c = candidates.Candidates(
+                run=opened,
+                teacher=teacher,
+                data=data,
+                asked=s,
+                streams=sought.streams,
+                direct=memory.crowds_page_cache(teacher.nbytes, sought.limit),
             )
-        known_losses.keep_logs(opened.folder, about)
-        result = opened.finish(_report(sought, c, found))
-        # Teachers of fewer rows: nobody needs them once a search is done.
-        for rows in opened.folder.glob(f"{vocabulary.FOLDER}-*"):
-            opened.files.remove_tree(rows)
-    return result
+            most = sought.most_bytes
+            with progress.phase("rank"):
+                if sought.lose is None:
+                    found = ranking.rank(c, sought.sizes, most, evaluations=sought.evaluations)
+                else:
+                    found = ranking.smallest(
+                        c,
+                        sought.sizes,
+                        sought.lose,
+                        evaluations=sought.evaluations,
+                        most_bytes=most,
+                    )
+            known_losses.keep_logs(opened.folder, about)
+            result = opened.finish(_report(sought, c, found))
+            # Teachers of fewer rows: nobody needs them once a search is done.
+            for rows in opened.folder.glob(f"{vocabulary.FOLDER}-*"):
+                opened.files.remove_tree(rows)
+            return result
 
 
 def _report(sought: Sought, c: candidates.Candidates, found: ranking.Found) -> dict[str, Any]:
     """Write the table of bytes against expected loss; what goes into the JSON line."""
-    best = found.ranked[0]
-    flags = ranking.flags_of(best, c.before)
+    best = found.best
+    flags = best.flags(c.before)
     points = ranking.table(c, found, sought.sizes)
     rows = ["| weights on disk, MB | bits per byte it should lose | student |", "|---:|---:|---|"]
     for point in points:
@@ -364,7 +350,7 @@ def run(settings: Settings) -> dict[str, Any]:
     if s.dry_run:
         _source(sought)
         return {"teacher": str(teacher.path), "limits": sought.flags, **sought.outcome}
-    cli.say(plan_report.time_line({"search": sought.seconds}))
+    cli.say(plan_report.time_line({"search": sought.takes.seconds}))
     name = f"{teacher.path.name}-{size_request.SCENARIO}"
     with run_loop.entered(folder, name, out=s.out, asked=s.given, plan={}) as place:
         result = carry_out(sought, place)

@@ -76,11 +76,10 @@ def test_the_smallest_is_the_smallest_of_all(lose: float) -> None:
     losses = losses_of()
     sizes = shape_search.axis_sizes(SMOLLM2, (24_576, 36_864), ffn=True)
     sizes = {axis: values[-3:] for axis, values in sizes.items()}
-    shapes = shape_search.shapes(SMOLLM2, sizes)
-    best = shape_search.smallest(SMOLLM2, shapes, losses=losses, lose=lose)
+    best = shape_search.smallest(SMOLLM2, sizes, losses=losses, lose=lose)
 
     tried = list[tuple[float, Choice]]()
-    for shape in shapes:
+    for shape in shape_search.shapes(SMOLLM2, sizes):
         for bpw in np.arange(3.5, 8.51, 0.01):
             choice = Choice(shape, round(float(bpw), 2))
             if losses.expected(choice) <= lose:

@@ -18,7 +18,7 @@ from mis_mlx.models.architectures.families import family
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.quantization import packed_format
-from mis_mlx.size_search import candidates, excess, known_losses, shape_search
+from mis_mlx.size_search import candidates, known_losses, shape_search
 from mis_mlx.size_search.shape_search import Choice, Losses
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
@@ -68,22 +68,22 @@ def test_a_trimmed_student_may_need_more_bits_than_its_teacher() -> None:
     rows = (32_768, 65_536, 131_072)
     sizes = shape_search.axis_sizes(E2B, rows)
     before = shape_of(E2B)
-    fewest, most = shape_search.bpw_range(64, E2B, before)
+    fewest, most = shape_search.bpw_range(E2B, before)
     losses = Losses(before, {"vocab": [(n, 1e-3) for n in rows], "bits": [(fewest, 0), (most, 0)]})
-    found = shape_search.smallest(E2B, shape_search.shapes(E2B, sizes), losses, 1.0)
+    found = shape_search.smallest(E2B, sizes, losses, 1.0)
     assert found[0].shape.vocab == 32_768
-    assert found[0].bpw == shape_search.bpw_range(64, E2B, found[0].shape)[0] > fewest
+    assert found[0].bpw == shape_search.bpw_range(E2B, found[0].shape)[0] > fewest
 
 
 def test_bits_are_probed_where_there_are_students() -> None:
     """Of a teacher with more than 4 bits at least, at those; in hundredths that stay whole."""
-    assert excess.bits_probed(3.5) == (4.0, 5.0)
-    assert excess.bits_probed(4.01) == (4.01, 5.0)
-    low, high = excess.bits_probed(4.9)
+    assert candidates.bits_probed(3.5) == (4.0, 5.0)
+    assert candidates.bits_probed(4.01) == (4.01, 5.0)
+    low, high = candidates.bits_probed(4.9)
     assert low == 4.9 < high
     config = {**tiny.CONFIG, **tiny.MODELS["qwen3_5_text"]}
     config = family({**config, "linear_num_value_heads": 32}).own_config()
-    fewest, _ = shape_search.bpw_range(64, config, shape_of(config))
+    fewest, _ = shape_search.bpw_range(config, shape_of(config))
     sizes = shape_search.axis_sizes(config, ())
     least = shape_search.file_bytes(config, shape_of(config), fewest)
     (choice,) = shape_search.within(config, sizes, least)
@@ -100,10 +100,7 @@ def test_no_bits_are_not_a_loss_of_nothing(llama: Checkpoint, tmp_path: Path) ->
         run=SimpleNamespace(folder=tmp_path),  # type: ignore[arg-type]
         teacher=llama,
         data=nothing,
-        ranking=nothing,
-        recipe=nothing,
-        vocab=nothing,
-        limit_bytes=0,
+        asked=nothing,
     )
     assert c.allocated(Choice(shape_of(llama.config), 5.0))
     with pytest.raises(MisError, match=r"4 bits a weight are too few .* 4\.50"):
@@ -168,7 +165,9 @@ def test_a_search_goes_on_as_it_began(
     whole = search.run(search.Settings(**flags, out=str(tmp_path / "whole")))
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "two"))
     with monkeypatch.context() as stopped:
-        stopped.setattr(excess, "scores", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        stopped.setattr(
+            candidates.Candidates, "scores", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             search.run(search.Settings(**flags, out=str(tmp_path / "run")))
     again = search.run(search.Settings(out=str(tmp_path / "run"), resume=True))

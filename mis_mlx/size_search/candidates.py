@@ -1,22 +1,30 @@
-"""What the measurements of a search share: text, readers, calibration, sensitivities, logs."""
+"""What students of a search lose, measured: in nats a byte, several in one pass over the teacher.
+
+On the teacher's answers it is what a student needs more than the teacher with all rows. On text,
+and on answers that another model gave, it is KL(teacher || student), the teacher having the
+student's vocabulary, and what that vocabulary costs the teacher. Every measurement is a line in a
+log before the next pass begins, so a search that was killed goes on from there.
+"""
 
 import json
 import math
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
+from mis_mlx import cli
+from mis_mlx.compute import precision
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import answer_loss
+from mis_mlx.distillation.distill_flags import DistillFlags
 from mis_mlx.hardware.stage_cost import WINDOWS
-from mis_mlx.judge import answers, comparison
-from mis_mlx.judge.score import has_template
+from mis_mlx.judge import answers, comparison, score
 from mis_mlx.maths import rounding, stats
 from mis_mlx.maths.importance import Statistics
 from mis_mlx.models.architectures import arch, bit_floors
@@ -28,30 +36,29 @@ from mis_mlx.models.passing import stream
 from mis_mlx.pruning import calibrate, select, vocabulary
 from mis_mlx.quantization import bit_allocation, packed_format
 from mis_mlx.runs.run_loop import OpenRun
-from mis_mlx.settings.recipe import DistillationConfig
-from mis_mlx.size_search import unwritten
-from mis_mlx.size_search.shape_search import Choice, bpw_range, group_of
+from mis_mlx.size_search import shape_search
+from mis_mlx.size_search.shape_search import Choice, Losses, Sizes
+from mis_mlx.size_search.unwritten import Running, Student, at_once, passed
 from mis_mlx.storage.files import DISK, Files
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.storage.journal import Journal
-from mis_mlx.types import Checkpoint, KeptUnits, MisError
+from mis_mlx.types import Checkpoint, MisError
 
 PROBES = "probes.jsonl"
 CANDIDATES = "candidates.jsonl"
-# Shares of the teacher's rows that a search tries.
-VOCABULARIES = "0.75x", "0.5x", "0.375x", "0.25x", "0.125x"
+RANK_WINDOWS = 6  # held-out windows that rank; a third as many of every other text
 WORST = 100.0  # nats a byte of a student whose loss is not a number
 Costs = dict[str, dict[int, float]]  # module path: bits: nats
+Curve = list[tuple[float, float]]  # (size, nats a byte)
 
 
-def ranking_windows(data: preparation.Data, count: int) -> Windows:
+def ranking_windows(data: preparation.Data) -> Windows:
     """The windows that rank students: of the text to choose by, or of each held-out text.
 
-    count: of the first text; every other text gives a third as many, and none more than half of
-    its own, for windows that chose a student do not judge it.
+    None more than half of a held-out text, for windows that chose a student do not judge it.
     """
     if data.choosing is not None:
-        return comparison.spread_windows(data.choosing, count)
+        return comparison.spread_windows(data.choosing, RANK_WINDOWS)
     ranks = list[Windows]()
     for name, windows in data.held_out.items():
         share = 3 if ranks else 1
@@ -61,54 +68,60 @@ def ranking_windows(data: preparation.Data, count: int) -> Windows:
                 f"the text {name} has {held} held-out windows, but a search needs 4 or more: add "
                 f"text"
             )
-        most = min(math.ceil(count / share), held // 2)
+        most = min(math.ceil(RANK_WINDOWS / share), held // 2)
         ranks.append(windows.pick(stats.spread(held, most)))
     return token_windows.concatenated(ranks)
 
 
-def vocabularies(config: Mapping[str, Any], folder: Path | None) -> list[int]:
-    """Numbers of rows that a student may have, apart from the teacher's own.
+def journal_of(folder: Path, log: str, files: Files = DISK) -> Journal:
+    """A log of a search in a folder, as a journal: a record for each student."""
+    key = ("axis", "size") if log == PROBES else ("ffn", "vocab", "bits")
+    return Journal(folder / log, key, files=files)
 
-    These are shares of the teacher's rows, as far as its tokenizer allows. folder: where it is;
-    None: it allows all of them.
+
+def bits_probed(fewest: float) -> tuple[float, float]:
+    """Bits of a weight, scales included, at which rounding is measured. fewest: that there can be.
+
+    4 and 5; more where a model has no student of 4.
     """
-    rows = set[int]()
-    all_rows = shape_of(config).vocab
-    for share in VOCABULARIES:
-        with suppress(MisError):
-            rows.add(vocabulary.size(share, folder, all_rows))
-    return sorted(rows - {all_rows})
+    low = max(4.0, fewest)
+    return low, max(5.0, low + 0.5)
 
 
-class TrimmedTeacher(NamedTuple):
-    """The teacher with the vocabulary of some students, and windows that rank in its tokens."""
+class Text(NamedTuple):
+    """What a reader is measured on. windows: its loss_mask says what counts; batches [(1, T)].
 
-    teacher: Checkpoint
-    ranking: Windows
+    counts: of answers, how many tokens at the end of each text are the answer's; else empty.
+    """
+
+    windows: Windows
+    batches: stream.Batches
+    counts: Sequence[int]
 
 
 @dataclass
 class Candidates:
-    """What the measurements share.
+    """The students of a search, and what their measurements share.
 
-    teacher: with all rows. data: all text, in its tokens. recipe: of the training that follows.
-    vocab: how tokens are chosen. limit_bytes: of memory. streams: whether every pass reads the
-    teacher from disk; direct: past the page cache. rounds: whether bits are chosen.
+    teacher: with all rows. data: all text, in its tokens. asked: the flags of the run, of which the
+    search is a part. streams: whether every pass reads the teacher from disk; direct: past the page
+    cache.
     """
 
     run: OpenRun
     teacher: Checkpoint
     data: preparation.Data
-    ranking: Windows
-    recipe: DistillationConfig
-    vocab: vocabulary.VocabularyConfig
-    limit_bytes: int
+    asked: DistillFlags
     streams: bool = False
     direct: bool = False
-    rounds: bool = True
-    _trimmed_teachers: dict[int, TrimmedTeacher] = field(default_factory=dict)
-    # nats a byte of readers, by their rows
+    # by their rows: the teacher with fewer of them, its nats a byte
+    trimmed_teachers: dict[int, Checkpoint] = field(default_factory=dict)
     reader_nats: dict[int, float] = field(default_factory=dict)
+
+    @cached_property
+    def ranking(self) -> Windows:
+        """The windows that rank, in the teacher's own tokens."""
+        return ranking_windows(self.data)
 
     @cached_property
     def answers(self) -> answer_loss.AnswerLoss | None:
@@ -116,7 +129,7 @@ class Candidates:
 
         A teacher that streams has not written any: they came with the package.
         """
-        if not has_template(self.teacher):
+        if not score.has_template(self.teacher):
             return None
         own = not self.streams or answers.shipped_for(self.teacher)
         return answer_loss.of_talks(self.teacher, self.data.talks, own=own)
@@ -124,15 +137,15 @@ class Candidates:
     @cached_property
     def samples(self) -> stream.Batches:
         """Windows (1, T) of calibration."""
-        recipe = self.recipe
-        return preparation.calibration(self.data.train, recipe.num_samples, recipe.seed, 1)
+        asked = self.asked
+        return preparation.calibration(self.data.train, asked.num_samples, asked.seed, 1)
 
     @cached_property
     def students_at_once(self) -> int:
         """How many students are measured in one pass, within the budget."""
-        length = self.recipe.max_seq_length
+        length = self.asked.max_seq_length
         windows = len(self.answers.prompts) if self.answers else len(self.ranking.tokens)
-        return unwritten.at_once(model_of(self.teacher), windows, length, self.limit_bytes)
+        return at_once(model_of(self.teacher), windows, length, self.run.budget_bytes)
 
     @cached_property
     def before(self) -> Shape:
@@ -140,22 +153,16 @@ class Candidates:
         return shape_of(self.teacher.config)
 
     @cached_property
-    def bpw_range(self) -> tuple[float, float]:
-        """(fewest, most) bits of a weight of the teacher."""
-        return bpw_range(group_of(self.before), self.teacher.config, self.before)
-
-    @cached_property
     def statistics(self) -> Statistics:
         """One streamed calibration, for all students with fewer neurons.
 
         Without the weather: a student's shape must not depend on the machine's temperature.
         """
-        recipe = self.recipe
         cost = calibrate.calibration_cost(
             model_of(self.teacher),
-            recipe.num_samples,
-            recipe.max_seq_length,
-            self.limit_bytes,
+            self.asked.num_samples,
+            self.asked.max_seq_length,
+            self.run.budget_bytes,
             rotation=False,
         )
         held = cost.stays[WINDOWS]
@@ -190,7 +197,7 @@ class Candidates:
         run = self.run
         batches = self.samples[: bit_allocation.SENSED]
         length = batches[0].size
-        cost = bit_allocation.sensing_cost(model_of(self.teacher), length, self.limit_bytes)
+        cost = bit_allocation.sensing_cost(model_of(self.teacher), length, self.run.budget_bytes)
         held = cost.stays[WINDOWS]
         # What enters each block is kept: as many arrays for a window as the teacher has blocks.
         states = None
@@ -200,9 +207,9 @@ class Candidates:
         nats = bit_allocation.costs(
             self.teacher,
             batches,
-            group_of(self.before),
+            shape_search.group_of(self.before),
             rounding.CANDIDATE_BITS,
-            seed=self.recipe.seed,
+            seed=self.asked.seed,
             kept=states,
             fit=True,
         )
@@ -214,52 +221,40 @@ class Candidates:
                 )
         return nats
 
-    def trimmed_teacher(self, rows: int) -> TrimmedTeacher:
+    def trimmed_teacher(self, rows: int) -> Checkpoint:
         """The teacher with so many rows, made once."""
-        if rows not in self._trimmed_teachers:
-            self._trimmed_teachers[rows] = self._new_trimmed_teacher(rows)
-        return self._trimmed_teachers[rows]
-
-    def _new_trimmed_teacher(self, rows: int) -> TrimmedTeacher:
-        run = self.run
         if rows == self.before.vocab:
-            return TrimmedTeacher(self.teacher, self.ranking)
-        place = run.folder / f"{vocabulary.FOLDER}-{rows}"
-        run.files.make_folder(place)
-        teacher = vocabulary.teacher_of_run(
-            self.teacher,
-            None,
-            rows,
-            self.data.train,
-            config=self.vocab,
-            run=place,
-            files=run.files,
-        )
-        before = load.tokenizer(self.teacher.path)
-        after = load.tokenizer(teacher.path)
-        return TrimmedTeacher(teacher, token_windows.retokenized(self.ranking, before, after))
+            return self.teacher
+        if rows not in self.trimmed_teachers:
+            run = self.run
+            place = run.folder / f"{vocabulary.FOLDER}-{rows}"
+            run.files.make_folder(place)
+            self.trimmed_teachers[rows] = vocabulary.teacher_of_run(
+                self.teacher,
+                None,
+                rows,
+                self.data.train,
+                config=self.asked,
+                run=place,
+                files=run.files,
+            )
+        return self.trimmed_teachers[rows]
 
-    def unwritten(
+    def student(
         self, shape: Shape, bits: Mapping[str, int] | None = None, *, fit: bool = True
-    ) -> unwritten.Student:
+    ) -> Student:
         """The student of this shape, in memory alone. bits: of each matrix; None: not rounded.
 
-        fit: on fitted grids; else on MLX's own.
+        FFN neurons stay by plain importance. fit: on fitted grids; else on MLX's own.
         """
-        reader = self.trimmed_teacher(shape.vocab).teacher
+        reader = self.trimmed_teacher(shape.vocab)
         keep = None
         if shape.ffn != self.before.ffn:
-            keep = self._kept(shape)
-        group = group_of(shape)
+            cut = select.PruningConfig(scenario="none", importance="rms")
+            _, keep = select.select_units(reader.config, self.statistics, cut, shape)
+        group = shape_search.group_of(shape)
         formats = {path: packed_format.Format(n, group) for path, n in (bits or {}).items()}
-        return unwritten.Student(reader, shape, keep, formats, fit=fit)
-
-    def _kept(self, shape: Shape) -> KeptUnits:
-        """What stays of the teacher in a student of this shape, by plain importance."""
-        cut = select.PruningConfig(scenario="none", importance="rms")
-        config = self.trimmed_teacher(shape.vocab).teacher.config
-        _, keep = select.select_units(config, self.statistics, cut, shape)
-        return keep
+        return Student(reader, shape, keep, formats, fit=fit)
 
     def allocated(self, choice: Choice) -> dict[str, int]:
         """{module path of the student: bits}, given to matrices where they pay.
@@ -270,15 +265,14 @@ class Candidates:
         before = arch.tensors_of(self.teacher.config)
         sizes = {}
         costs = Costs()
-        for name, size in arch.tensors_of(
-            arch.student_config(self.teacher.config, choice.shape)
-        ).items():
+        after = arch.tensors_of(arch.student_config(self.teacher.config, choice.shape))
+        for name, size in after.items():
             path = name.removesuffix(".weight")
             if path in self.sensitivity:
                 sizes[path] = math.prod(size)
                 share = sizes[path] / math.prod(before[name])
                 costs[path] = {bits: share * nats for bits, nats in self.sensitivity[path].items()}
-        scales = packed_format.Format(0, group_of(choice.shape)).bits_per_weight
+        scales = packed_format.Format(0, shape_search.group_of(choice.shape)).bits_per_weight
         chosen = bit_allocation.allocate(costs, sizes, choice.bpw - scales)
         if not chosen:
             # Else nothing would be rounded, and a loss of 0 be taken for that of so many bits.
@@ -290,13 +284,200 @@ class Candidates:
             )
         return chosen
 
+    def text_of(self, reader: Checkpoint) -> Text:
+        """The answers or the windows that rank, in the tokens of a reader."""
+        if self.answers is None:
+            windows = self.ranking
+            if reader is not self.teacher:
+                own = load.tokenizer(self.teacher.path)
+                windows = token_windows.retokenized(windows, own, load.tokenizer(reader.path))
+            return Text(windows, [mx.array(window[None]) for window in windows.tokens], ())
+        texts, counts = score.tokens_of(reader, self.answers.prompts, self.answers.answers)
+        tokens = np.zeros((len(texts), max(map(len, texts))), np.int32)
+        loss_mask = np.zeros(tokens.shape, np.float32)
+        for number, (text, count) in enumerate(zip(texts, counts, strict=True)):
+            tokens[number, : len(text)] = text
+            last = len(text) - 1
+            loss_mask[number, last - count : last] = 1  # a token is predicted one place before it
+        windows = Windows(tokens, loss_mask, text_bytes=self.answers.nbytes)
+        return Text(windows, [mx.array([text]) for text in texts], counts)
 
-def journal_of(folder: Path, log: str, files: Files = DISK) -> Journal:
-    """A log of a search in a folder, as a journal: a record for each student."""
-    key = ("axis", "size") if log == PROBES else ("ffn", "vocab", "bits")
-    return Journal(folder / log, key, files=files)
+    def lost(self, students: Sequence[Student]) -> list[float]:
+        """Nats a byte that students lose, each in the tokens of its reader. One streamed pass.
+
+        Readers stand beside their students where these are compared with them, and where what they
+        need themselves is not known yet.
+        """
+        compares = self.answers is None or not self.answers.own
+        changed = [student for student in students if student.changed]
+        compared = {student.shape.vocab for student in changed if compares}
+        wanted = sorted({self.before.vocab, *(student.shape.vocab for student in students)})
+        rows = [n for n in wanted if n in compared or n not in self.reader_nats]
+        texts = {n: self.text_of(self.trimmed_teacher(n)) for n in wanted}
+        bare = [self.student(replace(self.before, vocab=n)) for n in rows]
+        running = passed(
+            self.teacher,
+            [*bare, *changed],
+            [texts[student.shape.vocab].batches for student in (*bare, *changed)],
+            direct=self.direct,
+        )
+        of_reader = dict(zip(rows, running[: len(rows)], strict=True))
+        of_changed = iter(running[len(rows) :])
+        for n in rows:
+            if n not in self.reader_nats:
+                self.reader_nats[n] = _nats(texts[n], of_reader[n])
+        base = self.reader_nats[self.before.vocab]
+        lost = []
+        for student in students:
+            n = student.shape.vocab
+            of_tokens = self.reader_nats[n] - base
+            if not student.changed:
+                lost.append(of_tokens)
+            elif compares:
+                windows = texts[n].windows
+                _, _, divergence, *_ = comparison.window_means(
+                    of_reader[n], next(of_changed), windows
+                )
+                lost.append(comparison.per_byte(divergence, windows) + of_tokens)
+            else:
+                lost.append(_nats(texts[n], next(of_changed)) - base)
+        return lost
+
+    def fitted_share(self, student: Student) -> float:
+        """The share of its loss that fitted grids leave a student of nearest values.
+
+        The loss is quadratic in the error that rounding makes, and of that error fitted grids leave
+        a share, which some rows of each matrix tell, weighed by what it costs in its bits. Fitting
+        takes 30 times as long. SmolLM2-135M in 4 and 5 bits, on its answers: 0.219 and 0.050 bits a
+        byte so, 0.258 and 0.054 on fitted ones.
+        """
+        fitted = 0.0
+        nearest = 0.0
+        fused = precision.compiles()
+        for path, kind in student.formats.items():
+            cost = self.sensitivity[path][kind.bits]
+            if not cost:
+                continue
+            name = f"{path}.weight"
+            rows = load.dense_sample(student.reader, name, "float32", rounding.SAMPLED)
+            fitted += cost
+            nearest += cost / rounding.fit_share(rows, kind.group, kind.bits, fused=fused)
+        return fitted / nearest if nearest else 1.0
+
+    def losses(self, sizes: Sizes) -> Losses:
+        """What every axis costs by itself: measured, or read from the log."""
+        probes: list[tuple[str, float]] = [*shape_search.probes_of(sizes)]
+        if self.asked.quantize and (self.answers is not None or self.streams):
+            fewest, _ = shape_search.bpw_range(self.teacher.config, self.before)
+            probes += [("bits", bpw) for bpw in bits_probed(fewest)]
+        lines = []
+        choices = []
+        for axis, size in probes:
+            lines.append({"axis": axis, "size": size})
+            if axis == "bits":
+                choices.append(Choice(self.before, size))
+            elif axis == "ffn":
+                shape = replace(self.before, ffn=int(size))
+                choices.append(Choice(shape, shape_search.UNROUNDED))
+            else:
+                shape = replace(self.before, vocab=int(size))
+                choices.append(Choice(shape, shape_search.UNROUNDED))
+        points: dict[str, Curve] = {"ffn": [], "vocab": [], "bits": []}
+        for line in self._logged_or_measured(PROBES, lines, choices):
+            nats = WORST if line["nats"] is None else float(line["nats"])
+            points[line["axis"]].append((line["size"], nats))
+        measured = points.pop("bits")
+        if self.asked.quantize:
+            points["bits"] = self._bits_alone(measured)
+        remaining = shape_search.REMAINING_LOSS
+        if self.answers is not None:
+            remaining = shape_search.REMAINING_ANSWER_LOSS
+        return Losses(
+            self.before, points, shape_search.remaining_after(self.asked.iters, remaining)
+        )
+
+    def _bits_alone(self, measured: Curve) -> Curve:
+        """(bits, nats a byte) of the teacher in so many bits a weight.
+
+        They are sums of what each matrix costs on calibration text. What the answers lose, or other
+        text, is something else: some sizes are measured, and the curve is stretched to these.
+        """
+        ones = np.ones(len(self.ranking.tokens))
+        tokens_a_byte = comparison.per_byte(ones, self.ranking)
+        sizes = np.arange(*shape_search.bpw_range(self.teacher.config, self.before), 0.125)
+        estimated = np.zeros(len(sizes))
+        for number, bpw in enumerate(sizes):
+            chosen = self.allocated(Choice(self.before, float(bpw)))
+            costs = [self.sensitivity[path][bits] for path, bits in chosen.items()]
+            estimated[number] = sum(costs) * tokens_a_byte
+        if measured:
+            probed, nats = np.array(measured).T
+            stretch = np.maximum(nats, 1e-6) / np.interp(probed, sizes, estimated)
+            estimated = estimated * np.interp(sizes, probed, stretch)
+        return list(zip(sizes.tolist(), estimated.tolist(), strict=True))
+
+    def scores(self, choices: Sequence[Choice], expected: Losses) -> list[float]:
+        """Nats a byte that should be left of each student's loss once it has learned.
+
+        The loss as pruned and rounded is measured, or read from the log. Its ratio to the sum of
+        what each axis costs alone is that of before learning; it corrects the expected loss.
+        """
+        lines = [choice.sizes | {"predicted": expected.raw(choice)} for choice in choices]
+        found = []
+        records = self._logged_or_measured(CANDIDATES, lines, choices)
+        for choice, record in zip(choices, records, strict=True):
+            nats = record["nats"]
+            if nats is None:
+                found.append(math.inf)
+                continue
+            alone = max(expected.raw(choice), 1e-9)
+            found.append(expected.expected(choice) * max(nats, 0.0) / alone)
+        return found
+
+    def _logged_or_measured(
+        self, log: str, lines: Sequence[dict[str, Any]], choices: Sequence[Choice]
+    ) -> list[dict[str, Any]]:
+        """The lines of these students in a log, with "nats"; those missing are measured now.
+
+        Some of them in each pass. lines: what they have beside; no "nats" where a loss is none.
+        """
+        journal = journal_of(self.run.folder, log, self.run.files)
+        known = journal.read()
+        keys = [journal.key_of(line) for line in lines]
+        missing = [number for number, key in enumerate(keys) if key not in known]
+        some = self.students_at_once if missing else 1
+        parts = [missing[first : first + some] for first in range(0, len(missing), some)]
+        # Of a teacher that streams bits alone are measured coarsely: what is chosen by that is not.
+        fit = log == CANDIDATES or not self.streams
+        shown = log == PROBES and missing
+        for part in cli.show_progress("axes alone", parts, len(parts)) if shown else parts:
+            students = []
+            for number in part:
+                choice = choices[number]
+                bits = None
+                if self.asked.quantize and choice.bpw != shape_search.UNROUNDED:
+                    bits = self.allocated(choice)
+                students.append(self.student(choice.shape, bits, fit=fit))
+            for number, student, nats in zip(part, students, self.lost(students), strict=True):
+                line = dict(lines[number])
+                if log == CANDIDATES:
+                    line |= {"params": arch.params(student.config), "bytes": student.nbytes}
+                if not fit:
+                    nats *= self.fitted_share(student)
+                # JSON has no number for one that is infinite, or none
+                line["nats"] = float(nats) if math.isfinite(nats) else None
+                known[keys[number]] = line
+                journal.add(line)
+            self.run.account.keep_sometimes()
+        return [known[key] for key in keys]
 
 
-def finite_or_none(value: float) -> float | None:
-    """The number; None, which JSON has, where it is infinite or not a number."""
-    return float(value) if math.isfinite(value) else None
+def _nats(text: Text, run: Running) -> float:
+    """What a byte costs a student, in nats."""
+    if text.counts:
+        tokens: list[Any] = [batch[0].tolist() for batch in text.batches]
+        found = score.after_pass(*run, tokens, text.counts)
+        assert text.windows.text_bytes is not None
+        return float(-sum(values.sum() for values in found) / text.windows.text_bytes.sum())
+    nats, *_ = comparison.window_means(run, run, text.windows)
+    return comparison.per_byte(nats, text.windows)

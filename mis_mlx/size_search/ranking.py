@@ -5,15 +5,14 @@ axes cost alone only say which ones.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.models.architectures.shape import Shape
 from mis_mlx.reporting import progress
-from mis_mlx.size_search import candidates, excess, shape_search
+from mis_mlx.size_search import shape_search
+from mis_mlx.size_search.candidates import Candidates
 from mis_mlx.size_search.shape_search import Choice, Losses, Sizes, file_bytes
 from mis_mlx.types import MisError
 
@@ -27,39 +26,34 @@ MOST_LOSS = 0.5
 
 
 class Found(NamedTuple):
-    """What a search found. ranked: the students that were measured, the best first.
+    """What a search found. best: the student that it chose.
 
-    scores: nats a byte that each of them should lose. losses: what each axis costs alone;
-    together: times the sum of these that the best student cost.
+    scores: nats a byte that each student which was measured should lose. losses: what each axis
+    costs alone.
     """
 
-    ranked: list[Choice]
+    best: Choice
     scores: dict[Choice, float]
     losses: Losses
-    together: float
 
 
-def rank(
-    c: candidates.Candidates, within: Sequence[Choice], sizes: Sizes, *, evaluations: int
-) -> Found:
-    """The students that should lose least, measured, `evaluations` of them.
+def rank(c: Candidates, sizes: Sizes, most_bytes: float, *, evaluations: int) -> Found:
+    """The student of `most_bytes` that should lose least, of `evaluations` that are measured.
 
     MisError where no loss is a number; students whose loss is not a number are left out.
     """
-    with progress.phase("rank"):
-        losses = excess.losses(c, sizes)
-        likely = shape_search.best(within, sizes, losses, evaluations)
-        found = excess.scores(c, likely, losses)
-        scores = dict(zip(likely, found, strict=True))
-        for choice, score in scores.items():
-            cli.say(_shown(c, choice, score))
-    finite = [choice for choice, score in scores.items() if math.isfinite(score)]
-    if not finite:
+    losses = c.losses(sizes)
+    within = shape_search.within(c.teacher.config, sizes, most_bytes)
+    likely = shape_search.best(within, sizes, losses, evaluations)
+    scores = dict(zip(likely, c.scores(likely, losses), strict=True))
+    for choice, score in scores.items():
+        cli.say(_shown(c, choice, score))
+    best = min(scores, key=scores.__getitem__)
+    if not math.isfinite(scores[best]):
         raise MisError(
             f"none of {len(scores)} candidates has a loss that is a number: ask for a smaller cut"
         )
-    ranked = sorted(finite, key=lambda choice: scores[choice])
-    return Found(ranked, scores, losses, _together(losses, ranked[0], scores[ranked[0]]))
+    return Found(best, scores, losses)
 
 
 def _together(losses: Losses, choice: Choice, score: float) -> float:
@@ -69,65 +63,59 @@ def _together(losses: Losses, choice: Choice, score: float) -> float:
     return float(np.clip(score / max(losses.expected(choice), 1e-9), *TOGETHER))
 
 
-def _shown(c: candidates.Candidates, choice: Choice, score: float) -> str:
+def _shown(c: Candidates, choice: Choice, score: float) -> str:
     return f"{choice.words(c.before)}: {score / math.log(2):.3f} bits per byte"
 
 
 def smallest(
-    c: candidates.Candidates, sizes: Sizes, lose_bits: float, *, evaluations: int, most_bytes: float
+    c: Candidates, sizes: Sizes, lose_bits: float, *, evaluations: int, most_bytes: float
 ) -> Found:
-    """The students that should lose `lose_bits` a byte or less, the smallest first.
+    """The smallest student that should lose `lose_bits` a byte or less; else the nearest to it.
 
     The smallest student by the sum is measured, and the sums are corrected by what was found, until
     the smallest one by corrected sums is one that was measured.
     """
     lose = lose_bits * math.log(2)  # nats a byte
     config = c.teacher.config
-    shapes = shape_search.shapes(config, sizes)
     scores = dict[Choice, float]()
-    with progress.phase("rank"):
-        losses = excess.losses(c, sizes)
-        together = 1.0  # the measured loss over the sum
-        with progress.bar("rank", evaluations) as show:
-            for number in range(1, evaluations + 1):
-                fitting = shape_search.smallest(
-                    config, shapes, losses, lose / together, most_bytes=most_bytes
-                )
-                if not fitting and not scores:
-                    raise MisError(_nearest(c, shapes, losses, lose_bits, most_bytes))
-                if not fitting or fitting[0] in scores:
-                    break
-                choice = fitting[0]
-                (score,) = excess.scores(c, [choice], losses)
-                scores[choice] = score
-                show(number, _shown(c, choice, score))
-                if abs(score - lose) <= NEAR * lose:
-                    break
-                together = _together(losses, choice, score)
-
-    def order(choice: Choice) -> tuple[bool, float]:
-        too_much = scores[choice] > CLOSE * lose
-        return too_much, file_bytes(config, *choice)
-
-    ranked = sorted(scores, key=order)
-    if scores[ranked[0]] > CLOSE * lose:  # no student keeps to it: the nearest first
-        ranked.sort(key=lambda choice: scores[choice])
-    return Found(ranked, scores, losses, _together(losses, ranked[0], scores[ranked[0]]))
+    losses = c.losses(sizes)
+    together = 1.0  # the measured loss over the sum
+    with progress.bar("rank", evaluations) as show:
+        for number in range(1, evaluations + 1):
+            fitting = shape_search.smallest(
+                config, sizes, losses, lose / together, most_bytes=most_bytes
+            )
+            if not fitting and not scores:
+                raise _out_of_reach(c, sizes, losses, lose_bits, most_bytes)
+            if not fitting or fitting[0] in scores:
+                break
+            choice = fitting[0]
+            (score,) = c.scores([choice], losses)
+            scores[choice] = score
+            show(number, _shown(c, choice, score))
+            if abs(score - lose) <= NEAR * lose:
+                break
+            together = _together(losses, choice, score)
+    kept = [choice for choice, score in scores.items() if score <= CLOSE * lose]
+    if kept:
+        best = min(kept, key=lambda choice: file_bytes(config, *choice))
+    else:
+        best = min(scores, key=scores.__getitem__)
+    return Found(best, scores, losses)
 
 
-def table(c: candidates.Candidates, found: Found, sizes: Sizes) -> list[dict[str, Any]]:
+def table(c: Candidates, found: Found, sizes: Sizes) -> list[dict[str, Any]]:
     """Bytes against expected loss: {"loss": bits a byte, "bytes", "student": words}, rising loss.
 
     The fewest bytes for each loss, by corrected sums; the best student as it was measured.
     """
     config = c.teacher.config
-    shapes = shape_search.shapes(config, sizes)
-    best = found.ranked[0]
-    expected = {best: found.scores[best]}
+    expected = {found.best: found.scores[found.best]}
+    together = _together(found.losses, found.best, expected[found.best])
     for allowed in np.geomspace(LEAST_LOSS, MOST_LOSS, POINTS):
-        nats = float(allowed) * math.log(2) / found.together
-        for choice in shape_search.smallest(config, shapes, found.losses, nats)[:1]:
-            expected.setdefault(choice, found.losses.expected(choice) * found.together)
+        nats = float(allowed) * math.log(2) / together
+        for choice in shape_search.smallest(config, sizes, found.losses, nats)[:1]:
+            expected.setdefault(choice, found.losses.expected(choice) * together)
     rows = list[dict[str, Any]]()
     for choice, nats in sorted(expected.items(), key=lambda pair: pair[1]):
         nbytes = round(file_bytes(config, *choice))
@@ -137,53 +125,28 @@ def table(c: candidates.Candidates, found: Found, sizes: Sizes) -> list[dict[str
     return rows
 
 
-def _nearest(
-    c: candidates.Candidates,
-    shapes: Sequence[Shape],
-    losses: Losses,
-    lose_bits: float,
-    most_bytes: float,
-) -> str:
-    """The sentence on a --lose that no student keeps to, with what the best one should lose."""
+def _out_of_reach(
+    c: Candidates, sizes: Sizes, losses: Losses, lose_bits: float, most_bytes: float
+) -> MisError:
+    """The refusal of a --lose that no student keeps to, with what the nearest one should lose."""
     config = c.teacher.config
-    limited = math.isfinite(most_bytes)
     asked = f"--lose {lose_bits:g}"
-    if limited:
+    remedy = ""
+    if math.isfinite(most_bytes):
         asked += f" in {most_bytes / 1e6:.4g} MB"
-    least = 0.002  # bits a byte
-    while True:
-        nats = least * math.log(2)
-        students = shape_search.smallest(config, shapes, losses, nats, most_bytes=most_bytes)
-        if students:
-            break
-        if least > candidates.WORST:
-            return f"{asked}: no possible student stays within it: ask for a smaller cut"
-        least *= 1.1
-    megabytes = file_bytes(config, *students[0]) / 1e6
-    what = f"the nearest student should lose {least:.2g} bits per byte, with {megabytes:.4g} MB"
-    remedy = f"give --lose {_rounded_up(least)}"
-    if limited:
-        remedy += ", or leave out --bytes"
-    return f"{asked} cannot be reached: {what}: {remedy}"
-
-
-def _rounded_up(value: float) -> str:
-    """To two digits that are not zero."""
-    scale = 10 ** (1 - math.floor(math.log10(value)))
-    return f"{math.ceil(value * scale) / scale:g}"
-
-
-def flags_of(choice: Choice, before: Shape) -> dict[str, Any]:
-    """Settings of `distill` that make this student. before: the teacher's shape."""
-    flags: dict[str, Any] = {"scenario": "none"}
-    for axis in shape_search.CUTS:
-        size = getattr(choice.shape, axis)
-        if size != getattr(before, axis):
-            flags[axis] = str(size) if axis == "vocab" else size
-    if choice.bpw == shape_search.UNROUNDED:
-        return flags
-    flags["target_bpw"] = choice.bpw
-    group = shape_search.group_of(choice.shape)
-    if group != 64:
-        flags["q_group_size"] = group
-    return flags
+        remedy = ", or leave out --bytes"
+    if "bits" in losses.points:
+        students = shape_search.within(config, sizes, most_bytes)
+    else:
+        shapes = shape_search.shapes(config, sizes)
+        students = [Choice(shape, shape_search.UNROUNDED) for shape in shapes]
+    nearest = min(students, key=losses.expected)
+    least = max(losses.expected(nearest) / math.log(2), 0.001)
+    megabytes = file_bytes(config, *nearest) / 1e6
+    # two digits that are not zero, rounded up
+    scale = 10 ** (1 - math.floor(math.log10(least)))
+    rounded_up = math.ceil(least * scale) / scale
+    return MisError(
+        f"{asked} cannot be reached: the nearest student should lose {least:.2g} bits per byte, "
+        f"with {megabytes:.4g} MB: give --lose {rounded_up:g}{remedy}"
+    )

@@ -12,13 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mis_mlx.maths import stats
-from mis_mlx.maths.rounding import CANDIDATE_BITS
-from mis_mlx.models.architectures import arch, bit_floors, scenarios
-from mis_mlx.models.architectures.shape import Shape
-from mis_mlx.models.architectures.sizes import shape_of, side_width
+from mis_mlx.models.architectures import arch, scenarios
+from mis_mlx.models.architectures.shape import Shape, Shapes, weight_count
+from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.quantization import format_costs
 from mis_mlx.settings.recipe import QuantizationConfig
-from mis_mlx.size_search import unequal_blocks
 from mis_mlx.types import MisError
 
 CUTS = ("ffn", "vocab")
@@ -28,6 +26,7 @@ USUAL_BPW = 4.5
 UNROUNDED = 16.0  # bits of a weight where nobody rounds
 LEAST_SHARE = 0.25  # of what the teacher has on an axis
 TENSOR_BYTES = 120  # in a file's header
+OTHER_PARTS = 3  # of a header, each as long as that of a tensor
 FORMS = {
     "layers": "{} layers",
     "experts": "{} experts",
@@ -63,6 +62,19 @@ class Choice(NamedTuple):
         """By axis, for a log."""
         return {"ffn": self.shape.ffn, "vocab": self.shape.vocab, "bits": self.bpw}
 
+    def flags(self, before: Shape) -> dict[str, Any]:
+        """Settings of `distill` that make this student. before: the teacher's shape."""
+        flags: dict[str, Any] = {"scenario": "none"}
+        if self.shape.ffn != before.ffn:
+            flags["ffn"] = self.shape.ffn
+        if self.shape.vocab != before.vocab:
+            flags["vocab"] = str(self.shape.vocab)
+        if self.bpw != UNROUNDED:
+            flags["target_bpw"] = self.bpw
+            if group_of(self.shape) != GROUPS[0]:
+                flags["q_group_size"] = group_of(self.shape)
+        return flags
+
     def words(self, before: Shape) -> str:
         """For people: 'FFN 1280, 24,576 tokens, 4.20 bits'. before: the teacher's shape."""
         return f"{words(self.shape, before)}, {self.bpw:.2f} bits"
@@ -87,57 +99,47 @@ def group_of(shape: Shape) -> int:
     return 0
 
 
-def bpw_range(group: int, config: Mapping[str, Any], shape: Shape) -> tuple[float, float]:
-    """(fewest, most) bits of a weight in groups of so many, scale and bias included.
+def bpw_range(config: Mapping[str, Any], shape: Shape) -> tuple[float, float]:
+    """(fewest, most) mean bits of a weight in a student of this shape, scale and bias included.
 
-    On average: some families have small matrices that never have few bits.
+    Some families have small matrices that never have few bits. MisError where no group cuts every
+    matrix.
     """
-    scales = 32 / group
-    fewest = min(CANDIDATE_BITS) + scales
-    most = max(CANDIDATE_BITS) + scales
-    if side_width(config):
-        share = unequal_blocks.fixed_share(config, shape)
-        fewest = (
-            math.ceil(100 * (fewest + share * (max(CANDIDATE_BITS) - min(CANDIDATE_BITS)))) / 100
-        )
-    elif bit_floors.delta_floors(config):
-        student = arch.student_config(config, shape)
-        one_group = QuantizationConfig(q_group_size=group, q_groups="one")  # type: ignore[arg-type]
-        least, _ = format_costs.limits(student, one_group)
-        fewest = math.ceil(100 * least) / 100
-    return fewest, most
+    group: Any = group_of(shape) or GROUPS[-1]
+    one_group = QuantizationConfig(q_group_size=group, q_groups="one")
+    fewest, most = format_costs.limits(arch.student_config(config, shape), one_group)
+    return math.ceil(100 * fewest) / 100, most
 
 
-def weights_of(config: Mapping[str, Any], shape: Shape) -> tuple[int, int]:
-    """(weights of matrices, other numbers) of a student of this shape."""
-    if side_width(config):
-        return unequal_blocks.weights_of(config, shape)
-    student = arch.student_config(config, shape)
-    matrices = 0
-    others = 0
-    for block, count in arch.block_counts(student).items():
-        for size in arch.layer_tensors(student, block=block).values():
-            if len(size) == 2:
-                matrices += count * math.prod(size)
-            else:
-                others += count * math.prod(size)
-    tables = shape.vocab * shape.hidden
-    if not shape.tied:
-        tables *= 2
-    return matrices + tables, others + shape.hidden
+def tensors_of(config: Mapping[str, Any], shape: Shape) -> Shapes:
+    """The tensors of a student of this shape, before it is rounded.
+
+    Which blocks a cut in depth takes is not known here, and in some families they are not alike. So
+    the largest ones are counted: no student is larger than it was thought to be.
+    """
+    fixed = arch.fixed_blocks(config)
+
+    def rank(block: int) -> tuple[bool, int]:
+        return block in fixed, weight_count(arch.layer_tensors(config, block=block))
+
+    blocks = list(range(config["num_hidden_layers"]))
+    if shape.layers < len(blocks):
+        blocks = sorted(sorted(blocks, key=rank, reverse=True)[: shape.layers])
+    return arch.tensors_of(arch.student_config(config, shape, blocks))
 
 
 def file_bytes(config: Mapping[str, Any], shape: Shape, bpw: float) -> float:
     """Bytes of a student's file: matrices in `bpw` bits a weight, other numbers in 2 bytes."""
-    weights, others = weights_of(config, shape)
-    if side_width(config):
-        header = TENSOR_BYTES * unequal_blocks.count_of_tensors(config, shape)
-        return bpw / 8 * weights + 2 * others + header
-    tensors = 0  # of a block
-    for size in arch.layer_tensors(config).values():
-        tensors += 3 if len(size) > 1 else 1  # with scales and biases
-    header = TENSOR_BYTES * (shape.layers * tensors + 7)
-    return bpw / 8 * weights + 2 * others + header
+    tensors = tensors_of(config, shape)
+    weights = weight_count(matrices_of(tensors))
+    others = weight_count(tensors) - weights
+    parts = len(tensors) + 2 * len(matrices_of(tensors))  # scales and biases of each matrix, too
+    return bpw / 8 * weights + 2 * others + TENSOR_BYTES * (parts + OTHER_PARTS)
+
+
+def matrices_of(tensors: Shapes) -> Shapes:
+    """Those of these tensors that are rounded."""
+    return {name: size for name, size in tensors.items() if len(size) == 2}
 
 
 def axis_sizes(
@@ -268,7 +270,7 @@ class Losses(NamedTuple):
 
 def smallest(
     config: Mapping[str, Any],
-    shapes_of: Iterable[Shape],
+    sizes: Sizes,
     losses: Losses,
     lose: float,
     *,
@@ -279,10 +281,10 @@ def smallest(
     Fewest bytes first, at most `most_bytes`. Where bits are not chosen, none is rounded.
     """
     sized = list[tuple[float, Choice]]()
-    for shape in shapes_of:
+    for shape in shapes(config, sizes):
         bpw: float | None = UNROUNDED
         if "bits" in losses.points:
-            fewest, most = bpw_range(group_of(shape), config, shape)
+            fewest, most = bpw_range(config, shape)
             bpw = losses.fewest_bits(shape, lose, most)
             if bpw is not None:
                 bpw = max(bpw, fewest)
@@ -301,11 +303,11 @@ def within(config: Mapping[str, Any], sizes: Sizes, most_bytes: float) -> list[C
     """Every student of `most_bytes` at most, in the most bits that these allow; [] if none is."""
     chosen = list[Choice]()
     for shape in shapes(config, sizes):
-        fewest, most = bpw_range(group_of(shape), config, shape)
+        fewest, most = bpw_range(config, shape)
         spare_bytes = most_bytes - file_bytes(config, shape, fewest)
         if spare_bytes < 0:
             continue
-        weights, _ = weights_of(config, shape)
+        weights = weight_count(matrices_of(tensors_of(config, shape)))
         bpw = min(most, fewest + 8 * spare_bytes / weights)
         # Rounded down, but not below the fewest: 100 times 4.01 is less than 401.
         chosen.append(Choice(shape, max(fewest, math.floor(100 * bpw) / 100)))
@@ -318,14 +320,14 @@ def too_few_bytes(
     """The refusal of a --bytes that no student has: what these sizes reach, and what would do."""
     reached = math.inf
     for shape in shapes(config, sizes):
-        fewest, _ = bpw_range(group_of(shape), config, shape)
+        fewest, _ = bpw_range(config, shape)
         reached = min(reached, file_bytes(config, shape, fewest))
     remedy = "take a smaller teacher"
     rows = sizes["vocab"][0]
     for name, ratios in scenarios.RATIOS.items():
         try:
             shape = replace(arch.target_shape(config, ratios), vocab=rows)
-            fewest, _ = bpw_range(group_of(shape) or GROUPS[-1], config, shape)
+            fewest, _ = bpw_range(config, shape)
         except MisError:
             continue
         if file_bytes(config, shape, fewest) <= most_bytes:

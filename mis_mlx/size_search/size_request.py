@@ -5,6 +5,7 @@ What `distill` asks for, what it refuses, and what it does where nothing was sai
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,30 @@ from mis_mlx.models.architectures.shape import ALL
 from mis_mlx.models.architectures.sizes import attending, reads_in_order, shape_of, side_width
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import packed_format
-from mis_mlx.size_search import candidates, shape_search
+from mis_mlx.size_search import shape_search
 from mis_mlx.types import Checkpoint, MisError, gib
 
 SCENARIO = "none"  # of students whose sizes are searched for
 DEFAULT_LOSS = 0.1  # bits a byte that a run allows where nothing is said about sizes
 GIVE_SIZES = "give sizes, such as --vocab 0.5x, and --target-bpw"  # where there is no search
+# Shares of the teacher's rows that a search tries.
+VOCABULARIES = "0.75x", "0.5x", "0.375x", "0.25x", "0.125x"
 # Settings that say how large the result is.
 SIZE_SETTINGS = ("student", "scenario", *ALL, "target_bpw")
+
+
+def vocabularies(config: Mapping[str, Any], folder: Path | None) -> list[int]:
+    """Numbers of rows that a student may have, apart from the teacher's own.
+
+    These are shares of the teacher's rows, as far as its tokenizer allows. folder: where it is;
+    None: it allows all of them.
+    """
+    rows = set[int]()
+    all_rows = shape_of(config).vocab
+    for share in VOCABULARIES:
+        with suppress(MisError):
+            rows.add(vocabulary.size(share, folder, all_rows))
+    return sorted(rows - {all_rows})
 
 
 def given_sizes(asked: DistillFlags) -> list[str]:
@@ -116,7 +133,7 @@ def sizes_of(
     MisError where no student has so few bytes.
     """
     config = teacher.config
-    vocab = candidates.vocabularies(config, teacher.path)
+    vocab = vocabularies(config, teacher.path)
     sizes = shape_search.axis_sizes(config, vocab)
     if asked.vocab is not None:
         sizes["vocab"] = (vocabulary.rows_left(teacher, asked),)
@@ -161,14 +178,8 @@ def likely_student(
         def rank(choice: shape_search.Choice) -> tuple[int, float, int]:
             return choice.shape.ffn, min(choice.bpw, shape_search.USUAL_BPW), choice.shape.vocab
 
-        likely = max(shape_search.within(config, sizes, most_bytes), key=rank)
-        settings = {"scenario": SCENARIO, "target_bpw": likely.bpw}
-        if likely.shape.vocab != before.vocab:
-            settings["vocab"] = str(likely.shape.vocab)
-        if likely.shape.ffn != before.ffn:
-            settings["ffn"] = likely.shape.ffn
-        return settings
-    rows = candidates.vocabularies(config, folder)
+        return max(shape_search.within(config, sizes, most_bytes), key=rank).flags(before)
+    rows = vocabularies(config, folder)
     if not rows or before.experts:
         return {"scenario": SCENARIO}
     return {"scenario": SCENARIO, "vocab": str(rows[-1])}

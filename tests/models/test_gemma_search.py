@@ -12,10 +12,11 @@ import pytest
 
 from mis_mlx import distill
 from mis_mlx.models.architectures import arch, tensor_shapes
+from mis_mlx.models.architectures.shape import weight_count
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.quantization import packed_format
-from mis_mlx.size_search import shape_search, unequal_blocks
+from mis_mlx.size_search import shape_search
 from mis_mlx.storage.files import DISK
 from tests import tiny
 
@@ -41,8 +42,9 @@ def test_sizes_are_those_of_files(tmp_path: Path) -> None:
     model = load.open_checkpoint(made(tmp_path / "m"))
     config = model.config
     shape = shape_of(config)
-    weights, others = shape_search.weights_of(config, shape)
-    assert weights + others == arch.params(config)
+    tensors = shape_search.tensors_of(config, shape)
+    weights = weight_count(shape_search.matrices_of(tensors))
+    assert weight_count(tensors) == arch.params(config)
     plan = packed_format.formats_of(config, 64)
     packed_format.write_quantized(model, tmp_path / "q", plan, DISK)
     rounded = load.open_checkpoint(tmp_path / "q")
@@ -56,7 +58,7 @@ def test_sizes_are_those_of_files(tmp_path: Path) -> None:
     nbytes = sum(path.stat().st_size for path in (tmp_path / "q").glob("*.safetensors"))
     assert file == "model.safetensors"
     # The header is estimated, 120 bytes a tensor.
-    headers = shape_search.TENSOR_BYTES * unequal_blocks.count_of_tensors(config, shape)
+    headers = shape_search.TENSOR_BYTES * len(rounded.tensors)
     assert abs(told - nbytes) < 0.3 * headers
 
 
@@ -73,7 +75,7 @@ def test_no_student_is_larger_than_thought() -> None:
     config = {**tiny.CONFIG, **tiny.FAMILIES["gemma4_text"], **WIDE}
     fixed = arch.fixed_blocks(config)
     shape = replace(shape_of(config), layers=6)
-    most = sum(shape_search.weights_of(config, shape))
+    most = weight_count(shape_search.tensors_of(config, shape))
     sizes = set[int]()
     for gone in set(range(7)) - fixed:
         kept = [i for i in range(7) if i != gone]
@@ -89,11 +91,11 @@ def test_the_fewest_bits_count_small_matrices() -> None:
     shapes = arch.tensors_of(config)
     gates = tensor_shapes.gates(config)
     wide = sum(shape_product(shapes[f"{path}.weight"]) for path in gates)
-    weights, _ = shape_search.weights_of(config, shape)
-    fewest, most = shape_search.bpw_range(64, config, shape)
+    weights = weight_count(shape_search.matrices_of(shapes))
+    fewest, most = shape_search.bpw_range(config, shape)
     assert 0 <= fewest - (3.5 + 5 * wide / weights) < 0.01
     assert most == 8.5
-    assert shape_search.bpw_range(64, tiny.CONFIG, shape_of(tiny.CONFIG)) == (3.5, 8.5)
+    assert shape_search.bpw_range(tiny.CONFIG, shape_of(tiny.CONFIG)) == (3.5, 8.5)
 
 
 @pytest.mark.slow
