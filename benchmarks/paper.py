@@ -23,7 +23,7 @@ from mis_mlx.reporting.text import markdown_table
 from mis_mlx.types import duration, gib
 
 PASSES = (1, 128, 512)  # tokens
-ACCEPTED = (4, 6)  # tokens of a guessed tree that one pass confirms
+ACCEPTED = (4, 6)  # guessed tokens that one pass confirms
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def table(plan: MemoryPlan, tokens: int) -> str:
         "N*: arithmetic takes as long as reading",
     ]
     labels += [f"{tokens:,} tokens, cool and hot", "one generated token, plain"]
-    labels += [f"the same, {n} of a tree of N* guesses accepted" for n in ACCEPTED]
+    labels += [f"the same, {n} of N* guesses accepted" for n in ACCEPTED]
     columns = []
     verdicts = []
     streamed = m.shape.layers * m.block_bytes + m.head_bytes

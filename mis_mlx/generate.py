@@ -16,14 +16,13 @@ from mis_mlx.hardware import ledger, memory
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge import comparison
 from mis_mlx.judge.speed import rounds
-from mis_mlx.models.architectures.sizes import reads_in_order
 from mis_mlx.models.opening import load, resolve
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import pass_cost, stream
 from mis_mlx.models.writing import mlx_generate, streamed_decode, text_writer
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress
-from mis_mlx.types import Budget, Checkpoint, Count, MisError, Whole, gib
+from mis_mlx.types import Budget, Checkpoint, Count, MisError, gib
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,8 @@ class Settings(cli.Budgeted, precision.Computing):
     """
     max_tokens: Count = 100
     """maximum tokens to generate"""
-    num_draft_tokens: Whole = streamed_decode.SIZE - 1
-    """tokens guessed per pass, as a tree; 15 was faster than 63 on our Linux machine"""
+    num_draft_tokens: streamed_decode.Guesses = 16
+    """tokens guessed per pass"""
     ignore_chat_template: bool = False
     """use the prompt as it is"""
     dry_run: bool = False
@@ -160,8 +159,8 @@ def _generate(
         guesser = None
         if draft:
             guesser = stream.Stream(draft, precision.dtype_of(draft), None)
-        size = settings.num_draft_tokens + 1
-        for new in writer.settled(ids, settings.max_tokens, ends, draft=guesser, size=size):
+        guessed = settings.num_draft_tokens
+        for new in writer.settled(ids, settings.max_tokens, ends, draft=guesser, guessed=guessed):
             tokens += [token for token in new if token not in ends]
             passes += 1
             text = tokenizer.decode(tokens)
@@ -196,12 +195,8 @@ def run(settings: Settings) -> dict[str, Any]:
     checkpoint = load.open_checkpoint(resolve.resolve_model(settings.model).path)
     draft = None
     if settings.draft_model:
-        if reads_in_order(checkpoint.config):
-            raise MisError(
-                f"{checkpoint.path} reads one text after the other, so it cannot judge a draft's "
-                f"guesses in one pass: leave out --draft-model"
-            )
         draft = comparison.same_vocabulary(checkpoint, load.open_checkpoint(settings.draft_model))
+        streamed_decode.check_draft(checkpoint, draft)
     limit = memory.budget(settings.budget_bytes)
     estimates.require_tokenizer(limit, model_of(checkpoint))
     tokenizer = load.tokenizer(checkpoint.path)

@@ -23,7 +23,7 @@ from mis_mlx.models.opening import load
 from mis_mlx.models.opening.config import read_config
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import attention_masks, stream
-from mis_mlx.models.writing import mlx_generate, model_writer, streamed_decode
+from mis_mlx.models.writing import mlx_generate, model_writer
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError, Precision
 from tests import family_checks, stock, tiny
@@ -225,7 +225,7 @@ def test_grpo_is_refused_before_it_begins(qwen: Checkpoint, tmp_path: Path) -> N
 
 
 def test_what_is_not_built_is_a_sentence(qwen: Checkpoint) -> None:
-    """Texts that share a sequence, drafts."""
+    """Texts that share a sequence."""
     source = stream.Stream(qwen, mx.float32)
     with pytest.raises(MisError, match="leave out --tasks whose questions have options"):
         option_likelihood.score(source, [([5, 9], [[3], [4]])])
@@ -233,8 +233,6 @@ def test_what_is_not_built_is_a_sentence(qwen: Checkpoint) -> None:
     joined = attention_masks.join([5, 6], [[7, 8], [9]])
     with pytest.raises(MisError, match="read one text after the other"):
         attention_masks.forward(model, joined.tokens, joined.branch, joined.positions)
-    with pytest.raises(MisError, match="read one text after the other"):
-        list(streamed_decode.decode(source, [5, 9], 8, draft=stream.Stream(qwen, mx.float32)))
 
 
 def test_transformers_form_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 import pytest
 
 from mis_mlx.models.opening import load, resolve
@@ -62,31 +61,31 @@ def test_the_tokens_are_mlx_lms(
     stranger: Stream,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One token a pass, or with a stranger's guesses in trees of two sizes; a long prompt goes
-    through in parts.
+    """One token a pass, or with a stranger's guesses, one and 16 a pass; a long prompt goes through
+    in parts.
     """
     want = stock(models(kind), IDS)
     passes = ours(models(kind), IDS)
     assert flat(passes) == want
     assert [len(p) for p in passes] == [1] * COUNT
-    for size in (2, 64):
-        assert flat(ours(models(kind), IDS, draft=stranger, size=size)) == want
+    for guessed in (1, 16):
+        assert flat(ours(models(kind), IDS, draft=stranger, guessed=guessed)) == want
     monkeypatch.setattr(streamed_decode, "ROWS", 48)
     long = (IDS * 20)[: 2 * 48 + 5]
     assert flat(ours(models(kind), long)) == stock(models(kind), long)
 
 
-def test_sliding_windows_count_positions_not_columns(tmp_path: Path, stranger: Stream) -> None:
-    """A tree's nodes lie side by side in the cache; how far a window reaches is a matter of
-    depth.
-    """
+def test_sliding_windows(tmp_path: Path, stranger: Stream) -> None:
+    """A token looks back as far as mlx-lm's does, a guessed one too."""
     types = ["full_attention", "sliding_attention", "full_attention"]
     checkpoint = load.open_checkpoint(
         tiny.make(tmp_path / "sliding", layer_types=types, sliding_window=6)
     )
     want = stock(checkpoint, IDS)
     assert (
-        flat(ours(checkpoint, IDS)) == flat(ours(checkpoint, IDS, draft=stranger, size=32)) == want
+        flat(ours(checkpoint, IDS))
+        == flat(ours(checkpoint, IDS, draft=stranger, guessed=16))
+        == want
     )
     full = Checkpoint(
         checkpoint.path, {**checkpoint.config, "layer_types": None}, checkpoint.tensors
@@ -96,7 +95,7 @@ def test_sliding_windows_count_positions_not_columns(tmp_path: Path, stranger: S
 
 @pytest.mark.parametrize("kind", ["linear", "yarn", "llama3"])
 def test_scaled_positions_turn_row_by_row(tmp_path: Path, kind: str, stranger: Stream) -> None:
-    """Every kind of rotary positions takes a position for each row: in a prompt, and in a tree."""
+    """Every kind of rotary positions takes a position for each row: in a prompt, and in a guess."""
     rope: dict[str, Any] = {
         "rope_type": kind,
         "factor": 4.0,
@@ -104,21 +103,7 @@ def test_scaled_positions_turn_row_by_row(tmp_path: Path, kind: str, stranger: S
     }
     rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {}
     checkpoint = load.open_checkpoint(tiny.make(tmp_path / "scaled", rope_scaling=rope))
-    assert flat(ours(checkpoint, IDS, draft=stranger, size=32)) == stock(checkpoint, IDS)
-
-
-def test_queries_grow_with_positions_not_with_columns(
-    models: Callable[[str], Checkpoint],
-) -> None:
-    """Three guesses for the 8th token stand in columns 8 to 10, where queries would be larger."""
-    source = Stream(models("ministral3"), mx.float32)
-    text = IDS[:7]
-    guesses = [streamed_decode.Node(token, None, depth=1, score=0.0) for token in (5, 90, 200)]
-    context = streamed_decode.Context(source)
-    found = context.read(text, guesses)
-    for row, guess in enumerate(guesses, 1):
-        alone = streamed_decode.Context(source).read([*text, guess.token])
-        assert mx.allclose(found[row], alone[0], rtol=1e-4, atol=1e-5)
+    assert flat(ours(checkpoint, IDS, draft=stranger, guessed=16)) == stock(checkpoint, IDS)
 
 
 @pytest.mark.slow
@@ -130,15 +115,15 @@ def test_the_real_teacher_says_the_same() -> None:
     ids = mlx_generate.encode(load.tokenizer(checkpoint.path), "What is a shepherd?")
     want = stock(checkpoint, ids)
     assert flat(ours(checkpoint, ids)) == want
-    drafted = ours(checkpoint, ids, draft=Stream(checkpoint, mx.float32, None))
+    drafted = ours(checkpoint, ids, draft=Stream(checkpoint, mx.float32, None), guessed=16)
     assert flat(drafted) == want
     assert len(drafted) < COUNT / 2
 
 
 @pytest.mark.thorough
 def test_a_packed_model_whose_best_draft_is_itself(tmp_path: Path, llama: Checkpoint) -> None:
-    """With some blocks kept between passes; a pass settles the depth of the tree and one more
-    token. Nothing comes after the end token, and never more than asked for, however much a pass
+    """With some blocks kept between passes; a pass settles its 16 guesses and one more token.
+    Nothing comes after the end token, and never more than asked for, however much a pass
     settles.
     """
     packed_format.write_quantized(
@@ -149,37 +134,15 @@ def test_a_packed_model_whose_best_draft_is_itself(tmp_path: Path, llama: Checkp
     draft = Stream(packed, mx.float32, None)
     rooms = (Stream(packed, mx.float32, kib << 10) for kib in itertools.count(64, 16))
     source = next(stream for stream in rooms if stream.resident_blocks == 1)
-    passes = list(streamed_decode.decode(source, IDS, COUNT, draft=draft))
+    passes = list(streamed_decode.decode(source, IDS, COUNT, draft=draft, guessed=16))
     assert flat(passes) == want
     assert len(passes) <= COUNT / 3
     for guesser in (None, draft):
         assert (
-            flat(ours(packed, IDS, draft=guesser, ends={want[5]}))
+            flat(ours(packed, IDS, draft=guesser, guessed=16, ends={want[5]}))
             == want[: want.index(want[5]) + 1]
         )
-        assert flat(list(streamed_decode.decode(source, IDS, 5, draft=guesser))) == want[:5]
-
-
-def test_a_tree_by_pencil() -> None:
-    """Odds of 0.6 and 0.4 everywhere: the four best of a binary tree are 0.6, 0.4, 0.36 and 0.24
-    (the first of two).
-    """
-
-    def after(nodes: Any) -> Any:
-        rows = max(1, len(nodes))
-        return np.log(np.full((rows, 2), [0.6, 0.4])), np.full((rows, 2), [1, 2])
-
-    nodes = streamed_decode.grow(after, 4, 3)
-    assert sorted(round(float(np.exp(n.score)), 2) for n in nodes) == [0.24, 0.36, 0.4, 0.6]
-    assert [n.depth for n in nodes] == sorted(n.depth for n in nodes)
-    assert all(n.up is None or n.up in nodes for n in nodes)
-    assert max(n.depth for n in streamed_decode.grow(after, 50, 2)) == 2
-    assert all(n.up is None or n.up.token != 1 for n in streamed_decode.grow(after, 20, 4, {1}))
-    first = next(n for n in nodes if n.depth == 1 and n.token == 1)
-    below = next(n for n in nodes if n.up is first)
-    choice = dict.fromkeys(range(len(nodes) + 1), 9)
-    choice[0] = 1
-    choice[1 + nodes.index(first)] = below.token
-    branch, last = streamed_decode.accepted(nodes, list(choice.values()))
-    assert branch == [first, below]
-    assert last == 9
+        assert (
+            flat(list(streamed_decode.decode(source, IDS, 5, draft=guesser, guessed=16)))
+            == want[:5]
+        )

@@ -3,7 +3,7 @@
 A block with attention has keys and values, which grow with the text. A block with a short
 convolution has its last few inputs, and one with a gated delta rule a matrix for each head, too.
 Over whole windows, in training and in calibration, every block begins at nothing, so only
-generation has to keep a state. Where several texts share a sequence, or guesses form a tree, a
+generation has to keep a state. Where several texts share a sequence, a
 short convolution is told which rows stand before each row.
 """
 
@@ -97,7 +97,7 @@ def refuse_branches(block: nn.Module) -> None:
     if "linear_attn" in block:
         raise MisError(
             "blocks with a gated delta rule (qwen3_5) read one text after the other, so texts that "
-            "share a sequence and trees of guesses are not supported: use another model"
+            "share a sequence are not supported: use another model"
         )
 
 

@@ -50,7 +50,7 @@ def attending(config: Config) -> int:
 def reads_in_order(config: Config) -> bool:
     """Whether a model reads a sequence as one text: blocks with a gated delta rule do.
 
-    Others take several texts in one sequence, and guesses that form a tree.
+    Others take several texts in one sequence, and can take back guesses that were wrong.
     """
     return family(config).in_order
 

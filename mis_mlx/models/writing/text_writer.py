@@ -65,15 +65,15 @@ class TextWriter:
         stop: Collection[int],
         *,
         draft: Stream | None = None,
-        size: int = streamed_decode.SIZE,
+        guessed: int = 0,
     ) -> Iterator[list[int]]:
         """The greedy text behind one prompt, as it is settled: its tokens, some at a time.
 
-        draft, size: as of `streamed_decode.decode`; for a streamed model.
+        draft, guessed: as of `streamed_decode.decode`; for a streamed model.
         """
         if isinstance(self._model, Stream):
             yield from streamed_decode.decode(
-                self._model, prompt, max_tokens, ends=stop, draft=draft, size=size
+                self._model, prompt, max_tokens, ends=stop, draft=draft, guessed=guessed
             )
             return
         for token in mlx_generate.greedy(self._model, prompt, max_tokens, where=self._where):
