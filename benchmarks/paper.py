@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mis_mlx import cli, plan
+from mis_mlx import cli
 from mis_mlx.distillation import strategies
 from mis_mlx.distillation.strategies import MemoryPlan
 from mis_mlx.hardware import memory, rates
@@ -20,6 +20,7 @@ from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import pass_cost
 from mis_mlx.planner.distillation_spec import spec_of
 from mis_mlx.reporting.text import markdown_table
+from mis_mlx.settings.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.types import duration, gib
 
 PASSES = (1, 128, 512)  # tokens
@@ -99,7 +100,7 @@ def main(s: Settings) -> None:
     whole = arch.PUBLISHED["mis-137b"]
     student = arch.student_config(whole, arch.target_shape(whole, scenarios.RATIOS["balanced"]))
     teacher, small = (model_of(config, gpu=True) for config in (whole, student))
-    job = spec_of(teacher, small, plan.Settings(), plan.Settings())
+    job = spec_of(teacher, small, DistillationConfig(), QuantizationConfig())
     budget = memory.budget(None, rates.M1_AIR.room_bytes)
     print(table(strategies.best_plan(job, budget.limit_bytes, rates.M1_AIR), s.tokens))
 

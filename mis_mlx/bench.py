@@ -5,7 +5,7 @@ import json
 import os
 import time
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import psutil
 import tyro
@@ -24,12 +24,10 @@ IDLE_S = 5.0  # of rest, whose power is subtracted
 
 
 @dataclass(frozen=True)
-class Settings(cli.Budgeted, precision.Computing, run_monitor.ThermalFlags):
+class Settings(cli.Budgeted, precision.Computing):
     """Every model gets the same texts and lengths, in turns (A B A B), so drift affects all
     equally.
     """
-
-    FILE_ONLY: ClassVar = run_monitor.AIR
 
     model: tuple[str, ...] = ()
     """folders or hub ids, `--model A B`; default: SmolLM2-135M-Instruct"""
@@ -165,7 +163,7 @@ def run(settings: Settings) -> dict[str, Any]:
     the JSON, too.
     """
     bench = Bench(settings)
-    with run_monitor.ThermalMonitor(settings) as monitor:
+    with run_monitor.ThermalMonitor(run_monitor.AirFlags()) as monitor:
         roof = rates.measure_roof()
         first = monitor.reading()
         idle_w = None  # this machine's power at rest, where something measures power

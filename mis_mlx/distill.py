@@ -20,7 +20,7 @@ from mis_mlx.distillation import (
     summary,
 )
 from mis_mlx.distillation.resolved_run import ResolvedRun
-from mis_mlx.hardware.thermal.run_monitor import battery
+from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, battery
 from mis_mlx.judge import answers, comparison
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import shape_of
@@ -28,6 +28,7 @@ from mis_mlx.models.opening import compute_type, load
 from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting import progress, text
 from mis_mlx.runs import run_loop
+from mis_mlx.settings.parts import part_of
 from mis_mlx.size_search import shortfall, size_request
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError, Row
@@ -143,7 +144,7 @@ def _dry_run(
             writes=resolved.plan.job.teacher_writes,
             dry_run=True,
         )
-    note = battery(resolved.student.pruning)  # a run says it when it begins
+    note = battery(s)  # a run says it when it begins
     if note:
         cli.say(note)
     outcome = plan.outcome(resolved.plan, str(teacher.path))
@@ -207,7 +208,7 @@ def _begin(
         place,
         origin,
         same=same,
-        thermal=student.pruning,
+        thermal=part_of(ThermalFlags, resolved.settings.values),
         limit=resolved.budget,
         wired=memory_plan.peak_bytes if memory_plan.mode != "sharded" else 0,
     ) as opened:

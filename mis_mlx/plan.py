@@ -25,8 +25,9 @@ from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import packed_format
 from mis_mlx.reporting import text
 from mis_mlx.settings import recipe
+from mis_mlx.settings.parts import part_of
 from mis_mlx.size_search import shape_search, shortfall, size_request
-from mis_mlx.types import Budget, Checkpoint
+from mis_mlx.types import Bits, Budget, Checkpoint, Count, Tokens, Whole
 
 
 def outlook(plan: strategies.MemoryPlan, expected_loss: float | None = None) -> plan_report.Outlook:
@@ -48,7 +49,7 @@ def outcome(plan: strategies.MemoryPlan, teacher: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Settings(cli.Budgeted, recipe.QuantizationConfig, recipe.DistillationConfig):
+class Settings(cli.Budgeted):
     """Shows what `distill` would take with these flags. Reads configs only and starts nothing."""
 
     teacher: str | None = None
@@ -73,6 +74,26 @@ class Settings(cli.Budgeted, recipe.QuantizationConfig, recipe.DistillationConfi
     """tokens to keep, as in `prune`"""
     quantize: Literal[4, 0] = 4
     """bits per weight of the result; 0: no quantization"""
+    iters: Count | None = None
+    """optimizer steps, as in `distill`"""
+    batch_size: Count = recipe.DistillationConfig.batch_size
+    """windows per micro-batch"""
+    grad_accumulation_steps: Count = recipe.DistillationConfig.grad_accumulation_steps
+    """micro-batches per step"""
+    max_seq_length: Tokens = recipe.DistillationConfig.max_seq_length
+    """tokens per window"""
+    train: recipe.Train = "auto"
+    """how the student trains, as in `distill`"""
+    reconstruct_samples: Whole = recipe.DistillationConfig.reconstruct_samples
+    """windows for the repair; 0: no repair"""
+    num_samples: Count = recipe.DistillationConfig.num_samples
+    """calibration windows for importance"""
+    target_bpw: Bits | None = recipe.QuantizationConfig.target_bpw
+    """average bits per weight, including scales"""
+    q_method: recipe.Method = recipe.QuantizationConfig.q_method
+    """how weights are rounded, as in `distill`"""
+    q_iters: Whole | None = None
+    """steps in which scales learn, as in `distill`"""
 
     def __post_init__(self) -> None:
         # frozen, but still being made
@@ -164,14 +185,15 @@ def planned(settings: Settings, rates: Rates) -> tuple[strategies.MemoryPlan, st
     """(the plan of these settings on a machine of these rates, the teacher's path or name)."""
     opened, name = _open(settings.teacher)
     config = opened.config if isinstance(opened, Checkpoint) else opened
-    settings = replace(settings, **packed_format.of_mixture(config, settings))
+    rounding = part_of(recipe.QuantizationConfig, vars(settings))
+    rounding = replace(rounding, **packed_format.of_mixture(config, rounding))
     teacher_as_is = model_of(opened, rates.gpu)
     teacher, student = _pair(settings, opened, rates.gpu)
     job = distillation_spec.spec_of(
         teacher,
         student,
-        settings,
-        settings if settings.quantize else recipe.ROUND_TO_NEAREST,
+        part_of(recipe.DistillationConfig, vars(settings)),
+        rounding if settings.quantize else recipe.ROUND_TO_NEAREST,
         shown=teacher_as_is,
         copied=not settings.student,
     )

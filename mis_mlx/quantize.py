@@ -16,7 +16,7 @@ from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows, fingerprint
 from mis_mlx.distillation import compression, pipeline, plan_report, strategies
 from mis_mlx.hardware import memory
-from mis_mlx.hardware.thermal.run_monitor import AIR, ThermalFlags, battery
+from mis_mlx.hardware.thermal.run_monitor import Governed, battery
 from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.writing import model_writer
@@ -39,14 +39,13 @@ FREE = run_loop.FREE_ANYWHERE | {"mlx_path", "save_every"}
 
 
 @dataclass(frozen=True)
-class Settings(cli.Resumable, precision.Computing, ThermalFlags, QuantizationConfig):
+class Settings(cli.Resumable, precision.Computing, Governed, QuantizationConfig):
     """Only quantizes; `distill` does this in its last stages."""
 
     BASIC: ClassVar = frozenset(
         {"model", "teacher", "data", "budget", "mlx_path", "target_bpw", "q_iters", "resume"}
         | {"dry_run"}
     )
-    FILE_ONLY: ClassVar = AIR
 
     model: str | None = None
     """folder or hub id of an unquantized model; default: SmolLM2-135M-Instruct"""

@@ -283,7 +283,6 @@ def test_a_teacher_with_a_template_is_asked(
         vocab="1x",
         machine="m1-air",
         max_seq_length=32,
-        eval_windows=3,
         reconstruct_samples=0,
         target_bpw=None,
         q_method="round",

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,7 +28,7 @@ from mis_mlx.gguf_export.model_card import name_of
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.ledger import Ledger, needed_bytes
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.hardware.thermal.run_monitor import AIR, ThermalFlags
+from mis_mlx.hardware.thermal.run_monitor import Governed
 from mis_mlx.maths import optimizer, rounding
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models.architectures import arch
@@ -63,10 +63,8 @@ S = TypeVar("S", bound="Alignment")
 
 
 @dataclass(frozen=True)
-class Alignment(cli.Resumable, precision.Computing, ThermalFlags, recipe.TrainingConfig):
+class Alignment(cli.Resumable, precision.Computing, Governed, recipe.TrainingConfig):
     """The flags that sft, dpo and grpo share."""
-
-    FILE_ONLY: ClassVar = AIR
 
     batch_size: Count = 4
     """rows, pairs or answers per micro-batch; split when memory is short, with the same result"""

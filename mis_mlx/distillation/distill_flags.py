@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from mis_mlx import cli
 from mis_mlx.compute import precision
+from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
 from mis_mlx.pruning.select import PruningConfig
 from mis_mlx.settings.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.types import MOST, Also, Whole, Within
@@ -12,7 +13,12 @@ from mis_mlx.types import MOST, Also, Whole, Within
 
 @dataclass(frozen=True)
 class DistillFlags(
-    cli.Resumable, precision.Computing, PruningConfig, QuantizationConfig, DistillationConfig
+    cli.Resumable,
+    precision.Computing,
+    ThermalFlags,
+    PruningConfig,
+    QuantizationConfig,
+    DistillationConfig,
 ):
     """What `distill` is asked for; much of it is decided later, once for a run."""
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from mis_mlx.hardware.stage_cost import StageCost, in_turn
-from mis_mlx.hardware.thermal.run_monitor import ThermalFlags
+from mis_mlx.hardware.thermal.run_monitor import AirFlags
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import Key, Statistics
 from mis_mlx.models.architectures import arch, scenarios
@@ -31,7 +31,7 @@ BULKY = ("block_importance", "differing", "profile")
 
 
 @dataclass(frozen=True)
-class PruningConfig(ThermalFlags, vocabulary.VocabularyConfig):
+class PruningConfig(AirFlags, vocabulary.VocabularyConfig):
     """What to prune and how to judge: shared by `prune` and `distill`."""
 
     scenario: scenarios.Scenario | None = None

@@ -18,7 +18,7 @@ from mis_mlx import cli, flag_help
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.hardware import blas_threads, memory
 from mis_mlx.hardware.thermal.run_monitor import (
-    ThermalFlags,
+    Governed,
     ThermalMonitor,
     battery,
     check_power,
@@ -103,7 +103,7 @@ def open_model(
     default under `place`, or of the flag `new`, which names something that is not there yet.
     """
     cli.check_ranges(s)
-    if isinstance(s, cli.Resumable) and isinstance(s, ThermalFlags) and not s.dry_run:
+    if isinstance(s, cli.Resumable) and isinstance(s, Governed) and not s.dry_run:
         check_power(s)
     if new:
         need_place(new, place, "new")
@@ -258,7 +258,7 @@ def open_run(
     origin: Mapping[str, str],
     *,
     same: tuple[str, ...] = run_folder.SAME,
-    thermal: ThermalFlags,
+    thermal: Governed,
     limit: Budget,
     wired: int,
 ) -> Iterator[OpenRun]:

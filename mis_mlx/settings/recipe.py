@@ -26,6 +26,8 @@ from mis_mlx.types import (
 )
 
 Targets = Literal["live", "cached"]  # where a step's targets come from
+Train = Literal["auto", "resident", "blocks", "sharded", "none"]
+Method = Literal["round", "gptq"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class DistillationConfig(TrainingConfig):
     """T in eq. (2); softens both distributions"""
     halny: Annotated[Share | None, FILE_ONLY] = None
     """spread of eps_halny in eq. (2); 0: off; default: from measured T_env, 0 when unmeasured"""
-    train: Literal["auto", "resident", "blocks", "sharded", "none"] = "auto"
+    train: Train = "auto"
     """resident: all of the student in memory; blocks: the same block by block, with 8-bit moments
     and frozen embedding and head; sharded: some blocks at a time; none: repair only. Default: the
     first that fits
@@ -133,7 +135,7 @@ class QuantizationConfig:
     (32, 64 or 128), where that costs less; one: 3 to 8 bits, all with q_group_size; auto: mixed if
     target_bpw is below what 3 bits take
     """
-    q_method: Literal["round", "gptq"] = "gptq"
+    q_method: Method = "gptq"
     """round: each weight to its nearest value; gptq: so that outputs on calibration windows change
     least
     """

@@ -33,25 +33,32 @@ def default_mode() -> Mode:
     )
 
 
-# The air is no flag of commands whose result does not depend on it.
-AIR = frozenset({"temperature_c", "altitude_m"})
-
-
 @dataclass(frozen=True)
-class ThermalFlags:
-    """Air, altitude, and how hot the machine may get."""
+class AirFlags:
+    """Air and altitude, of commands whose result depends on them."""
 
     temperature_c: Celsius | None = None
     """air temperature in °C, from your own thermometer; default: measured, if this machine can"""
     altitude_m: Metres | None = None
     """metres above sea level; default: altitude_m in ~/.config/mis_mlx.toml"""
+
+
+@dataclass(frozen=True)
+class Governed:
+    """How hot the machine may get."""
+
     governor: Mode = field(default_factory=default_mode)
     """observe: only watch; steady, cool: pause (a tea break) at 101, 92 °C, until 90, 82 °C; on
     battery, only observe and cool continue; default: MIS_MLX_GOVERNOR, or steady
     """
 
 
-def battery(flags: ThermalFlags) -> str:
+@dataclass(frozen=True)
+class ThermalFlags(AirFlags, Governed):
+    """Air, altitude, and how hot the machine may get."""
+
+
+def battery(flags: Governed) -> str:
     """A sentence on what the governor does about the battery that this machine runs on now.
 
     Empty when it does not run on one.
@@ -74,7 +81,7 @@ def battery(flags: ThermalFlags) -> str:
     return f"on battery{charge}: --governor {flags.governor} {does}"
 
 
-def check_power(flags: ThermalFlags) -> None:
+def check_power(flags: Governed) -> None:
     """MisError where a run on battery would pause after its first step until the plug is back.
 
     Nothing has begun yet, so the user can choose.
@@ -133,10 +140,13 @@ class ThermalMonitor(Monitor):
     `breaks` is the account of tea breaks; it survives in a checkpoint.
     """
 
-    def __init__(self, flags: ThermalFlags, log: Path | None = None, files: Files = DISK):
-        super().__init__(given_ambient_c=flags.temperature_c, altitude_m=flags.altitude_m)
+    def __init__(
+        self, flags: Governed | AirFlags, log: Path | None = None, files: Files = DISK
+    ) -> None:
+        air = flags if isinstance(flags, AirFlags) else AirFlags()
+        super().__init__(given_ambient_c=air.temperature_c, altitude_m=air.altitude_m)
         self.breaks = PauseCounter()
-        self._mode = flags.governor
+        self._mode: Mode = flags.governor if isinstance(flags, Governed) else "observe"
         self._log = log
         self._files = files
         self._governor: Governor | None = None
