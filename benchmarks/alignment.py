@@ -24,10 +24,8 @@ from mis_mlx.alignment.alignment_run import HELD_OUT
 from mis_mlx.storage import run_folder
 
 RUNS = Path("runs/alignment")
-SFT = sft.Settings(iters=14, batch_size=2, max_seq_length=512, save_every=7, eval_rows=32, warmup=3)
-DPO = dpo.Settings(
-    iters=12, batch_size=2, grad_accumulation_steps=2, save_every=4, eval_rows=16, warmup=2
-)
+SFT = sft.Settings(iters=14, batch_size=2, max_seq_length=512, save_every=7, eval_rows=32)
+DPO = dpo.Settings(iters=12, batch_size=2, grad_accumulation_steps=2, save_every=4, eval_rows=16)
 TOLD = (
     "iters",
     "batch_size",

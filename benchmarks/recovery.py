@@ -108,7 +108,7 @@ class Bench(Laboratory):
                 stream.load_checked(model)
         begun = self.judge(model)
         source = live_teacher.StreamedTeacher(self.checkpoint, None, direct=False)
-        learner = WholeModel(model, GuardedAdamW(weight_decay=recipe.weight_decay))
+        learner = WholeModel(model, GuardedAdamW())
         steps = list(live_teacher.steps(learner, source, self.data.train, recipe))
         model.eval()
         return {

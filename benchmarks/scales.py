@@ -119,7 +119,7 @@ class ConstantRate(DistillationConfig):
 
     def rate(self, step: int) -> float:
         """Learning rate of 0-based `step`."""
-        risen = min(1.0, (step + 1) / self.warmup)
+        risen = min(1.0, (step + 1) / self.WARMUP)
         left = (self.iters - step) / (self.iters // FALLING + 1)
         return self.learning_rate * risen * (0.1 + 0.9 * min(1.0, left))
 

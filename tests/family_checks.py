@@ -36,7 +36,6 @@ RUN: dict[str, Any] = {
     "ffn": 512,
     "scenario": "none",
     "save_every": 3,
-    "warmup": 1,
 }
 LORA: dict[str, Any] = {
     "iters": 2,

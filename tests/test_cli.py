@@ -213,7 +213,7 @@ def test_verbose_is_a_switch_of_every_command(
 
 def test_a_setting_of_a_file_is_no_flag() -> None:
     """A flag of such a name says where it goes."""
-    assert {"warmup", "kv_heads"} <= flag_help.quiet(distill.Settings)
+    assert {"temperature", "kv_heads"} <= flag_help.quiet(distill.Settings)
     with pytest.raises(
         MisError, match="--kv-heads is not a flag: write `kv_heads: ...` in a YAML file"
     ):

@@ -575,7 +575,7 @@ def joined(folder: Path) -> Path:
 
 def schedule(iters: int, peak: float, warmup: int) -> TrainingConfig:
     """So many steps, with this learning rate at the end of the warm-up."""
-    return TrainingConfig(iters=iters, learning_rate=peak, warmup=warmup)
+    return type("Schedule", (TrainingConfig,), {"WARMUP": warmup})(iters=iters, learning_rate=peak)
 
 
 def run_flags(teacher: Path, text: Path) -> tuple[object, ...]:

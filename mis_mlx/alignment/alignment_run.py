@@ -282,7 +282,7 @@ class AlignmentRun(run_loop.OpenRun):
             number, value = state["best"]
             self.best = (number, value)
 
-        student = WholeModel(self.model, GuardedAdamW(weight_decay=s.weight_decay))
+        student = WholeModel(self.model, GuardedAdamW())
         training = run_loop.CheckpointedTraining(
             run=self,
             trained=student,

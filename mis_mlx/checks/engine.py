@@ -152,7 +152,7 @@ def _trained(model: nn.Module) -> Trained:
     The tensors are weights and moments after the steps. AdamW does not see how long a gradient is,
     so the norm stands for that; moments keep its last bits."""
     optimizer = GuardedAdamW()
-    settings = recipe.TrainingConfig(iters=3, learning_rate=1e-3, warmup=0)
+    settings = recipe.TrainingConfig(iters=3, learning_rate=1e-3)
     student = WholeModel(model, optimizer)
     steps = list(train_loop.steps(student, lambda step: [(TOKENS,)], _loss, settings))
     tensors = dict(tree_flatten(model.trainable_parameters())) | optimizer.arrays()

@@ -104,7 +104,7 @@ def measured(folder: Path, wanted: Precision = UNDECIDED) -> tuple[Found, float]
     teacher_head = (noise / 24).astype(dtype)
     del noise  # else the peak counts it
     mx.eval(tokens, teacher_states, teacher_head)
-    settings = recipe.TrainingConfig(iters=STEPS, learning_rate=1e-4, warmup=0)
+    settings = recipe.TrainingConfig(iters=STEPS, learning_rate=1e-4)
     batch = (tokens, mx.ones(tokens.size))
     loss = partial(_loss, teacher_states, teacher_head)
     trained = WholeModel(student, GuardedAdamW())

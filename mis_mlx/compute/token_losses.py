@@ -218,35 +218,31 @@ def teacher_kl(
     logits_beside: Callable[[mx.array], losses.Logits],
     *,
     temperature: float = 1.0,
-    cross_entropy: float = 0.0,
     softcap: float = 0.0,
 ) -> TokenLoss:
     """KL to a teacher's logits at this temperature; targets: its hidden states (n, D_t).
 
     logits_beside(the student's head (V, D)): what makes the teacher's logits of these states.
-    cross_entropy: the share of cross-entropy to labels (n,), the second target. softcap: of the
-    student's logits.
+    softcap: of the student's logits.
     """
 
     def by_mlx(
         hidden: mx.array,
         head: mx.array,
         loss_mask: mx.array,
-        *target: mx.array,
+        target: mx.array,
+        *,
         frozen_head: bool = False,
     ) -> mx.array:
-        labels = target[1] if cross_entropy else None
         teacher_logits = logits_beside(head)
         return losses.kl_sum(
             hidden,
             head,
-            target[0],
+            target,
             teacher_logits,
             loss_mask=loss_mask,
             temperature=temperature,
             frozen_head=frozen_head,
-            labels=labels,
-            cross_entropy=cross_entropy,
             softcap=softcap,
         )
 
@@ -270,9 +266,7 @@ def teacher_kl(
         )
         return LossGradients(mx.array(value), hidden_grad, head_grad)
 
-    gpu = not precision.numpy_is_quicker()
-    on_host = teacher_kl_footprint(cross_entropy, gpu=gpu).on_host
-    return TokenLoss(by_mlx, by_numpy if on_host else None)
+    return TokenLoss(by_mlx, by_numpy if precision.numpy_is_quicker() else None)
 
 
 def likelihood_gradients(z: mx.array, drawn: mx.array) -> mx.array:
@@ -326,11 +320,3 @@ class Footprint:
 
 
 IN_ONE_GRAPH = Footprint()  # MLX computes it, on a CPU
-
-
-def teacher_kl_footprint(cross_entropy: float, *, gpu: bool) -> Footprint:
-    """Of `teacher_kl`, on a machine that computes as Metal does (`gpu`) or as a CPU.
-
-    numpy has no cross-entropy: MLX computes what has some in it.
-    """
-    return Footprint(on_host=not gpu and not cross_entropy, gpu=gpu)

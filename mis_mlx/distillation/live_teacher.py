@@ -62,8 +62,8 @@ class StreamedTeacher:
 
     hidden(token ids [(B, T)]) -> [(B, T, D)]; a streamed teacher is read once for all of them.
     logits(hidden (n, D)) -> (n, V). headroom_bytes, direct: as of `stream.Stream`. temperature: T
-    of eq. (2). cross_entropy: as of `losses.kl_sum`. same_head: a student's head that is not
-    trained is the teacher's, which then need not be read.
+    of eq. (2). same_head: a student's head that is not trained is the teacher's, which then need
+    not be read.
     """
 
     def __init__(
@@ -72,14 +72,12 @@ class StreamedTeacher:
         headroom_bytes: int | None = 0,
         direct: bool = False,
         temperature: float = 1.0,
-        cross_entropy: float = 0.0,
         same_head: bool = False,
     ):
         dtype = precision.dtype_of(checkpoint)
         self._source = stream.Stream(checkpoint, dtype, headroom_bytes, direct=direct)
         self.hidden = self._source.forward
         self.temperature = temperature
-        self._cross_entropy = cross_entropy
         self._same_head = same_head
         self.softcap = softcap(checkpoint.config)  # a student's logits are its teacher's family's
 
@@ -105,10 +103,7 @@ class StreamedTeacher:
     def micro_batches(
         self, batches: Sequence[Batch], windows: Sequence[np.ndarray] = ()
     ) -> list[MicroBatch]:
-        """Tokens (B, T), loss_mask (B * T,), the teacher's hidden states (B * T, D).
-
-        For cross-entropy also labels (B * T,).
-        """
+        """Tokens (B, T), loss_mask (B * T,), the teacher's hidden states (B * T, D)."""
         micro_batches = []
         # One pass for all batches, so that a streamed teacher is read once a step. Each batch goes
         # in as many pieces as there are streams, which compute side by side.
@@ -116,10 +111,8 @@ class StreamedTeacher:
         states = iter(self.hidden(list(chain.from_iterable(pieces))))
         for (tokens, loss_mask), parts in zip(batches, pieces, strict=True):
             hidden = mx.concatenate([next(states) for _ in parts])
-            targets = [hidden.reshape(-1, hidden.shape[-1])]
-            if self._cross_entropy:
-                targets.append(next_tokens(tokens))
-            micro_batches.append((tokens, loss_mask.reshape(-1), *targets))
+            states_of_batch = hidden.reshape(-1, hidden.shape[-1])
+            micro_batches.append((tokens, loss_mask.reshape(-1), states_of_batch))
         return micro_batches
 
     def token_loss(self, *, own_head: bool = False) -> TokenLoss:
@@ -131,12 +124,7 @@ class StreamedTeacher:
         def logits_beside(head: mx.array) -> losses.Logits:
             return self._logits_by(head) if own_head else self.logits
 
-        return teacher_kl(
-            logits_beside,
-            temperature=self.temperature,
-            cross_entropy=self._cross_entropy,
-            softcap=self.softcap,
-        )
+        return teacher_kl(logits_beside, temperature=self.temperature, softcap=self.softcap)
 
 
 class TextTargets:

@@ -105,7 +105,6 @@ class PackedStudent:
         student: Checkpoint,
         kept: int,
         *,
-        weight_decay: float = 0.0,
         state: ScaleState | None = None,
         direct: bool = False,
     ):
@@ -122,7 +121,7 @@ class PackedStudent:
             norm_learns=True,
             slabs=True,
         )
-        self._optimizer = GuardedAdamW(weight_decay=weight_decay, relative=True)
+        self._optimizer = GuardedAdamW(weight_decay=0.0, relative=True)
         self.optimizers = [self._optimizer]
 
     def learned(self) -> Mapping[str, mx.array]:

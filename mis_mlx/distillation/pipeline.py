@@ -34,7 +34,8 @@ from mis_mlx.pruning import reconstruct, vocabulary
 from mis_mlx.quantization import learned_scales, packed_format, scale_state
 from mis_mlx.reporting import progress
 from mis_mlx.runs import run_loop
-from mis_mlx.settings.recipe import DistillationConfig
+from mis_mlx.settings.parts import part_of
+from mis_mlx.settings.recipe import DistillationConfig, ScalesConfig
 from mis_mlx.storage import hidden_spool, run_folder
 from mis_mlx.types import Budget, Checkpoint
 
@@ -190,7 +191,7 @@ def _student(c: Run, pruned: Checkpoint) -> tuple[WholeModel | Sharded, Callable
             model.load_weights(list(_repaired(c, pruned).items()), strict=False)
             stream.load_checked(model, f"{pruned.path}: ")
 
-        return WholeModel(model, GuardedAdamW(weight_decay=c.recipe.weight_decay)), begin
+        return WholeModel(model, GuardedAdamW()), begin
     parts = None
     shard = job.student.shape.layers
     visit = job.iters
@@ -202,7 +203,6 @@ def _student(c: Run, pruned: Checkpoint) -> tuple[WholeModel | Sharded, Callable
         parts or pruned,
         shard_layers=shard,
         steps_per_shard=visit,
-        weight_decay=c.recipe.weight_decay,
         files=c.files,
         headroom_bytes=4 * job.student.head_params,  # the head stays, the blocks are streamed
         direct=c.direct,
@@ -233,7 +233,6 @@ def _streamed_teacher(c: Run, headroom_bytes: int | None) -> live_teacher.Stream
         headroom_bytes,
         direct=c.direct,
         temperature=c.recipe.temperature,
-        cross_entropy=c.recipe.cross_entropy,
         same_head=c.plan.job.same_head,
     )
 
@@ -316,20 +315,14 @@ def _put_in_block(c: Run, parts: Checkpoint, name: str, weight: mx.array) -> Non
 def tuning_recipe(
     asked: DistillationConfig, rounded: Checkpoint, iters: int, rate: float
 ) -> DistillationConfig:
-    """`asked` with the steps of `rounded`'s scales, and no decay: a scale need not be small.
+    """`asked` with the steps of `rounded`'s scales.
 
     rate: of 4.5 bits a weight of the blocks; a bit more halves it, as it halves the error that
     rounding makes in a weight.
     """
     bits = packed_format.block_bits(rounded.config, packed_format.formats(rounded))
     rate *= 2 ** (4.5 - bits)
-    return replace(
-        asked,
-        iters=iters,
-        learning_rate=rate,
-        warmup=min(3, iters),
-        weight_decay=0.0,
-    )
+    return part_of(ScalesConfig, {**vars(asked), "iters": iters, "learning_rate": rate})
 
 
 def tune(c: Run, rounded: Path, out: Path, rate: float) -> None:
@@ -342,9 +335,7 @@ def tune(c: Run, rounded: Path, out: Path, rate: float) -> None:
     planned = next(phase for phase in c.plan.phases if phase.name == SCALES)
     source = target_source(c)  # its pass is over before the student takes memory
     with scale_state.place(planned, c.folder, c.files) as state:
-        student = packed_student.PackedStudent(
-            checkpoint, planned.stays[INTEGERS], weight_decay=recipe.weight_decay, state=state
-        )
+        student = packed_student.PackedStudent(checkpoint, planned.stays[INTEGERS], state=state)
         training = run_loop.CheckpointedTraining(
             c, student, c.remember, c.recall, steps=TUNE_STEPS, log=TUNE_LOG, label=SCALES
         )

@@ -74,8 +74,8 @@ class Sharded:
         student: Checkpoint,
         shard_layers: int,
         steps_per_shard: int,
-        weight_decay: float,
         files: Files,
+        weight_decay: float = 0.01,
         headroom_bytes: int = 0,
         direct: bool = False,
     ):

@@ -103,8 +103,6 @@ def kl_sum(
     temperature: float = 1.0,
     rows: int | None = None,
     frozen_head: bool = False,
-    labels: mx.array | None = None,
-    cross_entropy: float = 0.0,
     softcap: float = 0.0,
 ) -> mx.array:
     """Sum over positions of KL(softmax(z_t / T) || softmax(z_s / T)) in nats.
@@ -112,39 +110,24 @@ def kl_sum(
     Differentiable in student and head. student: hidden states (n, D); head: (V, D); z_s = student @
     head.T, `apply_softcap`. teacher: (n, D_t), constant. loss_mask: (n,), 0 leaves a position out.
     Equation (2) has no T^2 factor, so there is none here: the gradient is (p_s - p_t) / T per
-    logit. frozen_head: the head is constant and gets no gradient. labels: (n,), the text's own next
-    tokens: the loss is (1 - c) KL + c CE, c = `cross_entropy`, CE at T = 1.
+    logit. frozen_head: the head is constant and gets no gradient.
     """
 
-    def formula(z: mx.array, target: mx.array, *label: mx.array) -> tuple[mx.array, mx.array]:
-        # One chunk: student's logits z (n, V), teacher's states (n, D_t), labels (n,) if asked for.
+    def formula(z: mx.array, target: mx.array) -> tuple[mx.array, mx.array]:
+        # One chunk: student's logits z (n, V), teacher's states (n, D_t).
         z_t = teacher_logits(target).astype(mx.float32) / temperature
         z_s = z / temperature
         p_t, lse_t = softmax_lse(z_t)
         p_s, lse_s = softmax_lse(z_s)
         # sum p_t (log p_t - log p_s), with log p = z - lse: no logarithm of a probability that is 0
         kl = (p_t * (z_t - z_s)).sum(axis=-1) - lse_t + lse_s
-        grad = (p_s - p_t) / temperature
-        if not label:
-            return kl, grad
-        # Cross-entropy is at T = 1. Where that is T as well, its softmax is there already.
-        p, lse = (p_s, lse_s) if temperature == 1.0 else softmax_lse(z)
-        entropy = lse - _at(z, label[0])
-        positions = mx.arange(len(z))
-        mixed = (1.0 - cross_entropy) * grad + cross_entropy * p
-        mixed = mixed.at[positions, label[0]].add(-cross_entropy)
-        return (1.0 - cross_entropy) * kl + cross_entropy * entropy, mixed
+        return kl, (p_s - p_t) / temperature
 
-    targets: tuple[mx.array, ...] = (teacher,)
-    if labels is not None:
-        targets = (teacher, labels)
-        # Cross-entropy holds up to a third more (n, V) tensors at a time (measured).
-        rows = rows or chunk_rows(head.shape[0]) * 3 // 4
     return sum_by_chunks(
         formula,
         student,
         head,
-        targets,
+        (teacher,),
         loss_mask=loss_mask,
         rows=rows,
         frozen_head=frozen_head,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from mis_mlx.compute.token_losses import Footprint, teacher_kl_footprint
+from mis_mlx.compute.token_losses import Footprint
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import repairs
 from mis_mlx.models.opening.model_size import ModelSize
@@ -72,9 +72,8 @@ class DistillationSpec(DistillationConfig):
     @property
     def loss_footprint(self) -> Footprint:
         """What the loss holds while it is computed."""
-        if self.targets != "live":
-            return Footprint(gpu=self.student.gpu)
-        return teacher_kl_footprint(self.cross_entropy, gpu=self.student.gpu)
+        gpu = self.student.gpu
+        return Footprint(on_host=self.targets == "live" and not gpu, gpu=gpu)
 
     @property
     def checkpoints(self) -> int:
@@ -108,13 +107,13 @@ def spec_of(
     sized: its sizes are exact, and not the largest that it may have. answers: prompts that the
     models answer at the end; answers_known: the teacher's answers are there already.
     """
-    untrained = asked.train == "auto" and not asked.cross_entropy
+    untrained = asked.train == "auto"
     uncut = copied and sized and untrained and _same_tensors(teacher, student)
     settings = {f.name: getattr(asked, f.name) for f in fields(DistillationConfig)}
     settings["iters"] = steps_of(asked, student.config)
     settings["targets"] = asked.targets or "live"
     # The store has targets of temperature 1.
-    plain = asked.temperature == 1.0 and not asked.cross_entropy
+    plain = asked.temperature == 1.0
     # No fit knows what comes of several hidden states.
     if uncut or not repairs(student.config):
         settings["reconstruct_samples"] = 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from mis_mlx import cli
 from mis_mlx.models.architectures.sizes import step_factor
@@ -34,6 +34,8 @@ Method = Literal["round", "gptq"]
 class TrainingConfig:
     """Steps, batches, learning rate: mlx-lm's names."""
 
+    WARMUP: ClassVar = 5  # steps to the peak learning rate
+
     iters: Count = 60
     """optimizer steps"""
     batch_size: Count = 2
@@ -44,10 +46,6 @@ class TrainingConfig:
     """tokens per window"""
     learning_rate: Rate = 3e-4
     """peak learning rate; decays to a tenth along a cosine"""
-    warmup: Annotated[Whole, FILE_ONLY] = 5
-    """steps to the peak learning rate"""
-    weight_decay: Annotated[Share, FILE_ONLY] = 0.01
-    """weight decay of AdamW"""
     save_every: Count = 20
     """steps between checkpoints"""
     seed: Seed = 0
@@ -60,7 +58,7 @@ class TrainingConfig:
 
     def rate(self, step: int) -> float:
         """Learning rate of 0-based `step`: linear warm-up, then a cosine to a tenth of the peak."""
-        warmup = min(self.warmup, self.iters)
+        warmup = min(self.WARMUP, self.iters)
         if step < warmup:
             return self.learning_rate * (step + 1) / warmup
         done = (step - warmup) / max(1, self.iters - 1 - warmup)
@@ -98,8 +96,6 @@ class DistillationConfig(TrainingConfig):
     """
     reconstruct_samples: Whole = 64
     """windows for the closed-form repair before training; 0: no repair"""
-    cross_entropy: Annotated[Share, FILE_ONLY] = 0.0
-    """share of the loss that is plain cross-entropy on the text; the rest is KL to the teacher"""
     num_samples: Count = 32
     """calibration windows for importance"""
     eval_windows: Count = 24
@@ -113,11 +109,13 @@ class DistillationConfig(TrainingConfig):
                 f"targets: cached holds targets of temperature 1, not {self.temperature:g}: use "
                 f"targets: live"
             )
-        if self.targets == "cached" and self.cross_entropy:
-            raise MisError(
-                "cross_entropy needs the teacher itself, but targets: cached has only its tokens: "
-                "use targets: live"
-            )
+
+
+@dataclass(frozen=True)
+class ScalesConfig(DistillationConfig):
+    """The steps in which the scales of a rounded student learn."""
+
+    WARMUP: ClassVar = 3
 
 
 @dataclass(frozen=True)

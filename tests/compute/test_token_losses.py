@@ -125,31 +125,6 @@ def test_kl_by_pencil(back_end: str) -> None:
     assert_near(found, (value, hidden_grad, head_grad))
 
 
-def test_cross_entropy_goes_to_mlx(back_end: str) -> None:
-    """The half of it is the half of the KL and half of -log softmax at the labels; numpy has
-    none.
-    """
-    hidden = drawn(6, 16, seed=1)
-    head = drawn(11, 16, seed=2)
-    target = drawn(6, 11, seed=3)
-    labels = mx.array([0, 3, 10, 5, 5, 1])
-    mask = mx.ones(6)
-    loss = token_losses.teacher_kl(lambda head: lambda states: states * 1.0, cross_entropy=0.5)
-    assert loss.by_numpy is None
-    targets = [target, labels]
-    found = loss.gradients(hidden, head, mask, *targets)
-    h = doubles(hidden)
-    w = doubles(head)
-    p = softmax(doubles(target))
-    q = softmax(h @ w.T)
-    mixed = 0.5 * p
-    mixed[np.arange(6), np.array(labels)] += 0.5
-    entropy = -np.log(q[np.arange(6), np.array(labels)]).sum()
-    value = 0.5 * (p * np.log(p / q)).sum() + 0.5 * entropy
-    slope = q - mixed
-    assert_near(found, (value, slope @ w, slope.T @ h))
-
-
 def test_sampled_targets(back_end: str) -> None:
     """KL to a target of two tokens a position, beside float64."""
     hidden = drawn(5, 16, seed=1)
@@ -291,21 +266,6 @@ def test_gradients_of_drawn_tokens(back_end: str) -> None:
 
 
 # ---- what it holds
-
-
-@pytest.mark.parametrize(
-    ("gpu", "cross_entropy", "streams_of_it"),
-    [(False, 0.0, 2), (False, 0.3, 0), (True, 0.0, 0), (True, 0.3, 0)],
-)
-def test_where_windows_go_side_by_side(
-    monkeypatch: pytest.MonkeyPatch, cross_entropy: float, streams_of_it: int, *, gpu: bool
-) -> None:
-    """Where numpy computes, and nowhere else."""
-    monkeypatch.setattr(streams, "count", lambda: 2)
-    footprint = token_losses.teacher_kl_footprint(cross_entropy, gpu=gpu)
-    assert footprint.streams == streams_of_it
-    assert footprint.on_host == bool(streams_of_it)
-    assert footprint.gpu == gpu
 
 
 def test_logits_by_pencil() -> None:

@@ -33,7 +33,6 @@ RECIPE = TrainingConfig(
     grad_accumulation_steps=2,
     max_seq_length=16,
     learning_rate=1e-2,
-    warmup=1,
 )
 
 

@@ -47,7 +47,7 @@ def data() -> Windows:
     return Windows(rng.integers(0, 512, (20, 16)).astype(np.int32), loss_mask)
 
 
-RECIPE = TrainingConfig(iters=3, batch_size=4, max_seq_length=16, learning_rate=1e-2, warmup=1)
+RECIPE = TrainingConfig(iters=3, batch_size=4, max_seq_length=16, learning_rate=1e-2)
 
 
 def distil(

@@ -30,7 +30,6 @@ SMALL: dict[str, Any] = {
     "reconstruct_samples": 8,
     "eval_windows": 2,
     "learning_rate": 1e-4,
-    "warmup": 1,
     "quantize": 0,
 }
 HIGH: dict[str, Any] = {"target": "conditions", "temperature_c": 8.0, "altitude_m": 6000.0}

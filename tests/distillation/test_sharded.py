@@ -191,7 +191,6 @@ def opened(
         model_writer.by_block(student, folder, files),
         each,
         steps_per_shard=VISIT,
-        weight_decay=0.01,
         files=files,
         **how,
     )
@@ -297,7 +296,6 @@ def test_memory_holds_a_shard_not_the_student(tmp_path: Path) -> None:
         model_writer.by_block(source, tmp_path / "s", DISK),
         1,
         steps_per_shard=1,
-        weight_decay=0.01,
         files=DISK,
     )
     micro = partial(micro_batches, count=2)
@@ -377,7 +375,6 @@ def run(
         model_writer.by_block(source, root / "s", files),
         each,
         steps_per_shard=VISIT,
-        weight_decay=0.01,
         files=files,
     )
 
@@ -474,7 +471,6 @@ def test_three_bad_batches_stop_the_run_across_visits(
         model_writer.by_block(source("llama"), tmp_path / "s", DISK),
         1,
         steps_per_shard=1,
-        weight_decay=0.01,
         files=DISK,
     )
     student.begin()
@@ -562,9 +558,7 @@ def test_every_block_has_its_own_dog(tmp_path: Path, source: Callable[[str], Che
     ]
     assert len(clipped) == LAYERS
     assert all(len(o.norms) == 11 for o in student.optimizers)
-    again = sharded.Sharded(
-        load.open_checkpoint(tmp_path / "s"), 1, steps_per_shard=1, weight_decay=0.01, files=DISK
-    )
+    again = sharded.Sharded(load.open_checkpoint(tmp_path / "s"), 1, steps_per_shard=1, files=DISK)
     again.restore(student.arrays(), student.memory())
     assert again.memory() == student.memory()
     assert again.memory()["guards"][0]["norms"]

@@ -59,7 +59,7 @@ def whole(place: Path, dense: Checkpoint, packed: Checkpoint) -> WholeModel:
 def blocks(place: Path, dense: Checkpoint, packed: Checkpoint, *, each: int) -> sharded.Sharded:
     """Blocks of floats, so many in memory for two steps."""
     parts = model_writer.by_block(dense, place / "parts", DISK)
-    student = sharded.Sharded(parts, each, steps_per_shard=2, weight_decay=0.01, files=DISK)
+    student = sharded.Sharded(parts, each, steps_per_shard=2, files=DISK)
     if not list((place / "steps").glob("step-*")):
         student.begin()
     return student

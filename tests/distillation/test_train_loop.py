@@ -158,6 +158,6 @@ def test_all_masked_is_not_a_division_by_zero() -> None:
 
 def test_recipe_schedule() -> None:
     """Peak and floor of the flags; a warm-up longer than the run is cut to it."""
-    schedule = TrainingConfig(iters=3, learning_rate=1e-3, warmup=10)
+    schedule = TrainingConfig(iters=3, learning_rate=1e-3)
     assert [schedule.rate(i) for i in range(3)] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3])
-    assert TrainingConfig(iters=10, warmup=0).rate(9) == pytest.approx(3e-5)
+    assert TrainingConfig(iters=10).rate(9) == pytest.approx(3e-5)

@@ -121,7 +121,6 @@ def jobs(model: Path, text: Path) -> dict[str, Job]:
         "ffn": 256,
         "iters": 2,
         "save_every": 1,
-        "warmup": 1,
         "q_iters": 1,
         "learning_rate": 1e-2,
         "keep_steps": True,

@@ -49,7 +49,6 @@ def settings(all_jobs: dict[str, jobs.Job], tmp_path: Path) -> Callable[[str], d
     brief |= {
         "iters": ITERS,
         "save_every": EVERY,
-        "warmup": 1,
         "quantize": 0,
         "learning_rate": 1e-2,
     }
@@ -281,7 +280,6 @@ def test_a_tuning_run_goes_back_too(
             max_seq_length=128,
             iters=9,
             save_every=3,
-            warmup=1,
             out=str(out),
         )
     )

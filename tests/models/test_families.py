@@ -360,7 +360,6 @@ def the_whole_way(teacher: Path, tmp_path: Path, text_folder: Path, layers: int 
             eval_windows=2,
             reconstruct_samples=2,
             learning_rate=1e-4,
-            warmup=1,
             q_iters=2,
             q_group_size=32,
             scenario="none",

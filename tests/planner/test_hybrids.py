@@ -121,7 +121,6 @@ def test_training_stays_under_the_plan(tmp_path: Path, kind: str, way: str) -> N
             parts,
             shard,
             steps_per_shard=1,
-            weight_decay=0.01,
             files=DISK,
             headroom_bytes=headroom_bytes,
         )
