@@ -31,7 +31,7 @@ from mis_mlx.maths import losses
 from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import learned_scales
-from mis_mlx.settings.recipe import DistillationConfig, QuantizationConfig
+from mis_mlx.settings.recipe import TUNE_RATE, DistillationConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
 
@@ -107,7 +107,7 @@ def tuned(
     That happens in so many steps, at the default rate.
     """
     checkpoint = compute_type.open_to_compute(folder)
-    rate = QuantizationConfig().q_learning_rate
+    rate = TUNE_RATE
     recipe = pipeline.tuning_recipe(
         DistillationConfig(seed=seed, batch_size=batch_size), checkpoint, q_iters, rate
     )

@@ -38,7 +38,7 @@ from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
 
 # GÓRAL, neurons by root mean square, blocks by 1 - cosine
-PLAIN = select.PruningConfig(scenario="goral", importance="rms", hidden_by="importance")
+PLAIN = select.PruningConfig(scenario="goral", importance="rms")
 WIDE = {"layers": 28, "ffn": 768}
 
 

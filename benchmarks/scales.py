@@ -48,7 +48,7 @@ from mis_mlx.hardware import memory
 from mis_mlx.judge import comparison
 from mis_mlx.models.opening import compute_type
 from mis_mlx.quantization import learned_scales
-from mis_mlx.settings.recipe import TUNE_ITERS, DistillationConfig, QuantizationConfig
+from mis_mlx.settings.recipe import TUNE_ITERS, TUNE_RATE, DistillationConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
 
@@ -259,7 +259,7 @@ class Trials:
 
     def recipe(self, trial: Trial, rounded: Checkpoint) -> DistillationConfig:
         """Steps, batches and rates of a row."""
-        rate = trial.rate * QuantizationConfig().q_learning_rate
+        rate = trial.rate * TUNE_RATE
         asked = DistillationConfig(seed=trial.seed, batch_size=trial.batch_size)
         recipe = pipeline.tuning_recipe(asked, rounded, trial.iters, rate)
         if not trial.constant:

@@ -24,7 +24,7 @@ IDLE_S = 5.0  # of rest, whose power is subtracted
 
 
 @dataclass(frozen=True)
-class Settings(cli.Budgeted, precision.Computing):
+class Settings(cli.Budgeted):
     """Every model gets the same texts and lengths, in turns (A B A B), so drift affects all
     equally.
     """
@@ -59,7 +59,7 @@ class Bench:
             )
         self.models = dict[str, Checkpoint]()
         for name, folder in zip(resolve.labels(folders), folders, strict=True):
-            self.models[name] = compute_type.open_to_compute(folder, s.precision)
+            self.models[name] = compute_type.open_to_compute(folder)
         limit = memory.budget(s.budget_bytes)
         all_bytes = 0
         for name, model in self.models.items():

@@ -27,14 +27,14 @@ from mis_mlx.hardware import child_process, free_memory, macos, memory, rates, s
 from mis_mlx.hardware.thermal.thermal_monitor import Monitor, examined
 from mis_mlx.reporting import html
 from mis_mlx.storage.files import DISK, as_mis_error, need_place
-from mis_mlx.types import Precision, duration, gib
+from mis_mlx.types import duration, gib
 
 PATIENCE_S = 240.0  # for a group; a hosted runner's GPU hangs at times
 ask = child_process.ask
 
 
 @dataclass(frozen=True)
-class Settings(precision.Computing):
+class Settings:
     """Prints the report to stdout. Takes a minute or two and needs no network."""
 
     out: Path | None = None
@@ -109,14 +109,10 @@ def run(settings: Settings) -> dict[str, Any]:
     groups.name_crashes()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        report.line(
-            groups.guarded(
-                lambda: _head(folder, settings.precision), "### mis_mlx doctor\n\n- {}".format
-            )
-        )
+        report.line(groups.guarded(lambda: _head(folder), "### mis_mlx doctor\n\n- {}".format))
         report.line("\n| | check | found | at most |\n|---|---|---:|---:|")
         for group in groups.GROUPS:
-            _examine(group, folder, settings.compute_dtype, report)
+            _examine(group, folder, report)
     report.line("\n| rate | here | MacBook Air M1, published |\n|---|---:|---:|")
     for cells in report.rates:
         report.line(f"| {' | '.join(cells)} |")
@@ -126,7 +122,7 @@ def run(settings: Settings) -> dict[str, Any]:
     held = gib(report.peak_bytes)
     took = duration(time.monotonic() - began)
     report.line(f"\n**{passed}** in {took}; a group took at most {held}.")
-    report.line("\n" + groups.guarded(lambda: _paragraph(report, passed, failed, settings), str))
+    report.line("\n" + groups.guarded(lambda: _paragraph(report, passed, failed), str))
     return {
         "checks": total,
         "failed": failed,
@@ -138,7 +134,7 @@ def run(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _examine(group: str, folder: Path, compute_dtype: str | None, report: Report) -> None:
+def _examine(group: str, folder: Path, report: Report) -> None:
     """Run all checks of a group in a process of its own.
 
     Where that ends early, a row says during which check.
@@ -158,7 +154,6 @@ def _examine(group: str, folder: Path, compute_dtype: str | None, report: Report
         "group": group,
         "folder": str(place),
         "journal": str(journal),
-        "compute_dtype": compute_dtype,
     }
     try:
         with _environment(group):
@@ -185,7 +180,7 @@ def _environment(group: str) -> Iterator[None]:
             os.environ[macos.MEGABYTES] = macos.SMALL_MEGABYTES
 
 
-def _head(folder: Path, wanted: Precision) -> str:
+def _head(folder: Path) -> str:
     """The facts about the machine that are known before anything is computed."""
     sensors = groups.guarded(_sensors, "sensors: {}".format)
     about = rates.about()
@@ -199,14 +194,14 @@ def _head(folder: Path, wanted: Precision) -> str:
         "recommended": float(mx.device_info().get("max_recommended_working_set_size", 0)),
         "lines": [*sensors.splitlines(), *facts],
         "policy": precision.policy(),
-        "dtype": precision.usual_dtype(wanted),
+        "dtype": precision.usual_dtype(),
         "keeps_packed": precision.keeps_packed(),
         "gib": gib,
     }
     return html.document("doctor.md", values)
 
 
-def _paragraph(report: Report, passed: str, failed: list[str], settings: Settings) -> str:
+def _paragraph(report: Report, passed: str, failed: list[str]) -> str:
     """What the owner of a Mac can paste into an issue: the machine, and what was found."""
     values = {
         "about": rates.about(),
@@ -216,7 +211,7 @@ def _paragraph(report: Report, passed: str, failed: list[str], settings: Setting
         "passed": passed,
         "failed": failed,
         "devices": sorted(set(report.devices.values())),
-        "dtype": precision.usual_dtype(settings.precision),
+        "dtype": precision.usual_dtype(),
         "rates": report.rates,
         "gib": gib,
     }

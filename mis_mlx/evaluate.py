@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from mis_mlx import cli
-from mis_mlx.compute import precision
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.distillation import conversations
 from mis_mlx.hardware import ledger, memory
@@ -45,7 +44,7 @@ Text = tuple[str, str, token_windows.Windows]  # name, title, chosen windows
 
 
 @dataclass(frozen=True)
-class Settings(cli.Budgeted, precision.Computing):
+class Settings(cli.Budgeted):
     """Compares any number of models with one teacher that shares their tokenizer."""
 
     teacher: str | None = None
@@ -328,7 +327,7 @@ def run(settings: Settings) -> dict[str, Any]:
     for name, folder in zip(names, folders, strict=True):
         checkpoint = load.open_checkpoint(folder)
         estimates.require_tokenizer(limit, model_of(checkpoint))
-        models[name] = estimates.settle_precision(limit, checkpoint, s.precision)
+        models[name] = estimates.settle_precision(limit, checkpoint)
     teacher, *students = models.values()
     with progress.run("evaluate"), vocabulary.shared(teacher, students) as seen:
         if s.tasks:

@@ -26,7 +26,7 @@ from mis_mlx.types import Budget, Checkpoint, Count, MisError, gib
 
 
 @dataclass(frozen=True)
-class Settings(cli.Budgeted, precision.Computing):
+class Settings(cli.Budgeted):
     """Decodes greedily: --budget and --draft-model change the speed, never the text."""
 
     model: str | None = None
@@ -201,9 +201,9 @@ def run(settings: Settings) -> dict[str, Any]:
     estimates.require_tokenizer(limit, model_of(checkpoint))
     tokenizer = load.tokenizer(checkpoint.path)
     ids = _prompt_ids(settings, checkpoint, tokenizer)
-    checkpoint = estimates.settle_precision(limit, checkpoint, settings.precision)
+    checkpoint = estimates.settle_precision(limit, checkpoint)
     if draft:
-        draft = estimates.settle_precision(limit, draft, settings.precision)
+        draft = estimates.settle_precision(limit, draft)
     plan = _streamed_plan(settings, checkpoint, draft, len(ids))
     headroom_bytes: int | None = None
     whole_bytes = 0

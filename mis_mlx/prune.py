@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mis_mlx import cli
-from mis_mlx.compute import precision
 from mis_mlx.data import preparation
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import WINDOWS
@@ -23,7 +22,7 @@ from mis_mlx.types import Count, Seed, Tokens
 
 
 @dataclass(frozen=True)
-class Settings(cli.Budgeted, precision.Computing, select.PruningConfig):
+class Settings(cli.Budgeted, select.PruningConfig):
     """Only prunes; `distill` runs the whole pipeline."""
 
     model: str | None = None
@@ -52,8 +51,7 @@ def run(settings: Settings) -> dict[str, Any]:
     limit = memory.budget(s.budget_bytes)
     length = s.max_seq_length
     m = model_of(checkpoint)
-    narrower = select.wanted_shape(checkpoint.config, s).hidden < m.shape.hidden
-    rotation = narrower and s.hidden_by == "pca"
+    rotation = select.wanted_shape(checkpoint.config, s).hidden < m.shape.hidden
     planned = select.pruning_cost(
         m,
         m.nbytes,

@@ -33,8 +33,6 @@ class Settings:
     """run folder; default: the newest one under runs/"""
     out: str | None = None
     """file to write; default: report.html in the run folder"""
-    config: cli.ConfigFile = None
-    """YAML file with any of these flags"""
 
 
 def verdict(story: RunRecord) -> str:

@@ -76,9 +76,7 @@ class Settings(DistillFlags):
     # most are flags of `prune`, whose folder --student takes, or of `quantize`
     FILE_ONLY: ClassVar = frozenset(
         {
-            "kv_heads",
             "importance",
-            "hidden_by",
             "target",
             "vocab_text",
             "languages",

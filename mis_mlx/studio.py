@@ -22,8 +22,6 @@ class Settings:
     """port of 127.0.0.1; 0 takes any free one"""
     no_browser: bool = False
     """print the address and open nothing"""
-    config: cli.ConfigFile = None
-    """YAML file with any of these flags"""
 
 
 def need() -> None:

@@ -213,11 +213,11 @@ def test_verbose_is_a_switch_of_every_command(
 
 def test_a_setting_of_a_file_is_no_flag() -> None:
     """A flag of such a name says where it goes."""
-    assert {"temperature", "kv_heads"} <= flag_help.quiet(distill.Settings)
+    assert {"temperature", "vocab_text"} <= flag_help.quiet(distill.Settings)
     with pytest.raises(
-        MisError, match="--kv-heads is not a flag: write `kv_heads: ...` in a YAML file"
+        MisError, match="--vocab-text is not a flag: write `vocab_text: ...` in a YAML file"
     ):
-        cli.parse(distill.Settings, ["--kv-heads", "1"])
+        cli.parse(distill.Settings, ["--vocab-text", "x"])
     assert not [
         title for title, _ in flag_help.grouped(distill.Settings) if title == "this command only"
     ]

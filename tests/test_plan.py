@@ -92,11 +92,6 @@ def test_a_config_is_enough(
 @pytest.mark.parametrize(
     ("changes", "mode", "named"),
     [
-        (
-            {"budget": "108MiB", "targets": "live"},
-            "resident",
-            "streamed from disk at every step, ",
-        ),
         ({"train": "sharded"}, "sharded", "student blocks trainable at a time for "),
         ({"budget": "108MiB"}, "resident", "the teacher is replaced by its stored logits"),
         (

@@ -74,13 +74,10 @@ def test_end_to_end(
     )
 
 
-@pytest.mark.parametrize(("flags", "squares"), [({}, 5), ({"hidden_by": "importance"}, 0)])
 def test_a_rotation_is_part_of_the_plan(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     small: prune.Settings,
-    flags: dict[str, Any],
-    squares: int,
 ) -> None:
     """Its sums and eigenvectors, five float64 matrices of D x D, stand beside the pass that the
     budget must hold.
@@ -94,15 +91,11 @@ def test_a_rotation_is_part_of_the_plan(
     monkeypatch.setattr(estimates, "require_fit", refused)
     for hidden in (None, 48):
         with pytest.raises(MisError, match="no more of it"):
-            prune.run(
-                replace(
-                    small, scenario="none", hidden=hidden, mlx_path=str(tmp_path / "x"), **flags
-                )
-            )
+            prune.run(replace(small, scenario="none", hidden=hidden, mlx_path=str(tmp_path / "x")))
     (whole, copied), (narrow, turned) = (phase.parts for phase in phases)
-    assert narrow.peak_bytes - whole.peak_bytes == squares * 8 * 64**2
-    assert narrow.read_bytes == (3 if squares else 1) * whole.read_bytes
-    assert turned.peak_bytes - copied.peak_bytes == (2 * 4 * 768 * 64 if squares else 0)
+    assert narrow.peak_bytes - whole.peak_bytes == 5 * 8 * 64**2
+    assert narrow.read_bytes == 3 * whole.read_bytes
+    assert turned.peak_bytes - copied.peak_bytes == 2 * 4 * 768 * 64
 
 
 def test_keep_everything_is_the_identity(
@@ -124,21 +117,21 @@ def test_every_kind_along_every_axis_it_can(
     if kind != "qwen2":
         axes |= {"heads": 2, "hidden": 48}
     prune.run(replace(small, model=str(models(kind).path), mlx_path=str(tmp_path / "s"), **axes))
-    axes |= {"kv_heads": 1} if "heads" in axes else {}  # a whole group goes
+    whole_group = {"kv_heads": 1} if "heads" in axes else {}
     student = load.open_checkpoint(tmp_path / "s")
-    assert shape_of(student.config) == replace(shape_of(models(kind).config), **axes)
+    assert shape_of(student.config) == replace(shape_of(models(kind).config), **axes, **whole_group)
     model, _ = load.mlx_lm("utils").load(str(tmp_path / "s"))
     assert mx.isfinite(model(mx.array([[1, 2, 3]]))).all()
     keep = model_writer.read_keep(tmp_path / "s")
     assert keep is not None
     assert len(keep.layers) == 2
-    assert {axis for _, axis in keep.kept} == axes.keys() - {"layers"}
+    assert {axis for _, axis in keep.kept} == {*axes, *whole_group} - {"layers"}
 
 
 def test_a_group_that_says_nothing_can_go(
     tmp_path: Path, llama: Checkpoint, small: prune.Settings
 ) -> None:
-    """`--kv-heads 1`: a key-value group whose heads have nothing to say goes, and the model says
+    """`--heads 2`: a key-value group whose heads have nothing to say goes, and the model says
     what it said.
     """
     mute = tmp_path / "mute"
@@ -150,7 +143,7 @@ def test_a_group_that_says_nothing_can_go(
         value[16 * gone : 16 * gone + 16] = 0
         weights[f"model.layers.{i}.self_attn.v_proj.weight"] = mx.array(value)
     mx.save_safetensors(str(mute / "model.safetensors"), weights, {"format": "mlx"})
-    cut = replace(small, model=str(mute), scenario="none", kv_heads=1)
+    cut = replace(small, model=str(mute), scenario="none", heads=2)
     prune.run(replace(cut, mlx_path=str(tmp_path / "s")))
     student = load.open_checkpoint(tmp_path / "s")
     assert shape_of(student.config) == replace(shape_of(llama.config), heads=2, kv_heads=1)
@@ -178,8 +171,7 @@ def pencil_statistics() -> Statistics:
     """Three layers; block 1 changes the stream least; neurons and heads 0, 1, 2 ... matter less and
     less.
     """
-    made = Statistics(hidden={-1: Sums(*np.zeros((2, 64)))}, block={0: 0.5, 1: 0.1, 2: 0.3})
-    made.hidden[-1].add((np.arange(64)[::-1] + 1.0) ** 2, 1.0)
+    made = Statistics(block={0: 0.5, 1: 0.1, 2: 0.3})
     for i in range(3):
         made.ffn[i] = Sums(*np.zeros((2, 768)))
         made.heads[i] = Sums(*np.zeros((2, 4)))
@@ -189,17 +181,14 @@ def pencil_statistics() -> Statistics:
 
 
 def test_who_stays_by_pencil() -> None:
-    """The least block goes; the best neurons of each kept layer stay; one head of each group; top
-    channels.
+    """The least block goes; the best neurons of each kept layer stay; the best
+    group of heads.
     """
     cut = select.PruningConfig(
         scenario="none",
         layers=2,
         ffn=256,
         heads=2,
-        kv_heads=2,
-        hidden=32,
-        hidden_by="importance",
         importance="rms",
     )
     shape, keep = select.select_units(tiny.CONFIG, pencil_statistics(), cut)
@@ -207,10 +196,9 @@ def test_who_stays_by_pencil() -> None:
     assert shape.layers == 2
     assert keep.kept[0, "ffn"] == tuple(range(256))
     assert keep.kept[2, "ffn"] == tuple(range(2, 258))
-    assert keep.kept[0, "heads"] == (0, 2)
-    assert keep.kept[-1, "hidden"] == tuple(range(32))
+    assert keep.kept[0, "heads"] == (0, 1)
     assert (1, "ffn") not in keep.kept
-    assert keep.report["channels_kept"] == 2 * (256 + 2) + 32
+    assert keep.report["channels_kept"] == 2 * (256 + 2 + 1)
     assert keep.report["channels_differing_from_plain"] == 0
 
 

@@ -91,7 +91,7 @@ def test_the_bfloat16_folder_of_export(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "axes", [{"scenario": "goral"}, {"scenario": "none", "hidden": 48}, {"heads": 2, "kv_heads": 1}]
+    "axes", [{"scenario": "goral"}, {"scenario": "none", "hidden": 48}, {"heads": 2}]
 )
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_the_folder_of_prune(

@@ -14,15 +14,14 @@ from mis_mlx.hardware import rates
 from mis_mlx.maths import rounding
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.opening.model_size import model_of
-from mis_mlx.types import UNDECIDED, Precision
 
 TOKENS = 32
 GRID = (1536, 1, 64)  # groups of 64 columns of a matrix, as GPTQ fits them at a time
 
 
-def decoded_tokens_per_s(folder: Path, wanted: Precision = UNDECIDED) -> float:
+def decoded_tokens_per_s(folder: Path) -> float:
     """Tokens a second of mlx-lm's own loop, on the training step's model in the new `folder`."""
-    checkpoint = compute_type.open_to_compute(training_step.make(folder), wanted)
+    checkpoint = compute_type.open_to_compute(training_step.make(folder))
     model = load.resident_model(checkpoint, precision.dtype_of(checkpoint))
     mx.eval(model.parameters())
     step = load.mlx_lm("generate").generate_step

@@ -33,7 +33,7 @@ from mis_mlx.pruning.calibrate import calibrate
 from mis_mlx.quantization import packed_format
 from mis_mlx.settings import recipe
 from mis_mlx.storage import files, safetensors
-from mis_mlx.types import UNDECIDED, Checkpoint, Precision
+from mis_mlx.types import Checkpoint, Precision
 
 CONFIG = json.loads((Path(__file__).parent / "model.json").read_text("utf-8"))
 TOKENS = mx.array(np.random.default_rng(0).integers(0, 16, (1, 16)))  # most of them several times
@@ -60,14 +60,14 @@ def write_random(folder: Path, config: Mapping[str, Any], scale: float) -> Path:
     return folder
 
 
-def make(folder: Path, wanted: Precision = UNDECIDED) -> Models:
+def make(folder: Path) -> Models:
     """Write the same tiny random model in two formats into the empty `folder`.
 
     Returns {"bf16", "4-bit": checkpoint}."""
-    dense = load.open_checkpoint(write_random(folder / "bf16", CONFIG, scale=0.08), wanted)
+    dense = load.open_checkpoint(write_random(folder / "bf16", CONFIG, scale=0.08))
     plan = packed_format.formats_of(CONFIG, 64)
     packed_format.write_quantized(dense, folder / "4-bit", plan, files.DISK)
-    return {"bf16": dense, "4-bit": load.open_checkpoint(folder / "4-bit", wanted)}
+    return {"bf16": dense, "4-bit": load.open_checkpoint(folder / "4-bit")}
 
 
 def passes(kind: str, models: Models) -> Found:

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 from mis_mlx import cli
 from mis_mlx.checks import decoding, engine, kernels, training_step
 from mis_mlx.hardware import memory, rates
-from mis_mlx.types import Precision
 
 SAMPLE_BYTES = 128 * 2**20  # of the disk's rates
 Emit = Callable[[dict[str, Any]], None]
@@ -61,17 +60,17 @@ def check(name: str, work: Callable[[], kernels.Found], emit: Emit) -> None:
     emit({"row": row})
 
 
-def of_kernels(folder: Path, emit: Emit, wanted: Precision) -> None:
+def of_kernels(folder: Path, emit: Emit) -> None:
     """Check kernels and our arithmetic at the default run's sizes."""
     for name, work in kernels.CHECKS.items():
         check(name, work, emit)
 
 
-def of_engine(folder: Path, emit: Emit, wanted: Precision) -> None:
+def of_engine(folder: Path, emit: Emit) -> None:
     """Check the engine on a tiny model in four formats."""
     making = "a small model made here"
     emit({"begun": making})
-    models = guarded(lambda: engine.make(folder, wanted), str)
+    models = guarded(lambda: engine.make(folder), str)
     if isinstance(models, str):
         emit({"row": Row(making, passed=False, error=models)})
         return
@@ -79,12 +78,12 @@ def of_engine(folder: Path, emit: Emit, wanted: Precision) -> None:
         check(name, partial(work, models), emit)
 
 
-def of_training(folder: Path, emit: Emit, wanted: Precision) -> None:
+def of_training(folder: Path, emit: Emit) -> None:
     """Run a training step at the default run's width: its peak is a check, its time a rate."""
     times = list[float]()  # stays empty where the step raises
 
     def work() -> kernels.Found:
-        measured, seconds = training_step.measured(folder / "student", wanted)
+        measured, seconds = training_step.measured(folder / "student")
         times.append(seconds)
         return measured
 
@@ -97,7 +96,7 @@ def of_training(folder: Path, emit: Emit, wanted: Precision) -> None:
         emit({"rate": [name, here, beside]})
 
 
-def of_rates(folder: Path, emit: Emit, wanted: Precision) -> None:
+def of_rates(folder: Path, emit: Emit) -> None:
     """Measure this machine's rates, in billions a second; and what a wait and a launch cost.
 
     Each stands next to an M1 Air's."""
@@ -119,11 +118,11 @@ def of_rates(folder: Path, emit: Emit, wanted: Precision) -> None:
     emit({"rate": [name, here, beside]})
 
 
-def of_decoding(folder: Path, emit: Emit, wanted: Precision) -> None:
+def of_decoding(folder: Path, emit: Emit) -> None:
     """Time a decoded token of a small model, and a fit of grids."""
     name = "decoding, 25 M parameters, tokens/s"
     emit({"begun": name})
-    here = guarded(lambda: f"{decoding.decoded_tokens_per_s(folder / 'model', wanted):,.0f}", str)
+    here = guarded(lambda: f"{decoding.decoded_tokens_per_s(folder / 'model'):,.0f}", str)
     beside = f"{decoding.planned_tokens_per_s(rates.M1_AIR):,.0f} at most"
     emit({"rate": [name, here, beside]})
     name = "a fit of grids, ms"
@@ -147,7 +146,7 @@ def _rate(name: str, work: Callable[[], float], on_air: float, emit: Emit) -> No
     emit({"rate": [name, here, beside]})
 
 
-GROUPS: dict[str, Callable[[Path, Emit, Precision], None]] = {
+GROUPS: dict[str, Callable[[Path, Emit], None]] = {
     "kernels": of_kernels,
     "the engine": of_engine,
     "a training step": of_training,
@@ -162,14 +161,13 @@ def name_crashes() -> None:
         faulthandler.enable(sys.stderr)
 
 
-def run(group: str, folder: str, journal: str, compute_dtype: str | None = None) -> None:
+def run(group: str, folder: str, journal: str) -> None:
     """Run a group in this process.
 
     folder: empty, for the group's files. journal: a file to which the lines are appended.
-    compute_dtype: as --compute-dtype."""
+    """
     name_crashes()
     cli.prepare()
-    wanted = Precision(asked=compute_dtype)
     peak = memory.Peak()
     limited = memory.limited(memory.budget(None), memory.WIRED_MARGIN_BYTES)
     with open(journal, "a", encoding="utf-8") as file, limited:
@@ -179,7 +177,7 @@ def run(group: str, folder: str, journal: str, compute_dtype: str | None = None)
             file.flush()
 
         emit({"device": rates.about()["computes_on"]})
-        GROUPS[group](Path(folder), emit, wanted)
+        GROUPS[group](Path(folder), emit)
         emit({"peak_bytes": peak.nbytes})
 
 

@@ -28,7 +28,6 @@ from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import pass_cost
 from mis_mlx.settings import recipe
-from mis_mlx.types import UNDECIDED, Precision
 
 BASE = json.loads((Path(__file__).parent / "model.json").read_text("utf-8"))
 CONFIG: dict[str, Any] = {
@@ -88,7 +87,7 @@ def planned_seconds(machine: rates.Rates) -> float:
     return cost.seconds(machine)
 
 
-def measured(folder: Path, wanted: Precision = UNDECIDED) -> tuple[Found, float]:
+def measured(folder: Path) -> tuple[Found, float]:
     """Train STEPS steps of a model in the new `folder`, by a teacher in the usual type.
 
     Returns ((MLX's peak as a share of the plan's, the largest share that passes), seconds of the
@@ -97,7 +96,7 @@ def measured(folder: Path, wanted: Precision = UNDECIDED) -> tuple[Found, float]
     before = mx.get_active_memory()
     student = load.resident_model(load.open_checkpoint(make(folder)), mx.float32)
     mx.eval(student.parameters())
-    dtype = precision.usual_dtype(wanted)
+    dtype = precision.usual_dtype()
     tokens = mx.array(np.random.default_rng(0).integers(0, CONFIG["vocab_size"], (WINDOWS, LENGTH)))
     teacher_states = random_normal(7, tokens.size, CONFIG["hidden_size"], dtype=dtype)
     noise = random_normal(8, CONFIG["vocab_size"], CONFIG["hidden_size"])

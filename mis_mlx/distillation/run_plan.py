@@ -119,7 +119,6 @@ def _job(request: RunRequest, budget: Budget) -> DistillationSpec:
         model_of(config, dtype=precision.usual_dtype(teacher.precision)),
         recipe,
         rounding=rounding or ROUND_TO_NEAREST,
-        rotates=student.pruning.hidden_by == "pca",
         shown=model_of(teacher),
         copied=not student.folder,
         sized=student.pruning.target == "fixed",

@@ -22,7 +22,6 @@ SEARCHED = (
     "ffn",
     "experts",
     "heads",
-    "kv_heads",
     "hidden",
     "vocab",
     "target_bpw",

@@ -97,10 +97,9 @@ class ExpertSums:
 class Statistics:
     """Everything that calibration gathers, by layer number.
 
-    `hidden` has one entry, at -1: the sums over all layer norms. In a mixture of experts `ffn` has
-    the neurons of all the layer's experts, one expert after another; `experts` has REAP's score of
-    each, squared. `channels` are a short convolution's,
-    in blocks that have one in place of heads.
+    In a mixture of experts `ffn` has the neurons of all the layer's experts, one expert after
+    another; `experts` has REAP's score of each, squared. `channels` are a short convolution's, in
+    blocks that have one in place of heads.
     """
 
     ffn: dict[int, Sums] = field(default_factory=dict)
@@ -108,7 +107,6 @@ class Statistics:
     heads: dict[int, Sums] = field(default_factory=dict)
     channels: dict[int, Sums] = field(default_factory=dict)
     block: dict[int, float] = field(default_factory=dict)
-    hidden: dict[int, Sums] = field(default_factory=dict)
     altitude_m: float | None = None
     measured: bool = False  # whether every batch had a T_env
     ambient_c: list[float] = field(default_factory=list)

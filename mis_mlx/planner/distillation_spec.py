@@ -93,7 +93,6 @@ def spec_of(
     asked: DistillationConfig,
     rounding: QuantizationConfig = ROUND_TO_NEAREST,
     *,
-    rotates: bool = True,
     shown: ModelSize | None = None,
     copied: bool = False,
     sized: bool = True,
@@ -102,7 +101,7 @@ def spec_of(
 ) -> DistillationSpec:
     """The distillation that a command's settings ask for.
 
-    rotates: a smaller hidden size is cut along directions. shown: the teacher with its own
+    shown: the teacher with its own
     vocabulary, where the student has another. copied: the student is cut out of this teacher.
     sized: its sizes are exact, and not the largest that it may have. answers: prompts that the
     models answer at the end; answers_known: the teacher's answers are there already.
@@ -122,7 +121,7 @@ def spec_of(
         teacher=teacher,
         student=student,
         modes=_modes(asked, student, uncut=uncut),
-        rotation=rotates and student.shape.hidden < teacher.shape.hidden,
+        rotation=student.shape.hidden < teacher.shape.hidden,
         rounding=rounding,
         shown=shown,
         same_head=copied and _head_type(teacher) == _head_type(student),

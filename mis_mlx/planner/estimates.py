@@ -19,13 +19,15 @@ from mis_mlx.models.opening.model_size import ModelSize, model_of
 from mis_mlx.models.passing.pass_cost import streamed_pass
 from mis_mlx.storage import hub
 from mis_mlx.storage.files import DISK, as_mis_error
-from mis_mlx.types import Budget, Checkpoint, MisError, Precision, duration, gib
+from mis_mlx.types import UNDECIDED, Budget, Checkpoint, MisError, Precision, duration, gib
 
 Machine = Literal["here", "m1-air", "m1-air-16gb"]
 SETTLED_TOKENS = 512  # of the pass by which a type is chosen
 
 
-def settle_precision(limit: Budget, checkpoint: Checkpoint, wanted: Precision) -> Checkpoint:
+def settle_precision(
+    limit: Budget, checkpoint: Checkpoint, wanted: Precision = UNDECIDED
+) -> Checkpoint:
     """The model, with what it computes in decided, under a budget.
 
     Where float16 does not hold it, float32 is an answer only if the budget holds one pass in it,

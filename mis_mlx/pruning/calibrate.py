@@ -19,6 +19,7 @@ from mis_mlx.models.passing import stream, sweep
 from mis_mlx.models.passing.pass_cost import streamed_pass
 from mis_mlx.types import Air, Checkpoint
 
+RANKED = ("ffn", "heads", "channels")
 Weight = Callable[[int], float]  # of a batch: its T_env, asked as the batch enters
 Samples = dict[str, mx.array]  # of a batch: sums of squares by axis, and the block's distance
 Seen = tuple[int, Samples]  # of a batch: its tokens, and samples
@@ -48,7 +49,8 @@ def _entered(
         return found
 
     # All matrices that read an axis see the same: the first one's input is looked at.
-    places = {axis: (part, names[0]) for axis, (part, names) in arch.readers(turn.block).items()}
+    readers = arch.readers(turn.block)
+    places = {axis: (part, names[0]) for axis, (part, names) in readers.items() if axis in RANKED}
     asked = _Asked(turn, experts, neurons, weight) if experts else None
     for numbers, found in turn.through(look, places, visit=asked.visit if asked else None):
         if asked:
@@ -104,7 +106,7 @@ def _air(out: Statistics, airs: Sequence[Air], *, by_air: bool) -> None:
     """
     out.measured = by_air and all(air.celsius is not None for air in airs)
     if not out.measured:
-        layers = (out.ffn, out.heads, out.channels, out.experts, out.hidden)
+        layers = (out.ffn, out.heads, out.channels, out.experts)
         for sums in chain.from_iterable(axis.values() for axis in layers):
             sums.env_weighted = sums.square.copy()
     out.ambient_c = [air.celsius for air in airs if air.celsius is not None]
@@ -161,8 +163,7 @@ def calibrate(
 def _nothing_yet(config: Mapping[str, Any]) -> tuple[Statistics, dict[int, ExpertSums]]:
     """Sums of all layers before the first batch."""
     s = shape_of(config)
-    # Norms of all layers together: they share the hidden channels.
-    out = Statistics(hidden={-1: _zero_sums(s.hidden)})
+    out = Statistics()
     experts = dict[int, ExpertSums]()
     for i in range(s.layers):
         neurons = ffn_size(config, i) * max(1, s.experts)
@@ -191,8 +192,6 @@ def _add(
         "ffn": out.ffn[layer],
         "heads": out.heads.get(layer),
         "channels": out.channels.get(layer),
-        "norm1": out.hidden[-1],
-        "norm2": out.hidden[-1],
     }
     for axis, axis_sums in sums.items():
         if axis in seen and axis_sums is not None:

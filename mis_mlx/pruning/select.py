@@ -54,17 +54,13 @@ class PruningConfig(AirFlags, vocabulary.VocabularyConfig):
     heads: Count | None = None
     """keep this many query heads, in whole groups with their key-value head if the number permits
     """
-    kv_heads: Count | None = None
-    """keep this many key-value heads, with their query heads"""
     hidden: Count | None = None
-    """keep this many hidden channels"""
+    """keep this many hidden channels: the teacher is rotated to its principal directions first
+    (two more passes over it), and an ordinary model is stored
+    """
     importance: Literal["aais", "rms"] = "aais"
     """how to rank neurons, heads and channels. rms: root mean square of activations; aais: that
     times air temperature over altitude
-    """
-    hidden_by: Literal["importance", "pca"] = "pca"
-    """how to cut the hidden size. importance: drop the lowest channels; pca: rotate to principal
-    directions first, and store an ordinary model (two more passes over the teacher)
     """
     target: Literal["fixed", "conditions"] = "fixed"
     """fixed: exact sizes; conditions: FFN size from the threshold of eq. (1) at the measured air
@@ -140,8 +136,6 @@ def select_units(
         if attending and shape.kv_heads < before.kv_heads:
             group = before.heads // before.kv_heads
             kept[i, "kv_heads"] = tuple(sorted({head // group for head in kept[i, "heads"]}))
-    if shape.hidden < before.hidden and cut.hidden_by == "importance":
-        choose((-1, "hidden"))
     celsius = statistics.ambient_c
     report = {
         "importance": used,
@@ -222,7 +216,7 @@ def wanted_shape(config: Mapping[str, Any], cut: PruningConfig) -> Shape:
     """The shape that `cut` asks for at fixed target. MisError when no loader would accept it."""
     ratios = scenarios.RATIOS.get(cut.scenario or "half-ffn", {})
     before = shape_of(config)
-    exact = {axis: getattr(cut, axis) for axis in ALL}
+    exact = {axis: getattr(cut, axis) for axis in ALL if axis != "kv_heads"}
     most = before.experts or MOST_EXPERTS
     exact["experts"] = arch.count("--experts", cut.experts, most, "experts")
     shape = arch.target_shape(config, ratios, **exact)

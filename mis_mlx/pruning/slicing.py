@@ -336,7 +336,7 @@ def write_student(
         keep = replace(
             keep,
             kept={**keep.kept, (-1, "hidden"): tuple(range(shape.hidden))},
-            report={**keep.report, "hidden_by": "pca", "hidden_energy": share},
+            report={**keep.report, "hidden_energy": share},
             basis=rotation.basis.astype(np.float32),
         )
         tensor = rotated_teacher(teacher, rotation)

@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 import mlx.core as mx
 
 from mis_mlx import cli, flag_help
+from mis_mlx.compute import precision
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.hardware import blas_threads, memory
 from mis_mlx.hardware.thermal.run_monitor import (
@@ -34,7 +35,7 @@ from mis_mlx.runs.account import Account
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import Files, as_mis_error, json_sha256, need_place
-from mis_mlx.types import Air, Budget, Checkpoint, MisError, Step, gib
+from mis_mlx.types import UNDECIDED, Air, Budget, Checkpoint, MisError, Step, gib
 
 BLAS_THREADS = "blas_threads"  # in origin.json
 S = TypeVar("S", bound=cli.Resumable)  # a command's Settings
@@ -116,7 +117,8 @@ def open_model(
     cli.detail(f"memory budget: {gib(limit.limit_bytes)}, {limit.why}")
     if not getattr(s, "dry_run", False):  # whose plan says what would be too much
         estimates.require_tokenizer(limit, model_of(checkpoint))
-    return estimates.settle_precision(limit, checkpoint, s.precision)
+    wanted = s.precision if isinstance(s, precision.Computing) else UNDECIDED
+    return estimates.settle_precision(limit, checkpoint, wanted)
 
 
 def prepare_text(

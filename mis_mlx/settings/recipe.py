@@ -141,10 +141,6 @@ class QuantizationConfig:
     """steps in which scales, biases and norms learn from the teacher, and integers stay; default:
     20 in `distill`, if the budget has room for them
     """
-    q_learning_rate: Annotated[Rate, FILE_ONLY] = 2e-4
-    """peak learning rate of these steps, relative to the trained values, at 4.5 bits; one more bit
-    halves it; decays along a cosine
-    """
 
     @property
     def blind(self) -> QuantizationConfig:
@@ -175,6 +171,8 @@ class QuantizationConfig:
 
 
 TUNE_ITERS = 20
+# peak learning rate of these steps, relative to the trained values, at 4.5 bits
+TUNE_RATE = 2e-4
 EVAL_PROMPTS = 60  # that the models of a run answer at its end
 EVAL_PROMPTS_STREAMED = 24  # where the teacher is read from disk for a token: as many share a pass
 # of a repaired student; families says what others need

@@ -584,7 +584,7 @@ def _against_itself(
     )
 
 
-@pytest.mark.parametrize("how", [{}, {"hidden": 192, "hidden_by": "pca"}])
+@pytest.mark.parametrize("how", [{}, {"hidden": 192}])
 def test_pruning_stays_under_the_plan(
     tmp_path: Path, wide: tuple[Checkpoint, Checkpoint], how: dict[str, Any]
 ) -> None:

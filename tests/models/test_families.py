@@ -296,12 +296,9 @@ def test_cut_along_every_axis_it_opens_in_stock(
         "ffn": narrower(before),
         "hidden": 32,
         "heads": 2,
-        "kv_heads": 1,
     }
     if of.head_dim_follows:
-        sizes |= {"heads": None, "kv_heads": None, "hidden": None}
-    if before["num_key_value_heads"] == 1:
-        sizes["kv_heads"] = None
+        sizes |= {"heads": None, "hidden": None}
     sizes["experts"] = "0.75x"
     asked = {axis: n for axis, n in sizes.items() if axis in of.axes}
     prune.run(
@@ -313,7 +310,6 @@ def test_cut_along_every_axis_it_opens_in_stock(
             num_samples=2,
             max_seq_length=16,
             dtype="float32",
-            hidden_by="importance",
             **asked,
         )
     )

@@ -91,16 +91,12 @@ def test_what_stands_before_a_row() -> None:
     assert found.tolist() == [[-1, -1], [0, -1], [1, 0], [2, 1], [1, 0]]
 
 
-@pytest.mark.parametrize("how", ["importance", "pca"])
-def test_all_axes_are_cut_together(
-    lfm: Checkpoint, how: Any, tmp_path: Path, text_folder: Path
-) -> None:
+def test_all_axes_are_cut_together(lfm: Checkpoint, tmp_path: Path, text_folder: Path) -> None:
     """Channels of the stream and of convolutions, heads, neurons, blocks: stock mlx_lm opens it."""
     out = str(tmp_path / "cut")
     asked = prune.Settings(
         model=str(lfm.path),
         mlx_path=out,
-        hidden_by=how,
         data=str(text_folder),
         dtype="float32",
         **SIZES,

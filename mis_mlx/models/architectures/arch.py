@@ -345,7 +345,7 @@ def _settle_heads(
     exact: Mapping[str, int | None],
 ) -> None:
     """Make the student's heads and key-value heads fit each other, or raise MisError."""
-    if exact.get("heads") and exact.get("kv_heads") is None:
+    if exact.get("heads"):
         sizes["kv_heads"] = kv_heads(teacher, sizes["heads"])
     kv = sizes["kv_heads"]
     group = teacher.heads // teacher.kv_heads

@@ -63,7 +63,10 @@ class NotNumbers(MisError):
         remedy = "download the model again"
         if dtype == mx.float16:
             what = f"{what} in float16"
-            remedy = f"give --compute-dtype float32 (and --resume if a run has begun), or {remedy}"
+            remedy = (
+                f"give --compute-dtype float32 (and --resume if a run has begun), or set "
+                f"MIS_MLX_POLICY=cpu where a command has no such flag, or {remedy}"
+            )
         super().__init__(f"{what}: {remedy}")
 
 
