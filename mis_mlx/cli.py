@@ -77,8 +77,6 @@ class Budgeted(Options):
 
     budget: str | None = None
     """memory limit, such as 5GiB or 600MiB; default: 4GiB on a Mac of 8 GB, less if less is free"""
-    config: ConfigFile = None
-    """YAML file with any of these flags"""
 
     @property
     def budget_bytes(self) -> int | None:
@@ -90,6 +88,8 @@ class Budgeted(Options):
 class Resumable(Budgeted):
     """Flags of every command with a run folder."""
 
+    config: ConfigFile = None
+    """YAML file with any of these flags"""
     out: str | None = None
     """run folder; default: the next free NAME-00N under runs/"""
     resume: bool = False
@@ -219,7 +219,8 @@ def parse(config_type: Any, argv: Sequence[str] | None = None, prog: str | None 
                 f"-c is given {len(files)} times ({', '.join(files)}): write all settings into one "
                 f"file"
             )
-        if files and files[0]:
+        takes_file = any(field.name == "config" for field in fields(config_type))
+        if files and files[0] and takes_file:
             given = read_yaml(files[0], config_type)
         needed = {f.name for f in fields(config_type) if f.default is f.default_factory is MISSING}
         if needed <= set(given):

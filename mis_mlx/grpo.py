@@ -162,7 +162,7 @@ def run(settings: Settings) -> dict[str, Any]:
             f"{s.max_seq_length}"
         )
         raise MisError(f"{why}: lower the first or raise the second")
-    functions = rewards.functions(s.reward_functions, s.reward_functions_file, s.reward_timeout)
+    functions = rewards.functions(s.reward_functions, s.reward_functions_file)
     (train, prompts), (valid, valid_prompts), card = _questions(s, checkpoint, functions)
     longest = max(map(len, [*prompts, *valid_prompts]))
     at_once = _together(s, checkpoint, longest)

@@ -39,6 +39,8 @@ class Settings(cli.Budgeted, select.PruningConfig):
     """data type of the saved weights"""
     seed: Seed = 0
     """selects the calibration windows"""
+    config: cli.ConfigFile = None
+    """YAML file with any of these flags"""
 
 
 def run(settings: Settings) -> dict[str, Any]:

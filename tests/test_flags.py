@@ -148,8 +148,9 @@ def test_no_word_is_empty(kind: Any, tmp_path: Path) -> None:
     for name in [n for n in words if n != "config" and words[n] == ""][-1:]:
         said = f"--{name.replace('_', '-')} is empty: give a value, or leave it out"
         assert ended(kind, [said.split()[0], ""]) == said
-        (tmp_path / "s.yaml").write_text(f"{name}: ''\n")
-        assert ended(kind, ["-c", str(tmp_path / "s.yaml")]) == said
+        if "config" in words:
+            (tmp_path / "s.yaml").write_text(f"{name}: ''\n")
+            assert ended(kind, ["-c", str(tmp_path / "s.yaml")]) == said
 
 
 @pytest.mark.parametrize(

@@ -157,8 +157,6 @@ def test_four_bits_on_metal_say_what_mlx_lm_says(
         said = load.mlx_lm("generate").stream_generate(model, tokenizer, prompt, max_tokens=32)
         tokens = [r.token for r in said if r.token not in tokenizer.eos_token_ids]
         wanted.append(tokenizer.decode(tokens))
-        settings = generate.Settings(
-            model=str(folder), prompt=prompt, compute_dtype="float16", **flags
-        )
+        settings = generate.Settings(model=str(folder), prompt=prompt, **flags)
         assert generate.run(settings)["text"] == wanted[-1]
     assert any(wanted)

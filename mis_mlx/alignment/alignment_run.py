@@ -63,7 +63,7 @@ S = TypeVar("S", bound="Alignment")
 
 
 @dataclass(frozen=True)
-class Alignment(cli.Resumable, precision.Computing, Governed, recipe.TrainingConfig):
+class Alignment(cli.Resumable, Governed, recipe.TrainingConfig):
     """The flags that sft, dpo and grpo share."""
 
     batch_size: Count = 4

@@ -72,8 +72,6 @@ class Settings(alignment_run.Alignment):
     """
     reward_functions_file: str | None = None
     """Python file with functions f(prompts, completions, answer) -> list of numbers or None"""
-    reward_timeout: Positive = rewards.SECONDS
-    """seconds that a function in the file may take per step"""
     tasks: str = "sums,two-digit-sums,bus,recipe,logic"
     """number of generated tasks, if you give no --data"""
 

@@ -401,12 +401,12 @@ def test_logits_of_a_packed_head_are_not_rounded(mode: str, tmp_path: Path, meta
     np.testing.assert_allclose(np.array(found), want, atol=1e-4 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("work", ["forward", "prune", "quantize"])
+@pytest.mark.parametrize("work", ["forward", "quantize"])
 def test_nothing_is_chosen_by_numbers_that_are_none(
     work: str, overflowing: Checkpoint, text_folder: Path, tmp_path: Path, metal: None
 ) -> None:
-    """Told to compute in float16 all the same, a pass, a ranking and a rounding end in a sentence
-    with the remedy.
+    """Told to compute in float16 all the same, a pass and a rounding end in a sentence with the
+    remedy.
     """
     flags: dict[str, Any] = {
         "model": str(overflowing.path),
@@ -420,8 +420,6 @@ def test_nothing_is_chosen_by_numbers_that_are_none(
     ):
         if work == "forward":
             stream.Stream(overflowing, mx.float16).forward([TOKENS])
-        elif work == "prune":
-            prune.run(prune.Settings(**flags))
         else:
             quantize.run(quantize.Settings(**flags))
     assert not (tmp_path / "out").exists()
@@ -432,7 +430,7 @@ def test_prune_goes_on_in_bfloat16(
     overflowing: Checkpoint,
     text_folder: Path,
     tmp_path: Path,
-    metal: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Who is kept of that model is nearly who float32 keeps, not who NaN leaves."""
     chip(True)
@@ -443,13 +441,10 @@ def test_prune_goes_on_in_bfloat16(
         "scenario": "none",
         "ffn": 384,
     }
-    for dtype in (None, "float32"):
-        out = tmp_path / str(dtype)
-        prune.run(
-            prune.Settings(
-                **flags, max_seq_length=32, num_samples=4, mlx_path=str(out), compute_dtype=dtype
-            )
-        )  # type: ignore[arg-type]
+    for policy in ("metal", "cpu"):
+        monkeypatch.setenv(precision.POLICY, policy)
+        out = tmp_path / policy
+        prune.run(prune.Settings(**flags, max_seq_length=32, num_samples=4, mlx_path=str(out)))
         keep = model_writer.read_keep(out)
         assert keep is not None
         units = set[tuple[str, int]]()
