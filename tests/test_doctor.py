@@ -285,7 +285,7 @@ BROKEN = """
 import os, time
 from mis_mlx.checks import groups
 
-def broken(folder, emit, wanted):
+def broken(folder, emit):
     groups.check("a right one", lambda: (0.5, 1.0), emit)
     groups.check("the last one", {how}, emit)
 
@@ -325,7 +325,7 @@ def test_a_group_that_dies_is_a_row(
     monkeypatch.setattr(
         groups,
         "GROUPS",
-        {"kernels": None, "after": lambda folder, emit, wanted: groups.check("b", right, emit)},
+        {"kernels": None, "after": lambda folder, emit: groups.check("b", right, emit)},
     )
     monkeypatch.setattr(doctor, "ask", ask)
     found = doctor.run(doctor.Settings())
