@@ -219,8 +219,7 @@ def parse(config_type: Any, argv: Sequence[str] | None = None, prog: str | None 
                 f"-c is given {len(files)} times ({', '.join(files)}): write all settings into one "
                 f"file"
             )
-        takes_file = any(field.name == "config" for field in fields(config_type))
-        if files and files[0] and takes_file:
+        if files and files[0]:
             given = read_yaml(files[0], config_type)
         needed = {f.name for f in fields(config_type) if f.default is f.default_factory is MISSING}
         if needed <= set(given):
@@ -402,8 +401,9 @@ def preload() -> None:
 def end_quietly_on_closed_pipe() -> Iterator[None]:
     """If the reader of our output leaves (`| head`), end without a traceback and with code 141.
 
-    That is how SIGPIPE ends a program.
+    That is how SIGPIPE ends a program. A stdout that was closed from the first (`>&-`) takes all.
     """
+    sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     try:
         try:
             yield
@@ -433,11 +433,10 @@ def main(config_type: Any, run: Callable[[Any], dict[str, Any]], several: bool =
     if "--version" in sys.argv[1:]:
         print(f"mis_mlx {__version__}")
         sys.exit(0)
-    for word in SWITCHES.keys() & set(sys.argv[1:]):
-        sys.argv.remove(word)
+    json_alone = JSON in sys.argv
+    for word in SWITCHES.keys() & set(sys.argv):
         os.environ.update(SWITCHES[word])  # for child processes too
-    json_alone = JSON in sys.argv[1:]
-    sys.argv[1:] = [word for word in sys.argv[1:] if word != JSON]
+    sys.argv[1:] = [word for word in sys.argv[1:] if word not in {*SWITCHES, JSON}]
     try:
         settings = parse(config_type, prog=prog)
         preload()

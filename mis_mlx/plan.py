@@ -27,7 +27,7 @@ from mis_mlx.reporting import text
 from mis_mlx.settings import recipe
 from mis_mlx.settings.parts import part_of
 from mis_mlx.size_search import shape_search, shortfall, size_request
-from mis_mlx.types import Bits, Budget, Checkpoint, Count, Tokens, Whole
+from mis_mlx.types import Bits, Budget, Checkpoint, Count, Whole
 
 
 def outlook(plan: strategies.MemoryPlan, expected_loss: float | None = None) -> plan_report.Outlook:
@@ -49,7 +49,7 @@ def outcome(plan: strategies.MemoryPlan, teacher: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Settings(cli.Budgeted):
+class Settings(cli.Budgeted, recipe.Steps):
     """Shows what `distill` would take with these flags. Reads configs only and starts nothing."""
 
     teacher: str | None = None
@@ -74,23 +74,17 @@ class Settings(cli.Budgeted):
     """tokens to keep, as in `prune`"""
     quantize: Literal[4, 0] = 4
     """bits per weight of the result; 0: no quantization"""
-    iters: Count | None = None
+    iters: Count | None = None  # type: ignore[assignment]
     """optimizer steps, as in `distill`"""
-    batch_size: Count = recipe.DistillationConfig.batch_size
-    """windows per micro-batch"""
-    grad_accumulation_steps: Count = recipe.DistillationConfig.grad_accumulation_steps
-    """micro-batches per step"""
-    max_seq_length: Tokens = recipe.DistillationConfig.max_seq_length
-    """tokens per window"""
     train: recipe.Train = "auto"
     """how the student trains, as in `distill`"""
-    reconstruct_samples: Whole = recipe.DistillationConfig.reconstruct_samples
+    reconstruct_samples: Whole = 64
     """windows for the repair; 0: no repair"""
-    num_samples: Count = recipe.DistillationConfig.num_samples
+    num_samples: Count = 32
     """calibration windows for importance"""
-    target_bpw: Bits | None = recipe.QuantizationConfig.target_bpw
+    target_bpw: Bits | None = 4.5
     """average bits per weight, including scales"""
-    q_method: recipe.Method = recipe.QuantizationConfig.q_method
+    q_method: recipe.Method = "gptq"
     """how weights are rounded, as in `distill`"""
     q_iters: Whole | None = None
     """steps in which scales learn, as in `distill`"""

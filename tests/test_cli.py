@@ -200,12 +200,12 @@ def test_other_names_of_a_flag(
 def test_verbose_is_a_switch_of_every_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`-v` and `--verbose` are taken before a command's own flags are read, and reach its
-    children.
+    """`-v` and `--verbose`, also twice, are taken before a command's own flags are read, and reach
+    its children.
     """
-    for word in ("-v", "--verbose"):
+    for words in (["-v"], ["--verbose"], ["-v", "-v"]):
         monkeypatch.setenv(cli.DETAILS, "")  # which is undone, whatever main sets
-        monkeypatch.setattr("sys.argv", ["command", word])
+        monkeypatch.setattr("sys.argv", ["command", *words])
         with pytest.raises(SystemExit):
             cli.main(Settings, lambda s: {"details": os.environ[cli.DETAILS]})
         assert capsys.readouterr().out == '{"details": "1"}\n'

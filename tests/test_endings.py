@@ -69,6 +69,13 @@ def test_help_into_a_closed_pipe(line: str) -> None:
     assert unread("-m", *line.split()) == (141, "")
 
 
+def test_a_stream_that_is_closed_from_the_first() -> None:
+    """`>&-`: nothing is printed, and nothing is amiss."""
+    line = f"{sys.executable} -m mis_mlx.plan --help >&-"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_results_into_a_closed_pipe(llama: Checkpoint) -> None:
     """A command that has computed leaves no traceback on stderr where nobody reads its result."""
     code, said = unread("-m", "mis_mlx.plan", "--teacher", llama.path)

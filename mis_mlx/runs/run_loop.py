@@ -15,7 +15,6 @@ from typing import Any, Protocol, TypeVar
 import mlx.core as mx
 
 from mis_mlx import cli, flag_help
-from mis_mlx.compute import precision
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.hardware import blas_threads, memory
 from mis_mlx.hardware.thermal.run_monitor import (
@@ -104,7 +103,8 @@ def open_model(
     default under `place`, or of the flag `new`, which names something that is not there yet.
     """
     cli.check_ranges(s)
-    if isinstance(s, cli.Resumable) and isinstance(s, Governed) and not s.dry_run:
+    plans_only = getattr(s, "dry_run", False)
+    if isinstance(s, Governed) and not plans_only:
         check_power(s)
     if new:
         need_place(new, place, "new")
@@ -115,10 +115,9 @@ def open_model(
     checkpoint = load.open_checkpoint(source.path)
     limit = memory.budget(s.budget_bytes)
     cli.detail(f"memory budget: {gib(limit.limit_bytes)}, {limit.why}")
-    if not getattr(s, "dry_run", False):  # whose plan says what would be too much
+    if not plans_only:  # whose plan says what would be too much
         estimates.require_tokenizer(limit, model_of(checkpoint))
-    wanted = s.precision if isinstance(s, precision.Computing) else UNDECIDED
-    return estimates.settle_precision(limit, checkpoint, wanted)
+    return estimates.settle_precision(limit, checkpoint, getattr(s, "precision", UNDECIDED))
 
 
 def prepare_text(

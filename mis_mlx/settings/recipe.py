@@ -31,10 +31,8 @@ Method = Literal["round", "gptq"]
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
-    """Steps, batches, learning rate: mlx-lm's names."""
-
-    WARMUP: ClassVar = 5  # steps to the peak learning rate
+class Steps:
+    """How many steps, of how many tokens: mlx-lm's names."""
 
     iters: Count = 60
     """optimizer steps"""
@@ -44,17 +42,25 @@ class TrainingConfig:
     """micro-batches per step"""
     max_seq_length: Tokens = 256
     """tokens per window"""
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.batch_size * self.grad_accumulation_steps * self.max_seq_length
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Steps):
+    """Steps and their learning rate."""
+
+    WARMUP: ClassVar = 5  # steps to the peak learning rate
+
     learning_rate: Rate = 3e-4
     """peak learning rate; decays to a tenth along a cosine"""
     save_every: Count = 20
     """steps between checkpoints"""
     seed: Seed = 0
     """seed of batch order, calibration windows and eps_halny"""
-
-    @property
-    def step_tokens(self) -> int:
-        """Tokens of one optimizer step."""
-        return self.batch_size * self.grad_accumulation_steps * self.max_seq_length
 
     def rate(self, step: int) -> float:
         """Learning rate of 0-based `step`: linear warm-up, then a cosine to a tenth of the peak."""

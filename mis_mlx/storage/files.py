@@ -213,6 +213,7 @@ def need_place(
     """
     place = Path(path).absolute()
     try:
+        str(place).encode()  # MLX opens no file whose name is not UTF-8
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.lstat(place)
             if kind == "new":
@@ -225,8 +226,7 @@ def need_place(
             place = place.parent
         os.close(DISK.scratch(place))
     except (OSError, ValueError) as error:
-        number = getattr(error, "errno", None) or 0
-        why = BROKEN.get(number) or getattr(error, "strerror", None) or error
+        why = BROKEN.get(getattr(error, "errno", 0)) or getattr(error, "strerror", str(error))
         raise MisError(f"{flag} {path} cannot be written ({why}): choose another place") from None
 
 

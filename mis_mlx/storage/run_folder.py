@@ -41,10 +41,10 @@ WORDS = {
     "rewards": "file of reward functions",
 }
 SAME = ("teacher", "data")  # a run goes on with these alone
-# What a crash can leave in a folder before its run has begun. It is no run.
-_UNBORN = re.compile(rf"\.lock|{ORIGIN}|{PLAN}|{TAKEN}|\.tmp-.*")
+# What a crash can leave in a folder before its run has begun, and the Finder in any. It is no run.
+_UNBORN = re.compile(rf"\.DS_Store|\.lock|{ORIGIN}|{PLAN}|{TAKEN}|\.tmp-.*")
 # What the folder of a run holds before any work was done in it.
-_BARE = re.compile(rf"\.lock|{ASKED}|{PLAN}|{CONFIG}|{TAKEN}|\.tmp-.*")
+_BARE = re.compile(rf"\.DS_Store|\.lock|{ASKED}|{PLAN}|{CONFIG}|{TAKEN}|\.tmp-.*")
 # The same, and a search: origin.json is still to be written.
 _UNMADE = re.compile(rf"{_BARE.pattern}|{SEARCH}")
 

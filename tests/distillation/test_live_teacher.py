@@ -142,8 +142,7 @@ def test_lanes_do_not_change_the_student(
     """
     recipe = replace(RECIPE, iters=1, batch_size=batch_size)
     with monkeypatch.context() as patched:
-        by_mlx = token_losses.Footprint(on_host=False)
-        patched.setattr(token_losses, "teacher_kl_footprint", lambda *_, **__: by_mlx)
+        patched.setattr(token_losses, "TokenLoss", lambda by_mlx, _: TokenLoss(by_mlx))
         _, (one,) = distil(llama, student, data, recipe)
     monkeypatch.setattr(streams, "count", lambda: 2)
     _, (two,) = distil(llama, student, data, recipe)

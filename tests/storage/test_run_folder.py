@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from mis_mlx.storage import run_folder
-from mis_mlx.storage.files import DISK
+from mis_mlx.storage.files import DISK, need_place
 from mis_mlx.types import MisError
 
 SETTINGS: dict[str, Any] = {
@@ -220,3 +220,12 @@ def test_metrics_forgive_a_torn_line_and_a_repeated_step() -> None:
         (2, 2.4),
         (3, 2.2),
     ]
+
+
+def test_a_folder_that_the_finder_has_seen_is_empty(tmp_path: Path) -> None:
+    """.DS_Store is nobody's run; a name that is no UTF-8 is refused before any work."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".DS_Store").touch()
+    assert run_folder.make(str(tmp_path / "run"), "x", DISK) == tmp_path / "run"
+    with pytest.raises(MisError, match="cannot be written"):
+        need_place("--out", os.fsdecode(bytes(tmp_path / "run") + b"\xff"))

@@ -184,31 +184,24 @@ class ThermalMonitor(Monitor):
         The last one is run or stop.
         """
         if self._governor is None:
-            self._governor = self._begin()
+            self._governor = governor.governor_for(
+                self._mode, self.reading(), self.reasons, apple=self.apple
+            )
+            if self._governor.blind:
+                why = self.reasons.get("die_c", "no die temperature")
+                cli.detail(f"governor: {self._mode}, but without temperatures: {why}")
         pauses = self.breaks.count
         for decision in after_step(self, self._governor, self.breaks):
             if self.breaks.count > pauses:
                 pauses = self.breaks.count
                 cli.say(f"tea break after step {step.number}: {decision.reason}")
             if self._log and not self._governor.blind:
-                record = self._record(step, decision)
+                reading = self.last()
+                values = asdict(reading) if reading else {}
+                known = {name: value for name, value in values.items() if value is not None}
+                record = {**self.now(), "step": step.number, **known, **asdict(decision)}
                 self._files.append(self._log, json.dumps(record, ensure_ascii=False))
             yield decision
-
-    def _begin(self) -> Governor:
-        """The run's governor; says so where it is blind."""
-        judge = governor.governor_for(self._mode, self.reading(), self.reasons, apple=self.apple)
-        if judge.blind:
-            why = self.reasons.get("die_c", "no die temperature")
-            cli.detail(f"governor: {self._mode}, but without temperatures: {why}")
-        return judge
-
-    def _record(self, step: Step, decision: Decision) -> dict[str, Any]:
-        """A line of thermal.jsonl: time, step, the reading's known values, the decision."""
-        reading = self.last()
-        values: dict[str, Any] = asdict(reading) if reading else {}
-        known = {name: value for name, value in values.items() if value is not None}
-        return {**self.now(), "step": step.number, **known, **asdict(decision)}
 
     def account(self) -> dict[str, Any]:
         """For a run's JSON: tea breaks, and where T_env and altitude came from."""
