@@ -226,7 +226,7 @@ def need_place(
             place = place.parent
         os.close(DISK.scratch(place))
     except (OSError, ValueError) as error:
-        why = BROKEN.get(getattr(error, "errno", 0)) or getattr(error, "strerror", str(error))
+        why = BROKEN.get(getattr(error, "errno", 0)) or error.args[-1]
         raise MisError(f"{flag} {path} cannot be written ({why}): choose another place") from None
 
 

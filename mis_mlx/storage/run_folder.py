@@ -75,9 +75,7 @@ def make(out: str | None, name: str, files: Files) -> Path:
 
 def _refuse_taken(folder: Path) -> None:
     """MisError where a folder holds more than what a crash before its run began can have left."""
-    if not folder.exists():
-        return
-    if not (folder.is_dir() and _holds_only(folder, _UNBORN)):
+    if folder.exists() and not (folder.is_dir() and _holds_only(folder, _UNBORN)):
         raise MisError(
             f"{folder} is not empty: add --resume to continue the run in it, or choose another "
             f"--out"
