@@ -34,7 +34,6 @@ from tests.peaks import allocated
 
 MIB = 2**20
 # q and o, k and v, the FFN, two norms of tiny.CONFIG
-BLOCK = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 768 * 64 + 2 * 64
 PLAIN = Rates(
     device="pencil",
     gpu=False,

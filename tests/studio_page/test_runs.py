@@ -263,10 +263,13 @@ def test_a_run_that_a_terminal_resumed_is_stopped(here: Path) -> None:
     (runs.BOOKS / "mine.json").write_text('{"flags": []}')
     env = {**os.environ, "PYTHONPATH": str(forks.ROOT)}
     with subprocess.Popen([sys.executable, "-c", HOLD], env=env, stdout=subprocess.PIPE) as process:
-        assert process.stdout
-        process.stdout.readline()
-        assert state("mine") == RUNNING
-        runs.stop("mine", at_once=True)
+        try:
+            assert process.stdout
+            process.stdout.readline()
+            assert state("mine") == RUNNING
+            runs.stop("mine", at_once=True)
+        finally:
+            process.kill()
     assert state("mine") == STOPPED
 
 
