@@ -88,6 +88,10 @@ def _resolved(
     search that comes first. MisError where the plan does not fit the budget, except in a dry run.
     """
     resolved = resolved_run.resolve(s, sizes, teacher, folder)
+    rounding = resolved.student.rounding
+    few_bits = size_request.few_bits_for_tools(teacher, rounding and rounding.target_bpw)
+    if few_bits:
+        cli.say(few_bits)
     expected = resolved.report.expected_loss
     if s.dry_run:
         known = plan.outlook(resolved.plan, expected)

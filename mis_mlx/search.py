@@ -353,6 +353,9 @@ def run(settings: Settings) -> dict[str, Any]:
     with run_loop.entered(folder, name, out=s.out, asked=s.given, plan={}) as place:
         result = carry_out(sought, place)
         print(text.aligned((Path(result["run"]) / TABLE).read_text("utf-8").rstrip()))
+        few_bits = size_request.few_bits_for_tools(teacher, result["best"].get("target_bpw"))
+        if few_bits:
+            cli.say(few_bits)
         again = shlex.quote(str(place.folder))
         cli.say(f"next: scripts/mis distill --resume --out {again}, or {result['command']}")
         return result

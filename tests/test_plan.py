@@ -249,6 +249,16 @@ def test_measure_then_plan(
     assert result["source"] in capsys.readouterr().out
 
 
+def test_what_a_machine_can_make_but_not_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """17.5 GB on a machine that gives a process 5.7: a sentence with both, and in JSON."""
+    small = plan.run(plan.Settings(teacher="gemma-4-e2b", machine="m1-air"))
+    assert small["can_run"] and "cannot run" not in capsys.readouterr().out
+    large = plan.run(plan.Settings(teacher="qwen3-30b-a3b", machine="m1-air"))
+    assert not large["can_run"] and large["student_bytes"] == pytest.approx(17.5e9, rel=0.01)
+    (sentence,) = [row for row in capsys.readouterr().out.splitlines() if "cannot run" in row]
+    assert "17.5 GB" in sentence and "5.7 GB" in sentence
+
+
 def test_refusals_are_sentences(tmp_path: Path, in_process: Callable[..., Done]) -> None:
     """A folder without a config; more budget than the Air has; measuring a machine that is
     elsewhere.

@@ -152,6 +152,19 @@ def test_a_dry_run_plans_a_student_of_those_bytes(llama: Checkpoint) -> None:
     assert distill.run(asked)["params_student"] < arch.params(llama.config)
 
 
+def test_few_bits_are_said_of_a_model_that_calls_tools(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By `distill`, below 4 bits; not of a model that is told of none."""
+    told = {}
+    for name, make in (("tools", tiny.calling), ("none", tiny.talking)):
+        for bpw in (3.9, 4.0):
+            plain = distill.Settings(teacher=str(make(tmp_path / f"{name}{bpw}")), dry_run=True)
+            distill.run(plain.with_values(target_bpw=bpw))
+            told[name, bpw] = "few for calls of tools" in capsys.readouterr().err
+    assert [key for key, said in told.items() if said] == [("tools", 3.9)]
+
+
 @pytest.mark.thorough
 def test_a_search_goes_on_as_it_began(
     llama: Checkpoint, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from mis_mlx import cli
 from mis_mlx.distillation import packed_student, sharded, strategies
+from mis_mlx.hardware import memory
 from mis_mlx.maths import optimizer
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening.model_size import BY_FORMULA
@@ -116,20 +117,39 @@ def _page(plan: strategies.MemoryPlan, outlook: Outlook) -> dict[str, Any]:
     """What the templates of a plan have in common."""
     job = plan.job
     teacher = job.whole_teacher
-    packed = 0
-    if any(p.name == "quantize" for p in plan.phases):
-        packed = rounded_size.rounded_bytes(job.student, job.rounding)
+    rounded = any(p.name == "quantize" for p in plan.phases)
     layers = plan.shard_layers or job.student.shape.layers
     return vars(outlook) | {
         "plan": plan,
         "before": arch.params(teacher.config),
         "after": arch.params(job.student.config),
-        "packed": packed,
+        "packed": student_bytes(plan) if rounded else 0,
+        "too_large": too_large(plan),
         "visit": sharded.steps_per_shard(job, layers),
         "gib": gib,
         "duration": duration,
         "flag": estimates.budget_flag,
     }
+
+
+def student_bytes(plan: strategies.MemoryPlan) -> int:
+    """Bytes of the weights of the model that comes out."""
+    job = plan.job
+    if any(p.name == "quantize" for p in plan.phases):
+        return rounded_size.rounded_bytes(job.student, job.rounding)
+    return job.student.nbytes
+
+
+def too_large(plan: strategies.MemoryPlan) -> str:
+    """That the machine of a plan cannot run the model that comes out; '' where it can."""
+    room = plan.rates.room_bytes or memory.usable_memory_bytes()
+    nbytes = student_bytes(plan)
+    if nbytes <= room:
+        return ""
+    return (
+        f"The result cannot run there ({plan.rates.device}): its weights are {nbytes / 1e9:,.1f} "
+        f"GB, and a process has {room / 1e9:,.1f} GB: take a smaller teacher"
+    )
 
 
 def night(plan: strategies.MemoryPlan, seconds: float) -> str:
@@ -163,6 +183,8 @@ def outcome(plan: strategies.MemoryPlan, teacher: str) -> dict[str, Any]:
         "teacher": teacher,
         "params_teacher": arch.params(before.config),
         "params_student": arch.params(plan.job.student.config),
+        "student_bytes": student_bytes(plan),
+        "can_run": not too_large(plan),
         "mode": plan.mode,
         **totals(plan),
     }
