@@ -66,8 +66,9 @@ def run(settings: Settings) -> dict[str, Any]:
     note = plan_report.night(rest, sum(phases.values()))
     if note:
         cli.say(note)
-    name = f"{teacher.path.name}-{size_request.SCENARIO}"
-    with run_loop.entered(folder, name, out=s.out, asked=s.given, plan={}) as place:
+    with run_loop.entered(
+        folder, f"{teacher.path.name}-none", out=s.out, asked=s.given, plan={}
+    ) as place:
         found = search.carry_out(sought, place)
         expected = max(0.0, found["expected_bits"])
         sizes = {"lose": sought.lose, **found["best"], "expected_loss": expected}
@@ -88,10 +89,8 @@ def _resolved(
     search that comes first. MisError where the plan does not fit the budget, except in a dry run.
     """
     resolved = resolved_run.resolve(s, sizes, teacher, folder)
-    rounding = resolved.student.rounding
-    few_bits = size_request.few_bits_for_tools(teacher, rounding and rounding.target_bpw)
-    if few_bits:
-        cli.say(few_bits)
+    if resolved.student.rounding:
+        size_request.warn_of_few_bits(teacher, resolved.student.rounding.target_bpw)
     expected = resolved.report.expected_loss
     if s.dry_run:
         known = plan.outlook(resolved.plan, expected)
@@ -136,7 +135,7 @@ def _dry_run(
     sizes = size_request.unsearched(s)
     before = None
     if sought is not None:
-        sizes = dict(sought.likely)
+        sizes = {**sought.likely}
         before = sought.takes
         cli.say("the plan below is that of a likely student: a search chooses another, perhaps")
     resolved = _resolved(s, sizes, teacher, folder, sought=before)

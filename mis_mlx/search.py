@@ -215,7 +215,7 @@ def search_cost(
     """
     length = recipe.max_seq_length
     windows = -(-4 * candidates.RANK_WINDOWS // 3)  # of two texts
-    most = answer_loss.MOST_OF_OTHERS if streams else answer_loss.MOST
+    most = answer_loss.MOST_ANSWERS_OF_OTHERS if streams else answer_loss.MOST_ANSWERS
     texts = max(windows, most)
     costs = []
     if len(sizes["ffn"]) > 1:
@@ -282,17 +282,18 @@ def carry_out(sought: Sought, place: run_loop.Place) -> dict[str, Any]:
                 streams=sought.streams,
                 direct=memory.crowds_page_cache(teacher.nbytes, sought.limit),
             )
-            most = sought.most_bytes
             with progress.phase("rank"):
                 if sought.lose is None:
-                    found = ranking.rank(c, sought.sizes, most, evaluations=sought.evaluations)
+                    found = ranking.rank(
+                        c, sought.sizes, sought.most_bytes, evaluations=sought.evaluations
+                    )
                 else:
                     found = ranking.smallest(
                         c,
                         sought.sizes,
                         sought.lose,
                         evaluations=sought.evaluations,
-                        most_bytes=most,
+                        most_bytes=sought.most_bytes,
                     )
             known_losses.keep_logs(opened.folder, about)
             result = opened.finish(_report(sought, c, found))
@@ -349,13 +350,11 @@ def run(settings: Settings) -> dict[str, Any]:
         _source(sought)
         return {"teacher": str(teacher.path), "limits": sought.flags, **sought.outcome}
     cli.say(plan_report.time_line({"search": sought.takes.seconds}))
-    name = f"{teacher.path.name}-{size_request.SCENARIO}"
-    with run_loop.entered(folder, name, out=s.out, asked=s.given, plan={}) as place:
+    with run_loop.entered(
+        folder, f"{teacher.path.name}-none", out=s.out, asked=s.given, plan={}
+    ) as place:
         result = carry_out(sought, place)
         print(text.aligned((Path(result["run"]) / TABLE).read_text("utf-8").rstrip()))
-        few_bits = size_request.few_bits_for_tools(teacher, result["best"].get("target_bpw"))
-        if few_bits:
-            cli.say(few_bits)
         again = shlex.quote(str(place.folder))
         cli.say(f"next: scripts/mis distill --resume --out {again}, or {result['command']}")
         return result

@@ -25,6 +25,7 @@ from mis_mlx.distillation import answer_loss
 from mis_mlx.distillation.distill_flags import DistillFlags
 from mis_mlx.hardware.stage_cost import WINDOWS
 from mis_mlx.judge import answers, comparison, score
+from mis_mlx.judge.prompts import Answer, Prompt
 from mis_mlx.maths import rounding, stats
 from mis_mlx.maths.importance import Statistics
 from mis_mlx.models.architectures import arch, bit_floors
@@ -124,15 +125,20 @@ class Candidates:
         return ranking_windows(self.data)
 
     @cached_property
-    def answers(self) -> answer_loss.AnswerLoss | None:
-        """The answers on which losses are measured; None: they are measured on text.
+    def own_answers(self) -> bool:
+        """Whether the answers are the teacher's; else the package's, which another model gave.
 
-        A teacher that streams has not written any: they came with the package.
+        What is lost on those is told by the teacher's probabilities, not by what they cost.
         """
+        return not self.streams or answers.shipped_for(self.teacher)
+
+    @cached_property
+    def answers(self) -> list[tuple[Prompt, Answer]]:
+        """The answers on which losses are measured; []: they are measured on text."""
         if not score.has_template(self.teacher):
-            return None
-        own = not self.streams or answers.shipped_for(self.teacher)
-        return answer_loss.of_talks(self.teacher, self.data.talks, own=own)
+            return []
+        most = answer_loss.MOST_ANSWERS if self.own_answers else answer_loss.MOST_ANSWERS_OF_OTHERS
+        return answer_loss.last_answers(self.data.talks, most)
 
     @cached_property
     def samples(self) -> stream.Batches:
@@ -144,7 +150,7 @@ class Candidates:
     def students_at_once(self) -> int:
         """How many students are measured in one pass, within the budget."""
         length = self.asked.max_seq_length
-        windows = len(self.answers.prompts) if self.answers else len(self.ranking.tokens)
+        windows = len(self.answers) or len(self.ranking.tokens)
         return at_once(model_of(self.teacher), windows, length, self.run.budget_bytes)
 
     @cached_property
@@ -286,20 +292,22 @@ class Candidates:
 
     def text_of(self, reader: Checkpoint) -> Text:
         """The answers or the windows that rank, in the tokens of a reader."""
-        if self.answers is None:
+        if not self.answers:
             windows = self.ranking
             if reader is not self.teacher:
                 own = load.tokenizer(self.teacher.path)
                 windows = token_windows.retokenized(windows, own, load.tokenizer(reader.path))
             return Text(windows, [mx.array(window[None]) for window in windows.tokens], ())
-        texts, counts = score.tokens_of(reader, self.answers.prompts, self.answers.answers)
+        prompts, given = zip(*self.answers, strict=True)
+        texts, counts = score.tokens_of(reader, prompts, given)
         tokens = np.zeros((len(texts), max(map(len, texts))), np.int32)
         loss_mask = np.zeros(tokens.shape, np.float32)
         for number, (text, count) in enumerate(zip(texts, counts, strict=True)):
             tokens[number, : len(text)] = text
             last = len(text) - 1
             loss_mask[number, last - count : last] = 1  # a token is predicted one place before it
-        windows = Windows(tokens, loss_mask, text_bytes=self.answers.nbytes)
+        nbytes = np.array([len(answer.text.encode()) for answer in given], np.float64)
+        windows = Windows(tokens, loss_mask, text_bytes=nbytes)
         return Text(windows, [mx.array([text]) for text in texts], counts)
 
     def lost(self, students: Sequence[Student]) -> list[float]:
@@ -308,7 +316,7 @@ class Candidates:
         Readers stand beside their students where these are compared with them, and where what they
         need themselves is not known yet.
         """
-        compares = self.answers is None or not self.answers.own
+        compares = not self.answers or not self.own_answers
         changed = [student for student in students if student.changed]
         compared = {student.shape.vocab for student in changed if compares}
         wanted = sorted({self.before.vocab, *(student.shape.vocab for student in students)})
@@ -367,7 +375,7 @@ class Candidates:
     def losses(self, sizes: Sizes) -> Losses:
         """What every axis costs by itself: measured, or read from the log."""
         probes: list[tuple[str, float]] = [*shape_search.probes_of(sizes)]
-        if self.asked.quantize and (self.answers is not None or self.streams):
+        if self.asked.quantize and (self.answers or self.streams):
             fewest, _ = shape_search.bpw_range(self.teacher.config, self.before)
             probes += [("bits", bpw) for bpw in bits_probed(fewest)]
         lines = []
@@ -390,7 +398,7 @@ class Candidates:
         if self.asked.quantize:
             points["bits"] = self._bits_alone(measured)
         remaining = shape_search.REMAINING_LOSS
-        if self.answers is not None:
+        if self.answers:
             remaining = shape_search.REMAINING_ANSWER_LOSS
         return Losses(
             self.before, points, shape_search.remaining_after(self.asked.iters, remaining)

@@ -59,17 +59,11 @@ def kept_folder(about: Identity) -> Path:
     return hub.cache_root() / "searches" / digest[:32]
 
 
-def known_records(about: Identity, log: str) -> list[dict[str, Any]]:
-    """The records of one log that came with the package or are kept on this machine."""
-    records = list[dict[str, Any]]()
-    for source in _sources(about):
-        records += journal_of(source, log).read().values()
-    return records
-
-
 def all_known(about: Identity, probes: Iterable[tuple[str, float]]) -> bool:
     """Whether the losses of all these (axis, size) are known."""
-    measured = {(record["axis"], record["size"]) for record in known_records(about, PROBES)}
+    measured = set[tuple[Any, ...]]()
+    for source in _sources(about):
+        measured |= journal_of(source, PROBES).read().keys()
     return measured.issuperset(probes)
 
 

@@ -112,20 +112,8 @@ def bpw_range(config: Mapping[str, Any], shape: Shape) -> tuple[float, float]:
 
 
 def tensors_of(config: Mapping[str, Any], shape: Shape) -> Shapes:
-    """The tensors of a student of this shape, before it is rounded.
-
-    Which blocks a cut in depth takes is not known here, and in some families they are not alike. So
-    the largest ones are counted: no student is larger than it was thought to be.
-    """
-    fixed = arch.fixed_blocks(config)
-
-    def rank(block: int) -> tuple[bool, int]:
-        return block in fixed, weight_count(arch.layer_tensors(config, block=block))
-
-    blocks = list(range(config["num_hidden_layers"]))
-    if shape.layers < len(blocks):
-        blocks = sorted(sorted(blocks, key=rank, reverse=True)[: shape.layers])
-    return arch.tensors_of(arch.student_config(config, shape, blocks))
+    """The tensors of a student of this shape, before it is rounded."""
+    return arch.tensors_of(arch.student_config(config, shape))
 
 
 def file_bytes(config: Mapping[str, Any], shape: Shape, bpw: float) -> float:

@@ -19,7 +19,7 @@ from mis_mlx.models.opening import load
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import packed_format
 from mis_mlx.size_search import shape_search
-from mis_mlx.types import Checkpoint, MisError, gib
+from mis_mlx.types import Checkpoint, MisError
 
 SCENARIO = "none"  # of students whose sizes are searched for
 DEFAULT_LOSS = 0.1  # bits a byte that a run allows where nothing is said about sizes
@@ -106,17 +106,18 @@ def asked_loss(asked: DistillFlags, teacher: Checkpoint) -> float | None:
     return asked.lose
 
 
-def few_bits_for_tools(teacher: Checkpoint, bpw: float | None) -> str:
-    """A warning where a model that is told of tools gets so few bits a weight that its calls may
-    suffer; '' else. Its loss on answers says nothing of them.
+def warn_of_few_bits(teacher: Checkpoint, bpw: float | None) -> None:
+    """Say where a model that is told of tools gets so few bits a weight that its calls may suffer.
+
+    Its loss on answers says nothing of them.
     """
     if (
         bpw is None
         or bpw >= TOOL_BPW
         or not chat_template.knows_tools(load.tokenizer(teacher.path))
     ):
-        return ""
-    return (
+        return
+    cli.say(
         f"{bpw:.2f} bits a weight are few for calls of tools: Qwen2.5-Coder-0.5B answered 93 of "
         f"160 correctly, 88 in 4.5 bits and 76 in 3.5: for tools give --target-bpw 4.5, without "
         f"--lose and --bytes"
@@ -131,18 +132,6 @@ def flags_of(lose: float | None, nbytes: str | None) -> str:
     if nbytes:
         flags.append(f"--bytes {nbytes}")
     return " ".join(flags)
-
-
-def whole_ffn(teacher: Checkpoint, *, streams: bool) -> str:
-    """Why a search leaves the FFN as it is, whatever the bytes; empty where it may cut it."""
-    kind = teacher.config["model_type"]
-    if streams:
-        return f"the teacher ({gib(teacher.nbytes)}) is read from disk"
-    if reads_in_order(teacher.config):
-        return f"no student of a {kind} with fewer neurons was ever measured"
-    if side_width(teacher.config):
-        return f"most of a {kind} is tables with a row for each token"
-    return ""
 
 
 def sizes_of(
@@ -162,10 +151,12 @@ def sizes_of(
     most_bytes = cli.parse_bytes(asked.bytes, "--bytes")
     if shape_search.within(config, sizes, most_bytes):
         return sizes
-    why = whole_ffn(teacher, streams=streams)
-    if not why:
+    # No student with fewer neurons was measured where a family reads in order; where tokens have
+    # rows of their own in each block, tables are most of a model.
+    whole = streams or reads_in_order(config) or side_width(config)
+    if not whole:
         sizes = {**shape_search.axis_sizes(config, vocab, ffn=True), "vocab": sizes["vocab"]}
-    if why or not shape_search.within(config, sizes, most_bytes):
+    if whole or not shape_search.within(config, sizes, most_bytes):
         raise shape_search.too_few_bytes(config, sizes, asked.bytes, most_bytes)
     cli.say("tokens and bits alone do not get that small: the FFN may be cut, too")
     return sizes

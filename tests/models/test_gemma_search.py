@@ -4,7 +4,6 @@ search goes from end to end.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,20 +67,6 @@ def shape_product(size: tuple[int, ...]) -> int:
     for length in size:
         total *= length
     return total
-
-
-def test_no_student_is_larger_than_thought() -> None:
-    """Whichever blocks a cut in depth takes."""
-    config = {**tiny.CONFIG, **tiny.FAMILIES["gemma4_text"], **WIDE}
-    fixed = arch.fixed_blocks(config)
-    shape = replace(shape_of(config), layers=6)
-    most = weight_count(shape_search.tensors_of(config, shape))
-    sizes = set[int]()
-    for gone in set(range(7)) - fixed:
-        kept = [i for i in range(7) if i != gone]
-        sizes.add(arch.params(arch.student_config(config, shape, kept)))
-    assert len(sizes) > 1
-    assert max(sizes) <= most
 
 
 def test_the_fewest_bits_count_small_matrices() -> None:
