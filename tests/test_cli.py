@@ -349,7 +349,7 @@ def test_progress_is_quiet_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr()
     assert (shown.out, shown.err) == (
         "",
-        "distil 3/3 loss 2.500  250 tok/s  3 MiB  clipped 9.0 to 4.0\n",
+        "distil 3/3  loss 2.500  250 tok/s  3 MiB  clipped 9.0 to 4.0\n",
     )
 
 

@@ -1,69 +1,48 @@
 """What moves while a command works: a bar on a terminal, elsewhere a line every 10 s.
 
-It shows what is done and the time left of phase and run. There is one display at a time, of a run
-and the phases and loops in it. Of the plan it knows only the seconds.
+It shows what is done and the time left. There is one display at a time, of a run and the phases and
+loops in it; rich counts and draws. Of the plan it knows only the seconds.
 """
 
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 import mlx.core as mx
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TextColumn
 
 from mis_mlx import cli
 from mis_mlx.hardware import macos
-from mis_mlx.reporting.time_left import Pace, ShownEstimate
 from mis_mlx.types import duration, gib
 
 EVERY_S = 10.0  # between two lines where there is no terminal
+PACE_S = 300.0  # a loop's pace is that of so many seconds
 Show = Callable[..., None]  # (done, text="")
 
 
 @dataclass(eq=False)
 class Level:
-    """A run, a phase or a loop.
-
-    total: 0 where it is not counted. whole: a loop that is all of its phase.
-    """
+    """A run, a phase or a loop. whole: a loop that is all of its phase; task: rich's count."""
 
     label: str
-    total: int
-    began_s: float
+    task: Task
     whole: bool = False
-    done: int = 0
-    pace: Pace | None = None  # from the first turn on
     text: str = ""
 
-    def advance(self, done: int, text: str, now_s: float) -> None:
-        """So many turns are done now. A run that goes on begins with some of them."""
-        if self.pace is None:
-            self.pace = Pace(self.began_s, first=max(0, done - 1))
-        self.pace.note(done, now_s)
-        self.done = done
-        self.text = text
-
-    def left_s(self, now_s: float) -> float | None:
-        """Seconds to its end by its pace; None: unknown."""
-        return self.pace.left_s(self.total, now_s) if self.pace else None
-
-    def speed(self, now_s: float) -> str:
-        """'0.3/s'; before the first turn has ended, and where none is counted, the time so far."""
-        turn_s = self.pace.turn_s(now_s) if self.pace else None
-        if not turn_s:
-            return f"{duration(now_s - self.began_s)} so far"
-        if turn_s > 0.1:
-            return f"{1 / turn_s:.1f}/s"
-        return f"{1 / turn_s:.0f}/s"
-
-    def count(self) -> str:
-        """'block 3/30'; the label alone where it is not counted."""
-        if not self.total:
-            return self.label
-        return f"{self.label} {self.done}/{self.total}"
+    def words(self) -> str:
+        """What the loop says of its last turn; else its rate, or the time so far, and memory."""
+        if self.text:
+            return self.text
+        pace = f"{duration(self.task.elapsed or 0.0)} so far"
+        if self.task.speed:
+            pace = (
+                f"{self.task.speed:.1f}/s" if self.task.speed < 10 else f"{self.task.speed:.0f}/s"
+            )
+        return f"{pace}  {gib(mx.get_active_memory())}"
 
 
 def promise(seconds: float) -> str:
@@ -85,11 +64,23 @@ class Display:
     clock: Callable[[], float] = time.monotonic
     levels: list[Level] = field(default_factory=list)
     took: dict[str, float] = field(default_factory=dict)
-    # seconds left, as shown, by phase or loop; "": of the run
-    shown: dict[str, ShownEstimate] = field(default_factory=dict)
-    bar: Any = None
+    most: dict[str, float] = field(default_factory=dict)  # share done, as shown, by phase
     # what the loop that is all of a phase said at its end; None outside of phases
     last: str | None = None
+
+    def __post_init__(self) -> None:
+        # What is printed meanwhile goes above the bar; but into a file that stdout is, and not to
+        # the terminal.
+        self.counts = Progress(get_time=self.clock, speed_estimate_period=PACE_S, disable=True)
+        self.bar = Progress(
+            SpinnerColumn(),
+            BarColumn(20),
+            TextColumn("{task.description}", markup=False),
+            console=Console(stderr=True),
+            redirect_stdout=sys.stdout.isatty(),
+            auto_refresh=False,
+            disable=bool(cli.rank()) or not sys.stderr.isatty(),
+        )
 
     def takes(self, outcome: str) -> bool:
         """Keep what a phase led to for the line of its end; False outside of phases."""
@@ -104,188 +95,132 @@ class Display:
 
         So a short phase that took four times as long says little of a long one.
         """
-        seconds = 0.0
-        for name, planned_s in self.planned.items():
-            seconds += self.took.get(name, planned_s)
+        seconds = sum(self.took.get(name, planned_s) for name, planned_s in self.planned.items())
         return seconds / (sum(self.planned.values()) or 1.0)
 
-    def later_s(self, phase: str) -> float:
-        """Seconds of all phases after this one."""
-        names = list(self.planned)
-        if phase not in names:
-            return 0.0
-        later = names[names.index(phase) + 1 :]
-        return self.ratio * sum(self.planned[name] for name in later)
-
-    def left(self) -> tuple[float | None, float | None]:
-        """Seconds that are left of (phase or loop, run); None: unknown.
-
-        By the pace of the loop. A phase of several loops: by the plan, for each of them has a pace
-        of its own.
-        """
-        now = self.clock()
-        rest = None
-        loop = self._outermost_loop()
-        if loop:
-            rest = loop.left_s(now)
-        phase = self._phase()
-        if phase is None:
-            # Before the first phase, or between two.
-            ahead = sum(seconds for name, seconds in self.planned.items() if name not in self.took)
-            return (None, self.ratio * ahead or None) if self.planned else (rest, None)
-        if rest is None or loop is None or loop.label != phase.label:
-            rest = self.ratio * self.planned[phase.label] - (now - phase.began_s)
-        later = self.later_s(phase.label)
-        if rest > 0:
-            return rest, rest + later
-        return None, later or None  # it takes longer than planned
-
     def _phase(self) -> Level | None:
-        """The planned phase that is under way, if there is one.
+        """The planned phase that is under way: the innermost, for a run may have its name."""
+        planned = [level for level in self.levels if level.label in self.planned]
+        return next((level for level in reversed(planned) if level.task.total is None), None)
 
-        The innermost: a run may have the name of one of its phases.
-        """
-        planned = (level for level in reversed(self.levels) if level.label in self.planned)
-        return next((level for level in planned if not level.total), None)
-
-    def _outermost_loop(self) -> Level | None:
-        return next((level for level in self.levels if level.total), None)
-
-    def _named(self) -> tuple[Level, str]:
-        """(the level whose speed a line tells, the line's first words): of one level or two.
-
-        A phase of several loops counts none of them; only where nothing is planned, so that no time
-        is known, the outermost one is counted.
+    def _counted(self) -> Level | None:
+        """The loop whose turns are counted: all of its phase, or the outermost where nothing is
+        planned. A phase of several loops counts none: each has a pace of its own.
         """
         phase = self._phase()
-        levels = list(self.levels)
-        outer = phase or levels[0]
-        loop = next((level for level in levels[1:] if level.total), None)
-        if loop is None or (self.planned and phase is None):
-            return outer, outer.label
-        if loop.label == outer.label:  # all of the phase
-            return loop, loop.count()
+        loop = next((level for level in self.levels if level.task.total is not None), None)
+        if loop is None or (self.planned and (phase is None or phase.label != loop.label)):
+            return None
+        return loop
+
+    def left_s(self) -> float | None:
+        """Seconds to the run's end, or to a loop's where nothing is planned; None: unknown."""
+        loop = self._counted()
+        rest = loop.task.time_remaining if loop else None
         if not self.planned:
-            return loop, f"{outer.label}, {loop.count()}"
-        if loop.whole:
-            return outer, f"{outer.label}: {loop.label}"
-        return outer, outer.label
+            return rest
+        phase = self._phase()
+        if phase is None:  # before the first phase, or between two
+            ahead = sum(seconds for name, seconds in self.planned.items() if name not in self.took)
+            return self.ratio * ahead or None
+        names = list(self.planned)
+        later = sum(self.planned[name] for name in names[names.index(phase.label) + 1 :])
+        if rest is None:
+            rest = self.ratio * self.planned[phase.label] - (phase.task.elapsed or 0.0)
+        return self.ratio * later + rest if rest > 0 else None
 
-    def _time_left(self, label: str) -> str:
-        """'about 4.1 min left': of the run, or of a loop outside of runs; '': it is not known."""
-        phase, run = self.left()
-        late = phase is None and label in self.planned
-        of_run = run is not None
-        left = run if of_run else phase
-        if left is None:
-            return "longer than planned" if late else ""
-        shown = self.shown.setdefault("" if of_run else label, ShownEstimate())
-        words = f"about {duration(shown.update(left, self.clock()))}"
-        return f"longer than planned, then {words}" if late else f"{words} left"
+    def _head(self) -> str:
+        """The phase, how much of it is done, and the loop in it that has a name of its own."""
+        phase, loop = self._phase(), self._counted()
+        outer = phase or self.levels[0]
+        if loop:
+            count = f"{loop.label} {loop.task.completed:.0f}/{loop.task.total:.0f}"
+            return count if outer.label == loop.label else f"{outer.label}, {count}"
+        head = outer.label
+        inner = next((level for level in self.levels if level.whole), None)
+        if inner and phase:
+            head += f": {inner.label}"
+        return head if phase is None else f"{head} {100 * self._share():.0f} %"
 
-    def _percent(self) -> str:
-        """' 62 %' of a phase that counts no turns; '' where its end is not known."""
-        total, done = self._share_done()
-        own, _ = self._named()
-        if own.total or not total or own.label not in self.planned:
-            return ""
-        return f" {min(done / total, 0.99):.0%}".replace("%", " %")
+    def _share(self) -> float:
+        """Share of the phase that is done; never less than was shown before."""
+        phase, loop = self._phase(), self._counted()
+        share = 0.0
+        if loop:
+            share = loop.task.percentage / 100
+        elif phase:
+            share = (phase.task.elapsed or 0.0) / (self.ratio * self.planned[phase.label] or 1.0)
+            self.most[phase.label] = max(min(share, 0.99), self.most.get(phase.label, 0.0))
+            share = self.most[phase.label]
+        return share
 
     def line(self) -> str:
         """What is done and how long yet; then what the loop says, or its rate and memory."""
-        own, head = self._named()
-        head += self._percent()
-        text = own.text
-        if not text:
-            text = f"{own.speed(self.clock())}  {gib(mx.get_active_memory())}"
-        if own.total and own.done >= own.total:
-            blank = " " if own.text else "  "
-            return f"{head}{blank}{text}".rstrip()
-        left = self._time_left(own.label)
-        return "  ".join(part for part in (head, left, text) if part)
-
-    def _share_done(self) -> tuple[float | None, float]:
-        """(total, done) for the bar: turns of the loop that is named, else seconds of the phase."""
-        own, _ = self._named()
-        if own.total:
-            return own.total, own.done
-        left_s, _ = self.left()
-        if left_s is None:
-            return None, 0.0
-        passed_s = self.clock() - own.began_s
-        return passed_s + left_s, passed_s
+        level = self._counted() or self._phase() or self.levels[0]
+        left_s = self.left_s()
+        left = f"about {duration(left_s)} left" if left_s is not None else ""
+        if left_s is None and self._phase():
+            left = "longer than planned"
+        if level.task.total and level.task.completed >= level.task.total:
+            left = ""
+        return "  ".join(part for part in (self._head(), left, level.words()) if part)
 
     def draw(self) -> None:
         """One line, or the bar anew."""
-        if self.bar is None:
+        if self.bar.disable:
             return cli.say(self.line())
-        total, completed = self._share_done()
-        self.bar.update(
-            self.bar.task_ids[0],
-            total=total,
-            completed=completed,
-            text=self.line(),
-        )
+        total = None if self._counted() is None and self._phase() is None else 1.0
+        row = self.bar.task_ids[0]
+        self.bar.update(row, total=total, completed=self._share(), description=self.line())
+        self.bar.refresh()
 
     @contextmanager
-    def level(self, label: str, total: int = 0, whole: bool = False) -> Iterator[Show]:
+    def level(self, label: str, total: int | None = None, whole: bool = False) -> Iterator[Show]:
         """`update(done, text)` of one more level, shown until the block ends."""
-        level = Level(label, total, self.clock(), whole)
+        number = self.counts.add_task(label, total=total)
+        level = Level(label, self.counts.tasks[-1], whole)
 
         def update(done: int, text: str = "") -> None:
-            level.advance(done, text, self.clock())
-            if self.bar is not None:
+            if not level.task.completed and done > 1:  # it goes on with some turns done before
+                level.task.completed = done - 1
+            self.counts.update(number, completed=done)
+            level.text = text
+            if not self.bar.disable:
                 self.draw()
 
         self.levels.append(level)
         try:
             yield update
-            own, _ = self._named()
-            if own is level and whole and level.done >= total:
+            if whole and self._counted() is level and level.task.finished:
                 if self.last is not None:
                     self.last = self.last or self.line()
-                elif self.bar is None:
+                elif self.bar.disable:
                     self.draw()
         finally:
-            self.shown.pop(label, None)
+            self.counts.remove_task(number)
             if level in self.levels:  # loops that run side by side end in any order
                 del self.levels[self.levels.index(level) :]
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """Draw all that happens in the block: every second at least on a terminal.
-
-        rich's bar is on stderr, if this is the process that speaks; else a line every EVERY_S.
-        """
+        """Draw all that happens in the block: every second on a terminal, else every EVERY_S."""
         over = threading.Event()
 
         def beat() -> None:
-            while not over.wait(EVERY_S if self.bar is None else 1.0):
+            while not over.wait(EVERY_S if self.bar.disable else 1.0):
                 # a closed pipe is the main thread's to notice
                 with suppress(OSError, ValueError, IndexError):
                     self.draw()
 
-        with ExitStack() as stack:
-            if not cli.rank() and sys.stderr.isatty():
-                from rich.console import Console
-                from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
-
-                # What is printed meanwhile goes above the bar; but into a file that stdout is, and
-                # not to the terminal.
-                bar = Progress(
-                    SpinnerColumn(),
-                    BarColumn(20),
-                    TextColumn("{task.fields[text]}"),
-                    console=Console(stderr=True),
-                    redirect_stdout=sys.stdout.isatty(),
-                )
-                self.bar = stack.enter_context(bar)
-                self.bar.add_task("", total=None, text="")
-            thread = threading.Thread(target=beat, daemon=True)
+        thread = threading.Thread(target=beat, daemon=True)
+        with self.bar:
+            self.bar.add_task("", total=None)
             thread.start()
-            stack.callback(thread.join)
-            stack.callback(over.set)  # the last one is called first
-            yield
+            try:
+                yield
+            finally:
+                over.set()
+                thread.join()
 
 
 @contextmanager
