@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -21,7 +18,6 @@ from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.writing import mlx_generate
-from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.types import GIB, Checkpoint, MisError
 from tests import tiny
@@ -198,13 +194,6 @@ def test_flags_from_yaml(
     assert last_line(done)["student"] == str(out / "model")
 
 
-def refused(out: Path, **changes: Any) -> str:
-    """What `--resume` says, in this process, when it may not go on."""
-    with pytest.raises(MisError) as caught:
-        distill.run(distill.Settings(out=str(out), resume=True, **changes))
-    return str(caught.value)
-
-
 @pytest.fixture
 def brief_talk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs and a cache of this test's own, few prompts, short answers, and a table of two of
@@ -355,39 +344,6 @@ def test_a_dry_run_says_that_the_teacher_would_answer_first(
         tmp_path / "cache",
         *(tmp_path / "cache").rglob("*"),
     }
-
-
-def test_a_run_in_use_is_refused(tmp_path: Path, finished: tuple[Path, Done]) -> None:
-    """Two on one folder: the second names the first's process and stops."""
-    out = shutil.copytree(finished[0], tmp_path / "run")
-    with protocol.lock(out):
-        assert f"is already in use by process {os.getpid()}" in refused(out)
-
-
-def test_a_resume_must_be_the_same_run(
-    tmp_path: Path, finished: tuple[Path, Done], llama: Checkpoint, text_folder: Path
-) -> None:
-    """A flag that differs is named with both values; other text and another teacher are refused."""
-    out = shutil.copytree(finished[0], tmp_path / "run")
-    assert "--learning-rate is 0.002, but the run has 0.01" in refused(out, learning_rate=2e-3)
-    with pytest.raises(MisError, match="is not empty: add --resume"):
-        distill.run(
-            distill.Settings(
-                teacher=str(llama.path), data=str(text_folder), max_seq_length=32, out=str(out)
-            )
-        )
-
-    config = (out / "config.yaml").read_text()
-    other = shutil.copytree(text_folder, tmp_path / "text")
-    rows = (other / "train.jsonl").read_text().splitlines()
-    (other / "train.jsonl").write_text("\n".join(rows[1:]) + "\n")
-    (out / "config.yaml").write_text(config.replace(str(text_folder), str(other)))
-    assert "The data changed" in refused(out)
-
-    stranger = tiny.make(tmp_path / "stranger", seed=1)  # the same config, other numbers
-    (out / "config.yaml").write_text(config.replace(str(llama.path), str(stranger)))
-    assert "The teacher changed" in refused(out)
-    assert weights(out) == weights(finished[0])
 
 
 @pytest.mark.thorough

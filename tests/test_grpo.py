@@ -6,9 +6,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import time
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -34,8 +31,8 @@ from mis_mlx.models.writing import mlx_generate
 from mis_mlx.models.writing.continuous_batch import Room
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
-from tests import forks, tiny
-from tests.conftest import Done, last_line, losses, mostly_thorough, settings_of
+from tests import tiny
+from tests.conftest import Done, last_line, mostly_thorough, settings_of
 
 # A reward that a model of random weights gets now and then: the share of letters that are small
 # vowels.
@@ -138,35 +135,6 @@ def test_end_to_end(undisturbed: tuple[Path, Done]) -> None:
     } <= names
     model, tokenizer = mlx_generate.open_model(compute_type.open_to_compute(out / "model"))
     assert len(list(mlx_generate.greedy(model, tokenizer.encode("how many"), 4))) == 4
-
-
-@pytest.mark.thorough
-def test_a_killed_run_ends_with_the_same_bits(
-    undisturbed: tuple[Path, Done],
-    small: tuple[object, ...],
-    tmp_path: Path,
-    own_home: dict[str, str],
-) -> None:
-    """SIGKILL after a checkpoint, --resume: the same samples are drawn again, weights and losses
-    are equal.
-    """
-    argv = ["-m", "mis_mlx.grpo", *small, "--out", tmp_path / "run"]
-    child = forks.start(argv, own_home, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while child.poll() is None and not (tmp_path / "run/steps/step-00000004").exists():
-        time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    assert not (tmp_path / "run/result.json").exists()
-    again = forks.run([*argv, "--resume"], own_home)
-    assert again.returncode == 0 and "continuing from step" in again.stderr, again.stderr
-    out = undisturbed[0]
-    assert (tmp_path / "run/model/model.safetensors").read_bytes() == (
-        out / "model/model.safetensors"
-    ).read_bytes()
-    assert losses(tmp_path / "run") == losses(out)
-    expected = set(map(json.dumps, run_folder.records(out / training.SAMPLES)))
-    samples = set(map(json.dumps, run_folder.records(tmp_path / "run" / training.SAMPLES)))
-    assert samples == expected
 
 
 def test_equal_rewards_leave_the_model_as_it_was(
@@ -413,7 +381,7 @@ def test_answers_that_nothing_could_match_are_named_in_time(
 def test_other_rewards_are_another_run(
     small: tuple[object, ...], folder: Path, tmp_path: Path
 ) -> None:
-    """--resume with another file of the same name, or another column of the data: refused."""
+    """--resume with another file of the same name: refused."""
     data = tmp_path / "data"
     shutil.copytree(folder, data)
     file = data / "vowels.py"
@@ -423,12 +391,6 @@ def test_other_rewards_are_another_run(
     again = replace(settings, resume=True)
     file.write_text(VOWELS + "\n# counted anew\n")
     with pytest.raises(MisError, match="reward functions changed"):
-        grpo.run(again)
-    file.write_text(VOWELS)
-    rows = (data / "train.jsonl").read_text().splitlines()
-    first = {**json.loads(rows[0]), "hint": "u"}
-    (data / "train.jsonl").write_text("\n".join([json.dumps(first), *rows[1:]]) + "\n")
-    with pytest.raises(MisError, match="data changed"):
         grpo.run(again)
 
 

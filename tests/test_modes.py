@@ -1,16 +1,10 @@
-"""`distill` by every way of training: what the budget decides, what is stored, and exact resume in
-each phase.
-"""
+"""`distill` by every way of training: what the budget decides, and what is stored."""
 
 from __future__ import annotations
 
 import json
 import runpy
-import signal
-import subprocess
-import time
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -21,7 +15,6 @@ from mis_mlx.models.opening import load
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage import run_folder, safetensors
 from mis_mlx.types import Checkpoint, MisError
-from tests import forks
 from tests.conftest import Done, mostly_slow
 
 ROOT = Path(__file__).parent.parent
@@ -52,9 +45,6 @@ WAYS: dict[str, tuple[object, ...]] = {
     "cached, tuned longer": ("--config", CACHED, "--quantize", 4, "--q-iters", 9),
 }
 QUICK = ("cached", "blocks", "tuned")
-# Every phase once; then training by each way of streaming; the others of the matrix are slow.
-KILLS = {("targets", "cached"), ("distil", "blocks"), ("tune", "tuned")}
-MORE = {("repair", "repaired"), ("distil", "sharded, live"), ("distil", "cached")}
 
 
 def weights(run: Path) -> bytes:
@@ -105,48 +95,6 @@ def test_every_way_ends_in_an_ordinary_model(
     ]
     assert (out / "targets").exists() == (CACHED in WAYS[way])
     load.mlx_lm("utils").load(str(out / "model"))
-
-
-@pytest.mark.parametrize(
-    ("word", "way"),
-    mostly_slow(
-        product(("targets", "repair", "distil", "tune"), WAYS),
-        *KILLS,
-        thorough=MORE,
-        of_several=True,
-    ),
-)
-def test_killed_in_any_phase_and_resumed(
-    tmp_path: Path,
-    whole: Callable[[str], tuple[Path, Done]],
-    llama: Checkpoint,
-    text_folder: Path,
-    way: str,
-    word: str,
-    command: Callable[..., Done],
-    own_home: dict[str, str],
-) -> None:
-    """SIGKILL as soon as a phase's files appear; --resume ends with the bits of the undisturbed
-    run.
-    """
-    signs = {"targets": "targets/part-*", "repair": "parts/*", "distil": "metrics.jsonl"}
-    signs["tune"] = pipeline.TUNE_LOG
-    sign = signs[word]
-    out = whole(way)[0]
-    run = tmp_path / "run"
-    if not list(out.glob(sign)):
-        pytest.skip(f"{way} has no phase {word}")
-    flags = ("--teacher", llama.path, "--data", text_folder, *FLAGS, *WAYS[way], "--out", run)
-    line = ["-m", "mis_mlx.distill", *flags]
-    nowhere = subprocess.DEVNULL
-    job = forks.start(line, own_home, stdout=nowhere, stderr=nowhere)
-    while not list(run.glob(sign)) and job.poll() is None:
-        time.sleep(0.002)
-    job.send_signal(signal.SIGKILL)
-    job.wait()
-    done = command("distill", "--out", run, "--resume")
-    assert done.returncode == 0, done.stderr
-    assert weights(run) == weights(out)
 
 
 def test_a_frozen_vocabulary_stays_as_it_is(whole: Callable[[str], tuple[Path, Done]]) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -160,37 +157,6 @@ def test_end_to_end(undisturbed: tuple[Path, Done], llama: Checkpoint, answers: 
     assert (out / "result.json").is_file()
 
 
-def test_a_stopped_run_ends_with_the_same_bits(
-    undisturbed: tuple[Path, Done], tmp_path: Path, small: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """SIGTERM between checkpoints saves one more, which is not measured: the best is looked for
-    where it always is.
-    """
-    settings = settings_of(sft, small, tmp_path / "run")
-    drawn = padded_rows.drawn_indices
-
-    def stopping(lengths: Sequence[int], recipe: TrainingConfig, step: int) -> list[np.ndarray]:
-        if step == 2 and not settings.resume:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return drawn(lengths, recipe, step)
-
-    monkeypatch.setattr(padded_rows, "drawn_indices", stopping)
-    with pytest.raises(MisError, match="stopped at step 3 of 6; everything is saved"):
-        sft.run(settings)
-    settings = settings.with_values(resume=True)
-    result = sft.run(settings)
-    assert (tmp_path / "run/model/model.safetensors").read_bytes() == (
-        undisturbed[0] / "model/model.safetensors"
-    ).read_bytes()
-    assert [r["number"] for r in run_folder.records(tmp_path / "run" / alignment_run.HELD_OUT)] == [
-        0,
-        2,
-        4,
-        6,
-    ]
-    assert result["best_step"] == last_line(undisturbed[1])["best_step"]
-
-
 def test_the_best_checkpoint_is_kept_when_training_goes_wrong(small: Any, tmp_path: Path) -> None:
     """A rate that ruins the model: the result is the best there was, not the last."""
     result = sft.run(settings_of(sft, small, tmp_path / "run", learning_rate=0.5))
@@ -343,12 +309,3 @@ def test_refusals_are_sentences(
     """What makes no sense."""
     with pytest.raises(MisError, match=why):
         sft.run(settings_of(sft, small, tmp_path / "run", **changes))
-
-
-def test_a_resume_with_other_settings_is_refused(
-    undisturbed: tuple[Path, Done], small: Any
-) -> None:
-    """--save-every counts here: the best checkpoint is looked for by it."""
-    settings = settings_of(sft, small, undisturbed[0], resume=True, save_every=3)
-    with pytest.raises(MisError, match="--save-every is 3, but the run has 2"):
-        sft.run(settings)

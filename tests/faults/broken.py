@@ -5,6 +5,7 @@ nobody is left out.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +25,7 @@ OPERATIONS = (
     "remove_tree",
 )
 KILLED = "killed"
+ASKED = "asked to stop"
 
 
 class Killed(BaseException):
@@ -61,7 +63,8 @@ def breaking(at: int, fate: int | str) -> Iterator[list[str]]:
     """Operation `at` (from 1; 0 is never) fails when half done. Yields the names of the operations
     asked for.
 
-    fate: an errno, of that one operation; or KILLED: that one and all that come raise `Killed`.
+    fate: an errno, of that one operation; KILLED: that one and all that come raise `Killed`; or
+    ASKED: it is done, and this process gets SIGTERM.
     """
     done: list[str] = []
 
@@ -70,6 +73,9 @@ def breaking(at: int, fate: int | str) -> Iterator[list[str]]:
             done.append(name)
             number = len(done)
             if not at or number < at or (number > at and fate != KILLED):
+                return do(files, *arguments)
+            if fate == ASKED:
+                os.kill(os.getpid(), signal.SIGTERM)
                 return do(files, *arguments)
             if number == at:
                 half(name, do, files, arguments)

@@ -23,7 +23,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx import distill, export, prune, quantize, sft
+from mis_mlx import distill, dpo, export, grpo, prune, quantize, sft
+from mis_mlx.alignment import alignment_run
 from mis_mlx.distillation import packed_student, pipeline, strategies
 from mis_mlx.quantization import begun_rounding
 from mis_mlx.storage import checkpoint as protocol
@@ -33,6 +34,11 @@ from mis_mlx.storage.hidden_spool import Spool
 from tests import tiny
 
 Outcome = dict[str, str]
+# a reward that a model of random weights gets now and then
+VOWELS = """
+def vowels(prompts, completions, answer):
+    return [sum(c in "aeiouy" for c in text) / max(1, len(text)) for text in completions]
+"""
 LOSSES = "losses"  # in an outcome: of a power cut they may miss some, whose lines were not synced
 # of the logit store
 WINDOWS = 6
@@ -74,9 +80,18 @@ def made(root: Path) -> tuple[Path, Path]:
         rows = [json.dumps({"text": topics[name][:1500]}) for name in chosen]
         (text / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
     (root / "lessons").mkdir()
+    (root / "lessons" / "vowels.py").write_text(VOWELS)
     for split, chosen in (("train", names[:8]), ("valid", names[30:32])):
         taught = [
-            json.dumps({"prompt": f"What is {name}?", "completion": topics[name][:80]})
+            json.dumps(
+                {
+                    "prompt": f"What is {name}?",
+                    "completion": topics[name][:80],
+                    "chosen": topics[name][:80],
+                    "rejected": f"Nobody knows {name}",
+                    "answer": "5",
+                }
+            )
             for name in chosen
         ]
         (root / "lessons" / f"{split}.jsonl").write_text("\n".join(taught) + "\n")
@@ -130,7 +145,14 @@ def jobs(model: Path, text: Path) -> dict[str, Job]:
         "data": str(text.parent / "lessons"),
         "max_seq_length": 128,
     }
-    taught |= {"iters": 3, "save_every": 1}
+    taught |= {"iters": 3, "save_every": 2, "eval_rows": 2}
+    answered: dict[str, Any] = {
+        **taught,
+        "group_size": 4,
+        "grad_accumulation_steps": 2,
+        "max_completion_length": 8,
+        "reward_functions_file": str(text.parent / "lessons" / "vowels.py"),
+    }
 
     makers: dict[str, Callable[[Path], None]] = {
         "prune": pruned,
@@ -150,7 +172,10 @@ def jobs(model: Path, text: Path) -> dict[str, Job]:
             "distill, block by block", _running(distill, {**asked, "train": "sharded"}), _distilled
         ),
         Job("distill, scales on disk", _with_scales_on_disk(_running(distill, asked)), _distilled),
+        Job("distill, blocks in turn", _running(distill, {**asked, "train": "blocks"}), _distilled),
         Job("sft", _running(sft, taught), _distilled),
+        Job("dpo", _running(dpo, taught), _distilled),
+        Job("grpo", _running(grpo, answered), _distilled),
         Job("logit store", _store, lambda place: contents(place / "targets")),
         Job("spool", _spool, lambda place: contents(place)),
     ]
@@ -194,12 +219,13 @@ def _distilled(place: Path) -> Outcome:
     """The models that a run wrote, and every loss on the way."""
     out = place / "run"
     losses = [(r["number"], r["loss"], r["grad_norm"]) for r in run_folder.metrics(out)]
+    held_out = {r["number"]: r["loss"] for r in run_folder.records(out / alignment_run.HELD_OUT)}
     whole = {}
     for name in ("pruned", "distilled", "model"):
         files = contents(out / name)
         files.pop("README.md", None)
         whole |= {f"{name}/{file}": value for file, value in files.items()}
-    return {**whole, LOSSES: sha256(json.dumps(losses).encode())}
+    return {**whole, LOSSES: sha256(json.dumps([losses, sorted(held_out.items())]).encode())}
 
 
 def _store(place: Path) -> None:

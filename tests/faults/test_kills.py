@@ -2,7 +2,7 @@
 an undisturbed one.
 
 The processes are forks of one that has imported everything, so that a kill hits the work and not an
-import. `tests/test_distill_kills.py` kills the command as a user starts it.
+import.
 """
 
 from __future__ import annotations

@@ -33,10 +33,14 @@ LONG = (
     "distill, targets on disk",
     "distill, scales on disk",
     "distill, block by block",
+    "distill, blocks in turn",
     "sft",
+    "dpo",
+    "grpo",
 )
 ONCE = [name for name in SHORT if name != TUNED]
-FEW = 3  # operations of a long job in the quick run
+QUICK = (TUNED, "sft", "dpo")
+FEW = 4  # operations of a long job in the quick run
 # Operations at which a job is stopped and gone on with in the slow run, spread over all it has. A
 # job has up to a thousand, and some seconds for each would make a day of it.
 EACH = 60
@@ -50,7 +54,7 @@ def test_whichever_operation_fails_nothing_is_lost(name: str, bench: Benches) ->
     b = bench(name)
     fates = list(FATES.values())
     for at in range(1, b.operations + 1):
-        b.operation(at, fates[at % 3])
+        b.operation(at, fates[at % len(fates)])
     assert not b.bad
     assert b.ends["said so"] > 0
     assert b.ends["killed"] > 0
@@ -60,7 +64,7 @@ def test_whichever_operation_fails_nothing_is_lost(name: str, bench: Benches) ->
     "name",
     mostly_slow(
         (TUNED, *LONG),
-        TUNED,
+        *QUICK,
         thorough=set(LONG) - {"distill, targets on disk"},
     ),
 )
@@ -69,7 +73,7 @@ def test_a_run_goes_on_after_any_operation(name: str, bench: Benches) -> None:
     b = bench(name)
     fates = list(FATES.values())
     for i in range(FEW):
-        b.operation(1 + (2 * i + 1) * b.operations // (2 * FEW), fates[i % 3])
+        b.operation(1 + (2 * i + 1) * b.operations // (2 * FEW), fates[i])
     assert not b.bad
 
 

@@ -27,7 +27,7 @@ from mis_mlx.planner import estimates
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import LEFTOVER, Files
 from mis_mlx.types import MisError
-from tests.faults.broken import KILLED, Killed, breaking, changed, half
+from tests.faults.broken import ASKED, KILLED, Killed, breaking, changed, half
 from tests.faults.jobs import (
     LOSSES,
     Job,
@@ -46,6 +46,7 @@ FATES: dict[str, int | str] = {
     "disk full": errno.ENOSPC,
     "I/O error": errno.EIO,
     "end of the process": KILLED,
+    "SIGTERM": ASKED,
 }
 
 
@@ -97,17 +98,20 @@ class Bench:
         """Operation `at` fails."""
         place = clean(self.place)
         said = list[Said]()
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         with acknowledged(said.append), breaking(at, fate):
             try:
                 self.job.run(place)
                 ended = "went on"
-            except Killed:
+            except (Killed, KeyboardInterrupt):
                 ended = "killed"
             except MisError:
                 ended = "said so"
             except Exception as error:
                 ended = "a traceback"
                 self.bad.append(f"operation {at}, {fate}: {type(error).__name__}: {error}")
+            finally:
+                signal.signal(signal.SIGTERM, before)
         self._judge(f"operation {at}, {fate}", ended, said, place)
 
     def ends_at_each(self, resumed: int) -> None:

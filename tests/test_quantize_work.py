@@ -1,0 +1,141 @@
+"""`quantize` says first what it takes, and how it goes on; a finished work is only moved."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mis_mlx import quantize
+from mis_mlx.compute import precision
+from mis_mlx.storage import run_folder
+from mis_mlx.storage.files import DISK
+from mis_mlx.types import Checkpoint, MisError
+from tests import forks, tiny
+from tests.conftest import Done, sentence
+
+BRIEF = ("--num-samples", 8, "--max-seq-length", 32)
+STEPS = ("--q-iters", 12, "--save-every", 2)
+LIVE = "1GiB"
+# Holds the student and its steps, but not the teacher beside them; of a GPU the plan says 47 MiB.
+SMALL = "46MiB" if precision.usual_dtype() == mx.float32 else "48MiB"
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of six blocks."""
+    return tiny.make(tmp_path_factory.mktemp("models") / "deep", num_hidden_layers=6)
+
+
+@pytest.fixture(scope="module")
+def asked(
+    deep: Path, text_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[object, ...]:
+    """Flags of a rounding by GPTQ in measured bits, whose scales then learn from a wide model."""
+    sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 2048}
+    wide = tiny.make(tmp_path_factory.mktemp("models") / "wide", num_hidden_layers=6, **sizes)
+    return ("--model", deep, "--teacher", wide, "--data", text_folder, *BRIEF, *STEPS)
+
+
+@pytest.mark.thorough
+def test_a_ctrl_c_ends_with_the_line_that_continues(
+    tmp_path: Path, asked: tuple[object, ...], own_home: dict[str, str]
+) -> None:
+    """During rounding and during the steps; each line works as it was said."""
+    out = tmp_path / "out"
+    line: list[object] = ["-m", "mis_mlx.quantize", *asked, "--mlx-path", out]
+    pipe = subprocess.PIPE
+    for begun in ("rounding/blocks/step-00000001", "tune-steps/step-00000002"):
+        process = forks.start(line, own_home, stdout=pipe, stderr=pipe)
+        while not (tmp_path / "out-unfinished" / begun).exists() and process.poll() is None:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 130, said
+        assert said is not None
+        python, *line = shlex.split(said.splitlines()[-1].partition("continue with ")[2])
+        assert python.endswith("python")
+    done = forks.run(line, own_home)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["mlx_path"] == str(out)
+
+
+@pytest.mark.parametrize(
+    ("budget", "phases"),
+    [
+        pytest.param(LIVE, ["quantize", "distil scales"], marks=pytest.mark.thorough),
+        (SMALL, ["quantize", "logit store", "distil scales"]),
+    ],
+)
+def test_a_dry_run_says_what_it_takes_and_writes_nothing(
+    tmp_path: Path,
+    asked: tuple[object, ...],
+    budget: str,
+    phases: list[str],
+    in_process: Callable[..., Done],
+) -> None:
+    """The phases, in their order; the teacher's tokens go to disk where it does not fit."""
+    place = ("--mlx-path", tmp_path / "out", "--budget", budget)
+    done = in_process("quantize", *asked, *place, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout.splitlines()[-1])
+    assert list(plan["phases"]) == phases
+    assert 0 < plan["peak_bytes"] <= plan["budget_bytes"]
+    assert plan["disk_bytes"] > 0
+    assert plan["seconds"] >= 0
+    for phase in phases:
+        assert f"{phase} " in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_budget_without_room_for_a_block_names_one_that_has(
+    tmp_path: Path, asked: tuple[object, ...], in_process: Callable[..., Done]
+) -> None:
+    """The budget of the sentence is enough, and nothing was written before."""
+    flags = ("quantize", *asked, "--mlx-path", tmp_path / "out")
+    said = sentence(in_process(*flags, "--budget", "6MiB"))
+    enough = re.findall(r"give --budget (\w+)", said)[-1]
+    assert not list(tmp_path.iterdir())
+    assert in_process(*flags, "--budget", enough, "--dry-run").returncode == 0
+
+
+def test_a_result_that_was_not_put_in_its_place(tmp_path: Path, llama: Checkpoint) -> None:
+    """Killed between the end of the work and the move: --resume only moves it, elsewhere too, and
+    onto nothing.
+    """
+    out = tmp_path / "out"
+    work = tmp_path / "out-unfinished"
+    plain = {"q_method": "round", "target_bpw": None}
+    settings = quantize.Settings(model=str(llama.path), mlx_path=str(out), **plain)
+    first = quantize.run(settings)
+    work.mkdir()
+    run_folder.begin(work, settings.given, {}, DISK)
+    (work / run_folder.RESULT).write_text(json.dumps(first))
+    out.rename(work / quantize.MODEL)
+    out.mkdir()
+    with pytest.raises(MisError, match="exists already"):
+        quantize.run(quantize.Settings(mlx_path=str(out), resume=True))
+    out.rmdir()
+    elsewhere = tmp_path / "elsewhere"
+    moved = quantize.Settings(out=str(work), mlx_path=str(elsewhere), resume=True)
+    assert quantize.run(moved) == {**first, "mlx_path": str(elsewhere)}
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
+
+
+def test_windows_that_are_not_there_leave_nothing(tmp_path: Path, llama: Checkpoint) -> None:
+    """A new work that is refused for its text is no work."""
+    with pytest.raises(MisError, match="nowhere"):
+        quantize.run(
+            quantize.Settings(
+                model=str(llama.path), data=str(tmp_path / "nowhere"), mlx_path=str(tmp_path / "o")
+            )
+        )
+    assert not list(tmp_path.iterdir())
