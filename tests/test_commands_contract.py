@@ -19,7 +19,7 @@ import pytest
 
 from mis_mlx import __main__, flag_help, thermal
 from mis_mlx.models.opening import load, model_size
-from mis_mlx.types import Checkpoint
+from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 from tests.conftest import Done, last_line, sentence
 
@@ -127,7 +127,9 @@ def asked(llama: Checkpoint, text_folder: Path, tmp_path: Path) -> Callable[[str
 
     def of(name: str, model: Path = llama.path) -> Any:
         known = names_of(name)
-        given: dict[str, Any] = {at(name): str(model), "dry_run": True, **MORE.get(name, {})}
+        given: dict[str, Any] = {at(name): str(model), **MORE.get(name, {})}
+        if "dry_run" in known:
+            given["dry_run"] = True
         if name in ROWS:
             given["data"] = str(tmp_path / "rows")
             (tmp_path / "rows").mkdir()
@@ -184,6 +186,66 @@ def test_what_does_not_fit_is_said_with_the_budget(
         said = sentence(done)
         assert "the budget is 1 MiB" in said and "--budget" in said
         assert "{" not in done.stdout
+    assert made(here) == []
+
+
+@pytest.mark.parametrize("name", [n for n in DRY if "budget" in names_of(n)])
+def test_no_budget_is_more_than_the_machine(
+    name: str, here: Path, asked: Callable[[str], Any]
+) -> None:
+    """Both numbers, and nothing is made."""
+    module: Any = importlib.import_module(f"mis_mlx.{name}")
+    with pytest.raises(MisError, match=r"900000\.00 GiB is more than the \d"):
+        module.run(asked(name).with_values(budget="900000GiB"))
+    assert made(here) == []
+
+
+# `evaluate` reads text where it is asked for losses
+@pytest.mark.parametrize("name", [n for n in DRY if "data" in names_of(n) and n != "evaluate"])
+def test_text_that_is_not_there_leaves_nothing(
+    name: str, here: Path, asked: Callable[[str], Any]
+) -> None:
+    """No run that --resume would find, and no folder."""
+    module: Any = importlib.import_module(f"mis_mlx.{name}")
+    with pytest.raises(MisError, match="no-such-text"):
+        module.run(asked(name).with_values(data="no-such-text", dry_run=False))
+    assert not set(made(here)) - {"runs"}
+
+
+# (command, what is changed, what the sentence must hold)
+REFUSED: tuple[tuple[str, dict[str, Any], str], ...] = (
+    ("sft", {"iters": 0}, "--iters is 0.* 1 "),
+    ("sft", {"max_seq_length": 10_000}, " 512"),
+    ("sft", {"fine_tune_type": "lora", "num_layers": 9}, "--num-layers is 9.* 3"),
+    ("sft", {"fine_tune_type": "lora", "rank": 0}, "--rank is 0"),
+    ("dpo", {"beta": 0.0}, "--beta is 0.* 0"),
+    ("grpo", {"group_size": 1}, "--group-size is 1"),
+    ("grpo", {"max_completion_length": 128}, "--max-seq-length"),
+    ("grpo", {"max_completion_length": 127}, "128 .* 1 .*127"),
+    ("grpo", {"data": None, "tasks": "chess"}, "chess"),
+    ("prune", {"heads": 3}, "--heads 3 "),
+    ("prune", {"scenario": "none", "heads": 1}, "--heads 1 .* 2 "),
+    ("prune", {"scenario": "none", "hidden": 17}, " 17 .* 4 "),
+    ("quantize", {"target_bpw": 2.2}, "--target-bpw 2.2 .* 2.428"),
+    ("quantize", {"target_bpw": 8.9}, "--target-bpw 8.9 .* 64 "),
+    ("quantize", {"q_group_size": 128, "target_bpw": None}, " 64 .* 128.*--q-group-size 64"),
+    ("evaluate", {"tasks": ("answer",)}, "answers"),
+    ("evaluate", {"tasks": ("answers",)}, "chat template"),
+)
+
+
+@pytest.mark.parametrize(("name", "changes", "holds"), REFUSED)
+def test_numbers_that_cannot_be_are_refused_before_work(
+    name: str, changes: dict[str, Any], holds: str, here: Path, asked: Callable[[str], Any]
+) -> None:
+    """One sentence with what was given and what can be; nothing is made."""
+    module: Any = importlib.import_module(f"mis_mlx.{name}")
+    settings = asked(name)
+    if settings.given.get("dry_run"):
+        settings = settings.with_values(dry_run=False)
+    with pytest.raises(MisError, match=holds) as caught:
+        module.run(settings.with_values(**changes))
+    assert "\n" not in str(caught.value)
     assert made(here) == []
 
 

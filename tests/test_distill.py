@@ -19,7 +19,7 @@ from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.writing import mlx_generate
 from mis_mlx.storage import run_folder
-from mis_mlx.types import GIB, Checkpoint, MisError
+from mis_mlx.types import GIB, Checkpoint
 from tests import tiny
 from tests.conftest import (
     ITERS,
@@ -160,22 +160,6 @@ def test_its_config_gives_the_same_run_again(
     assert done.returncode == 0, done.stderr
     assert weights(tmp_path / "again") == weights(out)
     assert losses(tmp_path / "again") == losses(out)
-
-
-def test_a_dry_run_says_what_it_takes(
-    tmp_path: Path, flags: tuple[object, ...], in_process: Callable[..., Done]
-) -> None:
-    """The plan on stderr, the numbers on stdout; a budget beyond the machine is refused."""
-    done = in_process("distill", *flags, "--dry-run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    result = last_line(done)
-    assert 0 < result["peak_bytes"] < result["budget_bytes"]
-    assert result["params_student"] < result["params_teacher"]
-    assert "| all | " in done.stderr
-    assert " of 5.00 GiB |" in done.stderr
-    settings = settings_of(distill, flags, tmp_path / "run", budget="900000GiB")
-    with pytest.raises(MisError, match="is more than the"):
-        distill.run(settings)
 
 
 def test_flags_from_yaml(

@@ -23,7 +23,7 @@ from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
-from tests.conftest import Done, last_line, sentence
+from tests.conftest import Done, last_line
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}\n{{ m.content }}<|endoftext|>\n{% endfor %}"
@@ -106,21 +106,6 @@ def test_the_teacher_alone(chat: Path, in_process: Callable[..., Done]) -> None:
     assert done.returncode == 0, done.stderr
     assert "Answers in all languages to 4 held-out prompts" in done.stdout
     assert set(last_line(done)["answers"]) == {"prompts", "all"}
-
-
-def test_refusals_are_sentences(
-    llama: Checkpoint, chat: Path, in_process: Callable[..., Done]
-) -> None:
-    """A teacher without a chat template; too small a budget; a typo. Before any model is asked."""
-    bare = in_process("evaluate", "--teacher", llama.path, "--tasks", "answers")
-    poor = in_process("evaluate", "--teacher", chat, "--tasks", "answers", "--budget", "1MiB")
-    typo = in_process("evaluate", "--teacher", chat, "--tasks", "answer")
-
-    assert "has no chat template: answers are not judged; take a model that has one" in sentence(
-        bare
-    )
-    assert "the budget is 1 MiB: give --budget" in sentence(poor)
-    assert "did you mean answers" in sentence(typo)
 
 
 @pytest.mark.usefixtures("cache")

@@ -331,27 +331,6 @@ def test_the_plan_holds(small: tuple[object, ...], tmp_path: Path) -> None:
     assert max(m["peak_bytes"] for m in run_folder.metrics(out)) - before < planned["peak_bytes"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"group_size": 1}, "--group-size is 1"),
-        ({"max_completion_length": 48}, "leaves no room for a prompt"),
-        (
-            {"max_completion_length": 47},
-            "--max-seq-length 48 leaves it 1 next to --max-completion-length 47",
-        ),
-        ({"data": None, "tasks": "chess"}, "no tasks called chess"),
-    ],
-)
-def test_refusals(
-    small: tuple[object, ...], tmp_path: Path, changes: dict[str, Any], said: str
-) -> None:
-    """One sentence, before a run folder is made."""
-    with pytest.raises(MisError, match=said):
-        grpo.run(settings_of(grpo, small, tmp_path / "run", **changes))
-    assert not (tmp_path / "run").exists()
-
-
 def test_answers_that_nothing_could_match_are_named_in_time(
     tmp_path: Path, small: tuple[object, ...]
 ) -> None:

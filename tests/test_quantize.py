@@ -27,7 +27,7 @@ from mis_mlx.settings.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Budget, Checkpoint
 from tests import peaks, tiny
-from tests.conftest import Done, mostly_slow, sentence
+from tests.conftest import Done, mostly_slow
 from tests.peaks import allocated
 
 ROOT = Path(__file__).parents[1]
@@ -126,33 +126,6 @@ def test_gptq_on_fewer_windows_in_memory_gives_the_same_bits(
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_gptq_refusals_write_nothing(
-    tmp_path: Path, llama: Checkpoint, text_folder: Path, in_process: Callable[..., Done]
-) -> None:
-    """No text to look at; a budget that gram matrices do not fit, though plain rounding would;
-    quantized already.
-    """
-    flags = ("--data", text_folder, *GPTQ)
-    out = ("--mlx-path", tmp_path / "out")
-    assert "give 1 or more" in sentence(
-        in_process("quantize", "--model", llama.path, *out, *flags, "--num-samples", 0)
-    )
-    few = ("--budget", "10MiB")
-    assert (
-        in_process(
-            "quantize", "--model", llama.path, "--mlx-path", tmp_path / "plain", *PLAIN, *few
-        ).returncode
-        == 0
-    )
-    said = sentence(in_process("quantize", "--model", llama.path, *out, *flags, *few))
-    assert "quantize needs" in said
-    assert "the budget is 10 MiB: give --budget" in said
-    assert "or --q-method round" in said
-    said = sentence(in_process("quantize", "--model", tmp_path / "plain", *out, *flags))
-    assert "quantized already" in said
-    assert [p.name for p in tmp_path.iterdir()] == ["plain"]
-
-
 @pytest.mark.parametrize(
     "kind",
     mostly_slow(product((1024, 512), ("F32", "BF16")), (512, "BF16"), thorough=[(1024, "F32")]),
@@ -219,35 +192,6 @@ def test_mixed_bits_and_steps_end_to_end(
     assert set(nats[path]) == {"3/64", "4/64", "5/64", "6/64", "8/64"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["own", "plain", "taught"]
     mlx_generate.open_model(compute_type.open_to_compute(tmp_path / "own"))
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (("--target-bpw", 2.2), "--target-bpw 2.2 is below 2.428"),
-        (
-            ("--q-group-size", 128),
-            "rows of 64 weights, which are not divisible by 128: use --q-group-size 64",
-        ),
-        (
-            ("--q-method", "round", "--target-bpw", "None", "--q-iters", 3, "--budget", "3MiB"),
-            "but the budget is 3 MiB",
-        ),
-    ],
-)
-def test_flags_that_cannot_be(
-    tmp_path: Path,
-    llama: Checkpoint,
-    text_folder: Path,
-    in_process: Callable[..., Done],
-    flags: tuple[object, ...],
-    words: str,
-) -> None:
-    """One sentence each, and nothing written."""
-    where = ("--model", llama.path, "--data", text_folder, "--mlx-path", tmp_path / "out", *GPTQ)
-    said = sentence(in_process("quantize", *where, *flags))
-    assert words in said
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.thorough

@@ -128,14 +128,3 @@ def test_a_result_that_was_not_put_in_its_place(tmp_path: Path, llama: Checkpoin
     moved = quantize.Settings(out=str(work), mlx_path=str(elsewhere), resume=True)
     assert quantize.run(moved) == {**first, "mlx_path": str(elsewhere)}
     assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
-
-
-def test_windows_that_are_not_there_leave_nothing(tmp_path: Path, llama: Checkpoint) -> None:
-    """A new work that is refused for its text is no work."""
-    with pytest.raises(MisError, match="nowhere"):
-        quantize.run(
-            quantize.Settings(
-                model=str(llama.path), data=str(tmp_path / "nowhere"), mlx_path=str(tmp_path / "o")
-            )
-        )
-    assert not list(tmp_path.iterdir())

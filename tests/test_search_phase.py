@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from mis_mlx import distill
 from mis_mlx.models.architectures import arch
 from mis_mlx.size_search import candidates
 from mis_mlx.storage import run_folder
-from mis_mlx.types import Checkpoint, MisError
+from mis_mlx.types import Checkpoint
 from tests import forks, tiny
 from tests.conftest import Done, last_line, weights
 
@@ -135,15 +134,3 @@ def test_the_line_that_a_stop_leaves_can_be_pasted(
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["run"] == str(run)
     assert weights(run) == weights(whole[0])
-
-
-def test_a_refusal_leaves_no_run(
-    tmp_path: Path, llama: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Text that is not there: nothing that --resume would find, with a search and without."""
-    monkeypatch.chdir(tmp_path)
-    plain = distill.Settings(teacher=str(llama.path), data="nowhere")
-    for settings in (plain.with_values(lose=0.03), plain.with_values(scenario="gazda")):
-        with pytest.raises(MisError, match="nowhere"):
-            distill.run(settings)
-    assert not list((tmp_path / "runs").glob("*"))

@@ -246,15 +246,6 @@ def test_packed_weights_in_memory_take_adapters(
     assert any(float(mx.abs(g).max()) > 0 for name, g in flat.items() if name.endswith("lora_b"))
 
 
-def test_without_room_adapters_are_the_way_out(small: Any, tmp_path: Path) -> None:
-    """Both numbers, the budget and the kind of training that takes less."""
-    with pytest.raises(
-        MisError,
-        match="sft needs .* the budget is 8 MiB: give --budget .*, or use --fine-tune-type",
-    ):
-        sft.run(settings_of(sft, small, tmp_path / "run", budget="8MiB"))
-
-
 def test_steps_are_cut_where_memory_is_short_and_stay_so(small: Any, tmp_path: Path) -> None:
     """A budget for one row at a time: the same step to rounding, in four parts; resumed under a big
     one, still so.
@@ -292,20 +283,3 @@ def test_the_plan_holds(undisturbed: tuple[Path, Done], small: Any) -> None:
     planned = alignment_run.training_cost(s, checkpoint, s.batch_size, 96).peak_bytes
     held = max(r["peak_bytes"] for r in run_folder.metrics(undisturbed[0]))
     assert held <= planned < 3 * held
-
-
-@pytest.mark.parametrize(
-    ("changes", "why"),
-    [
-        ({"iters": 0}, "--iters is 0: give 1 or more"),
-        ({"max_seq_length": 10_000}, "the model's window is 512"),
-        ({"fine_tune_type": "lora", "num_layers": 9}, "--num-layers is 9, but the model has 3"),
-        ({"fine_tune_type": "lora", "rank": 0}, "--rank is 0"),
-    ],
-)
-def test_refusals_are_sentences(
-    changes: dict[str, Any], why: str, small: Any, tmp_path: Path
-) -> None:
-    """What makes no sense."""
-    with pytest.raises(MisError, match=why):
-        sft.run(settings_of(sft, small, tmp_path / "run", **changes))
