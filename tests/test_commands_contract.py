@@ -230,6 +230,9 @@ REFUSED: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("quantize", {"target_bpw": 8.9}, "--target-bpw 8.9 .* 64 "),
     ("quantize", {"q_group_size": 128, "target_bpw": None}, " 64 .* 128.*--q-group-size 64"),
     ("evaluate", {"tasks": ("answer",)}, "answers"),
+    ("evaluate", {"tasks": ("logik",)}, "logic"),
+    ("evaluate", {"num_questions": 1}, "--num-questions is 1.* 2 "),
+    ("generate", {"max_tokens": 0}, "--max-tokens is 0.* 1 "),
     ("evaluate", {"tasks": ("answers",)}, "chat template"),
 )
 

@@ -307,30 +307,6 @@ def test_without_conversations_or_questions(
 
 
 @pytest.mark.thorough
-@pytest.mark.usefixtures("brief_talk")
-def test_a_dry_run_says_that_the_teacher_would_answer_first(
-    tmp_path: Path, text_folder: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Of any --data, and of the built-in text, too; nothing is written."""
-    teacher = tiny.talking(tmp_path / "teacher")
-    before = set(tmp_path.rglob("*"))
-    for data in (("--data", text_folder), ()):
-        s = settings_of(
-            distill, ("--teacher", teacher, *data, *SMALL), tmp_path / "run", dry_run=True
-        )
-        assert distill.run(s)["peak_bytes"] > 0
-        assert "conversations: the teacher answers 24 prompts first" in capfd.readouterr().err
-    poor = settings_of(
-        distill, ("--teacher", teacher, *SMALL, "--budget", "1MiB"), tmp_path / "run", dry_run=True
-    )
-    assert distill.run(poor)["check_failed"]
-    assert set(tmp_path.rglob("*")) - before <= {
-        tmp_path / "cache",
-        *(tmp_path / "cache").rglob("*"),
-    }
-
-
-@pytest.mark.thorough
 def test_a_student_made_earlier(
     tmp_path: Path,
     finished: tuple[Path, Done],

@@ -139,8 +139,8 @@ def test_builtin_end_to_end(
 def test_refusals_of_tasks_are_sentences(
     tmp_path: Path, llama: Checkpoint, in_process: Callable[..., Done]
 ) -> None:
-    """Before any model is asked: a bad row, an empty file, a typo, a different tokenizer, too small
-    a budget. A dry run judges the same rows, and says questions, bytes and time.
+    """Before any model is asked: a bad row, an empty file, a different tokenizer. A dry run judges
+    the same rows, and says questions, bytes and time.
     """
     common = ("evaluate", "--teacher", llama.path)
     bad = {"question": "2 + 2?", "options": ["3", "5"], "answer": "4"}
@@ -150,7 +150,6 @@ def test_refusals_of_tasks_are_sentences(
     assert "quiz.jsonl line 1: the answer '4' is not one of its 2 options" in said
     (tmp_path / "bad" / "quiz.jsonl").write_text("")
     assert "quiz.jsonl is empty" in sentence(in_process(*common, "--tasks", tmp_path / "bad"))
-    assert "did you mean logic" in sentence(in_process(*common, "--tasks", "logik"))
     other = tiny.make(tmp_path / "other")
     (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + " ")
     assert "a different tokenizer" in sentence(
@@ -169,7 +168,4 @@ def test_refusals_of_tasks_are_sentences(
     assert (
         "--dry-run needs --tasks" in sentence(in_process(*common, "--dry-run"))
         and not (tmp_path / "none").exists()
-    )
-    assert "--num-questions is 1: give 2 or more" in sentence(
-        in_process(*common, "--tasks", "logic", "--num-questions", 1)
     )

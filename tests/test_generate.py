@@ -43,15 +43,11 @@ def test_the_same_text_under_any_budget_and_draft(
 def test_refusals_are_sentences(
     tmp_path: Path, llama: Checkpoint, in_process: Callable[..., Done]
 ) -> None:
-    """Nothing to generate, a draft of other tokens."""
-
-    def refused(*flags: object) -> str:
-        return sentence(in_process("generate", "--model", llama.path, *flags))
-
-    assert "--max-tokens is 0: give 1 or more" in refused("--max-tokens", 0)
+    """A draft of other tokens."""
     other = tiny.make(tmp_path / "other")
     (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + " ")
-    assert "has a different tokenizer" in refused("--draft-model", other)
+    flags = ("--model", llama.path, "--draft-model", other)
+    assert "has a different tokenizer" in sentence(in_process("generate", *flags))
 
 
 TURNS = [

