@@ -5,7 +5,6 @@
 
 Each picture holds twelve digits of the SHA-256 of what it shows. --check compares them, and only
 those that are old are drawn; delete a picture to have it drawn anyway. Nothing is measured here.
-report.png needs a browser, Chromium or Chrome, on PATH (scripts/install-chromium).
 """
 
 from __future__ import annotations
@@ -32,8 +31,6 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 from rich.text import Text
 
@@ -42,12 +39,9 @@ from mis_mlx import cli
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
 RESULTS = ROOT / "benchmarks" / "results"
-RUN = RESULTS / "linux-x86_64" / "distill-default"
 SHAPE = ROOT / "benchmarks" / "model_configs" / "llama-3.2-1b.json"
 MARK = "Source-SHA-256"
 MARKED = re.compile(rf"<!-- {MARK}: (\w+) -->")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-PAGE_SIZE = "860,1400"  # pixels of the report that are shown
 COLUMNS = 108  # of the terminal that is drawn
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07")
 FEW_BITS = "bits-SmolLM2-135M-Instruct"
@@ -258,33 +252,11 @@ def terminal(title: str) -> Callable[[str], bytes]:
     return draw
 
 
-def report(source: str) -> bytes:
-    """PNG of the beginning of an HTML page."""
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        sys.exit(f"no browser on PATH ({', '.join(BROWSERS)}): scripts/install-chromium gets one")
-    with tempfile.TemporaryDirectory() as temp:
-        page = Path(temp) / "page.html"
-        page.write_text(source, encoding="utf-8")
-        shot = Path(temp) / "page.png"
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-        size = [f"--window-size={PAGE_SIZE}", f"--screenshot={shot}"]
-        line = [browser, *flags, f"--user-data-dir={temp}", *size, page.as_uri()]
-        subprocess.run(line, check=True, capture_output=True)
-        return shot.read_bytes()
-
-
-def stored(suffix: str) -> Callable[[], str]:
-    """A file of the default run."""
-    return lambda: RUN.with_suffix(suffix).read_text(encoding="utf-8")
-
-
 PICTURES = (
     Picture("rivals.svg", rivals, curves),
     Picture("badges.svg", facts, badges),
     Picture("plan.svg", plan, terminal("mis_mlx plan --machine m1-air")),
     Picture("run.svg", run, terminal("mis_mlx distill")),
-    Picture("report.png", stored(".html"), report),
 )
 
 
@@ -297,9 +269,6 @@ def mark_of(path: Path) -> str | None:
     """The digits that a picture holds; None without a picture or without digits."""
     if not path.is_file():
         return None
-    if path.suffix == ".png":
-        with Image.open(path) as image:
-            return image.info.get(MARK)
     found = MARKED.search(path.read_text(encoding="utf-8"))
     return found[1] if found else None
 
@@ -307,14 +276,6 @@ def mark_of(path: Path) -> str | None:
 def write(path: Path, picture: bytes, mark: str) -> None:
     """Store a picture with its digits."""
     path.parent.mkdir(exist_ok=True)
-    if path.suffix == ".png":
-        info = PngInfo()
-        info.add_text(MARK, mark)
-        with Image.open(io.BytesIO(picture)) as image:
-            image.convert("P", palette=Image.Palette.ADAPTIVE).save(
-                path, pnginfo=info, optimize=True
-            )
-        return
     lines = [line.rstrip() for line in picture.decode().splitlines()]
     path.write_text("\n".join([*lines, f"<!-- {MARK}: {mark} -->", ""]), encoding="utf-8")
 
