@@ -6,12 +6,15 @@ Does not know what is compared.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -24,11 +27,14 @@ from mis_mlx import cli
 from mis_mlx.compute import host_losses
 from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.distillation import live_teacher, packed_student, pipeline
+from mis_mlx.distillation import pipeline, targets
+from mis_mlx.distillation.block_student import BlockStudent
 from mis_mlx.hardware import memory, rates
 from mis_mlx.judge import comparison
 from mis_mlx.maths import losses
+from mis_mlx.models.architectures.sizes import softcap
 from mis_mlx.models.opening import compute_type, load, resolve
+from mis_mlx.models.passing import stream
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import learned_scales
 from mis_mlx.settings.recipe import TUNE_RATE, DistillationConfig
@@ -112,12 +118,24 @@ def tuned(
         DistillationConfig(seed=seed, batch_size=batch_size), checkpoint, q_iters, rate
     )
     with vocabulary.shared(taught_by, [checkpoint]) as teacher:
-        source = live_teacher.StreamedTeacher(teacher, None)
-        layers = checkpoint.config["num_hidden_layers"]
-        student = packed_student.PackedStudent(checkpoint, layers)
-        for _ in live_teacher.steps(student, source, train, recipe):
-            memory.give_back(cache=False)
-        learned_scales.write_learned(checkpoint, student.learned(), out, DISK)
+        kept = kept_targets(teacher, train, recipe)
+    layers = checkpoint.config["num_hidden_layers"]
+    student = BlockStudent(checkpoint, "scales", kept=layers)
+    student.begin()
+    for _ in kept.steps(student, train, recipe):
+        memory.give_back(cache=False)
+    learned_scales.write_learned(checkpoint, student.learned, out, DISK)
+
+
+def kept_targets(
+    teacher: Checkpoint, train: Windows, recipe: DistillationConfig
+) -> targets.KeptTargets:
+    """A teacher's targets for all steps of a recipe, in a folder that is gone with the process."""
+    windows = targets.visited_windows(train, recipe)
+    folder = tempfile.mkdtemp(prefix="mis-targets-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    store = targets.write_store(teacher, train.pick(windows), Path(folder), DISK, seed=recipe.seed)
+    return targets.KeptTargets(store, windows, softcap(teacher.config))
 
 
 def unpacked(folder: Path, out: Path) -> Path:
@@ -234,10 +252,10 @@ def say_goals(verdict: dict[str, dict[str, Any]]) -> None:
 class Judge:
     """Held-out loss, KL to the teacher and agreement of any student in memory, on one text."""
 
-    def __init__(self, source: live_teacher.StreamedTeacher, held_out: Windows):
+    def __init__(self, source: stream.Stream, held_out: Windows):
         self.source = source
         self.held_out = held_out
-        self.hidden = list(source.hidden([mx.array(w[None]) for w in held_out.tokens]))
+        self.hidden = source.forward([mx.array(w[None]) for w in held_out.tokens])
 
     def __call__(self, student: Any) -> dict[str, float]:
         """{"nll", "kl", "top1"}: means over windows, in nats per token and as a share."""
@@ -251,7 +269,7 @@ class Judge:
             found = []
             for start in range(0, len(tokens) - 1, rows):
                 at = np.s_[start : min(start + rows, len(tokens) - 1)]
-                theirs = self.source.logits(target[0, at])
+                theirs = load.wide_logits(self.source.head(), target[0, at])
                 right = tokens[1:][at]
                 whole = host_losses.compared(theirs, hidden[at] @ head.T, right)
                 found.append(host_losses.over_parts([whole])[:, 1:4].T)
@@ -268,7 +286,7 @@ class Laboratory:
     def __init__(self, length: int, eval_windows: int, teacher_folder: str | None = None):
         self.checkpoint = compute_type.open_to_compute(resolve.resolve_model(teacher_folder).path)
         self.data = preparation.prepare(None, load.tokenizer(self.checkpoint.path), length)
-        self.source = live_teacher.StreamedTeacher(self.checkpoint, None)
+        self.source = stream.Stream(self.checkpoint, headroom_bytes=None)
         self.held_out = {
             name: comparison.spread_windows(text, max(1, eval_windows // (1 if at == 0 else 3)))
             for at, (name, text) in enumerate(self.data.held_out.items())

@@ -21,13 +21,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlx.core as mx
-from laboratory import Laboratory, stored, write
+from laboratory import Laboratory, kept_targets, stored, write
 
 from mis_mlx import cli
-from mis_mlx.distillation import live_teacher
-from mis_mlx.distillation.whole_model import WholeModel
+from mis_mlx.distillation.block_student import BlockStudent
 from mis_mlx.maths.importance import Statistics
-from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.passing import stream
@@ -101,16 +99,19 @@ class Bench(Laboratory):
             assert keep is not None
             model = stream.load_checked(load.resident_model(student, mx.float32))
             pruned = self.judge(model)
+            repaired: dict[str, mx.array] = {}
             if arm.repair:
                 windows = self.pick(recipe.reconstruct_samples, seed, 2)
                 repaired, _ = reconstruct.reconstruct(self.checkpoint, student, keep, windows)
                 model.load_weights(list(repaired.items()), strict=False)
                 stream.load_checked(model)
-        begun = self.judge(model)
-        source = live_teacher.StreamedTeacher(self.checkpoint, None, direct=False)
-        learner = WholeModel(model, GuardedAdamW())
-        steps = list(live_teacher.steps(learner, source, self.data.train, recipe))
-        model.eval()
+            begun = self.judge(model)
+            kept = kept_targets(self.checkpoint, self.data.train, recipe)
+            learner = BlockStudent(student, "weights")
+            learner.begin(repaired)
+            steps = list(kept.steps(learner, self.data.train, recipe))
+        named = [(name, learner.learned(name)) for name in student.tensors]
+        model.load_weights([(n, array) for n, array in named if array is not None], strict=False)
         return {
             "seed": seed,
             "params": arch.params(student.config),

@@ -45,7 +45,7 @@ def run(settings: Settings) -> dict[str, Any]:
     Where sizes are to be found, the first phase of the run is a search, in the run's folder.
     """
     s, folder = run_loop.resumed(settings, search.FREE)
-    s.check()
+    cli.check_ranges(s)
     teacher = run_loop.open_model(s, s.teacher, "teacher")
     begun = None  # the folder of a run whose settings are all decided
     if folder is not None and run_folder.is_decided(folder):
@@ -115,7 +115,7 @@ def _say_untrained(s: Settings, chosen: strategies.MemoryPlan) -> None:
     if chosen.job.uncut and s.iters is not None:
         cli.say(
             f"--iters {s.iters} is left out: no block is cut, so no weight learns; --q-iters sets "
-            f"the steps of scales, and --scenario or --train resident trains weights"
+            f"the steps of scales, and --scenario or --train blocks trains weights"
         )
 
 

@@ -16,7 +16,6 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.alignment import alignment_run, padded_rows
 from mis_mlx.data.examples import Sequenced
-from mis_mlx.distillation import live_teacher
 from mis_mlx.distillation.whole_model import as_in_training
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths import losses, rl_losses
@@ -95,7 +94,7 @@ def _sums(
     logps = losses.token_logps(
         hidden.reshape(-1, hidden.shape[-1]),
         load.head_weight(student),
-        live_teacher.next_tokens(tokens),
+        losses.next_tokens(tokens),
         frozen_head=frozen_head,
         softcap=load.logit_softcap(student),
     )

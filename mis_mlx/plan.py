@@ -217,7 +217,6 @@ def run(settings: Settings) -> dict[str, Any]:
     return outcome(plan, name) | {
         "micro_batch": plan.micro_batch,
         "shard_layers": plan.shard_layers,
-        "pinned": plan.pinned,
         "scratch_bytes": max(p.scratch_bytes for p in plan.phases),
         "read_bytes": sum(p.read_bytes for p in plan.phases),
         "written_bytes": sum(p.written_bytes for p in plan.phases),

@@ -171,7 +171,7 @@ def _job(s: Settings, checkpoint: Checkpoint, other: Checkpoint) -> Distillation
         save_every=s.save_every,
         rounding=rounding,
     )
-    return replace(asked, reconstruct_samples=0, modes=("none",), rounds_only=True, may_store=True)
+    return replace(asked, reconstruct_samples=0, modes=("none",), rounds_only=True)
 
 
 def _dry_run(s: Settings, checkpoint: Checkpoint, plan: strategies.MemoryPlan) -> dict[str, Any]:

@@ -336,7 +336,7 @@ def _report(sought: Sought, c: candidates.Candidates, found: ranking.Found) -> d
 def run(settings: Settings) -> dict[str, Any]:
     """The command: plan, enter the run folder, search."""
     s, folder = run_loop.resumed(settings, FREE)
-    s.check()
+    cli.check_ranges(s)
     teacher = run_loop.open_model(s, s.teacher, "teacher")
     sought = None
     if folder is None or not run_folder.is_decided(folder):

@@ -22,7 +22,7 @@ from mis_mlx.types import GIB, Checkpoint, MisError
 from tests import tiny
 from tests.conftest import Done, last_line, sentence
 
-PHASES = ["prune", "repair", "distil", "quantize", "distil scales", "measure"]
+PHASES = ["prune", "repair", "logit store", "distil", "quantize", "distil scales", "measure"]
 
 
 def rows(text: str) -> list[str]:
@@ -40,12 +40,7 @@ def test_end_to_end(llama: Checkpoint, in_process: Callable[..., Done]) -> None:
     result = last_line(done)
     assert result["params_teacher"] == arch.params(llama.config) > result["params_student"]
     assert result["least_budget_bytes"] <= result["peak_bytes"] <= result["budget_bytes"] == GIB
-    assert (result["mode"], result["micro_batch"], result["pinned"], result["scratch_bytes"]) == (
-        "resident",
-        2,
-        3,
-        0,
-    )
+    assert (result["mode"], result["micro_batch"], result["scratch_bytes"]) == ("blocks", 2, 0)
     assert rows(done.stdout) == [*PHASES, "all"]
     assert "assumed" in done.stdout
     assert " of 1.00 GiB |" in done.stdout
@@ -93,10 +88,10 @@ def test_a_config_is_enough(
     ("changes", "mode", "named"),
     [
         ({"train": "sharded"}, "sharded", "student blocks trainable at a time for "),
-        ({"budget": "108MiB"}, "resident", "the teacher is replaced by its stored logits"),
+        ({"budget": "108MiB"}, "blocks", "the teacher is replaced by its stored logits"),
         (
             {"num_samples": 32768, "budget": "108MiB", "quantize": 0},
-            "resident",
+            "blocks",
             "of hidden states on disk",
         ),
     ],

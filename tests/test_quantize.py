@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.distillation import live_teacher, packed_student
+from mis_mlx.distillation.block_student import BlockStudent, scales_cost
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import INTEGERS, WINDOWS
 from mis_mlx.maths import gptq
@@ -28,6 +28,7 @@ from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Budget, Checkpoint
 from tests import peaks, tiny
 from tests.conftest import Done, mostly_slow
+from tests.distillation import students
 from tests.peaks import allocated
 
 ROOT = Path(__file__).parents[1]
@@ -214,16 +215,18 @@ def test_sensitivity_and_steps_stay_under_the_plan(tmp_path: Path) -> None:
     )
     planned = (
         stage.quantizing_cost(m, how, windows=6, length=64, limit=GIB),
-        packed_student.tuning_cost(job, 1, GIB, 2),
+        scales_cost(job, 1, GIB, 2),
     )
     text = Windows(np.concatenate([np.array(b) for b in batches]), np.ones((6, 64), np.float32))
 
+    recipe = DistillationConfig(iters=2, batch_size=1, learning_rate=1e-4)
+    source = students.kept(checkpoint, text, recipe, tmp_path / "targets")
+
     def tune() -> None:
-        source = live_teacher.StreamedTeacher(checkpoint, None)
-        recipe = DistillationConfig(iters=2, batch_size=1, learning_rate=1e-4)
         packed = load.open_checkpoint(tmp_path / "q4")
-        student = packed_student.PackedStudent(packed, planned[1].stays[INTEGERS])
-        for _ in live_teacher.steps(student, source, text, recipe):
+        student = BlockStudent(packed, "scales", kept=planned[1].stays[INTEGERS])
+        student.begin()
+        for _ in source.steps(student, text, recipe):
             memory.give_back(cache=False)
 
     for phase, work in zip(

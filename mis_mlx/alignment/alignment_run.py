@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.compute import precision
-from mis_mlx.compute.token_losses import Footprint
+from mis_mlx.compute.logits import logit_bytes
 from mis_mlx.data import examples
 from mis_mlx.distillation import train_loop, whole_model
 from mis_mlx.distillation.whole_model import Loss, WholeModel
@@ -156,12 +156,9 @@ def training_ledger(
 ) -> Ledger:
     """What training with `rows` sequences of `length` tokens in a micro-batch holds."""
     m = model_size(s, checkpoint)
-    loss = Footprint(gpu=m.gpu)
     if not s.lora:
         accumulates = s.grad_accumulation_steps > 1
-        ledger = whole_model.holdings(
-            m, rows, length, loss=loss, accumulates=accumulates, limit=limit
-        )
+        ledger = whole_model.holdings(m, rows, length, accumulates=accumulates, limit=limit)
         ledger.hold("text", m.text_bytes)
         return ledger
     learning = optimizer.STATE_BYTES + optimizer.GRADIENT_BYTES
@@ -172,7 +169,7 @@ def training_ledger(
     ledger.hold("adapters, gradients and moments", learning * s.lora.params(m.config))
     ledger.hold("activations", activations)
     ledger.hold("in flight", m.in_flight(activations))
-    ledger.hold("logits", loss.logit_bytes(m.shape.vocab, rows * length))
+    ledger.hold("logits", logit_bytes(m.shape.vocab, rows * length, gpu=m.gpu))
     ledger.hold("widened head", m.widened_bytes)
     return ledger
 

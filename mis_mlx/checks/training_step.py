@@ -1,12 +1,10 @@
 """Time a training step at the default run's width, and compare MLX's peak with the plan's.
 
 Four blocks of the default student's width under half of its vocabulary, 25 million parameters, are
-trained whole in float32 on two windows of 256 tokens, against a teacher's states and head in the
-type that models compute in here.
+trained whole in float32 on two windows of 256 tokens.
 """
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,8 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.checks import engine
-from mis_mlx.checks.kernels import Found, random_normal
+from mis_mlx.checks.kernels import Found
 from mis_mlx.compute import precision
-from mis_mlx.compute.token_losses import Footprint
 from mis_mlx.distillation import train_loop, whole_model
 from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.hardware import rates
@@ -49,28 +46,17 @@ def make(folder: Path) -> Path:
     return engine.write_random(folder, CONFIG, scale=0.04)
 
 
-def _loss(
-    teacher_states: mx.array,
-    teacher_head: mx.array,
-    student: nn.Module,
-    tokens: mx.array,
-    loss_mask: mx.array,
-) -> tuple[mx.array, mx.array]:
-    """(KL summed over positions, number of positions)."""
+def _loss(student: nn.Module, tokens: mx.array) -> tuple[mx.array, mx.array]:
+    """(minus log-probabilities of all tokens, summed, and their count)."""
     hidden = student.model(tokens).reshape(-1, CONFIG["hidden_size"])
-    logits = partial(losses.wide_product, head=teacher_head)
-    head = load.head_weight(student)
-    return losses.kl_sum(hidden, head, teacher_states, logits, loss_mask=loss_mask), loss_mask.sum()
+    logps = losses.token_logps(hidden, load.head_weight(student), tokens.reshape(-1))
+    return -logps.sum(), mx.array(float(tokens.size))
 
 
-def planned_bytes(dtype: mx.Dtype) -> int:
-    """Sum the plan's peak, in bytes.
-
-    Student, gradients, moments, activations, logits; the teacher's head and states in `dtype`."""
-    size = model_of(CONFIG, gpu=precision.keeps_packed(), dtype=dtype)
-    student = whole_model.holdings(size, WINDOWS, LENGTH, loss=Footprint(gpu=size.gpu))
-    states = WINDOWS * LENGTH * size.shape.hidden * size.item
-    return student.peak_bytes + size.head_work + size.widened_bytes + states
+def planned_bytes() -> int:
+    """Sum the plan's peak, in bytes: student, gradients, moments, activations, logits."""
+    size = model_of(CONFIG, gpu=precision.keeps_packed(), dtype=mx.float32)
+    return whole_model.holdings(size, WINDOWS, LENGTH).peak_bytes
 
 
 def planned_seconds(machine: rates.Rates) -> float:
@@ -88,7 +74,7 @@ def planned_seconds(machine: rates.Rates) -> float:
 
 
 def measured(folder: Path) -> tuple[Found, float]:
-    """Train STEPS steps of a model in the new `folder`, by a teacher in the usual type.
+    """Train STEPS steps of a model in the new `folder`.
 
     Returns ((MLX's peak as a share of the plan's, the largest share that passes), seconds of the
     quickest step)."""
@@ -96,18 +82,11 @@ def measured(folder: Path) -> tuple[Found, float]:
     before = mx.get_active_memory()
     student = load.resident_model(load.open_checkpoint(make(folder)), mx.float32)
     mx.eval(student.parameters())
-    dtype = precision.usual_dtype()
     tokens = mx.array(np.random.default_rng(0).integers(0, CONFIG["vocab_size"], (WINDOWS, LENGTH)))
-    teacher_states = random_normal(7, tokens.size, CONFIG["hidden_size"], dtype=dtype)
-    noise = random_normal(8, CONFIG["vocab_size"], CONFIG["hidden_size"])
-    teacher_head = (noise / 24).astype(dtype)
-    del noise  # else the peak counts it
-    mx.eval(tokens, teacher_states, teacher_head)
+    mx.eval(tokens)
     settings = recipe.TrainingConfig(iters=STEPS, learning_rate=1e-4)
-    batch = (tokens, mx.ones(tokens.size))
-    loss = partial(_loss, teacher_states, teacher_head)
     trained = WholeModel(student, GuardedAdamW())
-    steps = list(train_loop.steps(trained, lambda step: [batch], loss, settings))
+    steps = list(train_loop.steps(trained, lambda step: [(tokens,)], _loss, settings))
     peak_bytes = max(step.peak_bytes for step in steps) - before
     seconds = min(step.seconds for step in steps)
-    return (peak_bytes / planned_bytes(dtype), 1.05), seconds
+    return (peak_bytes / planned_bytes(), 1.05), seconds

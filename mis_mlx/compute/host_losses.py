@@ -1,7 +1,6 @@
 """Losses over a vocabulary by numpy, a few rows at a time.
 
-Training uses them where MLX computes on a CPU, whose exp takes seven times as long as numpy's;
-comparisons use them there, too. maths/losses has the formulas, and computes them on a GPU.
+Comparisons use them where MLX computes on a CPU, whose exp takes seven times as long as numpy's.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx.compute import precision, streams
-from mis_mlx.maths.losses import Logits, chunk_rows, softmax_lse, wide_product
+from mis_mlx.maths.losses import softmax_lse
 
 NUMBERS = 8 * 49_152  # logits at a time: 1.5 MB
 GROUP = 4096  # tokens compared in one part of the vocabulary before the next part is read
@@ -71,79 +70,6 @@ def _divergence(
     # sum p (log p - log q) = sum p (target - z) - lse(target) + lse(z)
     kl = np.einsum("ij,ij->i", p, target) - target_lse + lse
     return kl, target_lse, lse, p
-
-
-def kl_gradients(
-    student: mx.array,
-    head: mx.array,
-    teacher: mx.array,
-    teacher_logits: Logits,
-    loss_mask: mx.array,
-    temperature: float = 1.0,
-    frozen_head: bool = False,
-    softcap: float = 0.0,
-) -> tuple[float, mx.array, mx.array | None]:
-    """`losses.kl_sum` without labels, and its gradients.
-
-    Returns (the sum over tokens, in nats, its gradient in student (n, D), that in head (V, D)); the
-    last is None with `frozen_head`. loss_mask (n,): the weight of each token.
-    """
-
-    def kl(z: np.ndarray, target: np.ndarray, loss_mask: np.ndarray) -> np.ndarray:
-        """KL (n,) of some rows (n, V); z becomes its gradient times `loss_mask`."""
-        slope: np.ndarray | None = None
-        if softcap:
-            # z = c tanh(z / c), whose derivative is 1 - tanh^2
-            z *= 1.0 / softcap
-            np.tanh(z, out=z)
-            slope = 1.0 - np.square(z)
-            z *= softcap
-        if temperature != 1.0:
-            z *= 1.0 / temperature
-            target *= 1.0 / temperature
-        divergence, _, _, p = _divergence(z, target)
-        # d KL / d z = (softmax(z) - p) / temperature; z is its softmax by now
-        z -= p
-        z *= (loss_mask / temperature)[:, None]
-        if slope is not None:
-            z *= slope
-        return divergence
-
-    loss = 0.0
-    hidden_grads = list[mx.array]()
-    head_grad = None if frozen_head else mx.zeros_like(head)
-    weights = np.array(loss_mask, np.float32)
-    step = chunk_rows(head.shape[0])
-    # As many tokens at a time as a chunk of logits (rows, V) may hold: all would not fit.
-    for start in range(0, len(student), step):
-        rows = slice(start, start + step)
-        z = wide_product(student[rows], head)
-        target = teacher_logits(teacher[rows]).astype(mx.float32)
-        # numpy writes into the memory of both: nothing may still be computed from them
-        mx.eval(z, target)
-        divergence = by_rows(kl, view(z), view(target), weights[rows])
-        loss += float(divergence.astype(np.float64) @ weights[rows])
-        # z is the gradient now. The cast keeps the name: another name would outlive the next chunk.
-        z = z.astype(head.dtype)
-        hidden_grads.append(z @ head)
-        if head_grad is not None:
-            head_grad = mx.addmm(head_grad, z.T, student[rows])
-        # z goes with the next chunk, so what is made of it is computed now
-        mx.eval(hidden_grads[-1], head_grad)
-    return loss, mx.concatenate(hidden_grads), head_grad
-
-
-def likelihood_gradients(z: mx.array, drawn: mx.array) -> mx.array:
-    """`token_losses.likelihood_gradients`, in the memory of z."""
-    # numpy writes into z, so z and everything that is made of it must be evaluated before
-    mx.eval(z, drawn)
-    columns = np.array(drawn)
-    p = view(z)
-    by_rows(softmax, p)
-    np.negative(p, out=p)
-    rows = np.arange(len(p))
-    p[rows, columns] += 1.0
-    return z
 
 
 def compared(

@@ -1,4 +1,4 @@
-"""The KL to sparse targets where the head is too large to be there whole: in slabs of tokens.
+"""The KL to sparse targets, by slabs of the vocabulary: the head is never there whole.
 
 A head (V, D) comes in slabs (some tokens, D), twice: first for the logits of the targets and the
 logsumexp over the vocabulary, then for the gradient. So neither the head nor logits (n, V) of all
@@ -8,14 +8,13 @@ tokens exist at once.
 from collections.abc import Callable, Iterator
 
 import mlx.core as mx
-import numpy as np
 
-from mis_mlx.compute import precision
-from mis_mlx.compute.host_losses import view
+from mis_mlx.compute import quick_exp
 from mis_mlx.maths import losses
 
 LOGIT_BYTES = 2**24  # of float32 logits (n, some tokens) at a time
 HEAD_BYTES = 2**26  # of a float32 head (some tokens, D) at a time: few positions have few logits
+TINY = 1e-37  # stands for 0 under a logarithm; a normal float32
 Slabs = Callable[[int], Iterator[tuple[int, mx.array]]]  # tokens of a slab -> (first, (tokens, D))
 # Sees of each slab its first token, the probabilities (n, tokens) and the softcap's slopes there.
 Seen = Callable[[int, mx.array, mx.array | None], None]
@@ -40,63 +39,56 @@ def sparse_kl_gradients(
     weights: mx.array,
     *,
     softcap: float = 0.0,
+    temperature: float = 1.0,
     seen: Seen = lambda start, p, slope: None,
 ) -> tuple[mx.array, mx.array]:
-    """(the sum in nats, its gradient in hidden (n, D)) of `losses.sampled_kl_sum`, evaluated.
+    """(sum over positions of KL(w || softmax(z / T)) in nats, its gradient in hidden), evaluated.
 
-    The head is frozen. slabs(rows): the head, from its first token on. loss_mask: (n,). ids,
-    weights: (n, m). seen: is shown every slab's probabilities, by the sums of weights.
+    hidden: (n, D); the gradient, too. slabs(rows): the head, which is frozen, from its first token
+    on; z are its logits, `losses.apply_softcap`. loss_mask: (n,), 0 leaves a position out. ids,
+    weights: (n, m), the tokens of the target w and their shares, which sum to 1; entries of weight
+    0 fill a row up. seen: is shown every slab's probabilities, by the sums of weights.
+
+    Equation (2) has no T^2 factor, so there is none here: the gradient is (p_s - w) / T per logit.
+    For w of `slab_draws.sample` it is that of the full KL in expectation; the value is larger by a
+    constant, E KL(w || p_t), which no student can lower.
     """
     wide = hidden.astype(mx.float32)
     rows = slab_rows(len(hidden), hidden.shape[1], LOGIT_BYTES)
-    targets = np.array(ids)
-    w = np.array(weights, np.float32)
-    chosen, lse = _first_sweep(wide, slabs(rows), targets, softcap=softcap)
-    mask = np.array(loss_mask, np.float32)
-    log_w = np.log(np.maximum(w, losses.TINY))  # finite at 0, so that 0 log 0 is 0
-    kl = (w * (log_w - chosen + lse[:, None])).sum(axis=1)
-    loss = float(kl.astype(np.float64) @ mask)
+    chosen = mx.zeros(ids.shape)
+    lse = mx.full(len(hidden), -mx.inf)
+    for start, part in slabs(rows):
+        z = losses.apply_softcap(wide @ part.T, softcap) / temperature
+        top = z.max(axis=1)
+        powers = quick_exp.exp(z - top[:, None]).sum(axis=1)
+        here, places = _places(ids, start, len(part))
+        chosen = mx.where(here, mx.take_along_axis(z, places, axis=1), chosen)
+        lse = mx.logaddexp(lse, top + mx.log(powers))
+        mx.eval(chosen, lse)
+    log_w = mx.log(mx.maximum(weights, TINY))  # finite at 0, so that 0 log 0 is 0
+    kl = (weights * (log_w - chosen + lse[:, None])).sum(axis=1)
+    loss = (kl * loss_mask).sum()
     gradient = mx.zeros_like(wide)
-    total = w.sum(axis=1)
+    total = weights.sum(axis=1)
+    row = mx.arange(len(hidden))[:, None]
     for start, part in slabs(rows):
         z = losses.apply_softcap(wide @ part.T, softcap)
         slope = losses.softcap_gradient(z, softcap) if softcap else None
-        p = _exp(z - mx.array(lse)[:, None]) * mx.array(total)[:, None]
+        p = quick_exp.exp(z / temperature - lse[:, None]) * total[:, None]
         seen(start, p, slope)
-        row, column = np.nonzero((targets >= start) & (targets < start + len(part)))
-        if len(row):
-            places = mx.array(targets[row, column] - start)
-            p = p.at[mx.array(row), places].add(-mx.array(w[row, column]))
+        here, places = _places(ids, start, len(part))
+        # `add`, not an assignment: a row's fillers may repeat an id.
+        p = p.at[row, places].add(mx.where(here, -weights, 0.0))
         if slope is not None:
             p = p * slope
-        gradient = gradient + (p * loss_mask[:, None]) @ part
+        gradient = gradient + (p * (loss_mask / temperature)[:, None]) @ part
         mx.eval(gradient)
-    return mx.array(loss), gradient.astype(hidden.dtype)
+    mx.eval(loss)
+    return loss, gradient.astype(hidden.dtype)
 
 
-def _first_sweep(
-    hidden: mx.array, slabs: Iterator[tuple[int, mx.array]], targets: np.ndarray, *, softcap: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """(logits of the targets (n, m), logsumexp over the vocabulary (n,))."""
-    chosen = np.zeros(targets.shape, np.float32)
-    lse = np.full(len(targets), -np.inf)
-    for start, part in slabs:
-        z = losses.apply_softcap(hidden @ part.T, softcap)
-        top = z.max(axis=1)
-        here = (targets >= start) & (targets < start + len(part))
-        columns = mx.array(np.where(here, targets - start, 0))
-        found = mx.take_along_axis(z, columns, axis=1)
-        mx.eval(top, found)
-        chosen = np.where(here, np.array(found), chosen)
-        total = _exp(z - top[:, None]).sum(axis=1)
-        lse = np.logaddexp(lse, np.array(top) + np.log(np.array(total)))
-    return chosen, lse.astype(np.float32)
-
-
-def _exp(z: mx.array) -> mx.array:
-    """e to z (n, v), which is used up: numpy is seven times as quick as MLX on a CPU."""
-    if not precision.numpy_is_quicker():
-        return mx.exp(z)
-    powers = view(z)
-    np.exp(powers, out=powers)
-    return z
+def _places(ids: mx.array, start: int, count: int) -> tuple[mx.array, mx.array]:
+    """(which ids (n, m) are among `count` tokens from `start` on, their places there, else 0)."""
+    places = ids - start
+    here = (places >= 0) & (places < count)
+    return here, mx.where(here, places, 0)

@@ -17,17 +17,15 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
-from mis_mlx.distillation import live_teacher, packed_student, train_loop
-from mis_mlx.distillation.sharded import Sharded, steps_per_shard
+from mis_mlx.distillation import targets, train_loop
+from mis_mlx.distillation.block_student import BlockStudent, steps_per_shard
 from mis_mlx.distillation.strategies import MemoryPlan, in_parts
-from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import INTEGERS
 from mis_mlx.maths import losses
-from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models.architectures.sizes import softcap
 from mis_mlx.models.opening import load
-from mis_mlx.models.passing import distributed, stream
+from mis_mlx.models.passing import distributed
 from mis_mlx.models.writing import model_writer
 from mis_mlx.planner.distillation_spec import SCALES, STORE
 from mis_mlx.pruning import reconstruct, vocabulary
@@ -37,7 +35,7 @@ from mis_mlx.runs import run_loop
 from mis_mlx.settings.parts import part_of
 from mis_mlx.settings.recipe import DistillationConfig, ScalesConfig
 from mis_mlx.storage import hidden_spool, run_folder
-from mis_mlx.types import Budget, Checkpoint
+from mis_mlx.types import MOST, Budget, Checkpoint, Step
 
 DTYPE = "bfloat16"  # of unquantized weights on disk
 # Of the steps after rounding, as runs have always called them on disk.
@@ -147,67 +145,40 @@ def train(c: Run, pruned: Checkpoint) -> model_writer.Take:
     """Train a pruned student as planned; the function gives its weights by name."""
     if c.plan.mode == "none":
         return _repaired_only(c, pruned)
-    source = target_source(c)
-    student, begin = _student(c, pruned)
-    training = run_loop.CheckpointedTraining(
-        c,
-        student,
-        c.remember,
-        c.recall,
-    )
-    _learn(c, student, training, source=source, recipe=c.recipe, begin=begin, factor=c.factor)
-    return student.take
-
-
-def _learn(
-    c: Run,
-    student: live_teacher.DistilledStudent[Any],
-    training: run_loop.CheckpointedTraining,
-    *,
-    source: live_teacher.TargetSource,
-    recipe: DistillationConfig,
-    begin: Callable[[], object],
-    factor: Callable[[int], float] = lambda step: 1.0,
-) -> None:
-    """All of the recipe's steps of a student, from wherever they stand.
-
-    begin: called before the first step of a new run. factor: as in `train_loop.steps`.
-    """
-    start = training.start(begin)
-
-    steps = partial(live_teacher.steps, student, source, c.data, recipe, factor=factor)
-    assert recipe.iters is not None
-    with c.phase(training.label):
-        training.finish(steps, start, recipe.iters, c.recipe.save_every)
-
-
-def _student(c: Run, pruned: Checkpoint) -> tuple[WholeModel | Sharded, Callable[[], object]]:
-    """The student as planned: in memory whole, or block by block. And what begins a new run."""
-    job = c.plan.job
-    if c.plan.mode == "resident":
-        model = load.resident_model(pruned, mx.float32)
-
-        def begin() -> None:
-            model.load_weights(list(_repaired(c, pruned).items()), strict=False)
-            stream.load_checked(model, f"{pruned.path}: ")
-
-        return WholeModel(model, GuardedAdamW()), begin
+    kept = kept_targets(c)
     parts = None
-    shard = job.student.shape.layers
-    visit = job.iters
+    shard = None
+    visit = MOST
     if c.plan.mode == "sharded":
         parts = model_writer.by_block(pruned, c.folder / "parts", c.files)
         shard = c.plan.shard_layers
-        visit = steps_per_shard(job, shard)
-    student = Sharded(
+        visit = steps_per_shard(c.plan.job, shard)
+    student = BlockStudent(
         parts or pruned,
-        shard_layers=shard,
-        steps_per_shard=visit,
+        "weights",
+        at_once=shard,
+        steps_each=visit,
         files=c.files,
-        headroom_bytes=4 * job.student.head_params,  # the head stays, the blocks are streamed
         direct=c.direct,
     )
-    return student, lambda: student.begin(_repaired(c, pruned, parts))
+    training = run_loop.CheckpointedTraining(c, student, c.remember, c.recall)
+    start = training.start(lambda: student.begin(_repaired(c, pruned, parts)))
+    steps = partial(kept.steps, student, c.data, c.recipe, factor=c.factor)
+    _finish(c, training, steps, start, c.recipe)
+    return student.take
+
+
+def _finish(
+    c: Run,
+    training: run_loop.CheckpointedTraining,
+    steps: Callable[[int], Iterator[Step]],
+    start: int,
+    recipe: DistillationConfig,
+) -> None:
+    """Steps from `start` to the recipe's last one."""
+    assert recipe.iters is not None
+    with c.phase(training.label):
+        training.finish(steps, start, recipe.iters, recipe.save_every)
 
 
 def _repaired_only(c: Run, pruned: Checkpoint) -> model_writer.Take:
@@ -223,49 +194,34 @@ def _repaired_only(c: Run, pruned: Checkpoint) -> model_writer.Take:
     return take
 
 
-def _streamed_teacher(c: Run, headroom_bytes: int | None) -> live_teacher.StreamedTeacher:
-    """The run's teacher.
+def kept_targets(c: Run) -> targets.KeptTargets:
+    """The teacher's targets, of which the missing ones are written now.
 
-    headroom_bytes: for its head and blocks that stay in memory; None: all do.
+    Its pass is over before a student takes memory.
     """
-    return live_teacher.StreamedTeacher(
-        c.teacher,
-        headroom_bytes,
-        direct=c.direct,
-        temperature=c.recipe.temperature,
-        same_head=c.plan.job.same_head,
-    )
-
-
-def target_source(c: Run) -> live_teacher.TargetSource:
-    """The teacher, live; or its targets on disk, of which the missing ones are written now."""
-    teacher = c.plan.job.teacher
-    if c.recipe.targets == "live":
-        headroom_bytes = None
-        if c.plan.pinned != teacher.shape.layers:
-            headroom_bytes = c.plan.pinned * teacher.block_work + teacher.head_work
-        return _streamed_teacher(c, headroom_bytes)
     # Tuning may take more steps than the distillation: windows for either, if there are both.
     iters = c.plan.tuning_steps
     if c.plan.mode != "none":
         iters = max(c.plan.job.iters, iters)
-    windows = live_teacher.visited_windows(c.data, replace(c.recipe, iters=iters))
+    windows = targets.visited_windows(c.data, replace(c.recipe, iters=iters))
     with c.phase(STORE), progress.bar("targets", len(windows)) as show:
-        store = live_teacher.write_store(
+        store = targets.write_store(
             c.teacher,
-            partial(_streamed_teacher, c, 0),
             c.data.pick(windows),
             c.folder / TARGETS,
             files=c.files,
+            temperature=c.recipe.temperature,
             seed=c.recipe.seed,
             windows_per_pass=max(1, c.plan.held_windows(STORE)),
+            direct=c.direct,
             show=show,
         )
+    memory.give_back()
     cli.say(*store.notes)
     cli.detail(
         f"logit store: {store.bytes_per_token:.0f} bytes per token; losses use sampled targets"
     )
-    return live_teacher.CachedTeacher(store, windows, softcap(c.teacher.config))
+    return targets.KeptTargets(store, windows, softcap(c.teacher.config))
 
 
 def _repaired(c: Run, pruned: Checkpoint, parts: Checkpoint | None = None) -> dict[str, mx.array]:
@@ -333,11 +289,18 @@ def tune(c: Run, rounded: Path, out: Path, rate: float) -> None:
     checkpoint = load.open_checkpoint(rounded)
     recipe = tuning_recipe(c.recipe, checkpoint, c.plan.tuning_steps, rate)
     planned = next(phase for phase in c.plan.phases if phase.name == SCALES)
-    source = target_source(c)  # its pass is over before the student takes memory
+    kept = kept_targets(c)
     with scale_state.place(planned, c.folder, c.files) as state:
-        student = packed_student.PackedStudent(checkpoint, planned.stays[INTEGERS], state=state)
+        student = BlockStudent(
+            checkpoint,
+            "scales",
+            state=state,
+            kept=planned.stays[INTEGERS],
+        )
         training = run_loop.CheckpointedTraining(
             c, student, c.remember, c.recall, steps=TUNE_STEPS, log=TUNE_LOG, label=SCALES
         )
-        _learn(c, student, training, source=source, recipe=recipe, begin=lambda: None)
-        learned_scales.write_learned(checkpoint, student.learned(), out, c.files)
+        start = training.start(student.begin)
+        steps = partial(kept.steps, student, c.data, recipe)
+        _finish(c, training, steps, start, recipe)
+        learned_scales.write_learned(checkpoint, student.learned, out, c.files)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from mis_mlx import cli
-from mis_mlx.distillation import packed_student, sharded, strategies
+from mis_mlx.distillation import block_student, strategies
 from mis_mlx.hardware import memory
 from mis_mlx.maths import optimizer
 from mis_mlx.models.architectures import arch
@@ -125,7 +125,7 @@ def _page(plan: strategies.MemoryPlan, outlook: Outlook) -> dict[str, Any]:
         "after": arch.params(job.student.config),
         "packed": student_bytes(plan) if rounded else 0,
         "too_large": too_large(plan),
-        "visit": sharded.steps_per_shard(job, layers),
+        "visit": block_student.steps_per_shard(job, layers),
         "gib": gib,
         "duration": duration,
         "flag": estimates.budget_flag,
@@ -208,11 +208,9 @@ def disk_bytes(plan: strategies.MemoryPlan) -> int:
     if not plan.job.rounds_only and not plan.job.viewed:
         files += (1 if plan.job.rounds_teacher else 2) * m.nbytes
     files += params * strategies.in_parts(plan.job, plan.mode)
-    if plan.mode == "resident":
-        files += 2 * optimizer.STATE_BYTES * params
-    elif plan.mode != "none":
+    if plan.mode != "none":
         blocks = plan.shard_layers or m.shape.layers
-        files += 2 * blocks * sharded.block_state_bytes(m.config)
+        files += 2 * blocks * block_student.block_state_bytes(m.config)
     for p in plan.phases:
         if p.name == "quantize":
             files += rounded_size.files_bytes(m, plan.job.rounding)
@@ -221,5 +219,5 @@ def disk_bytes(plan: strategies.MemoryPlan) -> int:
         if p.name == SCALES:
             # the rounded model stays beside the one with what was learned
             files += rounded_size.rounded_bytes(m, plan.job.rounding)
-            files += 2 * optimizer.STATE_BYTES * packed_student.learning_scales(plan.job)
+            files += 2 * optimizer.STATE_BYTES * block_student.learning_scales(plan.job)
     return files + max(p.scratch_bytes for p in plan.phases)

@@ -7,19 +7,16 @@ beside the modules that do it.
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
 from mis_mlx.distillation import teacher_answers
-from mis_mlx.distillation.live_teacher import store_cost
-from mis_mlx.distillation.packed_student import tuning_cost
-from mis_mlx.distillation.sharded import sharded_cost
-from mis_mlx.distillation.whole_model import resident_cost
-from mis_mlx.hardware.memory import TRAINED_BYTES, TRAINED_WHOLE_BYTES, process_bytes
+from mis_mlx.distillation.block_student import scales_cost, weights_cost
+from mis_mlx.distillation.targets import store_cost
+from mis_mlx.hardware.memory import TRAINED_BYTES, process_bytes
 from mis_mlx.hardware.rates import Rates
-from mis_mlx.hardware.stage_cost import BLOCKS, WINDOWS, StageCost, in_turn
+from mis_mlx.hardware.stage_cost import WINDOWS, StageCost, in_turn
 from mis_mlx.judge import other_languages
 from mis_mlx.judge.comparison import comparison_cost
 from mis_mlx.judge.write import answers_cost
@@ -36,16 +33,10 @@ from mis_mlx.pruning.select import pruning_cost
 from mis_mlx.pruning.vocabulary import vocabulary_cost
 from mis_mlx.quantization import rounded_size
 from mis_mlx.quantization.stage import quantizing_cost
-from mis_mlx.settings.recipe import (
-    RATE,
-    TUNE_ITERS,
-    DistillationConfig,
-    Targets,
-)
+from mis_mlx.settings.recipe import RATE, TUNE_ITERS, DistillationConfig
 from mis_mlx.types import Budget, Checkpoint, MisError, gib
 
 RATE_OF_WEIGHTS = 5.35e-4  # learning rate, as a part of their root mean square
-TAUGHT = "distil", SCALES  # phases in which a student learns from its teacher
 WITH_TEXT = "vocabulary", teacher_answers.PHASE, "measure"
 
 
@@ -108,14 +99,13 @@ def usual_rate(teacher: Checkpoint) -> float:
     return float(f"{rms * RATE_OF_WEIGHTS:.1e}")
 
 
-def process_around(job: DistillationSpec, limit: int, mode: Mode, *, trains: bool) -> int:
+def process_around(job: DistillationSpec, limit: int, *, trains: bool) -> int:
     """Bytes of the process itself around a stage in this budget, which no phase has in it.
 
     With Python's notes on the teacher's tensors, and with what streams add that train.
     """
     known = TENSOR_BYTES * job.teacher.tensors
-    of_stream = TRAINED_WHOLE_BYTES if mode == "resident" else TRAINED_BYTES
-    of_streams = pass_cost.parallel_windows(job.student) * of_stream if trains else 0
+    of_streams = pass_cost.parallel_windows(job.student) * TRAINED_BYTES if trains else 0
     return known + process_bytes(max(0, limit - known), job.teacher.gpu, of_streams)
 
 
@@ -137,7 +127,7 @@ class MemoryPlan:
         return (
             stage.peak_bytes
             + text
-            + process_around(self.job, self.budget_bytes, self.mode, trains=bool(stage.updated))
+            + process_around(self.job, self.budget_bytes, trains=bool(stage.updated))
         )
 
     @property
@@ -158,7 +148,6 @@ class MemoryPlan:
             "micro": self.micro_batch,
             "shard": self.shard_layers,
             "tuned": self.tuning_steps,
-            "targets": self.job.targets,
         }
 
     def recipe(self, asked: DistillationConfig, teacher: Checkpoint) -> DistillationConfig:
@@ -170,11 +159,10 @@ class MemoryPlan:
         parts = asked.grad_accumulation_steps * self.job.batch_size // self.micro_batch
         rate = asked.learning_rate
         if not rate:
-            rate = usual_rate(teacher) if self.mode in ("resident", "blocks") else RATE
+            rate = usual_rate(teacher) if self.mode == "blocks" else RATE
         return replace(
             asked,
             iters=self.job.iters,
-            targets=self.job.targets,
             batch_size=self.micro_batch,
             grad_accumulation_steps=parts,
             learning_rate=rate,
@@ -200,11 +188,6 @@ class MemoryPlan:
     def planned(self) -> dict[str, float]:
         """Seconds by phase, in their order, the machine cool."""
         return {p.name: p.seconds(self.rates) for p in self.phases}
-
-    @property
-    def pinned(self) -> int:
-        """Teacher blocks that stay in memory during training."""
-        return next((p.stays.get(BLOCKS, 0) for p in self.phases if p.name in TAUGHT), 0)
 
 
 def in_parts(job: DistillationSpec, mode: Mode) -> int:
@@ -239,36 +222,20 @@ def plan_strategy(
     micro: int,
     shard: int,
     tuned: int | None = None,
-    targets: Targets | None = None,
 ) -> MemoryPlan:
     """The plan of one strategy, whether it fits or not.
 
-    tuned: steps after rounding; None: as asked for, else the usual number if they fit. targets:
-    None: as the job has them, but on disk where they may lie there and the teacher does not fit
-    beside the student.
+    tuned: steps after rounding; None: as asked for, else the usual number if they fit.
     """
-    if targets is None:
-        way = partial(
-            plan_strategy, job, limit, rates, mode=mode, micro=micro, shard=shard, tuned=tuned
-        )
-        plan = way(targets=job.targets)
-        fits_beside = plan.fits and plan.pinned == job.teacher.shape.layers
-        if fits_beside or not job.may_store:
-            return plan
-        stored = way(targets="cached")
-        return stored if any(p.name in TAUGHT for p in stored.phases) else plan
-    job = replace(job, targets=targets)
     left = max(0, limit - TENSOR_BYTES * job.teacher.tensors)
-    own = process_around(job, limit, mode, trains=False)
-    training = process_around(job, limit, mode, trains=True)
+    own = process_around(job, limit, trains=False)
+    training = process_around(job, limit, trains=True)
     trained_left = left - (training - own)
     phases = teacher_answers.answering_cost(job, left)
     phases += _cutting(job, left, mode)
-    cached = job.targets == "cached"
     if mode != "none":
-        if cached:
-            phases.append(store_cost(job, left))
-        phases.append(_distil(job, mode, micro, shard=shard, limit=trained_left))
+        phases.append(store_cost(job, left))
+        phases.append(weights_cost(job, micro, shard, trained_left))
     phases.append(
         quantizing_cost(
             job.student,
@@ -280,12 +247,10 @@ def plan_strategy(
     )
     steps = job.rounding.steps(TUNE_ITERS) if tuned is None else tuned
     if steps:
-        tuning = tuning_cost(job, micro, trained_left, steps)
-        needed = tuning.peak_bytes + training
-        if cached:
-            needed = max(needed, store_cost(job, left).peak_bytes + own)
+        tuning = scales_cost(job, micro, trained_left, steps)
+        needed = max(tuning.peak_bytes + training, store_cost(job, left).peak_bytes + own)
         if needed <= limit or tuned is not None or job.rounding.q_iters is not None:
-            if cached and mode == "none":  # nothing has needed targets before
+            if mode == "none":  # nothing has needed targets before
                 phases.append(store_cost(replace(job, iters=1), left))
             phases.append(tuning)
     if not job.rounds_only:
@@ -315,13 +280,6 @@ def _cutting(job: DistillationSpec, limit: int, mode: Mode) -> list[StageCost]:
     if job.reconstruct_samples:
         phases.append(repair_cost(job, limit, in_parts(job, mode)))
     return phases
-
-
-def _distil(job: DistillationSpec, mode: Mode, micro: int, *, shard: int, limit: int) -> StageCost:
-    """The training itself, by this strategy."""
-    if mode == "resident":
-        return resident_cost(job, micro, limit)
-    return sharded_cost(job, micro, shard, limit)
 
 
 def best_plan(job: DistillationSpec, budget_bytes: int, rates: Rates) -> MemoryPlan:

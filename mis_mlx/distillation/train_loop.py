@@ -11,14 +11,13 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import mlx.core as mx
 
 from mis_mlx.hardware import clock
-from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models.passing import distributed
 from mis_mlx.runs.run_loop import Trained
 from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.types import Step
 
 CLOCK = clock.Clock()
-# The arguments of a loss. Of a TokenLoss: tokens (B, T), loss_mask (B * T,), then the targets of
+# The arguments of a loss. In distillation: tokens (B, T), loss_mask (B * T,), then the targets of
 # these B * T positions.
 MicroBatch = tuple[Any, ...]
 MicroBatches = Callable[[int], Sequence[MicroBatch]]  # of a step, counted from 0
@@ -48,10 +47,8 @@ class Applied(NamedTuple):
 
 
 class Student(Trained, Protocol[L, F]):
-    """What learns, whatever of it is in memory.
-
-    A model in one graph (whole_model), blocks of floats one after the other, all of them in memory
-    or some (sharded), or packed blocks, whose scales learn (packed_student).
+    """What learns: blocks one after the other (block_student), or a model in one graph
+    (whole_model).
     """
 
     def look(self, batches: Sequence[MicroBatch], loss: L) -> F:
@@ -104,11 +101,6 @@ def steps(
         )
         student.end_step(done.number, last=done.number == recipe.iters)
         yield done
-
-
-def remembered(optimizers: Sequence[GuardedAdamW]) -> dict[str, Any]:
-    """What a student's guards remember, as a checkpoint's state.json holds it."""
-    return {"guards": [optimizer.memory() for optimizer in optimizers]}
 
 
 def _redone_after_sleep(work: Callable[[], F]) -> tuple[float, str, F]:

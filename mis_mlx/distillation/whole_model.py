@@ -1,9 +1,8 @@
-"""A student that is in memory whole and learns as one graph: all weights, or those of adapters."""
+"""A model that is in memory whole and learns as one graph: all weights, or those of adapters."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -11,21 +10,16 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mis_mlx.compute import streams
-from mis_mlx.compute.token_losses import IN_ONE_GRAPH, Footprint, TokenLoss
-from mis_mlx.distillation import live_teacher, train_loop
+from mis_mlx.compute.logits import logit_bytes
 from mis_mlx.distillation.train_loop import Applied, MicroBatch, Update
 from mis_mlx.hardware.ledger import Ledger
 from mis_mlx.hardware.memory import in_flight_bytes
-from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths import optimizer
 from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
 from mis_mlx.models.architectures import arch
-from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import distributed
-from mis_mlx.models.passing.pass_cost import forward_flops
 from mis_mlx.models.passing.residency import activation_bytes, backward_bytes
-from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.types import MOST
 
 # (model, *micro-batch) -> (sum in nats, token count); and, if a loss wants, further sums {name:
@@ -60,21 +54,17 @@ class StepGradients:
 
 
 class WholeModel:
-    """A `train_loop.Student`: a module whose trainable parameters learn under one guard.
+    """A `train_loop.Student`: a module whose trainable parameters learn under one guard."""
 
-    It learns by any `Loss`, or by a TokenLoss.
-    """
-
-    own_head = False
     longest_unsaved = MOST
 
     def __init__(self, model: nn.Module, optimizer: GuardedAdamW):
         self.model = model.train()
         self.optimizers = [optimizer]
 
-    def look(self, batches: Sequence[MicroBatch], loss: Loss | TokenLoss) -> StepGradients:
+    def look(self, batches: Sequence[MicroBatch], loss: Loss) -> StepGradients:
         """As `train_loop.Student.look`."""
-        return _gradients(self.model, value_and_grad(self.model, loss), batches)
+        return _gradients(self.model, nn.value_and_grad(self.model, loss), batches)
 
     def apply(self, found: StepGradients, update: Update) -> Applied:
         """As `train_loop.Student.apply`; all weights at once."""
@@ -112,7 +102,7 @@ class WholeModel:
 
     def memory(self) -> dict[str, Any]:
         """The part of a checkpoint that is not an array, for its state.json."""
-        return train_loop.remembered(self.optimizers)
+        return {"guards": [self.optimizers[0].memory()]}
 
     def restore(self, arrays: dict[str, dict[str, mx.array]], memory: dict[str, Any]) -> None:
         """Put a checkpoint's arrays back, evaluated: a file may go once this returns."""
@@ -121,46 +111,6 @@ class WholeModel:
         self.model.update(tree_unflatten(list(arrays["model"].items())))
         optimizer.restore(arrays["optimizer"], guard)
         mx.eval(self.model.parameters(), optimizer.adamw.state)
-
-
-def value_and_grad(model: nn.Module, loss: Loss | TokenLoss) -> ValueAndGrad:
-    """As `nn.value_and_grad`; a TokenLoss is computed between the passes."""
-    if isinstance(loss, TokenLoss):
-        return partial(_by_token_loss, loss)
-    return nn.value_and_grad(model, loss)
-
-
-def _by_token_loss(
-    loss: TokenLoss,
-    student: nn.Module,
-    tokens: mx.array,
-    loss_mask: mx.array,
-    *targets: mx.array,
-) -> tuple[tuple[mx.array, mx.array], Any]:
-    """((loss in nats, tokens that count), gradients by name) of one micro-batch."""
-    trained = dict(tree_flatten(student.trainable_parameters()))
-    names = list(trained)
-    head = "lm_head.weight" if hasattr(student, "lm_head") else "model.embed_tokens.weight"
-
-    def forward(*weights: mx.array) -> tuple[mx.array, mx.array]:
-        student.update(tree_unflatten(list(zip(names, weights, strict=True))))
-        hidden = loss.map_windows(student.model, tokens)
-        return hidden.reshape(-1, hidden.shape[-1]), load.head_weight(student)
-
-    value, grads = loss.vjp(
-        forward,
-        list(trained.values()),
-        loss_mask,
-        targets,
-        width=student.args.hidden_size,
-        windows=len(tokens),
-        head_index=names.index(head) if head in trained else None,
-    )
-    student.update(tree_unflatten(list(trained.items())))  # `forward` left tracers there
-    named = list(zip(names, grads, strict=True))
-    del grads
-    loss.evaluate(named, len(tokens))
-    return (value, loss_mask.sum()), tree_unflatten(named)
 
 
 def as_in_training(model: nn.Module, work: Callable[[nn.Module], mx.array]) -> mx.array:
@@ -220,64 +170,32 @@ def holdings(
     batch: int,
     length: int,
     *,
-    loss: Footprint = IN_ONE_GRAPH,
     accumulates: bool = False,
     limit: int = 0,
 ) -> Ledger:
     """What a step of `WholeModel` holds where all weights learn, on micro-batches (batch, length).
 
-    loss: computed between the passes, with windows side by side that have gradients each; or all in
-    one graph, of which the least that can be promised is the sum. accumulates: several
-    micro-batches, so that the gradients of earlier ones wait meanwhile. limit: of the ledger.
+    Model and loss are one graph, of which the least that can be promised is the sum. accumulates:
+    several micro-batches, so that the gradients of earlier ones wait meanwhile. limit: of the
+    ledger.
     """
     s = m.shape
     activations = activation_bytes(m, batch, length)
-    head = 4 * s.vocab * s.hidden
     block = backward_bytes(m, batch, length) - activations // s.layers
-    logits = loss.logit_bytes(s.vocab, batch * length)
     gradients = optimizer.GRADIENT_BYTES * m.params
     summed = gradients if accumulates else 0
     largest = max(map(math.prod, arch.tensors_of(m.config, True).values()))
     ledger = Ledger(limit, m.gpu)
     ledger.hold("weights and moments", optimizer.STATE_BYTES * m.params)
-    ledger.hold("in flight", min(activations, in_flight_bytes()) if loss.gpu else 0)
-    forward = {"activations": activations, "heads": 2 * head, "logits": logits, "summed": summed}
-    if loss.on_host:
-        each = min(batch, loss.streams) * (gradients - head) + 3 * head
-        ledger.moment("forward", **forward)
-        ledger.moment("first block back", block=block, kept=activations + head, summed=summed)
-        ledger.moment("last block back", block=block, gradients=each, summed=summed)
-        # Windows that have no stream of their own go back when the first ones have gradients.
-        waiting = activations * max(0, batch - loss.streams) // batch
-        ledger.moment("later windows", kept=waiting, gradients=each, summed=summed)
-    else:
-        ledger.moment("forward", **forward, gradients=gradients)
-        ledger.moment("backward", block=block, gradients=gradients, summed=summed)
+    ledger.hold("in flight", min(activations, in_flight_bytes()) if m.gpu else 0)
+    ledger.moment(
+        "forward",
+        activations=activations,
+        heads=2 * 4 * s.vocab * s.hidden,
+        logits=logit_bytes(s.vocab, batch * length, gpu=m.gpu),
+        summed=summed,
+        gradients=gradients,
+    )
+    ledger.moment("backward", block=block, gradients=gradients, summed=summed)
     ledger.moment("update", gradients=gradients, made=optimizer.update_bytes(largest))
     return ledger
-
-
-def resident_cost(job: DistillationSpec, micro: int, limit: int) -> StageCost:
-    """The student whole in memory, with as much of the teacher as there is room for.
-
-    Or with the teacher's stored logits.
-    """
-    m = job.student
-    length = job.max_seq_length
-    ledger = holdings(
-        m,
-        micro,
-        length,
-        loss=job.loss_footprint,
-        accumulates=job.step_tokens > micro * length,
-        limit=limit,
-    )
-    live_teacher.hold(ledger, job, micro)
-    one_step = StageCost(
-        name="distil",
-        read_bytes=m.nbytes,
-        written_bytes=m.nbytes + job.checkpoints * optimizer.STATE_BYTES * m.params,
-        flops=3 * forward_flops(m, job.step_tokens, length),
-        updated=m.params,
-    )
-    return live_teacher.taught(one_step, ledger, job, micro)

@@ -26,10 +26,7 @@ SHARE = 0.75  # of what Metal recommends, or of free memory: macOS and the brows
 # 190 MiB of a whole `distill`); Metal's runtime, until measured
 GROWN_BYTES = 130 * 2**20
 GROWN_METAL_BYTES = 150 * 2**20
-# What each stream adds that trains on a CPU: BLAS's buffer; holes in glibc's heap if all gradients
-# are held at once
-TRAINED_BYTES = 32 * 2**20
-TRAINED_WHOLE_BYTES = 80 * 2**20
+TRAINED_BYTES = 32 * 2**20  # what each stream adds that trains on a CPU: BLAS's buffer
 # proc_pid_rusage: the version asked for, and which 64-bit words of its answer count; a UUID comes
 # first
 RUSAGE_V4 = 4

@@ -8,9 +8,7 @@ from mis_mlx.maths import optimizer
 
 # what may stay
 WINDOWS = "hidden states of windows"
-BLOCKS = "teacher's blocks"
 INTEGERS = "integers of a packed student's blocks"
-GRADIENTS = "gradients of blocks"
 # fields that add up over stages
 WORK = (
     "read_bytes",

@@ -1,7 +1,7 @@
-"""Losses of distillation: forward KL in chunks of positions, and eq. (2)'s halny factor.
+"""Log-probabilities of tokens in chunks of positions, and eq. (2)'s halny factor.
 
-The targets are a teacher's logits or tokens sampled from them. No (tokens x vocabulary) tensor of a
-batch ever exists as a whole: hidden states come in and meet the vocabulary in chunks.
+No (tokens x vocabulary) tensor of a batch ever exists as a whole: hidden states come in and meet
+the vocabulary in chunks.
 """
 
 from collections.abc import Callable
@@ -13,17 +13,11 @@ import numpy as np
 HALNY_CLIP = 0.15
 HALNY_REFERENCE_C = 15.0  # the spread of the air that gives the full HALNY_CLIP
 PART = 2**22  # numbers of a head, or of its gradient, that are made at a time
-TINY = 1e-37  # stands for 0 under a logarithm; a normal float32
-# z (n, V), *targets -> loss (n,), its gradient in z (n, V)
-Formula = Callable[..., tuple[mx.array, mx.array]]
 Logits = Callable[[mx.array], mx.array]  # hidden (n, D) -> logits (n, V)
 
 
 def chunk_rows(vocab: int) -> int:
-    """Positions per chunk, 8 to 256: five float32 (n, V) tensors stay under 256 MiB.
-
-    `kl_sum` holds five of them at a time.
-    """
+    """Positions per chunk, 8 to 256: five float32 (n, V) tensors stay under 256 MiB."""
     fitting = 2**28 // (5 * 4 * vocab)
     return max(8, min(256, fitting))
 
@@ -94,150 +88,12 @@ def softmax_lse(z: mx.array) -> tuple[mx.array, mx.array]:
     return p, z.max(axis=-1) - mx.log(p.max(axis=-1))
 
 
-def kl_sum(
-    student: mx.array,
-    head: mx.array,
-    teacher: mx.array,
-    teacher_logits: Logits,
-    loss_mask: mx.array,
-    temperature: float = 1.0,
-    rows: int | None = None,
-    frozen_head: bool = False,
-    softcap: float = 0.0,
-) -> mx.array:
-    """Sum over positions of KL(softmax(z_t / T) || softmax(z_s / T)) in nats.
+def next_tokens(tokens: mx.array) -> mx.array:
+    """The token after each of tokens (B, T): (B * T,).
 
-    Differentiable in student and head. student: hidden states (n, D); head: (V, D); z_s = student @
-    head.T, `apply_softcap`. teacher: (n, D_t), constant. loss_mask: (n,), 0 leaves a position out.
-    Equation (2) has no T^2 factor, so there is none here: the gradient is (p_s - p_t) / T per
-    logit. frozen_head: the head is constant and gets no gradient.
+    The last column has none: what stands there does not count, for `loss_mask` is 0.
     """
-
-    def formula(z: mx.array, target: mx.array) -> tuple[mx.array, mx.array]:
-        # One chunk: student's logits z (n, V), teacher's states (n, D_t).
-        z_t = teacher_logits(target).astype(mx.float32) / temperature
-        z_s = z / temperature
-        p_t, lse_t = softmax_lse(z_t)
-        p_s, lse_s = softmax_lse(z_s)
-        # sum p_t (log p_t - log p_s), with log p = z - lse: no logarithm of a probability that is 0
-        kl = (p_t * (z_t - z_s)).sum(axis=-1) - lse_t + lse_s
-        return kl, (p_s - p_t) / temperature
-
-    return sum_by_chunks(
-        formula,
-        student,
-        head,
-        (teacher,),
-        loss_mask=loss_mask,
-        rows=rows,
-        frozen_head=frozen_head,
-        softcap=softcap,
-    )
-
-
-def sum_by_chunks(
-    formula: Formula,
-    student: mx.array,
-    head: mx.array,
-    targets: tuple[mx.array, ...],
-    *,
-    loss_mask: mx.array,
-    rows: int | None,
-    frozen_head: bool,
-    softcap: float = 0.0,
-) -> mx.array:
-    """Sum of `formula`'s losses over chunks of positions, differentiable in student and head.
-
-    `formula`'s gradients are carried to the backward pass as (n, D) and (V, D) arrays, so logits
-    are never recomputed and never kept. student: (n, D); head: (V, D); targets: arrays of n
-    positions; loss_mask: (n,). rows: positions in a chunk. softcap: of the logits that `formula`
-    sees.
-    """
-    rows = rows or chunk_rows(head.shape[0])
-
-    @mx.custom_function
-    def forward(h: mx.array, w: mx.array = head) -> tuple[mx.array, ...]:
-        loss = mx.array(0.0)
-        dw: list[mx.array] = []  # gradient of the head, in parts
-        if not frozen_head:
-            dw = head_zeros(w)
-        dh: list[mx.array] = []  # gradient of the hidden states, chunk by chunk
-        for start in range(0, h.shape[0], rows):
-            chunk = slice(start, start + rows)
-            # Each chunk waits for all of the previous one: otherwise the scheduler begins all
-            # chunks, and holds all logits.
-            inputs = [h[chunk], loss, *(target[chunk] for target in targets)]
-            waited: Any = mx.depends(inputs, [*dw, *dh[-1:]])
-            part, loss, *target = waited
-            z = apply_softcap(wide_product(part, w), softcap)
-            losses, grad = formula(z, *target)
-            if softcap:
-                # The formula's gradient is in capped logits; products with the head need raw ones'.
-                grad = grad * softcap_gradient(z, softcap)
-            loss = loss + (losses * loss_mask[chunk]).sum()
-            grad = (grad * loss_mask[chunk][:, None]).astype(w.dtype)
-            # The logits' gradient (n, V) is used up here: (n, D) and (V, D) are all that stays.
-            dh.append(grad @ w)
-            dw = head_added(dw, grad, part)
-        if frozen_head:
-            return loss, mx.concatenate(dh)
-        return loss, mx.concatenate(dh), mx.concatenate(dw)
-
-    @forward.vjp
-    def backward(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
-        # MLX gives a single primal as an array, several as a tuple.
-        if not isinstance(primals, tuple | list):
-            primals = (primals,)
-        # A float32 cotangent must not widen the gradient of a float16 primal: MLX refuses the mix.
-        pairs = zip(primals, outputs[1:], strict=True)
-        return tuple((cotangents[0] * grad).astype(primal.dtype) for primal, grad in pairs)
-
-    results: Any = forward(student) if frozen_head else forward(student, head)
-    return results[0]
-
-
-def sampled_kl_sum(
-    student: mx.array,
-    head: mx.array,
-    loss_mask: mx.array,
-    ids: mx.array,
-    weights: mx.array,
-    *,
-    rows: int | None = None,
-    frozen_head: bool = False,
-    softcap: float = 0.0,
-) -> mx.array:
-    """Sum over positions of KL(w || softmax(z_s)) in nats, differentiable in student and head.
-
-    student: hidden states (n, D); head: (V, D); z_s = student @ head.T, `apply_softcap`. ids,
-    weights: (n, m), the tokens of the target w and their shares, which sum to 1; entries of weight
-    0 fill a row up. loss_mask: (n,), 0 leaves a position out. frozen_head: the head gets no
-    gradient.
-
-    For w of `sample` the gradient, p_s - w per logit, is that of the full KL in expectation; the
-    value is larger by a constant, E KL(w || p_t), which no student can lower.
-    """
-
-    def formula(z: mx.array, ids: mx.array, w: mx.array) -> tuple[mx.array, mx.array]:
-        p, lse = softmax_lse(z)
-        log_w = mx.log(mx.maximum(w, TINY))  # finite at 0, so that 0 log 0 is 0
-        chosen = mx.take_along_axis(z, ids, axis=-1)
-        kl = (w * (log_w - chosen + lse[:, None])).sum(axis=-1)
-        row = mx.arange(len(z))[:, None]
-        # `add`, not an assignment: a row's fillers may repeat an id.
-        grad = (p * w.sum(axis=-1, keepdims=True)).at[row, ids].add(-w)
-        return kl, grad
-
-    return sum_by_chunks(
-        formula,
-        student,
-        head,
-        (ids, weights),
-        loss_mask=loss_mask,
-        rows=rows,
-        frozen_head=frozen_head,
-        softcap=softcap,
-    )
+    return mx.roll(tokens, -1, 1).reshape(-1)
 
 
 def token_logps(
@@ -262,8 +118,8 @@ def token_logps(
     chunks = [slice(start, start + rows) for start in range(0, len(targets), rows)]
 
     def logits(h: mx.array, w: mx.array, wait_for: list[mx.array]) -> mx.array:
-        # As in `sum_by_chunks`: a chunk waits for the previous one, so only one chunk's logits
-        # exist.
+        # A chunk waits for the previous one: otherwise the scheduler begins all chunks, and holds
+        # all logits.
         waited: Any = [h]
         if wait_for:
             waited = mx.depends(waited, wait_for)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Literal
 
-from mis_mlx.compute.token_losses import Footprint
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import repairs
 from mis_mlx.models.opening.model_size import ModelSize
@@ -13,17 +12,16 @@ from mis_mlx.settings.recipe import (
     ROUND_TO_NEAREST,
     DistillationConfig,
     QuantizationConfig,
-    Targets,
     steps_of,
 )
 from mis_mlx.storage import logit_store
 
-Mode = Literal["resident", "blocks", "sharded", "none"]
+Mode = Literal["blocks", "sharded", "none"]
 
 SCALES = "distil scales"  # the phase behind rounding; "distil" is the one before it
 STORE = "logit store"  # the phase that keeps a teacher's targets
 # the best first
-MODES: tuple[Mode, ...] = "resident", "blocks", "sharded"
+MODES: tuple[Mode, ...] = "blocks", "sharded"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +32,6 @@ class DistillationSpec(DistillationConfig):
     student: ModelSize  # as pruned, before training
     iters: int
     modes: tuple[Mode, ...] = MODES
-    # the student's is the teacher's to the bit, until one of them is trained
-    same_head: bool = False
     rotation: bool = False  # the hidden size is cut along principal directions
     rounding: QuantizationConfig = ROUND_TO_NEAREST  # of the trained student
     # the teacher with its own vocabulary, where the student has another
@@ -51,8 +47,6 @@ class DistillationSpec(DistillationConfig):
     viewed: bool = False
     # the student is there already: it is rounded, its scales may learn, and nothing is measured
     rounds_only: bool = False
-    targets: Targets = "live"
-    may_store: bool = False  # targets on disk take the place of a teacher that does not fit
 
     @property
     def whole_teacher(self) -> ModelSize:
@@ -68,12 +62,6 @@ class DistillationSpec(DistillationConfig):
     def rounds_teacher(self) -> bool:
         """Whether what is rounded is the teacher itself, so that no trained student is written."""
         return self.uncut and self.rounds
-
-    @property
-    def loss_footprint(self) -> Footprint:
-        """What the loss holds while it is computed."""
-        gpu = self.student.gpu
-        return Footprint(on_host=self.targets == "live" and not gpu, gpu=gpu)
 
     @property
     def checkpoints(self) -> int:
@@ -106,13 +94,11 @@ def spec_of(
     sized: its sizes are exact, and not the largest that it may have. answers: prompts that the
     models answer at the end; answers_known: the teacher's answers are there already.
     """
-    untrained = asked.train == "auto"
-    uncut = copied and sized and untrained and _same_tensors(teacher, student)
+    # block by block: a shape knows one width for all
+    same_tensors = arch.tensors_of(student.config) == arch.tensors_of(teacher.config)
+    uncut = copied and sized and asked.train == "auto" and same_tensors
     settings = {f.name: getattr(asked, f.name) for f in fields(DistillationConfig)}
     settings["iters"] = steps_of(asked, student.config)
-    settings["targets"] = asked.targets or "live"
-    # The store has targets of temperature 1.
-    plain = asked.temperature == 1.0
     # No fit knows what comes of several hidden states.
     if uncut or not repairs(student.config):
         settings["reconstruct_samples"] = 0
@@ -124,19 +110,11 @@ def spec_of(
         rotation=student.shape.hidden < teacher.shape.hidden,
         rounding=rounding,
         shown=shown,
-        same_head=copied and _head_type(teacher) == _head_type(student),
         uncut=uncut,
         viewed=uncut and not teacher.packed and rounding is not ROUND_TO_NEAREST,
-        may_store=asked.targets is None and plain,
         answers=answers,
         answers_known=answers_known,
     )
-
-
-def _same_tensors(teacher: ModelSize, student: ModelSize) -> bool:
-    """Whether both have the same tensors, block by block: a shape knows one width for all."""
-    of_teacher = arch.tensors_of(teacher.config)
-    return arch.tensors_of(student.config) == of_teacher
 
 
 def _modes(asked: DistillationConfig, student: ModelSize, *, uncut: bool) -> tuple[Mode, ...]:
@@ -149,9 +127,3 @@ def _modes(asked: DistillationConfig, student: ModelSize, *, uncut: bool) -> tup
     if repaired or student.shape.experts:
         return (*MODES, "none")
     return MODES
-
-
-def _head_type(m: ModelSize) -> tuple[Any, ...]:
-    """A head's width and type: equal ones are taken for the same head."""
-    dtype = m.config.get("torch_dtype") or m.config.get("dtype")
-    return m.shape.hidden, m.packed, dtype

@@ -225,7 +225,7 @@ def _forward_bytes(block: nn.Module, mask: Any, hidden: mx.array) -> int:
 def _training_bytes(block: nn.Module, mask: Any, hidden: mx.array) -> tuple[int, int]:
     """(bytes kept for the backward pass, the most that pass holds besides gradients).
 
-    As distillation/block_gradients does it, windows side by side. hidden: (B, T, D), float32.
+    As distillation/block_student does it, windows side by side. hidden: (B, T, D), float32.
     """
     weights = dict(tree_flatten(block.trainable_parameters()))
 

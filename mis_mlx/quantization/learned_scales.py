@@ -1,6 +1,5 @@
 """A packed model whose scales, biases and norms learn; integers, embedding and head stay."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from mis_mlx.models.passing import stream
 from mis_mlx.models.passing.pass_cost import block_matrix
 from mis_mlx.models.writing import model_writer
 from mis_mlx.quantization import packed_format
-from mis_mlx.quantization.scale_state import ScaleState
+from mis_mlx.quantization.scale_state import LearnedState
 from mis_mlx.storage import safetensors
 from mis_mlx.storage.files import Files
 from mis_mlx.types import Checkpoint
@@ -174,22 +173,17 @@ class PackedStream(stream.Stream):
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, kept: int, state: ScaleState, *, direct: bool = False
+        self, checkpoint: Checkpoint, kept: int, state: LearnedState, *, direct: bool = False
     ):
         super().__init__(checkpoint, mx.float32, direct=direct)
         self._formats = packed_format.formats(checkpoint)
         self._copies = True  # integers leave their slot: see `with_grids`
         self._state = state
-        # of every block: what learns, {name in the block: shape}
-        self.shapes: list[dict[str, tuple[int, ...]]] = []
         for i, block in super().blocks():
             values = dict[str, mx.array](tree_flatten(block.trainable_parameters()))
             for name, array in values.items():
                 values[name] = array * 1  # a copy: the block's memory is used again
-            state.put(i, Part(values, {}))
-            self.shapes.append({name: array.shape for name, array in values.items()})
-        sizes = [sum(map(math.prod, named.values())) for named in self.shapes]
-        self.most_learns = max(sizes)  # numbers that learn in a block, at the most
+            state.put(arch.block_prefix(i), Part(values, {}))
         self.resident_blocks = kept
 
     def opened(self, i: int, raw: stream.Arrays) -> nn.Module:
@@ -202,11 +196,13 @@ class PackedStream(stream.Stream):
     def blocks(self, order: Sequence[int] | None = None) -> Iterator[tuple[int, nn.Module]]:
         """As `Stream.blocks`, with what the blocks have learned."""
         for i, block in super().blocks(order):
-            block.update(tree_unflatten(list(self._state.values(i).items())))
+            values = self._state.values(arch.block_prefix(i))
+            block.update(tree_unflatten(list(values.items())))
+            names = list(values)
+            del values
             yield i, block
             # A block that stays does not keep values that are soon old.
-            away = [(name, mx.array(0.0)) for name in self.shapes[i]]
-            block.update(tree_unflatten(away))
+            block.update(tree_unflatten([(name, mx.array(0.0)) for name in names]))
 
 
 def with_grids(
@@ -235,9 +231,15 @@ def with_grids(
 
 
 def write_learned(
-    checkpoint: Checkpoint, learned: Mapping[str, mx.array], out: Path, files: Files
+    checkpoint: Checkpoint,
+    learned: Callable[[str], mx.array | None],
+    out: Path,
+    files: Files,
 ) -> None:
-    """Commit the folder `out`: `checkpoint` with what was learned, by name, in stored types."""
+    """Commit the folder `out`: `checkpoint` with what was learned, in stored types.
+
+    learned(name): a tensor of the whole model; None for one that did not learn.
+    """
     specs = {}
     for name, tensor in checkpoint.tensors.items():
         specs[name] = tensor.dtype, tensor.shape
@@ -249,8 +251,9 @@ def write_learned(
                 continue
             stored = safetensors.lazy(checkpoint.tensors, [name])
             tensor = stored[name]
-            if name in learned:
-                tensor = learned[name].astype(tensor.dtype)
+            value = learned(name)
+            if value is not None:
+                tensor = value.astype(tensor.dtype)
             yield name, tensor
 
     extra = {}

@@ -1,50 +1,47 @@
-"""Where the scales that learn live, with their moments and gradients: in memory, or on disk.
+"""Where what learns lives, with its moments: in memory, or on disk.
 
-Either holds the same numbers, so what is learned does not depend on it. On disk every block has a
-file, written anew at every step and never changed: a checkpoint links it, and keeps its bytes when
-the next step's file takes its place.
+Either holds the same numbers, so what is learned does not depend on it. On disk every unit, a block
+or the final norm, has a file, written anew at every step and never changed: a checkpoint links it,
+and keeps its bytes when the next step's file takes its place.
 """
 
 import os
-from collections.abc import Collection, Iterator, MutableSequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import mlx.core as mx
 
-from mis_mlx.hardware.stage_cost import GRADIENTS, StageCost
-from mis_mlx.maths import optimizer
+from mis_mlx.compute import streams
+from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths.optimizer import Named, Part
-from mis_mlx.models.architectures import arch
 from mis_mlx.models.passing.stream import evaluate_now
 from mis_mlx.storage.checkpoint import Written, write_once
 from mis_mlx.storage.files import Files, as_mis_error
 from mis_mlx.storage.header_check import check
-from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.storage.safetensors import lazy
 
 WHAT = "the state of scales that learn"
-MOMENTS = tuple(f".{moment}" for moment in optimizer.MOMENTS)
 
 
-class ScaleState(Protocol):
-    """Values and moments of every block, evaluated; gradients of the step under way."""
+class LearnedState(Protocol):
+    """Values and moments of every unit, evaluated.
 
-    def values(self, i: int) -> dict[str, mx.array]:
-        """What block i has learned so far, by name in the block."""
+    A unit is named by the prefix of its weights in the whole model, 'model.layers.3.'.
+    """
 
-    def value(self, i: int, name: str) -> mx.array:
-        """One of these."""
+    def values(self, unit: str) -> dict[str, mx.array]:
+        """What a unit has learned so far, by name in it."""
 
-    def part(self, i: int) -> Part:
-        """What block i has learned, with its moments."""
+    def value(self, unit: str, name: str) -> mx.array | None:
+        """One of these; None where nothing of that name learns."""
 
-    def put(self, i: int, part: Part) -> None:
-        """Replace block i's values and moments, which may be lazy."""
+    def part(self, unit: str) -> Part:
+        """What a unit has learned, with its moments."""
 
-    def new_gradients(self) -> MutableSequence[mx.array]:
-        """An empty list for a step's gradients: one vector (n,) a block, all of the same length."""
+    def put(self, unit: str, part: Part) -> None:
+        """Replace a unit's values and moments, which may be lazy."""
 
     def entries(self) -> dict[str, Written]:
         """Checkpoint files that hold what `part` gives; {}: whoever saves must ask for it."""
@@ -54,36 +51,42 @@ class InMemory:
     """All of it in memory."""
 
     def __init__(self) -> None:
-        self._parts: dict[int, Part] = {}
+        self._parts: dict[str, Part] = {}
 
-    def values(self, i: int) -> dict[str, mx.array]:
-        """As `ScaleState.values`."""
-        return dict(self._parts[i].weights)
+    def values(self, unit: str) -> dict[str, mx.array]:
+        """As `LearnedState.values`."""
+        return dict(self._parts[unit].weights)
 
-    def value(self, i: int, name: str) -> mx.array:
-        """As `ScaleState.value`."""
-        return self._parts[i].weights[name]
+    def value(self, unit: str, name: str) -> mx.array | None:
+        """As `LearnedState.value`."""
+        return self._parts[unit].weights.get(name)
 
-    def part(self, i: int) -> Part:
-        """As `ScaleState.part`."""
-        return self._parts[i]
+    def part(self, unit: str) -> Part:
+        """As `LearnedState.part`."""
+        return self._parts[unit]
 
-    def put(self, i: int, part: Part) -> None:
-        """As `ScaleState.put`."""
-        evaluate_now(part)
-        self._parts[i] = part
+    def put(self, unit: str, part: Part) -> None:
+        """As `LearnedState.put`.
 
-    def new_gradients(self) -> MutableSequence[mx.array]:
-        """As `ScaleState.new_gradients`."""
-        return []
+        The old arrays go first, so that new ones may take their memory. As many weights at a time
+        as there are streams: MLX makes room for all that it is asked for together, before the first
+        of it is there.
+        """
+        self._parts[unit] = part
+        names = list(part.weights)
+        count = streams.count()
+        for start in range(0, len(names), count):
+            together = names[start : start + count]
+            arrays = [[part.weights[name], part.moments.get(name, {})] for name in together]
+            evaluate_now(arrays)
 
     def entries(self) -> dict[str, Written]:
-        """As `ScaleState.entries`."""
+        """As `LearnedState.entries`."""
         return {}
 
 
 @contextmanager
-def place(planned: StageCost, folder: Path, files: Files) -> Iterator[ScaleState]:
+def place(planned: StageCost, folder: Path, files: Files) -> Iterator[LearnedState]:
     """Where scales learn as planned: in memory; or in files below `folder`, until the block ends.
 
     MisError where the disk has too little space for them.
@@ -94,67 +97,67 @@ def place(planned: StageCost, folder: Path, files: Files) -> Iterator[ScaleState
     files.require_space(folder, planned.scratch_bytes, WHAT)
     own = folder / f".tmp-scales-{os.getpid()}"
     try:
-        yield OnDisk(own, planned.stays[GRADIENTS], files)
+        yield OnDisk(own, files)
     finally:
         files.discard(own)
 
 
 class OnDisk:
-    """Values and moments in a file a block, in the new folder `folder`.
+    """Values and moments in a file a unit, in the new folder `folder`.
 
-    held: of how many blocks the gradients stay in memory during a step; those of the others go to a
-    file without a name. MisError when the disk is full.
+    MisError when the disk is full.
     """
 
-    def __init__(self, folder: Path, held: int, files: Files):
+    def __init__(self, folder: Path, files: Files):
         self._folder = folder
-        self._held = held
         self._files = files
-        self._written: dict[int, Written] = {}
+        self._written: dict[str, Written] = {}
         self._count = 0  # of files so far: no name is used twice
         with as_mis_error(folder.parent, WHAT):
             files.discard(folder)  # a process of the same number left it
             files.make_folder(folder)
 
-    def values(self, i: int) -> dict[str, mx.array]:
-        """As `ScaleState.values`."""
-        tensors, _ = check(self._written[i].path)
-        return self._read(i, [name for name in tensors if not _of_moment(name, tensors)])
+    def values(self, unit: str) -> dict[str, mx.array]:
+        """As `LearnedState.values`."""
+        tensors, _ = check(self._written[unit].path)
+        return self._read(unit, [name for name in tensors if not _of_moment(name, tensors)])
 
-    def value(self, i: int, name: str) -> mx.array:
-        """As `ScaleState.value`."""
-        return self._read(i, [arch.block_prefix(i) + name])[name]
+    def value(self, unit: str, name: str) -> mx.array | None:
+        """As `LearnedState.value`."""
+        tensors, _ = check(self._written[unit].path)
+        return self._read(unit, [unit + name])[name] if unit + name in tensors else None
 
-    def part(self, i: int) -> Part:
-        """As `ScaleState.part`."""
-        return split(self._read(i))
+    def part(self, unit: str) -> Part:
+        """As `LearnedState.part`."""
+        return split(self._read(unit))
 
-    def put(self, i: int, part: Part) -> None:
-        """As `ScaleState.put`. The old file goes once the new one is whole."""
-        named = joined(part, before=arch.block_prefix(i))
+    def put(self, unit: str, part: Part) -> None:
+        """As `LearnedState.put`. The old file goes once the new one is whole."""
+        named = joined(part, before=unit)
         nbytes = sum(array.nbytes for array in named.values())
         self._count += 1
-        path = self._folder / f"block-{i:05d}-{self._count:08d}.safetensors"
-        old = self._written.get(i)
+        path = self._folder / f"{_file_name(unit)}-{self._count:08d}.safetensors"
+        old = self._written.get(unit)
         with as_mis_error(self._folder, WHAT, nbytes):
-            self._written[i] = write_once(path, named, self._files)
+            self._written[unit] = write_once(path, named, self._files)
         if old:
             self._files.discard(old.path)
 
-    def new_gradients(self) -> MutableSequence[mx.array]:
-        """As `ScaleState.new_gradients`."""
-        return Spool(self._folder, self._held, self._files, WHAT)
-
     def entries(self) -> dict[str, Written]:
-        """As `ScaleState.entries`."""
-        return {f"block-{i:05d}": written for i, written in sorted(self._written.items())}
+        """As `LearnedState.entries`."""
+        return {_file_name(unit): written for unit, written in sorted(self._written.items())}
 
-    def _read(self, i: int, wanted: Collection[str] | None = None) -> dict[str, mx.array]:
-        """A block's arrays by name in the block, evaluated. wanted: of the file; None: all."""
-        tensors, _ = check(self._written[i].path)
+    def _read(self, unit: str, wanted: Collection[str] | None = None) -> dict[str, mx.array]:
+        """A unit's arrays by name in it, evaluated. wanted: of the file; None: all."""
+        tensors, _ = check(self._written[unit].path)
         arrays = lazy(tensors, wanted or tensors)
         evaluate_now(arrays)
-        return {name.removeprefix(arch.block_prefix(i)): array for name, array in arrays.items()}
+        return {name.removeprefix(unit): array for name, array in arrays.items()}
+
+
+def _file_name(unit: str) -> str:
+    """'model.layers.3.' -> 'model-layers-3'."""
+    return unit.strip(".").replace(".", "-")
 
 
 def joined(part: Part, before: str = "") -> dict[str, mx.array]:

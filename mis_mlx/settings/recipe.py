@@ -10,13 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from mis_mlx import cli
 from mis_mlx.models.architectures.sizes import step_factor
 from mis_mlx.types import (
     FILE_ONLY,
     Bits,
     Count,
-    MisError,
     Positive,
     Rate,
     Seed,
@@ -25,8 +23,7 @@ from mis_mlx.types import (
     Whole,
 )
 
-Targets = Literal["live", "cached"]  # where a step's targets come from
-Train = Literal["auto", "resident", "blocks", "sharded", "none"]
+Train = Literal["auto", "blocks", "sharded", "none"]
 Method = Literal["round", "gptq"]
 
 
@@ -88,17 +85,12 @@ class DistillationConfig(TrainingConfig):
     (--reconstruct-samples 0), use 3x
     """
     temperature: Annotated[Positive, FILE_ONLY] = 1.0
-    """T in eq. (2); softens both distributions"""
+    """T in eq. (2); softens both distributions, the teacher's before its tokens are kept"""
     halny: Annotated[Share | None, FILE_ONLY] = None
     """spread of eps_halny in eq. (2); 0: off; default: from measured T_env, 0 when unmeasured"""
     train: Train = "auto"
-    """resident: all of the student in memory; blocks: the same block by block, with 8-bit moments
-    and frozen embedding and head; sharded: some blocks at a time; none: repair only. Default: the
-    first that fits
-    """
-    targets: Annotated[Targets | None, FILE_ONLY] = None
-    """live: run the teacher at every step; cached: store its likeliest tokens once, and then train
-    without it. Default: live where the teacher fits next to the student
+    """blocks: all blocks learn, each as soon as its gradient is there; sharded: some blocks at a
+    time; none: repair only. Default: the first that fits
     """
     reconstruct_samples: Whole = 64
     """windows for the closed-form repair before training; 0: no repair"""
@@ -106,15 +98,6 @@ class DistillationConfig(TrainingConfig):
     """calibration windows for importance"""
     eval_windows: Count = 24
     """held-out windows to measure; a third as many of the second text"""
-
-    def check(self) -> None:
-        """MisError where values make no sense or flags do not go together."""
-        cli.check_ranges(self)
-        if self.targets == "cached" and self.temperature != 1.0:
-            raise MisError(
-                f"targets: cached holds targets of temperature 1, not {self.temperature:g}: use "
-                f"targets: live"
-            )
 
 
 @dataclass(frozen=True)

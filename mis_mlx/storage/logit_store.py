@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -36,7 +36,6 @@ Arrays = Mapping[str, np.ndarray]
 class Spec:
     """What a store holds. Stores with equal specs have equal bytes."""
 
-    kind: Literal["top and sampled"]  # stands in targets.json
     top: int  # likeliest tokens of a position
     count: int  # tokens drawn of the others
     vocab: int
@@ -45,6 +44,7 @@ class Spec:
     teacher: str  # fingerprint
     data: str  # fingerprint
     seed: int
+    temperature: float = 1.0  # T of eq. (2), by which logits were divided
     # Windows in a file: a crash can cost so many, and a reader reads so many at a time.
     part_windows: int = 32
 

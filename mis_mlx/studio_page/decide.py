@@ -16,7 +16,6 @@ WAIT_S = 0.5  # after the last move of a slider
 STEP_MIB = 256
 MOST_MB = 8000  # of a model that is not here
 MODES = {
-    "resident": "the student is trained whole in memory",
     "sharded": "the student is trained in parts",
     "none": "nothing is trained: only bits and tokens go",
     "blocks": "the student is trained block by block",

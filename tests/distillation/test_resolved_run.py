@@ -70,7 +70,7 @@ def begin_and_resume(settings: distill.Settings) -> None:
         {"scenario": "gazda"},
         {"layers": 2, "quantize": 0},
         {"vocab": "300", "iters": 7, "learning_rate": 1e-3, "temperature_c": 20.0},
-        {"scenario": "gazda", "targets": "cached", "q_group_size": 32},
+        {"scenario": "gazda", "temperature": 2.0, "q_group_size": 32},
         {"scenario": "gazda", "train": "blocks", "batch_size": 4, "grad_accumulation_steps": 3},
         pytest.param({"bytes": "190KB"}, marks=pytest.mark.thorough),
     ],

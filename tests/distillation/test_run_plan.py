@@ -56,7 +56,7 @@ def test_a_student_as_wide_as_its_teacher_in_one_block_is_repaired_and_trained(
     student = load.open_checkpoint(out / "model").config
     widths = [ffn_size(student, i) for i in range(shape_of(student).layers)]
     assert min(widths) < before
-    assert result["mode"] == "resident"
+    assert result["mode"] == "blocks"
     lines = (out / run_folder.PHASES).read_text().splitlines()
     phases = [json.loads(line).get("phase") for line in lines]
     assert {"repair", "distil"} <= set(phases)

@@ -13,12 +13,13 @@ import pytest
 
 from mis_mlx.compute.precision import POLICY
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.distillation import live_teacher, packed_student, strategies
 from mis_mlx.distillation import plan_report as planning
+from mis_mlx.distillation import strategies
+from mis_mlx.distillation.block_student import BlockStudent, scales_cost
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import M1_AIR
-from mis_mlx.hardware.stage_cost import GRADIENTS, INTEGERS, StageCost
+from mis_mlx.hardware.stage_cost import INTEGERS, StageCost
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.planner.distillation_spec import DistillationSpec
@@ -28,6 +29,7 @@ from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Budget
 from tests import tiny
 from tests.conftest import mostly_thorough
+from tests.distillation import students
 
 SIZES = {
     **tiny.CONFIG,
@@ -51,13 +53,12 @@ def spec(layers: int, **changes: Any) -> DistillationSpec:
         num_samples=6,
         save_every=STEPS,
         rounding=QuantizationConfig(q_method="round", target_bpw=None, q_iters=STEPS),
-        targets="cached",
         **changes,
     )
 
 
 def tuned(job: DistillationSpec, limit: int) -> StageCost:
-    return packed_student.tuning_cost(job, 1, limit, STEPS)
+    return scales_cost(job, 1, limit, STEPS)
 
 
 def least_on_disk(job: DistillationSpec) -> int:
@@ -82,7 +83,7 @@ def test_a_plan_says_what_lies_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     # a step outweighs what the other phases take
     job = replace(spec(40), modes=("none",), uncut=True, eval_windows=1, batch_size=16)
-    way: dict[str, Any] = {"mode": "none", "micro": 16, "shard": 0, "targets": "cached"}
+    way: dict[str, Any] = {"mode": "none", "micro": 16, "shard": 0}
     roomy = strategies.plan_strategy(job, GIB, M1_AIR, **way)
     budgets = [n * 2**18 for n in range(4, 4000)]
     plans = (strategies.plan_strategy(job, n, M1_AIR, **way) for n in budgets)
@@ -111,7 +112,6 @@ def test_learning_on_disk_stays_under_the_plan(
     job = replace(spec(8), teacher=m, student=m)
     planned = tuned(job, least_on_disk(job) + room)
     assert planned.scratch_bytes
-    assert planned.stays[GRADIENTS] == (2 if room else 0)
     packed_format.write_quantized(
         checkpoint, tmp_path / "q4", packed_format.formats_of(checkpoint.config, 64), DISK
     )
@@ -119,15 +119,7 @@ def test_learning_on_disk_stays_under_the_plan(
     tokens = np.random.default_rng(0).integers(0, 512, (6, 64)).astype(np.int32)
     text = Windows(tokens, np.ones((6, 64), np.float32))
     recipe = DistillationConfig(iters=STEPS, batch_size=1, learning_rate=1e-4)
-    visited = live_teacher.visited_windows(text, recipe)
-    store = live_teacher.write_store(
-        checkpoint,
-        lambda: live_teacher.StreamedTeacher(checkpoint),
-        text.pick(visited),
-        tmp_path / "targets",
-        files=DISK,
-    )
-    source = live_teacher.CachedTeacher(store, visited)
+    source = students.kept(checkpoint, text, recipe, tmp_path / "targets")
     gc.collect()
     mx.clear_cache()
     before = mx.get_active_memory()
@@ -137,8 +129,9 @@ def test_learning_on_disk_stays_under_the_plan(
         scale_state.place(planned, tmp_path, DISK) as state,
     ):
         mx.set_cache_limit(0)
-        student = packed_student.PackedStudent(packed, planned.stays[INTEGERS], state=state)
-        for _ in live_teacher.steps(student, source, text, recipe):
+        student = BlockStudent(packed, "scales", kept=planned.stays[INTEGERS], state=state)
+        student.begin()
+        for _ in source.steps(student, text, recipe):
             memory.give_back(cache=False)
         peak = mx.get_peak_memory() - before
         files = sum(file.nbytes for file in state.entries().values())

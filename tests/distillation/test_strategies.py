@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import re
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,15 @@ import numpy as np
 import pytest
 
 from mis_mlx.cli import parse_bytes
-from mis_mlx.compute.token_losses import TokenLoss
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distill import Settings as Distilled
-from mis_mlx.distillation import live_teacher, sharded, strategies, train_loop, whole_model
-from mis_mlx.distillation.whole_model import WholeModel
+from mis_mlx.distillation import strategies
+from mis_mlx.distillation.block_student import BlockStudent, weights_cost
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import M1_AIR
-from mis_mlx.hardware.stage_cost import BLOCKS, StageCost
+from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge import comparison
 from mis_mlx.judge.comparison import comparison_cost
-from mis_mlx.maths import losses
-from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
@@ -45,6 +41,7 @@ from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Air, Budget, Checkpoint
 from tests import tiny
 from tests.conftest import mostly_thorough
+from tests.distillation import students
 from tests.peaks import allocated
 
 MIB = 2**20
@@ -76,38 +73,19 @@ def named(plan: strategies.MemoryPlan) -> dict[str, StageCost]:
 
 
 def test_budgets_choose() -> None:
-    """Resident with the teacher, resident beside a streamed teacher, by blocks, sharded, and then
-    nothing fits.
-    """
+    """All blocks, some of them, and then nothing fits."""
     seen = []
-    for budget in range(1, 100):
+    for budget in range(1, 600, 2):
         plan = strategies.best_plan(BLOCKY, budget * MIB, M1_AIR)
-        seen.append((plan.fits, plan.mode, plan.pinned == BIG.shape.layers))
+        seen.append((plan.fits, plan.mode))
         assert plan.peak_bytes <= budget * MIB or not plan.fits
     order = list(dict.fromkeys(seen))
-    assert order[0] == (False, "sharded", False)
-    assert order[-1] == (True, "resident", True)
-    assert len(order) > 3
-    modes = list(dict.fromkeys(mode for fits, mode, _ in order if fits))
-    assert modes in (["sharded", "blocks", "resident"], ["sharded", "resident"])
-    wordy = replace(
-        BLOCKY, student=model_of({**BLOCKY.student.config, "vocab_size": 30_000}, gpu=False)
-    )
-    less = (
-        whole_model.resident_cost(wordy, 4, 0).peak_bytes
-        - sharded.sharded_cost(wordy, 4, 0).peak_bytes
-    )
-    assert less >= 8 * 30_000 * 64  # two moments of the embedding
-    plans = [
-        strategies.best_plan(replace(wordy, modes=MODES[1:]), n * MIB, M1_AIR) for n in (4, 300)
-    ]
-    assert plans[1].mode == "blocks"
-    assert plans[1].strategy == {
+    assert order == [(False, "sharded"), (True, "sharded"), (True, "blocks")]
+    assert strategies.best_plan(BLOCKY, 600 * MIB, M1_AIR).strategy == {
         "mode": "blocks",
         "micro": 4,
         "shard": 0,
         "tuned": 0,
-        "targets": "live",
     }
 
 
@@ -121,24 +99,6 @@ def test_a_student_with_fewer_tokens_is_measured_in_other_languages() -> None:
     # of each of two kinds of text, and of all languages
     assert fewer.read_bytes - as_many.read_bytes == 3 * shown.nbytes + SMALL.nbytes
     assert fewer.flops > as_many.flops
-
-
-@pytest.mark.parametrize(
-    ("change", "copied", "same"),
-    [
-        ({}, True, True),
-        ({}, False, False),  # of a folder of the user's, which may have been trained
-        ({"torch_dtype": "float16"}, True, False),
-        ({"hidden_size": 128}, True, False),
-        ({"quantization": {"bits": 4, "group_size": 64}}, True, False),
-    ],
-)
-def test_whose_head_is_the_teachers(change: dict[str, Any], copied: bool, same: bool) -> None:
-    """A student's that was cut out of it, in its type and width."""
-    config = {**tiny.CONFIG, "torch_dtype": "bfloat16"}
-    teacher = model_of({**config, **change})
-    student = model_of(config)
-    assert spec_of(teacher, student, DistillationConfig(), copied=copied).same_head == same
 
 
 @pytest.mark.parametrize(
@@ -183,9 +143,7 @@ def test_usual_steps(tmp_path: Path, family: str, asked: dict[str, Any], steps: 
     assert spec_of(model, model, DistillationConfig(**asked)).iters == steps
 
 
-@pytest.mark.parametrize(
-    ("mode", "whole"), [("resident", True), ("blocks", True), ("sharded", False)]
-)
+@pytest.mark.parametrize(("mode", "whole"), [("blocks", True), ("sharded", False)])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3", "phi3", "mixtral"])
 def test_the_usual_rate_knows_the_weights(
     tmp_path: Path, family: str, mode: Mode, whole: bool
@@ -217,8 +175,7 @@ def test_the_usual_rate_knows_the_weights(
     assert whole or rates[0] == RATE
 
 
-@pytest.mark.parametrize("targets", mostly_thorough(["live", "cached"]))
-def test_more_budget_never_reads_more(targets: Any) -> None:
+def test_more_budget_never_reads_more() -> None:
     """With the micro-batch and the way fixed: blocks stay, shards grow, passes merge, spools
     shrink.
     """
@@ -228,10 +185,9 @@ def test_more_budget_never_reads_more(targets: Any) -> None:
         student=deep,
         batch_size=1,
         grad_accumulation_steps=8,
-        targets=targets,
         num_samples=64,
     )
-    plans = [strategies.best_plan(job, n * MIB // 8, M1_AIR) for n in range(40, 8 * 120, 6)]
+    plans = [strategies.best_plan(job, n * MIB // 8, M1_AIR) for n in range(40, 8 * 500, 16)]
     plans = [p for p in plans if p.fits]
 
     def read_bytes(plan: Any) -> int:
@@ -241,7 +197,7 @@ def test_more_budget_never_reads_more(targets: Any) -> None:
         reads = [read_bytes(plan) for plan in plans if plan.mode == mode]
         assert reads == sorted(reads, reverse=True)
     assert len(set(map(read_bytes, plans))) >= 5
-    assert {p.mode for p in plans} >= {"resident", "sharded"}
+    assert {p.mode for p in plans} == {"blocks", "sharded"}
     assert len({p.shard_layers for p in plans}) > 2
 
 
@@ -270,35 +226,13 @@ def test_steps_after_rounding_go_where_nobody_asked_for_them() -> None:
     assert strategies.plan_strategy(job, GIB, M1_AIR, **plan.strategy) != whole
 
 
-@pytest.mark.thorough
-def test_targets_are_stored_where_the_teacher_does_not_fit_beside_the_student() -> None:
-    """With room for all of it the teacher is live; with less its targets are on disk, read once;
-    asked for live targets, they stay so; and a run that goes on keeps what it has.
-    """
-    job = replace(JOB, may_store=True)
-    whole = strategies.best_plan(job, GIB, M1_AIR)
-    assert whole.job.targets == "live"
-    assert whole.pinned == BIG.shape.layers
-    plans = [strategies.best_plan(job, n * MIB // 8, M1_AIR) for n in range(40, 400, 3)]
-    less = next(plan for plan in plans if plan.fits)
-    assert less.job.targets == "cached"
-    assert less.pinned == 0
-    assert "logit store" in named(less)
-    for plan in plans:
-        stays = plan.pinned == BIG.shape.layers
-        assert plan.job.targets == ("live" if stays else "cached")
-    asked = strategies.best_plan(JOB, less.budget_bytes, M1_AIR)
-    assert asked.job.targets == "live"
-    assert strategies.plan_strategy(job, GIB, M1_AIR, **less.strategy).job.targets == "cached"
-
-
 def test_micro_batches_divide_the_step(tmp_path: Path) -> None:
     """Six windows are cut into 3, 2 or 1, never 4; the recipe then has as many more of them a
     step.
     """
     job = replace(JOB, batch_size=6)
     assert {way["micro"] for way in strategies.candidate_strategies(job)} == {6, 3, 2, 1}
-    plan = strategies.plan_strategy(job, GIB, rates=M1_AIR, mode="resident", micro=2, shard=0)
+    plan = strategies.plan_strategy(job, GIB, rates=M1_AIR, mode="blocks", micro=2, shard=0)
     asked = DistillationConfig(batch_size=6, grad_accumulation_steps=3, learning_rate=RATE)
     recipe = plan.recipe(asked, load.open_checkpoint(tiny.make(tmp_path / "m")))
     assert (recipe.batch_size, recipe.grad_accumulation_steps) == (2, 9)
@@ -311,7 +245,6 @@ def test_micro_batches_divide_the_step(tmp_path: Path) -> None:
         {},
         {"reconstruct_samples": 64},
         {"max_seq_length": 256, "eval_windows": 64},
-        {"targets": "cached"},
     ],
 )
 def test_the_least_budget_is_enough_and_one_byte_less_is_not(change: dict[str, Any]) -> None:
@@ -336,7 +269,7 @@ def test_the_remedy_is_one_that_helps() -> None:
     repair = replace(
         JOB,
         reconstruct_samples=1,
-        modes=("resident",),
+        modes=("blocks",),
         student=model_of({**SMALL.config, "intermediate_size": 6144}, False),
     )
     plain = strategies.best_plan(replace(repair, reconstruct_samples=0), GIB, M1_AIR)
@@ -351,51 +284,6 @@ def test_the_remedy_is_one_that_helps() -> None:
     assert "do not help" in strategies.remedy(strategies.best_plan(long, MIB, M1_AIR))
 
 
-@pytest.mark.parametrize(
-    ("batch", "length", "vocab", "resident"),
-    [(1, 64, 512, True), (4, 128, 512, False), (2, 64, 8192, False), (4, 256, 4096, True)],
-)
-def test_resident_training_stays_under_the_plan(
-    tmp_path: Path, batch: int, length: int, vocab: int, resident: bool
-) -> None:
-    """Two real steps with MLX's limit at the plan: its own peak is under that, not by more than a
-    factor of four.
-    """
-    teacher = load.open_checkpoint(
-        tiny.make(tmp_path / "big", vocab_size=vocab, num_hidden_layers=6)
-    )
-    small = tiny.make(
-        tmp_path / "small", seed=1, vocab_size=vocab, num_hidden_layers=4, intermediate_size=512
-    )
-    student = load.open_checkpoint(small)
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, vocab, (12, length)).astype(np.int32)
-    data = Windows(tokens, np.ones((12, length), np.float32))
-    recipe = TrainingConfig(iters=2, batch_size=batch, max_seq_length=length)
-    mx.clear_cache()
-    gc.collect()  # what an earlier test left would be freed during the work
-    before = mx.get_active_memory()
-    job = replace(
-        JOB,
-        teacher=model_of(teacher),
-        student=model_of(student),
-        batch_size=batch,
-        grad_accumulation_steps=1,
-        max_seq_length=length,
-    )
-    planned = whole_model.resident_cost(job, batch, GIB if resident else 0)
-    with memory.limited(Budget(before + planned.peak_bytes)):
-        model = load.resident_model(student, mx.float32)
-        source = live_teacher.StreamedTeacher(teacher, None if resident else 0)
-        steps = list(live_teacher.steps(WholeModel(model, GuardedAdamW()), source, data, recipe))
-    peak = max(s.peak_bytes for s in steps) - before
-    assert planned.stays.get(BLOCKS, 0) == (6 if resident else 0)
-    assert planned.peak_bytes / 4 < peak < allocated(planned.peak_bytes), (
-        peak / MIB,
-        planned.peak_bytes / MIB,
-    )
-
-
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Checkpoint]:
     """Teacher and student whose blocks outweigh activations and vocabulary."""
@@ -408,180 +296,59 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Checkpoi
 
 WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 1536, "head_dim": 64}
 ROWS: dict[str, Any] = {"vocab_size": 76_000}
-BY_BLOCKS: list[tuple[dict[str, Any], int, int, int, bool, bool]] = [
-    (WIDE, 2, 1, 32, True, False),
-    (WIDE, 2, 2, 32, False, False),
-    (ROWS, 2, 1, 64, False, False),
-    (ROWS, 2, 1, 64, False, True),
-    (ROWS | {"tie_word_embeddings": False}, 2, 1, 64, True, False),
-    (ROWS | {"tie_word_embeddings": False}, 2, 1, 64, True, True),
-    (WIDE | {"tie_word_embeddings": False}, 1, 1, 32, True, False),
-    ({}, 4, 1, 128, False, False),
-    (tiny.FAMILIES["gemma3_text"], 4, 1, 128, False, False),
-    (ROWS, 2, 1, 256, False, True),
+BY_BLOCKS: list[tuple[dict[str, Any], int, int, int, int]] = [
+    (WIDE, 2, 1, 32, 0),
+    (WIDE, 2, 2, 32, 0),
+    (WIDE, 1, 2, 32, 1),
+    (WIDE, 2, 2, 32, 3),
+    (ROWS, 2, 1, 64, 0),
+    (ROWS | {"tie_word_embeddings": False}, 2, 1, 64, 0),
+    ({}, 4, 1, 128, 0),
+    (tiny.FAMILIES["gemma3_text"], 4, 1, 128, 0),
 ]
 
 
 @pytest.mark.usefixtures("cpu_policy")
 @pytest.mark.parametrize(
-    ("sizes", "batch", "accumulate", "length", "resident", "same_head"),
-    mostly_thorough(BY_BLOCKS, BY_BLOCKS[1], of_several=True),
+    ("sizes", "batch", "accumulate", "length", "shard"),
+    mostly_thorough(BY_BLOCKS, BY_BLOCKS[1], BY_BLOCKS[3], of_several=True),
 )
 def test_training_by_blocks_stays_under_the_plan(
-    tmp_path: Path,
-    sizes: dict[str, Any],
-    batch: int,
-    accumulate: int,
-    length: int,
-    resident: bool,
-    same_head: bool,
+    tmp_path: Path, sizes: dict[str, Any], batch: int, accumulate: int, length: int, shard: int
 ) -> None:
     """Two real steps with MLX's limit at the plan, with blocks or a vocabulary that outweigh the
-    rest, tied or not, the teacher's head read or that of the student: the peak is under the plan,
-    and within 20 % of it (15 % and a MiB).
+    rest, tied or not, all blocks or some: the peak is under the plan, and above half of it.
     """
     folders = (
         tiny.make(tmp_path / str(n), seed=n, **{**sizes, "num_hidden_layers": n}) for n in (5, 4)
     )
-    models = [load.open_checkpoint(folder) for folder in folders]
-    vocab = models[0].config["vocab_size"]
-    tokens = np.random.default_rng(0).integers(0, vocab, (12, length)).astype(np.int32)
+    teacher, small = [load.open_checkpoint(folder) for folder in folders]
+    tokens = np.random.default_rng(0).integers(0, 512, (12, length)).astype(np.int32)
     data = Windows(tokens, np.ones((12, length), np.float32))
     recipe = TrainingConfig(
         iters=2, batch_size=batch, grad_accumulation_steps=accumulate, max_seq_length=length
     )
-    teacher, small = map(model_of, models)
     job = replace(
         JOB,
-        teacher=teacher,
-        student=small,
+        teacher=model_of(teacher),
+        student=model_of(small),
         batch_size=batch,
         grad_accumulation_steps=accumulate,
         max_seq_length=length,
-        same_head=same_head,
     )
-    planned = sharded.sharded_cost(job, batch, 0, GIB if resident else 0)
-    mx.clear_cache()
-    gc.collect()  # what an earlier test left would be freed during the work
-    before = mx.get_active_memory()
-    with memory.limited(Budget(before + planned.peak_bytes)):
-        source = live_teacher.StreamedTeacher(
-            models[0], None if resident else 0, same_head=same_head
-        )
-        student = sharded.Sharded(
-            models[1],
-            4,
-            steps_per_shard=2,
-            files=DISK,
-            headroom_bytes=4 * small.head_params,
-        )
-        student.begin()
-        steps = list(live_teacher.steps(student, source, data, recipe))
-    peak = max(s.peak_bytes for s in steps) - before
-    assert planned.stays.get(BLOCKS, 0) == (5 if resident else 0)
-    assert planned.peak_bytes / 1.2 < peak < allocated(planned.peak_bytes), (
-        peak / MIB,
-        planned.peak_bytes / MIB,
-    )
-
-
-@pytest.mark.parametrize("shard", mostly_thorough([1, 3], 3))
-def test_sharded_training_stays_under_the_plan(
-    tmp_path: Path, wide: tuple[Checkpoint, Checkpoint], shard: int
-) -> None:
-    """Two steps of every shard with MLX's limit at the plan: it waits there, so one array more is
-    all it takes.
-    """
-    _, student = wide
-    files = model_writer.by_block(student, tmp_path / "parts", DISK)
-    job = replace(
-        JOB,
-        teacher=model_of(wide[0]),
-        student=model_of(student),
-        batch_size=1,
-        grad_accumulation_steps=2,
-        targets="cached",
-    )
-    planned = sharded.sharded_cost(job, 1, shard).peak_bytes
+    planned = weights_cost(job, batch, shard).peak_bytes
+    source = students.kept(teacher, data, recipe, tmp_path / "targets")
+    if shard:
+        small = model_writer.by_block(small, tmp_path / "parts", DISK)
     mx.clear_cache()
     gc.collect()  # what an earlier test left would be freed during the work
     before = mx.get_active_memory()
     with memory.limited(Budget(before + planned)):
-        made = sharded.Sharded(files, shard, steps_per_shard=2, files=DISK)
-        made.begin()
-
-        def micro_batches(step: int) -> list[tuple[mx.array, ...]]:
-            keys = mx.random.split(mx.random.key(step), 2)
-            tokens = [mx.random.randint(0, 512, (1, 32), key=k) for k in keys]
-            return [
-                (t, mx.ones(32), mx.random.normal((32, 256), key=k))
-                for t, k in zip(tokens, keys, strict=True)
-            ]
-
-        loss = TokenLoss(partial(_against_itself, load.head(wide[0], mx.float32)))
-        steps = list(train_loop.steps(made, micro_batches, loss, tiny.schedule(6, 1e-3, 1)))
-        del made
-    peak = max(s.peak_bytes for s in steps) - before
-    array = 4 * 256 * 1536
-    assert planned / 2 < peak < allocated(planned + array), (peak / MIB, planned / MIB)
-
-
-@pytest.mark.usefixtures("cpu_policy")
-@pytest.mark.parametrize("limit", [0, GIB])
-def test_a_shard_beside_its_teacher_stays_under_the_plan(
-    tmp_path: Path, wide: tuple[Checkpoint, Checkpoint], limit: int
-) -> None:
-    """The teacher is streamed, or stays with as many blocks as there is room for."""
-    teacher, small = wide
-    files = model_writer.by_block(small, tmp_path / "parts", DISK)
-    m = model_of(small)
-    job = replace(
-        JOB,
-        teacher=model_of(teacher),
-        student=m,
-        batch_size=2,
-        grad_accumulation_steps=2,
-    )
-    planned = sharded.sharded_cost(job, 2, 2, limit)
-    assert planned.stays.get(BLOCKS, 0) == (5 if limit else 0)
-    tokens = np.random.default_rng(0).integers(0, 512, (12, 32)).astype(np.int32)
-    data = Windows(tokens, np.ones((12, 32), np.float32))
-    recipe = TrainingConfig(iters=2, batch_size=2, grad_accumulation_steps=2, max_seq_length=32)
-    mx.clear_cache()
-    gc.collect()  # what an earlier test left would be freed during the work
-    before = mx.get_active_memory()
-    with memory.limited(Budget(before + planned.peak_bytes)):
-        source = live_teacher.StreamedTeacher(teacher, None if limit else 0)
-        student = sharded.Sharded(
-            files,
-            2,
-            steps_per_shard=1,
-            files=DISK,
-            headroom_bytes=4 * m.head_params,
-        )
+        student = BlockStudent(small, "weights", at_once=shard or None, steps_each=1)
         student.begin()
-        steps = list(live_teacher.steps(student, source, data, recipe))
+        steps = list(source.steps(student, data, recipe))
     peak = max(s.peak_bytes for s in steps) - before
-    assert planned.peak_bytes / 2 < peak < allocated(planned.peak_bytes)
-
-
-def _against_itself(
-    head: Any,
-    hidden: mx.array,
-    weight: mx.array,
-    loss_mask: mx.array,
-    target: mx.array,
-    *,
-    frozen_head: bool,
-) -> mx.array:
-    return losses.kl_sum(
-        hidden,
-        weight,
-        teacher=target,
-        teacher_logits=partial(load.logits, head),
-        loss_mask=loss_mask,
-        frozen_head=frozen_head,
-    )
+    assert planned / 2 < peak < allocated(planned), (peak / MIB, planned / MIB)
 
 
 @pytest.mark.parametrize("how", [{}, {"hidden": 192}])

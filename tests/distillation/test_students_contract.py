@@ -2,7 +2,7 @@
 ends the same, a bad batch changes nothing, a factor scales the gradient alone.
 
 RESIDENCIES lists them; a new one is covered by standing there. That one computes what another does
-is in test_sharded.py, test_packed_student.py and test_scales_on_disk.py.
+is in test_block_student.py and test_scales.py.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx.distillation import packed_student, sharded, train_loop
-from mis_mlx.distillation.whole_model import WholeModel
-from mis_mlx.maths.optimizer import GuardedAdamW
+from mis_mlx.distillation import train_loop
+from mis_mlx.distillation.block_student import BlockStudent
 from mis_mlx.models.opening import load
 from mis_mlx.models.writing import model_writer
 from mis_mlx.quantization import packed_format, scale_state
@@ -27,8 +26,8 @@ from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, Step
 from tests import tiny
-from tests.distillation.test_scales_on_disk import everything
-from tests.distillation.test_sharded import LOSS, Killed, facts, micro_batches, schedule
+from tests.distillation.students import LOSS, Killed, facts, micro_batches, schedule
+from tests.distillation.test_scales import everything
 
 LAYERS = 3
 ITERS = 5
@@ -51,38 +50,29 @@ def packed(dense: Checkpoint) -> Checkpoint:
     return load.open_checkpoint(folder)
 
 
-def whole(place: Path, dense: Checkpoint, packed: Checkpoint) -> WholeModel:
-    """All in one graph."""
-    return WholeModel(load.resident_model(dense, mx.float32), GuardedAdamW())
-
-
-def blocks(place: Path, dense: Checkpoint, packed: Checkpoint, *, each: int) -> sharded.Sharded:
+def blocks(place: Path, dense: Checkpoint, packed: Checkpoint, *, each: int) -> BlockStudent:
     """Blocks of floats, so many in memory for two steps."""
     parts = model_writer.by_block(dense, place / "parts", DISK)
-    student = sharded.Sharded(parts, each, steps_per_shard=2, files=DISK)
-    if not list((place / "steps").glob("step-*")):
-        student.begin()
-    return student
+    return BlockStudent(parts, "weights", at_once=each, steps_each=2)
 
 
 def scales(
-    place: Path, dense: Checkpoint, packed: Checkpoint, *, kept: int, held: int | None
-) -> packed_student.PackedStudent:
-    """Packed blocks, of which so many are kept. held: None for scales in memory."""
-    state: scale_state.ScaleState = scale_state.InMemory()
-    if held is not None:
-        state = scale_state.OnDisk(place / ".tmp-scales-1", held, DISK)
-    return packed_student.PackedStudent(packed, kept, state=state)
+    place: Path, dense: Checkpoint, packed: Checkpoint, *, kept: int, on_disk: bool
+) -> BlockStudent:
+    """Packed blocks, of which so many are kept."""
+    state: scale_state.LearnedState = scale_state.InMemory()
+    if on_disk:
+        state = scale_state.OnDisk(place / ".tmp-scales-1", DISK)
+    return BlockStudent(packed, "scales", kept=kept, state=state)
 
 
-RESIDENCIES: dict[str, Callable[[Path, Checkpoint, Checkpoint], Any]] = {
-    "whole": whole,
+RESIDENCIES: dict[str, Callable[[Path, Checkpoint, Checkpoint], BlockStudent]] = {
     "all blocks": partial(blocks, each=LAYERS),
     "some blocks": partial(blocks, each=1),
-    "packed": partial(scales, kept=1, held=None),
-    "packed, on disk": partial(scales, kept=0, held=0),
+    "packed": partial(scales, kept=1, on_disk=False),
+    "packed, on disk": partial(scales, kept=0, on_disk=True),
 }
-Student = Callable[[Path], Any]
+Student = Callable[[Path], BlockStudent]
 
 
 @pytest.fixture(params=RESIDENCIES)
@@ -97,7 +87,7 @@ def run(
     *,
     every: int = 1,
     stop: int | None = None,
-) -> tuple[list[Step], Any]:
+) -> tuple[list[Step], BlockStudent]:
     """The steps of a training, from the newest checkpoint on, and the student. Saved after so many
     steps and the last; killed after step `stop`, saved or not.
     """
@@ -116,6 +106,7 @@ def run(
         made.restore({"optimizer": {}, **arrays}, saved.state["optimizer"])
         start = saved.number
     else:
+        made.begin()
         DISK.make_folder(steps)
         save(0)
     for step in train_loop.steps(made, batches, LOSS, schedule(ITERS), start):
@@ -127,7 +118,7 @@ def run(
     return done, made
 
 
-def outcome(place: Path, made: Any) -> dict[str, Any]:
+def outcome(place: Path, made: BlockStudent) -> dict[str, Any]:
     """What was learned and its moments, and the bytes of blocks that lie on disk."""
     found: dict[str, Any] = {name: array.tolist() for name, array in everything(made).items()}
     for path in sorted((place / "parts").rglob("*")):
@@ -157,6 +148,7 @@ def test_a_batch_of_no_numbers_changes_nothing(student: Student, tmp_path: Path)
 
     seen = list[dict[str, np.ndarray]]()
     made = student(tmp_path)
+    made.begin()
     notes = []
     for step in train_loop.steps(made, poisoned, LOSS, schedule(4)):
         notes.append(step.note)
@@ -177,6 +169,7 @@ def test_a_factor_scales_the_gradient_not_the_loss(
     steps = []
     for factor in (1.0, 1.1):
         made = student(tmp_path / str(factor))
+        made.begin()
         steps += train_loop.steps(made, batches, LOSS, schedule(1), factor=lambda _, f=factor: f)
     plain, windy = steps
     assert windy.loss == plain.loss

@@ -25,7 +25,7 @@ import pytest
 
 from mis_mlx import distill, dpo, export, grpo, prune, quantize, sft
 from mis_mlx.alignment import alignment_run
-from mis_mlx.distillation import packed_student, pipeline, strategies
+from mis_mlx.distillation import block_student, pipeline, strategies
 from mis_mlx.quantization import begun_rounding
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import logit_store, run_folder
@@ -164,11 +164,6 @@ def jobs(model: Path, text: Path) -> dict[str, Job]:
     found += [
         Job("distill", _running(distill, asked), _distilled),
         Job(
-            "distill, targets on disk",
-            _running(distill, {**asked, "targets": "cached"}),
-            _distilled,
-        ),
-        Job(
             "distill, block by block", _running(distill, {**asked, "train": "sharded"}), _distilled
         ),
         Job("distill, scales on disk", _with_scales_on_disk(_running(distill, asked)), _distilled),
@@ -208,8 +203,8 @@ def _with_scales_on_disk(run: Callable[[Path], None]) -> Callable[[Path], None]:
 
     def run_on_disk(place: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            on_disk = partial(packed_student._tuning, on_disk=True)
-            patch.setattr(strategies, "tuning_cost", on_disk)
+            on_disk = partial(block_student._scales, on_disk=True)
+            patch.setattr(strategies, "scales_cost", on_disk)
             run(place)
 
     return run_on_disk
@@ -231,7 +226,6 @@ def _distilled(place: Path) -> Outcome:
 def _store(place: Path) -> None:
     """A logit store of three parts."""
     spec = logit_store.Spec(
-        kind="top and sampled",
         top=0,
         count=4,
         vocab=64,

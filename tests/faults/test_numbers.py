@@ -19,7 +19,7 @@ import pytest
 
 from mis_mlx import distill, sft
 from mis_mlx.alignment.padded_rows import Rows
-from mis_mlx.distillation import live_teacher, strategies
+from mis_mlx.distillation import strategies, targets
 from mis_mlx.maths.optimizer import Diverged
 from mis_mlx.models.opening import load
 from mis_mlx.storage import checkpoint as protocol
@@ -59,14 +59,14 @@ def settings(all_jobs: dict[str, jobs.Job], tmp_path: Path) -> Callable[[str], d
 def bad(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     """Numbers of batches, from 1, to which the teacher's answer is NaN. Fill it."""
     numbers = set[int]()
-    cut = live_teacher.step_micro_batches
+    cut = targets.KeptTargets.micro_batches
 
     def poisoned(*arguments: Any) -> list[Any]:
         parts = cut(*arguments)
         bad = arguments[-1] + 1 in numbers
-        return [(*p[:2], p[2] * math.nan, *p[3:]) for p in parts] if bad else parts
+        return [(*rest, shares * math.nan) for *rest, shares in parts] if bad else parts
 
-    monkeypatch.setattr(live_teacher, "step_micro_batches", poisoned)
+    monkeypatch.setattr(targets.KeptTargets, "micro_batches", poisoned)
     return numbers
 
 
@@ -165,8 +165,7 @@ def test_a_sharded_run_goes_back_too(
         "candidate_strategies",
         lambda job: (way for way in ways(job) if way["shard"] == 1),
     )
-    live = {"train": "sharded", "targets": "live"}
-    s, cut = (replace(settings(name), **live) for name in ("whole", "cut"))
+    s, cut = (replace(settings(name), train="sharded") for name in ("whole", "cut"))
     bad |= {first, first + 1, first + 2}
     distill.run(s)
     sentence = (

@@ -183,8 +183,6 @@ WAYS = {
     # off. The losses are some 0.06 nats.
     "4-bit teacher": Way("affine", {}, near=0.05, held_out=0.01),
     "mxfp4 teacher": Way("mxfp4", {"quantize": 0}, near=0.02, held_out=0.01),
-    # other tokens are sampled here, there
-    "cached": Way("bfloat16", {"targets": "cached", "quantize": 0}, near=0.02),
     "sharded": Way("bfloat16", {"train": "sharded", "quantize": 0}),
     "sharded, 4-bit teacher": Way(
         "affine", {"train": "sharded", "quantize": 0}, near=0.05, held_out=0.01

@@ -18,9 +18,8 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import distill, prune
 from mis_mlx.compute import precision
-from mis_mlx.compute.token_losses import TokenLoss
-from mis_mlx.distillation import live_teacher
-from mis_mlx.distillation.whole_model import value_and_grad
+from mis_mlx.data.token_windows import Windows
+from mis_mlx.distillation.block_student import BlockStudent
 from mis_mlx.maths import losses
 from mis_mlx.models.architectures import arch, bit_floors, experts
 from mis_mlx.models.architectures.families import FAMILIES, OPENED_AS, family, mixture
@@ -32,9 +31,11 @@ from mis_mlx.models.opening.config import _opened_as, check_config, read_config
 from mis_mlx.models.passing import stream
 from mis_mlx.models.writing import streamed_decode
 from mis_mlx.quantization import packed_format
+from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.types import Checkpoint, MisError
 from tests import family_checks, stock, tiny
 from tests.conftest import mostly_slow, mostly_thorough
+from tests.distillation import students
 from tests.family_checks import TOKENS, apart, streamed
 
 Models = Callable[[str], Checkpoint]
@@ -249,37 +250,30 @@ def test_experts_are_read_once_for_many_batches(
 @pytest.mark.usefixtures("cpu_policy")
 @pytest.mark.parametrize("kind", FEWER)
 def test_gradients_are_those_of_the_whole_model(models: Models, kind: str, tmp_path: Path) -> None:
-    """The distillation step's, by numpy and in one graph, against autodiff of mlx_lm's own forward
-    pass.
-    """
+    """The distillation step's, block by block, against autodiff of mlx_lm's own forward pass."""
     seven = load.open_checkpoint(tiny.make(tmp_path / "teacher", seed=7, **tiny.MODELS[kind]))
-    student = load.resident_model(models(kind), mx.float32)
-    teacher = live_teacher.StreamedTeacher(seven)
-    student.train()
-    tokens = mx.random.randint(0, 512, (2, 12), key=mx.random.key(3))
-    loss_mask = mx.ones((2, 12))
-    (batch,) = teacher.micro_batches([(tokens, loss_mask)])
+    tokens = np.array(mx.random.randint(0, 512, (2, 12), key=mx.random.key(3)))
+    data = Windows(tokens, np.ones((2, 12), np.float32))
+    recipe = TrainingConfig(iters=1, batch_size=2, max_seq_length=12)
+    source = students.kept(seven, data, recipe, tmp_path / "targets", top=512)
+    (batch,) = source.micro_batches(data, recipe, 0)
     plainly = stock_of(models(kind).path)
-    wise = stock_of(seven.path)(tokens)
+    wise = nn.log_softmax(stock_of(seven.path)(batch[0]), axis=-1)
 
     def plain(model: nn.Module) -> mx.array:
-        z = nn.log_softmax(model(tokens), axis=-1)
-        p = nn.log_softmax(wise, axis=-1)
-        return (mx.exp(p) * (p - z)).sum()
+        return (mx.exp(wise) * (wise - nn.log_softmax(model(batch[0]), axis=-1))).sum()
 
     loss, want = nn.value_and_grad(plainly, plain)(plainly)
     named = one_by_one(dict(tree_flatten(want)), models(kind).config)
-    by_numpy = teacher.token_loss()
-    assert by_numpy.by_numpy
-    for token_loss in (by_numpy, TokenLoss(by_numpy.by_mlx)):
-        gradient_of = value_and_grad(student, token_loss)
-        (value, _), gradients = gradient_of(student, *batch)
-        assert abs(value.item() - loss.item()) <= 1e-4 * abs(loss.item())
-        ours = dict(tree_flatten(gradients))
-        assert ours.keys() == named.keys()
-        for name, gradient in ours.items():
-            most = mx.abs(named[name]).max().item()
-            assert mx.abs(gradient - named[name]).max().item() <= 2e-4 * most + 1e-7, name
+    student = BlockStudent(models(kind), "weights")
+    student.begin()
+    value, ours = students.gradients_of(student, [batch], source.loss)
+    assert value == pytest.approx(loss.item() / 24, rel=1e-4)
+    inside = {name for name in named if name.startswith("model.layers.")}
+    assert ours.keys() == inside | {"model.norm.weight"}
+    for name, gradient in ours.items():
+        most = mx.abs(named[name]).max().item()
+        assert mx.abs(gradient - named[name]).max().item() <= 2e-4 * most + 1e-7, name
 
 
 @pytest.mark.parametrize("kind", FEWER)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mis_mlx import dpo, prune, search
-from mis_mlx.compute import host_losses, streams
+from mis_mlx.compute import streams
 from mis_mlx.compute.precision import dtype_of
-from mis_mlx.compute.token_losses import TokenLoss
-from mis_mlx.distillation import live_teacher, sharded
+from mis_mlx.distillation.block_student import BlockStudent
 from mis_mlx.judge.speed import rounds
 from mis_mlx.judge.tasks import option_likelihood
 from mis_mlx.maths import losses
@@ -36,6 +36,7 @@ from mis_mlx.types import Checkpoint, MisError
 from tests import family_checks, tiny
 from tests import stock as stock_models
 from tests.conftest import mostly_thorough, near
+from tests.distillation import students
 from tests.family_checks import TOKENS
 
 KIND = "gemma4_text"
@@ -160,61 +161,40 @@ def test_gradients_block_by_block_are_the_whole_models(
     batches = list[tuple[mx.array, ...]]()
     for b in range(2):
         keys = mx.random.split(mx.random.key(b), 2)
+        n = windows * 12
         tokens = mx.random.randint(0, 512, (windows, 12), key=keys[0])
-        batches.append(
-            (tokens, mx.ones(windows * 12), mx.random.normal((windows * 12, 64), key=keys[1]))
-        )
-    cap = softcap(gemma.config)
-    head = 0.5 * mx.random.normal((512, 64), key=mx.random.key(9))
-
-    def loss(
-        hidden: mx.array,
-        table: mx.array,
-        loss_mask: mx.array,
-        target: mx.array,
-        *,
-        frozen_head: bool,
-    ) -> mx.array:
-        return losses.kl_sum(
-            hidden,
-            table,
-            teacher=target,
-            teacher_logits=lambda h: h @ head.T,
-            loss_mask=loss_mask,
-            frozen_head=frozen_head,
-            softcap=cap,
-        )
+        ids = mx.broadcast_to(mx.arange(512), (n, 512))
+        shares = mx.softmax(mx.random.normal((n, 512), key=keys[1]), axis=1)
+        batches.append((tokens, mx.ones(n), ids, shares))
 
     def plain(model: nn.Module) -> mx.array:
         total = mx.array(0.0)
-        for tokens, _, target in batches:
-            p = nn.log_softmax(target @ head.T, axis=-1)
+        for tokens, _, _, p in batches:
             # One by one: a product of other sizes is rounded otherwise, of which gradients here
             # make a thousandth.
             z = nn.log_softmax(
                 mx.concatenate([model(row[None]) for row in tokens]).reshape(-1, 512), axis=-1
             )
-            total = total + (mx.exp(p) * (p - z)).sum()
+            total = total + (p * (mx.log(p) - z)).sum()
         return total
 
     model = stock(gemma.path)
     value, want = nn.value_and_grad(model, plain)(model)
     named = stock_models.ours(dict(tree_flatten(want)), gemma.config)
     parts = model_writer.by_block(gemma, tmp_path / "parts", DISK)
-    student = sharded.Sharded(parts, each, steps_per_shard=1, weight_decay=0.0, files=DISK)
+    student = BlockStudent(parts, "weights", at_once=each, steps_each=1)
     student.begin()
-    seen = set[int]()
+    loss = partial(students.LOSS, softcap=softcap(gemma.config))
+    seen = set[str]()
     for visit in range(-(-7 // each)):
-        student._enter(visit)
-        found = student.look(batches, TokenLoss(loss))
-        assert found.loss == pytest.approx(value.item() / (2 * windows * 12), rel=1e-5)
-        for i, gradients in student.passes.backward_blocks(found):
-            seen.add(i)
-            for name, gradient in gradients.items():
-                theirs = named[f"model.layers.{i}.{name}"]
-                most = mx.abs(theirs).max().item()
-                assert mx.abs(gradient - theirs).max().item() <= 2e-4 * most + 1e-7, (i, name)
-    assert seen == set(range(7))
+        student._enter(visit, {})
+        found, gradients = students.gradients_of(student, batches, loss)
+        assert found == pytest.approx(value.item() / (2 * windows * 12), rel=1e-5)
+        for name, gradient in gradients.items():
+            seen.add(name.split(".")[2])
+            most = mx.abs(named[name]).max().item()
+            assert mx.abs(gradient - named[name]).max().item() <= 2e-4 * most + 1e-7, name
+    assert seen == {*map(str, range(7)), "weight"}  # blocks, and the final norm
 
 
 @pytest.mark.usefixtures("cpu_policy")
@@ -315,18 +295,6 @@ def test_what_is_not_built_is_a_sentence(
         search.run(search.Settings(bytes="1MB", **asked))
 
 
-def test_a_teacher_and_its_own_logits(gemma: Checkpoint) -> None:
-    """A student with its teacher's head: the cap is on both sides of the loss."""
-    teacher = live_teacher.StreamedTeacher(gemma, same_head=True)
-    assert teacher.softcap == 3.0
-    hidden = mx.random.normal((5, 64), key=mx.random.key(2))
-    table = load.dense(gemma, f"{load.EMBEDDING}weight").astype(mx.float32)
-    token_loss = teacher.token_loss(own_head=True)
-    loss, *_ = token_loss.gradients(hidden, table, mx.ones(5), hidden, frozen_head=True)
-    assert abs(loss.item()) < near(1e-5, 1e-2)
-    assert mx.abs(teacher._logits_by(table)(hidden)).max().item() <= 3.0
-
-
 @pytest.mark.usefixtures("cpu_policy")
 def test_log_probabilities_know_the_cap(gemma: Checkpoint) -> None:
     """Of preference pairs, and of options of a question, beside stock mlx_lm's logits."""
@@ -346,68 +314,25 @@ def test_log_probabilities_know_the_cap(gemma: Checkpoint) -> None:
 
 @pytest.mark.usefixtures("cpu_policy")
 def test_what_is_not_capped_is_another_loss() -> None:
-    """Gradients of the three losses with a cap, beside autodiff of the plain formula."""
-    keys = mx.random.split(mx.random.key(4), 4)
+    """Gradients of log-probabilities with a cap, beside autodiff of the plain formula."""
+    keys = mx.random.split(mx.random.key(4), 3)
     hidden = mx.random.normal((6, 16), key=keys[0])
     head = mx.random.normal((40, 16), key=keys[1])
-    target = mx.random.normal((6, 40), key=keys[2])
-    ids = mx.random.randint(0, 40, (6,), key=keys[3])
-    loss_mask = mx.array([1.0, 0.0, 1.0, 1.0, 1.0, 1.0])
+    ids = mx.random.randint(0, 40, (6,), key=keys[2])
 
-    def z(h: mx.array, w: mx.array) -> mx.array:
-        return 3.0 * mx.tanh(h @ w.T / 3.0)
+    def plain(h: mx.array, w: mx.array) -> mx.array:
+        z = 3.0 * mx.tanh(h @ w.T / 3.0)
+        return -mx.take_along_axis(nn.log_softmax(z / 0.7, axis=-1), ids[:, None], axis=-1).sum()
 
-    def plain_kl(h: mx.array, w: mx.array) -> mx.array:
-        p = nn.log_softmax(target, axis=-1)
-        return ((mx.exp(p) * (p - nn.log_softmax(z(h, w), axis=-1))).sum(axis=-1) * loss_mask).sum()
+    def ours(h: mx.array, w: mx.array) -> mx.array:
+        return -losses.token_logps(h, w, ids, 0.7, rows=4, softcap=3.0).sum()
 
-    def plain_nll(h: mx.array, w: mx.array) -> mx.array:
-        return -(
-            mx.take_along_axis(nn.log_softmax(z(h, w) / 0.7, axis=-1), ids[:, None], axis=-1)[:, 0]
-            * loss_mask
-        ).sum()
-
-    def kl(h: mx.array, w: mx.array) -> mx.array:
-        return losses.kl_sum(
-            h,
-            w,
-            teacher=target,
-            teacher_logits=lambda t: t,
-            loss_mask=loss_mask,
-            rows=4,
-            softcap=3.0,
-        )
-
-    def sampled(h: mx.array, w: mx.array) -> mx.array:
-        p = mx.softmax(target, axis=-1)
-        every = mx.broadcast_to(mx.arange(40), (6, 40))
-        return losses.sampled_kl_sum(
-            h, w, loss_mask=loss_mask, ids=every, weights=p, rows=4, softcap=3.0
-        )
-
-    def nll(h: mx.array, w: mx.array) -> mx.array:
-        return -(losses.token_logps(h, w, ids, 0.7, rows=4, softcap=3.0) * loss_mask).sum()
-
-    for ours, plain in ((kl, plain_kl), (sampled, plain_kl), (nll, plain_nll)):
-        (a, (ah, aw)), (b, (bh, bw)) = (
-            mx.value_and_grad(f, argnums=(0, 1))(hidden, head) for f in (ours, plain)
-        )
-        assert a.item() == pytest.approx(b.item(), rel=1e-5)
-        assert mx.allclose(ah, bh, atol=1e-5)
-        assert mx.allclose(aw, bw, atol=1e-5)
-    value, dh, dw = host_losses.kl_gradients(
-        hidden,
-        head,
-        teacher=target,
-        teacher_logits=lambda t: t + 0.0,
-        loss_mask=loss_mask,
-        softcap=3.0,
+    (a, (ah, aw)), (b, (bh, bw)) = (
+        mx.value_and_grad(f, argnums=(0, 1))(hidden, head) for f in (ours, plain)
     )
-    want, (bh, bw) = mx.value_and_grad(plain_kl, argnums=(0, 1))(hidden, head)
-    assert value == pytest.approx(want.item(), rel=1e-5)
-    assert dw is not None
-    assert mx.allclose(dh, bh, atol=1e-5)
-    assert mx.allclose(dw, bw, atol=1e-5)
+    assert a.item() == pytest.approx(b.item(), rel=1e-5)
+    assert mx.allclose(ah, bh, atol=1e-5)
+    assert mx.allclose(aw, bw, atol=1e-5)
 
 
 def test_a_token_reads_no_table(gemma: Checkpoint) -> None:

@@ -13,7 +13,7 @@ import mlx.core as mx
 import pytest
 
 from mis_mlx.compute import precision
-from mis_mlx.compute.token_losses import Footprint
+from mis_mlx.compute.logits import logit_bytes
 from mis_mlx.hardware import ledger, rates
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import M1_AIR, Rates
@@ -355,8 +355,8 @@ def test_a_gpu_holds_what_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
     assert m.in_flight(GIB) == 10 * 16 * 2**20
     assert model_of(tiny.CONFIG, gpu=False).in_flight(GIB) == 0
     one = 4 * 512 * chunk_rows(512)
-    assert Footprint(gpu=True).logit_bytes(512, 64) == 12 * one
-    assert Footprint(gpu=True).logit_bytes(512, 10_000) == 15 * one
+    assert logit_bytes(512, 64, gpu=True) == 12 * one
+    assert logit_bytes(512, 10_000, gpu=True) == 15 * one
 
 
 def test_a_pass_reads_what_does_not_stay() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.distillation import live_teacher, sharded
+from mis_mlx.distillation.block_student import BlockStudent, weights_cost
 from mis_mlx.hardware import memory
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
@@ -24,6 +24,7 @@ from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Budget
 from tests import tiny
 from tests.conftest import mostly_thorough
+from tests.distillation import students
 from tests.peaks import allocated
 
 SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 1024, "vocab_size": 2048}
@@ -105,26 +106,15 @@ def test_training_stays_under_the_plan(tmp_path: Path, kind: str, way: str) -> N
         iters=2, batch_size=2, grad_accumulation_steps=2, max_seq_length=64, train="blocks"
     )
     job = spec_of(large, small, asked)
-    shard = 7
-    plan = sharded.sharded_cost(job, 2, 0)
-    if way == "sharded":
-        shard = 2
-        plan = sharded.sharded_cost(job, 2, shard)
-    planned = plan.peak_bytes
+    shard = 2 if way == "sharded" else 0
+    planned = weights_cost(job, 2, shard).peak_bytes
+    source = students.kept(teacher, data, config, tmp_path / "targets")
+    parts = model_writer.by_block(student, tmp_path / "parts", DISK)
     mx.clear_cache()
     before = mx.get_active_memory()
     with memory.limited(Budget(before + planned)):
-        source = live_teacher.StreamedTeacher(teacher, 0)
-        parts = model_writer.by_block(student, tmp_path / "parts", DISK)
-        headroom_bytes = 4 * small.head_params if way == "blocks" else 0
-        made = sharded.Sharded(
-            parts,
-            shard,
-            steps_per_shard=1,
-            files=DISK,
-            headroom_bytes=headroom_bytes,
-        )
+        made = BlockStudent(parts, "weights", at_once=shard or None, steps_each=1)
         made.begin()
-        steps = list(live_teacher.steps(made, source, data, config))
+        steps = list(source.steps(made, data, config))
     peak = max(step.peak_bytes for step in steps) - before
     assert planned / 1.9 < peak < allocated(planned), (peak, planned)

@@ -47,7 +47,7 @@ def trainable(checkpoint: Checkpoint) -> nn.Module:
 def write(checkpoint: Checkpoint, model: nn.Module, out: Path) -> None:
     """`out`: the folder with what such a model holds."""
     learned = dict(tree_flatten(model.trainable_parameters()))
-    learned_scales.write_learned(checkpoint, learned, out, DISK)
+    learned_scales.write_learned(checkpoint, learned.get, out, DISK)
 
 
 def test_computes_what_the_folder_says(packed: Checkpoint) -> None:

@@ -21,7 +21,6 @@ from tests.storage.test_checkpoint import flip, names
 from tests.storage.test_files import Short
 
 SAMPLED = Spec(
-    kind="top and sampled",
     top=0,
     count=6,
     vocab=512,
@@ -98,7 +97,6 @@ def test_types_are_as_narrow_as_they_can_be(tmp_path: Path, vocab: int, count: i
     One token a position: its size, its id and its share are 1 + 2 + 4 bytes, up to 2 + 4 + 4.
     """
     spec = Spec(
-        kind="top and sampled",
         top=0,
         count=count,
         vocab=vocab,
@@ -232,7 +230,6 @@ def test_reading_holds_a_few_parts(tmp_path: Path) -> None:
     Four are kept, one is being read, and one is for what is handed out and Python's own.
     """
     spec = Spec(
-        kind="top and sampled",
         top=0,
         count=50,
         vocab=512,

@@ -22,7 +22,7 @@ SETTINGS: dict[str, Any] = {
     "budget": None,
     "seed": 0,
 }
-PLAN = {"mode": "resident", "micro": 2, "shard": 0}
+PLAN = {"mode": "blocks", "micro": 2, "shard": 0}
 ORIGIN = {"teacher": "a" * 64, "data": "b" * 64, "held_out": "d" * 64, "mlx": "0.32.4"}
 FREE = frozenset({"budget"})
 

@@ -12,8 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mis_mlx.compute import slab_draws, slab_losses, token_losses
-from mis_mlx.compute.token_losses import Footprint
+from mis_mlx.compute import slab_draws, slab_losses
+from mis_mlx.compute.logits import likelihood_gradients
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.ledger import Ledger
 from mis_mlx.hardware.stage_cost import WINDOWS, StageCost
@@ -43,6 +43,7 @@ AtChannels = Callable[[int, int, mx.array], None]
 # 262 thousand tokens, one slab is. It draws other tokens, so the size of the head decides, and
 # never a budget.
 HEAD_AT_ONCE = 2**28
+LOGIT_ARRAYS = 6  # float32 (n, V) that drawing and the gradient take at a time
 
 
 def input_gradients(
@@ -219,7 +220,7 @@ def _drawn(
         if cap:
             slopes = softcap_gradient(z, cap)
             stream.evaluate_now(slopes)  # before the logits are used up
-        above = token_losses.likelihood_gradients(z, drawn)
+        above = likelihood_gradients(z, drawn)
         gradients = mx.vjp(logits, [some], [above])[1]
         parts.append(gradients[0])
         # Evaluated part by part: the logits of one part alone are in memory.
@@ -248,8 +249,8 @@ def gradients_cost(
     if slabs:
         ledger.moment("head", slabs=_slabs_bytes(m, windows * length, length))
     else:
-        # Of logits three arrays were measured on a CPU, five under Metal's policy.
-        logits = Footprint(on_host=True).logit_bytes(2 * m.shape.vocab, length) * (2 + m.gpu) // 2
+        rows = min(length, chunk_rows(2 * m.shape.vocab))
+        logits = LOGIT_ARRAYS * 4 * rows * m.shape.vocab
         ledger.moment("head", head=m.head_work, logits=logits)
     ledger.moment("way back", block=max(workspace, backward), visiting=visiting)
     inputs_bytes = length * m.hidden_bytes * m.shape.layers

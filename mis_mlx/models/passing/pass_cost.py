@@ -8,7 +8,7 @@ import math
 from typing import NamedTuple
 
 from mis_mlx.compute import streams
-from mis_mlx.compute.token_losses import Footprint
+from mis_mlx.compute.logits import logit_bytes
 from mis_mlx.hardware.ledger import Ledger
 from mis_mlx.hardware.stage_cost import WINDOWS, StageCost
 from mis_mlx.models.architectures import (
@@ -224,7 +224,9 @@ def streamed_pass(
     hold_stream(ledger, m, tokens)
     ledger.moment("a block", body=body)
     if head:
-        ledger.moment("the head", head=m.head_work, logits=_logit_bytes(m, micro_tokens))
+        logits = logit_bytes(m.shape.vocab, micro_tokens, gpu=m.gpu) + m.widened_bytes
+        logits = max(logits, head_opening_bytes(m))
+        ledger.moment("the head", head=m.head_work, logits=logits)
     hidden = tokens * m.hidden_bytes
     batch_bytes = micro_tokens * m.hidden_bytes
     scratch = 0
@@ -245,13 +247,6 @@ def streamed_pass(
         scratch_bytes=scratch,
         stays=ledger.filled,
     )
-
-
-def _logit_bytes(m: ModelSize, tokens: int) -> int:
-    """What the head holds besides itself for the logits of so many tokens."""
-    logits = Footprint(gpu=m.gpu).logit_bytes(m.shape.vocab, tokens)
-    logits += m.widened_bytes
-    return max(logits, head_opening_bytes(m))
 
 
 def head_opening_bytes(m: ModelSize) -> int:
