@@ -116,6 +116,13 @@ def metal(monkeypatch: pytest.MonkeyPatch, brief_look: None) -> None:
     monkeypatch.setenv(precision.POLICY, "metal")
 
 
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of this test's own."""
+    monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_server_is_left() -> Iterator[None]:
     """What processes were forked from ends with the tests."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -524,6 +524,36 @@ def talking(folder: Path, seed: int = 0, ending: float = 1.0, **changes: Any) ->
     weights["lm_head.weight"] = mx.where(first & end, ending, head)
     mx.eval(weights)
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    return folder
+
+
+def byte_level(special: Sequence[str]) -> Any:
+    """A byte-level BPE tokenizer of transformers, trained on one sentence. special: begin, end, and
+    other tokens.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=list(special),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    raw.train_from_iterator(["Baca i juhas piją herbatę, a halny wieje."] * 3, trainer)
+    first, last, *others = special
+    made = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=first, eos_token=last)
+    made.add_special_tokens({"additional_special_tokens": others})
+    return made
+
+
+def chatting(model: Path, folder: Path, template: str = CHAT_TEMPLATE) -> Path:
+    """A copy of a model with a chat template, whose turns end with the end token."""
+    shutil.copytree(model, folder)
+    (folder / "chat_template.jinja").write_text(template)
     return folder
 
 

@@ -16,6 +16,7 @@ from jinja2.exceptions import SecurityError
 from mis_mlx.data import chat_template, token_windows
 from mis_mlx.models.opening import tokenizer_check
 from mis_mlx.models.writing import mlx_generate
+from tests import tiny
 
 # Thoughts of the last answer are shown, if empty; earlier answers stand without.
 QWEN3 = """
@@ -151,7 +152,7 @@ FAMILIES = {
     "mistral": (MISTRAL, "[/INST]"),
     "chatml": (CHATML, TURN),
 }
-# What the switch for thoughts changes in a prompt's end, and what it is without it.
+# What a prompt ends with where thoughts are asked for.
 THINKING = {
     "qwen3": TURN,
     "qwen3.5": f"{TURN}<think>\n",
@@ -180,21 +181,7 @@ TALK = [
 @pytest.fixture(scope="module")
 def plain() -> Any:
     """A byte-level BPE tokenizer of transformers with the marks of all templates."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=MARKS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    raw.train_from_iterator(["Baca i juhas piją herbatę, a halny wieje."] * 3, trainer)
-    made = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
-    made.add_special_tokens({"additional_special_tokens": MARKS[2:]})
+    made = tiny.byte_level(MARKS)
     made.add_tokens(["<think>", "</think>"])  # of Qwen's tokens these are not special
     return made
 
@@ -223,7 +210,9 @@ def learned(tokenizer: Any, messages: list[dict[str, str]]) -> list[str]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_prompt_ends_where_the_answer_begins(plain: Any, family: str) -> None:
-    """Behind an empty thought, in the last channel; nothing else is added to it."""
+    """Behind an empty thought, in the last channel; nothing else is added to it. Where thoughts are
+    asked for it leaves room for them, and chooses no channel and no effort.
+    """
     tokenizer = of_family(plain, family)
     prompt = tokenizer.decode(mlx_generate.chat_ids(tokenizer, [QUESTION]))
     assert prompt.endswith(FAMILIES[family][1])
@@ -232,17 +221,10 @@ def test_a_prompt_ends_where_the_answer_begins(plain: Any, family: str) -> None:
     )
     if family not in DATED and family != "qwen3-thinking":
         assert prompt == asked
-    if family == "gpt-oss":
-        assert "Reasoning: low\n" in prompt
-
-
-@pytest.mark.parametrize("family", THINKING)
-def test_with_thoughts_the_prompt_leaves_room_for_them(plain: Any, family: str) -> None:
-    """The switch is on, and no channel is chosen, nor an effort."""
-    tokenizer = of_family(plain, family)
-    prompt = chat_template.text([QUESTION], tokenizer, prompt=True, thinking=True)
-    assert prompt.endswith(THINKING[family])
-    assert "Reasoning: low" not in prompt
+    assert ("Reasoning: low\n" in prompt) == (family == "gpt-oss")
+    thoughtful = chat_template.text([QUESTION], tokenizer, prompt=True, thinking=True)
+    assert thoughtful.endswith(THINKING.get(family, FAMILIES[family][1]))
+    assert "Reasoning: low" not in thoughtful
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -332,11 +314,3 @@ def test_a_branch_for_tools_is_tried(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text(escape)
     with pytest.raises(SecurityError):
         tokenizer_check.attempt(str(tmp_path))
-
-
-def test_templates_are_rendered_in_one_place() -> None:
-    """Whoever renders one elsewhere gets thoughts, and today's date."""
-    root = Path(__file__).parents[2]
-    files = [*(root / "mis_mlx").rglob("*.py"), *(root / "benchmarks").rglob("*.py")]
-    found = [path.name for path in files if ".apply_chat_template(" in path.read_text("utf-8")]
-    assert found == ["chat_template.py"]

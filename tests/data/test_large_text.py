@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mis_mlx.data import draws, examples, overlap, preparation, row_draw, rows, token_windows
+from mis_mlx.data import draws, examples, preparation, row_draw, rows
 from mis_mlx.data.preparation import Source
 from mis_mlx.models.opening import load
 from mis_mlx.types import Checkpoint
@@ -163,19 +163,3 @@ def test_rows_to_align_with_are_drawn_too(
     more = examples.load(str(tmp_path), ["completion"], tokens=2**15)
     assert len(more.train) > 2 * len(found.train)
     assert any("rows are drawn" in note for note in found.notes)
-
-
-def test_overlap_is_found_across_the_parts_that_are_looked_up(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The same windows, however many training tokens are looked up at a time."""
-    chance = np.random.default_rng(0)
-    text = chance.integers(0, 500, 4000).astype(np.int32)
-    train = token_windows.windows([text], 100)
-    begins = [0, 37, 990, 1985, 3960]
-    copied = [[*text[begin : begin + 40], *chance.integers(500, 900, 60)] for begin in begins]
-    fresh = chance.integers(500, 900, (5, 100))
-    held_out = token_windows.windows([*copied, *fresh], 100)
-    for at_once in (1, 7, 100, 2**18):
-        monkeypatch.setattr(overlap, "TOKENS_AT_ONCE", at_once)
-        assert overlap.overlap(train, held_out).tolist() == [0, 1, 2, 3, 4]

@@ -16,11 +16,12 @@ from mis_mlx.data.rows import split_off
 from mis_mlx.models.opening import load
 from mis_mlx.storage import files
 from mis_mlx.types import Checkpoint, MisError
+from tests import tiny
 
 
-def test_a_folder_of_the_users(llama: Checkpoint, text_folder: Path) -> None:
-    """Windows of the length asked for, int32, held out apart, always the same, and the notes say
-    how many.
+def test_a_folder_of_the_users(llama: Checkpoint, text_folder: Path, tmp_path: Path) -> None:
+    """Windows of the length asked for, int32, always the same, and the notes say how many. Held-out
+    text that is also trained on is removed; too little text is refused with both numbers.
     """
     data = preparation.prepare(str(text_folder), load.tokenizer(llama.path), 32)
     assert list(data.held_out) == ["held-out"]
@@ -33,41 +34,27 @@ def test_a_folder_of_the_users(llama: Checkpoint, text_folder: Path) -> None:
     assert token_windows.fingerprint(again.train) == token_windows.fingerprint(data.train)
     sentence = f"{len(data.train.tokens)} training windows of 32 tokens"
     assert any(sentence in note for note in data.notes)
-
-
-def test_held_out_text_that_is_also_trained_on_is_removed(
-    tmp_path: Path, llama: Checkpoint, text_folder: Path
-) -> None:
-    """A test row copied from train: its windows go, and the note counts them."""
-    train = (text_folder / "train.jsonl").read_text().splitlines()
-    (tmp_path / "train.jsonl").write_text("\n".join(train))
-    fresh = (text_folder / "test.jsonl").read_text().splitlines()
-    copied = {"text": json.loads(train[3])["text"][100:]}
-    (tmp_path / "test.jsonl").write_text("\n".join([*fresh, json.dumps(copied)]))
-    tokenizer = load.tokenizer(llama.path)
-    without = preparation.prepare(str(text_folder), tokenizer, 32).held_out["held-out"]
-
-    data = preparation.prepare(str(tmp_path), tokenizer, 32)
-
-    held_out = data.held_out["held-out"]
-    assert len(overlap.overlap(data.train, held_out)) == 0
-    assert abs(len(held_out.tokens) - len(without.tokens)) <= 1
+    folder = Path(shutil.copytree(text_folder, tmp_path / "text"))
+    first, *_ = (folder / "train.jsonl").read_text().splitlines()
+    with (folder / "test.jsonl").open("a") as file:
+        file.write(json.dumps({"text": json.loads(first)["text"][100:]}) + "\n")
+    copied = preparation.prepare(str(folder), load.tokenizer(llama.path), 32)
+    assert len(overlap.overlap(copied.train, copied.held_out["held-out"])) == 0
+    assert abs(len(copied.held_out["held-out"].tokens) - len(held_out.tokens)) <= 1
+    for split in ("train", "valid", "test"):
+        (folder / f"{split}.jsonl").write_text('{"text": "a few words of ' + split + '"}\n')
+    with pytest.raises(MisError, match="takes 256.*--max-seq-length"):
+        preparation.prepare(str(folder), load.tokenizer(llama.path), 256)
 
 
 MANUAL, POLISH, WRITTEN, TALK = preparation.SHARES
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}\n{{ m.content }}<|endoftext|>\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant\n{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
 def chat(llama: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The tokenizer of the tiny llama, with a chat template."""
     folder = tmp_path_factory.mktemp("chat") / "model"
-    shutil.copytree(llama.path, folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return load.tokenizer(folder)
+    return load.tokenizer(tiny.chatting(llama.path, folder))
 
 
 def answers_of(path: Path, count: int = 9) -> tuple[Path, list[dict[str, Any]]]:
@@ -153,9 +140,9 @@ def test_conversations_held_out_are_in_no_training_window(chat: Any, tmp_path: P
     assert list(preparation.prepare(str(folder), chat, 32).talks) == list(own)
 
 
-def test_with_a_chat_template_much_is_conversations(chat: Any) -> None:
-    """The default teacher's answers, each window from the beginning of one on; the kinds are cut as
-    each alone is; and held-out text is what it was without.
+def test_with_a_chat_template_much_is_conversations(chat: Any, tmp_path: Path) -> None:
+    """The default teacher's answers, or another's in any share, each window from the beginning of
+    one on; the kinds are cut as each alone is; and held-out text is what it was without.
     """
     data = preparation.prepare(None, chat, 256)
     without = preparation.prepare(preparation.Source(share=0.0), chat, 256)
@@ -168,22 +155,14 @@ def test_with_a_chat_template_much_is_conversations(chat: Any) -> None:
     assert chat.decode(talks[0][:8]).startswith("user\n")
     assert without.train.shares == pytest.approx((5 / 8, 1 / 8, 2 / 8))
     assert without.train.tokens.tolist() == data.train.tokens[data.train.kind < 3].tolist()
+    path, own = answers_of(tmp_path / "answers.jsonl")
+    others = preparation.prepare(preparation.Source(None, answers=path, share=0.2), chat, 256)
+    rest = 0.8 / (1 - preparation.SHARES[TALK])
+    wanted = [rest * preparation.SHARES[kind] for kind in (MANUAL, POLISH, WRITTEN)]
+    assert others.train.shares == pytest.approx([*wanted, 0.2])
+    assert tokens_of(others.train, 3) == cut(trained(own), chat, 256)
     for name, held_out in data.held_out.items():
         assert held_out.tokens.tolist() == without.held_out[name].tokens.tolist()
-
-
-def test_another_teachers_answers_in_any_share(chat: Any, tmp_path: Path) -> None:
-    """A file of its own stands in the place of the built-in answers, and has the share that is
-    asked for.
-    """
-    path, rows = answers_of(tmp_path / "answers.jsonl")
-
-    data = preparation.prepare(preparation.Source(None, answers=path, share=0.2), chat, 64)
-
-    others = 1 - preparation.SHARES[TALK]
-    wanted = [0.8 * preparation.SHARES[kind] / others for kind in (MANUAL, POLISH, WRITTEN)]
-    assert data.train.shares == pytest.approx([*wanted, 0.2])
-    assert tokens_of(data.train, 3) == cut(trained(rows), chat, 64)
 
 
 @pytest.mark.parametrize(("share", "wanted"), [(None, 0.44), (0.25, 0.25), (0.95, 0.95)])
@@ -211,32 +190,21 @@ def test_answers_stand_beside_a_folder(
     assert held_out.tolist() == alone.held_out["held-out"].tokens.tolist()
 
 
-@pytest.mark.parametrize("share", [None, 0.0, 0.4])
-def test_a_folder_of_text_alone_stays_of_one_kind(
-    chat: Any, text_folder: Path, share: float | None
+def test_text_alone_stays_of_one_kind(
+    llama: Checkpoint, chat: Any, text_folder: Path, tmp_path: Path
 ) -> None:
-    """Without a file of answers nothing stands beside it, whatever share is asked for: it is drawn
-    as it always was.
+    """Without a file of answers nothing stands beside a folder, whatever share is asked for; nor
+    does one where a tokenizer has no way to say who speaks.
     """
     alone = preparation.prepare(str(text_folder), chat, 64)
-
-    data = preparation.prepare(preparation.Source(str(text_folder), share=share), chat, 64)
-
-    assert data.train.kind is None
-    assert token_windows.fingerprint(data.train) == token_windows.fingerprint(alone.train)
-
-
-def test_answers_without_a_chat_template_are_left_out(
-    llama: Checkpoint, text_folder: Path, tmp_path: Path
-) -> None:
-    """A tokenizer that has no way to say who speaks."""
+    wanted = token_windows.fingerprint(alone.train)
+    for share in (None, 0.0, 0.4):
+        source = preparation.Source(str(text_folder), share=share)
+        assert token_windows.fingerprint(preparation.prepare(source, chat, 64).train) == wanted
     path, _ = answers_of(tmp_path / "answers.jsonl")
-    tokenizer = load.tokenizer(llama.path)
     source = preparation.Source(str(text_folder), answers=path, share=0.5)
-
-    data = preparation.prepare(source, tokenizer, 64)
-
-    assert data.train.kind is None
+    tokenizer = load.tokenizer(llama.path)
+    assert preparation.prepare(source, tokenizer, 64).train.kind is None
     assert not preparation.takes_conversations(tokenizer)
 
 
@@ -260,14 +228,6 @@ def test_text_and_conversations_of_a_folder_are_two_kinds(
     assert data.train.shares == pytest.approx((len(text) / count, len(talks) / count))
     assert preparation.has_conversations(str(folder))
     assert not preparation.has_conversations(str(text_folder))
-
-
-def test_too_little_text_is_a_sentence(tmp_path: Path, llama: Checkpoint) -> None:
-    """A text shorter than one window names both numbers and --max-seq-length."""
-    for split in ("train", "valid", "test"):
-        (tmp_path / f"{split}.jsonl").write_text('{"text": "a few words of ' + split + '"}\n')
-    with pytest.raises(MisError, match="one window takes 256.*--max-seq-length"):
-        preparation.prepare(str(tmp_path), load.tokenizer(llama.path), 256)
 
 
 def test_conversations_share_their_instruction_and_stay(tmp_path: Path, chat: Any) -> None:

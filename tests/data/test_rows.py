@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tracemalloc
 from pathlib import Path
 
@@ -15,57 +16,46 @@ from mis_mlx.types import MisError
 GOOD = b'{"text": "Dzie\xc5\x84 dobry"}\n'
 
 BAD_LINES = {
-    "bad json": (b'{"text": "a"', "not valid JSON (Expecting ',' delimiter, column 13)"),
-    "bad utf-8": (b'{"text": "a\xff"}', "not UTF-8 (byte 12)"),
+    "bad json": (b'{"text": "a"', "column 13"),
+    "bad utf-8": (b'{"text": "a\xff"}', "byte 12"),
     "utf-16": ('{"text": "a"}'.encode("utf-16-le"), "not valid JSON"),
-    "raw nul": (b'{"text": "a\0"}', "not valid JSON (Invalid control character"),
-    "escaped nul": (b'{"text": "a\\u0000"}', "'text' holds a NUL character"),
-    "lone surrogate": (b'{"text": "a\\ud83d"}', r"'text' holds half a surrogate pair (\ud83d)"),
-    "boolean text": (b'{"text": true}', "'text' is true or false, not text"),
-    "empty text": (b'{"text": " \\n"}', "'text' is empty"),
+    "raw nul": (b'{"text": "a\0"}', "control character"),
+    "escaped nul": (b'{"text": "a\\u0000"}', "'text'"),
+    "lone surrogate": (b'{"text": "a\\ud83d"}', r"\ud83d"),
+    "boolean text": (b'{"text": true}', "'text'"),
+    "empty text": (b'{"text": " \\n"}', "'text'"),
     "other schema": (
         b'{"title": "a"}',
-        "has neither 'prompt' and 'completion' nor 'messages' nor 'text' (its keys: 'ti",
+        "'title",
     ),
-    "list row": (b'["a"]', "a list, not an object"),
-    "null completion": (b'{"prompt": "a", "completion": null}', "'completion' is null, not text"),
-    "no messages": (b'{"messages": []}', "'messages' is an empty list"),
-    "message a string": (b'{"messages": ["a"]}', "message 1 is text, not an object"),
-    "message without content": (
-        b'{"messages": [{"role": "user"}]}',
-        "message 1: 'content' is null",
-    ),
+    "list row": (b'["a"]', "list"),
+    "null completion": (b'{"prompt": "a", "completion": null}', "'completion'"),
+    "no messages": (b'{"messages": []}', "'messages'"),
+    "message a string": (b'{"messages": ["a"]}', "message 1"),
+    "message without content": (b'{"messages": [{"role": "user"}]}', "message 1: 'content'"),
     "a role of its own": (
         b'{"messages": [{"role": "user<|im_end|>", "content": "a"}]}',
-        "message 1: 'role' is 'user<|im_end|>', none of",
+        "'user<|im_end|>'",
     ),
     "tools": (
         b'{"messages": [{"role": "user", "content": "a"}], "tools": [{}]}',
-        "tool 1 is not {'type': 'function', 'function': {'name': ...}}",
+        "tool 1",
     ),
     "tools a text": (
         b'{"messages": [{"role": "user", "content": "a"}], "tools": "all"}',
-        "'tools' is text, not a list",
+        "'tools'",
     ),
     "tool calls": (
         b'{"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}',
-        "message 1: call 1 is not {'function': {'name': ..., 'arguments': ...}}",
+        "message 1: call 1",
     ),
     "arguments in a text": (
         b'{"messages": [{"role": "assistant", "content": "", "tool_calls": [{"function": '
         b'{"name": "a", "arguments": "{}"}}]}]}',
-        "message 1: the arguments of call 1 are text, not an object",
+        "arguments of call 1",
     ),
-    "a call without content": (
-        b'{"messages": [{"role": "assistant", "tool_calls": [{"function": '
-        b'{"name": "a", "arguments": {}}}]}]}',
-        "message 1: 'content' is null",
-    ),
-    "too deep": (b"[" * 200_000, "not valid JSON (nested too deeply)"),
-    "huge number": (
-        b'{"text": ' + b"9" * 5000 + b"}",
-        "not valid JSON (a number with thousands of digits)",
-    ),
+    "too deep": (b"[" * 200_000, "JSON"),
+    "huge number": (b'{"text": ' + b"9" * 5000 + b"}", "JSON"),
 }
 
 
@@ -88,13 +78,12 @@ def test_a_bad_line_is_skipped_and_named(tmp_path: Path, name: str) -> None:
 
 def test_only_the_first_faults_are_listed_and_all_are_counted(tmp_path: Path) -> None:
     """Ten bad lines: three are listed, the note says how many more there are."""
-    reading = rows.read(_file(tmp_path, GOOD + b"[]\n" * 10))
-    faults = [f"train.jsonl line {n}: an empty list, not an object; skipped" for n in (2, 3, 4)]
-    assert reading.notes() == [
-        "train.jsonl: 1 rows kept, 10 dropped",
-        *faults,
-        "train.jsonl: 7 more bad rows",
+    notes = rows.read(_file(tmp_path, GOOD + b"[]\n" * 10)).notes()
+    assert [note.partition(":")[0] for note in notes[1:4]] == [
+        f"train.jsonl line {number}" for number in (2, 3, 4)
     ]
+    assert re.findall(r"\d+", notes[0] + notes[4]) == ["1", "10", "7"]
+    assert len(notes) == 5
 
 
 def test_harmless_oddities_are_accepted(tmp_path: Path) -> None:

@@ -104,13 +104,10 @@ def test_the_polish_text_is_the_same_for_ever(split: str, digest: str) -> None:
 def test_a_folder_with_all_three_files(tmp_path: Path) -> None:
     """Each file is its split, in order, and counts are noted."""
     texts = load(_write(tmp_path, train=["a", "b"], valid=["c"], test=["d"]))
-    assert [_texts(texts.train), _texts(texts.valid), _texts(texts.test)] == [
-        ["a", "b"],
-        ["c"],
-        ["d"],
-    ]
-    counts = [("train", 2), ("valid", 1), ("test", 1)]
-    assert texts.notes == [f"{name}.jsonl: {count} rows kept, 0 dropped" for name, count in counts]
+    splits = [_texts(texts.train), _texts(texts.valid), _texts(texts.test)]
+    assert splits == [["a", "b"], ["c"], ["d"]]
+    for note, name, count in zip(texts.notes, ("train", "valid", "test"), (2, 1, 1), strict=True):
+        assert note.startswith(f"{name}.jsonl: {count} ")
 
 
 def test_missing_splits_are_filled_in(tmp_path: Path) -> None:
@@ -172,31 +169,23 @@ def test_two_different_rows_are_enough_to_hold_one_out(tmp_path: Path) -> None:
     assert any("0 rows of train are held out" in note for note in texts.notes)
 
 
-@pytest.mark.parametrize("files", [{"train": []}, {"train": ["a"], "valid": ["", " "]}])
-def test_a_file_without_a_usable_row_stops(tmp_path: Path, files: dict[str, list[str]]) -> None:
-    """Empty file or only bad rows: refused, with both numbers."""
-    with pytest.raises(
-        MisError, match=r"jsonl has 0 usable rows and [012] bad ones.*: fix that file"
-    ):
-        load(_write(tmp_path, **files))
-
-
-def test_wrong_places_are_named(tmp_path: Path) -> None:
-    """No train.jsonl, a file in place of the folder, no such folder: each has its own sentence."""
-    with pytest.raises(MisError, match=r"has no train\.jsonl"):
-        load(str(tmp_path))
-    _write(tmp_path, train=["a"])
-    with pytest.raises(MisError, match="is a file: --data takes the folder"):
-        load(str(tmp_path / "train.jsonl"))
-    with pytest.raises(MisError, match="there is no folder"):
-        load(str(tmp_path / "absent"))
-
-
-def test_a_hub_id_without_the_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`datasets` is optional: its absence is one sentence with the remedy."""
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(MisError, match=r"pip install '.\[data\]' in the checkout"):
-        load("some-user/some-data")
+@pytest.mark.parametrize(
+    ("files", "name", "said"),
+    [
+        ({"train": []}, ".", "jsonl has 0 .* 0 "),
+        ({"train": ["a"], "valid": ["", " "]}, ".", "jsonl has 0 .* 2 "),
+        ({}, ".", "train.jsonl"),
+        ({"train": ["a"]}, "train.jsonl", "--data"),
+        ({}, "absent", "absent"),
+    ],
+)
+def test_folders_that_are_refused(
+    tmp_path: Path, files: dict[str, list[str]], name: str, said: str
+) -> None:
+    """An empty file, one of bad rows; no train.jsonl, a file in the folder's place, no folder."""
+    _write(tmp_path, **files)
+    with pytest.raises(MisError, match=said):
+        load(str(tmp_path / name))
 
 
 def _fake_hub(monkeypatch: pytest.MonkeyPatch, found: Any) -> None:
@@ -219,16 +208,18 @@ def test_hub_rows_are_judged_like_lines(monkeypatch: pytest.MonkeyPatch) -> None
     )
     texts = load("some-user/some-data")
     assert (_texts(texts.train), _texts(texts.test)) == (["a"], ["b"])
-    assert "some-user/some-data[train] row 2: 'text' is null, not text; skipped" in texts.notes
+    assert any(note.startswith("some-user/some-data[train] row 2:") for note in texts.notes)
 
 
 def test_hub_failures_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the package raises, and a set without a train split, become a MisError."""
-    offline = (OSError("offline"), r"did not deliver the dataset 'a/b' \(offline\)")
-    for found, sentence in (offline, ({"dev": []}, "no split called train")):
+    """Whatever the package raises, a set without a train split, and no package."""
+    for found, said in ((OSError("offline"), "'a/b' .*offline"), ({"dev": []}, "train")):
         _fake_hub(monkeypatch, found)
-        with pytest.raises(MisError, match=sentence):
+        with pytest.raises(MisError, match=said):
             load("a/b")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MisError, match=r"\.\[data\]"):
+        load("a/b")
 
 
 def test_mostly_repeated_topics_are_dropped() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from mis_mlx.data import overlap, token_windows
 from mis_mlx.types import MisError
+from tests import tiny
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% "
@@ -24,19 +25,7 @@ SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     """A byte-level BPE tokenizer of transformers, trained on one sentence."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    raw.train_from_iterator(["Baca i juhas piją herbatę, a halny wieje."] * 3, trainer)
-    made = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
-    made.add_special_tokens({"additional_special_tokens": SPECIAL[2:]})
+    made = tiny.byte_level(SPECIAL)
     made.chat_template = TEMPLATE
     return made
 
@@ -46,20 +35,16 @@ def _windows(rows: list[list[int]]) -> token_windows.Windows:
     return token_windows.Windows(tokens, np.ones(tokens.shape, np.float32))
 
 
-def test_a_text_row_is_its_ids_and_the_end_token(tokenizer: Any) -> None:
-    """As in mlx-lm: the text's ids, then EOS."""
+def test_special_tokens_spelled_in_a_text_stay_text(tokenizer: Any) -> None:
+    """A text's ids are as mlx-lm's, then EOS; "</s>" in the text is four characters."""
     (ids,) = token_windows.tokenize([{"text": "Baca pije"}], tokenizer)
     of_text = tokenizer.encode("Baca pije", add_special_tokens=False)
     assert ids.dtype == np.int32
     assert ids.tolist() == [*of_text, tokenizer.eos_token_id]
-
-
-@pytest.mark.parametrize("token", SPECIAL)
-def test_special_tokens_spelled_in_a_text_stay_text(tokenizer: Any, token: str) -> None:
-    """D5: "</s>" in the data is five characters, not the end of the document."""
-    (ids,) = token_windows.tokenize([{"text": f"a{token}b{token}"}], tokenizer)
-    assert not set(ids[:-1]) & set(tokenizer.all_special_ids)
-    assert tokenizer.decode(ids[:-1]) == f"a{token}b{token}"
+    for token in SPECIAL:
+        (ids,) = token_windows.tokenize([{"text": f"a{token}b{token}"}], tokenizer)
+        assert not set(ids[:-1]) & set(tokenizer.all_special_ids)
+        assert tokenizer.decode(ids[:-1]) == f"a{token}b{token}"
 
 
 @pytest.mark.parametrize("mask_prompt", [False, True])
@@ -160,22 +145,28 @@ def test_the_start_token_is_given_where_the_tokenizer_gives_it(tokenizer: Any) -
     assert ids.tolist().count(tokenizer.bos_token_id) == 1
 
 
-def test_missing_end_token_and_refusing_templates_are_sentences(tokenizer: Any) -> None:
-    """No EOS, no chat template, a template that raises: MisError, the row named."""
-
-    class Endless:
-        eos_token_id = None
-
-    with pytest.raises(MisError, match="names no end-of-text token"):
-        token_windows.tokenize([{"text": "a"}], Endless())
-    rows = [{"text": "a"}, {"prompt": "a", "completion": "b"}]
+def test_refusals(tokenizer: Any) -> None:
+    """No end token; no chat template, one that raises; less text than a window; no windows; all of
+    them known from training.
+    """
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    with pytest.raises(MisError):
+        token_windows.tokenize([{"text": "a"}], endless)
+    strict = copy.deepcopy(tokenizer)
     for template in (None, "{{ raise_exception('roles must alternate') }}"):
-        tokenizer.chat_template, before = template, tokenizer.chat_template
-        try:
-            with pytest.raises(MisError, match="chat template refuses row 2"):
-                token_windows.tokenize(rows, tokenizer)
-        finally:
-            tokenizer.chat_template = before
+        strict.chat_template = template
+        with pytest.raises(MisError, match="row 2"):
+            token_windows.tokenize([{"text": "a"}, {"prompt": "a", "completion": "b"}], strict)
+    with pytest.raises(MisError, match="2 tokens, .* 3"):
+        token_windows.windows([[1, 2]], 3)
+    with pytest.raises(MisError, match="7 tokens"):
+        token_windows.aligned([[], []], 8, start=[1])
+    with pytest.raises(MisError, match="0 windows in batches of 4"):
+        token_windows.order(0, 4, 0, 0)
+    known = _windows([[1, 2, 3, 4]])
+    with pytest.raises(MisError, match="1 held-out windows share 2 tokens"):
+        overlap.without_overlap(known, known, span=2)
 
 
 def test_windows_are_rows_back_to_back() -> None:
@@ -186,15 +177,6 @@ def test_windows_are_rows_back_to_back() -> None:
     assert made.tokens.tolist() == [[1, 2, 3], [9, 4, 5]]
     assert made.loss_mask.tolist() == [[1, 1, 0], [1, 1, 0]]
     assert (made.tokens.dtype, made.loss_mask.dtype) == (np.int32, np.float32)
-
-
-def test_less_than_one_window_is_refused() -> None:
-    """Both numbers and the remedy."""
-    for count, rows in ((0, []), (2, [[1, 2]])):
-        with pytest.raises(
-            MisError, match=rf"has {count} tokens, but one window takes 3: add text"
-        ):
-            token_windows.windows(rows, 3)
 
 
 def test_aligned_windows_by_pencil() -> None:
@@ -247,14 +229,6 @@ def test_no_row_is_lost_and_none_begins_in_the_middle() -> None:
             assert any(f" {wanted} " in text for text in texts), (piece, found.tokens)
 
 
-def test_no_conversation_is_refused() -> None:
-    """Rows of nothing are none."""
-    with pytest.raises(
-        MisError, match=r"no conversation has text, and one window takes 7 tokens: add"
-    ):
-        token_windows.aligned([[], []], 8, start=[1])
-
-
 def test_kinds_keep_their_windows_and_shares() -> None:
     """Numbers in the order of the parts, shares of their sum; a pick keeps both; either changes the
     fingerprint.
@@ -279,7 +253,7 @@ def test_kinds_keep_their_windows_and_shares() -> None:
 
 def test_an_epoch_covers_every_window_once() -> None:
     """Another order each time; a rest too small for a batch is left out of its epoch, and comes in
-    another one.
+    another one; a batch bigger than the data goes round.
     """
 
     def epochs(windows: int, batch: int, count: int) -> list[tuple[int, ...]]:
@@ -300,6 +274,8 @@ def test_an_epoch_covers_every_window_once() -> None:
     with_a_rest = epochs(11, 4, 40)
     assert all(len(set(indices)) == 8 for indices in with_a_rest)
     assert set().union(*with_a_rest) == set(range(11))
+    batch = token_windows.order(3, 8, 5, seed=0).tolist()
+    assert sorted(Counter(batch).values()) == [2, 3, 3]
 
 
 def test_order_is_stateless() -> None:
@@ -315,14 +291,6 @@ def test_order_is_stateless() -> None:
 
     assert forward == backward[::-1]
     assert forward != orders(range(20), seed=4)
-    with pytest.raises(MisError, match="0 windows in batches of 4"):
-        token_windows.order(0, 4, 0, 0)
-
-
-def test_a_batch_bigger_than_the_data_goes_round() -> None:
-    """3 windows in a batch of 8: every window two or three times."""
-    batch = token_windows.order(3, 8, 5, seed=0).tolist()
-    assert sorted(Counter(batch).values()) == [2, 3, 3]
 
 
 def test_overlap_by_pencil() -> None:
@@ -349,8 +317,14 @@ def test_a_run_of_prompts_and_templates_is_no_overlap() -> None:
     assert overlap.overlap(train, held_out, 4, own).tolist() == [1, 2]
 
 
-def test_overlap_equals_the_plain_set_of_spans() -> None:
-    """Against the obvious way, with a vocabulary of 3 so that many runs are shared."""
+@pytest.mark.parametrize("at_once", [1, 7, 2**18])
+def test_overlap_equals_the_plain_set_of_spans(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the obvious way, with a vocabulary of 3 so that many runs are shared, however many
+    training tokens are looked up at a time.
+    """
+    monkeypatch.setattr(overlap, "TOKENS_AT_ONCE", at_once)
     rng = np.random.default_rng(0)
     train = _windows(rng.integers(0, 3, (20, 16)).tolist())
     held_out = _windows(rng.integers(0, 3, (200, 16)).tolist())
@@ -364,13 +338,6 @@ def test_overlap_equals_the_plain_set_of_spans() -> None:
                 plain.append(index)
         assert overlap.overlap(train, held_out, span).tolist() == plain
         assert span == 4 or 0 < len(plain) < 200
-
-
-def test_nothing_left_to_measure_on_is_refused() -> None:
-    """When every held-out window is known from training, there is no honest number to give."""
-    train = _windows([[1, 2, 3, 4]])
-    with pytest.raises(MisError, match="all 1 held-out windows share 2 tokens in a row"):
-        overlap.without_overlap(train, train, span=2)
 
 
 def test_fingerprint_follows_tokens_and_shape() -> None:

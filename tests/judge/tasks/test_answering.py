@@ -23,11 +23,7 @@ from tests import tiny
 MIB = 2**20
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of this test's own."""
-    monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def quiz(count: int, **more: Any) -> questions.Task:
@@ -114,7 +110,7 @@ def test_a_small_budget_gives_the_same_marks(llama: Checkpoint) -> None:
     assert answering.scores(llama, sha256, task, much).tolist() == marks.tolist()
     for one, other in zip(likelihoods(llama, task), exact, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
-    with pytest.raises(MisError, match="the budget is 1 MiB: give --budget .*MiB or more"):
+    with pytest.raises(MisError, match="1 MiB"):
         answering.plan(llama, "0" * 64, task, Budget(MIB))
 
 
@@ -173,15 +169,6 @@ def test_a_chat_model_is_asked_through_its_template(tmp_path: Path, llama: Check
     assert answering._encoded_question(load.tokenizer(llama.path), plain)[1] == option_ids
 
 
-def test_a_template_that_refuses_a_question_is_named(tmp_path: Path) -> None:
-    """With the number of the question, before any is asked."""
-    chat = load.open_checkpoint(tiny.talking(tmp_path / "chat"))
-    refusal = "{{ raise_exception('no users here') }}"
-    (chat.path / "chat_template.jinja").write_text(refusal)
-    with pytest.raises(MisError, match=r"quiz question 1: the chat template refuses .*no users"):
-        answering.plan(chat, "0" * 64, quiz(4), memory.budget(None))
-
-
 def test_options_of_unlike_length_are_compared_per_character(llama: Checkpoint) -> None:
     """lm-eval's acc_norm: the space before an option is none of its characters."""
     task = quiz(30, per_character=True)
@@ -222,15 +209,19 @@ def test_a_uniform_model_takes_the_option_of_fewest_tokens(llama: Checkpoint) ->
     assert answering.uniform(llama, checked) is None
 
 
-def test_a_question_too_long_is_named_before_any_is_asked(llama: Checkpoint) -> None:
-    """The model reads 512 tokens."""
+def test_a_question_that_cannot_be_asked_is_named_before_any_is(
+    llama: Checkpoint, tmp_path: Path
+) -> None:
+    """The model reads 512 tokens; nor one that the chat template refuses."""
     task = quiz(4)
     long = task.questions[2]._replace(context="if the loop is true " * 300)
     task = replace(task, questions=(*task.questions[:2], long, task.questions[3]))
-    with pytest.raises(
-        MisError, match=r"quiz question 3 takes \d+ tokens, .* reads 512: shorten or remove it"
-    ):
+    with pytest.raises(MisError, match=r"quiz question 3 takes \d+ tokens, .* 512"):
         answering.plan(llama, "0" * 64, task, memory.budget(None))
+    refusal = "{{ raise_exception('no users here') }}"
+    strict = load.open_checkpoint(tiny.chatting(llama.path, tmp_path / "strict", refusal))
+    with pytest.raises(MisError, match="quiz question 1: .*no users here"):
+        answering.plan(strict, "0" * 64, quiz(4), memory.budget(None))
 
 
 def test_written_answers_are_judged_by_their_last_line(llama: Checkpoint) -> None:
@@ -244,33 +235,3 @@ def test_written_answers_are_judged_by_their_last_line(llama: Checkpoint) -> Non
     kept = answering.read(answering.answers_path("0" * 64, task.sha256))
     assert len({row["text"] for row in kept.values()}) == 1
     assert kept[0]["text"]
-
-
-@pytest.mark.thorough
-@pytest.mark.usefixtures("cpu_policy")  # its budgets are for float32
-def test_the_same_is_written_where_the_model_does_not_fit(tmp_path: Path) -> None:
-    """A pass over the file for every token of all answers instead of a model in memory."""
-    deep = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=24))
-    prompt = "if the loop is true " * 60
-    rows = [{"prompt": prompt + name, "answer": "4"} for name in ("Ala", "Ola")]
-    task = replace(questions.task("written", rows, ""), max_tokens=6)
-    little = Budget(14 * MIB)
-    much = Budget(1000 * MIB)
-    poor = answering.plan(deep, "0" * 64, task, little)
-    rich = answering.plan(deep, "0" * 64, task, much)
-    assert poor
-    assert rich
-    assert poor.peak_bytes <= little.limit_bytes < rich.peak_bytes
-    assert poor.read_bytes > 4 * rich.read_bytes
-    said = []
-    for limit in (little, much):
-        mx.clear_cache()
-        before_bytes = mx.get_active_memory()
-        mx.reset_peak_memory()
-        answering.scores(deep, "0" * 64, task, limit)
-        plan = poor if limit is little else rich
-        assert mx.get_peak_memory() - before_bytes <= plan.peak_bytes
-        said.append(answering.read(answering.answers_path("0" * 64, task.sha256)))
-        answering.answers_path("0" * 64, task.sha256).unlink()
-    assert said[0] == said[1]
-    assert said[0][0]["text"]

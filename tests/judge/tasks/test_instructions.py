@@ -5,7 +5,6 @@ its own process.
 from __future__ import annotations
 
 import json
-import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -45,11 +44,7 @@ needs_package = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of this test's own."""
-    monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def write(path: Path, *rows: Any) -> Path:
@@ -74,17 +69,36 @@ def test_both_accuracies_and_their_mean_by_hand() -> None:
     # 0.
     assert marks == [0.75, 1.0, 0.5, 0.0]
     assert np.mean(marks) == levels.mean
+    outcome = recovery_table.Outcome(
+        "ifeval", "", {"teacher": np.array(marks)}, np.zeros(4), levels={"teacher": levels}
+    )
+    assert "prompt 50.0%, instruction 62.5%, mean 56.2%" in recovery_table.markdown([outcome])
+    found = outcome.json()["models"]["teacher"]
+    assert (found["prompt_strict"], found["inst_strict"]) == (0.5, 0.625)
+    assert found["mean"] == found["score"][0] == 0.5625
 
 
-def test_the_mean_of_marks_is_the_mean_of_accuracies() -> None:
-    """Of drawn numbers, too: 541 prompts with one to three instructions."""
-    rng = np.random.default_rng(0)
-    counts = rng.integers(1, 4, 541).tolist()
-    followed = [int(rng.integers(0, count + 1)) for count in counts]
+def test_what_cannot_check_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any model is asked: no package, one that breaks, and where a question needs it, one
+    without what splits sentences.
+    """
+    plain = [Instruction(NO_COMMA, {})]
+    counting = [Instruction("length_constraints:number_sentences", {})]
 
-    mean = float(np.mean(instructions.marks(followed, counts)))
+    def broken(*_: Any) -> None:
+        raise child_process.NoAnswer("ImportError: no nltk")
 
-    assert mean == pytest.approx(instructions.levels(followed, counts).mean, abs=1e-12)
+    monkeypatch.setattr(instructions, "find_spec", lambda name: None)
+    with pytest.raises(MisError, match="if-verifiable"):
+        instructions.check("ifeval", [plain])
+    monkeypatch.setattr(instructions, "find_spec", lambda name: name)
+    monkeypatch.setattr(child_process, "ask", lambda *_: {"problems": [], "splitter": False})
+    assert instructions.check("ifeval", [plain]) == []
+    with pytest.raises(MisError, match="1 of 2 .*punkt_tab"):
+        instructions.check("ifeval", [plain, counting])
+    monkeypatch.setattr(child_process, "ask", broken)
+    with pytest.raises(MisError, match="ImportError: no nltk"):
+        instructions.check("ifeval", [plain])
 
 
 def test_a_row_becomes_a_question_that_is_written(tmp_path: Path) -> None:
@@ -105,90 +119,6 @@ def test_a_row_becomes_a_question_that_is_written(tmp_path: Path) -> None:
     assert questions.best_constant_answer(task) is None
 
 
-def test_the_hash_is_of_the_instructions_too() -> None:
-    """Answers kept for five words are not used for six."""
-    six = {**SHORT, "kwargs": [{"relation": "at least", "num_words": 6}]}
-
-    hashes = {questions.task("t", [row], "").sha256 for row in (SHORT, six)}
-
-    assert len(hashes) == 2
-
-
-@pytest.mark.parametrize(
-    ("change", "why"),
-    [
-        ({"instruction_id_list": []}, "'instruction_id_list' is not a list of one or more names"),
-        (
-            {"instruction_id_list": NO_COMMA},
-            "'instruction_id_list' is not a list of one or more names",
-        ),
-        (
-            {"instruction_id_list": [NO_COMMA, 3]},
-            "'instruction_id_list' holds something other than names",
-        ),
-        ({"kwargs": None}, "'kwargs' is not a list of objects"),
-        ({"kwargs": [{}, None]}, "'kwargs' is not a list of objects"),
-        ({"kwargs": [{}]}, "2 instructions have 1 'kwargs': give one object for each"),
-        ({"prompt": " "}, "'prompt' is empty"),
-    ],
-)
-def test_a_bad_row_is_a_sentence(tmp_path: Path, change: dict[str, Any], why: str) -> None:
-    """Named by file and line."""
-    path = write(tmp_path / "ifeval.jsonl", ROW, {**ROW, **change})
-
-    with pytest.raises(
-        MisError, match=f"1 rows cannot be used: ifeval.jsonl line 2: {re.escape(why)}"
-    ):
-        questions.file(path)
-
-
-def test_without_the_package_a_sentence_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Before any model is asked."""
-    monkeypatch.setattr(instructions, "find_spec", lambda name: None)
-    path = write(tmp_path / "ifeval.jsonl", ROW)
-
-    with pytest.raises(
-        MisError,
-        match=r"ifeval: its 1 answers need if-verifiable, .*: pip install '.\[ifeval\]'",
-    ):
-        task_registry.find([str(path)], 10)
-
-
-def test_without_the_sentence_splitter_a_sentence_says_where_it_is(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Only where a question needs it."""
-    monkeypatch.setattr(instructions, "find_spec", lambda name: name)
-    monkeypatch.setattr(child_process, "ask", lambda *_: {"problems": [], "splitter": False})
-    plain = [Instruction(NO_COMMA, {})]
-    counting = [Instruction("length_constraints:number_sentences", {})]
-
-    problems = instructions.check("ifeval", [plain])
-
-    assert problems == []
-    with pytest.raises(
-        MisError, match=r"ifeval: 1 of 2 questions count .*: python -m nltk.downloader punkt_tab"
-    ):
-        instructions.check("ifeval", [plain, counting])
-
-
-def test_a_package_that_breaks_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what it said."""
-
-    def broken(*_: Any) -> None:
-        raise child_process.NoAnswer("ImportError: no nltk")
-
-    monkeypatch.setattr(instructions, "find_spec", lambda name: name)
-    monkeypatch.setattr(child_process, "ask", broken)
-
-    with pytest.raises(
-        MisError, match=r"if-verifiable does not work here \(ImportError: no nltk\): pip install"
-    ):
-        instructions.check("ifeval", [[Instruction(NO_COMMA, {})]])
-
-
 @needs_package
 def test_instructions_that_nobody_can_check_are_refused(tmp_path: Path) -> None:
     """Unknown ones, and arguments that a checker does not take, by the real package."""
@@ -199,47 +129,26 @@ def test_instructions_that_nobody_can_check_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MisError, match="2 rows cannot be used") as refused:
         task_registry.find([str(path)], 10)
 
-    assert "ifeval question 2: if-verifiable knows no instruction 'punctuation:no_vowels'" in str(
-        refused.value
-    )
-    assert f"ifeval question 3: {WORDS} does not take" in str(refused.value)
+    assert "ifeval question 2" in str(refused.value) and "no_vowels" in str(refused.value)
+    assert f"ifeval question 3: {WORDS}" in str(refused.value)
 
 
 @needs_package
 def test_what_is_followed_by_the_real_package() -> None:
-    """Both, one and none of two instructions; nothing follows from an empty text."""
-    task = questions.task("ifeval", [ROW] * 4 + [SHORT] * 2, "")
-    texts = [
-        "<<Sheep>> They eat grass.",
-        "Sheep eat grass.",
-        "Grass, grass",
-        " ",
-        "too few words",
-        "Sheep eat grass all day.",
-    ]
-
-    found = task_answers.judged(task, range(6), texts)
-
-    assert [row["followed"] for row in found] == [2, 1, 0, 0, 0, 1]
-    assert [row["text"] for row in found] == texts
-
-
-@needs_package
-def test_loosely_a_first_line_or_asterisks_may_be_in_the_way() -> None:
-    """A comma in the first or last line alone does not count, one in the middle does."""
-    task = questions.task("ifeval", [SHORT | NO_COMMAS] * 4, "")
+    """Both, one and none of two instructions; nothing follows from an empty text. Loosely, a comma
+    in the first or last line alone does not count, one in the middle does.
+    """
+    task = questions.task("ifeval", [ROW] * 4, "")
+    texts = ["<<Sheep>> They eat grass.", "Sheep eat grass.", "Grass, grass", " "]
+    assert task_answers.count_followed(task, range(4), texts) == [2, 1, 0, 0]
+    task = questions.task("ifeval", [SHORT | NO_COMMAS] * 3, "")
     texts = [
         "Sure, here it is:\nSheep eat grass",
-        "Sheep eat grass\nGrass, grass",
-        "One\nTwo, three\nFour",
-        "Sheep eat grass",
+        "Sheep eat\nGrass, grass",
+        "1\n2, 3\n4",
     ]
-
-    strict = task_answers.count_followed(task, range(4), texts)
-    loose = task_answers.count_followed(task, range(4), texts, loosely=True)
-
-    assert strict == [0, 0, 0, 1]
-    assert loose == [1, 1, 0, 1]
+    assert task_answers.count_followed(task, range(3), texts) == [0, 0, 0]
+    assert task_answers.count_followed(task, range(3), texts, loosely=True) == [1, 1, 0]
 
 
 def test_an_answer_that_breaks_the_checker_follows_nothing_and_is_named(
@@ -256,7 +165,7 @@ def test_an_answer_that_breaks_the_checker_follows_nothing_and_is_named(
     marks = task_answers.count_followed(task, range(2), ["good", "odd"])
 
     assert marks == [2.0, 0.0]
-    assert "ifeval question 2: its answer counts as following nothing" in capsys.readouterr().err
+    assert "ifeval question 2" in capsys.readouterr().err
 
 
 def test_a_model_writes_and_is_marked(llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,12 +191,8 @@ def test_a_model_writes_and_is_marked(llama: Checkpoint, monkeypatch: pytest.Mon
     kept = answering.read(answering.answers_path("0" * 64, task.sha256))
     assert [kept[n]["followed"] for n in range(3)] == [2.0, 0.0, 1.0]
     assert answering.plan(llama, "0" * 64, task, limit) is None
-    assert (
-        answering.levels(
-            "0" * 64, questions.task("quiz", [{"prompt": "1 + 1?", "answer": "2"}], "")
-        )
-        is None
-    )
+    quiz = questions.task("quiz", [{"prompt": "1 + 1?", "answer": "2"}], "")
+    assert answering.levels("0" * 64, quiz) is None
 
 
 def test_fewer_answers_together_where_memory_is_short(llama: Checkpoint) -> None:
@@ -309,29 +214,6 @@ def test_fewer_answers_together_where_memory_is_short(llama: Checkpoint) -> None
         assert (plan.at_once, plan.headroom_bytes) == (size, None)
 
 
-def test_the_table_tells_both_accuracies() -> None:
-    """In Markdown behind the task, in JSON beside the score, whose mean they have."""
-    followed = {"teacher": [1, 2, 2, 0], "student": [1, 0, 0, 0]}
-    counts = [1, 2, 3, 2]
-    outcome = recovery_table.Outcome(
-        "ifeval",
-        "4 rows of ifeval.jsonl",
-        {name: np.array(instructions.marks(done, counts)) for name, done in followed.items()},
-        np.zeros(4),
-        levels={name: instructions.levels(done, counts) for name, done in followed.items()},
-    )
-
-    page = recovery_table.markdown([outcome])
-    found = outcome.json()["models"]
-
-    assert "teacher: prompt 50.0%, instruction 62.5%, mean 56.2%" in page
-    assert "student: prompt 25.0%, instruction 12.5%, mean 18.8%" in page
-    assert "| ifeval | 4 | 0.0% | – | – |" in page
-    assert found["teacher"]["prompt_strict"] == 0.5
-    assert found["teacher"]["inst_strict"] == 0.625
-    assert found["student"]["mean"] == found["student"]["score"][0] == 0.1875
-
-
 @needs_package
 def test_chance_and_the_best_constant_are_what_their_texts_earn() -> None:
     """`ok` follows the no comma and no title of the first row, and is too short for the second."""
@@ -343,15 +225,6 @@ def test_chance_and_the_best_constant_are_what_their_texts_earn() -> None:
     # An instruction has the weight 2 / 3: one of three followed, no prompt whole.
     assert chance.tolist() == pytest.approx([1 / 3, 0.0])
     assert constant == (pytest.approx(1 / 6), instructions.FORMATTED_ANSWER)
-
-
-def test_chance_of_other_tasks_stays_what_it_is() -> None:
-    """One in the number of options, and the most frequent answer."""
-    rows = [{"question": "2 + 2?", "options": ["3", "4"], "answer": "4"}] * 2
-    task = questions.task("quiz", rows, "")
-
-    assert answering.chance(task).tolist() == [0.5, 0.5]
-    assert answering.best_constant(task) == questions.best_constant_answer(task)
 
 
 @needs_package
@@ -376,5 +249,4 @@ def test_end_to_end(
     assert set(result["instructions"]) == {"ifeval"}
     accuracies = result["instructions"]["ifeval"]["teacher"]
     assert accuracies["mean"] == (accuracies["prompt_strict"] + accuracies["inst_strict"]) / 2
-    assert "strict accuracies of teacher: prompt" in page
     assert "| blimp" in page

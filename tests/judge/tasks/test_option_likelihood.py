@@ -23,22 +23,7 @@ from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 from tests.conftest import mostly_thorough
 
-WORDS = (
-    "if",
-    "the",
-    "loop",
-    "is",
-    "true",
-    "then",
-    "print",
-    "all",
-    "of",
-    "them",
-    "while",
-    "name",
-    "and",
-    "value",
-)
+WORDS = ("if", "the", "loop", "is", "true", "then", "print", "all", "while", "name", "value")
 
 
 def asked(tokenizer: Any, count: int) -> list[option_likelihood.Encoded]:
@@ -120,7 +105,7 @@ def test_encode_splits_where_lm_eval_splits(llama: Checkpoint) -> None:
         [tokenizer.bos_token_id],
         [tokenizer.encode("if the"), tokenizer.encode("while")],
     )
-    with pytest.raises(MisError, match="the option '' adds no token to 'if the': write it so that"):
+    with pytest.raises(MisError, match="'' .*'if the'"):
         option_likelihood.encode(tokenizer, "if the", [" loop", ""])
 
 

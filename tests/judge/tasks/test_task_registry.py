@@ -17,11 +17,9 @@ from mis_mlx.types import MisError
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def offline(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache of this test's own, and no way to a package index."""
-    monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    return tmp_path / "cache"
 
 
 def test_builtin_needs_no_network() -> None:
@@ -29,18 +27,9 @@ def test_builtin_needs_no_network() -> None:
     held-out text.
     """
     found = task_registry.find(["builtin"], 10)
-    names = [task.name for task in found.tasks]
-    chosen = [
-        "maths",
-        "bus",
-        "cooking",
-        "logic",
-        "grammar-en",
-        "grammar-pl",
-        "continue-en",
-        "continue-pl",
-    ]
-    assert names == [*chosen, "maths-written"]
+    grammar = ["grammar-en", "grammar-pl", "continue-en", "continue-pl"]
+    problems = ["maths", "bus", "cooking", "logic"]
+    assert [task.name for task in found.tasks] == [*problems, *grammar, "maths-written"]
     assert found.text
     assert all(len(task.questions) == 10 for task in found.tasks)
     assert found.tasks[-1].kind == "checked"
@@ -70,31 +59,12 @@ def test_any_held_out_text_becomes_a_task(tmp_path: Path) -> None:
         assert len(set(q.options)) == 4
         assert q.options[q.right] == "".join(f" w{k}" for k in range(start + 24, start + 30))
     (tmp_path / "test.jsonl").write_text(json.dumps(rows[0]))
-    with pytest.raises(
-        MisError,
-        match="has 3 places of 30 words, the task continue needs 4: give a longer test.jsonl",
-    ):
+    with pytest.raises(MisError, match="3 places of 30 words, .* needs 4"):
         task_registry.find(["continue"], 100, str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("name", "nearest"),
-    [
-        ("maths-writen", "did you mean maths-written"),
-        ("qqq", "known tasks: builtin, polish-offline"),
-    ],
-)
-def test_a_typo_brings_the_nearest_names(name: str, nearest: str) -> None:
-    """No traceback, no download."""
-    with pytest.raises(
-        MisError,
-        match=f"--tasks names {name}, which is not a task, a folder or a .jsonl file: {nearest}",
-    ):
-        task_registry.find([name], 10)
-
-
 def test_a_file_is_a_task(tmp_path: Path) -> None:
-    """Named like the file, `count` questions of it; one that is not there is a sentence."""
+    """Named like the file, `count` questions of it."""
     path = tmp_path / "blimp.jsonl"
     pairs = [{"good": f"{n} dogs bark.", "bad": f"{n} dogs barks."} for n in range(9)]
     path.write_text("\n".join(map(json.dumps, pairs)))
@@ -103,39 +73,39 @@ def test_a_file_is_a_task(tmp_path: Path) -> None:
 
     assert task.name == "blimp"
     assert [q.answer for q in task.questions] == [f"{n} dogs bark." for n in (0, 2, 4, 6, 8)]
-    with pytest.raises(
-        MisError, match=r"missing.jsonl cannot be read \(No such file or directory\)"
-    ):
-        task_registry.find([str(tmp_path / "missing.jsonl")], 5)
 
 
-def test_two_tasks_of_one_name_are_refused(tmp_path: Path) -> None:
-    """A row of the table would be overwritten."""
-    for folder in ("a", "b"):
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["maths-writen"], "maths-writen.* maths-written"),
+        (["qqq"], "qqq.* builtin, polish-offline"),
+        (["a", "b"], "2 tasks are called quiz"),
+        (["odd"], "quiz question 2: .*'because it is so'"),
+        (["kashubian"], "kashubian.*pairs.jsonl"),
+        (["polish-offline"], "evals 3.0.1.post1"),
+    ],
+)
+def test_refusals(
+    names: list[str], said: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A typo, two tasks of one name, an answer that nobody can check, a slot without pairs, no
+    package index; nothing half-made is left.
+    """
+    monkeypatch.chdir(tmp_path)
+    sums = {"prompt": "1 + 1?", "answer": "2"}
+    odd = {"prompt": "Why?", "answer": "because it is so"}
+    for folder, rows in {"a": [sums], "b": [sums], "odd": [sums, odd]}.items():
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "quiz.jsonl").write_text(
-            json.dumps({"prompt": "1 + 1?", "answer": "2"}) + "\n"
-        )
-    with pytest.raises(MisError, match="2 tasks are called quiz: rename one of the files"):
-        task_registry.find([str(tmp_path / "a"), str(tmp_path / "b")], 10)
-
-
-def test_an_answer_that_nobody_can_check_is_refused(tmp_path: Path) -> None:
-    """Every model would have 0."""
-    rows = [{"prompt": "1 + 1?", "answer": "2"}, {"prompt": "Why?", "answer": "because it is so"}]
-    (tmp_path / "quiz.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(
-        MisError,
-        match="quiz question 2: the answer 'because it is so' is not a number, a time or names",
-    ):
-        task_registry.find([str(tmp_path)], 10)
+        (tmp_path / folder / "quiz.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(MisError, match=said):
+        task_registry.find(names, 10)
+    assert not [path for path in cache.glob("*") if path.name != ".lock"]
 
 
 def test_a_slot_is_filled_by_a_folder(tmp_path: Path, cache: Path) -> None:
-    """In the cache, or anywhere under the slot's name; the empty ones say what to bring."""
+    """In the cache, or anywhere under the slot's name."""
     pairs = [{"polish": f"Idę do domu {n}", "dialect": f"Jidã dodóm {n}"} for n in range(6)]
-    with pytest.raises(MisError, match="the slot kashubian is empty: put attested pairs into"):
-        task_registry.find(["kashubian"], 10)
     for folder in (cache / "dialects" / "kashubian", tmp_path / "mine" / "kashubian"):
         folder.mkdir(parents=True)
         (folder / polish.PAIRS).write_text("\n".join(map(json.dumps, pairs)))
@@ -146,17 +116,8 @@ def test_a_slot_is_filled_by_a_folder(tmp_path: Path, cache: Path) -> None:
     assert [task.sha256 for task in kept.tasks] == [task.sha256 for task in brought.tasks]
     assert len(task_registry.find(["dialects"], 10).tasks) == 4  # Silesian is there
     (cache / "dialects" / "kashubian" / polish.PAIRS).write_text('{"polish": "Idę"}\n')
-    with pytest.raises(MisError, match="pairs.jsonl line 1: has no 'polish' and 'dialect'"):
+    with pytest.raises(MisError, match="pairs.jsonl line 1"):
         task_registry.find(["dialects"], 10)
-
-
-def test_polish_offline_without_a_package_index_is_a_sentence(cache: Path) -> None:
-    """Which wheel, and what to check; nothing half-made is left."""
-    with pytest.raises(
-        MisError, match=r"pip could not download evals 3.0.1.post1 .*: check the network"
-    ):
-        task_registry.find(["polish-offline"], 10)
-    assert not [path for path in cache.iterdir() if path.name != ".lock"]
 
 
 @pytest.mark.slow

@@ -14,16 +14,6 @@ from mis_mlx.judge.tasks.sets import polish
 from mis_mlx.types import MisError
 
 
-def test_pairs_survive_their_file(tmp_path: Path) -> None:
-    """Read as they are written; blank lines are fine."""
-    pairs = [
-        {"polish": "Dzień dobry", "dialect": "Dobry dziyń"},
-        {"polish": "Idę do domu", "dialect": "Ida do dōm"},
-    ]
-    (tmp_path / polish.PAIRS).write_text("\n".join(map(json.dumps, pairs)) + "\n\n \n")
-    assert polish.read_pairs("silesian", tmp_path) == pairs
-
-
 def test_the_validator_names_the_row(tmp_path: Path) -> None:
     """Nothing is asked with pairs that are none."""
     rows = [
@@ -32,20 +22,17 @@ def test_the_validator_names_the_row(tmp_path: Path) -> None:
         {"polish": "Idę"},
     ]
     (tmp_path / polish.PAIRS).write_text("\n".join(map(json.dumps, rows)))
-    why = "line 2: both sentences are the same; pairs.jsonl line 3: has no 'polish' and 'dialect'"
-    with pytest.raises(MisError, match=why):
+    with pytest.raises(MisError, match="line 2.*pairs.jsonl line 3"):
         polish.read_pairs("silesian", tmp_path)
 
 
 def test_an_empty_slot_says_what_to_bring(tmp_path: Path) -> None:
     """Seven slots; none is filled with text of our own."""
     slot = list(polish.SLOTS)[6]
-    with pytest.raises(
-        MisError, match=f"the slot {slot} is empty: put attested pairs into .*pairs.jsonl"
-    ):
+    with pytest.raises(MisError, match=slot):
         polish.read_pairs(slot, tmp_path)
     (tmp_path / polish.PAIRS).write_text("\n")
-    with pytest.raises(MisError, match="is empty: put attested pairs there"):
+    with pytest.raises(MisError, match="pairs.jsonl"):
         polish.read_pairs(slot, tmp_path)
 
 
