@@ -17,7 +17,6 @@ from mis_mlx.hardware import memory
 from mis_mlx.hardware.ledger import needed_bytes
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge.tasks import rewards
-from mis_mlx.models.architectures.sizes import reads_in_order
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import pass_cost, residency, stream
@@ -81,16 +80,16 @@ def _phases(
     """
     m = alignment_run.model_size(s, checkpoint)
     most = s.max_completion_length
-    branches = longest + s.batch_size * most  # tokens of a micro-batch: one prompt, its answers
+    length = longest + most  # of a prompt with an answer
     micro_batches = s.grad_accumulation_steps * -(-s.group_size // s.batch_size)
-    branched = replace(s, grad_accumulation_steps=micro_batches)
-    updating = alignment_run.training_cost(branched, checkpoint, 1, branches, name="learn")
+    learning = replace(s, grad_accumulation_steps=micro_batches)
+    updating = alignment_run.training_cost(learning, checkpoint, s.batch_size, length, name="learn")
     if s.beta:
         updating = updating.beside(m.slots_bytes)
     # Sampling has the training's weights and moments in memory, without its activations.
     single = replace(s, grad_accumulation_steps=1)
-    state = alignment_run.training_cost(single, checkpoint, 1, branches).peak_bytes
-    state -= residency.activation_bytes(m, 1, branches)
+    state = alignment_run.training_cost(single, checkpoint, s.batch_size, length).peak_bytes
+    state -= residency.activation_bytes(m, s.batch_size, length)
     return _sampling(s, m, longest, state, at_once=at_once), updating
 
 
@@ -149,12 +148,6 @@ def _sampling(s: Settings, m: ModelSize, longest: int, state: int, *, at_once: i
 def run(settings: Settings) -> dict[str, Any]:
     """The command: open, check the data and the rewards, plan, sample and learn, write the best."""
     s, folder, checkpoint = alignment_run.open_run_model(settings)
-    if reads_in_order(checkpoint.config):
-        name = checkpoint.config["model_type"]
-        raise MisError(
-            f"a {name} reads one text after the other, but grpo computes the answers to a prompt "
-            f"in one sequence: give another --model, or use sft or dpo"
-        )
     most = s.max_completion_length
     if most >= s.max_seq_length:
         why = (

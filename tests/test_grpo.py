@@ -191,6 +191,12 @@ def sampler(
     return replace(made, settings=replace(settings, **changes), **own)
 
 
+def logps_of(made: training.Sampler, tokens: mx.array, mask: mx.array) -> mx.array:
+    """The model's own log-probabilities of answers, as it samples."""
+    hidden = made.model.model(tokens)
+    return made.settings.logps(hidden, load.head_weight(made.model), tokens, mask.shape[1])
+
+
 def test_the_reference_is_the_model_as_it_was(llama: Checkpoint, folder: Path) -> None:
     """Streamed beside an untouched model it gives the model's own log-probabilities: KL 0, and no
     gradient of it.
@@ -199,10 +205,9 @@ def test_the_reference_is_the_model_as_it_was(llama: Checkpoint, folder: Path) -
     sampled, facts = made(0)
     assert sampled
     assert facts["kept"] == len(sampled)
-    for b, _, reference in sampled:
-        own = made.settings.logps(made.model, b, frozen_head=True)
-        assert (mx.abs(own - reference) * b.mask).max() < 1e-4
-    plain = [(b, advantage, None) for b, advantage, _ in sampled]
+    for tokens, mask, _, reference in sampled:
+        assert (mx.abs(logps_of(made, tokens, mask) - reference) * mask).max() < 1e-4
+    plain = [part[:3] for part in sampled]
     still = tiny.schedule(1, 0.0, 0)
     found = [
         next(
@@ -235,10 +240,10 @@ def test_learning_begins_at_exactly_zero(
     made = sampler(llama, folder, reference=stream.Stream(llama, dtype), dtype=dtype)
     sampled, _ = made(0)
     assert sampled
-    for b, advantage, reference in sampled:
+    for tokens, mask, advantage, reference in sampled:
         apart = reference - rl_losses.NOISE[dtype] / 2
-        total, *_ = made.settings.loss(made.model, b, advantage, apart)
-        assert total.item() == pytest.approx(-float((b.mask * advantage[:, None]).sum()), abs=1e-6)
+        total, *_ = made.settings.loss(made.model, tokens, mask, advantage, apart)
+        assert total.item() == pytest.approx(-float((mask * advantage[:, None]).sum()), abs=1e-6)
 
 
 def test_an_answer_that_ends_at_the_limit_is_not_truncated(llama: Checkpoint, folder: Path) -> None:
@@ -265,21 +270,22 @@ def test_a_rollout_is_what_was_said(llama: Checkpoint, folder: Path) -> None:
     ends = made.tokenizer.eos_token_ids
     assert texts[:3] == texts[3:]
     assert len(sampled) == 2 * facts["kept"]
-    for (b, advantage, _), (_, second, _) in zip(sampled, again, strict=True):
+    for (tokens, mask, advantage), (_, _, second) in zip(sampled, again, strict=True):
         assert mx.array_equal(advantage, second)
-        own = made.settings.logps(made.model, b, frozen_head=True)
-        for row in range(len(b.targets)):
-            answer = b.targets[row, : int(b.mask[row].sum())].tolist()
+        own = logps_of(made, tokens, mask)
+        start = tokens.shape[1] - mask.shape[1]
+        for row in range(len(tokens)):
+            answer = tokens[row, start : start + int(mask[row].sum())].tolist()
             text = made.tokenizer.decode([token for token in answer if token not in ends])
             assert any(text in group for group in texts)
-            prompt = b.tokens[0, : int((b.branch == 0).sum())].tolist()
+            prompt = tokens[row, :start].tolist()
             z = made.model(mx.array([[*prompt, *answer]]))[0, len(prompt) - 1 : -1] / 0.8
             expected = mx.take_along_axis(z, mx.array(answer)[:, None], axis=-1)[
                 :, 0
             ] - mx.logsumexp(z, axis=-1)
             assert mx.allclose(own[row, : len(answer)], expected, rtol=1e-4, atol=1e-4)
     for start in range(0, len(sampled), 2):
-        advantages = [advantage for _, advantage, _ in sampled[start : start + 2]]
+        advantages = [part[2] for part in sampled[start : start + 2]]
         assert abs(sum(float(advantage.sum()) for advantage in advantages)) < 1e-4
 
 

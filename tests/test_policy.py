@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mis_mlx.alignment.grpo_rollout import Settings
+from mis_mlx.alignment.grpo_rollout import Settings, filled_up
 from mis_mlx.maths import rl_losses
 from mis_mlx.models.opening import load
-from mis_mlx.models.passing import attention_masks
 from mis_mlx.types import Checkpoint
 
 
@@ -75,13 +74,16 @@ def _model(llama: Checkpoint) -> nn.Module:
 
 def test_on_policy_the_gradient_is_reinforce(model: nn.Module) -> None:
     """The model that sampled is the model itself: minus advantage times grad log pi."""
-    b = attention_masks.join(PROMPT, ANSWERS)
+    tokens, mask = filled_up(PROMPT, ANSWERS)
     advantage = mx.array([1.0, -0.5, 0.7, -1.2])
     objective = Settings(max_completion_length=8)
-    _, found = nn.value_and_grad(model, objective.loss)(model, b, advantage)
+    _, found = nn.value_and_grad(model, objective.loss)(model, tokens, mask, advantage)
 
     def plain(m: nn.Module) -> mx.array:
-        return -(objective.logps(m, b, False) * b.mask * advantage[:, None]).sum()
+        logps = objective.logps(
+            m.model(tokens), load.head_weight(m), tokens, mask.shape[1], frozen_head=False
+        )
+        return -(logps * mask * advantage[:, None]).sum()
 
     _, expected = nn.value_and_grad(model, plain)(model)
     for (name, a), (_, e) in zip(tree_flatten(found), tree_flatten(expected), strict=True):

@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.alignment import alignment_run
+from mis_mlx.alignment import alignment_run, padded_rows
 from mis_mlx.data.rows import Row
 from mis_mlx.data.token_windows import order
 from mis_mlx.distillation import train_loop
@@ -25,7 +25,7 @@ from mis_mlx.maths.losses import token_logps
 from mis_mlx.models.architectures import modules
 from mis_mlx.models.architectures.sizes import softcap
 from mis_mlx.models.opening import load
-from mis_mlx.models.passing import attention_masks, stream
+from mis_mlx.models.passing import stream
 from mis_mlx.models.writing.continuous_batch import Room
 from mis_mlx.models.writing.draws import Draws, Sampling
 from mis_mlx.models.writing.text_writer import TextWriter
@@ -75,41 +75,73 @@ class Settings(alignment_run.Alignment):
     tasks: str = "sums,two-digit-sums,bus,recipe,logic"
     """number of generated tasks, if you give no --data"""
 
-    def logps(self, model: nn.Module, b: attention_masks.Branches, frozen_head: bool) -> mx.array:
-        """(B, T) log-probabilities of the answers' tokens at the sampling temperature."""
-        # All answers follow one copy of their prompt: hidden (1, tokens, D), of which the positions
-        # `at` predict the answers' tokens.
-        hidden = attention_masks.forward(model, b.tokens, b.branch, b.positions)
+    def logps(
+        self,
+        hidden: mx.array,
+        head: mx.array,
+        tokens: mx.array,
+        count: int,
+        *,
+        softcap: float = 0.0,
+        frozen_head: bool = True,
+    ) -> mx.array:
+        """(B, T) log-probabilities of the last T = `count` of tokens (B, S), as they are drawn.
+
+        hidden (B, S, D): the final states. head (V, D).
+        """
+        # The state before a token predicts it.
+        before = hidden[:, -count - 1 : -1]
         flat = token_logps(
-            hidden[0, b.logit_positions.reshape(-1)],
-            load.head_weight(model),
-            b.targets.reshape(-1),
+            before.reshape(-1, hidden.shape[-1]),
+            head,
+            tokens[:, -count:].reshape(-1),
             temperature=self.temp,
             frozen_head=frozen_head,
-            softcap=load.logit_softcap(model),
+            softcap=softcap,
         )
-        return flat.reshape(b.targets.shape)
+        return flat.reshape(len(tokens), count)
 
     def loss(
         self,
         model: nn.Module,
-        b: attention_masks.Branches,
+        tokens: mx.array,
+        mask: mx.array,
         advantage: mx.array,
         reference: mx.array | None = None,
     ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
         """(sum, tokens that were sampled, further sums) over the answers of one micro-batch.
 
-        advantage: (B,). reference: (B, T) log-probabilities under the reference.
+        tokens (B, S), mask (B, T): of `filled_up`. advantage: (B,). reference: (B, T)
+        log-probabilities under the reference; None: it does not count.
         """
+        logps = self.logps(
+            model.model(tokens),
+            load.head_weight(model),
+            tokens,
+            mask.shape[1],
+            softcap=load.logit_softcap(model),
+            frozen_head=self.lora is not None,
+        )
         total = rl_losses.token_loss_sum(
-            self.logps(model, b, self.lora is not None),
+            logps,
             advantage,
-            b.mask,
+            mask,
             reference=reference,
             beta=self.beta,
             noise=rl_losses.NOISE[load.activation_dtype(model)],
         )
-        return total, b.mask.sum(), {"tokens": mx.array(float(b.tokens.size))}
+        return total, mask.sum(), {"tokens": mx.array(float(tokens.size))}
+
+
+def filled_up(prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> tuple[mx.array, mx.array]:
+    """(tokens, mask) of B answers, each behind its prompt, filled up at their ends.
+
+    tokens: (B, S). mask (B, T): 1 where one of the last T, all behind the prompt, is an answer's.
+    """
+    before = [0] * len(prompt)
+    rows = [([*prompt, *answer], [*before, *[1] * len(answer)]) for answer in answers]
+    tokens, loss_mask = padded_rows.padded(rows)
+    return tokens, loss_mask[:, len(before) - 1 : -1]
 
 
 @dataclass
@@ -243,55 +275,28 @@ class Sampler:
     def _parts(self, chosen: Sequence[tuple[int, Group, np.ndarray]]) -> list[tuple[Any, ...]]:
         """Micro-batches for `Settings.loss`, from (number of the prompt, its answers, advantages).
 
-        Each has answers of one prompt.
+        Each has answers of one prompt, of like length.
         """
-        s = self.settings
-        parts = []
-        references = self._references([(i, group) for i, group, _ in chosen])
-        for (i, group, advantage), reference in zip(chosen, references, strict=True):
-            for start in range(0, len(group), s.batch_size):
-                cut = slice(start, start + s.batch_size)
-                branches = attention_masks.join(self.prompts[i], group[cut])
-                ref = None
-                if reference is not None:
-                    ref = reference[cut, : branches.targets.shape[1]]  # its longest answer
-                    mx.eval(ref)
-                parts.append((branches, mx.array(advantage[cut]), ref))
-        return parts
-
-    def _references(self, chosen: Sequence[tuple[int, Group]]) -> list[mx.array | None]:
-        """(G, T) log-probabilities of each group under the reference, in one pass over its weights.
-
-        chosen: (number of the prompt, its answers). T is the longest answer of the group.
-        """
-        reference = self.reference
-        if reference is None or not chosen:
-            return [None] * len(chosen)
-        longest = [max(map(len, group)) for _, group in chosen]
         batches = []
-        for (i, group), length in zip(chosen, longest, strict=True):
-            # Answers are filled up with token 0 at their ends, where no real token sees it.
-            rows = []
-            for answer in group:
-                rows.append([*self.prompts[i], *answer, *[0] * (length - len(answer))])
-            batches.append(mx.array(rows))
+        for i, group, advantage in chosen:
+            rising = np.argsort([len(answer) for answer in group], kind="stable")
+            for start in range(0, len(group), self.settings.batch_size):
+                places = rising[start : start + self.settings.batch_size]
+                tokens, mask = filled_up(self.prompts[i], [group[place] for place in places])
+                batches.append((tokens, mask, mx.array(advantage[places])))
+        reference = self.reference
+        if reference is None or not batches:
+            return batches
+        # Log-probabilities (B, T) under the reference, in one pass over its weights.
         head = modules.dense_weight(reference.head())
         cap = softcap(reference.checkpoint.config)
-        logps: list[mx.array | None] = []
-        states = reference.forward(batches)
-        for tokens, hidden, length in zip(batches, states, longest, strict=True):
-            # The state before a token predicts it: the last T + 1 places but the very last.
-            before = hidden[:, -length - 1 : -1]
-            flat = token_logps(
-                before.reshape(-1, hidden.shape[-1]),
-                head,
-                tokens[:, -length:].reshape(-1),
-                temperature=self.settings.temp,
-                frozen_head=True,
-                softcap=cap,
-            )
-            logps.append(flat.reshape(len(tokens), length))
-        return logps
+        parts = list[tuple[Any, ...]]()
+        states = reference.forward([tokens for tokens, *_ in batches])
+        for (tokens, mask, given), hidden in zip(batches, states, strict=True):
+            found = self.settings.logps(hidden, head, tokens, mask.shape[1], softcap=cap)
+            mx.eval(found)
+            parts.append((tokens, mask, given, found))
+        return parts
 
 
 def _record(

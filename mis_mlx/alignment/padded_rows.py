@@ -4,6 +4,7 @@ Padding is never learned and never seen by a real token, so it changes nothing.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,7 +20,7 @@ from mis_mlx.settings.recipe import TrainingConfig
 MULTIPLE = 8  # of padded lengths: fewer different shapes, for which memory is kept
 
 
-def padded(rows: Sequence[examples.Sequenced]) -> tuple[mx.array, mx.array]:
+def padded(rows: Sequence[tuple[Any, Any]]) -> tuple[mx.array, mx.array]:
     """(tokens, learn), (B, T) each: a row a line, then padding.
 
     learn is 1 where the prediction made there, of the next token, counts.

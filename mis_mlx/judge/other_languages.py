@@ -16,6 +16,7 @@ from mis_mlx.judge import score
 from mis_mlx.judge.comparison import comparison_cost
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize
+from mis_mlx.models.passing.stream import Stream
 from mis_mlx.types import Checkpoint
 
 FOLDER = Path(__file__).parents[1] / "data" / "languages"
@@ -37,7 +38,8 @@ def bits_per_byte(model: Checkpoint) -> dict[str, float]:
     before = token_windows.start_tokens(tokenizer) or [token_windows.end_token(tokenizer)]
     spoken = texts()
     own = [tokenizer.encode(text, add_special_tokens=False) for text in spoken.values()]
-    found = score.of_last_tokens(model, [[*before, *ids] for ids in own], [*map(len, own)])
+    spoken_texts = [[*before, *ids] for ids in own]
+    found = score.of_last_tokens(Stream(model), spoken_texts, [*map(len, own)])
     costs = {}
     for (language, text), values in zip(spoken.items(), found, strict=True):
         costs[language] = -float(values.sum()) / math.log(2) / len(text.encode())

@@ -19,6 +19,9 @@ from mis_mlx.models.passing.stream import Hidden, Stream, head_rows
 from mis_mlx.models.writing import mlx_generate
 from mis_mlx.types import Checkpoint, MisError
 
+ROWS = 256  # tokens of short texts side by side; more make attention slower, fewer the products
+POSITIONS = 32  # of texts whose logits a CPU computes at once
+
 
 def has_template(model: Checkpoint) -> bool:
     """Whether a model has a chat template, without which answers are not judged."""
@@ -42,7 +45,7 @@ def log_probabilities(
     One streamed pass: one block in memory at a time, then parts of the head. MisError as of
     `tokens_of`."""
     texts, counts = tokens_of(model, asked, answers)
-    return of_last_tokens(model, texts, counts)
+    return of_last_tokens(Stream(model), texts, counts)
 
 
 def tokens_of(
@@ -108,18 +111,32 @@ def _end_of_turn(tokenizer: Any) -> int:
 
 
 def of_last_tokens(
-    model: Checkpoint,
+    stream: Stream,
     texts: Sequence[Sequence[int]],
     counts: Sequence[int],
 ) -> list[np.ndarray]:
     """The log-probabilities of every text's last n tokens, in nats: [(n,) float64].
 
     counts: n of every text; at least one token must stand before these n. One block of the model is
-    in memory at a time, then parts of its head."""
+    in memory at a time, then parts of its head. Short texts of like length go side by side, filled
+    up at their ends, where no token of theirs looks."""
     if not texts:
         return []
-    stream = Stream(model)
-    hidden = stream.forward([mx.array([text]) for text in texts])
+    rising = sorted(range(len(texts)), key=lambda n: len(texts[n]))
+    lines = list[list[int]]()  # the texts of each batch
+    for n in rising:
+        if not lines or (len(lines[-1]) + 1) * len(texts[n]) > ROWS:
+            lines.append([])
+        lines[-1].append(n)
+    batches = list[mx.array]()
+    for of_batch in lines:
+        longest = len(texts[of_batch[-1]])
+        rows = [[*texts[n], *[0] * (longest - len(texts[n]))] for n in of_batch]
+        batches.append(mx.array(rows))
+    hidden: list[Any] = [None] * len(texts)
+    for of_batch, states in zip(lines, stream.forward(batches), strict=True):
+        for line, n in enumerate(of_batch):
+            hidden[n] = states[line : line + 1, : len(texts[n])]
     return after_pass(stream, hidden, texts, counts)
 
 
@@ -202,8 +219,8 @@ def _add_part(head: nn.Module, texts: Sequence[_Last], start: int) -> None:
 
 
 def _together(texts: Sequence[_Last]) -> Iterator[list[_Last]]:
-    """Texts whose logits are computed at once: up to CHUNK tokens, or one text; on a CPU one."""
-    most = 1 if precision.numpy_is_quicker() else host_losses.CHUNK
+    """Texts whose logits are computed at once: up to CHUNK tokens, on a CPU fewer; or one text."""
+    most = POSITIONS if precision.numpy_is_quicker() else host_losses.CHUNK
     some = list[_Last]()
     tokens = 0
     for text in texts:

@@ -194,7 +194,7 @@ def test_the_head_in_parts_is_the_head(
     texts = [[5, 0, 511, 256, 99, 100], [4, 8], [7, 3]]
     monkeypatch.setattr(precision, "numpy_is_quicker", lambda: policy == "cpu")
     monkeypatch.setattr(stream, "HEAD_PART", 100 * 64)
-    first, none, last = score.of_last_tokens(chat, texts, [5, 0, 1])
+    first, none, last = score.of_last_tokens(stream.Stream(chat), texts, [5, 0, 1])
     np.testing.assert_allclose(
         first, plain_log_probabilities(chat, texts[0], 5), atol=near(1e-5, 1e-2)
     )

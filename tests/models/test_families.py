@@ -26,6 +26,7 @@ from mis_mlx.models.architectures.families import FAMILIES, OPENED_AS, family, m
 from mis_mlx.models.architectures.mixture import Mixture
 from mis_mlx.models.architectures.shape import ALL
 from mis_mlx.models.architectures.sizes import normalised, shape_of
+from mis_mlx.models.architectures.stock import window
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.config import _opened_as, check_config, read_config
 from mis_mlx.models.passing import stream
@@ -107,6 +108,25 @@ def test_streamed_is_resident_is_stock(models: Models, batches: list[mx.array], 
         by_hand = losses.apply_softcap(hidden @ load.head_weight(ours).T, load.logit_softcap(ours))
         for z in (load.logits(source.head(), hidden), ours(tokens), by_hand):
             assert mx.abs(z - theirs).max().item() <= 1e-5 * mx.abs(theirs).max().item()
+
+
+def test_a_whole_models_blocks_have_the_windows_of_blocks_alone(
+    models: Models,
+) -> None:
+    """In every family, whoever asks: as a part of mlx-lm's model or on its own."""
+    for kind in tiny.FAMILIES:
+        values = models(kind).config
+        architecture = family(values)
+        args = architecture.model_args()
+        whole = architecture.new_model().model.layers
+        windows = [window(args, block) for block in whole]
+        for i, width in enumerate(windows):
+            alone = architecture.new_block(args, i)
+            assert window(args, alone) == width, (kind, i)
+        kinds = values.get("layer_types") or []
+        slides = [kind == "sliding_attention" for kind in kinds]
+        if any(slides):
+            assert [width is not None for width in windows] == slides
 
 
 @pytest.mark.usefixtures("cpu_policy")

@@ -15,14 +15,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx import generate, grpo, prune, quantize
-from mis_mlx.judge.tasks import option_likelihood
+from mis_mlx import generate, prune, quantize
 from mis_mlx.models.architectures import gated_delta
 from mis_mlx.models.architectures.sizes import attends
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.config import read_config
 from mis_mlx.models.opening.model_size import model_of
-from mis_mlx.models.passing import attention_masks, stream
+from mis_mlx.models.passing import stream
 from mis_mlx.models.writing import mlx_generate, model_writer
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError, Precision
@@ -214,25 +213,10 @@ def test_depth_keeps_the_period(qwen: Checkpoint, tmp_path: Path, text_folder: P
         prune.run(prune.Settings(mlx_path=str(tmp_path / "x"), layers=2, **asked))
 
 
-def test_grpo_is_refused_before_it_begins(qwen: Checkpoint, tmp_path: Path) -> None:
-    """Not after the first answers; with what to do, in flags that the command has."""
-    out = tmp_path / "run"
-    with pytest.raises(MisError, match="give another --model, or use sft or dpo"):
-        grpo.run(grpo.Settings(model=str(qwen.path), out=str(out)))
-    assert not out.exists()
+def test_drafts_are_refused(qwen: Checkpoint) -> None:
+    """With what to do, in flags that the command has."""
     with pytest.raises(MisError, match="leave out --draft-model"):
         generate.run(generate.Settings(model=str(qwen.path), draft_model=str(qwen.path)))
-
-
-def test_what_is_not_built_is_a_sentence(qwen: Checkpoint) -> None:
-    """Texts that share a sequence."""
-    source = stream.Stream(qwen, mx.float32)
-    with pytest.raises(MisError, match="leave out --tasks whose questions have options"):
-        option_likelihood.score(source, [([5, 9], [[3], [4]])])
-    model = load.resident_model(qwen, mx.float32)
-    joined = attention_masks.join([5, 6], [[7, 8], [9]])
-    with pytest.raises(MisError, match="read one text after the other"):
-        attention_masks.forward(model, joined.tokens, joined.branch, joined.positions)
 
 
 def test_transformers_form_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.hardware import ledger, memory
 from mis_mlx.hardware.stage_cost import StageCost
-from mis_mlx.judge import keep
+from mis_mlx.judge import keep, score
 from mis_mlx.judge.tasks import instructions, option_likelihood, questions, task_answers, tool_tasks
 from mis_mlx.judge.tasks.option_likelihood import Encoded
 from mis_mlx.judge.tasks.questions import Question, Task
@@ -280,16 +280,18 @@ def _choosing(
 ) -> Asking:
     """Log-likelihoods of the options of the questions `left`, part by part."""
     encoded = _encoded(_tokenizer(checkpoint.path), task, left)
-    lengths = [option_likelihood.length(question) for question in encoded]
-    longest = max(lengths)
+    texts = [option_likelihood.texts_of(question) for question in encoded]
+    lengths = [sum(map(len, of_question)) for of_question in texts]
+    longest_texts = [max(map(len, of_question)) for of_question in texts]
+    longest = max(longest_texts)
     most = checkpoint.config.get("max_position_embeddings") or longest
     if longest > most:
-        which = f"{task.name} question {left[lengths.index(longest)] + 1}"
+        which = f"{task.name} question {left[longest_texts.index(longest)] + 1}"
         raise MisError(
             f"{which} takes {longest} tokens, but {checkpoint.path} reads {most}: shorten or "
             f"remove it"
         )
-    parts = _parts(model_of(checkpoint), task.name, lengths, limit)
+    parts = _parts(model_of(checkpoint), task.name, lengths, longest, limit)
 
     def records() -> Iterator[Record]:
         direct = memory.crowds_page_cache(checkpoint.nbytes, limit)
@@ -335,16 +337,18 @@ def _parts(
     m: ModelSize,
     name: str,
     lengths: Sequence[int],
+    longest: int,
     limit: Budget,
 ) -> _Parts:
-    """The parts that questions of these lengths come in. MisError where not even one sequence fits.
+    """The parts that questions of these lengths come in. MisError where not even one batch fits.
 
+    lengths: tokens of a question, with its context before each option. longest: tokens of a text.
     A pass reads all weights that are not in memory, so a streamed model should take many questions
     at once: as many as the budget holds hidden states of. A model whose blocks all stay in memory
     reads nothing again; then PART tokens are enough, and answers reach the disk sooner.
     """
     total = sum(lengths)
-    rows = max(*lengths, option_likelihood.ROWS)
+    rows = max(longest, score.ROWS)
 
     one_pass = partial(
         pass_cost.streamed_pass,
@@ -359,12 +363,13 @@ def _parts(
     def room_bytes(once: StageCost) -> int:
         return ledger.headroom_bytes(limit.limit_bytes, once.peak_bytes, m.gpu)
 
-    least = one_pass(tokens=rows)
+    fewest = max(rows, *lengths)
+    least = one_pass(tokens=fewest)
     estimates.require_fit(limit, least, other="")
-    part = min(total, PART)
+    part = min(total, max(PART, fewest))
     if pass_cost.stays(m, room_bytes(one_pass(tokens=part))).blocks < m.shape.layers:
         # What the budget leaves holds hidden states, 2 D numbers a token.
-        part = max(rows, min(total, room_bytes(least) // (2 * m.shape.hidden * m.item)))
+        part = max(fewest, min(total, room_bytes(least) // (2 * m.shape.hidden * m.item)))
     once = one_pass(tokens=part)
     kept = pass_cost.stays(m, room_bytes(once))
     again = math.ceil(total / part) - 1

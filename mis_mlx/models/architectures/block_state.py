@@ -3,8 +3,8 @@
 A block with attention has keys and values, which grow with the text. A block with a short
 convolution has its last few inputs, and one with a gated delta rule a matrix for each head, too.
 Over whole windows, in training and in calibration, every block begins at nothing, so only
-generation has to keep a state. Where several texts share a sequence, a
-short convolution is told which rows stand before each row.
+generation has to keep a state. Where guesses may be taken back, a short convolution is told which
+rows stand before each row.
 """
 
 from types import ModuleType
@@ -12,8 +12,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-
-from mis_mlx.types import MisError
 
 
 def attends(block: nn.Module) -> bool:
@@ -90,26 +88,3 @@ def before(sees: mx.array, rows: mx.array, columns: mx.array, reach: int) -> mx.
         index = mx.argmax(match, axis=-1).astype(mx.int32)
         distances.append(mx.where(match.any(axis=-1), index, -1))
     return mx.stack(distances, axis=-1)
-
-
-def refuse_branches(block: nn.Module) -> None:
-    """MisError where a block cannot compute several texts in one sequence."""
-    if "linear_attn" in block:
-        raise MisError(
-            "blocks with a gated delta rule (qwen3_5) read one text after the other, so texts that "
-            "share a sequence are not supported: use another model"
-        )
-
-
-def mask_of(block: nn.Module, sees: mx.array) -> mx.array:
-    """What a block takes as its mask where a row looks at the rows of `sees`.
-
-    sees: (T, T), or (B, 1, T, T) for all heads; every row sees itself and all of its own text
-    before. A block with attention takes it as it is.
-    """
-    if attends(block):
-        return sees
-    refuse_branches(block)
-    square = sees[:, 0] if sees.ndim == 4 else sees
-    depth = square.astype(mx.int32).sum(axis=-1) - 1
-    return before(square, depth, depth, block.conv.reach)

@@ -48,10 +48,7 @@ def attending(config: Config) -> int:
 
 
 def reads_in_order(config: Config) -> bool:
-    """Whether a model reads a sequence as one text: blocks with a gated delta rule do.
-
-    Others take several texts in one sequence, and can take back guesses that were wrong.
-    """
+    """Whether a model cannot take back guesses that were wrong: one with a gated delta rule."""
     return family(config).in_order
 
 
