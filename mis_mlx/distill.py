@@ -14,12 +14,11 @@ from mis_mlx.distillation import (
     measurement,
     pipeline,
     plan_report,
-    resolved_run,
     run_plan,
     strategies,
     summary,
 )
-from mis_mlx.distillation.resolved_run import ResolvedRun
+from mis_mlx.distillation.run_plan import ResolvedRun
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, battery
 from mis_mlx.judge import answers, comparison
 from mis_mlx.models.architectures import arch
@@ -88,10 +87,10 @@ def _resolved(
     sizes: that a search chose. folder: of a run for which some of it is decided. sought: the
     search that comes first. MisError where the plan does not fit the budget, except in a dry run.
     """
-    resolved = resolved_run.resolve(s, sizes, teacher, folder)
-    if resolved.student.rounding:
-        size_request.warn_of_few_bits(teacher, resolved.student.rounding.target_bpw)
-    expected = resolved.report.expected_loss
+    resolved = run_plan.resolve(s, sizes, teacher, folder)
+    if resolved.rounding:
+        size_request.warn_of_few_bits(teacher, resolved.rounding.target_bpw)
+    expected = resolved.expected_loss
     if s.dry_run:
         known = plan.outlook(resolved.plan, expected)
         table = plan_report.table(resolved.plan, known, search=sought)
@@ -121,11 +120,11 @@ def _say_untrained(s: Settings, chosen: strategies.MemoryPlan) -> None:
 
 def _expecting_more(resolved: ResolvedRun) -> ResolvedRun:
     """The run, where its budget leaves something out with the loss that is to be expected of it."""
-    expected = resolved.report.expected_loss
+    expected = resolved.expected_loss
     if expected is None:
         return resolved
     more = round(expected * shortfall.loss_factor(resolved.plan), 4)
-    return replace(resolved, report=replace(resolved.report, expected_loss=more))
+    return replace(resolved, expected_loss=more)
 
 
 def _dry_run(
@@ -163,7 +162,7 @@ def _work(resolved: ResolvedRun, place: run_loop.Place, *, told: bool = False) -
 
     told: a search has said what the text is.
     """
-    place.decide(resolved.settings.values, resolved.strategy, resolved.budget)
+    place.decide(resolved.stored, resolved.strategy, resolved.budget)
     with progress.run("distill", resolved.plan.planned):
         source = conversations.source(
             resolved.teacher,
@@ -197,25 +196,25 @@ def _begin(
 ) -> tuple[str, dict[str, Any]]:
     """Read the data, open the run, go through all stages."""
     teacher = resolved.teacher
-    student = resolved.student
+    folder = resolved.settings.student
     memory_plan = resolved.plan
     length = resolved.recipe.max_seq_length
     tell = cli.detail if told else cli.say
     data, origin = run_loop.prepare_text(teacher, source, length, tell)
     same: tuple[str, ...] = run_folder.SAME
-    if student.folder:
-        given = load.open_checkpoint(student.folder)
+    if folder:
+        given = load.open_checkpoint(folder)
         origin["student"] = run_folder.origin(given, "")["teacher"]
         same = (*same, "student")
     with run_loop.open_run(
         place,
         origin,
         same=same,
-        thermal=part_of(ThermalFlags, resolved.settings.values),
+        thermal=part_of(ThermalFlags, vars(resolved.settings)),
         limit=resolved.budget,
         wired=memory_plan.peak_bytes if memory_plan.mode != "sharded" else 0,
     ) as opened:
-        run_plan.log(resolved.settings.given, opened, memory_plan)
+        run_plan.log(resolved, opened)
         c = pipeline.Run(
             **vars(opened),
             recipe=resolved.recipe,
@@ -224,16 +223,16 @@ def _begin(
             plan=memory_plan,
         )
         choosing: AbstractContextManager[None] = nullcontext()
-        if student.folder is None and student.rows != shape_of(teacher.config).vocab:
+        if folder is None and resolved.rows != shape_of(teacher.config).vocab:
             # the plan of `prune` has it in, where something else is cut, too
             choosing = c.phase("vocabulary" if memory_plan.job.viewed else "prune")
         with choosing:
             seen, data = vocabulary.of_run(
                 teacher,
-                student.folder,
-                student.rows,
+                folder,
+                resolved.rows,
                 data,
-                config=student.pruning,
+                config=resolved.pruning,
                 source=source,
                 run=opened.folder,
                 files=opened.files,
@@ -250,15 +249,15 @@ def _stages(
     """(what the screen shows, the result)."""
     folder = c.folder
     teacher = resolved.teacher
-    student = resolved.student
-    rounding = student.rounding
+    student = resolved.settings.student
+    rounding = resolved.rounding
     judging = measurement.judging_windows(c, data, teacher, resolved.recipe.eval_windows)
     run_loop.forget_text()
-    if student.folder is None:
+    if student is None:
         before = arch.params(teacher.config)
-        pruned = compression.view(c) or compression.prune(c, student.pruning, before)
+        pruned = compression.view(c) or compression.prune(c, resolved.pruning, before)
     else:
-        pruned = compute_type.open_to_compute(student.folder, teacher.precision)
+        pruned = compute_type.open_to_compute(student, teacher.precision)
     dense = pruned
     models = {"teacher": teacher}
     if not c.plan.job.uncut:
@@ -275,7 +274,7 @@ def _stages(
     if rounding:
         models["4-bit"] = compute_type.open_to_compute(folder / "model", teacher.precision)
     with c.phase("measure"):
-        answered = measurement.answered(c, models, resolved.report.eval_prompts)
+        answered = measurement.answered(c, models, resolved.settings.eval_prompts or 0)
         quality = measurement.quality(c, judging, models)
         languages = measurement.languages(c, models)
     measured = Measured(models=models, quality=quality, answered=answered, languages=languages)
@@ -287,7 +286,6 @@ def _finish(
 ) -> tuple[str, dict[str, Any]]:
     """Write the table and the result; (what the screen shows, the result)."""
     folder = c.folder
-    report = resolved.report
     models = measured.models
     answered = measured.answered
     student = list(models)[-1]
@@ -295,11 +293,11 @@ def _finish(
     for name, model in models.items():
         sizes.append(Row(name, "params", arch.params(model.config) / 1e6))
         sizes.append(Row(name, "bytes", model.nbytes / 1e6))
-    expected = summary.expectation(report.expected_loss, student, answered, measured.quality)
+    expected = summary.expectation(resolved.expected_loss, student, answered, measured.quality)
     sentence = ""
     far = False
     if expected:
-        sentence = summary.expectation_sentence(expected, report.lose)
+        sentence = summary.expectation_sentence(expected, resolved.settings.lose)
         far = summary.is_far(
             expected=float(expected["expected_loss"]), reached=float(expected["reached_loss"])
         )
@@ -314,7 +312,7 @@ def _finish(
             for_screen=for_screen,
             # the first line of the screen has the loss and the target
             expectation="" if for_screen and answered and not far else sentence,
-            lose=report.lose,
+            lose=resolved.settings.lose,
             languages=measured.languages,
         )
 
@@ -326,7 +324,7 @@ def _finish(
     result = c.finish({**figures, **result, **expected, "mode": c.plan.mode})
     # The answer first: what was won, then what the models say, then the tables.
     screen = page(for_screen=True)
-    if not report.keep_steps:
+    if not resolved.settings.keep_steps:
         for name in pipeline.TEMPORARY:
             c.files.discard(folder / name)
     return screen, result

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from mis_mlx import cli
 from mis_mlx.data import preparation
-from mis_mlx.distillation import answer_loss, conversations, plan_report, resolved_run, strategies
+from mis_mlx.distillation import answer_loss, conversations, plan_report, run_plan, strategies
 from mis_mlx.distillation.distill_flags import DistillFlags
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost, in_turn
@@ -149,7 +149,7 @@ def plan(asked: DistillFlags, teacher: Checkpoint, folder: Path | None) -> Sough
         probes = len(shape_search.probes_of(sizes)) + (2 if asked.quantize else 0)
     likely = size_request.likely_student(teacher.config, teacher.path, sizes, most_bytes)
     likely["lose"] = lose
-    rest = resolved_run.resolve(asked, likely, teacher, None).plan
+    rest = run_plan.resolve(asked, likely, teacher, None).plan
     costs = search_cost(
         rest.job.whole_teacher,
         asked,

@@ -12,7 +12,7 @@ import mlx.core as mx
 import pytest
 
 from mis_mlx import distill, search
-from mis_mlx.distillation import compression, plan_report, resolved_run
+from mis_mlx.distillation import compression, plan_report, run_plan
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.shape import Shape
 from mis_mlx.models.architectures.sizes import shape_of
@@ -185,7 +185,7 @@ def test_a_student_that_is_not_cut_is_no_copy(
         disk[name] = {path.name for path in (tmp_path / name).iterdir() if path.is_dir()}
     assert made["view"] == made["copy"]
     assert disk == {"view": {"model"}, "copy": {"model", "pruned"}}
-    resolved = resolved_run.resolve(asked, {}, load.open_checkpoint(teacher), None)
+    resolved = run_plan.resolve(asked, {}, load.open_checkpoint(teacher), None)
     assert resolved.plan.job.viewed
     copied = replace(resolved.plan, job=replace(resolved.plan.job, viewed=False))
     written = resolved.plan.job.student.nbytes

@@ -1,4 +1,4 @@
-"""The flags of `distill`, of which `resolved_run` makes a run."""
+"""The flags of `distill`, of which `run_plan` makes a run."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal

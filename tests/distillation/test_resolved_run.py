@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 import pytest
 
 from mis_mlx import distill
-from mis_mlx.distillation import pipeline, resolved_run
-from mis_mlx.distillation.resolved_run import ResolvedRun
+from mis_mlx.distillation import pipeline, run_plan
+from mis_mlx.distillation.run_plan import ResolvedRun
 from mis_mlx.hardware import memory
 from mis_mlx.settings.parts import part_of
 from mis_mlx.settings.recipe import QuantizationConfig
@@ -34,13 +34,13 @@ QUICK: dict[str, Any] = {
 def _resolved(monkeypatch: pytest.MonkeyPatch) -> list[ResolvedRun]:
     """Every run that `distill` resolves, as it does that."""
     runs = list[ResolvedRun]()
-    resolve = resolved_run.resolve
+    resolve = run_plan.resolve
 
     def listening(*given: Any) -> ResolvedRun:
         runs.append(resolve(*given))
         return runs[-1]
 
-    monkeypatch.setattr(resolved_run, "resolve", listening)
+    monkeypatch.setattr(run_plan, "resolve", listening)
     return runs
 
 
@@ -99,10 +99,10 @@ def test_a_run_that_goes_on_is_what_it_was(
     assert begun.recipe.learning_rate
     assert stop[0].recipe == stop[1].recipe == begun.recipe
     stored = run_folder.stored_settings(tmp_path / "run")
-    assert stored == json.loads(json.dumps(begun.settings.values))
+    assert stored == json.loads(json.dumps(begun.stored))
     assert run_folder.stored_settings(tmp_path / "run", run_folder.PLAN) == begun.strategy
     if "lose" in flags:
-        assert begun.report.expected_loss == stored["expected_loss"] is not None
+        assert begun.expected_loss == stored["expected_loss"] is not None
 
 
 def test_another_student_is_another_run(

@@ -13,7 +13,7 @@ import pytest
 
 from mis_mlx import distill, plan
 from mis_mlx.compute import precision
-from mis_mlx.distillation import resolved_run
+from mis_mlx.distillation import run_plan
 from mis_mlx.models.architectures.sizes import ffn_size, shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.storage import run_folder
@@ -105,7 +105,7 @@ def test_the_plan_holds_what_the_conditions_may_give(
     asked = distill.Settings(
         teacher=str(path), data=str(text_folder), out=str(tmp_path / "run"), **flags
     )
-    planned = resolved_run.resolve(asked, {}, teacher, None).plan.job.student
+    planned = run_plan.resolve(asked, {}, teacher, None).plan.job.student
     distill.run(asked)
     made = shape_of(load.open_checkpoint(tmp_path / "run" / "model").config)
     assert 256 < made.ffn <= planned.shape.ffn <= 1536
