@@ -84,16 +84,6 @@ def test_results_into_a_closed_pipe(llama: Checkpoint) -> None:
     assert "BrokenPipe" not in said
 
 
-@pytest.mark.thorough
-def test_progress_into_a_closed_pipe(llama: Checkpoint) -> None:
-    """Nor on stdout where nobody reads what it says."""
-    code, said = unread(
-        "-m", "mis_mlx.generate", "--model", llama.path, "--max-tokens", "3", stream="stderr"
-    )
-    assert code in (0, 141)
-    assert "Traceback" not in said
-
-
 def test_another_closed_pipe_is_not_hidden() -> None:
     """A BrokenPipeError while our own readers are there is a bug like any other, with its
     traceback.
@@ -120,29 +110,8 @@ def test_ctrl_c_in_the_first_second(tmp_path: Path, module: str) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert done.returncode == 130
-    assert done.stderr == "mis_mlx: stopped by hand before it began: start it again\n"
+    assert done.stderr.startswith("mis_mlx: ") and done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.thorough
-def test_ctrl_c_later_says_how_to_go_on(tmp_path: Path, llama: Checkpoint) -> None:
-    """Once it runs: nothing of this command is kept."""
-    (tmp_path / "sitecustomize.py").write_text(CTRL_C)
-    done = subprocess.run(
-        [sys.executable, "-m", "mis_mlx.generate", "--model", str(llama.path)],
-        env={
-            **os.environ,
-            "PYTHONPATH": f"{tmp_path}:{ROOT}",
-            "AT": "mlx_lm",
-            "MIS_MLX_BLAS": "off",
-        },
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert done.returncode == 130
-    assert "Traceback" not in done.stderr
-    assert done.stderr.endswith("mis_mlx: stopped by hand; start it again\n")
 
 
 def test_ctrl_c_in_a_run_names_its_folder(
@@ -183,34 +152,19 @@ def test_ctrl_c_in_a_run_names_its_folder(
     codes = list[Any]()
     try:
         while not codes or codes[-1] == 130:
-            monkeypatch.setattr(
-                "sys.argv",
-                ["distill", *map(str, ("--resume",) if hit else small), "--out", str(out)],
-            )
+            words = map(str, ("--resume",) if hit else small)
+            monkeypatch.setattr("sys.argv", ["distill", *words, "--out", str(out)])
             with pytest.raises(SystemExit) as caught:
                 cli.main(distill.Settings, distill.run)
             codes.append(caught.value.code)
-            how = (
-                f"at {hit[-1]} of 2; everything is saved"
-                if "step" in hit[-1]
-                else "by hand; finished work is kept"
-            )
+            said = capsys.readouterr().err
             if codes[-1] == 130:
-                assert capsys.readouterr().err.endswith(
-                    f"stopped {how}: continue with --out {out} --resume\n"
-                )
+                assert said.endswith(f" --out {out} --resume\n")
+                assert "step" not in hit[-1] or hit[-1] in said.splitlines()[-1]
     finally:
         signal.signal(signal.SIGINT, before)
-    assert hit == [
-        "prune",
-        "repair",
-        "distil",
-        "step 1",
-        "step 2",
-        "quantize",
-        "distil scales",
-        "measure",
-    ]
+    steps = ["distil", "step 1", "step 2"]
+    assert hit == ["prune", "repair", *steps, "quantize", "distil scales", "measure"]
     assert codes == [*[130] * len(hit), 0]
 
 
@@ -225,18 +179,12 @@ def test_version(way: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"mis_mlx {__version__}\n", "")
 
 
-def test_mis_mlx_refuses_what_is_no_command() -> None:
-    """One sentence and exit code 2. (That `mis_mlx plan` is `mis_mlx.plan`: hardware/test_blas.)"""
-    done = subprocess.run(
-        [sys.executable, "-m", "mis_mlx", "destill"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    said = "there is no command destill: did you mean distill? `mis_mlx` lists all commands"
-    assert done.stderr == f"mis_mlx: {said}\n"
-
-
 def test_the_list_of_commands_needs_no_package() -> None:
-    """A fresh checkout lists its commands before anything is installed."""
-    line = [sys.executable, "-S", "-m", "mis_mlx"]
-    done = subprocess.run(line, cwd=ROOT, env={"PATH": ""}, capture_output=True, text=True)
-    assert done.returncode == 0 and "distill" in done.stdout, done.stderr
+    """A fresh checkout lists its commands before anything is installed, and knows a word that is
+    none of them.
+    """
+    for words, code in (([], 0), (["destill"], 2)):
+        line = [sys.executable, "-S", "-m", "mis_mlx", *words]
+        done = subprocess.run(line, cwd=ROOT, env={"PATH": ""}, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        assert " distill" in (done.stderr if code else done.stdout)

@@ -72,22 +72,23 @@ def test_a_run_folder_opens_as_its_model(finished: tuple[Path, Done]) -> None:
 
 
 def test_what_a_caller_can_mend_is_raised(llama: Checkpoint, tmp_path: Path) -> None:
-    """A number out of range and a folder that is not there are MisErrors, an unknown keyword a
+    """A value that cannot be and a folder that is not there are MisErrors, an unknown keyword a
     TypeError.
     """
-    with pytest.raises(mis_mlx.MisError, match="--num-samples is -1: give 1 or more"):
-        mis_mlx.prune(model=llama.path, num_samples=-1)
-    with pytest.raises(mis_mlx.MisError, match="has no readable config.json"):
-        mis_mlx.open(tmp_path)
     made = tmp_path / "made"
+    prunes = {"model": llama.path, "mlx_path": made}
+    with pytest.raises(mis_mlx.MisError, match="--num-samples is -1.* 1 "):
+        mis_mlx.prune(**prunes, num_samples=-1)
+    with pytest.raises(mis_mlx.MisError, match="num_samples is '8'"):
+        mis_mlx.prune(**prunes, num_samples="8")
     with pytest.raises(mis_mlx.MisError, match="'GGUF'.*gguf"):
         mis_mlx.export(model=llama.path, format="GGUF", out=made)
-    with pytest.raises(mis_mlx.MisError, match="num_samples is '8'"):
-        mis_mlx.prune(model=llama.path, num_samples="8", mlx_path=made)
     assert not made.exists()
-    with pytest.raises(TypeError, match="unexpected keyword argument 'iters'"):
+    with pytest.raises(mis_mlx.MisError, match="config.json"):
+        mis_mlx.open(tmp_path)
+    with pytest.raises(TypeError, match="iters"):
         mis_mlx.prune(iters=2)
-    with pytest.raises(AttributeError, match="has no attribute 'distil'"):
+    with pytest.raises(AttributeError, match="distil"):
         mis_mlx.distil  # noqa: B018
 
 

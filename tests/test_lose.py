@@ -5,8 +5,6 @@ cannot be kept.
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +16,6 @@ import pytest
 
 from mis_mlx import distill, search
 from mis_mlx.distillation import answer_loss, summary
-from mis_mlx.judge import answers
-from mis_mlx.judge.answer_figures import AnswerBits
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.size_search import (
@@ -34,14 +30,9 @@ from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError, Row
 from tests import tiny
-from tests.conftest import Done, last_line, sentence
+from tests.conftest import Done, last_line
 from tests.test_search import SMOLLM2
 
-SMALL: dict[str, Any] = dict(
-    max_seq_length=32,
-    num_samples=4,
-    reconstruct_samples=0,
-)
 LEFT = {"ffn": 0.5, "vocab": 1.0, "bits": 0.25}
 
 
@@ -135,14 +126,9 @@ def test_the_loss_on_answers(chat: Checkpoint) -> None:
 
 def searched(llama: Checkpoint, text_folder: Path, out: Path, **given: Any) -> dict[str, Any]:
     """The result of a small search."""
-    asked = {
-        "teacher": str(llama.path),
-        "data": str(text_folder),
-        "out": str(out),
-        **SMALL,
-        **given,
-    }
-    return search.run(search.Settings(**asked))
+    brief = {"max_seq_length": 32, "num_samples": 4, "reconstruct_samples": 0}
+    paths = {"teacher": str(llama.path), "data": str(text_folder), "out": str(out)}
+    return search.run(search.Settings(**paths, **brief, **given))
 
 
 @pytest.mark.thorough
@@ -150,25 +136,19 @@ def test_a_smaller_loss_needs_more_bytes(
     llama: Checkpoint, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two searches of one teacher: less allowed, more bytes. The table falls in bytes as the loss
-    rises, and the choice is one of its rows.
+    rises, and the choice is one of its rows. No loss at all is refused.
     """
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
-    many = searched(llama, text_folder, tmp_path / "many", lose=0.015)
-    few = searched(llama, text_folder, tmp_path / "few", lose=0.003)
-    assert many["expected_bytes"] < few["expected_bytes"]
-    for lose, result in ((0.015, many), (0.003, few)):
+    found = {}
+    for lose in (0.015, 0.003):
+        result = searched(llama, text_folder, tmp_path / str(lose), lose=lose)
         assert 0.5 * lose < result["expected_bits"] <= lose * ranking.CLOSE
         nbytes = [row["bytes"] for row in result["table"]]
         assert nbytes == sorted(nbytes, reverse=True)
         assert result["expected_bytes"] in nbytes
-
-
-def test_what_cannot_be_kept_is_a_sentence(
-    llama: Checkpoint, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No loss at all: what the nearest student should lose, and what to give."""
-    monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(MisError, match="--lose 0 cannot be reached: .* give --lose"):
+        found[lose] = result["expected_bytes"]
+    assert found[0.015] < found[0.003]
+    with pytest.raises(MisError, match="--lose 0 .*--lose"):
         searched(llama, text_folder, tmp_path / "none", lose=0.0)
 
 
@@ -197,24 +177,21 @@ def test_losses_on_answers_are_not_those_on_text(llama: Checkpoint) -> None:
     does not use it.
     """
     asked = search.Settings(lose=0.1)
-    assert search._identity_of_built_in(asked, llama, streams=False) == known_losses.identity(
-        llama, "built-in", asked
-    )
-    assert (
-        search._identity_of_built_in(replace(asked, conversations=0.3), llama, streams=False) != {}
-    )
-    assert (
-        search._identity_of_built_in(replace(asked, conversations=0.0), llama, streams=False) == {}
-    )
-    assert search._identity_of_built_in(replace(asked, data="folder"), llama, streams=False) == {}
+
+    def known(**given: Any) -> dict[str, Any]:
+        return search._identity_of_built_in(asked.with_values(**given), llama, streams=False)
+
+    assert known() == known_losses.identity(llama, "built-in", asked)
+    assert known(conversations=0.3) != {}
+    assert known(conversations=0.0) == known(data="folder") == {}
 
 
 @pytest.mark.thorough
 def test_a_distillation_by_its_loss(
     llama: Checkpoint, text_folder: Path, tmp_path: Path, command: Callable[..., Done]
 ) -> None:
-    """A search, then a run with its sizes; what was expected stands beside what was reached, and a
-    resumed run keeps both. Sizes beside it are refused.
+    """A search, then a run with its sizes; what was expected stands beside what was reached, and
+    the same again from its config.
     """
     flags = tiny.run_flags(llama.path, text_folder)
     done = command("distill", *flags, "--lose", "0.03", "--out", tmp_path / "run", cwd=tmp_path)
@@ -224,70 +201,43 @@ def test_a_distillation_by_its_loss(
     assert 0 < result["expected_loss"] < 0.04
     stored = run_folder.stored_settings(tmp_path / "run")
     assert stored["lose"] == 0.03 and stored["expected_loss"] == result["expected_loss"]
-    assert f"expected {result['expected_loss']:.3f}" in done.stdout
-    again = command(
-        "distill", "-c", tmp_path / "run" / "config.yaml", "--out", tmp_path / "again", cwd=tmp_path
-    )
+    config = tmp_path / "run" / "config.yaml"
+    again = command("distill", "-c", config, "--out", tmp_path / "again", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert "a search chooses" in done.stderr
-    assert "a search chooses" not in again.stderr
-    assert "--iters 4 is left out: no block is cut" in done.stderr
     assert last_line(again)["reached_loss"] == result["reached_loss"]
-    assert "leave out --layers 2, or --lose" in sentence(
-        command("distill", *flags, "--lose", "0.03", "--layers", 2)
-    )
 
 
-def test_by_default_a_loss_is_allowed(llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing is said about sizes, whether the teacher fits or streams; else, and on several
-    machines, nothing is searched for.
+def test_by_default_a_loss_is_allowed(llama: Checkpoint) -> None:
+    """Where nothing is said about sizes, whether the teacher fits or streams; else nothing is
+    searched for.
     """
     plain = distill.Settings(teacher=str(llama.path))
 
     def allowed(**given: Any) -> float | None:
         return size_request.asked_loss(plain.with_values(**given), llama)
 
-    assert allowed() == size_request.DEFAULT_LOSS
-    assert allowed(target_bpw=4.5) is None  # said, though it is the default
-    assert allowed(vocab=None) == size_request.DEFAULT_LOSS
-    for given in ({"scenario": "gazda"}, {"layers": 2}, {"vocab": "0.5x"}, {"target_bpw": 5.0}):
+    for given in ({}, {"vocab": None}, {"budget": str(llama.nbytes)}):
+        assert allowed(**given) == size_request.DEFAULT_LOSS
+    said = ({"scenario": "gazda"}, {"layers": 2}, {"vocab": "0.5x"}, {"target_bpw": 4.5})
+    for given in said:  # also where it is the default
         assert allowed(**given) is None
-    assert allowed(budget=str(llama.nbytes)) == size_request.DEFAULT_LOSS
-    with pytest.raises(MisError, match="leave out --layers 2, or --lose 0.2"):
+    with pytest.raises(MisError, match=r"--layers 2.*--lose 0\.2"):
         allowed(lose=0.2, layers=2)
 
 
-def test_what_no_search_knows_is_not_cut(
-    models: Callable[[str], Checkpoint], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Of a gemma4_text: a plain run says why, and keeps the teacher's sizes; what is to be searched
-    for is refused before the teacher writes any text.
+def test_what_no_search_knows_is_not_cut(models: Callable[[str], Checkpoint]) -> None:
+    """Of a gemma4_text, whose rows of 32 no group of 64 divides: a plain run keeps the teacher's
+    sizes; what is to be searched for is refused before the teacher writes any text.
     """
     gemma = models("gemma4_text")
     plain = distill.Settings(teacher=str(gemma.path))
     assert size_request.unsearched(plain) == {"scenario": "none"}
     assert size_request.unsearched(plain.with_values(scenario="gazda")) == {}
     assert size_request.asked_loss(plain, gemma) is None
-    told = capsys.readouterr().err
-    why = (
-        "a search rounds in groups of 64 weights, which hidden_size_per_layer_input (32) does not "
-        "divide by"
-    )
-    assert (
-        f"nothing is cut, for no search measures what that costs: {why}: give sizes" in told
-        and "--lose" not in told
-    )
-    for given, flags in (({"lose": 0.1}, "--lose 0.1"), ({"bytes": "1MB"}, "--bytes 1MB")):
-        with pytest.raises(
-            MisError, match=re.escape(f"{flags} cannot be searched for, because {why}: give sizes")
-        ):
+    for given in ({"lose": 0.1}, {"bytes": "1MB"}):
+        ((flag, value),) = given.items()
+        with pytest.raises(MisError, match=rf"--{flag} {value} .* 64 .*32"):
             distill.run(plain.with_values(**given))
-
-
-def said(excess: float) -> answers.ModelAnswers:
-    """A model that needs so many bits a byte for the one answer of 100 bytes."""
-    bits = AnswerBits(np.array([100 * math.log(2) * (1 + excess)]), np.array([100.0]))
-    return answers.ModelAnswers(bits, [])
 
 
 @pytest.mark.parametrize(("reached", "far"), [(0.12, False), (0.14, True), (0.06, True)])
@@ -297,12 +247,8 @@ def test_what_was_expected_beside_what_was_reached(reached: float, far: bool) ->
     found = summary.expectation(0.1, "4-bit", None, {"English": rows})
     assert found == {"expected_loss": 0.1, "reached_loss": reached, "loss_of": "text"}
     told = summary.expectation_sentence(found, 0.11)
-    assert (
-        f"Loss on held-out text: {reached:.3f} bits per byte above the teacher; expected 0.100"
-        in told
-    )
-    assert f"target 0.110: {'missed' if reached > 0.11 else 'reached'}." in told
-    assert ("off by more than 30 %" in told) == far
+    assert all(f"{number:.3f}" in told for number in (reached, 0.1, 0.11))
+    assert ("30 %" in told) == far
     assert summary.expectation(None, "4-bit", None, {"English": rows}) == {}
 
 

@@ -1,4 +1,4 @@
-"""What `quantize` and `export` cannot do ends in one sentence, and nothing half-written is left on
+"""What `quantize` cannot do ends in one sentence, and nothing half-written is left on
 the disk.
 """
 
@@ -15,7 +15,6 @@ from mis_mlx import quantize
 from mis_mlx.models.opening import load
 from mis_mlx.types import MisError
 from tests import tiny
-from tests.conftest import Done, sentence
 
 
 def made(model: Path, out: Path, method: Any = "round", text: Path | None = None) -> dict[str, Any]:
@@ -56,22 +55,26 @@ def packed(folder: Path) -> Path:
 BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a dimension that does not divide": (
         lambda folder: tiny.make(folder, intermediate_size=760),
-        r"down_proj.weight has rows of 760 weights, which are not divisible by 64: prune that axis",
+        "down_proj.weight .* 760 .* 64",
     ),
     "a dimension that only a smaller group divides": (
         lambda folder: tiny.make(folder, intermediate_size=736),
-        r"rows of 736 weights, which are not divisible by 64: use --q-group-size 32",
+        " 736 .* 64: .*--q-group-size 32",
     ),
-    "quantized already": (packed, "four is quantized already: start from the unquantized model"),
+    "quantized already": (packed, "four"),
     "NaN in a norm": (
         lambda folder: nan(folder, "model.layers.1.input_layernorm.weight"),
-        "layers.1.input_layernorm.weight holds 1 values that are not numbers: download the model "
-        "again",
+        "layers.1.input_layernorm.weight .* 1 ",
     ),
     "NaN in a matrix": (
         lambda folder: nan(folder, "model.layers.1.mlp.up_proj.weight"),
-        "layers.1.mlp.up_proj.weight holds 1 values that are not numbers: download the model again",
+        "layers.1.mlp.up_proj.weight .* 1 ",
     ),
+    "NaN in the embedding": (
+        lambda folder: nan(folder, "model.embed_tokens.weight"),
+        "model.embed_tokens.weight .* 1 ",
+    ),
+    "no tokenizer, so that nobody could speak to it": (mute, "model.* tokenizer"),
 }
 
 
@@ -86,25 +89,3 @@ def test_quantize(tmp_path: Path, what: str, method: str, text_folder: Path) -> 
     with pytest.raises(MisError, match=why):
         made(model, place / "out", method, text_folder)
     assert not list(place.iterdir())
-
-
-@pytest.mark.parametrize("method", ["round", "gptq"])
-def test_a_tokenizer_that_is_not_there(tmp_path: Path, method: str) -> None:
-    """A model that nobody could speak to is not made."""
-    with pytest.raises(MisError, match=r"mute.* tokenizer.*: copy the tokenizer files"):
-        made(mute(tmp_path / "mute"), tmp_path / "out", method)
-    assert not (tmp_path / "out").exists()
-
-
-def test_export_of_rows_without_whole_blocks(
-    tmp_path: Path, in_process: Callable[..., Done]
-) -> None:
-    """One line on stderr for a user, exit code 1, no folder."""
-    model = tiny.make(tmp_path / "odd", intermediate_size=760)
-    said = sentence(
-        in_process("export", "--model", model, "--out", tmp_path / "out", "--out-type", "q8_0")
-    )
-    assert (
-        "down_proj.weight has rows of 760 weights, which Q8_0's block of 32 does not divide" in said
-    )
-    assert [p.name for p in tmp_path.iterdir()] == ["odd"]

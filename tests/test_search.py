@@ -103,7 +103,7 @@ def test_no_bits_are_not_a_loss_of_nothing(llama: Checkpoint, tmp_path: Path) ->
         asked=nothing,
     )
     assert c.allocated(Choice(shape_of(llama.config), 5.0))
-    with pytest.raises(MisError, match=r"4 bits a weight are too few .* 4\.50"):
+    with pytest.raises(MisError, match=r"4 bits .* 4\.50"):
         c.allocated(Choice(shape_of(llama.config), 4.0))
 
 
@@ -140,7 +140,7 @@ def test_bytes_that_nothing_reaches_name_what_would(llama: Checkpoint) -> None:
     assert cut is not None and len(cut.sizes["ffn"]) > 1
     whole = search.plan(asked.with_values(bytes="300KB"), llama, None)
     assert whole is not None and len(whole.sizes["ffn"]) == 1
-    with pytest.raises(MisError, match=r"--bytes 20KB: that is 0\.02 MB, but .* no less than 0\.1"):
+    with pytest.raises(MisError, match=r"--bytes 20KB.* 0\.02 .* 0\.1"):
         search.plan(asked.with_values(bytes="20KB"), llama, None)
 
 

@@ -429,36 +429,34 @@ def stored_weights(folder: Path) -> dict[str, mx.array]:
     return dict(weights)
 
 
+def _inside(folder: Path, beside: str, outer: dict[str, Any], towers: Sequence[str]) -> Path:
+    """The model of `folder` as the text part of another: `outer` is what that one's config says,
+    and `towers` are its other tensors. beside: what the names of all begin with.
+    """
+    text = json.loads((folder / "config.json").read_text())
+    whole = {**outer, "vocab_size": 512, "text_config": text, "eos_token_id": [0]}
+    (folder / "config.json").write_text(json.dumps(whole))
+    weights = stored_weights(folder)
+    mx.eval(weights)
+    inside = {}
+    for name, value in weights.items():
+        inside[f"{beside}language_model.{name.removeprefix(beside)}"] = value
+    inside |= {f"{beside}{name}.weight": mx.zeros((2, 2)) for name in towers}
+    mx.save_safetensors(str(folder / "model.safetensors"), inside)
+    return folder
+
+
 def seeing(folder: Path, beside: str = "") -> Path:
     """A gemma3 with eyes: the tiny gemma3_text of seed 0 inside, two tensors of a vision tower.
     beside: what the names of all begin with; transformers 5 writes `model.` there.
     """
     make(folder, **FAMILIES["gemma3_text"])
-    text = json.loads((folder / "config.json").read_text())
-    wrapped = {
+    outer: dict[str, Any] = {
         "model_type": "gemma3",
         "architectures": ["Gemma3ForConditionalGeneration"],
-        "vocab_size": 512,
     }
-    whole = {
-        **wrapped,
-        "text_config": text,
-        "vision_config": {"hidden_size": 8},
-        "eos_token_id": [0],
-    }
-    (folder / "config.json").write_text(json.dumps(whole))
-    weights = stored_weights(folder)
-    mx.eval(weights)
-    inside = {
-        f"{beside}language_model.{name.removeprefix(beside)}": value
-        for name, value in weights.items()
-    }
-    eyes = {
-        f"{beside}{name}.weight": mx.zeros((2, 2))
-        for name in ("vision_tower.patch", "multi_modal_projector.norm")
-    }
-    mx.save_safetensors(str(folder / "model.safetensors"), inside | eyes)
-    return folder
+    outer |= {"vision_config": {"hidden_size": 8}}
+    return _inside(folder, beside, outer, ("vision_tower.patch", "multi_modal_projector.norm"))
 
 
 def hearing(folder: Path, beside: str = "") -> Path:
@@ -467,29 +465,19 @@ def hearing(folder: Path, beside: str = "") -> Path:
     published.
     """
     make(folder, **FAMILIES["gemma4_text"])
-    text = json.loads((folder / "config.json").read_text())
-    wrapped = {
-        "model_type": "gemma4",
-        "architectures": ["Gemma4ForConditionalGeneration"],
-        "vocab_size": 512,
-    }
-    towers = {"vision_config": {"hidden_size": 8}, "audio_config": {"hidden_size": 8}}
-    (folder / "config.json").write_text(
-        json.dumps({**wrapped, **towers, "text_config": text, "eos_token_id": [0]})
-    )
     weights = stored_weights(folder)
     for name in ("k_proj", "v_proj", "k_norm"):
         for i in range(3, 7):
             weights[f"model.layers.{i}.self_attn.{name}.weight"] = mx.zeros((2, 2))
     mx.eval(weights)
-    inside = {
-        f"{beside}language_model.{name.removeprefix(beside)}": value
-        for name, value in weights.items()
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    outer: dict[str, Any] = {
+        "model_type": "gemma4",
+        "architectures": ["Gemma4ForConditionalGeneration"],
     }
-    names = ("vision_tower.patch", "audio_tower.conv", "embed_vision.projection")
-    ears = {f"{beside}{name}.weight": mx.zeros((2, 2)) for name in names}
-    mx.save_safetensors(str(folder / "model.safetensors"), inside | ears)
-    return folder
+    outer |= {"vision_config": {"hidden_size": 8}, "audio_config": {"hidden_size": 8}}
+    towers = ("vision_tower.patch", "audio_tower.conv", "embed_vision.projection")
+    return _inside(folder, beside, outer, towers)
 
 
 CHAT_TEMPLATE = (

@@ -32,19 +32,6 @@ def test_samples_by_pencil() -> None:
     assert importance.block_sample(into, out).item() == pytest.approx((0 + 1) / 2)
 
 
-def test_constant_weather_is_plain_importance() -> None:
-    """With one T and h AAIS is a positive multiple of plain importance, so the kept set is the
-    same.
-    """
-    samples = np.random.default_rng(0).random((6, 200))
-    sums = sums_of(samples, [281.15] * 6)
-    plain = importance.rms(sums)
-    thermal_monitor = importance.aais(sums, 832.0)
-    np.testing.assert_allclose(thermal_monitor, plain * 281.15 / 832.0, rtol=1e-12)
-    for keep in (1, 50, 199):
-        assert importance.top(thermal_monitor, keep) == importance.top(plain, keep)
-
-
 def test_a_warm_batch_changes_who_is_kept() -> None:
     """Pencil: channel 0 fires 2 at 10 °C, channel 1 fires 1.5 and 1.5; at 10 and 30 °C, in °C, 1
     wins.

@@ -20,7 +20,6 @@ from mis_mlx.maths.optimizer import (
     GuardedAdamW,
     Part,
     global_norm,
-    group_of,
     norm_of_squares,
     state_bytes,
     sums_of_squares,
@@ -125,19 +124,14 @@ def test_a_new_rate_compiles_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (1.0, math.inf)])
 def test_a_step_that_is_not_a_number_is_skipped(loss: float, norm: float) -> None:
-    """Weights, moments and step count stay as they were; the note says so."""
+    """Weights, moments, norms and step count stay as they were, and it is noted."""
     model = net()
     optimizer = GuardedAdamW()
     walk(optimizer, model, range(3))
-    weights = flat(model.parameters())
-    moments = flat(optimizer.adamw.state)
-    norms = list(optimizer.norms)
+    before = flat(model.parameters()), flat(optimizer.adamw.state), list(optimizer.norms)
     bad = tree_map(lambda g: g * math.nan, gradients(model, 3))
-    note = optimizer.update(model, bad, loss=loss, norm=norm, learning_rate=1e-2)
-    assert note == "skipped: not a number"
-    assert flat(model.parameters()) == weights
-    assert flat(optimizer.adamw.state) == moments
-    assert optimizer.norms == norms
+    assert optimizer.update(model, bad, loss=loss, norm=norm, learning_rate=1e-2)
+    assert (flat(model.parameters()), flat(optimizer.adamw.state), optimizer.norms) == before
 
 
 def test_three_bad_steps_in_a_row_stop_the_run() -> None:
@@ -161,35 +155,23 @@ def test_three_bad_steps_in_a_row_stop_the_run() -> None:
 
 def test_a_spike_is_clipped_to_mean_plus_five_sigma() -> None:
     """Norms 1 and 2 in turn: mean 1.5, sigma 0.5, so a 100x spike counts as 4; the moments say so
-    too.
+    too. Before ten norms were seen nothing is clipped.
     """
     model = net()
     twin = net()
     dog = GuardedAdamW()
     sleepy = GuardedAdamW()
     for step in range(WAKE):
+        assert dog.bound() == math.inf
         for optimizer, own in ((dog, model), (sleepy, twin)):
             walk(optimizer, own, range(step, step + 1), 1.0 + step % 2)
     assert dog.bound() == pytest.approx(1.5 + 5 * 0.5, rel=1e-5)
-    spike = gradients(model, 77, 150.0)
-    note = dog.update(model, spike, loss=1.0, norm=150.0, learning_rate=1e-2)
-    assert note == "clipped 150.0 to 4.0"
+    dog.update(model, gradients(model, 77, 150.0), loss=1.0, norm=150.0, learning_rate=1e-2)
     assert dog.norms[-1] == pytest.approx(4.0, rel=1e-5)
-    clipped = gradients(twin, 77, 4.0)
-    sleepy.update(twin, clipped, loss=1.0, norm=4.0, learning_rate=1e-2)
+    sleepy.update(twin, gradients(twin, 77, 4.0), loss=1.0, norm=4.0, learning_rate=1e-2)
     for name, value in tree_flatten(dog.adamw.state):
         want = dict(tree_flatten(sleepy.adamw.state))[name]
         assert mx.allclose(value, want, rtol=1e-4, atol=1e-7), name
-
-
-def test_it_does_not_bite_before_it_knows_the_flock() -> None:
-    """Before ten norms were seen nothing is clipped."""
-    model = net()
-    optimizer = GuardedAdamW()
-    walk(optimizer, model, range(WAKE - 1))
-    assert optimizer.bound() == math.inf
-    spike = gradients(model, 50, 500.0)
-    assert optimizer.update(model, spike, loss=1.0, norm=500.0, learning_rate=1e-2) == ""
 
 
 @pytest.mark.parametrize("eight_bit", [False, True])
@@ -274,44 +256,22 @@ def test_eight_bits_go_nearly_where_adamw_goes(spread: float) -> None:
     )
 
 
-def test_eight_bits_take_two_bytes() -> None:
-    """48 x 64 moments twice, and two scales for each group of 128; all zeros, they move nothing and
-    divide nothing.
+@pytest.mark.parametrize("eight_bit", [True, False])
+def test_a_plan_counts_what_the_optimizer_keeps(eight_bit: bool) -> None:
+    """Weights and moments of every shape, to the byte. Gradients of zeros move nothing, and divide
+    nothing.
     """
     model = wide()
-    optimizer = GuardedAdamW(eight_bit=True, weight_decay=0.0)
+    optimizer = GuardedAdamW(eight_bit=eight_bit, weight_decay=0.0)
     nothing = tree_map(mx.zeros_like, model.parameters())
     optimizer.update(model, nothing, loss=1.0, norm=0.0, learning_rate=1e-2)
     assert flat(model.parameters()) == flat(wide().parameters())
-    assert (group_of((48, 64)), group_of((3, 48)), group_of((4096,))) == (128, 0, 0)
-    mine = {name: a for name, a in optimizer.arrays().items() if name.startswith("layers.0.weight")}
-    assert sum(a.nbytes for a in mine.values()) == 48 * 64 * 2 + 24 * 8
-    assert {a.dtype for a in mine.values()} == {mx.int8, mx.uint8, mx.float32}
-
-
-@pytest.mark.parametrize("eight_bit", [True, False])
-def test_a_plan_counts_what_the_optimizer_keeps(eight_bit: bool) -> None:
-    """Weights and moments of every shape, to the byte: a further moment would be counted."""
-    model = wide()
-    optimizer = GuardedAdamW(eight_bit=eight_bit)
-    optimizer.update(model, gradients(model, 0), loss=1.0, norm=1.0, learning_rate=1e-2)
     weights = dict(tree_flatten(model.parameters()))
     kept = [array.nbytes for array in weights.values()]
     kept += [a.nbytes for name, a in optimizer.arrays().items() if name.startswith("layers.")]
     shapes = [array.shape for array in weights.values()]
     planned = STATE_BYTES * sum(math.prod(shape) for shape in shapes)
     assert sum(kept) == (state_bytes(shapes) if eight_bit else planned)
-
-
-def test_cosine_by_pencil() -> None:
-    """Warm-up 2: half, full; then down a cosine over 8 steps: halfway 0.55, at the end a tenth of
-    the peak.
-    """
-    rates = [tiny.schedule(11, 1.0, 2).rate(step) for step in range(11)]
-    assert rates[:3] == pytest.approx([0.5, 1.0, 1.0])
-    assert rates[6] == pytest.approx(0.1 + 0.9 * 0.5)
-    assert rates[10] == pytest.approx(0.1)
-    assert rates[2:] == sorted(rates[2:], reverse=True)
 
 
 @pytest.mark.parametrize("relative", [False, True])
@@ -357,3 +317,14 @@ def test_global_norm_by_pencil() -> None:
     """3, 4 in two tensors and 12 in a scalar: 13."""
     tree = {"a": mx.array([[3.0, 0.0]]), "b": {"c": mx.array([4.0]), "d": mx.array([12.0])}}
     assert global_norm(tree).item() == 13.0
+
+
+def test_cosine_by_pencil() -> None:
+    """Warm-up 2: half, full; then down a cosine over 8 steps: halfway 0.55, at the end a tenth of
+    the peak.
+    """
+    rates = [tiny.schedule(11, 1.0, 2).rate(step) for step in range(11)]
+    assert rates[:3] == pytest.approx([0.5, 1.0, 1.0])
+    assert rates[6] == pytest.approx(0.1 + 0.9 * 0.5)
+    assert rates[10] == pytest.approx(0.1)
+    assert rates[2:] == sorted(rates[2:], reverse=True)

@@ -4,7 +4,6 @@ is whole.
 
 from __future__ import annotations
 
-import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
@@ -15,7 +14,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx import distill
 from mis_mlx.hardware.stage_cost import WINDOWS
 from mis_mlx.maths import reconstruction
 from mis_mlx.maths.reconstruction import RIDGES
@@ -29,7 +27,7 @@ from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.pruning import reconstruct, slicing
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Checkpoint, KeptUnits, Precision
-from tests import family_checks, peaks, tiny
+from tests import peaks, tiny
 from tests.conftest import mostly_thorough
 
 ALL = (0, 1, 2)
@@ -65,22 +63,8 @@ def test_who_judges_by_pencil() -> None:
     assert reconstruction.held_out_windows([0, 1, 2]) == [2]
 
 
-@pytest.mark.parametrize("kinds", [[0] * 12, [0, 1] * 6, [0, 0, 1] * 4, [0, 0, 0, 1] * 3 + [2]])
-def test_every_kind_that_can_is_fitted_and_judged(kinds: list[int]) -> None:
-    """A kind of two windows and more has one that judges and one that does not; about a quarter of
-    all judges.
-    """
-    held_out = reconstruction.held_out_windows(kinds)
-
-    assert held_out == sorted(set(held_out))
-    assert len(held_out) <= max(len(set(kinds)), len(kinds) / 3)
-    for kind in set(kinds):
-        of_kind = [number for number, of in enumerate(kinds) if of == kind]
-        if len(of_kind) > 1:
-            assert 0 < len(set(of_kind) & set(held_out)) < len(of_kind)
-
-
 def student_of(teacher: Checkpoint, keep: KeptUnits, out: Path, **sizes: int) -> Checkpoint:
+    """The teacher cut to these sizes, in float32."""
     shape = replace(shape_of(teacher.config), layers=len(keep.layers), **sizes)
     slicing.write_student(teacher, shape, keep=keep, out=out, dtype="float32", files=DISK)
     return load.open_checkpoint(out)
@@ -150,10 +134,9 @@ def test_an_unpruned_student_stays_as_it_is(
 
 CUTS = {
     "ffn": (KeptUnits(ALL, {(i, "ffn"): SOME for i in ALL}, ""), {"ffn": 256}),
-    "layers": (KeptUnits((0, 2), {}, ""), {}),
     "hidden": (KeptUnits(ALL, {(-1, "hidden"): tuple(range(16, 64))}, ""), {"hidden": 48}),
+    "layers": (KeptUnits((0, 2), {(i, "ffn"): SOME for i in (0, 2)}, ""), {"ffn": 256}),
     "last layer": (KeptUnits((0, 1), {(i, "ffn"): SOME for i in (0, 1)}, ""), {"ffn": 256}),
-    "first layer": (KeptUnits((1, 2), {(1, "ffn"): SOME, (2, "ffn"): SOME}, ""), {"ffn": 256}),
 }
 
 
@@ -179,7 +162,6 @@ def test_the_error_falls_block_by_block(
     keep, sizes = CUTS[name]
     teacher = models(kind)
     student = student_of(teacher, keep, tmp_path / "s", **sizes)
-    more = random_windows(18, first=1000)
     channels = list(keep.kept.get((-1, "hidden"), range(64)))
     judging: dict[str, Any] = dict(
         basis=np.eye(64)[:, channels],
@@ -187,7 +169,8 @@ def test_the_error_falls_block_by_block(
         layers=keep.layers,
     )
 
-    repaired, left = reconstruct.reconstruct(teacher, student, keep, windows + more)
+    taught = windows + random_windows(18, first=1000)
+    repaired, left = reconstruct.reconstruct(teacher, student, keep, taught)
 
     before = stream_error(teacher, student, **judging)
     after = stream_error(teacher, mended_model(student, repaired), **judging)
@@ -274,22 +257,6 @@ def test_against_lstsq_in_float64(
     assert np.abs(update).max() > 0.01  # there was something to mend
 
 
-def test_one_kind_of_text_is_no_kinds(
-    tmp_path: Path, llama: Checkpoint, windows: list[mx.array]
-) -> None:
-    """All of kind 3, or nothing said: bit for bit the same weights."""
-    keep, sizes = CUTS["ffn"]
-    student = student_of(llama, keep, tmp_path / "s", **sizes)
-
-    plain, left = reconstruct.reconstruct(llama, student, keep, windows)
-    of_kind, left_of_kind = reconstruct.reconstruct(llama, student, keep, windows, kinds=[3] * 6)
-
-    assert left_of_kind == left
-    assert plain
-    assert plain.keys() == of_kind.keys()
-    assert all(mx.array_equal(plain[name], of_kind[name]).item() for name in plain)
-
-
 def test_each_kind_of_text_judges_a_block(
     tmp_path: Path, llama: Checkpoint, windows: list[mx.array], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,32 +276,6 @@ def test_each_kind_of_text_judges_a_block(
 
     assert seen == [[0, 2, 1]] * (3 * len(RIDGES))
     assert all(0 < share <= 1 for share in left)
-
-
-@pytest.mark.thorough
-@pytest.mark.usefixtures("cpu_policy")
-def test_a_wide_layer_is_refitted_beside_nothing_in_float64(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of a wide FFN, F = D = 512: the sums, 4 F D numbers of float32, and the new matrix. With a
-    second copy of that in float64 an 8 B model went over its budget.
-    """
-    monkeypatch.setattr(reconstruction, "WIDE", 256)
-    teacher = load.open_checkpoint(
-        tiny.make(tmp_path / "wide", hidden_size=512, num_hidden_layers=2)
-    )
-    keep = KeptUnits((0, 1), {(i, "ffn"): tuple(range(512)) for i in (0, 1)}, "")
-    student = student_of(teacher, keep, tmp_path / "s", ffn=512)
-    windows = random_windows(6, length=256)
-    tracemalloc.start()
-    try:
-        repaired, left = reconstruct.reconstruct(teacher, student, keep, windows)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert len(repaired) == 2
-    assert max(left) < 1
-    assert peak < 4 * 512**2 * (4 + 2.5)
 
 
 @pytest.mark.usefixtures("cpu_policy")
@@ -403,36 +344,3 @@ def test_what_is_repaired_is_float32(
 
     assert repaired
     assert {array.dtype for array in repaired.values()} == {mx.float32}
-
-
-@pytest.mark.parametrize(
-    ("kind", "dtype"),
-    [
-        pytest.param("gemma3_text", "bfloat16", marks=pytest.mark.slow),
-        pytest.param("gemma3_text", "float16", marks=pytest.mark.thorough),
-        pytest.param("gemma4_text", "bfloat16", marks=pytest.mark.thorough),
-    ],
-)
-def test_a_repaired_norm_learns_in_float32(
-    tmp_path: Path,
-    models: Callable[[str], Checkpoint],
-    text_folder: Path,
-    kind: str,
-    dtype: str,
-) -> None:
-    """Every gain behind an MLP moves in a step, by less than half precision would round away."""
-    teacher = models(kind).path
-    out = tmp_path / "run"
-    flags = {**family_checks.RUN, "vocab": "512", "layers": 7, "save_every": 1}
-    flags |= {"compute_dtype": dtype, "keep_steps": True, "quantize": 0}
-    asked = distill.Settings(teacher=str(teacher), data=str(text_folder), out=str(out), **flags)
-    result = distill.run(asked)
-    assert result["mode"] == "blocks"
-    before, after = sorted((out / "steps").iterdir())
-    old: Any = mx.load(str(before / "model.safetensors"))
-    new: Any = mx.load(str(after / "model.safetensors"))
-    assert {array.dtype for array in new.values()} == {mx.float32}
-    gains = [name for name in new if name.endswith(f"{reconstruct.POST_MLP_NORM}.weight")]
-    for name in gains:
-        assert mx.isfinite(new[name]).all()
-        assert mx.mean(new[name] != old[name]) > 0.9, name

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -18,8 +16,7 @@ from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.block_inputs import BlockInputs, BlockOutputs
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import backward_pass
-from mis_mlx.quantization import bit_allocation, packed_format
-from mis_mlx.settings.recipe import QuantizationConfig
+from mis_mlx.quantization import bit_allocation
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import Checkpoint
@@ -31,25 +28,6 @@ from tests.conftest import mostly_slow
 def batches() -> list[mx.array]:
     """Text that means nothing, in windows of 24 tokens."""
     return [mx.random.randint(0, 512, (1, 24), key=mx.random.key(k)) for k in range(6)]
-
-
-def with_weight(checkpoint: Checkpoint, name: str, weight: mx.array) -> nn.Module:
-    """mlx-lm's whole model with one matrix changed."""
-    model = load.resident_model(checkpoint, mx.float32)
-    model.load_weights([(name, weight)], strict=False)
-    return model
-
-
-def kl(checkpoint: Checkpoint, name: str, error: mx.array, batches: list[mx.array]) -> float:
-    """KL(model || model with `error` added to one matrix), nats per token."""
-    weight = load.dense(checkpoint, name)
-    total = 0.0
-    model = load.resident_model(checkpoint, mx.float32)
-    other = with_weight(checkpoint, name, weight + error)
-    for tokens in batches:
-        p, q = (nn.log_softmax(m(tokens).astype(mx.float32), axis=-1) for m in (model, other))
-        total += (mx.exp(p) * (p - q)).sum().item()
-    return total / sum(t.size for t in batches)
 
 
 # 1e-4 is float32's; squares of sums that cancel are some % off in float16
@@ -134,27 +112,6 @@ def test_the_way_back_keeps_no_block_once_its_batches_are_through(
     assert len(layers) == 3
 
 
-@pytest.mark.thorough
-def test_many_draws_give_the_kl_itself(models, batches: list[mx.array]) -> None:
-    """The mean over 16 seeds is within 40 % of the KL that rounding one matrix to 4 bits
-    measures.
-    """
-    checkpoint = models("qwen3")
-    found = [
-        bit_allocation.costs(checkpoint, batches, group=64, bits=(4,), seed=seed)
-        for seed in range(16)
-    ]
-    for path in (
-        "model.layers.0.mlp.down_proj",
-        "model.layers.1.self_attn.v_proj",
-        "model.embed_tokens",
-    ):
-        weight = load.dense(checkpoint, f"{path}.weight")
-        error = rounding.values(rounding.nearest(weight, 64, 4), 64, 4) - weight
-        mean = np.mean([f[path][4] for f in found])
-        assert mean == pytest.approx(kl(checkpoint, f"{path}.weight", error, batches), rel=0.4)
-
-
 def test_every_matrix_of_the_blocks_and_fewer_bits_cost_more(
     llama: Checkpoint, batches: list[mx.array]
 ) -> None:
@@ -181,40 +138,6 @@ def test_the_same_from_disk(llama: Checkpoint, batches: list[mx.array], tmp_path
         llama, batches, group=64, bits=(4,), seed=0, kept=Spool(tmp_path, 3, DISK)
     )
     assert one != bit_allocation.costs(llama, batches, group=64, bits=(4,), seed=1)
-
-
-def test_mixed_formats_keep_to_the_target_and_open_in_mlx_lm(
-    llama: Checkpoint, batches: list[mx.array], tmp_path: Path
-) -> None:
-    """At 4.6 bits a weight, scales included; stock mlx-lm computes what we read back."""
-    plan, found = bit_allocation.mixed(llama, batches, QuantizationConfig(target_bpw=4.6))
-    assert len({kind.bits for path, kind in plan.items() if ".layers." in path}) > 1
-    done = packed_format.write_quantized(
-        llama,
-        tmp_path / "q",
-        plan,
-        DISK,
-        extra={packed_format.SENSITIVITY: json.dumps(found).encode()},
-    )
-    assert done["bits_per_block_weight"] == packed_format.block_bits(llama.config, plan)
-    made = load.open_checkpoint(tmp_path / "q")
-    assert packed_format.formats(made) == dict(plan)
-    sizes = {n: math.prod(d) for n, d in arch.tensors_of(llama.config).items()}
-    stored = {}
-    for name in found["bits"]:
-        parts = [made.tensors[f"{name}.{part}"] for part in ("weight", "scales", "biases")]
-        stored[name] = sum(part.nbytes for part in parts)
-    assert 4.4 < 8 * sum(stored.values()) / sum(sizes[f"{n}.weight"] for n in stored) <= 4.6
-    model, _ = load.mlx_lm("utils").load(str(tmp_path / "q"))
-    ours = load.resident_model(made, mx.float32)
-    # it computes in float16
-    assert mx.allclose(model(batches[0]).astype(mx.float32), ours(batches[0]), atol=5e-3)
-
-
-def test_eight_bits_are_a_choice_of_one(llama: Checkpoint, batches: list[mx.array]) -> None:
-    """At the most bits that there are, no matrix has other bits than there are."""
-    plan, _ = bit_allocation.mixed(llama, batches[:1], QuantizationConfig(target_bpw=8.5))
-    assert {kind.bits for kind in plan.values()} <= {2, 3, 4, 5, 6, 8}
 
 
 @pytest.mark.parametrize("mode", ["mxfp4", "nvfp4"])

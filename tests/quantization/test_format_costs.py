@@ -10,7 +10,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx import quantize
 from mis_mlx.gguf_export import tensors
 from mis_mlx.maths import rounding
 from mis_mlx.models.architectures import arch
@@ -69,17 +68,6 @@ def test_no_two_formats_have_the_same_bits_per_weight() -> None:
     for group in rounding.GROUPS:
         found = format_costs.candidates(768, replace(MIXED, q_group_size=group))
         assert len({kind.bits_per_weight for kind in found}) == len(found)
-
-
-@pytest.mark.parametrize("fit", [False, True])
-@pytest.mark.parametrize("kind", [Format(2, 64), Format(3, 32), Format(4, 128)])
-def test_the_squared_error_is_that_of_the_packed_matrix(kind: Format, fit: bool) -> None:
-    """Of what `nearest` and `fitted` pack, in groups of every size (1e-4, float32 sums)."""
-    weight = mx.random.normal((24, 256), key=mx.random.key(4))
-    make = rounding.fitted if fit else rounding.nearest
-    wanted = error_of(weight, make(weight, kind.group, kind.bits), kind)
-    found = rounding.squared_error(weight, kind.group, kind.bits, fit=fit)
-    assert found == pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.parametrize("method", ["round", "gptq"])
@@ -163,7 +151,8 @@ def test_mixed_groups_open_in_mlx_lm(
     if target < 4:
         assert 2 in report["bits"].values()
         assert 128 in report["groups"].values()
-    packed_format.write_quantized(llama, tmp_path / "q", plan, DISK, fit=True)
+    done = packed_format.write_quantized(llama, tmp_path / "q", plan, DISK, fit=True)
+    assert done["bits_per_block_weight"] == packed_format.block_bits(llama.config, plan)
     made = load.open_checkpoint(tmp_path / "q")
     assert packed_format.formats(made) == dict(plan)
     nbytes = 0
@@ -206,14 +195,11 @@ def test_limits_are_those_of_the_model(llama: Checkpoint) -> None:
     assert format_costs.limits(llama.config, MIXED) == pytest.approx((least, 8.5))
     assert format_costs.limits(llama.config, ONE_GROUP) == (3.5, 8.5)
     shown = math.ceil(least * 1000) / 1000
-    with pytest.raises(MisError, match=f"--target-bpw 2.3 is below {shown:g}, .* give {shown:g}"):
-        bit_allocation.check(llama.config, QuantizationConfig(target_bpw=2.3))
     bit_allocation.check(llama.config, QuantizationConfig(target_bpw=shown))
     bit_allocation.check(llama.config, QuantizationConfig(target_bpw=None))
-    with pytest.raises(
-        MisError, match="--target-bpw 9 is above 8.5, which 8 bits in groups of 64 take: give 8.5"
-    ):
-        bit_allocation.check(llama.config, QuantizationConfig(target_bpw=9.0))
+    for target, end in ((2.3, shown), (8.501, 8.5)):
+        with pytest.raises(MisError, match=f"--target-bpw {target:g} .* {end:g}"):
+            bit_allocation.check(llama.config, QuantizationConfig(target_bpw=target))
 
 
 def test_the_least_target_can_be_made(llama: Checkpoint, batches: list[mx.array]) -> None:
@@ -222,26 +208,3 @@ def test_the_least_target_can_be_made(llama: Checkpoint, batches: list[mx.array]
     shown = math.ceil(least * 1000) / 1000
     plan, _ = bit_allocation.mixed(llama, batches[:1], QuantizationConfig(target_bpw=shown))
     assert {kind.bits for kind in plan.values()} == {2}
-
-
-@pytest.mark.thorough
-def test_the_command_goes_down_to_2_bits(
-    llama: Checkpoint, text_folder: Path, tmp_path: Path
-) -> None:
-    """`quantize --target-bpw 2.7`, with GPTQ on grids of 2 bits and two steps of scale tuning."""
-    settings = quantize.Settings(
-        model=str(llama.path),
-        mlx_path=str(tmp_path / "q"),
-        data=str(text_folder),
-        target_bpw=2.7,
-        q_iters=2,
-        num_samples=4,
-        max_seq_length=32,
-    )
-    done = quantize.run(settings)
-    made = load.open_checkpoint(tmp_path / "q")
-    formats = packed_format.formats(made)
-    assert 2 in {kind.bits for kind in formats.values()}
-    assert done["bits_per_block_weight"] < 3.2
-    model, _ = load.mlx_lm("utils").load(str(tmp_path / "q"))
-    assert mx.isfinite(model(mx.array([[1, 2, 3]]))).all().item()

@@ -4,7 +4,6 @@ rounding, opened by all.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,10 +17,8 @@ from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.passing import stream
 from mis_mlx.models.passing.sweep import BlockTurn
 from mis_mlx.quantization import packed_format, stage
-from mis_mlx.quantization.begun_rounding import BegunRounding
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.hidden_spool import Spool
-from mis_mlx.storage.safetensors import write_tensors
 from mis_mlx.types import UNDECIDED, Checkpoint, MisError
 from tests import tiny
 from tests.conftest import mostly_thorough
@@ -116,6 +113,7 @@ def test_the_head_is_fitted_to_what_the_rounded_blocks_give_it(
     model = models(kind)
     plan = narrow_head(model)
     head = load.head_prefix(model).rstrip(".")
+    assert packed_format.compensated_head(model, packed_format.formats_of(model.config, 64)) is None
     *blocks, last = stage.rounded_blocks(model, batches, plan)
     assert len(blocks) == 3 and list(last) == [head]
     packed_format.write_quantized(
@@ -146,38 +144,22 @@ def test_the_head_is_fitted_to_what_the_rounded_blocks_give_it(
     assert mx.isfinite(stock(batches[0])).all()
 
 
-def test_a_head_in_the_journal_is_not_made_again(
-    tmp_path: Path, llama: Checkpoint, batches: list[mx.array], monkeypatch: pytest.MonkeyPatch
+def test_the_gram_matrices(
+    llama: Checkpoint, batches: list[mx.array], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor the blocks: the same numbers without a sum over text."""
-    plan = narrow_head(llama)
-    whole = list(stage.rounded_blocks(llama, batches, plan, begun=BegunRounding(tmp_path, DISK)))
-    monkeypatch.delattr(gptq, "rounded")
-    again = stage.rounded_blocks(llama, batches, plan, begun=BegunRounding(tmp_path, DISK))
-    for a, b in zip(whole, again, strict=True):
-        assert a.keys() == b.keys()
-        for path in a:
-            assert all((x == y).all() for x, y in zip(a[path], b[path], strict=True))
-
-
-def test_a_head_of_eight_bits_gets_its_nearest_values(llama: Checkpoint) -> None:
-    """Like all tables in the usual layout."""
-    plan = packed_format.formats_of(llama.config, 64)
-    assert packed_format.compensated_head(llama, plan) is None
-
-
-def test_the_gram_matrices(llama: Checkpoint, batches: list[mx.array]) -> None:
     """Of what goes into the matrices of block 0, against mlx-lm's modules turn by turn; the block
-    stays whole.
+    stays whole. Wide ones are float32, one triangle, some rows at a time.
     """
     source = stream.Stream(llama, mx.float32)
     hidden = source.embed(batches)
     for _, block in source.blocks([0]):
         linear = block.mlp.down_proj
-        grams = stage._grams(
-            BlockTurn(source, source.block_index, block, hidden), list(arch.READERS)
-        )
+        turn = BlockTurn(source, source.block_index, block, hidden)
+        grams = stage._grams(turn, list(arch.READERS))
         assert block.mlp.down_proj is linear
+        monkeypatch.setattr(reconstruction, "WIDE", 500)
+        monkeypatch.setattr(gptq, "PANEL", 100)
+        wide = stage._grams(turn, ["ffn"])["ffn"]
         seen = {axis: np.zeros_like(g) for axis, g in grams.items()}
         for h in hidden:
             first = block.input_layernorm(h)
@@ -192,34 +174,10 @@ def test_the_gram_matrices(llama: Checkpoint, batches: list[mx.array]) -> None:
         scale = np.abs(seen[axis]).max()
         np.testing.assert_allclose(grams[axis], seen[axis], atol=1e-5 * scale)  # float32 products
         assert grams[axis].dtype == np.float64
+    assert wide.dtype == np.float32
+    np.testing.assert_allclose(np.triu(wide), np.triu(seen["ffn"]), atol=1e-5 * scale)
     assert grams["heads"].shape == (64, 64)
     assert np.linalg.eigvalsh(grams["heads"]).min() > -1e-6
-
-
-@pytest.mark.usefixtures("cpu_policy")
-def test_wide_sums_are_made_in_slabs(
-    llama: Checkpoint, batches: list[mx.array], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In float32, one triangle, some rows at a time: that of the sums made at once; and what is
-    rounded with them leaves no more error than a hundredth above.
-    """
-    source = stream.Stream(llama, mx.float32)
-    hidden = source.embed(batches)
-    for _, block in source.blocks([0]):
-        whole = stage._grams(BlockTurn(source, source.block_index, block, hidden), ["ffn"])["ffn"]
-        monkeypatch.setattr(reconstruction, "WIDE", 500)
-        monkeypatch.setattr(gptq, "PANEL", 100)
-        wide = stage._grams(BlockTurn(source, source.block_index, block, hidden), ["ffn"])["ffn"]
-        down = block.mlp.down_proj.weight
-    assert wide.dtype == np.float32
-    upper = np.triu(whole)
-    np.testing.assert_allclose(np.triu(wide), upper, atol=1e-5 * np.abs(whole).max())
-    errors = []
-    for gram in (whole.copy(), wide):
-        packed = gptq.rounded([down], gptq.factorize(gram), 64, 3)[0]
-        left = np.array(down - rounding.values(packed, 64, 3), np.float64)
-        errors.append((left * (left @ whole)).sum())
-    assert errors[1] <= 1.01 * errors[0]
 
 
 def test_the_model_stays_nearer_to_itself(tmp_path: Path) -> None:
@@ -254,45 +212,14 @@ def test_hidden_states_on_disk_change_nothing(
             assert all((x == y).all() for x, y in zip(a[path], b[path], strict=True))
 
 
-def spoilt(folder: Path, name: str, value: float) -> Checkpoint:
-    """A tiny model with one weight changed to `value`, or a whole matrix multiplied by it if it is
-    a number.
-    """
-    whole = load.open_checkpoint(tiny.make(folder / "whole"))
-    tensors = {n: load.dense(whole, n) for n in arch.tensors_of(whole.config)}
-    spoil = tensors[name] * value if np.isfinite(value) else tensors[name].at[0, 0].add(value)
-    (folder / "bad").mkdir()
-    tensors[name] = spoil
-    write_tensors(
-        folder / "bad",
-        {n: ("F32", tuple(a.shape)) for n, a in tensors.items()},
-        tensors.items(),
-        DISK,
-    )
-    (folder / "bad" / "config.json").write_text(json.dumps(dict(whole.config)))
-    return load.open_checkpoint(folder / "bad")
-
-
-@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"])
-@pytest.mark.parametrize("method", ["round", "gptq"])
-def test_not_a_number_is_refused(
-    tmp_path: Path, batches: list[mx.array], name: str, method: str
-) -> None:
-    """By name, and nothing is left of the folder that was begun."""
-    bad = spoilt(tmp_path, name, float("nan"))
-    plan = narrow_head(bad)
-    rounded = stage.rounded_blocks(bad, batches, plan) if method == "gptq" else None
-    with pytest.raises(MisError, match=f"{name} holds 1 values that are not numbers"):
-        packed_format.write_quantized(bad, tmp_path / "q4", plan=plan, files=DISK, rounded=rounded)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad", "whole"]
-
-
 def test_inputs_that_overflow_are_refused(tmp_path: Path, batches: list[mx.array]) -> None:
     """Finite weights whose products are not: no gram matrix can be made of that."""
-    bad = spoilt(tmp_path, "model.layers.1.mlp.up_proj.weight", 1e38)
-    bad = compute_type.open_to_compute(bad.path, UNDECIDED)  # in a type that holds the weights
-    with pytest.raises(
-        MisError, match="model.layers.1.mlp.down_proj meets values that are not finite"
-    ):
+    name = "model.layers.1.mlp.up_proj.weight"
+    folder = tiny.make(tmp_path / "bad")
+    tensors = tiny.stored_weights(folder)
+    tensors[name] = tensors[name] * 1e38
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+    bad = compute_type.open_to_compute(folder, UNDECIDED)  # in a type that holds the weights
+    with pytest.raises(MisError, match="model.layers.1.mlp.down_proj"):
         write(bad, tmp_path / "q4", batches)
     assert not (tmp_path / "q4").exists()

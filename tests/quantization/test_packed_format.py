@@ -31,31 +31,23 @@ def test_every_matrix_is_packed(
     plan = packed_format.formats_of(models(kind).config, 64)
     done = packed_format.write_quantized(models(kind), tmp_path / "q4", plan, DISK)
     packed = load.open_checkpoint(tmp_path / "q4")
+    found = {name: tensor.dtype for name, tensor in packed.tensors.items()}
+    wanted = {}
     for name, shape in arch.tensors_of(models(kind).config).items():
-        stem = name.removesuffix(".weight")
+        wanted[name] = "U32" if len(shape) == 2 else "F32"
         if len(shape) == 2:
-            assert packed.tensors[name].dtype == "U32"
-            assert (
-                packed.tensors[f"{stem}.scales"].dtype
-                == packed.tensors[f"{stem}.biases"].dtype
-                == "F16"
-            )
-        else:
-            assert packed.tensors[name].dtype == "F32"
-            assert f"{stem}.scales" not in packed.tensors
+            stem = name.removesuffix(".weight")
+            wanted |= {f"{stem}.scales": "F16", f"{stem}.biases": "F16"}
+    assert found == wanted
     model, _ = load.mlx_lm("utils").load(str(tmp_path / "q4"))
     assert mx.isfinite(model(batches[0])).all()
     settings = packed.config["quantization"]
     assert settings == packed.config["quantization_config"]
-    assert (
-        settings["bits"],
-        settings["group_size"],
-    ) == (4, 64)
+    assert (settings["bits"], settings["group_size"]) == (4, 64)
     assert settings["model.embed_tokens"]["bits"] == 8  # it makes the logits too
     assert done["nbytes"] == packed.nbytes
-    assert done["bits_per_weight"] == pytest.approx(
-        8 * packed.nbytes / arch.params(models(kind).config)
-    )
+    params = arch.params(models(kind).config)
+    assert done["bits_per_weight"] == pytest.approx(8 * packed.nbytes / params)
 
 
 def test_a_large_matrix_is_rounded_in_parts(
@@ -97,54 +89,15 @@ def test_experts_are_rounded_one_at_a_time(tmp_path: Path) -> None:
     assert mx.get_peak_memory() - before <= allocated(planned.peak_bytes)
 
 
-def test_rounding_is_as_good_as_the_bits_allow(tmp_path: Path, llama: Checkpoint) -> None:
-    """No number is further from its original than half a step of its group, plus float16 scales'
-    rounding.
-    """
-    packed_format.write_quantized(
-        llama, tmp_path / "q4", packed_format.formats_of(llama.config, 64), DISK
-    )
-    packed = load.open_checkpoint(tmp_path / "q4")
-    for name, levels in (
-        ("model.layers.0.mlp.up_proj.weight", 15),
-        ("model.embed_tokens.weight", 255),
-    ):
-        groups = load.dense(llama, name).reshape(-1, 64)
-        error = mx.abs(load.dense(packed, name).reshape(-1, 64) - groups).max(axis=-1)
-        step = (groups.max(axis=-1) - groups.min(axis=-1)) / levels
-        # MLX moves the grid so that 0 is exact, which costs up to half a step more at one end.
-        assert (error <= 1.1 * step).all()
-        assert error.mean().item() < 0.6 * step.mean().item()
-
-
 def test_group_32_when_asked(tmp_path: Path, batches: list[mx.array]) -> None:
-    """Hidden 96 is no multiple of 64: the sentence names 32, and 32 works. No group divides 760."""
-    with pytest.raises(MisError, match="rows of 760 weights.*multiple of 32, or --quantize 0"):
-        packed_format.formats_of({**tiny.CONFIG, "intermediate_size": 760}, 64)
+    """Hidden 96 is no multiple of 64: the sentence names 32, and 32 works."""
     teacher = load.open_checkpoint(tiny.make(tmp_path / "t", hidden_size=96, head_dim=24))
-    with pytest.raises(
-        MisError, match="rows of 96 weights, which are not divisible by 64: use --q-group-size 32"
-    ):
-        packed_format.write_quantized(
-            teacher, tmp_path / "q4", packed_format.formats_of(teacher.config, 64), DISK
-        )
-    assert not (tmp_path / "q4").exists()
-    packed_format.write_quantized(
-        teacher, tmp_path / "q4", packed_format.formats_of(teacher.config, 32), DISK
-    )
+    with pytest.raises(MisError, match=r" 96 .* 64: .*--q-group-size 32"):
+        packed_format.formats_of(teacher.config, 64)
+    plan = packed_format.formats_of(teacher.config, 32)
+    packed_format.write_quantized(teacher, tmp_path / "q4", plan, DISK)
     model, _ = load.mlx_lm("utils").load(str(tmp_path / "q4"))
     assert mx.isfinite(model(batches[0])).all()
-
-
-def test_a_quantized_model_is_refused(tmp_path: Path, llama: Checkpoint) -> None:
-    """Twice rounded is twice wrong."""
-    plan = packed_format.formats_of(llama.config, 64)
-    packed_format.write_quantized(llama, tmp_path / "q4", plan, DISK)
-    with pytest.raises(MisError, match="quantized already"):
-        packed_format.write_quantized(
-            load.open_checkpoint(tmp_path / "q4"), tmp_path / "q44", plan, DISK
-        )
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["q4"]
 
 
 def test_a_weight_is_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
