@@ -42,17 +42,8 @@ os.fsync = forks.not_synced
 pytest.register_assert_rewrite("tests.family_checks")  # so that failures say both values
 ITERS = 18
 EVERY = 4
-SMALL = (
-    "--max-seq-length",
-    32,
-    "--num-samples",
-    4,
-    "--reconstruct-samples",
-    4,
-    "--eval-windows",
-    3,
-)
-SMALL += ("--scenario", "goral", "--iters", ITERS, "--save-every", EVERY)
+SMALL = ("--max-seq-length", 32, "--num-samples", 4, "--reconstruct-samples", 4)
+SMALL += ("--eval-windows", 3, "--scenario", "goral", "--iters", ITERS, "--save-every", EVERY)
 SMALL += ("--learning-rate", "1e-2", "--q-iters", 6)
 
 
@@ -198,11 +189,8 @@ def text_folder(once: Once) -> Path:
     def write(folder: Path) -> None:
         folder.mkdir()
         names = sorted(topics)
-        for split, chosen in (
-            ("train", names[:12]),
-            ("valid", names[30:32]),
-            ("test", names[40:44]),
-        ):
+        splits = {"train": names[:12], "valid": names[30:32], "test": names[40:44]}
+        for split, chosen in splits.items():
             rows = [json.dumps({"text": topics[name][:3000]}) for name in chosen]
             (folder / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
 
@@ -287,18 +275,10 @@ def finished(once: Once, flags: tuple[object, ...], own_home: dict[str, str]) ->
 
     def distil(folder: Path) -> None:
         folder.mkdir()
-        line = [
-            sys.executable,
-            "-m",
-            "mis_mlx.distill",
-            *flags,
-            "--out",
-            folder / "run",
-        ]
+        words = map(str, (*flags, "--out", folder / "run"))
+        line = [sys.executable, "-m", "mis_mlx.distill", *words]
         env = {**own_home, "PYTHONPATH": str(forks.ROOT)}
-        done = subprocess.run(
-            [*map(str, line)], env=env, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(line, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         (folder / "process.json").write_text(json.dumps(vars(done)))
 

@@ -1,4 +1,4 @@
-"""Log-probabilities in chunks and their memory; eq. (2)'s halny factor."""
+"""Logits of half precision; eq. (2)'s halny factor."""
 
 from __future__ import annotations
 

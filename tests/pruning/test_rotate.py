@@ -4,7 +4,6 @@ what opens it.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -121,10 +120,6 @@ def test_what_is_measured_is_what_enters_the_norms(
         share = np.square(x @ lead).sum() / np.square(x).sum()
         assert found.energy[name] == pytest.approx(share, abs=near(1e-4, 2e-3))
         assert 0.75 < share < 1
-    held = [
-        np.square(np.concatenate(list(seen.values())) @ column).sum() for column in found.basis.T
-    ]
-    assert all(a > b * (1 - near(1e-5, 5e-3)) for a, b in itertools.pairwise(held))
 
 
 @pytest.mark.parametrize("kind", ["untied", "qwen3", "biased"])
