@@ -164,7 +164,8 @@ def test_ctrl_c_in_a_run_names_its_folder(
     finally:
         signal.signal(signal.SIGINT, before)
     steps = ["distil", "step 1", "step 2"]
-    assert hit == ["prune", "repair", *steps, "quantize", "distil scales", "measure"]
+    before_them = ["prune", "logit store", "repair"]
+    assert hit == [*before_them, *steps, "quantize", "distil scales", "measure"]
     assert codes == [*[130] * len(hit), 0]
 
 
