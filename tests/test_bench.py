@@ -10,7 +10,7 @@ import signal
 import subprocess
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,10 +23,9 @@ from mis_mlx.judge.speed import rounds
 from mis_mlx.judge.speed.rounds import Measurement, Request
 from mis_mlx.types import Checkpoint, MisError, Reading
 from tests import forks, tiny
-from tests.conftest import Done, last_line, sentence
+from tests.conftest import Done, last_line
 from tests.hardware.recorded import VirtualClock
 
-QUICK = ("-p", 4, "-g", 4, "-n", 1)
 # The command, with a line of progress every tenth of a second: the usual 10 s would all be trials.
 TOLD_AT_ONCE = """
 import runpy
@@ -38,20 +37,12 @@ runpy.run_module("mis_mlx.bench", run_name="__main__", alter_sys=True)
 
 
 @pytest.fixture(autouse=True)
-def measured_roof(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
-    """A cache folder of the test's own, with a roof in it: measuring takes 5 s, and tests/hardware
-    does.
-    """
-    monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr(
-        "mis_mlx.hardware.rates.measure_roof",
-        lambda: Roof(
-            device="this one", threads="1", memory_bytes_per_s=1e9, flops_per_s=1e9, source="given"
-        ),
+def measured_roof(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A roof of the test's own: measuring takes 5 s, and tests/hardware does."""
+    roof = Roof(
+        device="this one", threads="1", memory_bytes_per_s=1e9, flops_per_s=1e9, source="given"
     )
-    yield
+    monkeypatch.setattr("mis_mlx.hardware.rates.measure_roof", lambda: roof)
 
 
 def settings(*models: Path, **flags: Any) -> bench.Settings:
@@ -67,19 +58,15 @@ def stamped(*stamps_s: float, cached_s: float | None = None, **more: Any) -> Mea
 
 def test_rates_by_pencil() -> None:
     """Tokens at 0.5, 0.6, 0.7 s: 500 ms to the first, 100 ms each after it, 10 a second (the first
-    does not count); a prompt of 20 tokens is read at 40 a second.
+    does not count); a prompt of 20 tokens is read at 40 a second. Rates of 10 and 20 a second are
+    15 ± 7.07. 2 trials have no p95; 21 gaps do, and so have 20 trials. 30 J in 2 s at 5 W of rest
+    are 20 J of work: 10 J for each of the two tokens after the first.
     """
     found = rounds.figures([stamped(0.5, 0.6, 0.7, cached_s=0.1)], Request(20, 3))
     names = ("ttft_ms", "ttft_cached_ms", "tpot_ms", "prefill_tps")
     assert [found[name]["mean"] for name in names] == pytest.approx([500, 100, 100, 40])
     assert found["decode_tps"] == pytest.approx({"mean": 10, "sd": 0, "median": 10, "n": 1})
     assert found["itl_ms"]["n"] == 2
-
-
-def test_mean_and_deviation_over_trials_and_95_of_many_only() -> None:
-    """Rates 10 and 20 a second: 15 ± 7.07. 2 trials have no p95; 21 gaps do, and so have 20
-    trials.
-    """
     two = [stamped(*(1 + 0.1 * k for k in range(12))), stamped(*(1 + 0.05 * k for k in range(11)))]
     found = rounds.figures(two, Request(1, 12))
     assert found["decode_tps"]["mean"] == pytest.approx(15)
@@ -87,16 +74,10 @@ def test_mean_and_deviation_over_trials_and_95_of_many_only() -> None:
     assert "p95" not in found["ttft_ms"]
     assert found["itl_ms"]["p95"] == pytest.approx(100)
     assert "p95" in rounds.figures([stamped(1.0, 2.0)] * 20, Request(1, 2))["ttft_ms"]
-
-
-def test_energy_is_what_work_took_beyond_rest() -> None:
-    """30 J in 2 s at 5 W of rest are 20 J of work: 10 J for each of the two tokens after the
-    first.
-    """
-    found = rounds.figures([stamped(0.5, 1.5, 2.5, watts=15.0)], Request(1, 3), 5.0)
-    assert found["joules"]["mean"] == pytest.approx(10)
+    warm = stamped(0.5, 1.5, 2.5, watts=15.0)
+    assert rounds.figures([warm], Request(1, 3), 5.0)["joules"]["mean"] == pytest.approx(10)
     assert "joules" not in rounds.figures([stamped(0.5, 1.5)], Request(1, 2), 5.0)
-    assert "joules" not in rounds.figures([stamped(0.5, 1.5, watts=15.0)], Request(1, 2))
+    assert "joules" not in rounds.figures([warm], Request(1, 3))
 
 
 def test_power_by_trapezoids() -> None:
@@ -135,42 +116,36 @@ def test_the_roof_by_pencil(llama: Checkpoint) -> None:
     assert found["reached"] == pytest.approx(500 * nbytes / 1e9)
     # arithmetic is the limit: 2 operations a parameter of blocks and head
     slow = Roof(device="d", threads="", memory_bytes_per_s=1e15, flops_per_s=1e6, source="given")
-    assert (
-        rounds.compare_to_roof(llama, 1_000_000, r=r, roof=slow, tps=1.0)["bound"] == "arithmetic"
-    )
+    found = rounds.compare_to_roof(llama, 1_000_000, r=r, roof=slow, tps=1.0)
+    assert found["bound"] == "arithmetic"
     params = sum(t.nbytes for t in llama.tensors.values()) // 4
     assert rounds.token_traffic(llama, 0, r)[0][1] == pytest.approx(2 * params, rel=0.02)
     # An M1 is computed: floats in float16, two bytes a parameter, and the keys of 10 tokens, over
     # 68 GB/s.
-    assert rounds.m1_tokens_per_s(llama, r) == pytest.approx(
-        68e9 / (2 * params + 10 * 3 * 2 * 32 * 2)
-    )
+    nbytes = 2 * params + 10 * 3 * 2 * 32 * 2
+    assert rounds.m1_tokens_per_s(llama, r) == pytest.approx(68e9 / nbytes)
 
 
 @pytest.mark.usefixtures("cpu_policy")  # bytes of float32
 def test_a_table_of_two_models(
-    llama: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    llama: Checkpoint, tmp_path: Path, in_process: Callable[..., Done]
 ) -> None:
-    """Real trials: positive times, the bytes of the weights, one column a model; peak memory holds
-    the weights of one model, not of both.
+    """mlx-lm's flags; real trials: positive times, the bytes of the weights, one column a model,
+    also of a/model and b/model; peak memory holds the weights of one model, not of both.
     """
-    small = tiny.make(tmp_path / "small", num_hidden_layers=1)
-    result = bench.run(settings(llama.path, small))
-    assert result["models"]["llama"]["weight_bytes"] == llama.nbytes
-    for name in ("llama", "small"):
-        m = result["measured"]["models"][name]
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "llama").symlink_to(llama.path)
+    small = tiny.make(tmp_path / "a" / "llama", num_hidden_layers=1)
+    done = in_process("bench", "--model", tmp_path / "b/llama", small, "-p", 4, "-g", 4, "-n", 1)
+    result = last_line(done)
+    assert [name[-7:] for name in result["models"]] == ["b/llama", "a/llama"]
+    assert result["models"]["b/llama"]["weight_bytes"] == llama.nbytes
+    for name, m in result["measured"]["models"].items():
         nbytes = result["models"][name]["weight_bytes"]
-        assert (
-            min(
-                m[k]["mean"]
-                for k in ("ttft_ms", "ttft_cached_ms", "tpot_ms", "decode_tps", "prefill_tps")
-            )
-            > 0
-        )
+        for key in ("ttft_ms", "ttft_cached_ms", "tpot_ms", "decode_tps", "prefill_tps"):
+            assert m[key]["mean"] > 0
         assert nbytes < 1e6 * m["peak_mb"]["mean"] < nbytes + 1e6
-    out = capsys.readouterr().out
-    assert "| | llama | small |" in out
-    assert "computed" in out
+    assert "| | b/llama | a/llama |" in done.stdout
 
 
 def test_the_same_seed_gives_the_same_json_apart_from_timings(llama: Checkpoint) -> None:
@@ -238,45 +213,10 @@ def test_one_by_one_there_is_one_model_in_memory(
 
 def test_what_does_not_go_together_is_a_sentence(llama: Checkpoint) -> None:
     """No gap between tokens; a model twice."""
-    with pytest.raises(MisError, match="--generation-tokens is 1: give 2 or more"):
+    with pytest.raises(MisError, match="--generation-tokens is 1: .* 2"):
         bench.run(settings(llama.path, generation_tokens=1))
-    with pytest.raises(MisError, match="give each once"):
+    with pytest.raises(MisError):
         bench.run(settings(llama.path, llama.path))
-
-
-def test_a_model_that_does_not_fit_is_plans_sentence(
-    llama: Checkpoint, in_process: Callable[..., Done]
-) -> None:
-    """Both numbers and a remedy, before anything is loaded."""
-    said = sentence(in_process("bench", "--model", llama.path, *QUICK, "--budget", "1MiB"))
-    assert "timing llama needs" in said
-    assert "the budget is 1 MiB: give a larger --budget" in said
-
-
-@pytest.mark.thorough
-def test_flags_of_mlx_lm_and_two_models(
-    llama: Checkpoint, tmp_path: Path, command: Callable[..., Done]
-) -> None:
-    """-p -g -n, two models; the last line is JSON. a/model and b/model get a column each; the roof
-    is measured.
-    """
-    folders = [
-        tiny.make(tmp_path / name / "model", num_hidden_layers=n)
-        for n, name in ((1, "a"), (2, "b"))
-    ]
-    done = command("bench", "--model", *folders, *QUICK)
-    assert done.returncode == 0, done.stderr
-    result = last_line(done)
-    assert [name[-7:] for name in result["models"]] == ["a/model", "b/model"]
-    assert result["measured"]["roof"]["memory_bytes_per_s"] > 1e8
-    assert set(result["models"]) == set(result["measured"]["models"])
-
-
-def test_what_comes_between_two_tokens_is_clocked() -> None:
-    """Every token has its time."""
-    stamps, tokens = rounds.token_times(iter([1, 2]))
-    assert 0 <= stamps[0] <= stamps[1]
-    assert tokens == [1, 2]
 
 
 def test_a_format_says_all_its_bits() -> None:
@@ -307,10 +247,7 @@ def test_ctrl_c_keeps_the_finished_trials(llama: Checkpoint, own_home: dict[str,
     assert process.returncode == 0, err
     result = json.loads(said.splitlines()[-1])
     assert result["stopped"]
-    assert "stopped by hand" in err
-    assert 2 < (kept := result["models"]["llama"]["trials"]) < 10_000
-    assert f"{kept} of 10000 trials are kept" in err
-    assert (
-        result["measured"]["models"]["llama"]["decode_tps"]["n"]
-        == result["models"]["llama"]["trials"]
-    )
+    kept = result["models"]["llama"]["trials"]
+    assert 2 < kept < 10_000
+    assert f"{kept} of 10000" in err
+    assert result["measured"]["models"]["llama"]["decode_tps"]["n"] == kept

@@ -1,11 +1,12 @@
-"""The command `dpo`: what it leaves, the stored reference, exact resume. Losses are in
-test_preference.
+"""The command `dpo`: losses on pairs by hand and against TRL's stored numbers; what it leaves, and
+the stored reference.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,159 @@ from mis_mlx import dpo
 from mis_mlx.alignment import alignment_run, padded_rows
 from mis_mlx.compute import precision
 from mis_mlx.data import token_windows
+from mis_mlx.maths.losses import token_logps
+from mis_mlx.maths.rl_losses import dead_zone, pair_losses
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.writing import mlx_generate
-from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
-from tests import tiny
+from tests import tiny, trl_model
 from tests.conftest import Done, last_line, mostly_thorough, settings_of
 from tests.test_sft import SMALL, answers  # noqa: F401  a fixture
+
+# float32 on a CPU, two frameworks: measured 1e-6 and 5e-6
+LOSS = 1e-5
+GRADIENT = 5e-5
+CASES = {
+    "sigmoid": dpo.Settings(loss_type="sigmoid", beta=0.3, dpop_lambda=0.0),
+    "dpop": dpo.Settings(loss_type="dpop", beta=0.3, dpop_lambda=50.0),
+    "dpop_mild": dpo.Settings(loss_type="dpop", beta=0.1, dpop_lambda=5.0),
+    "dpop_zero": dpo.Settings(loss_type="dpop", beta=0.3, dpop_lambda=0.0),
+}
+
+
+@pytest.fixture(scope="module")
+def trl() -> dict[str, np.ndarray]:
+    """TRL's numbers."""
+    return trl_model.stored()
+
+
+@pytest.fixture(scope="module")
+def policy(trl: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
+    """TRL's policy in MLX."""
+    return trl_model.model(trl, "policy", tmp_path_factory.mktemp("trl"))
+
+
+@pytest.fixture(scope="module")
+def pairs(trl: dict[str, np.ndarray]) -> list[dpo.Pair]:
+    """The rows that TRL was given, padding cut off: (ids, marks) of the chosen and of the rejected
+    answer.
+    """
+    rows = []
+    for ids, mask in zip(trl["dpo/ids"], trl["dpo/mask"], strict=True):
+        length = int(np.flatnonzero(mask)[-1]) + 1
+        rows.append((ids[:length].astype(np.int32), mask[:length].astype(np.float32)))
+    half = len(rows) // 2
+    return list(zip(rows[:half], rows[half:], strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_and_gradients_are_trls(
+    case: str, trl: dict[str, np.ndarray], policy: nn.Module, pairs: list[dpo.Pair]
+) -> None:
+    """DPO as TRL's DPOTrainer computes it; DPO-P as its formula does in torch. Its
+    penalty, here of 50, multiplies the 2e-5 nats that count as rounding, which TRL counts as
+    rewards.
+    """
+    theirs = float(trl[f"{case}/loss"])
+    tolerance = 2 * LOSS if case == "dpop" else LOSS
+    work = nn.value_and_grad(policy, CASES[case].loss)
+    arguments = (*dpo.padded_pairs(pairs), mx.array(trl["dpo/reference"]))
+
+    (total, count, _), made = work(policy, *arguments)
+
+    assert float(total) / float(count) == pytest.approx(theirs, rel=tolerance)
+    assert trl_model.worst(made, trl, case, float(count)) < GRADIENT
+
+
+def test_the_reference_is_torchs(
+    trl: dict[str, np.ndarray], pairs: list[dpo.Pair], tmp_path: Path
+) -> None:
+    """Pair by pair and three at a time, as in training and as held out, which must not matter."""
+    model = trl_model.model(trl, "reference", tmp_path / "reference")
+    half = len(pairs)
+    for batch_size in (1, 3):
+        values = dpo.reference(model, pairs, batch_size, trained=batch_size == 3)
+        np.testing.assert_allclose(values[:, 0], trl["dpo/reference"][:half], rtol=1e-5)
+        np.testing.assert_allclose(values[:, 1], trl["dpo/reference"][half:], rtol=1e-5)
+
+
+def test_by_hand() -> None:
+    """r_w = 1, r_l = -2, beta 0.5: margin 3; and with r_w = -1 the penalty of dpop stands inside
+    beta and sigma.
+    """
+    one = mx.array([1.0])
+    two = mx.array([-2.0])
+    loss = partial(pair_losses, beta=0.5)
+
+    def log_sigma(x: float) -> float:
+        return -math.log(1 + math.exp(-x))
+
+    # at the reference nothing is preferred yet, and the gradient of dpop's penalty is 0
+    zero = mx.zeros((3,))
+    for kind in ("sigmoid", "dpop"):
+        np.testing.assert_allclose(loss(zero, zero, kind=kind), math.log(2), atol=1e-7)
+        chosen = mx.grad(lambda r, kind=kind: loss(r, zero, kind=kind).sum())(zero)
+        np.testing.assert_allclose(chosen, -0.5 / 2)
+    sigmoid = loss(one, two, kind="sigmoid").item()
+    dpop = loss(one, two, kind="dpop", dpop_lambda=50.0).item()
+    with_penalty = loss(-one, two, kind="dpop", dpop_lambda=3.0).item()
+    assert sigmoid == pytest.approx(-log_sigma(1.5))
+    assert dpop == pytest.approx(-log_sigma(1.5))
+    assert with_penalty == pytest.approx(-log_sigma(0.5 * (1 - 3)))
+
+
+def test_rounding_is_no_reward() -> None:
+    """Within the zone exactly 0, beyond it less by its width, as steep as without it."""
+    apart = mx.array([-0.5, -0.1, 0.0, 0.05, 0.3])
+    np.testing.assert_allclose(np.array(dead_zone(apart, 0.1)), [-0.4, 0, 0, 0, 0.2], atol=1e-7)
+    assert dead_zone(apart, 0.1)[1:4].tolist() == [0.0] * 3
+
+    def twice(x: mx.array) -> mx.array:
+        zone = dead_zone(x, mx.array([0.1] * 5))
+        return (2 * zone).sum()
+
+    host_gradients = mx.grad(twice)(apart)
+    assert host_gradients.tolist() == [2.0] * 5
+
+
+@pytest.mark.parametrize(("rows", "temperature"), [(None, 1.0), (1, 0.7), (5, 0.7), (64, 1.0)])
+def test_log_probabilities_in_chunks_are_those_of_the_whole(
+    rows: int | None, temperature: float
+) -> None:
+    """Values and gradients of hidden states and head, each position with its own cotangent, against
+    log_softmax.
+    """
+    hidden = mx.random.normal((23, 16), key=mx.random.key(4))
+    head = mx.random.normal((50, 16), key=mx.random.key(5))
+    targets = mx.arange(23) * 2
+    weights = mx.random.normal((23,), key=mx.random.key(6))
+
+    def plain(h: mx.array, w: mx.array) -> mx.array:
+        z = (h @ w.T) / temperature
+        of_targets = mx.take_along_axis(z, targets[:, None], -1)[:, 0]
+        log_p = of_targets - mx.logsumexp(z, -1)
+        return (log_p * weights).sum()
+
+    def chunked(h: mx.array, w: mx.array, frozen_head: bool = False) -> mx.array:
+        log_p = token_logps(
+            h,
+            w,
+            targets=targets,
+            temperature=temperature,
+            frozen_head=frozen_head,
+            rows=rows,
+        )
+        return (log_p * weights).sum()
+
+    wanted, wanted_gradients = mx.value_and_grad(plain, argnums=(0, 1))(hidden, head)
+    found, found_gradients = mx.value_and_grad(chunked, argnums=(0, 1))(hidden, head)
+    frozen = mx.grad(lambda h: chunked(h, head, frozen_head=True))(hidden)
+
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
+    for one, other in zip(wanted_gradients, found_gradients, strict=True):
+        assert mx.allclose(one, other, rtol=1e-4, atol=1e-5)
+    assert mx.allclose(frozen, wanted_gradients[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -79,20 +225,6 @@ def test_the_figures_are_those_of_the_written_folder(
     assert found == pytest.approx(trained, rel=0.1)
 
 
-def test_the_reference_is_two_floats_a_pair(undisturbed: tuple[Path, Done]) -> None:
-    """Pairs that the run trains on and held-out ones."""
-    saved = protocol.newest(undisturbed[0] / dpo.REFERENCE)
-    assert saved is not None
-    values = protocol.load_arrays(saved, "logps")["chosen_rejected"]
-    assert values.shape == (12 + 8, 2)
-    assert values.dtype == mx.float32
-    assert (values < 0).all()
-    assert (
-        json.loads((undisturbed[0] / "data.json").read_text())["fingerprint"]
-        == saved.state["fingerprint"]
-    )
-
-
 def test_a_damaged_reference_is_made_again(
     small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,22 +274,6 @@ def test_dpop_is_judged_by_the_mean_pair(undisturbed: tuple[Path, Done]) -> None
     for r in records:
         x = 0.1 * (r["margin"] - 5.0 * max(0.0, -r["chosen_gain"]))
         assert r[dpo.OF_MEANS] == pytest.approx(math.log1p(math.exp(-x)), abs=1e-5)
-
-
-def test_plain_dpo_learns(small: Any, tmp_path: Path) -> None:
-    """The margin on held-out pairs grows, with LoRA too."""
-    result = dpo.run(
-        settings_of(
-            dpo,
-            small,
-            tmp_path / "run",
-            loss_type="sigmoid",
-            fine_tune_type="lora",
-            learning_rate=3e-3,
-        )
-    )
-    assert result["held_out_best"]["margin"] > 0.1 > result["held_out_start"]["margin"]
-    assert result["held_out_best"]["loss"] < result["held_out_start"]["loss"]
 
 
 @pytest.fixture(name="fused")
@@ -220,8 +336,6 @@ def test_refusals_are_sentences(small: Any, tmp_path: Path) -> None:
     """Rows without a rejected answer, by line; nothing is begun."""
     row = json.dumps({"prompt": "a", "chosen": "b"})
     (tmp_path / "train.jsonl").write_text(f"{row}\n")
-    with pytest.raises(
-        MisError, match="train.jsonl line 1: has no 'prompt' and 'chosen' and 'rejected'"
-    ):
+    with pytest.raises(MisError, match="train.jsonl line 1: .*'rejected'"):
         dpo.run(settings_of(dpo, small, tmp_path / "run", data=str(tmp_path)))
     assert not (tmp_path / "run").exists()

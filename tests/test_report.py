@@ -27,53 +27,14 @@ from mis_mlx.types import Checkpoint
 from tests.conftest import Done, last_line, mostly_slow, sentence
 
 DATA = Path(__file__).parent / "data"
-OURS = {
-    *(
-        "html",
-        "head",
-        "meta",
-        "link",
-        "title",
-        "style",
-        "body",
-        "script",
-        "section",
-        "div",
-        "h1",
-        "h2",
-        "h3",
-        "p",
-        "b",
-    ),
-    *(
-        "pre",
-        "ul",
-        "li",
-        "details",
-        "summary",
-        "table",
-        "thead",
-        "tbody",
-        "tr",
-        "th",
-        "td",
-        "button",
-    ),
-    *(
-        "figure",
-        "figcaption",
-        "svg",
-        "desc",
-        "defs",
-        "clippath",
-        "g",
-        "path",
-        "circle",
-        "rect",
-        "text",
-    ),
-}
-SVG = "{http://www.w3.org/2000/svg}"
+OURS = set(
+    re.findall(
+        r"\w+",
+        """html head meta link title style body script section div h1 h2 h3 p b pre ul li details
+        summary table thead tbody tr th td button figure figcaption svg desc defs clippath g path
+        circle rect text""",
+    )
+)
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
@@ -134,20 +95,11 @@ def test_the_page_of_a_run(finished: tuple[Path, Done], copy: Path) -> None:
     page, result = written(copy)
     tags = Tags(page)
     assert result["bytes"] == len(page.encode()) < 2**20
-    heads = (
-        "Recovery",
-        "How it went",
-        "What it cost",
-        "What was kept",
-        "To do it again",
-    )
-    assert all(f"<h2>{head}</h2>" in page for head in heads)
+    assert page.count("<h2>") >= 6
     assert "another version" not in page
     values = last_line(finished[1])
-    assert (
-        f"{values['nll_student']:.3f} nats per token" in page
-        and f"{values['tokens']:,} tokens" in page
-    )
+    assert f"{values['nll_student']:.3f} nats" in page
+    assert f"{values['tokens']:,} tokens" in page
     policy = next(a["content"] for t, a in tags.tags if t == "meta" and "http-equiv" in a)
     assert policy
     assert policy.startswith("default-src 'none'")
@@ -157,9 +109,8 @@ def test_the_page_of_a_run(finished: tuple[Path, Done], copy: Path) -> None:
     assert links
     assert all(link.startswith(("#", "data:")) for link in links)
     assert json.loads((copy / run_folder.ORIGIN).read_text())["data"] in page
-    cost = page[page.index("<h2>What it cost") : page.index("<h2>What was kept")]
     phase = run_reader.read(copy).phases[0]
-    assert f"<td>prune</td><td>{report.duration(phase['seconds'])}</td><td>" in cost
+    assert f"<td>prune</td><td>{report.duration(phase['seconds'])}</td><td>" in page
 
 
 def test_a_run_that_cut_nothing(uncut: Path) -> None:
@@ -168,10 +119,8 @@ def test_a_run_that_cut_nothing(uncut: Path) -> None:
     """
     page, result = written(uncut)
     text = " ".join(Tags(page).text.split())
-    assert "million parameters (scenario" not in text
-    assert "of the gap" not in text
-    assert "which learned in 3 steps" in text
-    assert "Training loss at each of 3 steps" in text
+    assert "million parameters" not in text
+    assert "in 3 steps" in text
     assert page.count('<circle class="fill') == 3
     named = " ".join(result["missing"])
     for name in (run_folder.METRICS, "keep.json", "tune.jsonl"):
@@ -214,56 +163,42 @@ def test_the_verdict_comes_first(copy: Path) -> None:
     page, _ = written(copy)
 
     text = " ".join(page[page.index("<h1>") : page.index("<h2>")].split())
-    assert "The 4-bit student has 25.1 MB, its teacher 100.0 MB." in text
-    assert (
-        "On the teacher&#39;s answers to 12 held-out prompts it loses 0.123 bits per byte." in text
-    )
-    assert "8 % of its own answers repeat themselves; of the teacher&#39;s, 0 %." in text
-    assert "0.123 bits per byte above the teacher" in text
-    heads = re.findall(r"<h2>(.*?)</h2>", page)
-    assert heads[:2] == ["Answers", "How it was made"]
-    assert "For comparison" not in page  # nobody measured the teacher in 4 bits
-
-
-def test_what_a_run_writes_down_for_it(finished: tuple[Path, Done], llama: Checkpoint) -> None:
-    """The plan's phases and what each took, texts of two models in two languages, a profile of
-    every layer.
-    """
-    story = run_reader.read(finished[0])
-    planned = [p["phase"] for p in story.begun["planned"]]
-    assert (
-        [p["phase"] for p in story.phases]
-        == planned
-        == ["prune", "repair", "distil", "quantize", "distil scales", "measure"]
-    )
-    assert all(p["seconds"] > 0 and p["peak_bytes"] > 0 for p in story.phases)
-    profile = story.keep["report"]["profile"]
-    layers = llama.config["num_hidden_layers"]
-    parts = product(range(layers), ("ffn", "heads"))
-    assert profile.keys() == {f"{i}/{axis}" for i, axis in parts}
-    kept = {int(k.split("/")[0]): v["kept"] for k, v in profile.items() if k.endswith("ffn")}
-    removed = set(kept) - set(story.keep["layers"])
-    assert removed
-    assert all(kept[i] == 0 for i in removed)
-    # The best five sixths of the neurons hold more than five sixths of the importance.
-    share = len(story.keep["kept"]["0/ffn"]) / llama.config["intermediate_size"]
-    assert all(share < kept[i] < 1 for i in story.keep["layers"])
-    assert story.begun["flags"].keys() >= {"save_every", "teacher"}
-    assert "out" not in story.begun["flags"]
+    assert text.index("25.1 MB") < text.index("100.0 MB")
+    assert text.count("0.123 bits per byte") == 2
+    assert "12 held-out prompts" in text
+    assert text.index("8 %") < text.index("0 %.")
 
 
 def test_weather(copy: Path) -> None:
-    """Temperatures, and how often the run took a break; nothing of them where none was read."""
-    assert "Tea breaks" not in written(copy)[0]
+    """Temperatures, and how often the run took a break."""
     readings = [{"wall_s": 60.0 * n, "die_c": 70 + n, "ambient_c": 30} for n in range(3)]
     (copy / "thermal.jsonl").write_text("".join(json.dumps(r) + "\n" for r in readings))
     result = json.loads((copy / run_folder.RESULT).read_text())
     breaks = {"tea_breaks": 2, "tea_reasons": {"hot": 2}}
     (copy / run_folder.RESULT).write_text(json.dumps({**result, **breaks}))
     page, _ = written(copy)
-    assert "Die from 70.0 to 72.0" in page
-    assert "Air from 30.0 to 30.0" in page
-    assert "Tea breaks: 2 (hot)." in page
+    assert all(said in page for said in ("70.0 to 72.0", "30.0 to 30.0", "2 (hot)"))
+
+
+def test_what_a_run_writes_down_for_it(finished: tuple[Path, Done], llama: Checkpoint) -> None:
+    """The plan's phases and what each took, and how much of every layer's importance is kept."""
+    story = run_reader.read(finished[0])
+    phases = [p["phase"] for p in story.phases]
+    planned = [p["phase"] for p in story.begun["planned"]]
+    assert planned == [name for name in phases if name in planned]
+    assert {"prune", "repair", "distil", "quantize", "measure"} <= set(planned)
+    assert (phases[0], phases[-1]) == ("prune", "measure")
+    assert all(p["seconds"] > 0 and p["peak_bytes"] > 0 for p in story.phases)
+    profile = story.keep["report"]["profile"]
+    layers = llama.config["num_hidden_layers"]
+    parts = product(range(layers), ("ffn", "heads"))
+    assert profile.keys() == {f"{i}/{axis}" for i, axis in parts}
+    # The best five sixths of the neurons hold more than five sixths of the importance.
+    share = len(story.keep["kept"]["0/ffn"]) / llama.config["intermediate_size"]
+    for number in range(layers):
+        kept = profile[f"{number}/ffn"]["kept"]
+        assert share < kept < 1 if number in story.keep["layers"] else kept == 0
+    assert len(story.keep["layers"]) < layers
 
 
 def rows_of_answers(student: str, count: int = 12, **more: object) -> list[dict[str, object]]:
@@ -288,48 +223,50 @@ def put_answers(run: Path, rows: list[dict[str, object]]) -> None:
     (run / run_folder.RESULT).write_text(json.dumps({**result, "answers_prompts": 12}))
 
 
+def section(page: str) -> str:
+    """The part of a page with answers."""
+    begin = page.index("<h2>Answers")
+    return page[begin : page.index("<h2>", begin + 1)]
+
+
 def test_answers_come_first(copy: Path) -> None:
-    """Three prompts of each language, side by side; no verdict where the student does not loop;
-    nothing is missing.
+    """Three prompts of each language, side by side; nothing is missing. A prompt of a second turn
+    says little by itself: another one takes its place.
     """
-    put_answers(copy, rows_of_answers("Well, it depends"))
+    rows = rows_of_answers("Well, it depends")
+    rows[0]["text"] = " "
+    rows[4]["kind"] = "second turn"
+    put_answers(copy, rows)
 
     page, result = written(copy)
 
-    assert page.index("<h2>Answers</h2>") < page.index("<h2>Recovery</h2>")
-    section = page[page.index("<h2>Answers</h2>") : page.index("<h2>Recovery</h2>")]
-    shown = re.findall(r"<h3>Prompt (\d+)\?</h3>", section)
-    assert shown == ["0", "4", "8", "1", "5", "9"]
-    assert "<b>teacher</b><p>Teacher&#39;s 4.</p>" in section
-    assert section.count("<b>4-bit</b><p>Well, it depends …</p>") == 6
-    assert "repeats itself" not in section
-    assert result["missing"] == written(copy)[1]["missing"]
+    assert page.index("<h2>Answers") < page.index("<h2>Recovery")
+    shown = re.findall(r"<h3>Prompt (\d+)\?</h3>", section(page))
+    assert shown == ["0", "4", "6", "1", "5", "9"]
+    assert "<b>teacher</b><p>Teacher&#39;s 4.</p>" in section(page)
+    assert "<b>teacher</b><p>(nothing)</p>" in section(page)
+    assert section(page).count("<b>4-bit</b><p>Well, it depends …</p>") == 6
     assert "answers.jsonl" not in " ".join(result["missing"])
 
 
-@pytest.mark.parametrize(("loops", "said"), [(1, False), (2, True)])
-def test_a_student_that_loops_is_named_first(loops: int, said: bool, copy: Path) -> None:
-    """From more than one answer in ten above the teacher's on: a sentence before the first
+def test_a_student_that_loops_is_named_first(copy: Path) -> None:
+    """From more than one answer in ten above the teacher's on: both counts before the first
     answer.
     """
     rows = rows_of_answers("Fine.")
-    for row in rows[1 : 2 * loops : 2]:
-        row["text"] = "I'm not sure. " * 30
-    put_answers(copy, rows)
-
-    page, _ = written(copy)
-
-    sentence_at = page.find(
-        f"The student repeats itself: {loops} of its 12 answers are loops; the teacher has 0."
-    )
-    assert (sentence_at > 0) == said
-    assert sentence_at < page.index("<h3>Prompt 0?</h3>")
-    assert "**" not in page[page.index("<h2>Answers") : page.index("<h2>Recovery")]
+    before = []
+    for number in (1, 3):
+        rows[number]["text"] = "I'm not sure. " * 30
+        put_answers(copy, rows)
+        page, _ = written(copy)
+        before.append(page[: page.index("<h3>Prompt 0?")])
+    one, two = (re.search(r"\b[12] [a-z ]+ 12 [a-z ;]+ 0\b", text) for text in before)
+    assert two and not one
 
 
 def test_answers_that_are_not_there(copy: Path) -> None:
     """A run that asked nobody shows nothing; one whose result says that it did names the file; torn
-    lines are passed over; another version is a sentence.
+    lines are passed over; another version is told.
     """
     page, result = written(copy)
     assert "Answers" not in page
@@ -343,31 +280,13 @@ def test_answers_that_are_not_there(copy: Path) -> None:
     assert "another version" not in page
 
     (copy / run_folder.ANSWERS).write_text("[1, 2]\n" + whole[:30])
-    assert (
-        "answers.jsonl is damaged: what teacher and student answered"
-        in written(copy)[1]["missing"][-1]
-    )
+    assert "answers.jsonl is damaged" in written(copy)[1]["missing"][-1]
     (copy / run_folder.ANSWERS).write_text(json.dumps({"text": 1}) + "\n")
-    assert "The part “answers” is missing: a file comes from another version" in written(copy)[0]
+    assert "another version" in written(copy)[0]
     (copy / run_folder.ANSWERS).unlink()
     page, result = written(copy)
-    assert "answers.jsonl is missing: what teacher and student answered" in result["missing"][-1]
+    assert "answers.jsonl is missing" in result["missing"][-1]
     assert "<h2>Answers" not in page
-
-
-def test_answers_of_one_model(copy: Path) -> None:
-    """The teacher alone, an empty answer, a second turn, which says little by itself."""
-    rows = [row for row in rows_of_answers("") if row["model"] == "teacher"]
-    rows[0]["text"] = " "
-    rows[2]["kind"] = "second turn"
-    put_answers(copy, rows)
-
-    page, _ = written(copy)
-
-    section = page[page.index("<h2>Answers") : page.index("<h2>How it was made")]
-    assert "<b>teacher</b><p>(nothing)</p>" in section
-    assert "4-bit" not in section
-    assert re.findall(r"<h3>Prompt (\d+)\?</h3>", section) == ["0", "4", "6", "1", "5", "9"]
 
 
 HOSTILE = (
@@ -414,15 +333,14 @@ def test_text_of_models_and_files_is_never_run(copy: Path, tmp_path: Path) -> No
     assert tags.count("svg") == before.count("svg")
 
 
-FILES = (
+ALL_FILES: tuple[str, ...] = (
     "config.yaml",
     "origin.json",
     "result.json",
     "table.md",
     "metrics.jsonl",
-    "phases.jsonl",
 )
-ALL_FILES = (*FILES, "pruned/keep.json")
+ALL_FILES += ("phases.jsonl", "pruned/keep.json")
 FOREIGN = {
     "layers": 7,
     "nll_student": "low",
@@ -468,7 +386,7 @@ def test_damaged_files_leave_a_page_of_the_steps(text: str, copy: Path) -> None:
         if name != run_folder.METRICS:
             (copy / name).write_text(text)
     page, result = written(copy)
-    assert "Training loss at each of 18 steps" in page
+    assert "each of 18 steps" in page
     assert "another version" not in page
     for name in ("config.yaml", "origin.json", "result.json", "pruned/keep.json"):
         assert any(f"{name} is damaged" in line for line in result["missing"])
@@ -476,8 +394,8 @@ def test_damaged_files_leave_a_page_of_the_steps(text: str, copy: Path) -> None:
 
 def test_what_is_no_run_is_a_sentence(tmp_path: Path, in_process: Callable[..., Done]) -> None:
     """An empty folder, no runs at all."""
-    assert "is not a run folder" in sentence(in_process("report", tmp_path))
-    assert "There is no run under runs/" in sentence(in_process("report", cwd=tmp_path))
+    assert str(tmp_path) in sentence(in_process("report", tmp_path))
+    assert "runs/" in sentence(in_process("report", cwd=tmp_path))
 
 
 ASK = """
@@ -520,23 +438,11 @@ def test_in_a_browser(width: int, copy: Path, tmp_path: Path) -> None:
         "<script>window.foreign = 1</script><img src='https://example.invalid/' "
         "onerror='window.foreign = 2'>"
     )
-    page = (
-        page.replace(ours, asking).replace(script, script + ASK).replace("<body>", f"<body>{bad}")
-    )
-    (tmp_path / "page.html").write_text(page)
-    flags = (
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--window-size={width},900",
-        "--dump-dom",
-    )
-    line = [
-        str(CHROMIUM),
-        *flags,
-        f"--user-data-dir={tmp_path / 'profile'}",
-        (tmp_path / "page.html").as_uri(),
-    ]
+    page = page.replace(ours, asking).replace(script, script + ASK)
+    (tmp_path / "page.html").write_text(page.replace("<body>", f"<body>{bad}"))
+    line = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    line += [f"--window-size={width},900", f"--user-data-dir={tmp_path / 'profile'}"]
+    line.append((tmp_path / "page.html").as_uri())
     done = subprocess.run(line, capture_output=True, text=True, timeout=120)
     title = re.search("<title>(.*?)</title>", done.stdout)
     assert title, done.stderr

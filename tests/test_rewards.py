@@ -55,14 +55,10 @@ def test_the_format_counts_only_with_an_answer_that_reads() -> None:
     """Marked and of the right kind, if also wrong: yes. Unmarked, of another kind, two: no. Never
     as much as right.
     """
-    for text, expected in (
-        ("Answer: 7", 1),
-        ("Answer: 5", 1),
-        ("7", 0),
-        ("Answer: seven", 0),
-        ("Answer: 5 or 7", 0),
-    ):
-        assert rewards.well_formed(text, "5", "en") == expected
+    for text in ("Answer: 7", "Answer: 5"):
+        assert rewards.well_formed(text, "5", "en") == 1
+    for text in ("7", "Answer: seven", "Answer: 5 or 7"):
+        assert rewards.well_formed(text, "5", "en") == 0
     assert rewards.well_formed("Odpowiedź: 6:15", "450 g", "pl") == 0
     assert rewards.formatted(["q"], ["Answer: 7"], ["5"]) == [rewards.FORMAT_REWARD]
     assert 0 < rewards.FORMAT_REWARD <= 0.2
@@ -71,10 +67,8 @@ def test_the_format_counts_only_with_an_answer_that_reads() -> None:
 def test_an_answer_key_that_is_no_value_scores_nobody() -> None:
     """None, not 0: the data are at fault, not the answers."""
     assert rewards.accuracy("Answer: see figure 3", "see figure 3") is None
-    assert rewards.correct(["q"] * 2, ["Answer: 5", "5"], ["5", "1,250"], ["en", None]) == [
-        1.0,
-        None,
-    ]
+    found = rewards.correct(["q"] * 2, ["Answer: 5", "5"], ["5", "1,250"], ["en", None])
+    assert found == [1.0, None]
 
 
 @pytest.mark.parametrize(
@@ -116,16 +110,8 @@ def test_units_by_pencil() -> None:
         found = answer_parsing.quantity(text, "pl")
         assert found is not None
         assert (found.amount, found.kind) == (amount, kind)
-    for text in (
-        "1 kg 5 ml",
-        "5 dag 2 kg",
-        "1,5 kg 5 dag",
-        "2 kg -5 dag",
-        "5 g 5",
-        "5 5 g",
-        "g",
-        "",
-    ):
+    mixed = ("1 kg 5 ml", "5 dag 2 kg", "1,5 kg 5 dag", "2 kg -5 dag")
+    for text in (*mixed, "5 g 5", "5 5 g", "g", ""):
         assert answer_parsing.quantity(text, "pl") is None, text
 
 
@@ -195,82 +181,42 @@ def test_what_breaks_a_function_is_no_reward(tmp_path: Path, body: str, why: str
     assert why in note
 
 
-def test_memory_is_limited(tmp_path: Path) -> None:
-    """With 1 GiB, as our functions have it, 4 GiB are an error and not the machine's memory: the
-    kernel's on Linux, the watchdog's on macOS.
-    """
-    path = tmp_path / "hungry.py"
-    path.write_text("def f(size):\n    return len(bytearray(size))\n")
-    assert (
-        child_process.ask(
-            str(path),
-            "f",
-            arguments={"size": 2**20},
-            seconds=10.0,
-            memory_bytes=rewards.MEMORY_BYTES,
-        )
-        == 2**20
-    )
-    with pytest.raises(child_process.NoAnswer, match="MemoryError"):
-        child_process.ask(
-            str(path),
-            "f",
-            arguments={"size": 2**32},
-            seconds=10.0,
-            memory_bytes=rewards.MEMORY_BYTES,
-        )
-
-
 HUNGRY = """
 import subprocess, sys, time
 EAT = "import time; held = []\\nwhile True: held.append(bytearray(b'x') * 2**24); time.sleep(0.02)"
+def sized(size):
+    return len(bytearray(size))
 def itself():
     exec(EAT, {})
 def another():
     subprocess.run([sys.executable, "-c", EAT])
-def modest():
-    held = bytearray(b"x") * 2**25
-    time.sleep(0.5)
-    return len(held)
 """
 
 
-def test_a_watchdog_limits_memory_where_the_kernel_does_not(tmp_path: Path) -> None:
-    """16 MiB more every 20 ms, of a process that it started: ended beyond 200 MiB, with both
-    numbers. Below the limit the answer comes; and time is limited as ever.
+def test_memory_is_limited(tmp_path: Path) -> None:
+    """By the kernel on Linux, with the limit of our functions; by the watchdog on macOS, which also
+    sees what a process has started, says both numbers, and limits time as ever.
     """
     (tmp_path / "f.py").write_text(HUNGRY)
-    with pytest.raises(
-        child_process.NoAnswer, match=r"MemoryError: it holds .*, 200 MiB are allowed"
-    ):
-        child_process.ask(
+
+    def asked(name: str, memory_bytes: int, seconds: float = 60.0, **given: Any) -> Any:
+        more: dict[str, Any] = {} if given else {"watched": True}
+        return child_process.ask(
             str(tmp_path / "f.py"),
-            "another",
-            arguments={},
-            seconds=60.0,
-            memory_bytes=200 * 2**20,
-            watched=True,
+            name,
+            arguments=given,
+            seconds=seconds,
+            memory_bytes=memory_bytes,
+            **more,
         )
-    assert (
-        child_process.ask(
-            str(tmp_path / "f.py"),
-            "modest",
-            arguments={},
-            seconds=60.0,
-            memory_bytes=200 * 2**20,
-            watched=True,
-        )
-        == 2**25
-    )
-    with pytest.raises(child_process.NoAnswer, match="no answer in 1 s"):
-        child_process.ask(
-            str(tmp_path / "f.py"),
-            "itself",
-            arguments={},
-            seconds=1.0,
-            memory_bytes=2**40,
-            watched=True,
-        )
+
+    assert asked("sized", rewards.MEMORY_BYTES, size=2**20) == 2**20
+    with pytest.raises(child_process.NoAnswer, match="MemoryError"):
+        asked("sized", rewards.MEMORY_BYTES, size=2**32)
+    with pytest.raises(child_process.NoAnswer, match="MemoryError.* 200 MiB"):
+        asked("another", 200 * 2**20)
+    with pytest.raises(child_process.NoAnswer, match="1 s"):
+        asked("itself", 2**40, seconds=1.0)
 
 
 def test_what_a_function_starts_ends_with_it(tmp_path: Path) -> None:
@@ -286,7 +232,7 @@ def test_what_a_function_starts_ends_with_it(tmp_path: Path) -> None:
         "    time.sleep(wait)\n"
         "    return 1\n"
     )
-    with pytest.raises(child_process.NoAnswer, match="no answer in 2 s"):
+    with pytest.raises(child_process.NoAnswer, match="2 s"):
         child_process.ask(str(path), "f", {"wait": 600}, 2.0)
     # killed it dies in its own time, and nobody may have reaped it yet
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -298,23 +244,19 @@ def test_what_a_function_starts_ends_with_it(tmp_path: Path) -> None:
         pytest.fail(f"it lives on: {left.status()}")
 
 
-def test_refusals(tmp_path: Path) -> None:
-    """Unknown names, files that are none, lists of the wrong length."""
-    with pytest.raises(
-        MisError, match="names nice, which does not exist. Known functions: correct, format"
-    ):
-        rewards.functions("nice", None)
-    with pytest.raises(MisError, match="is not valid Python"):
-        functions(tmp_path, "def f(:\n")
-    with pytest.raises(MisError, match="has 0 functions"):
-        functions(tmp_path, "x = 1\n")
-    with pytest.raises(MisError, match="is not valid Python"):
-        rewards.functions(None, str(tmp_path / "none.py"))
-    short = functions(tmp_path, "def f(prompts, completions, answer):\n    return [1]\n")
-    with pytest.raises(
-        MisError, match="the reward function f returned .1.: it must return a list of 5 numbers"
-    ):
-        rewards.score(short, ROWS, GROUPS)
+@pytest.mark.parametrize(
+    ("source", "names", "said"),
+    [
+        ("def f(prompts): return [0]\n", "nice", "nice.* correct, format"),
+        ("def f(:\n", None, "mine.py"),
+        ("x = 1\n", None, "0 functions"),
+        ("def f(prompts, completions, answer):\n    return [1]\n", None, r"\bf .*5 numbers"),
+    ],
+)
+def test_refusals(source: str, names: str | None, said: str, tmp_path: Path) -> None:
+    """Unknown names, a file that is no Python or has no function, a list of the wrong length."""
+    with pytest.raises(MisError, match=said):
+        rewards.score(functions(tmp_path, source, names=names), ROWS, GROUPS)
 
 
 def test_the_users_file_is_not_run_here(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from mis_mlx import quantize, sft
-from mis_mlx.alignment import alignment_run, padded_rows
+from mis_mlx.alignment import alignment_run
 from mis_mlx.alignment.padded_rows import Rows
 from mis_mlx.data.examples import Sequenced
 from mis_mlx.gguf_export import model_card as model_card
@@ -30,7 +30,7 @@ from tests import tiny, trl_model
 from tests.conftest import Done, last_line, settings_of
 
 PLAIN: dict[str, Any] = {"target_bpw": None, "q_method": "round", "q_iters": 0}
-SMALL = (
+SMALL: tuple[object, ...] = (
     "--iters",
     6,
     "--save-every",
@@ -39,10 +39,8 @@ SMALL = (
     2,
     "--max-seq-length",
     96,
-    "--eval-rows",
-    8,
 )
-SMALL += ("--learning-rate", "3e-3", "--dtype", "float32")
+SMALL += ("--eval-rows", 8, "--learning-rate", "3e-3", "--dtype", "float32")
 
 
 @pytest.fixture(scope="session")
@@ -111,21 +109,6 @@ def test_loss_and_gradients_are_trls(
     assert lesson.measure(model, 3)["loss"] == pytest.approx(float(found[f"{case}/loss"]), rel=1e-5)
 
 
-def test_a_step_draws_the_same_rows_however_it_is_cut() -> None:
-    """One batch of 8 or four of 2: the same indices, those of like length together."""
-    lengths = np.random.default_rng(2).integers(1, 60, 30).tolist()
-    for number in range(5):
-        cuts = [
-            TrainingConfig(batch_size=b, grad_accumulation_steps=p, seed=7)
-            for b, p in ((8, 1), (2, 4))
-        ]
-        whole, parts = (
-            np.concatenate(padded_rows.drawn_indices(lengths, cut, number)) for cut in cuts
-        )
-        assert np.array_equal(whole, parts)
-        assert sorted(lengths[i] for i in whole) == [lengths[i] for i in whole]
-
-
 def test_end_to_end(undisturbed: tuple[Path, Done], llama: Checkpoint, answers: Path) -> None:
     """It learns; the result is an ordinary folder with the data's license in it, and the best
     checkpoint's weights.
@@ -134,27 +117,19 @@ def test_end_to_end(undisturbed: tuple[Path, Done], llama: Checkpoint, answers: 
     result = last_line(done)
     assert result["held_out_best"]["loss"] < result["held_out_start"]["loss"] - 0.5
     assert [r["number"] for r in run_folder.records(out / alignment_run.HELD_OUT)] == [0, 2, 4, 6]
-    assert (
-        result["best_step"]
-        == min(run_folder.records(out / alignment_run.HELD_OUT), key=lambda r: r["loss"])["number"]
-    )
+    best = min(run_folder.records(out / alignment_run.HELD_OUT), key=lambda r: r["loss"])
+    assert result["best_step"] == best["number"]
     model, tokenizer = mlx_generate.open_model(compute_type.open_to_compute(out / "model"))
     assert len(list(mlx_generate.greedy(model, tokenizer.encode("how many"), 4))) == 4
     card = json.loads((out / "model" / "data.json").read_text())
     assert card["licence"] == "CC0"
     assert card["source"] == answers.name
     assert card["train_rows"] == 24
-    page = model_card.readme(load.open_checkpoint(out / "model"), None, "", ())
-    assert f"aligned on 24 rows of {answers.name}; license or consent: CC0" in page
-    # begun at a folder of no known origin, not at the default teacher
-    assert model_card.base_of(out / "model") is None
     best = mx.load(str(out / "best" / f"step-{result['best_step']:08d}" / "model.safetensors"))
     stored = mx.load(str(out / "model" / "model.safetensors"))
     assert set(best) == set(stored)
     assert all(mx.array_equal(best[n], stored[n]) for n in best)
     assert result["tokens"] == sum(r["tokens"] for r in run_folder.metrics(out)) > 0
-    assert (out / "config.yaml").is_file()
-    assert (out / "result.json").is_file()
 
 
 def test_the_best_checkpoint_is_kept_when_training_goes_wrong(small: Any, tmp_path: Path) -> None:
@@ -204,9 +179,7 @@ def test_lora_on_a_packed_model_fuses_into_a_dense_one(
     """
     quantize.run(quantize.Settings(model=str(llama.path), mlx_path=str(tmp_path / "q4"), **PLAIN))
     flags = {"model": str(tmp_path / "q4"), "iters": 2}
-    with pytest.raises(
-        MisError, match="quantized and cannot be trained whole: use --fine-tune-type lora"
-    ):
+    with pytest.raises(MisError, match="--fine-tune-type lora"):
         sft.run(settings_of(sft, small, tmp_path / "no", **flags))
     left = sft.run(
         settings_of(sft, small, tmp_path / "left", fine_tune_type="lora", fuse=False, **flags)

@@ -48,12 +48,6 @@ PROMPT
 {%- endif %}
 """
 EMPTY = "{{- '<think>\\n\\n</think>\\n\\n' }}"
-QWEN3_5 = QWEN3.replace(
-    "PROMPT",
-    "{%- if enable_thinking is defined and enable_thinking is false %}"
-    + EMPTY
-    + "{%- else %}{{- '<think>\\n' }}{%- endif %}",
-)
 # Of Qwen 3.5's small models: they think only if asked to.
 QWEN3_5_SMALL = QWEN3.replace(
     "PROMPT",
@@ -118,19 +112,6 @@ GEMMA4 = """
 {%- if not enable_thinking | default(false) -%}{{- '<|channel>thought\\n<channel|>' -}}{%- endif -%}
 {%- endif -%}
 """
-LLAMA = """{{- '<|begin_of_text|>' }}
-{%- if not date_string is defined %}
-{%- if strftime_now is defined %}{%- set date_string = strftime_now("%d %b %Y") %}
-{%- else %}{%- set date_string = "26 Jul 2024" %}{%- endif %}
-{%- endif %}
-{{- '<|start_header_id|>system<|end_header_id|>\\n\\nToday Date: ' + date_string + '<|eot_id|>' }}
-{%- for m in messages %}
-{{- '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' + m.content | trim + '<|eot_id|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
-{%- endif %}
-"""
 MISTRAL = """{{- '<s>' }}{%- for m in messages %}
 {%- if m.role == 'user' %}{{- '[INST] ' + m.content + '[/INST]' }}
 {%- else %}{{- ' ' + m.content + '</s>' }}{%- endif %}
@@ -142,32 +123,28 @@ TURN = "<|im_start|>assistant\n"
 # {family: its template, what a prompt ends with}
 FAMILIES = {
     "qwen3": (QWEN3, f"{TURN}<think>\n\n</think>\n\n"),
-    "qwen3.5": (QWEN3_5, f"{TURN}<think>\n\n</think>\n\n"),
     "qwen3.5-small": (QWEN3_5_SMALL, f"{TURN}<think>\n\n</think>\n\n"),
     "qwen3-thinking": (ALWAYS, f"{TURN}<think>\n\n</think>\n\n"),
     "smollm3": (SMOLLM3, f"{TURN}<think>\n\n</think>\n"),
     "gpt-oss": (GPT_OSS, "<|start|>assistant<|channel|>final<|message|>"),
     "gemma4": (GEMMA4, "<|turn>model\n<|channel>thought\n<channel|>"),
-    "llama": (LLAMA, "<|start_header_id|>assistant<|end_header_id|>\n\n"),
     "mistral": (MISTRAL, "[/INST]"),
     "chatml": (CHATML, TURN),
 }
 # What a prompt ends with where thoughts are asked for.
 THINKING = {
     "qwen3": TURN,
-    "qwen3.5": f"{TURN}<think>\n",
     "qwen3.5-small": f"{TURN}<think>\n",
     "qwen3-thinking": f"{TURN}<think>\n",
     "smollm3": TURN,
     "gpt-oss": "<|start|>assistant",
     "gemma4": "<|turn>model\n",
 }
-DATED = {"smollm3": "01 January 2026", "gpt-oss": "2026-01-01", "llama": "01 Jan 2026"}
+DATED = {"smollm3": "01 January 2026", "gpt-oss": "2026-01-01"}
 MARKS = [
     *("<s>", "</s>", "<bos>", "<|im_start|>", "<|im_end|>", "[INST]"),
     *("[/INST]", "<|start|>", "<|end|>", "<|return|>", "<|message|>", "<|channel|>", "<|turn>"),
-    *("<turn|>", "<|channel>", "<channel|>", "<|eot_id|>", "<|begin_of_text|>"),
-    *("<|start_header_id|>", "<|end_header_id|>"),
+    *("<turn|>", "<|channel>", "<channel|>"),
 ]
 QUESTION = {"role": "user", "content": "Co pije Miś?"}
 TALK = [
@@ -255,10 +232,18 @@ def test_a_template_says_the_same_on_every_day(
     plain: Any, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its windows and its identity, whatever the clock of transformers says; a chat has today."""
+
+    class Fixed(datetime.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            """Noon of the day."""
+            return cls(2030, 5, days[len(found)], 12)
+
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Fixed)
     tokenizer = of_family(plain, family)
-    found = []
-    for day in (1, 2):
-        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", _clock(2030, 5, day))
+    days = [1, 2]
+    found = list[Any]()
+    for _ in days:
         windows = token_windows.conversation({"messages": TALK}, tokenizer, True)
         prompt = mlx_generate.chat_ids(tokenizer, [QUESTION])
         found.append((windows, prompt, chat_template.identity(tokenizer)))
@@ -269,18 +254,6 @@ def test_a_template_says_the_same_on_every_day(
         chat = tokenizer.decode(mlx_generate.chat_ids(tokenizer, [QUESTION], today=True))
         assert str(datetime.date.today().year) in chat
         assert DATED[family] not in chat
-
-
-def _clock(year: int, month: int, day: int) -> Any:
-    """A datetime class whose now() is fixed."""
-
-    class Fixed(datetime.datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> Any:
-            """Noon of the day."""
-            return cls(year, month, day, 12)
-
-    return Fixed
 
 
 def test_a_clock_of_its_own_changes_nothing_else(plain: Any) -> None:

@@ -75,28 +75,10 @@ def test_a_draw_by_pencil() -> None:
     assert quarters.kind[of_quarters].tolist() == [0, 0, 1, 0, 0, 0, 1, 0]
 
 
-@pytest.mark.parametrize("share", [0.0, 0.05, 0.35, 0.75])
-def test_the_built_in_kinds_are_in_every_beginning(share: float) -> None:
-    """Whatever --conversations is, and although there are more windows of one kind than of another:
-    n windows have n times its share of each kind, give or take one, and one as soon as a whole one
-    is due. One behind the other, batches are the draw.
-    """
-    *others, _ = BUILT_IN
-    rest = (1 - share) / sum(others)
-    windows = of_kinds([300, 12, 40, 100], (*(each * rest for each in others), share))
-
-    drawn = draws.drawn_sequence(windows, 400, (3,))
-    batches = [draws.drawn_batch(windows, 8, step, seed=3) for step in range(50)]
-
-    assert furthest(windows, drawn) <= 1 + 1e-9
-    assert late(windows, drawn) == 0
-    assert np.concatenate(batches).tolist() == drawn.tolist()
-
-
 @pytest.mark.parametrize(("kinds", "most"), [(1, 0.0), (2, 0.5), (3, 1.0), (4, 1.5), (6, 2.0)])
 def test_any_shares_are_in_every_beginning(kinds: int, most: float) -> None:
     """Forty random sets of shares: give or take one window of up to three kinds, and little more of
-    more kinds.
+    more kinds. One behind the other, batches are the draw.
     """
     rng = np.random.default_rng(kinds)
     for seed in range(40):
@@ -107,6 +89,9 @@ def test_any_shares_are_in_every_beginning(kinds: int, most: float) -> None:
 
         assert furthest(windows, drawn) <= most + 1e-9, windows.shares
         assert late(windows, drawn) == 0, windows.shares
+        batches = [draws.drawn_batch(windows, 8, step, seed) for step in range(3)]
+        whole = draws.drawn_sequence(windows, 24, (seed,))
+        assert kinds == 1 or np.concatenate(batches).tolist() == whole.tolist()
 
 
 def test_a_longer_draw_begins_with_a_shorter_one() -> None:

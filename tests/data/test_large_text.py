@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mis_mlx.data import draws, examples, preparation, row_draw, rows
-from mis_mlx.data.preparation import Source
+from mis_mlx.data import examples, preparation, row_draw
 from mis_mlx.models.opening import load
 from mis_mlx.types import Checkpoint
 from tests.peaks import counted
@@ -127,24 +126,6 @@ def test_up_to_a_size_a_text_is_whole(
     assert bool(found.note("x")) is (kept < size)
     everything = row_draw.drawn(((number, 10) for number in range(size)), 10 * size)
     assert everything.items == list(range(size))
-
-
-def test_a_text_that_fits_is_cut_as_ever(text_folder: Path, llama: Checkpoint) -> None:
-    """Windows and draws against plain lists: all rows back to back, then numpy's permutation."""
-    tokenizer = load.tokenizer(llama.path)
-    ids: list[int] = []
-    for row in rows.read(text_folder / "train.jsonl").rows:
-        ids += tokenizer.encode(row["text"], add_special_tokens=False)
-        ids.append(tokenizer.eos_token_id)
-    count = len(ids) // 64
-    windows = [ids[64 * number : 64 * (number + 1)] for number in range(count)]
-
-    train = preparation.prepare(Source(str(text_folder), tokens=10**9), tokenizer, 64).train
-
-    assert train.tokens.tolist() == windows
-    assert train.loss_mask.tolist() == [[1.0] * 63 + [0.0]] * count
-    permutation = np.random.default_rng([5, 0]).permutation(count)
-    assert draws.drawn_batch(train, 2, 1, seed=5).tolist() == permutation[2:4].tolist()
 
 
 def test_rows_to_align_with_are_drawn_too(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -112,19 +111,6 @@ def test_an_ordinary_chat_is_what_mlx_lm_trains_on(tokenizer: Any) -> None:
         assert token_windows.conversation(row, tokenizer, False) == (want, [1] * len(want))
 
 
-def test_an_answer_is_learned_with_words_after_it(tokenizer: Any) -> None:
-    """A conversation that ends with the user: learn covers the assistant's turn and stops there."""
-    messages = [
-        {"role": "user", "content": "Hej"},
-        {"role": "assistant", "content": "Witaj"},
-        {"role": "user", "content": "Pa"},
-    ]
-    ids, loss_mask = token_windows.conversation({"messages": messages}, tokenizer, True)
-    learned = tokenizer.decode([i for i, counts in zip(ids, loss_mask, strict=True) if counts])
-    # "<|im_start|>" of the next turn is no part of it
-    assert learned == "Witaj<|im_end|>\n"
-
-
 def test_the_start_token_is_given_where_the_tokenizer_gives_it(tokenizer: Any) -> None:
     """A tokenizer that puts its start token before every text (Gemma is lost without) keeps that
     habit.
@@ -167,16 +153,6 @@ def test_refusals(tokenizer: Any) -> None:
     known = _windows([[1, 2, 3, 4]])
     with pytest.raises(MisError, match="1 held-out windows share 2 tokens"):
         overlap.without_overlap(known, known, span=2)
-
-
-def test_windows_are_rows_back_to_back() -> None:
-    """Pencil: 4 + 3 tokens in windows of 3; the seventh token is dropped; learn looks one token
-    ahead.
-    """
-    made = token_windows.windows([[1, 2, 3, 9], [4, 5, 9]], 3)
-    assert made.tokens.tolist() == [[1, 2, 3], [9, 4, 5]]
-    assert made.loss_mask.tolist() == [[1, 1, 0], [1, 1, 0]]
-    assert (made.tokens.dtype, made.loss_mask.dtype) == (np.int32, np.float32)
 
 
 def test_aligned_windows_by_pencil() -> None:
@@ -278,21 +254,6 @@ def test_an_epoch_covers_every_window_once() -> None:
     assert sorted(Counter(batch).values()) == [2, 3, 3]
 
 
-def test_order_is_stateless() -> None:
-    """Asked in any order, with other calls between, a step has the same indices; another seed has
-    others.
-    """
-
-    def orders(steps: Iterable[int], seed: int) -> list[list[int]]:
-        return [token_windows.order(50, 8, step, seed=seed).tolist() for step in steps]
-
-    forward = orders(range(20), seed=3)
-    backward = orders(reversed(range(20)), seed=3)
-
-    assert forward == backward[::-1]
-    assert forward != orders(range(20), seed=4)
-
-
 def test_overlap_by_pencil() -> None:
     """Runs of 3: window 0 shares 3-4-5 across a border of training windows, 1 only two, 2 is known
     whole.
@@ -307,10 +268,7 @@ def test_overlap_by_pencil() -> None:
     assert left.tokens.tolist() == [[3, 4, 9, 6], [8, 7, 6, 5]]
     assert left.loss_mask.shape == (2, 4)
     assert removed == 2
-
-
-def test_a_run_of_prompts_and_templates_is_no_overlap() -> None:
-    """Runs of 4 of a known window: one token of an answer is not enough, two are."""
+    # of a run of prompt and template one token of an answer is not enough, two are
     train = _windows([[1, 2, 3, 4]])
     held_out = _windows([[1, 2, 3, 4]] * 3)
     own = np.array([[0, 0, 0, 1], [0, 0, 1, 1], [1, 1, 1, 1]])
@@ -346,18 +304,21 @@ def test_fingerprint_follows_tokens_and_shape() -> None:
     """
     pinned = "93678b7b657c84391092ccab3fe024a5b1ec27d6cbafbfb0469606ea6d408f1c"
     one = _windows([[1, 2], [3, 4]])
-    same_tokens = token_windows.Windows(one.tokens.astype(">i4"), one.loss_mask * 0)
-    another_token = _windows([[1, 2], [3, 5]])
-    another_shape = _windows([[1, 2, 3, 4]])
-
-    assert token_windows.fingerprint(one) == pinned
-    assert token_windows.fingerprint(same_tokens) == pinned
-    assert token_windows.fingerprint(another_token) != pinned
-    assert token_windows.fingerprint(another_shape) != pinned
+    same = token_windows.Windows(one.tokens.astype(">i4"), one.loss_mask * 0)
+    for windows in (one, same):
+        assert token_windows.fingerprint(windows) == pinned
+    for rows in ([[1, 2], [3, 5]], [[1, 2, 3, 4]]):
+        assert token_windows.fingerprint(_windows(rows)) != pinned
 
 
-def test_every_window_begins_with_the_start_token() -> None:
-    """By hand: rows 1 2 3 and 4 5 6 7 in windows of 4, of which 0 is the first token."""
+def test_windows_are_rows_back_to_back() -> None:
+    """By hand: 4 + 3 tokens in windows of 3; the seventh token is dropped; learn looks one token
+    ahead. And rows 1 2 3 and 4 5 6 7 in windows of 4, of which 0 is the first token.
+    """
+    made = token_windows.windows([[1, 2, 3, 9], [4, 5, 9]], 3)
+    assert made.tokens.tolist() == [[1, 2, 3], [9, 4, 5]]
+    assert made.loss_mask.tolist() == [[1, 1, 0], [1, 1, 0]]
+    assert (made.tokens.dtype, made.loss_mask.dtype) == (np.int32, np.float32)
     made = token_windows.windows([[1, 2, 3], [4, 5, 6, 7]], 4, [0])
     assert made.tokens.tolist() == [[0, 1, 2, 3], [0, 4, 5, 6]]
     assert made.loss_mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 0]]

@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mis_mlx import evaluate
 from mis_mlx.compute import precision
 from mis_mlx.data import token_windows
 from mis_mlx.hardware import memory
@@ -28,11 +29,13 @@ from mis_mlx.models.passing.stream import Stream
 from mis_mlx.models.writing import mlx_generate, text_writer
 from mis_mlx.models.writing.continuous_batch import Completion
 from mis_mlx.planner import estimates
+from mis_mlx.storage import run_folder
 from mis_mlx.types import Budget, Checkpoint, MisError
 from tests import tiny
-from tests.conftest import near
+from tests.conftest import Done, last_line, near
 
 MIB = 2**20
+PROMPTS = 36  # of which six are Polish
 STRICT = "{% if messages|length > 2 %}{{ raise_exception('one turn only') }}{% endif %}"
 
 
@@ -432,6 +435,7 @@ def test_a_prompt_that_one_template_refuses_is_left_out_for_all(
 ) -> None:
     """A conversation of three messages, and a prompt that leaves no room for its answer."""
     strict = chatting(llama, tmp_path / "strict", STRICT + tiny.CHAT_TEMPLATE)
+    refusing = chatting(llama, tmp_path / "refusing", "{{ raise_exception('never') }}")
     long = asked("if the loop is true " * 200)[0]
 
     found = answers.judged(
@@ -441,6 +445,8 @@ def test_a_prompt_that_one_template_refuses_is_left_out_for_all(
     assert found is not None
     assert found.answers.prompts == [THREE[0]]
     assert "2 of 3 prompts" in capsys.readouterr().err
+    nobody = {"teacher": chat, "student": refusing}
+    assert answers.judged(nobody, THREE, memory.budget(None)) is None
     with pytest.raises(MisError, match=r"'Why\?' \(one turn only\)"):
         score.log_probabilities(strict, [LATER], [Answer("If", ended=True)])
 
@@ -525,3 +531,106 @@ def test_planned_before_anything_is_asked(tmp_path: Path) -> None:
     assert poor.peak_bytes < 20 * MIB
     with pytest.raises(MisError, match="1 MiB"):
         write.answers_cost([m], 8, Budget(MIB))
+
+
+@pytest.mark.thorough
+def test_evaluate_end_to_end(
+    tmp_path: Path, chat: Checkpoint, in_process: Callable[..., Done]
+) -> None:
+    """Answers come first, beside another task; a copy costs nothing above its teacher; asked once
+    only.
+    """
+    copy = shutil.copytree(chat.path, tmp_path / "copy")
+    other = stranger(tmp_path / "other").path.rename(tmp_path / "student")
+    flags = ["--teacher", chat.path, "--students", copy, other, "--num-questions", PROMPTS]
+    flags += ["--tasks", "logic", "answers", "--out", tmp_path / "out"]
+
+    planned = in_process("evaluate", *flags[:-2], "--dry-run")
+    done = in_process("evaluate", *flags)
+    again = in_process("evaluate", *flags)
+
+    assert done.returncode == 0, done.stderr
+    assert last_line(planned)["questions"] == {"logic": PROMPTS, "answers": PROMPTS}
+    assert last_line(planned)["seconds"] > 0
+    found = last_line(done)["answers"]
+    assert found["prompts"] == PROMPTS
+    assert found["all"]["answers_excess_copy"] == 0
+    assert found["all"]["answers_student"] > found["all"]["answers_teacher"]
+    assert found["all"]["endless_student"] > 90
+    assert set(found) == {"prompts", "all", "English", "Polish"}
+    page = (tmp_path / "out" / "recovery.md").read_text()
+    assert "| | teacher | copy | student |" in page
+    assert page.partition("\n\n![")[0] in done.stdout
+    assert json.loads((tmp_path / "out" / "recovery.json").read_text())["answers"] == found
+    rows = run_folder.records(tmp_path / "out" / run_folder.ANSWERS)
+    assert len(rows) == 3 * PROMPTS
+    assert {row["model"] for row in rows} == {"teacher", "copy", "student"}
+    assert last_line(again)["answers"]["all"] == pytest.approx(found["all"], abs=1e-3)
+    assert "4 of 4" in again.stderr and "4 of 4" not in done.stderr
+
+
+def test_the_teacher_alone(chat: Checkpoint, in_process: Callable[..., Done]) -> None:
+    """Few prompts: one table for both languages."""
+    done = in_process(
+        "evaluate", "--teacher", chat.path, "--tasks", "answers", "--num-questions", 4
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "Answers in all languages to 4 held-out prompts" in done.stdout
+    assert set(last_line(done)["answers"]) == {"prompts", "all"}
+
+
+@pytest.mark.thorough
+@pytest.mark.usefixtures("cpu_policy")  # its budget is for float32
+def test_memory_stays_under_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that do not fit are streamed, and say the same."""
+    monkeypatch.setattr(answers, "prompts", lambda _: THREE)
+    deep = tiny.chatting(tiny.make(tmp_path / "deep", num_hidden_layers=24), tmp_path / "teacher")
+    made = tiny.make(tmp_path / "small", num_hidden_layers=20, seed=1)
+    small = tiny.chatting(made, tmp_path / "student")
+    settings = evaluate.Settings(str(deep), (str(small),), tasks=("answers",), budget="24MiB")
+    before_bytes = mx.get_active_memory()
+    mx.reset_peak_memory()
+
+    found = evaluate.run(settings)["answers"]
+
+    assert mx.get_peak_memory() - before_bytes < 24 * MIB - memory.process_bytes(24 * MIB)
+    assert found["prompts"] == 3
+
+
+def test_a_stopped_student_goes_on(
+    chat: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the middle of a line: only what is missing is asked, and the figures are the
+    same.
+    """
+    student = stranger(tmp_path / "student")
+    models = {"teacher": chat, "student": student}
+    limit = memory.budget(None)
+    whole = answers.judged(models, THREE, limit)
+    kept = answers._kept_of_student(student, None)
+    for path in (kept.answers_path, kept.costs_path):
+        lines = path.read_text("utf-8").splitlines(keepends=True)
+        assert len(lines) == 3
+        path.write_text(lines[0] + lines[1][: len(lines[1]) // 2], "utf-8")
+    missing = list[int]()
+    real = answers.greedy
+
+    def watched(model: Checkpoint, left: list[Prompt], *rest: Any, **more: Any) -> list[Answer]:
+        missing.append(len(left))
+        return real(model, left, *rest, **more)
+
+    monkeypatch.setattr(answers, "greedy", watched)
+
+    again = answers.judged(models, THREE, limit)
+    third = answers.judged(models, THREE, limit)
+
+    assert whole is not None
+    assert again is not None
+    assert third is not None
+    assert missing == [2, 0]
+    assert again.greedy == third.greedy == whole.greedy
+    for one, two in zip(whole.rows, third.rows, strict=True):
+        assert one.value == pytest.approx(two.value, abs=1e-3)
+    assert answers.plan(models, THREE, limit) is None
+    assert answers.plan(models, [*THREE, LATER], limit) is not None

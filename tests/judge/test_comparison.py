@@ -63,33 +63,6 @@ def test_against_float64(tmp_path: Path, llama: Checkpoint, held_out: Windows) -
         assert {key: values[w] for key, values in found.items()} == pytest.approx(wanted, abs=1e-5)
 
 
-def test_the_teacher_among_the_students_is_measured_once(
-    tmp_path: Path, llama: Checkpoint, held_out: Windows
-) -> None:
-    """Its figures are the same to the bit as those that it would have got."""
-    other = load.open_checkpoint(tiny.make(tmp_path / "other", seed=1))
-    passed = []
-
-    def opened(model: Checkpoint) -> stream.Stream:
-        passed.append(model.path.name)
-        return stream.Stream(model)
-
-    models = {"teacher": llama, "again": llama, "student": other}
-    found = comparison.compare(models, held_out, opened=opened)
-    assert passed == [llama.path.name, "other"]
-    assert list(found) == [
-        ("teacher", "nll"),
-        *((name, metric) for name in list(models)[1:] for metric in comparison.METRICS),
-    ]
-    alone = comparison.compare({"teacher": llama, "student": other}, held_out)
-    itself = comparison.compare({"teacher": llama, "again": replace(llama)}, held_out)
-    for metric in comparison.METRICS:
-        np.testing.assert_array_equal(found["student", metric], alone["student", metric])
-        np.testing.assert_array_equal(found["again", metric], itself["again", metric])
-    assert not found["again", "kl"].any()
-    assert (found["again", "top1"] == 1).all()
-
-
 def test_rows_have_intervals_and_perplexity() -> None:
     """exp of the mean loss and of its bounds, over five windows."""
     nll, ppl = comparison.rows_of({("m", "nll"): np.array([1.0, 2.0, 3.0, 2.0, 2.0])})

@@ -17,10 +17,7 @@ from mis_mlx.hardware import child_process, memory
 from mis_mlx.judge import recovery_table
 from mis_mlx.judge.tasks import answering, instructions, questions, task_answers, task_registry
 from mis_mlx.judge.tasks.instructions import Instruction, Levels
-from mis_mlx.judge.write import plan_writing
-from mis_mlx.models.writing import continuous_batch
-from mis_mlx.models.writing.continuous_batch import Texts
-from mis_mlx.types import Budget, Checkpoint, MisError
+from mis_mlx.types import Checkpoint, MisError
 
 NO_COMMA = "punctuation:no_comma"
 TITLE = "detectable_format:title"
@@ -193,25 +190,6 @@ def test_a_model_writes_and_is_marked(llama: Checkpoint, monkeypatch: pytest.Mon
     assert answering.plan(llama, "0" * 64, task, limit) is None
     quiz = questions.task("quiz", [{"prompt": "1 + 1?", "answer": "2"}], "")
     assert answering.levels("0" * 64, quiz) is None
-
-
-def test_fewer_answers_together_where_memory_is_short(llama: Checkpoint) -> None:
-    """48 need most; with less memory than 16 need, fewer are written together, before the model is
-    streamed.
-    """
-    m = answering.estimates.model_of(llama)
-    texts = Texts(100, 100, 64)
-    needs = [continuous_batch.resident_bytes(m, size, 164) for size in task_answers.AT_ONCE]
-
-    assert task_answers.AT_ONCE[0] == 48
-    assert needs == sorted(needs, reverse=True)
-    assert len(set(needs)) == len(needs)
-    for size, need in zip(task_answers.AT_ONCE, needs, strict=True):
-        need += m.text_bytes
-        whole = next(n for n in range(need, 2**30, 2**12) if memory.process_bytes(n) + need <= n)
-        limit = Budget(whole)
-        plan = plan_writing(m, texts, limit, at_once=task_answers.AT_ONCE)
-        assert (plan.at_once, plan.headroom_bytes) == (size, None)
 
 
 @needs_package

