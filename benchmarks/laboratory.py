@@ -24,7 +24,7 @@ import numpy as np
 import psutil
 
 from mis_mlx import cli
-from mis_mlx.compute import host_losses
+from mis_mlx.compute import logit_figures
 from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import pipeline, targets
@@ -271,8 +271,8 @@ class Judge:
                 at = np.s_[start : min(start + rows, len(tokens) - 1)]
                 theirs = load.wide_logits(self.source.head(), target[0, at])
                 right = tokens[1:][at]
-                whole = host_losses.compared(theirs, hidden[at] @ head.T, right)
-                found.append(host_losses.over_parts([whole])[:, 1:4].T)
+                whole = logit_figures.compared(theirs, hidden[at] @ head.T, right)
+                found.append(logit_figures.over_parts([whole])[:, 1:4].T)
             means.append(
                 (np.concatenate(found, axis=1) * loss_mask[:-1]).sum(axis=1)
                 / max(loss_mask.sum(), 1.0)

@@ -1,8 +1,10 @@
 """Logits of some positions at a time: what they take, and the gradient of a drawn token."""
 
 import math
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mis_mlx.compute import quick_exp
 from mis_mlx.hardware.memory import COMMANDS_AHEAD
@@ -13,6 +15,13 @@ ARRAYS = 5  # (n, V) float32 that MLX holds at a time of one chunk
 CHUNKS_AHEAD = 3
 # (n, V) that a chunk makes, five of them alive at a time; a GPU may hold all it has begun
 CHUNK_ARRAYS = 12
+
+
+def view(array: mx.array) -> np.ndarray:
+    """The memory of an array, evaluated, for numpy to read where it is."""
+    mx.eval(array)
+    buffer: Any = array
+    return np.asarray(memoryview(buffer))
 
 
 def logit_bytes(vocab: int, positions: int, *, gpu: bool) -> int:

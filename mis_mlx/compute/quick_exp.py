@@ -65,6 +65,20 @@ def softmax(x: mx.array) -> mx.array:
     return _softmax(x)  # type: ignore[return-value]
 
 
+def softmax_lse(z: mx.array) -> tuple[mx.array, mx.array]:
+    """softmax(z) and logsumexp(z) over the last axis, for one exponential a number; lazy."""
+    top = z.max(axis=-1, keepdims=True)
+    shares = exp(z - top)
+    total = shares.sum(axis=-1, keepdims=True)
+    return shares * (1.0 / total), (top + mx.log(total))[..., 0]
+
+
+def logsumexp(z: mx.array) -> mx.array:
+    """logsumexp over the last axis of z (..., n): (...); lazy."""
+    top = z.max(axis=-1, keepdims=True)
+    return (top + mx.log(exp(z - top).sum(axis=-1, keepdims=True)))[..., 0]
+
+
 def silu(x: mx.array) -> mx.array:
     """x times its sigmoid, of x (...) float32; lazy."""
     return x * sigmoid(x)

@@ -10,8 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mis_mlx.compute import host_losses
-from mis_mlx.compute.host_losses import CHUNK, GROUP
+from mis_mlx.compute import logit_figures, precision
+from mis_mlx.compute.logit_figures import ARRAYS, CHUNK, GROUP
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.hardware.ledger import Ledger
 from mis_mlx.hardware.stage_cost import StageCost
@@ -105,7 +105,7 @@ class _Chunk:
     """Up to CHUNK predictions of one window.
 
     positions (n,): where the predictions are made. targets (n,): the tokens that follow there.
-    parts: of each part of the vocabulary so far, what `host_losses.compared` says, (n, 11).
+    parts: of each part of the vocabulary so far, what `logit_figures.compared` says, (n, 11).
     """
 
     window: int
@@ -121,8 +121,8 @@ def by_window(
 ) -> Iterator[np.ndarray]:
     """(n, 5) float64 for each window, one row for each of its n predictions that count.
 
-    Columns: those of `host_losses.over_parts`, the base being the teacher there. The heads come in
-    parts of the vocabulary; each part is read once for as many windows as have GROUP tokens
+    Columns: those of `logit_figures.over_parts`, the base being the teacher there. The heads come
+    in parts of the vocabulary; each part is read once for as many windows as have GROUP tokens
     together.
     """
     total, length = held_out.tokens.shape
@@ -133,7 +133,7 @@ def by_window(
         chunks = list(chain.from_iterable(chunks_of))
         _compare_chunks(base, other, chunks)
         for of_window in chunks_of:
-            values = [host_losses.over_parts(chunk.parts) for chunk in of_window]
+            values = [logit_figures.over_parts(chunk.parts) for chunk in of_window]
             # A window without predictions that count still has its entry, with no rows.
             none = np.zeros((0, 5))
             yield np.concatenate([none, *values])
@@ -159,7 +159,7 @@ def _compare_chunks(base: Passed, other: Passed, chunks: Sequence[_Chunk]) -> No
 
     A softmax over the vocabulary needs all logits of a row. Whole heads may not fit in memory, so
     each part leaves its share of the normalizers, the KL, the target's logit and the top token;
-    `host_losses.over_parts` puts them together.
+    `logit_figures.over_parts` puts them together.
     """
     base_stream, base_hidden = base
     other_stream, other_hidden = other
@@ -178,13 +178,13 @@ def _compare_chunks(base: Passed, other: Passed, chunks: Sequence[_Chunk]) -> No
                 other_logits = base_logits * 1
             else:
                 other_logits = _logits(other_head, other_hidden, chunk)
-            # This overwrites the logits.
-            part = host_losses.compared(base_logits, other_logits, chunk.targets, start)
+            part = logit_figures.compared(base_logits, other_logits, chunk.targets, start)
             chunk.parts.append(part)
-        # On a GPU the parts are lazy until here: it waits once a part of the head, not once a
-        # chunk. On a CPU they are numpy's already.
+            if not precision.stacks():
+                evaluate_now(part)
+        # A GPU waits once a part of the head, not once a chunk.
         parts = [chunk.parts[-1] for chunk in chunks]
-        evaluate_now([part for part in parts if isinstance(part, mx.array)])
+        evaluate_now(parts)
         for chunk, part in zip(chunks, parts, strict=True):
             chunk.parts[-1] = np.asarray(part)
 
@@ -294,7 +294,7 @@ def comparison_cost(models: Sequence[ModelSize], windows: int, length: int) -> S
     ledger.moment(
         "heads",
         parts=heads[0] + max(heads),
-        logits=2 * 4 * at_once * rows,
+        logits=ARRAYS * 4 * at_once * rows,
         temporaries=3 * rows * hidden,
         statistics=11 * 8 * min(tokens, GROUP + length) * parts,
     )

@@ -10,7 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mis_mlx.compute import host_losses, precision
+from mis_mlx.compute import precision, quick_exp
+from mis_mlx.compute.logit_figures import CHUNK
 from mis_mlx.data import token_windows
 from mis_mlx.judge.prompts import Answer, Prompt
 from mis_mlx.models.architectures import sizes
@@ -204,13 +205,12 @@ def _add_part(head: nn.Module, texts: Sequence[_Last], start: int) -> None:
     states = mx.concatenate([text.states for text in texts])
     targets = np.concatenate([text.targets for text in texts])
     z = load.wide_logits(head, states)
-    places = targets - start
-    if precision.numpy_is_quicker():  # whose exp takes seven times as long as numpy's
-        view = host_losses.view(z)
-        found = host_losses.by_rows(_of_part, view, places).T
-    else:
-        found = np.array(_on_device(z, mx.array(places)))
-    wide = found.astype(np.float64)
+    places = mx.array(targets - start)
+    # The target's logit is -inf where another part of the vocabulary has the target.
+    here = (places >= 0) & (places < z.shape[-1])
+    chosen = mx.take_along_axis(z, mx.where(here, places, 0)[:, None], axis=-1)
+    right = mx.where(here, chosen[:, 0], -mx.inf)
+    wide = np.array(mx.stack([quick_exp.logsumexp(z), right])).astype(np.float64)
     first = 0
     for text in texts:
         end = first + len(text.targets)
@@ -220,7 +220,7 @@ def _add_part(head: nn.Module, texts: Sequence[_Last], start: int) -> None:
 
 def _together(texts: Sequence[_Last]) -> Iterator[list[_Last]]:
     """Texts whose logits are computed at once: up to CHUNK tokens, on a CPU fewer; or one text."""
-    most = POSITIONS if precision.numpy_is_quicker() else host_losses.CHUNK
+    most = POSITIONS if precision.numpy_is_quicker() else CHUNK
     some = list[_Last]()
     tokens = 0
     for text in texts:
@@ -232,31 +232,3 @@ def _together(texts: Sequence[_Last]) -> Iterator[list[_Last]]:
         some.append(text)
     if some:
         yield some
-
-
-def _on_device(
-    z: mx.array,
-    targets: mx.array,
-) -> mx.array:
-    """`_of_part` by MLX: (2, n) of logits z (n, v) and targets (n,)."""
-    vocab = z.shape[-1]
-    normalizer = mx.logsumexp(z, axis=-1)
-    here = (targets >= 0) & (targets < vocab)
-    places = mx.where(here, targets, 0)
-    columns = places[:, None]
-    chosen = mx.take_along_axis(z, columns, axis=-1)
-    right = mx.where(here, chosen[:, 0], -mx.inf)
-    return mx.stack([normalizer, right])
-
-
-def _of_part(z: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """(n, 2): the logsumexp of logits z (n, v), which are overwritten, and the target's logit.
-
-    The latter is -inf where another part of the vocabulary has the target."""
-    rows, vocab = z.shape
-    here = (targets >= 0) & (targets < vocab)
-    places = np.where(here, targets, 0)
-    chosen = z[np.arange(rows), places]
-    right = np.where(here, chosen, -np.inf)
-    normalizer = host_losses.softmax(z)
-    return np.stack([normalizer, right], axis=1)

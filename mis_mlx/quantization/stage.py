@@ -19,7 +19,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.compute import host_losses, precision, streams
+from mis_mlx.compute import logits, precision, streams
 from mis_mlx.hardware.ledger import Ledger
 from mis_mlx.hardware.stage_cost import WINDOWS, StageCost, in_turn
 from mis_mlx.maths import gptq, reconstruction, rounding
@@ -326,7 +326,7 @@ def _add(sums: np.ndarray, seen: mx.array, where: str) -> None:
     if reconstruction.is_wide(len(sums)):
         slabs = _product_slabs(seen)
     for start, product in slabs:
-        values = host_losses.view(product)
+        values = logits.view(product)
         # Checked before it is added: a sum with one infinity is lost. By numpy, in place: MLX takes
         # as long for that on a CPU as for the product.
         if not np.isfinite(values).all():

@@ -1,4 +1,4 @@
-"""The vocabulary by numpy: the same numbers as maths/losses, and nearer to float64."""
+"""What two models' logits say of each other, in parts of the vocabulary, beside float64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx.compute import host_losses, precision
+from mis_mlx.compute import logit_figures, precision
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -22,7 +22,7 @@ def test_what_a_comparison_says(
     cuts: list[int], word: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each column beside its formula in float64, the vocabulary whole, in parts, and token by
-    token; by numpy on a CPU, by MLX, which nobody waits for, on a GPU.
+    token.
     """
     monkeypatch.setenv(precision.POLICY, word)
     teacher = 3 * mx.random.normal((21, 50), key=mx.random.key(1))
@@ -41,11 +41,9 @@ def test_what_a_comparison_says(
     for start, end in pairwise(cuts):
         of_teacher = teacher[:, start:end]
         of_student = student[:, start:end]
-        parts.append(host_losses.compared(of_teacher, of_student, targets, start))
+        parts.append(logit_figures.compared(of_teacher, of_student, targets, start))
 
-    kind = np.ndarray if word == "cpu" else mx.array
-    assert all(type(part) is kind for part in parts)
-    found = host_losses.over_parts(parts)
+    found = logit_figures.over_parts(parts)
     np.testing.assert_allclose(found[:, :4], want, atol=1e-5)
     shared = np.minimum(np.exp(log_t), np.exp(log_s)).sum(1)
     if len(cuts) == 51:  # a part of one token leaves no choice
@@ -67,8 +65,8 @@ def test_how_often_two_models_can_draw_the_same_token(
     for start, end in ((0, 9), (9, 30)):
         of_teacher = mx.array(teacher[:, start:end])
         of_student = mx.array(student[:, start:end])
-        parts.append(host_losses.compared(of_teacher, of_student, targets, start))
-    shared = host_losses.over_parts(parts)[:, 4]
+        parts.append(logit_figures.compared(of_teacher, of_student, targets, start))
+    shared = logit_figures.over_parts(parts)[:, 4]
     assert shared.std() > 0.05
     assert shared.mean() == pytest.approx(np.minimum(p, q).sum(), abs=0.02)
 
@@ -82,8 +80,8 @@ def test_a_token_of_no_probability_is_not_drawn(word: str, monkeypatch: pytest.M
     monkeypatch.setattr(np.random, "default_rng", lambda _: Highest())
     z = mx.zeros((1, 3001))
     z[:, -1] = -200.0
-    p = host_losses.compared(z + 0, z + 0, np.array([0]))
-    assert host_losses.over_parts([p])[0, 4] == pytest.approx(1.0, abs=1e-3)
+    p = logit_figures.compared(z + 0, z + 0, np.array([0]))
+    assert logit_figures.over_parts([p])[0, 4] == pytest.approx(1.0, abs=1e-3)
 
 
 class Highest:
@@ -103,8 +101,8 @@ def test_a_comparison_by_pencil() -> None:
     def found(student: list[float]) -> np.ndarray:
         teacher = mx.array([[np.log(3.0), 0.0]])
         right = np.array([0])
-        part = host_losses.compared(teacher, mx.array([student]), right)
-        return host_losses.over_parts([part])
+        part = logit_figures.compared(teacher, mx.array([student]), right)
+        return logit_figures.over_parts([part])
 
     want = [[np.log(4 / 3), np.log(2), kl, 1.0]]
     np.testing.assert_allclose(found([0.0, 0.0])[:, :4], want, atol=1e-6)
