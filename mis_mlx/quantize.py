@@ -1,9 +1,10 @@
 """Quantize every linear layer; stock mlx-lm opens the result."""
 
+import os
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -273,7 +274,11 @@ def _deliver(s: Settings, folder: Path, files: Files) -> dict[str, Any]:
             files.make_folder(parent)
             files.rename(folder / MODEL, out)
             files.fsync(parent)
-    files.discard(folder)
+    # Under another name first: half a folder would pass for work that goes on.
+    trash = folder.with_name(f".trash-{folder.name}-{os.getpid()}")
+    with suppress(OSError):
+        files.rename(folder, trash)
+        files.discard(trash)
     values = {
         **done,
         "out": out,

@@ -1,6 +1,5 @@
 """The model card of an exported model, README.md on the Hugging Face hub."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from mis_mlx.models.opening import resolve
 from mis_mlx.models.writing import model_writer
 from mis_mlx.reporting import html
 from mis_mlx.storage import hub, run_folder
-from mis_mlx.types import Checkpoint
+from mis_mlx.types import Checkpoint, MisError
 
 STAGES = ("model", "distilled", "pruned")  # the folders of a run
 DENSE_TYPES = ("F32", "F16", "BF16")  # how the name of a GGUF ends whose numbers are not packed
@@ -34,7 +33,7 @@ TOLD = (
 def run_of(folder: Path) -> Path | None:
     """The run folder that a model folder lies in, if it does."""
     run = folder.resolve().parent
-    if folder.name in STAGES and (run / run_folder.CONFIG).is_file():
+    if folder.name in STAGES and (run / run_folder.ASKED).is_file() and run_folder.is_decided(run):
         return run
     return None
 
@@ -104,7 +103,6 @@ def readme(
         "pipeline_tag": "text-generation",
     }
     stated = {key: value for key, value in front.items() if value}
-    data = checkpoint.path / run_folder.DATA
     size = f"{arch.params(checkpoint.config) / 1e6:.1f} million parameters"
     values = {
         "front": yaml.safe_dump(stated, sort_keys=False).strip(),
@@ -112,12 +110,22 @@ def readme(
         "base": base,
         "size": f"{size}: {sizes.shape_of(checkpoint.config)}",
         "facts": facts,
-        "data": json.loads(data.read_text("utf-8")) if data.is_file() else None,
+        "data": _data(checkpoint.path),
         **run_values,
         "file": file,
         "repository": repository,
     }
     return html.document("model_card.md", values) + "\n"
+
+
+def _data(folder: Path) -> dict[str, Any] | None:
+    """What the data of an alignment were; None where data.json is missing, or not a run's."""
+    try:
+        data = run_folder.stored_settings(folder, run_folder.DATA)
+    except MisError:
+        return None
+    ours = {"train_rows", "source", "licence", "pii_removed"} <= set(data)
+    return data if ours and isinstance(data["pii_removed"], dict) else None
 
 
 def _library(file: str, *, with_mlx: bool) -> dict[str, Any]:

@@ -49,6 +49,13 @@ def resumed(settings: S, free: frozenset[str], under: Path = Path("runs")) -> tu
     nothing is decided yet has the settings that were said when it began. MisError where settings
     that are not `free` differ from the run's.
     """
+    places = {}
+    for name in ("teacher", "model", "student", "data"):
+        said = getattr(settings, name, None)
+        # from another folder it would be looked for on the hub, where anybody may have that name
+        if isinstance(said, str) and Path(said).expanduser().exists():
+            places[name] = str(Path(said).expanduser().absolute())
+    settings = settings.with_values(**places)
     if not settings.resume:
         return settings, None
     folder = run_folder.find(settings.out, under)

@@ -44,6 +44,9 @@ def test_names_and_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         (run / stage).mkdir(parents=True)
     assert model_card.name_of(run / "model") == "model"
     assert model_card.base_of(run / "model") is None
+    (run / "config.yaml").write_text("model: {lr: 0.1}\n")  # another program's
+    assert model_card.base_of(run / "model") is None
+    (run / "asked.yaml").write_text("{}\n")
     (run / "config.yaml").write_text("teacher: null\n")
     assert model_card.name_of(run / "model") == "goral-001"
     assert model_card.name_of(run / "pruned") == "goral-001-pruned"

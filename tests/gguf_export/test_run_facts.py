@@ -28,6 +28,7 @@ def run_with(
     start = {"flags": flags, "rates": {"device": "CPU Some Chip"}, **more}
     (folder / "phases.jsonl").write_text(json.dumps(start) + "\n{torn")
     (folder / "origin.json").write_text('{"mis_mlx": "0.1.0", "mlx": "0.32.4", "teacher": "ab"}')
+    (folder / "asked.yaml").write_text("{}\n")
     (folder / "config.yaml").write_text("teacher: owner/big\n")
     lines = [json.dumps(answer) + "\n" for answer in answers]
     (folder / "answers.jsonl").write_text("".join(lines))
@@ -169,6 +170,7 @@ def test_an_aligned_model_is_a_finetune(tmp_path: Path, llama: Checkpoint) -> No
     """Its run began at a model, as config.yaml says."""
     run = tmp_path / "sft-001"
     run.mkdir()
+    (run / "asked.yaml").write_text("{}\n")
     (run / "config.yaml").write_text("model: owner/big\n")
     shutil.copytree(llama.path, run / "model")
     checkpoint = load.open_checkpoint(run / "model")

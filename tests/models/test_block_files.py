@@ -8,6 +8,7 @@ import errno
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -160,3 +161,21 @@ def test_a_quantized_source_is_unpacked(tmp_path: Path, llama: Checkpoint) -> No
     made = model_writer.by_block(packed, tmp_path / "s", DISK)
     assert all(mx.array_equal(load.dense(made, n), load.dense(packed, n)) for n in made.tensors)
     assert stock(made, TOKENS).shape == (1, 5, 512)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[1]", '{"kept": {"x": [1]}}'])
+def test_damaged_kept_units_are_refused(tmp_path: Path, text: str) -> None:
+    """keep.json that is no JSON, or says too little."""
+    (tmp_path / "keep.json").write_text(text)
+    with pytest.raises(MisError, match="keep.json does not say"):
+        model_writer.read_keep(tmp_path)
+
+
+def test_what_is_written_says_nothing_of_where_it_was(tmp_path: Path, llama: Checkpoint) -> None:
+    """Neither config.json nor tokenizer_config.json."""
+    folder = shutil.copytree(llama.path, tmp_path / "private")
+    for name in ("config.json", "tokenizer_config.json"):
+        settings = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**settings, "_name_or_path": "/home/me/secret"}))
+    model_writer.by_block(load.open_checkpoint(folder), tmp_path / "s", DISK)
+    assert not [path for path in (tmp_path / "s").glob("*.json") if "secret" in path.read_text()]

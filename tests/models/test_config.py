@@ -57,6 +57,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"model_file": "evil.py"}, "model_file wants to run"),
     ({"auto_map": {"AutoModel": "evil.Model"}, "model_type": "evil"}, "auto_map wants to run"),
     ({"rope_scaling": {"type": [1]}}, "rope_scaling is [1], supported:"),
+    ({**tiny.FAMILIES["gemma4_text"], "rope_scaling": 0}, "rope_scaling is 0"),
+    *(({"quantization": {"bits": b, "group_size": 64}}, f"bits is {b}") for b in (None, 0, -1)),
+    *(({"quantization": {"bits": 4, "group_size": g}}, f"size is {g}") for g in (0, 1.5, True)),
+    ({"quantization": {"bits": 4, "group_size": 64, "lm_head": {"bits": 0}}}, "lm_head: bits is 0"),
     (
         {"partial_rotary_factor": 0.5},
         "partial_rotary_factor is 0.5, but a llama rotates whole heads",

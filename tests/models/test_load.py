@@ -132,3 +132,19 @@ def test_a_tokenizer_is_opened_once_until_its_files_change(tmp_path: Path) -> No
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": 77}))
     assert load.tokenizer(folder) is not first
     assert load.tokenizer(folder).model_max_length == 77
+
+
+@pytest.mark.parametrize("kind", ["phi3", "gpt_oss"])
+def test_stacked_tensors_without_rows_are_refused(tmp_path: Path, kind: str) -> None:
+    """A scalar in place of joined matrices, or of experts."""
+    if kind == "phi3":
+        folder = tiny.joined(tmp_path / kind)
+    else:
+        folder = tiny.make(tmp_path / kind, **tiny.FAMILIES[kind])
+    stored = tiny.stored_weights(folder)
+    mx.eval(stored)
+    name = next(name for name in stored if "qkv_proj" in name or "experts." in name)
+    stored[name] = mx.array(1.0)
+    mx.save_safetensors(str(folder / "model.safetensors"), stored)
+    with pytest.raises(MisError, match="has 0 (rows|experts), but"):
+        load.open_checkpoint(folder)

@@ -178,7 +178,8 @@ def _joined_parts(
 
     expected: the shapes by own names, which tell how many rows each has.
     """
-    row_bytes = tensor.nbytes // tensor.shape[0]
+    stored_rows = tensor.shape[0] if tensor.shape else 0
+    row_bytes = tensor.nbytes // max(1, stored_rows)
     first = 0
     for own in names:
         # scales and biases of a packed matrix have its rows
@@ -192,9 +193,9 @@ def _joined_parts(
         )
         yield own, part
         first += rows
-    if first != tensor.shape[0]:
+    if first != stored_rows:
         raise MisError(
-            f"{tensor.file}: {name} has {tensor.shape[0]} rows, but config.json says {first}: "
+            f"{tensor.file}: {name} has {stored_rows} rows, but config.json says {first}: "
             f"download it again"
         )
 

@@ -26,6 +26,9 @@ ATTENTION = {"full_attention", "sliding_attention"}
 SHARE = "partial_rotary_factor"
 MOST_POSITIONS = 2**31 - 1
 
+BITS = (2, 3, 4, 5, 6, 8)  # of a packed weight, as mx.quantize has them
+GROUP_SIZES = (16, 32, 64, 128)  # weights that share a scale
+
 
 def whole_number(config: Config, key: str, most: int, default: Any = None) -> int:
     """The whole number from 1 to `most` under `key`; `default` where the key is absent or null."""
@@ -55,6 +58,30 @@ def rotary_settings(config: Config) -> Iterator[tuple[str, Any]]:
                 yield f"{key}.{kind}", rope[kind]
         elif rope is not None:
             yield key, rope
+
+
+def check_groups(config: Config) -> None:
+    """MisError where rotary settings, which a family may not read itself, are no JSON object."""
+    for key, rope in rotary_settings(config):
+        if not isinstance(rope, Mapping):
+            raise MisError(f"{key} is {rope!r}, not a JSON object: this config is not usable")
+
+
+def check_packing(config: Config) -> None:
+    """MisError where the whole model, or a matrix of it, is packed in a way that MLX has not."""
+    common = config.get("quantization")
+    if not isinstance(common, Mapping):
+        return
+    for name, stated in (("quantization", common), *common.items()):
+        if not isinstance(stated, Mapping) or not {"bits", "group_size"} & set(stated):
+            continue
+        for key, known in (("bits", BITS), ("group_size", GROUP_SIZES)):
+            value = stated.get(key)
+            if type(value) is not int or value not in known:
+                raise MisError(
+                    f"{name}: {key} is {value!r}, but MLX has {', '.join(map(str, known))}: "
+                    f"download the model again"
+                )
 
 
 def rotary_kind(rope: Any) -> Any:

@@ -143,9 +143,10 @@ class Mixture(Architecture):
     ) -> Iterator[tuple[str, TensorAt]]:
         """Every expert's part of a tensor (E, out, in), with its name here."""
         count = self.shape.experts
-        if tensor_at.shape[0] != count:
+        stored_count = tensor_at.shape[0] if tensor_at.shape else 0
+        if stored_count != count:
             raise MisError(
-                f"{tensor_at.file}: {name} has {tensor_at.shape[0]} experts, but config.json says "
+                f"{tensor_at.file}: {name} has {stored_count} experts, but config.json says "
                 f"{count}: download it again"
             )
         stem, kind, tensor = stacked.groups()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mis_mlx import cli
+from mis_mlx.models.architectures import config_checks
 from mis_mlx.models.architectures.config_checks import rotary_settings
 from mis_mlx.models.architectures.families import FAMILIES, OPENED_AS, family, known_family
 from mis_mlx.models.architectures.phi3 import has_own_positions
@@ -129,6 +130,8 @@ def check_config(config: Config, where: Path) -> None:
     with naming(where):
         _check_type(config, where.parent)
         family(config).check()
+        config_checks.check_groups(config)
+        config_checks.check_packing(config)
 
 
 @contextlib.contextmanager

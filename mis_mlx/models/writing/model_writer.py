@@ -6,7 +6,9 @@ That record is `keep.json`.
 import io
 import itertools
 import json
+import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from mis_mlx.storage.safetensors import (
 )
 from mis_mlx.types import Checkpoint, KeptUnits, MisError
 
+WHERE = ("_name_or_path", "name_or_path")  # keys of config.json, tokenizer_config.json
 KEEP = "keep.json"
 ROTATION = "rotation.npy"
 Take = Callable[[str], Tensor]  # a model's tensor by its name
@@ -70,28 +73,33 @@ def keep_files(keep: KeptUnits | None) -> dict[str, Any]:
 
 
 def read_keep(folder: Path) -> KeptUnits | None:
-    """The `KeptUnits` beside a pruned model, None without them.
+    """The `KeptUnits` beside a pruned model, None without them; MisError where they are damaged.
 
     The basis stays on disk until it is used.
     """
     path = folder / KEEP
     if not path.is_file():
         return None
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    kept = {}
-    for key, indices in saved["kept"].items():
-        layer, space = key.split("/")[:2]
-        kept[int(layer), space] = tuple(indices)
-    basis = None
-    if saved.get("rotated"):
-        basis = _basis(folder / ROTATION, len(kept[-1, "hidden"]))
-    return KeptUnits(
-        layers=tuple(saved["layers"]),
-        kept=kept,
-        why=saved["why"],
-        report=saved["report"],
-        basis=basis,
-    )
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        kept = {}
+        for key, indices in saved["kept"].items():
+            layer, space = key.split("/")[:2]
+            kept[int(layer), space] = tuple(map(operator.index, indices))
+        units = KeptUnits(
+            layers=tuple(map(operator.index, saved["layers"])),
+            kept=kept,
+            why=str(saved["why"]),
+            report=dict(saved["report"]),
+        )
+        channels = len(kept[-1, "hidden"]) if saved.get("rotated") else 0
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise MisError(
+            f"{path} does not say which units were kept: prune the teacher again"
+        ) from None
+    if not channels:
+        return units
+    return replace(units, basis=_basis(folder / ROTATION, channels))
 
 
 def _basis(path: Path, channels: int) -> np.ndarray:
@@ -107,6 +115,28 @@ def _basis(path: Path, channels: int) -> np.ndarray:
             f"{path} is not this model's rotation ({str(error)[:120]}): prune the teacher again"
         ) from None
     return basis
+
+
+def public(settings: Any) -> Any:
+    """The JSON value without what transformers notes of where a model was: a private path."""
+    if isinstance(settings, list):
+        return [public(value) for value in settings]
+    if not isinstance(settings, dict):
+        return settings
+    return {key: public(value) for key, value in settings.items() if key not in WHERE}
+
+
+def public_bytes(path: Path) -> bytes:
+    """A file of a model as others may see it: JSON settings through `public`, all else as it is."""
+    content = path.read_bytes()
+    if not path.name.endswith("config.json"):
+        return content
+    try:
+        settings = json.loads(content)
+    except (ValueError, RecursionError):  # whoever reads it says so
+        return content
+    told = public(settings)
+    return content if told == settings else json.dumps(told, indent=2).encode()
 
 
 def published(
@@ -149,7 +179,7 @@ def write_folder(
     nbytes = sum(map(spec_bytes, specs.values()))
     with protocol.commit_folder(out, files, nbytes) as folder:
         write_tensors(folder, specs, tensors, files, shards=shards)
-        files.write(folder / "config.json", json.dumps(dict(config), indent=2).encode())
+        files.write(folder / "config.json", json.dumps(public(dict(config)), indent=2).encode())
         for name, value in (extra or {}).items():
             content = value if isinstance(value, bytes) else json.dumps(value).encode()
             files.make_folder((folder / name).parent)
@@ -157,7 +187,7 @@ def write_folder(
         for path in list(tokenizer_check.present(source)):  # judges all before one is copied
             copy = folder / path.relative_to(source)
             files.make_folder(copy.parent)
-            files.write(copy, path.read_bytes())
+            files.write(copy, public_bytes(path))
 
 
 def dense(checkpoint: Checkpoint, name: str) -> Tensor:
