@@ -78,7 +78,7 @@ def test_a_draw_by_pencil() -> None:
 @pytest.mark.parametrize(("kinds", "most"), [(1, 0.0), (2, 0.5), (3, 1.0), (4, 1.5), (6, 2.0)])
 def test_any_shares_are_in_every_beginning(kinds: int, most: float) -> None:
     """Forty random sets of shares: give or take one window of up to three kinds, and little more of
-    more kinds. One behind the other, batches are the draw.
+    more kinds. A longer draw begins with a shorter one, and consists of batches.
     """
     rng = np.random.default_rng(kinds)
     for seed in range(40):
@@ -91,26 +91,8 @@ def test_any_shares_are_in_every_beginning(kinds: int, most: float) -> None:
         assert late(windows, drawn) == 0, windows.shares
         batches = [draws.drawn_batch(windows, 8, step, seed) for step in range(3)]
         whole = draws.drawn_sequence(windows, 24, (seed,))
+        assert drawn[:24].tolist() == whole[:count].tolist()
         assert kinds == 1 or np.concatenate(batches).tolist() == whole.tolist()
-
-
-def test_a_longer_draw_begins_with_a_shorter_one() -> None:
-    """Of any shares and any key; another key gives other windows of the same kinds."""
-    rng = np.random.default_rng(5)
-    for seed in range(30):
-        windows = random_kinds(rng, 4, most=30)
-        count = int(rng.integers(0, 200))
-
-        whole = draws.drawn_sequence(windows, 200, (seed, 7))
-        part = draws.drawn_sequence(windows, count, (seed, 7))
-        other = draws.drawn_sequence(windows, 200, (seed, 8))
-
-        assert part.tolist() == whole[:count].tolist()
-        assert windows.kind[other].tolist() == windows.kind[whole].tolist()
-    many = of_kinds([50, 50], [1, 1])
-    one = draws.drawn_sequence(many, 60, (0, 1))
-    other = draws.drawn_sequence(many, 60, (0, 2))
-    assert one.tolist() != other.tolist()
 
 
 def test_a_kind_that_is_used_up_begins_anew() -> None:
@@ -125,6 +107,9 @@ def test_a_kind_that_is_used_up_begins_anew() -> None:
     assert np.sort(small).tolist() == [[0, 1, 2]] * 10
     assert len(set(map(tuple, small.tolist()))) > 1
     assert len(set(large.tolist())) == 30
+    other = draws.drawn_sequence(windows, 60, (1,))
+    assert other.tolist() != drawn.tolist()
+    assert windows.kind[other].tolist() == kinds.tolist()
 
 
 def test_what_has_no_share_or_no_windows_is_not_drawn() -> None:

@@ -36,19 +36,7 @@ LOOPS = [
     "A list of shops that I know in this town, and that you may like as well, is below.\n"
     + "\n".join(f"{number}. Go to the store and buy milk." for number in range(1, 6)),
 ]
-FRUITS = [
-    "apples",
-    "pears",
-    "plums",
-    "figs",
-    "dates",
-    "limes",
-    "kiwis",
-    "melons",
-    "grapes",
-    "cherries",
-    "peaches",
-]
+FRUITS = ["apples", "pears", "plums", "figs", "dates", "limes", "kiwis", "melons", "grapes"]
 ORDINARY = [
     "",
     "yes " * 10,

@@ -69,56 +69,36 @@ def question(*calls: dict[str, Any]) -> questions.Question:
     return questions.Question("Do it.", "", tools=TOOLS, calls=calls)
 
 
-WEATHER = {"name": "get_weather", "arguments": {"city": "Lyon"}}
+def call(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"name": name, "arguments": arguments}
+
+
+WEATHER = call("get_weather", city="Lyon")
+PACKED = call("add_to_list", list="packing", items=["a", "b"])
+ABBA = call("play_music", artist="Abba", shuffle=True)
+RIGHT = (True, True, True)
+NO_ARGUMENTS = (True, True, False)
 
 
 @pytest.mark.parametrize(
     ("wanted", "made", "verdict"),
     [
-        ([], [], (True, True, True)),
+        ([], [], RIGHT),
         ([], [CALL], (True, False, False)),
         ([CALL], [], (True, False, False)),
         ([CALL], None, (False, False, False)),
-        ([CALL], [{"name": "set_timer", "arguments": {"minutes": 12.0}}], (True, True, True)),
-        ([CALL], [{"name": "set_timer", "arguments": {"minutes": "12"}}], (True, True, False)),
-        ([CALL], [{"name": "set_timer", "arguments": {}}], (True, True, False)),
-        (
-            [CALL],
-            [{"name": "set_timer", "arguments": {"minutes": 12, "label": "tea"}}],
-            (True, True, True),
-        ),
-        (
-            [CALL],
-            [{"name": "set_timer", "arguments": {"minutes": 12, "hours": 0}}],
-            (True, True, False),
-        ),
-        ([CALL, WEATHER], [WEATHER, CALL], (True, True, True)),
+        ([CALL], [call("set_timer", minutes=12.0)], RIGHT),
+        ([CALL], [call("set_timer", minutes="12")], NO_ARGUMENTS),
+        ([CALL], [call("set_timer")], NO_ARGUMENTS),
+        ([CALL], [call("set_timer", minutes=12, label="tea")], RIGHT),
+        ([CALL], [call("set_timer", minutes=12, hours=0)], NO_ARGUMENTS),
+        ([CALL, WEATHER], [WEATHER, CALL], RIGHT),
         ([CALL, WEATHER], [CALL], (True, False, False)),
-        (
-            [CALL, CALL],
-            [CALL, {"name": "set_timer", "arguments": {"minutes": 13}}],
-            (True, True, False),
-        ),
-        (
-            [WEATHER],
-            [{"name": "get_weather", "arguments": {"city": " lyon ", "day": "today"}}],
-            (True, True, True),
-        ),
-        (
-            [WEATHER],
-            [{"name": "get_weather", "arguments": {"city": "Lyon", "day": "weekend"}}],
-            (True, True, False),
-        ),
-        (
-            [{"name": "add_to_list", "arguments": {"list": "packing", "items": ["a", "b"]}}],
-            [{"name": "add_to_list", "arguments": {"list": "packing", "items": ["B", "a"]}}],
-            (True, True, True),
-        ),
-        (
-            [{"name": "play_music", "arguments": {"artist": "Abba", "shuffle": True}}],
-            [{"name": "play_music", "arguments": {"artist": "Abba", "shuffle": 1}}],
-            (True, True, False),
-        ),
+        ([CALL, CALL], [CALL, call("set_timer", minutes=13)], NO_ARGUMENTS),
+        ([WEATHER], [call("get_weather", city=" lyon ", day="today")], RIGHT),
+        ([WEATHER], [call("get_weather", city="Lyon", day="weekend")], NO_ARGUMENTS),
+        ([PACKED], [call("add_to_list", list="packing", items=["B", "a"])], RIGHT),
+        ([ABBA], [call("play_music", artist="Abba", shuffle=1)], NO_ARGUMENTS),
     ],
 )
 def test_what_counts_as_the_right_call(
