@@ -185,10 +185,11 @@ def test_what_a_run_writes_down_for_it(finished: tuple[Path, Done], llama: Check
     story = run_reader.read(finished[0])
     phases = [p["phase"] for p in story.phases]
     planned = [p["phase"] for p in story.begun["planned"]]
-    assert planned == [name for name in phases if name in planned]
-    assert {"prune", "repair", "distil", "quantize", "measure"} <= set(planned)
+    assert set(planned) == set(phases)
+    assert (planned[0], planned[-1]) == ("prune", "measure")
     assert (phases[0], phases[-1]) == ("prune", "measure")
-    assert all(p["seconds"] > 0 and p["peak_bytes"] > 0 for p in story.phases)
+    # a store of logits that is read again takes nothing
+    assert all(p["seconds"] > 0 and p["peak_bytes"] >= 0 for p in story.phases)
     profile = story.keep["report"]["profile"]
     layers = llama.config["num_hidden_layers"]
     parts = product(range(layers), ("ffn", "heads"))
