@@ -178,18 +178,3 @@ def test_without_conversations_or_questions(
     assert ("% conversations" in capfd.readouterr().err) == trains
     assert (tmp_path / "run" / "answers.jsonl").exists() == asks
     assert ("answers_prompts" in result) == asks
-
-
-@pytest.mark.thorough
-def test_a_student_made_earlier(
-    tmp_path: Path,
-    finished: tuple[Path, Done],
-    flags: tuple[object, ...],
-    command: Callable[..., Done],
-) -> None:
-    """`--student RUN/pruned` starts from that folder: the same repair, training and weights."""
-    out, _ = finished
-    done = command("distill", *flags, "--student", out / "pruned", "--out", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
-    assert not (tmp_path / "run" / "pruned").exists()
-    assert weights(tmp_path / "run") == weights(out)

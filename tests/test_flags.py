@@ -27,6 +27,7 @@ from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Checkpoint, MisError, Within
 from tests.conftest import mostly_slow
+from tests.test_commands_contract import MORE, ROWS, at, names_of
 
 WORDS = ("nan", "inf", "-inf", "-1", "0", "1e30", str(10**12), "")
 THERMAL = (thermal.Record, thermal.Doctor)
@@ -246,16 +247,10 @@ def test_a_parent_that_is_missing_is_made(
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """{command: a folder of rows for it}."""
     found = {}
-    for name, row in (
-        ("sft", {"prompt": "2 and 3 are", "completion": "5"}),
-        ("dpo", {"prompt": "2 and 3 are", "chosen": "5", "rejected": "6"}),
-        ("grpo", {"prompt": "2 and 3 are", "answer": "5"}),
-    ):
+    for name, row in ROWS.items():
         folder = tmp_path_factory.mktemp(name)
         for split in ("train", "valid"):
-            lines = [
-                json.dumps({**row, "prompt": f"{n} {split}: {row['prompt']}"}) for n in range(5)
-            ]
+            lines = [json.dumps({**row, "prompt": f"{split} {n}"}) for n in range(5)]
             (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
         found[name] = str(folder)
     return found
@@ -306,17 +301,13 @@ def test_the_ends_of_every_range_can_be_planned(
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     module: Any = importlib.import_module(f"mis_mlx.{name}")
-    at = "teacher" if name in ("distill", "search", "evaluate", "plan") else "model"
-    more: dict[str, Any] = (
-        {"data": rows.get(name, str(text_folder))}
-        if name not in ("export", "plan", "generate")
-        else {}
-    )
-    more |= {} if name == "plan" else {"dry_run": True}
-    more |= {"evaluate": {"tasks": ("builtin",)}}.get(name, {})
-    if name == "grpo":
-        more |= {"max_completion_length": 32, "max_seq_length": 128}
-    base = module.Settings(**{at: str(llama.path), **more})
+    known = names_of(name)
+    given: dict[str, Any] = {at(name): str(llama.path), **MORE.get(name, {})}
+    if "data" in known:
+        given["data"] = rows.get(name, str(text_folder))
+    if "dry_run" in known:
+        given["dry_run"] = True
+    base = module.Settings(**given)
     # so that what follows is not refused for something else
     assert module.run(base)["peak_bytes"] > 0
     failed = []

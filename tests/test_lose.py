@@ -94,26 +94,13 @@ def test_more_steps_leave_less() -> None:
     assert many["bits"] == few["bits"]
 
 
-@pytest.fixture(scope="module")
-def chat(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """A tiny teacher with a chat template."""
-    return load.open_checkpoint(tiny.talking(tmp_path_factory.mktemp("chat") / "teacher"))
-
-
-def talk(number: int) -> dict[str, Any]:
-    """A short conversation."""
-    answer = f"It is number {number} of all that are here."
-    return {
-        "messages": [
-            {"role": "user", "content": "Which?"},
-            {"role": "assistant", "content": answer},
-        ]
-    }
-
-
-def test_the_loss_on_answers(chat: Checkpoint) -> None:
+def test_the_loss_on_answers(tmp_path: Path) -> None:
     """The teacher loses nothing; few conversations, or text alone, are no measure."""
-    talks = [talk(number) for number in range(10)]
+    chat = load.open_checkpoint(tiny.talking(tmp_path / "teacher"))
+    talks = []
+    for number in range(10):
+        answer = {"role": "assistant", "content": f"It is number {number} of all that are here."}
+        talks.append({"messages": [{"role": "user", "content": "Which?"}, answer]})
     pairs = answer_loss.last_answers(talks, 40)
     nothing: Any = None
     data: Any = SimpleNamespace(talks=talks)
@@ -152,20 +139,28 @@ def test_a_smaller_loss_needs_more_bytes(
         searched(llama, text_folder, tmp_path / "none", lose=0.0)
 
 
-def test_what_is_kept_is_of_this_teacher_and_text(
-    llama: Checkpoint, chat: Checkpoint, tmp_path: Path
-) -> None:
-    """Another teacher, another text, more words: another identity. What the package ships has the
-    default one's.
+def test_what_is_kept_is_of_this_teacher_and_text(llama: Checkpoint, tmp_path: Path) -> None:
+    """Another teacher, another end of its answers, another text, more words, a teacher that
+    streams: another identity. What the package ships has the default one's.
     """
     asked = search.Settings(lose=0.1)
+    folder = tiny.talking(tmp_path / "chat")
+    chat = load.open_checkpoint(folder)
     about = known_losses.identity(llama, "a", asked)
-    assert about != known_losses.identity(chat, "a", asked)
-    assert about != known_losses.identity(llama, "b", asked)
-    assert about != known_losses.identity(llama, "a", replace(asked, languages=("de",)))
-    assert about == known_losses.identity(
-        llama, "a", replace(asked, lose=0.2, seed=3, max_seq_length=128)
-    )
+    streamed = known_losses.identity(chat, "a", asked, streams=True)
+    others = [
+        about,
+        streamed,
+        known_losses.identity(chat, "a", asked),
+        known_losses.identity(llama, "b", asked),
+        known_losses.identity(llama, "a", replace(asked, languages=("de",))),
+    ]
+    (folder / "generation_config.json").write_text('{"eos_token_id": 1}')
+    others.append(known_losses.identity(chat, "a", asked))
+    assert len(set(map(json.dumps, others))) == len(others)
+    assert streamed["coarse"] and not streamed["own_answers"]
+    same = replace(asked, lose=0.2, seed=3, max_seq_length=128)
+    assert about == known_losses.identity(llama, "a", same)
     shipped = json.loads((known_losses.SHIPPED / known_losses.ABOUT).read_text())
     assert shipped.keys() == about.keys()
     assert shipped["text"] == "built-in"

@@ -16,7 +16,6 @@ from mis_mlx import distill, search
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.families import family
 from mis_mlx.models.architectures.sizes import shape_of
-from mis_mlx.models.opening import load
 from mis_mlx.quantization import packed_format
 from mis_mlx.size_search import candidates, known_losses, shape_search
 from mis_mlx.size_search.shape_search import Choice, Losses
@@ -105,20 +104,6 @@ def test_no_bits_are_not_a_loss_of_nothing(llama: Checkpoint, tmp_path: Path) ->
     assert c.allocated(Choice(shape_of(llama.config), 5.0))
     with pytest.raises(MisError, match=r"4 bits .* 4\.50"):
         c.allocated(Choice(shape_of(llama.config), 4.0))
-
-
-def test_kept_losses_are_of_the_model_as_it_speaks(tmp_path: Path) -> None:
-    """Another end of answers, a teacher that streams: another identity."""
-    folder = tiny.talking(tmp_path / "m")
-    teacher = load.open_checkpoint(folder)
-    asked = search.Settings()
-    before = known_losses.identity(teacher, "t", asked)
-    streamed = known_losses.identity(teacher, "t", asked, streams=True)
-    assert streamed["coarse"] and not streamed["own_answers"]
-    (folder / "generation_config.json").write_text('{"eos_token_id": 1}')
-    ends = known_losses.identity(teacher, "t", asked)
-    found = [json.dumps(about) for about in (before, streamed, ends)]
-    assert len(set(found)) == 3
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a file in place of a folder is another error there")

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mis_mlx import distill, search
+from mis_mlx import distill
 from mis_mlx.distillation import compression, plan_report, run_plan
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.shape import Shape
@@ -27,6 +27,7 @@ from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits
 from tests import tiny
 from tests.conftest import mostly_thorough
+from tests.test_lose import searched
 
 CUT = select.PruningConfig(scenario="none", importance="rms")
 
@@ -112,13 +113,6 @@ def test_cut_in_memory_is_cut_in_a_folder(
     assert students[1].nbytes == model.nbytes
 
 
-def searched(teacher: Checkpoint, text: Path, out: Path, **given: Any) -> dict[str, Any]:
-    """The result of a small search by loss."""
-    asked = {"teacher": str(teacher.path), "data": str(text), "out": str(out), "lose": 0.01}
-    asked |= {"max_seq_length": 32, "num_samples": 4, **given}
-    return search.run(search.Settings(**asked))
-
-
 @pytest.mark.thorough
 def test_bits_of_a_delta_rule(
     models: Callable[[str], Checkpoint],
@@ -134,7 +128,7 @@ def test_bits_of_a_delta_rule(
     assert " 96 " in size_request.unsearchable(narrow.config)
     wide = {**tiny.MODELS["qwen3_5_text"], "linear_num_value_heads": 8}
     hybrid = load.open_checkpoint(tiny.make(tmp_path / "teacher", **wide))
-    found = searched(hybrid, text_folder, tmp_path / "run")
+    found = searched(hybrid, text_folder, tmp_path / "run", lose=0.01)
     assert found["best"].keys() <= {"scenario", "target_bpw", "vocab", "q_group_size"}
     least, _ = format_costs.limits(hybrid.config, QuantizationConfig(q_groups="one"))
     assert found["best"]["target_bpw"] >= least - 0.01
@@ -146,13 +140,12 @@ def test_several_students_in_one_pass_and_one_by_one(
 ) -> None:
     """The same lines in the logs, however many the budget holds."""
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
-    searched(llama, text_folder, tmp_path / "many", lose=None, bytes="190KB")
+    searched(llama, text_folder, tmp_path / "many", bytes="190KB")
     monkeypatch.setattr(candidates.Candidates, "students_at_once", 1)
-    searched(llama, text_folder, tmp_path / "few", lose=None, bytes="190KB")
+    searched(llama, text_folder, tmp_path / "few", bytes="190KB")
     for log in (PROBES, candidates.CANDIDATES):
-        assert (tmp_path / "many/search" / log).read_text() == (
-            tmp_path / "few/search" / log
-        ).read_text()
+        many, few = ((tmp_path / name / "search" / log).read_text() for name in ("many", "few"))
+        assert many == few
 
 
 def whole_student(teacher: Path, text: Path, out: Path) -> distill.Settings:
