@@ -84,38 +84,37 @@ def machine(tmp_path: Path) -> Machine:
     return made
 
 
-@pytest.mark.parametrize("file", ["scripts/mis", ".ci/run"])
-def test_shell_syntax_and_permission(file: str) -> None:
-    """The shells can read the scripts, and they can be run."""
-    shell = "sh" if file == "scripts/mis" else "bash"
-    assert subprocess.run([shell, "-n", file], cwd=ROOT).returncode == 0
-    assert os.access(ROOT / file, os.X_OK)
+def test_the_shell_reads_what_ci_runs() -> None:
+    """And it may be run."""
+    assert subprocess.run(["bash", "-n", ".ci/run"], cwd=ROOT).returncode == 0
+    assert os.access(ROOT / ".ci/run", os.X_OK)
 
 
 @pytest.mark.parametrize(
-    ("system", "processor", "sentence"),
+    ("system", "words", "code"),
     [
-        ("Darwin", "x86_64", "this is an Intel Mac, and MLX needs Apple silicon"),
-        ("Darwin under Rosetta", "x86_64", "open a native one"),
-        ("MINGW64_NT-10.0", "x86_64", "Windows is not supported: run it inside WSL 2"),
-        ("Linux", "aarch64", "Linux on aarch64 is not supported"),
-        ("FreeBSD", "amd64", "FreeBSD on amd64 is not supported"),
+        ("Darwin x86_64", ["distill"], 1),  # Rosetta on Apple silicon too
+        ("MINGW64_NT-10.0 x86_64", ["distill"], 1),
+        ("Linux aarch64", ["distill"], 1),
+        ("FreeBSD amd64", ["distill"], 1),
+        ("Linux x86_64", ["destill"], 2),
+        ("Linux x86_64", ["../scripts"], 2),  # names that lead out of the commands
+        ("Linux x86_64", ["__main__"], 2),
+        ("Linux x86_64", [], 0),
+        ("Linux x86_64", ["--help"], 0),
+        ("Linux x86_64", ["--version"], 0),
     ],
 )
-def test_other_systems_are_refused(
-    machine: Machine, system: str, processor: str, sentence: str
-) -> None:
-    """One sentence, before anything is made. Apple silicon in an Intel terminal needs another
-    terminal.
-    """
-    machine.tool(
-        "uname", f'case "$1" in -s) echo {system.split()[0]} ;; -m) echo {processor} ;; esac'
-    )
-    machine.tool("sysctl", f"echo {int('Rosetta' in system)}")
-    run = machine.mis("distill")
-    assert run.returncode == 1
-    assert sentence in run.stderr
-    assert run.stderr.count("\n") == 1
+def test_what_installs_nothing(machine: Machine, system: str, words: list[str], code: int) -> None:
+    """Other systems and unknown commands are one line; help and version are answered at once."""
+    name, processor = system.split()
+    machine.tool("uname", f'case "$1" in -s) echo {name} ;; -m) echo {processor} ;; esac')
+    machine.tool("sysctl", "echo 0")
+    shutil.copy(ROOT / "mis_mlx" / "__init__.py", machine.checkout / "mis_mlx")
+    run = machine.mis(*words)
+    assert run.returncode == code
+    assert run.stderr.count("\n") == (code > 0)
+    assert (__version__ in run.stdout) == (words == ["--version"])
     assert not machine.venv.exists()
 
 
@@ -129,8 +128,6 @@ def test_installs_once_and_runs_where_it_was_called(machine: Machine) -> None:
     assert f"ran in {machine.cwd} with" in first.stdout
     assert machine.installs() == 1
     assert "-P -m mis_mlx distill --iters 4 5" in machine.log.read_text()
-    assert "installing" in first.stderr
-    assert "installing" not in second.stderr
 
 
 def test_a_killed_installation_is_done_again(machine: Machine) -> None:
@@ -152,7 +149,7 @@ def test_two_at_once_do_not_build_the_same_venv(machine: Machine) -> None:
     (machine.venv / "mis-state").write_text(f"building {os.getpid()}\n")
     run = machine.mis("distill")
     assert run.returncode == 1
-    assert f"process {os.getpid()} is installing" in run.stderr
+    assert str(os.getpid()) in run.stderr
     assert machine.installs() == 1
 
 
@@ -170,20 +167,6 @@ def test_new_dependencies_and_the_test_extra_are_installed(machine: Machine) -> 
     assert "-m pytest -x" in machine.log.read_text()
 
 
-def test_all_tests_or_a_few(machine: Machine) -> None:
-    """Several processes run them, the named ones a single one; `--all`: the slow ones too."""
-    for flags, expected in (
-        ([], f"-n {WORKERS} --dist loadfile"),
-        (["--all"], f"-m  -n {WORKERS} --dist loadfile"),
-        (["--all", "tests/test_x.py", "-k", "y"], "-m  tests/test_x.py -k y"),
-        (["-n", "0"], "-n 0"),
-    ):
-        machine.mis("test", *flags)
-        assert (
-            machine.log.read_text().splitlines()[-1].endswith(f"/bin/python -m pytest {expected}")
-        )
-
-
 def test_a_failed_update_leaves_the_old_installation(machine: Machine) -> None:
     """pip's own words and one sentence; with the old pyproject.toml back, everything still runs."""
     machine.mis("distill")
@@ -193,7 +176,6 @@ def test_a_failed_update_leaves_the_old_installation(machine: Machine) -> None:
     run = machine.mis("distill", PIP_FAILS="1")
     assert run.returncode == 1
     assert "no network" in run.stderr
-    assert "the installation failed" in run.stderr
     project.write_text(old)
     assert machine.mis("distill").returncode == 0
     assert machine.installs() == 2
@@ -204,20 +186,13 @@ def test_someone_elses_venv_is_not_deleted(machine: Machine) -> None:
     (machine.venv / "precious").mkdir(parents=True)
     run = machine.mis("distill")
     assert run.returncode == 1
-    assert "move it away" in run.stderr
     assert (machine.venv / "precious").exists()
 
 
-def test_no_python(machine: Machine) -> None:
-    """No Python that will do and no uv: a sentence with the way out, and no .venv left."""
-    run = machine.mis("distill", TOO_OLD="1")
-    assert run.returncode == 1
-    assert "no Python 3.11 or newer" in run.stderr
-    assert not machine.venv.exists()
-
-
 def test_uv_serves_where_python_is_too_old(machine: Machine) -> None:
-    """uv makes the environment, with pip in it."""
+    """uv makes the environment, with pip in it; without uv none is left."""
+    assert machine.mis("distill", TOO_OLD="1").returncode == 1
+    assert not machine.venv.exists()
     python = machine.bin / "python3"
     body = (
         f'echo "uv $*" >>"$LOG"\nfor last; do :; done\nmkdir -p "$last/bin" && cp "{python}" '
@@ -238,34 +213,6 @@ def test_on_a_mac_long_computations_are_not_ended(machine: Machine) -> None:
     assert "relaxed: 0\n" in machine.mis("distill", AGX_RELAX_CDM_CTXSTORE_TIMEOUT="0").stdout
 
 
-def test_version_without_installing(machine: Machine) -> None:
-    """As `mis_mlx --version` says it."""
-    shutil.copy(ROOT / "mis_mlx" / "__init__.py", machine.checkout / "mis_mlx")
-    assert machine.mis("--version").stdout == f"mis_mlx {__version__}\n"
-    assert not machine.venv.exists()
-
-
-def test_unknown_commands_install_nothing(machine: Machine) -> None:
-    """A typing error is told at once, with exit code 2; so are names that lead out of the
-    package.
-    """
-    for name in ("destill", "../scripts", "types", "__main__"):
-        run = machine.mis(name)
-        assert run.returncode == 2
-        assert f"there is no command {name}" in run.stderr
-    assert not machine.venv.exists()
-
-
-def test_a_misspelled_command_gets_the_nearest_one(machine: Machine) -> None:
-    """The phase is called `distil`, the command `distill`; a stranger gets no guess."""
-    (machine.bin / "python3").unlink()
-    (machine.bin / "python3").symlink_to(sys.executable)
-    for name, hint in (("distil", "did you mean distill? "), ("xyzzy", "")):
-        said = f"mis: there is no command {name}: {hint}scripts/mis --help lists all commands\n"
-        assert machine.mis(name).stderr == said
-    assert not machine.venv.exists()
-
-
 def test_nothing_is_imported_from_where_it_was_called(machine: Machine) -> None:
     """A Python file there is not run, whether a Python is looked for, an environment is made, pip
     installs, or a name is guessed: each starts in the checkout or is isolated from both.
@@ -284,16 +231,6 @@ def test_nothing_is_imported_from_where_it_was_called(machine: Machine) -> None:
     assert not (machine.cwd / "marks").exists()
 
 
-def test_help_lists_commands_without_installing(machine: Machine) -> None:
-    """Nothing is downloaded for a look at what there is."""
-    for args in ((), ("--help",)):
-        run = machine.mis(*args)
-        assert run.returncode == 0
-        assert "  lint " in run.stdout
-    assert not machine.venv.exists()
-    assert machine.installs() == 0
-
-
 def test_tests_and_programs_run_with_fast_products(machine: Machine) -> None:
     """They start under hardware/blas.py, with their arguments; what is preloaded reaches a command
     as it was.
@@ -301,11 +238,13 @@ def test_tests_and_programs_run_with_fast_products(machine: Machine) -> None:
     (machine.checkout / "program.py").touch()
     machine.mis("program.py", "--rounds", "2")
     machine.mis("test", "-x")
+    machine.mis("test", "--all", "tests/test_x.py", "-k", "y")  # named ones: one process
     log = machine.log.read_text()
     blas = machine.checkout / "mis_mlx" / "hardware" / "blas.py"
     python = f"python -I {blas} {machine.venv}/bin/python"
     assert f"{python} {machine.checkout}/program.py --rounds 2\n" in log
     assert f"{python} -m pytest -x -n {WORKERS} --dist loadfile\n" in log
+    assert f"{python} -m pytest -m  tests/test_x.py -k y\n" in log
     assert (ROOT / blas.relative_to(machine.checkout)).is_file()
     given = machine.mis("distill", LD_PRELOAD="/nowhere/libopenblas.so.0").stdout
     assert "with LD_PRELOAD=/nowhere/libopenblas.so.0\n" in given
@@ -335,9 +274,7 @@ def test_ctrl_c_in_the_installation(machine: Machine, tmp_path: Path, update: bo
         os.killpg(process.pid, signal.SIGINT)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said.splitlines()[1:] == [
-        "mis: stopped by hand in the installation: start the same command again, it begins anew"
-    ]
+    assert len(said.splitlines()) == 2
     (machine.venv / "half").touch()
     assert machine.mis("distill").returncode == 0
     assert not (machine.venv / "half").exists()

@@ -30,20 +30,12 @@ GOOD: dict[str, Row] = {
     "pair": {"prompt": "Ile?", "chosen": "Dwa.", "rejected": "Trzy."},
     "answer": {"prompt": "Ile?", "answer": "2"},
 }
-BAD: list[tuple[str, object, str]] = [
-    ("completion", {"prompt": "Ile?", "completion": 2}, "'completion' is a number, not text"),
-    (
-        "messages",
-        {"messages": [{"role": "user", "content": "Ile?"}]},
-        "no message is the assistant's",
-    ),
-    ("pair", {"prompt": "Ile?", "chosen": "Dwa."}, "its keys: 'prompt', 'chosen'"),
-    (
-        "pair",
-        {"prompt": "Ile?", "chosen": "Dwa.", "rejected": "Dwa."},
-        "chosen and rejected are the same",
-    ),
-    ("answer", {"prompt": "Ile?", "answer": None}, "'answer' is null, not text"),
+BAD: list[tuple[str, object]] = [
+    ("completion", {"prompt": "Ile?", "completion": 2}),
+    ("messages", {"messages": [{"role": "user", "content": "Ile?"}]}),  # nobody answers
+    ("pair", {"prompt": "Ile?", "chosen": "Dwa."}),
+    ("pair", {"prompt": "Ile?", "chosen": "Dwa.", "rejected": "Dwa."}),
+    ("answer", {"prompt": "Ile?", "answer": None}),
 ]
 
 
@@ -72,14 +64,12 @@ def test_good_rows_are_taken(shape: str, tmp_path: Path) -> None:
     assert found.valid == [(GOOD[shape], "valid.jsonl line 1")]
 
 
-@pytest.mark.parametrize(("shape", "row", "why"), BAD)
-def test_bad_rows_are_named(shape: str, row: object, why: str, tmp_path: Path) -> None:
-    """The line and what is wrong there."""
+@pytest.mark.parametrize(("shape", "row"), BAD)
+def test_bad_rows_are_named(shape: str, row: object, tmp_path: Path) -> None:
+    """How many, and the line."""
     folder = write(tmp_path, train=[GOOD[shape], row], valid=[GOOD[shape]])
-    with pytest.raises(MisError) as refused:
+    with pytest.raises(MisError, match=r"^1 rows .* train\.jsonl line 2: "):
         examples.load(str(folder), [shape])
-    assert "1 rows cannot be used: train.jsonl line 2: " in str(refused.value)
-    assert why in str(refused.value)
 
 
 def test_all_problems_come_in_one_sentence(tmp_path: Path) -> None:
@@ -88,24 +78,16 @@ def test_all_problems_come_in_one_sentence(tmp_path: Path) -> None:
     folder = write(
         tmp_path, train=[GOOD["completion"], *bad, *[{"x": i} for i in range(9)]], valid=["[]"]
     )
-    with pytest.raises(MisError) as refused:
+    with pytest.raises(MisError, match=r"^13 rows .* 3 more") as refused:
         examples.load(str(folder), SHAPES)
-    said = str(refused.value)
-    assert said.startswith("13 rows cannot be used: train.jsonl line 2: not valid JSON")
-    assert "line 3: has neither 'messages' nor 'prompt' and 'completion'" in said
-    assert "half a surrogate" in said
-    assert said.count("line ") == 10
-    assert "; and 3 more: fix or remove them" in said
+    assert str(refused.value).count("line ") == 10
 
 
-def test_other_refusals_are_sentences(tmp_path: Path) -> None:
-    """No folder, no rows, nothing that could be held out."""
-    with pytest.raises(MisError, match="has no train.jsonl"):
-        examples.load(str(tmp_path / "none"), SHAPES)
-    with pytest.raises(MisError, match="train.jsonl: it has no rows"):
-        examples.load(str(write(tmp_path, train=[])), SHAPES)
-    with pytest.raises(MisError, match="3 rows with 1 prompts, so nothing can be held out"):
-        examples.load(str(write(tmp_path, train=[GOOD["completion"]] * 3)), SHAPES)
+@pytest.mark.parametrize("files", [{}, {"train": []}, {"train": [GOOD["completion"]] * 3}])
+def test_what_cannot_be_trained_on(files: dict[str, list[object]], tmp_path: Path) -> None:
+    """No file, no rows, nothing that could be held out."""
+    with pytest.raises(MisError):
+        examples.load(str(write(tmp_path, **files)), SHAPES)
 
 
 def test_equal_prompts_stay_on_one_side(tmp_path: Path) -> None:
@@ -149,10 +131,7 @@ def test_the_built_in_rows_are_of_every_shape_but_messages() -> None:
     some = examples.load(None, ["answer"], kinds=["bus", "logic"])
     assert {row["task"] for row, _ in (*some.train, *some.valid)} == {"bus", "logic"}
     assert len(some.train) == 160
-    with pytest.raises(
-        MisError,
-        match="no tasks called chess: known tasks: bus, logic, recipe, sums, two-digit-sums",
-    ):
+    with pytest.raises(MisError, match="chess"):
         examples.load(None, ["answer"], kinds=["chess"])
 
 
@@ -164,14 +143,6 @@ def test_a_number_as_an_answer_becomes_text(tmp_path: Path) -> None:
     found = examples.load(str(folder), ["answer"])
     assert found.train[0][0]["answer"] == "2"
     assert found.valid[0][0]["answer"] == "2.5"
-
-
-def test_checksums_of_pesel_and_nip() -> None:
-    """Right ones; a wrong last digit, a month 13 with a right one, zeros only."""
-    assert [examples.is_pesel(n) for n in ("44051401359", "02070803628")] == [True] * 2
-    assert not any(examples.is_pesel(n) for n in ("44051401358", "44131401350", "00000000000"))
-    assert [examples.is_nip(n) for n in ("1234563218", "123-456-32-18")] == [True] * 2
-    assert not any(examples.is_nip(n) for n in ("1234563219", "0000000000"))
 
 
 PERSONAL = [
@@ -197,6 +168,8 @@ PERSONAL = [
     ),
     ("+48.601.202.303, 601.202.303", "[telephone], [telephone]", {"telephone": 2}),
     ("44051401359- 123\u2011456\u201132\u201118-", "[PESEL]- [NIP]-", {"PESEL": 1, "NIP": 1}),
+    ("44131401350, 1234563219", None, {}),  # a thirteenth month, a sum that fails
+    ("00000000000", "[telephone]", {"telephone": 1}),
     ("1.2345678, +3.14159265, 2-44051401359, 10.0.0.127", None, {}),
     ("12 345 owiec, 100 200 zł, 7:05, 2026-11-25, 601 + 202 = 803", None, {}),
 ]
@@ -213,8 +186,13 @@ def test_personal_data_is_replaced_and_counted(
 
 
 def test_scrubbing_reaches_every_text_of_a_row(tmp_path: Path) -> None:
-    """Prompts, answers and the turns of a conversation; only when asked for."""
-    row = {"messages": [{"role": role, "content": "a@b.pl"} for role in ("user", "assistant")]}
+    """Prompts, answers, turns, and in calls what a setting is named and a number that is one; only
+    when asked for.
+    """
+    arguments = {"a@b.pl": 44051401359, "count": 7, "whole": True}
+    call = {"function": {"name": "find", "arguments": arguments}}
+    turns = [{"role": role, "content": "a@b.pl"} for role in ("user", "assistant")]
+    row = {"messages": [*turns, {"role": "assistant", "content": "", "tool_calls": [call]}]}
     folder = str(
         write(tmp_path, train=[row, {"prompt": "a@b.pl?", "completion": "a@b.pl"}], valid=[row])
     )
@@ -222,28 +200,9 @@ def test_scrubbing_reaches_every_text_of_a_row(tmp_path: Path) -> None:
     assert plain.card["pii_removed"] == {}
     assert "@" in json.dumps(plain.train)
     assert "@" not in json.dumps([clean.train, clean.valid])
-    assert clean.card["pii_removed"] == {"e-mail": 6}
-    assert "replaced 6 e-mail" in clean.notes
-
-
-def test_scrubbing_reaches_numbers_and_names_in_calls(tmp_path: Path) -> None:
-    """The arguments of a call: what a setting is called, and a number that is one; others stay."""
-    arguments = {"a@b.pl": 44051401359, "count": 7, "whole": True}
-    call = {"function": {"name": "find", "arguments": arguments}}
-    row = {
-        "messages": [
-            {"role": "user", "content": "find"},
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-        ]
-    }
-    folder = str(write(tmp_path, train=[row], valid=[row]))
-    found = examples.load(folder, SHAPES, scrub=True)
-    message = found.train[0][0]["messages"][1]
-    assert message["tool_calls"][0]["function"]["arguments"] == {
-        "[e-mail]": "[PESEL]",
-        "count": 7,
-        "whole": True,
-    }
+    assert clean.card["pii_removed"] == {"e-mail": 8, "PESEL": 2}
+    told = clean.train[0][0]["messages"][-1]["tool_calls"][0]["function"]["arguments"]
+    assert told == {"[e-mail]": "[PESEL]", "count": 7, "whole": True}
 
 
 def split(*rows: Row) -> list[Placed]:
@@ -294,23 +253,13 @@ def test_pairs_share_their_prompt(tokenizer: Any) -> None:
 def test_a_prompt_that_fills_the_window_is_a_sentence(tokenizer: Any) -> None:
     """With its line, its tokens and the window; an answer that is cut is counted and taken."""
     rows = split(GOOD["completion"], {"prompt": "for " * 40, "completion": "x"})
-    with pytest.raises(MisError) as refused:
+    with pytest.raises(MisError, match="x.jsonl line 2: .*--max-seq-length is 16"):
         examples.encode(rows, tokenizer, 16)
-    assert "x.jsonl line 2: the prompt takes" in str(refused.value)
-    assert "--max-seq-length is 16" in str(refused.value)
     (_, (long,)), cut = examples.encode(
         split(GOOD["completion"], {"prompt": "if", "completion": "y " * 60}), tokenizer, 32
     )
     assert cut == 1
     assert len(long[0]) == len(long[1]) == 32
-
-
-def test_a_template_that_refuses_is_a_sentence(llama: Checkpoint) -> None:
-    """A program that came with the model may raise anything."""
-    tokenizer = load.mlx_lm("utils").load_tokenizer(llama.path)  # its own: others share theirs
-    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(MisError, match="x.jsonl line 1: the chat template refuses it"):
-        examples.encode(split(GOOD["completion"]), tokenizer, 64)
 
 
 def test_the_fingerprint_sees_every_token_and_mark(tokenizer: Any) -> None:

@@ -15,11 +15,11 @@ import mlx.core as mx
 import pytest
 from mlx import nn
 
-from mis_mlx.maths import gptq, losses
+from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.writing import mlx_generate
-from mis_mlx.quantization import packed_format, stage
+from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import UNDECIDED, Checkpoint
 from tests import launches
@@ -56,27 +56,6 @@ def step_launches(student: object, optimizer: GuardedAdamW) -> Counter[str]:
     return found
 
 
-def test_gptq_fuses(
-    llama: Checkpoint, batches: list[mx.array], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The stage rounds a group of 64 columns in so few launches that they take about a wait."""
-    counts = []
-    fit = gptq.fit_grids
-
-    def counting(
-        columns: mx.array, bits: int, costs: mx.array, *, fused: bool
-    ) -> tuple[mx.array, mx.array]:
-        grids = fit(columns, bits, costs, fused=fused)
-        counts.append(launches.counted(grids).total())
-        return grids
-
-    monkeypatch.setattr(gptq, "fit_grids", counting)
-    plan = packed_format.formats_of(llama.config, 64)
-    next(stage.rounded_blocks(llama, batches, plan))
-    assert len(counts) == 3 + 12
-    assert max(counts) <= launches.FIT_LAUNCHES
-
-
 def test_a_tuning_step(packed: Checkpoint) -> None:
     """Scales, biases and norms of three blocks learn: 49 tensors, of which the norm of gradients
     takes 4 launches each, and the update 8. Integers are unpacked on the way there and back, which
@@ -89,13 +68,6 @@ def test_a_tuning_step(packed: Checkpoint) -> None:
     assert found.total() - shifts <= 1605
 
 
-def test_a_training_step(llama: Checkpoint) -> None:
-    """All weights of three blocks, the embedding and the norms: 29 tensors."""
-    model = load.resident_model(llama, mx.float32).train()
-    found = step_launches(model, GuardedAdamW())
-    assert found.total() <= 773
-
-
 def test_a_decoded_token(packed: Checkpoint) -> None:
     """Three blocks, packed, with a cache of 16 tokens: 21 products, and the head's."""
     model, _ = mlx_generate.open_model(packed)
@@ -104,17 +76,3 @@ def test_a_decoded_token(packed: Checkpoint) -> None:
     found = launches.counted(model(mx.array([[5]]), cache=cache))
     assert found["QuantizedMatmul"] == 22
     assert found.total() <= 241
-
-
-def test_the_count() -> None:
-    """By pencil: a product, a sum and a root are three; views none; a compiled chain one."""
-    x = mx.ones((3, 4))
-    mx.eval(x)
-
-    def chain(x: mx.array) -> mx.array:
-        return mx.sqrt(x * x + x)
-
-    assert launches.counted(chain(x.T)[1:].reshape(1, 3, 3)).total() == 3
-    assert launches.counted(mx.compile(chain)(x)).total() == 1
-    assert launches.counted({"both": [x + 1, x.sum()]}) == {"Add": 1, "Sum": 1}
-    assert not launches.counted(x)

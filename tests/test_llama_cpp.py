@@ -22,7 +22,7 @@ from mis_mlx.gguf_export import vocab
 from mis_mlx.models.architectures import families
 from mis_mlx.models.opening import load, resolve
 from mis_mlx.models.opening.pre_tokenizers import KNOWN
-from tests import family_checks, tiny
+from tests import tiny
 from tests.gguf_export.test_tensors import packed
 from tests.test_export import IDS, forward
 
@@ -195,27 +195,6 @@ def test_it_computes_what_mlx_computes(
     assert np.ptp(want) > 0.5
 
 
-@pytest.mark.usefixtures("as_llama_cpp")
-@pytest.mark.parametrize(
-    ("kind", "wanted", "dtype"),
-    [
-        ("llama", "bf16", mx.bfloat16),
-        *((kind, "f16", mx.float16) for kind in ("llama", *EXPORTED)),
-    ],
-)
-def test_halves_and_their_continuation(
-    tmp_path: Path, kind: str, wanted: str, dtype: mx.Dtype, opened: Callable[..., Any]
-) -> None:
-    """The same text, and logits within what llama.cpp loses by rounding what goes into such a
-    matrix to its type.
-    """
-    folder = made(tmp_path / "m", kind)
-    model = opened(exported(folder, tmp_path / "out", wanted))
-    mine = ours(folder, dtype)
-    assert np.abs(theirs(model, IDS) - mine(IDS)).max() < 0.02
-    assert continuation(lambda ids: theirs(model, ids), IDS, 24) == continuation(mine, IDS, 24)
-
-
 MIXED = {
     "model.layers.0.mlp.up_proj": 3,
     "model.layers.1.mlp.up_proj": 5,
@@ -240,17 +219,6 @@ def test_packed_models_re_wrapped(tmp_path: Path, how: str, opened: Callable[...
     assert np.corrcoef(theirs(opened(file), IDS).ravel(), want.ravel())[0, 1] > 0.999
     # Q8_0's rounding, if any
     np.testing.assert_allclose(want, ours(checkpoint.path, mx.float32)(IDS), atol=0.03)
-
-
-@pytest.mark.parametrize("kind", EXPORTED)
-def test_packed_families(tmp_path: Path, kind: str, opened: Callable[..., Any]) -> None:
-    """Four bits of every family, norms beside them; what is left are llama.cpp's 8-bit
-    activations.
-    """
-    model = made(tmp_path / "m", kind)
-    four = family_checks.quantized(model, tmp_path / "four", target_bpw=None).path
-    found = theirs(opened(exported(four, tmp_path / "out", None)), IDS)
-    assert np.corrcoef(found.ravel(), ours(four, mx.float32)(IDS).ravel())[0, 1] > 0.999
 
 
 def test_llama_quantize_takes_the_float16_file(tmp_path: Path, opened: Callable[..., Any]) -> None:

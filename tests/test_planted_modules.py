@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import time
 from pathlib import Path
 
@@ -145,23 +144,6 @@ def test_the_folder_of_a_user_s_file_comes_last(folder: Folder, tmp_path: Path) 
     source.write_text("import json, beside\ndef f():\n    return json.loads('2') * beside.WORTH\n")
     assert child_process.ask(str(source), "f", arguments={}, seconds=60.0) == 1.0
     assert folder.ran() == ""
-
-
-@pytest.mark.thorough
-def test_a_checkout_that_is_not_installed(own_home: dict[str, str], llama: Checkpoint) -> None:
-    """`python -m mis_mlx.plan` in its root: -S leaves out what names the package in the
-    environment. It starts itself again.
-    """
-    env = {name: value for name, value in own_home.items() if name not in SETTLED}
-    env["PYTHONPATH"] = sysconfig.get_path("purelib")
-    env["XDG_CACHE_HOME"] = own_home["MIS_MLX_CACHE"]
-    line = [sys.executable, "-S", "-m", "mis_mlx.plan", "--teacher", str(llama.path)]
-    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    elsewhere = subprocess.run(
-        line, cwd=llama.path, env=env, capture_output=True, text=True, check=False
-    )
-    assert "No module named" in elsewhere.stderr  # so the current folder was what it was found by
 
 
 @pytest.mark.parametrize("how", [("-c", "{}"), ("-m", "mine"), ("mine.py",)])

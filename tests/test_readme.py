@@ -29,13 +29,6 @@ def test_every_command_is_explained_and_every_explained_one_exists() -> None:
     assert sorted(listed) == sorted(commands())
 
 
-def test_it_is_short() -> None:
-    """A reader has three minutes; and the status stands once in README and pages."""
-    assert len(README.splitlines()) <= 130
-    pages = [README, *(path.read_text("utf-8") for path in (ROOT / "docs").rglob("*.md"))]
-    assert sum(page.count("No Mac has run") for page in pages) == 1
-
-
 def test_the_models_are_those_of_the_page() -> None:
     """Published size, result and time of six models, as docs/models.md has them."""
     page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")

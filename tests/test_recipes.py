@@ -257,23 +257,3 @@ def test_a_recipe_works(
         )
         if name.endswith("/"):
             load.open_checkpoint(place / name)
-
-
-def test_seven_recipes_promise_something() -> None:
-    """But for the evaluation, whose result is on stdout."""
-    assert len(RECIPES) == 7
-    assert sum(bool(r.promised) for r in RECIPES) == 6
-
-
-def test_a_recipe_that_does_not_work_fails(
-    place: Path, env: dict[str, str], teacher: Path, text_folder: Path
-) -> None:
-    """A flag that does not exist, a program that fails, a page without a block or a result."""
-    page = "## How?\n\n```sh\n{}\n```\n\n**Result:** `x/`.\n"
-    for line in ("scripts/mis prune --no-such-flag", "cat nothing"):
-        (bad,) = recipes(page.format(line))
-        with pytest.raises((AssertionError, subprocess.CalledProcessError)):
-            follow(bad, place, env=env, teacher=teacher, text=text_folder)
-    for text in ("## How?\n\n**Result:** `x/`.\n", "## How?\n\n```sh\nls\n```\n"):
-        with pytest.raises(AssertionError, match="How"):
-            list(recipes(text))

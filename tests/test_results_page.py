@@ -181,34 +181,3 @@ def test_the_other_pages_quote_the_files_they_link(page: Path) -> None:
         assert not wrong, (
             f"{page.name}: {wrong} of '{one.text[:60]}...' stand in none of the files that it links"
         )
-
-
-def test_units_and_signs() -> None:
-    """A unit scales; without one a number stands as it is; a written sign counts; names and seeds
-    are no numbers.
-    """
-    found = list(
-        values(
-            {
-                "share": 0.692,
-                "bytes": 51_327_360,
-                "s": 789.6,
-                "change": -0.0043,
-                "aim": "1.45x or more",
-            }
-        )
-    )
-    text = "69.2 % 51.3 MB 13.2 minutes −0.004 0.004 1.45x 790"
-    assert all(stands(n, found) for n in numbers(text))
-    assert len(numbers(text)) == 7
-    assert not any(
-        stands(n, found) for n in numbers("69.2 51.3 13.2 +0.004 1.46x 69.3 % 51.4 million")
-    )
-    bare = finding(
-        1,
-        "GPT-2, SmolLM2-135M, a 4-bit file, Q4_K_M, float32, seeds 0, 1 and 2: 7.5 `x 9` "
-        "[3](a.json#b)",
-    )
-    assert [n.digits for n in numbers(bare.text)] == ["7.5"]
-    assert bare.files == ((PAGE.parent / "a.json", "b"),)
-    assert part_of({"a": [{"task": "b", "c": 1}, {"task": "d", "c": 2}]}, "a/d/c") == 2

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mis_mlx import export, prune
-from mis_mlx.models.opening import load, resolve
+from mis_mlx.models.opening import load
 from tests import tiny
 
 pytestmark = pytest.mark.slow  # it is no part of what the README installs
@@ -109,11 +109,3 @@ def test_joined_matrices(tmp_path: Path) -> None:
     config = tiny.joined(tmp_path / "phi3") / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}))
     same_logits(tmp_path / "phi3", same_tokens(tmp_path / "phi3"), torch.float32)
-
-
-@pytest.mark.slow
-def test_the_real_teacher_pruned(tmp_path: Path) -> None:
-    """SmolLM2-135M-Instruct, and what GAZDA leaves of it."""
-    prune.run(prune.Settings(mlx_path=str(tmp_path / "pruned"), **WINDOW))  # type: ignore[arg-type]
-    for folder in (resolve.resolve_model().path, tmp_path / "pruned"):
-        same_logits(folder, same_tokens(folder), torch.bfloat16)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -96,31 +95,6 @@ def test_pairs_are_marked_as_stock_mlx_lm_marks_them(
     before = lab.stored.stat().st_mtime_ns
     lab.program.main(settings)
     assert lab.stored.stat().st_mtime_ns == before
-
-
-def test_students_of_two_runs_stand_in_one_table(
-    lab: SimpleNamespace, llama: Checkpoint, models: Callable[[str], Checkpoint]
-) -> None:
-    """Each under its own label, with its own size."""
-    students = {"small": llama, "other": models("qwen3")}
-    for label, student in students.items():
-        run = lab.root / label
-        run.mkdir()
-        (run / "model").symlink_to(student.path)
-        lab.program.main(
-            lab.program.Settings(
-                run=str(run),
-                label=label,
-                models=("4-bit",),
-                measures=("blimp",),
-                blimp=lab.files["blimp"],
-            )
-        )
-
-    stored = json.loads(lab.stored.read_text("utf-8"))
-    megabytes = {label: row["mb"] for label, row in stored["rows"].items()}
-    assert megabytes == {name: round(m.nbytes / 1e6, 1) for name, m in students.items()}
-    assert " --label LABEL " in stored["command"]
 
 
 @pytest.mark.skipif(

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from mis_mlx.cli import parse_bytes
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening.config import read_config
 from tests.test_docs import program
@@ -50,14 +49,6 @@ def test_the_page_says_what_the_file_says(made: SimpleNamespace, stored: dict[st
     assert made.render.models_default(stored) in page
     students["default"]["bytes"] += 100_000_000
     assert made.render.models_default(stored) not in page
-
-
-def test_the_disk_is_that_of_the_plan(stored: dict[str, Any]) -> None:
-    """docs/models.md, of two models."""
-    page = " ".join((ROOT / "docs/models.md").read_text("utf-8").split())
-    for name in ("Qwen 3 8B", "gpt-oss-20b"):
-        (row,) = (row for row in stored["rows"].values() if row["title"] == name)
-        assert f"{row['students']['default']['disk_bytes'] / 1e9:.0f} GB for {name}" in page
 
 
 def test_what_does_not_fit_in_the_least_budget_is_named(stored: dict[str, Any]) -> None:
@@ -104,28 +95,6 @@ def test_llama_by_pencil(stored: dict[str, Any]) -> None:
     assert small["params"] == blocks + tokens * 2048 + 2048
     assert small["bytes"] == int(small["params"] * 4.5 / 8)
     assert small["mode"] == "none" and small["uncut"]
-
-
-def test_a_mixture_is_not_searched_for(stored: dict[str, Any]) -> None:
-    """All others are, in minutes to hours; of a mixture nothing is cut."""
-    for name, row in stored["rows"].items():
-        searched = row["hours_of_search"] is not None
-        assert searched == (name != "gpt-oss-20b")
-        assert row["students"]["default"]["uncut"]
-
-
-def test_nothing_that_fits_is_refused(stored: dict[str, Any]) -> None:
-    """All models fit an Air's default budget; what a smaller one refuses needs more, and what it
-    leaves out has a budget that would have it.
-    """
-    for row in stored["rows"].values():
-        assert row["budgets"]["4GiB"]["fits"]
-        for budget, found in row["budgets"].items():
-            limit = parse_bytes(budget)
-            assert found["fits"] == (found["least_bytes"] <= limit)
-            assert all(nbytes > limit for nbytes in found["left_out"].values())
-            trained = found["mode"] != "none" or found["uncut"] or not found["fits"]
-            assert trained == ("training" not in found["left_out"])
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pytest
 from gguf import GGUFReader, GGUFWriter, quants
 
 from mis_mlx.gguf_export import tensors
@@ -45,23 +44,3 @@ def test_the_reader_finds_what_was_written(tmp_path: Path) -> None:
         assert tensor.data_offset % 32 == 0
         assert tensor.data.tobytes() == arrays[tensor.name].tobytes()
     assert path.stat().st_size == reader.data_offset + tensors.padded_bytes(PARTS)
-
-
-def test_bytes_by_hand() -> None:
-    """Q8_0: 34 bytes a block of 32; Q4_1: 20; padding to 32. A row of 48 weights has no whole
-    blocks.
-    """
-    assert PARTS[0].nbytes == 5 * 2 * 34
-    small = Part("x", "", (3, 32), "Q4_1")
-    assert small.nbytes == 60
-    assert tensors.padded_bytes([small, Part("y", "", (8,), "F32")]) == 64 + 32
-    with pytest.raises(ValueError, match="row size \\(48\\)"):
-        _ = Part("x", "", (3, 48), "Q4_1").nbytes
-
-
-def test_a_tensor_of_the_wrong_size_is_a_bug(tmp_path: Path) -> None:
-    """A file whose table and bytes disagree would be read as garbage; it never gets to its end."""
-    head = tensors.head(GGUFWriter(None, "llama"), PARTS)
-    short = [iter([np.zeros((4, 68), np.uint8)]), iter(()), iter(())]
-    with pytest.raises(ValueError, match="a.weight: 272 bytes came, 340 were due"):
-        tensors.write(tmp_path / "x.gguf", head, parts=PARTS, rows=short, files=DISK)

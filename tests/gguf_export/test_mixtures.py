@@ -72,17 +72,17 @@ def test_every_expert_has_its_place(
 
 
 @pytest.mark.parametrize(
-    ("kind", "change", "words"),
+    ("kind", "change"),
     [
-        ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob is False"),
-        ("qwen2_moe", {"norm_topk_prob": True}, "norm_topk_prob is True"),
-        ("olmoe", {"num_key_value_heads": 2}, "a key-value head for every head"),
-        ("gpt_oss", {"layer_types": SLIDES_SECOND}, "has no sliding windows"),
+        ("qwen3_moe", {"norm_topk_prob": False}),
+        ("qwen2_moe", {"norm_topk_prob": True}),
+        ("olmoe", {"num_key_value_heads": 2}),
+        ("gpt_oss", {"layer_types": SLIDES_SECOND}),
     ],
 )
-def test_what_llama_cpp_computes_otherwise(kind: str, change: dict[str, Any], words: str) -> None:
+def test_what_llama_cpp_computes_otherwise(kind: str, change: dict[str, Any]) -> None:
     """It has these in its program, whatever a file says."""
     config = {**tiny.CONFIG, **tiny.FAMILIES[kind]}
     family(config).check_gguf()
-    with pytest.raises(MisError, match=words):
+    with pytest.raises(MisError):
         family({**config, **change}).check_gguf()

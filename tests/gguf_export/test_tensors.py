@@ -109,9 +109,7 @@ def test_every_packing_that_llama_cpp_has_is_exact(
         assert np.ptp(values) > 0.1
         assert (part.kind, part.exact, tally.inexact) == (kind, True, 0)
     if mode != "affine":
-        with pytest.raises(
-            MisError, match=f"--out-type {mode} needs matrices that MLX packed in this way"
-        ):
+        with pytest.raises(MisError, match=f"--out-type {mode}"):
             tensors.parts(load.open_checkpoint(tmp_path / "dense"), mode)
 
 
@@ -180,21 +178,6 @@ def test_slabs_make_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(list(tensors.rows(checkpoint, part, rerounding.Rerounding()))) == 19
     for before, (c, wanted) in zip(whole, ((checkpoint, "q4_1"), (dense, "q8_0")), strict=True):
         np.testing.assert_array_equal(content(c, Q, wanted)[1], before)
-
-
-def test_types_of_each_kind(tmp_path: Path, models: Callable[[str], Checkpoint]) -> None:
-    """Vectors float32; four-bit files keep embedding and head in 8 bits, unless MLX had them in 4
-    already.
-    """
-    kinds = {p.name: p.kind for p in tensors.parts(models("untied"), "q4_0")}
-    wide = ("token_embd.weight", "output.weight")
-    assert [kinds[name] for name in (*wide, "blk.0.ffn_up.weight")] == ["Q8_0", "Q8_0", "Q4_0"]
-    assert kinds["output_norm.weight"] == kinds["blk.2.attn_norm.weight"] == "F32"
-    names = {p.source: p.name for p in tensors.parts(models("qwen3"), "f16")}
-    assert names["model.layers.1.self_attn.q_norm.weight"] == "blk.1.attn_q_norm.weight"
-    assert all(p.heads == 0 for p in tensors.parts(models("qwen2"), "f16"))
-    again = {p.name: p.kind for p in tensors.parts(packed(tmp_path, 64), "q4_0")}
-    assert (again["token_embd.weight"], again["blk.0.ffn_up.weight"]) == ("Q8_0", "Q4_0")
 
 
 def facts(config: dict[str, Any]) -> dict[str, Any]:
@@ -291,53 +274,29 @@ def scaled(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "changes", "why"),
+    ("kind", "changes"),
     [
-        (
-            "llama",
-            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
-            "type dynamic have no place in a llama",
-        ),
-        (
-            "llama",
-            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
-            "yarn without original_max_position",
-        ),
-        (
-            "llama",
-            {"rope_scaling": {**YARN, "attention_factor": 1.3}},
-            "yarn with attention_factor",
-        ),
-        (
-            "qwen2",
-            {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}},
-            "llama3 have no place in a qwen2 GGUF",
-        ),
-        ("llama", {"layer_types": ["sliding_attention"] * 3}, "has no sliding windows"),
-        (
-            "smollm3",
-            {"no_rope_layers": [1, 1, 0, 1, 1, 1, 1]},
-            "all blocks but every fourth, unlike this model",
-        ),
-        ("smollm3", {"mlp_bias": True}, "llama.cpp's smollm3 has no biases"),
-        ("ministral3", {}, "llama.cpp's mistral3 has no sliding windows, but some layers here do"),
-        ("ministral3", scaled(mscale=0.7), "yarn with mscale have no place in a mistral3"),
-        ("ministral3", scaled(rope_type="linear"), "type linear have no place in a mistral3"),
-        (
-            "gemma3_text",
-            {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}},
-            "llama3 have no place in a gemma3",
-        ),
+        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
+        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}),  # of which length?
+        ("llama", {"rope_scaling": {**YARN, "attention_factor": 1.3}}),
+        ("qwen2", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}),
+        ("gemma3_text", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}),
+        ("llama", {"layer_types": ["sliding_attention"] * 3}),
+        ("smollm3", {"no_rope_layers": [1, 1, 0, 1, 1, 1, 1]}),
+        ("smollm3", {"mlp_bias": True}),
+        ("ministral3", {}),  # some layers slide
+        ("ministral3", scaled(mscale=0.7)),
+        ("ministral3", scaled(rope_type="linear")),
     ],
 )
 def test_positions_without_a_place_are_a_sentence(
-    models: Callable[[str], Checkpoint], kind: str, changes: dict[str, Any], why: str
+    models: Callable[[str], Checkpoint], kind: str, changes: dict[str, Any]
 ) -> None:
     """llama.cpp would read them as plain ones, and the model would lose its thread without an
     error.
     """
     c = models(kind)
-    with pytest.raises(MisError, match=why):
+    with pytest.raises(MisError):
         tensors.parts(Checkpoint(c.path, {**c.config, **changes}, c.tensors), "f16")
 
 
@@ -345,9 +304,7 @@ def test_rows_without_whole_blocks_are_a_sentence(tmp_path: Path) -> None:
     """48 is no multiple of 32: refused for every block type, fine in float16."""
     odd = load.open_checkpoint(tiny.make(tmp_path / "odd", intermediate_size=48))
     for wanted in ("q8_0", "q4_0", "q4_1"):
-        with pytest.raises(
-            MisError, match="down_proj.weight has rows of 48 weights, .* use --out-type f16"
-        ):
+        with pytest.raises(MisError, match="rows of 48 .*--out-type f16"):
             tensors.parts(odd, wanted)
     assert tensors.parts(odd, "f16")
 

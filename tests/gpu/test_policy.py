@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mis_mlx import distill, prune, quantize, sft
+from mis_mlx import quantize, sft
 from mis_mlx.compute import precision
 from mis_mlx.hardware import rates
 from mis_mlx.maths.losses import token_logps
@@ -80,58 +80,6 @@ def test_packed_passes_are_equal(stored: str, mode: str, tmp_path: Path, metal: 
         for _ in range(3):
             np.testing.assert_array_equal(final(source), want)
         assert source.resident_blocks == keeps
-
-
-@pytest.mark.parametrize("stored", ["BF16", "F16", "F32"])
-def test_dense_passes_are_equal(stored: str, tmp_path: Path, metal: None) -> None:
-    """The same for weights that are converted, or used where they were read."""
-    checkpoint = load.open_checkpoint(
-        tiny.make(tmp_path / "m", dtype=stored, torch_dtype=TORCH[stored])
-    )
-    want = np.array(load.resident_model(checkpoint, mx.float16).model(TOKENS).astype(mx.float32))
-    for room in (0, None):
-        source = stream.Stream(checkpoint, mx.float16, room)
-        for _ in range(3):
-            np.testing.assert_array_equal(final(source), want)
-
-
-def test_packed_and_dense_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A 4-bit folder has the same states packed in float16 as de-quantized in float32, to float16's
-    precision.
-    """
-    checkpoint = packed(tmp_path, "BF16")
-    dense = final(stream.Stream(checkpoint, mx.float32))
-    monkeypatch.setenv(precision.POLICY, "metal")
-    np.testing.assert_allclose(final(stream.Stream(checkpoint, mx.float16)), dense, atol=0.03)
-
-
-HIDDEN = mx.random.normal((6, 8), key=mx.random.key(0))
-HEAD = mx.random.normal((20, 8), key=mx.random.key(1))
-IDS = mx.arange(1, 7)
-
-
-@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
-@pytest.mark.parametrize(
-    "types", [("float16", "float16"), ("float16", "float32"), ("bfloat16", "float32")]
-)
-def test_gradients_of_half_precision(types: tuple[str, str], frozen: bool) -> None:
-    """Behind a cast, as behind a LoRA layer, gradients come, in the type of what they are for, near
-    float32's.
-    """
-    first, second = (precision.DTYPES[t] for t in types)
-
-    def loss(kinds: tuple[mx.Dtype, mx.Dtype]) -> Callable[[mx.array, mx.array], mx.array]:
-        return lambda h, w: (
-            -token_logps(h.astype(kinds[0]), w.astype(kinds[1]), IDS, frozen_head=frozen).sum()
-        )
-
-    which = [0] if frozen else [0, 1]
-    _, want = mx.value_and_grad(loss((mx.float32, mx.float32)), which)(HIDDEN, HEAD)
-    _, found = mx.value_and_grad(loss((first, second)), which)(HIDDEN, HEAD)
-    for a, b in zip(want, found, strict=True):
-        np.testing.assert_allclose(
-            np.array(b), np.array(a), atol=0.02 if first == mx.bfloat16 else 0.004
-        )
 
 
 def adapter_gradients(checkpoint: Checkpoint, dtype: mx.Dtype) -> dict[str, np.ndarray]:
@@ -272,40 +220,6 @@ def test_a_run_settles_its_precision_when_it_opens_the_model(
         assert precision.dtype_of(opened) == want
 
 
-@pytest.mark.thorough
-def test_every_model_of_a_run_computes_as_asked(
-    llama: Checkpoint,
-    text_folder: Path,
-    tmp_path: Path,
-    metal: None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """--compute-dtype float32 also holds for the students, which are opened later: no pass is made
-    in the policy's float16.
-    """
-    dtypes = set[mx.Dtype]()
-    begin = stream.Stream.__init__
-
-    def noted(self: stream.Stream, *arguments: Any, **named: Any) -> None:
-        begin(self, *arguments, **named)
-        dtypes.add(self.dtype)
-
-    monkeypatch.setattr(stream.Stream, "__init__", noted)
-    sizes: dict[str, Any] = {"scenario": "goral", "vocab": "0.75x", "ffn": 128}
-    sizes |= {"max_seq_length": 32, "num_samples": 2, "reconstruct_samples": 2, "eval_windows": 1}
-    steps: dict[str, Any] = {"iters": 1, "q_iters": 1, "governor": "observe"}
-    settings = distill.Settings(
-        teacher=str(llama.path),
-        data=str(text_folder),
-        out=str(tmp_path / "run"),
-        compute_dtype="float32",
-        **sizes,
-        **steps,
-    )
-    distill.run(settings)
-    assert dtypes == {mx.float32}
-
-
 def test_what_is_made_of_a_model_computes_as_it_does(llama: Checkpoint, tmp_path: Path) -> None:
     """The same model with fewer rows, or in a file for each block: nothing is decided anew."""
     decided = replace(llama, precision=Precision(asked=None, dtype="bfloat16"))
@@ -397,70 +311,9 @@ def test_nothing_is_chosen_by_numbers_that_are_none(
         "compute_dtype": "float16",
     }
     flags |= {"max_seq_length": 32, "num_samples": 4, "mlx_path": str(tmp_path / "out")}
-    with pytest.raises(
-        MisError,
-        match=r"(block 1|layers\.1\.).* not numbers in float16: give --compute-dtype float32",
-    ):
+    with pytest.raises(MisError, match=r"(block 1|layers\.1\.).*float16.*--compute-dtype float32"):
         if work == "forward":
             stream.Stream(overflowing, mx.float16).forward([TOKENS])
         else:
             quantize.run(quantize.Settings(**flags))
     assert not (tmp_path / "out").exists()
-
-
-def test_prune_goes_on_in_bfloat16(
-    chip: Callable[[bool], None],
-    overflowing: Checkpoint,
-    text_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Who is kept of that model is nearly who float32 keeps, not who NaN leaves."""
-    chip(True)
-    kept = []
-    flags: dict[str, Any] = {
-        "model": str(overflowing.path),
-        "data": str(text_folder),
-        "scenario": "none",
-        "ffn": 384,
-    }
-    for policy in ("metal", "cpu"):
-        monkeypatch.setenv(precision.POLICY, policy)
-        out = tmp_path / policy
-        prune.run(prune.Settings(**flags, max_seq_length=32, num_samples=4, mlx_path=str(out)))
-        keep = model_writer.read_keep(out)
-        assert keep is not None
-        units = set[tuple[str, int]]()
-        for key, chosen in keep.kept.items():
-            units |= {(key, unit) for unit in chosen}
-        kept.append(units)
-    assert len(kept[0]) == len(kept[1]) == 3 * 384
-    assert len(kept[0] & kept[1]) > 0.95 * len(kept[1])
-
-
-def test_policy_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment forces a policy on any device; another word is refused with one sentence."""
-    for word, packs, dtype in (("metal", True, mx.float16), ("cpu", False, mx.float32)):
-        monkeypatch.setenv(precision.POLICY, word)
-        assert precision.keeps_packed() == packs
-        assert precision.usual_dtype() == dtype
-    monkeypatch.setenv(precision.POLICY, "cuda")
-    with pytest.raises(MisError, match="MIS_MLX_POLICY is 'cuda': set it to metal or cpu"):
-        precision.policy()
-
-
-def test_the_look_sees_the_real_range(tmp_path: Path) -> None:
-    """The largest value that the look finds is what float32 computes on the same tokens, to
-    float16's precision.
-    """
-    checkpoint = load.open_checkpoint(tiny.make(tmp_path / "m"))
-    source = stream.Stream(checkpoint, mx.float32)
-    seen = 0.0
-    ids = np.unique(
-        [*range(compute_type.FREQUENT), *np.linspace(0, 511, compute_type.SPREAD).astype(int)]
-    )
-    (hidden,) = source.embed([mx.array(ids[None].astype(np.int32))])
-    for _, block in source.blocks():
-        hidden = block(hidden, load.mask(source.args, block, hidden))
-        seen = max(seen, float(np.abs(np.array(hidden)).max()))
-    assert compute_type.largest_activation(checkpoint) == pytest.approx(seen, rel=2e-3)

@@ -22,17 +22,6 @@ def test_a_closed_lid_is_seen():
     assert (clock.slept(mark), clock.monotonic(), clock.wall()) == (600, 3600, 1e9 + 600)
 
 
-def test_the_real_clock_agrees_with_itself():
-    """Nobody slept between two lines of a test, and uptime is not below time awake."""
-    clock = Clock()
-    mark = clock.asleep()
-    before = clock.monotonic()
-    clock.sleep(0.002)
-    assert clock.monotonic() >= before + 0.002
-    assert clock.slept(mark) == 0
-    assert mark >= -0.5
-
-
 def test_a_mac_is_asked_for_clocks_that_nobody_slews(monkeypatch):
     """Apple's CLOCK_MONOTONIC is corrected by NTP; the raw one less the raw time awake is sleep and
     nothing else.

@@ -209,11 +209,3 @@ def test_without_caffeinate_a_command_runs_all_the_same(
     monkeypatch.setenv("PATH", "/nowhere")
     with macos.awake():
         pass
-
-
-def test_linux_starts_nothing(bin: Path) -> None:
-    """There is no such program to start."""
-    program(bin, "caffeinate", CAFFEINATE)
-    with macos.awake():
-        time.sleep(0.2)
-        assert not (bin / "caffeinate.seen").exists()

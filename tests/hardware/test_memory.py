@@ -60,48 +60,30 @@ class Device:
         return before
 
 
-@pytest.mark.parametrize("said", [None, "", "0", "yes"])
-def test_nothing_is_wired_unasked(said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a job needs, Metal's wired limit stays what it was; the other limits hold, and come
-    back.
-    """
-    monkeypatch.delenv("MIS_MLX_WIRE", raising=False)
-    if said is not None:
-        monkeypatch.setenv("MIS_MLX_WIRE", said)
-    device = Device()
-    with memory.limited(Budget(2 * GIB), GIB, device):
-        assert device.limits == {"memory": 2 * GIB - 150 * MIB, "cache": 512 * MIB, "wired": 3}
-    assert device.limits == {"memory": 1, "cache": 2, "wired": 3}
-
-
 @pytest.mark.parametrize(
-    ("need", "wired"), [(0, 3), (GIB, GIB + 256 * MIB), (6 * GIB, 5_300_000_000)]
+    ("device", "said", "need", "wired"),
+    [
+        *((Device(), said, GIB, 3) for said in ("", "0", "yes")),  # nothing is wired unasked
+        (Device(), "1", 0, 3),
+        (Device(), "1", GIB, GIB + 256 * MIB),
+        (Device(), "1", 6 * GIB, 5_300_000_000),  # never more than is recommended
+        (Device("cpu"), "1", GIB, 3),
+        (Device(recommended=None), "1", GIB, 3),
+        (Device(wires=False), "1", GIB, 3),
+    ],
 )
 def test_metal_wires_what_is_asked_for(
-    need: int, wired: int, monkeypatch: pytest.MonkeyPatch
+    device: Device, said: str, need: int, wired: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MIS_MLX_WIRE=1: the need and 256 MiB, never more than recommended, nothing where there is no
-    need; all limits come back."""
-    monkeypatch.setenv("MIS_MLX_WIRE", "1")
-    device = Device()
+    """MIS_MLX_WIRE=1: the need and 256 MiB; the other limits hold anyway, and all come back."""
+    monkeypatch.setenv("MIS_MLX_WIRE", said)
+    gpu = device.kind == "gpu"
+    arrays = 2 * GIB - (150 if gpu else 130) * MIB
+    cache = 512 * MIB if gpu else 0
     with pytest.raises(KeyboardInterrupt), memory.limited(Budget(2 * GIB), need, device):
-        assert device.limits == {"memory": 2 * GIB - 150 * MIB, "cache": 512 * MIB, "wired": wired}
+        assert device.limits == {"memory": arrays, "cache": cache, "wired": wired}
         raise KeyboardInterrupt
     assert device.limits == {"memory": 1, "cache": 2, "wired": 3}
-
-
-@pytest.mark.parametrize("device", [Device("cpu"), Device(recommended=None), Device(wires=False)])
-def test_nothing_is_wired_elsewhere(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not on a CPU, not where Metal recommends nothing, not by an MLX that cannot: the other limits
-    are set.
-    """
-    monkeypatch.setenv("MIS_MLX_WIRE", "1")
-    gpu = device.kind == "gpu"
-    memory_limit = GIB - (150 if gpu else 130) * MIB
-    cache = (256 if gpu else 0) * MIB
-    with memory.limited(Budget(GIB), GIB, device):
-        assert device.limits == {"memory": memory_limit, "cache": cache, "wired": 3}
-    assert device.limits["memory"] == 1
 
 
 @pytest.mark.parametrize(
@@ -182,14 +164,6 @@ def test_the_default(recommended: int | None, free: int | None, default: int) ->
     found = memory.default_budget(memory.Room(24 * GIB, recommended, free))
     assert found == Budget(default)
     assert found.why
-
-
-def test_metals_rule() -> None:
-    """Two thirds of the memory in whole pages: as a hosted runner of 7 GiB says it, and an Air of 8
-    (5461.34 MiB).
-    """
-    rule = {total: -(-2 * total // (3 * 2**14)) * 2**14 for total in (7_516_192_768, 8 * GIB)}
-    assert rule == {7_516_192_768: 5_010_800_640, 8 * GIB: AIR}
 
 
 def test_this_process_is_not_another(monkeypatch: pytest.MonkeyPatch) -> None:

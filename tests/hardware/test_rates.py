@@ -34,16 +34,6 @@ def test_a_file_is_written_read_and_removed(tmp_path: Path, nbytes: int) -> None
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(
-    not Path("/dev/shm").is_dir(), reason="a file system in memory, which refuses O_DIRECT"
-)
-def test_where_the_page_cache_cannot_be_passed() -> None:
-    """Direct reading is refused there: it is read the ordinary way."""
-    read, _ = rates.disk_bytes(Path("/dev/shm"), MIB)
-    assert read > 0
-    assert not list(Path("/dev/shm").glob(".tmp-rates-*"))
-
-
 def test_a_failed_measurement_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,20 +88,6 @@ def test_a_file_that_is_not_ours(tmp_path: Path, text: str) -> None:
     assert rates.load(path) is None
 
 
-def test_the_air() -> None:
-    """The built-in entry: what it stands for, and that nobody measured it here."""
-    air = rates.M1_AIR
-    assert (air.read_bytes_per_s, air.write_bytes_per_s, air.memory_bytes_per_s) == (
-        2.5e9,
-        2.0e9,
-        68e9,
-    )
-    assert (air.forward_flops_per_s, air.training_flops_per_s, air.hot) == (1.45e12, 1.1e12, 0.75)
-    assert air.gpu
-    assert air.room_bytes == 5_726_633_984
-    assert "not measured here" in str(air)
-
-
 def test_without_a_measurement_it_says_so() -> None:
     """Products are measured even then; the rest is called assumed."""
     here = rates.assumed()
@@ -144,14 +120,6 @@ def test_the_longer_of_two() -> None:
     at = Roof(device="d", threads="t", memory_bytes_per_s=10e9, flops_per_s=100e9, source="given")
     assert at.seconds(1e9, 20e9) == pytest.approx(0.2)
     assert at.seconds(1e9, 5e9) == pytest.approx(0.1)
-
-
-def test_the_roof_is_measured_here() -> None:
-    """Positive rates, and with how many threads."""
-    at = rates.measure_roof()
-    assert at.memory_bytes_per_s > 1e8
-    assert at.flops_per_s > 1e8
-    assert "OPENBLAS_NUM_THREADS=" in at.threads
 
 
 def test_waits_are_measured_and_rates_kept(tmp_path: Path) -> None:

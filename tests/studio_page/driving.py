@@ -177,79 +177,6 @@ def state(folder: Path) -> str:
     return done.stdout.decode().strip()
 
 
-FOCUSED = """() => {
-  const one = document.activeElement;
-  return [one.getAttribute('aria-label'), one.innerText].join(' ');
-}"""
-
-
-def reach(tab: Tab, name: str) -> None:
-    """Press Tab until the focus is on it."""
-    for _ in range(60):
-        tab.page.keyboard.press("Tab")
-        if name.lower() in tab.page.evaluate(FOCUSED).lower():
-            assert tab.page.evaluate(OUTLINED), f"the focus on {name} is not seen"
-            return
-    raise AssertionError(f"{name} is not reached by Tab")
-
-
-def reach_panel(tab: Tab, name: str) -> None:
-    """Go to the tabs by Tab, to one of them by arrows, and open it."""
-    for _ in range(60):
-        tab.page.keyboard.press("Tab")
-        if tab.page.evaluate("document.activeElement.getAttribute('role')") == "tab":
-            break
-    for _ in range(5):
-        if name.lower() == tab.page.evaluate("document.activeElement.innerText").lower().strip():
-            tab.page.keyboard.press("Enter")
-            return
-        tab.page.keyboard.press("ArrowRight")
-    raise AssertionError(f"the tab {name} is not reached")
-
-
-def pick(tab: Tab, label: str, option: str) -> None:
-    """An option of a list."""
-    reach(tab, label)
-    tab.page.keyboard.press("Enter")
-    options = tab.page.get_by_role("option")
-    options.first.wait_for()
-    words = options.all_inner_texts()
-    assert any(option in text for text in words), words
-    for _ in range(len(words)):
-        active = tab.page.locator("[role=option].q-manual-focusable--focused")
-        if active.count() and option in active.inner_text():
-            break
-        tab.page.keyboard.press("ArrowDown")
-    tab.page.keyboard.press("Enter")
-    options.first.wait_for(state="hidden")  # or the next list would have this one's options, too
-    tab.sees(option)
-
-
-# Keeps what the page sends, so that it can be sent again with other values.
-RECORD = """() => {
-  window.sent = [];
-  const send = window.socket.emit.bind(window.socket);
-  window.socket.emit = (...words) => { window.sent.push(words); return send(...words); };
-}"""
-# Sends all of it once more, with one value in place of every text and number of an event.
-FORGE = """([value]) => {
-  const forged = (given) => {
-    if (Array.isArray(given)) return given.map(forged);
-    if (given && typeof given === 'object')
-      return Object.fromEntries(Object.entries(given).map(([k, v]) => [k, forged(v)]));
-    return ['string', 'number'].includes(typeof given) ? value : given;
-  };
-  const events = window.sent.filter((words) => words[0] === 'event');
-  for (const [name, message] of events) {
-    const args = (message.args || []).map((arg) => {
-      try { return JSON.stringify(forged(JSON.parse(arg))); } catch { return value; }
-    });
-    window.socket.emit(name, {...message, args});
-  }
-  window.sent = [];
-  window.sent.push(...events);
-  return events.length;
-}"""
 # Elements that take the focus, without a name that a screen reader could say. The track of a
 # slider has that of the slider around it.
 NAMELESS = """() => {
@@ -271,9 +198,3 @@ SMALL = """() => [...document.querySelectorAll('button, a[href], [role=tab], [ro
   .filter((one) => one.checkVisibility()).map((one) => [one, one.getBoundingClientRect()])
   .filter(([one, box]) => box.width && (box.width < 24 || box.height < 24))
   .map(([one, box]) => `${box.width} x ${box.height}: ${one.outerHTML.slice(0, 200)}`)"""
-# Whether one sees what has the focus: by a ring, or as a field whose line is thick then.
-OUTLINED = """() => {
-  const one = document.activeElement;
-  const ring = /0px 0px 0px [3-9]px/.test(getComputedStyle(one).boxShadow);
-  return ring || Boolean(one.closest('.q-field--focused'));
-}"""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mis_mlx.models.opening import load
-from mis_mlx.studio_page.conversation import Asked, Conversation, figure_words
+from mis_mlx.studio_page.conversation import Asked, Conversation
 from mis_mlx.studio_page.places import Place
 from mis_mlx.types import MisError
 from tests import tiny
@@ -81,11 +81,3 @@ def test_a_conversation_that_is_too_long_is_refused(pair: dict[str, Place]) -> N
     with pytest.raises(MisError, match=r"has \d+ tokens .* may have 8, but .* is 512 tokens"):
         asyncio.run(conversation.answer(asked, lambda text: None))
     assert conversation.messages("teacher") == before
-
-
-def test_figures() -> None:
-    """Speed is of the tokens behind the first; the context counts prompt and answer."""
-    result = {"tokens": 5, "peak_bytes": 2**30, "prompt_tokens": 1200, "context_tokens": 8192}
-    words = figure_words(result, seconds=2.0)
-    assert words == "5 tokens, 2.0 tokens/s, 1.00 GiB of memory, 1,205 of 8,192 tokens of context"
-    assert figure_words({"tokens": 1, "context_tokens": None}, seconds=0.0) == "1 tokens"

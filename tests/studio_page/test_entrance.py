@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import stat
-import subprocess
 import time
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -13,7 +12,7 @@ import psutil
 import pytest
 
 from mis_mlx.studio_page import entrance, runs
-from tests.studio_page.driving import CHROMIUM, EXTRA, PATIENCE_S, Served, needs_extra, page_of
+from tests.studio_page.driving import PATIENCE_S, Served, needs_extra, page_of
 
 # A browser in the terminal: it has its address as an argument, and stays.
 STAYS = """#!/bin/sh
@@ -21,7 +20,6 @@ echo "$$" "$@" >seen.new
 mv seen.new seen
 exec sleep 60
 """
-needs_chromium = pytest.mark.skipif(not (EXTRA and CHROMIUM), reason="needs NiceGUI and Chromium")
 
 
 def with_browser(folder: Path, home: dict[str, str], script: str) -> dict[str, str]:
@@ -78,21 +76,6 @@ def test_without_a_display_the_address_is_printed(folder: Path, home: dict[str, 
         assert in_(served)
         assert not (folder / runs.BOOKS).exists()
         assert psutil.Process(served.process.pid).children() == []
-
-
-@needs_chromium
-@pytest.mark.slow
-def test_the_file_leads_chromium_to_the_page(folder: Path, home: dict[str, str]) -> None:
-    """From the file over the token to the page: Chromium brings the cookie then."""
-    with page_of(folder, with_browser(folder, home, STAYS), opens=True):
-        pid, address = seen(folder)
-        line = [str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu"]
-        line += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=8000"]
-        done = subprocess.run(
-            [*line, "--dump-dom", address], capture_output=True, text=True, timeout=PATIENCE_S
-        )
-        psutil.Process(int(pid)).kill()
-    assert "Which model shall become smaller?" in done.stdout
 
 
 def test_a_folder_that_cannot_be_written_opens_nothing(

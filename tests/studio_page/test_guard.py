@@ -191,11 +191,3 @@ def test_pages_load_nothing_from_elsewhere() -> None:
     assert b"frame-ancestors 'none'" in headers[b"content-security-policy"]
     assert headers[b"x-frame-options"] == b"SAMEORIGIN"
     assert headers[b"referrer-policy"] == b"no-referrer"
-
-
-def test_two_starts_share_no_secret() -> None:
-    """Nor do two ports share a cookie's name."""
-    first = Door(1)
-    second = Door(2)
-    assert len({first.key, second.key, first.address, second.address}) == 4
-    assert first.cookie != second.cookie

@@ -18,9 +18,6 @@ from tests.studio_page.driving import (
     browser,
     needs_browser,
     page_of,
-    pick,
-    reach,
-    reach_panel,
     state,
     to_the_plan,
 )
@@ -149,42 +146,6 @@ def test_it_fits_a_phone_and_a_desk(
         colour = tab.page.evaluate("getComputedStyle(document.body).color")
         numbers = [int(number) for number in re.findall(r"\d+", colour)[:3]]
         assert (sum(numbers) > 384) is (scheme == "dark"), colour
-
-
-@needs_browser
-@pytest.mark.slow
-def test_by_keyboard_alone(kept: Path, home: dict[str, str]) -> None:
-    """Tab, arrows, Enter and Space: from the first page to a started run, to its stop, and to a
-    talk with the models of another run. What has the focus is always seen.
-    """
-    with page_of(kept, home, "--models", "more") as served, browser() as context:
-        tab = Tab(context, served.address)
-        tab.sees("Which model shall become smaller?")
-        for label, option in (("Model", "more/tiny"), ("Text to learn from", "notes")):
-            pick(tab, label, option)
-        pick(tab, "Settings file", "quick.yaml")
-        reach(tab, "Decide")
-        tab.page.keyboard.press("Enter")
-        tab.sees("How small, how long")
-        reach(tab, "as the settings file says")
-        tab.page.keyboard.press("Enter")
-        tab.sees("million parameters")
-        reach(tab, "Start the run")
-        tab.page.keyboard.press("Space")
-        tab.sees("tiny-002: running")
-        reach(tab, "Stop at once")
-        tab.page.keyboard.press("Enter")
-        tab.sees("tiny-002: stopped")
-        reach_panel(tab, "Judge")
-        tab.sees("Is it good?")
-        reach(tab, "Ask both")
-        tab.page.keyboard.type("What?")
-        reach(tab, "Ask both")
-        tab.page.keyboard.press("Space")
-        context_used(tab, answers=2)
-        reach(tab, "Begin anew")
-        tab.page.keyboard.press("Enter")
-        tab.page.get_by_text(re.compile("tokens of context")).first.wait_for(state="detached")
 
 
 @needs_browser

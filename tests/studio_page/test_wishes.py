@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from mis_mlx import cli, distill
-from mis_mlx.size_search import size_request
 from mis_mlx.studio_page import judge, keep, places, wishes
 from mis_mlx.studio_page.wishes import Wishes
 from mis_mlx.types import MisError
@@ -126,11 +125,6 @@ def test_models_are_found_where_programs_keep_them(here: Path) -> None:
     assert places.models() == [place for place in found if place.path.parent.name != "more"]
 
 
-def test_the_default_loss_is_that_of_distill() -> None:
-    """The slider begins where the command does."""
-    assert Wishes().loss == size_request.DEFAULT_LOSS
-
-
 def test_texts_and_settings_are_found_here(here: Path, text_folder: Path) -> None:
     """Folders with a train.jsonl, not too deep, not hidden; YAML files, no links out of here."""
     for name in ("notes", "deep/er", ".hidden", "a/b/c/d"):
@@ -163,13 +157,6 @@ def test_flags_are_those_of_distill(here: Path, text_folder: Path) -> None:
         assert getattr(settings, name) == value
         assert settings.teacher == str(model)
         assert settings.budget == "1024MiB"
-
-
-def test_exports_overwrite_nothing(here: Path) -> None:
-    """The next free name."""
-    (here / "exported" / "x-gguf").mkdir(parents=True)
-    (here / "exported" / "x-gguf-2").symlink_to("/nowhere")
-    assert keep.free_folder(Path("exported"), "x-gguf") == Path("exported/x-gguf-3")
 
 
 def test_other_programs_take_an_export(here: Path) -> None:

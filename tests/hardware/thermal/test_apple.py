@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from functools import partial
 
 import pytest
 
-from mis_mlx import thermal
 from mis_mlx.hardware.thermal.apple_sensors import (
     DECLARED,
     Apple,
@@ -18,7 +16,6 @@ from mis_mlx.hardware.thermal.apple_sensors import (
     decode,
     functions,
 )
-from mis_mlx.hardware.thermal.thermal_monitor import Monitor
 
 
 def test_struct_has_the_kernel_s_layout():
@@ -26,22 +23,6 @@ def test_struct_has_the_kernel_s_layout():
     places = {"size": 28, "result": 40, "status": 41, "command": 42, "index": 44, "bytes": 48}
     assert ctypes.sizeof(KeyData) == 80
     assert {name: getattr(KeyData, name).offset for name in places} == places
-
-
-def test_hid_names_values_and_services_without_an_event(fake_apple):
-    """Names repeat and may be empty; a service without an event is no row; −9202.86 comes through
-    raw.
-    """
-    fake_apple.hid("pACC MTR Temp Sensor2", 35.1)
-    fake_apple.hid("gas gauge battery", 32.5)
-    fake_apple.hid("gas gauge battery", 32.6)
-    fake_apple.hid("PMU tdev1", -9202.86)
-    fake_apple.hid("silent", 1.0, event=False)
-    fake_apple.hid("", 0.0)
-    hid = Hid(fake_apple.path)
-    names = ("pACC MTR Temp Sensor2", "gas gauge battery", "gas gauge battery", "PMU tdev1", "")
-    assert hid.read() == tuple(zip(names, (35.1, 32.5, 32.6, -9202.86, 0.0), strict=True))
-    hid.close()
 
 
 def test_reads_leak_nothing(fake_apple):
@@ -56,15 +37,6 @@ def test_reads_leak_nothing(fake_apple):
     assert fake_apple.live() == opened
     hid.close()
     assert fake_apple.live() == before
-
-
-def test_smc_reads_floats_and_knows_a_missing_key(fake_apple):
-    """A missing key is None, also when asked again."""
-    fake_apple.smc_float("TCMz", 58.47)
-    smc = Smc(fake_apple.path)
-    assert decode(smc.value("TCMz")) == pytest.approx(58.47, abs=1e-4)
-    assert [smc.value("Tp01") for _ in range(2)] == [None, None]
-    smc.close()
 
 
 def test_smc_primes_its_connection(fake_apple):
@@ -129,17 +101,3 @@ def test_a_function_that_macos_dropped_is_named(fake_apple, monkeypatch):
     monkeypatch.setitem(DECLARED, "newer", {"IOKit": {"IOHIDNoSuchThing": "void_p"}})
     with pytest.raises(OSError, match="IOHIDNoSuchThing is missing"):
         functions("newer", fake_apple.path)
-
-
-def test_doctor_on_a_mac(fake_apple, monkeypatch, capsys):
-    """The doctor's plain words on a Mac: what it is, its die, and a measured T_env."""
-    monkeypatch.setattr(thermal, "Monitor", partial(Monitor, apple_library=fake_apple.path))
-    fake_apple.hid("gas gauge battery", 32.0)
-    fake_apple.smc_float("TCMz", 58.5)
-    fake_apple.smc_float("TVA0", 21.0)
-    found = thermal.run(thermal.Doctor(altitude_m=832.0))
-    said = capsys.readouterr().out
-    assert "this machine: MacBookAir10,1, Apple M1, 24D60" in said
-    assert "die: 58.5 °C from SMC TCMz" in said
-    assert found["t_env"] == "measured"
-    assert fake_apple.open() == 0

@@ -14,16 +14,13 @@ import pytest
 from mis_mlx.hardware.thermal.governor import (
     Decision,
     Governor,
-    Held,
     Mode,
     governor_for,
     unfit_for_timing,
 )
 from mis_mlx.hardware.thermal.run_monitor import PauseCounter, after_step
-from mis_mlx.hardware.thermal.thermal_monitor import Monitor
 from mis_mlx.types import MisError, Reading
 from tests.hardware.plant import Plant, PlantMonitor
-from tests.hardware.recorded import plug_in
 
 DATA = Path(__file__).parents[2] / "data"
 GOOD = Reading(
@@ -100,26 +97,6 @@ def test_properties_on_simulated_laptops(mode):
         assert course.monitor.hottest() < 108
         assert course.shortest_pause_s() >= 10
         assert {d.action for _, d in course.decisions} <= {"run", "pause"}
-
-
-def test_cool_keeps_the_die_cooler():
-    """In a warm room `steady` lets the firmware do it, `cool` pauses; neither is far above."""
-    steady = drive(Plant(air_c=30.0), "steady", 1800, 1.0)
-    cool = drive(Plant(air_c=30.0), "cool", 1800, 1.0)
-    assert cool.breaks.count > steady.breaks.count
-    assert cool.monitor.hottest(since_s=1200) < steady.monitor.hottest(since_s=1200)
-
-
-def test_a_laptop_on_a_pillow_pauses_and_lives():
-    """Half the cooling and firmware that allows 110 °C: tea breaks happen, and 108 °C is never
-    reached.
-    """
-    plant = Plant(air_c=35.0, chassis_to_air=3.0, gpu_w=15.0, firmware_c=110.0)
-    plant.chassis_c = plant.die_c = 55.0
-    course = drive(plant, "steady", 3600, 1.0)
-    assert course.breaks.count >= 1
-    assert course.monitor.hottest() < 108
-    assert course.shortest_pause_s() >= 10
 
 
 def test_readings_that_grow_old_count_as_lost():
@@ -237,40 +214,6 @@ def test_blind_and_unattended():
         Governor("warp")  # type: ignore[arg-type]
 
 
-def test_halny_makes_tea_breaks_in_virtual_time(monkeypatch):
-    """The recording forces six tea breaks; all looks are used, the same way every time."""
-    courses = []
-    for _ in range(2):
-        plug_in(monkeypatch, DATA / "halny.jsonl")
-        with Monitor() as monitor:
-            governor = Governor("steady")
-            breaks = PauseCounter()
-            log = []
-            while not monitor.source.ended:
-                log += after_step(monitor, governor, breaks)
-        courses.append((breaks, log))
-    assert courses[0] == courses[1]
-    assert (breaks.count, breaks.reasons) == (6, {"hot": 6})
-    assert breaks.as_json()["throttled_s"] == pytest.approx(breaks.seconds, abs=0.06)
-    assert breaks.seconds > 60
-
-
-def test_one_checkpoint_a_pause():
-    """Unplugged for a while: the first decision asks for a checkpoint, the following ones do
-    not.
-    """
-
-    def unplugged(now_s: float, reading: Reading) -> Reading:
-        return replace(reading, plugged=not 20 < now_s < 50)
-
-    course = drive(Plant(air_c=10.0), "steady", 80, 1.0, spoil=unplugged)
-    pauses = [decision.checkpoint for _, decision in course.decisions if decision.action == "pause"]
-    assert sum(pauses) == 1
-    assert pauses[0]
-    assert len(pauses) > 20
-    assert course.breaks.reasons == {"unplugged": 1}
-
-
 def test_benchmarks_refuse_heat():
     """A hot die, any pressure, a warm battery: each with its two numbers; unknown is not hot."""
     assert unfit_for_timing(GOOD) is None
@@ -278,14 +221,3 @@ def test_benchmarks_refuse_heat():
     assert unfit_for_timing(replace(GOOD, die_c=90.0)) == "die 90.0 °C, above 80"
     assert unfit_for_timing(replace(GOOD, pressure_level=1)) == "thermal pressure 1, not 0"
     assert unfit_for_timing(replace(GOOD, battery_c=41.0)) == "battery 41.0 °C, 40 or more"
-
-
-def test_held_counts_fresh_samples():
-    """A condition seen ten times on one stale sample has been seen once."""
-    held = Held()
-    for second in range(10):
-        held.update(True, second, fresh=second == 0)
-    assert held.lasted(9.0)
-    assert not held.lasted(9.0, samples=2)
-    held.update(False, 10)
-    assert not held.lasted(0.0)

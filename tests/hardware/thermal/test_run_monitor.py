@@ -20,10 +20,10 @@ from mis_mlx import sft
 from mis_mlx.distillation import train_loop
 from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.hardware.thermal.governor import Mode
-from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, ThermalMonitor, battery
+from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, ThermalMonitor
 from mis_mlx.maths.optimizer import GuardedAdamW
-from mis_mlx.runs.run_loop import entered, open_model, open_run
-from mis_mlx.types import GIB, Budget, MisError, Reading, Step
+from mis_mlx.runs.run_loop import open_model
+from mis_mlx.types import MisError, Reading, Step
 from tests import tiny
 from tests.hardware.plant import LidClock
 from tests.hardware.recorded import VirtualClock, plug_in
@@ -130,44 +130,6 @@ def test_a_step_during_which_the_machine_slept_is_done_again() -> None:
     assert [s.note for s in steps] == ["", "the machine slept 30 min; step done again.", ""]
     for name, value in calm.items():
         assert mx.array_equal(value, woken[name])
-
-
-@pytest.mark.parametrize(
-    ("mode", "what"),
-    [
-        (
-            "steady",
-            "pauses the run after its first step until it is plugged in; plug it in, or use "
-            "--governor cool",
-        ),
-        ("cool", "pauses the run below 20 % until there are 30"),
-        ("observe", "the run ends when the battery does"),
-    ],
-)
-def test_a_run_on_battery_says_so_first(
-    mode: Mode,
-    what: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Before its first step, with the mode's own doing; not when it is plugged in or has no
-    battery.
-    """
-    flags = ThermalFlags(governor=mode)
-    for charge in (None, SimpleNamespace(percent=55.0, power_plugged=True)):
-        monkeypatch.setattr(psutil, "sensors_battery", lambda charge=charge: charge, raising=False)
-        assert battery(flags) == ""
-    charge = SimpleNamespace(percent=55.0, power_plugged=False)
-    monkeypatch.setattr(psutil, "sensors_battery", lambda: charge, raising=False)
-    settings = sft.Settings(governor=mode, out=str(tmp_path / "run"))
-    with (
-        entered(None, "x", out=settings.out, asked=settings.given) as place,
-        open_run(place, {}, thermal=settings, limit=Budget(GIB), wired=0),
-    ):
-        text = capsys.readouterr().err
-    assert f"on battery, 55 %: --governor {mode} " in text
-    assert what in text
 
 
 @pytest.mark.parametrize("mode", ["steady", "cool", "observe"])

@@ -28,21 +28,6 @@ def test_idle_m1_air():
     assert (values["battery_c"].value, values["nand_c"].value) == (32.5, 35.0)
 
 
-def test_smc_of_a_13_inch_m1():
-    """The SMC dump of a MacBookPro17,1: hottest spot, virtual ambient and battery; parked cores
-    ignored.
-    """
-    dump = {
-        **{"TCMb": 45.57, "TCMz": 58.47, "TVA0": 27.386, "TB0T": 30.2, "Te0a": 33.3, "Tp2a": 0.0},
-        **{"Tg1b": 0.0, "PSTR": 4.1},
-    }
-    values = judge(look(smc={key: smc_float(value) for key, value in dump.items()}))
-    assert values["die_c"].value == pytest.approx(58.47, abs=1e-3)
-    assert values["virtual_ambient_c"].value == pytest.approx(27.386, abs=1e-3)
-    assert values["battery_c"].value == pytest.approx(30.2, abs=1e-3)
-    assert values["power_w"].value == pytest.approx(4.1, abs=1e-3)
-
-
 def test_only_garbage_gives_none_with_a_reason():
     """Parked, impossible, constant, NaN, unnamed and undecodable values leave nothing, and say
     why.

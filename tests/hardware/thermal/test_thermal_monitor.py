@@ -4,8 +4,6 @@ recordings.
 
 from __future__ import annotations
 
-import itertools
-import statistics
 import sys
 import threading
 import time
@@ -98,14 +96,6 @@ def test_the_battery_of_a_mouse_is_not_the_machine_s(
     assert thermal_monitor.battery_charge() == charge
 
 
-def test_given_values_are_called_given(no_sensors):
-    """By hand is never called measured."""
-    monitor = Monitor(given_ambient_c=-3.0, altitude_m=832.0, clock=VirtualClock(), config=NOWHERE)
-    reading = monitor.look()
-    assert (reading.ambient_c, reading.ambient_sigma_c, reading.altitude_m) == (-3.0, 0.7, 832.0)
-    assert (reading.sources["ambient_c"], reading.sources["altitude_m"]) == ("given", "given")
-
-
 @pytest.mark.parametrize("celsius", [-60.1, 300.0, float("nan")])
 def test_impossible_ambient_is_refused(celsius):
     """300 is a room in kelvin; a NaN is no number."""
@@ -170,36 +160,6 @@ def test_a_frozen_die_sensor_is_missing(tmp_path, monkeypatch):
     assert readings[119].die_c == 74.5
     assert readings[120].die_c is None
     assert monitor.reasons["die_c"] == "stuck at 74.5 °C for 120 s"
-
-
-def test_all_sensors_gone_and_back(tmp_path, monkeypatch):
-    """A sensor that vanishes for a while is None for that while, and its reason is the
-    provider's.
-    """
-    path = tmp_path / "gone.jsonl"
-    with recorder(path, Header()) as add:
-        add(Raw(0.0, 0.0, hid=(("PMU tdie1", 50.0),)))
-        add(Raw(1.0, 1.0, missing={"IOHID": "no client"}))
-        add(Raw(2.0, 2.0, hid=(("PMU tdie1", 51.0),)))
-    plug_in(monkeypatch, path)
-    monitor = Monitor(config=NOWHERE)
-    assert monitor.reading().die_c == 50.0
-    assert monitor.reading().die_c is None
-    assert monitor.reasons["die_c"] == "no sensor answered (IOHID: no client)"
-    assert monitor.reading().die_c == 51.0
-    assert "die_c" not in monitor.reasons
-
-
-def test_halny(monkeypatch):
-    """The recording warms from 8 to 33 °C in its first 16 looks."""
-    plug_in(monkeypatch, DATA / "halny.jsonl")
-    with Monitor(config=NOWHERE) as monitor:
-        readings = [monitor.reading() for _ in range(16)]
-    assert readings[0].ambient_c == pytest.approx(8.0, abs=0.01)
-    assert readings[-1].ambient_c == pytest.approx(33.0, abs=0.01)
-    assert all(a.ambient_c < b.ambient_c for a, b in itertools.pairwise(readings))
-    assert statistics.pstdev(r.ambient_c for r in monitor.history()) > 5
-    assert Monitor(given_ambient_c=8.0).reading().sources["ambient_c"] == "given"
 
 
 def test_history_keeps_an_hour(tmp_path, monkeypatch):
