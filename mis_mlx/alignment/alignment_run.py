@@ -278,6 +278,7 @@ class AlignmentRun(run_loop.OpenRun):
         def recall(state: dict[str, Any]) -> None:
             number, value = state["best"]
             self.best = (number, value)
+            self._best_weights()
 
         student = WholeModel(self.model, GuardedAdamW())
         training = run_loop.CheckpointedTraining(
@@ -298,6 +299,17 @@ class AlignmentRun(run_loop.OpenRun):
         """The held-out figures, by the number of their step."""
         return Journal(self.folder / HELD_OUT, ("number",), files=self.files)
 
+    def _best_weights(self) -> protocol.Saved:
+        """The best weights so far. MisError where they are damaged: no others are the result."""
+        best = self.folder / BEST
+        for saved in protocol.whole_steps(best, self.files):
+            if self.best and saved.number == self.best[0]:
+                return saved
+        raise MisError(
+            f"{best} is damaged: delete the newest step of {self.folder / 'steps'}, and --resume "
+            f"makes it again"
+        )
+
     def _measure(
         self,
         number: int,
@@ -317,12 +329,15 @@ class AlignmentRun(run_loop.OpenRun):
             return
         self.best = (number, value)
         # A run that was set back comes here again with the same bits.
-        if (self.folder / BEST / f"step-{number:08d}").exists():
+        best = self.folder / BEST
+        if (best / f"step-{number:08d}").exists() and any(
+            saved.number == number for saved in protocol.whole_steps(best, self.files)
+        ):
             return
         arrays = {"model": dict(tree_flatten(self.model.trainable_parameters()))}
         # 3 of them: as many checkpoints may be damaged or undone as the steps can lose.
         protocol.save_step(
-            self.folder / BEST,
+            best,
             number,
             arrays=arrays,
             state=measured,
@@ -338,9 +353,7 @@ class AlignmentRun(run_loop.OpenRun):
         Its figures are those of what was written.
         """
         s = self.settings
-        best = protocol.newest(self.folder / BEST, self.files)
-        if best is None:
-            raise MisError(f"{self.folder / BEST} holds no complete checkpoint: start a new run")
+        best = self._best_weights()
         arrays = protocol.load_arrays(best, "model")
         if s.lora and not (self.folder / ADAPTERS).exists():
             config = self.checkpoint.config
@@ -478,36 +491,6 @@ def data(
 
 
 @contextmanager
-def _opened(
-    s: Alignment,
-    folder: Path | None,
-    checkpoint: Checkpoint,
-    *,
-    micro: int,
-    card: Mapping[str, Any],
-    name: str,
-    wired: int,
-    same: Mapping[str, str],
-) -> Iterator[run_loop.OpenRun]:
-    """The run's folder, new or that of a run that goes on, at work; as in `start_run`."""
-    strategy = {"mode": "resident", "micro": micro}
-    new_name = f"{name_of(checkpoint.path)}-{name}"
-    entered = run_loop.entered(folder, new_name, out=s.out, asked=s.given, plan=strategy)
-    with entered as place:
-        place.decide(asdict(s), strategy, memory.budget(s.budget_bytes))
-        opened_run = run_loop.open_run(
-            place,
-            {**run_folder.origin(checkpoint, card["fingerprint"]), **same},
-            same=(*run_folder.SAME, *same),
-            thermal=s,
-            limit=memory.budget(s.budget_bytes),
-            wired=wired,
-        )
-        with opened_run as run:
-            yield run
-
-
-@contextmanager
 def start_run(
     s: Alignment,
     folder: Path | None,
@@ -528,29 +511,33 @@ def start_run(
     seconds = planned["seconds"]
     if folder is None:
         cli.say(progress.promise(seconds))
-    opened_run = _opened(
-        s,
-        folder,
-        checkpoint,
-        micro=micro,
-        card=card,
-        name=name,
-        wired=planned["peak_bytes"],
-        same=same,
-    )
-    with progress.run(name, {name: seconds}), opened_run as run:
-        if not (run.folder / run_folder.DATA).exists():
-            facts = json.dumps(dict(card), indent=2, ensure_ascii=False)
-            run.files.replace_text(run.folder / run_folder.DATA, facts)
-        yield AlignmentRun(
-            **vars(run),
-            name=name,
-            settings=s,
-            checkpoint=checkpoint,
-            model=_student(s, checkpoint),
-            planned_bytes=planned["peak_bytes"],
-            card=card,
+    strategy = {"mode": "resident", "micro": micro}
+    new_name = f"{name_of(checkpoint.path)}-{name}"
+    entered = run_loop.entered(folder, new_name, out=s.out, asked=s.given, plan=strategy)
+    with progress.run(name, {name: seconds}), entered as place:
+        limit = memory.budget(s.budget_bytes)
+        place.decide(asdict(s), strategy, limit)
+        opened_run = run_loop.open_run(
+            place,
+            {**run_folder.origin(checkpoint, card["fingerprint"]), **same},
+            same=(*run_folder.SAME, *same),
+            thermal=s,
+            limit=limit,
+            wired=planned["peak_bytes"],
         )
+        with opened_run as run:
+            if not (run.folder / run_folder.DATA).exists():
+                facts = json.dumps(dict(card), indent=2, ensure_ascii=False)
+                run.files.replace_text(run.folder / run_folder.DATA, facts)
+            yield AlignmentRun(
+                **vars(run),
+                name=name,
+                settings=s,
+                checkpoint=checkpoint,
+                model=_student(s, checkpoint),
+                planned_bytes=planned["peak_bytes"],
+                card=card,
+            )
 
 
 def _student(s: Alignment, checkpoint: Checkpoint) -> nn.Module:

@@ -28,12 +28,12 @@ COMMANDS: dict[str, Any] = {TUNED: quantize, "distill": distill, "sft": sft, "dp
 COMMANDS["grpo"] = grpo
 
 
-def begun(job: jobs.Job, place: Path) -> Path:
-    """The newest step of a work that ends as soon as its second one is safe."""
+def begun(job: jobs.Job, place: Path, until: int = 2) -> Path:
+    """The newest step of a work that ends as soon as one of this number is safe."""
     steps = list[Path]()
 
     def say(each: jobs.Said) -> None:
-        if (each.step or 0) >= 2 and each.path.parent.name != alignment_run.BEST:
+        if (each.step or 0) >= until and each.path.parent.name != alignment_run.BEST:
             steps.append(each.path)
             raise Killed
 
@@ -48,18 +48,40 @@ def work_of(place: Path) -> Path:
     return work
 
 
-@pytest.mark.parametrize("name", mostly_slow((TUNED, *LONG), TUNED, "sft", thorough=LONG[:5]))
-def test_a_flipped_bit_costs_steps_and_not_the_run(name: str, bench: Benches) -> None:
-    """Of the newest step: it is said, and the end has the undisturbed bytes."""
-    b = bench(name)
-    step = begun(b.job, b.place)
+def flip(step: Path) -> None:
+    """One bit of the largest file."""
     largest = max(step.rglob("*.safetensors"), key=lambda path: path.stat().st_size)
     data = bytearray(largest.read_bytes())
     data[-1] ^= 1
     largest.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", mostly_slow((TUNED, *LONG), TUNED, "sft", thorough=LONG[:5]))
+def test_a_flipped_bit_costs_steps_and_not_the_run(name: str, bench: Benches) -> None:
+    """Of the newest step: it is said, and the end has the undisturbed bytes."""
+    b = bench(name)
+    flip(begun(b.job, b.place))
     with contextlib.redirect_stderr(io.StringIO()) as said:
         b.job.run(b.place)
     assert ("is damaged" in said.getvalue()) == (name != TUNED)  # a block is just made again
+    assert b.job.outcome(b.place) == b.whole
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_a_flipped_bit_of_the_best_weights_costs_steps(both: bool, bench: Benches) -> None:
+    """With the newest step, or alone, where that is to be deleted: the end has the undisturbed
+    bytes.
+    """
+    b = bench("sft")
+    step = begun(b.job, b.place, 3)
+    flip(step.parents[1] / alignment_run.BEST / step.name)
+    if both:
+        flip(step)
+    else:
+        with pytest.raises(MisError, match="damaged.*steps"):
+            b.job.run(b.place)
+        shutil.rmtree(step)
+    b.job.run(b.place)
     assert b.job.outcome(b.place) == b.whole
 
 
