@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mis_mlx.judge.write import WritingPlan
+from mis_mlx.models.architectures import block_state
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize, model_of
 from mis_mlx.models.passing import pass_cost
@@ -136,5 +137,5 @@ def test_a_prompt_is_one_pass(tmp_path: Path) -> None:
         texts = Texts(24, prompt_tokens, 48)
         costs[prompt_tokens] = streamed_batch.writing_cost(m, texts, 24)
     assert costs[8].read_bytes == costs[200].read_bytes == 48 * (m.head_bytes + 24 * m.block_bytes)
-    kept = pass_cost.texts_bytes(m, 24, 248 + streamed_batch.STEP)
+    kept = pass_cost.texts_bytes(m, 24, 248 + block_state.STEP)
     assert kept < costs[200].peak_bytes < 1.7 * kept

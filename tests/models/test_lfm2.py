@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mis_mlx import prune
-from mis_mlx.models.architectures import arch, block_state, hybrid
+from mis_mlx.models.architectures import arch, hybrid
 from mis_mlx.models.architectures.sizes import attends, shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.writing import model_writer
@@ -80,15 +80,6 @@ def test_the_published_form_is_opened(lfm: Checkpoint, tmp_path: Path) -> None:
     again = load.open_checkpoint(folder)
     assert mx.array_equal(streamed(again, TOKENS), want)
     assert mx.array_equal(load.resident_model(again, mx.float32)(TOKENS), want)
-
-
-def test_what_stands_before_a_row() -> None:
-    """A prompt of two tokens with two answers: each answer's rows look back into the prompt."""
-    branch = np.array([0, 0, 1, 1, 2])
-    square = np.tri(5, dtype=bool) & ((branch == 0) | (branch[:, None] == branch))
-    depth = square.sum(axis=1) - 1
-    found = block_state.before(mx.array(square), mx.array(depth), mx.array(depth), 2)
-    assert found.tolist() == [[-1, -1], [0, -1], [1, 0], [2, 1], [1, 0]]
 
 
 def test_all_axes_are_cut_together(lfm: Checkpoint, tmp_path: Path, text_folder: Path) -> None:

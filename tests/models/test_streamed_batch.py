@@ -9,6 +9,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mis_mlx.models.architectures import block_state
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import stream
 from mis_mlx.models.writing import streamed_batch
@@ -54,7 +55,7 @@ def test_what_comes_next_is_what_a_text_alone_says(
     pieces, room that grows. Log-probabilities are those of the whole text read at once.
     """
     monkeypatch.setattr(streamed_batch, "ROWS", 5)
-    monkeypatch.setattr(streamed_batch, "STEP", 3)
+    monkeypatch.setattr(block_state, "STEP", 3)
     checkpoint = models(kind)
     whole = load.resident_model(checkpoint, mx.float32)
     source = stream.Stream(checkpoint, mx.float32)

@@ -3,8 +3,7 @@
 A block with attention has keys and values, which grow with the text. A block with a short
 convolution has its last few inputs, and one with a gated delta rule a matrix for each head, too.
 Over whole windows, in training and in calibration, every block begins at nothing, so only
-generation has to keep a state. Where guesses may be taken back, a short convolution is told which
-rows stand before each row.
+generation has to keep a state.
 """
 
 from types import ModuleType
@@ -12,6 +11,8 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+
+STEP = 32  # tokens by which the room for a block's keys and values grows
 
 
 def attends(block: nn.Module) -> bool:
@@ -30,61 +31,43 @@ def cache(module: ModuleType, block: nn.Module, window: int | None) -> Any:
     return module.RotatingKVCache(window) if window else module.KVCache()
 
 
-class Columns:
-    """The inputs of a short convolution at all rows that were read: (B, 1, T, D).
+class Inputs:
+    """All inputs (1, T, D) of a short convolution, of which the last ones can be taken back.
 
-    It is used as mlx-lm's ConcatenateKVCache is: rows of guesses can be taken out again.
+    Its methods are those of mlx-lm's KVCache.
     """
 
     def __init__(self) -> None:
-        self.inputs: mx.array | None = None
+        self.state: list[mx.array] = []
 
-    def extended(self, inputs: mx.array) -> mx.array:
-        """All inputs (B, T, D) with these at the end."""
-        new = inputs[:, None]
-        if self.inputs is not None:
-            new = mx.concatenate([self.inputs, new], axis=2)
-        self.inputs = new
-        return new[:, 0]
+    def extended(self, inputs: mx.array, reach: int) -> mx.array:
+        """The last `reach` inputs so far, zeros before the text, and these (1, n, D) behind."""
+        if not self.state:
+            batch, _, channels = inputs.shape
+            self.state = [mx.zeros((batch, reach, channels), inputs.dtype)]
+        rows = mx.concatenate([self.state[0], inputs], axis=1)
+        self.state = [rows]
+        return rows[:, -reach - inputs.shape[1] :]
 
-    @property
-    def state(self) -> list[mx.array]:
-        """The arrays, which can be replaced by some of their columns."""
-        return [] if self.inputs is None else [self.inputs]
-
-    @state.setter
-    def state(self, arrays: list[mx.array]) -> None:
-        """Replace the arrays."""
-        (self.inputs,) = arrays
+    def trim(self, count: int) -> None:
+        """Forget the last ones."""
+        self.state = [mx.contiguous(self.state[0][:, :-count])]
 
     def empty(self) -> bool:
         """Whether nothing was read."""
-        return self.inputs is None
+        return not self.state
 
 
-def columns(module: ModuleType, kind: str) -> Any:
-    """A new state of a block with one column for each row that was read.
+def taken_back(module: ModuleType, kind: str) -> Any:
+    """A new state of a block for one text, whose last tokens can be taken back: `trim`.
 
     module: as in `cache`. kind: "conv", "linear_attention", or anything else with keys and values.
-    A delta rule has no columns: what it has read cannot be taken out again.
+    What a delta rule has read cannot be taken back.
     """
     if kind == "conv":
-        return Columns()
+        return Inputs()
     if kind == "linear_attention":
         return module.ArraysCache(2)
-    return module.ConcatenateKVCache()
-
-
-def before(sees: mx.array, rows: mx.array, columns: mx.array, reach: int) -> mx.array:
-    """The columns that stand 1, 2 ... `reach` tokens before each row: (..., n, reach).
-
-    -1 where the text has none. sees (..., n, m): which columns belong to a row's text, up to
-    itself. rows (..., n), columns (..., m): how many tokens stand before each in its text.
-    """
-    distances = []
-    for distance in range(1, reach + 1):
-        wanted = rows[..., None] - distance
-        match = sees & (columns[..., None, :] == wanted)
-        index = mx.argmax(match, axis=-1).astype(mx.int32)
-        distances.append(mx.where(match.any(axis=-1), index, -1))
-    return mx.stack(distances, axis=-1)
+    state = module.KVCache()
+    state.step = STEP
+    return state

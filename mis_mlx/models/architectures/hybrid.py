@@ -42,50 +42,28 @@ class ShortConv(nn.Module):
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         """(B, T, D) -> (B, T, D).
 
-        mask: rows before each row (`block_state.before`), or (B, T) booleans that are false for
-        padding in front; None: rows follow each other. cache: None, mlx-lm's ArraysCache, or
-        `block_state.Columns`, whose columns `mask` counts then.
+        mask: (B, T) booleans that are false for padding in front; None: there is none. cache: None,
+        mlx-lm's ArraysCache, or `block_state.Inputs`.
         """
         joined = self.in_proj(x)
         gate, gate_out, inner = mx.split(joined, 3, axis=-1)
         gated = gate * inner
-        if mask is not None and mask.dtype == mx.bool_:
+        if mask is not None:
             gated = mx.where(mask[..., None], gated, 0)
-            mask = None
-        if mask is None:
-            mixed = self.after(gated, cache)
-        else:
-            columns = gated if cache is None else cache.extended(gated)
-            mixed = self._picked(gated, columns, mask)
+        mixed = self.after(gated, cache)
         return self.out_proj(gate_out * mixed)  # type: ignore[no-any-return]
 
     def after(self, gated: mx.array, cache: Any) -> mx.array:
         """The convolution of rows that follow each other, and what the cache holds."""
         length = gated.shape[1]
-        rows = gated_delta.behind_earlier(gated, cache, self.reach)
-        if cache is not None:
-            gated_delta.remember(cache, rows, self.reach)
-            cache.advance(length)
+        if isinstance(cache, block_state.Inputs):
+            rows = cache.extended(gated, self.reach)
+        else:
+            rows = gated_delta.behind_earlier(gated, cache, self.reach)
+            if cache is not None:
+                gated_delta.remember(cache, rows, self.reach)
+                cache.advance(length)
         return gated_delta.convolved(rows, self.conv.weight[..., 0], length)
-
-    def _picked(self, gated: mx.array, columns: mx.array, before: mx.array) -> mx.array:
-        """The convolution over the columns that stand before each row, wherever they are."""
-        batch, _, channels = columns.shape
-        kernel = self.conv.weight[..., 0]
-        zeros = mx.zeros((batch, 1, channels), columns.dtype)
-        padded = mx.concatenate([columns, zeros], axis=1)
-        last = columns.shape[1]
-        numbers = mx.where(before < 0, last, before)
-        shape = (batch, *numbers.shape[-2:])
-        numbers = mx.broadcast_to(numbers, shape)
-        total = mx.zeros_like(gated)
-        for distance in range(self.reach, 0, -1):
-            index = numbers[..., distance - 1, None]
-            earlier = mx.take_along_axis(padded, index, axis=1)
-            place = self.reach - distance
-            total = total + earlier * kernel[:, place]
-        own = gated * kernel[:, self.reach]
-        return total + own
 
 
 class ConvBlock(nn.Module):

@@ -2,8 +2,6 @@
 weight of one, packed or not.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -54,26 +52,6 @@ class InputRecorder(nn.Module):
         return self._seen.pop(0)
 
 
-class ScaledQueries:
-    """What a block whose queries grow with their positions has beside mlx-lm's code.
-
-    positions (T,) or (B, T): where each row stands in its text; None: rows follow each other, as
-    mlx-lm counts them.
-    """
-
-    positions: mx.array | None = None
-    self_attn: Any
-
-    def factor(self, dtype: mx.Dtype) -> mx.array | None:
-        """That of the queries (B, H, T, d), or None where mlx-lm computes it."""
-        if self.positions is None:
-            return None
-        attention = self.self_attn
-        times = mx.floor(self.positions / attention.original_max_position_embeddings)
-        factor = 1 + attention.scaling_beta * mx.log(1 + times)
-        return factor[..., None, :, None].astype(dtype)
-
-
 def uniform(block: nn.Module) -> nn.Module:
     """The same block, callable as those of other families: block(x, mask, cache=cache).
 
@@ -81,34 +59,15 @@ def uniform(block: nn.Module) -> nn.Module:
     None.
     """
 
-    class Block(ScaledQueries, type(block)):  # type: ignore[misc]
+    class Block(type(block)):  # type: ignore[misc]
         def __call__(self, x: mx.array, *given: Any, cache: Any = None) -> mx.array:
             if len(given) < 2:
-                factor = self.factor(x.dtype)
-                given = (factor, *given)
+                given = (None, *given)
             return super().__call__(x, *given, cache=cache)
 
     # A module around the block would change the names of its parameters.
     block.__class__ = Block
     return block
-
-
-@contextmanager
-def at_positions(block: nn.Module, positions: mx.array) -> Iterator[None]:
-    """Inside the `with`, row i of a block's queries grows as positions[i] says, if they grow.
-
-    positions: as of `ScaledQueries`.
-    """
-    if not isinstance(block, ScaledQueries):
-        yield
-        return
-    before = block.positions
-    # `nn.Module` would take an array for a parameter
-    object.__setattr__(block, "positions", positions)
-    try:
-        yield
-    finally:
-        object.__setattr__(block, "positions", before)
 
 
 def divided(norm: nn.Module, divisor: float) -> nn.Module:

@@ -36,7 +36,6 @@ from mis_mlx.models.writing.continuous_batch import LOGIT_COPIES, Completion, Qu
 from mis_mlx.models.writing.draws import Draws
 
 ROWS = 512  # tokens of a long prompt that go through a block at a time
-STEP = 32  # tokens by which the room for a block's keys and values grows
 BLOCK_COPIES = 3  # of what a block keeps, while it grows, loses texts and gets others
 
 
@@ -240,7 +239,7 @@ class Batch:
         state = self._states[i]
         if begun:
             new = begun[0].merge(begun)
-            new.step = STEP
+            new.step = block_state.STEP
             if state is None:
                 state = new
             else:
@@ -286,7 +285,7 @@ def _pass_cost(m: ModelSize, at_once: int, tokens: int, *, longest: int) -> Stag
     What all blocks keep of all texts is in memory, and copies of what one block keeps. longest:
     tokens of a text at its end.
     """
-    places = longest + STEP
+    places = longest + block_state.STEP
     shared = {owner for owner in key_owners(m.config) if owner is not None}
     copies = BLOCK_COPIES + len(shared)
     ledger = Ledger()

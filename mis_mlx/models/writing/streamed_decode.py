@@ -9,16 +9,14 @@ tokens differ in their last bits from those of n passes.
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Annotated
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.maths.losses import chunk_rows
-from mis_mlx.models.architectures import block_inputs, block_state, modules, sizes
+from mis_mlx.models.architectures import block_inputs, block_state, sizes
 from mis_mlx.models.architectures.block_inputs import BlockInputs, KeysValues
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing.stream import Stream, evaluate_now
@@ -29,31 +27,6 @@ ROWS = 512  # tokens of a long prompt that go through a resident block at a time
 Guesses = Annotated[int, Within(0, 16)]  # of a draft, for a pass
 
 
-@contextmanager
-def positioned(block: nn.Module, positions: np.ndarray) -> Iterator[None]:
-    """Inside the `with`, the block's RoPE turns row i by positions[i], and its queries grow so.
-
-    The block may stay in memory, and others use it, so its own RoPE comes back at the end.
-    """
-    if not block_state.attends(block):
-        yield  # its mask says which rows stand before each
-        return
-    rope = block.self_attn.rope
-    offsets = mx.array(positions)
-
-    def rotate(x: mx.array, offset: int = 0) -> mx.array:
-        # x is (1, H, n, d), and `offset` would be the same for all n rows. With the rows in the
-        # batch axis, (n, H, 1, d), RoPE takes one offset a row.
-        return rope(x.transpose(2, 1, 0, 3), offset=offsets).transpose(2, 1, 0, 3)
-
-    block.self_attn.rope = rotate
-    try:
-        with modules.at_positions(block, offsets):
-            yield
-    finally:
-        block.self_attn.rope = rope
-
-
 class Context:
     """The text that a model has read, with its keys and values for each token."""
 
@@ -62,86 +35,63 @@ class Context:
         self.vocab = sizes.shape_of(stream.checkpoint.config).vocab
         self.length = 0  # tokens that were read
         module = load.mlx_lm("models.cache")
-        settings = stream.checkpoint.config
-        kinds = settings.get("layer_types") or [""] * stream.layers
-        self._caches = [block_state.columns(module, kind) for kind in kinds]
+        kinds = stream.checkpoint.config.get("layer_types") or [""] * stream.layers
+        self._caches = [block_state.taken_back(module, kind) for kind in kinds]
 
     def read(self, text: Sequence[int], outputs: int = 1) -> mx.array:
         """One pass over the new part of `text`: final hidden states (outputs, D) of its end."""
         # A draft may have a larger vocabulary by padding; its surplus ids have no row here.
         tokens = mx.array(np.minimum(text[self.length :], self.vocab - 1)[None])
-        positions = np.arange(self.length, len(text), dtype=np.int32)
+        first = self.length
         self.length = len(text)
         hidden = self.stream.embed([tokens])
         for turn in self.stream.sweep(hidden):
-            turn.go(partial(self._in_parts, turn, positions=positions))
+            turn.go(partial(self._in_parts, turn, first=first))
         return self.stream.norm([hidden[0][:, -outputs:]])[0][0]
 
-    def _in_parts(
-        self, turn: BlockTurn, _: int, hidden: mx.array, *, positions: np.ndarray
-    ) -> mx.array:
-        """The pass's hidden states (1, n, D) through a block, lazy.
+    def _in_parts(self, turn: BlockTurn, _: int, hidden: mx.array, *, first: int) -> mx.array:
+        """The pass's hidden states (1, n, D) through a block; the first stands at this position.
 
         A long prompt goes through it ROWS tokens at a time, while the block is in memory. Later
         parts see the keys of earlier ones through the cache.
         """
+        sides = self.stream.sides
+        owner = sides.owners[turn.number]
         parts = []
-        for start in range(0, len(positions), ROWS):
-            part = positions[start : start + ROWS]
-            inputs = self._inputs(turn.number, hidden, slice(start, start + len(part)), part)
-            mask = self._mask(turn.block, part)
-            cache = None if inputs.shared else self._caches[turn.number]
-            with positioned(turn.block, part):
-                parts.append(block_inputs.run(turn.block, inputs, mask, cache).hidden)
+        for start in range(0, hidden.shape[1], ROWS):
+            part = hidden[:, start : start + ROWS]
+            offset = first + start
+            per_layer = None
+            if sides.per_layer:
+                per_layer = sides.per_layer(turn.number, 0)[:, start : start + ROWS]
+            cache = self._caches[turn.number]
+            shared = None
+            if owner is not None:
+                # That block's cache has later rows too, by now, which are cut off.
+                cache = None
+                length = offset + part.shape[1]
+                keys, values, *_ = self._caches[owner].state
+                shared = KeysValues(keys[:, :, :length], values[:, :, :length], offset)
+            mask = None
+            if block_state.attends(turn.block):
+                window = load.window(self.stream.args, turn.block)
+                causal = load.mlx_lm("models.base").create_causal_mask
+                mask = causal(part.shape[1], offset, window_size=window)
+            inputs = BlockInputs(part, per_layer, shared)
+            parts.append(block_inputs.run(turn.block, inputs, mask, cache).hidden)
             # Lazy results would read the block's buffer after the next block has filled it.
             evaluate_now(parts[-1], [] if cache is None else cache.state)
         return mx.concatenate(parts, axis=1)
 
-    def _mask(self, block: nn.Module, positions: np.ndarray) -> mx.array | None:
-        """What a block takes as its mask for rows at these positions, the last of what it sees.
-
-        None for a delta rule, which reads rows in their order.
-        """
-        if "linear_attn" in block:
-            return None
-        columns = np.arange(positions[-1] + 1, dtype=np.int32)
-        sees = columns <= positions[:, None]
-        window = getattr(self.stream.args, "sliding_window", None)
-        if window and load.window(self.stream.args, block):
-            sees &= columns > positions[:, None] - window
-        visible = mx.array(sees)
-        if block_state.attends(block):
-            return visible
-        return block_state.before(visible, mx.array(positions), mx.array(columns), block.conv.reach)
-
-    def _inputs(self, i: int, hidden: mx.array, rows: slice, positions: np.ndarray) -> BlockInputs:
-        """What some rows of the pass bring into block i.
-
-        Keys and values that it takes from another block are in that block's cache, for all of these
-        rows and for later ones, which are cut off.
-        """
-        sides = self.stream.sides
-        part = hidden[:, rows]
-        per_layer = None
-        if sides.per_layer:
-            per_layer = sides.per_layer(i, 0)[:, rows]
-        owner = sides.owners[i]
-        if owner is None:
-            return BlockInputs(part, per_layer)
-        length = int(positions[-1]) + 1
-        keys, values = self._caches[owner].state
-        return BlockInputs(part, per_layer, KeysValues(keys[:, :, :length], values[:, :, :length]))
-
     def keep(self, length: int) -> None:
         """Forget what was read behind the first `length` tokens."""
-        if length >= self.length:
+        wrong = self.length - length
+        if wrong <= 0:
             return
         self.length = length
         for cache in self._caches:
-            if cache.empty():  # of a block that uses another block's keys
-                continue
-            cache.state = [mx.contiguous(array[:, :, :length]) for array in cache.state]
-            evaluate_now(cache.state)
+            if not cache.empty():  # of a block that uses another block's keys
+                cache.trim(wrong)
 
 
 def _choices(context: Context, hidden: mx.array, vocab: int) -> list[int]:
