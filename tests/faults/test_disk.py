@@ -119,7 +119,7 @@ def test_a_disk_that_is_read_only(
 def test_a_disk_pulled_out(
     name: str, bench: Benches, all_jobs: dict[str, jobs.Job], note: Note
 ) -> None:
-    """After the second checkpoint the run folder is gone, as with a cable; put back, the run ends
+    """After a checkpoint the run folder is gone, as with a cable; put back, the run ends
     as it would have.
     """
     b = bench(name)
@@ -128,7 +128,7 @@ def test_a_disk_pulled_out(
     away = b.room / "away"
 
     def pull(said: jobs.Said) -> None:
-        if said.step == 1 and said.path.parent.name == "steps":
+        if (said.step or 0) >= 1 and said.path.parent.name == "steps" and not away.exists():
             place.rename(away)
 
     with jobs.acknowledged(pull), pytest.raises(MisError) as caught:

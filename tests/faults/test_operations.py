@@ -30,7 +30,6 @@ TUNED = "quantize, tuned"  # short, with hundreds of operations
 SHORT = ("prune", "quantize", TUNED, "export", "logit store", "spool")
 LONG = (
     "distill",
-    "distill, targets on disk",
     "distill, scales on disk",
     "distill, block by block",
     "distill, blocks in turn",
@@ -65,7 +64,7 @@ def test_whichever_operation_fails_nothing_is_lost(name: str, bench: Benches) ->
     mostly_slow(
         (TUNED, *LONG),
         *QUICK,
-        thorough=set(LONG) - {"distill, targets on disk"},
+        thorough=set(LONG),
     ),
 )
 def test_a_run_goes_on_after_any_operation(name: str, bench: Benches) -> None:
@@ -87,8 +86,6 @@ def test_scales_on_disk_make_the_same_run(all_jobs: dict[str, jobs.Job], tmp_pat
         outcomes.append(all_jobs[name].outcome(place))
         assert not list(place.rglob(".tmp-*"))
     assert outcomes[0] == outcomes[1]
-    steps = tmp_path / name / "run" / pipeline.TUNE_STEPS
-    assert len(list(steps.glob("step-*/block-*"))) == 2 * 2
 
 
 @pytest.mark.slow

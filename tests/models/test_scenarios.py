@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 
-from mis_mlx import cli, distill, flag_help, plan, prune
+from mis_mlx import cli, distill, flag_help, prune
 from mis_mlx.models.architectures import scenarios
 
 # What table 1 of the paper, or benchmarks/, has under each mountain name.
@@ -37,7 +37,7 @@ def test_every_scenario_has_both_names() -> None:
     assert scenarios.plain("tatra") == "tatra"
 
 
-@pytest.mark.parametrize("settings", [distill.Settings, prune.Settings, plan.Settings])
+@pytest.mark.parametrize("settings", [distill.Settings, prune.Settings])
 @pytest.mark.parametrize("mountain_name", KEPT)
 def test_flags_files_and_python_take_both(
     settings: type, mountain_name: str, tmp_path: Path

@@ -76,7 +76,7 @@ def check_packing(config: Config) -> None:
         if not isinstance(stated, Mapping) or not {"bits", "group_size"} & set(stated):
             continue
         for key, known in (("bits", BITS), ("group_size", GROUP_SIZES)):
-            value = stated.get(key)
+            value = stated.get(key, common.get(key))
             if type(value) is not int or value not in known:
                 raise MisError(
                     f"{name}: {key} is {value!r}, but MLX has {', '.join(map(str, known))}: "
