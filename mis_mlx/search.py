@@ -295,6 +295,7 @@ def carry_out(sought: Sought, place: run_loop.Place) -> dict[str, Any]:
                         evaluations=sought.evaluations,
                         most_bytes=sought.most_bytes,
                     )
+                cli.outcome(f"rank: {len(found.scores)} students measured")
             known_losses.keep_logs(opened.folder, about)
             result = opened.finish(_report(sought, c, found))
             # Teachers of fewer rows: nobody needs them once a search is done.

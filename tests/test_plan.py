@@ -20,7 +20,7 @@ from mis_mlx.types import GIB, Checkpoint, MisError
 from tests import tiny
 from tests.conftest import Done, last_line
 
-PHASES = ["prune", "repair", "logit store", "distil", "quantize", "distil scales", "measure"]
+PHASES = ["prune", "logit store", "repair", "distil", "quantize", "distil scales", "measure"]
 
 
 def rows(text: str) -> list[str]:

@@ -108,7 +108,7 @@ def test_gptq_stays_under_the_plan(
 @pytest.mark.thorough
 def test_sensitivity_and_steps_stay_under_the_plan(tmp_path: Path) -> None:
     """MLX's peak of either, under what the plan says, and not by more than a factor of four."""
-    sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 1536, "vocab_size": 2048}
+    sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 1536, "vocab_size": 4096}
     checkpoint = load.open_checkpoint(tiny.make(tmp_path / "m", dtype="F32", **sizes))
     m = model_of(checkpoint)
     how = QuantizationConfig(q_method="round", target_bpw=4.6, q_iters=2)

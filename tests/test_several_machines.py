@@ -26,8 +26,8 @@ def test_two_machines_take_the_steps_of_one(
     own_home: dict[str, str],
     command: Callable[..., Done],
 ) -> None:
-    """Each with half of a step's windows: every loss to 5e-4 (moments have 8 bits), and both write
-    the same model. A machine that trains otherwise is refused.
+    """Each with half of a step's windows: every loss to 1e-4, and both write the same model. A
+    machine that trains otherwise is refused.
     """
     if name == "distill":
         flags = [*request.getfixturevalue("flags"), *TRAINING[name]]
@@ -46,7 +46,11 @@ def test_two_machines_take_the_steps_of_one(
     assert not second.stdout
     alone = command(name, *flags, "--out", tmp_path / "run")
     assert alone.returncode == 0, alone.stderr
-    np.testing.assert_allclose(losses(homes[0] / "run"), losses(tmp_path / "run"), rtol=5e-4)
+    of_two = np.array(losses(homes[0] / "run"))
+    of_one = np.array(losses(tmp_path / "run"))
+    np.testing.assert_allclose(of_two[:, :2], of_one[:, :2], rtol=1e-4)
+    # sums in another order round moments of 8 bits otherwise, here and there
+    np.testing.assert_allclose(of_two, of_one, rtol=5e-4)
     of_both = [weights(home / "run") for home in homes]
     assert of_both[0] == of_both[1]
     (homes[1] / "more.yaml").write_text("seed: 5\n")

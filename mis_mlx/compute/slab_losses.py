@@ -65,6 +65,7 @@ def sparse_kl_gradients(
         chosen = mx.where(here, mx.take_along_axis(z, places, axis=1), chosen)
         lse = mx.logaddexp(lse, top + mx.log(powers))
         mx.eval(chosen, lse)
+        del part, z  # before the next slab is read
     log_w = mx.log(mx.maximum(weights, TINY))  # finite at 0, so that 0 log 0 is 0
     kl = (weights * (log_w - chosen + lse[:, None])).sum(axis=1)
     loss = (kl * loss_mask).sum()
@@ -83,6 +84,7 @@ def sparse_kl_gradients(
             p = p * slope
         gradient = gradient + (p * (loss_mask / temperature)[:, None]) @ part
         mx.eval(gradient)
+        del part, z, p, slope
     mx.eval(loss)
     return loss, gradient.astype(hidden.dtype)
 

@@ -79,25 +79,6 @@ def single_threaded_blas(things: int) -> Iterator[None]:
         blas_threads.set_count(blas_threads.at_start())
 
 
-def split_rows(x: mx.array) -> list[mx.array]:
-    """Cut x (B, ...) into as many pieces of its rows as there are streams, or rows."""
-    size = -(-len(x) // count())  # rounded up, so that no row is left over
-    return [x[start : start + size] for start in range(0, len(x), size)]
-
-
-def map_rows(work: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
-    """work(x) of x (B, ...), whose rows do not depend on each other; lazy."""
-    pieces = []
-    for i, piece in enumerate(split_rows(x)):
-        # The stream is chosen here, where the graph is built; the evaluation comes later, of all
-        # pieces at once, so that both streams have work.
-        with stream(i):
-            pieces.append(work(piece))
-    if len(pieces) == 1:
-        return pieces[0]
-    return mx.concatenate(pieces)
-
-
 def parallel_map(work: Callable[..., Any], *items: Iterable[Any]) -> Iterator[Any]:
     """Yield `work` of every item, or of the items of several lists, in order and evaluated.
 

@@ -684,8 +684,7 @@ def _scales(
     )
     # a block comes while another one computes, and leaves its slot
     ledger.hold("slots", packed, count=2)
-    # one block's come before the other's have gone
-    ledger.hold("integers of blocks at work", integers, count=2)
+    ledger.hold("integers of the block at work", integers)
     read = 0
     files = 0
     if on_disk:

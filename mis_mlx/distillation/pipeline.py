@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,36 @@ class Run(run_loop.OpenRun):
         """`count` training windows (1, T) for one use; different uses get different ones."""
         return preparation.calibration(self.data, count, self.recipe.seed, use)
 
+    @cached_property
+    def kept(self) -> targets.KeptTargets:
+        """The teacher's targets, for both trainings; the missing ones are written at the first use.
+
+        Its pass is over before a student takes memory.
+        """
+        # Tuning may take more steps than the distillation: windows for either, if there are both.
+        iters = self.plan.tuning_steps
+        if self.plan.mode != "none":
+            iters = max(self.plan.job.iters, iters)
+        windows = targets.visited_windows(self.data, replace(self.recipe, iters=iters))
+        with self.phase(STORE), progress.bar("targets", len(windows)) as show:
+            store = targets.write_store(
+                self.teacher,
+                self.data.pick(windows),
+                self.folder / TARGETS,
+                files=self.files,
+                temperature=self.recipe.temperature,
+                seed=self.recipe.seed,
+                windows_per_pass=max(1, self.plan.held_windows(STORE)),
+                direct=self.direct,
+                show=show,
+            )
+        memory.give_back()
+        cli.say(*store.notes)
+        cli.detail(
+            f"logit store: {store.bytes_per_token:.0f} bytes per token; losses use sampled targets"
+        )
+        return targets.KeptTargets(store, windows, softcap(self.teacher.config))
+
     def kinds(self, count: int, use: int) -> list[int]:
         """The kind of text of each window that `pick` gives, by number."""
         if self.data.kind is None:
@@ -145,7 +175,7 @@ def train(c: Run, pruned: Checkpoint) -> model_writer.Take:
     """Train a pruned student as planned; the function gives its weights by name."""
     if c.plan.mode == "none":
         return _repaired_only(c, pruned)
-    kept = kept_targets(c)
+    kept = c.kept
     parts = None
     shard = None
     visit = MOST
@@ -192,36 +222,6 @@ def _repaired_only(c: Run, pruned: Checkpoint) -> model_writer.Take:
         return repaired[name] if name in repaired else model_writer.dense(parts or pruned, name)
 
     return take
-
-
-def kept_targets(c: Run) -> targets.KeptTargets:
-    """The teacher's targets, of which the missing ones are written now.
-
-    Its pass is over before a student takes memory.
-    """
-    # Tuning may take more steps than the distillation: windows for either, if there are both.
-    iters = c.plan.tuning_steps
-    if c.plan.mode != "none":
-        iters = max(c.plan.job.iters, iters)
-    windows = targets.visited_windows(c.data, replace(c.recipe, iters=iters))
-    with c.phase(STORE), progress.bar("targets", len(windows)) as show:
-        store = targets.write_store(
-            c.teacher,
-            c.data.pick(windows),
-            c.folder / TARGETS,
-            files=c.files,
-            temperature=c.recipe.temperature,
-            seed=c.recipe.seed,
-            windows_per_pass=max(1, c.plan.held_windows(STORE)),
-            direct=c.direct,
-            show=show,
-        )
-    memory.give_back()
-    cli.say(*store.notes)
-    cli.detail(
-        f"logit store: {store.bytes_per_token:.0f} bytes per token; losses use sampled targets"
-    )
-    return targets.KeptTargets(store, windows, softcap(c.teacher.config))
 
 
 def _repaired(c: Run, pruned: Checkpoint, parts: Checkpoint | None = None) -> dict[str, mx.array]:
@@ -289,7 +289,7 @@ def tune(c: Run, rounded: Path, out: Path, rate: float) -> None:
     checkpoint = load.open_checkpoint(rounded)
     recipe = tuning_recipe(c.recipe, checkpoint, c.plan.tuning_steps, rate)
     planned = next(phase for phase in c.plan.phases if phase.name == SCALES)
-    kept = kept_targets(c)
+    kept = c.kept
     with scale_state.place(planned, c.folder, c.files) as state:
         student = BlockStudent(
             checkpoint,

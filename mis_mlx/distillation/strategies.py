@@ -232,9 +232,12 @@ def plan_strategy(
     training = process_around(job, limit, trains=True)
     trained_left = left - (training - own)
     phases = teacher_answers.answering_cost(job, left)
-    phases += _cutting(job, left, mode)
+    phases += _cutting(job, left)
     if mode != "none":
         phases.append(store_cost(job, left))
+    if job.reconstruct_samples:
+        phases.append(repair_cost(job, left, in_parts(job, mode)))
+    if mode != "none":
         phases.append(weights_cost(job, micro, shard, trained_left))
     phases.append(
         quantizing_cost(
@@ -258,8 +261,8 @@ def plan_strategy(
     return MemoryPlan(job, limit, rates, mode, micro, shard, tuple(phases))
 
 
-def _cutting(job: DistillationSpec, limit: int, mode: Mode) -> list[StageCost]:
-    """The phases that make the student which is trained or rounded."""
+def _cutting(job: DistillationSpec, limit: int) -> list[StageCost]:
+    """The phase that makes the student which is repaired, trained or rounded, if there is one."""
     phases = []
     shown = job.shown
     if shown and shown.shape == job.teacher.shape:
@@ -277,8 +280,6 @@ def _cutting(job: DistillationSpec, limit: int, mode: Mode) -> list[StageCost]:
         phases.append(pruning)
     elif shown and job.viewed:
         phases.append(vocabulary_cost(shown, job.max_seq_length))
-    if job.reconstruct_samples:
-        phases.append(repair_cost(job, limit, in_parts(job, mode)))
     return phases
 
 

@@ -47,29 +47,6 @@ def test_each_gives_all_in_order_and_evaluated(told: list[int]) -> None:
     assert seen[0] != seen[1]
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_rows_are_what_the_whole_is(told: list[int], count: int) -> None:
-    """However many rows there are, one stream's among them, with gradients back to each."""
-    x = mx.random.normal((count, 4, 8), key=mx.random.key(1))
-    w = mx.random.normal((8, 8), key=mx.random.key(2))
-
-    def total(w: mx.array, x: mx.array, apart: bool) -> mx.array:
-        def work(x: mx.array) -> mx.array:
-            return mx.tanh(x @ w)
-
-        made = streams.map_rows(work, x) if apart else work(x)
-        return mx.square(made).sum()
-
-    work_and_slopes = mx.value_and_grad(total, argnums=(0, 1))
-
-    found, host_gradients = work_and_slopes(w, x, True)
-    want, want_slopes = work_and_slopes(w, x, False)
-
-    assert mx.allclose(found, want)
-    for slope, want_slope in zip(host_gradients, want_slopes, strict=True):
-        assert mx.allclose(slope, want_slope, atol=1e-5)
-
-
 def test_uneven_lists_are_a_mistake() -> None:
     """Nothing is left out without a word."""
     with pytest.raises(ValueError, match="shorter|longer"):

@@ -202,6 +202,31 @@ def test_more_budget_never_reads_more() -> None:
 
 
 @pytest.mark.thorough
+def test_steps_after_rounding_go_where_nobody_asked_for_them() -> None:
+    """Under a budget that holds training and not `tune` they are left out; asked for, they do not
+    fit, said so.
+    """
+    plain = QuantizationConfig(q_method="round", target_bpw=None)  # which takes little itself
+    # nothing is trained before, and windows enough that a step outweighs what rounding takes
+    job = replace(JOB, rounding=plain, modes=("none",), batch_size=16, eval_windows=1)
+    whole = strategies.plan_strategy(job, GIB, rates=M1_AIR, mode="none", micro=16, shard=0)
+    assert whole.tuning_steps == 20
+    assert list(named(whole))[-3:] == ["logit store", "distil scales", "measure"]
+    less = replace(job, rounding=replace(job.rounding, q_iters=20))
+    needed = {name: p.peak_bytes for name, p in named(whole).items()}
+    needed.pop("logit store")  # which takes what room there is, and is for the scales alone here
+    assert needed.pop("distil scales") > max(needed.values())
+    plans = [
+        strategies.plan_strategy(job, n * MIB // 16, rates=M1_AIR, mode="none", micro=16, shard=0)
+        for n in range(64, 2000)
+    ]
+    plan = next(plan for plan in plans if plan.fits and plan.tuning_steps == 0)
+    assert not strategies.plan_strategy(
+        less, plan.budget_bytes, rates=M1_AIR, mode="none", micro=16, shard=0
+    ).fits
+    assert strategies.plan_strategy(job, GIB, M1_AIR, **plan.strategy) != whole
+
+
 def test_micro_batches_divide_the_step(tmp_path: Path) -> None:
     """Six windows are cut into 3, 2 or 1, never 4; the recipe then has as many more of them a
     step.

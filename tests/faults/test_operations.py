@@ -86,6 +86,8 @@ def test_scales_on_disk_make_the_same_run(all_jobs: dict[str, jobs.Job], tmp_pat
         outcomes.append(all_jobs[name].outcome(place))
         assert not list(place.rglob(".tmp-*"))
     assert outcomes[0] == outcomes[1]
+    steps = tmp_path / name / "run" / pipeline.TUNE_STEPS
+    assert len(list(steps.glob("step-*/model-layers-*"))) == 2 * 2
 
 
 @pytest.mark.slow

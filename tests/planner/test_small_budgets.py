@@ -117,7 +117,7 @@ def test_what_is_left_out_raises_the_loss(tmp_path: Path) -> None:
     """
     whole = shortfall.loss_factor(planned(tmp_path, "default", "4GiB"))
     trained = planned(tmp_path, "qwen3-1.7b", "4GiB", **CUT)
-    untrained = planned(tmp_path, "qwen3-1.7b", "2.3GiB", **CUT)
+    untrained = replace(trained, mode="none")
     untuned = replace(untrained, phases=untrained.phases[:1])
     factors = [shortfall.loss_factor(made) for made in (trained, untrained, untuned)]
     assert 1 == whole == factors[0] < factors[1] < factors[2]

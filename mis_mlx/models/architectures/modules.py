@@ -7,6 +7,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mis_mlx.hardware.rates import on_gpu
+from mis_mlx.maths import rounding
+
 
 class SideProjection(nn.Module):
     """The channels that every block gets for each token, as mlx-lm computes them.
@@ -95,12 +98,17 @@ def dense_weight(linear: nn.Module, rows: slice = slice(None)) -> mx.array:
     biases = linear.get("biases")
     if biases is not None:
         biases = biases[rows]
-    matrix = mx.dequantize(
-        packed,
-        scales,
-        biases,
-        group_size=linear.group_size,
-        bits=linear.bits,
-        mode=linear.mode,
-    )
-    return matrix.astype(mx.float32)
+    parts = tuple(part for part in (packed, scales, biases) if part is not None)
+    mode: Any = linear.mode
+    return dequantized(parts, linear.group_size, linear.bits, mode)
+
+
+def dequantized(packed: rounding.Packed, group: int, bits: int, mode: rounding.Mode) -> mx.array:
+    """The matrix (out, in) float32 that a packed one stands for. Lazy, if small.
+
+    A large one goes part by part: a CPU holds several copies of what it de-quantizes.
+    """
+    values = rounding.values
+    if packed[0].size * 32 > rounding.OPENED * bits and not on_gpu():
+        values = rounding.dequantized
+    return values(packed, group, bits, mode)

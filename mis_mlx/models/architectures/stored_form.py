@@ -89,11 +89,6 @@ def renamed_packing(part: Architecture) -> dict[str, Any]:
     return packing
 
 
-def outer_name(name: str) -> str:
-    """The name that one of our tensors or modules has in a model that contains this one."""
-    return re.sub(r"^model\.", "model.language_model.", name)
-
-
 def inside_names(name: str) -> list[str]:
     """The names that a tensor or module of such a model has in the family that it contains.
 

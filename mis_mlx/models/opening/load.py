@@ -13,8 +13,7 @@ import numpy as np
 
 from mis_mlx.compute import precision
 from mis_mlx.hardware import memory
-from mis_mlx.hardware.rates import on_gpu
-from mis_mlx.maths import losses, rounding
+from mis_mlx.maths import losses
 from mis_mlx.models.architectures import arch, lookup, modules, tensor_shapes
 from mis_mlx.models.architectures.arch import PER_LAYER
 from mis_mlx.models.architectures.experts import Expert, ReadExperts
@@ -166,14 +165,9 @@ def dense(checkpoint: Checkpoint, name: str, raw: Raw | None = None) -> mx.array
     settings = packing(checkpoint, stem)
     if not settings:
         return arrays[name]
-    values = rounding.values
-    # A large matrix goes part by part: a CPU holds several copies of what it de-quantizes.
-    large = arrays[name].nbytes * 8 > rounding.OPENED * settings["bits"]
-    if large and not on_gpu():
-        values = rounding.dequantized
     packed = tuple(arrays[part] for part in names)
     group, bits, mode = [settings[key] for key in SETTINGS]
-    return values(packed, group, bits, mode)
+    return modules.dequantized(packed, group, bits, mode)
 
 
 def _packed_names(checkpoint: Checkpoint, name: str) -> list[str]:

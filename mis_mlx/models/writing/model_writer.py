@@ -39,7 +39,6 @@ KEEP = "keep.json"
 ROTATION = "rotation.npy"
 Take = Callable[[str], Tensor]  # a model's tensor by its name
 SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-MLX_TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}
 
 
 def need_tokenizer(folder: Path) -> None:
