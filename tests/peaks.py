@@ -6,13 +6,15 @@ import gc
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
+from mis_mlx.hardware import memory
 from mis_mlx.models.opening import load
+from mis_mlx.types import Budget
 
 PAGE_BYTES = 16 * 2**10
 ARRAYS = 256  # of more than a page that live at a time in a small model's pass or step
@@ -49,6 +51,25 @@ class Peak:
         self.nbytes = max(self.nbytes, arrays + tracemalloc.get_traced_memory()[1])
         mx.reset_peak_memory()
         tracemalloc.reset_peak()
+
+
+@contextmanager
+def of_mlx(limit_bytes: int | None = None) -> Iterator[Peak]:
+    """The peak of MLX's arrays in the block, in bytes, where nothing that is freed is kept.
+
+    limit_bytes: of MLX, above what it holds already.
+    """
+    peak = Peak()
+    cache = mx.set_cache_limit(0)
+    limit = (
+        nullcontext() if limit_bytes is None else memory.limited(Budget(peak._before + limit_bytes))
+    )
+    try:
+        with limit:
+            yield peak
+            peak.nbytes = mx.get_peak_memory() - peak._before
+    finally:
+        mx.set_cache_limit(cache)
 
 
 @contextmanager

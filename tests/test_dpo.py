@@ -135,9 +135,12 @@ def test_rounding_is_no_reward() -> None:
     assert host_gradients.tolist() == [2.0] * 5
 
 
-@pytest.mark.parametrize(("rows", "temperature"), [(None, 1.0), (1, 0.7), (5, 0.7), (64, 1.0)])
+@pytest.mark.parametrize(
+    ("rows", "temperature", "softcap"),
+    [(None, 1.0, 0.0), (1, 0.7, 0.0), (5, 0.7, 3.0), (64, 1.0, 0.0)],
+)
 def test_log_probabilities_in_chunks_are_those_of_the_whole(
-    rows: int | None, temperature: float
+    rows: int | None, temperature: float, softcap: float
 ) -> None:
     """Values and gradients of hidden states and head, each position with its own cotangent, against
     log_softmax.
@@ -148,7 +151,8 @@ def test_log_probabilities_in_chunks_are_those_of_the_whole(
     weights = mx.random.normal((23,), key=mx.random.key(6))
 
     def plain(h: mx.array, w: mx.array) -> mx.array:
-        z = (h @ w.T) / temperature
+        z = h @ w.T
+        z = (softcap * mx.tanh(z / softcap) if softcap else z) / temperature
         of_targets = mx.take_along_axis(z, targets[:, None], -1)[:, 0]
         log_p = of_targets - mx.logsumexp(z, -1)
         return (log_p * weights).sum()
@@ -161,6 +165,7 @@ def test_log_probabilities_in_chunks_are_those_of_the_whole(
             temperature=temperature,
             frozen_head=frozen_head,
             rows=rows,
+            softcap=softcap,
         )
         return (log_p * weights).sum()
 

@@ -9,6 +9,7 @@ import pytest
 
 from mis_mlx.compute import quick_exp
 from mis_mlx.models.architectures.stock import mlx_lm
+from tests import peaks
 
 SCALE = 0.25
 
@@ -72,11 +73,9 @@ def test_long_texts_take_no_more_memory_than_by_mlx(kind):
     mx.eval(arrays, masks["array"])
 
     def peak(attention):
-        mx.clear_cache()
-        before_bytes = mx.get_active_memory()
-        mx.reset_peak_memory()
-        mx.eval(attention(*arrays, scale=SCALE, mask=masks[kind]))
-        return mx.get_peak_memory() - before_bytes
+        with peaks.of_mlx() as found:
+            mx.eval(attention(*arrays, scale=SCALE, mask=masks[kind]))
+        return found.nbytes
 
     stock = peak(mx.fast.scaled_dot_product_attention)
     assert peak(quick_exp.attention) < stock

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mis_mlx.distillation.block_student import BlockStudent
 from mis_mlx.distillation.targets import KeptTargets
 from mis_mlx.distillation.train_loop import Update
 from mis_mlx.models.architectures.sizes import softcap
+from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, Step
 from tests import tiny
@@ -64,6 +66,43 @@ def gradients_of(
         looked = student.look(batches, loss)
         student.apply(looked, Update(noise=1.0, rate=0.0, batch=1))
     return looked.loss, found
+
+
+def run(
+    made: BlockStudent,
+    steps: Path,
+    training: Callable[[BlockStudent, int], Iterator[Step]],
+    *,
+    every: int = 1,
+    last: int | None = None,
+    stop: int | None = None,
+) -> list[Step]:
+    """What a command does: begin, or go on from the newest checkpoint in `steps`, and save `every`
+    steps and after step `last`; killed after step `stop`, saved or not.
+    """
+
+    def save(number: int) -> None:
+        arrays = {key: named for key, named in made.arrays().items() if named}
+        state = {"arrays": list(arrays), "memory": made.memory()}
+        protocol.save_step(steps, number, arrays, state, files=DISK)
+
+    start = 0
+    if saved := protocol.newest(steps):
+        arrays = {key: protocol.load_arrays(saved, key) for key in saved.state["arrays"]}
+        made.restore({"optimizer": {}, **arrays}, saved.state["memory"])
+        start = saved.number
+    else:
+        made.begin()
+        DISK.make_folder(steps)
+        save(0)
+    done = list[Step]()
+    for step in training(made, start):
+        done.append(step)
+        if step.number % every == 0 or step.number == last:
+            save(step.number)
+        if step.number == stop:
+            raise Killed
+    return done
 
 
 def kept(teacher: Checkpoint, data: Windows, recipe: Any, folder: Path, **how: Any) -> KeptTargets:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,13 +25,13 @@ from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import stream
 from mis_mlx.models.writing import model_writer
-from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK, Files
 from mis_mlx.storage.safetensors import InParts
 from mis_mlx.types import Checkpoint, MisError, Step
 from tests import family_checks, tiny
 from tests.conftest import mostly_slow
+from tests.distillation import students
 from tests.distillation.students import LOSS, Killed, facts, micro_batches, schedule
 
 LAYERS = 4
@@ -225,34 +225,6 @@ def test_a_step_is_the_resident_models_bit_for_bit(
     )
 
 
-def test_the_page_cache_changes_no_bit(tmp_path: Path, source: Callable[[str], Checkpoint]) -> None:
-    """Reads past it: the same files."""
-    for name in ("plain", "direct"):
-        student = opened(source("llama"), tmp_path / name, 2, direct=name == "direct")
-        for _ in train_loop.steps(student, micro_batches, LOSS, schedule(4)):
-            pass
-    assert contents(tmp_path / "direct") == contents(tmp_path / "plain")
-
-
-def test_memory_holds_a_shard_not_the_student(tmp_path: Path) -> None:
-    """24 blocks of 641 KiB, one trainable: two steps, each of another shard, take under 6 MiB.
-
-    That is two slots and one block with its gradient and moments (3.8 MiB), a block's new gradient,
-    24 x 2 hidden states of 8 KiB, head and logits, or the update (4.3 MiB measured).
-    """
-    source = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=24))
-    student = BlockStudent(
-        model_writer.by_block(source, tmp_path / "s", DISK), "weights", at_once=1, steps_each=1
-    )
-    micro = partial(micro_batches, count=2)
-    mx.eval([micro(step) for step in range(2)])
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    student.begin()
-    steps = list(train_loop.steps(student, micro, LOSS, schedule(2)))
-    assert max(s.peak_bytes for s in steps) - before < 6 * 2**20 < source.nbytes
-
-
 class Counting(Files):
     """The real disk, counting the bytes written to every file."""
 
@@ -301,47 +273,20 @@ def test_blocks_are_written_at_the_end_of_a_visit_only(
 def run(
     source: Checkpoint,
     root: Path,
-    files: Files = DISK,
     each: int = 2,
     every: int = VISIT,
     iters: int = 5,
     stop: int | None = None,
 ) -> list[Step]:
-    """What a command does: start or resume, train, save `every` steps; killed after step `stop` is
-    saved, or not.
-    """
-    steps_dir = root / "steps"
-    done = []
-    files.make_folder(steps_dir)
-    student = BlockStudent(
-        model_writer.by_block(source, root / "s", files),
-        "weights",
-        at_once=each,
-        steps_each=VISIT,
-        files=files,
-    )
-
-    def save(number: int) -> None:
-        arrays = {key: named for key, named in student.arrays().items() if named}
-        memory = student.memory()
-        state = {"arrays": list(arrays), "shard": memory}
-        protocol.save_step(steps_dir, number, arrays=arrays, state=state, files=files)
-
-    if saved := protocol.newest(steps_dir, files):
-        arrays = {key: protocol.load_arrays(saved, key) for key in saved.state["arrays"]}
-        student.restore(arrays, saved.state["shard"])
-        start = saved.number
-    else:
-        student.begin()
-        save(start := 0)
+    """`students.run` of so many steps in the folder `root`."""
+    parts = model_writer.by_block(source, root / "s", DISK)
+    made = BlockStudent(parts, "weights", at_once=each, steps_each=VISIT)
     micro = partial(micro_batches, count=2, windows=1)
-    for step in train_loop.steps(student, micro, LOSS, schedule(iters), start):
-        done.append(step)
-        if step.number % every == 0 or step.number == iters:
-            save(step.number)
-        if step.number == stop:
-            raise Killed
-    return done
+
+    def training(made: BlockStudent, start: int) -> Iterator[Step]:
+        return train_loop.steps(made, micro, LOSS, schedule(iters), start)
+
+    return students.run(made, root / "steps", training, every=every, last=iters, stop=stop)
 
 
 Whole = tuple[list[tuple[float, ...]], dict[str, bytes]]
@@ -404,21 +349,6 @@ def test_a_resumed_run_keeps_its_shards(tmp_path: Path, smallest: Checkpoint) ->
         run(smallest, tmp_path / "run", each=2, stop=3)
     run(smallest, tmp_path / "run", each=1)
     assert contents(tmp_path / "run" / "s") == contents(tmp_path / "whole" / "s")
-
-
-def test_three_bad_batches_stop_the_run_across_visits(
-    tmp_path: Path, source: Callable[[str], Checkpoint]
-) -> None:
-    """Visits of one step: the dog counts on, and no block holds anything that is not a number."""
-    student = opened(source("llama"), tmp_path / "s", 1, steps_each=1)
-
-    def poisoned(step: int) -> list[tuple[mx.array, ...]]:
-        return [(*rest, shares * math.nan) for *rest, shares in micro_batches(step)]
-
-    with pytest.raises(MisError, match="3 steps in a row"):
-        list(train_loop.steps(student, poisoned, LOSS, schedule(9)))
-    end = load.open_checkpoint(tmp_path / "s")
-    assert same(*(dict(load.weights(c, "", mx.float32)) for c in (end, source("llama"))))
 
 
 def test_a_run_goes_back_to_the_checkpoint_of_its_visit(

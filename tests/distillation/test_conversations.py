@@ -210,6 +210,7 @@ def test_a_teacher_that_answers_nonsense_is_none_to_learn_answers_from(
     said = capsys.readouterr().err
     why = "of 6 teacher's answers only 0 are neither empty nor loops"
     assert f"conversations are left out of the training text: {why}" in said
+    assert not list(Path("runs").rglob("answers*.jsonl"))  # which a later run would take
 
 
 def test_what_is_shipped_is_of_these_settings() -> None:

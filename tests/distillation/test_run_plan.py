@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from mis_mlx.models.opening import load
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
 from tests import family_checks, tiny
-from tests.conftest import mostly_slow, mostly_thorough
+from tests.conftest import mostly_thorough
 
 SMALL: dict[str, Any] = {
     "scenario": "none",
@@ -63,24 +62,14 @@ def test_a_student_as_wide_as_its_teacher_in_one_block_is_repaired_and_trained(
     assert result["kl_student"] < result["kl_pruned"]
 
 
-@pytest.mark.usefixtures("brief_look")
-@pytest.mark.parametrize(
-    ("quantize", "policy"),
-    mostly_slow(product((0, 1), ("cpu", "metal")), (1, "metal"), of_several=True),
-)
+@pytest.mark.usefixtures("brief_look", "metal")
 def test_a_packed_student_is_refused_before_anything_begins(
-    quantize: int,
-    policy: str,
-    llama: Checkpoint,
-    text_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    llama: Checkpoint, text_folder: Path, tmp_path: Path
 ) -> None:
     """Its integers cannot learn, and what is written would not open."""
-    monkeypatch.setenv(precision.POLICY, policy)
     packed = family_checks.quantized(llama.path, tmp_path / "packed", target_bpw=None)
     out = tmp_path / "run"
-    flags = {**SMALL, "scenario": None, "vocab": None, "quantize": quantize}
+    flags = {**SMALL, "scenario": None, "vocab": None, "quantize": 1}
     flags |= {"teacher": str(llama.path), "student": str(packed.path)}
     asked = distill.Settings(data=str(text_folder), out=str(out), **flags)
     for settings in (asked, replace(asked, dry_run=True)):

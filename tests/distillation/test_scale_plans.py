@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -26,8 +24,8 @@ from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.quantization import packed_format, scale_state
 from mis_mlx.settings.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.storage.files import DISK
-from mis_mlx.types import GIB, Budget
-from tests import tiny
+from mis_mlx.types import GIB
+from tests import peaks, tiny
 from tests.conftest import mostly_thorough
 from tests.distillation import students
 
@@ -120,21 +118,15 @@ def test_learning_on_disk_stays_under_the_plan(
     text = Windows(tokens, np.ones((6, 64), np.float32))
     recipe = DistillationConfig(iters=STEPS, batch_size=1, learning_rate=1e-4)
     source = students.kept(checkpoint, text, recipe, tmp_path / "targets")
-    gc.collect()
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
     with (
-        memory.limited(Budget(before + planned.peak_bytes)),
+        peaks.of_mlx(planned.peak_bytes) as peak,
         scale_state.place(planned, tmp_path, DISK) as state,
     ):
-        mx.set_cache_limit(0)
         student = BlockStudent(packed, "scales", kept=planned.stays[INTEGERS], state=state)
         student.begin()
         for _ in source.steps(student, text, recipe):
             memory.give_back(cache=False)
-        peak = mx.get_peak_memory() - before
         files = sum(file.nbytes for file in state.entries().values())
-    assert planned.peak_bytes / 4 < peak < planned.peak_bytes, (peak, planned.peak_bytes)
+    assert planned.peak_bytes / 4 < peak.nbytes < planned.peak_bytes
     assert planned.scratch_bytes / 2 < files < planned.scratch_bytes
     assert not list(tmp_path.glob(".tmp-*"))

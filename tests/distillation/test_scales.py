@@ -5,9 +5,10 @@ after any end of the process too.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -19,17 +20,17 @@ from mis_mlx.compute.precision import POLICY
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import pipeline, targets
 from mis_mlx.distillation.block_student import BlockStudent
-from mis_mlx.hardware import memory
+from mis_mlx.maths import rounding
 from mis_mlx.models.architectures.families import mixture
 from mis_mlx.models.opening import load
 from mis_mlx.quantization import packed_format, scale_state
 from mis_mlx.settings.recipe import DistillationConfig
 from mis_mlx.storage import checkpoint as protocol
-from mis_mlx.storage.files import DISK, Files
+from mis_mlx.storage.files import DISK
 from mis_mlx.storage.header_check import check
 from mis_mlx.storage.safetensors import lazy
-from mis_mlx.types import Checkpoint, MisError
-from tests import disks, peaks, tiny
+from mis_mlx.types import Checkpoint, MisError, Step
+from tests import disks, tiny
 from tests.conftest import mostly_slow
 from tests.distillation import students
 from tests.faults.broken import KILLED, Killed, breaking
@@ -72,55 +73,36 @@ def kept_targets(teacher: Checkpoint, packed: Checkpoint, folder: Path) -> targe
     return students.kept(teacher, text(), recipe(packed), folder, top=512)
 
 
-class Trained:
-    """A student on its way, with checkpoints in `place`. on_disk: its scales are in files."""
+def scaled(packed: Checkpoint, place: Path, *, on_disk: bool, kept: int = 0) -> BlockStudent:
+    """A student whose scales learn, in memory or in files in `place`."""
+    state: scale_state.LearnedState = scale_state.InMemory()
+    if on_disk:
+        state = scale_state.OnDisk(place / HIDDEN, DISK)
+    return BlockStudent(packed, "scales", kept=kept, state=state)
 
-    def __init__(
-        self,
-        teacher: Checkpoint,
-        packed: Checkpoint,
-        place: Path,
-        *,
-        on_disk: bool,
-        kept: int = 0,
-        files: Files = DISK,
-    ):
-        self.state: scale_state.LearnedState = scale_state.InMemory()
-        if on_disk:
-            self.state = scale_state.OnDisk(place / HIDDEN, files)
-        self.student = BlockStudent(packed, "scales", kept=kept, state=self.state)
-        self.norms: list[float] = []
-        self._source = kept_targets(teacher, packed, teacher.path.with_name("targets"))
-        self._recipe = recipe(packed)
-        self._steps = place / "steps"
-        self._files = files
 
-    def run(self, until: int | None = None) -> Everything:
-        """All steps from the newest checkpoint on, a checkpoint after each; what it has then.
+def train(
+    models: tuple[Checkpoint, Checkpoint],
+    place: Path,
+    stop: int | None = None,
+    **how: Any,
+) -> tuple[Everything, list[float]]:
+    """What a student of these models has after all steps, and norms; its checkpoints are in
+    `place`. how: of `scaled`.
+    """
+    teacher, packed = models
+    source = kept_targets(teacher, packed, teacher.path.with_name("targets"))
 
-        until: the last step to make.
-        """
-        start = 0
-        saved = protocol.newest(self._steps, self._files)
-        if saved:
-            start = saved.number
-            arrays = {key: protocol.load_arrays(saved, key) for key in saved.state["arrays"]}
-            self.student.restore(arrays, saved.state["optimizer"])
-        else:
-            self.student.begin()
-            self._files.make_folder(self._steps)
-            self.save(0)
-        for step in self._source.steps(self.student, text(), self._recipe, start):
-            self.norms.append(step.grad_norm)
-            self.save(step.number)
-            if step.number == until:
-                break
-        return everything(self.student)
+    def training(made: BlockStudent, start: int) -> Iterator[Step]:
+        return source.steps(made, text(), recipe(packed), start)
 
-    def save(self, number: int) -> None:
-        arrays = {key: named for key, named in self.student.arrays().items() if named}
-        state = {"arrays": list(arrays), "optimizer": self.student.memory()}
-        protocol.save_step(self._steps, number, arrays, state, files=self._files)
+    made = scaled(packed, place, **how)
+    steps = students.run(made, place / "steps", training, stop=stop)
+    found = everything(made)
+    for name in found.keys() & packed.tensors.keys():
+        assert np.array_equal(np.array(made.learned(name)), found[name])
+    assert made.learned("model.embed_tokens.scales") is None
+    return found, [step.grad_norm for step in steps]
 
 
 def everything(student: BlockStudent) -> Everything:
@@ -156,34 +138,29 @@ def test_the_same_bytes_in_every_residency(
     and norms to the bit. Scales, biases and norms of every block have changed.
     """
     monkeypatch.setenv(POLICY, policy)
-    teacher, packed = pair(tmp_path, kind)
-    layers = packed.config["num_hidden_layers"]
-    in_memory = Trained(teacher, packed, tmp_path / "memory", on_disk=False)
-    in_memory.student.begin()
-    before = everything(in_memory.student)
-    want = in_memory.run()
+    models = pair(tmp_path, kind)
+    packed = models[1]
+    begun = scaled(packed, tmp_path, on_disk=False)
+    begun.begin()
+    before = everything(begun)
+    want, norms = train(models, tmp_path / "memory", on_disk=False)
     assert sum(name.endswith(".scales.m") for name in want)
     assert sum(name.endswith(".scales") for name in want) == len(
         [path for path in packed_format.formats(packed) if path.startswith("model.layers.")]
     )
     values = [name for name in before if name in packed.tensors]
     assert not [name for name in values if np.array_equal(before[name], want[name])]
-    for on_disk, kept in ((False, layers), (True, 1)):
-        other = Trained(teacher, packed, tmp_path / f"other-{kept}", on_disk=on_disk, kept=kept)
-        assert_equal(other.run(), want)
-        assert other.norms == in_memory.norms
-        for name in values:
-            learned = other.student.learned(name)
-            assert learned is not None
-            assert np.array_equal(np.array(learned), want[name])
-        assert other.student.learned("model.embed_tokens.scales") is None
+    for on_disk, kept in ((False, packed.config["num_hidden_layers"]), (True, 1)):
+        found, others = train(models, tmp_path / f"other-{kept}", on_disk=on_disk, kept=kept)
+        assert_equal(found, want)
+        assert others == norms
 
 
 @pytest.mark.usefixtures("cpu_policy")  # a GPU keeps packed weights, which have no gradient
 @pytest.mark.parametrize("kind", mostly_slow(KINDS, "llama", "biased", "qwen3_5_text"))
 def test_gradients_are_those_of_one_graph(tmp_path: Path, kind: str) -> None:
     """Block by block, gradients are what MLX gives of the whole dense model: a scale's is the sum
-    over its group of integer times the weight's, a norm's is its own.
+    over its group of integer times the weight's; those of norms and of layers' biases are theirs.
     """
     teacher, packed = pair(tmp_path, kind)
     source = kept_targets(teacher, packed, tmp_path / "targets")
@@ -207,13 +184,16 @@ def test_gradients_are_those_of_one_graph(tmp_path: Path, kind: str) -> None:
     for path, kind_of_format in packed_format.formats(packed).items():
         if not path.startswith("model.layers."):
             continue
-        groups = summed[f"{path}.weight"].reshape(*found[f"{path}.biases"].shape, -1)
-        near(found[f"{path}.biases"], groups.sum(axis=-1))
+        groups = summed.pop(f"{path}.weight").reshape(*found[f"{path}.biases"].shape, -1)
         assert kind_of_format.group == groups.shape[-1]
-    norms = [name for name in found if "norm" in name]
-    assert "model.norm.weight" in norms
-    for name in norms:
-        near(found[name], summed[name])
+        words = lazy(packed.tensors, [f"{path}.weight"])[f"{path}.weight"]
+        levels = mx.array(rounding.integers(words, kind_of_format.group, kind_of_format.bits))
+        near(found.pop(f"{path}.biases"), groups.sum(axis=-1))
+        near(found.pop(f"{path}.scales"), (groups * levels.reshape(groups.shape)).sum(axis=-1))
+    assert "model.norm.weight" in found
+    assert (kind == "biased") == any(name.endswith(".bias") for name in found)
+    for name, gradient in found.items():
+        near(gradient, summed[name])
 
 
 def near(found: mx.array, want: mx.array) -> None:
@@ -225,30 +205,32 @@ def near(found: mx.array, want: mx.array) -> None:
 @pytest.mark.thorough
 def test_a_checkpoint_of_one_goes_on_in_the_other(tmp_path: Path) -> None:
     """Begun in memory and ended on disk, and the other way round."""
-    teacher, packed = pair(tmp_path, "llama")
-    want = Trained(teacher, packed, tmp_path / "whole", on_disk=False).run()
+    models = pair(tmp_path, "llama")
+    want, _ = train(models, tmp_path / "whole", on_disk=False)
     for first in (False, True):
         place = tmp_path / f"from-{first}"
-        Trained(teacher, packed, place, on_disk=first).run(until=2)
-        assert_equal(Trained(teacher, packed, place, on_disk=not first).run(), want)
+        with pytest.raises(students.Killed):
+            train(models, place, stop=2, on_disk=first)
+        assert_equal(train(models, place, on_disk=not first)[0], want)
 
 
 def test_a_file_of_a_step_never_changes(tmp_path: Path) -> None:
     """Checkpoints share their files with the state, without a copy, and keep their bytes while the
     state goes on; no unit has more than one file in the state.
     """
-    teacher, packed = pair(tmp_path, "llama")
-    trained = Trained(teacher, packed, tmp_path / "run", on_disk=True)
-    trained.run(until=2)
-    step = tmp_path / "run" / "steps" / "step-00000002"
-    written = trained.state.entries()
-    for key, file in written.items():
-        assert file.path.samefile(step / f"{key}.safetensors")
-    hashes = {path.name: sha256(path) for path in step.glob("model-*")}
-    trained.run()
-    assert {path.name: sha256(path) for path in step.glob("model-*")} == hashes
-    units = packed.config["num_hidden_layers"] + 1  # blocks, and the final norm
-    assert len(list((tmp_path / "run" / HIDDEN).iterdir())) == units == len(hashes)
+    models = pair(tmp_path, "llama")
+    place = tmp_path / "run"
+    with pytest.raises(students.Killed):
+        train(models, place, stop=2, on_disk=True)
+    step = place / "steps" / "step-00000002"
+    kept = {path.name: sha256(path) for path in step.glob("model-*")}
+    files = list((place / HIDDEN).iterdir())
+    shared = {path.stat().st_ino for path in step.glob("model-*")}
+    assert {path.stat().st_ino for path in files} == shared
+    train(models, place, on_disk=True)
+    assert {path.name: sha256(path) for path in step.glob("model-*")} == kept
+    units = models[1].config["num_hidden_layers"] + 1  # blocks, and the final norm
+    assert len(list((place / HIDDEN).iterdir())) == units == len(kept)
 
 
 def sha256(path: Path) -> str:
@@ -266,17 +248,17 @@ def test_ended_anywhere_it_comes_to_the_same_bytes(tmp_path: Path, share: float)
     """The process ends at some operation of the disk; the next one sweeps, goes on, and ends with
     the same bytes, which the newest checkpoint holds too.
     """
-    teacher, packed = pair(tmp_path, "llama")
-    kept_targets(teacher, packed, teacher.path.with_name("targets"))
+    models = pair(tmp_path, "llama")
+    kept_targets(*models, tmp_path / "targets")
     with breaking(0, KILLED) as operations:
-        want = Trained(teacher, packed, tmp_path / "whole", on_disk=True).run()
+        want, _ = train(models, tmp_path / "whole", on_disk=True)
     place = tmp_path / "cut"
     at = max(1, round(share * len(operations)))
     with pytest.raises(Killed), breaking(at, KILLED):
-        Trained(teacher, packed, place, on_disk=True).run()
+        train(models, place, on_disk=True)
     if place.exists():
         protocol.sweep(place)
-    assert_equal(Trained(teacher, packed, place, on_disk=True).run(), want)
+    assert_equal(train(models, place, on_disk=True)[0], want)
     last = protocol.newest(place / "steps")
     assert last
     whole = tmp_path / "whole" / "steps" / last.path.name
@@ -288,49 +270,15 @@ def test_a_full_disk_is_a_sentence_and_costs_no_step(tmp_path: Path) -> None:
     """The disk fills up in the update of a step: both numbers; with room again the run goes on from
     its checkpoint to the same bytes.
     """
-    teacher, packed = pair(tmp_path, "llama")
-    want = Trained(teacher, packed, tmp_path / "whole", on_disk=True).run()
+    models = pair(tmp_path, "llama")
+    want, _ = train(models, tmp_path / "whole", on_disk=True)
     with disks.small_disk(tmp_path / "disk") as sized:
         place = sized(20_000) / "run"
-        Trained(teacher, packed, place, on_disk=True).run(until=1)
+        with pytest.raises(students.Killed):
+            train(models, place, stop=1, on_disk=True)
         used = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
         sized(used // 1024)
         with pytest.raises(MisError, match="Not enough disk space in .* needs .* free; "):
-            Trained(teacher, packed, place, on_disk=True).run()
+            train(models, place, on_disk=True)
         sized(20_000)
-        assert_equal(Trained(teacher, packed, place, on_disk=True).run(), want)
-
-
-@pytest.mark.thorough
-def test_the_peak_does_not_grow_with_depth(tmp_path: Path) -> None:
-    """Twelve blocks take what four take, and the inputs of eight more; in memory they take eight
-    more states.
-    """
-    sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 1024, "dtype": "F32"}
-    peak: dict[tuple[int, bool], int] = {}
-    learning = 0
-    for layers in (4, 12):
-        place = tmp_path / str(layers)
-        config = {**sizes, "num_hidden_layers": layers}
-        teacher = load.open_checkpoint(tiny.make(place / "teacher", **config))
-        plan = packed_format.formats_of(teacher.config, 32)
-        packed_format.write_quantized(teacher, place / "packed", plan, DISK)
-        packed = load.open_checkpoint(place / "packed")
-        source = kept_targets(teacher, packed, place / "targets")
-        for on_disk in (False, True):
-            seen = peaks.Peak()
-            state: scale_state.LearnedState = scale_state.InMemory()
-            if on_disk:
-                state = scale_state.OnDisk(place / HIDDEN, DISK)
-            student = BlockStudent(packed, "scales", state=state)
-            student.begin()
-            for _ in source.steps(student, text(), recipe(packed)):
-                memory.give_back(cache=False)
-            del student
-            peak[layers, on_disk] = mx.get_peak_memory() - seen._before
-            learning = sum(array.size for array in state.values("model.layers.0.").values())
-            del state
-    state_bytes = 8 * 12 * learning
-    # Inputs are a sixteenth of that; when the next block is read differs from pass to pass.
-    assert peak[12, True] - peak[4, True] < state_bytes / 4
-    assert peak[12, False] - peak[4, False] > 0.8 * state_bytes
+        assert_equal(train(models, place, on_disk=True)[0], want)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from mis_mlx.distillation import strategies
 from mis_mlx.distillation.block_student import BlockStudent, weights_cost
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.rates import M1_AIR
-from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge import comparison
 from mis_mlx.judge.comparison import comparison_cost
 from mis_mlx.models.architectures import arch
@@ -39,10 +39,10 @@ from mis_mlx.settings.recipe import (
 )
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Air, Budget, Checkpoint
-from tests import tiny
+from tests import peaks, tiny
 from tests.conftest import mostly_thorough
 from tests.distillation import students
-from tests.peaks import allocated
+from tests.planner.test_estimates import HYBRIDS, larger
 
 MIB = 2**20
 BIG = model_of({**tiny.CONFIG, "num_hidden_layers": 6}, gpu=False)
@@ -68,25 +68,28 @@ BLOCKY = replace(
 )
 
 
-def named(plan: strategies.MemoryPlan) -> dict[str, StageCost]:
-    return {p.name: p for p in plan.phases}
-
-
 def test_budgets_choose() -> None:
-    """All blocks, some of them, and then nothing fits."""
-    seen = []
-    for budget in range(1, 600, 2):
-        plan = strategies.best_plan(BLOCKY, budget * MIB, M1_AIR)
-        seen.append((plan.fits, plan.mode))
-        assert plan.peak_bytes <= budget * MIB or not plan.fits
-    order = list(dict.fromkeys(seen))
+    """Nothing fits, then some blocks, then all of them; with the way fixed, more budget never reads
+    more: blocks stay, shards grow, passes merge, spools shrink.
+    """
+    deep = model_of({**BLOCKY.student.config, "num_hidden_layers": 8}, gpu=False)
+    job = replace(BLOCKY, student=deep, batch_size=1, grad_accumulation_steps=8, num_samples=64)
+    budgets = [n * MIB // 8 for n in range(8, 8 * 500, 32)]
+    plans = [strategies.best_plan(job, budget, M1_AIR) for budget in budgets]
+    order = list(dict.fromkeys((plan.fits, plan.mode) for plan in plans))
     assert order == [(False, "sharded"), (True, "sharded"), (True, "blocks")]
-    assert strategies.best_plan(BLOCKY, 600 * MIB, M1_AIR).strategy == {
-        "mode": "blocks",
-        "micro": 4,
-        "shard": 0,
-        "tuned": 0,
-    }
+    fitting = [plan for plan in plans if plan.fits]
+    assert all(plan.peak_bytes <= plan.budget_bytes for plan in fitting)
+    seen = set[int]()
+    for mode in MODES:
+        of_mode = [plan for plan in fitting if plan.mode == mode]
+        reads = [sum(phase.read_bytes for phase in plan.phases) for plan in of_mode]
+        assert reads == sorted(reads, reverse=True)
+        seen |= {*reads}
+    assert len(seen) >= 5
+    assert len({plan.shard_layers for plan in fitting}) > 2
+    way = {"mode": "blocks", "micro": 1, "shard": 0, "tuned": 0}
+    assert fitting[-1].strategy == way
 
 
 def test_a_student_with_fewer_tokens_is_measured_in_other_languages() -> None:
@@ -175,32 +178,6 @@ def test_the_usual_rate_knows_the_weights(
     assert whole or rates[0] == RATE
 
 
-def test_more_budget_never_reads_more() -> None:
-    """With the micro-batch and the way fixed: blocks stay, shards grow, passes merge, spools
-    shrink.
-    """
-    deep = model_of({**BLOCKY.student.config, "num_hidden_layers": 8}, gpu=False)
-    job = replace(
-        BLOCKY,
-        student=deep,
-        batch_size=1,
-        grad_accumulation_steps=8,
-        num_samples=64,
-    )
-    plans = [strategies.best_plan(job, n * MIB // 8, M1_AIR) for n in range(40, 8 * 500, 16)]
-    plans = [p for p in plans if p.fits]
-
-    def read_bytes(plan: Any) -> int:
-        return sum(phase.read_bytes for phase in plan.phases)
-
-    for mode in MODES:
-        reads = [read_bytes(plan) for plan in plans if plan.mode == mode]
-        assert reads == sorted(reads, reverse=True)
-    assert len(set(map(read_bytes, plans))) >= 5
-    assert {p.mode for p in plans} == {"blocks", "sharded"}
-    assert len({p.shard_layers for p in plans}) > 2
-
-
 @pytest.mark.thorough
 def test_steps_after_rounding_go_where_nobody_asked_for_them() -> None:
     """Under a budget that holds training and not `tune` they are left out; asked for, they do not
@@ -209,21 +186,16 @@ def test_steps_after_rounding_go_where_nobody_asked_for_them() -> None:
     plain = QuantizationConfig(q_method="round", target_bpw=None)  # which takes little itself
     # nothing is trained before, and windows enough that a step outweighs what rounding takes
     job = replace(JOB, rounding=plain, modes=("none",), batch_size=16, eval_windows=1)
-    whole = strategies.plan_strategy(job, GIB, rates=M1_AIR, mode="none", micro=16, shard=0)
+    asked = replace(job, rounding=replace(job.rounding, q_iters=20))
+    way: dict[str, Any] = {"rates": M1_AIR, "mode": "none", "micro": 16, "shard": 0}
+    whole = strategies.plan_strategy(job, GIB, **way)
     assert whole.tuning_steps == 20
-    assert list(named(whole))[-3:] == ["logit store", "distil scales", "measure"]
-    less = replace(job, rounding=replace(job.rounding, q_iters=20))
-    needed = {name: p.peak_bytes for name, p in named(whole).items()}
-    needed.pop("logit store")  # which takes what room there is, and is for the scales alone here
-    assert needed.pop("distil scales") > max(needed.values())
-    plans = [
-        strategies.plan_strategy(job, n * MIB // 16, rates=M1_AIR, mode="none", micro=16, shard=0)
-        for n in range(64, 2000)
-    ]
-    plan = next(plan for plan in plans if plan.fits and plan.tuning_steps == 0)
-    assert not strategies.plan_strategy(
-        less, plan.budget_bytes, rates=M1_AIR, mode="none", micro=16, shard=0
-    ).fits
+    names = [phase.name for phase in whole.phases]
+    assert names[-3:] == ["logit store", "distil scales", "measure"]
+    plans = (strategies.plan_strategy(job, n * MIB // 16, **way) for n in range(64, 2000))
+    plan = next(plan for plan in plans if plan.fits)
+    assert plan.tuning_steps == 0
+    assert not strategies.plan_strategy(asked, plan.budget_bytes, **way).fits
     assert strategies.plan_strategy(job, GIB, M1_AIR, **plan.strategy) != whole
 
 
@@ -306,13 +278,14 @@ BY_BLOCKS: list[tuple[dict[str, Any], int, int, int, int]] = [
     (ROWS | {"tie_word_embeddings": False}, 2, 1, 64, 0),
     ({}, 4, 1, 128, 0),
     (tiny.FAMILIES["gemma3_text"], 4, 1, 128, 0),
+    *product(map(larger, HYBRIDS), (2,), (2,), (64,), (0, 2)),
 ]
 
 
 @pytest.mark.usefixtures("cpu_policy")
 @pytest.mark.parametrize(
     ("sizes", "batch", "accumulate", "length", "shard"),
-    mostly_thorough(BY_BLOCKS, BY_BLOCKS[1], BY_BLOCKS[3], of_several=True),
+    mostly_thorough(BY_BLOCKS, BY_BLOCKS[1], BY_BLOCKS[3], BY_BLOCKS[8], of_several=True),
 )
 def test_training_by_blocks_stays_under_the_plan(
     tmp_path: Path, sizes: dict[str, Any], batch: int, accumulate: int, length: int, shard: int
@@ -320,9 +293,10 @@ def test_training_by_blocks_stays_under_the_plan(
     """Two real steps with MLX's limit at the plan, with blocks or a vocabulary that outweigh the
     rest, tied or not, all blocks or some: the peak is under the plan, and above half of it.
     """
-    folders = (
-        tiny.make(tmp_path / str(n), seed=n, **{**sizes, "num_hidden_layers": n}) for n in (5, 4)
-    )
+    folders = []
+    for n in (5, 4):
+        own = sizes if "layer_types" in sizes else {**sizes, "num_hidden_layers": n}
+        folders.append(tiny.make(tmp_path / str(n), seed=n, **own))
     teacher, small = [load.open_checkpoint(folder) for folder in folders]
     tokens = np.random.default_rng(0).integers(0, 512, (12, length)).astype(np.int32)
     data = Windows(tokens, np.ones((12, length), np.float32))
@@ -349,7 +323,7 @@ def test_training_by_blocks_stays_under_the_plan(
         student.begin()
         steps = list(source.steps(student, data, recipe))
     peak = max(s.peak_bytes for s in steps) - before
-    assert planned / 2 < peak < allocated(planned), (peak / MIB, planned / MIB)
+    assert planned / 2 < peak < peaks.allocated(planned), (peak / MIB, planned / MIB)
 
 
 @pytest.mark.parametrize("how", [{}, {"hidden": 192}])
@@ -368,11 +342,7 @@ def test_pruning_stays_under_the_plan(
     )
     batches = [mx.random.randint(0, 512, (1, 64), key=mx.random.key(k)) for k in range(6)]
     mx.eval(batches)
-    mx.clear_cache()
-    gc.collect()  # what an earlier test left would be freed during the work
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    with memory.limited(Budget(before + planned.peak_bytes)):
+    with peaks.of_mlx(planned.peak_bytes) as peak:
         select.prune(
             teacher,
             batches,
@@ -382,11 +352,7 @@ def test_pruning_stays_under_the_plan(
             air=Air,
             files=DISK,
         )
-    peak = mx.get_peak_memory() - before
-    assert planned.peak_bytes / 4 < peak < allocated(planned.peak_bytes), (
-        peak / MIB,
-        planned.peak_bytes / MIB,
-    )
+    assert planned.peak_bytes / 4 < peak.nbytes < peaks.allocated(planned.peak_bytes)
 
 
 def test_comparing_stays_under_the_plan(
@@ -406,14 +372,6 @@ def test_comparing_stays_under_the_plan(
     }
     tokens = np.random.default_rng(0).integers(0, 512, (3, 64)).astype(np.int32)
     planned = comparison_cost([model_of(m) for m in models.values()], 3, 64).peak_bytes
-    mx.clear_cache()
-    gc.collect()  # what an earlier test left would be freed during the work
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    with memory.limited(Budget(before + planned)):
+    with peaks.of_mlx(planned) as peak:
         comparison.compare(models, Windows(tokens, np.ones((3, 64), np.float32)))
-    peak = mx.get_peak_memory() - before
-    assert planned / 2 < peak < allocated(planned + pass_cost.SMALL_BYTES), (
-        peak / MIB,
-        planned / MIB,
-    )
+    assert planned / 2 < peak.nbytes < peaks.allocated(planned + pass_cost.SMALL_BYTES)

@@ -8,7 +8,7 @@ is in test_block_student.py and test_scales.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,10 @@ from mis_mlx.distillation.block_student import BlockStudent
 from mis_mlx.models.opening import load
 from mis_mlx.models.writing import model_writer
 from mis_mlx.quantization import packed_format, scale_state
-from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, Step
 from tests import tiny
-from tests.distillation.students import LOSS, Killed, facts, micro_batches, schedule
+from tests.distillation.students import LOSS, Killed, facts, micro_batches, run, schedule
 from tests.distillation.test_scales import everything
 
 LAYERS = 3
@@ -81,41 +80,9 @@ def student(request: pytest.FixtureRequest, dense: Checkpoint, packed: Checkpoin
     return lambda place: RESIDENCIES[request.param](place, dense, packed)
 
 
-def run(
-    student: Student,
-    place: Path,
-    *,
-    every: int = 1,
-    stop: int | None = None,
-) -> tuple[list[Step], BlockStudent]:
-    """The steps of a training, from the newest checkpoint on, and the student. Saved after so many
-    steps and the last; killed after step `stop`, saved or not.
-    """
-    steps = place / "steps"
-    made = student(place)
-    done = list[Step]()
-
-    def save(number: int) -> None:
-        arrays = {key: named for key, named in made.arrays().items() if named}
-        state = {"arrays": list(arrays), "optimizer": made.memory()}
-        protocol.save_step(steps, number, arrays, state, files=DISK)
-
-    start = 0
-    if saved := protocol.newest(steps):
-        arrays = {key: protocol.load_arrays(saved, key) for key in saved.state["arrays"]}
-        made.restore({"optimizer": {}, **arrays}, saved.state["optimizer"])
-        start = saved.number
-    else:
-        made.begin()
-        DISK.make_folder(steps)
-        save(0)
-    for step in train_loop.steps(made, batches, LOSS, schedule(ITERS), start):
-        done.append(step)
-        if step.number % every == 0 or step.number == ITERS:
-            save(step.number)
-        if step.number == stop:
-            raise Killed
-    return done, made
+def training(made: BlockStudent, start: int) -> Iterator[Step]:
+    """The steps from `start` on."""
+    return train_loop.steps(made, batches, LOSS, schedule(ITERS), start)
 
 
 def outcome(place: Path, made: BlockStudent) -> dict[str, Any]:
@@ -128,13 +95,15 @@ def outcome(place: Path, made: BlockStudent) -> dict[str, Any]:
 
 def test_killed_after_any_step_it_ends_the_same(student: Student, tmp_path: Path) -> None:
     """Saved or not, one kill after the other: the same steps, weights and moments."""
-    steps, made = run(student, tmp_path / "whole")
+    made = student(tmp_path / "whole")
+    steps = run(made, tmp_path / "whole" / "steps", training)
     wanted = outcome(tmp_path / "whole", made)
     place = tmp_path / "killed"
+    go = partial(run, steps=place / "steps", training=training, every=2, last=ITERS)
     for stop in range(1, ITERS):
         with pytest.raises(Killed):
-            run(student, place, every=2, stop=stop)
-    rest, made = run(student, place, every=2)
+            go(student(place), stop=stop)
+    rest = go(made := student(place))
     assert facts(rest) == facts(steps)[4:]
     assert outcome(place, made) == wanted
 

@@ -178,24 +178,6 @@ def test_what_was_begun_otherwise_begins_anew(
         assert len(firsts) == len(how.prompts)
 
 
-def test_answers_do_not_depend_on_what_is_beside_them(
-    chat: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One at a time, or all together, second turns among them: the same file; another seed gives
-    another one.
-    """
-    limit = memory.budget(None)
-    how = replace(HOW, prompts=[*ASKED[:4], *TWO_TURNS])
-    files = list[bytes]()
-    for at_once, seed in (((1,), 0), ((8,), 0), ((8,), 1)):
-        monkeypatch.setattr(teacher_answers, "AT_ONCE", at_once)
-        out = tmp_path / f"{at_once[0]} {seed}.jsonl"
-        teacher_answers.write(chat, replace(how, seed=seed), out, limit)
-        files.append(out.read_bytes())
-
-    assert files[0] == files[1] != files[2]
-
-
 def smallest(teacher: Checkpoint, how: teacher_answers.WritingSettings) -> Budget:
     """The smallest budget in which this teacher writes."""
     m = model_of(teacher)
@@ -310,23 +292,6 @@ def test_second_turns_of_a_real_teacher(
     assert {len(row) for row in rows} == {2, 4, 6}
     for row in rows:
         assert all(row[:end] in asked for end in range(1, len(row), 2))
-
-
-def test_hardly_any_usable_answer_is_a_sentence(tmp_path: Path) -> None:
-    """Of a teacher that says nothing: both numbers, and what to do; no file is left that a later
-    run would take.
-    """
-    silent = load.open_checkpoint(tiny.talking(tmp_path / "silent", ending=50.0))
-    out = tmp_path / "answers" / "answers.jsonl"
-
-    with pytest.raises(MisError) as refused:
-        teacher_answers.write(silent, replace(HOW, max_tokens=2), out, memory.budget(None))
-
-    assert str(refused.value) == (
-        "of 10 teacher's answers only 0 are neither empty nor loops: "
-        "give --conversations 0, or --data with conversations of your own"
-    )
-    assert not out.exists()
 
 
 @pytest.mark.usefixtures("cpu_policy")

@@ -168,6 +168,22 @@ def test_bfloat16_scales_that_float16_cannot_hold_are_counted(tmp_path: Path) ->
     assert content(clean, name, "q4_1")[2].inexact == 0
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "biased"])
+def test_biases_are_float32(models: Callable[[str], Checkpoint], kind: str) -> None:
+    """Those of q and k of a llama in llama.cpp's order."""
+    model = models(kind)
+    biases = [name for name in model.tensors if name.endswith(".bias")]
+    assert len(biases) == {"qwen2": 9, "biased": 21}[kind]
+    for name in biases:
+        part, values, _ = content(model, name, "f16")
+        want = np.array(load.dense(model, name))
+        heads = {"attn_q": 4, "attn_k": 2}.get(part.name.split(".")[2], 0)
+        if heads and kind == "biased":
+            want = llama_cpp_permute(want, heads)
+        assert (part.kind, part.name[-5:]) == ("F32", ".bias")
+        np.testing.assert_array_equal(values, want)
+
+
 def test_slabs_make_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven rows at a time or all at once: the same bytes, permuted or not, packed or dense."""
     checkpoint = packed(tmp_path, 64)

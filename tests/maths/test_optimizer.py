@@ -174,21 +174,6 @@ def test_a_spike_is_clipped_to_mean_plus_five_sigma() -> None:
         assert mx.allclose(value, want, rtol=1e-4, atol=1e-7), name
 
 
-@pytest.mark.parametrize("eight_bit", [False, True])
-def test_restore_continues_bit_equal(eight_bit: bool) -> None:
-    """Moments, step count and the dog's memory: 6 + 6 steps over a restore equal 12 in one go."""
-    whole, first, second = (wide() for _ in range(3))
-    optimizer, before, after = (GuardedAdamW(eight_bit=eight_bit) for _ in range(3))
-    walk(optimizer, whole, range(12))
-    walk(before, first, range(6))
-    second.update(first.parameters())
-    after.restore(before.arrays(), before.memory())
-    walk(after, second, range(6, 12))
-    assert flat(second.parameters()) == flat(whole.parameters())
-    assert flat(after.adamw.state) == flat(optimizer.adamw.state)
-    assert after.memory() == optimizer.memory()
-
-
 def test_batches_that_were_left_out_stay_so_at_half_the_rate() -> None:
     """Also in a run that goes on from what a checkpoint keeps."""
     first = GuardedAdamW()

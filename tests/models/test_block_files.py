@@ -21,10 +21,10 @@ from mis_mlx.models.writing import model_writer
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits, MisError
-from tests import tiny
+from tests import stock, tiny
 from tests.faults.broken import breaking
 from tests.pruning.test_reconstruct import student_of
-from tests.pruning.test_slice_weights import raw, stock
+from tests.pruning.test_slice_weights import raw
 
 TOKENS = mx.array([[1, 7, 300, 4, 42]])
 
@@ -56,7 +56,7 @@ def test_one_file_per_block_that_everybody_opens(
         )
     assert all(len(b) == 1 for b in blocks.values())
     assert len(blocks) == 5
-    assert mx.array_equal(stock(made, TOKENS), stock(models(kind), TOKENS))
+    assert mx.array_equal(stock.opened(made.path)(TOKENS), stock.opened(models(kind).path)(TOKENS))
     assert (tmp_path / "s" / "tokenizer.json").read_bytes() == (
         models(kind).path / "tokenizer.json"
     ).read_bytes()
@@ -113,10 +113,10 @@ def test_a_replaced_block_and_no_other(tmp_path: Path, llama: Checkpoint) -> Non
     assert again.tensors == made.tensors
     for name, value in wanted.items():
         assert mx.array_equal(load.dense(again, f"model.layers.1.{name}"), value)
-    assert not mx.array_equal(stock(again, TOKENS), stock(llama, TOKENS))
+    assert not mx.array_equal(stock.opened(again.path)(TOKENS), stock.opened(llama.path)(TOKENS))
     plain = load.resident_model(llama, mx.float32)
     plain.load_weights([(f"model.layers.1.{n}", v) for n, v in wanted.items()], strict=False)
-    assert mx.array_equal(stock(again, TOKENS), plain(TOKENS))
+    assert mx.array_equal(stock.opened(again.path)(TOKENS), plain(TOKENS))
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
@@ -160,7 +160,7 @@ def test_a_quantized_source_is_unpacked(tmp_path: Path, llama: Checkpoint) -> No
     packed = load.open_checkpoint(tmp_path / "q4")
     made = model_writer.by_block(packed, tmp_path / "s", DISK)
     assert all(mx.array_equal(load.dense(made, n), load.dense(packed, n)) for n in made.tensors)
-    assert stock(made, TOKENS).shape == (1, 5, 512)
+    assert stock.opened(made.path)(TOKENS).shape == (1, 5, 512)
 
 
 @pytest.mark.parametrize("text", ["{", "{}", "[1]", '{"kept": {"x": [1]}}'])

@@ -21,15 +21,12 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"num_hidden_layers": 10_000_000}, "num_hidden_layers is 10000000"),
     ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
     ({"num_hidden_layers": 3.0}, "num_hidden_layers is 3.0"),
-    ({"num_hidden_layers": "3"}, "num_hidden_layers is '3'"),
     ({"num_hidden_layers": True}, "num_hidden_layers is True"),
     ({"num_hidden_layers": GONE}, "num_hidden_layers is None"),
     ({"hidden_size": -64}, "hidden_size is -64"),
     ({"hidden_size": 2**40}, "hidden_size is"),
-    ({"hidden_size": GONE}, "hidden_size is None"),
     ({"intermediate_size": [768]}, "intermediate_size is"),
     ({"vocab_size": 10**12}, "vocab_size is"),
-    ({"vocab_size": None}, "vocab_size is None"),
     ({"num_attention_heads": 0}, "num_attention_heads is 0"),
     ({"num_attention_heads": 5000}, "num_attention_heads is 5000"),
     ({"num_key_value_heads": 3}, "4 attention heads do not divide into 3 key-value heads"),
@@ -38,7 +35,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"head_dim": 15}, "head_dim is 15"),
     ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
     ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'"),
-    ({"rms_norm_eps": GONE}, "rms_norm_eps is None"),
     ({"rope_theta": -1.0}, "rope_theta is -1.0"),
     ({"rope_theta": True}, "rope_theta is True"),
     ({"rope_parameters": "default"}, "rope_parameters is 'default', supported:"),
@@ -173,27 +169,6 @@ def test_an_unknown_family_and_its_nearest(
         load.open_checkpoint(write(tmp_path, changes))
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_rope_parameters_only_gives_the_same_logits(
-    tmp_path: Path, batches: list[mx.array]
-) -> None:
-    """transformers 5 writes theta only into rope_parameters; theta 500,000 there equals it at the
-    top level.
-    """
-    old = tiny.make(tmp_path / "old", rope_theta=500_000.0)
-    new = tiny.make(
-        tmp_path / "new",
-        rope_theta=None,
-        rope_parameters={"rope_theta": 500_000.0, "rope_type": "default"},
-    )
-    other = tiny.make(tmp_path / "other")  # theta 10,000
-    a, b, c = (
-        load.resident_model(load.open_checkpoint(f), mx.float32)(batches[0])
-        for f in (old, new, other)
-    )
-    assert mx.array_equal(a, b)
-    assert not mx.array_equal(a, c)
 
 
 def test_rope_scaling_survives_both_spellings() -> None:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from mlx.utils import tree_flatten
 from mis_mlx.models.architectures import arch, config_checks
 from mis_mlx.models.architectures.families import FAMILIES, family
 from mis_mlx.models.architectures.shape import ALL, weight_count
+from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.config import check_config, read_config
-from mis_mlx.types import MisError
+from mis_mlx.types import Checkpoint, MisError, TensorAt
 from tests import tiny
 
 # one config of each family
@@ -277,3 +279,77 @@ def test_names_on_disk_and_back(name: str) -> None:
             stored = architecture.stored_name(own)
             if not architecture.whole or architecture.renamed:  # else `inside_names` leads back
                 assert architecture.own_name(stored) == own
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "sentence"),
+    [
+        ("llama", {"layers": 0}, "--layers 0 is outside 1 to 3"),
+        ("llama", {"ffn": 769}, "--ffn 769 is outside 1 to 768"),
+        ("llama", {"hidden": -4}, "--hidden -4 is outside"),
+        ("qwen2", {"hidden": 48}, "a qwen2 cannot change hidden"),
+    ],
+)
+def test_a_shape_no_loader_accepts_is_refused(
+    kind: str, sizes: dict[str, int], sentence: str
+) -> None:
+    """One sentence with the number and what to choose."""
+    with pytest.raises(MisError, match=sentence):
+        arch.target_shape({**tiny.CONFIG, **tiny.KINDS[kind]}, {}, **sizes)
+
+
+def test_student_config_is_what_transformers_reads(tmp_path: Path) -> None:
+    """AutoConfig opens it, and sees the sizes, theta and tying that were meant."""
+    transformers = pytest.importorskip("transformers")
+    for kind, changes in tiny.KINDS.items():
+        teacher = {
+            **tiny.CONFIG,
+            **changes,
+            "rope_theta": 5e5,
+            "quantization": {"bits": 4, "group_size": 64},
+        }
+        shape = replace(shape_of(teacher), layers=2, ffn=512)
+        made = arch.student_config(teacher, shape, (0, 2), "float16")
+        folder = tmp_path / kind
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(made))
+        read = transformers.AutoConfig.from_pretrained(folder)
+        assert read.model_type == teacher["model_type"]
+        assert (read.num_hidden_layers, read.intermediate_size, read.hidden_size) == (2, 512, 64)
+        assert read.num_key_value_heads == 2
+        assert read.tie_word_embeddings == teacher["tie_word_embeddings"]
+        assert getattr(read, "quantization", None) is None
+        assert read.to_dict()["rope_parameters"]["rope_theta"] == 5e5
+
+
+def checkpoint(tensors: dict[str, tuple[int, ...]]) -> Checkpoint:
+    """The tiny llama whose files list these."""
+    file = Path("model.safetensors")
+    at = {n: TensorAt(file, "F32", shape=s, offset=0, nbytes=0) for n, s in tensors.items()}
+    return Checkpoint(Path("folder"), tiny.CONFIG, at)
+
+
+def test_files_and_config_must_agree() -> None:
+    """A tensor missing, of another shape, or with no place: named, with both shapes."""
+    good = arch.tensors_of(tiny.CONFIG)
+    arch.check_tensors(checkpoint(good))
+    q = "model.layers.1.self_attn.q_proj.weight"
+    with pytest.raises(MisError, match=rf"lists {q} \[64, 64\]"):
+        arch.check_tensors(checkpoint({n: s for n, s in good.items() if n != q}))
+    with pytest.raises(MisError, match=rf"{q} is \[32, 64\], but config.json says \[64, 64\]"):
+        arch.check_tensors(checkpoint({**good, q: (32, 64)}))
+    with pytest.raises(
+        MisError, match=r"holds model\.layers\.3\.x\.weight, which a llama of 3 layers"
+    ):
+        arch.check_tensors(checkpoint({**good, "model.layers.3.x.weight": (1,)}))
+    with pytest.raises(MisError, match=r"q_proj\.bias"):
+        arch.check_tensors(checkpoint({**good, q.replace("weight", "bias"): (64,)}))
+    # tied models often carry a copy
+    arch.check_tensors(checkpoint({**good, "lm_head.weight": (512, 64)}))
+    whole = checkpoint(good)
+    norm = replace(whole.tensors["model.norm.weight"], dtype="I32")
+    with pytest.raises(
+        MisError,
+        match=r"model\.norm\.weight is stored as I32, but weights must be F32, F16 or BF16",
+    ):
+        arch.check_tensors(replace(whole, tensors={**whole.tensors, "model.norm.weight": norm}))

@@ -49,20 +49,6 @@ def _with(embedding: nn.Module, table: mx.array) -> nn.Module:
     return embedding
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
-def test_head_and_pieces_are_those_of_the_model(
-    models: Callable[[str], Checkpoint], kind: str
-) -> None:
-    """The head read alone, the head of the resident model and its matrix make the same logits."""
-    model = load.resident_model(models(kind), mx.float32)
-    hidden = mx.random.normal((3, 64), key=mx.random.key(0))
-    alone = load.logits(load.head(models(kind), mx.float32), hidden)
-    assert mx.array_equal(
-        alone, load.logits(getattr(model, "lm_head", model.model.embed_tokens), hidden)
-    )
-    assert mx.allclose(alone, hidden @ load.head_weight(model).T, atol=1e-6)
-
-
 @pytest.mark.thorough
 def test_mlx_lm_leaves_the_process_as_it_was() -> None:
     """mlx_lm lowers the hard limit on open files when imported; not through this door."""

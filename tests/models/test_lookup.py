@@ -58,29 +58,6 @@ def test_sums_go_by_pairs() -> None:
     assert gradient.tolist() == [[0.0], [5.0], [0.0], [2.0**24 + 2]]
 
 
-def test_the_head_may_be_the_same_matrix() -> None:
-    """A tied embedding's gradient is that of the lookup and of the head together, compiled or not
-    (1e-6).
-    """
-    table = mx.random.normal((11, 4), key=mx.random.key(2))
-    ids = mx.array([[1, 5, 1], [5, 5, 10]])
-
-    def plain(matrix: mx.array) -> mx.array:
-        logits = matrix[ids] @ matrix.T
-        return mx.square(logits).sum()
-
-    def ours(matrix: mx.array) -> mx.array:
-        logits = lookup.rows(matrix, ids) @ matrix.T
-        return mx.square(logits).sum()
-
-    wanted = mx.grad(plain)(table)
-    largest = mx.abs(wanted).max().item()
-    gradient = mx.grad(ours)
-    for found in (gradient(table), mx.compile(gradient)(table)):
-        apart = mx.abs(found - wanted).max().item()
-        assert apart < 1e-6 * largest
-
-
 def test_half_precision_is_summed_in_float32() -> None:
     """300 ones to a bfloat16 row: 300, where bfloat16 sums stop at 256."""
     ids = mx.zeros((300,), mx.int32)

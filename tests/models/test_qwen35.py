@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
-import numpy as np
 import pytest
 
-from mis_mlx import generate, prune, quantize
+from mis_mlx import generate, prune
 from mis_mlx.models.architectures import gated_delta
 from mis_mlx.models.architectures.sizes import attends
 from mis_mlx.models.opening import load
@@ -23,13 +22,14 @@ from mis_mlx.models.opening.config import read_config
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import stream
 from mis_mlx.models.writing import mlx_generate, model_writer
+from mis_mlx.quantization import bit_allocation
+from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError, Precision
-from tests import family_checks, stock, tiny
-from tests.family_checks import TOKENS, apart, streamed
+from tests import family_checks, peaks, tiny
+from tests.family_checks import TOKENS, apart
 
 KIND = "qwen3_5_text"
-CONFIG = {**tiny.CONFIG, **tiny.FAMILIES[KIND]}
 Arrays = list[mx.array]
 
 FEW: dict[str, Any] = {"num_samples": 2, "max_seq_length": 24}
@@ -106,26 +106,13 @@ def test_a_gradient_keeps_little() -> None:
     """Less than a third of what the recurrent form keeps at 256 tokens."""
     arrays = inputs(256)
     mx.eval(arrays)
-    peaks = []
+    seen = []
     for form in (gated_delta.delta_rule, token_by_token):
-        mx.clear_cache()
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
-        grads = mx.grad(lambda *a, form=form: form(*a)[0].sum(), argnums=[0, 1, 2, 3, 4])(*arrays)
-        mx.eval(grads)
-        peaks.append(mx.get_peak_memory() - before)
-    assert peaks[0] < peaks[1] / 3
-
-
-def test_inverses_by_numpy() -> None:
-    """Of triangles of all sizes that a chunk can have; of ones everywhere the inverse is small."""
-    for size in (8, 16, 32, 64):
-        noise = np.random.default_rng(size).normal(size=(3, size, size))
-        for matrix in (0.3 * noise, np.ones((3, size, size))):
-            strict = np.tril(matrix, -1)
-            want = np.linalg.inv(np.eye(size) + strict)
-            found = np.array(gated_delta.unit_lower_inverse(mx.array(strict.astype(np.float32))))
-            assert np.abs(found - want).max() <= 1e-4 * np.abs(want).max()
+        slopes = mx.grad(lambda *a, form=form: form(*a)[0].sum(), argnums=[0, 1, 2, 3, 4])
+        with peaks.of_mlx() as peak:
+            mx.eval(slopes(*arrays))
+        seen.append(peak.nbytes)
+    assert seen[0] < seen[1] / 3
 
 
 @pytest.mark.parametrize(
@@ -184,33 +171,11 @@ def test_half_a_model_computes_where_it_was_read(qwen: Checkpoint, tmp_path: Pat
     assert apart(load.logits(source.head(), source.forward([TOKENS])[0]), expected) <= 0.02
 
 
-def test_too_few_bits_are_a_sentence(qwen: Checkpoint, tmp_path: Path, text_folder: Path) -> None:
+def test_too_few_bits_are_a_sentence() -> None:
     """The floors and 8 bits for the gates take more than the fewest bits of other matrices."""
-    asked = quantize.Settings(
-        model=str(qwen.path),
-        mlx_path=str(tmp_path / "x"),
-        q_group_size=32,
-        target_bpw=2.6,
-        data=str(text_folder),
-        num_samples=1,
-        max_seq_length=16,
-    )
+    asked = QuantizationConfig(q_group_size=32, target_bpw=2.6)
     with pytest.raises(MisError, match="--target-bpw 2.6 is below 2.7"):
-        quantize.run(asked)
-
-
-def test_depth_keeps_the_period(qwen: Checkpoint, tmp_path: Path, text_folder: Path) -> None:
-    """Every third block has attention in the student, too; what is written is a whole model."""
-    asked: dict[str, Any] = {"model": str(qwen.path), "scenario": "none", "data": str(text_folder)}
-    asked |= FEW
-    prune.run(prune.Settings(mlx_path=str(tmp_path / "cut"), layers=4, dtype="float32", **asked))
-    student = load.open_checkpoint(tmp_path / "cut")
-    assert [attends(student.config, i) for i in range(4)] == [False, False, True, False]
-    written = json.loads((tmp_path / "cut" / "config.json").read_text())
-    assert (written["model_type"], written["text_config"]["num_hidden_layers"]) == ("qwen3_5", 4)
-    assert apart(streamed(student, TOKENS), stock.opened(student.path)(TOKENS)) <= 1e-5
-    with pytest.raises(MisError, match="2 layers of a qwen3_5_text are fewer than 3"):
-        prune.run(prune.Settings(mlx_path=str(tmp_path / "x"), layers=2, **asked))
+        bit_allocation.check({**tiny.CONFIG, **tiny.FAMILIES[KIND]}, asked)
 
 
 def test_drafts_are_refused(qwen: Checkpoint) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
 from mis_mlx import cli, distill, flag_help, prune
-from mis_mlx.models.architectures import scenarios
+from mis_mlx.models.architectures import arch, scenarios
+from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.opening import wheel_model
 
 # What table 1 of the paper, or benchmarks/, has under each mountain name.
 KEPT = {
@@ -22,6 +24,43 @@ KEPT = {
     "juhas": {"layers": 2 / 3},
     "zbojnik": {"layers": 0.5, "ffn": 3 / 7},
 }
+SMOLLM2 = wheel_model.SMOLLM2.files["config.json"]
+PAPER = {
+    **SMOLLM2,
+    "hidden_size": 8192,
+    "intermediate_size": 28_672,
+    "num_hidden_layers": 96,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128_256,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("scenario", "paper", "small"),
+    [
+        # 1206.9, nearest multiple of 256
+        ("goral", {"layers": 64, "ffn": 22_528}, {"layers": 20, "ffn": 1280}),
+        ("baca", {"hidden": 6144}, {"hidden": 432}),  # 576 * 0.75 = 432 = 3 * lcm(16, 9)
+        ("halny", {"ffn": 16_384}, {"ffn": 768}),  # 877.7 lies nearer to 768 than to 1024
+        ("juhas", {"layers": 64}, {"layers": 20}),
+        ("zbojnik", {"layers": 48, "ffn": 12_288}, {"layers": 15, "ffn": 768}),  # 658.3
+    ],
+)
+def test_sizes_of_scenarios(scenario: str, paper: dict[str, int], small: dict[str, int]) -> None:
+    """Exactly table 1's sizes on the paper's teacher; on SmolLM2 the same ratios, rounded to what
+    kernels like.
+
+    Nothing else moves. What is given exactly wins over its ratio.
+    """
+    assert arch.params(SMOLLM2) == 134_515_008
+    ratios = scenarios.RATIOS[scenarios.plain(scenario)]
+    assert arch.target_shape(PAPER, ratios) == replace(shape_of(PAPER), **paper)
+    assert arch.target_shape(SMOLLM2, ratios) == replace(shape_of(SMOLLM2), **small)
+    exact = arch.target_shape(SMOLLM2, ratios, ffn=640, layers=None)
+    assert exact == replace(shape_of(SMOLLM2), **{**small, "ffn": 640})
 
 
 def test_every_scenario_has_both_names() -> None:

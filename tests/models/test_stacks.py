@@ -6,10 +6,11 @@ Imposed on a CPU by Metal's policy, in float32; on a GPU nobody has counted them
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -31,22 +32,12 @@ from tests.pruning.test_reconstruct import CUTS, student_of
 
 WINDOWS = 8
 LAYERS = 3
-Counted = Callable[[Callable[[], Any]], tuple[Any, int]]
 
 
 @pytest.fixture(name="batches")
 def _batches() -> list[mx.array]:
     """Eight windows of 32 tokens."""
     return [mx.random.randint(0, 512, (1, 32), key=mx.random.key(k)) for k in range(WINDOWS)]
-
-
-@pytest.fixture(name="windows")
-def _windows(batches: list[mx.array]) -> Windows:
-    """The same as held-out text, of which all but the first three predictions count."""
-    tokens = np.concatenate([np.array(batch) for batch in batches]).astype(np.int32)
-    loss_mask = np.ones(tokens.shape, np.float32)
-    loss_mask[:, :3] = 0
-    return Windows(tokens, loss_mask)
 
 
 def in_float32(checkpoint: Checkpoint) -> Checkpoint:
@@ -82,10 +73,18 @@ def _under(
     return run
 
 
-def near(found: Any, want: Any) -> None:
-    """To 1e-5 of the largest."""
+def near(found: Any, want: Any, share: float = 1e-5) -> None:
+    """To so much of the largest, in all that a mapping or a list holds."""
+    if isinstance(want, Mapping):
+        assert found.keys() == want.keys()
+        found, want = list(found.values()), list(want.values())
+    if isinstance(want, list):
+        for a, b in zip(found, want, strict=True):
+            near(a, b, share)
+        return
     found, want = (np.array(x, np.float64) for x in (found, want))
-    assert np.abs(found - want).max() <= 1e-5 * np.abs(want).max()
+    assert found.shape == want.shape
+    assert np.abs(found - want).max() <= share * np.abs(want).max()
 
 
 def test_how_many_go_together() -> None:
@@ -119,12 +118,19 @@ def test_a_pass(llama: Checkpoint, batches: list[mx.array], under: Any) -> None:
     want, many = under("cpu", lambda: stream.Stream(llama).forward(odd))
     found, few = under("metal", lambda: stream.Stream(llama).forward(odd))
     assert (many, few) == (9 * LAYERS, 3 * LAYERS)
-    for a, b in zip(found, want, strict=True):
-        assert a.shape == b.shape
-        near(a, b)
+    near(found, want)
 
 
-def test_calibration(llama: Checkpoint, batches: list[mx.array], under: Any) -> None:
+class Given(NamedTuple):
+    """What an engine is given."""
+
+    teacher: Checkpoint
+    other: Checkpoint  # of the same tokens
+    batches: list[mx.array]
+    folder: Path
+
+
+def calibration(given: Given) -> Any:
     """Every sum and distance, and the air asked once a window."""
     asked = list[int]()
 
@@ -132,88 +138,91 @@ def test_calibration(llama: Checkpoint, batches: list[mx.array], under: Any) -> 
         asked.append(1)
         return Air()
 
-    def work() -> Any:
-        asked.clear()
-        return calibrate(llama, batches, air)
-
-    (want, _), many = under("cpu", work)
-    (found, _), few = under("metal", work)
-    assert (many, few) == (WINDOWS * LAYERS, LAYERS)
+    found, _ = calibrate(given.teacher, given.batches, air)
     assert len(asked) == WINDOWS
-    for axis in ("ffn", "heads"):
-        for i, sums in getattr(want, axis).items():
-            for field in ("square", "env_weighted"):
-                near(getattr(getattr(found, axis)[i], field), getattr(sums, field))
-    near([*found.block.values()], [*want.block.values()])
+    sums = [*found.ffn.values(), *found.heads.values()]
+    return [*([of.square, of.env_weighted] for of in sums), np.array([*found.block.values()])]
 
 
-def test_gram_matrices(llama: Checkpoint, batches: list[mx.array], under: Any) -> None:
-    """GPTQ's sums of all windows."""
-
-    def work() -> Any:
-        source = stream.Stream(llama)
-        hidden = source.embed(batches)
-        _, block = next(source.blocks([0]))
-        return stage._grams(BlockTurn(source, source.block_index, block, hidden), ["ffn", "norm1"])
-
-    want, many = under("cpu", work)
-    found, few = under("metal", work)
-    assert (many, few) == (WINDOWS, 1)
-    for axis, gram in want.items():
-        near(found[axis], gram)
+def gram_matrices(given: Given) -> Any:
+    """GPTQ's sums of all windows in one block."""
+    source = stream.Stream(given.teacher)
+    hidden = source.embed(given.batches)
+    _, block = next(source.blocks([0]))
+    return stage._grams(BlockTurn(source, source.block_index, block, hidden), ["ffn", "norm1"])
 
 
-def test_repair(llama: Checkpoint, batches: list[mx.array], tmp_path: Path, under: Any) -> None:
-    """The matrices of a pruned student, of which every fourth window judges; and the error that is
+def repair(given: Given) -> Any:
+    """The matrices of a pruned student, of which every fourth window judges, and the error that is
     left.
     """
     keep, sizes = CUTS["ffn"]
-    student = in_float32(student_of(llama, keep, tmp_path / "student", **sizes))
-
-    def work() -> Any:
-        return reconstruct.reconstruct(llama, student, keep, batches)
-
-    (want, left), many = under("cpu", work)
-    (found, left_there), few = under("metal", work)
-    assert few * WINDOWS == many
-    assert len(want) == LAYERS
-    near(left_there, left)
-    for name, matrix in want.items():
-        assert (
-            np.abs(np.array(found[name]) - np.array(matrix)).max()
-            <= 1e-4 * np.abs(np.array(matrix)).max()
-        )
+    student = in_float32(student_of(given.teacher, keep, given.folder, **sizes))
+    matrices, left = reconstruct.reconstruct(given.teacher, student, keep, given.batches)
+    assert len(matrices) == LAYERS
+    return [matrices, np.array(left)]
 
 
-def test_sensitivity(llama: Checkpoint, batches: list[mx.array], under: Any) -> None:
-    """What every matrix costs in fewer bits: forwards in one pass for eight windows, back in
-    two.
+def sensitivity(given: Given) -> Any:
+    """What every matrix costs in fewer bits."""
+    costs = bit_allocation.costs(given.teacher, given.batches, 64, (3, 4, 8))
+    return {path: np.array([*of.values()]) for path, of in costs.items()}
+
+
+def measuring(given: Given) -> Any:
+    """Loss, KL and agreement of every window, of which all but the first three predictions
+    count.
     """
-
-    def work() -> Any:
-        return bit_allocation.costs(llama, batches, 64, (3, 4, 8))
-
-    want, many = under("cpu", work)
-    found, few = under("metal", work)
-    assert (many, few) == (2 * WINDOWS * LAYERS, 3 * LAYERS)
-    for path, costs in want.items():
-        near([*found[path].values()], [*costs.values()])
+    tokens = np.concatenate([np.array(batch) for batch in given.batches]).astype(np.int32)
+    loss_mask = np.ones(tokens.shape, np.float32)
+    loss_mask[:, :3] = 0
+    models = {"teacher": given.teacher, "student": given.other}
+    found = comparison.compare(models, Windows(tokens, loss_mask))
+    assert len(found) == 1 + len(comparison.METRICS)
+    return found
 
 
-@pytest.mark.parametrize("kind", ["gemma4_text"])
+# engine -> (calls of a block with a window in each, and with eight; the share that may differ)
+ENGINES: dict[Callable[[Given], Any], tuple[int, int, float]] = {
+    calibration: (WINDOWS * LAYERS, LAYERS, 1e-5),
+    gram_matrices: (WINDOWS, 1, 1e-5),
+    repair: (3 * WINDOWS * LAYERS, 3 * LAYERS, 1e-4),
+    # forwards in one pass for eight windows, back in two
+    sensitivity: (2 * WINDOWS * LAYERS, 3 * LAYERS, 1e-5),
+    measuring: (2 * WINDOWS * LAYERS, 2 * LAYERS, 1e-5),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_eight_windows_are_in_one_pass(
+    engine: Callable[[Given], Any],
+    llama: Checkpoint,
+    models: Callable[[str], Checkpoint],
+    batches: list[mx.array],
+    tmp_path: Path,
+    under: Any,
+) -> None:
+    """Which changes nothing."""
+    other = in_float32(models("untied"))
+    given = (Given(llama, other, batches, tmp_path / word) for word in ("cpu", "metal"))
+    (want, many), (found, few) = (under(g.folder.name, partial(engine, g)) for g in given)
+    *calls, share = ENGINES[engine]
+    assert [many, few] == calls
+    near(found, want, share)
+
+
 def test_what_takes_more_than_hidden_states(
     models: Callable[[str], Checkpoint],
     batches: list[mx.array],
     under: Any,
     monkeypatch: pytest.MonkeyPatch,
-    kind: str,
 ) -> None:
     """A model whose blocks get channels of each token and another block's keys, goes window
     by window: a pass, calibration, and GPTQ's sums in a block that uses others' keys are a CPU's to
     the bit. So are costs but for the softmax that they begin with.
     """
     monkeypatch.setattr(quick_exp, "is_quicker", lambda _: False)  # of a CPU alone: other bits
-    gemma = in_float32(models(kind))
+    gemma = in_float32(models("gemma4_text"))
 
     def sums() -> dict[str, np.ndarray]:
         source = stream.Stream(gemma)
@@ -247,23 +256,6 @@ def test_what_takes_more_than_hidden_states(
     on_a_gpu, _ = under("metal", back)
     for path, of in costs.items():
         assert [*on_a_gpu[path].values()] == pytest.approx([*of.values()], rel=1e-4)
-
-
-def test_measuring(
-    llama: Checkpoint, models: Callable[[str], Checkpoint], windows: Windows, under: Any
-) -> None:
-    """Loss, KL and agreement of every window: a pass of each model for eight of them."""
-    other = in_float32(models("untied"))
-
-    def work() -> Any:
-        return comparison.compare({"teacher": llama, "student": other}, windows)
-
-    want, many = under("cpu", work)
-    found, few = under("metal", work)
-    assert few * WINDOWS == many > 0
-    assert len(want) == 1 + len(comparison.METRICS)
-    for key, values in want.items():
-        near(found[key], values)
 
 
 def test_the_plan_has_room_for_them() -> None:

@@ -231,16 +231,9 @@ def test_ids_move_wherever_they_are(tmp_path: Path) -> None:
     reserved token is named nowhere any more; what are no ids stay.
     """
     byte_level(tmp_path)
-    spec = json.loads((tmp_path / "tokenizer.json").read_text())
-    spec["padding"] = {
-        "strategy": "BatchLongest",
-        "direction": "Right",
-        "pad_to_multiple_of": None,
-        "pad_id": 1025,
-        "pad_type_id": 0,
-        "pad_token": "<|im_end|>",
-    }
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = opened(tmp_path)
+    tokenizer.enable_padding(pad_id=1025, pad_token="<|im_end|>")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
     names = ["<|im_start|>", {"content": "<|reserved_special_token_7|>"}]
     decoder = {str(i): {"content": text} for text, i in Vocabulary(tmp_path).added.items()}
     settings = {
@@ -301,14 +294,10 @@ def test_ids_move_wherever_they_are(tmp_path: Path) -> None:
     assert moved == {**CONFIG, "bos_token_id": new[1], "eos_token_id": [end, 0], "hidden_size": 64}
     assert "chat_template.jinja" in dict(tokens.files(rows))
     assert "vocab.json" not in files
-    spec["post_processor"] = {
-        "type": "RobertaProcessing",
-        "sep": ["<|im_end|>", 1025],
-        "cls": ["<|im_start|>", 1024],
-        "trim_offsets": True,
-        "add_prefix_space": False,
-    }
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer.post_processor = processors.RobertaProcessing(
+        ("<|im_end|>", 1025), ("<|im_start|>", 1024)
+    )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
     processor = json.loads(dict(Vocabulary(tmp_path).files(rows))["tokenizer.json"])[
         "post_processor"
     ]

@@ -19,7 +19,6 @@ from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import M1_AIR, Rates
 from mis_mlx.hardware.stage_cost import WINDOWS, StageCost, in_turn
 from mis_mlx.maths.losses import chunk_rows
-from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import pass_cost, stream
@@ -28,9 +27,9 @@ from mis_mlx.planner import estimates
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, UNDECIDED, Budget, Checkpoint, MisError
-from tests import tiny
+from tests import peaks, tiny
 from tests.conftest import mostly_slow
-from tests.peaks import allocated
+from tests.models.test_contract import published
 
 MIB = 2**20
 # q and o, k and v, the FFN, two norms of tiny.CONFIG
@@ -47,9 +46,26 @@ PLAIN = Rates(
 )
 
 
+HYBRIDS = ("lfm2", "qwen3_5_text", "gemma4_text")
+
+
+def larger(kind: str) -> dict[str, Any]:
+    """A hybrid whose activations outweigh what every process holds."""
+    config = {**tiny.FAMILIES[kind], "hidden_size": 128, "intermediate_size": 1024}
+    config["vocab_size"] = 2048
+    if kind == "gemma4_text":
+        return {**config, "hidden_size_per_layer_input": 128}
+    config["head_dim"] = None
+    if kind == "qwen3_5_text":  # heads as wide as half of the hidden size, as in the published ones
+        config |= {"linear_key_head_dim": 64, "linear_value_head_dim": 64}
+    return config
+
+
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
-    """`stored(kind)`: one model of six blocks, as F32, BF16 or 4-bit files, made once."""
+    """`stored(kind)`: one model of six blocks, as F32, BF16 or 4-bit files, or one of a family
+    whose blocks differ, made once.
+    """
     root = tmp_path_factory.mktemp("stored")
     made = dict[str, Checkpoint]()
     sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 1024, "num_hidden_layers": 6}
@@ -60,6 +76,8 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoi
                 packed_format.write_quantized(
                     get("F32"), root / kind, packed_format.formats_of(get("F32").config, 64), DISK
                 )
+            elif kind in tiny.FAMILIES:
+                tiny.make(root / kind, **larger(kind))
             else:
                 tiny.make(root / kind, dtype=kind, **sizes)
             made[kind] = load.open_checkpoint(root / kind)
@@ -164,19 +182,7 @@ def test_a_whole_model_has_all_its_tables(name: str, total: int) -> None:
     """A head of its own and the tables of per-layer inputs are in memory, too, where a model that
     answers or is asked by others is whole.
     """
-    qwen = {
-        "model_type": "qwen3",
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151_936,
-        "tie_word_embeddings": False,
-    }
-    config = {"qwen3-8b": qwen, **arch.PUBLISHED}[name]
-    m = model_of({**config, "torch_dtype": "bfloat16"}, gpu=True, dtype=mx.bfloat16)
+    m = model_of({**published(name), "torch_dtype": "bfloat16"}, gpu=True, dtype=mx.bfloat16)
     assert pass_cost.whole_bytes(m) == 2 * total
     assert continuous_batch.resident_bytes(m, at_once=1, tokens=2) > 2 * total
 
@@ -207,6 +213,8 @@ CASES = [
             of_several=True,
         ),
         pytest.param("metal", "4-bit", 1, 16, marks=pytest.mark.thorough),
+        *(("cpu", kind, 1, 64) for kind in HYBRIDS),
+        *(pytest.param("cpu", kind, 6, 128, marks=pytest.mark.thorough) for kind in HYBRIDS),
     ],
 )
 def test_a_real_pass_stays_under_the_plan(
@@ -217,8 +225,9 @@ def test_a_real_pass_stays_under_the_plan(
     word: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """MLX's peak is under the plan's and not by more than half; bytes read agree but for the
-    embedding's rows.
+    """MLX's peak is under the plan's and not by more than half, or than all of it where blocks
+    differ, with the channels of every token and the keys and values that wait; bytes read agree
+    but for the embedding's rows.
 
     Under Metal's policy (float16, packed) the plan may be 3.5 times the peak: its workspace is
     float32's, as some of Metal's kernels have it, while here half of it is float16; and a GPU holds
@@ -231,17 +240,13 @@ def test_a_real_pass_stays_under_the_plan(
     assert dtype == {"cpu": mx.float32, "metal": mx.float16}[word]
     batches = [mx.random.randint(0, 512, (1, length), key=mx.random.key(k)) for k in range(windows)]
     mx.eval(batches)
-    cache = mx.set_cache_limit(0)
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    source = stream.Stream(checkpoint, dtype)
-    hidden = source.embed(batches)
-    embedded = source.reader.nbytes
-    for _, block in source.blocks():
-        source.run_block(block, hidden)
-    source.norm(hidden)
-    peak = mx.get_peak_memory() - before
-    mx.set_cache_limit(cache)
+    with peaks.of_mlx() as peak:
+        source = stream.Stream(checkpoint, dtype)
+        hidden = source.embed(batches)
+        embedded = source.reader.nbytes
+        for _, block in source.blocks():
+            source.run_block(block, hidden)
+        source.norm(hidden)
     p = pass_cost.streamed_pass(
         "pass",
         m,
@@ -251,13 +256,12 @@ def test_a_real_pass_stays_under_the_plan(
         limit_bytes=GIB,
         head=False,
     )
-    # extents: whole pages at the ends
-    assert source.reader.nbytes - embedded == pytest.approx(p.read_bytes, rel=0.01)
-    most = 1.5 if word == "cpu" else 3.5
-    assert p.peak_bytes - pass_cost.SMALL_BYTES < most * peak and peak < allocated(p.peak_bytes), (
-        peak,
-        p.peak_bytes,
-    )
+    # extents: whole pages at the ends; of blocks that differ the largest are planned
+    least = 0.75 if kind in HYBRIDS else 0.99
+    assert least * p.read_bytes < source.reader.nbytes - embedded < 1.01 * p.read_bytes
+    most = 2.0 if kind in HYBRIDS else 1.5 if word == "cpu" else 3.5
+    assert p.peak_bytes - pass_cost.SMALL_BYTES < most * peak.nbytes
+    assert peak.nbytes < peaks.allocated(p.peak_bytes)
 
 
 @pytest.mark.usefixtures("brief_look")
@@ -296,48 +300,15 @@ def test_blocks_that_stay_are_within_the_plan(
     else:
         assert dtype == (mx.bfloat16 if beyond else mx.float16)
     mx.eval(batches)
-    cache = mx.set_cache_limit(0)
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    source = stream.Stream(checkpoint, dtype, m.head_work + kept * m.block_work)
-    assert source.resident_blocks == kept
-    for _ in range(2):
-        mx.eval(load.logits(source.head(), source.forward(batches)[0]))
-    peak = mx.get_peak_memory() - before
-    mx.set_cache_limit(cache)
+    with peaks.of_mlx() as peak:
+        source = stream.Stream(checkpoint, dtype, m.head_work + kept * m.block_work)
+        assert source.resident_blocks == kept
+        for _ in range(2):
+            mx.eval(load.logits(source.head(), source.forward(batches)[0]))
     once = pass_cost.streamed_pass("pass", m, tokens=64, micro_tokens=64, length=64, spool=False)
     most = 3 if word == "cpu" else 5  # a GPU holds what its commands in flight need, too
     planned = once.peak_bytes + kept * m.block_work
-    assert peak < planned < most * peak + pass_cost.SMALL_BYTES, (
-        peak,
-        once.peak_bytes,
-        m.block_work,
-    )
-
-
-@pytest.mark.parametrize("kind", ["F32", "BF16"])
-@pytest.mark.parametrize("blocks", [0, 2, 6])
-def test_the_engine_keeps_as_many_blocks_as_planned(
-    stored: Callable[[str], Checkpoint], kind: str, blocks: int
-) -> None:
-    """Given the head and so many blocks' room, `Stream` keeps the head and exactly these blocks."""
-    m = model_of(stored(kind))
-    source = stream.Stream(
-        stored(kind), precision.usual_dtype(), m.head_work + blocks * m.block_work
-    )
-    room_bytes = m.head_work + blocks * m.block_work
-    assert source.resident_blocks == blocks == pass_cost.stays(m, room_bytes).blocks
-    batches = [mx.array([[1, 2, 3]])]
-    source.forward(batches)
-    source.head()
-    first = source.reader.nbytes
-    hidden = source.embed(batches)
-    first, embedded = source.reader.nbytes, source.reader.nbytes - first
-    for _, block in source.blocks():
-        source.run_block(block, hidden)
-    source.head()
-    assert embedded > 0
-    assert source.reader.nbytes - first == pytest.approx((6 - blocks) * m.block_bytes, rel=0.01)
+    assert peak.nbytes < planned < most * peak.nbytes + pass_cost.SMALL_BYTES
 
 
 def test_a_gpu_holds_what_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:

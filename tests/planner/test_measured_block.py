@@ -17,7 +17,7 @@ from mis_mlx.models.opening.model_size import BY_FORMULA, model_of
 from mis_mlx.models.passing import residency
 from mis_mlx.planner import measured_block
 from mis_mlx.types import GIB
-from tests import tiny
+from tests import peaks, tiny
 
 MIB = 2**20
 WIDE = {
@@ -55,14 +55,10 @@ def trained_peak() -> int:
     def loss(block: nn.Module) -> mx.array:
         return block(hidden, stock.mask(args, block, hidden), None).sum()
 
-    cache = mx.set_cache_limit(0)
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    _, grads = nn.value_and_grad(block, loss)(block)
-    mx.eval(grads)
-    peak = mx.get_peak_memory() - before - gradients
-    mx.set_cache_limit(cache)
-    return peak
+    with peaks.of_mlx() as peak:
+        _, grads = nn.value_and_grad(block, loss)(block)
+        mx.eval(grads)
+    return peak.nbytes - gradients
 
 
 def test_a_corrected_plan_holds_what_training_holds(
@@ -126,11 +122,9 @@ def test_a_large_block_is_measured_in_small(kept: Path) -> None:
         "num_key_value_heads": 8,
         "head_dim": 128,
     }
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    m = measured_block.with_factors(model_of(large), BATCH, LENGTH, 400 * MIB)
-    assert mx.get_peak_memory() - before < 200 * MIB
+    with peaks.of_mlx() as peak:
+        m = measured_block.with_factors(model_of(large), BATCH, LENGTH, 400 * MIB)
+    assert peak.nbytes < 200 * MIB
     assert m.block_factors.kept == pytest.approx(1, abs=0.1)
     assert "4096" not in kept.read_text()
 

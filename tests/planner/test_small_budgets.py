@@ -16,41 +16,20 @@ from mis_mlx import plan
 from mis_mlx.cli import parse_bytes
 from mis_mlx.distillation import plan_report, strategies
 from mis_mlx.hardware.rates import M1_AIR
+from mis_mlx.models.opening import wheel_model
 from mis_mlx.planner import estimates
 from mis_mlx.size_search import shortfall
-from tests import tiny
 from tests.conftest import mostly_slow
+from tests.models.test_contract import published
 
-CONFIGS = Path(__file__).parents[2] / "benchmarks" / "model_configs"
-CUT: dict[str, Any] = {}
+CUT: dict[str, Any] = {"scenario": "half-vocab"}
 WHOLE: dict[str, Any] = {"scenario": "none", "vocab": "0.75x"}  # every block stays
 BUDGETS = ("1.8GiB", "2.3GiB", "3GiB", "4GiB")
-# SmolLM2-135M's own sizes: the default teacher.
-SMOLLM = tiny.CONFIG | {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-    "vocab_size": 49_152,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-}
-
-
-def shape(name: str) -> dict[str, Any]:
-    """The config.json of a model that people have."""
-    found = json.loads((CONFIGS / f"{name}.json").read_text("utf-8"))
-    del found["title"], found["source"]
-    return dict(found)
-
-
-CUT = {"scenario": "half-vocab"}
 TEACHERS = {
-    "default": SMOLLM,
-    "qwen3-1.7b": shape("qwen3-1.7b"),
-    "llama-3.2-3b-4bit": shape("llama-3.2-3b") | {"quantization": {"group_size": 64, "bits": 4}},
+    "default": wheel_model.SMOLLM2.files["config.json"],
+    "qwen3-1.7b": published("qwen3-1.7b"),
+    "llama-3.2-3b-4bit": {**published("llama-3.2-3b")}
+    | {"quantization": {"group_size": 64, "bits": 4}},
 }
 
 

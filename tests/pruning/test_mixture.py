@@ -17,7 +17,7 @@ from mis_mlx.models.opening import load
 from mis_mlx.models.writing import model_writer
 from mis_mlx.pruning import calibrate
 from mis_mlx.types import MisError
-from tests import tiny
+from tests import peaks, tiny
 from tests.conftest import near
 
 FEW = 4  # blocks: what is tested here is in each of them
@@ -131,12 +131,10 @@ def test_an_eighth_of_the_model(
     big = {**MIXTURE, "num_experts": 16, "moe_intermediate_size": 1024, "num_hidden_layers": 6}
     model = tiny.make(tmp_path / "m", **big)
     nbytes = load.open_checkpoint(model).nbytes
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    cut(model, tmp_path / "cut", text_folder, experts="0.5x")
+    with peaks.of_mlx() as peak:
+        cut(model, tmp_path / "cut", text_folder, experts="0.5x")
     assert nbytes > 70e6
-    assert mx.get_peak_memory() - before < nbytes / 8
+    assert peak.nbytes < nbytes / 8
 
 
 @pytest.mark.parametrize(

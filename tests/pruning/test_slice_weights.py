@@ -17,7 +17,8 @@ from mis_mlx.models.writing import model_writer
 from mis_mlx.pruning import slicing
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits
-from tests import tiny
+from tests import stock, tiny
+from tests.pruning.test_reconstruct import student_of
 
 ALL = (0, 1, 2)
 
@@ -30,32 +31,6 @@ def raw(checkpoint: Checkpoint) -> dict[str, bytes]:
             file.seek(at.offset)
             found[name] = file.read(at.nbytes)
     return found
-
-
-def cut(
-    teacher: Checkpoint,
-    out: Path,
-    layers: tuple[int, ...],
-    kept: dict[tuple[int, str], tuple[int, ...]],
-    **sizes: int,
-) -> Checkpoint:
-    """The student of a Keep written by hand, opened by our gate."""
-    shape = replace(shape_of(teacher.config), layers=len(layers), **sizes)
-    slicing.write_student(
-        teacher,
-        shape,
-        keep=KeptUnits(layers, kept, "by hand"),
-        out=out,
-        dtype="float32",
-        files=DISK,
-    )
-    return load.open_checkpoint(out)
-
-
-def stock(checkpoint: Checkpoint, tokens: mx.array) -> mx.array:
-    """Logits of stock mlx_lm.load."""
-    model, _ = load.mlx_lm("utils").load(str(checkpoint.path))
-    return model(tokens)
 
 
 def close(a: mx.array, b: mx.array) -> bool:
@@ -74,7 +49,9 @@ def test_keep_all_is_the_identity(
     }
     everything[-1, "hidden"] = tuple(range(64))
     for name, kept in (("nothing", {}), ("everything", everything)):
-        assert raw(cut(teacher, tmp_path / name, ALL, kept)) == raw(teacher)
+        assert raw(student_of(teacher, KeptUnits(ALL, kept, "by hand"), tmp_path / name)) == raw(
+            teacher
+        )
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -93,7 +70,7 @@ def test_what_is_cut_is_zeros(
     else:
         kept |= {(i, "heads"): some for i, some in heads.items()}
         sizes["heads"] = 2
-    student = cut(models(kind), tmp_path / "s", (0, 2), kept, **sizes)
+    student = student_of(models(kind), KeptUnits((0, 2), kept, ""), tmp_path / "s", **sizes)
     model = load.resident_model(models(kind), mx.float32)
     for i in (0, 2):
         block = model.model.layers[i]
@@ -102,7 +79,7 @@ def test_what_is_cut_is_zeros(
         block.mlp.down_proj.weight *= neurons
         block.self_attn.o_proj.weight *= said
     model.model.layers = [model.model.layers[0], model.model.layers[2]]
-    assert close(stock(student, batches[0]), model(batches[0]))
+    assert close(stock.opened(student.path)(batches[0]), model(batches[0]))
 
 
 @pytest.mark.parametrize("kind", ["llama", "untied", "mistral", "qwen3"])
@@ -116,7 +93,8 @@ def test_cut_channels_leave_the_stream(
     function exactly.
     """
     kept = tuple(j for j in range(64) if j % 4)
-    student = cut(models(kind), tmp_path / "s", ALL, {(-1, "hidden"): kept}, hidden=48)
+    keep = KeptUnits(ALL, {(-1, "hidden"): kept}, "")
+    student = student_of(models(kind), keep, tmp_path / "s", hidden=48)
     teacher = models(kind)
     eps = {"rms_norm_eps": teacher.config["rms_norm_eps"] * 48 / 64}
     model = load.resident_model(replace(teacher, config={**teacher.config, **eps}), mx.float32)
@@ -129,30 +107,16 @@ def test_cut_channels_leave_the_stream(
         block.input_layernorm.weight *= (48 / 64) ** 0.5
         block.post_attention_layernorm.weight *= (48 / 64) ** 0.5
     if kind != "qwen3":  # its q_norm and k_norm have the same eps but keep their 16 numbers
-        assert close(stock(student, batches[0]), model(batches[0]))
+        assert close(stock.opened(student.path)(batches[0]), model(batches[0]))
     else:
-        assert mx.abs(stock(student, batches[0]) - model(batches[0])).max().item() < 1e-3
-
-
-def test_types_are_cast_and_said(tmp_path: Path, llama: Checkpoint) -> None:
-    """bfloat16: half the bytes, and config.json says so."""
-    slicing.write_student(
-        llama,
-        shape_of(llama.config),
-        keep=KeptUnits(ALL, {}, ""),
-        out=tmp_path / "s",
-        dtype="bfloat16",
-        files=DISK,
-    )
-    student = load.open_checkpoint(tmp_path / "s")
-    assert 2 * student.nbytes == llama.nbytes
-    assert student.config["torch_dtype"] == "bfloat16"
-    assert {at.dtype for at in student.tensors.values()} == {"BF16"}
+        assert (
+            mx.abs(stock.opened(student.path)(batches[0]) - model(batches[0])).max().item() < 1e-3
+        )
 
 
 def test_keep_survives_on_disk(tmp_path: Path, llama: Checkpoint) -> None:
-    """keep.json gives back the Keep; a folder without one gives None; tokenizer files came
-    along.
+    """keep.json gives back the Keep; a folder without one gives None; tokenizer files came along;
+    of bfloat16, weights have half the bytes, and config.json says so.
     """
     keep = KeptUnits(
         (0, 2),
@@ -165,9 +129,12 @@ def test_keep_survives_on_disk(tmp_path: Path, llama: Checkpoint) -> None:
         replace(shape_of(llama.config), layers=2, ffn=512),
         keep=keep,
         out=tmp_path / "s",
-        dtype="float32",
+        dtype="bfloat16",
         files=DISK,
     )
+    student = load.open_checkpoint(tmp_path / "s")
+    assert student.config["torch_dtype"] == "bfloat16"
+    assert {at.dtype for at in student.tensors.values()} == {"BF16"}
     assert model_writer.read_keep(tmp_path / "s") == keep
     assert model_writer.read_keep(llama.path) is None
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -70,16 +70,18 @@ def test_every_kind_opens_in_stock_mlx_lm(
 
 @pytest.mark.usefixtures("cpu_policy")
 def test_each_block_is_fitted_to_the_stream_of_the_rounded_ones(
-    tmp_path: Path, llama: Checkpoint, batches: list[mx.array]
+    tmp_path: Path, models: Callable[[str], Checkpoint], batches: list[mx.array]
 ) -> None:
-    """Block 2 is what its own float matrices give on hidden states that the folder written, not the
-    original, has there; and what comes back from the folder is what was chosen, bit for bit.
+    """Of layers with biases: block 2 is what its own float matrices give on hidden states that the
+    folder written, not the original, has there; and what comes back from the folder is what was
+    chosen, bit for bit.
     """
-    folder = write(llama, tmp_path / "q4", batches)
+    model = models("biased")
+    folder = write(model, tmp_path / "q4", batches)
     rounded = stream.Stream(folder, mx.float32)
-    source = stream.Stream(llama, mx.float32)
+    source = stream.Stream(model, mx.float32)
     hidden = rounded.embed(batches)  # 8 bits, as in the folder
-    chosen = list(stage.rounded_blocks(llama, batches, packed_format.formats_of(llama.config, 64)))
+    chosen = list(stage.rounded_blocks(model, batches, packed_format.formats_of(model.config, 64)))
     for block in chosen:
         for path, packed in block.items():
             assert (load.dense(folder, f"{path}.weight") == rounding.values(packed, 64, 4)).all()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -50,36 +49,6 @@ def write(checkpoint: Checkpoint, model: nn.Module, out: Path) -> None:
     learned_scales.write_learned(checkpoint, learned.get, out, DISK)
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "biased"])
-def test_biases_stay_and_learn(
-    models: Callable[[str], Checkpoint], tmp_path: Path, kind: str
-) -> None:
-    """With biases the logits are the dense model's too, every bias has its gradient, and what is
-    learned is written.
-    """
-    packed_format.write_quantized(
-        models(kind), tmp_path / "q", packed_format.formats_of(models(kind).config, 64), DISK
-    )
-    packed = load.open_checkpoint(tmp_path / "q")
-    model = trainable(packed)
-    dense = load.resident_model(packed, mx.float32)
-    assert mx.allclose(model(TOKENS), dense(TOKENS), atol=1e-5)
-    ours, theirs = (
-        dict(tree_flatten(nn.value_and_grad(m, lambda m: mx.square(m(TOKENS)).mean())(m)[1]))
-        for m in (model, dense)
-    )
-    names = [n for n in packed.tensors if n.endswith(".bias")]
-    assert len(names) == {"qwen2": 9, "biased": 21}[kind]
-    largest = max(mx.abs(theirs[n]).max().item() for n in names)
-    assert all(mx.allclose(ours[n], theirs[n], rtol=1e-3, atol=1e-5 * largest) for n in names)
-    linear = model.model.layers[1].self_attn.v_proj
-    linear.bias = linear.bias + 1
-    write(packed, model, tmp_path / "other")
-    other = load.open_checkpoint(tmp_path / "other")
-    name = "model.layers.1.self_attn.v_proj.bias"
-    assert mx.array_equal(raw(other, name), raw(packed, name) + 1)
-
-
 def test_a_bit_more_halves_the_rate(llama: Checkpoint, tmp_path: Path) -> None:
     """4 bits and their scales learn at the rate that is asked for, 8 at a sixteenth of it, 3 at
     twice of it.
@@ -110,31 +79,6 @@ def test_few_files_are_open_at_once(packed: Checkpoint) -> None:
         assert mx.isfinite(trainable(packed)(TOKENS)).all().item()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-@pytest.mark.usefixtures("cpu_policy")
-def test_gradients_are_those_of_the_dense_weights(packed: Checkpoint) -> None:
-    """d loss / d scale is the sum over the group of integer times d loss / d weight; of a bias
-    without the integer.
-    """
-    model = trainable(packed)
-    dense = load.resident_model(packed, mx.float32)
-
-    def loss(m: nn.Module) -> mx.array:
-        return m(TOKENS).square().mean()
-
-    ours = dict(tree_flatten(nn.value_and_grad(model, loss)(model)[1]))
-    theirs = dict(tree_flatten(nn.value_and_grad(dense, loss)(dense)[1]))
-    for path in (
-        "model.layers.0.self_attn.q_proj",
-        "model.layers.1.mlp.down_proj",
-        "model.layers.2.mlp.up_proj",
-    ):
-        owner = model.model.layers[int(path.split(".")[2])][path.split(".")[3]][path.split(".")[4]]
-        slope = theirs[f"{path}.weight"].reshape(owner.levels().shape)
-        assert mx.allclose(ours[f"{path}.biases"], slope.sum(axis=-1), rtol=1e-4, atol=1e-8)
-        by_hand = (slope * owner.levels()).sum(axis=-1)
-        assert mx.allclose(ours[f"{path}.scales"], by_hand, rtol=1e-4, atol=1e-8)
 
 
 def test_written_back(packed: Checkpoint, tmp_path: Path) -> None:

@@ -17,8 +17,7 @@ from mis_mlx.quantization import packed_format, stage
 from mis_mlx.settings import recipe
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
-from tests import tiny
-from tests.peaks import allocated
+from tests import peaks, tiny
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -78,15 +77,13 @@ def test_experts_are_rounded_one_at_a_time(tmp_path: Path) -> None:
         tmp_path / "mixture", dtype="BF16", **{**tiny.FAMILIES["qwen3_moe"], **sizes}
     )
     mixture = load.open_checkpoint(folder)
-    before = mx.get_active_memory()
-    _ = mx.reset_peak_memory()
-    packed_format.write_quantized(
-        mixture, tmp_path / "q4", packed_format.formats_of(mixture.config, 64), DISK
-    )
+    plan = packed_format.formats_of(mixture.config, 64)
+    with peaks.of_mlx() as peak:
+        packed_format.write_quantized(mixture, tmp_path / "q4", plan, DISK)
     planned = stage.quantizing_cost(
         model_of(mixture), recipe.ROUND_TO_NEAREST, windows=1, length=32, limit=0
     )
-    assert mx.get_peak_memory() - before <= allocated(planned.peak_bytes)
+    assert peak.nbytes <= peaks.allocated(planned.peak_bytes)
 
 
 def test_group_32_when_asked(tmp_path: Path, batches: list[mx.array]) -> None:
