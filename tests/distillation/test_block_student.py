@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK, Files
 from mis_mlx.storage.safetensors import InParts
 from mis_mlx.types import Checkpoint, MisError, Step
-from tests import family_checks, tiny
+from tests import tiny
 from tests.conftest import mostly_slow
 from tests.distillation import students
 from tests.distillation.students import LOSS, Killed, facts, micro_batches, schedule
@@ -365,11 +364,23 @@ def test_a_run_goes_back_to_the_checkpoint_of_its_visit(
         return [(*rest, shares * math.nan) for *rest, shares in batches]
 
     monkeypatch.setattr(targets.KeptTargets, "micro_batches", some_bad)
-    flags = {**family_checks.RUN, "vocab": "512", "layers": 3, "iters": 12, "save_every": 2}
     asked = distill.Settings(
-        teacher=str(llama.path), data=str(text_folder), out=str(tmp_path / "run"), **flags
+        teacher=str(llama.path),
+        data=str(text_folder),
+        out=str(tmp_path / "run"),
+        scenario="none",
+        ffn=512,
+        vocab="512",
+        train="sharded",
+        quantize=0,
+        iters=12,
+        save_every=2,
+        num_samples=2,
+        reconstruct_samples=4,
+        eval_windows=2,
+        max_seq_length=32,
     )
-    result = distill.run(replace(asked, train="sharded", quantize=0))
+    result = distill.run(asked)
     assert result["mode"] == "sharded"
     steps = run_folder.metrics(tmp_path / "run")
     assert [step["number"] for step in steps] == list(range(1, 13))

@@ -210,16 +210,6 @@ def test_four_bits_are_stock(
         assert apart(streamed(four, TOKENS), wanted) <= 2e-2 * float(mx.abs(wanted).max())
 
 
-@pytest.mark.parametrize(
-    ("kind", "way"), mostly_slow(product(HYBRIDS, family_checks.WAYS), of_several=True)
-)
-def test_every_way_of_training(kind: str, way: str, tmp_path: Path, text_folder: Path) -> None:
-    """Of a smaller student: see `check_training`."""
-    teacher = {**tiny.FAMILIES[kind], **WIDER.get(kind, {})}
-    more = {} if kind in WIDER else {"target_bpw": 6.0}
-    family_checks.check_training(tmp_path, text_folder, way, teacher=teacher, **more)
-
-
 @pytest.mark.usefixtures("cpu_policy")
 @pytest.mark.parametrize("kind", mostly_thorough(MIXTURES, "gpt_oss"))
 def test_experts_are_read_once_for_many_batches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mis_mlx import sft
 from mis_mlx.compute import precision
 from mis_mlx.models.opening import load
 from mis_mlx.models.writing import lora
@@ -69,7 +71,23 @@ def test_adapters_of_experts_are_mlx_lms(
 def test_adapters_of_a_run_open_in_stock(models: Models, tmp_path: Path) -> None:
     """What `sft` leaves is taken as --adapter-path, by the names of the published form."""
     model = models("lfm2")
-    out = family_checks.adapted(model, tmp_path)
+    out = tmp_path / "run"
+    row = json.dumps({"prompt": "The for statement", "completion": " is used to iterate"})
+    (tmp_path / "data").mkdir()
+    for split in ("train", "valid"):
+        (tmp_path / "data" / f"{split}.jsonl").write_text(f"{row}\n" * 4)
+    asked = sft.Settings(
+        model=str(model.path),
+        data=str(tmp_path / "data"),
+        out=str(out),
+        fine_tune_type="lora",
+        num_layers=3,
+        iters=2,
+        batch_size=1,
+        max_seq_length=32,
+        learning_rate=1e-2,
+    )
+    sft.run(asked)
     stored: Any = mx.load(str(out / "adapters" / "adapters.safetensors"))
     names = list(dict(stored))
     assert any(".conv.in_proj." in name for name in names)

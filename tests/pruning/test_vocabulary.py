@@ -190,18 +190,13 @@ def test_full_size_is_the_identity(tmp_path: Path, big: Checkpoint, text_folder:
 
 @pytest.mark.thorough
 def test_prune_alone(tmp_path: Path, big: Checkpoint, text_folder: Path) -> None:
-    """The kept rows of the teacher, byte for byte; which they are; stock mlx-lm opens it. More text
-    chooses others.
-    """
+    """The kept rows of the teacher, byte for byte, and which they are. More text chooses others."""
     result = pruned(big, text_folder, tmp_path / "p", vocab="500")
     kept = vocabulary.rows_of(tmp_path / "p")
-    student = load.open_checkpoint(tmp_path / "p")
     assert kept is not None
-    assert shape_of(student.config) == replace(shape_of(big.config), vocab=KEPT)
     table = load.dense(big, "model.embed_tokens.weight")[mx.array(kept)]
-    assert mx.array_equal(table, load.dense(student, "model.embed_tokens.weight"))
-    model, tokenizer = load.mlx_lm("utils").load(str(tmp_path / "p"))
-    assert mx.isfinite(model(mx.array([tokenizer.encode("for x in y")]))).all()
+    own = load.dense(load.open_checkpoint(tmp_path / "p"), "model.embed_tokens.weight")
+    assert mx.array_equal(table, own)
     assert result["params_before"] - result["params"] == (ROWS - KEPT) * 64
     (tmp_path / "more").mkdir()
     rows = [json.dumps({"text": text}) for text in ("Zażółć gęślą jaźń. " * 500, "Ćma.")]
