@@ -9,12 +9,12 @@ import contextlib
 import fcntl
 import gc
 import importlib
+import io
 import json
 import os
 import resource
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,23 +22,26 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mis_mlx import cli
+from mis_mlx import cli, quantize
 from mis_mlx.compute import precision
 from mis_mlx.hardware import rates
-from mis_mlx.hardware.rates import Rates
+from mis_mlx.hardware.rates import Rates, Roof
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.planner import measured_block
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint
-from tests import forks, tiny
+from tests import tiny
 
+ROOT = Path(__file__).parents[1]
 Done = subprocess.CompletedProcess[str]
 Once = Callable[[str, Callable[[Path], object]], Path]
 # For this process and all that it starts: a laptop on battery would wait for its plug, and bits are
 # stated for a CPU.
 os.environ["MIS_MLX_GOVERNOR"] = "observe"
 os.environ["MIS_MLX_DEVICE"] = "cpu"
-os.fsync = forks.not_synced
+# What tests write need not survive a power cut of this machine, and a drive makes them wait. Power
+# cuts under test (tests/faults/power.py) count the calls of `Files.fsync`, which stay.
+os.fsync = lambda _: None
 pytest.register_assert_rewrite("tests.family_checks")  # so that failures say both values
 ITERS = 18
 EVERY = 4
@@ -66,7 +69,7 @@ def cpu() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def known_rates() -> Iterator[Callable[[], Rates]]:
     """Matrix products are timed once a session, which takes a third of a second, not for every
-    plan.
+    plan. The roof is given: to measure it takes five seconds.
     """
     measure = rates.assumed
     known = dict[str, Rates]()
@@ -78,6 +81,8 @@ def known_rates() -> Iterator[Callable[[], Rates]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rates, "assumed", assumed)
+        roof = Roof("this one", "1", memory_bytes_per_s=1e9, flops_per_s=1e9, source="given")
+        patch.setattr(rates, "measure_roof", lambda: roof)
         yield assumed
 
 
@@ -112,13 +117,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of this test's own."""
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-@pytest.fixture(scope="session", autouse=True)
-def no_server_is_left() -> Iterator[None]:
-    """What processes were forked from ends with the tests."""
-    yield
-    forks.close()
 
 
 @pytest.fixture
@@ -176,6 +174,19 @@ def llama(models: Callable[[str], Checkpoint]) -> Checkpoint:
 
 
 @pytest.fixture(scope="session")
+def four(once: Once, llama: Checkpoint) -> Path:
+    """The tiny llama as `quantize` leaves it: 4 bits at group 64, embedding in 8. Do not write
+    into it.
+    """
+
+    def make(folder: Path) -> None:
+        plain: dict[str, Any] = {"target_bpw": None, "q_method": "round"}
+        quantize.run(quantize.Settings(model=str(llama.path), mlx_path=str(folder), **plain))
+
+    return once("four", make)
+
+
+@pytest.fixture(scope="session")
 def batches() -> list[mx.array]:
     """Two windows of token ids, (1, 24) each."""
     return [mx.random.randint(0, 512, (1, 24), key=mx.random.key(k)) for k in (1, 2)]
@@ -195,6 +206,25 @@ def text_folder(once: Once) -> Path:
             (folder / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
 
     return once("text", write)
+
+
+@pytest.fixture(scope="session")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder with prompts, answers chosen and rejected, and a license."""
+    folder = tmp_path_factory.mktemp("answers")
+    for split, numbers in (("train", range(24)), ("valid", range(40, 50))):
+        rows = [
+            {
+                "prompt": f"how many is {n} and {n % 5}?",
+                "completion": f"that is {n + n % 5}",
+                "chosen": f"that is {n + n % 5}",
+                "rejected": f"no idea, {n}",
+            }
+            for n in numbers
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "LICENSE").write_text("CC0")
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -218,42 +248,27 @@ def own_home(
 
 @pytest.fixture(scope="session")
 def command(own_home: dict[str, str]) -> Callable[..., Done]:
-    """`command("distill", "--iters", 3)` runs `python -m mis_mlx.distill --iters 3` to its end, in
-    a fork.
-    """
-
-    def run(name: str, *flags: object, cwd: Path | None = None) -> Done:
-        env = {**own_home, precision.POLICY: os.environ.get(precision.POLICY, "")}
-        return forks.run(["-m", f"mis_mlx.{name}", *flags], env, cwd)
-
-    return run
-
-
-@pytest.fixture
-def in_process(
-    own_home: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Done]:
-    """`in_process("distill", "--dry-run")` says what `command` says, and starts nothing: for
-    refusals and plans, of which only the words and the exit code are looked at. kind: the settings,
-    where a command has several.
+    """`command("distill", "--iters", 3)`: exit code and words of `python -m mis_mlx.distill --iters
+    3`, here: no process is started. kind: the settings, where a command has several.
     """
 
     def run(name: str, *flags: object, cwd: Path | None = None, kind: Any = None) -> Done:
         module: Any = importlib.import_module(f"mis_mlx.{name}")
         line = [name, *map(str, flags)]
-        with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+        said, told = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in "12")
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as caught:
             patch.setattr("sys.argv", list(line))
             patch.setenv("MIS_MLX_CACHE", own_home["MIS_MLX_CACHE"])
             patch.setenv(cli.DETAILS, "")  # so that it is gone afterwards, whatever main sets
             patch.delenv(cli.DETAILS)
             if cwd:
                 patch.chdir(cwd)
-            capsys.readouterr()
-            cli.main(kind or module.Settings, module.run)
-        said = capsys.readouterr()
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(told):
+                cli.main(kind or module.Settings, module.run)
         code = caught.value.code
         assert isinstance(code, int)
-        return Done(line, code, said.out, said.err)
+        texts = [stream.buffer.getvalue().decode() for stream in (said, told)]
+        return Done(line, code, *texts)
 
     return run
 
@@ -267,34 +282,20 @@ def flags(llama: Checkpoint, text_folder: Path) -> tuple[object, ...]:
 @pytest.fixture(scope="session")
 def finished(once: Once, flags: tuple[object, ...], own_home: dict[str, str]) -> tuple[Path, Done]:
     """(run folder, process) of one undisturbed `distill`, made once a session; do not write into
-    it.
-
-    A process from its start, not a fork: so strings hash otherwise than in those it is compared
-    with.
+    it. A process of its own: strings hash otherwise than in what it is compared with.
     """
 
     def distil(folder: Path) -> None:
         folder.mkdir()
         words = map(str, (*flags, "--out", folder / "run"))
         line = [sys.executable, "-m", "mis_mlx.distill", *words]
-        env = {**own_home, "PYTHONPATH": str(forks.ROOT)}
+        env = {**own_home, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(line, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         (folder / "process.json").write_text(json.dumps(vars(done)))
 
     folder = once("distill", distil)
     return folder / "run", Done(**json.loads((folder / "process.json").read_text()))
-
-
-def scratch_folder(folder: Path) -> Path:
-    """A new folder for TMPDIR, empty but for the kernels that MLX has had compiled: g++ takes a
-    second for each.
-    """
-    kernels = Path(tempfile.gettempdir(), "mlx")
-    kernels.mkdir(exist_ok=True)
-    folder.mkdir()
-    (folder / "mlx").symlink_to(kernels)
-    return folder
 
 
 @contextlib.contextmanager
@@ -366,8 +367,8 @@ def undisturbed(
     small: Any,
     command: Callable[..., Done],
 ) -> tuple[Path, Done]:
-    """(run folder, process) of one undisturbed run of a test module's command; do not write into
-    it.
+    """(run folder, what it said) of one undisturbed run of a test module's command; do not write
+    into it.
 
     small: the module's fixture of flags.
     """

@@ -10,15 +10,14 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests import forks
-
 ROOT = Path(__file__).parents[1]
-Processes = list["forks.Fork | subprocess.Popen[str]"]
+Processes = list[subprocess.Popen[str]]
 
 
 def ports(count: int) -> list[int]:
@@ -42,17 +41,17 @@ def started(
     with tempfile.TemporaryDirectory() as folder:
         hosts = Path(folder) / "hosts.json"
         hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports(n)]))
-        several = {"MLX_HOSTFILE": str(hosts)} if n > 1 else {}
-        made = [
-            forks.start(
-                argv,
-                {**env, **several, "MLX_RANK": str(rank)} if n > 1 else env,
-                cwd[rank] if cwd else None,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
+        made = []
+        for rank in range(n):
+            own = {**env, "PYTHONPATH": str(ROOT)}
+            if n > 1:
+                own |= {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)}
+            line = [sys.executable, *map(str, argv)]
+            pipe = subprocess.PIPE
+            here = cwd[rank] if cwd else None
+            made.append(
+                subprocess.Popen(line, env=own, cwd=here, stdout=pipe, stderr=pipe, text=True)
             )
-            for rank in range(n)
-        ]
         try:
             yield made
         finally:

@@ -12,8 +12,6 @@ import pytest
 
 from mis_mlx import bench, distill, prune
 from mis_mlx.compute import precision
-from mis_mlx.hardware.rates import Roof
-from mis_mlx.types import MisError
 from tests import tiny
 from tests.hardware.recorded import plug_in
 
@@ -43,20 +41,27 @@ def pruned(model: Path, text_folder: Path) -> Pruned:
     return run
 
 
-def test_constant_air_keeps_what_plain_importance_keeps(pruned: Pruned, tmp_path: Path) -> None:
+@pytest.mark.parametrize("policy", ["cpu", "metal"])
+@pytest.mark.usefixtures("brief_look")
+def test_constant_air_keeps_what_plain_importance_keeps(
+    pruned: Pruned, tmp_path: Path, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With constant T and h, frost too, AAIS is plain importance times a number, so the same
-    channels stay.
+    channels stay. Plain importance prunes in any weather, below the sea, too.
     """
+    monkeypatch.setenv(precision.POLICY, policy)
+    cold = {"temperature_c": -3.0}
     plain = pruned(tmp_path / "plain", importance="rms")
-    aais = pruned(tmp_path / "aais", temperature_c=-3.0, altitude_m=832.0)
-    assert (plain["importance"], aais["importance"]) == ("rms", "aais")
+    aais = pruned(tmp_path / "aais", altitude_m=832.0, **cold)
+    low = pruned(tmp_path / "low", altitude_m=-10.0, importance="rms", **cold)
+    assert [made["importance"] for made in (plain, aais, low)] == ["rms", "aais", "rms"]
     assert aais["channels_differing_from_plain"] == 0
-    kept = [
-        json.loads((tmp_path / name / "keep.json").read_text())["kept"]
-        for name in ("plain", "aais")
-    ]
-    assert kept[0] == kept[1]
     assert aais["t_env_source"] == "given"
+    assert low["altitude_m"] == -10.0
+    keeps = [
+        json.loads((tmp_path / name / "keep.json").read_text()) for name in ("plain", "aais", "low")
+    ]
+    assert keeps[0]["kept"] == keeps[1]["kept"] == keeps[2]["kept"]
 
 
 def test_air_that_warms_changes_some_channels(
@@ -84,60 +89,15 @@ def test_higher_is_smaller_when_the_conditions_decide(pruned: Pruned, tmp_path: 
     assert sizes[1] == json.loads((fixed / "config.json").read_text())["intermediate_size"]
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ({"temperature_c": 8.0, "altitude_m": -10.0}, "altitude is -10 m"),
-        ({"target": "conditions"}, "--temperature-c and --altitude-m"),
-        (
-            {"target": "conditions", "importance": "rms", "altitude_m": 832.0},
-            "needs --importance aais, but rms was given",
-        ),
-    ],
-)
-def test_weather_that_eq_1_cannot_bear_is_refused(
-    pruned: Pruned, tmp_path: Path, flags: dict, words: str
-) -> None:
-    """One sentence, and nothing written."""
-    with pytest.raises(MisError, match=words):
-        pruned(tmp_path / "out", **flags)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("policy", ["cpu", "metal"])
-@pytest.mark.usefixtures("brief_look")
-def test_plain_importance_prunes_in_any_weather(
-    pruned: Pruned, tmp_path: Path, policy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Below the sea, where AAIS says to rank without the air: that way is there."""
-    monkeypatch.setenv(precision.POLICY, policy)
-    low = pruned(tmp_path / "low", altitude_m=-10.0, importance="rms", temperature_c=-3.0)
-    pruned(tmp_path / "plain", importance="rms")
-    assert low["altitude_m"] == -10.0
-    assert low["importance"] == "rms"
-    kept = [json.loads((tmp_path / name / "keep.json").read_text()) for name in ("low", "plain")]
-    assert kept[0]["kept"] == kept[1]["kept"]
-
-
 def test_tea_breaks_do_not_touch_the_weights(
     model: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that a recorded halny interrupts ends with the weights of the undisturbed one, bit for
     bit.
     """
-    common: dict[str, Any] = {
-        "teacher": str(model),
-        "data": str(text_folder),
-        "scenario": "half-ffn",
-        "iters": 20,
-        "max_seq_length": 32,
-    }
-    common |= {
-        "num_samples": 4,
-        "reconstruct_samples": 2,
-        "batch_size": 1,
-        "eval_windows": 2,
-    }
+    common: dict[str, Any] = {"teacher": str(model), "data": str(text_folder), "iters": 20}
+    common |= {"scenario": "half-ffn", "max_seq_length": 32, "num_samples": 4}
+    common |= {"reconstruct_samples": 2, "batch_size": 1, "eval_windows": 2}
     common |= {"halny": 0.0, "importance": "rms", "quantize": 0}
     calm = distill.run(distill.Settings(out=str(tmp_path / "calm"), **common))
     plug_in(monkeypatch, HALNY)
@@ -157,12 +117,6 @@ def test_a_hot_machine_is_said_to_be_hot(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Times taken on a die above 80 °C carry a flag in the JSON."""
-    monkeypatch.setattr(
-        "mis_mlx.hardware.rates.measure_roof",
-        lambda: Roof(
-            device="this one", threads="1", memory_bytes_per_s=1e9, flops_per_s=1e9, source="given"
-        ),
-    )
     header, *records = HALNY.read_text().splitlines()
     hottest = max(records, key=lambda line: max(value for _, value in json.loads(line)["hid"]))
     replay = tmp_path / "hot.jsonl"

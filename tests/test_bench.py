@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
 import signal
 import subprocess
+import sys
 import time
 import weakref
 from collections.abc import Callable
@@ -22,8 +22,8 @@ from mis_mlx.hardware.rates import Roof
 from mis_mlx.judge.speed import rounds
 from mis_mlx.judge.speed.rounds import Measurement, Request
 from mis_mlx.types import Checkpoint, MisError, Reading
-from tests import forks, tiny
-from tests.conftest import Done, last_line
+from tests import tiny
+from tests.conftest import ROOT, Done, last_line
 from tests.hardware.recorded import VirtualClock
 
 # The command, with a line of progress every tenth of a second: the usual 10 s would all be trials.
@@ -36,13 +36,7 @@ runpy.run_module("mis_mlx.bench", run_name="__main__", alter_sys=True)
 """
 
 
-@pytest.fixture(autouse=True)
-def measured_roof(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A roof of the test's own: measuring takes 5 s, and tests/hardware does."""
-    roof = Roof(
-        device="this one", threads="1", memory_bytes_per_s=1e9, flops_per_s=1e9, source="given"
-    )
-    monkeypatch.setattr("mis_mlx.hardware.rates.measure_roof", lambda: roof)
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def settings(*models: Path, **flags: Any) -> bench.Settings:
@@ -128,7 +122,7 @@ def test_the_roof_by_pencil(llama: Checkpoint) -> None:
 
 @pytest.mark.usefixtures("cpu_policy")  # bytes of float32
 def test_a_table_of_two_models(
-    llama: Checkpoint, tmp_path: Path, in_process: Callable[..., Done]
+    llama: Checkpoint, tmp_path: Path, command: Callable[..., Done]
 ) -> None:
     """mlx-lm's flags; real trials: positive times, the bytes of the weights, one column a model,
     also of a/model and b/model; peak memory holds the weights of one model, not of both.
@@ -136,7 +130,7 @@ def test_a_table_of_two_models(
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "llama").symlink_to(llama.path)
     small = tiny.make(tmp_path / "a" / "llama", num_hidden_layers=1)
-    done = in_process("bench", "--model", tmp_path / "b/llama", small, "-p", 4, "-g", 4, "-n", 1)
+    done = command("bench", "--model", tmp_path / "b/llama", small, "-p", 4, "-g", 4, "-n", 1)
     result = last_line(done)
     assert [name[-7:] for name in result["models"]] == ["b/llama", "a/llama"]
     assert result["models"]["b/llama"]["weight_bytes"] == llama.nbytes
@@ -166,49 +160,33 @@ def test_the_same_seed_gives_the_same_json_apart_from_timings(llama: Checkpoint)
 def test_measure_interleaves_what_fits_and_not_what_does_not(
     llama: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A B A B within the limit, A A B B beyond it; the warm-up of each before."""
+    """A B A B within the limit, A A B B beyond it; the warm-up of each before. Beyond it, the model
+    before is gone while the next one loads, though the caller still has its last trial.
+    """
     order = list[str]()
+    alive = list[Any]()
     opened = rounds.load_model
-    count = itertools.count()
+
+    def loaded(model: Checkpoint) -> rounds.BenchmarkModel:
+        assert run.together or all(kept() is None for kept in alive)
+        found = opened(model)
+        alive.append(weakref.ref(found.model))
+        return found._replace(nbytes=len(alive))
 
     def noted(subject: Any, *_: Any, **__: Any) -> Measurement:
-        order.append("ab"[subject.nbytes % 2])
+        order.append("ba"[subject.nbytes % 2])
         return stamped(1.0, 2.0)
 
-    monkeypatch.setattr(
-        rounds, "load_model", lambda model: opened(model)._replace(nbytes=next(count))
-    )
+    monkeypatch.setattr(rounds, "load_model", loaded)
     monkeypatch.setattr(rounds, "trial", noted)
-    for together, wanted in ((True, "abababab"), (False, "aaaabbbb")):
+    for together, wanted in ((False, "aaaabbbb"), (True, "abababab")):
         order.clear()
+        alive.clear()
         run = bench.Bench(settings(llama.path, num_trials=3))
         run.together = together
         run.models = {"a": llama, "b": llama}
         run.go(None)
         assert "".join(order) == wanted
-
-
-def test_one_by_one_there_is_one_model_in_memory(
-    llama: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """While the next one loads, the one before is gone, though the caller still has the last trial
-    in its hands.
-    """
-    alive = list[Any]()
-    opened = rounds.load_model
-
-    def noted(model: Checkpoint) -> rounds.BenchmarkModel:
-        assert all(kept() is None for kept in alive)
-        found = opened(model)
-        alive.append(weakref.ref(found.model))
-        return found
-
-    monkeypatch.setattr(rounds, "load_model", noted)
-    run = bench.Bench(settings(llama.path))
-    run.together = False
-    run.models = {name: next(iter(run.models.values())) for name in "abc"}
-    run.go(None)
-    assert len(alive) == 3
 
 
 def test_what_does_not_go_together_is_a_sentence(llama: Checkpoint) -> None:
@@ -235,9 +213,10 @@ def test_ctrl_c_keeps_the_finished_trials(llama: Checkpoint, own_home: dict[str,
     """SIGINT to the real process after its first trials: a table, exit 0, JSON that says it was
     stopped and how far.
     """
-    flags = ("--model", llama.path, "-p", 4, "-g", 4, "-n", 10_000)
+    line = [sys.executable, "-c", TOLD_AT_ONCE, "--model", llama.path]
+    line += ["-p", "4", "-g", "4", "-n", "10000"]
     pipe = subprocess.PIPE
-    process = forks.start(["-c", TOLD_AT_ONCE, *flags], own_home, stdout=pipe, stderr=pipe)
+    process = subprocess.Popen(line, cwd=ROOT, env=own_home, stdout=pipe, stderr=pipe, text=True)
     assert process.stderr
     # the first has been told of
     assert any(re.search("trials [1-9]", line) for line in process.stderr)

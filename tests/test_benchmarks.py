@@ -1,5 +1,6 @@
-"""Every program under benchmarks/ starts: it is imported as it is run, and its flags are read.
-`mypy` has the rest.
+"""Every program under benchmarks/ starts: it is imported as it is run, and its flags are read
+(`mypy` has the rest). tests/mutations.toml: every mistake can still be made, and its tests are
+there.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from mis_mlx import cli
+from tests.conftest import ROOT
+from tests.test_docs import program
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.stem)
@@ -37,3 +40,17 @@ def test_it_starts(
             cli.parse(program.Settings, ["--help"])
         assert ended.value.code == 0
         assert "usage: " in capsys.readouterr().out
+
+
+def test_every_mistake_can_be_made() -> None:
+    """Its text stands in the package once, where it is named or where it went, and its tests are
+    there.
+    """
+    mutations = program(ROOT / "scripts" / "mutations.py")
+    listed = mutations.mutations()
+    assert len(listed) >= 100
+    for one in listed:
+        assert mutations.place(one, ROOT), one.name
+        assert one.tests, one.name
+        for name in one.tests:
+            assert (ROOT / name.partition("::")[0]).exists(), (one.name, name)

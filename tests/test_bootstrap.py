@@ -71,6 +71,13 @@ class Machine:
         command = [str(self.checkout / "scripts" / "mis"), *args]
         return subprocess.run(command, env=settings, cwd=self.cwd, capture_output=True, text=True)
 
+    def change(self) -> str:
+        """Append a line to pyproject.toml; what stood there."""
+        path = self.checkout / "pyproject.toml"
+        before = path.read_text()
+        path.write_text(before + "# changed\n")
+        return before
+
     def installs(self) -> int:
         """How often pip was run so far."""
         return self.log.read_text().count("-m pip install")
@@ -82,12 +89,6 @@ def machine(tmp_path: Path) -> Machine:
     made = Machine(tmp_path)
     made.tool("python3", PYTHON)
     return made
-
-
-def test_the_shell_reads_what_ci_runs() -> None:
-    """And it may be run."""
-    assert subprocess.run(["bash", "-n", ".ci/run"], cwd=ROOT).returncode == 0
-    assert os.access(ROOT / ".ci/run", os.X_OK)
 
 
 @pytest.mark.parametrize(
@@ -120,44 +121,15 @@ def test_what_installs_nothing(machine: Machine, system: str, words: list[str], 
 
 def test_installs_once_and_runs_where_it_was_called(machine: Machine) -> None:
     """The first run installs, the second does not; the command gets its flags in the caller's
-    folder.
+    folder. pyproject.toml changed: again. `test` adds its extra, which then serves the commands
+    too.
     """
     first = machine.mis("distill", "--iters", "4 5")
-    second = machine.mis("distill")
-    assert first.returncode == second.returncode == 0, first.stderr
+    assert first.returncode == machine.mis("distill").returncode == 0, first.stderr
     assert f"ran in {machine.cwd} with" in first.stdout
     assert machine.installs() == 1
     assert "-P -m mis_mlx distill --iters 4 5" in machine.log.read_text()
-
-
-def test_a_killed_installation_is_done_again(machine: Machine) -> None:
-    """A .venv that still says "building" by a process that is gone is made anew."""
-    machine.mis("distill")
-    gone = subprocess.run(
-        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
-    )
-    (machine.venv / "mis-state").write_text(f"building {gone.stdout}")
-    (machine.venv / "half").touch()
-    assert machine.mis("distill").returncode == 0
-    assert machine.installs() == 2
-    assert not (machine.venv / "half").exists()
-
-
-def test_two_at_once_do_not_build_the_same_venv(machine: Machine) -> None:
-    """While a living process installs, a second one says so and touches nothing."""
-    machine.mis("distill")
-    (machine.venv / "mis-state").write_text(f"building {os.getpid()}\n")
-    run = machine.mis("distill")
-    assert run.returncode == 1
-    assert str(os.getpid()) in run.stderr
-    assert machine.installs() == 1
-
-
-def test_new_dependencies_and_the_test_extra_are_installed(machine: Machine) -> None:
-    """pyproject.toml changed: again. `test` adds its extra, which then serves the commands too."""
-    machine.mis("distill")
-    with (machine.checkout / "pyproject.toml").open("a") as file:
-        file.write("# changed\n")
+    machine.change()
     machine.mis("distill")
     assert machine.installs() == 2
     machine.mis("test", "-x")
@@ -167,25 +139,37 @@ def test_new_dependencies_and_the_test_extra_are_installed(machine: Machine) -> 
     assert "-m pytest -x" in machine.log.read_text()
 
 
-def test_a_failed_update_leaves_the_old_installation(machine: Machine) -> None:
-    """pip's own words and one sentence; with the old pyproject.toml back, everything still runs."""
+def test_an_installation_that_is_not_whole(machine: Machine) -> None:
+    """While a living process installs, a second one says so and touches nothing; of one that was
+    killed all is made anew. Where pip fails, its own words are there and the old installation
+    stays. What is no environment of ours is not deleted.
+    """
     machine.mis("distill")
-    project = machine.checkout / "pyproject.toml"
-    old = project.read_text()
-    project.write_text(old + "# changed\n")
-    run = machine.mis("distill", PIP_FAILS="1")
-    assert run.returncode == 1
-    assert "no network" in run.stderr
-    project.write_text(old)
+    state = machine.venv / "mis-state"
+    whole = state.read_text()
+    state.write_text(f"building {os.getpid()}\n")
+    busy = machine.mis("distill")
+    assert busy.returncode == 1 and str(os.getpid()) in busy.stderr
+    assert machine.installs() == 1
+    line = [sys.executable, "-c", "import os; print(os.getpid())"]
+    gone = subprocess.run(line, capture_output=True, text=True)
+    state.write_text(f"building {gone.stdout}")
+    (machine.venv / "half").touch()
     assert machine.mis("distill").returncode == 0
     assert machine.installs() == 2
+    assert not (machine.venv / "half").exists()
+    assert state.read_text() == whole
 
+    old = machine.change()
+    failed = machine.mis("distill", PIP_FAILS="1")
+    assert failed.returncode == 1 and "no network" in failed.stderr
+    (machine.checkout / "pyproject.toml").write_text(old)
+    assert machine.mis("distill").returncode == 0
+    assert machine.installs() == 3
 
-def test_someone_elses_venv_is_not_deleted(machine: Machine) -> None:
-    """A .venv that is no Python environment and not ours stays where it is."""
+    shutil.rmtree(machine.venv)
     (machine.venv / "precious").mkdir(parents=True)
-    run = machine.mis("distill")
-    assert run.returncode == 1
+    assert machine.mis("distill").returncode == 1
     assert (machine.venv / "precious").exists()
 
 
@@ -257,8 +241,7 @@ def test_ctrl_c_in_the_installation(machine: Machine, tmp_path: Path, update: bo
     """
     if update:
         machine.mis("distill")
-        with (machine.checkout / "pyproject.toml").open("a") as file:
-            file.write("# changed\n")
+        machine.change()
     begun = tmp_path / "pip has begun"
     with subprocess.Popen(
         [str(machine.checkout / "scripts" / "mis"), "distill"],

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import runpy
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -18,11 +22,13 @@ from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.writing import mlx_generate
-from mis_mlx.storage import run_folder
+from mis_mlx.quantization import packed_format
+from mis_mlx.storage import run_folder, safetensors
 from mis_mlx.types import Checkpoint
 from tests import tiny
 from tests.conftest import (
     ITERS,
+    ROOT,
     SMALL,
     Done,
     last_line,
@@ -52,19 +58,6 @@ def test_the_last_line_is_the_result(finished: tuple[Path, Done], llama: Checkpo
     assert not [key for key in result if "answers" in key or "loops" in key]
     assert [number for number, _, _ in losses(out)] == list(range(1, ITERS + 1))
     assert sorted(p.name for p in (out / "steps").iterdir()) == ["step-00000016", "step-00000018"]
-
-
-def test_a_run_that_is_done_keeps_no_checkpoints(
-    tmp_path: Path, flags: tuple[object, ...], command: Callable[..., Done]
-) -> None:
-    """Unless asked to: what nobody needs any more goes, targets on disk too."""
-    few = [*flags, "--iters", 2, "--q-iters", 1]
-    few.remove("--keep-steps")
-    done = command("distill", *few, "--out", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
-    left = {p.name for p in (tmp_path / "run").iterdir()}
-    assert not left & set(pipeline.TEMPORARY)
-    assert {"pruned", "distilled", "model", "result.json"} <= left
 
 
 def test_all_four_folders_open_and_speak(finished: tuple[Path, Done], llama: Checkpoint) -> None:
@@ -169,7 +162,7 @@ def test_without_conversations_or_questions(
     asks: bool,
 ) -> None:
     """--conversations 0 trains on --data alone, and the student is asked all the same;
-    --eval-prompts 0 asks nobody.
+    --eval-prompts 0 asks nobody. Nothing temporary is kept that nobody asked for.
     """
     teacher = tiny.talking(tmp_path / "teacher")
     given = ("--teacher", teacher, "--data", text_folder, *SMALL)
@@ -178,3 +171,78 @@ def test_without_conversations_or_questions(
     assert ("% conversations" in capfd.readouterr().err) == trains
     assert (tmp_path / "run" / "answers.jsonl").exists() == asks
     assert ("answers_prompts" in result) == asks
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert not left & set(pipeline.TEMPORARY)
+    assert left >= {"pruned", "model", "result.json"}
+
+
+def same_of(one: Path, other: Path) -> tuple[set[str], set[str]]:
+    """Names of tensors that two models share, and of those that are equal in both."""
+    before, after = (load.open_checkpoint(folder).tensors for folder in (one, other))
+    arrays = [safetensors.lazy(tensors, list(tensors)) for tensors in (before, after)]
+    names = before.keys() & after.keys()
+    return names, {name for name in names if (arrays[0][name] == arrays[1][name]).all()}
+
+
+def test_a_frozen_vocabulary_stays_as_it_is(finished: tuple[Path, Done]) -> None:
+    """Every matrix of the blocks is another than the pruned student's; the embedding is not."""
+    _, same = same_of(finished[0] / "pruned", finished[0] / "distilled")
+    assert "model.embed_tokens.weight" in same
+    assert not [name for name in same if "proj" in name]
+
+
+def test_scales_learn_what_rounding_cost(finished: tuple[Path, Done]) -> None:
+    """Between `rounded` and `model` only scales, biases and norms differ, in steps of
+    their own.
+    """
+    out = finished[0]
+    logged = run_folder.records(out / pipeline.TUNE_LOG)
+    assert [r["number"] for r in logged] == [1, 2, 3, 4, 5, 6]
+    assert (out / "model" / packed_format.SENSITIVITY).is_file()
+    rounded, model = (load.open_checkpoint(out / name) for name in ("rounded", "model"))
+    assert rounded.config == model.config
+    names, same = same_of(out / "rounded", out / "model")
+    assert all(n.endswith(("scales", "biases")) or "norm" in n for n in names - same)
+    assert not [n for n in same if n.endswith("scales") and "layers" in n]
+    assert "model.embed_tokens.scales" in same
+
+
+@pytest.mark.slow
+def test_a_model_eight_times_the_budget(tmp_path: Path) -> None:
+    """4 bits, more than 8 x 280 MiB: calibrated, its logits stored, repaired, a shard trained; peak
+    under it.
+    """
+    program = runpy.run_path(str(ROOT / "benchmarks" / "streaming.py"))
+    sizes = {
+        "num_hidden_layers": 760,
+        "hidden_size": 1024,
+        "intermediate_size": 1024,
+        "vocab_size": 1024,
+    }
+    folder = program["synthetic"](tmp_path / "big", sizes, 4)
+    limit = 280 * 2**20
+    assert load.open_checkpoint(folder).nbytes > 8 * limit
+    found = program["budget"](folder, tmp_path / "run", "280MiB")
+    assert found["mode"] == "sharded"
+    assert found["peak_bytes"] < limit == found["budget_bytes"]
+
+
+@pytest.mark.thorough
+def test_threads_of_matrix_products_stay(
+    tmp_path: Path, finished: tuple[Path, Done], own_home: dict[str, str]
+) -> None:
+    """Their number is chosen by what else is busy, and another one adds up in another order. A run
+    goes on with that of its beginning.
+    """
+    assert run_folder.stored_settings(finished[0], run_folder.ORIGIN)["blas_threads"] == "1"
+    out = shutil.copytree(finished[0], tmp_path / "run")
+    for name in ("distilled", "model", "steps/step-00000018"):
+        shutil.rmtree(out / name)
+    (out / "result.json").unlink()
+    line = [sys.executable, "-m", "mis_mlx.distill", "--resume", "--out", str(out)]
+    env = {**own_home, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "2"}
+    done = subprocess.run(line, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "OPENBLAS_NUM_THREADS=1, as when the run began, not 2" in done.stderr
+    assert weights(out) == weights(finished[0])
+    assert losses(out) == losses(finished[0])

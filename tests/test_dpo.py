@@ -4,7 +4,6 @@ the stored reference.
 
 from __future__ import annotations
 
-import json
 import math
 from functools import partial
 from pathlib import Path
@@ -24,10 +23,10 @@ from mis_mlx.maths.rl_losses import dead_zone, pair_losses
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.writing import mlx_generate
 from mis_mlx.storage import run_folder
-from mis_mlx.types import Checkpoint, MisError
+from mis_mlx.types import Checkpoint
 from tests import tiny, trl_model
 from tests.conftest import Done, last_line, mostly_thorough, settings_of
-from tests.test_sft import SMALL, answers  # noqa: F401  a fixture
+from tests.test_sft import SMALL
 
 # float32 on a CPU, two frameworks: measured 1e-6 and 5e-6
 LOSS = 1e-5
@@ -104,21 +103,17 @@ def test_by_hand() -> None:
     two = mx.array([-2.0])
     loss = partial(pair_losses, beta=0.5)
 
-    def log_sigma(x: float) -> float:
-        return -math.log(1 + math.exp(-x))
-
     # at the reference nothing is preferred yet, and the gradient of dpop's penalty is 0
     zero = mx.zeros((3,))
     for kind in ("sigmoid", "dpop"):
         np.testing.assert_allclose(loss(zero, zero, kind=kind), math.log(2), atol=1e-7)
         chosen = mx.grad(lambda r, kind=kind: loss(r, zero, kind=kind).sum())(zero)
         np.testing.assert_allclose(chosen, -0.5 / 2)
-    sigmoid = loss(one, two, kind="sigmoid").item()
-    dpop = loss(one, two, kind="dpop", dpop_lambda=50.0).item()
+    plain = loss(one, two, kind="sigmoid").item()
+    assert plain == loss(one, two, kind="dpop", dpop_lambda=50.0).item()
+    assert plain == pytest.approx(math.log1p(math.exp(-1.5)))
     with_penalty = loss(-one, two, kind="dpop", dpop_lambda=3.0).item()
-    assert sigmoid == pytest.approx(-log_sigma(1.5))
-    assert dpop == pytest.approx(-log_sigma(1.5))
-    assert with_penalty == pytest.approx(-log_sigma(0.5 * (1 - 3)))
+    assert with_penalty == pytest.approx(math.log1p(math.exp(-0.5 * (1 - 3))))
 
 
 def test_rounding_is_no_reward() -> None:
@@ -127,18 +122,11 @@ def test_rounding_is_no_reward() -> None:
     np.testing.assert_allclose(np.array(dead_zone(apart, 0.1)), [-0.4, 0, 0, 0, 0.2], atol=1e-7)
     assert dead_zone(apart, 0.1)[1:4].tolist() == [0.0] * 3
 
-    def twice(x: mx.array) -> mx.array:
-        zone = dead_zone(x, mx.array([0.1] * 5))
-        return (2 * zone).sum()
-
-    host_gradients = mx.grad(twice)(apart)
-    assert host_gradients.tolist() == [2.0] * 5
+    slopes = mx.grad(lambda x: (2 * dead_zone(x, mx.array([0.1] * 5))).sum())(apart)
+    assert slopes.tolist() == [2.0] * 5
 
 
-@pytest.mark.parametrize(
-    ("rows", "temperature", "softcap"),
-    [(None, 1.0, 0.0), (1, 0.7, 0.0), (5, 0.7, 3.0), (64, 1.0, 0.0)],
-)
+@pytest.mark.parametrize(("rows", "temperature", "softcap"), [(None, 1.0, 0.0), (5, 0.7, 3.0)])
 def test_log_probabilities_in_chunks_are_those_of_the_whole(
     rows: int | None, temperature: float, softcap: float
 ) -> None:
@@ -152,21 +140,13 @@ def test_log_probabilities_in_chunks_are_those_of_the_whole(
 
     def plain(h: mx.array, w: mx.array) -> mx.array:
         z = h @ w.T
-        z = (softcap * mx.tanh(z / softcap) if softcap else z) / temperature
-        of_targets = mx.take_along_axis(z, targets[:, None], -1)[:, 0]
-        log_p = of_targets - mx.logsumexp(z, -1)
-        return (log_p * weights).sum()
+        z = softcap * mx.tanh(z / softcap) if softcap else z
+        log_p = nn.log_softmax(z / temperature, axis=-1)
+        return (mx.take_along_axis(log_p, targets[:, None], -1)[:, 0] * weights).sum()
 
     def chunked(h: mx.array, w: mx.array, frozen_head: bool = False) -> mx.array:
-        log_p = token_logps(
-            h,
-            w,
-            targets=targets,
-            temperature=temperature,
-            frozen_head=frozen_head,
-            rows=rows,
-            softcap=softcap,
-        )
+        how = {"temperature": temperature, "rows": rows, "softcap": softcap}
+        log_p = token_logps(h, w, targets=targets, frozen_head=frozen_head, **how)
         return (log_p * weights).sum()
 
     wanted, wanted_gradients = mx.value_and_grad(plain, argnums=(0, 1))(hidden, head)
@@ -180,14 +160,14 @@ def test_log_probabilities_in_chunks_are_those_of_the_whole(
 
 
 @pytest.fixture(scope="module")
-def small(llama: Checkpoint, answers: Path) -> tuple[object, ...]:  # noqa: F811
+def small(llama: Checkpoint, answers: Path) -> tuple[object, ...]:
     """Flags of a run of seconds."""
     return ("--model", llama.path, "--data", answers, *SMALL, "--learning-rate", "1e-3")
 
 
 def test_end_to_end(undisturbed: tuple[Path, Done]) -> None:
     """It begins at ln 2 with no margin, ends with one, the chosen answers no less likely, and
-    speaks.
+    speaks. The kept checkpoint has the lowest loss of means, which follows margin and gain.
     """
     out, done = undisturbed
     result = last_line(done)
@@ -198,6 +178,12 @@ def test_end_to_end(undisturbed: tuple[Path, Done]) -> None:
     assert best["loss"] < start["loss"] - 0.01
     assert best["margin"] > 0.1
     assert best["chosen_gain"] > 0.0
+    records = run_folder.records(out / alignment_run.HELD_OUT)
+    means = [r[dpo.OF_MEANS] for r in records]
+    assert result["best_step"] == records[int(np.argmin(means))]["number"] > 0
+    for r, mean in zip(records, means, strict=True):
+        x = 0.1 * (r["margin"] - 5.0 * max(0.0, -r["chosen_gain"]))
+        assert mean == pytest.approx(math.log1p(math.exp(-x)), abs=1e-5)
     first = run_folder.metrics(out)[0]
     assert {"margin", "accuracy", "chosen", "rejected", "loss", "tokens"} <= set(first)
     assert first["tokens"] > 0
@@ -209,7 +195,7 @@ def test_end_to_end(undisturbed: tuple[Path, Done]) -> None:
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_the_figures_are_those_of_the_written_folder(
     kind: Any,
-    answers: Path,  # noqa: F811
+    answers: Path,
     tmp_path: Path,
 ) -> None:
     """Steps far below bfloat16's spacing: the folder keeps nine tenths of them, and is measured."""
@@ -268,19 +254,6 @@ def test_the_rows_that_steps_see(count: int, batch: int) -> None:
     assert padded_rows.visited_rows(count, endless).tolist() == list(range(count))
 
 
-def test_dpop_is_judged_by_the_mean_pair(undisturbed: tuple[Path, Done]) -> None:
-    """The kept checkpoint has the lowest loss of means, which at the reference is ln 2 and follows
-    margin and gain.
-    """
-    records = run_folder.records(undisturbed[0] / alignment_run.HELD_OUT)
-    best = min(records, key=lambda r: r[dpo.OF_MEANS])
-    assert last_line(undisturbed[1])["best_step"] == best["number"] > 0
-    assert records[0][dpo.OF_MEANS] == pytest.approx(math.log(2), abs=1e-4)
-    for r in records:
-        x = 0.1 * (r["margin"] - 5.0 * max(0.0, -r["chosen_gain"]))
-        assert r[dpo.OF_MEANS] == pytest.approx(math.log1p(math.exp(-x)), abs=1e-5)
-
-
 @pytest.fixture(name="fused")
 def _fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention outside of a gradient has other last bits, as on Metal, where a kernel of its own
@@ -335,12 +308,3 @@ def test_training_begins_at_exactly_zero(
     assert start["margin"] == start["chosen_gain"] == 0.0
     assert start["loss"] == start[dpo.OF_MEANS] == pytest.approx(math.log(2), abs=1e-7)
     assert first["grad_norm"] > 0
-
-
-def test_refusals_are_sentences(small: Any, tmp_path: Path) -> None:
-    """Rows without a rejected answer, by line; nothing is begun."""
-    row = json.dumps({"prompt": "a", "chosen": "b"})
-    (tmp_path / "train.jsonl").write_text(f"{row}\n")
-    with pytest.raises(MisError, match="train.jsonl line 1: .*'rejected'"):
-        dpo.run(settings_of(dpo, small, tmp_path / "run", data=str(tmp_path)))
-    assert not (tmp_path / "run").exists()

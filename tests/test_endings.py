@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from mis_mlx import __version__, cli, distill
+from mis_mlx.__main__ import commands
 from mis_mlx.distillation import pipeline
 from mis_mlx.runs import run_loop
 from mis_mlx.types import Checkpoint, Step
@@ -85,17 +86,9 @@ def test_results_into_a_closed_pipe(llama: Checkpoint) -> None:
 
 
 def test_another_closed_pipe_is_not_hidden() -> None:
-    """A BrokenPipeError while our own readers are there is a bug like any other, with its
-    traceback.
-    """
-    code = (
-        "from mis_mlx import cli\n"
-        "with cli.end_quietly_on_closed_pipe():\n"
-        "    raise BrokenPipeError('theirs')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "BrokenPipeError: theirs" in done.stderr
+    """A BrokenPipeError while our own readers are there is a bug like any other."""
+    with pytest.raises(BrokenPipeError, match="theirs"), cli.end_quietly_on_closed_pipe():
+        raise BrokenPipeError("theirs")
 
 
 @pytest.mark.parametrize("module", mostly_thorough(["tyro", "numpy"], "tyro"))
@@ -169,23 +162,21 @@ def test_ctrl_c_in_a_run_names_its_folder(
     assert codes == [*[130] * len(hit), 0]
 
 
-@pytest.mark.parametrize("way", ["mis_mlx", "mis_mlx.thermal"])
-def test_version(way: str) -> None:
-    """Of the whole and of a command; through cli.main, as all commands, or before anything of it is
-    imported.
+@pytest.mark.parametrize(
+    ("words", "code"), [([], 0), (["--version"], 0), (["plan", "--version"], 0), (["destill"], 2)]
+)
+def test_what_needs_no_package(words: list[str], code: int) -> None:
+    """A fresh checkout lists its commands, each with a line of its own, and knows its version,
+    before anything is installed, and a word that is no command.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", *way.split(), "--version"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"mis_mlx {__version__}\n", "")
-
-
-def test_the_list_of_commands_needs_no_package() -> None:
-    """A fresh checkout lists its commands before anything is installed, and knows a word that is
-    none of them.
-    """
-    for words, code in (([], 0), (["destill"], 2)):
-        line = [sys.executable, "-S", "-m", "mis_mlx", *words]
-        done = subprocess.run(line, cwd=ROOT, env={"PATH": ""}, capture_output=True, text=True)
-        assert done.returncode == code, done.stderr
-        assert " distill" in (done.stderr if code else done.stdout)
+    line = [sys.executable, "-S", "-m", "mis_mlx", *words]
+    done = subprocess.run(line, cwd=ROOT, env={"PATH": ""}, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    if "--version" in words:
+        assert done.stdout == f"mis_mlx {__version__}\n"
+    elif words:
+        assert " distill" in done.stderr
+    else:
+        halves = [line.split(None, 1) for line in done.stdout.splitlines()]
+        lines = dict(words for words in halves if len(words) == 2)
+        assert all(lines[name] == about != "" for name, about in commands().items())

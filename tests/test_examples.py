@@ -57,19 +57,16 @@ def tokenizer(llama: Checkpoint) -> Any:
 
 
 @pytest.mark.parametrize("shape", examples.SHAPES)
-def test_good_rows_are_taken(shape: str, tmp_path: Path) -> None:
-    """Every shape, and its rows come back as they were."""
-    found = examples.load(str(write(tmp_path, train=[GOOD[shape]], valid=[GOOD[shape]])), [shape])
-    assert found.train == [(GOOD[shape], "train.jsonl line 1")]
-    assert found.valid == [(GOOD[shape], "valid.jsonl line 1")]
-
-
-@pytest.mark.parametrize(("shape", "row"), BAD)
-def test_bad_rows_are_named(shape: str, row: object, tmp_path: Path) -> None:
-    """How many, and the line."""
-    folder = write(tmp_path, train=[GOOD[shape], row], valid=[GOOD[shape]])
-    with pytest.raises(MisError, match=r"^1 rows .* train\.jsonl line 2: "):
-        examples.load(str(folder), [shape])
+def test_rows_of_a_shape(shape: str, tmp_path: Path) -> None:
+    """Good ones come back as they were; bad ones are named: how many, and the line."""
+    good = GOOD[shape]
+    found = examples.load(str(write(tmp_path, train=[good], valid=[good])), [shape])
+    assert found.train == [(good, "train.jsonl line 1")]
+    assert found.valid == [(good, "valid.jsonl line 1")]
+    for row in [bad for kind, bad in BAD if kind == shape]:
+        folder = write(tmp_path, train=[good, row], valid=[good])
+        with pytest.raises(MisError, match=r"^1 rows .* train\.jsonl line 2: "):
+            examples.load(str(folder), [shape])
 
 
 def test_all_problems_come_in_one_sentence(tmp_path: Path) -> None:
@@ -137,12 +134,10 @@ def test_the_built_in_rows_are_of_every_shape_but_messages() -> None:
 
 def test_a_number_as_an_answer_becomes_text(tmp_path: Path) -> None:
     """{"answer": 2} is what many write."""
-    folder = write(
-        tmp_path, train=[{"prompt": "Ile?", "answer": 2}], valid=[{"prompt": "Ile?", "answer": 2.5}]
-    )
-    found = examples.load(str(folder), ["answer"])
-    assert found.train[0][0]["answer"] == "2"
-    assert found.valid[0][0]["answer"] == "2.5"
+    rows = [{"prompt": "Ile?", "answer": number} for number in (2, 2.5)]
+    found = examples.load(str(write(tmp_path, train=rows[:1], valid=rows[1:])), ["answer"])
+    answers = [row["answer"] for row, _ in (*found.train, *found.valid)]
+    assert answers == ["2", "2.5"]
 
 
 PERSONAL = [
@@ -175,14 +170,12 @@ PERSONAL = [
 ]
 
 
-@pytest.mark.parametrize(("text", "wanted", "counts"), PERSONAL)
-def test_personal_data_is_replaced_and_counted(
-    text: str, wanted: str | None, counts: dict[str, int]
-) -> None:
+def test_personal_data_is_replaced_and_counted() -> None:
     """E-mail, telephone, PESEL, NIP; other numbers stay."""
-    removed: Counter[str] = Counter()
-    assert examples.scrub(text, removed) == (text if wanted is None else wanted)
-    assert removed == counts
+    for text, wanted, counts in PERSONAL:
+        removed: Counter[str] = Counter()
+        assert examples.scrub(text, removed) == (text if wanted is None else wanted)
+        assert removed == counts, text
 
 
 def test_scrubbing_reaches_every_text_of_a_row(tmp_path: Path) -> None:
@@ -264,15 +257,10 @@ def test_a_prompt_that_fills_the_window_is_a_sentence(tokenizer: Any) -> None:
 
 def test_the_fingerprint_sees_every_token_and_mark(tokenizer: Any) -> None:
     """The same twice, another for another token, mark or order."""
-    made, _ = examples.encode(
-        split(GOOD["completion"], {"prompt": "a", "completion": "b"}), tokenizer, 64
-    )
-    seen = {examples.fingerprint(made), examples.fingerprint(made[::-1])}
-    (ids, marks) = made[0][0]
-    rest = made[1:]
-    seen |= {
-        examples.fingerprint([[(ids + 1, marks)], *rest]),
-        examples.fingerprint([[(ids, 1 - marks)], *rest]),
-    }
-    assert examples.fingerprint([list(row) for row in made]) in seen
+    rows = split(GOOD["completion"], {"prompt": "a", "completion": "b"})
+    made, _ = examples.encode(rows, tokenizer, 64)
+    ((ids, marks),), *rest = made
+    others = (made[::-1], [[(ids + 1, marks)], *rest], [[(ids, 1 - marks)], *rest])
+    seen = {examples.fingerprint(each) for each in (made, *others)}
     assert len(seen) == 4
+    assert examples.fingerprint([list(row) for row in made]) in seen

@@ -27,7 +27,8 @@ from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Checkpoint, MisError, Within
 from tests.conftest import mostly_slow
-from tests.test_commands_contract import MORE, ROWS, at, names_of
+from tests.test_commands_contract import dry
+from tests.test_docs import flags_of
 
 WORDS = ("nan", "inf", "-inf", "-1", "0", "1e30", str(10**12), "")
 THERMAL = (thermal.Record, thermal.Doctor)
@@ -243,19 +244,6 @@ def test_a_parent_that_is_missing_is_made(
     assert [p.name for p in out.parent.iterdir()] == ["four"]
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """{command: a folder of rows for it}."""
-    found = {}
-    for name, row in ROWS.items():
-        folder = tmp_path_factory.mktemp(name)
-        for split in ("train", "valid"):
-            lines = [json.dumps({**row, "prompt": f"{split} {n}"}) for n in range(5)]
-            (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-        found[name] = str(folder)
-    return found
-
-
 DRY_RUNS = ("distill", "search", "sft", "dpo", "grpo", "evaluate", "export", "plan", "generate")
 
 
@@ -289,7 +277,6 @@ def test_the_ends_of_every_range_can_be_planned(
     name: str,
     llama: Checkpoint,
     text_folder: Path,
-    rows: dict[str, str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -301,13 +288,7 @@ def test_the_ends_of_every_range_can_be_planned(
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     module: Any = importlib.import_module(f"mis_mlx.{name}")
-    known = names_of(name)
-    given: dict[str, Any] = {at(name): str(llama.path), **MORE.get(name, {})}
-    if "data" in known:
-        given["data"] = rows.get(name, str(text_folder))
-    if "dry_run" in known:
-        given["dry_run"] = True
-    base = module.Settings(**given)
+    base = dry(name, llama.path, text_folder, tmp_path)
     # so that what follows is not refused for something else
     assert module.run(base)["peak_bytes"] > 0
     failed = []
@@ -330,16 +311,6 @@ PACKAGE = Path(cli.__file__).parent
 OTHERS = ("hardware", "studio_page", "cli.py", "flag_help.py", "__main__.py")
 
 
-def flags_of(command: str) -> set[str]:
-    """What a command takes on its command line, as --name."""
-    module = importlib.import_module(f"mis_mlx.{command}")
-    names = {"--config"}
-    for kind in (module.Settings,) if hasattr(module, "Settings") else THERMAL:
-        quiet = flag_help.quiet(kind)
-        names |= {flag(field.name) for field in fields(kind) if field.name not in quiet}
-    return names | {f"--no-{name[2:]}" for name in names}
-
-
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -358,7 +329,11 @@ def test_messages_name_flags_that_exist() -> None:
     """A module of a command names flags of commands; a command's own file its own ones, or says of
     which command they are.
     """
-    known = {command: flags_of(command) for command in __main__.commands()}
+    known = {}
+    for command in __main__.commands():
+        names = flags_of(command) | {"--config"}
+        positive = {f"--{name.removeprefix('--no-')}" for name in names if name[:5] == "--no-"}
+        known[command] = names | positive | {f"--no-{name[2:]}" for name in names}
     every = set(chain.from_iterable(known.values()))
     aliases = {"--mlx-path", "--outtype"}  # spellings of other programs that `export` takes
     for path in sorted(PACKAGE.rglob("*.py")):

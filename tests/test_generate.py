@@ -39,16 +39,6 @@ def test_the_same_text_under_any_budget_and_draft(
     assert drafted["tokens_per_pass"] == round(12 / drafted["passes"], 3)
 
 
-def test_refusals_are_sentences(
-    tmp_path: Path, llama: Checkpoint, in_process: Callable[..., Done]
-) -> None:
-    """A draft of other tokens."""
-    other = tiny.make(tmp_path / "other")
-    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + " ")
-    flags = ("--model", llama.path, "--draft-model", other)
-    assert "has a different tokenizer" in sentence(in_process("generate", *flags))
-
-
 TURNS = [
     {"role": "user", "content": "What is if?"},
     {"role": "assistant", "content": "A word."},
@@ -92,7 +82,7 @@ def test_turns_that_are_none(
     content: bytes | None,
     said: str,
     tmp_path: Path,
-    in_process: Callable[..., Done],
+    command: Callable[..., Done],
     llama: Checkpoint,
 ) -> None:
     """Each is refused with a sentence that says the form."""
@@ -100,21 +90,21 @@ def test_turns_that_are_none(
     if content is not None:
         file.write_bytes(content)
     flags = ("--model", llama.path, "--messages", file)
-    assert said in sentence(in_process("generate", *flags))
+    assert said in sentence(command("generate", *flags))
 
 
-def test_nothing_is_cut(tmp_path: Path, in_process: Callable[..., Done], llama: Checkpoint) -> None:
+def test_nothing_is_cut(tmp_path: Path, command: Callable[..., Done], llama: Checkpoint) -> None:
     """A context of 512 tokens; a model without a template takes no turns."""
     file = tmp_path / "turns.json"
     file.write_text(json.dumps(TURNS))
     talker = tiny.talking(tmp_path / "talker")
     turns = ("--prompt", "if", "--messages", file)
     common = ("generate", *turns, "--model", talker, "--max-tokens")
-    short = last_line(in_process(*common, 4))
+    short = last_line(command(*common, 4))
     room = 512 - short["prompt_tokens"]
-    refusal = sentence(in_process(*common, room + 1))
+    refusal = sentence(command(*common, room + 1))
     assert set(map(str, (short["prompt_tokens"], room + 1, 512))) <= set(
         re.findall(r"\d+", refusal)
     )
-    assert in_process(*common, room, "--dry-run").returncode == 0
-    assert "--messages" in sentence(in_process("generate", *turns, "--model", llama.path))
+    assert command(*common, room, "--dry-run").returncode == 0
+    assert "--messages" in sentence(command("generate", *turns, "--model", llama.path))

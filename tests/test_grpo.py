@@ -5,6 +5,7 @@ says no in time.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from itertools import chain
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
@@ -21,7 +23,7 @@ from mis_mlx.alignment import alignment_run
 from mis_mlx.alignment import grpo_rollout as training
 from mis_mlx.compute import precision
 from mis_mlx.hardware import memory
-from mis_mlx.maths import rl_losses as rl_losses
+from mis_mlx.maths import rl_losses
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.passing import stream
 from mis_mlx.models.writing import mlx_generate
@@ -104,6 +106,54 @@ def test_equal_rewards_leave_the_model_as_it_was(
     assert result["tokens"] == 0
 
 
+def table_of(*groups: list[float]) -> np.ndarray:
+    """(N, G)."""
+    return np.array(groups, np.float64)
+
+
+def test_advantages_by_pencil() -> None:
+    """Two right of four: mean 1/2, deviation sqrt(1/3) with Bessel's correction."""
+    made = rl_losses.advantages(table_of([1, 0, 0, 1]))
+    assert made == pytest.approx(np.array([[1, -1, -1, 1]]) * 0.5 / (math.sqrt(1 / 3) + 1e-4))
+    assert rl_losses.advantages(table_of([8, 7, 7, 8])) == pytest.approx(made)
+
+
+def test_equal_rewards_teach_nothing_and_are_numbers() -> None:
+    """All right, all wrong, equal but for rounding in their mean, one scored: exactly 0; unscored
+    ones are left out.
+    """
+    nan = math.nan
+    table = table_of(
+        [1, 1, 1], [0, 0, 0], [0.1, 0.1, 0.1], [1, nan, nan], [nan, nan, nan], [1, 0, nan]
+    )
+    assert rl_losses.teaches(table).tolist() == [False] * 5 + [True]
+    made = rl_losses.advantages(table)
+    assert not made[:5].any()
+    half = 0.5 / (math.sqrt(1 / 2) + 1e-4)
+    assert made[5] == pytest.approx([half, -half, 0.0])
+
+
+def test_on_policy_the_gradient_is_reinforce(llama: Checkpoint) -> None:
+    """The model that sampled is the model itself: minus advantage times grad log pi."""
+    model = load.resident_model(llama, mx.float32)
+    mx.eval(model.parameters())
+    answers = [[11, 12, 13, 0], [21, 22], [31, 32, 33, 34, 35], [41]]
+    tokens, mask = training.filled_up([5, 6, 7, 8], answers)
+    advantage = mx.array([1.0, -0.5, 0.7, -1.2])
+    objective = training.Settings(max_completion_length=8)
+    _, found = nn.value_and_grad(model, objective.loss)(model, tokens, mask, advantage)
+
+    def plain(m: nn.Module) -> mx.array:
+        logps = objective.logps(
+            m.model(tokens), load.head_weight(m), tokens, mask.shape[1], frozen_head=False
+        )
+        return -(logps * mask * advantage[:, None]).sum()
+
+    _, expected = nn.value_and_grad(model, plain)(model)
+    for (name, a), (_, e) in zip(tree_flatten(found), tree_flatten(expected), strict=True):
+        assert mx.allclose(a, e, rtol=1e-5, atol=1e-7), name
+
+
 def sampler(
     checkpoint: Checkpoint, folder: Path, dtype: mx.Dtype = mx.float32, **changes: Any
 ) -> training.Sampler:
@@ -175,7 +225,7 @@ def test_an_answer_that_ends_at_the_limit_is_not_truncated(llama: Checkpoint, fo
 
 def test_a_rollout_is_what_was_said(llama: Checkpoint, folder: Path) -> None:
     """Micro-batches hold the sampled tokens, log-probabilities at the sampling temperature,
-    advantages of sum 0.
+    advantages of sum 0. The held-out measure draws nothing: two agree.
     """
     lines = list[str]()
     made = sampler(llama, folder, log=lines.append, batch_size=3)
@@ -203,6 +253,9 @@ def test_a_rollout_is_what_was_said(llama: Checkpoint, folder: Path) -> None:
     for start in range(0, len(sampled), 2):
         advantages = [part[2] for part in sampled[start : start + 2]]
         assert abs(sum(float(advantage.sum()) for advantage in advantages)) < 1e-4
+    one, other = (training.measure(made, made.rows, made.prompts) for _ in range(2))
+    assert one == other
+    assert one["loss"] == -one["reward"]
 
 
 @pytest.mark.thorough
@@ -272,14 +325,6 @@ def test_other_rewards_are_another_run(
     file.write_text(VOWELS + "\n# counted anew\n")
     with pytest.raises(MisError, match="reward functions"):
         grpo.run(again)
-
-
-def test_the_held_out_measure_is_greedy(llama: Checkpoint, folder: Path) -> None:
-    """Two measurements agree; the loss is minus the reward."""
-    made = sampler(llama, folder)
-    found = [training.measure(made, made.rows, made.prompts) for _ in range(2)]
-    assert found[0] == found[1]
-    assert found[0]["loss"] == -found[0]["reward"]
 
 
 @pytest.mark.parametrize(("kind", "item"), [("full", 4), ("lora", 2)])

@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-import pytest
-
 from mis_mlx.__main__ import commands
 
 ROOT = Path(__file__).parent.parent
@@ -101,22 +99,6 @@ def test_imports_lead_downwards() -> None:
     assert not [fault for name, source in SOURCES.items() for fault in faults(name, source)]
 
 
-@pytest.mark.parametrize(
-    ("name", "source"),
-    [
-        ("storage.x", "import mis_mlx.hardware.clock"),
-        ("data.polish.x", "from ... import models"),
-        ("distillation.x", "def f():\n    from mis_mlx import prune"),
-        ("storage.x", "import importlib\nimportlib.import_module('mis_mlx.models.load')"),
-        ("models.architectures.x", "def f():\n    import mis_mlx.models.passing.stream"),
-        ("prune", "from .distill import run"),
-    ],
-)
-def test_a_wrong_import_is_found(name: str, source: str) -> None:
-    """In every spelling."""
-    assert list(faults(name, source))
-
-
 def test_there_is_no_import_circle() -> None:
     """Not even by an import inside a function, which hides one."""
     graph: dict[str, set[str]] = {}
@@ -144,58 +126,34 @@ def test_what_was_read_from_disk_is_asked_before_it_is_cast() -> None:
                 assert not read.search(text) or "mx.issubdtype(" in text, f"{name}.{node.name}"
 
 
-def test_every_command_is_listed() -> None:
-    """`python -m mis_mlx` shows every command with a line of its own."""
-    run = subprocess.run(
-        [sys.executable, "-m", "mis_mlx"], cwd=ROOT, capture_output=True, text=True
-    )
-    halves = [line.split(None, 1) for line in run.stdout.splitlines()]
-    lines = dict(words for words in halves if len(words) == 2)
-    assert commands()
-    assert all(lines[name] == about != "" for name, about in commands().items())
-
-
-def test_help_imports_nothing_slow() -> None:
-    """--help of every command answers without mlx_lm and transformers, which take seconds to
-    import.
+def test_modules_can_be_imported_anywhere() -> None:
+    """Limits, folder, signals, environment, warnings do not change, and neither importing a module
+    nor a command's --help imports mlx_lm or transformers, which take seconds.
     """
     code = """
-import contextlib, io, runpy, sys
-for name in sys.argv[1:]:
-    sys.argv = [name, "--help"]
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
-        runpy.run_module(f"mis_mlx.{name}", run_name="__main__", alter_sys=True)
-    assert "usage" in out.getvalue().lower(), name
-    assert not {"mlx_lm", "transformers"} & set(sys.modules), name
-"""
-    run = subprocess.run(
-        [sys.executable, "-c", code, *commands()], cwd=ROOT, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-
-
-def test_importing_leaves_the_process_as_it_was() -> None:
-    """Every module can be imported anywhere; limits, folder, signals, environment, warnings do not
-    change.
-    """
-    code = """
-import importlib, os, resource, signal, sys
+import contextlib, importlib, io, os, resource, runpy, signal, sys
 import mis_mlx
 def state():
     signals = [signal.getsignal(s) for s in sorted(signal.valid_signals())]
     files = resource.getrlimit(resource.RLIMIT_NOFILE)
     return files, os.getcwd(), signals, dict(os.environ), sys.warnoptions
 before = state()
-for name in sys.argv[1:]:
+names, commands = sys.argv[1].split(), sys.argv[2].split()
+for name in names:
     importlib.import_module(name)
 for one, other in zip(before, state()):
     assert one == other, (one, other)
-assert "mlx_lm" not in sys.modules and "transformers" not in sys.modules
+for name in commands:
+    sys.argv = [name, "--help"]
+    del sys.modules[f"mis_mlx.{name}"]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        runpy.run_module(f"mis_mlx.{name}", run_name="__main__", alter_sys=True)
+    assert "usage" in out.getvalue().lower(), name
+    assert not {"mlx_lm", "transformers"} & set(sys.modules), name
 """
     listed = [f"mis_mlx.{name}".removesuffix(".__init__") for name in SOURCES]
-    run = subprocess.run(
-        [sys.executable, "-c", code, *listed], cwd=ROOT, capture_output=True, text=True
-    )
+    line = [sys.executable, "-c", code, " ".join(listed), " ".join(commands())]
+    run = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
 
 

@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from gguf import GGUFReader
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, pre_tokenizers
 
 from mis_mlx import export
 from mis_mlx.data import preparation
@@ -55,15 +55,7 @@ KINDS: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 128,
         }
     },
-    "llama3": {
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        }
-    },
+    "llama3": {"rope_scaling": {**tiny.LLAMA3, "original_max_position_embeddings": 64}},
 }
 ODD = [
     "a  b   c\td",
@@ -296,17 +288,8 @@ def test_a_vocabulary_of_ones_own_is_cut_alike(
 ) -> None:
     """Pre-tokenizers known by their rules; a file that says another one is caught here."""
     model = tiny.make(tmp_path / "m", vocab_size=2048)
-    tokenizer = Tokenizer(models.BPE(ignore_merges=name == "llama-bpe"))
-    tokenizer.pre_tokenizer = CUTS[name]
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=2048,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer = tiny.bpe(texts, 2048, ["<|endoftext|>"], CUTS[name])
+    tokenizer.model.ignore_merges = name == "llama-bpe"
     tokenizer.save(str(model / "tokenizer.json"))
     file = exported(model, tmp_path / "out", "f16")
     assert GGUFReader(file).fields["tokenizer.ggml.pre"].contents() == name

@@ -90,17 +90,13 @@ def test_no_command_imports_from_the_current_folder(
 
 @pytest.mark.parametrize(
     ("command", "door"),
-    [
-        *mostly_slow(
-            [
-                *(("export", door) for door in DOORS),
-                *((name, DOORS[i % 3]) for i, name in enumerate(SHORT) if name != "export"),
-            ],
-            ("export", "module"),
-            ("export", "console"),
-            of_several=True,
-        )
-    ],
+    mostly_slow(
+        [("export", door) for door in DOORS]
+        + [(name, DOORS[i % 3]) for i, name in enumerate(SHORT) if name != "export"],
+        ("export", "module"),
+        ("export", "console"),
+        of_several=True,
+    ),
 )
 def test_no_child_imports_from_the_current_folder(
     folder: Folder, own_home: dict[str, str], command: str, door: str

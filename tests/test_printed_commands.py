@@ -54,11 +54,11 @@ def test_after_distill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("python")
-def test_after_quantize(tmp_path: Path, llama: Checkpoint, in_process: Callable[..., Done]) -> None:
+def test_after_quantize(tmp_path: Path, llama: Checkpoint, command: Callable[..., Done]) -> None:
     """The model that was written, and its teacher."""
     out = tmp_path / "my model"
     flags = ("--q-method", "round", "--target-bpw", "None", "--q-iters", 0)
-    done = in_process("quantize", "--model", llama.path, "--mlx-path", out, *flags)
+    done = command("quantize", "--model", llama.path, "--mlx-path", out, *flags)
     assert done.returncode == 0, done.stderr
     lines = pasted(done.stderr)
     assert [line[2:4] for line in lines] == [["mlx_lm", "generate"], ["mis_mlx", "evaluate"]]

@@ -14,11 +14,11 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mis_mlx import generate
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.models.passing import stream
 from mis_mlx.models.writing import mlx_generate
+from mis_mlx.reporting import run_reader
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint
 
@@ -27,14 +27,11 @@ pytestmark = pytest.mark.slow
 # Written for this test, plain and without names.
 ENGLISH = (
     "In the morning the old woman opened the window and looked at the garden. It had rained during "
-    "the night, and "
-    "the air smelled of wet grass. She made a cup of tea, sat down at the kitchen table and began "
-    "to read the "
-    "newspaper. There was not much news. The price of bread had gone up again, the bridge over the "
-    "river was still "
-    "closed, and the weather for the next few days would be cold but dry. She finished her tea, "
-    "put on her coat and "
-    "went out to buy some milk and a loaf of bread before the shop became too busy."
+    "the night, and the air smelled of wet grass. She made a cup of tea, sat down at the kitchen "
+    "table and began to read the newspaper. There was not much news. The price of bread had gone "
+    "up again, the bridge over the river was still closed, and the weather for the next few days "
+    "would be cold but dry. She finished her tea, put on her coat and went out to buy some milk "
+    "and a loaf of bread before the shop became too busy."
 )
 
 
@@ -67,23 +64,9 @@ def test_it_reads_english(real: Checkpoint) -> None:
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """(folder, result) of `distill --scenario half-ffn --iters 4 --q-iters 0`, the rest small."""
     out = tmp_path_factory.mktemp("real") / "run"
-    flags = [
-        "--scenario",
-        "half-ffn",
-        "--keep-steps",
-        "--iters",
-        4,
-        "--q-iters",
-        0,
-        "--num-samples",
-        8,
-        "--reconstruct-samples",
-        8,
-        "--eval-windows",
-        4,
-        "--eval-prompts",
-        2,
-    ]
+    flags = ["--scenario", "half-ffn", "--keep-steps", "--iters", 4, "--q-iters", 0]
+    flags += ["--num-samples", 8, "--reconstruct-samples", 8, "--eval-windows", 4]
+    flags += ["--eval-prompts", 2]
     argv = [sys.executable, "-m", "mis_mlx.distill", "--out", out, *flags, "--max-seq-length", 128]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(
@@ -122,38 +105,56 @@ def test_the_numbers_are_in_order(run: tuple[Path, dict[str, Any]]) -> None:
 
 def test_the_planned_peak_holds(run: tuple[Path, dict[str, Any]]) -> None:
     """MLX's peak in training is under the plan's for that phase, and not by more than a factor of
-    three.
+    three; the run went through the phases that it planned.
     """
-    out, _ = run
-    phases = run_folder.records(out / run_folder.PHASES)
-    planned = {p["phase"]: p["peak_bytes"] for p in phases[0]["planned"]}["distil"]
-    peak = max(r["peak_bytes"] for r in run_folder.metrics(out))
-    assert planned / 3 < peak < planned
+    story = run_reader.read(run[0])
+    planned = {p["phase"]: p["peak_bytes"] for p in story.begun["planned"]}
+    peak = max(r["peak_bytes"] for r in run_folder.metrics(run[0]))
+    assert planned["distil"] / 3 < peak < planned["distil"]
+    assert set(story.took()) == planned.keys()
 
 
-PROMPTS = (
-    "What is a shepherd?",
-    "The capital of Poland is",
-    "Once upon a time",
-    "def fibonacci(n):",
+BUDGET_MIB = 480  # of a teacher of 538 MB in float32, which is read from disk
+SMALL = (
+    *("--max-seq-length", "64", "--num-samples", "4", "--eval-windows", "3"),
+    *("--eval-prompts", "2", "--q-iters", "2"),
 )
 
 
-def test_four_bits_on_metal_say_what_mlx_lm_says(
-    run: tuple[Path, dict[str, Any]], metal: None
+def distilled(out: Path, *flags: str) -> int:
+    """`distill` into `out`: the process's largest resident set in bytes, as the kernel counts."""
+    line = [sys.executable, "-m", "mis_mlx", "distill", "--out", str(out), *SMALL, *flags]
+    child = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert child.stderr is not None
+    said = child.stderr.read()
+    _, status, used = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    assert child.returncode == 0, said[-2000:]
+    return used.ru_maxrss * 1024
+
+
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """(run, largest resident set) of a teacher that is bigger than the budget."""
+    folder = tmp_path_factory.mktemp("streamed")
+    teacher = resolve.resolve_model(None).path
+    load.mlx_lm("convert").convert(str(teacher), str(folder / "teacher"), dtype="float32")
+    flags = ("--teacher", str(folder / "teacher"), "--budget", f"{BUDGET_MIB}MiB")
+    return folder / "run", distilled(folder / "run", *flags)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="plans leave out what Python, libraries and the tokenizer hold before the work begins",
+)
+def test_a_whole_run_stays_below_its_budget(streamed: tuple[Path, int]) -> None:
+    """The process, search and judging included, never holds more than --budget."""
+    assert streamed[1] <= BUDGET_MIB * 2**20
+
+
+def test_a_streamed_run_goes_through_the_phases_that_it_planned(
+    streamed: tuple[Path, int],
 ) -> None:
-    """The 4-bit model under Metal's policy: the 32 greedy tokens that mlx_lm finds in float16 with
-    packed weights, fewer where a small student has nothing to say.
-    """
-    folder = run[0] / "model"
-    model, tokenizer = load.mlx_lm("utils").load(str(folder))
-    model.set_dtype(mx.float16)
-    flags: dict[str, Any] = {"max_tokens": 32, "ignore_chat_template": True}
-    wanted = []
-    for prompt in PROMPTS:
-        said = load.mlx_lm("generate").stream_generate(model, tokenizer, prompt, max_tokens=32)
-        tokens = [r.token for r in said if r.token not in tokenizer.eos_token_ids]
-        wanted.append(tokenizer.decode(tokens))
-        settings = generate.Settings(model=str(folder), prompt=prompt, **flags)
-        assert generate.run(settings)["text"] == wanted[-1]
-    assert any(wanted)
+    """Nothing was done that the time line had left out."""
+    run = run_reader.read(streamed[0])
+    assert set(run.took()) == {phase["phase"] for phase in run.begun["planned"]}

@@ -154,12 +154,8 @@ def not_run(line: str, words: list[str]) -> bool:
     """
     if "pip" in words:
         (extra,) = re.findall(r"\.\[(\w+)\]", line)
-        assert (
-            extra
-            in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-                "optional-dependencies"
-            ]
-        )
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        assert extra in project["optional-dependencies"]
         return True
     if words[0] != f"{BIN}mlx.distributed_config":
         return False
@@ -177,11 +173,8 @@ def run(argv: list[str], n: int, place: Path, env: Mapping[str, str], out: str |
         places.append(place.with_name(f"{place.name}-{number}"))
         places[-1].mkdir(exist_ok=True)
     with started(n, argv, env, places) as made:
-        while (
-            out
-            and all(p.poll() is None for p in made)
-            and not (place / out / run_folder.METRICS).exists()
-        ):
+        while out and not (place / out / run_folder.METRICS).exists():
+            assert all(p.poll() is None for p in made)
             time.sleep(0.01)
         if out:
             made[0].send_signal(signal.SIGINT)

@@ -14,7 +14,6 @@ import subprocess
 from collections.abc import Callable
 from html import unescape
 from html.parser import HTMLParser
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +121,7 @@ def test_a_run_that_cut_nothing(uncut: Path) -> None:
     assert "million parameters" not in text
     assert "in 3 steps" in text
     assert page.count('<circle class="fill') == 3
-    named = " ".join(result["missing"])
-    for name in (run_folder.METRICS, "keep.json", "tune.jsonl"):
-        assert name not in named
+    assert not re.search(r"metrics\.jsonl|keep\.json|tune\.jsonl", " ".join(result["missing"]))
     assert "another version" not in page
 
 
@@ -145,8 +142,12 @@ def test_to_do_it_again(uncut: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_verdict_comes_first(copy: Path) -> None:
-    """Size, loss on answers and loops, from the result; the loss that was allowed and expected."""
+    """Size, loss on answers and loops, from the result; the loss that was allowed and expected.
+    Further down temperatures, and how often the run took a break.
+    """
     put_answers(copy, rows_of_answers("Fine."))
+    readings = [{"wall_s": 60.0 * n, "die_c": 70 + n, "ambient_c": 30} for n in range(3)]
+    (copy / "thermal.jsonl").write_text("".join(json.dumps(r) + "\n" for r in readings))
     result = json.loads((copy / run_folder.RESULT).read_text())
     figures = {
         "bytes_teacher": 100.04,
@@ -157,6 +158,8 @@ def test_the_verdict_comes_first(copy: Path) -> None:
         "expected_loss": 0.1,
         "reached_loss": 0.1234,
         "loss_of": "answers",
+        "tea_breaks": 2,
+        "tea_reasons": {"hot": 2},
     }
     (copy / run_folder.RESULT).write_text(json.dumps({**result, **figures}))
 
@@ -167,53 +170,33 @@ def test_the_verdict_comes_first(copy: Path) -> None:
     assert text.count("0.123 bits per byte") == 2
     assert "12 held-out prompts" in text
     assert text.index("8 %") < text.index("0 %.")
-
-
-def test_weather(copy: Path) -> None:
-    """Temperatures, and how often the run took a break."""
-    readings = [{"wall_s": 60.0 * n, "die_c": 70 + n, "ambient_c": 30} for n in range(3)]
-    (copy / "thermal.jsonl").write_text("".join(json.dumps(r) + "\n" for r in readings))
-    result = json.loads((copy / run_folder.RESULT).read_text())
-    breaks = {"tea_breaks": 2, "tea_reasons": {"hot": 2}}
-    (copy / run_folder.RESULT).write_text(json.dumps({**result, **breaks}))
-    page, _ = written(copy)
     assert all(said in page for said in ("70.0 to 72.0", "30.0 to 30.0", "2 (hot)"))
 
 
 def test_what_a_run_writes_down_for_it(finished: tuple[Path, Done], llama: Checkpoint) -> None:
-    """The plan's phases and what each took, and how much of every layer's importance is kept."""
+    """What each phase took, and how much of every layer's importance is kept: the best five sixths
+    of the neurons hold more than five sixths of it.
+    """
     story = run_reader.read(finished[0])
-    planned = [p["phase"] for p in story.begun["planned"]]
-    assert (
-        [p["phase"] for p in story.phases]
-        == planned
-        == ["prune", "logit store", "repair", "distil", "quantize", "distil scales", "measure"]
-    )
     assert all(p["seconds"] > 0 and p["peak_bytes"] > 0 for p in story.phases)
-    profile = story.keep["report"]["profile"]
-    layers = llama.config["num_hidden_layers"]
-    parts = product(range(layers), ("ffn", "heads"))
-    assert profile.keys() == {f"{i}/{axis}" for i, axis in parts}
-    # The best five sixths of the neurons hold more than five sixths of the importance.
     share = len(story.keep["kept"]["0/ffn"]) / llama.config["intermediate_size"]
-    for number in range(layers):
+    profile = story.keep["report"]["profile"]
+    for number in range(llama.config["num_hidden_layers"]):
         kept = profile[f"{number}/ffn"]["kept"]
         assert share < kept < 1 if number in story.keep["layers"] else kept == 0
-    assert len(story.keep["layers"]) < layers
+        assert f"{number}/heads" in profile
 
 
-def rows_of_answers(student: str, count: int = 12, **more: object) -> list[dict[str, object]]:
-    """As a run writes them: half of the prompts in Polish, each with the teacher's answer and then
+def rows_of_answers(student: str) -> list[dict[str, object]]:
+    """As a run writes them: half of 12 prompts in Polish, each with the teacher's answer and then
     the student's.
     """
     rows = list[dict[str, object]]()
-    for number in range(count):
+    for number in range(12):
         language = ("en", "pl")[number % 2]
         prompt = {"prompt": f"Prompt {number}?", "language": language, "kind": "explain"}
-        rows.append(
-            {**prompt, "model": "teacher", "text": f"Teacher's {number}.", "ended": True, **more}
-        )
-        rows.append({**prompt, "model": "4-bit", "text": student, "ended": False, **more})
+        rows.append({**prompt, "model": "teacher", "text": f"Teacher's {number}.", "ended": True})
+        rows.append({**prompt, "model": "4-bit", "text": student, "ended": False})
     return rows
 
 
@@ -222,12 +205,6 @@ def put_answers(run: Path, rows: list[dict[str, object]]) -> None:
     (run / run_folder.ANSWERS).write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = json.loads((run / run_folder.RESULT).read_text())
     (run / run_folder.RESULT).write_text(json.dumps({**result, "answers_prompts": 12}))
-
-
-def section(page: str) -> str:
-    """The part of a page with answers."""
-    begin = page.index("<h2>Answers")
-    return page[begin : page.index("<h2>", begin + 1)]
 
 
 def test_answers_come_first(copy: Path) -> None:
@@ -241,12 +218,14 @@ def test_answers_come_first(copy: Path) -> None:
 
     page, result = written(copy)
 
-    assert page.index("<h2>Answers") < page.index("<h2>Recovery")
-    shown = re.findall(r"<h3>Prompt (\d+)\?</h3>", section(page))
+    begin = page.index("<h2>Answers")
+    assert begin < page.index("<h2>Recovery")
+    section = page[begin : page.index("<h2>", begin + 1)]
+    shown = re.findall(r"<h3>Prompt (\d+)\?</h3>", section)
     assert shown == ["0", "4", "6", "1", "5", "9"]
-    assert "<b>teacher</b><p>Teacher&#39;s 4.</p>" in section(page)
-    assert "<b>teacher</b><p>(nothing)</p>" in section(page)
-    assert section(page).count("<b>4-bit</b><p>Well, it depends …</p>") == 6
+    assert "<b>teacher</b><p>Teacher&#39;s 4.</p>" in section
+    assert "<b>teacher</b><p>(nothing)</p>" in section
+    assert section.count("<b>4-bit</b><p>Well, it depends …</p>") == 6
     assert "answers.jsonl" not in " ".join(result["missing"])
 
 
@@ -255,14 +234,13 @@ def test_a_student_that_loops_is_named_first(copy: Path) -> None:
     answer.
     """
     rows = rows_of_answers("Fine.")
-    before = []
+    named = []
     for number in (1, 3):
         rows[number]["text"] = "I'm not sure. " * 30
         put_answers(copy, rows)
-        page, _ = written(copy)
-        before.append(page[: page.index("<h3>Prompt 0?")])
-    one, two = (re.search(r"\b[12] [a-z ]+ 12 [a-z ;]+ 0\b", text) for text in before)
-    assert two and not one
+        before, _, _ = written(copy)[0].partition("<h3>Prompt 0?")
+        named.append(bool(re.search(r"\b[12] [a-z ]+ 12 [a-z ;]+ 0\b", before)))
+    assert named == [False, True]
 
 
 def test_answers_that_are_not_there(copy: Path) -> None:
@@ -272,22 +250,22 @@ def test_answers_that_are_not_there(copy: Path) -> None:
     page, result = written(copy)
     assert "Answers" not in page
     assert "answers.jsonl" not in " ".join(result["missing"])
-
     put_answers(copy, rows_of_answers("Fine."))
     whole = (copy / run_folder.ANSWERS).read_text()
-    (copy / run_folder.ANSWERS).write_text(whole[: len(whole) // 2])
-    page, result = written(copy)
-    assert "<h3>Prompt 0?</h3>" in page
-    assert "another version" not in page
-
-    (copy / run_folder.ANSWERS).write_text("[1, 2]\n" + whole[:30])
-    assert "answers.jsonl is damaged" in written(copy)[1]["missing"][-1]
-    (copy / run_folder.ANSWERS).write_text(json.dumps({"text": 1}) + "\n")
-    assert "another version" in written(copy)[0]
-    (copy / run_folder.ANSWERS).unlink()
-    page, result = written(copy)
-    assert "answers.jsonl is missing" in result["missing"][-1]
-    assert "<h2>Answers" not in page
+    for text, shown, said in (
+        (whole[: len(whole) // 2], True, ""),
+        ("[1, 2]\n" + whole[:30], False, "answers.jsonl is damaged"),
+        (json.dumps({"text": 1}), False, "another version"),
+        (None, False, "answers.jsonl is missing"),
+    ):
+        if text is None:
+            (copy / run_folder.ANSWERS).unlink()
+        else:
+            (copy / run_folder.ANSWERS).write_text(text)
+        page, result = written(copy)
+        assert ("<h3>Prompt 0?</h3>" in page) == shown
+        assert said in page + " ".join(result["missing"])
+        assert ("another version" in page) == (said == "another version")
 
 
 HOSTILE = (
@@ -308,20 +286,17 @@ def test_text_of_models_and_files_is_never_run(copy: Path, tmp_path: Path) -> No
         answers.append({**spoilt, "ended": row["ended"]})
     put_answers(copy, answers)
     (copy / "table.md").write_text(f"| | {HOSTILE} |\n|---|---:|\n| {HOSTILE} | 1 |\n\n{HOSTILE}\n")
-    (copy / run_folder.CONFIG).write_text(
-        json.dumps({HOSTILE: HOSTILE, "scenario": HOSTILE, "iters": HOSTILE})
-    )
+    config = {HOSTILE: HOSTILE, "scenario": HOSTILE, "iters": HOSTILE}
+    (copy / run_folder.CONFIG).write_text(json.dumps(config))
     (copy / run_folder.ORIGIN).write_text(json.dumps({HOSTILE: HOSTILE}))
     first, *rest = (copy / run_folder.PHASES).read_text().splitlines()
     begun = json.loads(first)
     begun["flags"] = {HOSTILE: HOSTILE}
-    begun["rates"]["device"] = HOSTILE
-    begun["rates"]["source"] = HOSTILE
+    begun["rates"] |= {"device": HOSTILE, "source": HOSTILE}
     begun["planned"].append({"phase": HOSTILE, "seconds": 1.0, "peak_bytes": 1})
     (copy / run_folder.PHASES).write_text("\n".join([json.dumps(begun), *rest, ""]))
-    (copy / "thermal.jsonl").write_text(
-        json.dumps({"wall_s": begun["wall_s"], "action": "pause", "cause": HOSTILE}) + "\n"
-    )
+    paused = {"wall_s": begun["wall_s"], "action": "pause", "cause": HOSTILE}
+    (copy / "thermal.jsonl").write_text(json.dumps(paused) + "\n")
     named = copy.rename(copy.with_name("<img src=x onerror=alert(3)>"))
     tags = Tags(written(named, out=str(tmp_path / "page.html"))[0])
     assert {t for t, _ in tags.tags} <= OURS
@@ -334,13 +309,7 @@ def test_text_of_models_and_files_is_never_run(copy: Path, tmp_path: Path) -> No
     assert tags.count("svg") == before.count("svg")
 
 
-ALL_FILES: tuple[str, ...] = (
-    "config.yaml",
-    "origin.json",
-    "result.json",
-    "table.md",
-    "metrics.jsonl",
-)
+ALL_FILES = ("config.yaml", "origin.json", "result.json", "table.md", "metrics.jsonl")
 ALL_FILES += ("phases.jsonl", "pruned/keep.json")
 FOREIGN = {
     "layers": 7,
@@ -393,10 +362,10 @@ def test_damaged_files_leave_a_page_of_the_steps(text: str, copy: Path) -> None:
         assert any(f"{name} is damaged" in line for line in result["missing"])
 
 
-def test_what_is_no_run_is_a_sentence(tmp_path: Path, in_process: Callable[..., Done]) -> None:
+def test_what_is_no_run_is_a_sentence(tmp_path: Path, command: Callable[..., Done]) -> None:
     """An empty folder, no runs at all."""
-    assert str(tmp_path) in sentence(in_process("report", tmp_path))
-    assert "runs/" in sentence(in_process("report", cwd=tmp_path))
+    assert str(tmp_path) in sentence(command("report", tmp_path))
+    assert "runs/" in sentence(command("report", cwd=tmp_path))
 
 
 ASK = """

@@ -48,21 +48,6 @@ class Finding(NamedTuple):
     commands: tuple[str, ...]
 
 
-class Number(NamedTuple):
-    """As written, such as `1,024.5 MB`: where in the text, its digits, its sign and its unit."""
-
-    start: int
-    digits: str
-    sign: str
-    unit: str
-
-
-def findings(page: str) -> list[Finding]:
-    """The items of the numbered list, in order."""
-    items = re.findall(r"^(\d+)\. (.*?)(?=\n\n|\Z)", page, re.MULTILINE | re.DOTALL)
-    return [finding(int(number), " ".join(text.split())) for number, text in items]
-
-
 def finding(number: int, text: str) -> Finding:
     """An item taken apart."""
     links = re.findall(r"\]\(([^)#]+\.json)#?([^)]*)\)", text)
@@ -72,11 +57,6 @@ def finding(number: int, text: str) -> Finding:
     text = re.sub(r"[Ss]eeds? \d+(?:(?:, | and )\d+)*(?!\d*[.,]\d)", "", text)
     text = re.sub(r"\b[A-Za-z][\w.]*-?\d[\w.-]*|\b\d-(?:bit|to)\b|\bfloat\d+", "", text)
     return Finding(number, text, files, commands)
-
-
-def numbers(text: str) -> list[Number]:
-    """All of a text."""
-    return [Number(m.start(2), m[2], m[1], m[3] or m[4] or "") for m in NUMBER.finditer(text)]
 
 
 def values(result: Any) -> Iterator[float]:
@@ -105,38 +85,35 @@ def part_of(result: Any, words: str) -> Any:
     return result
 
 
-def stands(number: Number, found: list[float]) -> bool:
+def stands(sign: str, digits: str, unit: str, found: list[float]) -> bool:
     """Whether one of the values, rounded to the decimals shown, is it. A sign must agree where one
     is written.
     """
-    written = number.digits.replace(",", "")
+    written = digits.replace(",", "")
     places = len(written.partition(".")[2])
-    for scale in UNITS.get(number.unit, (1.0,)):
+    for scale in UNITS.get(unit, (1.0,)):
         for value in found:
-            if number.sign == "+":
-                agrees = value >= 0
-            else:
-                agrees = value < 0 or not number.sign
+            agrees = value >= 0 if sign == "+" else value < 0 or not sign
             if agrees and f"{abs(value) / scale:.{places}f}" == written:
                 return True
     return False
 
 
-def linked_values(one: Finding) -> list[float]:
-    """Every number of the files that it links, or of their parts."""
+def missing(one: Finding, measured: bool) -> tuple[int, list[str]]:
+    """How many numbers it has, and those that none of its files has, nor the parts of them that it
+    links. measured: only shares and numbers with decimals.
+    """
     found = list[float]()
     for path, words in one.files:
         found += values(part_of(json.loads(path.read_text("utf-8")), words))
-    return found
+    numbers = [(m[1], m[2], m[3] or m[4] or "") for m in NUMBER.finditer(one.text)]
+    if measured:
+        numbers = [n for n in numbers if "." in n[1] or n[2] == "%"]
+    return len(numbers), [" ".join(n) for n in numbers if not stands(*n, found)]
 
 
-def missing(one: Finding, text: str) -> list[str]:
-    """Numbers of the text, which is `one`'s or an altered one, that no file of it has."""
-    found = linked_values(one)
-    return [f"{n.sign}{n.digits} {n.unit}".strip() for n in numbers(text) if not stands(n, found)]
-
-
-ALL = findings(PAGE.read_text("utf-8"))
+ITEMS = re.findall(r"^(\d+)\. (.*?)(?=\n\n|\Z)", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+ALL = [finding(int(number), " ".join(text.split())) for number, text in ITEMS]
 each = pytest.mark.parametrize("one", ALL, ids=lambda one: str(one.number))
 
 
@@ -155,29 +132,18 @@ def test_a_finding_names_files_seeds_and_its_command(one: Finding) -> None:
 @each
 def test_every_number_stands_in_its_file(one: Finding) -> None:
     """Rounded as it is shown."""
-    assert len(numbers(one.text)) >= 3
-    assert missing(one, one.text) == []
-
-
-def blocks(page: Path) -> list[Finding]:
-    """Of another page: the paragraphs, list items and table rows that link a results file."""
-    text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL)
-    found = list[Finding]()
-    for block in re.split(r"\n\s*\n", text):
-        for part in re.split(r"\n(?=- |\d+\. |\|)", block):
-            found.append(finding(0, " ".join(part.split())))
-    return [one for one in found if one.files]
+    count, wrong = missing(one, measured=False)
+    assert count >= 3
+    assert wrong == []
 
 
 @pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*.md")), ids=lambda page: page.stem)
 def test_the_other_pages_quote_the_files_they_link(page: Path) -> None:
-    """Every share and every number with decimals that stands beside a link; whole numbers there may
-    be settings.
+    """Every share and every number with decimals that stands beside a link, in a paragraph, an item
+    or a row; whole numbers there may be settings.
     """
-    for one in blocks(page):
-        found = linked_values(one)
-        measured = [n for n in numbers(one.text) if "." in n.digits or n.unit == "%"]
-        wrong = [n.digits for n in measured if not stands(n, found)]
-        assert not wrong, (
-            f"{page.name}: {wrong} of '{one.text[:60]}...' stand in none of the files that it links"
-        )
+    text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL)
+    for part in re.split(r"\n\s*\n|\n(?=- |\d+\. |\|)", text):
+        one = finding(0, " ".join(part.split()))
+        wrong = missing(one, measured=True)[1] if one.files else []
+        assert not wrong, f"{page.name}: {wrong} of '{one.text[:60]}...' stand in none of its files"

@@ -10,7 +10,6 @@ import pytest
 
 from tests.conftest import Done, losses, mostly_slow, weights
 from tests.machines import ended, started
-from tests.test_sft import answers  # noqa: F401  a fixture
 
 TRAINING = {
     "distill": ("--iters", 6, "--q-iters", 2, "--eval-windows", 1),

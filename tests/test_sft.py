@@ -26,40 +26,12 @@ from mis_mlx.models.writing import lora, mlx_generate
 from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
-from tests import tiny, trl_model
+from tests import trl_model
 from tests.conftest import Done, last_line, settings_of
 
 PLAIN: dict[str, Any] = {"target_bpw": None, "q_method": "round", "q_iters": 0}
-SMALL: tuple[object, ...] = (
-    "--iters",
-    6,
-    "--save-every",
-    2,
-    "--batch-size",
-    2,
-    "--max-seq-length",
-    96,
-)
+SMALL = ("--iters", 6, "--save-every", 2, "--batch-size", 2, "--max-seq-length", 96)
 SMALL += ("--eval-rows", 8, "--learning-rate", "3e-3", "--dtype", "float32")
-
-
-@pytest.fixture(scope="session")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder with prompts, answers chosen and rejected, and a license."""
-    folder = tmp_path_factory.mktemp("answers")
-    for split, numbers in (("train", range(24)), ("valid", range(40, 50))):
-        rows = [
-            {
-                "prompt": f"how many is {n} and {n % 5}?",
-                "completion": f"that is {n + n % 5}",
-                "chosen": f"that is {n + n % 5}",
-                "rejected": f"no idea, {n}",
-            }
-            for n in numbers
-        ]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "LICENSE").write_text("CC0")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -135,10 +107,8 @@ def test_end_to_end(undisturbed: tuple[Path, Done], llama: Checkpoint, answers: 
 def test_the_best_checkpoint_is_kept_when_training_goes_wrong(small: Any, tmp_path: Path) -> None:
     """A rate that ruins the model: the result is the best there was, not the last."""
     result = sft.run(settings_of(sft, small, tmp_path / "run", learning_rate=0.5))
-    held = {
-        r["number"]: r["loss"]
-        for r in run_folder.records(tmp_path / "run" / alignment_run.HELD_OUT)
-    }
+    records = run_folder.records(tmp_path / "run" / alignment_run.HELD_OUT)
+    held = {r["number"]: r["loss"] for r in records}
     assert held[6] > held[result["best_step"]] == min(held.values())
     assert result["held_out_best"]["loss"] == min(held.values())
 
@@ -193,30 +163,6 @@ def test_lora_on_a_packed_model_fuses_into_a_dense_one(
     assert "quantization" not in made.config
     assert made.nbytes == llama.nbytes
     assert result["held_out_best"]["loss"] < result["held_out_start"]["loss"]
-
-
-def test_packed_weights_in_memory_take_adapters(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on Metal, where 4-bit matrices stay packed: a head that is de-quantized, gradients for
-    adapters alone.
-    """
-    folder = tiny.make(tmp_path / "model", tie_word_embeddings=False, num_hidden_layers=1)
-    quantize.run(quantize.Settings(model=str(folder), mlx_path=str(tmp_path / "q4"), **PLAIN))
-    monkeypatch.setenv("MIS_MLX_POLICY", "metal")
-    checkpoint = load.open_checkpoint(tmp_path / "q4")
-    model = load.resident_model(checkpoint, mx.float32)
-    assert load.head_weight(model).shape == (512, 64)
-    assert load.head_weight(model).dtype == mx.float32
-    lora.insert(model, lora.Lora(-1, 4, 2.0), 0)
-    rows = [(np.arange(3, 9, dtype=np.int32), np.ones(6, np.float32))]
-    lesson = Rows(rows)
-    (arguments,) = lesson.micro_batches(TrainingConfig(batch_size=1), 0)
-    _, gradients = nn.value_and_grad(model, partial(lesson.loss, True))(model, *arguments)
-    flat = dict(tree_flatten(gradients))
-    assert flat
-    assert all(name.endswith(("lora_a", "lora_b")) for name in flat)
-    assert any(float(mx.abs(g).max()) > 0 for name, g in flat.items() if name.endswith("lora_b"))
 
 
 def test_steps_are_cut_where_memory_is_short_and_stay_so(small: Any, tmp_path: Path) -> None:

@@ -14,10 +14,8 @@ import pytest
 
 from mis_mlx import studio
 from mis_mlx.types import MisError
-from tests import forks
-from tests.studio_page.driving import (
-    needs_extra,
-)
+from tests.conftest import ROOT
+from tests.studio_page.driving import needs_extra
 
 
 def test_without_the_extra_one_sentence_says_how_to_get_it(
@@ -36,7 +34,7 @@ def test_nothing_imports_the_extra() -> None:
     """Neither the list of commands, nor the help of this one, nor its modules, which do not bring
     MLX either.
     """
-    files = (forks.ROOT / "mis_mlx" / "studio_page").glob("*.py")
+    files = (ROOT / "mis_mlx" / "studio_page").glob("*.py")
     names = sorted(path.stem for path in files)
     code = """
 import contextlib, importlib, io, sys
@@ -50,7 +48,7 @@ for name in sys.argv[1:]:
     importlib.import_module(f"mis_mlx.studio_page.{name}")
 assert not {"nicegui", "fastapi", "uvicorn", "mlx", "numpy", "mlx_lm"} & set(sys.modules)
 """
-    env = {**os.environ, "PYTHONPATH": str(forks.ROOT)}
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code, *names], env=env, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
 from mis_mlx.thermal import Doctor, Record, run
-from mis_mlx.types import MisError
 from tests.hardware.recorded import plug_in
 
 DATA = Path(__file__).parent / "data"
@@ -55,14 +52,3 @@ def test_record(tmp_path):
     header, *looks = map(json.loads, path.read_text().splitlines())
     assert len(looks) == result["looks"] >= 2
     assert header["altitude_m"] == 832.0
-
-
-def test_record_refuses_before_it_starts(tmp_path):
-    """A file that exists is kept; a pace of 0 is a sentence."""
-    path = tmp_path / "mine.jsonl"
-    path.write_text("precious")
-    with pytest.raises(MisError, match="mine.jsonl exists already: choose another name"):
-        run(Record(path, seconds=0.1))
-    assert path.read_text() == "precious"
-    with pytest.raises(MisError, match="--every-s"):
-        run(Record(tmp_path / "new.jsonl", every_s=0.0))

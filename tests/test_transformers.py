@@ -22,13 +22,11 @@ torch = pytest.importorskip(
 )
 
 TEXT = "Baca pasł owce: the with statement, 1234567 + 89 = café?"
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LLAMA3["original_max_position_embeddings"] = 32
 KINDS: dict[str, dict[str, Any]] = {
     **tiny.KINDS,
     **tiny.MODELS,
     **tiny.PHIS,
-    "long": {"rope_scaling": LLAMA3},
+    "long": {"rope_scaling": {**tiny.LLAMA3, "original_max_position_embeddings": 32}},
 }
 # Their ministral3 has one window for all blocks, mlx-lm's goes by the blocks' kinds; the published
 # ones have none.

@@ -21,13 +21,12 @@ from mis_mlx.models.passing.stream import Stream
 from mis_mlx.pruning import calibrate, select, slicing
 from mis_mlx.quantization import format_costs, packed_format
 from mis_mlx.settings.recipe import QuantizationConfig
-from mis_mlx.size_search import candidates, size_request, unwritten
-from mis_mlx.size_search.candidates import PROBES
+from mis_mlx.size_search import size_request, unwritten
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits
 from tests import tiny
 from tests.conftest import mostly_thorough
-from tests.test_lose import searched
+from tests.test_search import searched
 
 CUT = select.PruningConfig(scenario="none", importance="rms")
 
@@ -132,20 +131,6 @@ def test_bits_of_a_delta_rule(
     assert found["best"].keys() <= {"scenario", "target_bpw", "vocab", "q_group_size"}
     least, _ = format_costs.limits(hybrid.config, QuantizationConfig(q_groups="one"))
     assert found["best"]["target_bpw"] >= least - 0.01
-
-
-@pytest.mark.thorough
-def test_several_students_in_one_pass_and_one_by_one(
-    llama: Checkpoint, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same lines in the logs, however many the budget holds."""
-    monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
-    searched(llama, text_folder, tmp_path / "many", bytes="190KB")
-    monkeypatch.setattr(candidates.Candidates, "students_at_once", 1)
-    searched(llama, text_folder, tmp_path / "few", bytes="190KB")
-    for log in (PROBES, candidates.CANDIDATES):
-        many, few = ((tmp_path / name / "search" / log).read_text() for name in ("many", "few"))
-        assert many == few
 
 
 def whole_student(teacher: Path, text: Path, out: Path) -> distill.Settings:

@@ -18,18 +18,8 @@ import pytest
 from gguf import GGUFReader
 from huggingface_hub import ModelCard
 
-from mis_mlx import export, quantize
-from mis_mlx.types import Checkpoint, MisError
+from mis_mlx.types import Checkpoint
 from tests.conftest import Done, last_line
-
-
-@pytest.fixture
-def four(tmp_path: Path, llama: Checkpoint) -> Path:
-    """The tiny llama in 4 bits."""
-    out = tmp_path / "four"
-    plain: dict[str, Any] = {"q_method": "round", "target_bpw": None}
-    quantize.run(quantize.Settings(model=str(llama.path), mlx_path=str(out), **plain))
-    return out
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -167,17 +157,6 @@ def test_the_packed_model_goes_beside_a_folder_for_transformers(
     assert card.data.library_name == "transformers"
     assert card.data.tags == ["mlx", "mis_mlx"]
     assert "hf download me/small --include 'mlx/*'" in card.text
-
-
-@pytest.mark.parametrize("changes", [{"upload_repo": "small"}, {"license": None}])
-def test_upload_is_refused_before_any_work(
-    changes: dict[str, Any], llama: Checkpoint, tmp_path: Path
-) -> None:
-    """No repository, no license: a sentence, and no folder."""
-    asked = {"format": "hf", "upload_repo": "me/small", "license": "mit", **changes}
-    with pytest.raises(MisError):
-        export.run(export.Settings(model=str(llama.path), out=str(tmp_path / "hf"), **asked))
-    assert not (tmp_path / "hf").exists()
 
 
 def test_an_upload_that_fails_leaves_the_folder_and_says_so(

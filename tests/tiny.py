@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,12 +125,7 @@ FAMILIES["gemma4_text"] = {  # blocks 1 and 2 make keys and values for the last 
     "sliding_window": 7,
     "layer_types": [
         "sliding_attention",
-        "sliding_attention",
-        "full_attention",
-        "sliding_attention",
-        "full_attention",
-        "sliding_attention",
-        "full_attention",
+        *["sliding_attention", "full_attention"] * 3,
     ],
     "num_kv_shared_layers": 4,
     "use_double_wide_mlp": True,
@@ -144,15 +139,7 @@ FAMILIES["gemma4_text"] = {  # blocks 1 and 2 make keys and values for the last 
 }
 FAMILIES["lfm2"] = {
     "architectures": ["Lfm2ForCausalLM"],
-    "layer_types": [
-        "conv",
-        "conv",
-        "full_attention",
-        "conv",
-        "full_attention",
-        "conv",
-        "full_attention",
-    ],
+    "layer_types": ["conv", *["conv", "full_attention"] * 3],
     "conv_L_cache": 3,
 }
 FAMILIES["qwen3_5_text"] = {
@@ -252,28 +239,9 @@ def real(
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 BIASED = {**LLAMA, "attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-6}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-# the models of SpeakLeash and of PLLuM that are dense and speak only
+# a model of SpeakLeash with biases, and one of PLLuM with other positions
 POLISH: dict[str, dict[str, Any]] = {
-    "Bielik-1.5B-v3": real(32, 1536, ffn=8960, heads=12, kv_heads=2, vocab=32_000, **BIASED),
     "Bielik-4.5B-v3": real(60, 2048, ffn=11_008, heads=16, kv_heads=2, vocab=32_000, **BIASED),
-    "Bielik-7B-v0.1": real(
-        32,
-        4096,
-        ffn=14_336,
-        heads=32,
-        kv_heads=8,
-        vocab=32_000,
-        rope_theta=1e4,
-        sliding_window=4096,
-    ),
-    # Its published count of parameters is that of 32,000 rows, not of the 32,128 of the model it
-    # was cut from.
-    "Bielik-Minitron-7B-v3": real(
-        40, 4096, ffn=11_264, heads=32, kv_heads=8, vocab=32_000, sliding_window=None
-    ),
-    "Bielik-11B-v3": real(
-        50, 4096, ffn=14_336, heads=32, kv_heads=8, vocab=32_128, sliding_window=None
-    ),
     "Llama-PLLuM-8B": real(
         32,
         4096,
@@ -286,9 +254,6 @@ POLISH: dict[str, dict[str, Any]] = {
         mlp_bias=False,
         rope_theta=5e5,
         rope_scaling={**LLAMA3, "original_max_position_embeddings": 8192},
-    ),
-    "PLLuM-12B": real(
-        40, 5120, ffn=14_336, heads=32, kv_heads=8, vocab=131_072, head_dim=128, sliding_window=None
     ),
 }
 
@@ -347,23 +312,28 @@ def reduced(config: dict[str, Any]) -> dict[str, Any]:
 MODELS = {**FAMILIES, **{name: reduced(config) for name, config in POLISH.items()}}
 
 
-def write_tokenizer(folder: Path, size: int = 512) -> None:
-    """A byte-level BPE of `size` tokens with <|endoftext|> = 0."""
-    from pydoc_data.topics import topics
-
+def bpe(texts: Iterable[str], size: int, special: Sequence[str], cut: Any = None) -> Tokenizer:
+    """A byte-level BPE of `size` tokens, the special ones first. cut: another pre-tokenizer."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = cut or pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=size,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=alphabet,
+        special_tokens=list(special),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def write_tokenizer(folder: Path, size: int = 512) -> None:
+    """Of Python's manual, with <|endoftext|> = 0."""
+    from pydoc_data.topics import topics
+
     names = ["if", "for", "while"] if size == 512 else sorted(topics)
-    tokenizer.train_from_iterator([topics[name] for name in names], trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    made = bpe([topics[name] for name in names], size, ["<|endoftext|>"])
+    made.save(str(folder / "tokenizer.json"))
     special = {"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -519,19 +489,9 @@ def byte_level(special: Sequence[str]) -> Any:
     """A byte-level BPE tokenizer of transformers, trained on one sentence. special: begin, end, and
     other tokens.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=list(special),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    raw.train_from_iterator(["Baca i juhas piją herbatę, a halny wieje."] * 3, trainer)
+    raw = bpe(["Baca i juhas piją herbatę, a halny wieje."] * 3, 400, special)
     first, last, *others = special
     made = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=first, eos_token=last)
     made.add_special_tokens({"additional_special_tokens": others})

@@ -59,6 +59,12 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     )
 
 
+def measured(lab: SimpleNamespace, **given: Any) -> dict[str, Any]:
+    """The rows that the program stores."""
+    lab.program.main(lab.program.Settings(**given))
+    return json.loads(lab.stored.read_text("utf-8"))["rows"]
+
+
 def log_likelihood(folder: Path, sentence: str) -> float:
     """Of a sentence behind the token that begins a text, by stock mlx_lm."""
     model, tokenizer = mlx_generate.open_model(compute_type.open_to_compute(folder))
@@ -71,29 +77,22 @@ def log_likelihood(folder: Path, sentence: str) -> float:
 def test_pairs_are_marked_as_stock_mlx_lm_marks_them(
     lab: SimpleNamespace, llama: Checkpoint
 ) -> None:
-    """Every second pair; a second call finds the figure stored."""
-    settings = lab.program.Settings(
-        teacher=str(llama.path),
-        models=("teacher",),
-        measures=("blimp",),
-        blimp=lab.files["blimp"],
-        blimp_step=2,
-    )
-
-    lab.program.main(settings)
-
-    stored = json.loads(lab.stored.read_text("utf-8"))
+    """Every second pair; a second call finds the figure stored, and no path is."""
+    given: dict[str, Any] = {"teacher": str(llama.path), "models": ("teacher",), "blimp_step": 2}
+    given |= {"measures": ("blimp",), "blimp": lab.files["blimp"]}
+    figure = measured(lab, **given)["teacher"]["blimp"]
     right = []
     for pair in PAIRS[::2]:
         good = log_likelihood(llama.path, pair["good"])
         right.append(good > log_likelihood(llama.path, pair["bad"]))
-    figure = stored["rows"]["teacher"]["blimp"]
     assert figure["questions"] == 3
     assert figure["mean"] == pytest.approx(100 * sum(right) / 3, abs=0.01)
-    assert stored["command"].endswith("--blimp FILE --blimp-step 2 --measures blimp")
-    assert str(lab.root) not in lab.stored.read_text("utf-8")
+    stored = lab.stored.read_text("utf-8")
+    command = json.loads(stored)["command"]
+    assert command.endswith("--blimp FILE --blimp-step 2 --measures blimp")
+    assert str(lab.root) not in stored
     before = lab.stored.stat().st_mtime_ns
-    lab.program.main(settings)
+    measured(lab, **given)
     assert lab.stored.stat().st_mtime_ns == before
 
 
@@ -103,21 +102,14 @@ def test_pairs_are_marked_as_stock_mlx_lm_marks_them(
 )
 def test_instructions_are_counted_and_shown(lab: SimpleNamespace, llama: Checkpoint) -> None:
     """Eight tokens are fewer than 400 words: at best the commas are right, so no prompt is."""
-    lab.program.main(
-        lab.program.Settings(
-            teacher=str(llama.path),
-            models=("teacher",),
-            measures=("ifeval",),
-            ifeval=lab.files["ifeval"],
-        )
-    )
-
-    stored = json.loads(lab.stored.read_text("utf-8"))
-    figure = stored["rows"]["teacher"]["ifeval"]
-    texts = kept_texts(lab.root / "cache")
+    given: dict[str, Any] = {"teacher": str(llama.path), "models": ("teacher",)}
+    given |= {"measures": ("ifeval",), "ifeval": lab.files["ifeval"]}
+    figure = measured(lab, **given)["teacher"]["ifeval"]
+    texts = []
+    for file in (lab.root / "cache").rglob("*.jsonl"):
+        texts += [json.loads(line)["text"] for line in file.read_text("utf-8").splitlines()]
     without_commas = sum("," not in text for text in texts)
-    assert len(texts) == 3
-    assert figure["questions"] == 3
+    assert len(texts) == figure["questions"] == 3
     assert figure["instructions"] == 6
     assert figure["prompt_strict"] == figure["prompt_loose"] == 0
     assert figure["inst_strict"] == pytest.approx(100 * without_commas / 6, abs=0.01)
@@ -134,17 +126,8 @@ def test_calls_of_tools_are_counted_and_shown(lab: SimpleNamespace) -> None:
     """
     folder = tiny.calling(lab.root / "calling")
     (lab.root / "model").symlink_to(folder)
-    lab.program.main(
-        lab.program.Settings(
-            run=str(lab.root),
-            teacher=str(folder),
-            models=("teacher", "4-bit"),
-            measures=lab.program.TOOLS,
-            tool_prompts=20,
-        )
-    )
-
-    rows = json.loads(lab.stored.read_text("utf-8"))["rows"]
+    given = {"run": str(lab.root), "teacher": str(folder), "models": ("teacher", "4-bit")}
+    rows = measured(lab, **given, measures=lab.program.TOOLS, tool_prompts=20)
     row = rows["teacher"]
     assert "above_teacher" not in row["tool-calls"]
     assert rows["4-bit"]["tool-calls"]["above_teacher"] == [0, 0, 0]
@@ -155,13 +138,3 @@ def test_calls_of_tools_are_counted_and_shown(lab: SimpleNamespace) -> None:
     page = lab.render.table(lab.root, "here/known-numbers")
     assert "20 prompts with tools, 20 rounds of calls" in page
     assert f"| {100 * calls['shares']['valid JSON']:.1f} | 0.0 (0.0–100.0) |" in page
-
-
-def kept_texts(cache: Path) -> list[str]:
-    """The answers in a cache."""
-    texts = []
-    for file in cache.rglob("*.jsonl"):
-        for line in file.read_text("utf-8").splitlines():
-            record: dict[str, Any] = json.loads(line)
-            texts.append(record["text"])
-    return texts

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from mis_mlx.hardware.rates import Roof
 from mis_mlx.planner import estimates
 from tests.faults import NOTES, jobs, verdicts
 
@@ -53,12 +52,6 @@ def all_jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, jobs.Job]:
 def one_set_of_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured once for all tests here, and for no test elsewhere."""
     monkeypatch.setattr(estimates, "machine_rates", lambda *_: verdicts.rates())
-    monkeypatch.setattr(
-        "mis_mlx.hardware.rates.measure_roof",
-        lambda: Roof(
-            device="this one", threads="1", memory_bytes_per_s=1e9, flops_per_s=1e9, source="given"
-        ),
-    )
 
 
 @pytest.fixture(scope="session")

@@ -16,17 +16,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx import (
-    distill,
-    dpo,
-    evaluate,
-    generate,
-    quantize,
-    sft,
-)
+from mis_mlx import distill, dpo, evaluate, generate, quantize, sft
 from mis_mlx.compute import precision
 from mis_mlx.hardware import memory, rates
-from mis_mlx.hardware.rates import Roof
 from mis_mlx.models.opening import load
 from mis_mlx.planner import estimates
 from mis_mlx.storage import run_folder
@@ -34,7 +26,6 @@ from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 from tests.conftest import mostly_slow
 from tests.gpu.test_policy import overflowing  # noqa: F401  a fixture
-from tests.test_sft import answers  # noqa: F401  a fixture
 
 pytestmark = pytest.mark.thorough  # test_policy.py and test_device.py are quick
 
@@ -65,32 +56,33 @@ ALIGNED: dict[str, Any] = dict(
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metal: None) -> None:
-    """Metal's policy, a cache of the test's own, a roof of the machine that takes no time to
-    measure.
-    """
+    """Metal's policy, a cache of the test's own."""
     monkeypatch.setenv("MIS_MLX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(
-        "mis_mlx.hardware.rates.measure_roof",
-        lambda: Roof(
-            device="this one", threads="1", memory_bytes_per_s=1e9, flops_per_s=1e9, source="given"
-        ),
-    )
     assert precision.keeps_packed()
     assert precision.usual_dtype() == mx.float16
 
 
-@pytest.fixture
-def in_float32(
-    monkeypatch: pytest.MonkeyPatch,
-) -> Callable[[Callable[[], dict[str, Any]]], dict[str, Any]]:
-    """`in_float32(work)`: what a command says under the other policy."""
+Work = Callable[[str], dict[str, Any]]
 
-    def run(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+
+@pytest.fixture
+def both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Work], tuple[dict[str, Any], dict[str, Any]]]:
+    """`both(work)`: what a command says in float32, and what by Metal's policy. work: is given the
+    folder that it writes, tmp_path / "cpu" and tmp_path / "metal".
+    """
+
+    def run(work: Work) -> tuple[dict[str, Any], dict[str, Any]]:
         with monkeypatch.context() as there:
             there.setenv(precision.POLICY, "cpu")
-            return work()
+            want = work(str(tmp_path / "cpu"))
+        return want, work(str(tmp_path / "metal"))
 
     return run
+
+
+Both = Callable[[Work], tuple[dict[str, Any], dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
@@ -101,22 +93,18 @@ def teachers(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Cal
     root = tmp_path_factory.mktemp("teachers")
 
     def made(kind: str) -> Path:
-        if kind == "bfloat16" and not (root / kind).exists():
-            tiny.make(
-                root / kind,
-                dtype="BF16",
-                torch_dtype="bfloat16",
-                intermediate_size=192,
-                num_hidden_layers=2,
-            )
-        elif kind in ("mxfp4", "nvfp4") and not (root / kind).exists():
-            tiny.in_fp4(load.open_checkpoint(made("bfloat16")), root / kind, kind)
-        elif not (root / kind).exists():
-            how: dict[str, Any] = dict(q_iters=0, q_method="round", target_bpw=None)
-            quantize.run(
-                quantize.Settings(model=str(made("bfloat16")), mlx_path=str(root / kind), **how)
-            )
-        return root / kind
+        out = root / kind
+        if out.exists():
+            return out
+        if kind == "bfloat16":
+            sizes = {"intermediate_size": 192, "num_hidden_layers": 2}
+            return tiny.make(out, dtype="BF16", torch_dtype="bfloat16", **sizes)
+        if kind == "affine":
+            how: dict[str, Any] = {"q_iters": 0, "q_method": "round", "target_bpw": None}
+            quantize.run(quantize.Settings(model=str(made("bfloat16")), mlx_path=str(out), **how))
+        else:
+            tiny.in_fp4(load.open_checkpoint(made("bfloat16")), out, kind)
+        return out
 
     return made
 
@@ -151,31 +139,15 @@ WAYS: dict[str, tuple[str, dict[str, Any], float, float]] = {
 
 @pytest.mark.parametrize("name", mostly_slow(WAYS, *(WAYS.keys() - {"4-bit teacher"})))
 def test_distill(
-    name: str,
-    teachers: Callable[[str], Path],
-    text_folder: Path,
-    tmp_path: Path,
-    in_float32: Callable[..., Any],
+    name: str, teachers: Callable[[str], Path], text_folder: Path, tmp_path: Path, both: Both
 ) -> None:
     """All stages; every step's loss and every model's held-out loss are float32's; stock mlx-lm
     opens the result.
     """
     teacher, more, near, held_out = WAYS[name]
-
-    def run(out: str) -> dict[str, Any]:
-        flags = {
-            **RUN,
-            "q_method": "round",
-            "target_bpw": None,
-            **more,
-            "out": str(tmp_path / out),
-        }
-        return distill.run(
-            distill.Settings(teacher=str(teachers(teacher)), data=str(text_folder), **flags)
-        )
-
-    want = in_float32(lambda: run("cpu"))
-    found = run("metal")
+    flags = {**RUN, "data": str(text_folder), "q_method": "round", "target_bpw": None, **more}
+    folder = str(teachers(teacher))
+    want, found = both(lambda out: distill.run(distill.Settings(teacher=folder, out=out, **flags)))
     np.testing.assert_allclose(steps(tmp_path / "metal"), steps(tmp_path / "cpu"), rtol=near)
     for key in ("nll_teacher", "nll_pruned", "nll_student", "kl_student"):
         assert found[key] == pytest.approx(want[key], abs=held_out)
@@ -184,56 +156,49 @@ def test_distill(
     opens(Path(found["student"]))
 
 
+def judged(teacher: Path, text: Path, out: Path, windows: int) -> dict[str, float]:
+    """What `evaluate` says in float32 of the students in `out`, cpu and metal."""
+    students = (str(out / "cpu"), str(out / "metal"))
+    asked = evaluate.Settings(
+        str(teacher), students, str(text), eval_windows=windows, max_seq_length=32
+    )
+    with pytest.MonkeyPatch.context() as there:
+        there.setenv(precision.POLICY, "cpu")
+        return evaluate.run(asked)["held-out"]
+
+
 @pytest.mark.parametrize("overflowing", ["activations"], indirect=True)
-@pytest.mark.parametrize(
-    ("command", "emulated"),
-    [("distill", True), ("quantize", False)],
-    ids=["distill, M1", "quantize, M3"],
-)
+@pytest.mark.parametrize("command", ["distill", "quantize"])
 def test_a_model_beyond_float16(
     command: str,
-    emulated: bool,
     overflowing: Checkpoint,  # noqa: F811
     text_folder: Path,
     tmp_path: Path,
-    in_float32: Any,
+    both: Both,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A teacher whose residual stream passes 65,504: float32 on an M1, bfloat16 on an M3 go all the
-    way, near float32."""
-    data = str(text_folder)
-    monkeypatch.setattr(rates, "computes_bfloat16", lambda: not emulated)
+    """A teacher whose residual stream passes 65,504: float32 on an M1 (distill), bfloat16 on an M3
+    (quantize) go all the way, near float32.
+    """
+    monkeypatch.setattr(rates, "computes_bfloat16", lambda: command == "quantize")
+    where = {"data": str(text_folder), "target_bpw": None}
 
     def run(out: str) -> dict[str, Any]:
         if command == "distill":
-            flags = {
-                **RUN,
-                "q_method": "round",
-                "target_bpw": None,
-                "out": str(tmp_path / out),
-                "data": data,
-            }
+            flags = {**RUN, **where, "q_method": "round", "out": out}
             return distill.run(distill.Settings(teacher=str(overflowing.path), **flags))
-        where = {"data": data, "mlx_path": str(tmp_path / out), "model": str(overflowing.path)}
-        return quantize.run(
-            quantize.Settings(**where, **SEEN, target_bpw=None, q_iters=2, batch_size=1)
-        )
+        flags = {**SEEN, **where, "mlx_path": out, "q_iters": 2, "batch_size": 1}
+        return quantize.run(quantize.Settings(model=str(overflowing.path), **flags))
 
-    want = in_float32(lambda: run("cpu"))
-    capsys.readouterr()
-    found = run("metal")
+    want, found = both(run)
     told = capsys.readouterr().err
     assert f"{overflowing.path}: activations reach" in told
-    assert f"computing in {'float32' if emulated else 'bfloat16'}" in told
+    assert f"computing in {'float32' if command == 'distill' else 'bfloat16'}" in told
     if command == "quantize":
-        students = (str(tmp_path / "cpu"), str(tmp_path / "metal"))
-        read = evaluate.Settings(
-            str(overflowing.path), students, data, eval_windows=2, max_seq_length=32
-        )
-        want = found = in_float32(lambda: evaluate.run(read))["held-out"]
-        want = {"kl": want["kl_cpu"], "nll": want["nll_cpu"]}
-        found = {"kl": found["kl_metal"], "nll": found["nll_metal"]}
+        said = judged(overflowing.path, text_folder, tmp_path, 2)
+        want = {"kl": said["kl_cpu"], "nll": said["nll_cpu"]}
+        found = {"kl": said["kl_metal"], "nll": said["nll_metal"]}
     names = [key for key in want if key.startswith(("nll", "kl"))]
     assert len(names) >= 2
     assert {n: found[n] for n in names} == pytest.approx({n: want[n] for n in names}, abs=0.03)
@@ -266,32 +231,15 @@ def test_weights_beyond_the_scales(
 
 
 def test_quantize(
-    teachers: Callable[[str], Path],
-    text_folder: Path,
-    tmp_path: Path,
-    in_float32: Any,
+    teachers: Callable[[str], Path], text_folder: Path, tmp_path: Path, both: Both
 ) -> None:
     """The 4-bit model made here is as near its original as the one that float32 makes. Over four
     seeds the ratio is 0.98 to 1.05 on 8 windows, but 0.95 to 1.12 on 2.
     """
-
-    def run(out: str) -> dict[str, Any]:
-        flags = {
-            **SEEN,
-            "data": str(text_folder),
-            "mlx_path": str(tmp_path / out),
-            "max_seq_length": 32,
-        }
-        return quantize.run(quantize.Settings(model=str(teachers("bfloat16")), **flags))
-
-    want = in_float32(lambda: run("cpu"))
-    found = run("metal")
+    given = {**SEEN, "data": str(text_folder), "model": str(teachers("bfloat16"))}
+    want, found = both(lambda out: quantize.run(quantize.Settings(mlx_path=out, **given)))
     assert found["bits_per_weight"] == pytest.approx(want["bits_per_weight"], abs=0.05)
-    students = (str(tmp_path / "cpu"), str(tmp_path / "metal"))
-    read = evaluate.Settings(
-        str(teachers("bfloat16")), students, str(text_folder), eval_windows=8, max_seq_length=32
-    )
-    said = in_float32(lambda: evaluate.run(read))["held-out"]
+    said = judged(teachers("bfloat16"), text_folder, tmp_path, 8)
     assert 0 < said["kl_metal"] < 1.1 * said["kl_cpu"] + 1e-4
     opens(tmp_path / "metal")
 
@@ -306,21 +254,15 @@ def test_alignment(
     kind: str,
     more: dict[str, Any],
     teachers: Callable[[str], Path],
-    answers: Path,  # noqa: F811
+    answers: Path,
     tmp_path: Path,
-    in_float32: Any,
+    both: Both,
 ) -> None:
     """The losses of every step and of the held-out rows are float32's; stock mlx-lm opens the
     result.
     """
-
-    def run(out: str) -> dict[str, Any]:
-        where = {"model": str(teachers(kind)), "data": str(answers), "out": str(tmp_path / out)}
-        found: dict[str, Any] = module.run(module.Settings(**ALIGNED, **where, **more))
-        return found
-
-    want = in_float32(lambda: run("cpu"))
-    found = run("metal")
+    given = {**ALIGNED, **more, "model": str(teachers(kind)), "data": str(answers)}
+    want, found = both(lambda out: module.run(module.Settings(out=out, **given)))
     ours = steps(tmp_path / "metal")
     theirs = steps(tmp_path / "cpu")
     assert ours[0] == pytest.approx(theirs[0], rel=1e-3)

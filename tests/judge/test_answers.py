@@ -535,7 +535,7 @@ def test_planned_before_anything_is_asked(tmp_path: Path) -> None:
 
 @pytest.mark.thorough
 def test_evaluate_end_to_end(
-    tmp_path: Path, chat: Checkpoint, in_process: Callable[..., Done]
+    tmp_path: Path, chat: Checkpoint, command: Callable[..., Done]
 ) -> None:
     """Answers come first, beside another task; a copy costs nothing above its teacher; asked once
     only.
@@ -545,9 +545,9 @@ def test_evaluate_end_to_end(
     flags = ["--teacher", chat.path, "--students", copy, other, "--num-questions", PROMPTS]
     flags += ["--tasks", "logic", "answers", "--out", tmp_path / "out"]
 
-    planned = in_process("evaluate", *flags[:-2], "--dry-run")
-    done = in_process("evaluate", *flags)
-    again = in_process("evaluate", *flags)
+    planned = command("evaluate", *flags[:-2], "--dry-run")
+    done = command("evaluate", *flags)
+    again = command("evaluate", *flags)
 
     assert done.returncode == 0, done.stderr
     assert last_line(planned)["questions"] == {"logic": PROMPTS, "answers": PROMPTS}
@@ -569,11 +569,9 @@ def test_evaluate_end_to_end(
     assert "4 of 4" in again.stderr and "4 of 4" not in done.stderr
 
 
-def test_the_teacher_alone(chat: Checkpoint, in_process: Callable[..., Done]) -> None:
+def test_the_teacher_alone(chat: Checkpoint, command: Callable[..., Done]) -> None:
     """Few prompts: one table for both languages."""
-    done = in_process(
-        "evaluate", "--teacher", chat.path, "--tasks", "answers", "--num-questions", 4
-    )
+    done = command("evaluate", "--teacher", chat.path, "--tasks", "answers", "--num-questions", 4)
 
     assert done.returncode == 0, done.stderr
     assert "Answers in all languages to 4 held-out prompts" in done.stdout

@@ -12,10 +12,13 @@ from mis_mlx.maths import rl_losses
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_what_was_not_sampled_has_no_part(beta: float) -> None:
-    """A low temperature makes padding so unlikely that exp(reference - new) is infinite there."""
+    """A low temperature makes padding so unlikely that exp(reference - new) is infinite there; the
+    reference has none where it is not asked.
+    """
     new = mx.array([[-1.0, -2.0, -300.0], [-0.5, -math.inf, 5.0]])
     mask = mx.array([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
     reference = mx.array([[-1.5, -2.0, 0.0], [-0.5, 0.0, math.nan]])
+    reference = reference if beta else mx.full((2, 3), math.nan)
     advantage = mx.array([1.0, -2.0])
 
     def total(values: mx.array) -> mx.array:

@@ -45,10 +45,7 @@ ONLY = [(name, key, value) for name, kind in FAMILIES.items() for key, value in 
 
 PUBLISHED = Path(__file__).parents[2] / "benchmarks" / "model_configs"
 PARAMS = {  # as their cards and papers say
-    "Bielik-7B-v0.1": 7_241_732_096,
-    "Bielik-Minitron-7B-v3": 7_476_678_656,
     "Llama-PLLuM-8B": 8_030_261_248,
-    "PLLuM-12B": 12_247_782_400,
     "Phi-4-mini-instruct": 3_836_021_760,
     "Phi-3-mini-128k-instruct": 3_821_079_552,
     "gemma-4-e2b": 4_628_569_379,

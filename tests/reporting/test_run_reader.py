@@ -36,30 +36,3 @@ def test_torn_and_foreign_lines_are_counted(tmp_path: Path) -> None:
 def test_a_phase_that_was_resumed_has_all_its_seconds(tmp_path: Path) -> None:
     log(tmp_path / "phases.jsonl", *({"phase": "distil", "seconds": s} for s in (5, 7)))
     assert run_reader.read(tmp_path).took() == {"distil": 12}
-
-
-def test_answers_are_missed_only_where_they_were_judged(tmp_path: Path) -> None:
-    """By the result; records of ours are kept in their order, torn and foreign lines passed
-    over.
-    """
-    (tmp_path / "result.json").write_text(json.dumps({"seconds": 1}))
-    assert run_reader.read(tmp_path).answers == []
-    assert not any("answers" in text for text in run_reader.read(tmp_path).missing)
-
-    (tmp_path / "result.json").write_text(json.dumps({"answers_prompts": 72}))
-    assert (
-        "answers.jsonl is missing: what teacher and student answered"
-        in run_reader.read(tmp_path).missing
-    )
-    path = log(tmp_path / "answers.jsonl", [1], {"prompt": "no text"})
-    assert (
-        "answers.jsonl is damaged: what teacher and student answered"
-        in run_reader.read(tmp_path).missing
-    )
-
-    log(path, {"text": "one"}, {"text": "two"})
-    with path.open("ab") as file:
-        file.write(b'{"text": "tor')
-    story = run_reader.read(tmp_path)
-    assert [row["text"] for row in story.answers] == ["one", "two"]
-    assert not any("answers" in text for text in story.missing)

@@ -1,4 +1,4 @@
-"""What a run has taken, over all processes that worked on it."""
+"""What a run has taken, over all processes that worked on it, and where its models and data lie."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mis_mlx.runs import account
+from mis_mlx import sft
+from mis_mlx.runs import account, run_loop
 from mis_mlx.runs.account import Account
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK
@@ -73,3 +74,14 @@ def test_a_resumed_run_tells_of_all_of_it(
     assert result["peak_bytes"] == 2**40
     assert (result["tea_breaks"], result["throttled_s"]) == (3, 60.0)
     assert result["tea_reasons"] == {"hot": 3}
+
+
+def test_a_folder_stays_the_one_that_was_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another folder `owner/model` would be a stranger's on the hub."""
+    (tmp_path / "owner" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    asked, _ = run_loop.resumed(sft.Settings(model="owner/model", data="org/set"), frozenset())
+    assert asked.model == str(tmp_path / "owner" / "model")
+    assert asked.data == "org/set"

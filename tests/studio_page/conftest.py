@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from mis_mlx.compute import precision
-from tests import forks, tiny
-from tests.conftest import Once
+from tests import tiny
+from tests.conftest import ROOT, Once
 from tests.studio_page.driving import QUICK
 
 
@@ -52,7 +52,7 @@ def kept(folder: Path, home: dict[str, str], once: Once) -> Path:
         write_settings(folder / "brief.yaml", {**QUICK, "iters": 8})
         line = [sys.executable, "-m", "mis_mlx.distill", "--teacher", "more/tiny"]
         line += ["--data", "notes", "-c", "brief.yaml", "--out", str(place / "tiny-001")]
-        env = {**home, "PYTHONPATH": str(forks.ROOT)}
+        env = {**home, "PYTHONPATH": str(ROOT)}
         subprocess.run(line, cwd=folder, env=env, check=True, capture_output=True)
 
     made = once(f"studio-runs-{home[precision.POLICY] or 'cpu'}", distil)

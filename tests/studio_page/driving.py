@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from mis_mlx.studio_page import runs
-from tests import forks
+from tests.conftest import ROOT
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -82,7 +82,7 @@ def page_of(
     line = [sys.executable, "-m", "mis_mlx.studio", *flags]
     if not opens:
         line.append("--no-browser")
-    whole = {**env, "PYTHONPATH": str(forks.ROOT)}
+    whole = {**env, "PYTHONPATH": str(ROOT)}
     whole.pop("PYTEST_CURRENT_TEST", None)  # NiceGUI would take it for a test of itself
     with (
         (folder / "studio.err").open("w") as err,
@@ -172,7 +172,7 @@ def to_the_plan(tab: Tab) -> None:
 def state(folder: Path) -> str:
     """Of the run, asked by a process in that folder."""
     code = "from mis_mlx.studio_page import runs; print(runs.named('tiny-001').state)"
-    env = {**os.environ, "PYTHONPATH": str(forks.ROOT)}
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True)
     return done.stdout.decode().strip()
 

@@ -19,8 +19,7 @@ from mis_mlx.storage import run_folder
 from mis_mlx.studio_page import runs
 from mis_mlx.studio_page.runs import FINISHED, RUNNING, STOPPED
 from mis_mlx.types import Checkpoint, MisError
-from tests import forks
-from tests.conftest import SMALL, files_up_to, mostly_slow
+from tests.conftest import ROOT, SMALL, files_up_to, mostly_slow
 
 PATIENCE_S = 120
 STEPS = 200  # of a run that is stopped in the middle
@@ -121,7 +120,7 @@ def test_a_run_is_stopped_and_goes_on(here: Path, line: list[str], at_once: bool
 
 def test_many_pages_start_one_run(here: Path, line: list[str]) -> None:
     """Two processes at the same moment."""
-    env = {**os.environ, "PYTHONPATH": str(forks.ROOT)}
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     starters = [
         subprocess.Popen(
             [sys.executable, "-c", START, *line], env=env, stdout=subprocess.PIPE, text=True
@@ -138,7 +137,7 @@ def test_many_pages_start_one_run(here: Path, line: list[str]) -> None:
 @pytest.mark.thorough
 def test_a_run_outlives_who_started_it(here: Path, line: list[str]) -> None:
     """The starter is killed with its whole session, as a terminal that is closed does."""
-    env = {**os.environ, "PYTHONPATH": str(forks.ROOT)}
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     code = START + "\nimport os, signal\nsys.stdout.flush()\nos.killpg(0, signal.SIGKILL)\n"
     subprocess.run(
         [sys.executable, "-c", code, *line], env=env, start_new_session=True, check=False
@@ -228,7 +227,7 @@ def test_a_run_that_a_terminal_resumed_is_stopped(here: Path) -> None:
     """Its record names no process that lives; the one that holds its lock is asked."""
     runs.make_books()
     (runs.BOOKS / "mine.json").write_text('{"flags": []}')
-    env = {**os.environ, "PYTHONPATH": str(forks.ROOT)}
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", HOLD], env=env, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout
