@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
+import os
 import re
+import shutil
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -19,9 +23,10 @@ import pytest
 
 from mis_mlx import __main__, flag_help, thermal
 from mis_mlx.models.opening import load, model_size
+from mis_mlx.storage import safetensors
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
-from tests.conftest import Done, last_line, sentence
+from tests.conftest import Done, last_line, mostly_thorough, sentence
 
 TOKENS = 40_000
 COMMANDS = tuple(__main__.commands())
@@ -137,6 +142,63 @@ def dry(name: str, model: Path, text: Path, place: Path) -> Any:
     elif "data" in known:
         given["data"] = str(text)
     return kind_of(name)(**given)
+
+
+# (command, setting) of all models that are opened
+MODELS = [*((name, at(name)) for name in OPENS), ("distill", "student"), ("evaluate", "students")]
+FEW = {"num_samples": 2, "iters": 1, "max_tokens": 2, "generation_tokens": 2, "num_trials": 1}
+FEW["prompt_tokens"] = 8
+
+
+def refused_with(settings: Any, name: str, setting: str, model: Path) -> str:
+    """What a command says to a bad model; nothing in its folder is changed."""
+    before = {path.name: path.stat().st_mtime_ns for path in model.iterdir()}
+    several = isinstance(getattr(kind_of(name)(), setting), tuple)
+    given = {**FEW, "dry_run": False, setting: (str(model),) if several else str(model)}
+    known = {key: value for key, value in given.items() if key in names_of(name)}
+    module: Any = importlib.import_module(f"mis_mlx.{name}")
+    with pytest.raises(MisError) as caught:
+        module.run(settings.with_values(**known))
+    assert {path.name: path.stat().st_mtime_ns for path in model.iterdir()} == before
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def bad(llama: Checkpoint, tmp_path: Path) -> Path:
+    """A copy of a good model, to be damaged."""
+    return Path(shutil.copytree(llama.path, tmp_path / "bad"))
+
+
+@pytest.mark.parametrize(("name", "setting"), MODELS)
+def test_a_model_is_opened_before_anything_is_written(
+    name: str, setting: str, bad: Path, here: Path, asked: Callable[[str], Any]
+) -> None:
+    """By the one way that checks it: tests/faults/test_folders.py has all that can be wrong."""
+    os.truncate(bad / "model.safetensors", 99_999)
+    assert "99999 of " in refused_with(asked(name), name, setting, bad)
+    assert not set(made(here)) - {"runs"}
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    mostly_thorough(
+        [pair for pair in MODELS if pair[0] != "plan"],
+        *(("prune", "model"), ("quantize", "model"), ("export", "model")),
+        of_several=True,
+    ),
+)
+def test_weights_that_are_not_numbers_are_named(
+    name: str, setting: str, bad: Path, here: Path, asked: Callable[[str], Any]
+) -> None:
+    """The tensor, how many, and no model out of them."""
+    at = safetensors.index(bad)["model.layers.1.mlp.up_proj.weight"]
+    with at.file.open("r+b") as file:
+        file.seek(at.offset)
+        file.write(struct.pack("<f", math.nan))
+    said = refused_with(asked(name), name, setting, bad)
+    assert re.search("up_proj.weight holds (1 values that are not numbers|NaN or infinity)", said)
+    assert not list(here.rglob("model/*.safetensors"))
 
 
 @pytest.fixture

@@ -7,14 +7,11 @@ dates and channels; those are longer because of tools and pictures.
 from __future__ import annotations
 
 import datetime
-from pathlib import Path
 from typing import Any
 
 import pytest
-from jinja2.exceptions import SecurityError
 
 from mis_mlx.data import chat_template, token_windows
-from mis_mlx.models.opening import tokenizer_check
 from mis_mlx.models.writing import mlx_generate
 from tests import tiny
 
@@ -279,11 +276,3 @@ def test_identity_is_the_templates_where_nothing_is_told(plain: Any) -> None:
         before = hashlib.sha256(template.encode()).hexdigest()
         same = family in ("chatml", "mistral")
         assert (chat_template.identity(tokenizer) == before) is same, family
-
-
-def test_a_branch_for_tools_is_tried(tmp_path: Path) -> None:
-    """In the child, which a template may not leave."""
-    escape = "{% if tools %}{{ ''.__class__.__mro__ }}{% endif %}"
-    (tmp_path / "chat_template.jinja").write_text(escape)
-    with pytest.raises(SecurityError):
-        tokenizer_check.attempt(str(tmp_path))

@@ -68,20 +68,16 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_a_large_text_is_prepared_within_its_budget(
     large: Path, llama: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is held is bounded by what is drawn, not by the file; the notes say what was left."""
-    tokenizer = load.tokenizer(llama.path)
+    """What is held is bounded by what is drawn, not by the file; the notes say what was left. Of
+    its rows those that are drawn are tokenized, each of them once.
+    """
+    counting = Counting(load.tokenizer(llama.path))
     with counted(monkeypatch) as peak:
-        data = preparation.prepare(str(large), tokenizer, 128)
+        data = preparation.prepare(str(large), counting, 128)
     assert peak.nbytes < HELD_BYTES
     assert len(data.train.tokens) * 128 < LARGE_BYTES / 4
     assert any("rows are drawn" in note for note in data.notes)
-
-
-def test_only_rows_that_are_drawn_are_tokenized(large: Path, llama: Checkpoint) -> None:
-    """Each of them once, and no other."""
     texts = preparation.load(str(large))
-    counting = Counting(load.tokenizer(llama.path))
-    preparation.prepare(str(large), counting, 128)
     own = Counter(row["text"] for row in [*texts.train, *texts.test])
     assert len(own) * ROW_BYTES < LARGE_BYTES / 4
     ours = {text: count for text, count in counting.texts.items() if text in own}

@@ -57,6 +57,13 @@ def chat(llama: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load.tokenizer(tiny.chatting(llama.path, folder))
 
 
+@pytest.fixture(scope="module")
+def built_in(chat: Any) -> tuple[preparation.Data, preparation.Data]:
+    """No --data, with conversations and without."""
+    without = preparation.Source(share=0.0)
+    return preparation.prepare(None, chat, 256), preparation.prepare(without, chat, 256)
+
+
 def answers_of(path: Path, count: int = 9) -> tuple[Path, list[dict[str, Any]]]:
     """A file of short conversations, and its rows."""
     rows = list[dict[str, Any]]()
@@ -118,19 +125,20 @@ def trained(rows: Sequence[Any]) -> list[Any]:
     return split_off(list(rows), [files.json_sha256(row) for row in rows])[0]
 
 
-def test_conversations_held_out_are_in_no_training_window(chat: Any, tmp_path: Path) -> None:
+def test_conversations_held_out_are_in_no_training_window(
+    chat: Any, built_in: tuple[preparation.Data, preparation.Data], tmp_path: Path
+) -> None:
     """A tenth of them, with their ids nowhere in the text that trains; none where none are wanted.
     Of a folder's own conversations those of its valid split.
     """
-    data = preparation.prepare(None, chat, 256)
-
+    data, without = built_in
     rows = preparation.read(preparation.ANSWERS).rows
     assert 0.05 * len(rows) < len(data.talks) < 0.15 * len(rows)
     flat = data.train.tokens.reshape(-1).tolist()
     trained_ids = " ".join(map(str, flat))
     for ids in token_windows.tokenize(data.talks, chat):
         assert " ".join(map(str, ids[-32:])) not in trained_ids
-    assert preparation.prepare(preparation.Source(share=0.0), chat, 256).talks == ()
+    assert without.talks == ()
 
     folder = tmp_path / "talks"
     folder.mkdir()
@@ -140,13 +148,13 @@ def test_conversations_held_out_are_in_no_training_window(chat: Any, tmp_path: P
     assert list(preparation.prepare(str(folder), chat, 32).talks) == list(own)
 
 
-def test_with_a_chat_template_much_is_conversations(chat: Any, tmp_path: Path) -> None:
+def test_with_a_chat_template_much_is_conversations(
+    chat: Any, built_in: tuple[preparation.Data, preparation.Data], tmp_path: Path
+) -> None:
     """The default teacher's answers, or another's in any share, each window from the beginning of
     one on; the kinds are cut as each alone is; and held-out text is what it was without.
     """
-    data = preparation.prepare(None, chat, 256)
-    without = preparation.prepare(preparation.Source(share=0.0), chat, 256)
-
+    data, without = built_in
     assert data.train.shares == pytest.approx(tuple(preparation.SHARES.values()))
     assert sum(data.train.shares) == pytest.approx(1.0)
     rows = trained(preparation.read(preparation.ANSWERS).rows)
@@ -170,14 +178,13 @@ def test_answers_stand_beside_a_folder(
     chat: Any, text_folder: Path, tmp_path: Path, share: float | None, wanted: float
 ) -> None:
     """The folder's windows as they are alone, then the answers, in the share asked for, or in the
-    usual one.
+    usual one. Without a file of answers nothing stands beside it, whatever share is asked for.
     """
     path, rows = answers_of(tmp_path / "answers.jsonl")
     alone = preparation.prepare(str(text_folder), chat, 64)
-
-    source = preparation.Source(str(text_folder), answers=path, share=share)
     talks = cut(trained(rows), chat, 64)
 
+    source = preparation.Source(str(text_folder), answers=path, share=share)
     data = preparation.prepare(source, chat, 64)
 
     assert data.train.shares == pytest.approx((1 - wanted, wanted))
@@ -188,39 +195,24 @@ def test_answers_stand_beside_a_folder(
     assert of_talks == pytest.approx(min(wanted, len(talks) / 12), abs=1 / 12)
     held_out = data.held_out["held-out"].tokens
     assert held_out.tolist() == alone.held_out["held-out"].tokens.tolist()
-
-
-def test_text_alone_stays_of_one_kind(
-    llama: Checkpoint, chat: Any, text_folder: Path, tmp_path: Path
-) -> None:
-    """Without a file of answers nothing stands beside a folder, whatever share is asked for; nor
-    does one where a tokenizer has no way to say who speaks.
-    """
-    alone = preparation.prepare(str(text_folder), chat, 64)
-    wanted = token_windows.fingerprint(alone.train)
-    for share in (None, 0.0, 0.4):
-        source = preparation.Source(str(text_folder), share=share)
-        assert token_windows.fingerprint(preparation.prepare(source, chat, 64).train) == wanted
-    path, _ = answers_of(tmp_path / "answers.jsonl")
-    source = preparation.Source(str(text_folder), answers=path, share=0.5)
-    tokenizer = load.tokenizer(llama.path)
-    assert preparation.prepare(source, tokenizer, 64).train.kind is None
-    assert not preparation.takes_conversations(tokenizer)
+    without = preparation.prepare(preparation.Source(str(text_folder), share=share), chat, 64)
+    assert token_windows.fingerprint(without.train) == token_windows.fingerprint(alone.train)
 
 
 def test_text_and_conversations_of_a_folder_are_two_kinds(
-    chat: Any, text_folder: Path, tmp_path: Path
+    llama: Checkpoint, chat: Any, text_folder: Path, tmp_path: Path
 ) -> None:
-    """In the shares that they have there, by windows; conversations begin windows of their own."""
+    """In the shares that they have there, by windows; conversations begin windows of their own.
+    Where a tokenizer has no way to say who speaks, there are none.
+    """
     folder = Path(shutil.copytree(text_folder, tmp_path / "text"))
-    _, rows = answers_of(tmp_path / "answers.jsonl", 30)
+    path, rows = answers_of(tmp_path / "answers.jsonl", 30)
     with (folder / "train.jsonl").open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
     data = preparation.prepare(str(folder), chat, 64)
 
-    alone = preparation.prepare(str(text_folder), chat, 64)
-    text = alone.train.tokens.tolist()
+    text = preparation.prepare(str(text_folder), chat, 64).train.tokens.tolist()
     talks = cut(rows, chat, 64)
     assert tokens_of(data.train, 0) == text
     assert tokens_of(data.train, 1) == talks
@@ -228,6 +220,10 @@ def test_text_and_conversations_of_a_folder_are_two_kinds(
     assert data.train.shares == pytest.approx((len(text) / count, len(talks) / count))
     assert preparation.has_conversations(str(folder))
     assert not preparation.has_conversations(str(text_folder))
+    source = preparation.Source(str(text_folder), answers=path, share=0.5)
+    tokenizer = load.tokenizer(llama.path)
+    assert preparation.prepare(source, tokenizer, 64).train.kind is None
+    assert not preparation.takes_conversations(tokenizer)
 
 
 def test_conversations_share_their_instruction_and_stay(tmp_path: Path, chat: Any) -> None:

@@ -129,37 +129,26 @@ def test_what_is_not_a_regular_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_rows_lose_the_keys_nothing_reads(tmp_path: Path) -> None:
-    """Every kind keeps its own keys; prompt and completion win over text, as in mlx-lm."""
+    """Every kind keeps its own keys; prompt and completion win over text, as in mlx-lm. Of
+    conversations with tools these are kept, the calls, and what came of them.
+    """
+    call = {"id": "a", "type": "function", "function": {"name": "get_time", "arguments": {}}}
+    asked = {"role": "user", "content": "What time is it?"}
+    answered = [
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "12:30", "tool_call_id": "a", "name": "get_time"},
+        {"role": "assistant", "content": "Half past twelve."},
+    ]
+    tools = [{"type": "function", "function": {"name": "get_time", "parameters": {}}}]
+    talk = {"messages": [{**asked, "name": "Ola"}, *answered], "tools": tools, "source": "nobody"}
     content = [
         {"text": "a", "url": "b"},
         {"prompt": "a", "completion": "b", "text": "c"},
-        {"messages": [{"role": "user", "content": "a", "name": "b"}], "id": 3},
+        talk,
     ]
     reading = rows.read(_file(tmp_path, "\n".join(map(json.dumps, content)).encode()))
     assert reading.rows == (
         {"text": "a"},
         {"prompt": "a", "completion": "b"},
-        {"messages": [{"role": "user", "content": "a"}]},
+        {"messages": [asked, *answered], "tools": tools},
     )
-
-
-def test_conversations_with_tools_are_kept_whole(tmp_path: Path) -> None:
-    """The tools, the calls, and what came of them; keys that nothing reads go."""
-    call = {"id": "a", "type": "function", "function": {"name": "get_time", "arguments": {}}}
-    row = {
-        "messages": [
-            {"role": "user", "content": "What time is it?", "name": "Ola"},
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-            {"role": "tool", "content": "12:30", "tool_call_id": "a", "name": "get_time"},
-            {"role": "assistant", "content": "Half past twelve."},
-        ],
-        "tools": [{"type": "function", "function": {"name": "get_time", "parameters": {}}}],
-        "source": "nobody",
-    }
-    reading = rows.read(_file(tmp_path, json.dumps(row).encode()))
-    (kept,) = reading.rows
-    assert not reading.problems
-    assert kept["tools"] == row["tools"]
-    assert kept["messages"][1:] == row["messages"][1:]
-    assert kept["messages"][0] == {"role": "user", "content": "What time is it?"}
-    assert "source" not in kept

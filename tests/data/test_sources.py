@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,54 +34,36 @@ def _texts(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [row["text"] for row in rows]
 
 
+STAY = {
+    "train": ("compound", "types"),
+    "valid": ("typesmapping", "raise"),
+    "test": ("formatstrings", "typesseq"),
+}
+
+
 def test_the_manual_is_split_by_name_for_ever() -> None:
     """These topics stay where they are: a name that moved would turn old test scores into training
-    scores.
+    scores. No document stands twice; about 80 / 5 / 15 % of the characters; chapters that contain
+    other topics whole ("compound" holds "with") are used once; the note names the Python.
     """
     from pydoc_data.topics import topics
 
     texts = load()
-    for name, split in {
-        "compound": texts.train,
-        "types": texts.train,
-        "typesmapping": texts.valid,
-        "raise": texts.valid,
-        "formatstrings": texts.test,
-        "typesseq": texts.test,
-    }.items():
-        assert topics[name] in _texts(split), name
+    splits = {name: _texts(getattr(texts, name)) for name in STAY}
+    for name, stay in STAY.items():
+        assert {topics[topic] for topic in stay} <= set(splits[name])
+    assert len(set().union(*splits.values())) == sum(map(len, splits.values()))
+    sizes = {name: sum(map(len, split)) for name, split in splits.items()}
+    total = sum(sizes.values())
+    for name, share, near in (("train", 0.8, 0.05), ("valid", 0.05, 0.02), ("test", 0.15, 0.05)):
+        assert sizes[name] / total == pytest.approx(share, abs=near)
 
+    def spans(split: str) -> set[str]:
+        flat = [" ".join(text.split()) for text in splits[split]]
+        return {text[at : at + 100] for text in flat for at in range(len(text) - 99)}
 
-def test_the_manual_s_splits_are_disjoint_and_sized() -> None:
-    """No document twice; about 80 / 5 / 15 % of the characters; the note names the Python it comes
-    from.
-    """
-    texts = load()
-    splits = [_texts(texts.train), _texts(texts.valid), _texts(texts.test)]
-    assert len(set().union(*splits)) == sum(map(len, splits))
-    sizes = [sum(map(len, split)) for split in splits]
-    shares = [size / sum(sizes) for size in sizes]
-    assert shares[0] == pytest.approx(0.8, abs=0.05)
-    assert shares[1] == pytest.approx(0.05, abs=0.02)
-    assert shares[2] == pytest.approx(0.15, abs=0.05)
+    assert len(spans("test") & spans("train")) < 0.01 * len(spans("test"))
     assert f"Python {sys.version_info.major}.{sys.version_info.minor}" in texts.notes[0]
-
-
-def test_the_manual_s_test_text_is_not_in_its_training_text() -> None:
-    """Chapters that contain other topics whole ("compound" holds "with") are used once: < 1 % is
-    shared.
-    """
-    texts = load()
-
-    def spans(rows: Sequence[dict[str, Any]]) -> set[str]:
-        found = set[str]()
-        for text in _texts(rows):
-            flat = " ".join(text.split())
-            found |= {flat[at : at + 100] for at in range(len(flat) - 99)}
-        return found
-
-    test = spans(texts.test)
-    assert len(test & spans(texts.train)) < 0.01 * len(test)
 
 
 @pytest.mark.parametrize(
@@ -101,20 +83,18 @@ def test_the_polish_text_is_the_same_for_ever(split: str, digest: str) -> None:
     assert hashlib.sha256("\0".join(_texts(rows)).encode()).hexdigest() == digest
 
 
-def test_a_folder_with_all_three_files(tmp_path: Path) -> None:
-    """Each file is its split, in order, and counts are noted."""
+def test_files_are_splits_and_missing_ones_are_filled_in(tmp_path: Path) -> None:
+    """Each file is its split, in order, and counts are noted. Without test.jsonl valid serves, and
+    a note says so. Without valid.jsonl nothing is taken from train, which is all there to learn
+    from.
+    """
     texts = load(_write(tmp_path, train=["a", "b"], valid=["c"], test=["d"]))
     splits = [_texts(texts.train), _texts(texts.valid), _texts(texts.test)]
     assert splits == [["a", "b"], ["c"], ["d"]]
     for note, name, count in zip(texts.notes, ("train", "valid", "test"), (2, 1, 1), strict=True):
         assert note.startswith(f"{name}.jsonl: {count} ")
-
-
-def test_missing_splits_are_filled_in(tmp_path: Path) -> None:
-    """Without test.jsonl valid serves, and a note says so. Without valid.jsonl nothing is taken
-    from train, which is all there to learn from.
-    """
-    texts = load(_write(tmp_path, train=["a", "b"], valid=["c"]))
+    (tmp_path / "test.jsonl").unlink()
+    texts = load(str(tmp_path))
     assert (texts.valid, texts.test) == ([], [{"text": "c"}])
     assert any("no test split" in note for note in texts.notes)
     (tmp_path / "valid.jsonl").unlink()
@@ -145,7 +125,7 @@ def test_conversations_that_choose_do_not_judge(tmp_path: Path, held_out: str) -
 
 def test_with_train_alone_a_tenth_is_held_out(tmp_path: Path) -> None:
     """Neither valid nor test: about 10 % by hash of content, the same whatever the order of the
-    lines.
+    lines. All copies of a text are on one side; of a single row nothing is held out.
     """
     names = [f"row {i}" for i in range(300)]
     texts = load(_write(tmp_path, train=names))
@@ -154,16 +134,9 @@ def test_with_train_alone_a_tenth_is_held_out(tmp_path: Path) -> None:
     assert any("no valid split" in note for note in texts.notes)
     turned = load(_write(tmp_path, train=names[::-1]))
     assert set(_texts(turned.test)) == set(_texts(texts.test))
-
-
-def test_two_different_rows_are_enough_to_hold_one_out(tmp_path: Path) -> None:
-    """All copies of a text are on one side; of a single row nothing is held out, and the note says
-    0 rows.
-    """
     texts = load(_write(tmp_path, train=["a", "a", "b", "b"]))
-    assert texts.train
-    assert texts.test
-    assert not set(_texts(texts.train)) & set(_texts(texts.test))
+    train, test = set(_texts(texts.train)), set(_texts(texts.test))
+    assert train and test and not train & test
     texts = load(_write(tmp_path, train=["a"]))
     assert (len(texts.train), len(texts.valid), len(texts.test)) == (1, 0, 0)
     assert any("0 rows of train are held out" in note for note in texts.notes)
@@ -188,33 +161,25 @@ def test_folders_that_are_refused(
         load(str(tmp_path / name))
 
 
-def _fake_hub(monkeypatch: pytest.MonkeyPatch, found: Any) -> None:
-    """Stands in for the hub, which tests do not reach."""
+def test_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splits of a hub set, "validation" included, pass the same judgement as lines, with row
+    numbers. Whatever the package raises, a set without a train split, and no package are sentences.
+    """
+    found = list[Any]()
 
     def load_dataset(name: str) -> Any:
-        if isinstance(found, Exception):
-            raise found
-        return found
+        if isinstance(found[-1], Exception):
+            raise found[-1]
+        return found[-1]
 
-    module = ModuleType("datasets")
-    module.load_dataset = load_dataset  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "datasets", module)
-
-
-def test_hub_rows_are_judged_like_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Splits of a hub set, "validation" included, pass the same judgement, with row numbers."""
-    _fake_hub(
-        monkeypatch, {"train": [{"text": "a"}, {"text": None}], "validation": [{"text": "b"}]}
-    )
+    stands_in = SimpleNamespace(load_dataset=load_dataset)
+    monkeypatch.setitem(sys.modules, "datasets", stands_in)
+    found.append({"train": [{"text": "a"}, {"text": None}], "validation": [{"text": "b"}]})
     texts = load("some-user/some-data")
     assert (_texts(texts.train), _texts(texts.test)) == (["a"], ["b"])
     assert any(note.startswith("some-user/some-data[train] row 2:") for note in texts.notes)
-
-
-def test_hub_failures_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the package raises, a set without a train split, and no package."""
-    for found, said in ((OSError("offline"), "'a/b' .*offline"), ({"dev": []}, "train")):
-        _fake_hub(monkeypatch, found)
+    for bad, said in ((OSError("offline"), "'a/b' .*offline"), ({"dev": []}, "train")):
+        found.append(bad)
         with pytest.raises(MisError, match=said):
             load("a/b")
     monkeypatch.setitem(sys.modules, "datasets", None)

@@ -155,6 +155,22 @@ def test_refusals(tokenizer: Any) -> None:
         overlap.without_overlap(known, known, span=2)
 
 
+def test_windows_by_pencil() -> None:
+    """Rows back to back: 4 + 3 tokens in windows of 3; the seventh token is dropped; learn looks
+    one token ahead. And rows 1 2 3 and 4 5 6 7 in windows of 4, of which 0 is the first token.
+    """
+    made = token_windows.windows([[1, 2, 3, 9], [4, 5, 9]], 3)
+    assert made.tokens.tolist() == [[1, 2, 3], [9, 4, 5]]
+    assert made.loss_mask.tolist() == [[1, 1, 0], [1, 1, 0]]
+    assert (made.tokens.dtype, made.loss_mask.dtype) == (np.int32, np.float32)
+    made = token_windows.windows([[1, 2, 3], [4, 5, 6, 7]], 4, [0])
+    assert made.tokens.tolist() == [[0, 1, 2, 3], [0, 4, 5, 6]]
+    assert made.loss_mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 0]]
+    text = token_windows.windows([list(range(1, 41))], 8, [0])
+    # a run that crosses a border of the windows
+    assert overlap.overlap(text, _windows([list(range(5, 13))]), 6).tolist() == [0]
+
+
 def test_aligned_windows_by_pencil() -> None:
     """Windows of four: 4 5 is cut and begins the next one; 6 to 10 is longer than a window and goes
     on in the next one; behind the last row the first ones follow.
@@ -309,20 +325,3 @@ def test_fingerprint_follows_tokens_and_shape() -> None:
         assert token_windows.fingerprint(windows) == pinned
     for rows in ([[1, 2], [3, 5]], [[1, 2, 3, 4]]):
         assert token_windows.fingerprint(_windows(rows)) != pinned
-
-
-def test_windows_are_rows_back_to_back() -> None:
-    """By hand: 4 + 3 tokens in windows of 3; the seventh token is dropped; learn looks one token
-    ahead. And rows 1 2 3 and 4 5 6 7 in windows of 4, of which 0 is the first token.
-    """
-    made = token_windows.windows([[1, 2, 3, 9], [4, 5, 9]], 3)
-    assert made.tokens.tolist() == [[1, 2, 3], [9, 4, 5]]
-    assert made.loss_mask.tolist() == [[1, 1, 0], [1, 1, 0]]
-    assert (made.tokens.dtype, made.loss_mask.dtype) == (np.int32, np.float32)
-    made = token_windows.windows([[1, 2, 3], [4, 5, 6, 7]], 4, [0])
-    assert made.tokens.tolist() == [[0, 1, 2, 3], [0, 4, 5, 6]]
-    assert made.loss_mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 0]]
-    text = token_windows.windows([list(range(1, 41))], 8, [0])
-    across = _windows([list(range(5, 13))])
-    # a run that crosses a border of the windows
-    assert overlap.overlap(text, across, 6).tolist() == [0]

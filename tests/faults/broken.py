@@ -13,15 +13,7 @@ from typing import Any
 from mis_mlx.storage.files import Files
 
 OPERATIONS = (
-    "mkdir",
-    "write",
-    "extend",
-    "add_line",
-    "scratch",
-    "put",
-    "fsync",
-    "rename",
-    "link",
+    *("mkdir", "write", "extend", "add_line", "scratch", "put", "fsync", "rename", "link"),
     "remove_tree",
 )
 KILLED = "killed"

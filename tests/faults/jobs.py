@@ -82,18 +82,11 @@ def made(root: Path) -> tuple[Path, Path]:
     (root / "lessons").mkdir()
     (root / "lessons" / "vowels.py").write_text(VOWELS)
     for split, chosen in (("train", names[:8]), ("valid", names[30:32])):
-        taught = [
-            json.dumps(
-                {
-                    "prompt": f"What is {name}?",
-                    "completion": topics[name][:80],
-                    "chosen": topics[name][:80],
-                    "rejected": f"Nobody knows {name}",
-                    "answer": "5",
-                }
-            )
-            for name in chosen
-        ]
+        taught = []
+        for name in chosen:
+            answers = {"completion": topics[name][:80], "chosen": topics[name][:80]}
+            more = {"rejected": f"Nobody knows {name}", "answer": "5"}
+            taught.append(json.dumps({"prompt": f"What is {name}?", **answers, **more}))
         (root / "lessons" / f"{split}.jsonl").write_text("\n".join(taught) + "\n")
     return tiny.make(root / "model", num_hidden_layers=2, intermediate_size=512), text
 
@@ -128,31 +121,14 @@ def jobs(model: Path, text: Path) -> dict[str, Job]:
     def exported(out: Path) -> None:
         export.run(export.Settings(model=str(model), out=str(out)))
 
-    asked: dict[str, Any] = {
-        "teacher": str(model),
-        **few,
-        "reconstruct_samples": 2,
-        "eval_windows": 1,
-        "ffn": 256,
-        "iters": 2,
-        "save_every": 1,
-        "q_iters": 1,
-        "learning_rate": 1e-2,
-        "keep_steps": True,
-    }
-    taught: dict[str, Any] = {
-        "model": str(model),
-        "data": str(text.parent / "lessons"),
-        "max_seq_length": 128,
-    }
+    asked: dict[str, Any] = {"teacher": str(model), **few, "reconstruct_samples": 2, "ffn": 256}
+    asked |= {"eval_windows": 1, "iters": 2, "save_every": 1, "q_iters": 1, "keep_steps": True}
+    asked["learning_rate"] = 1e-2
+    lessons = text.parent / "lessons"
+    taught: dict[str, Any] = {"model": str(model), "data": str(lessons), "max_seq_length": 128}
     taught |= {"iters": 3, "save_every": 2, "eval_rows": 2}
-    answered: dict[str, Any] = {
-        **taught,
-        "group_size": 4,
-        "grad_accumulation_steps": 2,
-        "max_completion_length": 8,
-        "reward_functions_file": str(text.parent / "lessons" / "vowels.py"),
-    }
+    answered = {**taught, "group_size": 4, "grad_accumulation_steps": 2}
+    answered |= {"max_completion_length": 8, "reward_functions_file": str(lessons / "vowels.py")}
 
     makers: dict[str, Callable[[Path], None]] = {
         "prune": pruned,
@@ -225,17 +201,9 @@ def _distilled(place: Path) -> Outcome:
 
 def _store(place: Path) -> None:
     """A logit store of three parts."""
-    spec = logit_store.Spec(
-        top=0,
-        count=4,
-        vocab=64,
-        windows=WINDOWS,
-        length=LENGTH,
-        teacher="teacher",
-        data="data",
-        seed=0,
-        part_windows=2,
-    )
+    shape: dict[str, Any] = {"count": 4, "vocab": 64, "windows": WINDOWS, "length": LENGTH}
+    origin: dict[str, Any] = {"teacher": "teacher", "data": "data", "seed": 0}
+    spec = logit_store.Spec(top=0, part_windows=2, **shape, **origin)
     store = logit_store.create(place / "targets", spec, Files())
     for window in store.missing():
         at = np.arange(LENGTH)

@@ -43,17 +43,12 @@ def refused(job: jobs.Job, place: Path) -> str:
     mostly_thorough(["prune", "quantize", "export", "distill", "sft", "logit store"], "export"),
 )
 def test_a_full_disk_is_waited_out(
-    name: str,
-    bench: Benches,
-    all_jobs: dict[str, jobs.Job],
-    small_disk: Callable[[int], Path],
-    note: Note,
+    name: str, bench: Benches, small_disk: Callable[[int], Path], note: Note
 ) -> None:
     """On ever larger disks, each full at another moment: a sentence each time; on one large enough,
     the same bytes.
     """
-    whole = bench(name).whole
-    job = all_jobs[name]
+    b = bench(name)
     place = small_disk(8) / "place"
     said = list[str]()
     place.mkdir()
@@ -61,7 +56,7 @@ def test_a_full_disk_is_waited_out(
         small_disk(kib)
         steps = protocol.newest(place / "run" / "steps")
         try:
-            job.run(place)
+            b.job.run(place)
             break
         except MisError as error:
             assert "\n" not in str(error)
@@ -70,36 +65,29 @@ def test_a_full_disk_is_waited_out(
         after = protocol.newest(place / "run" / "steps")
         assert steps is None or (after is not None and after.number >= steps.number)
     assert said
-    assert job.outcome(place) == whole
+    assert b.job.outcome(place) == b.whole
     ends = {"said so": len(said), "the same end": 1}
     sentence = said[-1].replace(str(place), "...")
-    note("A5 a real full disk, ever larger", name, ends, bad=0, said=sentence)
+    note("A5 a real full disk, ever larger", name, ends, said=sentence)
 
 
 @pytest.mark.parametrize("name", mostly_thorough(["quantize", "distill", "sft"], "quantize"))
-def test_a_write_that_stops_halfway(
-    name: str, bench: Benches, all_jobs: dict[str, jobs.Job], tmp_path: Path, note: Note
-) -> None:
+def test_a_write_that_stops_halfway(name: str, bench: Benches, tmp_path: Path, note: Note) -> None:
     """The kernel refuses in the middle of a file of weights: a sentence, no half file, and then the
     same bytes.
     """
-    whole = bench(name).whole
-    job = all_jobs[name]
+    b = bench(name)
     place = tmp_path / "place"
     place.mkdir()
     with files_up_to(60_000):
-        said = refused(job, place)
+        said = refused(b.job, place)
     assert "The disk does not accept files this large" in said
     assert not [p for p in place.rglob("*.safetensors") if ".tmp-" not in str(p)]
-    job.run(place)
-    assert job.outcome(place) == whole
-    note(
-        "A5 a write that stops halfway (RLIMIT_FSIZE)",
-        name,
-        {"said so": 1, "the same end": 1},
-        bad=0,
-        said=said.replace(str(tmp_path), "..."),
-    )
+    b.job.run(place)
+    assert b.job.outcome(place) == b.whole
+    ends = {"said so": 1, "the same end": 1}
+    sentence = said.replace(str(tmp_path), "...")
+    note("A5 a write that stops halfway (RLIMIT_FSIZE)", name, ends, said=sentence)
 
 
 @pytest.mark.parametrize("name", ["export", "distill"])
@@ -112,18 +100,15 @@ def test_a_disk_that_is_read_only(
     said = refused(all_jobs[name], place)
     assert "The disk is read-only" in said
     sentence = said.replace(str(place), "...")
-    note("A7 a read-only disk", name, {"said so": 1}, bad=0, said=sentence)
+    note("A7 a read-only disk", name, {"said so": 1}, said=sentence)
 
 
 @pytest.mark.parametrize("name", ["distill", "sft"])
-def test_a_disk_pulled_out(
-    name: str, bench: Benches, all_jobs: dict[str, jobs.Job], note: Note
-) -> None:
+def test_a_disk_pulled_out(name: str, bench: Benches, note: Note) -> None:
     """After a checkpoint the run folder is gone, as with a cable; put back, the run ends
     as it would have.
     """
     b = bench(name)
-    job = all_jobs[name]
     place = jobs.clean(b.place)
     away = b.room / "away"
 
@@ -132,18 +117,14 @@ def test_a_disk_pulled_out(
             place.rename(away)
 
     with jobs.acknowledged(pull), pytest.raises(MisError) as caught:
-        job.run(place)
+        b.job.run(place)
     assert "vanished" in str(caught.value)
     assert "\n" not in str(caught.value)
     jobs.clean(place).rmdir()
     away.rename(place)
-    job.run(place)
-    assert job.outcome(place) == b.whole
+    b.job.run(place)
+    assert b.job.outcome(place) == b.whole
     assert len(run_folder.metrics(place / "run")) >= 2
-    note(
-        "A7 a disk that is pulled out",
-        name,
-        {"said so": 1, "the same end": 1},
-        bad=0,
-        said=str(caught.value).replace(str(place), "..."),
-    )
+    ends = {"said so": 1, "the same end": 1}
+    sentence = str(caught.value).replace(str(place), "...")
+    note("A7 a disk that is pulled out", name, ends, said=sentence)

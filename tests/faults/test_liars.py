@@ -42,13 +42,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_liars_are_refused_or_read_rightly(model: Path, tmp_path: Path) -> None:
-    """The first 200 of the endless list."""
-    found, bad = liars.tried(model, tmp_path / "room", 0, 200)
+    """The first 100 of the endless list."""
+    found, bad = liars.tried(model, tmp_path / "room", 0, 100)
     assert not bad
-    assert found.total() == 200
+    assert found.total() == 100
     # a gate that refuses everything is found out too
-    assert found["refused"] > 100
-    assert found["read"] > 20
+    assert found["refused"] > 50
+    assert found["read"] > 10
 
 
 @pytest.mark.slow

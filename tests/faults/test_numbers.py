@@ -8,7 +8,6 @@ runs, real checkpoints.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -39,19 +38,9 @@ def settings(all_jobs: dict[str, jobs.Job], tmp_path: Path) -> Callable[[str], d
     and no 4-bit model.
     """
     model, text = all_jobs["distill"].made
-    brief: dict[str, Any] = {
-        "teacher": str(model),
-        "data": str(text),
-        "num_samples": 2,
-        "max_seq_length": 32,
-    }
-    brief |= {"reconstruct_samples": 0, "eval_windows": 1, "ffn": 256}
-    brief |= {
-        "iters": ITERS,
-        "save_every": EVERY,
-        "quantize": 0,
-        "learning_rate": 1e-2,
-    }
+    brief: dict[str, Any] = {"teacher": str(model), "data": str(text), "num_samples": 2}
+    brief |= {"max_seq_length": 32, "reconstruct_samples": 0, "eval_windows": 1, "ffn": 256}
+    brief |= {"iters": ITERS, "save_every": EVERY, "quantize": 0, "learning_rate": 1e-2}
     return lambda name: distill.Settings(out=str(tmp_path / name), **brief)
 
 
@@ -83,30 +72,37 @@ def all_numbers(folder: Path) -> bool:
     )
 
 
-def test_one_bad_batch_is_skipped(
-    settings: Callable[[str], distill.Settings], bad: set[int], note: Note
-) -> None:
-    """The steps before it are those of a run that never met it; it is noted; the model at the end
-    has numbers only.
+def went_back(s: distill.Settings, said: str, back: int, first: int, note: Note) -> None:
+    """Three bad batches from `first` on led back to step `back`: it is said, the run goes on at
+    half the rate, and the model has numbers only.
     """
-    s = settings("bad")
-    clean = settings("clean")
-    distill.run(clean)
-    bad.add(6)
-    distill.run(s)
-    assert notes(str(s.out)) == {6: "skipped: not a number"}
-    losses = [row["loss"] for row in run_folder.metrics(Path(str(s.out)))]
-    undisturbed = [row["loss"] for row in run_folder.metrics(Path(str(clean.out)))]
-    assert losses[:5] == undisturbed[:5]
-    assert len(losses) == ITERS
-    assert all_numbers(Path(str(s.out)) / "model")
-    note(
-        "B1 one batch that gives no number",
-        "distill",
-        {"skipped": 1},
-        bad=0,
-        said="step 6: skipped: not a number",
-    )
+    out = Path(str(s.out))
+    sentence = f"gave NaN or infinity: going back to step {back}, and on without them, at half the"
+    assert f"{first}, {first + 1}, {first + 2} {sentence} learning rate" in said
+    rates = {r["number"]: r["learning_rate"] for r in run_folder.metrics(out)}
+    assert rates[ITERS] == pytest.approx(s.rate(ITERS - 1) / 2)
+    assert all_numbers(out / "model")
+    ends = {f"back to step {back}": 1, "the end": 1}
+    note("B2 three in a row", f"distill, {s.train}", ends, said=f"batches ... {sentence} ...")
+
+
+def goes_on_alike(s: distill.Settings, whole: distill.Settings, number: int) -> None:
+    """Stopped when its checkpoint at step `number` is there, and resumed: the same bytes."""
+    save = protocol.save_step
+
+    def stop(folder: Path, n: int, *a: Any, **more: Any) -> Path:
+        path = save(folder, n, *a, **more)
+        if n == number:
+            raise KeyboardInterrupt
+        return path
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(protocol, "save_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            distill.run(s)
+    distill.run(distill.Settings(out=s.out, resume=True))
+    model, wanted = (jobs.contents(Path(str(each.out)) / "model") for each in (s, whole))
+    assert model == wanted
 
 
 def test_three_in_a_row_go_back_and_on_without_them(
@@ -115,32 +111,20 @@ def test_three_in_a_row_go_back_and_on_without_them(
     capsys: pytest.CaptureFixture[str],
     note: Note,
 ) -> None:
-    """Back to the checkpoint at step 4, on without batches 6 to 8 at half the rate; the resumed
-    twin has its bytes.
+    """One alone is skipped; then back to the checkpoint at step 4, on without batches 6 to 8.
+    Stopped after the way back, and before any, it ends with the same bytes.
     """
-    s = settings("bad")
-    bad |= {6, 7, 8}
+    s = settings("whole")
+    bad |= {2, 6, 7, 8}
     distill.run(s)
-    said = capsys.readouterr().err
-    assert (
-        "batches 6, 7, 8 gave NaN or infinity: going back to step 4, and on without them, at half "
-        "the "
-        "learning rate" in said
-    )
-    assert notes(str(s.out)) == dict.fromkeys((6, 7, 8), "skipped: not a number before")
+    noted = dict.fromkeys((6, 7, 8), "skipped: not a number before")
+    assert notes(str(s.out)) == {2: "skipped: not a number", **noted}
+    went_back(s, capsys.readouterr().err, 4, 6, note)
     rates = {r["number"]: r["learning_rate"] for r in run_folder.metrics(Path(str(s.out)))}
-    assert rates[5] == pytest.approx(s.rate(4) / 2)
     assert rates[4] == pytest.approx(s.rate(3))
-    assert all_numbers(Path(str(s.out)) / "model")
-    note(
-        "B2 three in a row",
-        "distill",
-        {"back to step 4": 1, "the end": 1},
-        bad=0,
-        said="batches 6, 7, 8 gave NaN or infinity: going back to step 4, and on without them, at "
-        "half the "
-        "learning rate",
-    )
+    assert rates[5] == pytest.approx(s.rate(4) / 2)
+    for number in (8, 4):
+        goes_on_alike(settings(f"cut at {number}"), s, number)
 
 
 @pytest.mark.parametrize(
@@ -168,63 +152,11 @@ def test_a_sharded_run_goes_back_too(
     s, cut = (replace(settings(name), train="sharded") for name in ("whole", "cut"))
     bad |= {first, first + 1, first + 2}
     distill.run(s)
-    sentence = (
-        f"gave NaN or infinity: going back to step {back}, and on without them, at half "
-        f"the "
-        f"learning rate"
-    )
-    assert sentence in capsys.readouterr().err
+    went_back(s, capsys.readouterr().err, back, first, note)
     noted = notes(str(s.out))
     assert set(noted) == bad
     assert noted[first + 2] == "skipped: not a number before"
-    rates = {r["number"]: r["learning_rate"] for r in run_folder.metrics(Path(str(s.out)))}
-    assert rates[ITERS] == pytest.approx(s.rate(ITERS - 1) / 2)
-    assert all_numbers(Path(str(s.out)) / "model")
-    _stopped_at(9, cut)
-    distill.run(distill.Settings(out=cut.out, resume=True))
-    assert jobs.contents(Path(str(s.out)) / "model") == jobs.contents(Path(str(cut.out)) / "model")
-    note(
-        "B2 three in a row",
-        "distill, sharded",
-        {f"back to step {back}": 1},
-        bad=0,
-        said=f"batches ... {sentence}",
-    )
-
-
-def _stopped_at(number: int, s: distill.Settings) -> None:
-    """A run until its checkpoint at step `number` is there."""
-    save = protocol.save_step
-
-    def stop(folder: Path, n: int, *a: Any, **more: Any) -> Path:
-        path = save(folder, n, *a, **more)
-        if n == number:
-            raise KeyboardInterrupt
-        return path
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(protocol, "save_step", stop)
-        with pytest.raises(KeyboardInterrupt):
-            distill.run(s)
-
-
-def test_what_is_left_out_stays_left_out_after_a_kill(
-    settings: Callable[[str], distill.Settings], bad: set[int]
-) -> None:
-    """Stopped after the way back, at step 8 and before any, and resumed: the same bytes as in one
-    go.
-    """
-    whole = settings("whole")
-    s = settings("cut")
-    bad |= {6, 7, 8}
-    distill.run(whole)
-    for number in (8, 4):
-        _stopped_at(number, s)
-        distill.run(distill.Settings(out=s.out, resume=True))
-        assert jobs.contents(Path(str(s.out)) / "model") == jobs.contents(
-            Path(str(whole.out)) / "model"
-        )
-        shutil.rmtree(str(s.out))
+    goes_on_alike(cut, s, 9)
 
 
 def test_again_three_in_a_row_stop_the_run(
@@ -246,8 +178,7 @@ def test_again_three_in_a_row_stop_the_run(
     assert all(mx.isfinite(a).all().item() for a in protocol.load_arrays(saved, "model").values())
     with pytest.raises(Diverged, match="10, 11 and 12"):
         distill.run(distill.Settings(out=s.out, resume=True))
-    sentence = str(caught.value)
-    note("B2 three in a row, twice", "distill", {"said so": 1}, bad=0, said=sentence)
+    note("B2 three in a row, twice", "distill", {"said so": 1}, said=str(caught.value))
 
 
 def test_a_tuning_run_goes_back_too(
@@ -271,26 +202,10 @@ def test_a_tuning_run_goes_back_too(
     monkeypatch.setattr(Rows, "micro_batches", poisoned)
     monkeypatch.setattr(Rows, "loss", bitter)
     out = tmp_path / "sft"
-    lessons = str(text.parent / "lessons")
-    sft.run(
-        sft.Settings(
-            model=str(model),
-            data=lessons,
-            max_seq_length=128,
-            iters=9,
-            save_every=3,
-            out=str(out),
-        )
-    )
+    asked: dict[str, Any] = {"model": str(model), "data": str(text.parent / "lessons")}
+    asked |= {"max_seq_length": 128, "iters": 9, "save_every": 3, "out": str(out)}
+    sft.run(sft.Settings(**asked))
     assert notes(str(out)) == dict.fromkeys((4, 5, 6), "skipped: not a number before")
     assert all_numbers(out / "model")
     assert len(run_folder.metrics(out)) == 9
-    note(
-        "B2 three in a row",
-        "sft",
-        {"back to step 3": 1, "the end": 1},
-        bad=0,
-        said="batches 4, 5, 6 gave NaN or infinity: going back to step 3, and on without them, at "
-        "half the "
-        "learning rate",
-    )
+    note("B2 three in a row", "sft", {"back to step 3": 1, "the end": 1})

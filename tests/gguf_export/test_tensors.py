@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, GGUFWriter, dequantize
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize, quants
 
 from mis_mlx.gguf_export import rerounding, tensors
 from mis_mlx.models.architectures.families import family
@@ -214,19 +214,10 @@ def test_a_familys_own_numbers(models: Callable[[str], Checkpoint]) -> None:
     assert gemma["rope.freq_base_swa"] == 1e3
     assert gemma["rope.freq_base"] == 1e4
     mistral = facts({**models("ministral3").config, "layer_types": None})
-    scaling = {
-        k.removeprefix("rope.scaling."): v
-        for k, v in mistral.items()
-        if k.startswith("rope.scaling.")
-    }
-    assert scaling == {
-        "type": "yarn",
-        "factor": 4.0,
-        "original_context_length": 8,
-        "yarn_beta_fast": 32.0,
-        "yarn_beta_slow": 1.0,
-        "yarn_log_multiplier": 1.0,
-    }
+    scaling = {key: mistral[key] for key in mistral if key.startswith("rope.scaling.")}
+    wanted = {"type": "yarn", "factor": 4.0, "original_context_length": 8}
+    wanted |= {"yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0, "yarn_log_multiplier": 1.0}
+    assert scaling == {f"rope.scaling.{key}": value for key, value in wanted.items()}
     assert mistral["attention.temperature_scale"] == 0.1
     assert not any("scal" in key or "slid" in key for key in facts(models("smollm3").config))
 
@@ -251,28 +242,17 @@ def test_llama_3s_frequencies_are_mlx_lms(models: Callable[[str], Checkpoint]) -
     """rope_freqs divides each frequency by what mlx-lm's own Llama3RoPE divides it by; 1 first, the
     factor last.
     """
-    scaling = {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-    }
-    scaling["original_max_position_embeddings"] = 512
+    scaling = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 512}
+    scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     llama = models("llama")
     changed = Checkpoint(
         llama.path, {**llama.config, "rope_scaling": scaling, "head_dim": 64}, llama.tensors
     )
     part = tensors.Part("rope_freqs.weight", "", (32,), "F32")
-    found = np.concatenate(list(tensors.rows(changed, part, rerounding.Rerounding()))).view(
-        np.float32
-    )
-    rope = load.mlx_lm("models.rope_utils").initialize_rope(
-        64,
-        base=10000.0,
-        traditional=False,
-        scaling_config=scaling,
-        max_position_embeddings=4096,
-    )
+    rows = list(tensors.rows(changed, part, rerounding.Rerounding()))
+    found = np.concatenate(rows).view(np.float32)
+    made = load.mlx_lm("models.rope_utils").initialize_rope
+    rope = made(64, 10000.0, False, scaling_config=scaling, max_position_embeddings=4096)
     plain = 10000.0 ** (np.arange(0, 64, 2) / 64)
     # theirs is computed in float32
     np.testing.assert_allclose(found, np.array(rope._freqs) / plain, rtol=1e-5)
@@ -340,3 +320,38 @@ def test_numbers_that_cannot_be_written(
     part = next(p for p in tensors.parts(source, wanted) if p.source == Q)
     with pytest.raises(MisError, match=f"{Q} h.*{why}"):
         tensors._converted(source, part, slab, Counter())
+
+
+VALUES = np.random.default_rng(0).standard_normal((5, 64), dtype=np.float32)
+PARTS = [
+    tensors.Part("a.weight", "", (5, 64), "Q8_0"),
+    tensors.Part("b.weight", "", (5, 64), "F16"),
+    tensors.Part("c.weight", "", (3,), "F32"),
+]
+
+
+def test_the_reader_finds_what_was_written(tmp_path: Path) -> None:
+    """Facts, shapes, types and bytes, every tensor where a multiple of 32 bytes begins; the size as
+    foretold.
+    """
+    writer = GGUFWriter(None, "llama")
+    writer.add_context_length(77)
+    arrays = {
+        "a.weight": quants.quantize(VALUES, GGMLQuantizationType.Q8_0),
+        "b.weight": VALUES.astype(np.float16).view(np.uint8),
+        "c.weight": VALUES[0, :3].copy().view(np.uint8),
+    }
+    slabs = [iter([arrays["a.weight"][i : i + 2] for i in (0, 2, 4)])]  # of 2, 2 and 1 rows
+    slabs += [iter([arrays[name]]) for name in ("b.weight", "c.weight")]
+    path = tmp_path / "x.gguf"
+    tensors.write(path, tensors.head(writer, PARTS), parts=PARTS, rows=slabs, files=DISK)
+    reader = GGUFReader(path)
+    assert reader.fields["llama.context_length"].contents() == 77
+    assert [
+        tensors.Part(t.name, "", tuple(reversed(t.shape.tolist())), t.tensor_type.name)
+        for t in reader.tensors
+    ] == PARTS
+    for tensor in reader.tensors:
+        assert tensor.data_offset % 32 == 0
+        assert tensor.data.tobytes() == arrays[tensor.name].tobytes()
+    assert path.stat().st_size == reader.data_offset + tensors.padded_bytes(PARTS)

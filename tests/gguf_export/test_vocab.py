@@ -20,10 +20,7 @@ from mis_mlx.models.opening.pre_tokenizers import KNOWN
 from mis_mlx.types import MisError
 from tests import tiny
 
-TEXT = (
-    "The with statement is used to wrap the execution of a block: for x in y, if not z while 3 "
-    "< 33."
-)
+TEXT = "The with statement wraps the execution of a block: for x in y, if not z while 3 < 33."
 PROBE_SHA256 = "a36179c1e2b1cfcfbfad1dc779addad2ffc778201e4cf0d538bddeafa2c526da"
 NORMAL = 1
 CONTROL = 3
@@ -105,13 +102,8 @@ def test_types_and_special_ids(bpe: Path) -> None:
     edit(bpe / "tokenizer.json", added_tokens=[*spec["added_tokens"], *more])
     edit(bpe / "tokenizer_config.json", pad_token="<|x|>", chat_template="{{ messages }}")
     f, _ = facts(bpe, 520)
-    assert [f["token_type"][i] for i in (0, 1, 512, 513, 514)] == [
-        CONTROL,
-        NORMAL,
-        CONTROL,
-        USER_DEFINED,
-        UNUSED,
-    ]
+    kinds = [f["token_type"][i] for i in (0, 1, 512, 513, 514)]
+    assert kinds == [CONTROL, NORMAL, CONTROL, USER_DEFINED, UNUSED]
     assert f["tokens"][512:516] == ["<|x|>", "mountain", "[PAD514]", "[PAD515]"]
     assert len(f["tokens"]) == 520
     assert (f["bos_token_id"], f["eos_token_id"], f["padding_token_id"]) == (0, 0, 512)
@@ -191,13 +183,8 @@ def test_merges_with_byte_fallback_become_scores(tmp_path: Path) -> None:
     assert f["model"] == "llama"
     assert f["pre"] == "default"
     assert notes == []
-    assert [f["token_type"][i] for i in (1, 299, 300, 556, 557)] == [
-        CONTROL,
-        NORMAL,
-        BYTE,
-        USER_DEFINED,
-        UNUSED,
-    ]
+    kinds = [f["token_type"][i] for i in (1, 299, 300, 556, 557)]
+    assert kinds == [CONTROL, NORMAL, BYTE, USER_DEFINED, UNUSED]
     assert f["tokens"][556] == " hello there"
     assert f["scores"][556:558] == [-1000.0, -10000.0]
     assert f["add_space_prefix"] is False

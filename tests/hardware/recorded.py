@@ -1,13 +1,15 @@
 """A clock that only waiting moves, and recordings of thermometers, read in its time.
 
 A recording is what `thermal record` writes: `plug_in` puts one in the place of this machine's
-thermometers.
+thermometers. tests/data/halny.jsonl is a simulation: the warm wind falls on an Air, 8 to 33 °C in
+150 s, then come six spells of hard work.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,25 @@ class VirtualClock(Clock):
         """Move on by `seconds`."""
         self._awake += max(seconds, 0.0)
         self.wall_s += max(seconds, 0.0)
+
+
+class LidClock(VirtualClock):
+    """A virtual clock of a machine whose lid can be closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._asleep = 0.0
+
+    def suspend(self, seconds: float) -> None:
+        """Close the lid for `seconds`: the wall clock goes on, `monotonic` does not."""
+        self._asleep += seconds
+        self.wall_s += seconds
+
+    def uptime(self) -> float:
+        return 1e6 + self._awake + self._asleep  # booted long ago
+
+    def asleep(self) -> float:
+        return self._asleep
 
 
 class Replay:
@@ -103,3 +124,8 @@ def _raw(record: dict[str, Any]) -> Raw:
 def plug_in(patch: pytest.MonkeyPatch, path: Path) -> None:
     """From now on a monitor reads the recording at `path` from its beginning."""
     patch.setattr(thermal_monitor, "Live", lambda *_: Replay(path))
+
+
+def smc_float(value: float) -> str:
+    """A `flt ` key as a recording holds it."""
+    return "flt :" + struct.pack("<f", value).hex()

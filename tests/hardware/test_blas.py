@@ -165,7 +165,9 @@ def test_threads_go_by_what_stays_busy(
 
 
 def test_program_becomes_the_command(bare: Bare) -> None:
-    """The same process, arguments to the letter, with BLAS and threads said in one line."""
+    """The same process, arguments to the letter, with BLAS and threads said in one line. -S: an
+    environment without the library, which the first line says; the command runs all the same.
+    """
     line = ("-X", "utf8", "-c", "import sys; print(sys.argv[1:])", "a b", "--x=*", "")
     done, (note,) = bare.run("-I", PROGRAM, sys.executable, *line)
     assert done.stdout == "['a b', '--x=*', '']\n"
@@ -175,6 +177,10 @@ def test_program_becomes_the_command(bare: Bare) -> None:
     assert int(note["threads"]) >= 1
     assert done.stderr.startswith(f"mis: OPENBLAS_NUM_THREADS={note['threads']} (")
     assert done.stderr.count("\n") == 1
+    done, (note,) = bare.run("-I", "-S", PROGRAM, sys.executable, "-c", "print(5)")
+    assert done.stdout == "5\n"
+    assert not note["fast"]
+    assert f"{sys.executable} -m pip install" in done.stderr.splitlines()[0]
 
 
 def test_what_is_set_already_stays(bare: Bare, library: Path, tmp_path: Path) -> None:
@@ -194,14 +200,6 @@ def test_what_is_set_already_stays(bare: Bare, library: Path, tmp_path: Path) ->
     assert not note["fast"]
     assert note["threads"] is None
     assert done.stderr == ""
-
-
-def test_without_a_library_a_command_runs_all_the_same(bare: Bare) -> None:
-    """-S: an environment without it. The first line says so."""
-    done, (note,) = bare.run("-I", "-S", PROGRAM, sys.executable, "-c", "print(5)")
-    assert done.stdout == "5\n"
-    assert not note["fast"]
-    assert f"{sys.executable} -m pip install" in done.stderr.splitlines()[0]
 
 
 @pytest.mark.parametrize(

@@ -1,25 +1,10 @@
-"""Time: what sleep is, and what it is not."""
+"""Time: what sleep is."""
 
 from __future__ import annotations
 
 import time
 
 from mis_mlx.hardware.clock import Clock
-from tests.hardware.plant import LidClock
-
-
-def test_a_closed_lid_is_seen():
-    """A virtual hour takes no time; asleep, only the wall clock goes on, and NTP or a user may set
-    that: no sleep.
-    """
-    clock = LidClock()
-    mark = clock.asleep()
-    clock.sleep(3600)
-    clock.sleep(-1)
-    clock.wall_s = 1e9
-    assert clock.slept(mark) == 0
-    clock.suspend(600)
-    assert (clock.slept(mark), clock.monotonic(), clock.wall()) == (600, 3600, 1e9 + 600)
 
 
 def test_a_mac_is_asked_for_clocks_that_nobody_slews(monkeypatch):

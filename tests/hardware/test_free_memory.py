@@ -41,33 +41,20 @@ Pageouts:                                      320741.
 Swapins:                                       470789.
 Swapouts:                                      929703.
 """
+COUNTS = ("free", "active", "inactive", "speculative", "wired")
+COUNTS += ("files", "anonymous", "stored", "compressor")
+
+
+def said(*counts: int) -> str:
+    """vm_stat's text, of pages in the order of COUNTS."""
+    return LINES.format(page=PAGE, **dict(zip(COUNTS, counts, strict=True)))
+
+
 # An Air of 8 GB: 524,288 pages, of which firmware keeps some 21,000 that stand in no line.
 # Nothing is open: most of it is free, or files that were read.
-IDLE = LINES.format(
-    page=PAGE,
-    free=141_210,
-    active=118_334,
-    inactive=121_907,
-    speculative=14_820,
-    wired=86_553,
-    files=148_215,
-    anonymous=106_846,
-    stored=31_400,
-    compressor=20_466,
-)
+IDLE = said(141_210, 118_334, 121_907, 14_820, 86_553, 148_215, 106_846, 31_400, 20_466)
 # A browser: half of what is in memory is a program's, and the compressor is at work.
-BROWSER = LINES.format(
-    page=PAGE,
-    free=4_440,
-    active=133_826,
-    inactive=129_166,
-    speculative=964,
-    wired=97_842,
-    files=92_263,
-    anonymous=171_693,
-    stored=281_653,
-    compressor=137_140,
-)
+BROWSER = said(4_440, 133_826, 129_166, 964, 97_842, 92_263, 171_693, 281_653, 137_140)
 
 
 def found(vm_stat: str, level: str, inactive: int = 2 * GIB) -> free_memory.FreeMemory:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -18,17 +19,17 @@ from mis_mlx.checks import kernels
 from mis_mlx.hardware import macos
 from mis_mlx.reporting import progress
 
-# A program that believes it is on a Mac imports the package, then says what the environment holds.
-# MLX must not have been imported by then: with it the device may be open.
+# A program that believes it is on a Mac imports the package, or first a part of it, then says what
+# the environment holds. MLX must not have been imported by then: with it the device may be open.
 ENTRY = """
 import os, sys
-sys.platform = "darwin"
-import mis_mlx
+sys.platform = "{platform}"
+os.sysconf = lambda name: 4096 if name == "SC_PAGE_SIZE" else {gib} * 2**18
+import {way}
 assert "mlx.core" not in sys.modules
 print(*(os.environ.get(name, "-") for name in sys.argv[1:]))
 """
-# The same for a program that Python's import system meets first as a part of the package.
-PART = ENTRY.replace("import mis_mlx\n", "import mis_mlx.hardware.clock\n")
+SET = (macos.WATCHDOG, macos.MEGABYTES, "MLX_MAX_OPS_PER_BUFFER", macos.NO_COMPILE)
 
 
 def program(folder: Path, name: str, lines: str) -> None:
@@ -53,55 +54,53 @@ def _mac(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
 
 
-def entered(code: str, *names: str, **environment: str) -> list[str]:
-    """The values of these variables after the program `code`, which began without them."""
-    kept = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in (macos.WATCHDOG, macos.NO_COMPILE, macos.DEVICE)
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code, *names],
-        env={**kept, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def entered(code: str, environment: dict[str, str]) -> list[str]:
+    """The values of SET after the program `code`, which began with these and no others."""
+    ours = (*SET, macos.DEVICE, macos.OURS)
+    kept = {name: value for name, value in os.environ.items() if name not in ours}
+    line = [sys.executable, "-c", code, *SET]
+    done = subprocess.run(line, env={**kept, **environment}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 
 
-@pytest.mark.parametrize("code", [ENTRY, PART])
-def test_the_watchdogs_variable_is_set_on_every_way_in(code: str) -> None:
-    """By importing the package or a part of it, before MLX; what the user has set stays; on Linux
-    nothing is set.
-    """
-    assert entered(code, macos.WATCHDOG) == ["1"]
-    assert entered(code, macos.WATCHDOG, **{macos.WATCHDOG: "0"}) == ["0"]
-    assert entered(code.replace("darwin", "linux"), macos.WATCHDOG) == ["-"]
+OWN = {macos.WATCHDOG: "0", macos.MEGABYTES: "50"}
+ON_CPU = {macos.DEVICE: "cpu"}
 
 
-@pytest.mark.parametrize(("gib", "want"), [(8, "3"), (16, "-")])
-def test_command_buffers_are_small_on_8_gb(gib: int, want: str) -> None:
-    """Metal holds the temporaries of ten of them; what the user has set stays. How many operations
-    one has is left to MLX.
+@pytest.mark.parametrize(
+    ("how", "xcode", "given", "want"),
+    [
+        ({"gib": 8}, 0, {}, "1 3 - -"),
+        ({"gib": 16, "way": "mis_mlx.hardware.clock"}, 2, {}, "1 - - -"),
+        ({"gib": 8}, 0, OWN, "0 50 - -"),
+        ({"gib": 8, "platform": "linux"}, 2, {}, "- - - -"),
+        ({"gib": 16}, 0, ON_CPU, "1 - - -"),
+        ({"gib": 16}, 2, ON_CPU, "1 - - 1"),
+        ({"gib": 16}, 2, {macos.DEVICE: "gpu"}, "1 - - -"),
+    ],
+)
+def test_what_is_set_on_every_way_in(
+    how: dict[str, Any], xcode: int, given: dict[str, str], want: str, bin: Path
+) -> None:
+    """Before MLX: the watchdog's variable; small command buffers on 8 GB, of which Metal holds the
+    temporaries of ten; no compiling for a run on the CPU without the command line tools, which
+    would open an installer's window. What the user has set stays; on Linux nothing is set.
     """
-    total = f"os.sysconf = lambda name: 4096 if name == 'SC_PAGE_SIZE' else {gib} * 2**18\n"
-    code = ENTRY.replace("import mis_mlx\n", f"{total}import mis_mlx\n")
-    assert entered(code, macos.MEGABYTES, "MLX_MAX_OPS_PER_BUFFER") == [want, "-"]
-    assert entered(code, macos.MEGABYTES, MLX_MAX_MB_PER_BUFFER="50") == ["50"]
+    program(bin, "xcode-select", f"[ $# = 1 ] && [ $1 = -p ] && exit {xcode}; exit 64")
+    code = ENTRY.format(**{"way": "mis_mlx", "platform": "darwin", **how})
+    assert entered(code, given) == want.split()
 
 
 def test_a_reader_does_not_take_what_its_starter_set_for_itself() -> None:
     """`generate` as a child of the page has MLX's own buffers; a user's setting reaches it."""
-    total = "os.sysconf = lambda name: 4096 if name == 'SC_PAGE_SIZE' else 8 * 2**18\n"
-    code = ENTRY.replace("import mis_mlx\n", f"{total}import mis_mlx\n")
-    child = code.replace(
-        "import mis_mlx\n", "sys.orig_argv = ['x', '-m', 'mis_mlx.generate']\nimport mis_mlx\n"
-    )
+    code = ENTRY.format(way="mis_mlx", platform="darwin", gib=8)
+    child = "import sys\nsys.orig_argv = ['x', '-m', 'mis_mlx.generate']\n" + code
     start = f"import subprocess\nsubprocess.run([sys.executable, '-c', {child!r}, *sys.argv[1:]])\n"
-    assert entered(code + start, macos.MEGABYTES) == ["3", "-"]
-    assert entered(code + start, macos.MEGABYTES, MLX_MAX_MB_PER_BUFFER="3") == ["3", "3"]
+    found = entered(code + start, {})
+    assert (found[1], found[5]) == ("3", "-")
+    found = entered(code + start, {macos.MEGABYTES: "3"})
+    assert (found[1], found[5]) == ("3", "3")
 
 
 @pytest.mark.parametrize(
@@ -119,17 +118,6 @@ def test_a_reader_does_not_take_what_its_starter_set_for_itself() -> None:
 def test_readers_of_a_model_keep_mlx_s_own(line: str, want: bool) -> None:
     """`bench` and `generate` decode with small arrays, and each buffer costs them time."""
     assert macos.reads_only(line.split()) == want
-
-
-@pytest.mark.parametrize(
-    ("code", "device", "want"), [(0, "cpu", "-"), (2, "cpu", "1"), (2, "gpu", "-")]
-)
-def test_no_installer_window_for_a_run_on_the_cpu(
-    code: int, device: str, want: str, bin: Path
-) -> None:
-    """MIS_MLX_DEVICE=cpu without the command line tools: MLX compiles nothing."""
-    program(bin, "xcode-select", f"[ $# = 1 ] && [ $1 = -p ] && exit {code}; exit 64")
-    assert entered(ENTRY, macos.NO_COMPILE, **{macos.DEVICE: device}) == [want]
 
 
 @pytest.mark.parametrize("installed", [True, False])

@@ -4,7 +4,9 @@ pencil.
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,6 +72,8 @@ def test_all_rates_and_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert found.hot == 1.0
     assert found.forward_flops_per_s == found.training_flops_per_s == pytest.approx(1e9)
     assert found.memory_bytes_per_s > 1e8
+    assert 0 < rates.wait_seconds(10) < 1
+    assert 0 < rates.launch_seconds(10) < 1
     path = tmp_path / "rates.json"
     assert rates.load(path) is None
     path.write_text(rates.to_json(found))
@@ -122,10 +126,11 @@ def test_the_longer_of_two() -> None:
     assert at.seconds(1e9, 5e9) == pytest.approx(0.1)
 
 
-def test_waits_are_measured_and_rates_kept(tmp_path: Path) -> None:
-    """Of tiny evaluations and operations; what was kept is read again."""
-    assert 0 < rates.wait_seconds(10) < 1
-    assert 0 < rates.launch_seconds(10) < 1
-    known = rates._rates(1e9, 1e9, 1e9, "here")
-    (tmp_path / "rates.json").write_text(rates.to_json(known))
-    assert rates.load(tmp_path / "rates.json") == known
+def test_about_names_no_machine() -> None:
+    """Chip, memory, system and versions; no host name."""
+    said = rates.about()
+    assert said["memory_gib"] > 0
+    assert said["mlx"]
+    assert said["chip"]
+    assert platform.node() not in json.dumps(said)
+    assert 1 <= said["cores_used"] <= said["cores"]

@@ -15,7 +15,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx import evaluate
 from mis_mlx.compute import precision
 from mis_mlx.data import token_windows
 from mis_mlx.hardware import memory
@@ -131,8 +130,11 @@ def test_bits_are_the_plain_formula(
     kind: str,
     policy: str,
 ) -> None:
-    """log-softmax at the answer's tokens and its end, of the model's own ids; bytes of its text."""
+    """log-softmax at the answer's tokens and its end, of the model's own ids, whichever part of the
+    head they are in; bytes of its text.
+    """
     monkeypatch.setenv(precision.POLICY, policy)
+    monkeypatch.setattr(stream, "HEAD_PART", 100 * 64)
     if kind == "fewer tokens":
         made = tiny.make(tmp_path / "small", vocab_size=300)
         tiny.write_tokenizer(made, 300)
@@ -185,32 +187,12 @@ def test_an_answer_that_was_cut_off_has_no_end(chat: Checkpoint) -> None:
     assert found.nbytes.tolist() == [5, 5, 0, 0]
     nothing = AnswerBits(found.nats[2:], found.nbytes[2:])
     assert answer_figures.rows_of("m", nothing) == []
-
-
-@pytest.mark.parametrize("policy", ["cpu", "metal"])
-def test_the_head_in_parts_is_the_head(
-    policy: str, chat: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Targets in the first part, in the last one, and between, on a device and with numpy; of a
-    text that has none, nothing.
-    """
-    texts = [[5, 0, 511, 256, 99, 100], [4, 8], [7, 3]]
-    monkeypatch.setattr(precision, "numpy_is_quicker", lambda: policy == "cpu")
-    monkeypatch.setattr(stream, "HEAD_PART", 100 * 64)
-    first, none, last = score.of_last_tokens(stream.Stream(chat), texts, [5, 0, 1])
-    np.testing.assert_allclose(
-        first, plain_log_probabilities(chat, texts[0], 5), atol=near(1e-5, 1e-2)
-    )
-    np.testing.assert_allclose(
-        last, plain_log_probabilities(chat, texts[2], 1), atol=near(1e-5, 1e-2)
-    )
-    assert len(none) == 0
     assert len(answers.log_probabilities(chat, [], [])) == 0
 
 
-def test_greedy_answers_are_mlx_lms(chat: Checkpoint) -> None:
+def test_greedy_answers_are_mlx_lms(chat: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the model writes one token at a time, through the template; prompts of several turns,
-    too.
+    too. A stop token is no part of the text.
     """
     model, tokenizer = mlx_generate.open_model(compute_type.open_to_compute(chat.path))
 
@@ -221,13 +203,7 @@ def test_greedy_answers_are_mlx_lms(chat: Checkpoint) -> None:
         wanted = list(mlx_generate.greedy(model, ids, answers.GREEDY_TOKENS))
         assert answer == Answer(tokenizer.decode(wanted).rstrip("\ufffd"), ended=False)
     assert answers.greedy(chat, [], memory.budget(None)) == []
-
-
-def test_a_stop_token_ends_an_answer(chat: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is no part of the text."""
-    tokenizer = load.tokenizer(chat.path)
-    end = tokenizer.eos_token_id
-    written = [[*tokenizer.encode("If so"), end], tokenizer.encode("If so")]
+    written = [[*tokenizer.encode("If so"), tokenizer.eos_token_id], tokenizer.encode("If so")]
     ends = [Completion(number, ids) for number, ids in enumerate(written)]
     monkeypatch.setattr(text_writer.TextWriter, "completions", lambda *_, **__: iter(ends[::-1]))
     said = answers.greedy(chat, THREE[:2], memory.budget(None))
@@ -237,8 +213,9 @@ def test_a_stop_token_ends_an_answer(chat: Checkpoint, monkeypatch: pytest.Monke
 @pytest.mark.thorough
 @pytest.mark.usefixtures("cpu_policy")  # its budget is for float32
 def test_a_streamed_model_answers_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Greedily, and with each prompt's own random numbers, after prompts of several lengths. A
-    teacher on disk is read once for a token of all answers of both kinds, then once to read them.
+    """Greedily, and with each prompt's own random numbers, after prompts of several lengths, within
+    the budget. A teacher on disk is read once for a token of all answers of both kinds, then once
+    to read them.
     """
     kinds = list[int | None]()
     opened = write.WritingPlan.open
@@ -261,7 +238,10 @@ def test_a_streamed_model_answers_the_same(tmp_path: Path, monkeypatch: pytest.M
     little = Budget(20 * MIB)
     much = Budget(2000 * MIB)
 
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
     streamed = answers.greedy(chat, THREE, little)
+    assert mx.get_peak_memory() - before < 20 * MIB - memory.process_bytes(20 * MIB)
     whole = answers.greedy(chat, THREE, much)
     passes.clear()
     streamed_teacher = answers.teacher_answers(chat, THREE, little)
@@ -273,20 +253,6 @@ def test_a_streamed_model_answers_the_same(tmp_path: Path, monkeypatch: pytest.M
     assert streamed == whole
     assert streamed_teacher == whole_teacher
     assert whole_teacher.sampled != whole_teacher.greedy
-
-
-def test_answers_do_not_depend_on_the_batch(
-    chat: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One prompt at a time, in another order: the same sampled answers."""
-    together = answers.teacher_answers(chat, THREE, memory.budget(None))
-    shutil.rmtree(answers._kept_path(chat).parent)
-    monkeypatch.setattr(answers, "PAIRS_AT_ONCE", (1,))
-
-    apart = answers.teacher_answers(chat, THREE[::-1], memory.budget(None))
-
-    assert apart.sampled[::-1] == together.sampled
-    assert len({answer.text for answer in apart.sampled}) == 3
 
 
 def asked_again(monkeypatch: pytest.MonkeyPatch) -> list[list[Prompt]]:
@@ -302,26 +268,56 @@ def asked_again(monkeypatch: pytest.MonkeyPatch) -> list[list[Prompt]]:
     return seen
 
 
-def test_a_stopped_run_goes_on(chat: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed in the middle of a line: only what is missing is written, and it is the same."""
-    limit = memory.budget(None)
-    whole = answers.teacher_answers(chat, THREE, limit)
-    path = answers._kept_path(chat)
+def torn(path: Path, records: int) -> str:
+    """Leave the first record of a file and half of the second, as a kill does; the first one."""
     lines = path.read_text("utf-8").splitlines(keepends=True)
-    # before anything was measured
+    assert len(lines) == records
     path.write_text(lines[0] + lines[1][: len(lines[1]) // 2], "utf-8")
+    return lines[0]
+
+
+def test_a_stopped_run_goes_on(
+    chat: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the middle of a line, while the teacher writes and while a student does: only what
+    is missing is asked, and the answers and figures are the same.
+    """
+    limit = memory.budget(None)
+    models = {"teacher": chat, "student": stranger(tmp_path / "student")}
+    whole = answers.judged(models, THREE, limit)
+    path = answers._kept_path(chat)
+    kept = answers._kept_of_student(models["student"], None)
     seen = asked_again(monkeypatch)
+    missing = list[int]()
+    real = answers.greedy
 
-    again = answers.teacher_answers(chat, THREE, limit)
-    third = answers.teacher_answers(chat, [*THREE, THREE[0]], limit)
+    def watched(model: Checkpoint, left: list[Prompt], *rest: Any, **more: Any) -> list[Answer]:
+        missing.append(len(left))
+        return real(model, left, *rest, **more)
 
-    assert len(lines) == 6
-    assert again == whole
-    left = [prompt for prompt in THREE if prompt.sha256 not in lines[0]]
+    monkeypatch.setattr(answers, "greedy", watched)
+    first = torn(path, 6)  # before anything was measured
+    for each in (kept.answers_path, kept.costs_path):
+        torn(each, 3)
+
+    again = answers.judged(models, THREE, limit)
+    third = answers.judged(models, [*THREE, THREE[0]], limit)
+
+    assert whole is not None
+    assert again is not None
+    assert third is not None
+    left = [prompt for prompt in THREE if prompt.sha256 not in first]
     assert len(left) == 2
     assert seen == [left]
+    assert missing == [2, 0]
     assert set(read_pairs(path)) == {prompt.sha256 for prompt in THREE}
-    assert third.sampled == [*whole.sampled, whole.sampled[0]]
+    assert again.answers == whole.answers
+    assert again.greedy == whole.greedy
+    assert third.answers.sampled == [*whole.answers.sampled, whole.answers.sampled[0]]
+    for one, two in zip(whole.rows, again.rows, strict=True):
+        assert one.value == pytest.approx(two.value, abs=1e-3)
+    assert answers.plan(models, THREE, limit) is None
+    assert answers.plan(models, [*THREE, LATER], limit) is not None
 
 
 def test_shipped_answers_are_used_for_their_own_teacher(
@@ -538,7 +534,7 @@ def test_evaluate_end_to_end(
     tmp_path: Path, chat: Checkpoint, command: Callable[..., Done]
 ) -> None:
     """Answers come first, beside another task; a copy costs nothing above its teacher; asked once
-    only.
+    only. Of few prompts there is one table for both languages.
     """
     copy = shutil.copytree(chat.path, tmp_path / "copy")
     other = stranger(tmp_path / "other").path.rename(tmp_path / "student")
@@ -548,6 +544,8 @@ def test_evaluate_end_to_end(
     planned = command("evaluate", *flags[:-2], "--dry-run")
     done = command("evaluate", *flags)
     again = command("evaluate", *flags)
+    few = ("--tasks", "answers", "--num-questions", 4)
+    alone = command("evaluate", "--teacher", chat.path, *few)
 
     assert done.returncode == 0, done.stderr
     assert last_line(planned)["questions"] == {"logic": PROMPTS, "answers": PROMPTS}
@@ -567,68 +565,5 @@ def test_evaluate_end_to_end(
     assert {row["model"] for row in rows} == {"teacher", "copy", "student"}
     assert last_line(again)["answers"]["all"] == pytest.approx(found["all"], abs=1e-3)
     assert "4 of 4" in again.stderr and "4 of 4" not in done.stderr
-
-
-def test_the_teacher_alone(chat: Checkpoint, command: Callable[..., Done]) -> None:
-    """Few prompts: one table for both languages."""
-    done = command("evaluate", "--teacher", chat.path, "--tasks", "answers", "--num-questions", 4)
-
-    assert done.returncode == 0, done.stderr
-    assert "Answers in all languages to 4 held-out prompts" in done.stdout
-    assert set(last_line(done)["answers"]) == {"prompts", "all"}
-
-
-@pytest.mark.thorough
-@pytest.mark.usefixtures("cpu_policy")  # its budget is for float32
-def test_memory_stays_under_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models that do not fit are streamed, and say the same."""
-    monkeypatch.setattr(answers, "prompts", lambda _: THREE)
-    deep = tiny.chatting(tiny.make(tmp_path / "deep", num_hidden_layers=24), tmp_path / "teacher")
-    made = tiny.make(tmp_path / "small", num_hidden_layers=20, seed=1)
-    small = tiny.chatting(made, tmp_path / "student")
-    settings = evaluate.Settings(str(deep), (str(small),), tasks=("answers",), budget="24MiB")
-    before_bytes = mx.get_active_memory()
-    mx.reset_peak_memory()
-
-    found = evaluate.run(settings)["answers"]
-
-    assert mx.get_peak_memory() - before_bytes < 24 * MIB - memory.process_bytes(24 * MIB)
-    assert found["prompts"] == 3
-
-
-def test_a_stopped_student_goes_on(
-    chat: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed in the middle of a line: only what is missing is asked, and the figures are the
-    same.
-    """
-    student = stranger(tmp_path / "student")
-    models = {"teacher": chat, "student": student}
-    limit = memory.budget(None)
-    whole = answers.judged(models, THREE, limit)
-    kept = answers._kept_of_student(student, None)
-    for path in (kept.answers_path, kept.costs_path):
-        lines = path.read_text("utf-8").splitlines(keepends=True)
-        assert len(lines) == 3
-        path.write_text(lines[0] + lines[1][: len(lines[1]) // 2], "utf-8")
-    missing = list[int]()
-    real = answers.greedy
-
-    def watched(model: Checkpoint, left: list[Prompt], *rest: Any, **more: Any) -> list[Answer]:
-        missing.append(len(left))
-        return real(model, left, *rest, **more)
-
-    monkeypatch.setattr(answers, "greedy", watched)
-
-    again = answers.judged(models, THREE, limit)
-    third = answers.judged(models, THREE, limit)
-
-    assert whole is not None
-    assert again is not None
-    assert third is not None
-    assert missing == [2, 0]
-    assert again.greedy == third.greedy == whole.greedy
-    for one, two in zip(whole.rows, third.rows, strict=True):
-        assert one.value == pytest.approx(two.value, abs=1e-3)
-    assert answers.plan(models, THREE, limit) is None
-    assert answers.plan(models, [*THREE, LATER], limit) is not None
+    assert "Answers in all languages to 4 held-out prompts" in alone.stdout
+    assert set(last_line(alone)["answers"]) == {"prompts", "all"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -37,10 +36,29 @@ def log_p(checkpoint: Checkpoint, tokens: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.usefixtures("cpu_policy")
-def test_against_float64(tmp_path: Path, llama: Checkpoint, held_out: Windows) -> None:
-    """Per window, masked positions left out: nll, KL(teacher || student), same top token (1e-5)."""
+def test_against_float64(
+    tmp_path: Path, llama: Checkpoint, held_out: Windows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Per window, masked positions left out: nll, KL(teacher || student), same top token (1e-5).
+    Never more positions at a time than a chunk has, nor tokens than a part of the head.
+    """
+    seen = list[tuple[int, ...]]()
+    logits = load.wide_logits
+
+    def watched(head: nn.Module, hidden: mx.array) -> mx.array:
+        made = logits(head, hidden)
+        seen.append(made.shape)
+        return made
+
+    monkeypatch.setattr(comparison.load, "wide_logits", watched)
+    monkeypatch.setattr(comparison, "CHUNK", 8)
+    monkeypatch.setattr(stream, "HEAD_PART", 100 * 64)
+    monkeypatch.setattr(comparison, "GROUP", held_out.tokens.shape[1])
     other = load.open_checkpoint(tiny.make(tmp_path / "other", seed=1))
     found = comparison.compare({"teacher": llama, "student": other}, held_out)
+    assert {tokens for _, tokens in seen} == {100, 12}
+    assert max(count for count, _ in seen) == 8
+    assert sum(count for count, _ in seen) == 2 * 6 * held_out.loss_mask.sum()
 
     for w in range(5):
         teacher = log_p(llama, held_out.tokens[w])
@@ -100,35 +118,3 @@ def test_windows_are_chosen_evenly(held_out: Windows) -> None:
     for count, kept in ((1, [0]), (2, [0, 4]), (3, [0, 2, 4]), (99, list(range(5)))):
         found = comparison.spread_windows(held_out, count)
         assert (found.tokens == held_out.tokens[kept]).all()
-
-
-def test_logits_come_in_chunks(
-    monkeypatch: pytest.MonkeyPatch, llama: Checkpoint, held_out: Windows
-) -> None:
-    """Never more positions at a time than a chunk has, nor tokens than a part of the head; the
-    figures do not depend on it (1e-5), nor on how many windows a part of the head serves.
-    """
-    models = {"base": llama, "m": replace(llama)}
-    whole = comparison.compare(models, held_out)
-    seen = []
-    logits = load.wide_logits
-
-    def watched(head: nn.Module, hidden: mx.array) -> mx.array:
-        made = logits(head, hidden)
-        seen.append(made.shape)
-        return made
-
-    monkeypatch.setattr(comparison.load, "wide_logits", watched)
-    monkeypatch.setattr(comparison, "CHUNK", 8)
-    monkeypatch.setattr(stream, "HEAD_PART", 100 * 64)
-    monkeypatch.setattr(comparison, "GROUP", held_out.tokens.shape[1])
-
-    small = comparison.compare(models, held_out)
-
-    positions = [count for count, _ in seen]
-    assert {tokens for _, tokens in seen} == {100, 12}
-    assert max(positions) == 8
-    assert sum(positions) == 2 * 6 * held_out.loss_mask.sum()
-    np.testing.assert_allclose(small["m", "nll"], whole["m", "nll"], rtol=1e-5)
-    assert not small["m", "kl"].any()
-    assert (small["m", "top1"] == 1).all()

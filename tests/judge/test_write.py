@@ -13,7 +13,7 @@ import pytest
 from mis_mlx.judge.write import WritingPlan
 from mis_mlx.models.architectures import block_state
 from mis_mlx.models.opening import load
-from mis_mlx.models.opening.model_size import ModelSize, model_of
+from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import pass_cost
 from mis_mlx.models.passing.stream import Stream
 from mis_mlx.models.writing import streamed_batch
@@ -34,24 +34,40 @@ QUICK = [("llama", 20), ("lfm2", 20)]
 MORE = [("llama", 3), ("lfm2", 3), *((kind, 20) for kind in KINDS if kind != "gpt_oss")]
 
 
-def streamed_plan(m: ModelSize, at_once: int, room_bytes: int = 0) -> WritingPlan:
-    """Of a streamed model, with so many bytes more than it needs."""
+def written(
+    checkpoint: Checkpoint,
+    at_once: int,
+    answer: int = ANSWER,
+    room_bytes: int = 0,
+    endless: bool = False,
+) -> tuple[WritingPlan, int, int, int]:
+    """(plan of a streamed model with so many bytes more than it needs; the peak and the bytes read
+    of its writer; tokens). Texts of all lengths, which end at different tokens, beside each other
+    and behind.
+    """
+    m = model_of(checkpoint)
     texts = Texts(COUNT, LONGEST, ANSWER)
     need = streamed_batch.writing_cost(m, texts, at_once).peak_bytes
-    return WritingPlan(
+    plan = WritingPlan(
         at_once=at_once,
         peak_bytes=need + room_bytes,
         cost=streamed_batch.writing_cost(m, texts, at_once, room_bytes),
         headroom_bytes=room_bytes,
         tokens=texts.tokens,
     )
-
-
-def prompts() -> list[list[int]]:
-    """Of every length up to the longest."""
     rng = np.random.default_rng(0)
     lengths = np.linspace(1, LONGEST, COUNT).astype(int)
-    return [rng.integers(1, 500, length).tolist() for length in lengths]
+    prompts = [rng.integers(1, 500, length).tolist() for length in lengths]
+    ends = () if endless else (5, 6, 7, 8, 9)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    writer = plan.open(checkpoint)
+    found = writer.write(prompts, answer, ends, Draws(Sampling(1.0, 0.95), range(COUNT)))
+    peak = mx.get_peak_memory() - before
+    assert isinstance(writer._model, Stream)
+    tokens = sum(map(len, found)) + sum(map(len, prompts))
+    return plan, peak, writer._model.reader.nbytes, tokens
 
 
 @pytest.mark.usefixtures("cpu_policy")
@@ -62,26 +78,12 @@ def prompts() -> list[list[int]]:
 def test_a_streamed_writer_takes_what_the_plan_says(
     models: Models, kind: str, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Texts of all lengths, which end at different tokens, beside each other and behind. The stream
-    itself reads no more bytes than planned.
-    """
+    """No more memory, and the stream itself reads no more bytes."""
     monkeypatch.setattr(pass_cost, "SMALL_BYTES", 0)
     monkeypatch.setattr(streamed_batch, "SMALL_BYTES", 0)
-    checkpoint = models(kind)
-    plan = streamed_plan(model_of(checkpoint), at_once)
-    mx.clear_cache()
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()
-
-    writer = plan.open(checkpoint)
-    draws = Draws(Sampling(1.0, 0.95), range(COUNT))
-    found = writer.write(prompts(), ANSWER, {5, 6, 7, 8, 9}, draws)
-
-    assert mx.get_peak_memory() - before <= plan.cost.peak_bytes
-    stream = writer._model
-    assert isinstance(stream, Stream)
-    rows = sum(map(len, found)) + sum(map(len, prompts()))
-    assert stream.reader.nbytes <= plan.cost.read_bytes + rows * 64 * 1024
+    plan, peak, read, tokens = written(models(kind), at_once)
+    assert peak <= plan.cost.peak_bytes
+    assert read <= plan.cost.read_bytes + tokens * 64 * 1024
 
 
 @pytest.mark.usefixtures("cpu_policy")
@@ -97,14 +99,8 @@ def test_a_wide_model_and_many_tokens_are_planned_closely(
     tmp_path: Path, shape: dict[str, int], at_once: int
 ) -> None:
     """Where weights, or logits, are most of it: no more than planned, and not much less."""
-    checkpoint = load.open_checkpoint(tiny.make(tmp_path / "one", num_hidden_layers=3, **shape))
-    plan = streamed_plan(model_of(checkpoint), at_once)
-    mx.clear_cache()
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()
-    writer = plan.open(checkpoint)
-    writer.write(prompts(), 3, (), Draws(Sampling(1.0, 0.95), range(COUNT)))
-    peak = mx.get_peak_memory() - before
+    wide = load.open_checkpoint(tiny.make(tmp_path / "one", num_hidden_layers=3, **shape))
+    plan, peak, *_ = written(wide, at_once, answer=3, endless=True)
     assert 0.6 * plan.cost.peak_bytes <= peak <= plan.cost.peak_bytes
 
 
@@ -114,15 +110,12 @@ def test_room_saves_reading(tmp_path: Path) -> None:
     """With room for the head and some blocks a plan has fewer bytes, and so has the writer."""
     deep = load.open_checkpoint(tiny.make(tmp_path / "deep", num_hidden_layers=12))
     m = model_of(deep)
-    read = []
+    reads = []
     for room_bytes in (0, m.head_work + 6 * m.block_work):
-        plan = streamed_plan(m, 20, room_bytes)
-        writer = plan.open(deep)
-        writer.write(prompts(), ANSWER, ())
-        assert isinstance(writer._model, Stream)
-        read.append(writer._model.reader.nbytes)
-        assert 0.7 * plan.cost.read_bytes < read[-1] < 1.05 * plan.cost.read_bytes
-    assert read[1] < 0.6 * read[0]
+        plan, _, read, _ = written(deep, 20, room_bytes=room_bytes, endless=True)
+        assert 0.7 * plan.cost.read_bytes < read < 1.05 * plan.cost.read_bytes
+        reads.append(read)
+    assert reads[1] < 0.6 * reads[0]
 
 
 @pytest.mark.usefixtures("cpu_policy")

@@ -4,7 +4,6 @@ behind.
 
 from __future__ import annotations
 
-import errno
 import gc
 import os
 from pathlib import Path
@@ -13,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx.storage.files import DISK, Files
+from mis_mlx.storage.files import DISK
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import MisError
 
@@ -69,34 +68,6 @@ def test_any_array_keeps_its_bits_and_the_file_has_no_name(tmp_path: Path) -> No
     gc.collect()
     with pytest.raises(OSError):
         os.fstat(fd)
-
-
-class FillsUp(Files):
-    """A disk on which the scratch file may have `room` bytes."""
-
-    def __init__(self, room: int):
-        self.room = room
-
-    def put(self, fd: int, offset: int, data: memoryview) -> None:
-        super().put(fd, offset, data[: max(0, self.room - offset)])
-        if offset + len(data) > self.room:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def test_a_disk_that_fills_up_is_one_sentence(tmp_path: Path) -> None:
-    """The third array of 280 bytes is torn; both numbers are said, and with room again it goes
-    on.
-    """
-    files = FillsUp(700)
-    spool = Spool(tmp_path, 0, files)
-    spool.extend([noise(0), noise(1)])
-    with pytest.raises(MisError) as caught:
-        spool.append(noise(2))
-    assert str(tmp_path) in str(caught.value) and "280 bytes" in str(caught.value)
-    assert same(spool, [noise(0), noise(1)])
-    files.room = 10_000
-    spool.append(noise(3))
-    assert same(spool, [noise(0), noise(1), noise(3)])
 
 
 def test_a_file_cut_short_is_not_read_as_zeros(tmp_path: Path) -> None:

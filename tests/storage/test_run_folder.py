@@ -143,6 +143,12 @@ def test_a_flag_left_out_asks_for_nothing() -> None:
     for iters in (8, SETTINGS["iters"]):
         with pytest.raises(MisError, match=f"--iters is {iters}, but the run has 7"):
             merged(iters=iters)
+    # What began a run may be said again, though it was decided otherwise, as micro-batches are.
+    for said in (7, 9):
+        again = run_folder.merged({"iters": said}, SETTINGS, stored, FREE, asked={"iters": 9})
+        assert again["iters"] == 7
+    with pytest.raises(MisError, match="--iters is 8, but the run has 7"):
+        run_folder.merged({"iters": 8}, SETTINGS, stored, FREE, asked={"iters": 9})
     # Which YAML holds as a list.
     several = {"languages": ["pl", "de"]}
     given = {"languages": ("pl", "de")}
@@ -153,17 +159,6 @@ def test_a_flag_left_out_asks_for_nothing() -> None:
     assert run_folder.merged({}, newer, stored, FREE)["later"] == 1
     with pytest.raises(MisError, match="--later is 2, but the run has 1"):
         run_folder.merged({"later": 2}, newer, stored, FREE)
-
-
-def test_what_began_a_run_may_be_said_again() -> None:
-    """Though it was decided otherwise, as micro-batches are; a third value may not."""
-    stored = {**SETTINGS, "iters": 7}
-    asked = {"iters": 9}
-    for said in (7, 9):
-        merged = run_folder.merged({"iters": said}, SETTINGS, stored, FREE, asked=asked)
-        assert merged["iters"] == 7
-    with pytest.raises(MisError, match="--iters is 8, but the run has 7"):
-        run_folder.merged({"iters": 8}, SETTINGS, stored, FREE, asked=asked)
 
 
 def test_another_teacher_or_text_is_refused_another_version_is_said() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -144,60 +143,6 @@ def test_lazy_notices_that_a_file_changed_since_the_index(tmp_path: Path) -> Non
     with pytest.raises(MisError, match="changed since it was checked"):
         lazy(tensors, ["w"])
     assert before.tolist() == [0.0] * 4
-
-
-def one_shard(folder: Path) -> Path:
-    return sorted(folder.glob("model-*.safetensors"))[0]
-
-
-def point(folder: Path, where: Any) -> None:
-    """Make the index say that the first tensor lies in `where`."""
-    content = json.loads((folder / INDEX).read_text())
-    content["weight_map"][next(iter(content["weight_map"]))] = where
-    (folder / INDEX).write_text(json.dumps(content))
-
-
-def swap_in_index(folder: Path) -> None:
-    content = json.loads((folder / INDEX).read_text())
-    first, last = content["weight_map"].values()
-    content["weight_map"] = {"a": last, "b": first}
-    (folder / INDEX).write_text(json.dumps(content))
-
-
-# tests/faults/test_folders.py has what is done to real models' folders.
-FOLDERS = {
-    "stray model.safetensors": lambda f: shutil.copy(one_shard(f), f / "model.safetensors"),
-    "tensor in two shards": lambda f: shutil.copy(one_shard(f), sorted(f.glob("model-*"))[1]),
-    "name only in the index": lambda f: (f / INDEX).write_text(
-        (f / INDEX).read_text().replace('"a"', '"c"')
-    ),
-    "names swapped": swap_in_index,
-    "absolute": lambda f: point(f, "/etc/x.safetensors"),
-    "backslash": lambda f: point(f, "..\\x.safetensors"),
-    "NUL": lambda f: point(f, "a\0.safetensors"),
-    "another kind of file": lambda f: point(f, "pytorch_model.bin"),
-    "a number": lambda f: point(f, 3),
-    "index not JSON": lambda f: (f / INDEX).write_text("{"),
-    "index a list": lambda f: (f / INDEX).write_text("[]"),
-    "index names a tensor twice": lambda f: (f / INDEX).write_text(
-        '{"weight_map": {"a": "x", "a": "y"}}'
-    ),
-    "index a folder": lambda f: ((f / INDEX).unlink(), (f / INDEX).mkdir()),
-    "index nested too deeply": lambda f: (f / INDEX).write_text('{"a":' * 10**5),
-}
-
-
-@pytest.mark.parametrize("case", FOLDERS)
-def test_bad_model_folders_are_refused(case: str, tmp_path: Path) -> None:
-    """Each fault is one sentence that names the folder."""
-    folder = tmp_path / "m"
-    write_model(folder, {"a": mx.zeros(2), "b": mx.ones(2)}, shard_bytes=8)
-    assert index(folder).keys() == {"a", "b"}
-    FOLDERS[case](folder)
-    with pytest.raises(MisError) as caught:
-        index(folder)
-    assert str(caught.value).startswith(str(folder))
-    assert "\n" not in str(caught.value)
 
 
 def test_links_into_a_hugging_face_cache_pass(tmp_path: Path) -> None:

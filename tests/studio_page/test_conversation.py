@@ -10,7 +10,6 @@ import pytest
 from mis_mlx.models.opening import load
 from mis_mlx.studio_page.conversation import Asked, Conversation
 from mis_mlx.studio_page.places import Place
-from mis_mlx.types import MisError
 from tests import tiny
 
 FIRST = "What is if?"
@@ -68,16 +67,3 @@ def test_both_hear_the_questions_and_themselves(pair: dict[str, Place]) -> None:
     assert told["teacher"] != told["student"]
     conversation.begin_anew()
     assert conversation.messages("teacher") == []
-
-
-@pytest.mark.thorough
-def test_a_conversation_that_is_too_long_is_refused(pair: dict[str, Place]) -> None:
-    """With both numbers; what was said before is still there."""
-    conversation = Conversation()
-    long = "if " * 400
-    conversation.add(long, {"teacher": long, "student": "if"})
-    before = conversation.messages("teacher")
-    asked = Asked("teacher", pair["teacher"], prompt="Why?", max_tokens=TOKENS)
-    with pytest.raises(MisError, match=r"has \d+ tokens .* may have 8, but .* is 512 tokens"):
-        asyncio.run(conversation.answer(asked, lambda text: None))
-    assert conversation.messages("teacher") == before

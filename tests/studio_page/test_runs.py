@@ -135,15 +135,24 @@ def test_many_pages_start_one_run(here: Path, line: list[str]) -> None:
 
 
 @pytest.mark.thorough
-def test_a_run_outlives_who_started_it(here: Path, line: list[str]) -> None:
-    """The starter is killed with its whole session, as a terminal that is closed does."""
+def test_a_run_outlives_who_started_it(
+    here: Path, line: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The starter is killed with its whole session, as a terminal that is closed does. Beside the
+    run, which may still take all of its budget, a model has to fit.
+    """
+    runs.check_fits("A model", 2**20)
+    with pytest.raises(MisError):
+        runs.check_fits("A model", 2**50)
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     code = START + "\nimport os, signal\nsys.stdout.flush()\nos.killpg(0, signal.SIGKILL)\n"
-    subprocess.run(
-        [sys.executable, "-c", code, *line], env=env, start_new_session=True, check=False
-    )
+    words = [sys.executable, "-c", code, *line, "--budget", "1GiB"]
+    subprocess.run(words, env=env, start_new_session=True, check=False)
     assert state("tiny-001") == RUNNING
     wait(lambda: trained("tiny-001"), "steps")
+    monkeypatch.setattr(jobs, "free_bytes", lambda: 2**30)
+    with pytest.raises(MisError, match="512 MiB.*tiny-001"):
+        runs.check_fits("A model", 2**29)
     runs.stop("tiny-001", at_once=False)
     wait(lambda: state("tiny-001") == STOPPED, "stopped")
 
@@ -160,31 +169,22 @@ def test_a_run_that_is_refused_says_why(here: Path, line: list[str]) -> None:
     assert runs.start("tiny", ["--help"]) == "tiny-002"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "link-001"])
 def test_a_name_is_no_path(here: Path, name: object) -> None:
-    """Nothing outside of runs/ is stopped, resumed or deleted."""
+    """Nothing outside of runs/ is listed, stopped, resumed or deleted, nor by a link that leads
+    there.
+    """
     for folder in (here / "other", here / "runs" / "real-001"):
         folder.mkdir(parents=True)
         (folder / run_folder.CONFIG).write_text("iters: 1\n")
+    (here / "runs" / "link-001").symlink_to(here / "other")
     before = sorted(here.rglob("*"))
+    assert "link-001" not in [run.name for run in runs.listed()]
     for act in (runs.named, runs.resume, runs.delete, lambda name: runs.stop(name, at_once=True)):
         with pytest.raises(MisError):
             act(name)
     after = [path for path in sorted(here.rglob("*")) if ".studio" not in path.parts]
     assert after == before
-
-
-def test_a_link_is_no_run(here: Path) -> None:
-    """What it leads to is not listed, so not deleted."""
-    outside = here / "precious"
-    outside.mkdir()
-    (outside / run_folder.CONFIG).write_text("iters: 1\n")
-    (here / "runs").mkdir()
-    (here / "runs" / "link-001").symlink_to(outside)
-    assert runs.listed() == []
-    with pytest.raises(MisError):
-        runs.delete("link-001")
-    assert (outside / run_folder.CONFIG).is_file()
 
 
 def test_where_nothing_can_be_written_nothing_runs(here: Path, line: list[str]) -> None:
@@ -237,19 +237,6 @@ def test_a_run_that_a_terminal_resumed_is_stopped(here: Path) -> None:
         finally:
             process.kill()
     assert state("mine") == STOPPED
-
-
-@pytest.mark.thorough
-def test_a_model_has_to_fit(here: Path, line: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside the run at work, which may still take all of its budget."""
-    runs.check_fits("A model", 2**20)
-    with pytest.raises(MisError):
-        runs.check_fits("A model", 2**50)
-    name = runs.start("tiny", [*line, "--budget", "1GiB"])
-    wait(lambda: trained(name), "steps")
-    monkeypatch.setattr(jobs, "free_bytes", lambda: 2**30)
-    with pytest.raises(MisError, match="512 MiB.*tiny-001"):
-        runs.check_fits("A model", 2**29)
 
 
 @pytest.mark.parametrize(("mark", "threads"), [(blas.CHOSEN, None), ("on", "1")])

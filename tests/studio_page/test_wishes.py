@@ -16,20 +16,8 @@ from mis_mlx.types import MisError
 from tests import tiny
 
 PATHS = (
-    "..",
-    "../x",
-    "../../etc/passwd",
-    "/etc/passwd",
-    "runs/../..",
-    "a/..",
-    "a/../b",
-    "~/x",
-    "--out",
-    "-c",
-    "a/b/c",
-    "a\0b/c",
-    "a/b\nc",
-    "",
+    *("..", "../x", "../../etc/passwd", "/etc/passwd", "runs/../..", "a/..", "a/../b", "~/x"),
+    *("--out", "-c", "a/b/c", "a\0b/c", "a/b\nc", ""),
 )
 
 

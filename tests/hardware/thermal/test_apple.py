@@ -7,15 +7,8 @@ import struct
 
 import pytest
 
-from mis_mlx.hardware.thermal.apple_sensors import (
-    DECLARED,
-    Apple,
-    Hid,
-    KeyData,
-    Smc,
-    decode,
-    functions,
-)
+from mis_mlx.hardware.thermal import apple_sensors
+from mis_mlx.hardware.thermal.apple_sensors import Apple, Hid, KeyData, Smc, decode
 
 
 def test_struct_has_the_kernel_s_layout():
@@ -65,14 +58,18 @@ def test_decode(kind, digits, value):
 
 
 def test_a_mac_that_reports_pressure_and_has_lost_keys(fake_apple):
-    """Pressure 2 is read; keys gone after a macOS update are absent, not zero; all is given
-    back.
+    """Pressure 2 is read; keys gone after a macOS update are absent, not zero; all is given back.
+    Closing one of two samplers leaves the other reading.
     """
     fake_apple.level(2)
+    fake_apple.hid("PMU tdie1", 42.9)
     fake_apple.smc_float("TVA0", 27.386)
+    one = Apple(fake_apple.path)
     mac = Apple(fake_apple.path)
+    one.close()
     look = mac.look(0.0, 0.0)
     assert look.pressure == 2
+    assert look.hid == (("PMU tdie1", 42.9),)
     assert set(look.smc) == {"TVA0"}
     assert not look.missing
     assert mac.system("hw.model") == "MacBookAir10,1"
@@ -81,23 +78,11 @@ def test_a_mac_that_reports_pressure_and_has_lost_keys(fake_apple):
     assert fake_apple.open() == 0
 
 
-def test_two_samplers_at_once_do_not_disturb_each_other(fake_apple):
-    """Closing one leaves the other reading."""
-    fake_apple.hid("PMU tdie1", 42.9)
-    fake_apple.smc_float("TCMz", 58.0)
-    one = Apple(fake_apple.path)
-    two = Apple(fake_apple.path)
-    one.close()
-    look = two.look(0.0, 0.0)
-    two.close()
-    assert look.hid == (("PMU tdie1", 42.9),)
-    assert "TCMz" in look.smc
-
-
 def test_a_function_that_macos_dropped_is_named(fake_apple, monkeypatch):
     """A missing private function is an OSError with its name, so that the look can give the
     reason.
     """
-    monkeypatch.setitem(DECLARED, "newer", {"IOKit": {"IOHIDNoSuchThing": "void_p"}})
+    newer = {"IOKit": {"IOHIDNoSuchThing": "void_p"}}
+    monkeypatch.setitem(apple_sensors.DECLARED, "newer", newer)
     with pytest.raises(OSError, match="IOHIDNoSuchThing is missing"):
-        functions("newer", fake_apple.path)
+        apple_sensors.functions("newer", fake_apple.path)

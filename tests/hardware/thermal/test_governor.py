@@ -1,28 +1,19 @@
-"""The governor: its limits one by one, its properties on a simulated laptop, and the tea breaks it
-makes.
-"""
+"""The governor: its limits one by one. The tea breaks it makes are in test_run_monitor.py."""
 
 from __future__ import annotations
 
-import math
-import random
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 
 from mis_mlx.hardware.thermal.governor import (
     Decision,
     Governor,
-    Mode,
     governor_for,
     unfit_for_timing,
 )
-from mis_mlx.hardware.thermal.run_monitor import PauseCounter, after_step
 from mis_mlx.types import MisError, Reading
-from tests.hardware.plant import Plant, PlantMonitor
 
-DATA = Path(__file__).parents[2] / "data"
 GOOD = Reading(
     0.0, die_c=70.0, battery_c=30.0, pressure_level=0, battery_percent=90.0, plugged=True
 )
@@ -34,69 +25,6 @@ def feed(governor: Governor, seconds: int, start: int = 0, **changes) -> Decisio
         reading = replace(GOOD, time_s=float(second), **changes)
         decision = governor.decide(reading, float(second))
     return decision
-
-
-@dataclass
-class Course:
-    """What happened in one simulated run."""
-
-    monitor: PlantMonitor
-    breaks: PauseCounter = field(default_factory=PauseCounter)
-    decisions: list[tuple[float, Decision]] = field(default_factory=list)
-
-    def shortest_pause_s(self) -> float:
-        """Of the pauses that ended."""
-        shortest = math.inf
-        began = None
-        for now, decision in self.decisions:
-            if decision.action == "pause" and began is None:
-                began = now
-            elif decision.action == "run" and began is not None:
-                shortest = min(shortest, now - began)
-                began = None
-        return shortest
-
-
-def drive(
-    plant: Plant, mode: Mode, seconds: float, step_s: float, seed: int = 0, **monitor
-) -> Course:
-    """Train on `plant` for `seconds` of virtual time, obeying the governor."""
-    course = Course(PlantMonitor(plant, seed, **monitor))
-    governor = Governor(mode)
-    clock = course.monitor.clock
-    while clock.monotonic() < seconds:
-        course.monitor.work(step_s)
-        for decision in after_step(course.monitor, governor, course.breaks):
-            course.decisions.append((clock.monotonic(), decision))
-        if decision.action == "stop":
-            break
-    return course
-
-
-def odd_laptop(seed: int) -> tuple[Plant, float]:
-    """A laptop of plausible but random make, in an alpine winter or a heat wave, and its step
-    time.
-    """
-    pick = random.Random(seed)
-    plant = Plant(
-        air_c=pick.uniform(-15, 42),
-        die_to_chassis=pick.uniform(4.5, 6.0),
-        chassis_to_air=pick.uniform(1.2, 2.2),
-        gpu_w=pick.uniform(9, 15),
-        firmware_c=pick.uniform(98, 103),
-    )
-    return plant, pick.choice([0.3, 1.0, 4.0, 8.0])
-
-
-@pytest.mark.parametrize("mode", ["steady", "cool"])
-def test_properties_on_simulated_laptops(mode):
-    """Never above stop + 3 °C, pauses of at least 10 s, no stop."""
-    for seed in range(8):
-        plant, step_s = odd_laptop(seed)
-        course = drive(plant, mode, seconds=1800, step_s=step_s, seed=seed)
-        assert course.monitor.hottest() < 108
-        assert course.shortest_pause_s() >= 10
-        assert {d.action for _, d in course.decisions} <= {"run", "pause"}
 
 
 def test_readings_that_grow_old_count_as_lost():

@@ -8,24 +8,16 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
+from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
 import psutil
 import pytest
-from mlx.utils import tree_flatten
 
 from mis_mlx import sft
-from mis_mlx.distillation import train_loop
-from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.hardware.thermal.governor import Mode
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, ThermalMonitor
-from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.runs.run_loop import open_model
 from mis_mlx.types import MisError, Reading, Step
-from tests import tiny
-from tests.hardware.plant import LidClock
 from tests.hardware.recorded import VirtualClock, plug_in
 
 HALNY = Path(__file__).parents[2] / "data" / "halny.jsonl"
@@ -33,15 +25,8 @@ HALNY = Path(__file__).parents[2] / "data" / "halny.jsonl"
 
 def step(number: int) -> Step:
     """A step of one second."""
-    return Step(
-        number=number,
-        loss=1.0,
-        grad_norm=1.0,
-        learning_rate=1e-3,
-        tokens=10,
-        seconds=1.0,
-        peak_bytes=0,
-    )
+    facts: dict[str, Any] = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-3}
+    return Step(number=number, tokens=10, seconds=1.0, peak_bytes=0, **facts)
 
 
 def test_the_spread_of_the_air_is_that_of_the_last_hour(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,11 +34,8 @@ def test_the_spread_of_the_air_is_that_of_the_last_hour(monkeypatch: pytest.Monk
     with ThermalMonitor(ThermalFlags(temperature_c=8.0, altitude_m=832.0)) as thermal_monitor:
         thermal_monitor.reading()
         account = thermal_monitor.account()
-        assert (account["t_env_c"], account["t_env_source"], account["altitude_source"]) == (
-            8.0,
-            "given",
-            "given",
-        )
+        told = (account["t_env_c"], account["t_env_source"], account["altitude_source"])
+        assert told == (8.0, "given", "given")
         assert thermal_monitor.air(look=False).spread_c == 0.0
     plug_in(monkeypatch, HALNY)
     with ThermalMonitor(ThermalFlags()) as thermal_monitor:
@@ -82,54 +64,6 @@ def test_tea_breaks_are_counted_and_logged(tmp_path: Path, monkeypatch: pytest.M
     assert {line["action"] for line in lines} == {"run", "pause"}
     assert all(line["reason"] for line in lines if line["action"] == "pause")
     assert lines[-1]["time_s"] <= now["time_s"]
-
-
-class Lid(LidClock):
-    """A virtual clock on which someone closes the lid once, in the middle of a step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.closings = 1
-
-    def close(self) -> None:
-        """Half an hour of sleep, once."""
-        if self.closings:
-            self.closings -= 1
-            self.suspend(1800.0)
-
-
-def trained(clock: VirtualClock, close: bool) -> tuple[dict[str, mx.array], list[Step]]:
-    """Three steps of a linear layer, with or without a closed lid in the second."""
-    model = nn.Linear(4, 3)
-    model.weight = mx.arange(12, dtype=mx.float32).reshape(3, 4) / 10
-    model.bias = mx.zeros(3)
-
-    def micro_batches(number: int) -> list[tuple[mx.array]]:
-        if close and number == 1 and isinstance(clock, Lid):
-            clock.close()
-        return [(mx.ones((2, 4)) * (number + 1),)]
-
-    def loss(layer: nn.Module, x: mx.array) -> tuple[mx.array, mx.array]:
-        return mx.square(layer(x)).sum(), mx.array(2.0)
-
-    with mock.patch.object(train_loop, "CLOCK", clock):
-        steps = list(
-            train_loop.steps(
-                WholeModel(model, GuardedAdamW()), micro_batches, loss, tiny.schedule(3, 1e-2, 1)
-            )
-        )
-    return dict(tree_flatten(model.parameters())), steps
-
-
-def test_a_step_during_which_the_machine_slept_is_done_again() -> None:
-    """The lid costs one step's work and a note; the weights are those of the undisturbed run, bit
-    for bit.
-    """
-    calm, _ = trained(VirtualClock(), close=False)
-    woken, steps = trained(Lid(), close=True)
-    assert [s.note for s in steps] == ["", "the machine slept 30 min; step done again.", ""]
-    for name, value in calm.items():
-        assert mx.array_equal(value, woken[name])
 
 
 @pytest.mark.parametrize("mode", ["steady", "cool", "observe"])
@@ -182,11 +116,7 @@ def test_a_pause_is_said_when_it_begins(
         monkeypatch.setenv("MIS_MLX_GOVERNOR", mode)
         thermal_monitor = ThermalMonitor(ThermalFlags())
         air = Unplugged(40)
-        for name, value in (
-            ("clock", air.clock),
-            ("reading", air.reading),
-            ("apple", True),
-        ):
+        for name, value in {"clock": air.clock, "reading": air.reading, "apple": True}.items():
             monkeypatch.setattr(thermal_monitor, name, value)
         actions = [d.action for d in thermal_monitor.after(step(7))]
         said = capsys.readouterr().err.splitlines()

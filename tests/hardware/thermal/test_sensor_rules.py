@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
-
-import pytest
 
 from mis_mlx.hardware.thermal.recording import Raw
 from mis_mlx.hardware.thermal.sensor_rules import Frozen, judge
-from tests.hardware.plant import smc_float
-from tests.hardware.recorded import Replay
-
-DATA = Path(__file__).parents[2] / "data"
+from tests.hardware.recorded import smc_float
 
 
 def look(**parts) -> Raw:
     return Raw(0.0, 0.0, **parts)
-
-
-def test_idle_m1_air():
-    """The dump of an idle M1 Air: die 43.6 °C, battery 32.5."""
-    values = judge(Replay(DATA / "m1-air-idle.jsonl").look())
-    assert values["die_c"].value == 43.6
-    assert values["die_c"].source == "IOHID PMU2 tdie1"
-    assert values["soc_c"].value == pytest.approx(36.9)
-    assert (values["battery_c"].value, values["nand_c"].value) == (32.5, 35.0)
 
 
 def test_only_garbage_gives_none_with_a_reason():

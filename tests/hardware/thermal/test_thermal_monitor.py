@@ -20,8 +20,7 @@ from mis_mlx.hardware.thermal.governor import governor_for
 from mis_mlx.hardware.thermal.recording import Header, Raw, recorder
 from mis_mlx.hardware.thermal.thermal_monitor import Monitor
 from mis_mlx.types import MisError
-from tests.hardware.plant import LidClock, smc_float
-from tests.hardware.recorded import VirtualClock, plug_in
+from tests.hardware.recorded import LidClock, VirtualClock, plug_in, smc_float
 
 DATA = Path(__file__).parents[2] / "data"
 NOWHERE = Path("/no/such/mis_mlx.toml")
@@ -55,26 +54,19 @@ def test_a_virtual_machine_measures_nothing_and_says_why(no_sensors):
     assert not {"die_c", "ambient_c", "altitude_m"} & set(reading.sources)
 
 
+BATTERY = {"type": "Battery"}
+USED = {**BATTERY, "status": "Discharging"}
+ON, OFF = ({"type": "Mains", "online": online} for online in "10")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux lists power supplies as files")
 @pytest.mark.parametrize(
     ("others", "charge"),
     [
         ({}, (None, None)),
-        (
-            {
-                "macsmc-battery": {"type": "Battery", "status": "Discharging", "capacity": "71"},
-                "macsmc-ac": {"type": "Mains", "online": "0"},
-            },
-            (71.0, False),
-        ),
-        (
-            {
-                "BAT0": {"type": "Battery", "scope": "System", "capacity": "90"},
-                "AC": {"type": "Mains", "online": "1"},
-            },
-            (90.0, True),
-        ),
-        ({"BAT1": {"type": "Battery", "status": "Discharging", "capacity": "8"}}, (8.0, False)),
+        ({"BAT1": {**USED, "capacity": "8"}}, (8.0, False)),
+        ({"BAT0": {**BATTERY, "scope": "System", "capacity": "90"}, "AC": ON}, (90.0, True)),
+        ({"macsmc-battery": {**USED, "capacity": "71"}, "macsmc-ac": OFF}, (71.0, False)),
     ],
 )
 def test_the_battery_of_a_mouse_is_not_the_machine_s(
@@ -86,7 +78,7 @@ def test_the_battery_of_a_mouse_is_not_the_machine_s(
     """A wireless mouse discharges all day: a desktop beside it is not on battery, and a laptop's
     own battery counts.
     """
-    mouse = {"type": "Battery", "scope": "Device", "status": "Discharging", "capacity": "55"}
+    mouse = {**USED, "scope": "Device", "capacity": "55"}
     for name, facts in {"hidpp_battery_0": mouse, **others}.items():
         (tmp_path / name).mkdir()
         for fact, value in facts.items():
@@ -147,29 +139,23 @@ def test_an_m1_air_through_the_real_calls(fake_apple):
     assert monitor.apple
 
 
-def test_a_frozen_die_sensor_is_missing(tmp_path, monkeypatch):
-    """74.5 °C for two minutes to the last bit while the power changes is no measurement."""
-    path = tmp_path / "frozen.jsonl"
+def test_a_frozen_die_sensor_is_missing_and_an_hour_is_kept(tmp_path, monkeypatch):
+    """74.5 °C for two minutes to the last bit while the power changes is no measurement. Of two
+    hours of looks the history has the last one.
+    """
+    path = tmp_path / "long.jsonl"
     with recorder(path, Header()) as add:
         for second in range(130):
             keys = {"TCMz": smc_float(74.5), "PSTR": smc_float(5.0 + second / 10)}
             add(Raw(float(second), float(second), smc=keys))
+        for minute in range(3, 121):
+            add(Raw(60.0 * minute, 60.0 * minute, hid=(("PMU tdie1", 40.0),)))
     plug_in(monkeypatch, path)
     monitor = Monitor(config=NOWHERE)
     readings = [monitor.reading() for _ in range(130)]
     assert readings[119].die_c == 74.5
     assert readings[120].die_c is None
     assert monitor.reasons["die_c"] == "stuck at 74.5 °C for 120 s"
-
-
-def test_history_keeps_an_hour(tmp_path, monkeypatch):
-    """Of two hours of looks, the last hour."""
-    path = tmp_path / "long.jsonl"
-    with recorder(path, Header()) as add:
-        for minute in range(121):
-            add(Raw(60.0 * minute, 60.0 * minute, hid=(("PMU tdie1", 40.0),)))
-    plug_in(monkeypatch, path)
-    monitor = Monitor(config=NOWHERE)
     while not monitor.source.ended:
         monitor.reading()
     assert [r.time_s for r in monitor.history()] == [60.0 * minute for minute in range(60, 121)]

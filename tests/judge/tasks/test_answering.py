@@ -49,10 +49,13 @@ def likelihoods(checkpoint: Checkpoint, task: questions.Task) -> list[list[float
 
 
 def test_answers_are_kept_and_used(llama: Checkpoint) -> None:
-    """A second look asks nothing; a mark is of the likeliest option, as it is kept."""
+    """A second look asks nothing; a mark is of the likeliest option, as it is kept. Killed after
+    ten answers, in the middle of a line, a run asks the others, and nothing is lost.
+    """
     task = quiz(30)
     sha256 = answering.sha256(llama)
     limit = memory.budget(None)
+    path = answering.answers_path(sha256, task.sha256)
     assert answering.plan(llama, sha256, task, limit) is not None
     first = answering.scores(llama, sha256, task, limit)
     kept = likelihoods(llama, task)
@@ -61,33 +64,21 @@ def test_answers_are_kept_and_used(llama: Checkpoint) -> None:
     assert first.tolist() == right
     assert 0 < sum(right) < 30
     assert answering.plan(llama, sha256, task, limit) is None
-    path = answering.answers_path(sha256, task.sha256)
     before = path.read_bytes()
     assert answering.scores(llama, sha256, task, limit).tolist() == right
     assert path.read_bytes() == before
-    odd = {"n": 0, "text": "one\u2028two\x85three"}  # U+2028 ends a line for Python, not for JSON
-    path.write_text(json.dumps(odd, ensure_ascii=False) + "\n", "utf-8")
-    assert answering.read(path) == {0: odd}
 
-
-def test_a_stopped_run_goes_on(llama: Checkpoint) -> None:
-    """Killed after ten answers, in the middle of a line: these ten are not asked again, and nothing
-    is lost.
-    """
-    task = quiz(30)
-    sha256 = answering.sha256(llama)
-    limit = memory.budget(None)
-    whole = answering.scores(llama, sha256, task, limit)
-    path = answering.answers_path(sha256, task.sha256)
-    exact = likelihoods(llama, task)
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:10]) + lines[10][: len(lines[10]) // 2])
     assert len(answering.unanswered(sha256, task)[2]) == 20
-    assert answering.scores(llama, sha256, task, limit).tolist() == whole.tolist()
+    assert answering.scores(llama, sha256, task, limit).tolist() == right
     asked_again = {json.loads(line)["n"] for line in path.read_text().splitlines()[11:]}
     assert asked_again == set(range(30)) - {json.loads(line)["n"] for line in lines[:10]}
-    for one, other in zip(likelihoods(llama, task), exact, strict=True):
+    for one, other in zip(likelihoods(llama, task), kept, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
+    odd = {"n": 0, "text": "one\u2028two\x85three"}  # U+2028 ends a line for Python, not for JSON
+    path.write_text(json.dumps(odd, ensure_ascii=False) + "\n", "utf-8")
+    assert answering.read(path) == {0: odd}
 
 
 @pytest.mark.usefixtures("cpu_policy")  # its budgets are for float32

@@ -102,12 +102,8 @@ def test_a_row_becomes_a_question_that_is_written(tmp_path: Path) -> None:
     """The prompt alone is read; arguments that are null are left out; chance and constants are not
     known.
     """
-    path = write(tmp_path / "ifeval.jsonl", ROW, SHORT)
-
-    task = questions.file(path)
-
-    assert task.kind == "instructions"
-    assert task.max_tokens == 512
+    task = questions.file(write(tmp_path / "ifeval.jsonl", ROW, SHORT))
+    assert (task.kind, task.max_tokens) == ("instructions", 512)
     first, second = task.questions
     assert first.context == ROW["prompt"]
     assert first.instructions == (Instruction(NO_COMMA, {}), Instruction(TITLE, {}))

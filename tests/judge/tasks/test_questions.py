@@ -89,10 +89,11 @@ def test_a_bad_row_is_a_sentence_with_its_line(tmp_path: Path, row: Any, why: st
 
 
 def test_a_pair_is_a_choice_after_nothing(tmp_path: Path) -> None:
-    """The good sentence is the right option; log-likelihoods are sums; other keys do not count."""
-    path = write(tmp_path / "blimp.jsonl", PAIR)
-
-    task = questions.file(path)
+    """The good sentence is the right option; log-likelihoods are sums; other keys do not count.
+    Pairs of one sentence, of which BLiMP has one, are left out and counted.
+    """
+    twice = {"good": "The cat sleeps.", "bad": "The cat sleeps."}
+    task = questions.file(write(tmp_path / "blimp.jsonl", PAIR, twice))
 
     (q,) = task.questions
     assert task.kind == "choice"
@@ -101,9 +102,9 @@ def test_a_pair_is_a_choice_after_nothing(tmp_path: Path) -> None:
     assert q.options[q.right] == q.answer == "The cat sleeps."
     assert set(q.options) == {"The cat sleeps.", "The cat sleep."}
     assert q.chance == 1 / 2
-    assert (
-        task.sha256 == questions.task("t", [{"good": PAIR["good"], "bad": PAIR["bad"]}], "").sha256
-    )
+    plain = {"good": PAIR["good"], "bad": PAIR["bad"]}
+    assert task.sha256 == questions.task("t", [plain], "").sha256
+    assert "1 of 2" in task.about
 
 
 def test_the_place_of_the_good_sentence_cannot_be_guessed() -> None:
@@ -111,26 +112,14 @@ def test_the_place_of_the_good_sentence_cannot_be_guessed() -> None:
     pairs = [{"good": f"{n} dogs bark.", "bad": f"{n} dogs barks."} for n in range(400)]
     swapped = [{"good": pair["bad"], "bad": pair["good"]} for pair in pairs]
 
-    task = questions.task("t", pairs, "")
-    other = questions.task("t", swapped, "")
+    task, other = (questions.task("t", some, "") for some in (pairs, swapped))
 
     best = questions.best_constant_answer(task)
     assert best is not None
     assert best[0] < 0.56
-    assert [q.options for q in task.questions] == [q.options for q in other.questions]
-    assert all(
-        one.right != two.right for one, two in zip(task.questions, other.questions, strict=True)
-    )
-
-
-def test_pairs_of_one_sentence_are_left_out_and_counted(tmp_path: Path) -> None:
-    """BLiMP has one."""
-    twice = {"good": "The cat sleeps.", "bad": "The cat sleeps."}
-
-    task = questions.file(write(tmp_path / "blimp.jsonl", PAIR, twice, PAIR))
-
-    assert len(task.questions) == 2
-    assert "1 of 3" in task.about
+    for one, two in zip(task.questions, other.questions, strict=True):
+        assert one.options == two.options
+        assert one.right != two.right
 
 
 def test_files_that_are_no_task(tmp_path: Path) -> None:

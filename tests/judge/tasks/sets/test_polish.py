@@ -54,21 +54,19 @@ def unpacked(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_exams_keep_their_options_and_key(unpacked: Path) -> None:
-    """What has two equal options, no options or no key is left out."""
-    task = polish.exam("polish-exams", unpacked)
-    assert [(q.context, q.right) for q in task.questions] == [
+def test_exams_and_words(unpacked: Path) -> None:
+    """Exams keep their options and key; what has two equal options, no options or no key is left
+    out. Pairs of one word and one non-word, by name; two words are no pair.
+    """
+    exams = polish.exam("polish-exams", unpacked)
+    assert [(q.context, q.right) for q in exams.questions] == [
         ("Co robi baca?\nOdpowiedź:", 0),
         ("Ile nóg\nma owca?\nOdpowiedź:", 3),
     ]
-    assert task.questions[1].options == (" 1", " 2", " 3", " 4")
-    assert task.per_character
-
-
-def test_words_beside_what_was_made_of_them(unpacked: Path) -> None:
-    """Pairs of one word and one non-word, by name; two words are no pair."""
-    task = polish.exam("polish-lexicon", unpacked)
-    assert [(q.context, q.options, q.answer) for q in task.questions] == [
+    assert exams.questions[1].options == (" 1", " 2", " 3", " 4")
+    assert exams.per_character
+    words = polish.exam("polish-lexicon", unpacked)
+    assert [(q.context, q.options, q.answer) for q in words.questions] == [
         ("", ("owca", "wcao"), "owca"),
         ("", ("baca", "bcaa"), "baca"),
     ]
@@ -88,26 +86,21 @@ def test_wrong_options_are_answers_to_other_questions(unpacked: Path, name: str)
     assert len({q.right for q in task.questions}) > 1
 
 
-def test_the_validator_names_the_row(tmp_path: Path) -> None:
-    """Nothing is asked with pairs that are none."""
-    rows = [
-        {"polish": "Idę", "dialect": "Ida"},
-        {"polish": "Idę", "dialect": "Idę "},
-        {"polish": "Idę"},
-    ]
-    (tmp_path / polish.PAIRS).write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(MisError, match="line 2.*pairs.jsonl line 3"):
-        polish.read_pairs("silesian", tmp_path)
-
-
-def test_an_empty_slot_says_what_to_bring(tmp_path: Path) -> None:
-    """Seven slots; none is filled with text of our own."""
-    slot = list(polish.SLOTS)[6]
-    with pytest.raises(MisError, match=slot):
-        polish.read_pairs(slot, tmp_path)
-    (tmp_path / polish.PAIRS).write_text("\n")
-    with pytest.raises(MisError, match="pairs.jsonl"):
-        polish.read_pairs(slot, tmp_path)
+def test_pairs_that_cannot_be_read(tmp_path: Path) -> None:
+    """Rows that are no pairs are named; an empty slot says what to bring, for none is filled with
+    text of our own.
+    """
+    with pytest.raises(MisError, match="kashubian"):
+        polish.read_pairs("kashubian", tmp_path)
+    rows = [{"polish": "Idę", "dialect": "Ida"}, {"polish": "Idę", "dialect": "Idę "}]
+    rows.append({"polish": "Idę"})
+    for text, said in (
+        ("\n".join(map(json.dumps, rows)), "line 2.*pairs.jsonl line 3"),
+        ("\n", "pairs.jsonl"),
+    ):
+        (tmp_path / polish.PAIRS).write_text(text)
+        with pytest.raises(MisError, match=said):
+            polish.read_pairs("kashubian", tmp_path)
 
 
 def test_two_tasks_of_the_pairs() -> None:
