@@ -401,9 +401,10 @@ def preload() -> None:
 def end_quietly_on_closed_pipe() -> Iterator[None]:
     """If the reader of our output leaves (`| head`), end without a traceback and with code 141.
 
-    That is how SIGPIPE ends a program. A stdout that was closed from the first (`>&-`) takes all.
+    That is how SIGPIPE ends a program. A stream that was closed from the first (`>&-`) takes all.
     """
     sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    sys.stderr = sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     try:
         try:
             yield

@@ -41,22 +41,23 @@ def known_machine(monkeypatch: pytest.MonkeyPatch, own_home: dict[str, str]) -> 
     monkeypatch.setenv("MIS_MLX_CACHE", own_home["MIS_MLX_CACHE"])
 
 
+def bare() -> dict[str, str]:
+    """The environment of somebody who has set nothing."""
+    ours = ("MIS_MLX_BLAS", "OPENBLAS_NUM_THREADS")
+    return {name: value for name, value in os.environ.items() if name not in ours}
+
+
 def unread(*argv: object, stream: str = "stdout") -> tuple[int, str]:
     """Exit code and the other stream of `python ARGV` whose output nobody reads any more, in a bare
     environment.
     """
-    env = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("MIS_MLX_BLAS", "OPENBLAS_NUM_THREADS")
-    }
     ends, beginning = os.pipe()
     os.close(ends)
     kept = "stderr" if stream == "stdout" else "stdout"
     done = subprocess.run(
         [sys.executable, *map(str, argv)],
         cwd=ROOT,
-        env=env,
+        env=bare(),
         text=True,
         **{stream: beginning, kept: subprocess.PIPE},
     )
@@ -70,11 +71,13 @@ def test_help_into_a_closed_pipe(line: str) -> None:
     assert unread("-m", *line.split()) == (141, "")
 
 
-def test_a_stream_that_is_closed_from_the_first() -> None:
-    """`>&-`: nothing is printed, and nothing is amiss."""
-    line = f"{sys.executable} -m mis_mlx.plan --help >&-"
-    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_a_stream_that_is_closed_from_the_first(closed: str, llama: Checkpoint) -> None:
+    """Nothing is printed there, and nothing is amiss."""
+    line = f"{sys.executable} -m mis_mlx.plan --teacher {llama.path} {closed}"
+    done = subprocess.run(["sh", "-c", line], env=bare(), capture_output=True, text=True)
+    assert done.returncode == 0
+    assert bool(done.stdout) == (closed == "2>&-") != bool(done.stderr)
 
 
 def test_results_into_a_closed_pipe(llama: Checkpoint) -> None:

@@ -214,7 +214,8 @@ def _needed() -> bool:
 
 def _say(lines: list[str]) -> None:
     """Write the lines to stderr at once, so that those of other processes do not come between."""
-    sys.stderr.write("".join(f"mis: {line}\n" for line in lines))
+    if sys.stderr:  # None: closed from the first
+        sys.stderr.write("".join(f"mis: {line}\n" for line in lines))
 
 
 def load() -> None:
