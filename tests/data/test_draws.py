@@ -1,6 +1,4 @@
-"""One draw for every use: each kind of text in its share, in every beginning; one kind alone as it
-always was.
-"""
+"""One draw for every use: each kind of text in its share, in every beginning."""
 
 from __future__ import annotations
 
@@ -41,9 +39,7 @@ def furthest(windows: Windows, drawn: np.ndarray) -> float:
 
 
 def test_a_draw_by_pencil() -> None:
-    """Halves take turns; of 3/4 and 1/4 the fourth part comes in the middle of each four, as its
-    half is due there.
-    """
+    """Halves take turns; of 3/4 and 1/4 the fourth comes where its half is due, in the middle."""
     halves = of_kinds([9, 9], [1, 1])
     quarters = of_kinds([9, 9], [3, 1])
 
@@ -95,9 +91,7 @@ def test_a_kind_that_is_used_up_begins_anew() -> None:
 
 
 def test_what_has_no_share_or_no_windows_is_not_drawn() -> None:
-    """A share of 0, and a kind of which there is none: the others are drawn, as many as asked
-    for.
-    """
+    """A share of 0, and a kind of which there is none: as many of the others are drawn."""
     windows = of_kinds([5, 5, 5], [1, 0, 1])
     lacking = Windows(
         windows.tokens[:10],
@@ -118,9 +112,7 @@ def test_what_has_no_share_or_no_windows_is_not_drawn() -> None:
 
 @pytest.mark.parametrize("counts", [(300, 300, 300, 300), (40, 3, 9, 2), (1, 1, 1, 1)])
 def test_some_windows_never_come_twice(counts: tuple[int, ...]) -> None:
-    """As many as asked for, or all; in their shares until a kind is used up; then the others go
-    on.
-    """
+    """As many as asked for, or all; in their shares until a kind is used up."""
     windows = of_kinds(counts, BUILT_IN)
     for seed in range(5):
         for count in (1, 7, 64, 5000):

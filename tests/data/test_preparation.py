@@ -227,9 +227,7 @@ def test_text_and_conversations_of_a_folder_are_two_kinds(
 
 
 def test_conversations_share_their_instruction_and_stay(tmp_path: Path, chat: Any) -> None:
-    """Every row begins with the same long order, which is no leak; an answer that training has,
-    too, is one.
-    """
+    """A long order before every row is no leak; an answer that training has, too, is one."""
     order = (
         "Say in a few words of your own what the number of this letter stands for, "
         "and nothing more than that: "

@@ -95,9 +95,7 @@ def test_harmless_oddities_are_accepted(tmp_path: Path) -> None:
 
 
 def test_a_row_of_50_mb_is_dropped_without_being_held(tmp_path: Path) -> None:
-    """Reading past a 50 MB line keeps the rows around it, and peaks near the line limit, not near
-    50 MB.
-    """
+    """Rows around a line of 50 MB are kept; the peak is near the line limit, not near 50 MB."""
     path = _file(tmp_path, GOOD + b'{"text": "' + b"a" * 50_000_000 + b'"}\n' + GOOD)
     tracemalloc.start()
     reading = rows.read(path)
@@ -118,9 +116,7 @@ def test_the_line_limit_is_exact(tmp_path: Path, over: int) -> None:
 
 
 def test_what_is_not_a_regular_file_is_refused(tmp_path: Path) -> None:
-    """A folder and a pipe in the place of the file are refused at once (a pipe would block for
-    ever).
-    """
+    """A folder and a pipe in the file's place are refused at once; a pipe would block for ever."""
     (tmp_path / "valid.jsonl").mkdir()
     os.mkfifo(tmp_path / "train.jsonl")
     for name in ("train.jsonl", "valid.jsonl"):

@@ -75,9 +75,7 @@ def test_the_manual_is_split_by_name_for_ever() -> None:
     ],
 )
 def test_the_polish_text_is_the_same_for_ever(split: str, digest: str) -> None:
-    """All rows in order, sha256 with NUL between them: one other letter and old losses could not be
-    compared.
-    """
+    """sha256 of all rows, NUL between them: with one other letter no old loss could be compared."""
     rows = getattr(load("mis"), split)
     assert all(row.keys() == {"text"} for row in rows)
     assert hashlib.sha256("\0".join(_texts(rows)).encode()).hexdigest() == digest
@@ -188,9 +186,7 @@ def test_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_mostly_repeated_topics_are_dropped() -> None:
-    """Pencil example: the topic that is a part of a longer one goes, one that shares a little
-    stays.
-    """
+    """Pencil: the topic that is a part of a longer one goes, one that shares a little stays."""
     one = "x" * 50
     two = "y" * 50
     three = "z" * 120

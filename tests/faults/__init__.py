@@ -1,5 +1,3 @@
-"""The faults that tests and `benchmarks/faults.py` make: broken disks, power cuts, kills, bad model
-folders.
-"""
+"""The faults that tests and `benchmarks/faults.py` make: disks, cuts, kills, bad folders."""
 
 NOTES = "MIS_MLX_FAULTS"  # names the file in which `benchmarks/faults.py` wants the tests' notes

@@ -38,9 +38,7 @@ def changed(wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> It
 
 
 def half(name: str, do: Callable[..., Any], files: Files, arguments: tuple[Any, ...]) -> None:
-    """What a disk that fills up, or a process that dies, has done of an operation: half of the
-    bytes.
-    """
+    """What a disk that fills up, or a process that dies, has done: half of the bytes."""
     if name in ("write", "extend"):
         do(files, arguments[0], arguments[1][: len(arguments[1]) // 2])
     elif name == "add_line":

@@ -1,6 +1,4 @@
-"""What the fault tests share: jobs that were made once, and a note of what became of every
-fault.
-"""
+"""What the fault tests share: jobs that were made once, and a note of every fault's end."""
 
 from __future__ import annotations
 

@@ -226,9 +226,7 @@ def _spool(place: Path) -> None:
 
 @dataclass(frozen=True)
 class Said:
-    """The program said that this is safe: a folder or file, its number if it is a step, its
-    contents, and when.
-    """
+    """What the program said is safe: a folder or file, its step if it is one, contents, when."""
 
     path: Path
     step: int | None

@@ -64,9 +64,7 @@ def flipped(data: bytes, rng: random.Random) -> bytes:
 
 
 def lying(data: bytes, rng: random.Random) -> bytes:
-    """One to three entries of the header lie; what they say of the file agrees modulo 2^64, as far
-    as it can.
-    """
+    """One to three entries of the header lie, as far as it can in agreement modulo 2^64."""
     header, rest = split(data)
     header.pop("__metadata__", None)
     for name in rng.sample(sorted(header), rng.choice([1, 1, 2, 3])):
@@ -115,9 +113,7 @@ def lying(data: bytes, rng: random.Random) -> bytes:
 
 
 def odd(data: bytes, rng: random.Random) -> bytes:
-    """A JSON object in which one or two values, at any depth, are replaced by odd ones, or are
-    gone.
-    """
+    """A JSON object in which one or two values, at any depth, are odd ones, or gone."""
     whole = json.loads(data)
     for _ in range(rng.choice([1, 1, 2])):
         at: Any = whole
@@ -137,9 +133,7 @@ def odd(data: bytes, rng: random.Random) -> bytes:
 
 
 def liar(folder: Path, whole: dict[str, bytes], rng: random.Random) -> None:
-    """Write the folder of files `whole` with one of them changed. The files are replaced, never
-    written into.
-    """
+    """Write the folder `whole` with one file changed. Files are replaced, not written into."""
     name = rng.choice(
         [n for n in whole if n.endswith(".safetensors")] * 3
         + [n for n in whole if n.endswith(".json")]
@@ -209,9 +203,7 @@ def opened(folder: Path) -> str:
 
 
 def unguarded(folder: Path) -> str:
-    """What would become of it without the gate: MLX reads the files as they are. Errors and oracle
-    as in `opened`.
-    """
+    """Without the gate: MLX reads the files as they are. Errors and oracle as in `opened`."""
     import mlx.core as mx
     import safetensors
 

@@ -20,9 +20,7 @@ Operation = tuple[str, Path, Any]
 
 @contextmanager
 def recorded(forgets: str = "") -> Iterator[list[Operation]]:
-    """What is done to any disk, as it is done. forgets: "file" or "folder", whose fsync is told but
-    not made.
-    """
+    """What is done to any disk. forgets: "file" or "folder", whose fsync is told, not made."""
     trace: list[Operation] = []
 
     def wrap(name: str, do: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,9 +48,7 @@ def _told(name: str, path: Path, extra: Any = None, forgets: str = "") -> list[O
 
 
 class Drive:
-    """What is known of a drive: what each file holds, how much of it is durable, and which names
-    exist.
-    """
+    """A drive: what each file holds, how much of it is durable, and which names exist."""
 
     def __init__(self) -> None:
         self.content: list[bytearray | None] = []  # None: a folder
@@ -89,9 +85,7 @@ class Drive:
         self.pending.append(change)
 
     def after_cut(self, rng: random.Random, root: Path, out: Path) -> None:
-        """Make below `out` one of the states in which the cut may have left what was below
-        `root`.
-        """
+        """Make below `out` one state in which the cut may have left what was below `root`."""
         names = dict(self.durable)
         journalled = rng.random() < 0.5  # names change in order, up to some point; else any of them
         point = rng.randrange(len(self.pending) + 1)

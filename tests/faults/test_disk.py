@@ -45,9 +45,7 @@ def refused(job: jobs.Job, place: Path) -> str:
 def test_a_full_disk_is_waited_out(
     name: str, bench: Benches, small_disk: Callable[[int], Path], note: Note
 ) -> None:
-    """On ever larger disks, each full at another moment: a sentence each time; on one large enough,
-    the same bytes.
-    """
+    """On ever larger disks: a sentence each time; on one large enough, the same bytes."""
     b = bench(name)
     place = small_disk(8) / "place"
     said = list[str]()
@@ -73,9 +71,7 @@ def test_a_full_disk_is_waited_out(
 
 @pytest.mark.parametrize("name", mostly_thorough(["quantize", "distill", "sft"], "quantize"))
 def test_a_write_that_stops_halfway(name: str, bench: Benches, tmp_path: Path, note: Note) -> None:
-    """The kernel refuses in the middle of a file of weights: a sentence, no half file, and then the
-    same bytes.
-    """
+    """In the middle of a file of weights: a sentence, no half file, and then the same bytes."""
     b = bench(name)
     place = tmp_path / "place"
     place.mkdir()
@@ -105,9 +101,7 @@ def test_a_disk_that_is_read_only(
 
 @pytest.mark.parametrize("name", ["distill", "sft"])
 def test_a_disk_pulled_out(name: str, bench: Benches, note: Note) -> None:
-    """After a checkpoint the run folder is gone, as with a cable; put back, the run ends
-    as it would have.
-    """
+    """The folder is gone after a checkpoint, as with a cable; put back, the run ends alike."""
     b = bench(name)
     place = jobs.clean(b.place)
     away = b.room / "away"

@@ -212,9 +212,7 @@ def test_a_bad_folder_is_one_sentence(fault: str, made: Path, tmp_path: Path, no
 def test_a_stranger_s_tokenizer_is_tried_in_a_child(
     fault: str, made: Path, tmp_path: Path, note: Note, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It hangs, breaks, wants out or wants to run code: in a process of its own, and then it is a
-    sentence.
-    """
+    """It hangs, breaks, wants out or wants to run code: in a child, so it is a sentence."""
     monkeypatch.setattr(tokenizer_check, "SECONDS", 2.0 if "endless" in fault else 60.0)
     model = Path(shutil.copytree(made, tmp_path / "model"))
     said = refused(SPEECH[fault], load.tokenizer, model)

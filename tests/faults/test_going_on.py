@@ -69,9 +69,7 @@ def test_a_flipped_bit_costs_steps_and_not_the_run(name: str, bench: Benches) ->
 
 @pytest.mark.parametrize("both", [True, False])
 def test_a_flipped_bit_of_the_best_weights_costs_steps(both: bool, bench: Benches) -> None:
-    """With the newest step, or alone, where that is to be deleted: the end has the undisturbed
-    bytes.
-    """
+    """With the newest step, or alone, where that is to be deleted: the same bytes at the end."""
     b = bench("sft")
     step = begun(b.job, b.place, 3)
     flip(step.parents[1] / alignment_run.BEST / step.name)

@@ -61,8 +61,6 @@ def test_twenty_thousand_liars(model: Path, tmp_path: Path, note: Note) -> None:
 
 
 def test_without_the_gate_liars_are_found_out(model: Path, tmp_path: Path) -> None:
-    """A test of the test: a folder that MLX would take and the reference refuses, or a dead
-    process, is `bad`.
-    """
+    """A test of the test: a folder that the reference refuses, or a dead process, is `bad`."""
     broken = liars.tried(model, tmp_path / "room", 0, 40, gate=False)[1]
     assert broken

@@ -34,9 +34,7 @@ EVERY = 4
 
 @pytest.fixture
 def settings(all_jobs: dict[str, jobs.Job], tmp_path: Path) -> Callable[[str], distill.Settings]:
-    """`settings(name)`: of a run of twelve steps, saved at every fourth, with plain distillation
-    and no 4-bit model.
-    """
+    """`settings(name)`: twelve steps, saved at every fourth, plain distillation, no 4-bit model."""
     model, text = all_jobs["distill"].made
     brief: dict[str, Any] = {"teacher": str(model), "data": str(text), "num_samples": 2}
     brief |= {"max_seq_length": 32, "reconstruct_samples": 0, "eval_windows": 1, "ffn": 256}
@@ -162,9 +160,7 @@ def test_a_sharded_run_goes_back_too(
 def test_again_three_in_a_row_stop_the_run(
     settings: Callable[[str], distill.Settings], bad: set[int], note: Note
 ) -> None:
-    """The second time it stops, says which batches, and the last good step is there with numbers
-    only.
-    """
+    """The second time it stops and says which batches; the last good step has numbers only."""
     s = settings("bad")
     bad |= {2, 3, 4, 10, 11, 12}
     with pytest.raises(MisError, match="3 steps in a row, of batches 10, 11 and 12") as caught:

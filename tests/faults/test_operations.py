@@ -120,9 +120,7 @@ def test_without_the_protocol_it_is_found_out(
 
 @pytest.mark.thorough
 def test_a_step_overwritten_is_found_out(bench: Benches, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test of the test: with the old step gone before the new one is there, an acknowledged step
-    is lost.
-    """
+    """A test of the test: the old step gone before the new one is there, a step is lost."""
     b = bench("distill")
     commit = protocol.commit_folder
 
@@ -194,9 +192,7 @@ def changes(path: Path) -> list[str]:
 
 
 def test_a_run_changes_the_disk_through_one_class() -> None:
-    """What is not behind `Files` cannot be made to fail here: nothing is, but what is listed with a
-    reason.
-    """
+    """What is not behind `Files` cannot fail here: it is listed with a reason."""
     every = {str(path.relative_to(PACKAGE)): changes(path) for path in PACKAGE.rglob("*.py")}
     unlisted = {name: made for name, made in every.items() if made and name not in WITHOUT}
     assert not unlisted

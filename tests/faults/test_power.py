@@ -45,9 +45,7 @@ def test_two_thousand_power_cuts(name: str, bench: Benches, note: Note) -> None:
     ),
 )
 def test_without_a_sync_the_power_cut_is_found_out(name: str, forgets: str, bench: Benches) -> None:
-    """A test of the test: take the fsync of files out, or that of folders, and what was safe is
-    lost in some cuts.
-    """
+    """A test of the test: without the fsync of files, or of folders, what was safe is lost."""
     b = bench(name)
     b.power(60, forgets, resumed=0)
     assert any("acknowledged but lost" in each for each in b.bad)

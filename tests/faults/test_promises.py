@@ -1,6 +1,4 @@
-"""What SECURITY.md promises: the tests it names exist, and the fault matrix says that none
-failed.
-"""
+"""What SECURITY.md promises: the tests that it names exist."""
 
 from __future__ import annotations
 

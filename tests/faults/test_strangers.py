@@ -1,6 +1,4 @@
-"""What a stranger wrote is read in a child: limits on its time and memory, and no answer is no
-success.
-"""
+"""What a stranger wrote is read in a child with limits, and no answer is no success."""
 
 from __future__ import annotations
 
@@ -55,9 +53,7 @@ ENDS = {
 
 @pytest.mark.parametrize("function", ENDS)
 def test_only_an_answer_is_an_answer(function: str, tmp_path: Path) -> None:
-    """Exit code 0 is none, nor is what it prints; a crash, a hang, no memory and a wrong type are
-    named.
-    """
+    """Exit code 0 is none, nor is what it prints; every other end is named."""
     (tmp_path / "f.py").write_text(SOURCE)
     seconds = 3.0 if "no answer" in ENDS[function] else 60.0
     with pytest.raises(child_process.NoAnswer, match=ENDS[function]):
@@ -124,9 +120,7 @@ def test_a_template_stays_in_its_sandbox(template: str, tmp_path: Path) -> None:
 
 
 def test_a_panic_on_other_words_is_a_sentence(tmp_path: Path) -> None:
-    """A pattern that only the user's own text sets off: Rust's panic, which is no Exception,
-    becomes a MisError.
-    """
+    """A pattern that only the user's own text sets off: Rust's panic becomes a MisError."""
     folder = tiny.make(tmp_path / "bomb")
     patterned(folder, "(q+)+$")
     tokenizer = load.tokenizer(folder)
@@ -135,9 +129,7 @@ def test_a_panic_on_other_words_is_a_sentence(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same files in another folder are known; changed ones are tried again; a refusal is never
-    kept.
-    """
+    """The same files elsewhere are known; changed ones are tried; a refusal is never kept."""
     asked = list[str]()
     ask: Callable[..., Any] = child_process.ask
     monkeypatch.setattr(child_process, "ask", lambda *a: (asked.append(a[1]), ask(*a))[1])
@@ -180,9 +172,7 @@ def calls(path: Path) -> list[ast.Call]:
 
 
 def doors(path: Path) -> list[str]:
-    """Calls of functions that may run a model's own code, without trust_remote_code=False in the
-    same function.
-    """
+    """Calls that may run a model's own code, without trust_remote_code=False beside them."""
     found = []
     names = ("load", "load_tokenizer", "load_model", "sharded_load", "from_pretrained", "MLXLM")
     names += ("snapshot_download",)
@@ -203,9 +193,7 @@ def doors(path: Path) -> list[str]:
 
 
 def test_foreign_code_is_refused_explicitly_wherever_it_could_run(tmp_path: Path) -> None:
-    """No True anywhere; False is said at each door, for a default may change; the doors without one
-    are not used.
-    """
+    """No True anywhere; False is said at each door; the doors without one are not used."""
     (tmp_path / "x.py").write_text("AutoTokenizer.from_pretrained(p)")
     assert doors(tmp_path / "x.py")
     for path in PACKAGE.rglob("*.py"):

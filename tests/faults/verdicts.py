@@ -1,6 +1,4 @@
-"""One fault under one job: was anything lost, and does the job, gone on with, end with the
-undisturbed bytes?
-"""
+"""One fault under one job: was anything lost, and does the job end with the undisturbed bytes?"""
 
 from __future__ import annotations
 
@@ -154,9 +152,7 @@ class Bench:
             self._go_on(*left[number])
 
     def power(self, count: int, forgets: str = "", resumed: int = 10**9) -> None:
-        """`count` cuts at random moments of one run. forgets: see `recorded`. resumed: the most to
-        go on from.
-        """
+        """`count` cuts of one run. forgets: see `recorded`. resumed: the most to go on from."""
         place = clean(self.place)
         said = list[Said]()
         with recorded(forgets) as trace, acknowledged(said.append, lambda: len(trace)):
@@ -286,9 +282,7 @@ class Bench:
 
 
 def _serve(name: str, model: Path, text: Path, place: Path, rates: Any, out: Connection) -> None:
-    """The other process's side of `kill`: it runs the job and tells what is safe as soon as it
-    is.
-    """
+    """The other process's side of `kill`: runs the job and tells what is safe as it is."""
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1), os.dup2(quiet, 2)
     mx.set_default_device(mx.cpu)

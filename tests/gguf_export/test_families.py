@@ -45,9 +45,7 @@ def kinds(reader: GGUFReader) -> dict[str, str]:
 
 @pytest.mark.parametrize("kind", DENSE)
 def test_every_tensor_has_its_place(kind: str, tmp_path: Path) -> None:
-    """Under the name that gguf-py has for the published one; no number is lost, but for norms to
-    which something is added.
-    """
+    """Under gguf-py's name for the published one; no number is lost, but for gains of norms."""
     sizes = {**tiny.MODELS[kind], **({"layer_types": None} if kind == "ministral3" else {})}
     model = load.open_checkpoint(tiny.make(tmp_path / "m", **sizes))
     _, reader = exported(model.path, tmp_path / "out", out_type="f32")
@@ -69,9 +67,7 @@ def test_every_tensor_has_its_place(kind: str, tmp_path: Path) -> None:
 
 
 def test_lfm2(models: Models, tmp_path: Path) -> None:
-    """Blocks without attention have no key-value heads; kernels are float32 matrices, also in a
-    file of 8 bits.
-    """
+    """No key-value heads without attention; kernels are float32 matrices, also in 8 bits."""
     _, reader = exported(models("lfm2").path, tmp_path / "out", out_type="q8_0")
     told = facts(reader)
     assert told["A.shortconv.l_cache"] == 3

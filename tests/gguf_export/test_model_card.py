@@ -91,9 +91,7 @@ def test_of_a_relative_path_the_last_name_is_told(tmp_path: Path, value: str, to
 def test_what_came_from_the_hub_is_written_down(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the run: a folder that looks like a hub id is none. Of a run that did not, the cache
-    knows.
-    """
+    """By the run: a folder like a hub id is none. Of a run that did not, the cache knows."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "big").mkdir(parents=True)
     given = {"teacher": "models/big", "data": "owner/texts", "student": None, "vocab_text": "a/b"}
@@ -131,9 +129,7 @@ def test_three_english_prompts_with_both_answers(tmp_path: Path) -> None:
 
 
 def test_the_card_of_a_run(finished: tuple[Path, Done]) -> None:
-    """The hub's own parser reads it: relation and library. Settings, table and blocks are the
-    run's.
-    """
+    """The hub's own parser reads it. Settings, table and blocks are the run's."""
     run, _ = finished
     checkpoint = load.open_checkpoint(run / "model")
     text = model_card.readme(
@@ -181,9 +177,7 @@ def test_relations(tmp_path: Path, llama: Checkpoint) -> None:
 
 
 def test_names_and_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run's last model has the run's name, an earlier stage says so; the default teacher is known
-    by its id.
-    """
+    """A run's last model has the run's name; the default teacher is known by its id."""
     run = tmp_path / "goral-001"
     for stage in ("model", "pruned"):
         (run / stage).mkdir(parents=True)
@@ -229,9 +223,7 @@ def modelfile(file: str, template: str, stop: str | None) -> str:
 
 
 def test_modelfile() -> None:
-    """ChatML is written out with its stop word; another template is left to Ollama; none stays
-    none.
-    """
+    """ChatML is written with its stop word; another template is left to Ollama; none is none."""
     text = modelfile("x.gguf", "{{ '<|im_start|>' }}", "<|im_end|>")
     assert text.startswith("FROM ./x.gguf\nTEMPLATE ")
     assert text.endswith('PARAMETER stop "<|im_end|>"\n')

@@ -1,6 +1,4 @@
-"""Re-wrapped blocks are bit-equal, rows stand as llama.cpp wants them, what has no place is
-refused.
-"""
+"""Re-wrapped blocks are bit-equal, rows in llama.cpp's order; what has no place is refused."""
 
 from __future__ import annotations
 
@@ -69,9 +67,7 @@ def packed(
 def content(
     checkpoint: Checkpoint, name: str, wanted: str
 ) -> tuple[tensors.Part, np.ndarray, rerounding.Rerounding]:
-    """(the part made of tensor `name`, its values in float32 as gguf-py decodes them, the
-    tally).
-    """
+    """(the part made of tensor `name`, its values as gguf-py decodes them, the tally)."""
     part = next(p for p in tensors.parts(checkpoint, wanted) if p.source == name)
     tally = rerounding.Rerounding()
     data = np.concatenate(list(tensors.rows(checkpoint, part, tally)))
@@ -95,9 +91,7 @@ def content(
 def test_every_packing_that_llama_cpp_has_is_exact(
     tmp_path: Path, mode: str, bits: int, group: int, kind: str
 ) -> None:
-    """The same numbers, whatever the bits; the file's type is said accordingly, a dense model
-    cannot be made so.
-    """
+    """The same numbers, whatever the bits, and a type of the file that a dense model has not."""
     checkpoint = packed(tmp_path, group, bits=bits, mode=mode)
     wanted = tensors.out_type(checkpoint)
     assert wanted == ("q4_1" if mode == "affine" else mode)
@@ -114,9 +108,7 @@ def test_every_packing_that_llama_cpp_has_is_exact(
 
 
 def test_mixed_bits_are_exact_where_they_can_be(tmp_path: Path) -> None:
-    """3, 4 and 5 bits as they are; 6 and 8 to Q8_0, within half a step of it; q4_0 keeps the wide
-    ones wide.
-    """
+    """3, 4 and 5 bits as they are; 6 and 8 to Q8_0, within half a step; wide ones stay wide."""
     paths = {
         3: "model.layers.0.mlp.up_proj",
         5: "model.layers.1.mlp.up_proj",
@@ -145,9 +137,7 @@ def test_mixed_bits_are_exact_where_they_can_be(tmp_path: Path) -> None:
 
 
 def test_bfloat16_scales_that_float16_cannot_hold_are_counted(tmp_path: Path) -> None:
-    """bfloat16 fits float16 unless it is below 2**-14: there bits fall off, and every such scale is
-    counted.
-    """
+    """Below 2**-14 bfloat16 loses bits in float16, and every such scale is counted."""
     checkpoint = packed(
         tmp_path,
         64,
@@ -223,9 +213,7 @@ def test_a_familys_own_numbers(models: Callable[[str], Checkpoint]) -> None:
 
 
 def test_gemmas_norms_are_what_multiplies(models: Callable[[str], Checkpoint]) -> None:
-    """One more than is stored; those of queries take the odd score divisor in, of 62 blocks another
-    one.
-    """
+    """One more than is stored; those of queries take the odd score divisor in."""
     gemma = models("gemma3_text")
     q = "model.layers.2.self_attn.q_norm.weight"
     k = "model.layers.2.self_attn.k_norm.weight"
@@ -239,9 +227,7 @@ def test_gemmas_norms_are_what_multiplies(models: Callable[[str], Checkpoint]) -
 
 
 def test_llama_3s_frequencies_are_mlx_lms(models: Callable[[str], Checkpoint]) -> None:
-    """rope_freqs divides each frequency by what mlx-lm's own Llama3RoPE divides it by; 1 first, the
-    factor last.
-    """
+    """rope_freqs divides each frequency by what mlx-lm's own Llama3RoPE divides it by."""
     scaling = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 512}
     scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     llama = models("llama")
@@ -288,9 +274,7 @@ def scaled(**changes: Any) -> dict[str, Any]:
 def test_positions_without_a_place_are_a_sentence(
     models: Callable[[str], Checkpoint], kind: str, changes: dict[str, Any]
 ) -> None:
-    """llama.cpp would read them as plain ones, and the model would lose its thread without an
-    error.
-    """
+    """llama.cpp would read them as plain ones, and the model lose its thread, in silence."""
     c = models(kind)
     with pytest.raises(MisError):
         tensors.parts(Checkpoint(c.path, {**c.config, **changes}, c.tensors), "f16")
@@ -331,9 +315,7 @@ PARTS = [
 
 
 def test_the_reader_finds_what_was_written(tmp_path: Path) -> None:
-    """Facts, shapes, types and bytes, every tensor where a multiple of 32 bytes begins; the size as
-    foretold.
-    """
+    """Facts, shapes, types and bytes, each tensor at a multiple of 32; the size as foretold."""
     writer = GGUFWriter(None, "llama")
     writer.add_context_length(77)
     arrays = {

@@ -1,6 +1,4 @@
-"""gguf_export/vocab.py: what it writes, read as llama.cpp reads it, cuts text as the original
-tokenizer does.
-"""
+"""What gguf_export/vocab.py writes, read as llama.cpp does, cuts text as the tokenizer does."""
 
 from __future__ import annotations
 
@@ -41,9 +39,7 @@ def facts(folder: Path, size: int) -> tuple[dict[str, Any], list[str]]:
 
 
 def greedy(text: str, f: dict[str, Any]) -> list[int]:
-    """llama.cpp's SentencePiece tokenizer (llm_tokenizer_spm): join the best-scored neighbours,
-    leftmost first.
-    """
+    """llama.cpp's SentencePiece (llm_tokenizer_spm): join the best-scored neighbours first."""
     ids = {token: i for i, token in enumerate(f["tokens"])}
     parts = list("▁" + text.replace(" ", "▁"))
     while True:
@@ -93,9 +89,7 @@ def test_bpe_cuts_text_as_the_original(bpe: Path) -> None:
 
 
 def test_types_and_special_ids(bpe: Path) -> None:
-    """Added tokens: special ones and those that look it are control, others user-defined; holes are
-    unused.
-    """
+    """Added tokens that are special, or look it, are control, others user-defined."""
     spec = json.loads((bpe / "tokenizer.json").read_text())
     more = [{**spec["added_tokens"][0], "id": 512, "content": "<|x|>", "special": False}]
     more += [{**spec["added_tokens"][0], "id": 513, "content": "mountain", "special": False}]
@@ -112,9 +106,7 @@ def test_types_and_special_ids(bpe: Path) -> None:
 
 @pytest.mark.parametrize("adds", [True, False])
 def test_add_bos_is_what_the_tokenizer_does(bpe: Path, adds: bool) -> None:
-    """Always written: llama.cpp's own guess differs between pre-tokenizers. A setting overrules the
-    file.
-    """
+    """Always written: llama.cpp's own guess differs. A setting overrules the file."""
     if adds:
         tokenizer = Tokenizer.from_file(str(bpe / "tokenizer.json"))
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -128,9 +120,7 @@ def test_add_bos_is_what_the_tokenizer_does(bpe: Path, adds: bool) -> None:
 
 
 def test_pre_tokenizer_by_llama_cpps_hash(bpe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A known hash gives its name and no note, then the rules do; else a note with the hash, and
-    'default'.
-    """
+    """A known hash gives its name, then the rules do; else a note with it, and 'default'."""
     f, notes = facts(bpe, 512)
     assert f["pre"] == "gpt-2"
     assert notes == []
@@ -157,9 +147,7 @@ def test_the_probe_is_llama_cpps_to_the_letter() -> None:
 
 
 def test_merges_with_byte_fallback_become_scores(tmp_path: Path) -> None:
-    """Llama 2's tokenizer.json: the order of merges is the order of scores; bytes and added tokens
-    have their types.
-    """
+    """Llama 2's: merges in order are scores in order; bytes and added tokens have their types."""
     from pydoc_data.topics import topics
 
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))

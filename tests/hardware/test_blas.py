@@ -1,6 +1,4 @@
-"""A fast BLAS under every command on Linux: the renamed library, its place, the threads, and who
-runs with it.
-"""
+"""A fast BLAS under every command on Linux: the library, its place, threads, who has it."""
 
 from __future__ import annotations
 
@@ -85,17 +83,13 @@ def library() -> Path:
 
 @pytest.mark.parametrize("content", [b"", b"\x7fELF" + bytes(200), b"no library at all " * 50])
 def test_another_file_is_not_renamed(content: bytes) -> None:
-    """What is no such library raises one of the errors that `prepared` takes for "not to be
-    had".
-    """
+    """What is no such library raises an error that `prepared` takes for "not to be had"."""
     with pytest.raises(blas.OTHERWISE):
         blas.renamed(content)
 
 
 def test_where_the_copy_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the environment; in the cache where that cannot be written or its name has a blank; else
-    nowhere.
-    """
+    """In the environment; in the cache if that is read-only or has a blank; else nowhere."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "prefix", str(tmp_path / "env"))
     made = blas.prepared()
@@ -184,9 +178,7 @@ def test_program_becomes_the_command(bare: Bare) -> None:
 
 
 def test_what_is_set_already_stays(bare: Bare, library: Path, tmp_path: Path) -> None:
-    """A number of threads, a preloaded BLAS, another preloaded library; "off" leaves everything
-    out.
-    """
+    """Threads, a preloaded BLAS, another preloaded library; "off" leaves everything out."""
     command = ("-I", PROGRAM, sys.executable, "-c", "0")
     done, (note,) = bare.run(*command, OPENBLAS_NUM_THREADS="7")
     assert note["threads"] == "7"

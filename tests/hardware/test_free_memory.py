@@ -89,9 +89,7 @@ def test_a_silent_source_is_left_out() -> None:
 
 
 def test_a_mac_s_programs_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`vm_stat` and `sysctl -n kern.memorystatus_level` decide the budget, and what the studio
-    takes for free.
-    """
+    """`vm_stat` and kern.memorystatus_level decide the budget, and the studio's free memory."""
     programs = tmp_path / "bin"
     programs.mkdir()
     (tmp_path / "vm_stat.txt").write_text(BROWSER)

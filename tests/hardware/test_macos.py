@@ -124,9 +124,7 @@ def test_readers_of_a_model_keep_mlx_s_own(line: str, want: bool) -> None:
 def test_the_doctors_witness_calls_no_absent_compiler(
     installed: bool, bin: Path, mac: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The checks beside the CPU compile where there is a compiler, and not where its name opens a
-    window.
-    """
+    """The checks beside the CPU compile where that opens no installer's window."""
     program(bin, "xcode-select", f"exit {0 if installed else 2}")
     calls = list[str]()
     monkeypatch.delenv(macos.NO_COMPILE, raising=False)

@@ -1,6 +1,4 @@
-"""The budget, and MLX told of it: every limit comes back, Metal is never wired beyond what it
-recommends.
-"""
+"""The budget, and MLX told of it: limits come back, nothing is wired beyond Metal's advice."""
 
 from __future__ import annotations
 
@@ -22,9 +20,7 @@ MIB = 2**20
 
 
 class Device:
-    """Stands for `mlx.core` on a machine of our making: remembers its limits; one that cannot wire
-    has no such call.
-    """
+    """`mlx.core` of a machine of our making: remembers its limits; some cannot wire."""
 
     gpu = "gpu"
     cpu = "cpu"
@@ -92,9 +88,7 @@ def test_metal_wires_what_is_asked_for(
 def test_a_library_wires_nothing(
     device: Device, said: str, wired: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its calls do nothing, unless the user wants memory wired; afterwards they count again, also
-    after an error.
-    """
+    """Its calls do nothing unless the user wants it; they count again after an error, too."""
     monkeypatch.setenv("MIS_MLX_WIRE", said)
     before = getattr(device, "set_wired_limit", None)
     with pytest.raises(KeyError), memory.nothing_wired(device):
@@ -124,9 +118,7 @@ AIR = M1_AIR.room_bytes or 0
 
 
 def test_what_is_asked_for() -> None:
-    """It is the budget, whatever else is open; more than the machine has is refused with both
-    numbers.
-    """
+    """It is the budget; more than the machine has is refused with both numbers."""
     assert memory.budget(600 * MIB, GIB) == Budget(600 * MIB)
     assert memory.budget(psutil.virtual_memory().total).limit_bytes > memory.free_for_us_bytes()
     with pytest.raises(MisError, match=r"8.00 GiB is more than the 4.00 GiB"):
@@ -167,9 +159,7 @@ def test_this_process_is_not_another(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_peak_is_the_footprint_on_a_mac(
     fake_apple: FakeApple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """rusage_info_v4's physical footprint, now and at most: the GPU's buffers, numpy and MLX's
-    cache together.
-    """
+    """rusage_info_v4's physical footprint, now and at most: GPU, numpy and cache together."""
     fakes = apple_sensors.functions("memory", fake_apple.path)
     monkeypatch.setattr(apple_sensors, "functions", lambda group: fakes)
     fake_apple.footprint(300 * MIB, 400 * MIB)
@@ -184,9 +174,7 @@ def test_the_peak_is_the_footprint_on_a_mac(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS gives freed memory back by itself")
 def test_freed_memory_goes_back() -> None:
-    """200 MiB in pieces too small for pages of their own, with a living one at the end, which keeps
-    the heap up.
-    """
+    """200 MiB in pieces too small for pages of their own, below one that keeps the heap up."""
     before = memory.held_bytes()[0]
     pieces = [np.ones(12_800) for _ in range(2048)]  # 100 KiB
     top = np.ones(12_800)

@@ -1,6 +1,4 @@
-"""Rates and the roof: measured really, believed for the same device only; what bounds, by
-pencil.
-"""
+"""Rates and the roof: measured really, believed for the same device; what bounds, by pencil."""
 
 from __future__ import annotations
 
@@ -62,9 +60,7 @@ def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_all_rates_and_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measured once, they come back equal; a model on a CPU is slower than products alone by a
-    known factor.
-    """
+    """They come back equal; a model on a CPU is slower than products by a known factor."""
     monkeypatch.setattr(rates, "matmul_flops", lambda: rates.ELEMENTWISE * 1e9)
     found = rates.measure(tmp_path, MIB)
     assert found.source.startswith("measured 20")
@@ -103,9 +99,7 @@ def test_without_a_measurement_it_says_so() -> None:
 
 
 def test_a_sample_is_not_cached_on_a_mac(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """F_NOCACHE is set before the first byte is written: macOS would read cached pages back whoever
-    asks.
-    """
+    """F_NOCACHE before the first byte: macOS would read cached pages back whoever asks."""
     asked = list[tuple[int, int]]()
 
     def fcntl(fd: int, what: int, *_: int) -> int:

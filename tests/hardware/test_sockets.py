@@ -9,9 +9,7 @@ from mis_mlx.hardware import sockets
 
 
 def test_every_connection_is_asked_and_nothing_else() -> None:
-    """Two ends of one connection; a listener, a pair without TCP and a file are left alone; dead
-    within a minute.
-    """
+    """Two ends of a connection; a listener, a pair, a file are left alone; dead in a minute."""
     before = sockets.notice_the_dead()
     near, far = socket.socketpair()
     with socket.create_server(("127.0.0.1", 0)) as listener, near, far, open(__file__, "rb"):

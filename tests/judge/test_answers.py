@@ -1,6 +1,4 @@
-"""The judge of what models answer, beside plain formulas: bits, verdicts, and answers that are
-kept.
-"""
+"""The judge of answers, beside plain formulas: bits, verdicts, and answers that are kept."""
 
 from __future__ import annotations
 
@@ -323,9 +321,7 @@ def test_a_stopped_run_goes_on(
 def test_shipped_answers_are_used_for_their_own_teacher(
     chat: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By its tensors, wherever it lies; not for another model, template or setting; missing prompts
-    are written.
-    """
+    """By its tensors, wherever it lies; not for another model; missing prompts are written."""
     limit = memory.budget(None)
     shipped = tmp_path / "shipped.jsonl"
     whole = answers.ship(chat, THREE[:2], limit, shipped)
@@ -385,9 +381,7 @@ def test_answers_of_other_settings_are_kept_apart(
 def test_what_is_shipped_unmeasured_is_measured_once(
     chat: Checkpoint, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With an empty cache, as on a new machine: what the answers cost the teacher is found, and
-    kept there.
-    """
+    """On a new machine: what the answers cost the teacher is found, and kept there."""
     limit = memory.budget(None)
     shipped = tmp_path / "shipped.jsonl"
     whole = answers.ship(chat, THREE, limit, shipped)
@@ -484,9 +478,7 @@ def test_students_are_judged_beside_their_teacher(chat: Checkpoint, tmp_path: Pa
 
 
 def test_rows_by_pencil() -> None:
-    """3 and 5 bits over 2 and 2 bytes: 2 bits a byte; the teacher's 1 and 3: one less. One of four
-    answers loops.
-    """
+    """3 and 5 bits over 2 and 2 bytes: 2 bits a byte; the teacher's 1 and 3: one less."""
     bits = AnswerBits(math.log(2) * np.array([3.0, 5.0]), np.array([2, 2]))
     teacher_bits = AnswerBits(math.log(2) * np.array([1.0, 3.0]), np.array([2, 2]))
     said = [

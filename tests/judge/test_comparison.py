@@ -92,9 +92,7 @@ def test_rows_have_intervals_and_perplexity() -> None:
 
 
 def test_a_window_without_predictions_has_no_mean(llama: Checkpoint, held_out: Windows) -> None:
-    """It is left out of what is per token; bits per byte are a ratio of sums, to which it adds
-    nothing.
-    """
+    """It has no figure per token; bits per byte are a ratio of sums: it adds nothing."""
     loss_mask = held_out.loss_mask.copy()
     loss_mask[2] = 0
     text_bytes = np.array([100, 100, 0, 100, 100])

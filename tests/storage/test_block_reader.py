@@ -1,6 +1,4 @@
-"""Whatever the layout, the bytes that arrive are those in the files; what cannot be read is one
-sentence.
-"""
+"""Whatever the layout, the files' bytes arrive; what cannot be read is one sentence."""
 
 from __future__ import annotations
 
@@ -57,9 +55,7 @@ def load(
 @BOTH
 @pytest.mark.parametrize("seed", range(3))
 def test_any_layout_gives_the_bytes_of_the_files(tmp_path: Path, seed: int, direct: bool) -> None:
-    """Several files, some tensors left out, sizes from 0 to over a gap, at any remainder by page
-    and by element.
-    """
+    """Several files, some tensors left out, sizes from 0 to over a gap, at any remainder."""
     random = np.random.default_rng(seed)
     tensors: dict[str, TensorAt] = {}
     for f in range(random.integers(1, 4)):
@@ -76,9 +72,7 @@ def test_any_layout_gives_the_bytes_of_the_files(tmp_path: Path, seed: int, dire
 
 
 def test_neighbours_are_read_at_once_and_far_ones_apart() -> None:
-    """Pencil: a gap of 64 KiB is read along, one byte more is not; another file is another
-    extent.
-    """
+    """A gap of 64 KiB is read along, one byte more is not; another file is another extent."""
     a = Path("a")
     b = Path("b")
 
@@ -117,9 +111,7 @@ def test_what_is_longer_than_a_piece(tmp_path: Path, direct: bool) -> None:
 def test_direct_reading_falls_back_where_the_file_system_cannot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Refused with EINVAL, as file systems in memory do, it reads through the page cache; others
-    are errors.
-    """
+    """Refused with EINVAL, as in memory, it reads through the page cache; others are errors."""
     tensors = written(tmp_path / "m.safetensors", {"a": 9000})
     opened = []
     real = os.open

@@ -63,9 +63,7 @@ def names(folder: Path) -> list[str]:
 
 
 def test_the_newest_step_comes_back_and_only_two_are_kept(tmp_path: Path) -> None:
-    """Steps 7 to 10 saved: 9 and 10 are left, 10 comes back whole, though 9 is 'from the
-    future'.
-    """
+    """Steps 7 to 10 saved: 9 and 10 are left, 10 comes back, though 9 is of the future."""
     steps = tmp_path / "steps"
     assert newest(steps) is None
     for number in range(7, 11):
@@ -118,9 +116,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("case", DAMAGE)
 def test_a_damaged_step_is_named_set_aside_and_survived(case: str, tmp_path: Path) -> None:
-    """The one before is used; the damaged one is kept under another name and its number is free
-    again.
-    """
+    """The one before is used; the damaged one has another name, and its number is free again."""
     save(tmp_path, 1000), save(tmp_path, 1200)
     damage, says = DAMAGE[case]
     damage(tmp_path / "step-00001200")
@@ -138,9 +134,7 @@ def test_a_damaged_step_is_named_set_aside_and_survived(case: str, tmp_path: Pat
 
 
 def test_a_folder_that_exists_is_refused_and_untouched(tmp_path: Path) -> None:
-    """Neither a step nor a model is ever written over, not even an empty folder or a dangling
-    link.
-    """
+    """Neither a step nor a model is written over, not even an empty folder or a link."""
     (tmp_path / "model").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for name in ("model", "link"):
@@ -177,9 +171,7 @@ with lock(pathlib.Path(sys.argv[1])):
 
 
 def test_a_second_process_is_told_who_holds_the_run(tmp_path: Path) -> None:
-    """The sentence has the holder's number; after the holder was killed, or has raised, the run is
-    free.
-    """
+    """The sentence has the holder's number; after its end, or its error, the run is free."""
     run = tmp_path / "runs" / "first"
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, run], stdout=subprocess.PIPE, text=True

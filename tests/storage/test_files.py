@@ -15,9 +15,7 @@ from mis_mlx.types import GIB, MisError
 
 
 def test_write_makes_a_new_file_and_extend_grows_it(tmp_path: Path) -> None:
-    """Neither touches what is there already, by a link either, nor does a misspelt name make a
-    second file.
-    """
+    """What is there already is not touched, by a link either; a misspelt name makes no file."""
     victim = tmp_path / "victim"
     DISK.write(victim, b"one")
     DISK.extend(victim, memoryview(b"two"))
@@ -31,9 +29,7 @@ def test_write_makes_a_new_file_and_extend_grows_it(tmp_path: Path) -> None:
 
 
 def test_append_keeps_a_torn_line_apart(tmp_path: Path) -> None:
-    """A half line that a crash left does not swallow the next; a folder that is gone, as a disk, is
-    a sentence.
-    """
+    """A half line of a crash does not swallow the next; a folder that is gone is a sentence."""
     log = tmp_path / "metrics.jsonl"
     DISK.append(log, '{"step": 1}')
     with open(log, "a") as file:

@@ -101,9 +101,7 @@ BAD = {
 def test_bad_files_are_refused_by_name_before_mlx_sees_them(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One sentence that begins with the file; and `lazy` refuses too, without one call of
-    mx.load.
-    """
+    """One sentence that begins with the file; `lazy` refuses too, without one mx.load."""
     path = tmp_path / "bad.safetensors"
     path.write_bytes(BAD[case])
     with pytest.raises(MisError) as caught:

@@ -1,6 +1,4 @@
-"""A spool is a list: what is in it comes back bit for bit from memory or disk, and nothing stays
-behind.
-"""
+"""A spool is a list: bit for bit from memory or disk, and nothing stays behind."""
 
 from __future__ import annotations
 
@@ -52,9 +50,7 @@ def test_it_does_what_a_list_does(tmp_path: Path, dtype: mx.Dtype, held: int) ->
 
 
 def test_any_array_keeps_its_bits_and_the_file_has_no_name(tmp_path: Path) -> None:
-    """A transposed view not evaluated yet, values that are no numbers. No open file is left when
-    the spool is gone.
-    """
+    """A transposed view, values that are no numbers. No file is open when the spool is gone."""
     odd = mx.array([[mx.nan, -0.0, mx.inf], [1e-45, 1.0, -mx.inf]]).T
     spool = Spool(tmp_path, 0, DISK)
     spool.append(odd)

@@ -95,9 +95,7 @@ def server() -> Iterator[ThreadingHTTPServer]:
 
 
 def find(name: str, where: str, tmp_path: Path, **more: str) -> subprocess.CompletedProcess[str]:
-    """`resolve.resolve_model(name)` in a fresh process: the hub client reads its settings when
-    imported.
-    """
+    """`resolve_model(name)` in a fresh process: the hub client reads settings when imported."""
     code = f"""
 from mis_mlx.models.opening import resolve
 from mis_mlx.storage import hub
@@ -207,9 +205,7 @@ def test_a_part_of_a_model_is_not_adopted(
 
 
 def test_lock_sweeps_and_waits(tmp_path: Path) -> None:
-    """What a killed run left is gone once the lock is held, and a second process has to wait for
-    it.
-    """
+    """What a killed run left is gone once the lock is held, for which a second process waits."""
     (tmp_path / ".tmp-model-1").mkdir()
     code = "import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
     command = [sys.executable, "-c", code, str(tmp_path / ".lock")]

@@ -56,9 +56,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_sampled_targets_come_back(tmp_path: Path) -> None:
-    """Ids and counts / N of every position, in any order of windows, twice the same one; filled up
-    with weight 0.
-    """
+    """Ids and counts / N of every position, in any order of windows; filled up with 0."""
     fill(tmp_path / "t")
     ids, weights = opened(tmp_path / "t").windows([9, 0, 4, 0])
     assert ids.shape == weights.shape == (4, 5, weights.shape[2])

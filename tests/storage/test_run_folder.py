@@ -86,9 +86,7 @@ def test_a_folder_of_ones_own(here: Path) -> None:
 
 
 def test_a_folder_from_before_the_beginning_is_no_run(here: Path) -> None:
-    """Before asked.yaml is there nothing was done: neither --resume nor a new start may be blocked
-    for good.
-    """
+    """Before asked.yaml nothing was done: neither --resume nor a new start is blocked."""
     (here / "half").mkdir()
     (here / "half" / run_folder.PLAN).write_text("{}")
     (here / "half" / f".tmp-{run_folder.ASKED}-123").write_text("it")

@@ -67,9 +67,7 @@ def assert_same(found: dict[str, Any], want: dict[str, mx.array]) -> None:
 
 @pytest.mark.parametrize("shard_bytes", [2**30, 100, 1])
 def test_what_is_written_is_read_back_equal(tmp_path: Path, shard_bytes: int) -> None:
-    """Bit for bit, in one file, several, and one per tensor; by `lazy`, by mx.load and by the
-    reference.
-    """
+    """Bit for bit, in one file or several; by `lazy`, by mx.load and by the reference."""
     want = arrays()
     write_model(tmp_path / "m", want, shard_bytes)
     tensors = index(tmp_path / "m")
@@ -88,9 +86,7 @@ def test_what_is_written_is_read_back_equal(tmp_path: Path, shard_bytes: int) ->
 
 
 def test_shards_are_named_cut_and_counted(tmp_path: Path) -> None:
-    """Two tensors fit a shard, a big one is alone; the index adds up bytes and elements, names
-    sorted.
-    """
+    """Two tensors fit a shard, a big one is alone; the index adds up, names sorted."""
     content = {"z": mx.zeros(4), "a": mx.zeros(4), "big": mx.zeros(100), "last": mx.zeros(1)}
     write_model(tmp_path / "m", content, shard_bytes=32)
     one, two, three = (f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3))
@@ -110,9 +106,7 @@ def test_shards_are_named_cut_and_counted(tmp_path: Path) -> None:
 
 
 def test_a_model_is_written_with_a_few_tensors_in_memory(tmp_path: Path) -> None:
-    """Sixteen tensors of 4 MiB, made as they are due: at no time are more than three of them
-    alive.
-    """
+    """Sixteen of 4 MiB, made as they are due: never more than three of them are alive."""
     specs = {f"t{i}": ("BF16", (2048, 1024)) for i in range(16)}
     mx.reset_peak_memory()
     before = mx.get_active_memory()

@@ -171,9 +171,7 @@ def test_a_run_that_is_refused_says_why(here: Path, line: list[str]) -> None:
 
 @pytest.mark.parametrize("name", [*NAMES, "link-001"])
 def test_a_name_is_no_path(here: Path, name: object) -> None:
-    """Nothing outside of runs/ is listed, stopped, resumed or deleted, nor by a link that leads
-    there.
-    """
+    """Nothing outside of runs/ is listed, stopped, resumed or deleted, nor by a link."""
     for folder in (here / "other", here / "runs" / "real-001"):
         folder.mkdir(parents=True)
         (folder / run_folder.CONFIG).write_text("iters: 1\n")

@@ -34,9 +34,7 @@ def test_virtual_ambient():
 
 
 def test_halny_overrules_what_was_true_before():
-    """The user said 8 °C, then TVA0 climbs by 25 °C: the old value loses its say, the estimate
-    follows.
-    """
+    """The user said 8 °C, then TVA0 climbs by 25 °C: the estimate follows."""
     air = Ambient(given_c=8.0)
     for second in range(0, 301, 10):
         estimate = air.update(
@@ -48,9 +46,7 @@ def test_halny_overrules_what_was_true_before():
 
 
 def test_cold_soak():
-    """After a long rest, three sensors within 1.5 °C give their coolest minus 0.3; else they do
-    not.
-    """
+    """After a long rest, three sensors within 1.5 °C give their coolest minus 0.3."""
     rested = dict(battery_c=8.3, nand_c=8.9, soc_c=9.1, virtual_ambient_c=8.6)
     assert cold_soak(rested) == Estimate(pytest.approx(8.0), 0.8, "cold soak")
     assert cold_soak(dict(battery_c=8.3, nand_c=8.9, soc_c=12.0)) is None

@@ -79,9 +79,7 @@ def test_a_mac_that_reports_pressure_and_has_lost_keys(fake_apple):
 
 
 def test_a_function_that_macos_dropped_is_named(fake_apple, monkeypatch):
-    """A missing private function is an OSError with its name, so that the look can give the
-    reason.
-    """
+    """A missing private function is an OSError with its name, which the look gives."""
     newer = {"IOKit": {"IOHIDNoSuchThing": "void_p"}}
     monkeypatch.setitem(apple_sensors.DECLARED, "newer", newer)
     with pytest.raises(OSError, match="IOHIDNoSuchThing is missing"):

@@ -100,9 +100,7 @@ def test_battery_temperature():
 
 
 def test_unplugged_and_low():
-    """On battery: a checkpoint and a pause without end, over when plugged in; `cool` goes on to 20
-    %.
-    """
+    """On battery: a checkpoint and a pause without end; `cool` goes on to 20 %."""
     governor = Governor("steady")
     feed(governor, 20)
     pause = feed(governor, 1, 20, plugged=False)
@@ -125,9 +123,7 @@ def test_observe_never_interferes():
 
 
 def test_blind_and_unattended():
-    """A virtual machine gets a blind governor; a Mac without a die temperature gets only
-    `observe`.
-    """
+    """A virtual machine is governed blindly; a Mac without a die's heat only observed."""
     unseen = replace(GOOD, die_c=None)
     blind = governor_for("steady", unseen, {}, apple=False)
     assert blind.blind

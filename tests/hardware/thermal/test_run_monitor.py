@@ -1,6 +1,4 @@
-"""The weather of a run: what is logged, where T_env came from, tea breaks in virtual time, a closed
-lid.
-"""
+"""The weather of a run: its log, where T_env came from, tea breaks in virtual time."""
 
 from __future__ import annotations
 
@@ -109,9 +107,7 @@ class Unplugged:
 def test_a_pause_is_said_when_it_begins(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One line a pause, with the flag that ends it, not one a look; none of a mode that does not
-    pause.
-    """
+    """One line a pause, with the flag that ends it; none of a mode that does not pause."""
     for mode, lines in (("steady", 1), ("observe", 0), ("cool", 0)):
         monkeypatch.setenv("MIS_MLX_GOVERNOR", mode)
         thermal_monitor = ThermalMonitor(ThermalFlags())
@@ -131,9 +127,7 @@ def test_a_pause_is_said_when_it_begins(
 
 
 def test_the_governor_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MIS_MLX_GOVERNOR is the default, the flag wins, steady is the default's default; no mode is a
-    sentence.
-    """
+    """MIS_MLX_GOVERNOR is the default, the flag wins, else steady; no mode is a sentence."""
     assert ThermalFlags().governor == "observe"  # tests/conftest.py
     monkeypatch.setenv("MIS_MLX_GOVERNOR", "cool")
     assert (ThermalFlags().governor, ThermalFlags(governor="steady").governor) == ("cool", "steady")

@@ -14,9 +14,7 @@ def look(**parts) -> Raw:
 
 
 def test_only_garbage_gives_none_with_a_reason():
-    """Parked, impossible, constant, NaN, unnamed and undecodable values leave nothing, and say
-    why.
-    """
+    """Parked, impossible, constant, NaN and unnamed values leave nothing, and say why."""
     values = judge(
         look(
             hid=(

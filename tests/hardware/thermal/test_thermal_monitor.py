@@ -1,6 +1,4 @@
-"""The monitor: readings with sources or reasons, from the stand-in for Apple, a made-up /sys,
-recordings.
-"""
+"""The monitor: readings with sources or reasons, of Apple's stand-in, /sys, recordings."""
 
 from __future__ import annotations
 
@@ -163,9 +161,7 @@ def test_a_frozen_die_sensor_is_missing_and_an_hour_is_kept(tmp_path, monkeypatc
 
 
 def test_rest_is_boot_or_a_long_sleep(no_sensors):
-    """The look after 90 min of sleep is a rested one, the next is not; a nap or a set clock is no
-    rest.
-    """
+    """The look after 90 min of sleep is rested, the next is not, nor after a nap."""
     clock = LidClock()
     live = thermal_monitor.Live(clock)
     rested = [live.look().rested]
@@ -203,9 +199,7 @@ def test_live_monitor_samples_in_a_thread(no_sensors, monkeypatch):
     ],
 )
 def test_a_mac_without_thermometers(fake_apple, model, in_vm, real):
-    """A virtual one, by its name or the hypervisor's, is governed blindly; on a real one the
-    silence is a fault.
-    """
+    """A virtual one is governed blindly; on a real one the silence is a fault."""
     fake_apple.model(model, in_vm)
     monitor = Monitor(clock=VirtualClock(), config=NOWHERE, apple_library=fake_apple.path)
     reading = monitor.look()

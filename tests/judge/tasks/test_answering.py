@@ -108,9 +108,7 @@ def test_a_small_budget_gives_the_same_marks(llama: Checkpoint) -> None:
 def test_another_model_task_version_or_type_has_answers_of_its_own(
     tmp_path: Path, llama: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One weight, the tokenizer, a question, our code or what computes changed: another place. A
-    copy: the same.
-    """
+    """A weight, the tokenizer, a question, code or type changed: another place. A copy: none."""
     one = load.open_checkpoint(tiny.make(tmp_path / "one"))
     other = load.open_checkpoint(tiny.make(tmp_path / "other", seed=1))
     assert answering.sha256(one) == answering.sha256(llama) != answering.sha256(other)
@@ -173,9 +171,7 @@ def test_options_of_unlike_length_are_compared_per_character(llama: Checkpoint) 
 
 
 def test_a_uniform_model_takes_the_option_of_fewest_tokens(llama: Checkpoint) -> None:
-    """By hand: two tokens against one, a tie of two; per character, one token of two letters
-    against one of more.
-    """
+    """Two tokens against one, a tie; per character, one of two letters against one of more."""
     asked = [
         ("the", ("if if", "if"), 1),
         ("the", ("if if", "if"), 0),

@@ -1,6 +1,4 @@
-"""Answers to instructions: IFEval's two accuracies by hand, what a row must hold, the checker in
-its own process.
-"""
+"""Answers to instructions: IFEval's accuracies, what a row must hold, the checker's process."""
 
 from __future__ import annotations
 
@@ -51,9 +49,7 @@ def write(path: Path, *rows: Any) -> Path:
 
 
 def test_both_accuracies_and_their_mean_by_hand() -> None:
-    """Four prompts with 1, 2, 3 and 2 instructions: two prompts are followed whole, and 5 of 8
-    instructions.
-    """
+    """Of 1, 2, 3 and 2 instructions: two prompts are followed whole, and 5 of 8 instructions."""
     followed = [1, 2, 2, 0]
     counts = [1, 2, 3, 2]
 
@@ -99,9 +95,7 @@ def test_what_cannot_check_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_row_becomes_a_question_that_is_written(tmp_path: Path) -> None:
-    """The prompt alone is read; arguments that are null are left out; chance and constants are not
-    known.
-    """
+    """The prompt alone is read; null arguments are left out; chance is not known."""
     task = questions.file(write(tmp_path / "ifeval.jsonl", ROW, SHORT))
     assert (task.kind, task.max_tokens) == ("instructions", 512)
     first, second = task.questions
@@ -162,9 +156,7 @@ def test_an_answer_that_breaks_the_checker_follows_nothing_and_is_named(
 
 
 def test_a_model_writes_and_is_marked(llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answers are kept with what they follow; both accuracies come out of what is kept, and nothing
-    is asked twice.
-    """
+    """Answers are kept with what they follow, give both accuracies, and are asked once."""
     task = questions.task("ifeval", [ROW, SHORT, ROW], "").chosen(3)
     task = questions.replace(task, max_tokens=4)
     right = {0: 2.0, 1: 0.0, 2: 1.0}

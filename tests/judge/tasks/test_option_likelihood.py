@@ -1,6 +1,4 @@
-"""Log-likelihoods of options against the plain forward pass, in whatever company they are
-computed.
-"""
+"""Log-likelihoods of options against the plain forward pass, in any company."""
 
 from __future__ import annotations
 
@@ -23,9 +21,7 @@ WORDS = ("if", "the", "loop", "is", "true", "then", "print", "all", "while", "na
 
 
 def asked(tokenizer: Any, count: int) -> list[option_likelihood.Encoded]:
-    """Questions of unlike length with two to five options, some that begin alike, one without a
-    context.
-    """
+    """Questions of unlike length and number of options, some alike, one without a context."""
     rng = random.Random(1)
     made = []
     for number in range(count):
@@ -58,9 +54,7 @@ def plain(checkpoint: Checkpoint, encoded: list[option_likelihood.Encoded]) -> l
 def test_the_plain_forward_pass_gives_the_same(
     models: Callable[[str], Checkpoint], kind: str
 ) -> None:
-    """Options do not see each other, questions do not see each other, positions are right: to 1e-4
-    nats.
-    """
+    """Neither options nor questions see each other, positions are right: to 1e-4 nats."""
     checkpoint = models(kind)
     encoded = asked(load.tokenizer(checkpoint.path), 24)
     found = option_likelihood.score(Stream(checkpoint, mx.float32), encoded)

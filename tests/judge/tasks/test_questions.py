@@ -1,6 +1,4 @@
-"""Rows become questions: three formats, every fault a sentence, chance and the best constant by
-hand.
-"""
+"""Rows become questions: three formats, every fault a sentence, constants by hand."""
 
 from __future__ import annotations
 
@@ -123,9 +121,7 @@ def test_the_place_of_the_good_sentence_cannot_be_guessed() -> None:
 
 
 def test_files_that_are_no_task(tmp_path: Path) -> None:
-    """A folder without any; an empty file, one of pairs that are all the same, two kinds in one,
-    and one that is not there.
-    """
+    """A folder without any; files that are empty, alike, of two kinds, or not there."""
     with pytest.raises(MisError):
         questions.folder(tmp_path)
     write(tmp_path / "empty.jsonl", "", " ")

@@ -145,9 +145,7 @@ LESSONS = [*TRAIN, *VALID]
 
 
 def test_the_worked_answer_is_rewarded_and_the_slip_is_not() -> None:
-    """By the verifier that trains on them: right and in form, wrong and in form, in both
-    languages.
-    """
+    """By the verifier that trains on them: right in form, wrong in form, in both languages."""
     for row in LESSONS:
         answer = row["answer"]
         language = row["language"]
@@ -160,9 +158,7 @@ def test_the_worked_answer_is_rewarded_and_the_slip_is_not() -> None:
 
 @pytest.mark.parametrize("kind", ["maths", "bus", "cooking", "logic"])
 def test_options_are_right_and_wrong(kind: str) -> None:
-    """The answer earns the reward, the other option does not; neither its place nor the language
-    says anything.
-    """
+    """The answer earns the reward, the other option does not; place and language say nothing."""
     questions = EXAMS[kind]
     languages = Counter[str]()
     places = Counter[int]()

@@ -104,9 +104,7 @@ def test_pairs_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_two_tasks_of_the_pairs() -> None:
-    """Half Polish, half dialect, each from its own pair; the dialect's place among the two says
-    nothing.
-    """
+    """Half Polish, half dialect, of unlike pairs; the dialect's place says nothing."""
     pairs = [{"polish": f"Po polsku {n}", "dialect": f"Po śląsku {n}"} for n in range(100)]
     label, text = polish.dialect("silesian", pairs, "made for this test")
     assert (label.name, text.name) == ("silesian-label", "silesian-text")
