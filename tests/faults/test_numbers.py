@@ -26,6 +26,7 @@ from mis_mlx.storage import run_folder
 from mis_mlx.types import MisError
 from tests.conftest import mostly_thorough
 from tests.faults import jobs
+from tests.faults.broken import Killed
 from tests.faults.conftest import Note
 
 ITERS = 12
@@ -85,19 +86,14 @@ def went_back(s: distill.Settings, said: str, back: int, first: int, note: Note)
 
 
 def goes_on_alike(s: distill.Settings, whole: distill.Settings, number: int) -> None:
-    """Stopped when its checkpoint at step `number` is there, and resumed: the same bytes."""
-    save = protocol.save_step
+    """Killed when its checkpoint at step `number` is there, and resumed: the same bytes."""
 
-    def stop(folder: Path, n: int, *a: Any, **more: Any) -> Path:
-        path = save(folder, n, *a, **more)
-        if n == number:
-            raise KeyboardInterrupt
-        return path
+    def say(each: jobs.Said) -> None:
+        if each.step == number:
+            raise Killed
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(protocol, "save_step", stop)
-        with pytest.raises(KeyboardInterrupt):
-            distill.run(s)
+    with jobs.acknowledged(say), pytest.raises(Killed):
+        distill.run(s)
     distill.run(distill.Settings(out=s.out, resume=True))
     model, wanted = (jobs.contents(Path(str(each.out)) / "model") for each in (s, whole))
     assert model == wanted
@@ -110,7 +106,7 @@ def test_three_in_a_row_go_back_and_on_without_them(
     note: Note,
 ) -> None:
     """One alone is skipped; then back to the checkpoint at step 4, on without batches 6 to 8.
-    Stopped after the way back, and before any, it ends with the same bytes.
+    Killed after the way back, it ends with the same bytes.
     """
     s = settings("whole")
     bad |= {2, 6, 7, 8}
@@ -121,8 +117,7 @@ def test_three_in_a_row_go_back_and_on_without_them(
     rates = {r["number"]: r["learning_rate"] for r in run_folder.metrics(Path(str(s.out)))}
     assert rates[4] == pytest.approx(s.rate(3))
     assert rates[5] == pytest.approx(s.rate(4) / 2)
-    for number in (8, 4):
-        goes_on_alike(settings(f"cut at {number}"), s, number)
+    goes_on_alike(settings("cut"), s, 8)
 
 
 @pytest.mark.parametrize(

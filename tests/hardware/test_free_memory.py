@@ -26,19 +26,12 @@ Pages throttled:                                    0.
 Pages wired down:                    {wired:>16}.
 Pages purgeable:                                  612.
 "Translation faults":                       574921966.
-Pages copy-on-write:                         38671927.
-Pages zero filled:                          320571840.
-Pages reactivated:                           75978152.
 Pages purged:                                16666917.
 File-backed pages:                   {files:>16}.
 Anonymous pages:                     {anonymous:>16}.
 Pages stored in compressor:          {stored:>16}.
 Pages occupied by compressor:        {compressor:>16}.
-Decompressions:                              73011127.
-Compressions:                                92304380.
-Pageins:                                      7854456.
 Pageouts:                                      320741.
-Swapins:                                       470789.
 Swapouts:                                      929703.
 """
 COUNTS = ("free", "active", "inactive", "speculative", "wired")
