@@ -20,6 +20,7 @@ from mis_mlx.compute.precision import POLICY
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation import pipeline, targets
 from mis_mlx.distillation.block_student import BlockStudent
+from mis_mlx.hardware import memory
 from mis_mlx.maths import rounding
 from mis_mlx.models.architectures.families import mixture
 from mis_mlx.models.opening import load
@@ -30,7 +31,7 @@ from mis_mlx.storage.files import DISK
 from mis_mlx.storage.header_check import check
 from mis_mlx.storage.safetensors import lazy
 from mis_mlx.types import Checkpoint, MisError, Step
-from tests import disks, tiny
+from tests import disks, peaks, tiny
 from tests.conftest import mostly_slow
 from tests.distillation import students
 from tests.faults.broken import KILLED, Killed, breaking
@@ -48,9 +49,9 @@ HIDDEN = ".tmp-scales-1"  # of a process that is gone, for whoever comes next
 Everything = dict[str, np.ndarray]
 
 
-def pair(place: Path, kind: str) -> tuple[Checkpoint, Checkpoint]:
+def pair(place: Path, kind: str, **changes: Any) -> tuple[Checkpoint, Checkpoint]:
     """A tiny teacher, and itself in 4 bits."""
-    teacher = load.open_checkpoint(tiny.make(place / "teacher", **KINDS[kind]))
+    teacher = load.open_checkpoint(tiny.make(place / "teacher", **{**KINDS[kind], **changes}))
     plan = packed_format.formats_of(teacher.config, 32)
     packed_format.write_quantized(teacher, place / "packed", plan, DISK)
     return teacher, load.open_checkpoint(place / "packed")
@@ -282,3 +283,24 @@ def test_a_full_disk_is_a_sentence_and_costs_no_step(tmp_path: Path) -> None:
             train(models, place, on_disk=True)
         sized(20_000)
         assert_equal(train(models, place, on_disk=True)[0], want)
+
+
+@pytest.mark.thorough
+def test_the_peak_does_not_grow_with_depth(tmp_path: Path) -> None:
+    """Twelve blocks on disk take what four take, and the inputs of eight more, which are a
+    sixteenth of their states.
+    """
+    sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 1024}
+    seen = []
+    for layers in (4, 12):
+        place = tmp_path / str(layers)
+        teacher, packed = pair(place, "llama", **sizes, num_hidden_layers=layers)
+        source = kept_targets(teacher, packed, place / "targets")
+        with peaks.of_mlx() as peak:
+            student = scaled(packed, place, on_disk=True)
+            student.begin()
+            for _ in source.steps(student, text(), recipe(packed)):
+                memory.give_back(cache=False)
+        seen.append(peak.nbytes)
+    states = sum(array.nbytes for array in everything(student).values()) * 8 / 12
+    assert seen[1] - seen[0] < states / 4

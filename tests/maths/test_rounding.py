@@ -15,7 +15,7 @@ from mis_mlx.maths.gptq import PANEL
 from mis_mlx.types import MisError
 
 KINDS = [(32, 4), (64, 4), (64, 8)]
-SHARES = {3: 0.742, 4: 0.818, 5: 0.823, 6: 0.8495, 8: 0.878}  # of the error, left by fitted grids
+SHARES = {3: 0.7423, 4: 0.8179, 5: 0.8232, 6: 0.8495, 8: 0.8779}  # left by fitted grids
 
 
 def correlated(seed: int, size: int = 128) -> tuple[np.ndarray, np.ndarray]:
@@ -150,22 +150,6 @@ def test_without_correlation_it_is_plain_rounding(
         assert (found == wanted).all()
 
 
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize(("group", "bits"), KINDS)
-def test_the_output_is_nearer_than_by_plain_rounding(seed: int, group: int, bits: int) -> None:
-    """On inputs that correlate less than half of the squared error is left (0.23 to 0.31 when this
-    was written).
-    """
-    weight, gram = correlated(seed)
-    nearest = rounding.nearest(mx.array(weight), group, bits)
-    compensated = by_gptq(weight, gram, group, bits)
-
-    plain = error(weight, nearest, gram=gram, group=group, bits=bits)
-    ours = error(weight, compensated, gram=gram, group=group, bits=bits)
-
-    assert ours < plain / 2
-
-
 def by_inverses(weight: np.ndarray, gram: np.ndarray, group: int) -> np.ndarray:
     """The same integers by the formula of Optimal Brain Surgeon, the inverse taken anew for every
     column: (out, in).
@@ -226,7 +210,7 @@ def test_fitted_grids_leave_less_error(group: int, bits: int) -> None:
     share = rounding.fit_share(weight, group, bits)
     assert share == pytest.approx(fitted.sum() / plain.sum(), rel=1e-3)
     if group == 64:
-        assert share == pytest.approx(SHARES[bits], abs=3e-3)
+        assert share == pytest.approx(SHARES[bits], abs=1e-3)
 
 
 def test_fitted_integers_are_packed_as_mlx_packs_them() -> None:

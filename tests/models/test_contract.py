@@ -18,12 +18,14 @@ from typing import Any
 import pytest
 from mlx.utils import tree_flatten
 
+from mis_mlx.maths.importance import Statistics
 from mis_mlx.models.architectures import arch, config_checks
 from mis_mlx.models.architectures.families import FAMILIES, family
 from mis_mlx.models.architectures.shape import ALL, weight_count
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.config import check_config, read_config
+from mis_mlx.pruning import select
 from mis_mlx.types import Checkpoint, MisError, TensorAt
 from tests import tiny
 
@@ -265,6 +267,16 @@ def test_a_student_keeps_what_its_blocks_were(name: str) -> None:
     check_config(student, Path("config.json"))
     for number, i in enumerate(kept):
         assert family(student).block_tensors(number) == architecture.block_tensors(i)
+
+
+@pytest.mark.parametrize("name", ["gemma4_text", "lfm2"])
+def test_blocks_that_others_need_stay(name: str) -> None:
+    """Whatever they are worth."""
+    fixed = family(CONFIGS[name]).fixed_blocks()
+    worth = Statistics(block={i: float(i not in fixed) for i in range(7)})
+    asked = select.PruningConfig(scenario="none", layers=len(fixed), importance="rms")
+    _, keep = select.select_units(CONFIGS[name], worth, asked)
+    assert set(keep.layers) == fixed != set()
 
 
 @pytest.mark.parametrize("name", FAMILIES)

