@@ -20,7 +20,6 @@ from mis_mlx.models.opening import load, resolve, wheel_model
 from mis_mlx.storage import hub
 from mis_mlx.storage.files import file_sha256
 from mis_mlx.types import MisError
-from tests import forks
 
 
 @pytest.fixture
@@ -84,7 +83,7 @@ except MisError as error:
 """
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(cache / "hf"), "PIP_NO_INDEX": "1"}
     env |= {"PIP_FIND_LINKS": str(cache), "PIP_CONFIG_FILE": os.devnull}
-    done = forks.run(["-c", code], env)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.stderr == ""
     assert done.stdout.count("\n") == 1
     assert "Hugging Face hub" in done.stdout
