@@ -170,6 +170,7 @@ def bad(llama: Checkpoint, tmp_path: Path) -> Path:
     return Path(shutil.copytree(llama.path, tmp_path / "bad"))
 
 
+@pytest.mark.usefixtures("brief_look")
 @pytest.mark.parametrize(("name", "setting"), MODELS)
 def test_a_model_is_opened_before_anything_is_written(
     name: str, setting: str, bad: Path, here: Path, asked: Callable[[str], Any]
@@ -180,6 +181,7 @@ def test_a_model_is_opened_before_anything_is_written(
     assert not set(made(here)) - {"runs"}
 
 
+@pytest.mark.usefixtures("brief_look")
 @pytest.mark.parametrize(
     ("name", "setting"),
     mostly_thorough(

@@ -22,7 +22,7 @@ from tests import tiny
 from tests.conftest import mostly_slow, mostly_thorough
 from tests.faults import jobs
 from tests.faults.broken import Killed
-from tests.faults.test_operations import LONG, TUNED, Benches
+from tests.faults.test_jobs import LONG, TUNED, Benches
 
 COMMANDS: dict[str, Any] = {TUNED: quantize, "distill": distill, "sft": sft, "dpo": dpo}
 COMMANDS["grpo"] = grpo

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
 
+from mis_mlx.gguf_export.tensors import parts
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.families import FAMILIES, family
 from mis_mlx.models.architectures.mixture import Mixture
@@ -162,27 +163,49 @@ def test_packed_gemma4(models: Models, tmp_path: Path) -> None:
 
 
 SHARED = tiny.FAMILIES["gemma4_text"]["layer_types"]
-SECOND_KEYS = [SHARED[0], "full_attention", "sliding_attention", *SHARED[3:]]
-OTHERWISE: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("qwen3_moe", {"norm_topk_prob": False}),
-    ("qwen2_moe", {"norm_topk_prob": True}),
-    ("olmoe", {"num_key_value_heads": 2}),
-    ("gpt_oss", {"layer_types": [*["full_attention", "sliding_attention"] * 3, "full_attention"]}),
-    # the keys of the last block but one where there is a window, else of the last
-    (
-        "gemma4_text",
-        {"layer_types": SECOND_KEYS},
-    ),
+SLIDES = [*["full_attention", "sliding_attention"] * 3, "full_attention"]
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256}
+LLAMA3 = {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}
+PLAIN = {"layer_types": None, "sliding_window": None}  # ministral3 without windows
+STRETCHED = tiny.FAMILIES["ministral3"]["rope_parameters"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
+        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}),  # of which length?
+        ("llama", {"rope_scaling": {**YARN, "attention_factor": 1.3}}),
+        ("llama", {"layer_types": ["sliding_attention"] * 3}),
+        ("qwen2", LLAMA3),
+        ("gemma3_text", LLAMA3),
+        ("smollm3", {"no_rope_layers": [1, 1, 0, 1, 1, 1, 1]}),
+        ("smollm3", {"mlp_bias": True}),
+        ("ministral3", {}),  # some layers slide
+        ("ministral3", {**PLAIN, "rope_parameters": {**STRETCHED, "mscale": 0.7}}),
+        ("ministral3", {**PLAIN, "rope_parameters": {**STRETCHED, "rope_type": "linear"}}),
+        ("qwen3_moe", {"norm_topk_prob": False}),
+        ("qwen2_moe", {"norm_topk_prob": True}),
+        ("olmoe", {"num_key_value_heads": 2}),
+        ("gpt_oss", {"layer_types": SLIDES}),
+        # the keys of the last block but one where there is a window, else of the last
+        ("gemma4_text", {"layer_types": [SHARED[0], SHARED[2], SHARED[0], *SHARED[3:]]}),
+    ],
 )
-
-
-@pytest.mark.parametrize(("kind", "change"), OTHERWISE)
-def test_what_llama_cpp_computes_otherwise(kind: str, change: dict[str, Any]) -> None:
-    """It has these in its program, whatever a file says."""
-    config = {**tiny.CONFIG, **tiny.FAMILIES[kind]}
-    family(config).check_gguf()
+def test_what_llama_cpp_computes_otherwise(
+    kind: str, changes: dict[str, Any], models: Models
+) -> None:
+    """It has these in its program, whatever a file says, or reads positions as plain ones; a model
+    would lose its thread without an error.
+    """
+    c = models(kind)
+    if changes:
+        family({**c.config, **(PLAIN if kind == "ministral3" else {})}).check_gguf()
     with pytest.raises(MisError):
-        family({**config, **change}).check_gguf()
-    if kind == "gemma4_text":
-        first = ["full_attention", "sliding_attention", *SHARED[2:]]
-        family({**config, "layer_types": first}).check_gguf()
+        parts(Checkpoint(c.path, {**c.config, **changes}, c.tensors), "f16")
+
+
+def test_whose_keys_are_used() -> None:
+    """llama.cpp's gemma4 takes those of the last block with its kind of attention."""
+    config = tiny.FAMILIES["gemma4_text"]
+    family({**config, "layer_types": [SHARED[2], SHARED[0], *SHARED[2:]]}).check_gguf()

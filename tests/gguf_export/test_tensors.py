@@ -24,7 +24,6 @@ from tests import tiny
 from tests.models.test_gguf_reader import llama_cpp_permute
 
 Q = "model.layers.1.self_attn.q_proj.weight"
-YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256}
 
 
 def packed(
@@ -245,39 +244,6 @@ def test_llama_3s_frequencies_are_mlx_lms(models: Callable[[str], Checkpoint]) -
     assert found[0] == 1
     assert found[-1] == 8
     assert np.any((found > 1.01) & (found < 7.99))
-
-
-def scaled(**changes: Any) -> dict[str, Any]:
-    """The tiny ministral3 without windows, its positions changed."""
-    return {
-        "layer_types": None,
-        "rope_parameters": {**tiny.FAMILIES["ministral3"]["rope_parameters"], **changes},
-    }
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes"),
-    [
-        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
-        ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}),  # of which length?
-        ("llama", {"rope_scaling": {**YARN, "attention_factor": 1.3}}),
-        ("qwen2", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}),
-        ("gemma3_text", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}),
-        ("llama", {"layer_types": ["sliding_attention"] * 3}),
-        ("smollm3", {"no_rope_layers": [1, 1, 0, 1, 1, 1, 1]}),
-        ("smollm3", {"mlp_bias": True}),
-        ("ministral3", {}),  # some layers slide
-        ("ministral3", scaled(mscale=0.7)),
-        ("ministral3", scaled(rope_type="linear")),
-    ],
-)
-def test_positions_without_a_place_are_a_sentence(
-    models: Callable[[str], Checkpoint], kind: str, changes: dict[str, Any]
-) -> None:
-    """llama.cpp would read them as plain ones, and the model lose its thread, in silence."""
-    c = models(kind)
-    with pytest.raises(MisError):
-        tensors.parts(Checkpoint(c.path, {**c.config, **changes}, c.tensors), "f16")
 
 
 def test_rows_without_whole_blocks_are_a_sentence(tmp_path: Path) -> None:

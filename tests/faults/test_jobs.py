@@ -1,5 +1,5 @@
-"""Operation N of a job fails: the disk is full, or answers no more, or the process ends there; for
-N = 1, 2, 3 ...
+"""A job's disk is full or answers no more, or its process ends, at operation N = 1, 2, 3 ...; it is
+killed at random moments; the power goes.
 
 After each: what was said to be safe is there with its bytes, and the job, gone on with, ends with
 those of a job that nothing happened to.
@@ -7,7 +7,7 @@ those of a job that nothing happened to.
 
 from __future__ import annotations
 
-import ast
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,6 +40,9 @@ FEW = 4  # operations of a long job in the quick run
 # Operations at which a job is stopped and gone on with in the slow run, spread over all it has. A
 # job has up to a thousand, and some seconds for each would make a day of it.
 EACH = 60
+
+KILLS = 300  # in all, of the slow run
+CUTS = 2000  # in all, of the slow run: of each job CUTS / number of jobs
 
 Benches = Callable[[str], Bench]
 
@@ -140,60 +143,65 @@ def test_a_step_overwritten_is_found_out(bench: Benches, monkeypatch: pytest.Mon
     assert any("acknowledged but lost" in each for each in b.bad)
 
 
-PACKAGE = Path(__file__).parents[2] / "mis_mlx"
-CHANGES = {
-    *("write_text", "write_bytes", "unlink", "mkdir", "makedirs", "rename", "rmtree", "rmdir"),
-    *("copyfile", "copytree", "move", "touch", "symlink_to", "truncate", "pwrite", "ftruncate"),
-    *("savez", "save_safetensors", "save_gguf"),
-}
-# Who changes a disk without `Files`, and why a run loses nothing by it.
-WITHOUT = {
-    "storage/files.py": "it is that class",
-    "storage/checkpoint.py": "the text in the lock file, which is for people",
-    "storage/hub.py": "a download, whole or absent: half of it lies in a folder of another name",
-    "models/opening/wheel_model.py": "the same, its conversion",
-    "judge/tasks/task_registry.py": "the same",
-    "hardware/blas.py": "a library under other names, whole or absent; it runs before anything of "
-    "ours is imported",
-    "checks/engine.py": "a model made on the spot, in a temporary folder of its own",
-    "checks/training_step.py": "the same",
-    "checks/groups.py": "rows of a check as they are found, in that temporary folder",
-    "doctor.py": "that temporary folder's parts",
-    "hardware/programs.py": "the same, a wheel of a wrong hash is deleted",
-    "hardware/rates.py": "a file of zeros that measures how quick the disk is",
-    "hardware/thermal/recording.py": "a recording of thermometers, which the command `thermal` "
-    "makes",
-}
+@pytest.mark.parametrize(
+    "name",
+    mostly_slow(
+        ["prune", "quantize", "export", "distill", "distill, scales on disk", "logit store"],
+        "distill",
+        thorough=["export"],
+    ),
+)
+def test_killed_and_gone_on_with(name: str, bench: Benches) -> None:
+    """Four kills that came in time, and then the end."""
+    b = bench(name)
+    b.kills(4, random.Random(len(name)))
+    assert not b.bad
+    assert b.ends["killed"] >= 4
 
 
-def changes(path: Path) -> list[str]:
-    """Calls that change a disk and do not go through an object called files or DISK."""
-    found = []
-    for call in (
-        n for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.Call)
-    ):
-        writes = any(ast.unparse(a) in ("'w'", "'a'", "'wb'", "'ab'", "'xb'") for a in call.args)
-        if isinstance(call.func, ast.Attribute):
-            owner = ast.unparse(call.func.value)
-            through = owner.endswith(("files", "DISK"))
-            opened = call.func.attr == "open" and any(
-                ast.unparse(a) in ("'w'", "'a'", "'wb'", "'xb'") for a in call.args
-            )
-            known = call.func.attr in CHANGES or f"{owner}.{call.func.attr}" in (
-                "os.replace",
-                "os.remove",
-                "np.save",
-            )
-            if (known or opened) and not through and "io.BytesIO" not in ast.unparse(call):
-                found.append(f"{call.lineno}: {ast.unparse(call)[:80]}")
-        elif ast.unparse(call.func) == "open" and writes:
-            found.append(f"{call.lineno}: {ast.unparse(call)[:80]}")
-    return found
+@pytest.mark.slow
+@pytest.mark.parametrize("name", (*SHORT, *LONG))
+def test_three_hundred_kills(name: str, bench: Benches, note: Note) -> None:
+    """The same, many more."""
+    b = bench(name)
+    b.kills(KILLS // len((*SHORT, *LONG)), random.Random(KILLS + len(name)))
+    note("SIGKILL at a random moment", name, b.ends, len(b.bad))
+    assert not b.bad
 
 
-def test_a_run_changes_the_disk_through_one_class() -> None:
-    """What is not behind `Files` cannot fail here: it is listed with a reason."""
-    every = {str(path.relative_to(PACKAGE)): changes(path) for path in PACKAGE.rglob("*.py")}
-    unlisted = {name: made for name, made in every.items() if made and name not in WITHOUT}
-    assert not unlisted
-    assert every["storage/files.py"]
+@pytest.mark.parametrize(
+    "name",
+    mostly_thorough((*SHORT, "distill", "distill, scales on disk", "sft"), "export"),
+)
+def test_a_power_cut_loses_nothing_that_was_safe(name: str, bench: Benches) -> None:
+    """Forty cuts a job; from two of a run's different disks it goes on to its end, of a command's
+    from all.
+    """
+    b = bench(name)
+    b.power(40, resumed=2 if name in LONG else 10**9)
+    assert not b.bad
+    assert b.ends == {"power cut": 40}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", (*SHORT, *LONG))
+def test_two_thousand_power_cuts(name: str, bench: Benches, note: Note) -> None:
+    """From EACH disks that a cut may leave, the job is gone on with to its end."""
+    b = bench(name)
+    b.power(CUTS // len((*SHORT, *LONG)), resumed=EACH)
+    note("power cut", name, b.ends, len(b.bad))
+    assert not b.bad
+
+
+@pytest.mark.parametrize("forgets", ["file", "folder"])
+@pytest.mark.parametrize(
+    "name",
+    mostly_slow(
+        ["prune", "quantize", "export", "distill", "logit store"], "export", thorough=["distill"]
+    ),
+)
+def test_without_a_sync_the_power_cut_is_found_out(name: str, forgets: str, bench: Benches) -> None:
+    """A test of the test: without the fsync of files, or of folders, what was safe is lost."""
+    b = bench(name)
+    b.power(60, forgets, resumed=0)
+    assert any("acknowledged but lost" in each for each in b.bad)
