@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.families import family
+from mis_mlx.models.opening import load
 from mis_mlx.models.writing import model_writer
 from mis_mlx.quantization import packed_format
 from mis_mlx.settings.recipe import TrainingConfig
@@ -510,6 +511,13 @@ def calling(folder: Path) -> Path:
     talking(folder, max_position_embeddings=4096)
     (folder / "chat_template.jinja").write_text(TOOL_TEMPLATE)
     return folder
+
+
+def packed(model: Checkpoint, out: Path, group: int = 64) -> Checkpoint:
+    """The model in 4 bits, each weight at its nearest value."""
+    plan = packed_format.formats_of(model.config, group)
+    packed_format.write_quantized(model, out, plan, DISK)
+    return load.open_checkpoint(out)
 
 
 def in_fp4(model: Checkpoint, out: Path, mode: str) -> dict[str, Any]:

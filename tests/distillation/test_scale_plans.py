@@ -21,7 +21,7 @@ from mis_mlx.hardware.stage_cost import INTEGERS, StageCost
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.planner.distillation_spec import DistillationSpec
-from mis_mlx.quantization import packed_format, scale_state
+from mis_mlx.quantization import scale_state
 from mis_mlx.settings.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB
@@ -110,10 +110,7 @@ def test_learning_stays_under_the_plan(
     job = replace(spec(8), teacher=m, student=m)
     planned = tuned(job, GIB if room is None else least_on_disk(job) + room)
     assert bool(planned.scratch_bytes) == (room is not None)
-    packed_format.write_quantized(
-        checkpoint, tmp_path / "q4", packed_format.formats_of(checkpoint.config, 64), DISK
-    )
-    packed = load.open_checkpoint(tmp_path / "q4")
+    packed = tiny.packed(checkpoint, tmp_path / "q4")
     tokens = np.random.default_rng(0).integers(0, 512, (6, 64)).astype(np.int32)
     text = Windows(tokens, np.ones((6, 64), np.float32))
     recipe = DistillationConfig(iters=STEPS, batch_size=1, learning_rate=1e-4)

@@ -52,9 +52,7 @@ Everything = dict[str, np.ndarray]
 def pair(place: Path, kind: str, **changes: Any) -> tuple[Checkpoint, Checkpoint]:
     """A tiny teacher, and itself in 4 bits."""
     teacher = load.open_checkpoint(tiny.make(place / "teacher", **{**KINDS[kind], **changes}))
-    plan = packed_format.formats_of(teacher.config, 32)
-    packed_format.write_quantized(teacher, place / "packed", plan, DISK)
-    return teacher, load.open_checkpoint(place / "packed")
+    return teacher, tiny.packed(teacher, place / "packed", 32)
 
 
 def text(windows: int = 12) -> Windows:

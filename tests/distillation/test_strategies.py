@@ -29,7 +29,6 @@ from mis_mlx.models.passing import pass_cost
 from mis_mlx.models.writing import model_writer
 from mis_mlx.planner.distillation_spec import MODES, DistillationSpec, Mode, spec_of
 from mis_mlx.pruning import select
-from mis_mlx.quantization import packed_format
 from mis_mlx.settings.recipe import (
     RATE,
     TUNE_ITERS,
@@ -362,14 +361,8 @@ def test_comparing_stays_under_the_plan(
     heads.
     """
     teacher, student = wide
-    packed_format.write_quantized(
-        student, tmp_path / "4-bit", packed_format.formats_of(student.config, 64), DISK
-    )
-    models = {
-        "teacher": teacher,
-        "student": student,
-        "4-bit": load.open_checkpoint(tmp_path / "4-bit"),
-    }
+    four = tiny.packed(student, tmp_path / "4-bit")
+    models = {"teacher": teacher, "student": student, "4-bit": four}
     tokens = np.random.default_rng(0).integers(0, 512, (3, 64)).astype(np.int32)
     planned = comparison_cost([model_of(m) for m in models.values()], 3, 64).peak_bytes
     with peaks.of_mlx(planned) as peak:

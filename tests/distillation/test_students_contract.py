@@ -21,7 +21,7 @@ from mis_mlx.distillation import train_loop
 from mis_mlx.distillation.block_student import BlockStudent
 from mis_mlx.models.opening import load
 from mis_mlx.models.writing import model_writer
-from mis_mlx.quantization import packed_format, scale_state
+from mis_mlx.quantization import scale_state
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, Step
 from tests import tiny
@@ -45,8 +45,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def packed(dense: Checkpoint) -> Checkpoint:
     """The same in 4 bits."""
     folder = dense.path.with_name("packed")
-    packed_format.write_quantized(dense, folder, packed_format.formats_of(dense.config, 32), DISK)
-    return load.open_checkpoint(folder)
+    return tiny.packed(dense, folder, 32)
 
 
 def blocks(place: Path, dense: Checkpoint, packed: Checkpoint, *, each: int) -> BlockStudent:

@@ -18,7 +18,6 @@ import pytest
 
 from mis_mlx.models.opening import load
 from mis_mlx.models.writing import model_writer
-from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits, MisError
 from tests import stock, tiny
@@ -154,10 +153,7 @@ def test_whichever_operation_fails_a_block_is_old_or_new(
 
 def test_a_quantized_source_is_unpacked(tmp_path: Path, llama: Checkpoint) -> None:
     """Packed weights come back dense, in a folder that stock mlx_lm opens."""
-    packed_format.write_quantized(
-        llama, tmp_path / "q4", packed_format.formats_of(llama.config, 64), DISK
-    )
-    packed = load.open_checkpoint(tmp_path / "q4")
+    packed = tiny.packed(llama, tmp_path / "q4")
     made = model_writer.by_block(packed, tmp_path / "s", DISK)
     assert all(mx.array_equal(load.dense(made, n), load.dense(packed, n)) for n in made.tensors)
     assert stock.opened(made.path)(TOKENS).shape == (1, 5, 512)

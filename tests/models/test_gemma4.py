@@ -70,9 +70,7 @@ def test_tables_go_through_memory_in_parts(
 
     monkeypatch.setattr(load.Reader, "rows", watched)
     seen = vocabulary.write(gemma, range(0, 512, 2), tmp_path / "rows", DISK)
-    packed_format.write_quantized(
-        gemma, tmp_path / "four", packed_format.formats_of(gemma.config, 32), DISK
-    )
+    tiny.packed(gemma, tmp_path / "four", 32)
     parts = model_writer.by_block(gemma, tmp_path / "parts", DISK)
     assert sum(largest) == 256 + 2 * 512
     assert max(largest) <= rows

@@ -15,8 +15,6 @@ import mlx.nn as nn
 import pytest
 
 from mis_mlx.models.opening import load, resolve
-from mis_mlx.quantization import packed_format
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 
@@ -81,10 +79,7 @@ def test_floats_come_in_the_type_asked_for(tmp_path: Path) -> None:
 
 def test_foreign_quantization_is_refused(tmp_path: Path, llama: Checkpoint) -> None:
     """Packed weights without MLX's settings in config.json: a sentence, not garbage."""
-    packed_format.write_quantized(
-        llama, tmp_path / "q4", packed_format.formats_of(llama.config, 64), DISK
-    )
-    packed = load.open_checkpoint(tmp_path / "q4")
+    packed = tiny.packed(llama, tmp_path / "q4")
     foreign = Checkpoint(
         packed.path, {**packed.config, "quantization": {"quant_method": "gptq"}}, packed.tensors
     )

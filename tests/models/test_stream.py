@@ -16,8 +16,6 @@ from mlx.utils import tree_flatten
 from mis_mlx.hardware import memory
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import stream
-from mis_mlx.quantization import packed_format
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
 from tests import peaks, tiny
 
@@ -57,10 +55,7 @@ def test_a_quantized_folder_streams(
 
     The kernels de-quantize to the same numbers but with float16 scales and add up in another order.
     """
-    packed_format.write_quantized(
-        models(kind), tmp_path / "q4", packed_format.formats_of(models(kind).config, 64), DISK
-    )
-    packed = load.open_checkpoint(tmp_path / "q4")
+    packed = tiny.packed(models(kind), tmp_path / "q4")
     plain = load.resident_model(models(kind), mx.float32)
     plain.load_weights([(n, load.dense(packed, n)) for n in models(kind).tensors])
     stock, _ = load.mlx_lm("utils").load(str(tmp_path / "q4"))

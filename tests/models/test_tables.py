@@ -44,9 +44,7 @@ def _wordy(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def _packed(wordy: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """The same in 4 bits."""
     folder = tmp_path_factory.mktemp("packed") / "model"
-    plan = packed_format.formats_of(wordy.config, 64)
-    packed_format.write_quantized(wordy, folder, plan, files=DISK)
-    return load.open_checkpoint(folder)
+    return tiny.packed(wordy, folder)
 
 
 @pytest.fixture(name="policy", params=mostly_thorough(["cpu", "metal"], "cpu"), autouse=True)

@@ -11,7 +11,7 @@ import pytest
 from mis_mlx.models.opening.model_size import model_of
 from tests import tiny
 
-TOKENS = 100_000
+TOKENS = 50_000
 LIBRARIES = 60 * 2**20  # mlx-lm and transformers, which are imported then
 MEASURE = """
 import sys

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,6 @@ from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import pass_cost, stream
 from mis_mlx.models.writing import continuous_batch
 from mis_mlx.planner import estimates
-from mis_mlx.quantization import packed_format
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, UNDECIDED, Budget, Checkpoint, MisError
 from tests import peaks, tiny
 from tests.conftest import mostly_slow
@@ -73,9 +72,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoi
     def get(kind: str) -> Checkpoint:
         if kind not in made:
             if kind == "4-bit":
-                packed_format.write_quantized(
-                    get("F32"), root / kind, packed_format.formats_of(get("F32").config, 64), DISK
-                )
+                tiny.packed(get("F32"), root / kind)
             elif kind in tiny.FAMILIES:
                 tiny.make(root / kind, **larger(kind))
             else:
@@ -114,42 +111,21 @@ def test_what_finds_no_room_is_spooled() -> None:
     block.
     """
     m = model_of(tiny.CONFIG, gpu=False)
-    whole = pass_cost.streamed_pass(
-        "pass", m, tokens=128, micro_tokens=64, length=32, limit_bytes=GIB, head=False
+    planned = partial(
+        pass_cost.streamed_pass, "pass", m, tokens=128, micro_tokens=64, length=32, head=False
     )
-    limit = next(
-        n
-        for n in range(whole.peak_bytes, 2 * whole.peak_bytes)
-        if n - process_bytes(n) >= whole.peak_bytes
-    )
-    assert (
-        pass_cost.streamed_pass(
-            "pass", m, tokens=128, micro_tokens=64, length=32, limit_bytes=limit, head=False
-        )
-        == whole
-    )
-    half = pass_cost.streamed_pass(
-        "pass", m, tokens=128, micro_tokens=64, length=32, limit_bytes=limit - 2, head=False
-    )
+    whole = planned(limit_bytes=GIB)
+    budgets = range(whole.peak_bytes, 2 * whole.peak_bytes)
+    limit = next(n for n in budgets if n - process_bytes(n) >= whole.peak_bytes)
+    assert planned(limit_bytes=limit) == whole
+    half = planned(limit_bytes=limit - 2)
     batch = 64 * 64 * 4
     # embedding, 3 blocks
     assert half.stays == {WINDOWS: 1}
     assert (half.scratch_bytes, half.written_bytes) == (batch, 4 * batch)
     assert half.read_bytes == whole.read_bytes + 4 * batch
     assert half.peak_bytes == whole.peak_bytes - batch
-    assert (
-        pass_cost.streamed_pass(
-            "pass",
-            m,
-            tokens=128,
-            micro_tokens=64,
-            length=32,
-            limit_bytes=0,
-            head=False,
-            spool=False,
-        ).peak_bytes
-        == whole.peak_bytes
-    )
+    assert planned(limit_bytes=0, spool=False).peak_bytes == whole.peak_bytes
 
 
 def test_stages_in_a_row_take_the_time_of_each() -> None:

@@ -27,7 +27,6 @@ from mis_mlx.models.opening.trimmed_tokenizer import Vocabulary
 from mis_mlx.models.passing import stream
 from mis_mlx.models.passing.stream import Stream
 from mis_mlx.pruning import vocabulary
-from mis_mlx.quantization import packed_format
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
@@ -137,10 +136,7 @@ def test_logits_of_the_rows_that_stay_are_the_teachers(
     """
     teacher = make(tmp_path / "teacher", **{**tiny.KINDS, **tiny.FAMILIES, "packed": {}}[kind])
     if kind == "packed":
-        packed_format.write_quantized(
-            teacher, tmp_path / "packed", packed_format.formats_of(teacher.config, 64), DISK
-        )
-        teacher = load.open_checkpoint(tmp_path / "packed")
+        teacher = tiny.packed(teacher, tmp_path / "packed")
     text = windows(teacher, text_folder).tokens
     tokens = Vocabulary(teacher.path)
     needed = tokens.needed(teacher.config)
@@ -307,7 +303,8 @@ def test_nothing_but_tokens_is_cut(
     rounded and tuned; gone on with, the same again.
     """
     run = tmp_path / "run"
-    done = command("distill", *small, "--scenario", "none", "--keep-steps", "--out", run)
+    few = ("--scenario", "none", "--eval-windows", 1, "--q-iters", 1, "--keep-steps")
+    done = command("distill", *small, *few, "--out", run)
     assert done.returncode == 0, done.stderr
     records = run_folder.records(run / run_folder.PHASES)
     phases = {record["phase"] for record in records if "seconds" in record}

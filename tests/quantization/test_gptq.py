@@ -20,7 +20,7 @@ from mis_mlx.quantization import packed_format, stage
 from mis_mlx.storage.files import DISK
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import UNDECIDED, Checkpoint, MisError
-from tests import tiny
+from tests import stock, tiny
 from tests.conftest import mostly_thorough
 
 
@@ -47,10 +47,7 @@ def test_every_kind_opens_in_stock_mlx_lm(
     bytes.
     """
     made = write(models(kind), tmp_path / "gptq", batches)
-    packed_format.write_quantized(
-        models(kind), tmp_path / "round", packed_format.formats_of(models(kind).config, 64), DISK
-    )
-    plain = load.open_checkpoint(tmp_path / "round")
+    plain = tiny.packed(models(kind), tmp_path / "round")
     assert made.config == plain.config
     assert made.tensors.keys() == plain.tensors.keys()
     same = {
@@ -64,8 +61,7 @@ def test_every_kind_opens_in_stock_mlx_lm(
     assert not same & packed
     assert len(packed) == {"phi3": 28}.get(kind, 21)
     assert same >= {n for n in arch.tensors_of(made.config) if n not in packed}
-    model, _ = load.mlx_lm("utils").load(str(tmp_path / "gptq"))
-    assert mx.isfinite(model(batches[0])).all()
+    assert mx.isfinite(stock.opened(tmp_path / "gptq")(batches[0])).all()
 
 
 @pytest.mark.usefixtures("cpu_policy")
@@ -142,8 +138,7 @@ def test_the_head_is_fitted_to_what_the_rounded_blocks_give_it(
 
     nearest = rounding.values(rounding.fitted(weight, 64, 3), 64, 3)
     assert error(stored) < 0.8 * error(nearest)
-    stock, _ = load.mlx_lm("utils").load(str(tmp_path / "q"))
-    assert mx.isfinite(stock(batches[0])).all()
+    assert mx.isfinite(stock.opened(tmp_path / "q")(batches[0])).all()
 
 
 def test_the_gram_matrices(
@@ -191,9 +186,7 @@ def test_the_model_stays_nearer_to_itself(tmp_path: Path) -> None:
     llama = load.open_checkpoint(tiny.make(tmp_path / "narrow", intermediate_size=128))
     windows = [mx.random.randint(0, 512, (1, 64), key=mx.random.key(k)) for k in range(24)]
     made = write(llama, tmp_path / "gptq", windows[:20])
-    packed_format.write_quantized(
-        llama, tmp_path / "round", packed_format.formats_of(llama.config, 64), DISK
-    )
+    tiny.packed(llama, tmp_path / "round")
     want = stream.Stream(llama, mx.float32).forward(windows[20:])
 
     def error(model: Checkpoint) -> float:
