@@ -436,12 +436,10 @@ def hearing(folder: Path, beside: str = "") -> Path:
     published.
     """
     make(folder, **FAMILIES["gemma4_text"])
-    weights = stored_weights(folder)
-    for name in ("k_proj", "v_proj", "k_norm"):
-        for i in range(3, 7):
-            weights[f"model.layers.{i}.self_attn.{name}.weight"] = mx.zeros((2, 2))
-    mx.eval(weights)
-    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    names = [
+        f"{i}.self_attn.{name}" for i in range(3, 7) for name in ("k_proj", "v_proj", "k_norm")
+    ]
+    change(folder, {f"model.layers.{name}.weight": mx.zeros((2, 2)) for name in names})
     outer: dict[str, Any] = {
         "model_type": "gemma4",
         "architectures": ["Gemma4ForConditionalGeneration"],
@@ -478,12 +476,9 @@ def talking(folder: Path, seed: int = 0, ending: float = 1.0, **changes: Any) ->
     first = mx.arange(CONFIG["hidden_size"]) == 0
     end = mx.arange(CONFIG["vocab_size"])[:, None] == CONFIG["eos_token_id"]
     embedding = weights["model.embed_tokens.weight"]
-    head = mx.where(first, 0.0, weights["lm_head.weight"])
-    weights["model.embed_tokens.weight"] = mx.where(first, 1.0, embedding)
-    weights["lm_head.weight"] = mx.where(first & end, ending, head)
-    mx.eval(weights)
-    mx.save_safetensors(str(folder / "model.safetensors"), weights)
-    return folder
+    head = mx.where(first & end, ending, mx.where(first, 0.0, weights["lm_head.weight"]))
+    changed = {"model.embed_tokens.weight": mx.where(first, 1.0, embedding)}
+    return change(folder, {**changed, "lm_head.weight": head})
 
 
 def byte_level(special: Sequence[str]) -> Any:
@@ -510,6 +505,14 @@ def calling(folder: Path) -> Path:
     """`talking`, with a template that tells of tools; it babbles, and calls none."""
     talking(folder, max_position_embeddings=4096)
     (folder / "chat_template.jinja").write_text(TOOL_TEMPLATE)
+    return folder
+
+
+def change(folder: Path, changed: dict[str, mx.array]) -> Path:
+    """The model of one file in a folder, with these weights in the place of its own."""
+    weights = {**stored_weights(folder), **changed}
+    mx.eval(weights)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
     return folder
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import mlx.core as mx
 import pytest
 
-from mis_mlx import generate, prune
+from mis_mlx import generate
 from mis_mlx.models.architectures import gated_delta
 from mis_mlx.models.architectures.sizes import attends
 from mis_mlx.models.opening import load
@@ -26,13 +26,11 @@ from mis_mlx.quantization import bit_allocation
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError, Precision
-from tests import family_checks, peaks, tiny
+from tests import peaks, tiny
 from tests.family_checks import TOKENS, apart
 
 KIND = "qwen3_5_text"
 Arrays = list[mx.array]
-
-FEW: dict[str, Any] = {"num_samples": 2, "max_seq_length": 24}
 
 
 @pytest.fixture(scope="module")
@@ -115,16 +113,9 @@ def test_a_gradient_keeps_little() -> None:
     assert seen[0] < seen[1] / 3
 
 
-@pytest.mark.parametrize(
-    "written", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["opened", "written"]
-)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_decay_keeps_its_digits(
-    qwen: Checkpoint,
-    dtype: Literal["bfloat16", "float16"],
-    written: bool,
-    tmp_path: Path,
-    text_folder: Path,
+    qwen: Checkpoint, dtype: Literal["bfloat16", "float16"], tmp_path: Path
 ) -> None:
     """As in mlx-lm, the logarithms of the decay stay float32, in memory and on disk, in every way
     that a model is opened or written.
@@ -132,27 +123,13 @@ def test_decay_keeps_its_digits(
     name = "model.layers.0.linear_attn.A_log"
     stored = load.dense(qwen, name)
     assert not mx.array_equal(stored.astype(mx.bfloat16), stored)
-    precision = Precision(asked=dtype, dtype=dtype)
-    out = tmp_path / "pruned"
-    asked = prune.Settings(
-        model=str(qwen.path),
-        mlx_path=str(out),
-        data=str(text_folder),
-        dtype=dtype,
-        ffn=512,
-        **FEW,
-    )
-    checkpoints = [qwen]
-    if written:
-        prune.run(asked)
-        rounded = family_checks.quantized(out, tmp_path / "four", target_bpw=None)
-        checkpoints += [load.open_checkpoint(out), rounded]
-    for checkpoint in checkpoints:
-        half = replace(checkpoint, precision=precision)
+    written = model_writer.by_block(qwen, tmp_path / "half", DISK, dtype)
+    assert mx.array_equal(load.dense(written, name), stored)
+    for checkpoint in (qwen, tiny.packed(qwen, tmp_path / "four", 32)):
+        half = replace(checkpoint, precision=Precision(asked=dtype, dtype=dtype))
         assert mx.array_equal(load.dense(half, name), stored)
         whole = load.resident_model(half, getattr(mx, dtype))
-        source = stream.Stream(half)
-        _, block = next(source.blocks())
+        _, block = next(stream.Stream(half).blocks())
         stock_model, _ = mlx_generate.open_model(half)
         for first in (whole.model.layers[0], block, stock_model.layers[0]):
             assert mx.array_equal(first.linear_attn.A_log, stored)

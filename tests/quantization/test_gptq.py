@@ -211,9 +211,7 @@ def test_inputs_that_overflow_are_refused(tmp_path: Path, batches: list[mx.array
     """Finite weights whose products are not: no gram matrix can be made of that."""
     name = "model.layers.1.mlp.up_proj.weight"
     folder = tiny.make(tmp_path / "bad")
-    tensors = tiny.stored_weights(folder)
-    tensors[name] = tensors[name] * 1e38
-    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+    tiny.change(folder, {name: tiny.stored_weights(folder)[name] * 1e38})
     bad = compute_type.open_to_compute(folder, UNDECIDED)  # in a type that holds the weights
     with pytest.raises(MisError, match="model.layers.1.mlp.down_proj"):
         write(bad, tmp_path / "q4", batches)
