@@ -22,6 +22,7 @@ from mis_mlx.planner import estimates
 from mis_mlx.pruning import vocabulary
 from mis_mlx.pruning.calibrate import calibration_cost
 from mis_mlx.quantization.bit_allocation import sensing_cost
+from mis_mlx.quantization.stage import fitting_cost
 from mis_mlx.reporting import progress, text
 from mis_mlx.runs import run_loop
 from mis_mlx.settings.recipe import ITERS, DistillationConfig
@@ -32,7 +33,7 @@ from mis_mlx.size_search import (
     shape_search,
     size_request,
 )
-from mis_mlx.size_search.unwritten import fitting_cost, passes_cost
+from mis_mlx.size_search.unwritten import passes_cost
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import json_sha256
 from mis_mlx.types import Budget, Checkpoint, MisError

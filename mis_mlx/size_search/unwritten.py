@@ -17,7 +17,6 @@ import numpy as np
 from mis_mlx.hardware.ledger import Ledger
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge.comparison import comparison_cost
-from mis_mlx.maths.rounding import FUSED_CANDIDATES, RANGE_ENDS
 from mis_mlx.models.architectures import arch, modules
 from mis_mlx.models.architectures.families import family
 from mis_mlx.models.architectures.shape import Shape
@@ -37,10 +36,6 @@ MOST = 8  # students in one pass
 TEXT_TOKENS = 160  # of a question and its answer, about
 # Of a weight that is rounded to its nearest value: in float32, packed, and made again.
 ROUNDED_BYTES = 4 + 1 + 4 + 4
-# Of a weight whose grid is fitted (maths/rounding): bytes that the kernels of a GPU move, and
-# operations of a CPU (4 million weights a second at 40 GFLOP/s).
-FITTED_BYTES = 10 * 4 * RANGE_ENDS**2
-FITTED_FLOPS = 10_000
 
 DTYPE = "bfloat16"  # of a cut student's weights before they are rounded, as on disk
 Running = tuple["StudentStream", Hidden]
@@ -198,16 +193,6 @@ def passed(
     for own, hidden in running:
         own.norm(hidden)
     return running
-
-
-def fitting_cost(t: ModelSize) -> StageCost:
-    """Every matrix of a student rounded on fitted grids, once."""
-    return StageCost(
-        name="fit",
-        peak_bytes=2 * 4 * FUSED_CANDIDATES,
-        flops=0.0 if t.gpu else FITTED_FLOPS * t.params,
-        touched_bytes=FITTED_BYTES * t.params if t.gpu else 0,
-    )
 
 
 def passes_cost(
