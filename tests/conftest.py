@@ -119,6 +119,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+@pytest.fixture(params=["cpu", "metal"])
+def policy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The test is made under either policy."""
+    monkeypatch.setenv(precision.POLICY, request.param)
+    return str(request.param)
+
+
 @pytest.fixture
 def cpu_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the test claims is about float32 and de-quantized weights, whatever policy the tests run

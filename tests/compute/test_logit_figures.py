@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx.compute import logit_figures, precision
+from mis_mlx.compute import logit_figures
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -16,15 +16,12 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
 
 
-@pytest.mark.parametrize("word", ["cpu", "metal"])
 @pytest.mark.parametrize("cuts", [[0, 50], [0, 17, 34, 50], [*range(51)]])
-def test_what_a_comparison_says(
-    cuts: list[int], word: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("policy")
+def test_what_a_comparison_says(cuts: list[int]) -> None:
     """Each column beside its formula in float64, the vocabulary whole, in parts, and token by
     token.
     """
-    monkeypatch.setenv(precision.POLICY, word)
     teacher = 3 * mx.random.normal((21, 50), key=mx.random.key(1))
     noise = 3 * mx.random.normal((21, 50), key=mx.random.key(2))
     student = 0.5 * noise + teacher
@@ -50,12 +47,9 @@ def test_what_a_comparison_says(
         np.testing.assert_allclose(found[:, 4], shared, atol=1e-5)
 
 
-@pytest.mark.parametrize("word", ["cpu", "metal"])
-def test_how_often_two_models_can_draw_the_same_token(
-    word: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("policy")
+def test_how_often_two_models_can_draw_the_same_token() -> None:
     """Estimated from one token of each part, and right in the mean of many predictions."""
-    monkeypatch.setenv(precision.POLICY, word)
     teacher = mx.repeat(2 * mx.random.normal((1, 30), key=mx.random.key(1)), 4000, axis=0)
     student = mx.repeat(2 * mx.random.normal((1, 30), key=mx.random.key(2)), 4000, axis=0)
     targets = np.zeros(4000, np.int64)
@@ -71,12 +65,11 @@ def test_how_often_two_models_can_draw_the_same_token(
     assert shared.mean() == pytest.approx(np.minimum(p, q).sum(), abs=0.02)
 
 
-@pytest.mark.parametrize("word", ["cpu", "metal"])
-def test_a_token_of_no_probability_is_not_drawn(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("policy")
+def test_a_token_of_no_probability_is_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal models, whose last token has none: where the others' shares add up to less than 1 by
     rounding, a chance above that sum still draws one that has.
     """
-    monkeypatch.setenv(precision.POLICY, word)
     monkeypatch.setattr(np.random, "default_rng", lambda _: Highest())
     z = mx.zeros((1, 3001))
     z[:, -1] = -200.0

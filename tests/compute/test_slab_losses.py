@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx.compute import precision, slab_losses
+from mis_mlx.compute import slab_losses
 from mis_mlx.compute.slab_losses import sparse_kl_gradients
 
 
@@ -53,12 +53,11 @@ def exact(
 @pytest.mark.parametrize(
     ("softcap", "temperature"), [(0.0, 1.0), (3.0, 1.0), (0.0, 2.5), (3.0, 2.0)]
 )
-@pytest.mark.parametrize("policy", ["cpu", "metal"])
+@pytest.mark.usefixtures("policy")
 def test_the_loss_is_the_plain_formula(
-    monkeypatch: pytest.MonkeyPatch, policy: str, softcap: float, temperature: float
+    monkeypatch: pytest.MonkeyPatch, softcap: float, temperature: float
 ) -> None:
     """700 tokens in slabs of 256, with positions that do not count and fillers that repeat."""
-    monkeypatch.setenv(precision.POLICY, policy)
     monkeypatch.setattr(slab_losses, "LOGIT_BYTES", 1)
     keys = mx.random.split(mx.random.key(0), 4)
     hidden = mx.random.normal((11, 24), key=keys[0])

@@ -20,7 +20,6 @@ from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 
-PACKAGE = Path(distill.__file__).parent
 QUICK: dict[str, Any] = {
     "max_seq_length": 32,
     "num_samples": 4,
@@ -110,7 +109,6 @@ def test_another_student_is_another_run(
     text_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    resolved: list[ResolvedRun],
     stop: list[pipeline.Run],
 ) -> None:
     """A given student whose weights are others by now: --resume is refused."""

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -66,20 +65,7 @@ def test_half_precision_becomes_float32_and_the_cut_stays_known(
 ) -> None:
     """The values of a bfloat16 student, keep.json beside them, and the type in the config."""
     keep = KeptUnits((0, 2), {}, "by hand", {"a": 1})
-    student = student_of(llama, keep, tmp_path / "f32")
-    config = {**student.config, "torch_dtype": "bfloat16"}
-    extra = model_writer.keep_files(keep)
-    take = partial(load.dense, student)
-    model_writer.write_model(
-        config,
-        take,
-        source=student.path,
-        out=tmp_path / "b",
-        dtype="bfloat16",
-        files=DISK,
-        extra=extra,
-    )
-    half = load.open_checkpoint(tmp_path / "b")
+    half = student_of(llama, keep, tmp_path / "b", "bfloat16")
     made = model_writer.by_block(half, tmp_path / "s", DISK)
     assert {t.dtype for t in made.tensors.values()} == {"F32"}
     assert all(

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import mlx.core as mx
 import pytest
 
-from mis_mlx.compute import precision
 from mis_mlx.models.opening import load
 from mis_mlx.models.writing import draws
 from mis_mlx.models.writing.draws import Draws, Sampling
@@ -103,12 +102,11 @@ def test_greedy_texts_beside_drawn_ones() -> None:
     assert Draws(Sampling(0.0, 0.9), [1, 2, 3, 4])(table, range(4)).tolist() == likeliest
 
 
-@pytest.mark.parametrize("policy", ["cpu", "metal"])
-def test_a_nucleus_by_hand(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("policy")
+def test_a_nucleus_by_hand() -> None:
     """Of 0.5, 0.3, 0.15, 0.05 in any order: the fewest tokens that have as much together; the
     likeliest one always; tokens that are equally likely all.
     """
-    monkeypatch.setenv(precision.POLICY, policy)
     p = mx.array([[0.05, 0.5, 0.15, 0.3], [0.3, 0.15, 0.05, 0.5]])
 
     def kept(p: mx.array, top_p: float) -> list[list[bool]]:
@@ -122,13 +120,11 @@ def test_a_nucleus_by_hand(policy: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert kept(mx.array([[0.25, 0.5, 0.25, 0.0]]), 0.6) == [[True, True, True, False]]
 
 
-@pytest.mark.parametrize("policy", ["cpu", "metal"])
 @pytest.mark.parametrize("spread", [0.1, 1.0, 6.0])
 def test_a_nucleus_is_mlx_lms(spread: float, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the likeliest tokens that are looked at first have less than it takes. A token at
     the edge may be on either side by rounding.
     """
-    monkeypatch.setenv(precision.POLICY, policy)
     monkeypatch.setattr(draws, "LIKELIEST", 64)
     table = log_probs(5, 3000, spread)
     expected = load.mlx_lm("sample_utils").apply_top_p(table, 0.95)

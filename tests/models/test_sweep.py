@@ -8,7 +8,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx.compute import precision
 from mis_mlx.models.passing.stream import Stream
 from mis_mlx.models.passing.sweep import Stack
 from mis_mlx.storage.files import DISK
@@ -23,12 +22,6 @@ def windows() -> list[mx.array]:
     """Seven of one length, and two longer ones."""
     rng = np.random.default_rng(0)
     return [mx.array(rng.integers(0, 512, (1, t)).astype(np.int32)) for t in [12] * 7 + [20] * 2]
-
-
-@pytest.fixture(params=["cpu", "metal"])
-def policy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv(precision.POLICY, request.param)
-    return str(request.param)
 
 
 def plain(array: mx.array) -> np.ndarray:

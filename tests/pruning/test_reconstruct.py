@@ -63,10 +63,12 @@ def test_who_judges_by_pencil() -> None:
     assert reconstruction.held_out_windows([0, 1, 2]) == [2]
 
 
-def student_of(teacher: Checkpoint, keep: KeptUnits, out: Path, **sizes: int) -> Checkpoint:
-    """The teacher cut to these sizes, in float32."""
+def student_of(
+    teacher: Checkpoint, keep: KeptUnits, out: Path, dtype: str = "float32", **sizes: int
+) -> Checkpoint:
+    """The teacher cut to these sizes."""
     shape = replace(shape_of(teacher.config), layers=len(keep.layers), **sizes)
-    slicing.write_student(teacher, shape, keep=keep, out=out, dtype="float32", files=DISK)
+    slicing.write_student(teacher, shape, keep=keep, out=out, dtype=dtype, files=DISK)
     return load.open_checkpoint(out)
 
 

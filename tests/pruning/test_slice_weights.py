@@ -11,10 +11,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.writing import model_writer
-from mis_mlx.pruning import slicing
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits
 from tests import stock, tiny
@@ -124,15 +122,7 @@ def test_keep_survives_on_disk(tmp_path: Path, llama: Checkpoint) -> None:
         "why",
         {"a": 1.5},
     )
-    slicing.write_student(
-        llama,
-        replace(shape_of(llama.config), layers=2, ffn=512),
-        keep=keep,
-        out=tmp_path / "s",
-        dtype="bfloat16",
-        files=DISK,
-    )
-    student = load.open_checkpoint(tmp_path / "s")
+    student = student_of(llama, keep, tmp_path / "s", "bfloat16", ffn=512)
     assert student.config["torch_dtype"] == "bfloat16"
     assert {at.dtype for at in student.tensors.values()} == {"BF16"}
     assert model_writer.read_keep(tmp_path / "s") == keep

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx.compute import precision, slab_draws
+from mis_mlx.compute import slab_draws
 from mis_mlx.models.architectures.sizes import softcap
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import backward_pass
@@ -23,11 +23,10 @@ CAPPED = {"final_logit_softcapping": 0.5}
 
 
 @pytest.mark.parametrize("at_once", [backward_pass.HEAD_AT_ONCE, 0], ids=["whole", "slabs"])
-@pytest.mark.parametrize("policy", ["cpu", "metal"])
+@pytest.mark.usefixtures("policy")
 @pytest.mark.parametrize("changes", [{}, {**tiny.FAMILIES["gemma4_text"], **CAPPED}])
 def test_a_head_under_a_softcap_costs_less(
     changes: dict[str, Any],
-    policy: str,
     at_once: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -35,7 +34,6 @@ def test_a_head_under_a_softcap_costs_less(
     """The sum over positions and rows of p (1 - p), times the square of the cap's slope, which is
     found by differences in float64, times what a row's errors do to its logit.
     """
-    monkeypatch.setenv(precision.POLICY, policy)
     monkeypatch.setattr(backward_pass, "HEAD_AT_ONCE", at_once)
     folder = tiny.make(tmp_path / "m", **changes)
     model = load.open_checkpoint(folder, Precision(asked="float32"))
@@ -70,13 +68,12 @@ def test_a_head_under_a_softcap_costs_less(
         assert slope.min() < 0.9  # the cap is felt
 
 
-@pytest.mark.parametrize("policy", ["cpu", "metal"])
+@pytest.mark.usefixtures("policy")
 @pytest.mark.parametrize("family", ["llama", "gemma4_text"])
 def test_a_head_in_slabs_sends_back_what_the_whole_one_does(
-    family: str, policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For the same tokens drawn, at the first block's inputs; of two batches in one go."""
-    monkeypatch.setenv(precision.POLICY, policy)
     folder = tiny.make(tmp_path / "m", **tiny.FAMILIES.get(family, {"tie_word_embeddings": False}))
     model = load.open_checkpoint(folder, Precision(asked="float32"))
     batches = [family_checks.TOKENS, family_checks.TOKENS[:, ::-1]]
