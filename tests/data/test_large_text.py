@@ -18,9 +18,9 @@ from mis_mlx.types import Checkpoint
 from tests.peaks import counted
 
 MIB = 2**20
-LARGE_BYTES = 48 * 10**6
+LARGE_BYTES = 24 * 10**6
 ROW_BYTES = 1500  # about
-HELD_BYTES = 64 * MIB  # by numpy and Python while a large text is prepared: 30 times less than all
+HELD_BYTES = 64 * MIB  # by numpy and Python while a large text is prepared: 15 times less than all
 
 
 class Counting:
@@ -57,7 +57,7 @@ def write_rows(path: Path, nbytes: int, key: str = "text", *, seed: int = 0) -> 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with 48 MB of training text."""
+    """A folder with 24 MB of training text."""
     folder = tmp_path_factory.mktemp("large")
     write_rows(folder / "train.jsonl", LARGE_BYTES)
     write_rows(folder / "test.jsonl", 40 * ROW_BYTES, seed=1)

@@ -180,13 +180,12 @@ def test_program_becomes_the_command(bare: Bare) -> None:
 def test_what_is_set_already_stays(bare: Bare, library: Path, tmp_path: Path) -> None:
     """Threads, a preloaded BLAS, another preloaded library; "off" leaves everything out."""
     command = ("-I", PROGRAM, sys.executable, "-c", "0")
-    done, (note,) = bare.run(*command, OPENBLAS_NUM_THREADS="7")
-    assert note["threads"] == "7"
-    assert note["fast"]
-    assert done.stderr == ""
     theirs = tmp_path / "libopenblas.so.0"
     theirs.write_bytes(library.read_bytes())
-    assert bare.run(*command, LD_PRELOAD=str(theirs))[1][0]["preload"] == str(theirs)
+    done, (note,) = bare.run(*command, OPENBLAS_NUM_THREADS="7", LD_PRELOAD=str(theirs))
+    assert note["threads"] == "7"
+    assert note["preload"] == str(theirs)
+    assert done.stderr == ""
     assert bare.run(*command, LD_PRELOAD="libm.so.6")[1][0]["preload"] == f"{library}:libm.so.6"
     done, (note,) = bare.run(*command, MIS_MLX_BLAS="off")
     assert not note["fast"]

@@ -136,16 +136,6 @@ def test_the_doctors_witness_calls_no_absent_compiler(
     assert calls == ([] if installed else ["off", "on"])
 
 
-def test_without_xcode_select_there_is_no_compiler(
-    mac: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where it cannot be asked, nothing is compiled; on Linux nobody asks."""
-    monkeypatch.setenv("PATH", "/nowhere")
-    assert not macos.compiler_installed()
-    monkeypatch.setattr(sys, "platform", "linux")
-    assert macos.compiler_installed()
-
-
 CAFFEINATE = 'echo "$@" >"$0.seen"; echo $$ >"$0.pid"; exec sleep 60'
 
 
@@ -188,10 +178,13 @@ def test_a_command_keeps_a_mac_awake_until_it_ends(bin: Path, mac: None) -> None
     assert not alive(child)
 
 
-def test_without_caffeinate_a_command_runs_all_the_same(
-    mac: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A Mac that has lost it computes."""
+def test_a_mac_that_has_lost_its_programs(mac: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It computes without caffeinate; where xcode-select cannot be asked, nothing is compiled. On
+    Linux nobody asks.
+    """
     monkeypatch.setenv("PATH", "/nowhere")
     with macos.awake():
         pass
+    assert not macos.compiler_installed()
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert macos.compiler_installed()
