@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from mis_mlx.judge import recovery_table
 from mis_mlx.judge.tasks import answering, instructions, questions, task_answers, task_registry
 from mis_mlx.judge.tasks.instructions import Instruction, Levels
 from mis_mlx.types import Checkpoint, MisError
+from tests.judge.tasks.test_questions import write
 
 NO_COMMA = "punctuation:no_comma"
 TITLE = "detectable_format:title"
@@ -40,12 +40,6 @@ needs_package = pytest.mark.skipif(
 
 
 pytestmark = pytest.mark.usefixtures("cache")
-
-
-def write(path: Path, *rows: Any) -> Path:
-    """Rows as a file."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return path
 
 
 def test_both_accuracies_and_their_mean_by_hand() -> None:

@@ -8,13 +8,13 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mis_mlx.data import examples
 from mis_mlx.judge.tasks import rewards, task_registry
 from mis_mlx.judge.tasks.sets import polish
+from mis_mlx.storage import run_folder
 from mis_mlx.types import MisError
 
 
@@ -135,18 +135,13 @@ def test_silesian_comes_with_the_package(cache: Path) -> None:
     assert len(list(filter(marked, polish))) / len(polish) < 0.01
 
 
-def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-
-
-TRAIN, VALID = (rows(examples.BUILT_IN / f"{split}.jsonl") for split in ("train", "valid"))
-EXAMS = {name: rows(task_registry.BUILT_IN / f"{name}.jsonl") for name in task_registry.ABOUT}
-LESSONS = [*TRAIN, *VALID]
-
-
 def test_the_worked_answer_is_rewarded_and_the_slip_is_not() -> None:
     """By the verifier that trains on them: right in form, wrong in form, in both languages."""
-    for row in LESSONS:
+    train, valid = (
+        run_folder.records(examples.BUILT_IN / f"{split}.jsonl") for split in ("train", "valid")
+    )
+    assert train and valid
+    for row in [*train, *valid]:
         answer = row["answer"]
         language = row["language"]
         assert row["chosen"] == row["completion"]
@@ -159,7 +154,7 @@ def test_the_worked_answer_is_rewarded_and_the_slip_is_not() -> None:
 @pytest.mark.parametrize("kind", ["maths", "bus", "cooking", "logic"])
 def test_options_are_right_and_wrong(kind: str) -> None:
     """The answer earns the reward, the other option does not; place and language say nothing."""
-    questions = EXAMS[kind]
+    questions = run_folder.records(task_registry.BUILT_IN / f"{kind}.jsonl")
     languages = Counter[str]()
     places = Counter[int]()
     for row in questions:
