@@ -22,7 +22,7 @@ from mis_mlx.types import Checkpoint, MisError
 from tests.conftest import ROOT, SMALL, files_up_to, mostly_slow
 
 PATIENCE_S = 120
-STEPS = 200  # of a run that is stopped in the middle
+STEPS = 100  # of a run that is stopped in the middle
 NAMES = ["..", ".", "", "../other", "/etc", ".studio", "a/b", "nothing-001", None, 3, "x\0"]
 START = """
 import sys
@@ -71,7 +71,7 @@ def wait(over: Callable[[], bool], what: str) -> None:
     until = time.monotonic() + PATIENCE_S
     while not over():
         assert time.monotonic() < until, f"{what}: {[vars(run) for run in runs.listed()]}"
-        time.sleep(0.1)
+        time.sleep(0.05)
 
 
 def state(name: str) -> str:
