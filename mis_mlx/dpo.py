@@ -15,8 +15,8 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.alignment import alignment_run, padded_rows
+from mis_mlx.alignment.whole_model import as_in_training
 from mis_mlx.data.examples import Sequenced
-from mis_mlx.distillation.whole_model import as_in_training
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths import losses, rl_losses
 from mis_mlx.models.opening import load

@@ -19,11 +19,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mis_mlx import cli
+from mis_mlx.alignment import whole_model
+from mis_mlx.alignment.whole_model import Loss, WholeModel
 from mis_mlx.compute import precision
 from mis_mlx.compute.logits import logit_bytes
 from mis_mlx.data import examples
-from mis_mlx.distillation import train_loop, whole_model
-from mis_mlx.distillation.whole_model import Loss, WholeModel
+from mis_mlx.distillation import train_loop
 from mis_mlx.gguf_export.model_card import name_of
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.ledger import Ledger, needed_bytes

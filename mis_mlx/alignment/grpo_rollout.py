@@ -15,10 +15,10 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.alignment import alignment_run, padded_rows
+from mis_mlx.alignment.whole_model import Loss, WholeModel
 from mis_mlx.data.rows import Row
 from mis_mlx.data.token_windows import order
 from mis_mlx.distillation import train_loop
-from mis_mlx.distillation.whole_model import Loss, WholeModel
 from mis_mlx.judge.tasks import rewards
 from mis_mlx.maths import rl_losses
 from mis_mlx.maths.losses import token_logps

@@ -18,10 +18,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mis_mlx.alignment.whole_model import WholeModel
 from mis_mlx.checks.kernels import Found, on_cpu, random_normal, relative_error, to_float64
 from mis_mlx.compute import precision
 from mis_mlx.distillation import train_loop
-from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models.architectures import arch

@@ -12,11 +12,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mis_mlx.alignment import whole_model
+from mis_mlx.alignment.whole_model import WholeModel
 from mis_mlx.checks import engine
 from mis_mlx.checks.kernels import Found
 from mis_mlx.compute import precision
-from mis_mlx.distillation import train_loop, whole_model
-from mis_mlx.distillation.whole_model import WholeModel
+from mis_mlx.distillation import train_loop
 from mis_mlx.hardware import rates
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths import losses

@@ -25,11 +25,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mis_mlx.compute import slab_losses, streams
-from mis_mlx.distillation.train_loop import Applied, MicroBatch, Update
+from mis_mlx.distillation.train_loop import Applied, MicroBatch, Update, scaled_norm
 from mis_mlx.hardware.ledger import Ledger, needed_bytes
 from mis_mlx.hardware.stage_cost import INTEGERS, StageCost
 from mis_mlx.maths import optimizer
-from mis_mlx.maths.optimizer import GRADIENT_BYTES, STATE_BYTES, GuardedAdamW, Part, global_norm
+from mis_mlx.maths.optimizer import GRADIENT_BYTES, STATE_BYTES, GuardedAdamW, Part
 from mis_mlx.models.architectures import arch, block_inputs, modules
 from mis_mlx.models.architectures.block_inputs import BlockInputs, BlockOutputs
 from mis_mlx.models.architectures.sizes import shape_of
@@ -441,8 +441,7 @@ class BlockStudent:
         """
         adam = self._optimizers[unit]
         distributed.sum_gradients(gradients)
-        scale = update.noise / found.tokens
-        norm = scale * distributed.mean(float(global_norm(gradients, streams.stream)))
+        scale, norm = scaled_norm(gradients, found.tokens, update)
         learns, note = adam.decide(found.loss, norm, update.rate, batch=update.batch, scale=scale)
         if learns:
             adam.begin_parts(streams.stream)

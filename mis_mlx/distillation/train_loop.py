@@ -10,7 +10,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import mlx.core as mx
 
+from mis_mlx.compute import streams
 from mis_mlx.hardware import clock
+from mis_mlx.maths.optimizer import global_norm
 from mis_mlx.models.passing import distributed
 from mis_mlx.runs.run_loop import Trained
 from mis_mlx.settings.recipe import TrainingConfig
@@ -33,6 +35,15 @@ class Update(NamedTuple):
     batch: int
 
 
+def scaled_norm(gradients: Any, tokens: float, update: Update) -> tuple[float, float]:
+    """(scale, norm) of a step's gradients: what they are multiplied by, and their norm then.
+
+    gradients: their sums over all machines' `tokens`, a tree of arrays.
+    """
+    scale = update.noise / tokens
+    return scale, scale * distributed.mean(float(global_norm(gradients, streams.stream)))
+
+
 class Applied(NamedTuple):
     """A step that is done. norm: of its gradient, a token. note: what the guard did.
 
@@ -48,7 +59,7 @@ class Applied(NamedTuple):
 
 class Student(Trained, Protocol[L, F]):
     """What learns: blocks one after the other (block_student), or a model in one graph
-    (whole_model).
+    (alignment/whole_model).
     """
 
     def look(self, batches: Sequence[MicroBatch], loss: L) -> F:

@@ -11,8 +11,8 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
+from mis_mlx.alignment.whole_model import WholeModel
 from mis_mlx.distillation import train_loop
-from mis_mlx.distillation.whole_model import WholeModel
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.types import Step

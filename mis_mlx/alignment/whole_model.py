@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -11,11 +11,11 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mis_mlx.compute import streams
 from mis_mlx.compute.logits import logit_bytes
-from mis_mlx.distillation.train_loop import Applied, MicroBatch, Update
+from mis_mlx.distillation.train_loop import Applied, MicroBatch, Update, scaled_norm
 from mis_mlx.hardware.ledger import Ledger
 from mis_mlx.hardware.memory import in_flight_bytes
 from mis_mlx.maths import optimizer
-from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
+from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import distributed
@@ -44,13 +44,7 @@ class StepGradients:
     loss: float
     tokens: float
     grads: Any
-    further: dict[str, float] = field(default_factory=dict)
-
-    def take(self) -> Any:
-        """The gradients, which whoever takes them alone holds from then on."""
-        grads = self.grads
-        self.grads = None
-        return grads
+    further: dict[str, float]
 
 
 class WholeModel:
@@ -69,9 +63,9 @@ class WholeModel:
     def apply(self, found: StepGradients, update: Update) -> Applied:
         """As `train_loop.Student.apply`; all weights at once."""
         optimizer = self.optimizers[0]
-        grads = found.take()
-        scale = update.noise / found.tokens
-        norm = scale * distributed.mean(float(global_norm(grads, streams.stream)))
+        grads = found.grads
+        found.grads = None  # the update alone holds them from here on
+        scale, norm = scaled_norm(grads, found.tokens, update)
         note = optimizer.update(
             self.model,
             grads,
@@ -89,11 +83,6 @@ class WholeModel:
 
     def end_step(self, number: int, *, last: bool) -> None:
         """Nothing: weights are in memory, and checkpoints hold them."""
-
-    def take(self, name: str) -> mx.array:
-        """A weight by name."""
-        weight: mx.array = dict(tree_flatten(self.model.parameters()))[name]
-        return weight
 
     def arrays(self) -> dict[str, dict[str, mx.array]]:
         """The arrays that a resumed run needs, by checkpoint file."""
