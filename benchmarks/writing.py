@@ -24,6 +24,7 @@ import numpy as np
 from laboratory import start, write
 
 from mis_mlx import cli
+from mis_mlx.data import token_windows
 from mis_mlx.hardware import memory
 from mis_mlx.judge import answers
 from mis_mlx.judge import write as writing
@@ -31,7 +32,7 @@ from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import pass_cost
 from mis_mlx.models.passing.stream import Stream
-from mis_mlx.models.writing import draws, mlx_generate, text_writer
+from mis_mlx.models.writing import draws, text_writer
 from mis_mlx.models.writing.draws import Draws, Sampling
 from mis_mlx.models.writing.streamed_batch import Batch
 from mis_mlx.models.writing.text_writer import TextWriter
@@ -96,7 +97,7 @@ def token_by_token(job: Job, model: Stream, numbers: Sequence[int]) -> dict[int,
                 texts[place].append(token)
         if all(len(text) <= position for text in texts):
             break
-        found = batch.read([text[min(position, len(text) - 1)] for text in texts], [])
+        found = batch.read([[text[min(position, len(text) - 1)]] for text in texts], [])
     written = {}
     for number, text in zip(numbers, texts, strict=True):
         written[number] = text[len(job.prompts[number]) :]
@@ -195,7 +196,7 @@ def main(s: Settings) -> None:
     checkpoint = compute_type.open_to_compute(resolve.resolve_model(s.model).path)
     tokenizer = load.tokenizer(checkpoint.path)
     asked = answers.prompts(s.count)
-    prompts = [mlx_generate.chat_ids(tokenizer, prompt.messages) for prompt in asked]
+    prompts = [token_windows.prompt_ids(prompt.messages, tokenizer) for prompt in asked]
     job = Job(checkpoint, prompts, s.max_tokens, frozenset(tokenizer.eos_token_ids))
     whole = job.write(text_writer.opened(checkpoint, None), range(len(prompts)))
     rows = list[dict[str, Any]]()

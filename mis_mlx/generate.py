@@ -7,22 +7,22 @@ one pass checks them all.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 from mis_mlx import cli
 from mis_mlx.compute import precision
-from mis_mlx.data import turns
+from mis_mlx.data import token_windows, turns
 from mis_mlx.hardware import ledger, memory
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge import comparison
 from mis_mlx.judge.speed import rounds
 from mis_mlx.models.opening import load, resolve
 from mis_mlx.models.opening.model_size import model_of
-from mis_mlx.models.passing import pass_cost, stream
-from mis_mlx.models.writing import mlx_generate, streamed_decode, text_writer
+from mis_mlx.models.passing import pass_cost
+from mis_mlx.models.writing import streamed_batch, text_writer
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress
-from mis_mlx.types import Budget, Checkpoint, Count, MisError, gib
+from mis_mlx.types import Budget, Checkpoint, Count, MisError, Within, gib
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Settings(cli.Budgeted):
     """
     max_tokens: Count = 100
     """maximum tokens to generate"""
-    num_draft_tokens: streamed_decode.Guesses = 16
+    num_draft_tokens: Annotated[int, Within(0, 16)] = 16
     """tokens guessed per pass"""
     ignore_chat_template: bool = False
     """use the prompt as it is"""
@@ -58,7 +58,7 @@ def _prompt_ids(settings: Settings, checkpoint: Checkpoint, tokenizer: Any) -> l
     """
     if settings.messages is None:
         plain = settings.ignore_chat_template
-        ids = mlx_generate.encode(tokenizer, settings.prompt, plain=plain, today=True)
+        ids = token_windows.encode_prompt(settings.prompt, tokenizer, plain=plain, today=True)
     else:
         ids = _conversation_ids(settings, checkpoint, tokenizer)
     context = _context_tokens(checkpoint)
@@ -86,7 +86,7 @@ def _conversation_ids(settings: Settings, checkpoint: Checkpoint, tokenizer: Any
         raise MisError(f"{why}: leave --messages out, or take a model that has a template")
     asked = [*before, {"role": "user", "content": settings.prompt}]
     try:
-        return mlx_generate.chat_ids(tokenizer, asked, today=True)
+        return token_windows.prompt_ids(asked, tokenizer, today=True)
     except Exception as error:  # a template is a program of the model's: it can raise anything
         why = f"the chat template of {checkpoint.path.name} refuses the conversation ({error})"
         raise MisError(f"{why}: leave --messages out") from error
@@ -121,7 +121,7 @@ def _streamed_plan(
         blocks = small.shape.layers * small.block_work + small.slots_bytes
         beside += pass_cost.texts_bytes(small, 1, length) + small.head_work + blocks
     # A pass has the prompt, ROWS tokens of it at a time, or the guesses and the token before them.
-    rows = max(min(prompt_tokens, streamed_decode.ROWS), settings.num_draft_tokens + 1)
+    rows = max(min(prompt_tokens, streamed_batch.ROWS), settings.num_draft_tokens + 1)
     return pass_cost.streamed_pass(
         "one pass",
         m,
@@ -158,7 +158,7 @@ def _generate(
         writer = text_writer.opened(checkpoint, headroom_bytes, direct=direct)
         guesser = None
         if draft:
-            guesser = stream.Stream(draft, precision.dtype_of(draft), None)
+            guesser = text_writer.opened(draft, None)
         guessed = settings.num_draft_tokens
         for new in writer.settled(ids, settings.max_tokens, ends, draft=guesser, guessed=guessed):
             tokens += [token for token in new if token not in ends]
@@ -196,7 +196,7 @@ def run(settings: Settings) -> dict[str, Any]:
     draft = None
     if settings.draft_model:
         draft = comparison.same_vocabulary(checkpoint, load.open_checkpoint(settings.draft_model))
-        streamed_decode.check_draft(checkpoint, draft)
+        text_writer.check_draft(checkpoint, draft)
     limit = memory.budget(settings.budget_bytes)
     estimates.require_tokenizer(limit, model_of(checkpoint))
     tokenizer = load.tokenizer(checkpoint.path)

@@ -17,10 +17,11 @@ from mis_mlx.hardware import memory
 from mis_mlx.hardware.ledger import needed_bytes
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge.tasks import rewards
+from mis_mlx.models.architectures import block_state
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import pass_cost, residency, stream
-from mis_mlx.models.writing.continuous_batch import Room, grown
+from mis_mlx.models.writing.text_writer import Room
 from mis_mlx.storage.files import file_sha256, json_sha256
 from mis_mlx.types import Budget, Checkpoint, MisError
 
@@ -112,8 +113,7 @@ def _sampling(s: Settings, m: ModelSize, longest: int, state: int, *, at_once: i
     answers = s.grad_accumulation_steps * s.group_size
     length = longest + most
     # Twice: the cache grows, and gets rid of finished answers, by being copied.
-    places = longest + grown(most)
-    cache = pass_cost.texts_bytes(m, 2 * at_once, places)
+    cache = pass_cost.texts_bytes(m, 2 * at_once, length + block_state.STEP)
     work = pass_cost.workspace_bytes(m, max(longest, at_once), length)
     work += 8 * at_once * m.shape.vocab * 4
     measured = (s.iters // s.save_every + 3) * s.eval_rows  # held-out answers, the result's too

@@ -18,10 +18,10 @@ import pytest
 from mis_mlx import distill
 from mis_mlx.distillation import conversations, pipeline, teacher_answers
 from mis_mlx.judge import answers
+from mis_mlx.judge.speed import rounds
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
-from mis_mlx.models.writing import mlx_generate
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage import run_folder, safetensors
 from mis_mlx.types import Checkpoint
@@ -66,8 +66,8 @@ def test_all_four_folders_open_and_speak(finished: tuple[Path, Done], llama: Che
     for folder in (llama.path, out / "pruned", out / "distilled", out / "model"):
         model, tokenizer = load.mlx_lm("utils").load(str(folder))
         assert mx.isfinite(model(mx.array([[1, 2, 3]]))).all()
-        ids = mlx_generate.prompt_ids(tokenizer, "The for statement", 4)
-        assert len(list(mlx_generate.greedy(model, ids, 5))) == 5
+        ids = tokenizer.encode("The for statement")
+        assert len(list(rounds.greedy(model, ids, 5))) == 5
     packed = load.open_checkpoint(out / "model")
     assert shape_of(packed.config) == shape_of(load.open_checkpoint(out / "pruned").config)
     assert arch.is_quantized(packed.tensors)

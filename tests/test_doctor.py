@@ -24,7 +24,7 @@ from mis_mlx.hardware import child_process
 from mis_mlx.maths import importance, losses
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import stream
-from mis_mlx.models.writing import streamed_decode
+from mis_mlx.models.writing import streamed_batch
 from tests.conftest import ROOT, last_line, mostly_thorough
 
 
@@ -127,9 +127,9 @@ FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "training steps, against the CPU": (mx, "softmax", wrong),
     "calibration, against the CPU": (importance, "square_sample", wrong),
     "generate, 4-bit, against mlx_lm": (
-        streamed_decode,
-        "_choices",
-        lambda f: lambda *a: [token ^ 1 for token in f(*a)],
+        streamed_batch,
+        "log_probs",
+        lambda f: lambda *a: -f(*a),
     ),
     "peak of a streamed pass / plan": (stream.Stream, "embed", greedy_for_memory),
 }

@@ -18,10 +18,10 @@ from mis_mlx import dpo
 from mis_mlx.alignment import alignment_run, padded_rows
 from mis_mlx.compute import precision
 from mis_mlx.data import token_windows
+from mis_mlx.judge.speed import rounds
 from mis_mlx.maths.losses import token_logps
 from mis_mlx.maths.rl_losses import dead_zone, pair_losses
 from mis_mlx.models.opening import compute_type, load
-from mis_mlx.models.writing import mlx_generate
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint
 from tests import tiny, trl_model
@@ -188,8 +188,8 @@ def test_end_to_end(undisturbed: tuple[Path, Done]) -> None:
     assert {"margin", "accuracy", "chosen", "rejected", "loss", "tokens"} <= set(first)
     assert first["tokens"] > 0
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-3)
-    model, tokenizer = mlx_generate.open_model(compute_type.open_to_compute(out / "model"))
-    assert len(list(mlx_generate.greedy(model, tokenizer.encode("how many"), 4))) == 4
+    model, tokenizer = rounds.open_model(compute_type.open_to_compute(out / "model"))
+    assert len(list(rounds.greedy(model, tokenizer.encode("how many"), 4))) == 4
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

@@ -22,12 +22,13 @@ from mis_mlx import dpo, grpo
 from mis_mlx.alignment import alignment_run
 from mis_mlx.alignment import grpo_rollout as training
 from mis_mlx.compute import precision
+from mis_mlx.data import token_windows
 from mis_mlx.hardware import memory
+from mis_mlx.judge.speed import rounds
 from mis_mlx.maths import rl_losses
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.passing import stream
-from mis_mlx.models.writing import mlx_generate
-from mis_mlx.models.writing.continuous_batch import Room
+from mis_mlx.models.writing.text_writer import Room
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
 from tests.conftest import Done, last_line, mostly_thorough, settings_of
@@ -84,8 +85,8 @@ def test_end_to_end(undisturbed: tuple[Path, Done]) -> None:
     first = samples[0]["answers"][0]
     assert first["vowels"] == first["reward"]
     assert samples[0]["prompt"] in QUESTIONS
-    model, tokenizer = mlx_generate.open_model(compute_type.open_to_compute(out / "model"))
-    assert len(list(mlx_generate.greedy(model, tokenizer.encode("how many"), 4))) == 4
+    model, tokenizer = rounds.open_model(compute_type.open_to_compute(out / "model"))
+    assert len(list(rounds.greedy(model, tokenizer.encode("how many"), 4))) == 4
 
 
 def test_equal_rewards_leave_the_model_as_it_was(
@@ -171,7 +172,7 @@ def sampler(
         seed=1,
     )
     tokenizer = load.tokenizer(checkpoint.path)
-    prompts = [mlx_generate.encode(tokenizer, q) for q in QUESTIONS]
+    prompts = [token_windows.encode_prompt(q, tokenizer) for q in QUESTIONS]
     rows = [{"prompt": q, "answer": "1"} for q in QUESTIONS]
     made = training.Sampler(
         settings=settings,

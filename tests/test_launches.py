@@ -15,10 +15,10 @@ import mlx.core as mx
 import pytest
 from mlx import nn
 
+from mis_mlx.judge.speed import rounds
 from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
 from mis_mlx.models.opening import compute_type, load
-from mis_mlx.models.writing import mlx_generate
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import UNDECIDED, Checkpoint
@@ -70,9 +70,10 @@ def test_a_tuning_step(packed: Checkpoint) -> None:
 
 def test_a_decoded_token(packed: Checkpoint) -> None:
     """Three blocks, packed, with a cache of 16 tokens: 21 products, and the head's."""
-    model, _ = mlx_generate.open_model(packed)
-    cache = mlx_generate.filled_cache(model, 16)
-    mx.eval(model.parameters(), [layer.state for layer in cache])
+    model, _ = rounds.open_model(packed)
+    cache = load.mlx_lm("models.cache").make_prompt_cache(model)
+    mx.eval(model.parameters(), model(TEXT[:1, :16], cache=cache))
+    mx.eval([layer.state for layer in cache])
     found = launches.counted(model(mx.array([[5]]), cache=cache))
     assert found["QuantizedMatmul"] == 22
     assert found.total() <= 241

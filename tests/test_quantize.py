@@ -14,10 +14,10 @@ import pytest
 from mis_mlx import quantize
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import WINDOWS
+from mis_mlx.judge.speed import rounds
 from mis_mlx.maths import gptq
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.opening.model_size import model_of
-from mis_mlx.models.writing import mlx_generate
 from mis_mlx.quantization import stage
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage import run_folder
@@ -42,8 +42,8 @@ def test_end_to_end(tmp_path: Path, llama: Checkpoint, command: Callable[..., Do
     assert result["group_size"] == 32
     assert f"{packed.nbytes / 1e6:.1f} MB" in done.stderr
     assert 4 < result["bits_per_weight"] < 7
-    model, tokenizer = mlx_generate.open_model(compute_type.open_to_compute(out))
-    assert len(list(mlx_generate.greedy(model, tokenizer.encode("The with statement"), 4))) == 4
+    model, tokenizer = rounds.open_model(compute_type.open_to_compute(out))
+    assert len(list(rounds.greedy(model, tokenizer.encode("The with statement"), 4))) == 4
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mis_mlx.judge.speed import rounds
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.models.passing import stream
-from mis_mlx.models.writing import mlx_generate
 from mis_mlx.reporting import run_reader
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint
@@ -82,9 +82,9 @@ def test_all_four_folders_speak(run: tuple[Path, dict[str, Any]], real: Checkpoi
     """
     out, _ = run
     for folder in (real.path, out / "pruned", out / "distilled", out / "model"):
-        model, tokenizer = mlx_generate.open_model(compute_type.open_to_compute(folder))
+        model, tokenizer = rounds.open_model(compute_type.open_to_compute(folder))
         ids = tokenizer.encode("The capital of France is")
-        said = tokenizer.decode(list(mlx_generate.greedy(model, ids, 8)))
+        said = tokenizer.decode(list(rounds.greedy(model, ids, 8)))
         assert said.strip(), folder
         if folder == real.path:
             assert "Paris" in said

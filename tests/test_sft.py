@@ -21,8 +21,9 @@ from mis_mlx.data.examples import Sequenced
 from mis_mlx.gguf_export import model_card as model_card
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
+from mis_mlx.judge.speed import rounds
 from mis_mlx.models.opening import compute_type, load
-from mis_mlx.models.writing import lora, mlx_generate
+from mis_mlx.models.writing import lora
 from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
@@ -91,8 +92,8 @@ def test_end_to_end(undisturbed: tuple[Path, Done], llama: Checkpoint, answers: 
     assert [r["number"] for r in run_folder.records(out / alignment_run.HELD_OUT)] == [0, 2, 4, 6]
     best = min(run_folder.records(out / alignment_run.HELD_OUT), key=lambda r: r["loss"])
     assert result["best_step"] == best["number"]
-    model, tokenizer = mlx_generate.open_model(compute_type.open_to_compute(out / "model"))
-    assert len(list(mlx_generate.greedy(model, tokenizer.encode("how many"), 4))) == 4
+    model, tokenizer = rounds.open_model(compute_type.open_to_compute(out / "model"))
+    assert len(list(rounds.greedy(model, tokenizer.encode("how many"), 4))) == 4
     card = json.loads((out / "model" / "data.json").read_text())
     assert card["licence"] == "CC0"
     assert card["source"] == answers.name

@@ -26,9 +26,9 @@ from mis_mlx.models.architectures import modules
 from mis_mlx.models.architectures.sizes import softcap
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import stream
-from mis_mlx.models.writing.continuous_batch import Room
+from mis_mlx.models.passing.resident import Resident
 from mis_mlx.models.writing.draws import Draws, Sampling
-from mis_mlx.models.writing.text_writer import TextWriter
+from mis_mlx.models.writing.text_writer import Room, TextWriter
 from mis_mlx.types import MOST, Count, MisError, Positive, Rate, Step, Within
 
 # micro-batches of a step, for `Settings.loss`; facts about the step
@@ -237,7 +237,7 @@ class Sampler:
         asked = list[list[int]]()
         for prompt in prompts:
             asked.extend([prompt] * count)
-        writer = TextWriter(self.model, self.room)
+        writer = TextWriter(Resident(self.model), self.room)
         stop = self.tokenizer.eos_token_ids
         longest = s.max_completion_length
         ids = writer.write(asked, longest, stop, draws)

@@ -28,7 +28,7 @@ from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import pass_cost, stream
-from mis_mlx.models.writing import mlx_generate, streamed_decode
+from mis_mlx.models.writing.text_writer import TextWriter
 from mis_mlx.pruning.calibrate import calibrate
 from mis_mlx.quantization import packed_format
 from mis_mlx.settings import recipe
@@ -117,10 +117,11 @@ def greedy(models: Models) -> Found:
     count = 12
     dtype = precision.dtype_of(checkpoint)
     source = stream.Stream(checkpoint, dtype, None)
-    ours = list(chain.from_iterable(streamed_decode.decode(source, prompt, count)))
+    (ours,) = TextWriter(source).write([prompt], count, ())
     del source  # before the resident model comes
     model = load.resident_model(checkpoint, dtype)
-    theirs = list(mlx_generate.greedy(model, prompt, count))
+    steps = load.mlx_lm("generate").generate_step(mx.array(prompt), model, max_tokens=count)
+    theirs = [int(token) for token, _ in steps]
     bound = _bound(checkpoint, 1e-4, 0.02)
     for same in range(count):
         if ours[same] != theirs[same]:

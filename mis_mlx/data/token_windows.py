@@ -206,18 +206,27 @@ def conversation(row: Row, tokenizer: Any, mask_prompt: bool) -> Marked:
 
 
 def prompt_ids(
-    messages: Sequence[Row],
+    messages: Sequence[Mapping[str, Any]],
     tokenizer: Any,
     *,
     today: bool = False,
     tools: chat_template.Tools = (),
 ) -> Ids:
-    """Ids of a conversation up to where the next answer begins. today, tools: as
-    `chat_template.text`.
+    """Ids of a conversation up to where the next answer begins.
 
-    Errors of the template pass through.
+    today: a template that asks for the date gets today's, for people who chat; otherwise it is the
+    same on every day. tools: that the model may call. Errors of the template pass through: it is a
+    program that came with the model.
     """
-    return _render(messages, tokenizer, prompt=True, today=today, tools=tools)
+    conversation = [dict(message) for message in messages]
+    return _render(conversation, tokenizer, prompt=True, today=today, tools=tools)
+
+
+def encode_prompt(prompt: str, tokenizer: Any, *, plain: bool = False, today: bool = False) -> Ids:
+    """Ids of a prompt through the chat template, if there is one. plain: without it."""
+    if plain or not tokenizer.has_chat_template:
+        return list(tokenizer.encode(prompt))
+    return prompt_ids([{"role": "user", "content": prompt}], tokenizer, today=today)
 
 
 def _shared(left: Sequence[int], right: Sequence[int]) -> int:

@@ -30,8 +30,8 @@ from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize, model_of
 from mis_mlx.models.passing.pass_cost import TENSOR_BYTES
 from mis_mlx.models.writing import tool_calls
-from mis_mlx.models.writing.continuous_batch import Texts
 from mis_mlx.models.writing.draws import Draws, Sampling, half_version
+from mis_mlx.models.writing.streamed_batch import Texts
 from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.reporting import progress
 from mis_mlx.settings.recipe import EVAL_PROMPTS, EVAL_PROMPTS_STREAMED

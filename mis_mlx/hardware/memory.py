@@ -229,35 +229,6 @@ def return_large_blocks() -> None:
             library.mallopt(which, LARGE_BYTES)
 
 
-def wiring_asked() -> bool:
-    """Whether the user wants memory wired.
-
-    Nobody gets it unasked: wired memory has frozen Macs of 16 GB, and the kernel has panicked under
-    it (mlx issue 3186).
-    """
-    return os.environ.get("MIS_MLX_WIRE") == "1"
-
-
-@contextmanager
-def nothing_wired(device: Any = mx) -> Iterator[None]:
-    """Within, MLX's call that wires memory does nothing, unless the user wants memory wired.
-
-    For libraries that wire unasked: mlx-lm's batch generator wires all that Metal recommends while
-    it is made, and sets the limit back when it is closed. Each of that moves every living buffer
-    into a resident set or out of it, and the kernel's panics went away only where it was never
-    called (mlx issue 3186). device: as in `limited`.
-    """
-    wire = getattr(device, "set_wired_limit", None)
-    if wire is None or wiring_asked():
-        yield
-        return
-    device.set_wired_limit = lambda nbytes: 0
-    try:
-        yield
-    finally:
-        device.set_wired_limit = wire
-
-
 def _open_more_files() -> None:
     """Raise this process's limit on open files to OPEN_FILES, as far as the system allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -288,7 +259,10 @@ def limited(limit: Budget, wired_bytes: int = 0, device: Any = mx) -> Iterator[N
     cache = device.set_cache_limit(cache_bytes)
     recommended = _recommended(device)
     wired = None
-    if wired_bytes and recommended and wiring_asked() and hasattr(device, "set_wired_limit"):
+    # Nobody gets it unasked: wired memory has frozen Macs of 16 GB, and the kernel has panicked
+    # under it (mlx issue 3186).
+    asked = os.environ.get("MIS_MLX_WIRE") == "1"
+    if asked and wired_bytes and recommended and hasattr(device, "set_wired_limit"):
         # Never more than Metal recommends, that would be fatal.
         wired = device.set_wired_limit(min(recommended, wired_bytes + WIRED_MARGIN_BYTES))
     try:

@@ -23,7 +23,7 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.compute import precision
-from mis_mlx.data import rows
+from mis_mlx.data import rows, token_windows
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge import keep, write
@@ -59,7 +59,6 @@ from mis_mlx.judge.write import (
 from mis_mlx.maths import stats
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
-from mis_mlx.models.writing import mlx_generate
 from mis_mlx.models.writing.draws import Draws, Sampling, half_version
 from mis_mlx.models.writing.text_writer import TextWriter
 from mis_mlx.planner import estimates
@@ -118,7 +117,7 @@ def _fitting(models: Sequence[Checkpoint], asked: Sequence[Prompt]) -> list[Prom
 def _fits(tokenizer: Any, prompt: Prompt) -> bool:
     """Whether one model can take a prompt."""
     try:
-        ids = mlx_generate.chat_ids(tokenizer, prompt.messages)
+        ids = token_windows.prompt_ids(prompt.messages, tokenizer)
     except Exception:  # a template is a program that came with the model: it can raise anything
         return False
     return len(ids) + ANSWER_TOKENS <= LONGEST

@@ -17,7 +17,6 @@ from mis_mlx.judge.prompts import Answer, Prompt
 from mis_mlx.models.architectures import sizes
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing.stream import Hidden, Stream, head_rows
-from mis_mlx.models.writing import mlx_generate
 from mis_mlx.types import Checkpoint, MisError
 
 ROWS = 256  # tokens of short texts side by side; more make attention slower, fewer the products
@@ -81,7 +80,7 @@ def _tokens_of(
     which then has other bytes, and a tokenizer may merge its first letter with the template's last
     one."""
     try:
-        before = mlx_generate.chat_ids(tokenizer, prompt.messages)
+        before = token_windows.prompt_ids(prompt.messages, tokenizer)
     except Exception as error:  # a template is a program of the model's: it can raise anything
         shown = prompt.messages[-1]["content"][:40]
         why = f"the chat template refuses the prompt {shown!r} ({error})"

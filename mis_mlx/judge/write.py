@@ -10,16 +10,17 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+from mis_mlx.data import token_windows
 from mis_mlx.hardware import ledger
 from mis_mlx.hardware.stage_cost import StageCost, in_turn
 from mis_mlx.judge.comparison import comparison_cost
 from mis_mlx.judge.prompts import Answer, Prompt
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize, model_of
-from mis_mlx.models.writing import continuous_batch, mlx_generate, streamed_batch, text_writer
-from mis_mlx.models.writing.continuous_batch import Room, Texts
+from mis_mlx.models.writing import streamed_batch, text_writer
 from mis_mlx.models.writing.draws import Draws
-from mis_mlx.models.writing.text_writer import TextWriter
+from mis_mlx.models.writing.streamed_batch import Texts
+from mis_mlx.models.writing.text_writer import Room, TextWriter
 from mis_mlx.planner import estimates
 from mis_mlx.types import Budget, Checkpoint
 
@@ -65,10 +66,7 @@ def plan_writing(
     `at_once` lists in falling order. MisError where none fits."""
     sizes = [min(size, texts.number) for size in at_once]
     for whole, size in product((True, False), sizes):
-        if whole:
-            cost = continuous_batch.writing_cost(m, texts, size)
-        else:
-            cost = streamed_batch.writing_cost(m, texts, size)
+        cost = streamed_batch.writing_cost(m, texts, size, None if whole else 0)
         need = m.text_bytes + ledger.needed_bytes(limit.limit_bytes, cost.peak_bytes, m.gpu)
         if need > limit.limit_bytes:
             continue
@@ -109,7 +107,7 @@ def plan(
 
 def _ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     """Token ids up to where the answer begins."""
-    return mlx_generate.chat_ids(tokenizer, prompt.messages, tools=prompt.tools)
+    return token_windows.prompt_ids(prompt.messages, tokenizer, tools=prompt.tools)
 
 
 def answered(

@@ -12,9 +12,9 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from mis_mlx.judge.speed import rounds
 from mis_mlx.judge.tasks import instructions, questions
 from mis_mlx.models.opening import compute_type
-from mis_mlx.models.writing import mlx_generate
 from mis_mlx.types import Checkpoint
 from tests import tiny
 from tests.test_docs import program
@@ -67,7 +67,7 @@ def measured(lab: SimpleNamespace, **given: Any) -> dict[str, Any]:
 
 def log_likelihood(folder: Path, sentence: str) -> float:
     """Of a sentence behind the token that begins a text, by stock mlx_lm."""
-    model, tokenizer = mlx_generate.open_model(compute_type.open_to_compute(folder))
+    model, tokenizer = rounds.open_model(compute_type.open_to_compute(folder))
     ids = [tokenizer.bos_token_id, *tokenizer.encode(sentence, add_special_tokens=False)]
     logits = model(mx.array([ids]))[0].astype(mx.float32)
     logps = logits - mx.logsumexp(logits, axis=-1, keepdims=True)

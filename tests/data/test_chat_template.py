@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from mis_mlx.data import chat_template, token_windows
-from mis_mlx.models.writing import mlx_generate
 from tests import tiny
 
 # Thoughts of the last answer are shown, if empty; earlier answers stand without.
@@ -188,7 +187,7 @@ def test_a_prompt_ends_where_the_answer_begins(plain: Any, family: str) -> None:
     asked for it leaves room for them, and chooses no channel and no effort.
     """
     tokenizer = of_family(plain, family)
-    prompt = tokenizer.decode(mlx_generate.chat_ids(tokenizer, [QUESTION]))
+    prompt = tokenizer.decode(token_windows.prompt_ids([QUESTION], tokenizer))
     assert prompt.endswith(FAMILIES[family][1])
     asked = tokenizer.apply_chat_template(
         [QUESTION], add_generation_prompt=True, tokenize=False, enable_thinking=False
@@ -242,13 +241,13 @@ def test_a_template_says_the_same_on_every_day(
     found = list[Any]()
     for _ in days:
         windows = token_windows.conversation({"messages": TALK}, tokenizer, True)
-        prompt = mlx_generate.chat_ids(tokenizer, [QUESTION])
+        prompt = token_windows.prompt_ids([QUESTION], tokenizer)
         found.append((windows, prompt, chat_template.identity(tokenizer)))
     assert found[0] == found[1]
     text = tokenizer.decode(found[0][1])
     if family in DATED:
         assert DATED[family] in text
-        chat = tokenizer.decode(mlx_generate.chat_ids(tokenizer, [QUESTION], today=True))
+        chat = tokenizer.decode(token_windows.prompt_ids([QUESTION], tokenizer, today=True))
         assert str(datetime.date.today().year) in chat
         assert DATED[family] not in chat
 

@@ -81,24 +81,6 @@ def test_metal_wires_what_is_asked_for(
     assert device.limits == {"memory": 1, "cache": 2, "wired": 3}
 
 
-@pytest.mark.parametrize(
-    ("device", "said", "wired"),
-    [(Device(), "", 3), (Device(), "1", 5), (Device("cpu"), "", 3), (Device(wires=False), "", 3)],
-)
-def test_a_library_wires_nothing(
-    device: Device, said: str, wired: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its calls do nothing unless the user wants it; they count again after an error, too."""
-    monkeypatch.setenv("MIS_MLX_WIRE", said)
-    before = getattr(device, "set_wired_limit", None)
-    with pytest.raises(KeyError), memory.nothing_wired(device):
-        if before:
-            device.set_wired_limit(5)
-        raise KeyError
-    assert device.limits["wired"] == wired
-    assert getattr(device, "set_wired_limit", None) is before
-
-
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("limit", [64 * MIB, 600 * MIB, 4 * GIB, 64 * GIB])
 def test_the_process_and_its_arrays_are_the_budget(gpu: bool, limit: int) -> None:

@@ -19,12 +19,13 @@ from mis_mlx.hardware import memory
 from mis_mlx.judge import answer_figures, answers, score, write
 from mis_mlx.judge.answers import AnswerBits, TeacherAnswers
 from mis_mlx.judge.prompts import Answer, AnswerPair, Prompt, read_pairs
+from mis_mlx.judge.speed import rounds
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import stream
 from mis_mlx.models.passing.stream import Stream
-from mis_mlx.models.writing import mlx_generate, text_writer
-from mis_mlx.models.writing.continuous_batch import Completion
+from mis_mlx.models.writing import text_writer
+from mis_mlx.models.writing.text_writer import Completion
 from mis_mlx.planner import estimates
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Budget, Checkpoint, MisError
@@ -144,7 +145,7 @@ def test_bits_are_the_plain_formula(
 
     found = answers.bits(chat, fixed(said))
 
-    before = mlx_generate.chat_ids(tokenizer, THREE[0].messages)
+    before = token_windows.prompt_ids(THREE[0].messages, tokenizer)
     own = [*tokenizer.encode(said.text, add_special_tokens=False), tokenizer.eos_token_id]
     wanted = plain_log_probabilities(chat, [*before, *own], len(own))
     assert found.nats[0] == pytest.approx(-wanted.sum(), rel=near(1e-5, 2e-3))
@@ -177,7 +178,7 @@ def test_an_answer_that_was_cut_off_has_no_end(chat: Checkpoint) -> None:
 
     found = answers.bits(chat, TeacherAnswers([THREE[0]] * 4, pairs))
 
-    before = mlx_generate.chat_ids(tokenizer, THREE[0].messages)
+    before = token_windows.prompt_ids(THREE[0].messages, tokenizer)
     ids = [*before, *tokenizer.encode("If so"), tokenizer.eos_token_id]
     end = plain_log_probabilities(chat, ids, 1)
     assert found.nats[0] - found.nats[1] == pytest.approx(-end[0], abs=near(1e-4, 5e-2))
@@ -192,13 +193,13 @@ def test_greedy_answers_are_mlx_lms(chat: Checkpoint, monkeypatch: pytest.Monkey
     """What the model writes one token at a time, through the template; prompts of several turns,
     too. A stop token is no part of the text.
     """
-    model, tokenizer = mlx_generate.open_model(compute_type.open_to_compute(chat.path))
+    model, tokenizer = rounds.open_model(compute_type.open_to_compute(chat.path))
 
     said = answers.greedy(chat, [*THREE, LATER], memory.budget(None))
 
     for prompt, answer in zip([*THREE, LATER], said, strict=True):
-        ids = mlx_generate.chat_ids(tokenizer, prompt.messages)
-        wanted = list(mlx_generate.greedy(model, ids, answers.GREEDY_TOKENS))
+        ids = token_windows.prompt_ids(prompt.messages, tokenizer)
+        wanted = list(rounds.greedy(model, ids, answers.GREEDY_TOKENS))
         assert answer == Answer(tokenizer.decode(wanted).rstrip("\ufffd"), ended=False)
     assert answers.greedy(chat, [], memory.budget(None)) == []
     written = [[*tokenizer.encode("If so"), tokenizer.eos_token_id], tokenizer.encode("If so")]

@@ -17,8 +17,8 @@ from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import pass_cost
 from mis_mlx.models.passing.stream import Stream
 from mis_mlx.models.writing import streamed_batch
-from mis_mlx.models.writing.continuous_batch import Texts
 from mis_mlx.models.writing.draws import Draws, Sampling
+from mis_mlx.models.writing.streamed_batch import Texts
 from mis_mlx.types import Checkpoint
 from tests import tiny
 from tests.conftest import mostly_slow, mostly_thorough
@@ -65,9 +65,9 @@ def written(
     writer = plan.open(checkpoint)
     found = writer.write(prompts, answer, ends, Draws(Sampling(1.0, 0.95), range(COUNT)))
     peak = mx.get_peak_memory() - before
-    assert isinstance(writer._model, Stream)
+    assert isinstance(writer.model, Stream)
     tokens = sum(map(len, found)) + sum(map(len, prompts))
-    return plan, peak, writer._model.reader.nbytes, tokens
+    return plan, peak, writer.model.reader.nbytes, tokens
 
 
 @pytest.mark.usefixtures("cpu_policy")

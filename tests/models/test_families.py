@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ from mis_mlx.models.architectures.stock import window
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.config import _opened_as, check_config, read_config
 from mis_mlx.models.passing import stream
-from mis_mlx.models.writing import model_writer, streamed_decode
+from mis_mlx.models.writing import model_writer
+from mis_mlx.models.writing.text_writer import TextWriter
 from mis_mlx.quantization import packed_format
 from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage.files import DISK
@@ -140,8 +141,7 @@ def test_a_mixture_writes_what_stock_writes(models: Models, kind: str) -> None:
     head = 4 * s.vocab * s.hidden
     for room in (0, head + checkpoint.nbytes // 2, None):
         source = stream.Stream(checkpoint, mx.float32, room)
-        got = list(chain.from_iterable(streamed_decode.decode(source, prompt, 8)))
-        assert got == want
+        assert TextWriter(source).write([prompt], 8, ()) == [want]
         read.append(source.reader.nbytes)
     assert read[0] > 1.5 * read[1] > 1.5 * read[2]
 
@@ -632,24 +632,3 @@ def test_the_page_says_what_the_table_says() -> None:
     assert all(
         f"`{name}`" in page and into["model_type"] in FAMILIES for name, into in OPENED_AS.items()
     )
-
-
-@pytest.mark.usefixtures("cpu_policy")
-@pytest.mark.parametrize("kind", ["lfm2", "qwen3_5_text"])
-@pytest.mark.parametrize("steps", [[12], [5, 1, 1, 5], [1] * 12])
-def test_a_text_in_pieces_is_the_text_in_one(models: Models, kind: str, steps: list[int]) -> None:
-    """Past the window, as generation asks for it; and stock mlx_lm's with its own caches."""
-    checkpoint = models(kind)
-    model = load.resident_model(checkpoint, mx.float32)
-    theirs = load.mlx_lm("utils").load(str(checkpoint.path))[0]
-    their_cache = getattr(theirs, "language_model", theirs).make_cache()
-    cache = model.make_cache()
-    assert [type(c) for c in cache] == [type(c) for c in their_cache]
-    whole = model(TOKENS)
-    start = 0
-    for count in steps:
-        some = TOKENS[:, start : start + count]
-        ours = model(some, cache=cache)
-        assert apart(ours, theirs(some, cache=their_cache)) <= 1e-5
-        assert apart(ours, whole[:, start : start + count]) <= 1e-5
-        start += count

@@ -15,13 +15,14 @@ import mlx.core as mx
 import pytest
 
 from mis_mlx import generate
+from mis_mlx.judge.speed import rounds
 from mis_mlx.models.architectures import gated_delta
 from mis_mlx.models.architectures.sizes import attends
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.config import read_config
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import stream
-from mis_mlx.models.writing import mlx_generate, model_writer
+from mis_mlx.models.writing import model_writer
 from mis_mlx.quantization import bit_allocation
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage.files import DISK
@@ -130,7 +131,7 @@ def test_decay_keeps_its_digits(
         assert mx.array_equal(load.dense(half, name), stored)
         whole = load.resident_model(half, getattr(mx, dtype))
         _, block = next(stream.Stream(half).blocks())
-        stock_model, _ = mlx_generate.open_model(half)
+        stock_model, _ = rounds.open_model(half)
         for first in (whole.model.layers[0], block, stock_model.layers[0]):
             assert mx.array_equal(first.linear_attn.A_log, stored)
             assert first.linear_attn.dt_bias.dtype == getattr(mx, dtype)

@@ -1,4 +1,4 @@
-"""Texts side by side in a streamed model, against every text alone and read anew."""
+"""Texts side by side, against every text alone and read anew."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from mis_mlx.models.architectures import block_state
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import stream
+from mis_mlx.models.passing.resident import Resident
 from mis_mlx.models.writing import streamed_batch
 from mis_mlx.types import Checkpoint
 from tests import tiny
@@ -45,20 +46,22 @@ def log_probs_of(whole: nn.Module, text: Sequence[int]) -> mx.array:
 
 
 @pytest.mark.usefixtures("cpu_policy")
+@pytest.mark.parametrize("streamed", [True, False])
 @pytest.mark.parametrize(
     "kind", mostly_slow(["llama", "biased", *tiny.MODELS], *QUICK, thorough=SHOWN)
 )
 def test_what_comes_next_is_what_a_text_alone_says(
-    models: Models, kind: str, monkeypatch: pytest.MonkeyPatch
+    models: Models, kind: str, streamed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of every family: prompts that begin together and later, texts that end in between, prompts in
-    pieces, room that grows. Log-probabilities are those of the whole text read at once.
+    """Of every family, on disk and in memory: prompts that begin together and later, texts that end
+    in between, prompts in pieces, room that grows. Log-probabilities are those of the whole text
+    read at once.
     """
     monkeypatch.setattr(streamed_batch, "ROWS", 5)
     monkeypatch.setattr(block_state, "STEP", 3)
     checkpoint = models(kind)
     whole = load.resident_model(checkpoint, mx.float32)
-    source = stream.Stream(checkpoint, mx.float32)
+    source = stream.Stream(checkpoint, mx.float32) if streamed else Resident(whole)
     batch = streamed_batch.Batch(source)
     texts = list[list[int]]()
     waiting = [list(prompt) for prompt in PROMPTS]
@@ -66,9 +69,9 @@ def test_what_comes_next_is_what_a_text_alone_says(
     ends = {4: [1], 8: [0, 2]}  # which places, behind which pass
     for number in range(11):
         prompts = [waiting.pop(0) for _ in range(begins.get(number, 0))]
-        found = batch.read([text[-1] for text in texts], prompts)
+        found = batch.read([text[-1:] for text in texts], prompts)
         texts += prompts
-        assert found.shape == (len(texts), source.checkpoint.config["vocab_size"])
+        assert found.shape == (len(texts), source.config["vocab_size"])
         for row, text in zip(found, texts, strict=True):
             expected = log_probs_of(whole, text)
             assert mx.abs(row - expected).max().item() < NEAR.get(kind, 1e-4)
@@ -95,7 +98,7 @@ def test_by_metals_policy(models: Models, kind: str, metal: None) -> None:
     found = batch.read([], texts[:3])
     for text, row in zip(texts, found, strict=False):
         text.append(int(mx.argmax(row)))
-    found = batch.read([text[-1] for text in texts[:3]], texts[3:])
+    found = batch.read([text[-1:] for text in texts[:3]], texts[3:])
     for row, text in zip(found, texts, strict=True):
         assert mx.abs(row - log_probs_of(whole, text)).max().item() < 0.05
 
@@ -111,7 +114,7 @@ def test_passes_read_the_weights_once(models: Models, kind: str) -> None:
     found = batch.read([], PROMPTS)
     for _ in range(2):
         read.append(source.reader.nbytes)
-        found = batch.read(mx.argmax(found, axis=-1).tolist(), [])
+        found = batch.read(mx.argmax(found, axis=-1)[:, None].tolist(), [])
     read.append(source.reader.nbytes)
     passes = np.diff(read)
     # besides the rows of the embedding that occur

@@ -1,26 +1,37 @@
-"""The writer of texts against one token at a time without a cache, whole in memory and streamed."""
+"""The writer of texts against one token at a time without a cache, whole in memory and streamed; a
+draft changes how many passes it takes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mis_mlx.hardware import memory
-from mis_mlx.models.opening import compute_type, load
+from mis_mlx.data import token_windows
+from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.models.opening.model_size import model_of
-from mis_mlx.models.passing.stream import Stream
-from mis_mlx.models.writing import continuous_batch, text_writer
-from mis_mlx.models.writing.continuous_batch import Room
+from mis_mlx.models.passing.resident import Resident
+from mis_mlx.models.passing.stream import NotNumbers, Stream
+from mis_mlx.models.writing import streamed_batch, text_writer
 from mis_mlx.models.writing.draws import Draws, Sampling
-from mis_mlx.models.writing.text_writer import TextWriter
+from mis_mlx.models.writing.text_writer import Completion, Room, TextWriter
+from mis_mlx.quantization import packed_format
+from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
+from tests import tiny
 from tests.conftest import mostly_slow
 
+Models = Callable[[str], Checkpoint]
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [40], [21, 22, 23], [7, 9]]
+COUNT = 24
+IDS = [5, 9, 300, 41, 7, 7, 120]
+MORE = ("phi3", "ministral3", "gemma4_text", "lfm2", "olmo2")
 
 
 @pytest.fixture(
@@ -34,12 +45,16 @@ def _checkpoint(request: pytest.FixtureRequest, models: Callable[[str], Checkpoi
 
 
 @pytest.fixture(name="model", params=["whole", "streamed"])
-def _model(request: pytest.FixtureRequest, checkpoint: Checkpoint) -> nn.Module | Stream:
+def _model(request: pytest.FixtureRequest, checkpoint: Checkpoint) -> Resident | Stream:
     if request.param == "streamed":
         return Stream(checkpoint, mx.float32)
+    return resident(checkpoint)
+
+
+def resident(checkpoint: Checkpoint) -> Resident:
     made = load.resident_model(checkpoint, mx.float32)
     mx.eval(made.parameters())
-    return made
+    return Resident(made)
 
 
 def plainly(
@@ -59,7 +74,7 @@ def plainly(
 @pytest.mark.usefixtures("cpu_policy")
 @pytest.mark.parametrize("at_once", mostly_slow([1, 2, 16], 2))
 def test_greedy_is_the_models_own_text(
-    checkpoint: Checkpoint, model: nn.Module | Stream, at_once: int
+    checkpoint: Checkpoint, model: Resident | Stream, at_once: int
 ) -> None:
     """Prompts of 1 to 7 tokens together; a stop token ends one early, is its last, and lets another
     begin.
@@ -77,7 +92,7 @@ def test_greedy_is_the_models_own_text(
 
 @pytest.mark.usefixtures("cpu_policy")
 def test_a_text_depends_on_its_prompt_and_its_seed(
-    checkpoint: Checkpoint, model: nn.Module | Stream
+    checkpoint: Checkpoint, model: Resident | Stream
 ) -> None:
     """It is the same alone, beside others and behind them, whole and streamed; MLX's global random
     state has no part in it. Another seed gives another text, also to the same prompt.
@@ -107,7 +122,7 @@ def test_a_group_is_drawn_from_its_prompts_distribution(llama: Checkpoint) -> No
     """
     model = load.resident_model(llama, mx.float32)
     draws = Draws(Sampling(0.1), range(1000))
-    group = TextWriter(model).write(PROMPTS[:1] * 1000, 1, (), draws)
+    group = TextWriter(Resident(model)).write(PROMPTS[:1] * 1000, 1, (), draws)
     p = mx.softmax(model(mx.array([PROMPTS[0]]))[0, -1] / 0.1)
     top = int(mx.argmax(p))
     share = np.mean([answer == [top] for answer in group])
@@ -132,7 +147,7 @@ def test_writing_side_by_side_takes_what_the_plan_says(llama: Checkpoint) -> Non
     """
     writer = text_writer.opened(compute_type.open_to_compute(llama.path), None)
     prompts = [[5, 6, 7, 8] * 15] * 32
-    planned = continuous_batch.resident_bytes(model_of(llama), at_once=32, tokens=100)
+    planned = streamed_batch.resident_bytes(model_of(llama), at_once=32, tokens=100)
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
@@ -142,29 +157,151 @@ def test_writing_side_by_side_takes_what_the_plan_says(llama: Checkpoint) -> Non
     assert 0.3 * planned < mx.get_peak_memory() - before < 0.55 * planned
 
 
-@pytest.mark.parametrize(("said", "want"), [("", []), ("1", ["all"])])
-def test_what_mlx_lm_would_wire_is_not_wired(
-    said: str, want: list[object], llama: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On Metal the generator wires all that is recommended, unasked: that call does nothing, unless
-    MIS_MLX_WIRE=1.
+def test_a_text_comes_as_soon_as_it_has_ended(llama: Checkpoint) -> None:
+    """Two places and four prompts, the longest first: the first text comes before the last prompt
+    was read.
     """
-    calls = list[object]()
-    seen = list[object]()
+    read: list[int] = []
 
-    class Watched(Draws):
-        """Draws that look at what was wired when they are asked."""
+    class Counted(list[int]):
+        """A prompt that notes when it is read."""
 
-        def __call__(self, log_probs: mx.array, texts: Sequence[int]) -> mx.array:
-            seen[:] = calls
-            return super().__call__(log_probs, texts)
+        def __iter__(self) -> Iterator[int]:
+            read.append(len(self))
+            return super().__iter__()
 
-    generate = load.mlx_lm("generate")
-    monkeypatch.setattr(
-        generate, "maybe_set_recommended_wired_limit", lambda: mx.set_wired_limit("all")
+    prompts = [Counted(prompt) for prompt in PROMPTS]
+    completions = TextWriter(resident(llama), Room(2)).completions(prompts, 9, ())
+    assert next(completions) == Completion(0, plainly(llama, PROMPTS[0], 9))
+    assert 1 not in read
+    assert len(list(completions)) == 3
+    assert 1 in read
+
+
+def test_a_prompt_that_comes_several_times_is_read_once(llama: Checkpoint) -> None:
+    """Texts behind it are those of each alone; its tokens are looked up once."""
+    model = resident(llama)
+    tokens = []
+    embed = model.embed
+
+    def watched(batches: Sequence[mx.array]) -> list[mx.array]:
+        tokens.append(sum(batch.size for batch in batches))
+        return embed(batches)
+
+    model.embed = watched  # type: ignore[method-assign]
+    prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[0]]
+    written = TextWriter(model).write(prompts, 3, ())
+    assert written == [plainly(llama, prompt, 3) for prompt in prompts]
+    assert tokens == [len(PROMPTS[0]) + len(PROMPTS[1]), 4, 4]
+
+
+@pytest.mark.parametrize("kind", ["whole", "streamed"])
+def test_what_is_not_a_number_is_refused(llama: Checkpoint, kind: str) -> None:
+    """Behind the first token the embedding gives infinity: no token is drawn of that."""
+    model: Resident | Stream = resident(llama) if kind == "whole" else Stream(llama, mx.float32)
+    embed = model.embed
+    coming = TextWriter(model).settled(IDS, 3, ())
+    assert next(coming) == plainly(llama, IDS, 1)
+    model.embed = lambda batches: [rows * mx.inf for rows in embed(batches)]  # type: ignore
+    with pytest.raises(NotNumbers):
+        next(coming)
+
+
+def passes(model: Resident | Stream, ids: list[int], count: int = COUNT, **more: Any) -> Any:
+    """(the text, tokens of each pass)."""
+    found = list(TextWriter(model).settled(ids, count, more.pop("stop", ()), **more))
+    return [token for new in found for token in new], [len(new) for new in found]
+
+
+@pytest.fixture
+def stranger(tmp_path: Path) -> TextWriter:
+    """A draft whose guesses are mostly wrong."""
+    return TextWriter(
+        resident(load.open_checkpoint(tiny.make(tmp_path / "s", seed=5, num_hidden_layers=1)))
     )
-    monkeypatch.setattr(memory, "_recommended", lambda device: 5 * 2**30)
-    monkeypatch.setattr(mx, "set_wired_limit", calls.append)
-    monkeypatch.setenv("MIS_MLX_WIRE", said)
-    text_writer.opened(llama, None).write(PROMPTS, 2, (), Watched())
-    assert seen == want
+
+
+@pytest.mark.usefixtures("cpu_policy")
+@pytest.mark.parametrize("kind", mostly_slow([*tiny.KINDS, *MORE], "llama", thorough=["lfm2"]))
+def test_a_draft_changes_no_token(
+    models: Models, kind: str, stranger: TextWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One token a pass, or with a stranger's guesses, one and 16 a pass; a long prompt goes through
+    in parts.
+    """
+    want = plainly(models(kind), IDS, COUNT)
+    assert passes(Stream(models(kind), mx.float32), IDS) == (want, [1] * COUNT)
+    for guessed in (1, 16):
+        model = Stream(models(kind), mx.float32)
+        assert passes(model, IDS, draft=stranger, guessed=guessed)[0] == want
+    monkeypatch.setattr(streamed_batch, "ROWS", 48)
+    long = (IDS * 20)[: 2 * 48 + 5]
+    found, _ = passes(Stream(models(kind), mx.float32), long, draft=stranger, guessed=16)
+    assert found == plainly(models(kind), long, COUNT)
+
+
+@pytest.mark.usefixtures("cpu_policy")
+def test_sliding_windows(tmp_path: Path, stranger: TextWriter) -> None:
+    """A token looks back as far as the model's own pass does, a guessed one too."""
+    types = ["full_attention", "sliding_attention", "full_attention"]
+    checkpoint = load.open_checkpoint(
+        tiny.make(tmp_path / "sliding", layer_types=types, sliding_window=6)
+    )
+    want = plainly(checkpoint, IDS, COUNT)
+    model = Stream(checkpoint, mx.float32)
+    assert passes(model, IDS)[0] == passes(model, IDS, draft=stranger, guessed=16)[0] == want
+    full = Checkpoint(
+        checkpoint.path, {**checkpoint.config, "layer_types": None}, checkpoint.tensors
+    )
+    assert plainly(full, IDS, COUNT) != want
+
+
+@pytest.mark.usefixtures("cpu_policy")
+@pytest.mark.parametrize("kind", ["linear", "yarn", "llama3"])
+def test_scaled_positions_turn_row_by_row(tmp_path: Path, kind: str, stranger: TextWriter) -> None:
+    """Every kind of rotary positions takes a position for each row: in a prompt, and in a guess."""
+    rope: dict[str, Any] = {
+        "rope_type": kind,
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+    }
+    rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {}
+    checkpoint = load.open_checkpoint(tiny.make(tmp_path / "scaled", rope_scaling=rope))
+    found, _ = passes(Stream(checkpoint, mx.float32), IDS, draft=stranger, guessed=16)
+    assert found == plainly(checkpoint, IDS, COUNT)
+
+
+@pytest.mark.slow
+def test_the_real_teacher_says_the_same() -> None:
+    """SmolLM2-135M streamed with nothing kept, plain and with itself as the draft, and whole."""
+    checkpoint = load.open_checkpoint(resolve.resolve_model().path)
+    ids = token_windows.encode_prompt("What is a shepherd?", load.tokenizer(checkpoint.path))
+    want = plainly(checkpoint, ids, COUNT)
+    assert passes(Stream(checkpoint, mx.float32), ids)[0] == want
+    itself = TextWriter(resident(checkpoint))
+    drafted, sizes = passes(Stream(checkpoint, mx.float32), ids, draft=itself, guessed=16)
+    assert drafted == want == passes(itself.model, ids)[0]
+    assert len(sizes) < COUNT / 2
+
+
+@pytest.mark.thorough
+def test_a_packed_model_whose_best_draft_is_itself(tmp_path: Path, llama: Checkpoint) -> None:
+    """With some blocks kept between passes; a pass settles its 16 guesses and one more token.
+    Nothing comes after the end token, and never more than asked for, however much a pass
+    settles.
+    """
+    packed_format.write_quantized(
+        llama, tmp_path / "q4", packed_format.formats_of(llama.config, 64), DISK
+    )
+    packed = load.open_checkpoint(tmp_path / "q4")
+    want = plainly(packed, IDS, COUNT)
+    draft = TextWriter(resident(packed))
+    rooms = (Stream(packed, mx.float32, kib << 10) for kib in itertools.count(64, 16))
+    source = next(stream for stream in rooms if stream.resident_blocks == 1)
+    found, sizes = passes(source, IDS, draft=draft, guessed=16)
+    assert found == want
+    assert len(sizes) <= COUNT / 3
+    ended = want[: want.index(want[5]) + 1]
+    for more in ({}, {"draft": draft, "guessed": 16}):
+        assert passes(source, IDS, stop={want[5]}, **more)[0] == ended
+        assert passes(source, IDS, 5, **more)[0] == want[:5]

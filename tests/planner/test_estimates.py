@@ -23,7 +23,7 @@ from mis_mlx.maths.losses import chunk_rows
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import pass_cost, stream
-from mis_mlx.models.writing import continuous_batch
+from mis_mlx.models.writing import streamed_batch
 from mis_mlx.planner import estimates
 from mis_mlx.types import GIB, UNDECIDED, Budget, Checkpoint, MisError
 from tests import peaks, tiny
@@ -160,7 +160,7 @@ def test_a_whole_model_has_all_its_tables(name: str, total: int) -> None:
     """
     m = model_of({**published(name), "torch_dtype": "bfloat16"}, gpu=True, dtype=mx.bfloat16)
     assert pass_cost.whole_bytes(m) == 2 * total
-    assert continuous_batch.resident_bytes(m, at_once=1, tokens=2) > 2 * total
+    assert streamed_batch.resident_bytes(m, at_once=1, tokens=2) > 2 * total
 
 
 def test_a_budget_has_no_cache_in_it() -> None:

@@ -20,15 +20,15 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mis_mlx.compute import precision
 from mis_mlx.data import preparation
 from mis_mlx.hardware import rates
 from mis_mlx.hardware.thermal.thermal_monitor import Monitor
 from mis_mlx.maths.stats import summary
-from mis_mlx.models.architectures import arch, stored_form
+from mis_mlx.models.architectures import arch, mlx_modules, stored_form
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import pass_cost, stream
-from mis_mlx.models.writing import mlx_generate
 from mis_mlx.types import Checkpoint, Row
 
 WARM_UP = 4  # tokens after the whole prompt, which are not timed
@@ -100,13 +100,38 @@ def mean_watts(monitor: Monitor, seconds: float) -> float | None:
     return float(joules / (times[-1] - times[0]))
 
 
+def open_model(checkpoint: Checkpoint) -> tuple[nn.Module, Any]:
+    """(model, tokenizer) as stock `mlx_lm.load` opens a folder, which passed our gate.
+
+    Floats are in the type that the checkpoint computes in. Weights are read and converted one after
+    the other: together they would be held twice. A tokenizer that is open is not opened again.
+    """
+    tokenizer = load.tokenizer(checkpoint.path)
+    model, _ = load.mlx_lm("utils").load_model(checkpoint.path, lazy=True, trust_remote_code=False)
+    model = getattr(model, "language_model", model)  # of a model that also sees
+    mlx_modules.set_dtype(model, checkpoint.config, precision.dtype_of(checkpoint))
+    arrays = dict[str, mx.array](tree_flatten(model.parameters()))
+    for array in arrays.values():
+        stream.evaluate_now(array)
+    return model, tokenizer
+
+
+def greedy(
+    model: nn.Module, ids: Sequence[int], count: int, cache: list[Any] | None = None
+) -> Iterator[int]:
+    """The `count` tokens that mlx_lm's own loop puts after the token ids `ids`."""
+    step = load.mlx_lm("generate").generate_step
+    for token, _ in step(mx.array(list(ids)), model, max_tokens=count, prompt_cache=cache):
+        yield int(token)
+
+
 def load_model(checkpoint: Checkpoint) -> BenchmarkModel:
     """A model, whole in memory, with the time that took.
 
     The system may have the files in its page cache.
     """
     began = time.perf_counter()
-    model, tokenizer = mlx_generate.open_model(checkpoint)
+    model, tokenizer = open_model(checkpoint)
     arrays = dict[str, mx.array](tree_flatten(model.parameters()))
     seconds = time.perf_counter() - began
     tables = _table_prefixes(arrays)
@@ -143,9 +168,8 @@ def prompt(tokenizer: Any, count: int, seed: Sequence[int]) -> list[int]:
     rng = np.random.default_rng(list(seed))
     start = int(rng.integers(len(rows)))
     from_start = "".join(rows[start:] + rows[:start])
-    text = from_start[: 10 * count]  # a token has 3 to 5 letters
-    ids = np.array(mlx_generate.prompt_ids(tokenizer, text, count))
-    return [int(token) for token in ids]
+    ids = tokenizer.encode(from_start[: 10 * count])  # a token has 3 to 5 letters
+    return list((ids * (count // len(ids) + 1))[:count])
 
 
 def trial(
@@ -160,11 +184,11 @@ def trial(
     monitor: measures its power. peaks: reset MLX's peak of memory, and report the request's own.
     """
     asked = prompt(s.tokenizer, r.prompt, seed)
-    cache = mlx_generate.filled_cache(s.model, 0)
+    cache = load.mlx_lm("models.cache").make_prompt_cache(s.model)
     before_bytes = mx.get_active_memory()
     if peaks:
         mx.reset_peak_memory()
-    stamps, tokens = token_times(mlx_generate.greedy(s.model, asked, r.answer, cache))
+    stamps, tokens = token_times(greedy(s.model, asked, r.answer, cache))
     watts = None
     if monitor:
         watts = mean_watts(monitor, stamps[-1] - stamps[0])
@@ -201,7 +225,7 @@ def _cached_ttft(
         return None
     answered = cache[0].offset - (len(asked) - 1)
     caches.trim_prompt_cache(cache, answered)
-    stamps, _ = token_times(mlx_generate.greedy(model, asked[-1:], 1, cache))
+    stamps, _ = token_times(greedy(model, asked[-1:], 1, cache))
     stream.evaluate_now([layer.state for layer in cache])
     return stamps[0]
 

@@ -7,9 +7,9 @@ Each option is a text of its own, behind its question.
 from collections.abc import Sequence
 from typing import Any
 
+from mis_mlx.data import token_windows
 from mis_mlx.judge.score import of_last_tokens
 from mis_mlx.models.passing.stream import Stream
-from mis_mlx.models.writing import mlx_generate
 from mis_mlx.types import MisError
 
 # token ids of the context (at least one), and of every option
@@ -49,7 +49,7 @@ def encode_replies(tokenizer: Any, asked: str, options: Sequence[str]) -> Encode
     MisError where the template refuses the turn, or a reply has no token.
     """
     try:
-        before = mlx_generate.chat_ids(tokenizer, [{"role": "user", "content": asked}])
+        before = token_windows.prompt_ids([{"role": "user", "content": asked}], tokenizer)
     except Exception as error:  # a template is a program of the model's: it can raise anything
         raise MisError(
             f"the chat template refuses {asked[:40]!r} ({error}): remove the question, or give "

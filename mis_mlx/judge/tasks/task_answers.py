@@ -9,14 +9,15 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from mis_mlx import cli
-from mis_mlx.data import chat_template
+from mis_mlx.data import chat_template, token_windows
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge.tasks import instructions, rewards, tool_tasks
 from mis_mlx.judge.tasks.questions import Question, Task
 from mis_mlx.judge.write import plan_writing
 from mis_mlx.models.opening.model_size import model_of
-from mis_mlx.models.writing import mlx_generate, tool_calls
-from mis_mlx.models.writing.continuous_batch import Completion, Texts
+from mis_mlx.models.writing import tool_calls
+from mis_mlx.models.writing.streamed_batch import Texts
+from mis_mlx.models.writing.text_writer import Completion
 from mis_mlx.types import Budget, Checkpoint
 
 # Answers written together, as many as fit. In the same CPU time 48 have 1.3 times the tokens of 16,
@@ -82,8 +83,8 @@ def _prompt(tokenizer: Any, question: Question) -> list[int]:
     """Token ids that the answer to a question follows."""
     if question.tools:
         messages = tool_tasks.prompt(question)
-        return mlx_generate.chat_ids(tokenizer, messages, tools=question.tools)
-    return mlx_generate.encode(tokenizer, question.context)
+        return token_windows.prompt_ids(messages, tokenizer, tools=question.tools)
+    return token_windows.encode_prompt(question.context, tokenizer)
 
 
 def _texts(

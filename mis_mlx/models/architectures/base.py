@@ -175,15 +175,12 @@ class Architecture(Described):
         """The factor of the embedding on its way into the first block, as in mlx-lm; None: 1."""
         return None
 
-    def leave(self, model: nn.Module, hidden: mx.array) -> mx.array:
-        """The head's input (B, T, D) in a whole model, of its last block's output."""
-        return model.model.norm(hidden)  # type: ignore[no-any-return]
+    def side_channels(self, model: nn.Module, tokens: mx.array, embedded: mx.array) -> mx.array:
+        """Channels (B, T, L, P) of tokens (B, T) for all blocks of a whole model.
 
-    def side_channels(
-        self, model: nn.Module, tokens: mx.array, embedded: mx.array
-    ) -> mx.array | None:
-        """Channels (B, T, L, P) of tokens (B, T) for all blocks of a whole model, if it has any."""
-        return None
+        embedded: (B, T, D). Asked where `side_width` is above 0.
+        """
+        raise NotImplementedError
 
     # Students
 

@@ -6,6 +6,7 @@ Over whole windows, in training and in calibration, every block begins at nothin
 generation has to keep a state.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -20,15 +21,21 @@ def attends(block: nn.Module) -> bool:
     return "self_attn" in block
 
 
-def cache(module: ModuleType, block: nn.Module, window: int | None) -> Any:
-    """A new state of a block for texts that go on at the same position.
+def cache(
+    module: ModuleType, block: nn.Module, window: int | None, *, takes_back: bool = False
+) -> Any:
+    """A new state of a block for one text.
 
     module: mlx_lm.models.cache. window: the number of tokens that the block looks back at; None:
-    all.
+    all. takes_back: the text's last tokens can be taken back, by `trim`, as long as it has no
+    other beside it. What a delta rule has read cannot be taken back.
     """
-    if not attends(block):
-        return module.ArraysCache(1 if "conv" in block else 2)
-    return module.RotatingKVCache(window) if window else module.KVCache()
+    if attends(block):
+        keeps_all = takes_back or window is None
+        return module.KVCache() if keeps_all else module.RotatingKVCache(window)
+    if "conv" not in block:
+        return module.ArraysCache(2)
+    return Inputs() if takes_back else module.ArraysCache(1)
 
 
 class Inputs:
@@ -53,21 +60,7 @@ class Inputs:
         """Forget the last ones."""
         self.state = [mx.contiguous(self.state[0][:, :-count])]
 
-    def empty(self) -> bool:
-        """Whether nothing was read."""
-        return not self.state
-
-
-def taken_back(module: ModuleType, kind: str) -> Any:
-    """A new state of a block for one text, whose last tokens can be taken back: `trim`.
-
-    module: as in `cache`. kind: "conv", "linear_attention", or anything else with keys and values.
-    What a delta rule has read cannot be taken back.
-    """
-    if kind == "conv":
-        return Inputs()
-    if kind == "linear_attention":
-        return module.ArraysCache(2)
-    state = module.KVCache()
-    state.step = STEP
-    return state
+    def merge(self, texts: Sequence["Inputs"]) -> "Inputs":
+        """The only one of these."""
+        (only,) = texts
+        return only

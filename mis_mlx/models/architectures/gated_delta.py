@@ -219,17 +219,8 @@ def convolved(rows: mx.array, kernel: mx.array, length: int) -> mx.array:
 
 
 def remember(cache: Any, rows: mx.array, reach: int) -> None:
-    """Put the last `reach` of the rows (B, n, D) into mlx-lm's cache.
-
-    A batch whose texts end at different places has their lengths in it.
-    """
-    new = rows.shape[1] - reach
-    if cache.lengths is None:
-        cache[0] = mx.contiguous(rows[:, new:])
-        return
-    ends = mx.clip(cache.lengths, 0, new)
-    places = ends[:, None] + mx.arange(reach)
-    cache[0] = mx.take_along_axis(rows, places[..., None], axis=1)
+    """Put the last `reach` of the rows (B, n, D) into mlx-lm's cache."""
+    cache[0] = mx.contiguous(rows[:, rows.shape[1] - reach :])
 
 
 def _for_value_heads(
@@ -256,11 +247,9 @@ def _layer(module: ModuleType) -> Any:
         """mlx-lm's weights, and its function: (B, T, D) -> (B, T, D)."""
 
         def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-            """mask: (B, T), false for padding; None: there is none. cache: an ArraysCache(2)."""
+            """mask: None, for no text begins behind others. cache: an ArraysCache(2)."""
             length = x.shape[1]
             joined = self.in_proj_qkv(x)
-            if mask is not None:
-                joined = mx.where(mask[..., None], joined, 0)
             reach = self.conv_kernel_size - 1
             rows = behind_earlier(joined, cache, reach)
             kernel = self.conv1d.weight[..., 0]
@@ -272,7 +261,7 @@ def _layer(module: ModuleType) -> Any:
             k = mx.unflatten(k, -1, by_head)
             v = mx.unflatten(v, -1, (-1, self.head_v_dim))
             q, k = _for_value_heads(self, module, q=q, k=k)
-            beta, log_g = self._gates(x, mask)
+            beta, log_g = self._gates(x)
             before = None
             if cache is not None:
                 before = cache[1]
@@ -280,26 +269,20 @@ def _layer(module: ModuleType) -> Any:
             if cache is not None:
                 remember(cache, rows, reach)
                 cache[1] = state
-                cache.advance(length)
             z = self.in_proj_z(x)
             z = mx.unflatten(z, -1, (-1, self.head_v_dim))
             out = self.norm(y.astype(x.dtype), z)
             flat = mx.flatten(out, 2)
             return self.out_proj(flat)  # type: ignore[no-any-return]
 
-        def _gates(self, x: mx.array, mask: Any) -> tuple[mx.array, mx.array]:
+        def _gates(self, x: mx.array) -> tuple[mx.array, mx.array]:
             """(what each head learns of a token, the logarithm of what it keeps): (B, T, H)."""
             learned = self.in_proj_b(x)
             beta = mx.sigmoid(learned)
             wide = self.A_log.astype(mx.float32)
             rate = mx.exp(wide)
             steps = self.in_proj_a(x) + self.dt_bias
-            log_g = -rate * nn.softplus(steps)
-            if mask is not None:
-                present = mask[..., None]
-                beta = mx.where(present, beta, 0)
-                log_g = mx.where(present, log_g, 0)
-            return beta, log_g
+            return beta, -rate * nn.softplus(steps)
 
     return DeltaNet
 

@@ -1,6 +1,6 @@
 """Models with two kinds of blocks, and LFM2's short convolution in place of attention."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -39,31 +39,19 @@ class ShortConv(nn.Module):
         """The number of earlier tokens that a token sees."""
         return self.conv.weight.shape[1] - 1  # type: ignore[no-any-return]
 
-    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-        """(B, T, D) -> (B, T, D).
-
-        mask: (B, T) booleans that are false for padding in front; None: there is none. cache: None,
-        mlx-lm's ArraysCache, or `block_state.Inputs`.
-        """
+    def __call__(self, x: mx.array, cache: Any = None) -> mx.array:
+        """(B, T, D) -> (B, T, D). cache: None, mlx-lm's ArraysCache, or `block_state.Inputs`."""
         joined = self.in_proj(x)
         gate, gate_out, inner = mx.split(joined, 3, axis=-1)
         gated = gate * inner
-        if mask is not None:
-            gated = mx.where(mask[..., None], gated, 0)
-        mixed = self.after(gated, cache)
-        return self.out_proj(gate_out * mixed)  # type: ignore[no-any-return]
-
-    def after(self, gated: mx.array, cache: Any) -> mx.array:
-        """The convolution of rows that follow each other, and what the cache holds."""
-        length = gated.shape[1]
         if isinstance(cache, block_state.Inputs):
             rows = cache.extended(gated, self.reach)
         else:
             rows = gated_delta.behind_earlier(gated, cache, self.reach)
             if cache is not None:
                 gated_delta.remember(cache, rows, self.reach)
-                cache.advance(length)
-        return gated_delta.convolved(rows, self.conv.weight[..., 0], length)
+        mixed = gated_delta.convolved(rows, self.conv.weight[..., 0], x.shape[1])
+        return self.out_proj(gate_out * mixed)  # type: ignore[no-any-return]
 
 
 class ConvBlock(nn.Module):
@@ -79,9 +67,9 @@ class ConvBlock(nn.Module):
         self.mlp = module.MLP(hidden, args.intermediate_size)
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-        """(B, T, D) -> (B, T, D). mask, cache: as of `ShortConv`."""
+        """(B, T, D) -> (B, T, D). mask: None. cache: as of `ShortConv`."""
         normed = self.input_layernorm(x)
-        mixed = self.conv(normed, mask, cache)
+        mixed = self.conv(normed, cache)
         h = x + mixed
         normed = self.post_attention_layernorm(h)
         return h + self.mlp(normed)  # type: ignore[no-any-return]
@@ -99,49 +87,33 @@ class _Inner(nn.Module):
         self.norm = nn.RMSNorm(hidden, eps=args.rms_norm_eps)
         self._module = module
 
-    def __call__(self, tokens: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
-        """(B, T) -> (B, T, D). cache: one for each block, of `Model.make_cache`."""
+    def __call__(self, tokens: mx.array) -> mx.array:
+        """(B, T) -> (B, T, D)."""
         hidden = self.embed_tokens(tokens)
-        caches = list(cache or [None] * len(self.layers))
-        # both masks are those before any cache is filled
-        masks = [self._mask(i, hidden, caches[i]) for i in self._firsts()]
-        for layer, own_cache in zip(self.layers, caches, strict=True):
-            mask = masks[int(block_state.attends(layer))]
-            hidden = layer(hidden, mask, cache=own_cache)
+        mask = self._module.create_attention_mask(hidden, None)
+        for layer in self.layers:
+            hidden = layer(hidden, mask if block_state.attends(layer) else None)
         return self.norm(hidden)  # type: ignore[no-any-return]
-
-    def _firsts(self) -> list[int]:
-        """The first block without attention, and the first one with it."""
-        kinds = [block_state.attends(layer) for layer in self.layers]
-        return [kinds.index(False), kinds.index(True)]
-
-    def _mask(self, i: int, hidden: mx.array, cache: Any) -> Any:
-        if block_state.attends(self.layers[i]):
-            return self._module.create_attention_mask(hidden, cache)
-        if cache is None:
-            return None
-        return cache.make_mask(hidden.shape[1])
 
 
 class Model(nn.Module):
     """A whole model of random weights, used as mlx-lm's other models are.
 
     `model` gives the head's input and has tensors by our names. module: mlx-lm's of the attention
-    blocks. caches: mlx_lm.models.cache.
+    blocks.
     """
 
-    def __init__(self, module: ModuleType, args: Any, *, new_block: NewBlock, caches: ModuleType):
+    def __init__(self, module: ModuleType, args: Any, new_block: NewBlock):
         super().__init__()
         self.args = args
         self.model_type = args.model_type
         self.model = _Inner(module, args, new_block)
         if not args.tie_word_embeddings:
             self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
-        self._caches = caches
 
-    def __call__(self, tokens: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
+    def __call__(self, tokens: mx.array) -> mx.array:
         """Token ids (B, T) -> logits (B, T, V)."""
-        hidden = self.model(tokens, cache)
+        hidden = self.model(tokens)
         if self.args.tie_word_embeddings:
             return self.model.embed_tokens.as_linear(hidden)  # type: ignore[no-any-return]
         return self.lm_head(hidden)  # type: ignore[no-any-return]
@@ -150,7 +122,3 @@ class Model(nn.Module):
     def layers(self) -> list[nn.Module]:
         """The blocks."""
         return self.model.layers  # type: ignore[no-any-return]
-
-    def make_cache(self) -> list[Any]:
-        """A new state for each block."""
-        return [block_state.cache(self._caches, layer, None) for layer in self.layers]

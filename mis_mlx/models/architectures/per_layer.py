@@ -136,9 +136,7 @@ class PerLayer(Gemma):
         table = model.model.embed_tokens_per_layer
         model.model.embed_tokens_per_layer = lookup.Embedding(*table.weight.shape)
 
-    def side_channels(
-        self, model: nn.Module, tokens: mx.array, embedded: mx.array
-    ) -> mx.array | None:
+    def side_channels(self, model: nn.Module, tokens: mx.array, embedded: mx.array) -> mx.array:
         """As mlx-lm's own model computes them."""
         # It names these two with an underscore; tests/models/test_gemma4.py notices if they go.
         rows = model.model._get_per_layer_inputs(tokens)

@@ -77,14 +77,17 @@ class TokenChannels:
         return self._table[:, i][self._places[b]]
 
 
-def of_model(model: nn.Module, tokens: mx.array, embedded: mx.array) -> Sides:
-    """The further inputs for one batch through a model that `load.resident_model` has made.
+def of_model(model: nn.Module, batches: Sequence[mx.array], embedded: Sequence[mx.array]) -> Sides:
+    """The further inputs for a pass through a model that `load.resident_model` has made; lazy.
 
-    Gradients flow back through them. tokens (B, T), embedded (B, T, D).
+    batches [(B, T)], embedded [(B, T, D)].
     """
     architecture = family(model._config)
-    channels = architecture.side_channels(model, tokens, embedded)
     owners = architecture.key_owners()
-    if channels is None:
+    if not architecture.side_width:
         return Sides(owners)
-    return Sides(owners, lambda i, b: channels[:, :, i])
+    channels = [
+        architecture.side_channels(model, tokens, rows)
+        for tokens, rows in zip(batches, embedded, strict=True)
+    ]
+    return Sides(owners, lambda i, b: channels[b][:, :, i])

@@ -2,7 +2,7 @@
 
 import mlx.nn as nn
 
-from mis_mlx.models.architectures import config_checks, hybrid, stock
+from mis_mlx.models.architectures import config_checks, hybrid
 from mis_mlx.models.architectures.base import Architecture
 from mis_mlx.models.architectures.described import FULL
 from mis_mlx.models.architectures.shape import Config, weight_count
@@ -51,9 +51,4 @@ class Stateful(Architecture):
 
     def new_model(self) -> nn.Module:
         """Of these blocks."""
-        return hybrid.Model(
-            self.module(),
-            self.model_args(),
-            new_block=self.new_block,
-            caches=stock.mlx_lm("models.cache"),
-        )
+        return hybrid.Model(self.module(), self.model_args(), self.new_block)

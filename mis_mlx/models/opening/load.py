@@ -382,6 +382,7 @@ def resident_model(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
     model.eval()
     architecture.finish(model)
     model._embedding_scale = architecture.embedding_scale(dtype)  # for `embedded`
+    model.model.embed_tokens._softcap = softcap(checkpoint.config)  # for `logits`
     model._config = checkpoint.config
     return model
 

@@ -86,6 +86,7 @@ class Stream:
         direct: bool = False,
     ):
         self.checkpoint = checkpoint
+        self.config = checkpoint.config
         self.dtype = dtype or precision.dtype_of(checkpoint)
         self.args = load.model_args(checkpoint.config)
         self.layers = int(checkpoint.config["num_hidden_layers"])
@@ -352,6 +353,11 @@ class Stream:
     def mixture(self) -> bool:
         """Whether blocks have experts, each of which is read when it is needed."""
         return self._experts is not None
+
+    @property
+    def resident(self) -> bool:
+        """Whether all weights of blocks are in memory, once a pass has read them."""
+        return self.resident_blocks >= self.layers and not self.mixture
 
     def run_experts(
         self,

@@ -1,19 +1,19 @@
-"""Texts side by side in a streamed model: a pass over its weights gives every text a token.
+"""Texts side by side: a pass over weights, on disk or in memory, gives every text a token.
 
 A text that begins reads its whole prompt in its first pass: all prompts go through block i, each
 alone, before block i+1 is read, and so do the last tokens of the texts that have begun before. What
-a prompt gives therefore does not depend on what is beside it. The texts that go on share a batch,
-in which each has positions of its own; shorter ones have room in front, which a mask hides.
+a prompt gives therefore does not depend on what is beside it; one that comes several times is read
+once. The texts that go on share a batch, in which each has positions of its own; shorter ones have
+room in front, which a mask hides.
 """
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from mis_mlx.compute import streams
 from mis_mlx.hardware.ledger import Ledger
@@ -25,54 +25,33 @@ from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing.pass_cost import (
     SMALL_BYTES,
     block_texts_bytes,
+    forward_flops,
     head_opening_bytes,
     once_bytes,
     stays,
     streamed_pass,
     texts_bytes,
+    whole_bytes,
 )
+from mis_mlx.models.passing.resident import Resident
 from mis_mlx.models.passing.stream import HEAD_PART, Stream, evaluate_now
-from mis_mlx.models.writing.continuous_batch import LOGIT_COPIES, Completion, Queue, Room, Texts
-from mis_mlx.models.writing.draws import Draws
 
 ROWS = 512  # tokens of a long prompt that go through a block at a time
 BLOCK_COPIES = 3  # of what a block keeps, while it grows, loses texts and gets others
+LOGIT_COPIES = 6  # logits in float32, log-probabilities, what drawing makes of them (measured)
 
 
-def completions(
-    model: Stream,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_tokens: int,
-    stop: Collection[int],
-    room: Room,
-    draws: Draws,
-) -> Iterator[Completion]:
-    """As `continuous_batch.completions`, of a streamed model.
+class Texts(NamedTuple):
+    """What is to be written: so many texts behind prompts of at most so many tokens."""
 
-    A new text begins as soon as another has ended: that takes no pass of its own.
-    """
-    waiting = Queue(prompts, max_tokens, room)
-    batch = Batch(model, room.tokens)
-    texts = list[Completion]()
-    while waiting or texts:
-        numbers = [text.number for text in texts]
-        begun = [Completion(number, []) for number in waiting.take(numbers)]
-        last = [text.ids[-1] for text in texts]
-        log_probs = batch.read(last, [prompts[text.number] for text in begun])
-        texts += begun
-        tokens = np.array(draws(log_probs, [text.number for text in texts])).tolist()
-        del log_probs
-        going_on = list[int]()
-        for place, (text, token) in enumerate(zip(texts, tokens, strict=True)):
-            text.ids.append(token)
-            if token in stop or len(text.ids) == max_tokens:
-                yield text
-            else:
-                going_on.append(place)
-        if len(going_on) < len(texts):
-            batch.keep(going_on)
-            texts = [texts[place] for place in going_on]
+    number: int
+    prompt_tokens: int
+    max_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Of a text at its end, its prompt included."""
+        return self.prompt_tokens + self.max_tokens
 
 
 class Unit(NamedTuple):
@@ -91,51 +70,66 @@ class Unit(NamedTuple):
 class Batch:
     """The texts that a model is writing, and what its blocks have read of them.
 
-    most: tokens of a prompt that may go through a block at a time, if not ROWS.
+    most: tokens of a prompt that may go through a block at a time, if not ROWS. takes_back: there
+    is one text, whose last tokens can be taken back.
     """
 
-    def __init__(self, model: Stream, most: int | None = None):
+    def __init__(
+        self, model: Stream | Resident, most: int | None = None, *, takes_back: bool = False
+    ):
         self._model = model
         self._rows = min(ROWS, most or ROWS)
+        self._takes_back = takes_back
         self._module = load.mlx_lm("models.cache")
         self._states: list[Any] = [None] * model.layers  # of all texts, one a block
 
     def read(
         self,
-        tokens: Sequence[int],
+        tokens: Sequence[Sequence[int]],
         prompts: Sequence[Sequence[int]],
+        outputs: int = 1,
     ) -> mx.array:
-        """One pass: the last token of every text so far, and the prompts of texts that begin.
+        """One pass: what every text so far has gained (n, t), and the prompts of texts that begin.
 
-        Returns the log-probabilities (n, V) of their next tokens, in float32. Texts that begin have
-        the places behind the others.
+        Returns the log-probabilities of the tokens behind each of the last `outputs` of every text,
+        in float32: (texts times outputs, V). Texts that begin have the places behind the others.
         """
         model = self._model
         batches = list[mx.array]()
         units = list[Unit]()
         if tokens:
             units.append(Unit([0]))
-            column = mx.array(list(tokens))
-            batches.append(column[:, None])
-        for prompt in prompts:
+            batches.append(mx.array([list(new) for new in tokens]))
+        beginning = [tuple(prompt) for prompt in prompts]
+        begins = dict[tuple[int, ...], Unit]()
+        for prompt in dict.fromkeys(beginning):
             pieces = self._pieces(prompt)
-            first = len(batches)
+            begins[prompt] = Unit(range(len(batches), len(batches) + len(pieces)))
             batches += pieces
-            units.append(Unit(range(first, len(batches))))
+        # Where nothing is read from disk a token is one graph; prompts would take too much memory.
+        at_once = model.resident and not prompts
         hidden = list(model.embed(batches))
         masks: dict[int | None, Any] = {}
         for i, block in model.blocks():
-            begun = units[bool(tokens) :]
+            if at_once:
+                hidden = self._run(i, block, self._going_on(i, block, hidden[0], masks), hidden)
+                continue
+            begun = begins
             if model.sides.owners[i] is None:
-                begun = [self._begin(block, unit, hidden) for unit in begun]
-            visited = begun
+                begun = {key: self._begin(block, unit, hidden) for key, unit in begins.items()}
+            visited = list(begun.values())
             if tokens:
-                visited = [self._going_on(i, block, hidden[0], masks), *begun]
+                visited.insert(0, self._going_on(i, block, hidden[0], masks))
             self._through(i, block, visited, hidden)
-            self._remember(i, [unit.state for unit in begun if unit.state is not None])
-        return log_probs(
-            model, mx.concatenate([hidden[unit.numbers[-1]][:, -1:] for unit in units])
-        )
+            states = [begun[prompt].state for prompt in beginning]
+            self._remember(i, [state for state in states if state is not None])
+        units += [begins[prompt] for prompt in beginning]
+        last = mx.concatenate([_last(hidden, unit, outputs) for unit in units])
+        found = log_probs(model, last)
+        kept = [state.state for state in self._states if state is not None]
+        evaluate_now(found, kept)
+        model.finite(last)
+        return found
 
     def keep(self, places: Sequence[int]) -> None:
         """Let go of all texts but those at these places, which rise."""
@@ -144,6 +138,13 @@ class Batch:
         for state in self._states:
             if state is not None:
                 state.filter(mx.array(list(places)))
+                evaluate_now(state.state)
+
+    def take_back(self, count: int) -> None:
+        """Forget the last tokens of the text."""
+        for state in self._states:
+            if state is not None:
+                state.trim(count)
 
     def _pieces(self, prompt: Sequence[int]) -> list[mx.array]:
         """A prompt (T,) in parts (1, t) that go through a block one after the other.
@@ -151,7 +152,7 @@ class Batch:
         In one where blocks take other blocks' keys, which hold later parts too by then.
         """
         tokens = mx.array(list(prompt))[None]
-        if not side_inputs.plain(self._model.checkpoint.config):
+        if not side_inputs.plain(self._model.config):
             return [tokens]
         starts = range(0, len(prompt), self._rows)
         return [tokens[:, start : start + self._rows] for start in starts]
@@ -159,7 +160,7 @@ class Batch:
     def _begin(self, block: nn.Module, unit: Unit, hidden: Sequence[mx.array]) -> Unit:
         """A prompt with a new state of a block, which has room for the prompt and no more."""
         window = load.window(self._model.args, block)
-        state = block_state.cache(self._module, block, window)
+        state = block_state.cache(self._module, block, window, takes_back=self._takes_back)
         state.step = sum(hidden[number].shape[1] for number in unit.numbers)
         return unit._replace(state=state)
 
@@ -170,7 +171,7 @@ class Batch:
         hidden: mx.array,
         masks: dict[int | None, Any],
     ) -> Unit:
-        """The texts that go on, hidden (n, 1, D), at block i. masks: of this pass, by window.
+        """The texts that go on, hidden (n, t, D), at block i. masks: of this pass, by window.
 
         All blocks that look as far back have one mask. Some of them have no keys of their own, so
         it is made at the first one, which has.
@@ -202,24 +203,28 @@ class Batch:
                 block, states, self._mask(block, unit, states), unit.state
             )
 
-        def run(unit: Unit) -> list[mx.array]:
-            outputs = []
-            for number in unit.numbers:
-                inputs = model.sides.inputs(i, number, hidden[number])
-                mask = self._mask(block, unit, inputs.hidden)
-                output = block_inputs.run(block, inputs, mask, unit.state)
-                outputs.append(model.sides.keep(i, number, output))
-            return outputs
-
-        if model.mixture:  # an expert is read once for all units
+        if isinstance(model, Stream) and model.mixture:  # an expert is read once for all units
             for number, output in enumerate(model.run_experts(block, hidden, attend=attend)):
                 hidden[number] = output
         else:
-            found = streams.parallel_map(run, units)
+            found = streams.parallel_map(lambda unit: self._run(i, block, unit, hidden), units)
             for unit, outputs in zip(units, found, strict=True):
                 for number, output in zip(unit.numbers, outputs, strict=True):
                     hidden[number] = output
         model.finite(hidden[0])
+
+    def _run(
+        self, i: int, block: nn.Module, unit: Unit, hidden: Sequence[mx.array]
+    ) -> list[mx.array]:
+        """A unit's hidden states (B, T, D) behind block i; lazy. hidden: of all units."""
+        sides = self._model.sides
+        outputs = []
+        for number in unit.numbers:
+            inputs = sides.inputs(i, number, hidden[number])
+            mask = self._mask(block, unit, inputs.hidden)
+            output = block_inputs.run(block, inputs, mask, unit.state)
+            outputs.append(sides.keep(i, number, output))
+        return outputs
 
     def _mask(
         self,
@@ -249,23 +254,53 @@ class Batch:
             evaluate_now(state.state)
 
 
-def log_probs(model: Stream, hidden: mx.array) -> mx.array:
-    """Hidden states (n, 1, D) behind the last block -> log-probabilities (n, V) in float32."""
-    head = model.head()
-    last = model.norm([model.finite(hidden)])[0][:, 0]
-    logits = load.logits(head, last).astype(mx.float32)
+def _last(hidden: Sequence[mx.array], unit: Unit, count: int) -> mx.array:
+    """The last `count` hidden states of every text of a unit: (texts times count, D)."""
+    states = hidden[unit.numbers[-1]]
+    if count > states.shape[1]:
+        states = mx.concatenate([hidden[number] for number in unit.numbers], axis=1)
+    return states[:, -count:].reshape(-1, states.shape[-1])
+
+
+def log_probs(model: Stream | Resident, hidden: mx.array) -> mx.array:
+    """Hidden states (n, D) behind the last block -> log-probabilities (n, V) in float32; lazy."""
+    (last,) = model.norm([hidden])
+    logits = load.logits(model.head(), last).astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
-def writing_cost(m: ModelSize, texts: Texts, at_once: int, headroom_bytes: int = 0) -> StageCost:
+def resident_bytes(m: ModelSize, at_once: int, tokens: int) -> int:
+    """Memory of a model that writes, whole in memory: weights, keys and values, logits.
+
+    tokens: of a text, its prompt included. Keys and values are there up to three times.
+    """
+    ledger = Ledger()
+    ledger.hold("weights", whole_bytes(m))
+    ledger.hold("keys and values", texts_bytes(m, at_once, tokens + block_state.STEP), count=3)
+    ledger.hold("logits", LOGIT_COPIES * 4 * m.shape.vocab, at_once)
+    return ledger.peak_bytes
+
+
+def writing_cost(
+    m: ModelSize, texts: Texts, at_once: int, headroom_bytes: int | None = 0
+) -> StageCost:
     """The cost of a model that is read once for a token of `at_once` texts.
 
     The first pass reads their prompts. New texts begin in the passes of those that go on, so that
     there are no more passes than if all of a batch ended together. What stays in the bytes left is
-    read once.
+    read once. headroom_bytes: None: the model is whole in memory, and every pass fetches it there.
     """
-    share = stays(m, headroom_bytes).share
     batches = math.ceil(texts.number / at_once)
+    if headroom_bytes is None:
+        met_bytes = int(m.active_share * m.shape.layers * m.block_work) + m.head_work
+        return StageCost(
+            name="write",
+            read_bytes=m.nbytes,
+            peak_bytes=resident_bytes(m, at_once, texts.tokens),
+            flops=forward_flops(m, texts.number * texts.tokens, texts.tokens),
+            touched_bytes=texts.max_tokens * batches * met_bytes,
+        )
+    share = stays(m, headroom_bytes).share
 
     def passes(tokens: int, times: int) -> StageCost:
         one = _pass_cost(m, at_once, tokens, longest=texts.tokens)

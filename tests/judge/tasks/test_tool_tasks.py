@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from mis_mlx.data import chat_template
+from mis_mlx.data import chat_template, token_windows
 from mis_mlx.hardware import memory
 from mis_mlx.judge import recovery_table
 from mis_mlx.judge.tasks import answering, examination, questions, task_registry, tool_tasks
 from mis_mlx.models.opening import load
-from mis_mlx.models.writing import mlx_generate, tool_calls
+from mis_mlx.models.writing import tool_calls
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 
@@ -162,7 +162,7 @@ def test_the_template_tells_of_tools(calling: Checkpoint) -> None:
     assert chat_template.knows_tools(tokenizer)
     (rounds,) = tool_tasks.tasks([tool_tasks.ROUNDS], 10)
     second = rounds.questions[1]
-    ids = mlx_generate.chat_ids(tokenizer, tool_tasks.prompt(second), tools=second.tools)
+    ids = token_windows.prompt_ids(tool_tasks.prompt(second), tokenizer, tools=second.tools)
     said = tokenizer.decode(ids)
     first_call = (rounds.questions[0].calls or ())[0]
     assert first_call["name"] in said

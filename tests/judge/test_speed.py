@@ -13,7 +13,6 @@ from mlx.utils import tree_flatten
 from mis_mlx.compute import precision
 from mis_mlx.judge.speed import rounds
 from mis_mlx.models.opening import compute_type, load
-from mis_mlx.models.writing import mlx_generate
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
@@ -22,9 +21,9 @@ from tests import tiny
 
 def test_continuation_is_the_argmax_chain(llama: Checkpoint) -> None:
     """Greedy text equals taking the most likely token of the whole model again and again."""
-    model, tokenizer = mlx_generate.open_model(compute_type.open_to_compute(llama.path))
+    model, tokenizer = rounds.open_model(compute_type.open_to_compute(llama.path))
     ids = tokenizer.encode("The for statement")
-    said = list(mlx_generate.greedy(model, ids, 6))
+    said = list(rounds.greedy(model, ids, 6))
     want: list[int] = []
     while len(want) < 6:
         token = (
@@ -38,22 +37,17 @@ def test_continuation_is_the_argmax_chain(llama: Checkpoint) -> None:
 
 
 def test_a_prompt_of_exactly_so_many_tokens_is_timed(llama: Checkpoint) -> None:
-    """Cut when too long, repeated when too short; one stamp a token, the end token does not end it,
-    nor does a cache that holds some already.
+    """Cut when too long, repeated when too short; one stamp a token, the end token does not end
+    it.
     """
-    model, tokenizer = mlx_generate.open_model(compute_type.open_to_compute(llama.path))
-    ids = tokenizer.encode("for x in y")
-    assert mlx_generate.prompt_ids(tokenizer, "for x in y", 2).tolist() == ids[:2]
-    assert (
-        mlx_generate.prompt_ids(tokenizer, "for x in y", 2 * len(ids) + 1).tolist()
-        == ids * 2 + ids[:1]
-    )
-    for cache in (None, mlx_generate.filled_cache(model, 3)):
-        tokens = mlx_generate.greedy(model, mlx_generate.prompt_ids(tokenizer, "if", 5), 7, cache)
-        stamps, _ = rounds.token_times(tokens)
-        assert len(stamps) == 7
-        assert stamps[0] > 0
-        assert stamps == sorted(stamps)
+    model, tokenizer = rounds.open_model(compute_type.open_to_compute(llama.path))
+    long = rounds.prompt(tokenizer, 100, (1, 2))
+    assert rounds.prompt(tokenizer, 40, (1, 2)) == long[:40]
+    assert len(long) == 100
+    stamps, _ = rounds.token_times(rounds.greedy(model, long[:5], 7))
+    assert len(stamps) == 7
+    assert stamps[0] > 0
+    assert stamps == sorted(stamps)
 
 
 def test_floats_run_in_the_quick_type(
@@ -64,16 +58,16 @@ def test_floats_run_in_the_quick_type(
     """
     root = tmp_path_factory.mktemp("speak")
     quick = precision.usual_dtype()
-    model, _ = mlx_generate.open_model(
+    model, _ = rounds.open_model(
         compute_type.open_to_compute(tiny.make(root / "bf16", dtype="BF16"))
     )
     assert {p.dtype for _, p in tree_flatten(model.parameters())} == {quick}
     packed_format.write_quantized(
         llama, root / "q4", packed_format.formats_of(llama.config, 64), DISK
     )
-    model, tokenizer = mlx_generate.open_model(compute_type.open_to_compute(root / "q4"))
+    model, tokenizer = rounds.open_model(compute_type.open_to_compute(root / "q4"))
     assert {p.dtype for _, p in tree_flatten(model.parameters())} == {quick, mx.uint32}
-    assert len(list(mlx_generate.greedy(model, tokenizer.encode("The if statement"), 4))) == 4
+    assert len(list(rounds.greedy(model, tokenizer.encode("The if statement"), 4))) == 4
 
 
 @pytest.mark.parametrize(
@@ -99,6 +93,6 @@ def test_answers_end_where_mlx_lm_ends_them(
     _, stock = load.mlx_lm("utils").load(str(folder), lazy=True)
     assert found == set(stock.eos_token_ids)
     opened = load.opened_tokenizer.cache_info().misses
-    _, tokenizer = mlx_generate.open_model(compute_type.open_to_compute(folder))
+    _, tokenizer = rounds.open_model(compute_type.open_to_compute(folder))
     assert tokenizer is load.tokenizer(folder)
     assert load.opened_tokenizer.cache_info().misses == opened
