@@ -208,9 +208,10 @@ def test_the_figures_are_those_of_the_written_folder(
     checkpoint = compute_type.open_to_compute(tmp_path / "run/model")
     assert {t.dtype for t in checkpoint.tensors.values()} == {"BF16"}
     _, pairs, _ = alignment_run.data(settings, checkpoint, ("pair",), dpo.ANSWERS)
-    before = load.resident_model(compute_type.open_to_compute(model), mx.float32)
+    dtype = alignment_run.dtype_of(settings, checkpoint)
+    before = load.resident_model(compute_type.open_to_compute(model), dtype)
     logps = dpo.reference(before, pairs, 2, trained=False)
-    written = load.resident_model(checkpoint, mx.float32)
+    written = load.resident_model(checkpoint, dtype)
     found = dpo.measure(written, settings, pairs, logps, 2)["margin"]
     assert result["held_out_best"]["margin"] == pytest.approx(found, abs=1e-4)
     assert found == pytest.approx(trained, rel=0.1)

@@ -202,4 +202,4 @@ def test_the_plan_holds(undisturbed: tuple[Path, Done], small: Any) -> None:
     checkpoint = load.open_checkpoint(str(s.model))
     planned = alignment_run.training_cost(s, checkpoint, s.batch_size, 96).peak_bytes
     held = max(r["peak_bytes"] for r in run_folder.metrics(undisturbed[0]))
-    assert held <= planned < 3 * held
+    assert held <= planned < 4 * held  # of which a third is in flight on a GPU alone
