@@ -326,7 +326,7 @@ def test_cut_along_every_axis_it_opens_in_stock(
         "layers": 4,
         "ffn": narrower(before),
         "hidden": 32,
-        "heads": 2,
+        "heads": max(2, before.get("num_key_value_heads", 2)),
     }
     if of.head_dim_follows and "hidden" not in of.axes:
         sizes |= {"heads": None, "hidden": None}
