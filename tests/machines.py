@@ -43,7 +43,7 @@ def started(
         hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports(n)]))
         made = []
         for rank in range(n):
-            own = {**env, "PYTHONPATH": str(ROOT)}
+            own = {**env, "PYTHONPATH": f"{ROOT}:{env.get('PYTHONPATH', '')}"}
             if n > 1:
                 own |= {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)}
             line = [sys.executable, *map(str, argv)]

@@ -8,7 +8,6 @@ network is not run, only looked at.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -105,22 +104,23 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def env(
     tmp_path_factory: pytest.TempPathFactory, teacher: Path, own_home: dict[str, str]
 ) -> dict[str, str]:
-    """A model cache that holds the teacher of the page, and this machine's rates."""
+    """A model cache that holds the teacher of the page, this machine's rates, lists of words."""
     cache = tmp_path_factory.mktemp("cache")
+    extra = tmp_path_factory.mktemp("extra")  # of the package; what counts here is who asks for it
+    (extra / "wordfreq.py").write_text(WORDS)
     shutil.copy(Path(own_home["MIS_MLX_CACHE"]) / "rates.json", cache)
     shutil.copytree(teacher, cache / TEACHER)
     return {
         **own_home,
         precision.POLICY: os.environ.get(precision.POLICY, ""),
         "MIS_MLX_CACHE": str(cache),
+        "PYTHONPATH": str(extra),
     }
 
 
 @pytest.fixture
 def place(tmp_path: Path, teacher: Path, text_folder: Path) -> Path:
-    """A checkout's surroundings, as a user of the page has them: notes, an earlier run, lists of
-    words.
-    """
+    """A checkout's surroundings, as a user of the page has them: notes and an earlier run."""
     (tmp_path / "notes").mkdir()
     for number, line in enumerate((text_folder / "train.jsonl").read_text().splitlines()):
         (tmp_path / "notes" / f"{number}.txt").write_text(
@@ -130,9 +130,6 @@ def place(tmp_path: Path, teacher: Path, text_folder: Path) -> Path:
         shutil.copytree(teacher, tmp_path / "runs" / "NAME" / name)
     (tmp_path / BIN).mkdir(parents=True)
     (tmp_path / BIN / "python").symlink_to(sys.executable)
-    # an extra of the package; what counts here is who asks for it
-    if importlib.util.find_spec("wordfreq") is None:
-        (tmp_path / "wordfreq.py").write_text(WORDS)
     return tmp_path
 
 
@@ -199,7 +196,7 @@ def follow(recipe: Recipe, place: Path, env: Mapping[str, str], teacher: Path, t
             rest = words[words.index(f"{BIN}python") :]
         if rest[0] == "scripts/mis":
             name = rest[1]
-            argv = ["-m", f"mis_mlx.{rest[1]}"]
+            argv = ["-m", f"mis_mlx.{name}"]
             flags = rest[2:]
         elif rest[:2] == [f"{BIN}python", "-m"]:
             name = rest[2].removeprefix("mis_mlx.")
@@ -216,13 +213,8 @@ def follow(recipe: Recipe, place: Path, env: Mapping[str, str], teacher: Path, t
         later = [shlex.split(c, comments=True) for c in recipe.commands[at + 1 :]]
         stopped = any(out in c and "--resume" in c for c in later) if out else False
         more = ["--iters", str(STEPS)] if stopped else []
-        run(
-            [*argv, *changed(name, flags, teacher, text), *more],
-            n,
-            place=place,
-            env=env,
-            out=out if stopped else None,
-        )
+        given = changed(name, flags, teacher, text)
+        run([*argv, *given, *more], n, place, env, out if stopped else None)
 
 
 # Two machines; a search and a run: tests/test_several_machines.py, test_search.py have them.
@@ -245,8 +237,6 @@ def test_a_recipe_works(
     """
     follow(recipe, place, env=env, teacher=teacher, text=text_folder)
     for name in recipe.promised:
-        assert (place / name).exists(), (
-            f"{PAGE.name}, {recipe.title!r}: {name} was promised, and is not there"
-        )
+        assert (place / name).exists(), f"{name} was promised, and is not there"
         if name.endswith("/"):
             load.open_checkpoint(place / name)
