@@ -36,7 +36,7 @@ from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening.config import read_config
 from mis_mlx.quantization import rounded_size
 from mis_mlx.settings.recipe import EVAL_PROMPTS, EVAL_PROMPTS_STREAMED
-from mis_mlx.size_search import shape_search, shortfall, size_request
+from mis_mlx.size_search import shape_search, size_request
 from mis_mlx.types import Budget
 
 CONFIGS = Path(__file__).parent / "model_configs"
@@ -187,7 +187,7 @@ def within(made: strategies.MemoryPlan) -> dict[str, Any]:
         "tuned": made.tuning_steps,
         "hours": round(sum(made.planned.values()) / 3600, 3),
         "peak_bytes": made.peak_bytes,
-        "left_out": {part.name: part.budget_bytes for part in shortfall.left_out(made)},
+        "left_out": {part.name: part.budget_bytes for part in strategies.left_out(made)},
     }
 
 

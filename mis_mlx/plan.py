@@ -26,26 +26,8 @@ from mis_mlx.quantization import packed_format
 from mis_mlx.reporting import text
 from mis_mlx.settings import recipe
 from mis_mlx.settings.parts import part_of
-from mis_mlx.size_search import shape_search, shortfall, size_request
+from mis_mlx.size_search import size_request
 from mis_mlx.types import Bits, Budget, Checkpoint, Count, Whole
-
-
-def outlook(plan: strategies.MemoryPlan, expected_loss: float | None = None) -> plan_report.Outlook:
-    """What is known of the student of a distillation. expected_loss: as there."""
-    job = plan.job
-    teacher = job.whole_teacher
-    return plan_report.Outlook(
-        words=shape_search.words(job.student.shape, teacher.shape),
-        left_out=shortfall.left_out(plan),
-        more_loss=shortfall.loss_factor(plan),
-        expected_loss=expected_loss,
-    )
-
-
-def outcome(plan: strategies.MemoryPlan, teacher: str) -> dict[str, Any]:
-    """The plan of a distillation for machines, as `plan_report.outcome`."""
-    left_out = {part.name: part.budget_bytes for part in shortfall.left_out(plan)}
-    return {**plan_report.outcome(plan, teacher), "left_out": left_out}
 
 
 @dataclass(frozen=True)
@@ -209,12 +191,12 @@ def run(settings: Settings) -> dict[str, Any]:
     plan, name = planned(settings, rates)
     if not template_beside(Path(name)):
         cli.say(f"{name} has no chat template here: the plan counts no answers")
-    print(text.aligned(plan_report.table(plan, outlook(plan))))
+    print(text.aligned(plan_report.table(plan)))
     if settings.machine == "here":
         state = battery(ThermalFlags())
         if state:
             print(f"\nThis machine is {state}.")
-    return outcome(plan, name) | {
+    return plan_report.outcome(plan, name) | {
         "micro_batch": plan.micro_batch,
         "shard_layers": plan.shard_layers,
         "scratch_bytes": max(p.scratch_bytes for p in plan.phases),

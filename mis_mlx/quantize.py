@@ -102,9 +102,8 @@ def run(settings: Settings) -> dict[str, Any]:
             raise MisError(strategies.remedy(plan))
         data = _text(s, checkpoint)
         run_loop.forget_text()
-        strategy = plan.strategy
-        with run_loop.entered(folder, out, out=s.out, asked=settings.given, plan=strategy) as place:
-            place.decide(asdict(s), strategy, memory.budget(s.budget_bytes))
+        with run_loop.entered(folder, out, out=s.out, asked=settings.given) as place:
+            place.decide(asdict(s), plan.strategy, memory.budget(s.budget_bytes))
             with _no_empty_work(place, new=folder is None):
                 return _work(s, checkpoint, teacher, data=data, plan=plan, place=place)
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import tyro
 
 from mis_mlx import cli
-from mis_mlx.distillation import run_verdict
+from mis_mlx.distillation.summary import first_sentences
 from mis_mlx.judge import answer_figures, repetition
 from mis_mlx.models.architectures import scenarios
 from mis_mlx.reporting import charts, html, run_reader
@@ -43,7 +43,7 @@ def verdict(story: RunRecord) -> str:
     if not story.result:
         return _summary(story)
     talks, models = _told(story)
-    sentences = run_verdict.sentences(story.result, story.config.get("lose"))
+    sentences = first_sentences(story.result, story.config.get("lose"))
     return html.part("verdict", warning=_warning(talks, models), sentences=sentences)
 
 

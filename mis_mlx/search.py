@@ -150,7 +150,7 @@ def plan(asked: DistillFlags, teacher: Checkpoint, folder: Path | None) -> Sough
         probes = len(shape_search.probes_of(sizes)) + (2 if asked.quantize else 0)
     likely = size_request.likely_student(teacher.config, teacher.path, sizes, most_bytes)
     likely["lose"] = lose
-    rest = run_plan.resolve(asked, likely, teacher, None).plan
+    _, rest = run_plan.resolve(asked, likely, teacher, None)
     costs = search_cost(
         rest.job.whole_teacher,
         asked,
@@ -352,9 +352,8 @@ def run(settings: Settings) -> dict[str, Any]:
         _source(sought)
         return {"teacher": str(teacher.path), "limits": sought.flags, **sought.outcome}
     cli.say(plan_report.time_line({"search": sought.takes.seconds}))
-    with run_loop.entered(
-        folder, f"{teacher.path.name}-none", out=s.out, asked=s.given, plan={}
-    ) as place:
+    name = f"{teacher.path.name}-none"
+    with run_loop.entered(folder, name, out=s.out, asked=s.given) as place:
         result = carry_out(sought, place)
         print(text.aligned((Path(result["run"]) / TABLE).read_text("utf-8").rstrip()))
         again = shlex.quote(str(place.folder))

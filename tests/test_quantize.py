@@ -103,7 +103,7 @@ def test_a_result_that_was_not_put_in_its_place(tmp_path: Path, llama: Checkpoin
     settings = quantize.Settings(model=str(llama.path), mlx_path=str(out), **plain)
     first = quantize.run(settings)
     work.mkdir()
-    run_folder.begin(work, settings.given, {}, DISK)
+    run_folder.begin(work, settings.given, DISK)
     (work / run_folder.RESULT).write_text(json.dumps(first))
     out.rename(work / quantize.MODEL)
     out.mkdir()

@@ -168,11 +168,11 @@ def test_a_student_that_is_not_cut_is_no_copy(
         disk[name] = {path.name for path in (tmp_path / name).iterdir() if path.is_dir()}
     assert made["view"] == made["copy"]
     assert disk == {"view": {"model"}, "copy": {"model", "pruned"}}
-    resolved = run_plan.resolve(asked, {}, load.open_checkpoint(teacher), None)
-    assert resolved.plan.job.viewed
-    copied = replace(resolved.plan, job=replace(resolved.plan.job, viewed=False))
-    written = resolved.plan.job.student.nbytes
-    assert plan_report.disk_bytes(copied) == plan_report.disk_bytes(resolved.plan) + written
+    _, plan = run_plan.resolve(asked, {}, load.open_checkpoint(teacher), None)
+    assert plan.job.viewed
+    copied = replace(plan, job=replace(plan.job, viewed=False))
+    written = plan.job.student.nbytes
+    assert plan_report.disk_bytes(copied) == plan_report.disk_bytes(plan) + written
 
 
 def test_a_packed_teacher_is_copied_once(text_folder: Path, tmp_path: Path) -> None:

@@ -229,9 +229,9 @@ def fit_micro_batches(s: S, folder: Path | None, phase: Callable[[S], StageCost]
         steps = s.grad_accumulation_steps * s.batch_size // size
         return replace(s, batch_size=size, grad_accumulation_steps=steps)
 
-    if folder:
+    if folder and run_folder.is_decided(folder):
         plan = run_folder.stored_settings(folder, run_folder.PLAN)
-        return in_parts(int(plan.get("micro", s.batch_size)))
+        return in_parts(int(plan["micro"]))
     for size in range(s.batch_size, 0, -1):
         if s.batch_size % size:
             continue
@@ -512,12 +512,11 @@ def start_run(
     seconds = planned["seconds"]
     if folder is None:
         cli.say(progress.promise(seconds))
-    strategy = {"mode": "resident", "micro": micro}
-    new_name = f"{name_of(checkpoint.path)}-{name}"
-    entered = run_loop.entered(folder, new_name, out=s.out, asked=s.given, plan=strategy)
+    new = f"{name_of(checkpoint.path)}-{name}"
+    entered = run_loop.entered(folder, new, out=s.out, asked=s.given)
     with progress.run(name, {name: seconds}), entered as place:
         limit = memory.budget(s.budget_bytes)
-        place.decide(asdict(s), strategy, limit)
+        place.decide(asdict(s), {"mode": "resident", "micro": micro}, limit)
         opened_run = run_loop.open_run(
             place,
             {**run_folder.origin(checkpoint, card["fingerprint"]), **same},

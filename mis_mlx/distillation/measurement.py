@@ -35,10 +35,24 @@ def judging_windows(
     return judging
 
 
-def quality(c: pipeline.Run, judging: Judging, models: comparison.Models) -> summary.Quality:
-    """Rows by held-out text."""
+def measured(
+    c: pipeline.Run, judging: Judging, models: comparison.Models, prompts: int
+) -> tuple[answers.Judgement | None, summary.Quality, dict[str, float]]:
+    """(answers to prompts, rows by held-out text, {language: bits a byte that the last model loses
+    in it}).
+
+    The teacher, the distilled and the rounded student answer; their answers are kept in the run's
+    folder. None where there are no prompts, or no model answers. Languages are measured where the
+    last model has fewer tokens than the teacher.
+    """
+    teacher, *_, student = models.values()
+    judgement = None
+    if prompts:
+        asked = {name: model for name, model in models.items() if name != "pruned"}
+        judgement = conversations.judged_answers(asked, prompts, Budget(c.plan.budget_bytes))
+    if judgement:
+        conversations.write_answers(judgement, c.folder, c.files)
     rows_of = {}
-    teacher = models["teacher"]
     for name, (windows, own) in judging.items():
         compared = comparison.compare({**models, "teacher": c.teacher}, windows)
         rows = comparison.rows_of(compared, windows)
@@ -46,33 +60,7 @@ def quality(c: pipeline.Run, judging: Judging, models: comparison.Models) -> sum
             of_teacher = comparison.compare({"teacher": teacher}, own)
             rows = comparison.rows_across_vocabularies(rows, of_teacher, own)
         rows_of[name] = rows
-    return rows_of
-
-
-def answered(
-    c: pipeline.Run,
-    models: comparison.Models,
-    prompts: int,
-) -> answers.Judgement | None:
-    """Answers of the teacher, the distilled and the rounded student, kept in the run's folder.
-
-    None where there are no prompts, or no model answers.
-    """
-    if not prompts:
-        return None
-    asked = {name: model for name, model in models.items() if name != "pruned"}
-    judgement = conversations.judged_answers(asked, prompts, Budget(c.plan.budget_bytes))
-    if judgement:
-        conversations.write_answers(judgement, c.folder, c.files)
-    return judgement
-
-
-def languages(c: pipeline.Run, models: comparison.Models) -> dict[str, float]:
-    """{language: bits a byte that the last model loses in it}, where it has fewer tokens.
-
-    {} otherwise.
-    """
-    teacher, *_, student = models.values()
-    if shape_of(student.config).vocab == shape_of(teacher.config).vocab:
-        return {}
-    return other_languages.excess(teacher, student)
+    languages = dict[str, float]()
+    if shape_of(student.config).vocab != shape_of(teacher.config).vocab:
+        languages = other_languages.excess(teacher, student)
+    return judgement, rows_of, languages

@@ -191,24 +191,28 @@ def train(c: Run, pruned: Checkpoint) -> model_writer.Take:
         files=c.files,
         direct=c.direct,
     )
-    training = run_loop.CheckpointedTraining(c, student, c.remember, c.recall)
-    start = training.start(lambda: student.begin(_repaired(c, pruned, parts)))
     steps = partial(kept.steps, student, c.data, c.recipe, factor=c.factor)
-    _finish(c, training, steps, start, c.recipe)
+    _learn(c, student, lambda: student.begin(_repaired(c, pruned, parts)), steps, c.recipe)
     return student.take
 
 
-def _finish(
+def _learn(
     c: Run,
-    training: run_loop.CheckpointedTraining,
-    steps: Callable[[int], Iterator[Step]],
-    start: int,
+    student: BlockStudent,
+    begin: Callable[[], object],
+    steps_from: Callable[[int], Iterator[Step]],
     recipe: DistillationConfig,
+    **names: str,
 ) -> None:
-    """Steps from `start` to the recipe's last one."""
+    """The steps of a student, from its newest checkpoint or from `begin` to the recipe's last.
+
+    names: of its checkpoints and logs, as of `run_loop.CheckpointedTraining`.
+    """
+    training = run_loop.CheckpointedTraining(c, student, c.remember, c.recall, **names)
+    start = training.start(begin)
     assert recipe.iters is not None
     with c.phase(training.label):
-        training.finish(steps, start, recipe.iters, recipe.save_every)
+        training.finish(steps_from, start, recipe.iters, recipe.save_every)
 
 
 def _repaired_only(c: Run, pruned: Checkpoint) -> model_writer.Take:
@@ -297,10 +301,7 @@ def tune(c: Run, rounded: Path, out: Path, rate: float) -> None:
             state=state,
             kept=planned.stays[INTEGERS],
         )
-        training = run_loop.CheckpointedTraining(
-            c, student, c.remember, c.recall, steps=TUNE_STEPS, log=TUNE_LOG, label=SCALES
-        )
-        start = training.start(student.begin)
         steps = partial(kept.steps, student, c.data, recipe)
-        _finish(c, training, steps, start, recipe)
+        names = {"steps": TUNE_STEPS, "log": TUNE_LOG, "label": SCALES}
+        _learn(c, student, student.begin, steps, recipe, **names)
         learned_scales.write_learned(checkpoint, student.learned, out, c.files)

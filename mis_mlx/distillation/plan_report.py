@@ -1,8 +1,8 @@
 """A plan as people and machines read it: phases, seconds, memory, bytes on disk."""
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from mis_mlx import cli
@@ -10,6 +10,7 @@ from mis_mlx.distillation import block_student, strategies
 from mis_mlx.hardware import memory
 from mis_mlx.maths import optimizer
 from mis_mlx.models.architectures import arch
+from mis_mlx.models.architectures.shape import Shape
 from mis_mlx.models.opening.model_size import BY_FORMULA
 from mis_mlx.planner import estimates
 from mis_mlx.planner.distillation_spec import SCALES, STORE
@@ -19,24 +20,15 @@ from mis_mlx.types import duration, gib
 
 NIGHT_S = 8 * 3600.0  # a run that takes longer says so first, and what would take less
 LIFE_BYTES = 150e12  # written: 600 times a 256 GB SSD, a rule of thumb; Apple publishes no figure
-
-
-@dataclass(frozen=True)
-class Outlook:
-    """What else is known of the student of a plan.
-
-    words: the cuts that make it. left_out: parts that the budget has no room for, with name and
-    budget_bytes. more_loss: what it loses without them, as a multiple. expected_loss: with them, in
-    bits per byte, where a search says so.
-    """
-
-    words: str = ""
-    left_out: Sequence[Any] = ()
-    more_loss: float = 1.0
-    expected_loss: float | None = None
-
-
-NOTHING_KNOWN = Outlook()
+FORMS = {  # of a cut, for people
+    "layers": "{} layers",
+    "experts": "{} experts",
+    "ffn": "FFN {}",
+    "heads": "{} heads",
+    "kv_heads": "{} kv heads",
+    "hidden": "hidden {}",
+    "vocab": "{:,} tokens",
+}
 
 
 class Search(NamedTuple):
@@ -47,11 +39,15 @@ class Search(NamedTuple):
 
 
 def table(
-    plan: strategies.MemoryPlan, outlook: Outlook = NOTHING_KNOWN, *, search: Search | None = None
+    plan: strategies.MemoryPlan,
+    expected_loss: float | None = None,
+    *,
+    search: Search | None = None,
 ) -> str:
     """The plan for people: the student, time and memory of each phase, how; or what would fit.
 
-    What has to be left out comes first. search: for sizes, before it. With -v every byte of it.
+    What has to be left out comes first. expected_loss: with nothing left out, in bits per byte,
+    where a search says so. search: for sizes, before it. With -v every byte of it.
     """
     search_seconds = search.seconds if search else 0.0
     seconds = search_seconds + sum(plan.planned.values())
@@ -60,7 +56,7 @@ def table(
         hot = search_seconds + sum(p.seconds(plan.rates, hot=True) for p in plan.phases)
         hours += f" ({duration(hot)} once hot)"
     job = plan.job
-    page = _page(plan, outlook) | {
+    page = _page(plan, expected_loss) | {
         "hours": hours,
         "search": search,
         "peak_bytes": peak_bytes(plan, search),
@@ -78,15 +74,18 @@ def table(
 
 
 def brief(
-    plan: strategies.MemoryPlan, outlook: Outlook = NOTHING_KNOWN, *, searched: bool = False
+    plan: strategies.MemoryPlan,
+    expected_loss: float | None = None,
+    *,
+    searched: bool = False,
 ) -> str:
     """What a run makes, when it is done and what it holds, in a line each: how a run begins.
 
     searched: the lines of time and memory stand before the search. With -v the table.
     """
     if cli.DETAILS in os.environ:
-        return table(plan, outlook)
-    page = _page(plan, outlook) | {
+        return table(plan, expected_loss)
+    page = _page(plan, expected_loss) | {
         "night": "" if searched else night(plan, sum(plan.planned.values())),
         "searched": searched,
         "time": time_line(plan.planned),
@@ -113,14 +112,19 @@ def memory_line(plan: strategies.MemoryPlan, search: Search | None = None) -> st
     return f"memory: up to {held}; disk: up to {gib(disk_bytes(plan))} of files"
 
 
-def _page(plan: strategies.MemoryPlan, outlook: Outlook) -> dict[str, Any]:
+def _page(plan: strategies.MemoryPlan, expected_loss: float | None) -> dict[str, Any]:
     """What the templates of a plan have in common."""
     job = plan.job
     teacher = job.whole_teacher
     rounded = any(p.name == "quantize" for p in plan.phases)
     layers = plan.shard_layers or job.student.shape.layers
-    return vars(outlook) | {
+    left_out = strategies.left_out(plan)
+    return {
         "plan": plan,
+        "words": cut_words(job.student.shape, teacher.shape),
+        "left_out": left_out,
+        "more_loss": strategies.loss_factor(left_out),
+        "expected_loss": expected_loss,
         "before": arch.params(teacher.config),
         "after": arch.params(job.student.config),
         "packed": student_bytes(plan) if rounded else 0,
@@ -130,6 +134,16 @@ def _page(plan: strategies.MemoryPlan, outlook: Outlook) -> dict[str, Any]:
         "duration": duration,
         "flag": estimates.budget_flag,
     }
+
+
+def cut_words(shape: Shape, before: Shape) -> str:
+    """The cuts of the teacher's shape, for people: '20 layers, FFN 1280'."""
+    cuts = []
+    for axis, form in FORMS.items():
+        size = getattr(shape, axis)
+        if size != getattr(before, axis):
+            cuts.append(form.format(size))
+    return ", ".join(cuts) or "the teacher's own"
 
 
 def student_bytes(plan: strategies.MemoryPlan) -> int:
@@ -187,6 +201,7 @@ def outcome(plan: strategies.MemoryPlan, teacher: str) -> dict[str, Any]:
         "can_run": not too_large(plan),
         "mode": plan.mode,
         **totals(plan),
+        "left_out": {part.name: part.budget_bytes for part in strategies.left_out(plan)},
     }
 
 

@@ -4,10 +4,11 @@ In bytes, operations and memory. Knows no flags, nor how the work is done. What 
 beside the modules that do it.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -37,6 +38,12 @@ from mis_mlx.settings.recipe import RATE, TUNE_ITERS, DistillationConfig
 from mis_mlx.types import Budget, Checkpoint, MisError, gib
 
 RATE_OF_WEIGHTS = 5.35e-4  # learning rate, as a part of their root mean square
+# Losses are expected, not measured: from one student each (benchmarks/README.md).
+# of the default teacher's student in 4.37 bits: as rounded by GPTQ, and with tuned scales
+UNTUNED_LOSS = 0.149 / 0.129
+# The share of the loss on the teacher's answers that learning leaves of a smaller FFN: a third of
+# the neurons gone with a quarter of the tokens, 30 steps (benchmarks/lose.py).
+FFN_LOSS_LEFT = 0.68
 WITH_TEXT = "vocabulary", teacher_answers.PHASE, "measure"
 
 
@@ -133,12 +140,8 @@ class MemoryPlan:
     @property
     def peak_bytes(self) -> int:
         """Of the largest phase, with the process around it, or of opening the tokenizer."""
-        return max(self.opening_bytes, *map(self.needed_bytes, self.phases))
-
-    @property
-    def opening_bytes(self) -> int:
-        """What opening the teacher's tokenizer takes, before any phase."""
-        return self.job.whole_teacher.opening_bytes
+        opening_bytes = self.job.whole_teacher.opening_bytes
+        return max(opening_bytes, *map(self.needed_bytes, self.phases))
 
     @property
     def strategy(self) -> dict[str, Any]:
@@ -232,7 +235,20 @@ def plan_strategy(
     training = process_around(job, limit, trains=True)
     trained_left = left - (training - own)
     phases = teacher_answers.answering_cost(job, left)
-    phases += _cutting(job, left)
+    shown = job.shown if job.whole_teacher.shape != job.teacher.shape else None
+    if not (job.viewed or job.rounds_only):
+        pruning = pruning_cost(
+            job.teacher,
+            job.student.nbytes,
+            windows=0 if job.uncut else job.num_samples,
+            length=job.max_seq_length,
+            limit=left,
+            rotation=job.rotation,
+            shown=shown,
+        )
+        phases.append(pruning)
+    elif shown and job.viewed:
+        phases.append(vocabulary_cost(shown, job.max_seq_length))
     if mode != "none":
         phases.append(store_cost(job, left))
     if job.reconstruct_samples:
@@ -259,28 +275,6 @@ def plan_strategy(
     if not job.rounds_only:
         phases.append(measuring_cost(job, left))
     return MemoryPlan(job, limit, rates, mode, micro, shard, tuple(phases))
-
-
-def _cutting(job: DistillationSpec, limit: int) -> list[StageCost]:
-    """The phase that makes the student which is repaired, trained or rounded, if there is one."""
-    phases = []
-    shown = job.shown
-    if shown and shown.shape == job.teacher.shape:
-        shown = None
-    if not (job.viewed or job.rounds_only):
-        pruning = pruning_cost(
-            job.teacher,
-            job.student.nbytes,
-            windows=0 if job.uncut else job.num_samples,
-            length=job.max_seq_length,
-            limit=limit,
-            rotation=job.rotation,
-            shown=shown,
-        )
-        phases.append(pruning)
-    elif shown and job.viewed:
-        phases.append(vocabulary_cost(shown, job.max_seq_length))
-    return phases
 
 
 def best_plan(job: DistillationSpec, budget_bytes: int, rates: Rates) -> MemoryPlan:
@@ -322,7 +316,7 @@ def remedy(plan: MemoryPlan) -> str:
     if plan.fits:
         return ""
     worst = max(plan.phases, key=plan.needed_bytes).name
-    if plan.peak_bytes == plan.opening_bytes:
+    if plan.peak_bytes == plan.job.whole_teacher.opening_bytes:
         worst = "opening the tokenizer"
     least = estimates.budget_flag(least_bytes(plan.job, plan.rates))
     text = (
@@ -352,3 +346,40 @@ def _smaller_jobs(job: DistillationSpec) -> Iterator[tuple[str, DistillationSpec
         if shorter >= 16:
             flags = f"--max-seq-length {shorter} instead of {length}"
             yield flags, replace(job, max_seq_length=shorter)
+
+
+class LeftOut(NamedTuple):
+    """A part of a run that does not fit. budget_bytes: the least that would have it.
+
+    loss: what the student should lose without it, as a multiple of what it loses with it; of
+    training that is a bound.
+    """
+
+    name: str
+    budget_bytes: int
+    loss: float
+
+
+def left_out(plan: MemoryPlan) -> list[LeftOut]:
+    """What nobody has turned off, and the budget is too small for; [] where nothing fits."""
+    if not plan.fits:
+        return []
+    parts = list[LeftOut]()
+    job = plan.job
+    if plan.mode == "none" and len(job.modes) > 1:
+        training = replace(job, modes=job.modes[:-1])
+        # At most all that learning wins back of fewer neurons. Of other cuts nobody measured it.
+        cut = job.whole_teacher.shape.ffn != job.student.shape.ffn
+        untrained = 1 / FFN_LOSS_LEFT if cut else 1.0
+        parts.append(LeftOut("training", least_bytes(training, plan.rates), untrained))
+    if not plan.tuning_steps and job.rounding.q_iters is None:
+        rounding = replace(job.rounding, q_iters=TUNE_ITERS)
+        tuning = replace(job, modes=(plan.mode,), rounding=rounding)
+        least = least_bytes(tuning, plan.rates)
+        parts.append(LeftOut("distillation of scales", least, UNTUNED_LOSS))
+    return parts
+
+
+def loss_factor(parts: Sequence[LeftOut]) -> float:
+    """What a student should lose without these, as a multiple of what it would lose with them."""
+    return math.prod(part.loss for part in parts)

@@ -4,6 +4,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mis_mlx import cli
@@ -26,6 +27,7 @@ Quality = Mapping[str, list[Row]]  # rows of every held-out text
 # A model's name in the JSON -> in a run. "trimmed" is an uncut teacher with fewer tokens.
 NAMES = {"teacher": "teacher", "pruned": "pruned", "student": "distilled", "quantized": "4-bit"}
 MISSED = 0.3  # share of the expected loss by which a reached one may differ without a remark
+JUDGED = ("4-bit", "distilled")  # the first one that a result knows is the student
 LEAST_LOSS = 0.02  # bits a byte: for a smaller expected loss, MISSED is a share of this
 
 
@@ -104,13 +106,13 @@ def result_page(
     *,
     answered: answers.Judgement | None = None,
     for_screen: bool = False,
-    expectation: str = "",
+    losses: Mapping[str, Any] = MappingProxyType({}),
     lose: float | None = None,
     languages: Mapping[str, float] | None = None,
 ) -> str:
     """Markdown: what the models answer, where they were asked; sizes and speeds; a table a text.
 
-    length: tokens of a held-out window. expectation: stands before the first table. lose: the loss
+    length: tokens of a held-out window. losses: of `expectation`. lose: the loss
     that was the target. languages: what the last model loses in some. for_screen: the sentences on
     what was won come first, then some of the answers; in a file they are the last lines.
     """
@@ -127,6 +129,9 @@ def result_page(
             asked.append({"language": language, "prompts": rows[0].n, "table": table})
         verdict = conversations.loop_warning(answered)
     won = gain_sentence(models, sizes, quality, answered=answered, lose=lose, languages=languages)
+    sentence = expectation_sentence(losses, lose) if losses else ""
+    if for_screen and answered and not _is_far(losses):
+        sentence = ""  # the first line of the screen has the loss and the target
     lead = ""
     dialogue = ""
     if for_screen:
@@ -138,7 +143,7 @@ def result_page(
         "texts": texts,
         "length": length,
         "dialogue": dialogue,
-        "expectation": expectation,
+        "expectation": sentence,
         "answers": asked,
         "verdict": verdict,
         "across": comparison.ACROSS,
@@ -214,16 +219,15 @@ def expectation(
 
 def expectation_sentence(losses: Mapping[str, Any], lose: float | None) -> str:
     """The allowed, expected and reached loss in a sentence, with a remark if they are far apart."""
+    return html.document("expected.md", {**losses, "lose": lose, "far": _is_far(losses)})
+
+
+def _is_far(losses: Mapping[str, Any]) -> bool:
+    """Whether the loss reached differs from the expected one so much that it is said."""
+    if not losses:
+        return False
     expected = float(losses["expected_loss"])
-    reached = float(losses["reached_loss"])
-    return html.document(
-        "expected.md", {**losses, "lose": lose, "far": is_far(expected=expected, reached=reached)}
-    )
-
-
-def is_far(*, expected: float, reached: float) -> bool:
-    """Whether a reached loss differs from the expected one so much that it is said."""
-    return abs(reached - expected) > MISSED * max(abs(expected), LEAST_LOSS)
+    return abs(losses["reached_loss"] - expected) > MISSED * max(abs(expected), LEAST_LOSS)
 
 
 def next_steps(folder: Path) -> str:
@@ -236,3 +240,26 @@ def next_steps(folder: Path) -> str:
         "exports": exports,
     }
     return html.document("next.md", values)
+
+
+def first_sentences(result: Mapping[str, Any], lose: float | None) -> list[str]:
+    """What is said first of a finished run: size, loss, loops; what was expected.
+
+    result: of a run; figures that it does not have are left out. lose: the loss that was allowed.
+    """
+    name = next((name for name in JUDGED if f"bytes_{name}" in result), "")
+    values = {
+        "quantized": name == "4-bit",
+        "nbytes": result.get(f"bytes_{name}"),
+        "teacher_bytes": result.get("bytes_teacher"),
+        "prompts": result.get("answers_prompts"),
+        "excess": result.get(f"answers_excess_{name}"),
+        "loops": result.get(f"loops_{name}"),
+        "teacher_loops": result.get("loops_teacher"),
+        "bits": result.get(f"bits_per_byte_{name}"),
+        "teacher_bits": result.get("bits_per_byte_teacher"),
+    }
+    lines = html.document("verdict.md", values).splitlines()
+    if "expected_loss" in result:
+        lines.append(expectation_sentence(result, lose))
+    return [line for line in lines if line]

@@ -193,12 +193,11 @@ def entered(
     *,
     out: str | None,
     asked: Mapping[str, Any],
-    plan: Mapping[str, Any] | None = None,
 ) -> Iterator[Place]:
     """The place of the run in `folder`, or of a new one: `out`, or a new folder called `name`.
 
     It is made and locked before anything works in it, and can be resumed from then on. A new run
-    that is refused before any work leaves nothing. asked, plan: as in `run_folder.begin`.
+    that is refused before any work leaves nothing. asked: as in `run_folder.begin`.
     """
     files = Files()
     new = folder is None
@@ -208,7 +207,7 @@ def entered(
     try:
         with protocol.lock(folder):
             if new:
-                run_folder.begin(folder, asked, plan, files)
+                run_folder.begin(folder, asked, files)
             protocol.sweep(folder, files)
             # They are the process's own, and 226 MiB with torch: before memory is counted.
             load.mlx_lm("utils")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mis_mlx.distillation import plan_report, strategies
 from mis_mlx.maths import stats
 from mis_mlx.models.architectures import arch, scenarios
 from mis_mlx.models.architectures.shape import Shape, Shapes, weight_count
@@ -27,15 +28,6 @@ UNROUNDED = 16.0  # bits of a weight where nobody rounds
 LEAST_SHARE = 0.25  # of what the teacher has on an axis
 TENSOR_BYTES = 120  # in a file's header
 OTHER_PARTS = 3  # of a header, each as long as that of a tensor
-FORMS = {
-    "layers": "{} layers",
-    "experts": "{} experts",
-    "ffn": "FFN {}",
-    "heads": "{} heads",
-    "kv_heads": "{} kv heads",
-    "hidden": "hidden {}",
-    "vocab": "{:,} tokens",
-}
 Sizes = Mapping[str, Sequence[int]]  # of every axis, rising, the teacher's last
 # The share of a loss that learning leaves, by the axis that it comes from. ffn, bits: students of
 # 50 MB (distilled, 20 steps, rounded by gptq). vocab: that loss is measured on text like the one
@@ -43,9 +35,8 @@ Sizes = Mapping[str, Sequence[int]]  # of every axis, rising, the teacher's last
 # 0.017 and 0.087 bits a byte). All of SmolLM2-135M, one seed.
 REMAINING_LOSS = {"ffn": 0.28, "vocab": 5.0, "bits": 0.42}
 # The same of losses on the teacher's answers. Its conversations are in the training text, except
-# those that measure this. ffn: a third of the neurons gone with a quarter of the tokens, 30 steps
-# (benchmarks/lose.py): 2.4 times as much is left as on text.
-REMAINING_ANSWER_LOSS = {"ffn": 0.68, "vocab": 0.7, "bits": 0.45}
+# those that measure this.
+REMAINING_ANSWER_LOSS = {"ffn": strategies.FFN_LOSS_LEFT, "vocab": 0.7, "bits": 0.45}
 STEPS = 30  # after which so much is left
 # of 30, 300 and 2,400 steps the teacher's answers kept 0.463, 0.405, 0.393 (benchmarks/README.md)
 FADING = 0.06
@@ -77,17 +68,7 @@ class Choice(NamedTuple):
 
     def words(self, before: Shape) -> str:
         """For people: 'FFN 1280, 24,576 tokens, 4.20 bits'. before: the teacher's shape."""
-        return f"{words(self.shape, before)}, {self.bpw:.2f} bits"
-
-
-def words(shape: Shape, before: Shape) -> str:
-    """The cuts of the teacher's shape, for people: '20 layers, FFN 1280'."""
-    cuts = []
-    for axis, form in FORMS.items():
-        size = getattr(shape, axis)
-        if size != getattr(before, axis):
-            cuts.append(form.format(size))
-    return ", ".join(cuts) or "the teacher's own"
+        return f"{plan_report.cut_words(self.shape, before)}, {self.bpw:.2f} bits"
 
 
 def group_of(shape: Shape) -> int:

@@ -42,7 +42,7 @@ WORDS = {
 }
 SAME = ("teacher", "data")  # a run goes on with these alone
 # What a crash can leave in a folder before its run has begun, and the Finder in any. It is no run.
-_UNBORN = re.compile(rf"\.DS_Store|\.lock|{ORIGIN}|{PLAN}|{TAKEN}|\.tmp-.*")
+_UNBORN = re.compile(rf"\.DS_Store|\.lock|{ORIGIN}|{TAKEN}|\.tmp-.*")
 # What the folder of a run holds before any work was done in it.
 _BARE = re.compile(rf"\.DS_Store|\.lock|{ASKED}|{PLAN}|{CONFIG}|{TAKEN}|\.tmp-.*")
 # The same, and a search: origin.json is still to be written.
@@ -86,21 +86,12 @@ def _holds_only(folder: Path, names: re.Pattern[str]) -> bool:
     return all(names.fullmatch(path.name) for path in folder.iterdir())
 
 
-def begin(
-    folder: Path,
-    asked: Mapping[str, Any],
-    plan: Mapping[str, Any] | None,
-    files: Files,
-) -> None:
+def begin(folder: Path, asked: Mapping[str, Any], files: Files) -> None:
     """Make a folder, which this process has locked, that of a run, which can be resumed.
 
-    asked: the settings that were said; the rest is to be decided. plan: what is decided already.
-    MisError when it holds a run.
+    asked: the settings that were said; the rest is to be decided. MisError when it holds a run.
     """
     _refuse_taken(folder)
-    if plan is not None:
-        _write_json(folder / PLAN, plan, files)
-    # Last: a folder with it is a run.
     files.replace_text(folder / ASKED, _as_yaml(asked))
 
 

@@ -1,10 +1,10 @@
-"""A run is resolved once: to the same object when it goes on, and stages never see its flags."""
+"""A run is resolved once: to the same settings when it goes on."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,10 +12,8 @@ import pytest
 
 from mis_mlx import distill
 from mis_mlx.distillation import pipeline, run_plan
-from mis_mlx.distillation.run_plan import ResolvedRun
+from mis_mlx.distillation.strategies import MemoryPlan
 from mis_mlx.hardware import memory
-from mis_mlx.settings.parts import part_of
-from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
@@ -28,14 +26,16 @@ QUICK: dict[str, Any] = {
     "q_iters": 1,
 }
 
+Resolved = tuple[distill.Settings, MemoryPlan]
+
 
 @pytest.fixture(name="resolved")
-def _resolved(monkeypatch: pytest.MonkeyPatch) -> list[ResolvedRun]:
+def _resolved(monkeypatch: pytest.MonkeyPatch) -> list[Resolved]:
     """Every run that `distill` resolves, as it does that."""
-    runs = list[ResolvedRun]()
+    runs = list[Resolved]()
     resolve = run_plan.resolve
 
-    def listening(*given: Any) -> ResolvedRun:
+    def listening(*given: Any) -> Resolved:
         runs.append(resolve(*given))
         return runs[-1]
 
@@ -80,7 +80,7 @@ def test_a_run_that_goes_on_is_what_it_was(
     text_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    resolved: list[ResolvedRun],
+    resolved: list[Resolved],
     stop: list[pipeline.Run],
     flags: dict[str, Any],
 ) -> None:
@@ -91,17 +91,17 @@ def test_a_run_that_goes_on_is_what_it_was(
         teacher=str(llama.path), data=str(text_folder), out="run", **{**QUICK, **flags}
     )
     begin_and_resume(settings)
-    *_, begun, resumed = resolved  # before them, a search's plan of a likely student
-    assert begun == resumed
-    assert begun.plan.phases == resumed.plan.phases
-    assert begun.recipe.iters
-    assert begun.recipe.learning_rate
-    assert stop[0].recipe == stop[1].recipe == begun.recipe
+    *_, (begun, plan), resumed = resolved  # before them, a search's plan of a likely student
+    assert begun == resumed[0]
+    assert plan.phases == resumed[1].phases
+    assert begun.iters
+    assert begun.learning_rate
+    assert stop[0].recipe == stop[1].recipe == plan.recipe(begun, llama)
     stored = run_folder.stored_settings(tmp_path / "run")
-    assert stored == json.loads(json.dumps(begun.stored))
-    assert run_folder.stored_settings(tmp_path / "run", run_folder.PLAN) == begun.strategy
-    if "lose" in flags:
-        assert begun.expected_loss == stored["expected_loss"] is not None
+    kept = json.loads(json.dumps(asdict(begun)))
+    assert stored == {name: kept[name] for name in kept if name not in run_folder.NOT_STORED}
+    strategy = {**plan.strategy, run_plan.WRITES: plan.job.teacher_writes}
+    assert run_folder.stored_settings(tmp_path / "run", run_folder.PLAN) == strategy
 
 
 def test_another_student_is_another_run(
@@ -130,7 +130,7 @@ def test_other_programs_do_not_stop_a_run_that_goes_on(
     text_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    resolved: list[ResolvedRun],
+    resolved: list[Resolved],
     stop: list[pipeline.Run],
 ) -> None:
     """It began by default, and next day a browser leaves 8 MiB: the run goes on with the budget
@@ -145,14 +145,7 @@ def test_other_programs_do_not_stop_a_run_that_goes_on(
     monkeypatch.setattr(memory, "free_for_us_bytes", lambda: 8 * 2**20)
     with pytest.raises(KeyboardInterrupt):
         distill.run(distill.Settings(out="run", resume=True))
-    begun, again = resolved
-    assert again.plan.budget_bytes == begun.plan.budget_bytes > 8 * 2**20
+    (_, begun), (_, again) = resolved
+    assert again.budget_bytes == begun.budget_bytes > 8 * 2**20
     with pytest.raises(MisError, match="--budget"):
         distill.run(replace(settings, out="another"))
-
-
-def test_a_part_has_its_own_fields_alone() -> None:
-    """Values by name, defaults where there are none; what it does not know is left out."""
-    part = part_of(QuantizationConfig, {"target_bpw": 3.5, "iters": 4})
-    assert part == QuantizationConfig(target_bpw=3.5)
-    assert type(part_of(QuantizationConfig, vars(distill.Settings()))) is QuantizationConfig

@@ -94,7 +94,8 @@ def test_the_plan_holds_what_the_conditions_may_give(
     asked = distill.Settings(
         teacher=str(path), data=str(text_folder), out=str(tmp_path / "run"), **flags
     )
-    planned = run_plan.resolve(asked, {}, teacher, None).plan.job.student
+    _, plan = run_plan.resolve(asked, {}, teacher, None)
+    planned = plan.job.student
     distill.run(asked)
     made = shape_of(load.open_checkpoint(tmp_path / "run" / "model").config)
     assert 256 < made.ffn <= planned.shape.ffn <= 1536

@@ -18,7 +18,6 @@ from mis_mlx.distillation import plan_report, strategies
 from mis_mlx.hardware.rates import M1_AIR
 from mis_mlx.models.opening import wheel_model
 from mis_mlx.planner import estimates
-from mis_mlx.size_search import shortfall
 from mis_mlx.types import GIB
 from tests.conftest import mostly_slow
 from tests.models.test_contract import published
@@ -60,11 +59,11 @@ def test_it_fits_and_says_what_it_leaves_out(
     """
     made = planned(tmp_path, teacher, budget, **flags)
     assert made.fits
-    missing = {part.name: part for part in shortfall.left_out(made)}
+    missing = {part.name: part for part in strategies.left_out(made)}
     trains = made.mode != "none" or made.job.uncut
     assert trains == ("training" not in missing)
     assert bool(made.tuning_steps) == ("distillation of scales" not in missing)
-    head, _, _ = plan_report.table(made, plan.outlook(made)).partition("| phase")
+    head, _, _ = plan_report.table(made).partition("| phase")
     for name, part in missing.items():
         flag = estimates.budget_flag(part.budget_bytes)
         assert flag in head
@@ -72,7 +71,7 @@ def test_it_fits_and_says_what_it_leaves_out(
         assert part.loss > 1
         if part.budget_bytes < (M1_AIR.room_bytes or 0):
             enough = planned(tmp_path, teacher, flag, **flags)
-            assert name not in {other.name for other in shortfall.left_out(enough)}
+            assert name not in {other.name for other in strategies.left_out(enough)}
 
 
 def test_no_budget_between_two_that_fit_is_refused(tmp_path: Path) -> None:
@@ -90,11 +89,13 @@ def test_what_is_left_out_raises_the_loss(tmp_path: Path) -> None:
     """Nothing left out: the loss that was promised. A cut student that does not learn loses more,
     and one whose scales do not learn either loses most.
     """
-    whole = shortfall.loss_factor(planned(tmp_path, "default", "4GiB"))
+    whole = strategies.loss_factor(strategies.left_out(planned(tmp_path, "default", "4GiB")))
     trained = planned(tmp_path, "qwen3-1.7b", "4GiB", **CUT)
     untrained = replace(trained, mode="none")
     untuned = replace(untrained, phases=untrained.phases[:1])
-    factors = [shortfall.loss_factor(made) for made in (trained, untrained, untuned)]
+    factors = [
+        strategies.loss_factor(strategies.left_out(made)) for made in (trained, untrained, untuned)
+    ]
     assert 1 == whole == factors[0] < factors[1] < factors[2]
 
 

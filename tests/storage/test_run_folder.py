@@ -37,7 +37,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def create(out: str | None) -> Path:
     """A new run of which everything is decided."""
     folder = run_folder.make(out, "r", DISK)
-    run_folder.begin(folder, {"iters": 100}, None, DISK)
+    run_folder.begin(folder, {"iters": 100}, DISK)
     run_folder.decide(folder, SETTINGS, PLAN, DISK)
     assert run_folder.same_origin(folder, ORIGIN, DISK) == []
     return folder
@@ -77,7 +77,7 @@ def test_a_folder_of_ones_own(here: Path) -> None:
             run_folder.make(name, "x", DISK)
     before = (here / "empty" / run_folder.ASKED).read_text()
     with pytest.raises(MisError, match="not empty: add --resume"):
-        run_folder.begin(Path("empty"), {"iters": 3}, None, DISK)
+        run_folder.begin(Path("empty"), {"iters": 3}, DISK)
     assert (here / "empty" / run_folder.ASKED).read_text() == before
     (here / "file").write_text("x")
     with pytest.raises(MisError, match="not empty|is a file"):
@@ -88,7 +88,7 @@ def test_a_folder_of_ones_own(here: Path) -> None:
 def test_a_folder_from_before_the_beginning_is_no_run(here: Path) -> None:
     """Before asked.yaml nothing was done: neither --resume nor a new start is blocked."""
     (here / "half").mkdir()
-    (here / "half" / run_folder.PLAN).write_text("{}")
+    (here / "half" / run_folder.TAKEN).write_text("{}")
     (here / "half" / f".tmp-{run_folder.ASKED}-123").write_text("it")
     with pytest.raises(MisError, match="start one there without --resume"):
         run_folder.find("half")
@@ -100,7 +100,7 @@ def test_a_run_of_which_little_is_decided_is_one(here: Path) -> None:
     with work in it it stays.
     """
     folder = run_folder.make(None, "r", DISK)
-    run_folder.begin(folder, {"lose": 0.1, "out": "x"}, {"iters": 7}, DISK)
+    run_folder.begin(folder, {"lose": 0.1, "out": "x"}, DISK)
     assert run_folder.find(None) == folder
     assert not run_folder.is_decided(folder)
     assert run_folder.asked_settings(folder) == {"lose": 0.1}
