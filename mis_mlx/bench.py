@@ -80,7 +80,7 @@ class Bench:
         self.stopped = False
 
     def go(self, monitor: thermal_monitor.Monitor | None) -> None:
-        """All trials. Ctrl-C ends them; finished ones stay."""
+        """All trials. Ctrl-C ends them after the one under way; a second one at once."""
         total = self.s.num_trials * len(self.models)
         trials = rounds.rounds(
             models=self.models,
@@ -92,17 +92,14 @@ class Bench:
             monitor=monitor,
             peaks=True,
         )
-        try:
-            with progress.bar("trials", total) as show:
-                for number, (name, trial) in enumerate(trials, 1):
-                    self.done.setdefault(name, []).append(trial)
-                    show(number, f"{name}: {1 / trial.tpot_s:.1f} tokens/s")
-        except KeyboardInterrupt:
-            if not self.done:
-                raise
-            self.stopped = True
-            finished = sum(map(len, self.done.values()))
-            cli.say(f"stopped by hand: {finished} of {total} trials are kept")
+        with cli.stop_asked() as asked, progress.bar("trials", total) as show:
+            for number, (name, trial) in enumerate(trials, 1):
+                self.done.setdefault(name, []).append(trial)
+                show(number, f"{name}: {1 / trial.tpot_s:.1f} tokens/s")
+                if asked and number < total:
+                    self.stopped = True
+                    cli.say(f"stopped by hand: {number} of {total} trials are kept")
+                    break
 
     def fixed(self) -> dict[str, Any]:
         """The part of the result that the same command with the same seed gives again: sizes,
