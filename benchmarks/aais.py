@@ -27,7 +27,6 @@ from mis_mlx.maths import importance
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.pruning import calibrate, select, slicing
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import Air
 
 SEEDS = (0, 1, 2)
@@ -70,7 +69,6 @@ def main() -> None:
                     keep=keep,
                     out=Path(folder) / name,
                     dtype="bfloat16",
-                    files=DISK,
                 )
                 models[name] = compute_type.open_to_compute(Path(folder) / name)
             found = comparison.compare(models, held_out)

@@ -46,7 +46,6 @@ from mis_mlx.quantization import (
     stage,
 )
 from mis_mlx.settings.recipe import QuantizationConfig
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
 
 HOW = QuantizationConfig(q_groups="mixed", q_iters=0)
@@ -158,9 +157,7 @@ class Bench:
             began = time.monotonic()
             rounded = stage.rounded_blocks(self.teacher, self.batches, layout)
             untuned = out.with_name("untuned") if tunes else out
-            packed_format.write_quantized(
-                self.teacher, untuned, layout, DISK, rounded=rounded, fit=True
-            )
+            packed_format.write_quantized(self.teacher, untuned, layout, rounded=rounded, fit=True)
             made = {
                 "predicted_nats": round(report["predicted_nats"], 4),
                 "formats": shares(self.teacher, layout),

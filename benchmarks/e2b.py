@@ -52,7 +52,6 @@ from mis_mlx.models.writing import model_writer
 from mis_mlx.planner import estimates
 from mis_mlx.pruning import vocabulary
 from mis_mlx.storage import safetensors
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import MisError
 
 BITS = 4
@@ -187,7 +186,7 @@ def write_folder(folder: Path, config: dict[str, Any], specs: safetensors.Specs)
     unfinished = folder.with_name(f"{folder.name}-unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    safetensors.write_tensors(unfinished, specs, tensors, DISK)
+    safetensors.write_tensors(unfinished, specs, tensors)
     (unfinished / "config.json").write_text(json.dumps(written))
     write_tokenizer(unfinished, config["vocab_size"])
     unfinished.rename(folder)

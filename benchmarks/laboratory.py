@@ -38,7 +38,6 @@ from mis_mlx.models.passing import stream
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import learned_scales
 from mis_mlx.settings.recipe import TUNE_RATE, DistillationConfig
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,7 +123,7 @@ def tuned(
     student.begin()
     for _ in kept.steps(student, train, recipe):
         memory.give_back(cache=False)
-    learned_scales.write_learned(checkpoint, student.learned, out, DISK)
+    learned_scales.write_learned(checkpoint, student.learned, out)
 
 
 def kept_targets(
@@ -134,7 +133,7 @@ def kept_targets(
     windows = targets.visited_windows(train, recipe)
     folder = tempfile.mkdtemp(prefix="mis-targets-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    store = targets.write_store(teacher, train.pick(windows), Path(folder), DISK, seed=recipe.seed)
+    store = targets.write_store(teacher, train.pick(windows), Path(folder), seed=recipe.seed)
     return targets.KeptTargets(store, windows, softcap(teacher.config))
 
 

@@ -26,7 +26,6 @@ from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.wheel_model import row_order
 from mis_mlx.models.writing import model_writer
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
 
 GROUP = 64  # weights that share a scale
@@ -335,6 +334,5 @@ def llama_cpp(dense: Checkpoint, out: Path, kind: str, importance: Importance) -
         source=dense.path,
         out=out,
         dtype="float32",
-        files=DISK,
     )
     return sum(int(tensor.n_bytes) for tensor in stored.values())

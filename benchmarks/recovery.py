@@ -32,7 +32,6 @@ from mis_mlx.models.passing import stream
 from mis_mlx.models.writing import model_writer
 from mis_mlx.pruning import calibrate, reconstruct, select, slicing
 from mis_mlx.settings.recipe import DistillationConfig
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
 
 # GÓRAL, neurons by root mean square, blocks by 1 - cosine
@@ -85,9 +84,7 @@ class Bench(Laboratory):
     def pruned(self, arm: Arm, seed: int, out: Path) -> Checkpoint:
         """The student's folder before repair."""
         shape, keep = select.select_units(self.checkpoint.config, self.statistics(seed), arm.cut)
-        slicing.write_student(
-            self.checkpoint, shape, keep=keep, out=out, dtype="bfloat16", files=DISK
-        )
+        slicing.write_student(self.checkpoint, shape, keep=keep, out=out, dtype="bfloat16")
         return compute_type.open_to_compute(out)
 
     def row(self, arm: Arm, seed: int, recipe: DistillationConfig) -> dict[str, Any]:

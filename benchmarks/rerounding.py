@@ -23,7 +23,6 @@ from mis_mlx.gguf_export import tensors
 from mis_mlx.gguf_export.rerounding import Rerounding
 from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.quantization import packed_format
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
 
 BITS = (6, 8)
@@ -69,7 +68,7 @@ def main(s: Settings) -> None:
             layout = dict.fromkeys(packed_format.formats_of(teacher.config, GROUP), kind)
             with tempfile.TemporaryDirectory() as temp:
                 out = Path(temp) / "packed"
-                packed_format.write_quantized(teacher, out, layout, DISK)
+                packed_format.write_quantized(teacher, out, layout)
                 row = f"{name}, {bits} bits"
                 rows[row] = errors(teacher, compute_type.open_to_compute(out))
             cli.say(f"{row}: {rows[row]}")

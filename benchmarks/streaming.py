@@ -38,7 +38,6 @@ from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import compute_type
 from mis_mlx.models.passing import stream
 from mis_mlx.storage import block_reader
-from mis_mlx.storage.files import DISK
 from mis_mlx.storage.safetensors import write_tensors
 from mis_mlx.types import Checkpoint
 
@@ -102,7 +101,7 @@ def synthetic(folder: Path, sizes: dict[str, int], bits: int = 0) -> Path:
             )
         return mx.array(rng.standard_normal(shape, dtype=np.float32) * 0.02)
 
-    write_tensors(folder, specs, ((name, made(name)) for name in specs), DISK)
+    write_tensors(folder, specs, ((name, made(name)) for name in specs))
     (folder / "config.json").write_text(json.dumps(config))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

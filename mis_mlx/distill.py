@@ -29,6 +29,7 @@ from mis_mlx.reporting import progress, text
 from mis_mlx.runs import run_loop
 from mis_mlx.size_search import size_request
 from mis_mlx.storage import run_folder
+from mis_mlx.storage.files import DISK
 from mis_mlx.types import Budget, Checkpoint, MisError, Row
 
 
@@ -192,7 +193,6 @@ def _work(
                     config=s,
                     source=source,
                     run=c.folder,
-                    files=c.files,
                 )
             table, result = _stages(s, replace(c, teacher=seen, data=data.train), teacher, data)
     if table:
@@ -272,7 +272,7 @@ def _finish(
             languages=languages,
         )
 
-    c.files.replace_text(folder / "table.md", page(for_screen=False) + "\n")
+    DISK.replace_text(folder / "table.md", page(for_screen=False) + "\n")
     result = summary.result(folder, models, sizes, quality)
     if answered:
         result = {**conversations.figures(answered), **result}
@@ -283,7 +283,7 @@ def _finish(
     screen = page(for_screen=True)
     if not s.keep_steps:
         for name in pipeline.TEMPORARY:
-            c.files.discard(folder / name)
+            DISK.discard(folder / name)
     return screen, result
 
 

@@ -204,7 +204,7 @@ def _reference(
 ) -> np.ndarray:
     """The reference's log-probabilities of these pairs, (N, 2), which the run keeps."""
     folder = alignment.folder / REFERENCE
-    saved = protocol.newest(folder, alignment.files)
+    saved = protocol.newest(folder)
     if saved:
         # of the same data: a run is not resumed with others
         return np.array(protocol.load_arrays(saved, "logps")["chosen_rejected"])
@@ -215,7 +215,7 @@ def _reference(
     logps = np.concatenate(parts)
     arrays = {"logps": {"chosen_rejected": mx.array(logps)}}
     state = {"fingerprint": alignment.card["fingerprint"]}
-    protocol.save_step(folder, 0, arrays, state, files=alignment.files)
+    protocol.save_step(folder, 0, arrays, state)
     return logps
 
 

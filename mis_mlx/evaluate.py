@@ -305,7 +305,7 @@ def _write(
     """The files of --out."""
     if answered:
         result["answers"] = answered.result
-        conversations.write_answers(answered.judgement, out, DISK)
+        conversations.write_answers(answered.judgement, out)
     lines = json.dumps(result, ensure_ascii=False, indent=1)
     DISK.replace_text(out / "recovery.md", page + "\n")
     DISK.replace_text(out / "recovery.json", lines + "\n")

@@ -157,12 +157,12 @@ def _gguf(settings: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, 
     modelfile = f"{html.document('Modelfile', words)}\n".encode()
     tally = rerounding.Rerounding()
     room = nbytes + PAPERS_BYTES
-    with protocol.commit_folder(Path(settings.out), DISK, room, "the GGUF") as folder:
+    with protocol.commit_folder(Path(settings.out), room, "the GGUF") as folder:
         rows = (
             tensors.rows(checkpoint, part, tally)
             for part in cli.show_progress("tensor", parts, len(parts))
         )
-        tensors.write(folder / file, head, parts, rows, files=DISK)
+        tensors.write(folder / file, head, parts, rows)
         notes = _facts(parts, checkpoint, tally) + notes
         DISK.write(folder / "Modelfile", modelfile)
         DISK.write(folder / "README.md", _readme(settings, checkpoint, base, file, notes))
@@ -213,7 +213,6 @@ def _hf(settings: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, An
             source=checkpoint.path,
             out=Path(settings.out),
             dtype=dtype,
-            files=DISK,
             extra=papers,
         )
     return {"nbytes": 2 * arch.params(checkpoint.config), "tensors": len(names), "notes": facts}

@@ -22,7 +22,7 @@ from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import pass_cost, residency, stream
 from mis_mlx.models.writing.text_writer import Room
-from mis_mlx.storage.files import file_sha256, json_sha256
+from mis_mlx.storage.files import DISK, file_sha256, json_sha256
 from mis_mlx.types import Budget, Checkpoint, MisError
 
 Split = tuple[list[rows.Row], list[list[int]]]  # rows, and the token ids of their prompts
@@ -193,7 +193,7 @@ def run(settings: Settings) -> dict[str, Any]:
             functions=functions,
             reference=reference,
             room=Room(at_once, longest + most),
-            log=partial(alignment.files.append, alignment.folder / grpo_rollout.SAMPLES),
+            log=partial(DISK.append, alignment.folder / grpo_rollout.SAMPLES),
         )
 
         def held_out(model: nn.Module) -> dict[str, float]:

@@ -17,7 +17,6 @@ from mis_mlx.planner import estimates
 from mis_mlx.pruning import select, vocabulary
 from mis_mlx.reporting import html, progress
 from mis_mlx.runs import run_loop
-from mis_mlx.storage.files import Files
 from mis_mlx.types import Count, Seed, Tokens
 
 
@@ -46,7 +45,7 @@ class Settings(cli.Budgeted, select.PruningConfig):
 def run(settings: Settings) -> dict[str, Any]:
     """The command: find the model, read the text, prune."""
     s = settings
-    files = Files()
+
     checkpoint = run_loop.open_model(s, s.model, place=s.mlx_path, new="--mlx-path")
     s = replace(s, **vocabulary.defaults(s.scenario, s.vocab, checkpoint.config, checkpoint.path))
     rows = vocabulary.rows_left(checkpoint, s)
@@ -70,7 +69,7 @@ def run(settings: Settings) -> dict[str, Any]:
         progress.run("prune"),
         memory.limited(limit),
         tempfile.TemporaryDirectory(prefix="mis_mlx-") as scratch,
-        ThermalMonitor(s, None, files) as thermal_monitor,
+        ThermalMonitor(s, None) as thermal_monitor,
     ):
         teacher, data = vocabulary.of_run(
             checkpoint,
@@ -80,7 +79,6 @@ def run(settings: Settings) -> dict[str, Any]:
             config=s,
             source=s.data,
             run=Path(scratch),
-            files=files,
         )
         samples = preparation.calibration(data.train, s.num_samples, s.seed)
         run_loop.forget_text()
@@ -91,7 +89,6 @@ def run(settings: Settings) -> dict[str, Any]:
             s,
             dtype=s.dtype,
             air=thermal_monitor.air,
-            files=files,
             held=planned.stays.get(WINDOWS, 0),
         )
         report["params_before"] = arch.params(checkpoint.config)

@@ -31,7 +31,7 @@ from mis_mlx.settings.parts import part_of
 from mis_mlx.settings.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
-from mis_mlx.storage.files import DiskRefused, Files, as_mis_error, need_place
+from mis_mlx.storage.files import DISK, DiskRefused, as_mis_error, need_place
 from mis_mlx.types import Budget, Checkpoint, Count, MisError, Seed, Tokens, Whole
 
 MODEL = "model"  # the result, before it is moved to --mlx-path
@@ -85,7 +85,7 @@ def run(settings: Settings) -> dict[str, Any]:
     s, folder = run_loop.resumed(settings.with_values(out=out), FREE)
     if folder is not None and (folder / run_folder.RESULT).exists() and not s.dry_run:
         with protocol.lock(folder):
-            return _deliver(s, folder, Files())
+            return _deliver(s, folder)
     checkpoint = run_loop.open_model(s, s.model, place=s.mlx_path, new="--mlx-path")
     s = s.with_values(**packed_format.of_mixture(checkpoint.config, s))
     _check(s, checkpoint, folder)
@@ -205,7 +205,7 @@ def _no_empty_work(place: run_loop.Place, *, new: bool) -> Iterator[None]:
         if isinstance(error, DiskRefused):
             begun.add(pipeline.ROUNDING)
         if new and not any((place.folder / name).exists() for name in begun):
-            place.files.discard(place.folder)
+            DISK.discard(place.folder)
         raise
 
 
@@ -247,7 +247,7 @@ def _work(
         packed = packed_format.formats(load.open_checkpoint(place.folder / MODEL))
         figures = packed_format.figures(checkpoint, packed)
         c.finish({"model": str(checkpoint.path), "method": s.q_method, **figures})
-    return _deliver(s, place.folder, place.files)
+    return _deliver(s, place.folder)
 
 
 def _text(s: Settings, checkpoint: Checkpoint) -> Windows:
@@ -262,7 +262,7 @@ def _text(s: Settings, checkpoint: Checkpoint) -> Windows:
     return Windows(empty.astype(np.int32), empty.astype(np.float32))
 
 
-def _deliver(s: Settings, folder: Path, files: Files) -> dict[str, Any]:
+def _deliver(s: Settings, folder: Path) -> dict[str, Any]:
     """Move the finished model from its folder to --mlx-path, delete the folder; the result."""
     done = run_folder.stored_settings(folder, run_folder.RESULT)
     out = Path(s.mlx_path)
@@ -270,14 +270,14 @@ def _deliver(s: Settings, folder: Path, files: Files) -> dict[str, Any]:
         need_place("--mlx-path", out, "new")
         parent = out.absolute().parent
         with as_mis_error(parent, "the model", remedy=cli.continuing(folder)):
-            files.make_folder(parent)
-            files.rename(folder / MODEL, out)
-            files.fsync(parent)
+            DISK.make_folder(parent)
+            DISK.rename(folder / MODEL, out)
+            DISK.fsync(parent)
     # Under another name first: half a folder would pass for work that goes on.
     trash = folder.with_name(f".trash-{folder.name}-{os.getpid()}")
     with suppress(OSError):
-        files.rename(folder, trash)
-        files.discard(trash)
+        DISK.rename(folder, trash)
+        DISK.discard(trash)
     values = {
         **done,
         "out": out,

@@ -35,7 +35,7 @@ from mis_mlx.size_search import (
 )
 from mis_mlx.size_search.unwritten import passes_cost
 from mis_mlx.storage import run_folder
-from mis_mlx.storage.files import json_sha256
+from mis_mlx.storage.files import DISK, json_sha256
 from mis_mlx.types import Budget, Checkpoint, MisError
 
 # Settings that may differ when a run is resumed: none of them changes a weight.
@@ -272,7 +272,7 @@ def carry_out(sought: Sought, place: run_loop.Place) -> dict[str, Any]:
             wired=sought.takes.peak_bytes,
         )
         with progress.run("search", {"rank": sought.takes.seconds}), opening as opened:
-            lines = known_losses.copy_into_run(opened.folder, about, opened.files)
+            lines = known_losses.copy_into_run(opened.folder, about)
             if lines:
                 cli.say(f"search: {lines} saved measurements of this teacher are used")
             c = candidates.Candidates(
@@ -301,7 +301,7 @@ def carry_out(sought: Sought, place: run_loop.Place) -> dict[str, Any]:
             result = opened.finish(_report(sought, c, found))
             # Teachers of fewer rows: nobody needs them once a search is done.
             for rows in opened.folder.glob(f"{vocabulary.FOLDER}-*"):
-                opened.files.remove_tree(rows)
+                DISK.remove_tree(rows)
             return result
 
 
@@ -316,7 +316,7 @@ def _report(sought: Sought, c: candidates.Candidates, found: ranking.Found) -> d
         rows.append(f"| {megabytes:.1f} | {point['loss']:.3f} | {point['student']} |")
     measured = run_folder.records(c.run.folder / candidates.CANDIDATES)
     head = f"{len(measured)} students measured, {sought.flags}: {best.words(c.before)} is chosen"
-    c.run.files.replace_text(c.run.folder / TABLE, "\n".join([head, "", *rows, ""]))
+    DISK.replace_text(c.run.folder / TABLE, "\n".join([head, "", *rows, ""]))
     words = ["scripts/mis distill"]
     given = {"teacher": sought.asked.teacher, "data": sought.asked.data, **flags}
     for name, value in given.items():

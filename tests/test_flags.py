@@ -24,7 +24,6 @@ from mis_mlx import __main__, cli, distill, flag_help, prune, thermal
 from mis_mlx.hardware import rates
 from mis_mlx.quantization import stage
 from mis_mlx.settings.recipe import QuantizationConfig
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Checkpoint, MisError, Within
 from tests.conftest import mostly_slow
 from tests.test_commands_contract import dry
@@ -237,7 +236,6 @@ def test_a_parent_that_is_missing_is_made(
         llama,
         out,
         rounding=QuantizationConfig(target_bpw=None),
-        files=DISK,
         batches=batches,
         held=0,
     )

@@ -20,7 +20,6 @@ from mis_mlx.maths import losses
 from mis_mlx.maths.optimizer import GuardedAdamW, global_norm
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.quantization import packed_format
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import UNDECIDED, Checkpoint
 from tests import launches
 from tests.quantization.test_grid import trainable
@@ -33,7 +32,7 @@ TEXT = mx.random.randint(0, 512, (2, 32), key=mx.random.key(3))
 def packed(llama: Checkpoint, tmp_path: Path) -> Checkpoint:
     """The tiny llama, three blocks, in 4 bits."""
     plan = packed_format.formats_of(llama.config, 64)
-    packed_format.write_quantized(llama, tmp_path / "q4", plan, DISK)
+    packed_format.write_quantized(llama, tmp_path / "q4", plan)
     return compute_type.open_to_compute(tmp_path / "q4", UNDECIDED)
 
 

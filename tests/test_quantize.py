@@ -21,7 +21,6 @@ from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.quantization import stage
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage import run_folder
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Budget, Checkpoint, MisError
 from tests import peaks, tiny
 from tests.conftest import Done, last_line, mostly_slow, sentence
@@ -103,7 +102,7 @@ def test_a_result_that_was_not_put_in_its_place(tmp_path: Path, llama: Checkpoin
     settings = quantize.Settings(model=str(llama.path), mlx_path=str(out), **plain)
     first = quantize.run(settings)
     work.mkdir()
-    run_folder.begin(work, settings.given, DISK)
+    run_folder.begin(work, settings.given)
     (work / run_folder.RESULT).write_text(json.dumps(first))
     out.rename(work / quantize.MODEL)
     out.mkdir()
@@ -175,7 +174,5 @@ def test_rounding_stays_under_the_plan(
         peaks.counted(monkeypatch, *parts) as peak,
     ):
         mx.set_cache_limit(0)
-        stage.quantize(
-            checkpoint, tmp_path / "q4", rounding=how, files=DISK, batches=batches, held=6
-        )
+        stage.quantize(checkpoint, tmp_path / "q4", rounding=how, batches=batches, held=6)
     assert planned.peak_bytes / 4 < peak.nbytes < allocated(planned.peak_bytes)

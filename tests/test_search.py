@@ -25,7 +25,6 @@ from mis_mlx.quantization import packed_format
 from mis_mlx.size_search import candidates, known_losses, ranking, shape_search, size_request
 from mis_mlx.size_search.shape_search import Choice, Losses
 from mis_mlx.storage import run_folder
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError, Row
 from tests import tiny
 from tests.conftest import Done, last_line, weights
@@ -373,9 +372,9 @@ def test_a_stopped_search_begins_with_what_is_known(llama: Checkpoint, tmp_path:
 
     new = tmp_path / "new"
     new.mkdir()
-    assert known_losses.copy_into_run(new, {**about, "text": "another"}, DISK) == 0
-    assert known_losses.copy_into_run(new, about, DISK) == 1
-    assert known_losses.copy_into_run(new, about, DISK) == 1
+    assert known_losses.copy_into_run(new, {**about, "text": "another"}) == 0
+    assert known_losses.copy_into_run(new, about) == 1
+    assert known_losses.copy_into_run(new, about) == 1
 
 
 LIMIT = ("--bytes", "190KB")  # below what tokens and bits reach: axes are measured alone

@@ -22,7 +22,6 @@ from mis_mlx.pruning import calibrate, select, slicing
 from mis_mlx.quantization import format_costs, packed_format
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.size_search import size_request, unwritten
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits
 from tests import tiny
 from tests.conftest import mostly_thorough
@@ -81,7 +80,7 @@ def test_rounded_in_memory_is_rounded_in_a_folder(
     """Blocks, embedding and head, in mixed formats: the same states and logits, and bytes."""
     teacher = models(kind)
     formats = mixed_formats(teacher.config)
-    packed_format.write_quantized(teacher, tmp_path / "model", formats, DISK, fit=fit)
+    packed_format.write_quantized(teacher, tmp_path / "model", formats, fit=fit)
     model = compute_type.open_to_compute(tmp_path / "model", teacher.precision)
     student = unwritten.Student(teacher, shape_of(teacher.config), formats=formats, fit=fit)
     bare = unwritten.Student(teacher, shape_of(teacher.config))
@@ -97,10 +96,10 @@ def test_cut_in_memory_is_cut_in_a_folder(
 ) -> None:
     """Blocks, neurons and heads: as pruned, and as pruned and rounded."""
     shape, keep = cut(llama, batches, **sizes)
-    slicing.write_student(llama, shape, keep, tmp_path / "cut", dtype="bfloat16", files=DISK)
+    slicing.write_student(llama, shape, keep, tmp_path / "cut", dtype="bfloat16")
     pruned = compute_type.open_to_compute(tmp_path / "cut", llama.precision)
     formats = mixed_formats(pruned.config)
-    packed_format.write_quantized(pruned, tmp_path / "model", formats, DISK, fit=True)
+    packed_format.write_quantized(pruned, tmp_path / "model", formats, fit=True)
     model = compute_type.open_to_compute(tmp_path / "model", llama.precision)
     students = [
         unwritten.Student(llama, shape, keep),
@@ -180,7 +179,7 @@ def test_a_packed_teacher_is_copied_once(text_folder: Path, tmp_path: Path) -> N
     dense = load.open_checkpoint(tiny.make(tmp_path / "dense", dtype="BF16"))
     teacher = tmp_path / "teacher"
     formats = packed_format.formats_of(dense.config, 32)
-    packed_format.write_quantized(dense, teacher, formats, DISK)
+    packed_format.write_quantized(dense, teacher, formats)
     out = tmp_path / "run"
     distill.run(whole_student(teacher, text_folder, out).with_values(keep_steps=True))
     folders = {path.name for path in out.iterdir() if path.is_dir()}

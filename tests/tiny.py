@@ -20,7 +20,6 @@ from mis_mlx.models.opening import load
 from mis_mlx.models.writing import model_writer
 from mis_mlx.quantization import packed_format
 from mis_mlx.settings.recipe import TrainingConfig
-from mis_mlx.storage.files import DISK
 from mis_mlx.storage.safetensors import index as safetensors_index
 from mis_mlx.storage.safetensors import write_tensors
 from mis_mlx.types import Checkpoint
@@ -388,7 +387,7 @@ def make(folder: Path, seed: int = 0, dtype: str = "F32", **changes: Any) -> Pat
 
     specs = {name: (dtype, shape) for name, shape in tensors.items()}
     written, specs, named = model_writer.published(config, specs, drawn())
-    write_tensors(folder, specs, named, DISK)
+    write_tensors(folder, specs, named)
     (folder / "config.json").write_text(json.dumps(written))
     write_tokenizer(folder)
     return folder
@@ -519,7 +518,7 @@ def change(folder: Path, changed: dict[str, mx.array]) -> Path:
 def packed(model: Checkpoint, out: Path, group: int = 64) -> Checkpoint:
     """The model in 4 bits, each weight at its nearest value."""
     plan = packed_format.formats_of(model.config, group)
-    packed_format.write_quantized(model, out, plan, DISK)
+    packed_format.write_quantized(model, out, plan)
     return load.open_checkpoint(out)
 
 
@@ -532,7 +531,7 @@ def in_fp4(model: Checkpoint, out: Path, mode: str) -> dict[str, Any]:
     for path in plan:
         if arch.block_of(path) is not None:
             plan[path] = packed_format.Format(4, group, mode)  # type: ignore[arg-type]
-    return packed_format.write_quantized(model, out, plan, DISK)
+    return packed_format.write_quantized(model, out, plan)
 
 
 def joined(folder: Path) -> Path:

@@ -17,7 +17,6 @@ from mlx.utils import tree_flatten
 
 from mis_mlx.models.opening import load
 from mis_mlx.models.writing import model_writer
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
 
 FIXTURE = Path(__file__).parent / "fixtures" / "trl_preference.npz"
@@ -39,7 +38,7 @@ def checkpoint(found: dict[str, np.ndarray], role: str, folder: Path) -> Checkpo
         if name.startswith(prefix)
     }
     model_writer.write_model(
-        config, take.__getitem__, source=folder.parent, out=folder, dtype="float32", files=DISK
+        config, take.__getitem__, source=folder.parent, out=folder, dtype="float32"
     )
     return load.open_checkpoint(folder)
 

@@ -43,6 +43,7 @@ from mis_mlx.runs import run_loop
 from mis_mlx.settings import recipe
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
+from mis_mlx.storage.files import DISK
 from mis_mlx.storage.journal import Journal
 from mis_mlx.types import (
     Checkpoint,
@@ -298,12 +299,12 @@ class AlignmentRun(run_loop.OpenRun):
     @property
     def _held_out(self) -> Journal:
         """The held-out figures, by the number of their step."""
-        return Journal(self.folder / HELD_OUT, ("number",), files=self.files)
+        return Journal(self.folder / HELD_OUT, ("number",))
 
     def _best_weights(self) -> protocol.Saved:
         """The best weights so far. MisError where they are damaged: no others are the result."""
         best = self.folder / BEST
-        for saved in protocol.whole_steps(best, self.files):
+        for saved in protocol.whole_steps(best):
             if self.best and saved.number == self.best[0]:
                 return saved
         raise MisError(
@@ -332,7 +333,7 @@ class AlignmentRun(run_loop.OpenRun):
         # A run that was set back comes here again with the same bits.
         best = self.folder / BEST
         if (best / f"step-{number:08d}").exists() and any(
-            saved.number == number for saved in protocol.whole_steps(best, self.files)
+            saved.number == number for saved in protocol.whole_steps(best)
         ):
             return
         arrays = {"model": dict(tree_flatten(self.model.trainable_parameters()))}
@@ -342,7 +343,6 @@ class AlignmentRun(run_loop.OpenRun):
             number,
             arrays=arrays,
             state=measured,
-            files=self.files,
             keep=3,
         )
 
@@ -358,7 +358,7 @@ class AlignmentRun(run_loop.OpenRun):
         arrays = protocol.load_arrays(best, "model")
         if s.lora and not (self.folder / ADAPTERS).exists():
             config = self.checkpoint.config
-            lora.write(arrays, s.lora, self.folder / ADAPTERS, self.files, config=config)
+            lora.write(arrays, s.lora, self.folder / ADAPTERS, config=config)
         out = self.folder / MODEL
         if s.lora and not s.fuse:
             out = self.folder / ADAPTERS
@@ -419,7 +419,6 @@ class AlignmentRun(run_loop.OpenRun):
             source=source.path,
             out=out,
             dtype=dtype,
-            files=self.files,
             extra=extra,
         )
 
@@ -528,7 +527,7 @@ def start_run(
         with opened_run as run:
             if not (run.folder / run_folder.DATA).exists():
                 facts = json.dumps(dict(card), indent=2, ensure_ascii=False)
-                run.files.replace_text(run.folder / run_folder.DATA, facts)
+                DISK.replace_text(run.folder / run_folder.DATA, facts)
             yield AlignmentRun(
                 **vars(run),
                 name=name,

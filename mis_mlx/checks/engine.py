@@ -32,7 +32,7 @@ from mis_mlx.models.writing.text_writer import TextWriter
 from mis_mlx.pruning.calibrate import calibrate
 from mis_mlx.quantization import packed_format
 from mis_mlx.settings import recipe
-from mis_mlx.storage import files, safetensors
+from mis_mlx.storage import safetensors
 from mis_mlx.types import Checkpoint, Precision
 
 CONFIG = json.loads((Path(__file__).parent / "model.json").read_text("utf-8"))
@@ -55,7 +55,7 @@ def write_random(folder: Path, config: Mapping[str, Any], scale: float) -> Path:
             yield name, tensor.astype(mx.bfloat16)
 
     specs = {name: ("BF16", shape) for name, shape in shapes.items()}
-    safetensors.write_tensors(folder, specs, tensors(), files.DISK)
+    safetensors.write_tensors(folder, specs, tensors())
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -66,7 +66,7 @@ def make(folder: Path) -> Models:
     Returns {"bf16", "4-bit": checkpoint}."""
     dense = load.open_checkpoint(write_random(folder / "bf16", CONFIG, scale=0.08))
     plan = packed_format.formats_of(CONFIG, 64)
-    packed_format.write_quantized(dense, folder / "4-bit", plan, files.DISK)
+    packed_format.write_quantized(dense, folder / "4-bit", plan)
     return {"bf16": dense, "4-bit": load.open_checkpoint(folder / "4-bit")}
 
 

@@ -49,7 +49,7 @@ from mis_mlx.quantization import learned_scales, rounded_size, scale_state
 from mis_mlx.quantization.learned_scales import PackedStream
 from mis_mlx.quantization.scale_state import InMemory, LearnedState
 from mis_mlx.storage.checkpoint import Written, sweep
-from mis_mlx.storage.files import DISK, Files
+from mis_mlx.storage.files import DISK
 from mis_mlx.storage.logit_store import SAMPLES, TOP
 from mis_mlx.storage.safetensors import Tensor
 from mis_mlx.types import MOST, Checkpoint, MisError
@@ -108,11 +108,11 @@ class DenseStream(stream.Stream):
                 yield next(streamed)
         next(streamed, None)  # the stream takes its last block back
 
-    def write(self, files: Files) -> None:
+    def write(self) -> None:
         """Replace the files of the blocks that learn."""
         for i, block in self._in_memory.items():
             weights = dict(tree_flatten(block.parameters()))
-            model_writer.replace_block(self.checkpoint, i, weights, files)
+            model_writer.replace_block(self.checkpoint, i, weights)
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,6 @@ class BlockStudent:
         kept: int = 0,
         at_once: int | None = None,
         steps_each: int = MOST,
-        files: Files = DISK,
         direct: bool = False,
     ):
         self._student = student
@@ -175,7 +174,7 @@ class BlockStudent:
         self._kept = kept
         self._at_once = at_once or self._layers
         self._steps_each = steps_each
-        self._files = files
+
         self._direct = direct
         self._optimizers: dict[str, GuardedAdamW] = {}
         self._source: stream.Stream | None = None
@@ -271,7 +270,7 @@ class BlockStudent:
         """Sweep what a crash left half-written; refuse blocks of a visit after `visit`."""
         if self._at_once >= self._layers:
             return
-        sweep(self._student.path, self._files)
+        sweep(self._student.path)
         path = self._student.path / VISIT
         written = -1
         if path.is_file():
@@ -328,9 +327,9 @@ class BlockStudent:
         if self._at_once >= self._layers or not (visit_over or last):
             return
         # The number first: after a crash it says whose blocks are half-written.
-        self._files.replace_text(self._student.path / VISIT, json.dumps(self.visit))
+        DISK.replace_text(self._student.path / VISIT, json.dumps(self.visit))
         assert isinstance(self._source, DenseStream)
-        self._source.write(self._files)
+        self._source.write()
         if last:
             return
         # A bad batch is bad in every shard, so the next optimizers know of those before.

@@ -10,6 +10,7 @@ from mis_mlx.quantization import stage
 from mis_mlx.quantization.begun_rounding import BegunRounding
 from mis_mlx.reporting import html
 from mis_mlx.settings.recipe import TUNE_RATE, QuantizationConfig
+from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
 
 
@@ -25,7 +26,6 @@ def prune(c: pipeline.Run, cut: select.PruningConfig, before: int) -> Checkpoint
                 cut=cut,
                 dtype=pipeline.DTYPE,
                 air=c.air,
-                files=c.files,
                 held=c.plan.held_windows("prune"),
             )
             cli.outcome(html.document("pruned.md", {**report, "params_before": before}))
@@ -65,13 +65,12 @@ def quantize(
                 dense,
                 rounded,
                 rounding,
-                c.files,
                 batches=batches,
                 held=held,
                 seed=c.recipe.seed,
-                begun=BegunRounding(kept, c.files),
+                begun=BegunRounding(kept),
             )
-        c.files.discard(kept)
+        DISK.discard(kept)
     if not out.exists():
         cli.detail(f"{SCALES}: biases and norms learn, too; integers stay")
         pipeline.tune(c, rounded, out, TUNE_RATE)

@@ -18,7 +18,7 @@ from mis_mlx.models.writing.draws import half_version
 from mis_mlx.reporting import html, progress
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
-from mis_mlx.storage.files import Files, json_sha256
+from mis_mlx.storage.files import DISK, json_sha256
 from mis_mlx.types import Budget, Checkpoint, MisError, Row, duration, evenly, gib
 
 WRITTEN = Path("runs/answers")  # files of what teachers answered
@@ -217,10 +217,10 @@ def answer_rows(judgement: answers.Judgement) -> list[dict[str, Any]]:
     return rows
 
 
-def write_answers(judgement: answers.Judgement, folder: Path, files: Files) -> None:
+def write_answers(judgement: answers.Judgement, folder: Path) -> None:
     """Write all greedy answers into a run's folder, a line each."""
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in answer_rows(judgement)]
-    files.replace_text(folder / run_folder.ANSWERS, "".join(lines))
+    DISK.replace_text(folder / run_folder.ANSWERS, "".join(lines))
 
 
 def loop_warning(judgement: answers.Judgement) -> str:

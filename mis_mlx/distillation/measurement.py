@@ -51,7 +51,7 @@ def measured(
         asked = {name: model for name, model in models.items() if name != "pruned"}
         judgement = conversations.judged_answers(asked, prompts, Budget(c.plan.budget_bytes))
     if judgement:
-        conversations.write_answers(judgement, c.folder, c.files)
+        conversations.write_answers(judgement, c.folder)
     rows_of = {}
     for name, (windows, own) in judging.items():
         compared = comparison.compare({**models, "teacher": c.teacher}, windows)

@@ -35,6 +35,7 @@ from mis_mlx.runs import run_loop
 from mis_mlx.settings.parts import part_of
 from mis_mlx.settings.recipe import DistillationConfig, ScalesConfig
 from mis_mlx.storage import hidden_spool, run_folder
+from mis_mlx.storage.files import DISK
 from mis_mlx.types import MOST, Budget, Checkpoint, Step
 
 DTYPE = "bfloat16"  # of unquantized weights on disk
@@ -95,7 +96,6 @@ class Run(run_loop.OpenRun):
                 self.teacher,
                 self.data.pick(windows),
                 self.folder / TARGETS,
-                files=self.files,
                 temperature=self.recipe.temperature,
                 seed=self.recipe.seed,
                 windows_per_pass=max(1, self.plan.held_windows(STORE)),
@@ -149,7 +149,7 @@ class Run(run_loop.OpenRun):
                 "seconds": seconds,
                 "peak_bytes": mx.get_peak_memory(),
             }
-            self.files.append(self.folder / run_folder.PHASES, json.dumps(record))
+            DISK.append(self.folder / run_folder.PHASES, json.dumps(record))
             self.account.keep()
 
 
@@ -166,7 +166,6 @@ def distil(c: Run, pruned: Checkpoint, out: Path) -> None:
         pruned.path,
         out,
         dtype=DTYPE,
-        files=c.files,
         extra=extra,
     )
 
@@ -180,7 +179,7 @@ def train(c: Run, pruned: Checkpoint) -> model_writer.Take:
     shard = None
     visit = MOST
     if c.plan.mode == "sharded":
-        parts = model_writer.by_block(pruned, c.folder / "parts", c.files)
+        parts = model_writer.by_block(pruned, c.folder / "parts")
         shard = c.plan.shard_layers
         visit = steps_per_shard(c.plan.job, shard)
     student = BlockStudent(
@@ -188,7 +187,6 @@ def train(c: Run, pruned: Checkpoint) -> model_writer.Take:
         "weights",
         at_once=shard,
         steps_each=visit,
-        files=c.files,
         direct=c.direct,
     )
     steps = partial(kept.steps, student, c.data, c.recipe, factor=c.factor)
@@ -219,7 +217,7 @@ def _repaired_only(c: Run, pruned: Checkpoint) -> model_writer.Take:
     """The weights of a student that is repaired and not trained."""
     parts = None
     if in_parts(c.plan.job, "none"):
-        parts = model_writer.by_block(pruned, c.folder / "parts", c.files, DTYPE)
+        parts = model_writer.by_block(pruned, c.folder / "parts", DTYPE)
     repaired = _repaired(c, pruned, parts)
 
     def take(name: str) -> Any:
@@ -242,11 +240,11 @@ def _repaired(c: Run, pruned: Checkpoint, parts: Checkpoint | None = None) -> di
     planned = next(phase for phase in c.plan.phases if phase.name == "repair")
     windows = c.pick(samples, use=2)
     kinds = c.kinds(samples, use=2)
-    c.files.require_space(c.folder, planned.scratch_bytes, "the spool of hidden states")
+    DISK.require_space(c.folder, planned.scratch_bytes, "the spool of hidden states")
     spool = None
     put = None
     if parts is not None:
-        spool = partial(hidden_spool.Spool, c.folder, c.plan.held_windows("repair"), c.files)
+        spool = partial(hidden_spool.Spool, c.folder, c.plan.held_windows("repair"))
         put = partial(_put_in_block, c, parts)
     with c.phase("repair"):
         repaired, _ = reconstruct.reconstruct(
@@ -269,7 +267,7 @@ def _put_in_block(c: Run, parts: Checkpoint, name: str, weight: mx.array) -> Non
     block = load.block(parts, int(number), load.model_args(parts.config), dtype)
     block.load_weights([(inside, weight.astype(dtype))], strict=False)
     weights = dict(tree_flatten(block.parameters()))
-    model_writer.replace_block(parts, int(number), weights, c.files)
+    model_writer.replace_block(parts, int(number), weights)
 
 
 def tuning_recipe(
@@ -294,7 +292,7 @@ def tune(c: Run, rounded: Path, out: Path, rate: float) -> None:
     recipe = tuning_recipe(c.recipe, checkpoint, c.plan.tuning_steps, rate)
     planned = next(phase for phase in c.plan.phases if phase.name == SCALES)
     kept = c.kept
-    with scale_state.place(planned, c.folder, c.files) as state:
+    with scale_state.place(planned, c.folder) as state:
         student = BlockStudent(
             checkpoint,
             "scales",
@@ -304,4 +302,4 @@ def tune(c: Run, rounded: Path, out: Path, rate: float) -> None:
         steps = partial(kept.steps, student, c.data, recipe)
         names = {"steps": TUNE_STEPS, "log": TUNE_LOG, "label": SCALES}
         _learn(c, student, student.begin, steps, recipe, **names)
-        learned_scales.write_learned(checkpoint, student.learned, out, c.files)
+        learned_scales.write_learned(checkpoint, student.learned, out)

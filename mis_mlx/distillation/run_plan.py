@@ -31,6 +31,7 @@ from mis_mlx.settings.recipe import (
     QuantizationConfig,
 )
 from mis_mlx.storage import run_folder
+from mis_mlx.storage.files import DISK
 from mis_mlx.types import Budget, Checkpoint
 
 WRITES = "teacher_writes"  # in plan.json, beside the strategy
@@ -164,4 +165,4 @@ def log(s: DistillFlags, plan: strategies.MemoryPlan, place: OpenRun) -> None:
         "iters": plan.job.iters,
         "rates": asdict(plan.rates),
     }
-    place.files.append(place.folder / run_folder.PHASES, json.dumps(record))
+    DISK.append(place.folder / run_folder.PHASES, json.dumps(record))

@@ -32,7 +32,6 @@ from mis_mlx.models.passing.pass_cost import side_bytes, streamed_pass
 from mis_mlx.planner.distillation_spec import STORE, DistillationSpec
 from mis_mlx.settings.recipe import TUNE_ITERS, TrainingConfig
 from mis_mlx.storage import logit_store, run_folder
-from mis_mlx.storage.files import Files
 from mis_mlx.storage.logit_store import SAMPLES, TOP
 from mis_mlx.types import Checkpoint, MisError, Step
 
@@ -49,7 +48,6 @@ def write_store(
     teacher: Checkpoint,
     data: Windows,
     folder: Path,
-    files: Files,
     *,
     temperature: float = 1.0,
     count: int = SAMPLES,
@@ -82,7 +80,7 @@ def write_store(
         seed=seed,
         temperature=temperature,
     )
-    store = logit_store.create(folder, spec, files)
+    store = logit_store.create(folder, spec)
     missing = store.missing()
     if not missing:
         return store

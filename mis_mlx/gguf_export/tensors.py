@@ -28,7 +28,7 @@ from mis_mlx.models.architectures import arch, experts, families, stored_form, t
 from mis_mlx.models.architectures.sizes import normalised, shape_of
 from mis_mlx.models.opening import load, wheel_model
 from mis_mlx.storage import safetensors
-from mis_mlx.storage.files import Files
+from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
 
 NVFP4_BLOCK = 64  # four groups of 16
@@ -355,20 +355,19 @@ def write(
     head: bytes,
     parts: Sequence[Part],
     rows: Iterable[Iterator[np.ndarray]],
-    files: Files,
 ) -> None:
     """Write the new file `path`, slab by slab.
 
     rows: for each part in turn, its bytes. ValueError when a tensor has other than its due bytes.
     Use it inside `checkpoint.commit_folder`.
     """
-    files.write(path, head)
+    DISK.write(path, head)
     for part, slabs in zip(parts, rows, strict=True):
         count = 0
         for slab in slabs:
-            files.extend(path, slab.data.cast("B"))
+            DISK.extend(path, slab.data.cast("B"))
             count += slab.nbytes
         # One byte more or less would move every later tensor away from its offset in the table.
         if count != part.nbytes:
             raise ValueError(f"{part.name}: {count} bytes came, {part.nbytes} were due")
-        files.extend(path, bytes(-count % ALIGNMENT))
+        DISK.extend(path, bytes(-count % ALIGNMENT))

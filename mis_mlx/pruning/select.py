@@ -19,7 +19,7 @@ from mis_mlx.models.architectures.sizes import attends, shape_of
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import stream
 from mis_mlx.pruning import calibrate, slicing, vocabulary
-from mis_mlx.storage.files import Files
+from mis_mlx.storage.files import DISK
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import Air, Also, Checkpoint, Count, KeptUnits, MisError
 
@@ -253,7 +253,6 @@ def prune(
     *,
     dtype: str,
     air: Callable[[], Air],
-    files: Files,
     held: int | None = None,
 ) -> dict[str, Any]:
     """Calibrate on token ids [(B, T)], choose, write the folder `out`.
@@ -263,12 +262,12 @@ def prune(
     """
     wanted_shape(checkpoint.config, cut)  # refuses before the pass, not after
     folder = out.absolute().parent
-    files.make_folder(folder)
+    DISK.make_folder(folder)
     spooled = held is not None and held < len(batches)
 
     def states() -> stream.Hidden:
         """A place for the hidden states of a pass."""
-        return Spool(folder, held or 0, files) if spooled else []
+        return Spool(folder, held or 0) if spooled else []
 
     uncut = cuts_nothing(checkpoint.config, cut)
     if uncut:
@@ -287,7 +286,6 @@ def prune(
         keep,
         out=out,
         dtype=dtype,
-        files=files,
         directions=lambda: slicing.principal_directions(checkpoint, batches, states),
     )
     student = arch.student_config(checkpoint.config, shape, keep.layers, dtype)

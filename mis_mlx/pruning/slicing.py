@@ -28,7 +28,6 @@ from mis_mlx.models.passing.pass_cost import (
     tensor_bytes,
 )
 from mis_mlx.models.writing import model_writer
-from mis_mlx.storage.files import Files
 from mis_mlx.storage.safetensors import InParts, Tensor
 from mis_mlx.types import Checkpoint, KeptUnits
 
@@ -317,7 +316,6 @@ def write_student(
     out: Path,
     *,
     dtype: str,
-    files: Files,
     directions: Callable[[], Directions] | None = None,
     tensor: Dense | None = None,
 ) -> KeptUnits:
@@ -348,7 +346,6 @@ def write_student(
         source=teacher.path,
         out=out,
         dtype=dtype,
-        files=files,
         extra=model_writer.keep_files(keep),
     )
     return keep

@@ -36,7 +36,7 @@ from mis_mlx.models.passing import stream
 from mis_mlx.models.passing.pass_cost import forward_flops, streamed_pass
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import safetensors
-from mis_mlx.storage.files import DISK, Files
+from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
 
 VOCABULARY_WINDOWS = 16  # in which the teacher says which tokens it expects, where not all stay
@@ -305,7 +305,7 @@ def chosen(
     return kept
 
 
-def write(teacher: Checkpoint, rows: Sequence[int], out: Path, files: Files) -> Checkpoint:
+def write(teacher: Checkpoint, rows: Sequence[int], out: Path) -> Checkpoint:
     """Commit the new folder `out`: these rows of the teacher's embedding and head.
 
     With its tokenizer of these tokens, and which they are. Returned is the teacher as it is with
@@ -318,14 +318,14 @@ def write(teacher: Checkpoint, rows: Sequence[int], out: Path, files: Files) -> 
     config = with_rows(moved_ids(teacher.config, new), len(rows))
     rows_file = {"rows": list(rows), "pre_tokenizer": pre_tokenizers.pre_tokenizer(teacher.path)}
     nbytes = sum(t.nbytes for t in tensors.values())
-    with protocol.commit_folder(out, files, nbytes, "the vocabulary") as folder:
+    with protocol.commit_folder(out, nbytes, "the vocabulary") as folder:
         specs = {name: (t.dtype, t.shape) for name, t in tensors.items()}
         parts = ((name, load.stored_parts(teacher, name, numbers)) for name in tensors)
-        safetensors.write_tensors(folder, specs, parts, files)
+        safetensors.write_tensors(folder, specs, parts)
         for name, content in Vocabulary(teacher.path).files(rows):
-            files.write(folder / name, content)
-        files.write(folder / "config.json", json.dumps(config).encode())
-        files.write(folder / ROWS, json.dumps(rows_file).encode())
+            DISK.write(folder / name, content)
+        DISK.write(folder / "config.json", json.dumps(config).encode())
+        DISK.write(folder / ROWS, json.dumps(rows_file).encode())
     return open_trimmed(teacher, out)
 
 
@@ -374,7 +374,7 @@ def shared(teacher: Checkpoint, students: Sequence[Checkpoint]) -> Iterator[Chec
     with tempfile.TemporaryDirectory(prefix="mis_mlx-") as place:
         seen = teacher
         if rows:
-            seen = write(teacher, rows, Path(place) / FOLDER, DISK)
+            seen = write(teacher, rows, Path(place) / FOLDER)
         for student in students:
             comparison.same_vocabulary(seen, student)
         yield seen
@@ -398,13 +398,12 @@ def of_run(
     config: VocabularyConfig,
     source: preparation.Source | str | None,
     run: Path,
-    files: Files,
 ) -> tuple[Checkpoint, preparation.Data]:
     """The teacher with the `rows` that a run's student has, and its text in these tokens.
 
     own: the text in the teacher's tokens. student: a folder, where it exists already.
     """
-    seen = teacher_of_run(teacher, student, rows, own.train, config=config, run=run, files=files)
+    seen = teacher_of_run(teacher, student, rows, own.train, config=config, run=run)
     if seen is teacher:
         return teacher, own
     length = own.train.tokens.shape[1]
@@ -419,7 +418,6 @@ def teacher_of_run(
     *,
     config: VocabularyConfig,
     run: Path,
-    files: Files,
 ) -> Checkpoint:
     """The teacher of `of_run`; itself where the student has all rows. train: in its tokens."""
     out = run / FOLDER
@@ -429,7 +427,7 @@ def teacher_of_run(
         kept = rows_of(Path(student)) if student else None
         if not kept:
             kept = chosen(teacher, rows, train, config)
-        write(teacher, kept, out, files)
+        write(teacher, kept, out)
         memory.give_back(cache=False)  # lists of all tokens and merges, 1,500 bytes a token
     seen = open_trimmed(teacher, out)
     if student:

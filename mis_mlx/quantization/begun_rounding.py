@@ -14,7 +14,7 @@ from mis_mlx.models.passing import stream
 from mis_mlx.quantization.packed_format import PARTS, Format, Formats, RoundedBlock
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
-from mis_mlx.storage.files import Files, as_mis_error
+from mis_mlx.storage.files import DISK, as_mis_error
 from mis_mlx.types import MisError
 
 LAYOUT = "layout.json"  # the format of every matrix, and what led to it
@@ -28,11 +28,11 @@ class BegunRounding:
     Whoever opens it again has the same model, windows and settings.
     """
 
-    def __init__(self, folder: Path, files: Files):
+    def __init__(self, folder: Path):
         self._folder = folder
-        self._files = files
+
         self._blocks: dict[int, protocol.Saved] = {}
-        for saved in protocol.whole_steps(folder / BLOCKS, files):
+        for saved in protocol.whole_steps(folder / BLOCKS):
             self._blocks[saved.number] = saved
 
     @property
@@ -52,9 +52,9 @@ class BegunRounding:
     def keep_layout(self, formats: Formats, report: Mapping[str, Any]) -> None:
         """Keep the chosen formats, and the costs behind the choice."""
         with as_mis_error(self._folder.parent, "what is rounded so far"):
-            self._files.make_folder(self._folder)
+            DISK.make_folder(self._folder)
         text = json.dumps({"formats": formats, "report": report})
-        self._files.replace_text(self._folder / LAYOUT, text)
+        DISK.replace_text(self._folder / LAYOUT, text)
 
     def block(self, number: int) -> RoundedBlock | None:
         """The rounded matrices of a block, evaluated; None where they are still to be made."""
@@ -79,6 +79,5 @@ class BegunRounding:
             number,
             arrays={"matrices": arrays},
             state={"paths": list(rounded)},
-            files=self._files,
             keep=ALL,
         )

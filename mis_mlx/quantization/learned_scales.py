@@ -19,7 +19,6 @@ from mis_mlx.models.writing import model_writer
 from mis_mlx.quantization import packed_format
 from mis_mlx.quantization.scale_state import LearnedState
 from mis_mlx.storage import safetensors
-from mis_mlx.storage.files import Files
 from mis_mlx.types import Checkpoint
 
 # Weights of a matrix whose scales learn that are there in float32, in four arrays of 64 MiB. A sum
@@ -234,7 +233,6 @@ def write_learned(
     checkpoint: Checkpoint,
     learned: Callable[[str], mx.array | None],
     out: Path,
-    files: Files,
 ) -> None:
     """Commit the folder `out`: `checkpoint` with what was learned, in stored types.
 
@@ -266,6 +264,5 @@ def write_learned(
         tensors(),
         source=checkpoint.path,
         out=out,
-        files=files,
         extra=extra,
     )

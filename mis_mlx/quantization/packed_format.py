@@ -28,7 +28,6 @@ from mis_mlx.models.passing import stream
 from mis_mlx.models.writing import model_writer
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage import safetensors
-from mis_mlx.storage.files import Files
 from mis_mlx.types import Checkpoint, MisError
 
 PARTS = ("weight", "scales", "biases")
@@ -146,7 +145,6 @@ def write_quantized(
     checkpoint: Checkpoint,
     out: Path,
     plan: Formats,
-    files: Files,
     *,
     rounded: Rounded | None = None,
     extra: Mapping[str, bytes] | None = None,
@@ -176,7 +174,6 @@ def write_quantized(
         _packed(checkpoint, plan, rounded, last=last, fit=fit),
         source=checkpoint.path,
         out=out,
-        files=files,
         extra=extra,
     )
     return figures(checkpoint, plan)

@@ -18,7 +18,7 @@ from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths.optimizer import Named, Part
 from mis_mlx.models.passing.stream import evaluate_now
 from mis_mlx.storage.checkpoint import Written, write_once
-from mis_mlx.storage.files import Files, as_mis_error
+from mis_mlx.storage.files import DISK, as_mis_error
 from mis_mlx.storage.header_check import check
 from mis_mlx.storage.safetensors import lazy
 
@@ -86,7 +86,7 @@ class InMemory:
 
 
 @contextmanager
-def place(planned: StageCost, folder: Path, files: Files) -> Iterator[LearnedState]:
+def place(planned: StageCost, folder: Path) -> Iterator[LearnedState]:
     """Where scales learn as planned: in memory; or in files below `folder`, until the block ends.
 
     MisError where the disk has too little space for them.
@@ -94,12 +94,12 @@ def place(planned: StageCost, folder: Path, files: Files) -> Iterator[LearnedSta
     if not planned.scratch_bytes:
         yield InMemory()
         return
-    files.require_space(folder, planned.scratch_bytes, WHAT)
+    DISK.require_space(folder, planned.scratch_bytes, WHAT)
     own = folder / f".tmp-scales-{os.getpid()}"
     try:
-        yield OnDisk(own, files)
+        yield OnDisk(own)
     finally:
-        files.discard(own)
+        DISK.discard(own)
 
 
 class OnDisk:
@@ -108,14 +108,14 @@ class OnDisk:
     MisError when the disk is full.
     """
 
-    def __init__(self, folder: Path, files: Files):
+    def __init__(self, folder: Path):
         self._folder = folder
-        self._files = files
+
         self._written: dict[str, Written] = {}
         self._count = 0  # of files so far: no name is used twice
         with as_mis_error(folder.parent, WHAT):
-            files.discard(folder)  # a process of the same number left it
-            files.make_folder(folder)
+            DISK.discard(folder)  # a process of the same number left it
+            DISK.make_folder(folder)
 
     def values(self, unit: str) -> dict[str, mx.array]:
         """As `LearnedState.values`."""
@@ -139,9 +139,9 @@ class OnDisk:
         path = self._folder / f"{_file_name(unit)}-{self._count:08d}.safetensors"
         old = self._written.get(unit)
         with as_mis_error(self._folder, WHAT, nbytes):
-            self._written[unit] = write_once(path, named, self._files)
+            self._written[unit] = write_once(path, named)
         if old:
-            self._files.discard(old.path)
+            DISK.discard(old.path)
 
     def entries(self) -> dict[str, Written]:
         """As `LearnedState.entries`."""

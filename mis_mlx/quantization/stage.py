@@ -40,7 +40,7 @@ from mis_mlx.models.passing.stream import Batches, Hidden
 from mis_mlx.quantization import bit_allocation, packed_format, rounded_size
 from mis_mlx.quantization.begun_rounding import BegunRounding
 from mis_mlx.settings.recipe import QuantizationConfig
-from mis_mlx.storage.files import Files
+from mis_mlx.storage.files import DISK
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import Checkpoint, MisError
 
@@ -66,7 +66,6 @@ def quantize(
     checkpoint: Checkpoint,
     out: Path,
     rounding: QuantizationConfig,
-    files: Files,
     batches: Batches = (),
     held: int = 0,
     seed: int = 0,
@@ -80,12 +79,12 @@ def quantize(
     into it.
     """
     beside = out.absolute().parent
-    files.make_folder(beside)
+    DISK.make_folder(beside)
 
     def hidden(passes: int) -> Spool | None:
         # A place for the hidden states of so many passes; None is memory.
         if held < len(batches):
-            return Spool(beside, held * passes, files)
+            return Spool(beside, held * passes)
         return None
 
     extra = {}
@@ -111,7 +110,6 @@ def quantize(
         checkpoint,
         out,
         plan,
-        files,
         rounded=rounded,
         extra=extra,
         fit=rounded is not None,

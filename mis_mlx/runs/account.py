@@ -13,7 +13,7 @@ from typing import Any
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import PauseCounter
 from mis_mlx.storage import run_folder
-from mis_mlx.storage.files import Files
+from mis_mlx.storage.files import DISK
 from mis_mlx.types import MisError
 
 EVERY_S = 10.0  # between two times that it is kept in the middle of a phase
@@ -25,10 +25,10 @@ class Account:
     peak: of this process. breaks: of the run.
     """
 
-    def __init__(self, folder: Path, files: Files, whole: "Account | None" = None) -> None:
+    def __init__(self, folder: Path, whole: "Account | None" = None) -> None:
         """whole: of the run that this one is a part of, which goes on meanwhile."""
         self._folder = folder
-        self._files = files
+
         self._whole = whole
         self.peak: memory.Peak = whole.peak if whole else memory.Peak()
         self._began_s = time.monotonic()
@@ -56,7 +56,7 @@ class Account:
             "peak_bytes": self.peak_bytes,
             "tea": asdict(self.breaks),
         }
-        self._files.replace_text(self._folder / run_folder.TAKEN, json.dumps(taken, indent=2))
+        DISK.replace_text(self._folder / run_folder.TAKEN, json.dumps(taken, indent=2))
         if self._whole:
             self._whole.keep()
 

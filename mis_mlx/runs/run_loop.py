@@ -33,7 +33,7 @@ from mis_mlx.reporting import progress, text
 from mis_mlx.runs.account import Account
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
-from mis_mlx.storage.files import Files, as_mis_error, json_sha256, need_place
+from mis_mlx.storage.files import DISK, as_mis_error, json_sha256, need_place
 from mis_mlx.types import UNDECIDED, Air, Budget, Checkpoint, MisError, Step, gib
 
 BLAS_THREADS = "blas_threads"  # in origin.json
@@ -164,7 +164,7 @@ class Place:
     """The folder of a run on this machine, which nobody else works in meanwhile."""
 
     folder: Path
-    files: Files
+
     account: Account
 
     def decide(self, settings: Mapping[str, Any], plan: Mapping[str, Any], limit: Budget) -> None:
@@ -175,15 +175,15 @@ class Place:
         """
         if not run_folder.is_decided(self.folder):
             budget = settings.get("budget") or estimates.budget_flag(limit.limit_bytes)
-            run_folder.decide(self.folder, {**settings, "budget": budget}, plan, self.files)
+            run_folder.decide(self.folder, {**settings, "budget": budget}, plan)
 
     @contextmanager
     def part(self, name: str) -> Iterator["Place"]:
         """A run that is a part of this one, in a folder of its own."""
         folder = self.folder / name
         with protocol.lock(folder):
-            protocol.sweep(folder, self.files)
-            yield Place(folder, self.files, Account(folder, self.files, whole=self.account))
+            protocol.sweep(folder)
+            yield Place(folder, Account(folder, whole=self.account))
 
 
 @contextmanager
@@ -199,26 +199,26 @@ def entered(
     It is made and locked before anything works in it, and can be resumed from then on. A new run
     that is refused before any work leaves nothing. asked: as in `run_folder.begin`.
     """
-    files = Files()
+
     new = folder is None
     if folder is None:
-        folder = run_folder.make(out, name, files)
+        folder = run_folder.make(out, name)
     cli.say(f"run folder: {folder}")
     try:
         with protocol.lock(folder):
             if new:
-                run_folder.begin(folder, asked, files)
-            protocol.sweep(folder, files)
+                run_folder.begin(folder, asked)
+            protocol.sweep(folder)
             # They are the process's own, and 226 MiB with torch: before memory is counted.
             load.mlx_lm("utils")
-            place = Place(folder, files, Account(folder, files))
+            place = Place(folder, Account(folder))
             try:
                 yield place
             except BaseException as stop:
                 with suppress(MisError, OSError):
                     place.account.keep()
                 if new and isinstance(stop, MisError):
-                    run_folder.forget_bare(folder, files)
+                    run_folder.forget_bare(folder)
                 raise
     except KeyboardInterrupt:
         # The closing sentence names the folder.
@@ -231,7 +231,7 @@ class OpenRun:
 
     folder: Path
     thermal_monitor: ThermalMonitor
-    files: Files
+
     account: Account
     budget_bytes: int
 
@@ -255,7 +255,7 @@ class OpenRun:
             **self.thermal_monitor.account(),
             "seconds": round(self.account.seconds, 1),
         }
-        self.files.replace_text(self.folder / run_folder.RESULT, json.dumps(complete, indent=2))
+        DISK.replace_text(self.folder / run_folder.RESULT, json.dumps(complete, indent=2))
         return complete
 
 
@@ -276,10 +276,10 @@ def open_run(
     """
     distributed.check_same({name: value.encode() for name, value in origin.items()})
     origin = {**origin, **_arithmetic()}
-    cli.say(*run_folder.same_origin(place.folder, origin, place.files, same))
+    cli.say(*run_folder.same_origin(place.folder, origin, same))
     with (
         memory.limited(limit, wired),
-        ThermalMonitor(thermal, place.folder / "thermal.jsonl", place.files) as thermal_monitor,
+        ThermalMonitor(thermal, place.folder / "thermal.jsonl") as thermal_monitor,
     ):
         thermal_monitor.breaks = place.account.breaks
         note = battery(thermal)
@@ -288,7 +288,6 @@ def open_run(
         yield OpenRun(
             folder=place.folder,
             thermal_monitor=thermal_monitor,
-            files=place.files,
             account=place.account,
             budget_bytes=limit.limit_bytes,
         )
@@ -362,7 +361,7 @@ class CheckpointedTraining:
         if number is None:
             begin()
             with as_mis_error(self.run.folder, "the folder of checkpoints"):
-                self.run.files.make_folder(self.run.folder / self.steps)
+                DISK.make_folder(self.run.folder / self.steps)
             self.save(0)
             number = 0
         if distributed.machines()[1] > 1:
@@ -378,7 +377,7 @@ class CheckpointedTraining:
 
     def restore_newest(self) -> int | None:
         """Put the newest checkpoint back: its number; None when there is none."""
-        saved = protocol.newest(self.run.folder / self.steps, self.run.files)
+        saved = protocol.newest(self.run.folder / self.steps)
         if saved is None:
             return None
         cli.say(*saved.notes, f"continuing from step {saved.number}")
@@ -397,7 +396,7 @@ class CheckpointedTraining:
             **remembered,
         }
         folder = self.run.folder / self.steps
-        protocol.save_step(folder, number, arrays, state, files=self.run.files)
+        protocol.save_step(folder, number, arrays, state)
         self.run.account.keep()
 
     def _log(self, step: Step, show: Callable[[int, str], None]) -> None:
@@ -406,7 +405,7 @@ class CheckpointedTraining:
         facts = asdict(step)
         del facts["reading"], facts["further"]
         record = {**run.now(), **facts, **step.further}
-        run.files.append(run.folder / self.log, json.dumps(record))
+        DISK.append(run.folder / self.log, json.dumps(record))
         run.account.keep_sometimes()
         seen = replace(step, reading=run.thermal_monitor.last())
         show(step.number, text.step_text(seen, run.budget_bytes))

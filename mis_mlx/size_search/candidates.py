@@ -40,7 +40,7 @@ from mis_mlx.runs.run_loop import OpenRun
 from mis_mlx.size_search import shape_search
 from mis_mlx.size_search.shape_search import Choice, Losses, Sizes
 from mis_mlx.size_search.unwritten import Running, Student, at_once, passed
-from mis_mlx.storage.files import DISK, Files
+from mis_mlx.storage.files import DISK
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.storage.journal import Journal
 from mis_mlx.types import Checkpoint, MisError
@@ -74,10 +74,10 @@ def ranking_windows(data: preparation.Data) -> Windows:
     return token_windows.concatenated(ranks)
 
 
-def journal_of(folder: Path, log: str, files: Files = DISK) -> Journal:
+def journal_of(folder: Path, log: str) -> Journal:
     """A log of a search in a folder, as a journal: a record for each student."""
     key = ("axis", "size") if log == PROBES else ("ffn", "vocab", "bits")
-    return Journal(folder / log, key, files=files)
+    return Journal(folder / log, key)
 
 
 def bits_probed(fewest: float) -> tuple[float, float]:
@@ -174,7 +174,7 @@ class Candidates:
         held = cost.stays[WINDOWS]
         states: stream.Hidden = list[mx.array]()
         if held < len(self.samples):
-            states = Spool(self.run.folder, held, self.run.files)
+            states = Spool(self.run.folder, held)
         statistics, _ = calibrate.calibrate(self.teacher, self.samples, hidden=states)
         return statistics
 
@@ -187,7 +187,7 @@ class Candidates:
         path = self.run.folder / packed_format.SENSITIVITY
         if not path.exists():
             nats = self._measured_sensitivity()
-            self.run.files.replace_text(path, json.dumps(nats))
+            DISK.replace_text(path, json.dumps(nats))
         stored = json.loads(path.read_text("utf-8"))
         for name, costs in stored.items():  # JSON's keys are text
             stored[name] = {int(bits): cost for bits, cost in costs.items()}
@@ -209,7 +209,7 @@ class Candidates:
         states = None
         if held < len(batches):
             arrays = held * self.before.layers
-            states = Spool(run.folder, arrays, run.files)
+            states = Spool(run.folder, arrays)
         nats = bit_allocation.costs(
             self.teacher,
             batches,
@@ -234,7 +234,7 @@ class Candidates:
         if rows not in self.trimmed_teachers:
             run = self.run
             place = run.folder / f"{vocabulary.FOLDER}-{rows}"
-            run.files.make_folder(place)
+            DISK.make_folder(place)
             self.trimmed_teachers[rows] = vocabulary.teacher_of_run(
                 self.teacher,
                 None,
@@ -242,7 +242,6 @@ class Candidates:
                 self.data.train,
                 config=self.asked,
                 run=place,
-                files=run.files,
             )
         return self.trimmed_teachers[rows]
 
@@ -449,7 +448,7 @@ class Candidates:
 
         Some of them in each pass. lines: what they have beside; no "nats" where a loss is none.
         """
-        journal = journal_of(self.run.folder, log, self.run.files)
+        journal = journal_of(self.run.folder, log)
         known = journal.read()
         keys = [journal.key_of(line) for line in lines]
         missing = [number for number, key in enumerate(keys) if key not in known]

@@ -16,7 +16,7 @@ from mis_mlx.pruning.vocabulary import VocabularyConfig
 from mis_mlx.quantization.packed_format import SENSITIVITY
 from mis_mlx.size_search.candidates import CANDIDATES, PROBES, journal_of
 from mis_mlx.storage import hub, run_folder
-from mis_mlx.storage.files import DISK, Files, json_sha256
+from mis_mlx.storage.files import DISK, json_sha256
 from mis_mlx.types import Checkpoint, MisError
 
 SHIPPED = Path(__file__).parent / "known"
@@ -74,7 +74,7 @@ def _sources(about: Identity) -> list[Path]:
     return [folder for folder in dict.fromkeys(folders) if _about(folder) in (exact, about)]
 
 
-def copy_into_run(run: Path, about: Identity, files: Files) -> int:
+def copy_into_run(run: Path, about: Identity) -> int:
     """Put known measurements into a run's folder; return how many lines its logs then have.
 
     Lines that the run has already stay.
@@ -82,10 +82,10 @@ def copy_into_run(run: Path, about: Identity, files: Files) -> int:
     sensitivity = run / SENSITIVITY
     for source in _sources(about):
         for name in LOGS:
-            journal_of(run, name, files).add_missing(journal_of(source, name))
+            journal_of(run, name).add_missing(journal_of(source, name))
         known_sensitivity = source / SENSITIVITY
         if known_sensitivity.is_file() and not sensitivity.exists():
-            files.replace_text(sensitivity, known_sensitivity.read_text("utf-8"))
+            DISK.replace_text(sensitivity, known_sensitivity.read_text("utf-8"))
     return sum(len(journal_of(run, name).read()) for name in LOGS)
 
 

@@ -20,15 +20,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import psutil
 
-from mis_mlx.storage.files import (
-    AGAIN,
-    DISK,
-    Files,
-    as_mis_error,
-    file_sha256,
-    json_sha256,
-    sweep,
-)
+from mis_mlx.storage.files import AGAIN, DISK, as_mis_error, file_sha256, json_sha256, sweep
 from mis_mlx.storage.header_check import check
 from mis_mlx.storage.safetensors import lazy, write_arrays
 from mis_mlx.types import MisError
@@ -63,15 +55,15 @@ class Written(NamedTuple):
 Entries = Mapping[str, Mapping[str, mx.array] | Written]  # by checkpoint file
 
 
-def write_once(path: Path, named: Mapping[str, mx.array], files: Files) -> Written:
+def write_once(path: Path, named: Mapping[str, mx.array]) -> Written:
     """Write a new file of arrays, which no one may change afterwards."""
-    facts = write_arrays(path, named, files)
+    facts = write_arrays(path, named)
     return Written(path, nbytes=facts["bytes"], sha256=facts["sha256"])
 
 
 @contextlib.contextmanager
 def commit_folder(
-    final: Path, files: Files, nbytes: int, what: str = "the model", remedy: str = AGAIN
+    final: Path, nbytes: int, what: str = "the model", remedy: str = AGAIN
 ) -> Iterator[Path]:
     """Make the folder `final` of the files that the block writes into another folder.
 
@@ -84,31 +76,31 @@ def commit_folder(
     stem = final.name.removeprefix(".tmp-")
     tmp = final.with_name(f".tmp-{stem}-{os.getpid()}")
     with as_mis_error(final.parent, what, nbytes, remedy):
-        files.make_folder(final.parent)
-        files.require_space(final.parent, nbytes, what, remedy)
-        _remove_leftovers(tmp, stem, files)
+        DISK.make_folder(final.parent)
+        DISK.require_space(final.parent, nbytes, what, remedy)
+        _remove_leftovers(tmp, stem)
         try:
-            files.mkdir(tmp)
+            DISK.mkdir(tmp)
             yield tmp
             for path in sorted(tmp.rglob("*")):
                 if not path.is_symlink():
-                    files.fsync(path)
-            files.fsync(tmp)
-            files.rename(tmp, final)
-            files.fsync(final.parent)  # from here on the folder survives a power cut
+                    DISK.fsync(path)
+            DISK.fsync(tmp)
+            DISK.rename(tmp, final)
+            DISK.fsync(final.parent)  # from here on the folder survives a power cut
         except BaseException:
-            files.discard(tmp)  # give the space back; what stays is swept at the next start
+            DISK.discard(tmp)  # give the space back; what stays is swept at the next start
             raise
 
 
-def _remove_leftovers(tmp: Path, stem: str, files: Files) -> None:
+def _remove_leftovers(tmp: Path, stem: str) -> None:
     """Delete hidden folders of processes that are gone, or had this process's number."""
     for left in tmp.parent.glob(f".tmp-{glob.escape(stem)}-*"):
         number = left.name.rpartition("-")[2]
         if left == tmp:
-            files.remove_tree(left)
+            DISK.remove_tree(left)
         elif number.isdigit() and not psutil.pid_exists(int(number)):
-            files.discard(left)  # it may be another user's
+            DISK.discard(left)  # it may be another user's
 
 
 def save_step(
@@ -116,7 +108,6 @@ def save_step(
     number: int,
     arrays: Entries,
     state: Mapping[str, Any],
-    files: Files,
     keep: int = 2,
 ) -> Path:
     """Commit step-<number> with one <key>.safetensors per entry of `arrays`, and state.json.
@@ -137,41 +128,41 @@ def save_step(
         if not isinstance(named, Written):
             nbytes += sum(array.nbytes for array in named.values())
     remedy = f"free some and start again with --resume; {last}"
-    with commit_folder(final, files, nbytes, "the checkpoint", remedy=remedy) as tmp:
+    with commit_folder(final, nbytes, "the checkpoint", remedy=remedy) as tmp:
         for key, named in arrays.items():
             file = f"{key}{ARRAYS}"
             if isinstance(named, Written):
-                files.link(named.path, tmp / file)
+                DISK.link(named.path, tmp / file)
             else:
-                named = write_once(tmp / file, named, files)
+                named = write_once(tmp / file, named)
             listed[file] = {"bytes": named.nbytes, "sha256": named.sha256}
         text = json.dumps(state, indent=2).encode()
-        files.write(tmp / STATE, text)
+        DISK.write(tmp / STATE, text)
         listed[STATE] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
         manifest = {"step": number, "files": listed}
         manifest["sha256"] = json_sha256(manifest)
-        files.write(tmp / MANIFEST, json.dumps(manifest, indent=2).encode())
+        DISK.write(tmp / MANIFEST, json.dumps(manifest, indent=2).encode())
     for old in [*older, number][:-keep]:
         with contextlib.suppress(OSError):  # an old step too many harms nobody
             trash = steps_dir / f".trash-{old:08d}-{os.getpid()}"
-            files.rename(steps_dir / f"step-{old:08d}", trash)
-            files.remove_tree(trash)
+            DISK.rename(steps_dir / f"step-{old:08d}", trash)
+            DISK.remove_tree(trash)
     return final
 
 
-def newest(steps_dir: Path, files: Files = DISK) -> Saved | None:
+def newest(steps_dir: Path) -> Saved | None:
     """The highest step whose manifest and hashes are right, or None. Hold the `lock`.
 
     Leftovers of a crash are swept. A damaged step is set aside as damaged-step-..., never deleted.
     """
-    return next(whole_steps(steps_dir, files), None)
+    return next(whole_steps(steps_dir), None)
 
 
-def whole_steps(steps_dir: Path, files: Files = DISK) -> Iterator[Saved]:
+def whole_steps(steps_dir: Path) -> Iterator[Saved]:
     """All steps whose manifest and hashes are right, the highest first; as `newest`."""
     if not steps_dir.is_dir():
         return
-    sweep(steps_dir, files)
+    sweep(steps_dir)
     damaged: list[str] = []
     for number in reversed(_numbers(steps_dir)):
         path = steps_dir / f"step-{number:08d}"
@@ -183,7 +174,7 @@ def whole_steps(steps_dir: Path, files: Files = DISK) -> Iterator[Saved]:
             continue
         damaged.append(f"step {number} is damaged ({why})")
         with contextlib.suppress(OSError):
-            files.rename(path, steps_dir / f"damaged-{path.name}-{os.getpid()}")
+            DISK.rename(path, steps_dir / f"damaged-{path.name}-{os.getpid()}")
 
 
 def load_arrays(saved: Saved, key: str) -> dict[str, mx.array]:

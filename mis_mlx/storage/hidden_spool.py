@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mis_mlx.storage.files import Files, as_mis_error
+from mis_mlx.storage.files import DISK, as_mis_error
 from mis_mlx.types import MisError
 
 WHAT = "the spool of hidden states"
@@ -23,11 +23,11 @@ class Spool(MutableSequence[mx.array]):
     a new array. MisError, which names `what`, when the disk is full.
     """
 
-    def __init__(self, folder: Path, held: int, files: Files, what: str = WHAT):
+    def __init__(self, folder: Path, held: int, what: str = WHAT):
         self._what = what
         self._folder = folder
         self._held = held
-        self._files = files
+
         self._memory: dict[int, mx.array] = {}
         self._count = 0
         self._fd = -1
@@ -87,10 +87,10 @@ class Spool(MutableSequence[mx.array]):
         raw: Any = mx.contiguous(array).view(mx.uint8)  # bytes: numpy has no bfloat16
         with as_mis_error(self._folder, self._what, self._nbytes):
             if self._fd < 0:
-                self._fd = self._files.scratch(self._folder)
+                self._fd = DISK.scratch(self._folder)
                 weakref.finalize(self, os.close, self._fd)
             data = memoryview(raw).cast("B")  # evaluates
-            self._files.put(self._fd, self._offset(b), data)
+            DISK.put(self._fd, self._offset(b), data)
 
     def __delitem__(self, b: Any) -> None:
         raise TypeError("a spool does not shrink")

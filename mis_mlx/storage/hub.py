@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import MisError
 
 # Weights that mlx-lm would read, what describes them, the tokenizer. Nothing that can hold code.
@@ -47,7 +46,7 @@ def install(folder: Path, nbytes: int, origin: dict[str, Any]) -> Iterator[Path]
     """`commit_folder`, with `origin` and the time in its source.json."""
     from mis_mlx.storage.checkpoint import commit_folder  # as above
 
-    with commit_folder(folder, DISK, nbytes) as temp:
+    with commit_folder(folder, nbytes) as temp:
         yield temp
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         text = json.dumps({**origin, "date": now}, indent=2)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mis_mlx.storage import run_folder
-from mis_mlx.storage.files import DISK, Files, as_mis_error
+from mis_mlx.storage.files import DISK, as_mis_error
 from mis_mlx.types import MisError
 
 Record = dict[str, Any]
@@ -32,7 +32,6 @@ class Journal:
     path: Path
     key: tuple[str, ...]
     identity: Mapping[str, Any] | None = None
-    files: Files = DISK
 
     def read(self) -> dict[Key, Record]:
         """{key: its record}, in the file's order; {} where there is none of this identity."""
@@ -52,10 +51,10 @@ class Journal:
     def begin(self) -> dict[Key, Record]:
         """What it holds; its folder is made. A file of another identity is begun anew."""
         with as_mis_error(self.path.parent, self.path.name):
-            self.files.make_folder(self.path.parent)
+            DISK.make_folder(self.path.parent)
         if self.identity is not None and not self._is_ours():
             first = json.dumps(self.identity, ensure_ascii=False)
-            self.files.replace_text(self.path, f"{first}\n")
+            DISK.replace_text(self.path, f"{first}\n")
         return self.read()
 
     def add(self, record: Mapping[str, Any]) -> None:
@@ -68,7 +67,7 @@ class Journal:
                 f"{self.path} was begun anew by another process, with other settings: stop one of "
                 f"the two, and start this one again"
             )
-        self.files.append(self.path, json.dumps(record, ensure_ascii=False))
+        DISK.append(self.path, json.dumps(record, ensure_ascii=False))
 
     def add_missing(self, source: "Journal") -> None:
         """Add another journal's records of which the keys are missing here."""

@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx.storage.checkpoint import sweep
-from mis_mlx.storage.files import Files, as_mis_error
+from mis_mlx.storage.files import DISK, as_mis_error
 from mis_mlx.storage.header_check import check
 from mis_mlx.storage.safetensors import write_arrays
 from mis_mlx.types import MisError
@@ -65,7 +65,7 @@ def position_bytes(wide: bool) -> int:
     return 1 + (TOP + SAMPLES) * (id_bytes + share_bytes)
 
 
-def create(folder: Path, spec: Spec, files: Files) -> Targets:
+def create(folder: Path, spec: Spec) -> Targets:
     """Begin the store in `folder`, or continue it. Hold the lock of the run.
 
     Damaged parts count as missing, and `notes` says so. MisError when `folder` holds other targets.
@@ -74,14 +74,14 @@ def create(folder: Path, spec: Spec, files: Files) -> Targets:
         most = 2**16 - spec.top - 1
         raise MisError(f"{spec.count} sampled tokens per position: choose 1 to {most}")
     with as_mis_error(folder, "the targets"):
-        files.make_folder(folder)
-    sweep(folder, files)
+        DISK.make_folder(folder)
+    sweep(folder)
     new = not (folder / MANIFEST).exists()
     parts: dict[int, dict[str, Any]] = {}
     if not new:
         stored, parts = _manifest(folder)
         _check_same(folder, stored, spec)
-    store = Targets(folder, spec, parts, files)
+    store = Targets(folder, spec, parts)
     for number in sorted(parts):
         if store.sound(number) is None:
             store.notes.append(
@@ -106,11 +106,11 @@ def _check_same(folder: Path, stored: Spec, spec: Spec) -> None:
 class Targets:
     """An open store. `parts`: the finished ones, {number: {bytes, sha256}}."""
 
-    def __init__(self, folder: Path, spec: Spec, parts: dict[int, dict[str, Any]], files: Files):
+    def __init__(self, folder: Path, spec: Spec, parts: dict[int, dict[str, Any]]):
         self.folder = folder
         self.spec = spec
         self.parts = parts
-        self._files = files
+
         self.notes: list[str] = []
         self.total = -(-spec.windows // spec.part_windows)
         self._coming: list[Arrays] = []  # windows of the part being filled
@@ -186,9 +186,9 @@ class Targets:
         done = f"{len(self.parts)} of {self.total} parts are kept"
         remedy = f"free some and start again, {done}"
         with as_mis_error(self.folder, what, left, remedy):
-            self._files.require_space(self.folder, left, what, remedy)
-            with self._files.replacing(self.path(number)) as temp:
-                facts = write_arrays(temp, arrays, self._files)
+            DISK.require_space(self.folder, left, what, remedy)
+            with DISK.replacing(self.path(number)) as temp:
+                facts = write_arrays(temp, arrays)
         self.parts[number] = facts
         self.save()
 
@@ -196,7 +196,7 @@ class Targets:
         """Put targets.json in place."""
         listed = {str(number): facts for number, facts in sorted(self.parts.items())}
         text = json.dumps({**asdict(self.spec), "parts": listed}, indent=1)
-        self._files.replace_text(self.folder / MANIFEST, text + "\n")
+        DISK.replace_text(self.folder / MANIFEST, text + "\n")
 
     def windows(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Targets of n windows: ids (n, T, m) int32 and weights (n, T, m) float32.

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from mis_mlx import __version__
-from mis_mlx.storage.files import Files, as_mis_error
+from mis_mlx.storage.files import DISK, as_mis_error
 from mis_mlx.types import Checkpoint, MisError
 
 ASKED = "asked.yaml"  # the settings that were said; the first file of a run
@@ -49,7 +49,7 @@ _BARE = re.compile(rf"\.DS_Store|\.lock|{ASKED}|{PLAN}|{CONFIG}|{TAKEN}|\.tmp-.*
 _UNMADE = re.compile(rf"{_BARE.pattern}|{SEARCH}")
 
 
-def make(out: str | None, name: str, files: Files) -> Path:
+def make(out: str | None, name: str) -> Path:
     """The empty folder of a new run: `out`, or the next free runs/NAME-001.
 
     Two processes never get the same runs/NAME-001. MisError when `out` holds a run already.
@@ -58,17 +58,17 @@ def make(out: str | None, name: str, files: Files) -> Path:
         folder = Path(out)
         _refuse_taken(folder)
         with as_mis_error(folder.parent, "the run folder"):
-            files.make_folder(folder)
+            DISK.make_folder(folder)
         return folder
     first = Path("runs") / name
     with as_mis_error(first.parent, "the run folder"):
-        files.make_folder(first.parent)
+        DISK.make_folder(first.parent)
         number = 1
         while True:
             folder = first.with_name(f"{first.name}-{number:03d}")
             with suppress(FileExistsError):
-                files.mkdir(folder)
-                files.fsync(folder.parent)
+                DISK.mkdir(folder)
+                DISK.fsync(folder.parent)
                 return folder
             number += 1
 
@@ -86,29 +86,28 @@ def _holds_only(folder: Path, names: re.Pattern[str]) -> bool:
     return all(names.fullmatch(path.name) for path in folder.iterdir())
 
 
-def begin(folder: Path, asked: Mapping[str, Any], files: Files) -> None:
+def begin(folder: Path, asked: Mapping[str, Any]) -> None:
     """Make a folder, which this process has locked, that of a run, which can be resumed.
 
     asked: the settings that were said; the rest is to be decided. MisError when it holds a run.
     """
     _refuse_taken(folder)
-    files.replace_text(folder / ASKED, _as_yaml(asked))
+    DISK.replace_text(folder / ASKED, _as_yaml(asked))
 
 
 def decide(
     folder: Path,
     settings: Mapping[str, Any],
     plan: Mapping[str, Any],
-    files: Files,
 ) -> None:
     """Write what a run is: settings for config.yaml, which `-c` reads, too, and how it trains."""
-    _write_json(folder / PLAN, plan, files)
-    files.replace_text(folder / CONFIG, _as_yaml(settings))  # last
+    _write_json(folder / PLAN, plan)
+    DISK.replace_text(folder / CONFIG, _as_yaml(settings))  # last
 
 
-def _write_json(path: Path, values: Mapping[str, Any], files: Files) -> None:
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     text = json.dumps(dict(values), indent=2)
-    files.replace_text(path, text)
+    DISK.replace_text(path, text)
 
 
 def _as_yaml(settings: Mapping[str, Any]) -> str:
@@ -119,10 +118,10 @@ def _as_yaml(settings: Mapping[str, Any]) -> str:
     return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
 
 
-def forget_bare(folder: Path, files: Files) -> None:
+def forget_bare(folder: Path) -> None:
     """Delete the folder of a new run that was refused before any work."""
     if folder.is_dir() and _holds_only(folder, _BARE):
-        files.discard(folder)
+        DISK.discard(folder)
 
 
 def is_run(folder: Path) -> bool:
@@ -246,7 +245,6 @@ def origin(teacher: Checkpoint, data: str) -> dict[str, str]:
 def same_origin(
     folder: Path,
     origin: Mapping[str, str],
-    files: Files,
     same: tuple[str, ...] = SAME,
 ) -> list[str]:
     """Keep what a run was made from; of one that goes on, check it.
@@ -255,7 +253,7 @@ def same_origin(
     everything else that changed.
     """
     if not (folder / ORIGIN).exists() and _holds_only(folder, _UNMADE):
-        _write_json(folder / ORIGIN, origin, files)
+        _write_json(folder / ORIGIN, origin)
         return []
     before = stored_settings(folder, ORIGIN)
     notes = []

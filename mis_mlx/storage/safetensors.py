@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mis_mlx.storage.files import Files
+from mis_mlx.storage.files import DISK
 from mis_mlx.storage.header_check import DTYPES, MAX_HEADER_BYTES, Refused, check, json_object
 from mis_mlx.types import GIB, MisError, TensorAt, grouped
 
@@ -207,7 +207,6 @@ def write_tensors(
     folder: Path,
     specs: Specs,
     tensors: Named,
-    files: Files,
     *,
     shards: Sequence[Specs] | None = None,
 ) -> None:
@@ -225,14 +224,14 @@ def write_tensors(
         for number, shard in enumerate(shards, 1):
             by_file[f"model-{number:05d}-of-{len(shards):05d}.safetensors"] = shard
     for name, part in by_file.items():
-        _write_file(folder / name, part, coming, files)
+        _write_file(folder / name, part, coming)
     surplus = next(coming, None)
     if surplus:
         raise ValueError(f"{folder}: {surplus[0]} came, nothing was due")
     if len(shards) > 1:
         content = _index_content(specs, by_file)
-        files.write(folder / INDEX, json.dumps(content, indent=2).encode())
-        files.fsync(folder / INDEX)
+        DISK.write(folder / INDEX, json.dumps(content, indent=2).encode())
+        DISK.fsync(folder / INDEX)
 
 
 def _index_content(specs: Specs, by_file: Mapping[str, Specs]) -> dict[str, Any]:
@@ -249,22 +248,20 @@ def _index_content(specs: Specs, by_file: Mapping[str, Specs]) -> dict[str, Any]
     return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def write_arrays(path: Path, arrays: Mapping[str, mx.array], files: Files) -> dict[str, Any]:
+def write_arrays(path: Path, arrays: Mapping[str, mx.array]) -> dict[str, Any]:
     """Write one safetensors file and fsync it: {"bytes": its size, "sha256": in hex}."""
     specs = {name: spec_of(array) for name, array in arrays.items()}
-    return _write_file(path, specs, iter(arrays.items()), files)
+    return _write_file(path, specs, iter(arrays.items()))
 
 
-def _write_file(
-    path: Path, specs: Specs, coming: Iterator[tuple[str, Tensor]], files: Files
-) -> dict[str, Any]:
+def _write_file(path: Path, specs: Specs, coming: Iterator[tuple[str, Tensor]]) -> dict[str, Any]:
     """Write the file front to back from the next tensors that come.
 
     ValueError where one is missing, or is not the one that is due.
     """
     head, content_bytes = _head(specs)
     sha256 = hashlib.sha256(head)
-    files.write(path, head)
+    DISK.write(path, head)
     for due in specs.items():
         name, tensor = next(coming, ("nothing", mx.array(0)))
         came = (name, spec_of(tensor))
@@ -275,7 +272,7 @@ def _write_file(
             if array.size:
                 data = _bytes_of(array)
                 sha256.update(data)
-                files.extend(path, data)
+                DISK.extend(path, data)
                 written += len(data)
                 del data
             del array
@@ -285,7 +282,7 @@ def _write_file(
             raise ValueError(
                 f"{path.name}: {name} came with {written} bytes, {spec_bytes(due[1])} were due"
             )
-    files.fsync(path)  # shard by shard, so that unwritten pages do not pile up in memory
+    DISK.fsync(path)  # shard by shard, so that unwritten pages do not pile up in memory
     return {"bytes": len(head) + content_bytes, "sha256": sha256.hexdigest()}
 
 

@@ -84,7 +84,7 @@ def run(
     def save(number: int) -> None:
         arrays = {key: named for key, named in made.arrays().items() if named}
         state = {"arrays": list(arrays), "memory": made.memory()}
-        protocol.save_step(steps, number, arrays, state, files=DISK)
+        protocol.save_step(steps, number, arrays, state)
 
     start = 0
     if saved := protocol.newest(steps):
@@ -108,5 +108,5 @@ def run(
 def kept(teacher: Checkpoint, data: Windows, recipe: Any, folder: Path, **how: Any) -> KeptTargets:
     """The teacher's targets for all steps of a recipe, in a new folder."""
     visited = targets.visited_windows(data, recipe)
-    store = targets.write_store(teacher, data.pick(visited), folder, DISK, **how)
+    store = targets.write_store(teacher, data.pick(visited), folder, **how)
     return KeptTargets(store, visited, softcap(teacher.config))

@@ -25,7 +25,7 @@ from mis_mlx.models.opening import load
 from mis_mlx.models.passing import stream
 from mis_mlx.models.writing import model_writer
 from mis_mlx.storage import run_folder
-from mis_mlx.storage.files import DISK, Files
+from mis_mlx.storage.files import DISK
 from mis_mlx.storage.safetensors import InParts
 from mis_mlx.types import Checkpoint, MisError, Step
 from tests import tiny
@@ -143,14 +143,12 @@ def resident(
     return model, steps, arrays
 
 
-def opened(
-    student: Checkpoint, folder: Path, each: int = 1, files: Files = DISK, **how: Any
-) -> BlockStudent:
+def opened(student: Checkpoint, folder: Path, each: int = 1, **how: Any) -> BlockStudent:
     """`student` in parts in `folder`, ready to train."""
     made = BlockStudent(
-        model_writer.by_block(student, folder, files),
+        model_writer.by_block(student, folder),
         "weights",
-        **{"at_once": each, "steps_each": VISIT, "files": files, **how},
+        **{"at_once": each, "steps_each": VISIT, **how},
     )
     made.begin()
     return made
@@ -224,37 +222,37 @@ def test_a_step_is_the_resident_models_bit_for_bit(
     )
 
 
-class Counting(Files):
-    """The real disk, counting the bytes written to every file."""
+@pytest.fixture(name="written_bytes")
+def _written_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The bytes of every write to a file."""
+    counted = list[int]()
 
-    def __init__(self) -> None:
-        self.written = 0
-        for name in ("write", "extend"):
-            setattr(self, name, partial(self._count, getattr(self, name)))
-
-    def _count(self, do: Callable[..., None], path: Path, data: bytes | memoryview) -> None:
-        self.written += len(data)
+    def count(do: Callable[..., None], path: Path, data: bytes | memoryview) -> None:
+        counted.append(len(data))
         do(path, data)
+
+    for name in ("write", "extend"):
+        monkeypatch.setattr(DISK, name, partial(count, getattr(DISK, name)))
+    return counted
 
 
 def test_blocks_are_written_at_the_end_of_a_visit_only(
-    tmp_path: Path, source: Callable[[str], Checkpoint]
+    tmp_path: Path, source: Callable[[str], Checkpoint], written_bytes: list[int]
 ) -> None:
     """Two blocks a visit: their files, all of them and nothing else, at steps 2, 4 and at the last,
     5.
     """
-    files = Counting()
     written = []
-    student = opened(source("llama"), tmp_path / "s", 2, files)
+    student = opened(source("llama"), tmp_path / "s", 2)
     before = contents(tmp_path / "s")
-    files.written = 0
+    written_bytes.clear()
     for _ in train_loop.steps(student, micro_batches, LOSS, schedule(5)):
         now = contents(tmp_path / "s")
         written.append(
-            (sorted(name for name in now if now[name] != before.get(name)), files.written)
+            (sorted(name for name in now if now[name] != before.get(name)), sum(written_bytes))
         )
         before = now
-        files.written = 0
+        written_bytes.clear()
     low = ["model-00002-of-00006.safetensors", "model-00003-of-00006.safetensors"]
     high = ["model-00004-of-00006.safetensors", "model-00005-of-00006.safetensors"]
     assert [changed for changed, _ in written] == [
@@ -278,7 +276,7 @@ def run(
     stop: int | None = None,
 ) -> list[Step]:
     """`students.run` of so many steps in the folder `root`."""
-    parts = model_writer.by_block(source, root / "s", DISK)
+    parts = model_writer.by_block(source, root / "s")
     made = BlockStudent(parts, "weights", at_once=each, steps_each=VISIT)
     micro = partial(micro_batches, count=2, windows=1)
 

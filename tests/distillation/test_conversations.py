@@ -25,7 +25,6 @@ from mis_mlx.judge.prompts import Answer, AnswerPair, Prompt, read_header, read_
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.storage import checkpoint as protocol
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import Budget, Checkpoint
 from tests import tiny
 
@@ -335,7 +334,7 @@ def test_all_answers_are_kept(tmp_path: Path) -> None:
     """
     found = judged("ep", {"teacher": [FINE, LOOP], "distilled": [], "4-bit": [LOOP, FINE]})
 
-    conversations.write_answers(found, tmp_path, DISK)
+    conversations.write_answers(found, tmp_path)
     figures = conversations.figures(found)
 
     rows = [

@@ -23,7 +23,6 @@ from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.quantization import scale_state
 from mis_mlx.settings.recipe import DistillationConfig, QuantizationConfig
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB
 from tests import peaks, tiny
 from tests.conftest import mostly_slow, mostly_thorough
@@ -117,7 +116,7 @@ def test_learning_stays_under_the_plan(
     source = students.kept(checkpoint, text, recipe, tmp_path / "targets")
     with (
         peaks.of_mlx(planned.peak_bytes) as peak,
-        scale_state.place(planned, tmp_path, DISK) as state,
+        scale_state.place(planned, tmp_path) as state,
     ):
         student = BlockStudent(packed, "scales", kept=planned.stays[INTEGERS], state=state)
         student.begin()

@@ -27,7 +27,6 @@ from mis_mlx.models.opening import load
 from mis_mlx.quantization import packed_format, scale_state
 from mis_mlx.settings.recipe import DistillationConfig
 from mis_mlx.storage import checkpoint as protocol
-from mis_mlx.storage.files import DISK
 from mis_mlx.storage.header_check import check
 from mis_mlx.storage.safetensors import lazy
 from mis_mlx.types import Checkpoint, MisError, Step
@@ -76,7 +75,7 @@ def scaled(packed: Checkpoint, place: Path, *, on_disk: bool, kept: int = 0) -> 
     """A student whose scales learn, in memory or in files in `place`."""
     state: scale_state.LearnedState = scale_state.InMemory()
     if on_disk:
-        state = scale_state.OnDisk(place / HIDDEN, DISK)
+        state = scale_state.OnDisk(place / HIDDEN)
     return BlockStudent(packed, "scales", kept=kept, state=state)
 
 

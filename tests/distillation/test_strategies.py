@@ -36,7 +36,6 @@ from mis_mlx.settings.recipe import (
     QuantizationConfig,
     TrainingConfig,
 )
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Air, Budget, Checkpoint
 from tests import peaks, tiny
 from tests.conftest import mostly_thorough
@@ -311,7 +310,7 @@ def test_training_by_blocks_stays_under_the_plan(
     planned = weights_cost(job, batch, shard).peak_bytes
     source = students.kept(teacher, data, recipe, tmp_path / "targets")
     if shard:
-        small = model_writer.by_block(small, tmp_path / "parts", DISK)
+        small = model_writer.by_block(small, tmp_path / "parts")
     mx.clear_cache()
     gc.collect()  # what an earlier test left would be freed during the work
     before = mx.get_active_memory()
@@ -347,7 +346,6 @@ def test_pruning_stays_under_the_plan(
             cut=cut,
             dtype="float32",
             air=Air,
-            files=DISK,
         )
     assert planned.peak_bytes / 4 < peak.nbytes < peaks.allocated(planned.peak_bytes)
 

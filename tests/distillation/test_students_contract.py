@@ -22,7 +22,6 @@ from mis_mlx.distillation.block_student import BlockStudent
 from mis_mlx.models.opening import load
 from mis_mlx.models.writing import model_writer
 from mis_mlx.quantization import scale_state
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, Step
 from tests import tiny
 from tests.distillation.students import LOSS, Killed, facts, micro_batches, run, schedule
@@ -50,7 +49,7 @@ def packed(dense: Checkpoint) -> Checkpoint:
 
 def blocks(place: Path, dense: Checkpoint, packed: Checkpoint, *, each: int) -> BlockStudent:
     """Blocks of floats, so many in memory for two steps."""
-    parts = model_writer.by_block(dense, place / "parts", DISK)
+    parts = model_writer.by_block(dense, place / "parts")
     return BlockStudent(parts, "weights", at_once=each, steps_each=2)
 
 
@@ -60,7 +59,7 @@ def scales(
     """Packed blocks, of which so many are kept."""
     state: scale_state.LearnedState = scale_state.InMemory()
     if on_disk:
-        state = scale_state.OnDisk(place / ".tmp-scales-1", DISK)
+        state = scale_state.OnDisk(place / ".tmp-scales-1")
     return BlockStudent(packed, "scales", kept=kept, state=state)
 
 

@@ -22,7 +22,6 @@ from mis_mlx.models.opening import load
 from mis_mlx.models.passing import stream
 from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage import logit_store
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError, Step
 from tests import tiny
 from tests.conftest import near
@@ -57,7 +56,7 @@ def some(n: int = 80) -> Windows:
 
 
 def write(llama: Checkpoint, data: Windows, folder: Path, **more: Any) -> logit_store.Targets:
-    return targets.write_store(llama, data=data, folder=folder, files=DISK, **more)
+    return targets.write_store(llama, data=data, folder=folder, **more)
 
 
 def train(

@@ -29,7 +29,6 @@ from mis_mlx.distillation import block_student, pipeline, strategies
 from mis_mlx.quantization import begun_rounding
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import logit_store, run_folder
-from mis_mlx.storage.files import Files
 from mis_mlx.storage.hidden_spool import Spool
 from tests import tiny
 
@@ -204,7 +203,7 @@ def _store(place: Path) -> None:
     shape: dict[str, Any] = {"count": 4, "vocab": 64, "windows": WINDOWS, "length": LENGTH}
     origin: dict[str, Any] = {"teacher": "teacher", "data": "data", "seed": 0}
     spec = logit_store.Spec(top=0, part_windows=2, **shape, **origin)
-    store = logit_store.create(place / "targets", spec, Files())
+    store = logit_store.create(place / "targets", spec)
     for window in store.missing():
         at = np.arange(LENGTH)
         sizes = 1 + (window + at) % 3
@@ -216,7 +215,7 @@ def _spool(place: Path) -> None:
     """Hidden states through a file and back. It is scratch: what must come out is right bytes, and
     nothing left.
     """
-    spool = Spool(place, 1, Files())
+    spool = Spool(place, 1)
     given = [mx.full((4, 8), float(i)) for i in range(4)]
     spool.extend(given)
     for i in range(4):

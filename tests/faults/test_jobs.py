@@ -18,7 +18,7 @@ import pytest
 
 from mis_mlx.maths import stats
 from mis_mlx.storage import checkpoint as protocol
-from mis_mlx.storage.files import Files
+from mis_mlx.storage.files import DISK
 from tests.conftest import mostly_slow, mostly_thorough
 from tests.faults.conftest import Note
 from tests.faults.verdicts import FATES, Bench
@@ -104,9 +104,9 @@ def test_the_end_of_the_process_at_every_operation(name: str, bench: Benches, no
 
 
 @contextmanager
-def in_place(final: Path, files: Files, *_: Any) -> Iterator[Path]:
+def in_place(final: Path, *_: Any) -> Iterator[Path]:
     """What a program without a protocol does: it writes where the model will be."""
-    files.make_folder(final)
+    DISK.make_folder(final)
     yield final
 
 

@@ -12,7 +12,6 @@ import pytest
 
 from mis_mlx.models.architectures import arch
 from mis_mlx.storage import safetensors
-from mis_mlx.storage.files import DISK
 from tests import tiny
 from tests.faults import liars
 from tests.faults.conftest import Note
@@ -34,7 +33,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder,
         specs,
         tensors=in_order,
-        files=DISK,
         shards=safetensors.split_into_shards(specs, 150_000),
     )
     assert len(list(folder.glob("model-*.safetensors"))) > 1

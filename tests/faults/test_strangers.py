@@ -17,7 +17,6 @@ from mis_mlx.data import token_windows
 from mis_mlx.hardware import child_process
 from mis_mlx.models.opening import load, tokenizer_check
 from mis_mlx.models.writing import model_writer
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import MisError
 from tests import tiny
 from tests.faults.test_folders import ESCAPE, patterned, settings
@@ -152,7 +151,5 @@ def test_a_link_out_is_not_copied(name: str, tmp_path: Path) -> None:
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(secret)
     with pytest.raises(MisError, match="link out of the model folder"):
-        model_writer.write_folder(
-            {"model_type": "llama"}, {}, tensors=[], source=folder, out=out, files=DISK
-        )
+        model_writer.write_folder({"model_type": "llama"}, {}, tensors=[], source=folder, out=out)
     assert not out.exists()

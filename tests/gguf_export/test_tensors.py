@@ -17,7 +17,6 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize, quant
 from mis_mlx.gguf_export import rerounding, tensors
 from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening import load
-from mis_mlx.storage.files import DISK
 from mis_mlx.storage.safetensors import spec_of, write_tensors
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
@@ -55,7 +54,7 @@ def packed(
         arrays |= {f"{stem}.biases": b.astype(dtype) for b in biases}
     out = folder / "packed"
     out.mkdir()
-    write_tensors(out, {name: spec_of(a) for name, a in arrays.items()}, arrays.items(), DISK)
+    write_tensors(out, {name: spec_of(a) for name, a in arrays.items()}, arrays.items())
     settings: dict[str, Any] = {"group_size": group, "bits": bits, "mode": mode}
     settings |= {path: {**settings, "bits": own} for path, own in mixed.items()}
     (out / "config.json").write_text(json.dumps({**source.config, "quantization": settings}))
@@ -292,7 +291,7 @@ def test_the_reader_finds_what_was_written(tmp_path: Path) -> None:
     slabs = [iter([arrays["a.weight"][i : i + 2] for i in (0, 2, 4)])]  # of 2, 2 and 1 rows
     slabs += [iter([arrays[name]]) for name in ("b.weight", "c.weight")]
     path = tmp_path / "x.gguf"
-    tensors.write(path, tensors.head(writer, PARTS), parts=PARTS, rows=slabs, files=DISK)
+    tensors.write(path, tensors.head(writer, PARTS), parts=PARTS, rows=slabs)
     reader = GGUFReader(path)
     assert reader.fields["llama.context_length"].contents() == 77
     assert [

@@ -30,7 +30,6 @@ from mis_mlx.planner import estimates
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import packed_format
 from mis_mlx.runs import run_loop
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import UNDECIDED, Budget, Checkpoint, MisError, Precision
 from tests import tiny
 from tests.conftest import mostly_slow
@@ -48,7 +47,7 @@ def packed(tmp_path: Path, stored: str, mode: str = "affine", layers: int = 5) -
     dense = load.open_checkpoint(made)
     if mode == "affine":
         plan = packed_format.formats_of(dense.config, 64)
-        packed_format.write_quantized(dense, tmp_path / "packed", plan, DISK)
+        packed_format.write_quantized(dense, tmp_path / "packed", plan)
     else:
         tiny.in_fp4(dense, tmp_path / "packed", mode)
     return load.open_checkpoint(tmp_path / "packed")
@@ -139,7 +138,7 @@ def overflowing(tmp_path: Path, request: pytest.FixtureRequest) -> Checkpoint:
         )
 
     model_writer.write_model(
-        made.config, take, source=made.path, out=tmp_path / "over", dtype="float32", files=DISK
+        made.config, take, source=made.path, out=tmp_path / "over", dtype="float32"
     )
     return load.open_checkpoint(tmp_path / "over")
 
@@ -216,8 +215,8 @@ def test_what_is_made_of_a_model_computes_as_it_does(llama: Checkpoint, tmp_path
     decided = replace(llama, precision=Precision(asked=None, dtype="bfloat16"))
     made = [
         vocabulary.first_rows(decided, 256),
-        vocabulary.write(decided, range(512), tmp_path / "rows", DISK),
-        model_writer.by_block(decided, tmp_path / "parts", DISK),
+        vocabulary.write(decided, range(512), tmp_path / "rows"),
+        model_writer.by_block(decided, tmp_path / "parts"),
     ]
     for checkpoint in made:
         assert precision.dtype_of(checkpoint) == mx.bfloat16

@@ -14,7 +14,6 @@ from mis_mlx.compute import precision
 from mis_mlx.judge.speed import rounds
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.quantization import packed_format
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
 from tests import tiny
 
@@ -62,9 +61,7 @@ def test_floats_run_in_the_quick_type(
         compute_type.open_to_compute(tiny.make(root / "bf16", dtype="BF16"))
     )
     assert {p.dtype for _, p in tree_flatten(model.parameters())} == {quick}
-    packed_format.write_quantized(
-        llama, root / "q4", packed_format.formats_of(llama.config, 64), DISK
-    )
+    packed_format.write_quantized(llama, root / "q4", packed_format.formats_of(llama.config, 64))
     model, tokenizer = rounds.open_model(compute_type.open_to_compute(root / "q4"))
     assert {p.dtype for _, p in tree_flatten(model.parameters())} == {quick, mx.uint32}
     assert len(list(rounds.greedy(model, tokenizer.encode("The if statement"), 4))) == 4

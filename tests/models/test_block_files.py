@@ -17,7 +17,6 @@ import pytest
 
 from mis_mlx.models.opening import load
 from mis_mlx.models.writing import model_writer
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits, MisError
 from tests import stock, tiny
 from tests.faults.broken import breaking
@@ -45,7 +44,7 @@ def test_one_file_per_block_that_everybody_opens(
     """All the weights, float32, the tokenizer; each block alone in its file; stock mlx_lm gives the
     same logits.
     """
-    made = model_writer.by_block(models(kind), tmp_path / "s", DISK)
+    made = model_writer.by_block(models(kind), tmp_path / "s")
     assert raw(made) == raw(models(kind))
     blocks: dict[Path, set[str]] = {}
     for name, t in made.tensors.items():
@@ -66,7 +65,7 @@ def test_half_precision_becomes_float32_and_the_cut_stays_known(
     """The values of a bfloat16 student, keep.json beside them, and the type in the config."""
     keep = KeptUnits((0, 2), {}, "by hand", {"a": 1})
     half = student_of(llama, keep, tmp_path / "b", "bfloat16")
-    made = model_writer.by_block(half, tmp_path / "s", DISK)
+    made = model_writer.by_block(half, tmp_path / "s")
     assert {t.dtype for t in made.tensors.values()} == {"F32"}
     assert all(
         mx.array_equal(load.dense(made, n), load.dense(half, n).astype(mx.float32))
@@ -83,17 +82,17 @@ def test_a_replaced_block_and_no_other(tmp_path: Path, llama: Checkpoint) -> Non
     An array that was read lazily keeps the old values; a folder that exists is opened, not begun
     again.
     """
-    made = model_writer.by_block(llama, tmp_path / "s", DISK)
+    made = model_writer.by_block(llama, tmp_path / "s")
     name = "model.layers.1.mlp.up_proj.weight"
     before = files_of(tmp_path / "s")
     wanted = new_weights(made, 1)
     lazy = load.dense(made, name)
     mx.eval(wanted)
-    model_writer.replace_block(made, 1, wanted, DISK)
+    model_writer.replace_block(made, 1, wanted)
     after = files_of(tmp_path / "s")
     assert mx.array_equal(lazy, load.dense(llama, name))
     assert [n for n in after if after[n] != before.get(n)] == [made.tensors[name].file.name]
-    again = model_writer.by_block(llama, tmp_path / "s", DISK)
+    again = model_writer.by_block(llama, tmp_path / "s")
     assert files_of(tmp_path / "s") == after
     assert again.tensors == made.tensors
     for name, value in wanted.items():
@@ -113,14 +112,14 @@ def test_whichever_operation_fails_a_block_is_old_or_new(
     """
     refused = 0
     for at in itertools.count(1):
-        made = model_writer.by_block(llama, tmp_path / str(at), DISK)
+        made = model_writer.by_block(llama, tmp_path / str(at))
         old = raw(made)
         wanted = new_weights(made, 1)
         mx.eval(wanted)
         new = old | {f"model.layers.1.{n}": bytes(memoryview(v)) for n, v in wanted.items()}
         with breaking(at, number) as done:
             try:
-                model_writer.replace_block(made, 1, wanted, DISK)
+                model_writer.replace_block(made, 1, wanted)
                 acknowledged = True
             except MisError as error:
                 assert "block 1 of the student" in str(error)
@@ -129,7 +128,7 @@ def test_whichever_operation_fails_a_block_is_old_or_new(
         now = raw(load.open_checkpoint(made.path))
         assert now == new or (now == old and not acknowledged)
         assert not [n for n in os.listdir(made.path) if n.startswith(".tmp-")]
-        model_writer.replace_block(made, 1, wanted, DISK)
+        model_writer.replace_block(made, 1, wanted)
         assert raw(load.open_checkpoint(made.path)) == new
         if len(done) < at:
             break
@@ -140,7 +139,7 @@ def test_whichever_operation_fails_a_block_is_old_or_new(
 def test_a_quantized_source_is_unpacked(tmp_path: Path, llama: Checkpoint) -> None:
     """Packed weights come back dense, in a folder that stock mlx_lm opens."""
     packed = tiny.packed(llama, tmp_path / "q4")
-    made = model_writer.by_block(packed, tmp_path / "s", DISK)
+    made = model_writer.by_block(packed, tmp_path / "s")
     assert all(mx.array_equal(load.dense(made, n), load.dense(packed, n)) for n in made.tensors)
     assert stock.opened(made.path)(TOKENS).shape == (1, 5, 512)
 
@@ -159,5 +158,5 @@ def test_what_is_written_says_nothing_of_where_it_was(tmp_path: Path, llama: Che
     for name in ("config.json", "tokenizer_config.json"):
         settings = json.loads((folder / name).read_text())
         (folder / name).write_text(json.dumps({**settings, "_name_or_path": "/home/me/secret"}))
-    model_writer.by_block(load.open_checkpoint(folder), tmp_path / "s", DISK)
+    model_writer.by_block(load.open_checkpoint(folder), tmp_path / "s")
     assert not [path for path in (tmp_path / "s").glob("*.json") if "secret" in path.read_text()]

@@ -35,7 +35,6 @@ from mis_mlx.models.writing import model_writer
 from mis_mlx.models.writing.text_writer import TextWriter
 from mis_mlx.quantization import packed_format
 from mis_mlx.settings.recipe import TrainingConfig
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
 from tests import family_checks, stock, tiny
 from tests.conftest import mostly_slow, mostly_thorough
@@ -295,7 +294,7 @@ def test_gradients_are_those_of_the_whole_model(
     if each:
         monkeypatch.setattr(streams, "count", lambda: 2)
         monkeypatch.setattr(streams, "single_threaded_blas", lambda _: nullcontext())
-        parts = model_writer.by_block(models(kind), tmp_path / "parts", DISK)
+        parts = model_writer.by_block(models(kind), tmp_path / "parts")
         student = BlockStudent(parts, "weights", at_once=each, steps_each=1)
     else:
         student = BlockStudent(models(kind), "weights")

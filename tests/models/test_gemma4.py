@@ -28,7 +28,6 @@ from mis_mlx.models.writing import model_writer
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import bit_allocation, packed_format
 from mis_mlx.size_search import shape_search
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
 from tests import family_checks, stock, tiny
 from tests.family_checks import TOKENS
@@ -69,9 +68,9 @@ def test_tables_go_through_memory_in_parts(
         return read(self, at, ids)
 
     monkeypatch.setattr(load.Reader, "rows", watched)
-    seen = vocabulary.write(gemma, range(0, 512, 2), tmp_path / "rows", DISK)
+    seen = vocabulary.write(gemma, range(0, 512, 2), tmp_path / "rows")
     tiny.packed(gemma, tmp_path / "four", 32)
-    parts = model_writer.by_block(gemma, tmp_path / "parts", DISK)
+    parts = model_writer.by_block(gemma, tmp_path / "parts")
     assert sum(largest) == 256 + 2 * 512
     assert max(largest) <= rows
     name = f"{arch.PER_LAYER}weight"
@@ -172,7 +171,7 @@ def test_sizes_are_those_of_files(tmp_path: Path) -> None:
     weights = weight_count(shape_search.matrices_of(tensors))
     assert weight_count(tensors) == arch.params(config)
     plan = packed_format.formats_of(config, 64)
-    packed_format.write_quantized(model, tmp_path / "q", plan, DISK)
+    packed_format.write_quantized(model, tmp_path / "q", plan)
     rounded = load.open_checkpoint(tmp_path / "q")
     bits = 0.0
     for name, size in arch.tensors_of(config).items():

@@ -15,7 +15,6 @@ from mis_mlx import sft
 from mis_mlx.compute import precision
 from mis_mlx.models.opening import load
 from mis_mlx.models.writing import lora
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
 from tests import family_checks
 from tests.conftest import mostly_thorough
@@ -59,7 +58,7 @@ def test_adapters_of_experts_are_mlx_lms(
     wanted = model(TOKENS)
 
     out = tmp_path / "adapters"
-    lora.write(adapters, settings, out, DISK, config=checkpoint.config)
+    lora.write(adapters, settings, out, config=checkpoint.config)
 
     assert any(".experts." in name for name in adapters)
     theirs, _ = load.mlx_lm("utils").load(str(checkpoint.path), adapter_path=str(out))

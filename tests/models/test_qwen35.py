@@ -25,7 +25,6 @@ from mis_mlx.models.passing import stream
 from mis_mlx.models.writing import model_writer
 from mis_mlx.quantization import bit_allocation
 from mis_mlx.settings.recipe import QuantizationConfig
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError, Precision
 from tests import peaks, tiny
 from tests.family_checks import TOKENS, apart
@@ -124,7 +123,7 @@ def test_decay_keeps_its_digits(
     name = "model.layers.0.linear_attn.A_log"
     stored = load.dense(qwen, name)
     assert not mx.array_equal(stored.astype(mx.bfloat16), stored)
-    written = model_writer.by_block(qwen, tmp_path / "half", DISK, dtype)
+    written = model_writer.by_block(qwen, tmp_path / "half", dtype)
     assert mx.array_equal(load.dense(written, name), stored)
     for checkpoint in (qwen, tiny.packed(qwen, tmp_path / "four", 32)):
         half = replace(checkpoint, precision=Precision(asked=dtype, dtype=dtype))
@@ -139,7 +138,7 @@ def test_decay_keeps_its_digits(
 
 def test_half_a_model_computes_where_it_was_read(qwen: Checkpoint, tmp_path: Path) -> None:
     """Tensors that stay float32 in a folder of bfloat16 do not make every block a copy."""
-    folder = model_writer.by_block(qwen, tmp_path / "half", DISK, "bfloat16")
+    folder = model_writer.by_block(qwen, tmp_path / "half", "bfloat16")
     assert model_of(folder, dtype=mx.bfloat16).as_stored
     assert not model_of(folder, dtype=mx.float16).as_stored
     assert model_of(folder, gpu=True, dtype=mx.bfloat16).as_stored

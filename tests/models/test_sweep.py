@@ -10,7 +10,6 @@ import pytest
 
 from mis_mlx.models.passing.stream import Stream
 from mis_mlx.models.passing.sweep import Stack
-from mis_mlx.storage.files import DISK
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import Checkpoint
 
@@ -94,7 +93,7 @@ def test_states_before_every_block_are_kept(
         wanted += [plain(h) for h in states]
         turn.go()
     source = Stream(llama, mx.float32)
-    kept = source.embed(windows, Spool(tmp_path, held, DISK))
+    kept = source.embed(windows, Spool(tmp_path, held))
     for _ in source.sweep(kept, keep=True, last=False):
         pass  # everybody goes on by himself
     assert len(kept) == source.layers * 7

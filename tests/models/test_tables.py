@@ -21,7 +21,6 @@ from mis_mlx.pruning import slicing
 from mis_mlx.quantization import embedding_costs, packed_format, stage
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage import safetensors
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits
 from tests import tiny
 from tests.conftest import mostly_thorough
@@ -78,7 +77,7 @@ def test_a_packed_table_is_cut_in_parts(
     out = tmp_path / "student"
 
     def write() -> None:
-        slicing.write_student(packed, shape, keep, out, dtype="bfloat16", files=DISK)
+        slicing.write_student(packed, shape, keep, out, dtype="bfloat16")
 
     planned = slicing.copying_bytes(model_of(packed), rotation=False)
     assert peak_of(write, monkeypatch) < allocated(planned) < 12 * NUMBERS // 2
@@ -94,7 +93,7 @@ def test_a_table_is_rounded_in_parts(
     out = tmp_path / "packed"
 
     def write() -> None:
-        packed_format.write_quantized(wordy, out, plan, files=DISK)
+        packed_format.write_quantized(wordy, out, plan)
 
     m = model_of(wordy)
     planned = stage.quantizing_cost(m, ROUNDING, windows=1, length=16, limit=0).peak_bytes

@@ -22,7 +22,6 @@ from mis_mlx.models.writing import streamed_batch, text_writer
 from mis_mlx.models.writing.draws import Draws, Sampling
 from mis_mlx.models.writing.text_writer import Completion, Room, TextWriter
 from mis_mlx.quantization import packed_format
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
 from tests import tiny
 from tests.conftest import mostly_slow
@@ -291,7 +290,7 @@ def test_a_packed_model_whose_best_draft_is_itself(tmp_path: Path, llama: Checkp
     settles.
     """
     packed_format.write_quantized(
-        llama, tmp_path / "q4", packed_format.formats_of(llama.config, 64), DISK
+        llama, tmp_path / "q4", packed_format.formats_of(llama.config, 64)
     )
     packed = load.open_checkpoint(tmp_path / "q4")
     want = plainly(packed, IDS, COUNT)

@@ -25,7 +25,6 @@ from mis_mlx.models.passing import stream
 from mis_mlx.models.writing import model_writer
 from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.pruning import reconstruct, slicing
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, Checkpoint, KeptUnits, Precision
 from tests import peaks, tiny
 from tests.conftest import mostly_thorough
@@ -68,7 +67,7 @@ def student_of(
 ) -> Checkpoint:
     """The teacher cut to these sizes."""
     shape = replace(shape_of(teacher.config), layers=len(keep.layers), **sizes)
-    slicing.write_student(teacher, shape, keep=keep, out=out, dtype=dtype, files=DISK)
+    slicing.write_student(teacher, shape, keep=keep, out=out, dtype=dtype)
     return load.open_checkpoint(out)
 
 
@@ -82,7 +81,6 @@ def mended_model(student: Checkpoint, repaired: dict[str, mx.array]) -> Checkpoi
         source=student.path,
         out=out,
         dtype="float32",
-        files=DISK,
     )
     return load.open_checkpoint(out)
 

@@ -17,7 +17,6 @@ from mis_mlx.models.opening import load
 from mis_mlx.models.passing import stream
 from mis_mlx.models.writing import model_writer
 from mis_mlx.pruning import reconstruct, select, slicing
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import Air, Checkpoint, KeptUnits, MisError
 from tests import tiny
 from tests.conftest import Done, last_line, near
@@ -62,7 +61,6 @@ def student_of(
         keep=keep,
         out=out,
         dtype=dtype,
-        files=DISK,
         tensor=slicing.rotated_teacher(teacher, rotation),
     )
     return load.open_checkpoint(out)
@@ -211,7 +209,6 @@ def low_rank(folder: Path, rank: int) -> Checkpoint:
         source=plain.path,
         out=folder / "low",
         dtype="float32",
-        files=DISK,
     )
     return load.open_checkpoint(folder / "low")
 
@@ -223,9 +220,7 @@ def test_on_a_low_rank_stream_the_rotation_loses_nothing(
     teacher = low_rank(tmp_path, 32)
     cut = select.PruningConfig(scenario="none", hidden=32, importance="rms")
     before = stock(teacher, windows[0])
-    select.prune(
-        teacher, windows, out=tmp_path / "s", cut=cut, dtype="float32", air=Air, files=DISK
-    )
+    select.prune(teacher, windows, out=tmp_path / "s", cut=cut, dtype="float32", air=Air)
     after = stock(load.open_checkpoint(tmp_path / "s"), windows[0])
     assert np.linalg.norm(after - before) < near(1e-4, 1e-2) * np.linalg.norm(before)
 
@@ -243,7 +238,6 @@ def test_spooled_hidden_states_and_a_changing_wind_make_the_same_student(
             out=tmp_path / name,
             cut=select.PruningConfig(scenario="none", ffn=256, hidden=48),
             dtype="float32",
-            files=DISK,
             air=lambda celsius=celsius: Air(next(celsius), altitude_m=832.0),
             held=held,
         )

@@ -13,7 +13,6 @@ import pytest
 
 from mis_mlx.models.opening import load
 from mis_mlx.models.writing import model_writer
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, KeptUnits
 from tests import stock, tiny
 from tests.pruning.test_reconstruct import student_of
@@ -148,7 +147,6 @@ def test_foreign_code_and_weights_are_not_copied(tmp_path: Path) -> None:
         tensors=[],
         source=tmp_path / "from",
         out=tmp_path / "to",
-        files=DISK,
     )
     own = {"config.json", "model.safetensors"}
     assert {p.name for p in (tmp_path / "to").iterdir()} - own == {

@@ -28,7 +28,6 @@ from mis_mlx.models.passing import stream
 from mis_mlx.models.passing.stream import Stream
 from mis_mlx.pruning import vocabulary
 from mis_mlx.storage import run_folder
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
 from tests.conftest import (
@@ -92,7 +91,7 @@ def trimmed(
     kept = vocabulary.chosen(
         teacher, rows, windows(teacher, text_folder), vocabulary.VocabularyConfig()
     )
-    return vocabulary.write(teacher, kept, out, DISK), kept
+    return vocabulary.write(teacher, kept, out), kept
 
 
 @pytest.mark.parametrize(
@@ -143,7 +142,7 @@ def test_logits_of_the_rows_that_stay_are_the_teachers(
     used = len(needed.union(*map(tokens.parts, np.unique(text).tolist())))
     assert used < ROWS - 64
     kept = tokens.chosen(needed, np.bincount(text.reshape(-1), minlength=ROWS), used)
-    seen = vocabulary.write(teacher, kept, tmp_path / "rows", DISK)
+    seen = vocabulary.write(teacher, kept, tmp_path / "rows")
     assert seen.config["vocab_size"] == used == len(load.tokenizer(seen.path).get_vocab())
     mine = windows(seen, text_folder).tokens
     assert (np.array(kept)[mine] == text).all()

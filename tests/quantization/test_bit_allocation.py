@@ -17,7 +17,6 @@ from mis_mlx.models.architectures.block_inputs import BlockInputs, BlockOutputs
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import backward_pass
 from mis_mlx.quantization import bit_allocation
-from mis_mlx.storage.files import DISK
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import Checkpoint
 from tests import tiny
@@ -135,7 +134,7 @@ def test_the_same_from_disk(llama: Checkpoint, batches: list[mx.array], tmp_path
     """Inputs of the blocks spooled, but for three: the same numbers; another seed draws others."""
     one = bit_allocation.costs(llama, batches, 64, (4,))
     assert one == bit_allocation.costs(
-        llama, batches, group=64, bits=(4,), seed=0, kept=Spool(tmp_path, 3, DISK)
+        llama, batches, group=64, bits=(4,), seed=0, kept=Spool(tmp_path, 3)
     )
     assert one != bit_allocation.costs(llama, batches, group=64, bits=(4,), seed=1)
 

@@ -17,7 +17,6 @@ from mis_mlx.models.opening import load
 from mis_mlx.quantization import bit_allocation, format_costs, packed_format
 from mis_mlx.quantization.packed_format import Format
 from mis_mlx.settings.recipe import QuantizationConfig
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
 from tests.conftest import mostly_thorough
 
@@ -151,7 +150,7 @@ def test_mixed_groups_open_in_mlx_lm(
     if target < 4:
         assert 2 in report["bits"].values()
         assert 128 in report["groups"].values()
-    done = packed_format.write_quantized(llama, tmp_path / "q", plan, DISK, fit=True)
+    done = packed_format.write_quantized(llama, tmp_path / "q", plan, fit=True)
     assert done["bits_per_block_weight"] == packed_format.block_bits(llama.config, plan)
     made = load.open_checkpoint(tmp_path / "q")
     assert packed_format.formats(made) == dict(plan)
@@ -175,7 +174,7 @@ def test_a_gguf_keeps_every_format_up_to_5_bits(
     or fewer is rounded again.
     """
     plan, _ = bit_allocation.mixed(llama, batches, QuantizationConfig(target_bpw=2.8))
-    packed_format.write_quantized(llama, tmp_path / "q", plan, DISK, fit=True)
+    packed_format.write_quantized(llama, tmp_path / "q", plan, fit=True)
     made = load.open_checkpoint(tmp_path / "q")
     for part in tensors.parts(made, tensors.out_type(made)):
         kind = plan.get(part.source.removesuffix(".weight"))

@@ -17,7 +17,6 @@ from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.passing import stream
 from mis_mlx.models.passing.sweep import BlockTurn
 from mis_mlx.quantization import packed_format, stage
-from mis_mlx.storage.files import DISK
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import UNDECIDED, Checkpoint, MisError
 from tests import stock, tiny
@@ -33,7 +32,6 @@ def write(
         checkpoint,
         out,
         plan=plan,
-        files=DISK,
         rounded=stage.rounded_blocks(checkpoint, batches, plan),
     )
     return load.open_checkpoint(out)
@@ -115,7 +113,7 @@ def test_the_head_is_fitted_to_what_the_rounded_blocks_give_it(
     *blocks, last = stage.rounded_blocks(model, batches, plan)
     assert len(blocks) == 3 and list(last) == [head]
     packed_format.write_quantized(
-        model, tmp_path / "q", plan, DISK, rounded=iter([*blocks, last]), fit=True
+        model, tmp_path / "q", plan, rounded=iter([*blocks, last]), fit=True
     )
     made = load.open_checkpoint(tmp_path / "q")
     stored = load.dense(made, f"{head}.weight")
@@ -201,7 +199,7 @@ def test_hidden_states_on_disk_change_nothing(
 ) -> None:
     """One window in memory, the other spooled: the same bits."""
     plan = narrow_head(llama)
-    spooled = stage.rounded_blocks(llama, batches, plan, Spool(tmp_path, 1, DISK))
+    spooled = stage.rounded_blocks(llama, batches, plan, Spool(tmp_path, 1))
     for a, b in zip(stage.rounded_blocks(llama, batches, plan), spooled, strict=True):
         for path in a:
             assert all((x == y).all() for x, y in zip(a[path], b[path], strict=True))

@@ -16,7 +16,6 @@ from mis_mlx.models.opening import load
 from mis_mlx.models.passing import stream
 from mis_mlx.quantization import learned_scales, packed_format
 from mis_mlx.settings.recipe import DistillationConfig
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
 
 TOKENS = mx.random.randint(0, 512, (2, 16), key=mx.random.key(3))
@@ -28,7 +27,7 @@ def packed(llama: Checkpoint, tmp_path: Path) -> Checkpoint:
     plan = packed_format.formats_of(llama.config, 64)
     plan["model.layers.1.mlp.down_proj"] = packed_format.Format(8, 64)
     plan["model.layers.0.self_attn.q_proj"] = packed_format.Format(3, 64)
-    packed_format.write_quantized(llama, tmp_path / "q", plan, DISK)
+    packed_format.write_quantized(llama, tmp_path / "q", plan)
     return load.open_checkpoint(tmp_path / "q")
 
 
@@ -46,7 +45,7 @@ def trainable(checkpoint: Checkpoint) -> nn.Module:
 def write(checkpoint: Checkpoint, model: nn.Module, out: Path) -> None:
     """`out`: the folder with what such a model holds."""
     learned = dict(tree_flatten(model.trainable_parameters()))
-    learned_scales.write_learned(checkpoint, learned.get, out, DISK)
+    learned_scales.write_learned(checkpoint, learned.get, out)
 
 
 def test_a_bit_more_halves_the_rate(llama: Checkpoint, tmp_path: Path) -> None:
@@ -63,7 +62,7 @@ def test_a_bit_more_halves_the_rate(llama: Checkpoint, tmp_path: Path) -> None:
             path: packed_format.Format(bits if path in paths else 8, 64)
             for path in (*paths, "model.embed_tokens")
         }
-        packed_format.write_quantized(llama, tmp_path / str(bits), plan, DISK)
+        packed_format.write_quantized(llama, tmp_path / str(bits), plan)
         rounded = load.open_checkpoint(tmp_path / str(bits))
         recipe = pipeline.tuning_recipe(DistillationConfig(), rounded, 20, 2e-4)
         assert recipe.learning_rate == pytest.approx(rate)

@@ -15,7 +15,6 @@ from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.quantization import packed_format, stage
 from mis_mlx.settings import recipe
-from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, MisError
 from tests import peaks, stock, tiny
 
@@ -28,7 +27,7 @@ def test_every_matrix_is_packed(
     opens it.
     """
     plan = packed_format.formats_of(models(kind).config, 64)
-    done = packed_format.write_quantized(models(kind), tmp_path / "q4", plan, DISK)
+    done = packed_format.write_quantized(models(kind), tmp_path / "q4", plan)
     packed = load.open_checkpoint(tmp_path / "q4")
     found = {name: tensor.dtype for name, tensor in packed.tensors.items()}
     wanted = {}
@@ -53,9 +52,9 @@ def test_a_large_matrix_is_rounded_in_parts(
 ) -> None:
     """A few rows at a time: the same file."""
     plan = packed_format.formats_of(llama.config, 64)
-    packed_format.write_quantized(llama, tmp_path / "whole", plan, DISK)
+    packed_format.write_quantized(llama, tmp_path / "whole", plan)
     monkeypatch.setattr(rounding, "PART", 7 * shape_of(llama.config).hidden)
-    packed_format.write_quantized(llama, tmp_path / "parts", plan, DISK)
+    packed_format.write_quantized(llama, tmp_path / "parts", plan)
     whole, parts = (
         (tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")
     )
@@ -78,7 +77,7 @@ def test_experts_are_rounded_one_at_a_time(tmp_path: Path) -> None:
     mixture = load.open_checkpoint(folder)
     plan = packed_format.formats_of(mixture.config, 64)
     with peaks.of_mlx() as peak:
-        packed_format.write_quantized(mixture, tmp_path / "q4", plan, DISK)
+        packed_format.write_quantized(mixture, tmp_path / "q4", plan)
     planned = stage.quantizing_cost(
         model_of(mixture), recipe.ROUND_TO_NEAREST, windows=1, length=32, limit=0
     )
@@ -91,7 +90,7 @@ def test_group_32_when_asked(tmp_path: Path, batches: list[mx.array]) -> None:
     with pytest.raises(MisError, match=r" 96 .* 64: .*--q-group-size 32"):
         packed_format.formats_of(teacher.config, 64)
     plan = packed_format.formats_of(teacher.config, 32)
-    packed_format.write_quantized(teacher, tmp_path / "q4", plan, DISK)
+    packed_format.write_quantized(teacher, tmp_path / "q4", plan)
     assert mx.isfinite(stock.opened(tmp_path / "q4")(batches[0])).all()
 
 

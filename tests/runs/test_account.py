@@ -13,7 +13,6 @@ from mis_mlx import sft
 from mis_mlx.runs import account, run_loop
 from mis_mlx.runs.account import Account
 from mis_mlx.storage import run_folder
-from mis_mlx.storage.files import DISK
 from tests.conftest import Done, last_line
 
 
@@ -27,14 +26,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_processes_add_up(tmp_path: Path, clock: list[float]) -> None:
     """30 s, then 12 s after an hour in which nobody worked; the larger peak; all tea breaks."""
-    first = Account(tmp_path, DISK)
+    first = Account(tmp_path)
     first.breaks.count = 2
     first.breaks.seconds = 5.0
     first.peak.note(2**40)
     clock[0] += 30
     first.keep()
     clock[0] += 3600
-    second = Account(tmp_path, DISK)
+    second = Account(tmp_path)
     clock[0] += 12
     assert second.seconds == pytest.approx(42)
     assert second.peak_bytes == 2**40
@@ -43,16 +42,16 @@ def test_processes_add_up(tmp_path: Path, clock: list[float]) -> None:
 
 def test_a_kill_costs_seconds(tmp_path: Path, clock: list[float]) -> None:
     """It is kept from time to time, not at every step; that of a part keeps that of the whole."""
-    whole = Account(tmp_path, DISK)
+    whole = Account(tmp_path)
     (tmp_path / "part").mkdir()
-    part = Account(tmp_path / "part", DISK, whole=whole)
+    part = Account(tmp_path / "part", whole=whole)
     clock[0] += account.EVERY_S - 1
     part.keep_sometimes()
     assert not (tmp_path / run_folder.TAKEN).exists()
     clock[0] += 1
     part.keep_sometimes()
     for folder in (tmp_path, tmp_path / "part"):
-        assert Account(folder, DISK).seconds == pytest.approx(account.EVERY_S)
+        assert Account(folder).seconds == pytest.approx(account.EVERY_S)
 
 
 def test_a_resumed_run_tells_of_all_of_it(

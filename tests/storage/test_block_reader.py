@@ -15,7 +15,6 @@ import pytest
 
 from mis_mlx.storage import block_reader
 from mis_mlx.storage.block_reader import GAP, PAGE, PIECE, Layout, Reader
-from mis_mlx.storage.files import DISK
 from mis_mlx.storage.header_check import check
 from mis_mlx.storage.safetensors import write_arrays
 from mis_mlx.types import MisError, TensorAt
@@ -29,7 +28,6 @@ def written(path: Path, sizes: Mapping[str, int], seed: int = 0) -> dict[str, Te
     write_arrays(
         path,
         {n: mx.array(random.integers(0, 256, size, np.uint8)) for n, size in sizes.items()},
-        DISK,
     )
     return check(path)[0]
 

@@ -24,12 +24,12 @@ from mis_mlx.storage.checkpoint import (
     sweep,
     write_once,
 )
-from mis_mlx.storage.files import DISK, Files
+from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, MisError
 from tests.storage.test_files import Short
 
 
-def save(steps: Path, number: int, files: Files = DISK, keep: int = 2) -> Path:
+def save(steps: Path, number: int, keep: int = 2) -> Path:
     """A step whose every array says its number."""
     arrays = {
         "model": {"w": mx.full((40,), number, dtype=mx.bfloat16), "b": mx.full((3,), number)},
@@ -40,7 +40,6 @@ def save(steps: Path, number: int, files: Files = DISK, keep: int = 2) -> Path:
         number,
         arrays=arrays,
         state={"step": number, "rng": [1, number]},
-        files=files,
         keep=keep,
     )
 
@@ -140,7 +139,7 @@ def test_a_folder_that_exists_is_refused_and_untouched(tmp_path: Path) -> None:
     for name in ("model", "link"):
         with (
             pytest.raises(MisError, match="exists already"),
-            commit_folder(tmp_path / name, DISK, 0) as tmp,
+            commit_folder(tmp_path / name, 0) as tmp,
         ):
             (tmp / "x").touch()
     assert names(tmp_path) == ["link", "model"]
@@ -232,7 +231,7 @@ def test_what_a_dead_process_left_is_swept(folder: str, end: str, tmp_path: Path
     for path in (left, living, other):
         path.mkdir()
         (path / "half").write_bytes(b"x")
-    with commit_folder(tmp_path / folder, DISK, 1) as tmp:
+    with commit_folder(tmp_path / folder, 1) as tmp:
         DISK.write(tmp / "whole", b"y")
     assert not left.exists()
     assert living.exists()
@@ -259,10 +258,10 @@ def test_a_file_that_is_written_already_becomes_part_of_a_step(
         monkeypatch.setattr(os, "link", refused)
     steps = tmp_path / "steps"
     values = mx.arange(40)
-    written = write_once(tmp_path / "values", {"w": values}, DISK)
+    written = write_once(tmp_path / "values", {"w": values})
     for number in (1, 2):
         arrays = {"block": written, "count": {"n": mx.array(number)}}
-        made = save_step(steps, number, arrays=arrays, state={}, files=DISK)
+        made = save_step(steps, number, arrays=arrays, state={})
         assert (made / "block.safetensors").samefile(written.path) == links
     DISK.remove_tree(written.path)
     saved = newest(steps)

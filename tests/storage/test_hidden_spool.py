@@ -10,7 +10,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mis_mlx.storage.files import DISK
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import MisError
 
@@ -31,7 +30,7 @@ def same(a: list[mx.array] | Spool, b: list[mx.array] | Spool) -> bool:
 )
 def test_it_does_what_a_list_does(tmp_path: Path, dtype: mx.Dtype, held: int) -> None:
     """Append, read, assign over and over, from both ends and by slice."""
-    spool = Spool(tmp_path, held, DISK)
+    spool = Spool(tmp_path, held)
     plain = []
     random = np.random.default_rng(0)
     for key in range(6):
@@ -52,7 +51,7 @@ def test_it_does_what_a_list_does(tmp_path: Path, dtype: mx.Dtype, held: int) ->
 def test_any_array_keeps_its_bits_and_the_file_has_no_name(tmp_path: Path) -> None:
     """A transposed view, values that are no numbers. No file is open when the spool is gone."""
     odd = mx.array([[mx.nan, -0.0, mx.inf], [1e-45, 1.0, -mx.inf]]).T
-    spool = Spool(tmp_path, 0, DISK)
+    spool = Spool(tmp_path, 0)
     spool.append(odd)
     spool.append(odd + 0 * odd)
     assert bytes(memoryview(spool[0])) == bytes(memoryview(mx.contiguous(odd)))
@@ -68,7 +67,7 @@ def test_any_array_keeps_its_bits_and_the_file_has_no_name(tmp_path: Path) -> No
 
 def test_a_file_cut_short_is_not_read_as_zeros(tmp_path: Path) -> None:
     """Somebody truncated it: a sentence, and no endless loop."""
-    spool = Spool(tmp_path, 0, DISK)
+    spool = Spool(tmp_path, 0)
     spool.extend([noise(0), noise(1)])
     os.ftruncate(spool._fd, 300)
     assert mx.array_equal(spool[0], noise(0))

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from mis_mlx.storage import logit_store
-from mis_mlx.storage.files import DISK, Files
 from mis_mlx.storage.logit_store import Spec, Targets
 from mis_mlx.types import MisError
 from tests.faults.broken import breaking
@@ -38,9 +37,9 @@ def made(spec: Spec, window: int) -> dict[str, np.ndarray]:
     }
 
 
-def fill(folder: Path, spec: Spec = SAMPLED, files: Files = DISK) -> Targets:
+def fill(folder: Path, spec: Spec = SAMPLED) -> Targets:
     """The whole store, or what is missing of it."""
-    store = logit_store.create(folder, spec, files)
+    store = logit_store.create(folder, spec)
     for window in store.missing():
         store.put(window, made(spec, window))
     return store
@@ -48,7 +47,7 @@ def fill(folder: Path, spec: Spec = SAMPLED, files: Files = DISK) -> Targets:
 
 def opened(folder: Path) -> Targets:
     """A store to read, as it lies on disk, finished or not."""
-    return Targets(folder, *logit_store._manifest(folder), DISK)
+    return Targets(folder, *logit_store._manifest(folder))
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -78,7 +77,7 @@ def test_types_are_as_narrow_as_they_can_be(tmp_path: Path, vocab: int, count: i
     One token a position: its size, its id and its share are 1 + 2 + 4 bytes, up to 2 + 4 + 4.
     """
     spec = Spec(count=count, vocab=vocab, windows=1, length=4000, teacher="t", **FROM)
-    store = logit_store.create(tmp_path, spec, DISK)
+    store = logit_store.create(tmp_path, spec)
     store.put(0, {"sizes": np.ones(4000), "ids": np.full(4000, vocab - 1), "shares": np.ones(4000)})
     ids, weights = store.windows([0])
     assert (ids == vocab - 1).all()
@@ -110,10 +109,10 @@ def test_other_targets_are_refused_and_untouched(tmp_path: Path) -> None:
     }
     for name, (value, what) in others.items():
         with pytest.raises(MisError, match=f"another {what}: delete it, or choose another folder"):
-            logit_store.create(tmp_path / "t", replace(SAMPLED, **{name: value}), DISK)
+            logit_store.create(tmp_path / "t", replace(SAMPLED, **{name: value}))
     for count in (0, 2**16):
         with pytest.raises(MisError, match="choose 1 to"):
-            logit_store.create(tmp_path / "new", replace(SAMPLED, count=count), DISK)
+            logit_store.create(tmp_path / "new", replace(SAMPLED, count=count))
     assert bytes_of(tmp_path / "t") == before
     assert names(tmp_path) == ["t"]
 
@@ -141,7 +140,7 @@ def test_a_damaged_part_is_refused_by_readers_and_made_again_by_writers(
         MisError, match=r"part-00001.safetensors is damaged: write the targets again"
     ):
         opened(tmp_path).windows([4])
-    store = logit_store.create(tmp_path, SAMPLED, DISK)
+    store = logit_store.create(tmp_path, SAMPLED)
     assert store.missing() == [3, 4, 5]
     assert store.notes == ["part-00001.safetensors of the targets is damaged: it is made again"]
     fill(tmp_path)
@@ -155,7 +154,7 @@ def test_a_damaged_manifest_is_one_sentence(tmp_path: Path, text: str) -> None:
     """Never a traceback, and nothing is deleted."""
     fill(tmp_path)
     (tmp_path / "targets.json").write_bytes(text.encode("latin-1"))
-    for use in (lambda: opened(tmp_path), lambda: logit_store.create(tmp_path, SAMPLED, DISK)):
+    for use in (lambda: opened(tmp_path), lambda: logit_store.create(tmp_path, SAMPLED)):
         with pytest.raises(MisError, match="is damaged: delete"):
             use()
     assert names(tmp_path) == FILES
@@ -168,7 +167,7 @@ def test_reading_holds_a_few_parts(tmp_path: Path) -> None:
     Four are kept, one is being read, and one is for what is handed out and Python's own.
     """
     spec = Spec(count=50, vocab=512, windows=320, length=250, part_windows=8, teacher="t", **FROM)
-    store = logit_store.create(tmp_path, spec, DISK)
+    store = logit_store.create(tmp_path, spec)
     ids = np.tile(np.arange(4), 250)
     window = {"sizes": np.full(250, 4), "ids": ids, "shares": np.full(1000, 0.25)}
     for number in range(320):

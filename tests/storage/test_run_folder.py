@@ -36,10 +36,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def create(out: str | None) -> Path:
     """A new run of which everything is decided."""
-    folder = run_folder.make(out, "r", DISK)
-    run_folder.begin(folder, {"iters": 100}, DISK)
-    run_folder.decide(folder, SETTINGS, PLAN, DISK)
-    assert run_folder.same_origin(folder, ORIGIN, DISK) == []
+    folder = run_folder.make(out, "r")
+    run_folder.begin(folder, {"iters": 100})
+    run_folder.decide(folder, SETTINGS, PLAN)
+    assert run_folder.same_origin(folder, ORIGIN) == []
     return folder
 
 
@@ -52,13 +52,13 @@ def test_names_are_counted() -> None:
     assert run_folder.asked_settings(first) == {"iters": 100}
     # plain, for -c and people
     assert list(yaml.safe_load((first / run_folder.CONFIG).read_text())) == list(SETTINGS)
-    assert run_folder.same_origin(first, ORIGIN, DISK) == []
+    assert run_folder.same_origin(first, ORIGIN) == []
 
 
 def test_two_processes_never_make_the_same_folder(here: Path) -> None:
     """Many at the same moment: as many folders."""
     with ThreadPoolExecutor(16) as pool:
-        made = list(pool.map(lambda _: run_folder.make(None, "r", DISK), range(64)))
+        made = list(pool.map(lambda _: run_folder.make(None, "r"), range(64)))
     assert len(set(made)) == 64
     assert all(folder.is_dir() for folder in made)
 
@@ -74,14 +74,14 @@ def test_a_folder_of_ones_own(here: Path) -> None:
         assert create(name) == Path(name)
     for name in ("empty", "new"):
         with pytest.raises(MisError, match="not empty: add --resume"):
-            run_folder.make(name, "x", DISK)
+            run_folder.make(name, "x")
     before = (here / "empty" / run_folder.ASKED).read_text()
     with pytest.raises(MisError, match="not empty: add --resume"):
-        run_folder.begin(Path("empty"), {"iters": 3}, DISK)
+        run_folder.begin(Path("empty"), {"iters": 3})
     assert (here / "empty" / run_folder.ASKED).read_text() == before
     (here / "file").write_text("x")
     with pytest.raises(MisError, match="not empty|is a file"):
-        run_folder.make("file", "x", DISK)
+        run_folder.make("file", "x")
     assert (here / "file").read_text() == "x"
 
 
@@ -99,16 +99,16 @@ def test_a_run_of_which_little_is_decided_is_one(here: Path) -> None:
     """It is found, as a run that was stopped in its search. Refused before any work it goes, and
     with work in it it stays.
     """
-    folder = run_folder.make(None, "r", DISK)
-    run_folder.begin(folder, {"lose": 0.1, "out": "x"}, DISK)
+    folder = run_folder.make(None, "r")
+    run_folder.begin(folder, {"lose": 0.1, "out": "x"})
     assert run_folder.find(None) == folder
     assert not run_folder.is_decided(folder)
     assert run_folder.asked_settings(folder) == {"lose": 0.1}
     (folder / run_folder.SEARCH).mkdir()
-    run_folder.forget_bare(folder, DISK)
+    run_folder.forget_bare(folder)
     assert folder.exists()
     (folder / run_folder.SEARCH).rmdir()
-    run_folder.forget_bare(folder, DISK)
+    run_folder.forget_bare(folder)
     assert not folder.exists()
 
 
@@ -168,14 +168,14 @@ def test_another_teacher_or_text_is_refused_another_version_is_said() -> None:
         with pytest.raises(
             MisError, match=rf"The {what} changed.*{ORIGIN[what][:12]} is now cccccccccccc"
         ):
-            run_folder.same_origin(folder, {**ORIGIN, what: "c" * 64}, DISK)
-    (note,) = run_folder.same_origin(folder, {**ORIGIN, "mlx": "0.33.0"}, DISK)
+            run_folder.same_origin(folder, {**ORIGIN, what: "c" * 64})
+    (note,) = run_folder.same_origin(folder, {**ORIGIN, "mlx": "0.33.0"})
     assert "mlx was 0.32.4, is now 0.33.0" in note
     other = {**ORIGIN, "held_out": "c" * 64}
-    (note,) = run_folder.same_origin(folder, other, DISK)
+    (note,) = run_folder.same_origin(folder, other)
     assert "held-out text changed" in note
     with pytest.raises(MisError, match="The held-out text changed since"):
-        run_folder.same_origin(folder, other, DISK, (*run_folder.SAME, "held_out"))
+        run_folder.same_origin(folder, other, (*run_folder.SAME, "held_out"))
 
 
 @pytest.mark.parametrize("content", [None, b"", b"[1]", b"\xff"])
@@ -185,7 +185,7 @@ def test_damage_is_a_sentence(content: bytes | None) -> None:
     assert run_folder.stored_settings(folder, run_folder.PLAN) == PLAN
     for name, read in (
         (run_folder.CONFIG, run_folder.stored_settings),
-        (run_folder.ORIGIN, lambda f: run_folder.same_origin(f, ORIGIN, DISK)),
+        (run_folder.ORIGIN, lambda f: run_folder.same_origin(f, ORIGIN)),
         (run_folder.PLAN, lambda f: run_folder.stored_settings(f, run_folder.PLAN)),
     ):
         (folder / name).unlink()
@@ -219,6 +219,6 @@ def test_a_folder_that_the_finder_has_seen_is_empty(tmp_path: Path) -> None:
     """.DS_Store is nobody's run; a name that is no UTF-8 is refused before any work."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".DS_Store").touch()
-    assert run_folder.make(str(tmp_path / "run"), "x", DISK) == tmp_path / "run"
+    assert run_folder.make(str(tmp_path / "run"), "x") == tmp_path / "run"
     with pytest.raises(MisError, match="cannot be written"):
         need_place("--out", os.fsdecode(bytes(tmp_path / "run") + b"\xff"))

@@ -11,7 +11,6 @@ import mlx.core as mx
 import pytest
 from safetensors import safe_open
 
-from mis_mlx.storage.files import DISK
 from mis_mlx.storage.safetensors import (
     INDEX,
     index,
@@ -53,7 +52,6 @@ def write_model(folder: Path, content: dict[str, mx.array], shard_bytes: int = 2
         folder,
         specs,
         tensors=content.items(),
-        files=DISK,
         shards=split_into_shards(specs, shard_bytes),
     )
 
@@ -111,9 +109,7 @@ def test_a_model_is_written_with_a_few_tensors_in_memory(tmp_path: Path) -> None
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     made = ((name, mx.full((2048, 1024), i, dtype=mx.bfloat16)) for i, name in enumerate(specs))
-    write_tensors(
-        tmp_path, specs, tensors=made, files=DISK, shards=split_into_shards(specs, 10 * 2**20)
-    )
+    write_tensors(tmp_path, specs, tensors=made, shards=split_into_shards(specs, 10 * 2**20))
     assert mx.get_peak_memory() - before <= 3 * 4 * 2**20
     assert sum(at.nbytes for at in index(tmp_path).values()) == 64 * 2**20
 
@@ -132,7 +128,7 @@ def test_lazy_notices_that_a_file_changed_since_the_index(tmp_path: Path) -> Non
     write_model(tmp_path / "m", {"w": mx.zeros(4)})
     tensors = index(tmp_path / "m")
     before = lazy(tensors, ["w"])["w"]
-    write_arrays(tmp_path / "other", {"w": mx.ones(5)}, DISK)
+    write_arrays(tmp_path / "other", {"w": mx.ones(5)})
     os.replace(tmp_path / "other", tmp_path / "m" / "model.safetensors")
     with pytest.raises(MisError, match="changed since it was checked"):
         lazy(tensors, ["w"])
@@ -143,7 +139,7 @@ def test_links_into_a_hugging_face_cache_pass(tmp_path: Path) -> None:
     """The layout of the cache: snapshots/<revision>/model.safetensors -> ../../blobs/<hash>."""
     cache = tmp_path / "models--someone--small"
     (cache / "blobs").mkdir(parents=True)
-    write_arrays(cache / "blobs" / "abc", {"w": mx.ones(3)}, DISK)
+    write_arrays(cache / "blobs" / "abc", {"w": mx.ones(3)})
     snapshot = cache / "snapshots" / "main"
     snapshot.mkdir(parents=True)
     (snapshot / "model.safetensors").symlink_to("../../blobs/abc")

@@ -12,7 +12,7 @@ from mis_mlx import cli
 from mis_mlx.hardware.thermal import ambient, governor
 from mis_mlx.hardware.thermal.governor import Decision, Governor, Mode
 from mis_mlx.hardware.thermal.thermal_monitor import Monitor, battery_charge
-from mis_mlx.storage.files import DISK, Files
+from mis_mlx.storage.files import DISK
 from mis_mlx.types import Air, Celsius, Metres, MisError, Step
 
 PAUSE_LOOK_S = 1.0
@@ -140,15 +140,13 @@ class ThermalMonitor(Monitor):
     `breaks` is the account of tea breaks; it survives in a checkpoint.
     """
 
-    def __init__(
-        self, flags: Governed | AirFlags, log: Path | None = None, files: Files = DISK
-    ) -> None:
+    def __init__(self, flags: Governed | AirFlags, log: Path | None = None) -> None:
         air = flags if isinstance(flags, AirFlags) else AirFlags()
         super().__init__(given_ambient_c=air.temperature_c, altitude_m=air.altitude_m)
         self.breaks = PauseCounter()
         self._mode: Mode = flags.governor if isinstance(flags, Governed) else "observe"
         self._log = log
-        self._files = files
+
         self._governor: Governor | None = None
 
     def now(self) -> dict[str, float]:
@@ -200,7 +198,7 @@ class ThermalMonitor(Monitor):
                 values = asdict(reading) if reading else {}
                 known = {name: value for name, value in values.items() if value is not None}
                 record = {**self.now(), "step": step.number, **known, **asdict(decision)}
-                self._files.append(self._log, json.dumps(record, ensure_ascii=False))
+                DISK.append(self._log, json.dumps(record, ensure_ascii=False))
             yield decision
 
     def account(self) -> dict[str, Any]:

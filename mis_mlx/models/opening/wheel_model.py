@@ -135,7 +135,7 @@ def write_model(pinned: Pinned, gguf: Path, folder: Path) -> dict[str, Any]:
         values = _dequantized(config, name, tensor)
         return name, mx.array(values).astype(getattr(mx, dtype))
 
-    safetensors.write_tensors(folder, specs, map(unpacked, specs, reader.tensors), DISK)
+    safetensors.write_tensors(folder, specs, map(unpacked, specs, reader.tensors))
     return {key: field.contents() for key, field in reader.fields.items()}
 
 

@@ -14,7 +14,7 @@ from mis_mlx.models.architectures.families import family
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.storage import checkpoint as protocol
-from mis_mlx.storage.files import Files
+from mis_mlx.storage.files import DISK
 from mis_mlx.storage.safetensors import write_arrays
 from mis_mlx.types import Checkpoint, MisError
 
@@ -71,7 +71,6 @@ def write(
     adapters: Mapping[str, mx.array],
     lora: Lora,
     out: Path,
-    files: Files,
     config: Mapping[str, Any],
 ) -> None:
     """Commit the new folder `out`, which mlx_lm takes as --adapter-path. config: the model's."""
@@ -87,9 +86,9 @@ def write(
         "lora_parameters": settings,
     }
     nbytes = sum(array.nbytes for array in adapters.values())
-    with protocol.commit_folder(out, files, nbytes, "the adapters") as folder:
-        write_arrays(folder / FILE, adapters, files)
-        files.write(folder / CONFIG, json.dumps(adapter_config, indent=2).encode())
+    with protocol.commit_folder(out, nbytes, "the adapters") as folder:
+        write_arrays(folder / FILE, adapters)
+        DISK.write(folder / CONFIG, json.dumps(adapter_config, indent=2).encode())
 
 
 def _stacked(adapters: Mapping[str, mx.array], config: Mapping[str, Any]) -> dict[str, mx.array]:

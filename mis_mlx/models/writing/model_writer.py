@@ -21,7 +21,7 @@ from mis_mlx.compute import precision
 from mis_mlx.models.architectures import arch, families, stored_form, tensor_shapes
 from mis_mlx.models.opening import load, tokenizer_check
 from mis_mlx.storage import checkpoint as protocol
-from mis_mlx.storage.files import Files, as_mis_error
+from mis_mlx.storage.files import DISK, as_mis_error
 from mis_mlx.storage.safetensors import (
     InParts,
     Named,
@@ -164,7 +164,6 @@ def write_folder(
     *,
     source: Path,
     out: Path,
-    files: Files,
     extra: Mapping[str, Any] | None = None,
     shards: Sequence[Specs] | None = None,
 ) -> None:
@@ -176,17 +175,17 @@ def write_folder(
     if shards is None:
         config, specs, tensors = published(config, specs, tensors)
     nbytes = sum(map(spec_bytes, specs.values()))
-    with protocol.commit_folder(out, files, nbytes) as folder:
-        write_tensors(folder, specs, tensors, files, shards=shards)
-        files.write(folder / "config.json", json.dumps(public(dict(config)), indent=2).encode())
+    with protocol.commit_folder(out, nbytes) as folder:
+        write_tensors(folder, specs, tensors, shards=shards)
+        DISK.write(folder / "config.json", json.dumps(public(dict(config)), indent=2).encode())
         for name, value in (extra or {}).items():
             content = value if isinstance(value, bytes) else json.dumps(value).encode()
-            files.make_folder((folder / name).parent)
-            files.write(folder / name, content)
+            DISK.make_folder((folder / name).parent)
+            DISK.write(folder / name, content)
         for path in list(tokenizer_check.present(source)):  # judges all before one is copied
             copy = folder / path.relative_to(source)
-            files.make_folder(copy.parent)
-            files.write(copy, public_bytes(path))
+            DISK.make_folder(copy.parent)
+            DISK.write(copy, public_bytes(path))
 
 
 def dense(checkpoint: Checkpoint, name: str) -> Tensor:
@@ -224,7 +223,6 @@ def write_model(
     out: Path,
     *,
     dtype: str,
-    files: Files,
     extra: Mapping[str, Any] | None = None,
     file_per_block: bool = False,
 ) -> None:
@@ -256,12 +254,10 @@ def write_model(
     if file_per_block:
         groups = itertools.groupby(specs.items(), lambda item: arch.block_of(item[0]))
         shards = [dict(group) for _, group in groups]
-    write_folder(
-        config, specs, tensors, source=source, out=out, files=files, extra=extra, shards=shards
-    )
+    write_folder(config, specs, tensors, source=source, out=out, extra=extra, shards=shards)
 
 
-def by_block(source: Checkpoint, folder: Path, files: Files, dtype: str = "float32") -> Checkpoint:
+def by_block(source: Checkpoint, folder: Path, dtype: str = "float32") -> Checkpoint:
     """A student to train in parts: an ordinary folder of `dtype` with one file for each block.
 
     Made of `source` if it is not there yet, then opened; it computes in the same type. A block's
@@ -278,14 +274,13 @@ def by_block(source: Checkpoint, folder: Path, files: Files, dtype: str = "float
             source.path,
             folder,
             dtype=dtype,
-            files=files,
             extra=keep_files(read_keep(source.path)),
             file_per_block=True,
         )
     return load.open_checkpoint(folder, source.precision)
 
 
-def replace_block(parts: Checkpoint, i: int, weights: Mapping[str, mx.array], files: Files) -> None:
+def replace_block(parts: Checkpoint, i: int, weights: Mapping[str, mx.array]) -> None:
     """Replace the weights of block i, durably, by others of the same shapes and type.
 
     weights: by name without `model.layers.N.`.
@@ -303,6 +298,6 @@ def replace_block(parts: Checkpoint, i: int, weights: Mapping[str, mx.array], fi
     nbytes = sum(t.nbytes for t in old.values())
     with (
         as_mis_error(path.parent, f"block {i} of the student", nbytes),
-        files.replacing(path) as temp,
+        DISK.replacing(path) as temp,
     ):
-        write_arrays(temp, new, files)
+        write_arrays(temp, new)
