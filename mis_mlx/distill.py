@@ -141,7 +141,7 @@ def _work(
     s: Settings,
     plan: MemoryPlan,
     teacher: Checkpoint,
-    place: run_loop.Place,
+    place: run_loop.Account,
     *,
     told: bool = False,
 ) -> dict[str, Any]:

@@ -45,7 +45,6 @@ class Settings(cli.Budgeted, select.PruningConfig):
 def run(settings: Settings) -> dict[str, Any]:
     """The command: find the model, read the text, prune."""
     s = settings
-
     checkpoint = run_loop.open_model(s, s.model, place=s.mlx_path, new="--mlx-path")
     s = replace(s, **vocabulary.defaults(s.scenario, s.vocab, checkpoint.config, checkpoint.path))
     rows = vocabulary.rows_left(checkpoint, s)

@@ -193,7 +193,7 @@ def _dry_run(s: Settings, checkpoint: Checkpoint, plan: strategies.MemoryPlan) -
 
 
 @contextmanager
-def _no_empty_work(place: run_loop.Place, *, new: bool) -> Iterator[None]:
+def _no_empty_work(place: run_loop.Account, *, new: bool) -> Iterator[None]:
     """Delete the folder of new work that ends before there is anything to go on with.
 
     A rounding that ends for another reason than the disk would end again in the same way.
@@ -216,7 +216,7 @@ def _work(
     *,
     data: Windows,
     plan: strategies.MemoryPlan,
-    place: run_loop.Place,
+    place: run_loop.Account,
 ) -> dict[str, Any]:
     """Round, and let scales learn from the model `other`, which reads the same tokens.
 

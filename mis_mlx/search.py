@@ -251,7 +251,7 @@ def _source(sought: Sought) -> preparation.Source:
     return source._replace(answers=preparation.ANSWERS)
 
 
-def carry_out(sought: Sought, place: run_loop.Place) -> dict[str, Any]:
+def carry_out(sought: Sought, place: run_loop.Account) -> dict[str, Any]:
     """Measure axes, rank, write the table; the result. place: of the run, whose part this is."""
     s = sought.asked
     teacher = sought.teacher

@@ -174,7 +174,6 @@ class BlockStudent:
         self._kept = kept
         self._at_once = at_once or self._layers
         self._steps_each = steps_each
-
         self._direct = direct
         self._optimizers: dict[str, GuardedAdamW] = {}
         self._source: stream.Stream | None = None

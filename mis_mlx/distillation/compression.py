@@ -25,7 +25,7 @@ def prune(c: pipeline.Run, cut: select.PruningConfig, before: int) -> Checkpoint
                 out,
                 cut=cut,
                 dtype=pipeline.DTYPE,
-                air=c.air,
+                air=c.thermal_monitor.air,
                 held=c.plan.held_windows("prune"),
             )
             cli.outcome(html.document("pruned.md", {**report, "params_before": before}))

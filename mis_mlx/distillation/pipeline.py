@@ -119,7 +119,11 @@ class Run(run_loop.OpenRun):
     def remember(self, number: int) -> dict[str, Any]:
         """What a checkpoint keeps of the weather, as it is now."""
         halny = self.recipe.halny
-        own = losses.halny_sigma(self.air(look=False).spread_c) if halny is None else halny
+        own = (
+            losses.halny_sigma(self.thermal_monitor.air(look=False).spread_c)
+            if halny is None
+            else halny
+        )
         self.sigma = distributed.mean(own)
         return {"halny_sigma": self.sigma}
 
@@ -144,7 +148,7 @@ class Run(run_loop.OpenRun):
         finally:
             seconds = round(train_loop.CLOCK.monotonic() - began, 3)
             record = {
-                **self.now(),
+                **self.thermal_monitor.now(),
                 "phase": name,
                 "seconds": seconds,
                 "peak_bytes": mx.get_peak_memory(),

@@ -155,7 +155,7 @@ def log(s: DistillFlags, plan: strategies.MemoryPlan, place: OpenRun) -> None:
         for phase in plan.phases
     ]
     record = {
-        **place.now(),
+        **place.thermal_monitor.now(),
         "flags": given,
         "hub_ids": _hub_ids(given),
         "planned": planned,

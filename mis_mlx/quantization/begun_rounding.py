@@ -30,7 +30,6 @@ class BegunRounding:
 
     def __init__(self, folder: Path):
         self._folder = folder
-
         self._blocks: dict[int, protocol.Saved] = {}
         for saved in protocol.whole_steps(folder / BLOCKS):
             self._blocks[saved.number] = saved

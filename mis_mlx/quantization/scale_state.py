@@ -110,7 +110,6 @@ class OnDisk:
 
     def __init__(self, folder: Path):
         self._folder = folder
-
         self._written: dict[str, Written] = {}
         self._count = 0  # of files so far: no name is used twice
         with as_mis_error(folder.parent, WHAT):

@@ -5,30 +5,32 @@ It is kept in the run's folder as the work goes on, so that a kill costs a few s
 
 import json
 import time
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import PauseCounter
+from mis_mlx.planner import estimates
+from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK
-from mis_mlx.types import MisError
+from mis_mlx.types import Budget, MisError
 
 EVERY_S = 10.0  # between two times that it is kept in the middle of a phase
 
 
 class Account:
-    """The account of the run in a folder.
+    """The folder of a run on this machine, in which nobody else works meanwhile, and its account.
 
     peak: of this process. breaks: of the run.
     """
 
     def __init__(self, folder: Path, whole: "Account | None" = None) -> None:
         """whole: of the run that this one is a part of, which goes on meanwhile."""
-        self._folder = folder
-
+        self.folder = folder
         self._whole = whole
         self.peak: memory.Peak = whole.peak if whole else memory.Peak()
         self._began_s = time.monotonic()
@@ -37,6 +39,24 @@ class Account:
         self._earlier_s = float(stored.get("seconds", 0.0))
         self._earlier_bytes = int(stored.get("peak_bytes", 0))
         self.breaks = PauseCounter(**stored.get("tea", {}))
+
+    def decide(self, settings: Mapping[str, Any], plan: Mapping[str, Any], limit: Budget) -> None:
+        """Keep all settings of the run and how it trains, unless that is decided already.
+
+        limit: named among them in any case: what other programs leave free on another day does not
+        change a run that goes on.
+        """
+        if not run_folder.is_decided(self.folder):
+            budget = settings.get("budget") or estimates.budget_flag(limit.limit_bytes)
+            run_folder.decide(self.folder, {**settings, "budget": budget}, plan)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator["Account"]:
+        """A run that is a part of this one, in a folder of its own."""
+        folder = self.folder / name
+        with protocol.lock(folder):
+            protocol.sweep(folder)
+            yield Account(folder, whole=self)
 
     @property
     def seconds(self) -> float:
@@ -56,7 +76,7 @@ class Account:
             "peak_bytes": self.peak_bytes,
             "tea": asdict(self.breaks),
         }
-        DISK.replace_text(self._folder / run_folder.TAKEN, json.dumps(taken, indent=2))
+        DISK.replace_text(self.folder / run_folder.TAKEN, json.dumps(taken, indent=2))
         if self._whole:
             self._whole.keep()
 

@@ -34,7 +34,7 @@ from mis_mlx.runs.account import Account
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK, as_mis_error, json_sha256, need_place
-from mis_mlx.types import UNDECIDED, Air, Budget, Checkpoint, MisError, Step, gib
+from mis_mlx.types import UNDECIDED, Budget, Checkpoint, MisError, Step, gib
 
 BLAS_THREADS = "blas_threads"  # in origin.json
 S = TypeVar("S", bound=cli.Resumable)  # a command's Settings
@@ -159,33 +159,6 @@ def forget_text() -> None:
     memory.give_back(cache=False)
 
 
-@dataclass(frozen=True)
-class Place:
-    """The folder of a run on this machine, which nobody else works in meanwhile."""
-
-    folder: Path
-
-    account: Account
-
-    def decide(self, settings: Mapping[str, Any], plan: Mapping[str, Any], limit: Budget) -> None:
-        """Keep all settings of the run and how it trains, unless that is decided already.
-
-        limit: named among them in any case: what other programs leave free on another day does not
-        change a run that goes on.
-        """
-        if not run_folder.is_decided(self.folder):
-            budget = settings.get("budget") or estimates.budget_flag(limit.limit_bytes)
-            run_folder.decide(self.folder, {**settings, "budget": budget}, plan)
-
-    @contextmanager
-    def part(self, name: str) -> Iterator["Place"]:
-        """A run that is a part of this one, in a folder of its own."""
-        folder = self.folder / name
-        with protocol.lock(folder):
-            protocol.sweep(folder)
-            yield Place(folder, Account(folder, whole=self.account))
-
-
 @contextmanager
 def entered(
     folder: Path | None,
@@ -193,13 +166,12 @@ def entered(
     *,
     out: str | None,
     asked: Mapping[str, Any],
-) -> Iterator[Place]:
+) -> Iterator[Account]:
     """The place of the run in `folder`, or of a new one: `out`, or a new folder called `name`.
 
     It is made and locked before anything works in it, and can be resumed from then on. A new run
     that is refused before any work leaves nothing. asked: as in `run_folder.begin`.
     """
-
     new = folder is None
     if folder is None:
         folder = run_folder.make(out, name)
@@ -211,12 +183,12 @@ def entered(
             protocol.sweep(folder)
             # They are the process's own, and 226 MiB with torch: before memory is counted.
             load.mlx_lm("utils")
-            place = Place(folder, Account(folder))
+            place = Account(folder)
             try:
                 yield place
             except BaseException as stop:
                 with suppress(MisError, OSError):
-                    place.account.keep()
+                    place.keep()
                 if new and isinstance(stop, MisError):
                     run_folder.forget_bare(folder)
                 raise
@@ -231,17 +203,8 @@ class OpenRun:
 
     folder: Path
     thermal_monitor: ThermalMonitor
-
     account: Account
     budget_bytes: int
-
-    def now(self) -> dict[str, float]:
-        """The clock of all logs of the run."""
-        return self.thermal_monitor.now()
-
-    def air(self, *, look: bool = True) -> Air:
-        """The air now; look: False: as it was when somebody looked last."""
-        return self.thermal_monitor.air(look=look)
 
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Write the run's result into its folder, with memory, weather and time; return it.
@@ -261,7 +224,7 @@ class OpenRun:
 
 @contextmanager
 def open_run(
-    place: Place,
+    place: Account,
     origin: Mapping[str, str],
     *,
     same: tuple[str, ...] = run_folder.SAME,
@@ -281,14 +244,14 @@ def open_run(
         memory.limited(limit, wired),
         ThermalMonitor(thermal, place.folder / "thermal.jsonl") as thermal_monitor,
     ):
-        thermal_monitor.breaks = place.account.breaks
+        thermal_monitor.breaks = place.breaks
         note = battery(thermal)
         if note:
             cli.say(note)
         yield OpenRun(
             folder=place.folder,
             thermal_monitor=thermal_monitor,
-            account=place.account,
+            account=place,
             budget_bytes=limit.limit_bytes,
         )
 
@@ -404,7 +367,7 @@ class CheckpointedTraining:
         run = self.run
         facts = asdict(step)
         del facts["reading"], facts["further"]
-        record = {**run.now(), **facts, **step.further}
+        record = {**run.thermal_monitor.now(), **facts, **step.further}
         DISK.append(run.folder / self.log, json.dumps(record))
         run.account.keep_sometimes()
         seen = replace(step, reading=run.thermal_monitor.last())

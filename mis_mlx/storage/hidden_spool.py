@@ -27,7 +27,6 @@ class Spool(MutableSequence[mx.array]):
         self._what = what
         self._folder = folder
         self._held = held
-
         self._memory: dict[int, mx.array] = {}
         self._count = 0
         self._fd = -1

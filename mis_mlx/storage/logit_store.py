@@ -110,7 +110,6 @@ class Targets:
         self.folder = folder
         self.spec = spec
         self.parts = parts
-
         self.notes: list[str] = []
         self.total = -(-spec.windows // spec.part_windows)
         self._coming: list[Arrays] = []  # windows of the part being filled

@@ -26,7 +26,6 @@ from mis_mlx.storage.checkpoint import (
 )
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import GIB, MisError
-from tests.storage.test_files import Short
 
 
 def save(steps: Path, number: int, keep: int = 2) -> Path:
@@ -149,12 +148,15 @@ def test_a_folder_that_exists_is_refused_and_untouched(tmp_path: Path) -> None:
         save(tmp_path / "steps", 3)
 
 
-def test_too_little_space_is_seen_before_anything_is_written(tmp_path: Path) -> None:
+def test_too_little_space_is_seen_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The arithmetic, the remedy and the last good step are in the sentence; no file is made."""
     save(tmp_path, 1000)
     arrays = {"model": {"w": mx.zeros((GIB // 4, 3), dtype=mx.float32)}}  # lazy: never evaluated
+    monkeypatch.setattr(DISK, "free_bytes", lambda path: int(1.2 * GIB))
     with pytest.raises(MisError) as caught:
-        save_step(tmp_path, 1200, arrays=arrays, state={}, files=Short(int(1.2 * GIB)))
+        save_step(tmp_path, 1200, arrays=arrays, state={})
     said = str(caught.value)
     assert all(word in said for word in (str(tmp_path), "3.60 GiB", "1.20 GiB", "1000"))
     assert names(tmp_path) == ["step-00001000"]

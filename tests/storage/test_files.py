@@ -62,36 +62,26 @@ def test_fsync_falls_back_where_the_full_one_is_unknown(
     assert len(synced) == 1
 
 
-class Short(Files):
-    """A disk with this much free."""
-
-    def __init__(self, free: int):
-        self.free = free
-
-    def free_bytes(self, path: Path) -> int:
-        return self.free
-
-
-def test_require_space_names_both_numbers(tmp_path: Path) -> None:
+def test_require_space_names_both_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Needed (with a fifth to spare), free, where, and what to do are all in the sentence."""
+    assert DISK.free_bytes(tmp_path / "a" / "b") > 0  # of a folder yet to be made
+    free = [GIB, 2 * GIB]
+    monkeypatch.setattr(DISK, "free_bytes", lambda path: free.pop(0))
     with pytest.raises(MisError) as caught:
-        Short(GIB).require_space(tmp_path, GIB, "the model")
+        DISK.require_space(tmp_path, GIB, "the model")
     said = str(caught.value)
     assert all(word in said for word in (str(tmp_path), "1.20 GiB", "1.00 GiB"))
-    Short(2 * GIB).require_space(tmp_path, GIB, "the model")
-    assert DISK.free_bytes(tmp_path / "a" / "b") > 0  # of a folder yet to be made
+    DISK.require_space(tmp_path, GIB, "the model")
 
 
-def test_make_folder_syncs_every_parent_it_changes(tmp_path: Path) -> None:
+def test_make_folder_syncs_every_parent_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each new folder's entry is made durable in its parent; folders that exist are left alone."""
     synced: list[Path] = []
-
-    class Listening(Files):
-        def fsync(self, path: Path) -> None:
-            synced.append(path)
-
+    monkeypatch.setattr(DISK, "fsync", synced.append)
     for _ in range(2):
-        Listening().make_folder(tmp_path / "a" / "b")
+        DISK.make_folder(tmp_path / "a" / "b")
     assert synced == [tmp_path, tmp_path / "a"]
     assert (tmp_path / "a" / "b").is_dir()
 

@@ -146,7 +146,6 @@ class ThermalMonitor(Monitor):
         self.breaks = PauseCounter()
         self._mode: Mode = flags.governor if isinstance(flags, Governed) else "observe"
         self._log = log
-
         self._governor: Governor | None = None
 
     def now(self) -> dict[str, float]:
