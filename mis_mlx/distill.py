@@ -151,7 +151,9 @@ def _work(
     is.
     """
     budget = Budget(plan.budget_bytes)
-    place.decide(asdict(s), {**plan.strategy, run_plan.WRITES: plan.job.teacher_writes}, budget)
+    place.decide(
+        asdict(s), {**plan.strategy, conversations.WRITES: plan.job.teacher_writes}, budget
+    )
     with progress.run("distill", plan.planned):
         source = conversations.source(
             teacher, run_plan.text(s), budget, writes=plan.job.teacher_writes

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows, fingerprint
-from mis_mlx.distillation import compression, pipeline, plan_report, strategies
+from mis_mlx.distillation import compression, conversations, pipeline, plan_report, strategies
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import Governed, battery
 from mis_mlx.models.opening import compute_type, load, resolve
@@ -32,7 +32,7 @@ from mis_mlx.settings.recipe import DistillationConfig, QuantizationConfig
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK, DiskRefused, as_mis_error, need_place
-from mis_mlx.types import Budget, Checkpoint, Count, MisError, Seed, Tokens, Whole
+from mis_mlx.types import Budget, Checkpoint, Count, MisError, Seed, Tokens, Whole, Within
 
 MODEL = "model"  # the result, before it is moved to --mlx-path
 # Settings that may differ when work is resumed: none of them changes a weight.
@@ -64,6 +64,8 @@ class Settings(cli.Resumable, precision.Computing, Governed, QuantizationConfig)
     """continue the unfinished work for --mlx-path, or in --out"""
     data: str | None = None
     """calibration text: a folder with train.jsonl, or a hub data set; default: built-in text"""
+    conversations: Annotated[float | None, Within(0.0, 0.95)] = None
+    """share of the text in which the model answers our prompts, as in `distill`; 0: none"""
     num_samples: Whole = 32
     """calibration windows for --q-method gptq and --target-bpw"""
     max_seq_length: Tokens = 256
@@ -97,15 +99,14 @@ def run(settings: Settings) -> dict[str, Any]:
         tell = plan_report.table if s.dry_run else plan_report.brief
         cli.say(text.aligned(tell(plan)))
         if s.dry_run:
-            return _dry_run(s, checkpoint, plan)
+            return _dry_run(s, checkpoint, teacher, plan)
         if not plan.fits:
             raise MisError(strategies.remedy(plan))
-        data = _text(s, checkpoint)
-        run_loop.forget_text()
         with run_loop.entered(folder, out, out=s.out, asked=settings.given) as place:
-            place.decide(asdict(s), plan.strategy, memory.budget(s.budget_bytes))
+            strategy = {**plan.strategy, conversations.WRITES: plan.job.teacher_writes}
+            place.decide(asdict(s), strategy, memory.budget(s.budget_bytes))
             with _no_empty_work(place, new=folder is None):
-                return _work(s, checkpoint, teacher, data=data, plan=plan, place=place)
+                return _work(s, checkpoint, teacher, plan=plan, place=place)
 
 
 def _check(s: Settings, checkpoint: Checkpoint, folder: Path | None) -> None:
@@ -147,9 +148,14 @@ def _plan(
     job = _job(s, checkpoint, other)
     if s.steps():
         job = measured_block.of_job(job, limit)
-    rates = estimates.machine_rates()
+    strategy = {}
     if folder is not None and run_folder.is_decided(folder):
         strategy = run_folder.stored_settings(folder, run_folder.PLAN)
+    writes: bool | None = strategy.pop(conversations.WRITES, None)
+    if _reads(s):
+        job = conversations.planned(job, other, _wanted(s), Budget(limit), writes)
+    rates = estimates.machine_rates()
+    if strategy:
         return strategies.plan_strategy(job, limit, rates, **strategy)
     return strategies.best_plan(job, limit, rates)
 
@@ -174,8 +180,14 @@ def _job(s: Settings, checkpoint: Checkpoint, other: Checkpoint) -> Distillation
     return replace(asked, reconstruct_samples=0, modes=("none",), rounds_only=True)
 
 
-def _dry_run(s: Settings, checkpoint: Checkpoint, plan: strategies.MemoryPlan) -> dict[str, Any]:
-    """The plan for machines."""
+def _dry_run(
+    s: Settings, checkpoint: Checkpoint, teacher: Checkpoint, plan: strategies.MemoryPlan
+) -> dict[str, Any]:
+    """The plan for machines, after a sentence on what is answered first."""
+    if plan.fits and _reads(s):
+        limit = Budget(plan.budget_bytes)
+        writes = plan.job.teacher_writes
+        conversations.source(teacher, _wanted(s), limit, writes=writes, dry_run=True)
     note = battery(s)  # a run says it when it begins
     if note:
         cli.say(note)
@@ -214,49 +226,52 @@ def _work(
     checkpoint: Checkpoint,
     other: Checkpoint,
     *,
-    data: Windows,
     plan: strategies.MemoryPlan,
     place: run_loop.Account,
 ) -> dict[str, Any]:
-    """Round, and let scales learn from the model `other`, which reads the same tokens.
-
-    data: of `_text`.
-    """
+    """Round, and let scales learn from the model `other`, which reads the same tokens."""
     asked = part_of(DistillationConfig, asdict(s))
-    origin = {
-        "model": run_folder.origin(checkpoint, "")["teacher"],
-        **run_folder.origin(other, fingerprint(data)),
-    }
-    at_work = run_loop.open_run(
-        place,
-        origin,
-        same=("model", *run_folder.SAME),
-        thermal=s,
-        limit=Budget(plan.budget_bytes),
-        wired=0,
-    )
-    with progress.run("quantize", plan.planned), at_work as opened:
-        c = pipeline.Run(
-            **vars(opened),
-            recipe=plan.recipe(asked, other),
-            teacher=other,
-            data=data,
-            plan=plan,
-        )
-        compression.quantize(c, s, checkpoint)
-        packed = packed_format.formats(load.open_checkpoint(place.folder / MODEL))
-        figures = packed_format.figures(checkpoint, packed)
-        c.finish({"model": str(checkpoint.path), "method": s.q_method, **figures})
+    limit = Budget(plan.budget_bytes)
+    with progress.run("quantize", plan.planned):
+        data = _text(s, other, limit, writes=plan.job.teacher_writes)
+        run_loop.forget_text()
+        origin = {
+            "model": run_folder.origin(checkpoint, "")["teacher"],
+            **run_folder.origin(other, fingerprint(data)),
+        }
+        same = ("model", *run_folder.SAME)
+        with run_loop.open_run(place, origin, same=same, thermal=s, limit=limit, wired=0) as opened:
+            c = pipeline.Run(
+                **vars(opened),
+                recipe=plan.recipe(asked, other),
+                teacher=other,
+                data=data,
+                plan=plan,
+            )
+            compression.quantize(c, s, checkpoint)
+            packed = packed_format.formats(load.open_checkpoint(place.folder / MODEL))
+            figures = packed_format.figures(checkpoint, packed)
+            c.finish({"model": str(checkpoint.path), "method": s.q_method, **figures})
     return _deliver(s, place.folder)
 
 
-def _text(s: Settings, checkpoint: Checkpoint) -> Windows:
-    """The windows to look at and to learn from; none where nothing does."""
-    if s.looks or s.steps():
-        tokenizer = load.tokenizer(checkpoint.path)
-        count = s.num_samples if s.looks else 0
-        visited = (count + s.steps() * s.batch_size) * s.max_seq_length
-        source = preparation.Source(s.data, tokens=visited)
+def _reads(s: Settings) -> bool:
+    """Whether anything looks at text or learns from it."""
+    return s.looks or s.steps() > 0
+
+
+def _wanted(s: Settings) -> conversations.Wanted:
+    """The text to look at and to learn from."""
+    count = s.num_samples if s.looks else 0
+    visited = (count + s.steps() * s.batch_size) * s.max_seq_length
+    return conversations.wanted_of(s.data, s.conversations, visited=visited, seed=s.seed)
+
+
+def _text(s: Settings, teacher: Checkpoint, limit: Budget, *, writes: bool) -> Windows:
+    """The windows to look at and to learn from, written now if need be; none where nothing does."""
+    if _reads(s):
+        source = conversations.source(teacher, _wanted(s), limit, writes=writes)
+        tokenizer = load.tokenizer(teacher.path)
         return preparation.prepare(source, tokenizer, s.max_seq_length).train
     empty = np.zeros((0, s.max_seq_length))
     return Windows(empty.astype(np.int32), empty.astype(np.float32))

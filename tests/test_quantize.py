@@ -12,6 +12,7 @@ import mlx.core as mx
 import pytest
 
 from mis_mlx import quantize
+from mis_mlx.distillation import conversations, teacher_answers
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import WINDOWS
 from mis_mlx.judge.speed import rounds
@@ -43,6 +44,20 @@ def test_end_to_end(tmp_path: Path, llama: Checkpoint, command: Callable[..., Do
     assert 4 < result["bits_per_weight"] < 7
     model, tokenizer = rounds.open_model(compute_type.open_to_compute(out))
     assert len(list(rounds.greedy(model, tokenizer.encode("The with statement"), 4))) == 4
+
+
+def test_the_model_is_shown_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers our prompts first, which the plan counts, unless nobody wants that."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(conversations, "FEWEST", 6)
+    model = str(tiny.talking(tmp_path / "model"))
+    asked = quantize.Settings(model=model, num_samples=2, max_seq_length=32, target_bpw=6.0)
+    plans = asked.with_values(dry_run=True)
+    without = plans.with_values(conversations=0.0)
+    assert teacher_answers.PHASE not in quantize.run(without)["phases"]
+    assert teacher_answers.PHASE in quantize.run(plans)["phases"]
+    quantize.run(asked.with_values(mlx_path="first"))
+    assert teacher_answers.PHASE not in quantize.run(plans)["phases"]
 
 
 @pytest.mark.parametrize(

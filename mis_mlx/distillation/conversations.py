@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from mis_mlx.judge.answer_figures import MORE_LOOPS
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.writing.draws import half_version
+from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.reporting import html, progress
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
@@ -22,6 +23,7 @@ from mis_mlx.storage.files import DISK, json_sha256
 from mis_mlx.types import Budget, Checkpoint, MisError, Row, duration, evenly, gib
 
 WRITTEN = Path("runs/answers")  # files of what teachers answered
+WRITES = "teacher_writes"  # in a run's plan.json, beside the strategy
 # Prompts that a teacher is asked. 240 and 48 answers taught the same (writers.py at bd583ffb).
 FEWEST = 96
 MOST = 2400
@@ -46,7 +48,7 @@ class Wanted:
 
 
 def wanted_of(data: str | None, share: float | None, *, visited: int, seed: int) -> Wanted:
-    """What a run of `distill`, or the search for its sizes, asks for.
+    """What a run of `distill` or `quantize`, or the search for sizes, asks for.
 
     share: as --conversations; None: the usual one. visited: tokens of the training that follows.
     """
@@ -97,14 +99,29 @@ def source(
     return _plain(wanted)._replace(answers=file)
 
 
-def asked_of(teacher: Checkpoint, wanted: Wanted) -> teacher_answers.WritingSettings | None:
-    """How the teacher answers our prompts for a run.
+def planned(
+    job: DistillationSpec,
+    teacher: Checkpoint,
+    wanted: Wanted,
+    limit: Budget,
+    writes: bool | None = None,
+) -> DistillationSpec:
+    """The job with the answers that its teacher writes first, as `source` decides.
 
-    None where it is not asked: there are to be no conversations, or others are there.
+    writes: as of a run that goes on, which does not choose again, whatever it may take by now.
     """
     if _unasked(teacher, wanted) is not None:
-        return None
-    return _writing(teacher, wanted)
+        return job
+    writing = _writing(teacher, wanted)
+    known = file_of(teacher, writing).exists()
+    if writes is None:
+        writes = known or teacher_answers.is_whole(job.whole_teacher, writing, limit)
+    return replace(
+        job,
+        conversations=len(writing.prompts) if writes and not known else 0,
+        asks_tools=any(prompt.tools for prompt in writing.prompts),
+        teacher_writes=writes,
+    )
 
 
 def file_of(teacher: Checkpoint, writing: teacher_answers.WritingSettings) -> Path:

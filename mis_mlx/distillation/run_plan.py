@@ -34,7 +34,6 @@ from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Budget, Checkpoint
 
-WRITES = "teacher_writes"  # in plan.json, beside the strategy
 S = TypeVar("S", bound=DistillFlags)
 
 
@@ -63,19 +62,9 @@ def resolve(
     before = dict[str, Any]()
     if folder is not None and run_folder.is_decided(folder):
         before = run_folder.stored_settings(folder, run_folder.PLAN)
-    writes: bool | None = before.pop(WRITES, None)
-    writing = conversations.asked_of(teacher, text(replace(s, iters=job.iters)))
-    if writing is not None:
-        known = conversations.file_of(teacher, writing).exists()
-        # A run that goes on does not choose again, whatever it may take by now.
-        if writes is None:
-            writes = known or teacher_answers.is_whole(job.whole_teacher, writing, budget)
-        job = replace(
-            job,
-            conversations=len(writing.prompts) if writes and not known else 0,
-            asks_tools=any(prompt.tools for prompt in writing.prompts),
-            teacher_writes=writes,
-        )
+    writes: bool | None = before.pop(conversations.WRITES, None)
+    wanted = text(replace(s, iters=job.iters))
+    job = conversations.planned(job, teacher, wanted, budget, writes)
     rates = estimates.machine_rates()
     strategy = before or strategies.best_plan(job, limit, rates).strategy
     plan = strategies.plan_strategy(job, limit, rates, **strategy)

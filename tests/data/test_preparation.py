@@ -110,12 +110,9 @@ def test_built_in_text_without_a_chat_template(llama: Checkpoint) -> None:
     wanted = [5 / 8, 1 / 8, 2 / 8]
     assert data.train.shares == pytest.approx(wanted)
     assert f"training windows are 62% {MANUAL}, 12% {POLISH}, 25% {WRITTEN}" in data.notes
-    for count, seed, use in ((8, 0, 1), (64, 1, 1), (64, 0, 2)):
+    for count, seed, use in ((8, 0, 1), (64, 1, 2)):
         at = preparation.calibration_indices(data.train, count, seed, use)
         assert shares_of(data.train, at) == pytest.approx(wanted, abs=1 / count)
-        windows = preparation.calibration(data.train, count, seed, use)
-        found = [np.array(window)[0].tolist() for window in windows]
-        assert found == data.train.tokens[at].tolist()
     visited = np.concatenate([draws.drawn_batch(data.train, 2, step, seed=0) for step in range(60)])
     assert shares_of(data.train, visited) == pytest.approx(wanted, abs=1 / 120)
 

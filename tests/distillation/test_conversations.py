@@ -85,13 +85,12 @@ def test_the_default_teachers_answers_come_with_the_package(
 
 def test_another_teacher_writes_its_own_once(
     chat: Checkpoint,
-    text_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """At first it answers, which is said with its cost; then the file is used again, beside any
-    --data; another seed is another file.
+    """At first it answers, which is said with its cost; then the file is used again, and another
+    seed has another file.
     """
     first = source(chat, wanted())
 
@@ -106,8 +105,6 @@ def test_another_teacher_writes_its_own_once(
     monkeypatch.setattr(teacher_answers, "write", lambda *_: pytest.fail("written again"))
     assert source(chat, wanted()) == first
     assert capsys.readouterr().err == ""
-    again = source(chat, wanted(str(text_folder), share=0.7))
-    assert again == preparation.Source(str(text_folder), answers=first.answers, share=0.7)
     monkeypatch.undo()
     other = conversations.source(
         chat, Wanted(None, None, 0, seed=1), memory.budget(None), dry_run=True

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import pytest
 
 from mis_mlx import distill
-from mis_mlx.distillation import pipeline, run_plan
+from mis_mlx.distillation import conversations, pipeline, run_plan
 from mis_mlx.distillation.strategies import MemoryPlan
 from mis_mlx.hardware import memory
 from mis_mlx.storage import run_folder
@@ -100,7 +100,7 @@ def test_a_run_that_goes_on_is_what_it_was(
     stored = run_folder.stored_settings(tmp_path / "run")
     kept = json.loads(json.dumps(asdict(begun)))
     assert stored == {name: kept[name] for name in kept if name not in run_folder.NOT_STORED}
-    strategy = {**plan.strategy, run_plan.WRITES: plan.job.teacher_writes}
+    strategy = {**plan.strategy, conversations.WRITES: plan.job.teacher_writes}
     assert run_folder.stored_settings(tmp_path / "run", run_folder.PLAN) == strategy
 
 

@@ -44,9 +44,6 @@ def test_one_prompt_in_sixteen_has_tools() -> None:
     assert [prompt for prompt in both if not prompt.tools] == plain
     with_tools = [number for number, prompt in enumerate(both) if prompt.tools]
     assert with_tools[:3] == [15, 31, 47]
-    assert len(prompts.train(240, tools=True)) == 240
-    assert {prompt.kind for prompt in prompts.calling()} == {"tools"}
-    assert all(len(prompt.tools) == 3 for prompt in prompts.calling())
 
 
 def test_calls_stand_apart_from_words_where_the_model_marks_them() -> None:
