@@ -210,99 +210,68 @@ def _fit(
     shares: (G,), of the importance. own: MLX's scales and biases (R, 1). ranges: (2, C, 1, 1), the
     shares of a group's least and of its largest weight where the C ranges end that are tried.
     largest: `_largest` of the bits.
-    """
-    fit = _GridFit(groups, shares, own, largest)
-    fit.narrow(ranges)
-    for _ in range(REFINED):
-        fit.offer(*fit.line())
-    return fit.scales, fit.biases, fit.errors
 
-
-_fused_fit = mx.compile(_fit)
-
-
-class _GridFit:
-    """The best grids of groups (R, G) so far: scales, biases and their errors, all (R, 1).
-
-    shares, own, largest: as of `_fit`. Everything keeps the axes of the groups: a change of shape
-    would end a chain of operations that MLX compiles to one kernel.
+    Everything keeps the axes of the groups: a change of shape would end a chain of operations that
+    MLX compiles to one kernel.
     """
 
-    def __init__(
-        self,
-        groups: mx.array,
-        shares: mx.array,
-        own: Sequence[mx.array],
-        largest: mx.array,
-    ):
-        self.groups = groups
-        self.shares = shares
-        self.largest = largest
-        self.scales, self.biases = own
-        self.errors = self._error(self.scales, self.biases)
-        self._mean_weight = self._mean(groups)
+    def mean(values: mx.array) -> mx.array:
+        """The mean (..., 1) over groups (..., G), each weight counted by its share."""
+        return (values * shares).sum(axis=-1, keepdims=True)
 
-    def narrow(self, ranges: mx.array) -> None:
-        """Take the best of some ranges (2, C, 1, 1), as of `_fit`, where its error is smaller.
-
-        All are tried at once, in arrays (C, R, G). Of equally good ones the first is taken.
-        """
-        low_shares, high_shares = ranges
-        low = self.groups.min(axis=-1, keepdims=True)
-        high = self.groups.max(axis=-1, keepdims=True)
-        biases = low_shares * low
-        scales = (high_shares * high - biases) / self.largest
-        wins, errors = self._compared(scales, biases)
-        errors = mx.where(wins, errors, mx.inf)
-        least = errors.min(axis=0)
-        best = errors.argmin(axis=0)
-        # The best range's grid is made again: its shares are few, the grids of all ranges many.
-        biases = mx.take(low_shares, best) * low
-        scales = (mx.take(high_shares, best) * high - biases) / self.largest
-        self._choose(least < mx.inf, scales, biases, least)
-
-    def offer(self, scales: mx.array, biases: mx.array) -> None:
-        """Take these grids (R, 1) for the groups where their error is smaller."""
-        wins, errors = self._compared(scales, biases)
-        self._choose(wins, scales, biases, errors)
-
-    def line(self) -> tuple[mx.array, mx.array]:
-        """Scales and biases of least squares, where the integers stay as they are now."""
-        levels = _levels(self.groups, self.scales, self.biases, self.largest)
-        mean_level = self._mean(levels)
-        off_mean = levels - mean_level
-        # The integers' variance, and their covariance with the weights: one array, one sum.
-        is_variance = mx.array([True, False]).reshape(2, 1, 1)
-        other = mx.where(is_variance, off_mean, self.groups)
-        variance, covariance = self._mean(off_mean * other)
-        scales = covariance / mx.maximum(variance, LEAST_VARIANCE)
-        return scales, self._mean_weight - scales * mean_level
-
-    def _compared(self, scales: mx.array, biases: mx.array) -> tuple[mx.array, mx.array]:
-        """Whether grids (..., R, 1) have smaller errors than those so far; and these errors."""
-        # A group of equal weights has no range: it keeps MLX's grid.
-        usable = mx.abs(scales) > LEAST_SCALE
-        safe = mx.where(usable, scales, 1.0)
-        errors = self._error(safe, biases)
-        return usable & (errors < self.errors), errors
-
-    def _choose(self, wins: mx.array, scales: mx.array, biases: mx.array, errors: mx.array) -> None:
-        self.scales = mx.where(wins, scales, self.scales)
-        self.biases = mx.where(wins, biases, self.biases)
-        self.errors = mx.where(wins, errors, self.errors)
-
-    def _error(self, scales: mx.array, biases: mx.array) -> mx.array:
+    def error(scales: mx.array, biases: mx.array) -> mx.array:
         """The mean squared errors (..., R, 1) on grids (..., R, 1)."""
-        levels = _levels(self.groups, scales, biases, self.largest)
+        levels = _levels(groups, scales, biases, largest)
         # float16 is stored: of 8 bits its rounding is a good part of the error.
         scale = scales.astype(mx.float16).astype(mx.float32)
         bias = biases.astype(mx.float16).astype(mx.float32)
         rounded = levels * scale + bias
-        return self._mean(mx.square(self.groups - rounded))
+        return mean(mx.square(groups - rounded))
 
-    def _mean(self, values: mx.array) -> mx.array:
-        """The mean (..., 1) over groups (..., G), each weight counted by its share."""
-        return (values * self.shares).sum(axis=-1, keepdims=True)
+    def compared(scales: mx.array, biases: mx.array) -> tuple[mx.array, mx.array]:
+        """Whether grids (..., R, 1) have smaller errors than the best so far; and these errors."""
+        # A group of equal weights has no range: it keeps MLX's grid.
+        usable = mx.abs(scales) > LEAST_SCALE
+        safe = mx.where(usable, scales, 1.0)
+        errors = error(safe, biases)
+        return usable & (errors < best[2]), errors
+
+    def chosen(wins: mx.array, *grid: mx.array) -> tuple[mx.array, ...]:
+        """The best grids with these in the place of those that lose against them."""
+        return tuple(mx.where(wins, mine, other) for mine, other in zip(grid, best, strict=True))
+
+    best: tuple[mx.array, ...] = (*own, error(*own))
+    mean_weight = mean(groups)
+    # All ranges at once, in arrays (C, R, G). Of equally good ones the first is taken.
+    low_shares, high_shares = ranges
+    low = groups.min(axis=-1, keepdims=True)
+    high = groups.max(axis=-1, keepdims=True)
+    biases = low_shares * low
+    wins, errors = compared((high_shares * high - biases) / largest, biases)
+    errors = mx.where(wins, errors, mx.inf)
+    least = errors.min(axis=0)
+    first = errors.argmin(axis=0)
+    # The best range's grid is made again: its shares are few, the grids of all ranges many.
+    biases = mx.take(low_shares, first) * low
+    scales = (mx.take(high_shares, first) * high - biases) / largest
+    best = chosen(least < mx.inf, scales, biases, least)
+    for _ in range(REFINED):
+        # The line of least squares, where the integers stay as they are now.
+        levels = _levels(groups, best[0], best[1], largest)
+        mean_level = mean(levels)
+        off_mean = levels - mean_level
+        # The integers' variance, and their covariance with the weights: one array, one sum.
+        is_variance = mx.array([True, False]).reshape(2, 1, 1)
+        other = mx.where(is_variance, off_mean, groups)
+        variance, covariance = mean(off_mean * other)
+        scales = covariance / mx.maximum(variance, LEAST_VARIANCE)
+        biases = mean_weight - scales * mean_level
+        wins, errors = compared(scales, biases)
+        best = chosen(wins, scales, biases, errors)
+    return best
+
+
+_fused_fit = mx.compile(_fit)
 
 
 def _largest(bits: int) -> mx.array:
