@@ -114,17 +114,13 @@ def _held_out(
     result = dict[str, Any]()
     teacher = models["teacher"]
     tokenizer = load.tokenizer(seen.path)
-    compared = {**models, "teacher": seen}
     for name, title, chosen in _texts(s, models, tokenizer, limit):
-        means = comparison.compare(compared, chosen)
-        rows = comparison.rows_of(means, chosen)
+        own = None
         if seen is not teacher:
-            # Students of a trimmed vocabulary are compared with the trimmed teacher. The teacher's
-            # own figures are those of its whole vocabulary, over the same text.
+            # Students of a trimmed vocabulary are compared with the trimmed teacher.
             own = token_windows.retokenized(chosen, tokenizer, load.tokenizer(teacher.path))
-            teacher_means = comparison.compare({"teacher": teacher}, own)
-            rows = comparison.rows_across_vocabularies(rows, teacher_means, own)
             title = f"{title}. {comparison.ACROSS}"
+        rows = comparison.held_out_rows(models, seen, chosen, own)
         table = text.table(rows, list(models), text.TABLES["held-out"])
         parts.append(f"{title}\n\n{table}")
         result[name] = {f"{row.metric}_{row.model}": row.value for row in rows}

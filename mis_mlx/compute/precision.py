@@ -93,17 +93,6 @@ def usual_dtype(wanted: Precision = UNDECIDED) -> mx.Dtype:
     return mx.float16 if policy() == "metal" else mx.float32
 
 
-def fallback_dtype(*, fits: bool) -> mx.Dtype:
-    """The type of a model whose activations float16 does not hold.
-
-    M1 and M2 emulate bfloat16, so there float32 is both quicker and exact. From M3 on, or where
-    float32 does not fit the budget (`fits`), it is bfloat16.
-    """
-    if rates.computes_bfloat16() or not fits:
-        return mx.bfloat16
-    return mx.float32
-
-
 def dtype_of(checkpoint: Checkpoint) -> mx.Dtype:
     """The type that a model computes in: as decided when it was opened, else the usual one."""
     decided = checkpoint.precision.dtype

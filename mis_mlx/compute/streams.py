@@ -32,11 +32,6 @@ def count() -> int:
     return 2 if 2 <= blas_threads.at_start() < MANY_CORES else 1
 
 
-def count_on(*, gpu: bool) -> int:
-    """As `count`, of a machine with or without a GPU: a plan may be for another one than this."""
-    return 1 if gpu else count()
-
-
 class _Streams(threading.local):
     """The two streams of a thread.
 

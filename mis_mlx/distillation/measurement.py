@@ -54,12 +54,7 @@ def measured(
         conversations.write_answers(judgement, c.folder)
     rows_of = {}
     for name, (windows, own) in judging.items():
-        compared = comparison.compare({**models, "teacher": c.teacher}, windows)
-        rows = comparison.rows_of(compared, windows)
-        if own:
-            of_teacher = comparison.compare({"teacher": teacher}, own)
-            rows = comparison.rows_across_vocabularies(rows, of_teacher, own)
-        rows_of[name] = rows
+        rows_of[name] = comparison.held_out_rows(models, c.teacher, windows, own)
     languages = dict[str, float]()
     if shape_of(student.config).vocab != shape_of(teacher.config).vocab:
         languages = other_languages.excess(teacher, student)

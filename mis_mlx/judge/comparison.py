@@ -242,15 +242,21 @@ def rows_of(figures: Means, held_out: Windows | None = None) -> list[Row]:
     return rows
 
 
-def rows_across_vocabularies(rows: Sequence[Row], teacher: Means, own: Windows) -> list[Row]:
-    """Rows of students that read other tokens than their teacher, none of which is per token.
+def held_out_rows(
+    models: Models, seen: Checkpoint, windows: Windows, own: Windows | None = None
+) -> list[Row]:
+    """Rows of a teacher and its students on held-out windows, one after the other.
 
-    teacher: the means of the teacher on its `own_windows` windows; they replace its rows in `rows`.
+    seen: stands for the teacher: it has the students' tokens. own: the same text in the teacher's
+    own tokens, where these are others: its rows are then those of its whole vocabulary, and none is
+    per token.
     """
-    ((name, _),) = teacher
-    students = [row for row in rows if row.model != name]
-    both = [*rows_of(teacher, own), *students]
-    return [row for row in both if row.metric not in ("nll", "ppl")]
+    rows = rows_of(compare({**models, "teacher": seen}, windows), windows)
+    if own is None:
+        return rows
+    of_teacher = rows_of(compare({"teacher": models["teacher"]}, own), own)
+    students = [row for row in rows if row.model != "teacher"]
+    return [row for row in (*of_teacher, *students) if row.metric not in ("nll", "ppl")]
 
 
 def same_vocabulary(teacher: Checkpoint, other: Checkpoint) -> Checkpoint:

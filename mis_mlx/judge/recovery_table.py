@@ -100,8 +100,9 @@ def markdown(outcomes: Sequence[Outcome], tables: str = "") -> str:
     if not outcomes:
         return tables
     outcomes = [outcome._replace(about=_about(outcome)) for outcome in outcomes]
-    students = _students(outcomes)
-    alike = [outcome for outcome in outcomes if _is_constant(outcome)]
+    _, *students = outcomes[0].marks
+    # A model has the same mark on all questions, so that its interval has no width.
+    alike = [each for each in outcomes if any(len(set(m)) == 1 for m in each.marks.values())]
     constants = []
     for outcome in outcomes:
         if outcome.knows and outcome.constant:
@@ -123,17 +124,6 @@ def markdown(outcomes: Sequence[Outcome], tables: str = "") -> str:
         "students": [_compared(name, outcomes) for name in students],
     }
     return html.document("recovery.md", values)
-
-
-def _students(outcomes: Sequence[Outcome]) -> list[str]:
-    """The names of all models but the teacher."""
-    _, *students = outcomes[0].marks
-    return students
-
-
-def _is_constant(outcome: Outcome) -> bool:
-    """Whether a model has the same mark on all questions, so that its interval has no width."""
-    return any(len(set(marks)) == 1 for marks in outcome.marks.values())
 
 
 def _about(outcome: Outcome) -> str:

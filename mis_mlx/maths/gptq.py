@@ -187,7 +187,9 @@ def _by_columns(
         # give it together, so each of them sees what those before it will do.
         before = feedback[:start, start:end]
         asked = before.T @ w[:start]
-        inverse = _unit_inverse(feedback[start:end, start:end])
+        unit = np.triu(feedback[start:end, start:end], 1)
+        np.fill_diagonal(unit, 1)
+        inverse = np.linalg.inv(unit)
         wanted = w[start:end] + inverse.T @ asked
         # The grid of this group is fitted to its weights as earlier columns have corrected them.
         columns = mx.array(wanted.T.astype(np.float32))
@@ -233,15 +235,6 @@ def _grids(
         group = columns.shape[1]
         _, scales, biases = mx.quantize(columns, group_size=group, bits=bits)
     return scales.reshape(-1, 1), biases.reshape(-1, 1)
-
-
-def _unit_inverse(n: np.ndarray) -> np.ndarray:
-    """The inverse (G, G) of a unit upper triangular N, of which what lies above the diagonal is
-    read.
-    """
-    unit = np.triu(n, 1)
-    np.fill_diagonal(unit, 1)
-    return np.linalg.inv(unit)
 
 
 Sides = Sequence[tuple[int, int]]  # (in, out) of matrices, those with the same inputs together

@@ -41,15 +41,6 @@ def wide_product(hidden: mx.array, head: mx.array) -> mx.array:
     return mx.concatenate([wide @ part.T for part in parts], axis=-1)
 
 
-def head_zeros(head: mx.array) -> list[mx.array]:
-    """Zeros for the gradient of a head (V, D), in parts [(some, D)] of at most PART numbers.
-
-    A GPU's addmm makes a new array for its sum, and Metal holds the old one until its command is
-    done, of which ten are in flight: in parts that is 160 MiB, with whole heads ten times V x D.
-    """
-    return [mx.zeros_like(part) for part in _head_parts(head)]
-
-
 def head_added(
     parts: list[mx.array],
     gradient: mx.array,
@@ -120,14 +111,17 @@ def token_logps(
         logps: list[mx.array] = []
         for chunk in chunks:
             z = logits(h[chunk], w, logps[-1:])
-            logps.append(_at(z, targets[chunk]) - mx.logsumexp(z, axis=-1))
+            drawn = mx.take_along_axis(z, targets[chunk][:, None], axis=-1)[:, 0]
+            logps.append(drawn - mx.logsumexp(z, axis=-1))
         return mx.concatenate(logps)
 
     @forward.vjp
     def backward(primals, cotangent, output):  # type: ignore[no-untyped-def]
         h, w = (primals, head) if frozen_head else primals
         dh: list[mx.array] = []
-        dw = [] if frozen_head else head_zeros(w)
+        # In parts: a GPU's addmm makes a new array for its sum, and Metal holds the old one until
+        # its command is done, of which ten are in flight: that is 160 MiB, not ten times V x D.
+        dw = [] if frozen_head else [mx.zeros_like(part) for part in _head_parts(w)]
         for chunk in chunks:
             z = logits(h[chunk], w, [*dw, *dh[-1:]])
             p = mx.softmax(z, axis=-1)
@@ -146,11 +140,6 @@ def token_logps(
 
     logps: Any = forward(hidden) if frozen_head else forward(hidden, head)
     return logps
-
-
-def _at(z: mx.array, index: mx.array) -> mx.array:
-    """One entry of each row: z (n, V), index (n,) -> (n,)."""
-    return mx.take_along_axis(z, index[:, None], axis=-1)[:, 0]
 
 
 def halny_sigma(spread_c: float) -> float:

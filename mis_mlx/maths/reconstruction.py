@@ -41,15 +41,6 @@ def is_wide(inputs: int) -> bool:
     return inputs > WIDE
 
 
-def inverse_root(gram: np.ndarray) -> mx.array:
-    """L^-1 (F, F) float32 of L L^T = G (F, F) float32. It takes little more memory than it has."""
-    # MLX has no Metal version of these two, so they name the CPU's stream.
-    return mx.linalg.tri_inv(  # noqa: TID251
-        mx.linalg.cholesky(mx.array(gram), stream=mx.cpu),  # noqa: TID251
-        stream=mx.cpu,
-    )
-
-
 def held_out_windows(kinds: Sequence[int]) -> list[int]:
     """Which windows, of these kinds of text, are held out to judge a block by.
 
@@ -115,8 +106,10 @@ class NormalEquations:
         diagonal += ridge * before.mean() + np.finfo(before.dtype).tiny
         try:
             if self.gram.dtype == np.float32:
-                # G^-1 = L^-T L^-1, applied one factor after the other.
-                root = inverse_root(self.gram)
+                # G^-1 = L^-T L^-1, applied one factor after the other. They take little more memory
+                # than G. MLX has no Metal version of these two, so they name the CPU's stream.
+                factor = mx.linalg.cholesky(mx.array(self.gram), stream=mx.cpu)  # noqa: TID251
+                root = mx.linalg.tri_inv(factor, stream=mx.cpu)  # noqa: TID251
                 return np.array(root.T @ (root @ mx.array(self.cross))).T
             return np.asarray(np.linalg.solve(self.gram, self.cross).T)
         finally:
@@ -192,15 +185,3 @@ def remaining_error(held_out: Sequence[HeldOut], update: np.ndarray) -> float:
 
 def _sum_of_squares(values: np.ndarray) -> float:
     return float(np.square(values, dtype=np.float64).sum())
-
-
-def solver_flops(inputs: int, factor: float, solve: float) -> float:
-    """Operations of the host for sums (F, F), F: `inputs`.
-
-    inputs^2 times `factor` to factorize them, times `solve` to use that. In float32 MLX does the
-    latter, and the former counts a quarter.
-    """
-    square = inputs**2
-    if is_wide(inputs):
-        return square * factor / 4
-    return square * (factor + solve)

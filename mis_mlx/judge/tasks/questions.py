@@ -167,7 +167,11 @@ def file(path: Path) -> Task:
             f"{path.name}: holds rows of {' and '.join(kinds)}, but a task has one kind"
         )
     rows.refuse(problems)
-    asked = [row for row, _ in good if not _is_same_twice(row)]
+    asked = []
+    for row, _ in good:
+        # In a pair that has the same sentence twice there is nothing to choose.
+        if kinds != ["pairs"] or row["good"] != row["bad"]:
+            asked.append(row)
     about = f"{len(asked)} rows of {path.name}"
     if len(asked) < len(good):  # BLiMP has such a pair
         about += (
@@ -180,11 +184,6 @@ def file(path: Path) -> Task:
             f"differ"
         )
     return task(path.stem, asked, about)
-
-
-def _is_same_twice(row: Mapping) -> bool:
-    """Whether a pair has the same sentence twice: there is nothing to choose."""
-    return rows.shape_of(row, SHAPES) == "pairs" and row["good"] == row["bad"]
 
 
 def fault(row: object) -> str | None:

@@ -18,7 +18,7 @@ from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.writing import tool_calls
 from mis_mlx.models.writing.streamed_batch import Texts
 from mis_mlx.models.writing.text_writer import Completion
-from mis_mlx.types import Budget, Checkpoint
+from mis_mlx.types import Budget, Checkpoint, MisError
 
 # Answers written together, as many as fit. In the same CPU time 48 have 1.3 times the tokens of 16,
 # and 96 have fewer than 48 (SmolLM2-135M, float32, one thread).
@@ -55,9 +55,11 @@ def asking(
     MisError where the model does not fit the budget even streamed. Records hold the question's
     number "n", the "text" written and the judge's verdict.
     """
-    if task.kind in tool_tasks.KINDS:
-        known = chat_template.knows_tools(tokenizer)
-        tool_tasks.need_tools(checkpoint.path, known=known)
+    if task.kind in tool_tasks.KINDS and not chat_template.knows_tools(tokenizer):
+        raise MisError(
+            f"{checkpoint.path}: its chat template knows no tools, and 0 of the prompts can be "
+            f"asked: leave out --tasks tools, or take a model that calls tools"
+        )
     prompts = [_prompt(tokenizer, task.questions[n]) for n in left]
     texts = Texts(len(prompts), max(map(len, prompts)), task.max_tokens)
     plan = plan_writing(model_of(checkpoint), texts, limit, at_once=AT_ONCE, name=task.name)

@@ -22,7 +22,6 @@ import numpy as np
 
 from mis_mlx.judge.tasks.questions import Question, Task
 from mis_mlx.storage import run_folder
-from mis_mlx.types import MisError
 
 SETS = Path(__file__).parent / "sets"
 CALLS = "tool-calls"
@@ -209,12 +208,3 @@ def as_said(task: Task, said: Sequence[Calls]) -> Task:
         calls = None if made is None else tuple(made)
         questions.append(question._replace(calls=calls))
     return replace(task, questions=tuple(questions))
-
-
-def need_tools(path: Path, *, known: bool) -> None:
-    """MisError where a model's chat template knows no tools."""
-    if not known:
-        raise MisError(
-            f"{path}: its chat template knows no tools, and 0 of the prompts can be asked: leave "
-            f"out --tasks tools, or take a model that calls tools"
-        )

@@ -17,6 +17,7 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.compute import precision
+from mis_mlx.hardware import rates
 from mis_mlx.models.architectures.sizes import holds_float16, shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import stream
@@ -43,7 +44,7 @@ def with_precision(
 ) -> Checkpoint:
     """The model, with what it computes in decided.
 
-    That is the type asked for, else the policy's, but `precision.fallback_dtype` where float16 does
+    That is the type asked for, else the policy's, but another where float16 does
     not hold the model's activations. fits: default: a budget holds it in any type.
     """
     dtype = precision.usual_dtype(wanted)
@@ -62,8 +63,11 @@ def _without_overflow(checkpoint: Checkpoint, fits: Fits | None) -> mx.Dtype:
     reach = math.inf if known_to_overflow else largest_activation(checkpoint)
     if reach <= LARGEST_ALLOWED:
         return mx.float16
-    holds_float32 = fits is None or fits(checkpoint, mx.float32)
-    dtype = precision.fallback_dtype(fits=holds_float32)
+    # M1 and M2 emulate bfloat16, so there float32 is both quicker and exact. From M3 on, or where
+    # float32 does not fit the budget, it is bfloat16.
+    dtype = mx.bfloat16
+    if not rates.computes_bfloat16() and (fits is None or fits(checkpoint, mx.float32)):
+        dtype = mx.float32
     if not known_to_overflow:
         cli.say(
             f"{checkpoint.path}: activations reach {reach:,.0f}, but float16 ends at 65,504: "

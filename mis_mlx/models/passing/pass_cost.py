@@ -115,7 +115,7 @@ def filling_bytes(m: ModelSize, tokens: int) -> int:
 
 def parallel_windows(m: ModelSize) -> int:
     """How many windows go through a block side by side."""
-    return streams.count_on(gpu=m.gpu)
+    return 1 if m.gpu else streams.count()
 
 
 def workspace_bytes(m: ModelSize, tokens: int, length: int, in_pass: int = 0) -> int:
