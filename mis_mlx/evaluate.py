@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -40,7 +39,6 @@ from mis_mlx.types import (
 )
 
 LENGTH = 256  # tokens in a window
-Text = tuple[str, str, token_windows.Windows]  # name, title, chosen windows
 
 
 @dataclass(frozen=True)
@@ -79,27 +77,6 @@ class Settings(cli.Budgeted):
     """
 
 
-def _texts(
-    s: Settings,
-    models: Models,
-    tokenizer: Any,
-    limit: Budget,
-) -> Iterator[Text]:
-    """Every held-out text, one after the other; the budget holds while the caller uses it.
-
-    MisError where the comparison does not fit.
-    """
-    length = s.max_seq_length
-    shapes = [model_of(model) for model in models.values()]
-    planned = comparison_cost(shapes, s.eval_windows, length).beside(shapes[0].text_bytes)
-    estimates.require_fit(limit, planned)
-    for name, held_out in preparation.prepare(s.data, tokenizer, length).held_out.items():
-        chosen = comparison.spread_windows(held_out, s.eval_windows)
-        title = f"{name}, {len(chosen.tokens)} windows of {length} tokens"
-        with memory.limited(limit):
-            yield name, title, chosen
-
-
 def _held_out(
     s: Settings,
     models: Models,
@@ -108,19 +85,26 @@ def _held_out(
 ) -> tuple[str, dict[str, Any]]:
     """(Markdown, the same for the JSON line), one table for each text.
 
-    seen: the teacher with its students' vocabulary.
+    seen: the teacher with its students' vocabulary. MisError where the comparison does not fit.
     """
     parts = []
     result = dict[str, Any]()
     teacher = models["teacher"]
     tokenizer = load.tokenizer(seen.path)
-    for name, title, chosen in _texts(s, models, tokenizer, limit):
+    length = s.max_seq_length
+    shapes = [model_of(model) for model in models.values()]
+    planned = comparison_cost(shapes, s.eval_windows, length).beside(shapes[0].text_bytes)
+    estimates.require_fit(limit, planned)
+    for name, held_out in preparation.prepare(s.data, tokenizer, length).held_out.items():
+        chosen = comparison.spread_windows(held_out, s.eval_windows)
+        title = f"{name}, {len(chosen.tokens)} windows of {length} tokens"
         own = None
         if seen is not teacher:
             # Students of a trimmed vocabulary are compared with the trimmed teacher.
             own = token_windows.retokenized(chosen, tokenizer, load.tokenizer(teacher.path))
             title = f"{title}. {comparison.ACROSS}"
-        rows = comparison.held_out_rows(models, seen, chosen, own)
+        with memory.limited(limit):
+            rows = comparison.held_out_rows(models, seen, chosen, own)
         table = text.table(rows, list(models), text.TABLES["held-out"])
         parts.append(f"{title}\n\n{table}")
         result[name] = {f"{row.metric}_{row.model}": row.value for row in rows}

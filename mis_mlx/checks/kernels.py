@@ -160,7 +160,7 @@ def _unpacked(kind: Format, matrix: mx.array) -> float:
         step = to_float64(scale)
         expected = codes * step + to_float64(bias[0])
         tolerance = 1.25 * np.abs(step)
-        integers = to_float64(rounding.integers(packed[0], kind.group, kind.bits))
+        integers = to_float64(rounding.unpacked(packed[0], kind.bits))
     else:
         width = _fp4_widths(scale, kind.mode)
         sign = np.where(codes & 8, -1, 1)
@@ -332,7 +332,7 @@ def gptq_integers() -> Found:
     def codes(*, fused: bool) -> np.ndarray:
         factor = gptq.factorize(gram.copy())
         packed = gptq.rounded([weight], factor, 64, 4, fused=fused)[0]
-        return to_float64(rounding.integers(packed[0], 64, 4))
+        return to_float64(rounding.unpacked(packed[0], 4))
 
     here = codes(fused=precision.compiles())
     with on_cpu():

@@ -1,12 +1,7 @@
-"""Logits of some positions at a time: what they take, and the gradient of a drawn token."""
+"""What the logits of some positions at a time take."""
 
 import math
-from typing import Any
 
-import mlx.core as mx
-import numpy as np
-
-from mis_mlx.compute import quick_exp
 from mis_mlx.hardware.memory import COMMANDS_AHEAD
 from mis_mlx.maths import losses
 
@@ -15,13 +10,6 @@ ARRAYS = 5  # (n, V) float32 that MLX holds at a time of one chunk
 CHUNKS_AHEAD = 3
 # (n, V) that a chunk makes, five of them alive at a time; a GPU may hold all it has begun
 CHUNK_ARRAYS = 12
-
-
-def view(array: mx.array) -> np.ndarray:
-    """The memory of an array, evaluated, for numpy to read where it is."""
-    mx.eval(array)
-    buffer: Any = array
-    return np.asarray(memoryview(buffer))
 
 
 def logit_bytes(vocab: int, positions: int, *, gpu: bool) -> int:
@@ -36,11 +24,3 @@ def logit_bytes(vocab: int, positions: int, *, gpu: bool) -> int:
     if gpu:
         arrays = min(ARRAYS + COMMANDS_AHEAD, CHUNK_ARRAYS * chunks)
     return arrays * rows * vocab * 4
-
-
-def likelihood_gradients(z: mx.array, drawn: mx.array) -> mx.array:
-    """d log softmax(z)[drawn] / d z (n, V), for logits z (n, V) float32 and tokens drawn (n,).
-
-    It is 1 at the drawn token minus softmax(z).
-    """
-    return (-quick_exp.softmax(z)).at[mx.arange(len(z)), drawn].add(1.0)

@@ -79,14 +79,9 @@ def logsumexp(z: mx.array) -> mx.array:
     return (top + mx.log(exp(z - top).sum(axis=-1, keepdims=True)))[..., 0]
 
 
-def silu(x: mx.array) -> mx.array:
-    """x times its sigmoid, of x (...) float32; lazy."""
-    return x * sigmoid(x)
-
-
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     """SiLU of `gate` times x, both (...) float32; lazy."""
-    return silu(gate) * x
+    return gate * sigmoid(gate) * x
 
 
 def attention(

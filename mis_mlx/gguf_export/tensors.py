@@ -263,8 +263,7 @@ def _rewrapped(
     stem = part.source.removesuffix(".weight")
     packing = load.packing(checkpoint, part.source)
     mode = packing["mode"]
-    # (rows, in) uint8. Scale 1 and bias 0 in groups of 32 unpack the integers of any group size.
-    q = np.array(rounding.integers(slab[part.source], BLOCK, packing["bits"]))
+    q = np.array(rounding.unpacked(slab[part.source], packing["bits"]))  # (rows, in) uint8
     if mode != "affine":
         return ggml_blocks.of_floats(q, np.array(slab[f"{stem}.scales"]), mode)
     blocks_of_group = packing["group_size"] // BLOCK

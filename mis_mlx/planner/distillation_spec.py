@@ -97,6 +97,13 @@ def spec_of(
     # block by block: a shape knows one width for all
     same_tensors = arch.tensors_of(student.config) == arch.tensors_of(teacher.config)
     uncut = copied and sized and asked.train == "auto" and same_tensors
+    modes: tuple[Mode, ...] = MODES
+    if uncut:
+        modes = ("none",)
+    elif asked.train != "auto":
+        modes = (asked.train,)
+    elif student.shape.experts or (asked.reconstruct_samples and repairs(student.config)):
+        modes = (*MODES, "none")
     settings = {f.name: getattr(asked, f.name) for f in fields(DistillationConfig)}
     settings["iters"] = steps_of(asked, student.config)
     # No fit knows what comes of several hidden states.
@@ -106,7 +113,7 @@ def spec_of(
         **settings,
         teacher=teacher,
         student=student,
-        modes=_modes(asked, student, uncut=uncut),
+        modes=modes,
         rotation=student.shape.hidden < teacher.shape.hidden,
         rounding=rounding,
         shown=shown,
@@ -115,15 +122,3 @@ def spec_of(
         answers=answers,
         answers_known=answers_known,
     )
-
-
-def _modes(asked: DistillationConfig, student: ModelSize, *, uncut: bool) -> tuple[Mode, ...]:
-    """The strategies to choose from, the best first."""
-    if uncut:
-        return ("none",)
-    if asked.train != "auto":
-        return (asked.train,)
-    repaired = asked.reconstruct_samples and repairs(student.config)
-    if repaired or student.shape.experts:
-        return (*MODES, "none")
-    return MODES

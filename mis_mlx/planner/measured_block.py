@@ -129,7 +129,9 @@ def _kept(path: Path) -> dict[str, dict[str, float]]:
 
 def _sample(m: ModelSize, batch: int, length: int, limit_bytes: int) -> _Sample | None:
     """The block to measure in place of the model's, as large as half of the budget allows."""
-    if not _measurable(m):
+    uneven = len(tensor_shapes.unlike_blocks(m.config)) > 1
+    alike = not m.shape.experts and not uneven and side_inputs.plain(m.config)
+    if not (alike and families.family(m.config).measurable):
         return None
     half = m.item == 2 and rates.on_gpu()  # a CPU only emulates it
     divisor = 1
@@ -146,13 +148,6 @@ def _sample(m: ModelSize, batch: int, length: int, limit_bytes: int) -> _Sample 
         if _is_small(sample, limit_bytes):
             return sample
         divisor *= 2
-
-
-def _measurable(m: ModelSize) -> bool:
-    """Whether all blocks of the model are alike, and take hidden states and nothing else."""
-    uneven = len(tensor_shapes.unlike_blocks(m.config)) > 1
-    alike = not m.shape.experts and not uneven and side_inputs.plain(m.config)
-    return alike and families.family(m.config).measurable
 
 
 def _divided(shape: Shape, divisor: int) -> Shape | None:

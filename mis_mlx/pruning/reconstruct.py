@@ -374,7 +374,7 @@ def _fit_cost(ledger: Ledger, m: ModelSize, tokens: int, workspace: int) -> Stag
     )
     judged = 2.0 * len(RIDGES) * held_out * f * d
     solves = len(RIDGES) + 1
-    # The host factorizes (F, F) and uses that; in float32 MLX does the latter, and the former counts
+    # The host factorizes (F, F) and uses that; in float32 MLX does the latter, the former counts
     # a quarter.
     host = solves * f**2 * (2 / 3 * f / 4 if is_wide(f) else 2 / 3 * f + 2 * d)
     flops = 2.0 * tokens * f * (f + d) + solves * f * f * (2 / 3 * f + 4 * d) + judged

@@ -19,7 +19,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.compute import logits, precision, streams
+from mis_mlx.compute import precision, streams
 from mis_mlx.hardware.ledger import Ledger
 from mis_mlx.hardware.stage_cost import WINDOWS, StageCost, in_turn
 from mis_mlx.maths import gptq, reconstruction, rounding
@@ -328,7 +328,9 @@ def _add(sums: np.ndarray, seen: mx.array, where: str) -> None:
     if reconstruction.is_wide(len(sums)):
         slabs = _product_slabs(seen)
     for start, product in slabs:
-        values = logits.view(product)
+        mx.eval(product)
+        buffer: Any = product
+        values = np.asarray(memoryview(buffer))  # the memory of the product, where it is
         # Checked before it is added: a sum with one infinity is lost. By numpy, in place: MLX takes
         # as long for that on a CPU as for the product.
         if not np.isfinite(values).all():

@@ -21,7 +21,6 @@ from mis_mlx.hardware.thermal.run_monitor import (
     Governed,
     ThermalMonitor,
     battery,
-    check_power,
 )
 from mis_mlx.maths.optimizer import Diverged, GuardedAdamW
 from mis_mlx.models.architectures import scenarios
@@ -87,11 +86,6 @@ def _restore_threads(folder: Path) -> None:
             return
 
 
-def _arithmetic() -> dict[str, str]:
-    """What computes matrix products: on the CPU their last bits depend on it. For origin.json."""
-    return {"blas": blas_threads.name(), BLAS_THREADS: str(blas_threads.at_start())}
-
-
 def _plain(kind: type, stored: dict[str, Any]) -> dict[str, Any]:
     """The same with the names that settings have today, and the scenario's plain one."""
     stored = flag_help.current_names(kind, stored)
@@ -111,8 +105,10 @@ def open_model(
     """
     cli.check_ranges(s)
     plans_only = getattr(s, "dry_run", False)
-    if isinstance(s, Governed) and not plans_only:
-        check_power(s)
+    if isinstance(s, Governed) and not plans_only and s.governor == "steady":
+        trouble = battery(s)
+        if trouble:
+            raise MisError(trouble)
     if new:
         need_place(new, place, "new")
     else:
@@ -238,7 +234,9 @@ def open_run(
     `memory.limited`, in bytes.
     """
     distributed.check_same({name: value.encode() for name, value in origin.items()})
-    origin = {**origin, **_arithmetic()}
+    # What computes matrix products: on the CPU their last bits depend on it.
+    threads = str(blas_threads.at_start())
+    origin = {**origin, "blas": blas_threads.name(), BLAS_THREADS: threads}
     cli.say(*run_folder.same_origin(place.folder, origin, same))
     with (
         memory.limited(limit, wired),

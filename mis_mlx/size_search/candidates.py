@@ -53,27 +53,6 @@ Costs = dict[str, dict[int, float]]  # module path: bits: nats
 Curve = list[tuple[float, float]]  # (size, nats a byte)
 
 
-def ranking_windows(data: preparation.Data) -> Windows:
-    """The windows that rank students: of the text to choose by, or of each held-out text.
-
-    None more than half of a held-out text, for windows that chose a student do not judge it.
-    """
-    if data.choosing is not None:
-        return comparison.spread_windows(data.choosing, RANK_WINDOWS)
-    ranks = list[Windows]()
-    for name, windows in data.held_out.items():
-        share = 3 if ranks else 1
-        held = len(windows.tokens)
-        if held < 4:
-            raise MisError(
-                f"the text {name} has {held} held-out windows, but a search needs 4 or more: add "
-                f"text"
-            )
-        most = min(math.ceil(RANK_WINDOWS / share), held // 2)
-        ranks.append(windows.pick(stats.spread(held, most)))
-    return token_windows.concatenated(ranks)
-
-
 def journal_of(folder: Path, log: str) -> Journal:
     """A log of a search in a folder, as a journal: a record for each student."""
     key = ("axis", "size") if log == PROBES else ("ffn", "vocab", "bits")
@@ -121,8 +100,25 @@ class Candidates:
 
     @cached_property
     def ranking(self) -> Windows:
-        """The windows that rank, in the teacher's own tokens."""
-        return ranking_windows(self.data)
+        """The windows that rank, in the teacher's own tokens: of the text to choose by, or of each
+        held-out text.
+
+        None more than half of a held-out text, for windows that chose a student do not judge it.
+        """
+        if self.data.choosing is not None:
+            return comparison.spread_windows(self.data.choosing, RANK_WINDOWS)
+        ranks = list[Windows]()
+        for name, windows in self.data.held_out.items():
+            share = 3 if ranks else 1
+            held = len(windows.tokens)
+            if held < 4:
+                raise MisError(
+                    f"the text {name} has {held} held-out windows, but a search needs 4 or more: "
+                    f"add text"
+                )
+            most = min(math.ceil(RANK_WINDOWS / share), held // 2)
+            ranks.append(windows.pick(stats.spread(held, most)))
+        return token_windows.concatenated(ranks)
 
     @cached_property
     def own_answers(self) -> bool:
@@ -145,13 +141,6 @@ class Candidates:
         """Windows (1, T) of calibration."""
         asked = self.asked
         return preparation.calibration(self.data.train, asked.num_samples, asked.seed, 1)
-
-    @cached_property
-    def students_at_once(self) -> int:
-        """How many students are measured in one pass, within the budget."""
-        length = self.asked.max_seq_length
-        windows = len(self.answers) or len(self.ranking.tokens)
-        return at_once(model_of(self.teacher), windows, length, self.run.budget_bytes)
 
     @cached_property
     def before(self) -> Shape:
@@ -452,7 +441,11 @@ class Candidates:
         known = journal.read()
         keys = [journal.key_of(line) for line in lines]
         missing = [number for number, key in enumerate(keys) if key not in known]
-        some = self.students_at_once if missing else 1
+        some = 1  # students in a pass, within the budget
+        if missing:
+            length = self.asked.max_seq_length
+            windows = len(self.answers) or len(self.ranking.tokens)
+            some = at_once(model_of(self.teacher), windows, length, self.run.budget_bytes)
         parts = [missing[first : first + some] for first in range(0, len(missing), some)]
         # Of a teacher that streams bits alone are measured coarsely: what is chosen by that is not.
         fit = log == CANDIDATES or not self.streams

@@ -218,11 +218,13 @@ def test_fitted_integers_are_packed_as_mlx_packs_them() -> None:
     weight = mx.array(np.random.default_rng(6).normal(size=(8, 128)).astype(np.float32))
     for bits in rounding.CANDIDATE_BITS:
         packed, scales, biases = rounding.fitted(weight, 64, bits)
-        levels = np.array(rounding.integers(packed, 64, bits), np.float32)
+        levels = np.array(rounding.unpacked(packed, bits), np.float32)
         scale, bias = (np.repeat(np.array(a, np.float32), 64, axis=1) for a in (scales, biases))
         assert np.abs(levels * scale + bias - np.array(weight)).max() < 3 * scale.max()
         assert levels.max() == 2**bits - 1 and levels.min() == 0
-        assert (np.array(rounding.unpacked(packed, bits)) == levels).all()
+        ones = mx.ones(scales.shape)
+        by_mlx = mx.dequantize(packed, ones, mx.zeros_like(ones), group_size=64, bits=bits)
+        assert (np.array(by_mlx) == levels).all()
 
 
 def test_a_group_of_equal_weights_stays_as_it_is() -> None:

@@ -81,16 +81,6 @@ def battery(flags: Governed) -> str:
     return f"on battery{charge}: --governor {flags.governor} {does}"
 
 
-def check_power(flags: Governed) -> None:
-    """MisError where a run on battery would pause after its first step until the plug is back.
-
-    Nothing has begun yet, so the user can choose.
-    """
-    trouble = battery(flags)
-    if trouble and flags.governor == "steady":
-        raise MisError(trouble)
-
-
 @dataclass
 class PauseCounter:
     """The account of a run; a checkpoint keeps it, and a resumed run goes on with it."""
@@ -98,14 +88,6 @@ class PauseCounter:
     count: int = 0
     seconds: float = 0.0  # in pauses
     reasons: dict[str, int] = field(default_factory=dict)  # cause -> pauses
-
-    def as_json(self) -> dict[str, Any]:
-        """`tea_breaks`, `throttled_s` (their seconds), `tea_reasons`, for a run's JSON."""
-        return {
-            "tea_breaks": self.count,
-            "throttled_s": round(self.seconds, 1),
-            "tea_reasons": dict(self.reasons),
-        }
 
 
 def after_step(monitor: Monitor, judge: Governor, breaks: PauseCounter) -> Iterator[Decision]:
@@ -204,7 +186,9 @@ class ThermalMonitor(Monitor):
         """For a run's JSON: tea breaks, and where T_env and altitude came from."""
         air = self.air(look=False)
         return {
-            **self.breaks.as_json(),
+            "tea_breaks": self.breaks.count,
+            "throttled_s": round(self.breaks.seconds, 1),
+            "tea_reasons": dict(self.breaks.reasons),
             "t_env_c": air.celsius,
             "t_env_sigma_c": air.sigma_c,
             "t_env_source": air.source,

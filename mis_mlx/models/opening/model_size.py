@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import mlx.core as mx
-
 from mis_mlx.compute import precision
 from mis_mlx.hardware.memory import COMMANDS_AHEAD, in_flight_bytes
 from mis_mlx.maths.losses import PART
@@ -189,10 +187,14 @@ def model_of(
     config = source.config if isinstance(source, Checkpoint) else source
     if gpu is None:
         gpu = precision.keeps_packed()
-        dtype = dtype or _dtype_here(source)
+        if dtype is None and isinstance(source, Checkpoint):
+            dtype = precision.dtype_of(source)
+        dtype = dtype or precision.usual_dtype()
     shape = shape_of(config)
     if dtype is None:
-        dtype = _dtype_of_m1(config, gpu)
+        # That of an M1, which emulates bfloat16.
+        half = gpu and holds_float16(config)
+        dtype = precision.DTYPES["float16" if half else "float32"]
     block_params = weight_count(arch.layer_tensors(config, True))
     params = arch.params(config)
     if isinstance(source, Checkpoint):
@@ -221,20 +223,6 @@ def model_of(
         active_share=active_share,
         side_params=weight_count(sides),
     )
-
-
-def _dtype_here(source: Checkpoint | Mapping[str, Any]) -> mx.Dtype:
-    """The type that this process computes a model in."""
-    if isinstance(source, Checkpoint):
-        return precision.dtype_of(source)
-    return precision.usual_dtype()
-
-
-def _dtype_of_m1(config: Mapping[str, Any], gpu: bool) -> mx.Dtype:
-    """The type that an M1 computes in: it emulates bfloat16."""
-    if gpu and holds_float16(config):
-        return precision.DTYPES["float16"]
-    return precision.DTYPES["float32"]
 
 
 def _stored(checkpoint: Checkpoint, layers: int) -> _Stored:

@@ -12,8 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mis_mlx.compute import slab_draws, slab_losses
-from mis_mlx.compute.logits import likelihood_gradients
+from mis_mlx.compute import quick_exp, slab_draws, slab_losses
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.ledger import Ledger
 from mis_mlx.hardware.stage_cost import WINDOWS, StageCost
@@ -220,7 +219,8 @@ def _drawn(
         if cap:
             slopes = softcap_gradient(z, cap)
             stream.evaluate_now(slopes)  # before the logits are used up
-        above = likelihood_gradients(z, drawn)
+        # d log softmax(z)[drawn] / d z: 1 at the drawn token minus softmax(z)
+        above = (-quick_exp.softmax(z)).at[mx.arange(len(z)), drawn].add(1.0)
         gradients = mx.vjp(logits, [some], [above])[1]
         parts.append(gradients[0])
         # Evaluated part by part: the logits of one part alone are in memory.
