@@ -15,7 +15,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -504,12 +504,12 @@ def from_here(path: Path) -> Path:
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
-def show_progress(label: str, items: Iterable[T], total: int) -> Iterator[T]:
+def show_progress(label: str, items: Collection[T]) -> Iterator[T]:
     """The items, one after the other; the display, if there is one, shows how many are done.
 
     The display: reporting/progress.
     """
-    level = SHOWN[0].level(label, total) if SHOWN else nullcontext(lambda done: None)
+    level = SHOWN[0].level(label, len(items)) if SHOWN else nullcontext(lambda done: None)
     with level as show:
         for done, item in enumerate(items):
             show(done)

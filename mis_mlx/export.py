@@ -159,8 +159,7 @@ def _gguf(settings: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, 
     room = nbytes + PAPERS_BYTES
     with protocol.commit_folder(Path(settings.out), room, "the GGUF") as folder:
         rows = (
-            tensors.rows(checkpoint, part, tally)
-            for part in cli.show_progress("tensor", parts, len(parts))
+            tensors.rows(checkpoint, part, tally) for part in cli.show_progress("tensor", parts)
         )
         tensors.write(folder / file, head, parts, rows)
         notes = _facts(parts, checkpoint, tally) + notes

@@ -151,10 +151,10 @@ def test_a_log_hears_of_a_phase_in_which_nothing_ends(monkeypatch: pytest.Monkey
     assert progress.EVERY_S == 10
     monkeypatch.setattr(cli, "say", say)
     monkeypatch.setattr(progress, "EVERY_S", 0.05)
-    assert list(cli.show_progress("block", [7, 8], 2)) == [7, 8]
+    assert list(cli.show_progress("block", [7, 8])) == [7, 8]
     assert not said
     with progress.run("prune"):
-        for _ in cli.show_progress("block", range(1), 1):
+        for _ in cli.show_progress("block", range(1)):
             assert twice.wait(60)
     assert all(line.startswith("prune, block 0/1  ") for line in said)
     assert not cli.SHOWN

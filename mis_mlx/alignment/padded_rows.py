@@ -63,7 +63,7 @@ def by_length(label: str, lengths: Sequence[int], batch_size: int) -> Iterator[l
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    yield from cli.show_progress(label, batches, len(batches))
+    yield from cli.show_progress(label, batches)
 
 
 class Rows:

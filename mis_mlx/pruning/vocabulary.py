@@ -191,7 +191,7 @@ def expected(teacher: Checkpoint, windows: token_windows.Windows) -> np.ndarray:
         step = _positions(states.shape[1], s.vocab)
         for first in range(0, states.shape[1], step):
             chunks.append(states[0][first : first + step])
-    for chunk in cli.show_progress("window", chunks, len(chunks)):
+    for chunk in cli.show_progress("window", chunks):
         logits = list[mx.array]()
         for _, head in source.head_parts(s.vocab, rows):
             logits.append(load.wide_logits(head, chunk))

@@ -270,7 +270,7 @@ def _packed(
     """(name, tensor) of everything in the folder to be written. last: as of `_names`."""
     names = _names(checkpoint.config, last)
     block: dict[str, rounding.Packed] = {}
-    for name in cli.show_progress("tensor", names, len(names)):
+    for name in cli.show_progress("tensor", names):
         path = name.removesuffix(".weight")
         if path not in plan:
             yield name, _plain(checkpoint, name)

@@ -450,7 +450,7 @@ class Candidates:
         # Of a teacher that streams bits alone are measured coarsely: what is chosen by that is not.
         fit = log == CANDIDATES or not self.streams
         shown = log == PROBES and missing
-        for part in cli.show_progress("axes alone", parts, len(parts)) if shown else parts:
+        for part in cli.show_progress("axes alone", parts) if shown else parts:
             students = []
             for number in part:
                 choice = choices[number]

@@ -50,7 +50,7 @@ def sha256(checkpoint: Checkpoint) -> str:
     files = {tensor.file for tensor in checkpoint.tensors.values()}
     files.add(checkpoint.path / "config.json")
     known = []
-    for file in cli.show_progress("hash: file", files, len(files)):
+    for file in cli.show_progress("hash: file", files):
         known.append((file.name, file_sha256(file)))
     # Not the folder's name: a copy elsewhere is the same model.
     speech = keep.speech_sha256(checkpoint.path)

@@ -130,7 +130,7 @@ class Stream:
             order = range(self.layers)
         coming = self._blocks.each([i for i in order if i not in self._kept])
         with closing(coming):  # left in the middle, the read under way must still end
-            for i in cli.show_progress("block", order, len(order)):
+            for i in cli.show_progress("block", order):
                 self.block_index = i
                 if i in self._kept:
                     yield i, self._kept[i]

@@ -249,7 +249,7 @@ def write_model(
             return mx.stack(arrays)
         return taken[0]
 
-    tensors = ((name, tensor(name)) for name in cli.show_progress("tensor", specs, len(specs)))
+    tensors = ((name, tensor(name)) for name in cli.show_progress("tensor", specs))
     shards = None
     if file_per_block:
         groups = itertools.groupby(specs.items(), lambda item: arch.block_of(item[0]))
