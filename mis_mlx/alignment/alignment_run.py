@@ -153,19 +153,17 @@ def model_size(s: Alignment, checkpoint: Checkpoint) -> ModelSize:
     return model_of(checkpoint, dtype=dtype_of(s, checkpoint))
 
 
-def training_ledger(
-    s: Alignment, checkpoint: Checkpoint, rows: int, length: int, limit: int = 0
-) -> Ledger:
+def training_ledger(s: Alignment, checkpoint: Checkpoint, rows: int, length: int) -> Ledger:
     """What training with `rows` sequences of `length` tokens in a micro-batch holds."""
     m = model_size(s, checkpoint)
     if not s.lora:
         accumulates = s.grad_accumulation_steps > 1
-        ledger = whole_model.holdings(m, rows, length, accumulates=accumulates, limit=limit)
+        ledger = whole_model.holdings(m, rows, length, accumulates=accumulates)
         ledger.hold("text", m.text_bytes)
         return ledger
     learning = optimizer.STATE_BYTES + optimizer.GRADIENT_BYTES
     activations = residency.activation_bytes(m, rows, length)
-    ledger = Ledger(limit, m.gpu)
+    ledger = Ledger(gpu=m.gpu)
     ledger.hold("text", m.text_bytes)
     ledger.hold("weights", m.whole_work)
     ledger.hold("adapters, gradients and moments", learning * s.lora.params(m.config))

@@ -160,13 +160,11 @@ def holdings(
     length: int,
     *,
     accumulates: bool = False,
-    limit: int = 0,
 ) -> Ledger:
     """What a step of `WholeModel` holds where all weights learn, on micro-batches (batch, length).
 
     Model and loss are one graph, of which the least that can be promised is the sum. accumulates:
-    several micro-batches, so that the gradients of earlier ones wait meanwhile. limit: of the
-    ledger.
+    several micro-batches, so that the gradients of earlier ones wait meanwhile.
     """
     s = m.shape
     activations = activation_bytes(m, batch, length)
@@ -174,7 +172,7 @@ def holdings(
     gradients = optimizer.GRADIENT_BYTES * m.params
     summed = gradients if accumulates else 0
     largest = max(map(math.prod, arch.tensors_of(m.config, True).values()))
-    ledger = Ledger(limit, m.gpu)
+    ledger = Ledger(gpu=m.gpu)
     ledger.hold("weights and moments", optimizer.STATE_BYTES * m.params)
     ledger.hold("in flight", min(activations, in_flight_bytes()) if m.gpu else 0)
     ledger.moment(

@@ -1,7 +1,7 @@
 """Students against their teacher on held-out windows: loss, KL, agreement, per window. Streamed."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -25,7 +25,6 @@ from mis_mlx.models.passing.stream import Hidden, Stream, evaluate_now, head_row
 from mis_mlx.types import Checkpoint, MisError, Row
 
 Models = Mapping[str, Checkpoint]  # by name
-OpenStream = Callable[[Checkpoint], Stream]  # opens a model for one pass
 Means = Mapping[tuple[str, str], np.ndarray]  # (model, metric) -> (N,), one value per window
 Passed = tuple[Stream, Hidden]  # a model and its final states [(1, T, D)] of every window
 ACROSS = (
@@ -43,18 +42,16 @@ def spread_windows(held_out: Windows, count: int) -> Windows:
 def final_hidden(
     model: Checkpoint,
     held_out: Windows,
-    opened: OpenStream = Stream,
 ) -> Hidden:
     """The model's final hidden states [(1, T, D)] of every window. Streamed."""
     batches = [mx.array(window[None]) for window in held_out.tokens]
-    return opened(model).forward(batches)
+    return Stream(model).forward(batches)
 
 
 def compare(
     models: Models,
     held_out: Windows,
     hidden: Hidden | None = None,
-    opened: OpenStream = Stream,
 ) -> Means:
     """Per-window means (N,) of every model, by (model, metric). Streamed.
 
@@ -69,14 +66,14 @@ def compare(
     """
     (teacher, base), *students = models.items()
     if hidden is None:
-        hidden = final_hidden(base, held_out, opened)
+        hidden = final_hidden(base, held_out)
     measured = {}
     # A teacher without other students is compared with itself: that is how its own nll comes about.
     others = [(name, model) for name, model in students if model is not base]
     for name, model in others or [(teacher, base)]:
         states = hidden
         if model is not base:
-            states = final_hidden(model, held_out, opened)
+            states = final_hidden(model, held_out)
         passed = (Stream(model), states)
         teacher_nll, *measured[name] = window_means((Stream(base), hidden), passed, held_out)
     means_of: dict[tuple[str, str], np.ndarray] = {(teacher, "nll"): teacher_nll}

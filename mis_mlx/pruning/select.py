@@ -240,11 +240,6 @@ def largest_student(config: Mapping[str, Any], cut: PruningConfig, dtype: str) -
     return arch.student_config(config, shape, dtype=dtype)
 
 
-def cuts_nothing(config: Mapping[str, Any], cut: PruningConfig) -> bool:
-    """Whether all of a model stays, so that nobody need say what of it matters least."""
-    return cut.target == "fixed" and wanted_shape(config, cut) == shape_of(config)
-
-
 def prune(
     checkpoint: Checkpoint,
     batches: stream.Batches,
@@ -269,7 +264,8 @@ def prune(
         """A place for the hidden states of a pass."""
         return Spool(folder, held or 0) if spooled else []
 
-    uncut = cuts_nothing(checkpoint.config, cut)
+    config = checkpoint.config
+    uncut = cut.target == "fixed" and wanted_shape(config, cut) == shape_of(config)
     if uncut:
         statistics = Statistics(block=dict.fromkeys(range(shape_of(checkpoint.config).layers), 0.0))
     else:

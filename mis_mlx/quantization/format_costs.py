@@ -47,7 +47,7 @@ def for_model(config: Mapping[str, Any], how: QuantizationConfig) -> Quantizatio
 
 def fewest_bits(how: QuantizationConfig) -> int:
     """The fewest bits that a matrix without a floor of its own may have."""
-    return LEAST_BITS if how.mixes_groups else min(rounding.CANDIDATE_BITS)
+    return LEAST_BITS if how.q_groups == "mixed" else min(rounding.CANDIDATE_BITS)
 
 
 def candidates(columns: int, how: QuantizationConfig, floor_bits: int = 0) -> list[Format]:
@@ -62,7 +62,7 @@ def candidates(columns: int, how: QuantizationConfig, floor_bits: int = 0) -> li
             continue
         for group in rounding.GROUPS:
             usual = group == how.q_group_size
-            other = how.mixes_groups and bits <= MOST_BITS_OF_OTHER_GROUPS
+            other = how.q_groups == "mixed" and bits <= MOST_BITS_OF_OTHER_GROUPS
             if usual or (other and columns % group == 0):
                 formats.append(Format(bits, group))
     return formats

@@ -35,17 +35,13 @@ def rounded_size(m: ModelSize, rounding: QuantizationConfig) -> ModelSize:
     )
 
 
-def rounds_head(config: QuantizationConfig) -> bool:
-    """Whether the head may get fewer than 8 bits, and is rounded by what reaches it then."""
-    return config.target_bpw is not None
-
-
 def files_bytes(m: ModelSize, rounding: QuantizationConfig) -> int:
     """Bytes on disk once a model is rounded: itself, and its blocks and head as begun."""
     packed = rounded_bytes(m, rounding)
     if not rounding.compensates:
         return packed
     kept = m.all_block_params
-    if rounds_head(rounding):
+    # The head may get fewer than 8 bits, and is rounded by what reaches it then.
+    if rounding.target_bpw is not None:
         kept += m.head_params
     return packed + packed * kept // m.params

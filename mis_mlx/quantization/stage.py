@@ -329,8 +329,7 @@ def _add(sums: np.ndarray, seen: mx.array, where: str) -> None:
         slabs = _product_slabs(seen)
     for start, product in slabs:
         mx.eval(product)
-        buffer: Any = product
-        values = np.asarray(memoryview(buffer))  # the memory of the product, where it is
+        values = np.asarray(memoryview(product))  # type: ignore[arg-type]  # where it is
         # Checked before it is added: a sum with one infinity is lost. By numpy, in place: MLX takes
         # as long for that on a CPU as for the product.
         if not np.isfinite(values).all():
@@ -477,7 +476,7 @@ def _compensated(
     ledger.hold("slots", m.slots_bytes)
     ledger.hold(WINDOWS, length * m.hidden_bytes, one_pass.stays[WINDOWS])
     ledger.moment("a tensor", made=plain.peak_bytes)
-    if rounded_size.rounds_head(config):
+    if config.target_bpw is not None:
         # Rows as stored and in float32: 23 bytes a weight with what rounding takes, measured; on a
         # GPU nobody did.
         stored_item = math.ceil(m.nbytes / m.params)

@@ -235,9 +235,8 @@ def open_run(
     """
     distributed.check_same({name: value.encode() for name, value in origin.items()})
     # What computes matrix products: on the CPU their last bits depend on it.
-    threads = str(blas_threads.at_start())
-    origin = {**origin, "blas": blas_threads.name(), BLAS_THREADS: threads}
-    cli.say(*run_folder.same_origin(place.folder, origin, same))
+    products = {"blas": blas_threads.name(), BLAS_THREADS: str(blas_threads.at_start())}
+    cli.say(*run_folder.same_origin(place.folder, {**origin, **products}, same))
     with (
         memory.limited(limit, wired),
         ThermalMonitor(thermal, place.folder / "thermal.jsonl") as thermal_monitor,

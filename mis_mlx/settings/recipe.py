@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from mis_mlx.models.architectures.sizes import step_factor
+from mis_mlx.models.architectures.families import family
 from mis_mlx.types import (
     FILE_ONLY,
     Bits,
@@ -142,14 +142,6 @@ class QuantizationConfig:
         return self.compensates or self.target_bpw is not None
 
     @property
-    def mixes_groups(self) -> bool:
-        """Whether 2 bits and other group sizes join the choice of formats.
-
-        "auto" is decided for a model (quantization/format_costs.for_model); until then: no.
-        """
-        return self.q_groups == "mixed"
-
-    @property
     def compensates(self) -> bool:
         """Whether weights make up for the errors of others, on fitted grids."""
         return self.q_method != "round"
@@ -173,5 +165,6 @@ ROUND_TO_NEAREST = replace(QuantizationConfig().blind, q_iters=0)
 
 def steps_of(asked: DistillationConfig, config: Mapping[str, Any]) -> int:
     """--iters, or the usual number of steps for a model of this config's family."""
-    usual = ITERS * step_factor(config, repaired=bool(asked.reconstruct_samples))
-    return asked.iters or usual
+    architecture = family(config)
+    repaired = asked.reconstruct_samples and architecture.repairs
+    return asked.iters or ITERS * (architecture.steps if repaired else 2)

@@ -14,7 +14,7 @@ from mis_mlx.data import chat_template
 from mis_mlx.distillation.distill_flags import DistillFlags
 from mis_mlx.models.architectures import families
 from mis_mlx.models.architectures.shape import ALL
-from mis_mlx.models.architectures.sizes import attending, reads_in_order, shape_of, side_width
+from mis_mlx.models.architectures.sizes import attending, shape_of, side_width
 from mis_mlx.models.opening import load
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import packed_format
@@ -153,7 +153,7 @@ def sizes_of(
         return sizes
     # No student with fewer neurons was measured where a family reads in order; where tokens have
     # rows of their own in each block, tables are most of a model.
-    whole = streams or reads_in_order(config) or side_width(config)
+    whole = streams or families.family(config).in_order or side_width(config)
     if not whole:
         sizes = {**shape_search.axis_sizes(config, vocab, ffn=True), "vocab": sizes["vocab"]}
     if whole or not shape_search.within(config, sizes, most_bytes):

@@ -54,7 +54,7 @@ def test_few_bits_need_other_groups(llama: Checkpoint) -> None:
     """By themselves 2 bits and other groups are there for targets that 3 bits do not reach."""
 
     def mixes(how: QuantizationConfig) -> bool:
-        return format_costs.for_model(llama.config, how).mixes_groups
+        return format_costs.for_model(llama.config, how).q_groups == "mixed"
 
     for target, wanted in ((3.4, True), (3.5, False), (4.5, False), (None, False)):
         assert mixes(QuantizationConfig(target_bpw=target)) == wanted

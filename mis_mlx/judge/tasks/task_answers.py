@@ -161,7 +161,7 @@ def marks_of_checked(
             "language": question.language,
         }
         rows.append(row)
-    scored = rewards.score(rewards.functions("correct", None), rows, _groups(texts))
+    scored = rewards.score(rewards.functions("correct", None), rows, [[text] for text in texts])
     return _totals(scored)
 
 
@@ -188,7 +188,7 @@ def count_followed(
         function=function.__name__,
         seconds=instructions.SECONDS,
     )
-    scored = rewards.score([checker], rows, _groups(texts))
+    scored = rewards.score([checker], rows, [[text] for text in texts])
     for number, score in zip(numbers, scored, strict=True):
         for note in score.notes:
             cli.say(
@@ -196,11 +196,6 @@ def count_followed(
                 f"({note})"
             )
     return _totals(scored)
-
-
-def _groups(texts: Sequence[str]) -> list[list[str]]:
-    """Each text as a group of its own: one completion of its prompt."""
-    return [[text] for text in texts]
 
 
 def _totals(scored: Sequence[rewards.Scores]) -> list[float]:

@@ -105,11 +105,6 @@ def blocks_params(config: Config) -> int:
     return sum(weight_count(architecture.block_tensors(i, stacked=True)) for i in range(layers))
 
 
-def block_counts(config: Config) -> dict[int, int]:
-    """{a block: how many there are like it}, where blocks differ by their kind alone."""
-    return family(config).block_counts()
-
-
 def active_ffn_size(config: Config) -> int:
     """The number of FFN neurons that a token goes through in the widest block.
 

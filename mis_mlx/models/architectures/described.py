@@ -172,9 +172,9 @@ class Described:
         """For each block the block whose keys and values it uses; None: its own."""
         return (None,) * self.layers
 
-    def ffn_size(self, i: int, ffn: int | None = None) -> int:
-        """The FFN neurons of block i, of one expert in a mixture; ffn: of the model, if cut."""
-        return int(self.config[self.ffn_key]) if ffn is None else ffn
+    def ffn_size(self, i: int) -> int:
+        """The FFN neurons of block i, of one expert in a mixture."""
+        return int(self.config[self.ffn_key])
 
     def head_size(self, i: int) -> int:
         """The number of channels of each head of block i."""
@@ -199,10 +199,6 @@ class Described:
     def largest_block(self) -> int:
         """The number of a block that has as many parameters as any other."""
         return max(self.unlike_blocks(), key=lambda i: (self.ffn_size(i), self.head_size(i)))
-
-    def block_counts(self) -> dict[int, int]:
-        """{a block: how many there are like it}, where blocks differ by their kind alone."""
-        return {self.largest_block(): self.layers}
 
     def fixed_blocks(self) -> set[int]:
         """The blocks that no cut in depth may take."""

@@ -44,9 +44,9 @@ class Gemma4(PerLayer):
             return int(self.config[HEAD_DIM])
         return super().head_size(i)
 
-    def ffn_size(self, i: int, ffn: int | None = None) -> int:
+    def ffn_size(self, i: int) -> int:
         """Twice as many where the block uses another's keys."""
-        size = super().ffn_size(i, ffn)
+        size = super().ffn_size(i)
         doubled = self.config[DOUBLE] and self.key_owners()[i] is not None
         return 2 * size if doubled else size
 

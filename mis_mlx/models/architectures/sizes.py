@@ -23,12 +23,9 @@ def key_owners(config: Config) -> tuple[int | None, ...]:
     return family(config).key_owners()
 
 
-def ffn_size(config: Config, i: int, ffn: int | None = None) -> int:
-    """The number of FFN neurons of block i, of one expert where it has several.
-
-    ffn: of the model, in place of the config's own.
-    """
-    return family(config).ffn_size(i, ffn)
+def ffn_size(config: Config, i: int) -> int:
+    """The number of FFN neurons of block i, of one expert where it has several."""
+    return family(config).ffn_size(i)
 
 
 def head_size(config: Config, i: int) -> int:
@@ -47,11 +44,6 @@ def attending(config: Config) -> int:
     return sum(architecture.attends(i) for i in range(architecture.layers))
 
 
-def reads_in_order(config: Config) -> bool:
-    """Whether a model cannot take back guesses that were wrong: one with a gated delta rule."""
-    return family(config).in_order
-
-
 def softcap(config: Config) -> float:
     """c, where a model's logits are c tanh(z / c); 0 where they are z."""
     return family(config).softcap
@@ -67,25 +59,9 @@ def repairs(config: Config) -> bool:
     return family(config).repairs
 
 
-def norms_outputs(config: Config) -> bool:
-    """Whether norms stand behind attention and MLP: no output is linear in down_proj then."""
-    return family(config).norms_outputs
-
-
-def holds_float16(config: Config) -> bool:
-    """Whether float16 holds the activations, as far as is known."""
-    return family(config).float16
-
-
 def embedding_scale(config: Config, dtype: mx.Dtype) -> mx.array | None:
     """The factor of the embedding on its way into the first block, as mlx-lm has it; None: 1."""
     return family(config).embedding_scale(dtype)
-
-
-def step_factor(config: Config, *, repaired: bool) -> int:
-    """The factor of the usual number of steps; repaired: whether a repair was asked for."""
-    architecture = family(config)
-    return architecture.steps if repaired and architecture.repairs else 2
 
 
 def gguf_name(config: Config) -> str:

@@ -31,14 +31,6 @@ class Stateful(Architecture):
         """By what it has, for FFNs and heads are alike."""
         return max(self.unlike_blocks(), key=lambda i: weight_count(self.block_tensors(i)))
 
-    def block_counts(self) -> dict[int, int]:
-        """By kind."""
-        counts: dict[int, int] = {}
-        for has_keys in {self.attends(i) for i in range(self.layers)}:
-            alike = [i for i in range(self.layers) if self.attends(i) == has_keys]
-            counts[alike[0]] = len(alike)
-        return counts
-
     def check_kinds(self, complete: Config) -> None:
         """Some blocks of each kind."""
         known = {FULL, self.other_kind}

@@ -18,7 +18,8 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.hardware import rates
-from mis_mlx.models.architectures.sizes import holds_float16, shape_of
+from mis_mlx.models.architectures.families import family
+from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import stream
 from mis_mlx.types import UNDECIDED, Checkpoint, Precision
@@ -59,7 +60,7 @@ def _without_overflow(checkpoint: Checkpoint, fits: Fits | None) -> mx.Dtype:
 
     A line says so where a pass through the model decides.
     """
-    known_to_overflow = not holds_float16(checkpoint.config)
+    known_to_overflow = not family(checkpoint.config).float16
     reach = math.inf if known_to_overflow else largest_activation(checkpoint)
     if reach <= LARGEST_ALLOWED:
         return mx.float16

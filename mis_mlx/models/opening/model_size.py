@@ -11,8 +11,9 @@ from mis_mlx.compute import precision
 from mis_mlx.hardware.memory import COMMANDS_AHEAD, in_flight_bytes
 from mis_mlx.maths.losses import PART
 from mis_mlx.models.architectures import arch
+from mis_mlx.models.architectures.families import family
 from mis_mlx.models.architectures.shape import Shape, weight_count
-from mis_mlx.models.architectures.sizes import holds_float16, shape_of
+from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.types import Checkpoint
 
@@ -193,7 +194,7 @@ def model_of(
     shape = shape_of(config)
     if dtype is None:
         # That of an M1, which emulates bfloat16.
-        half = gpu and holds_float16(config)
+        half = gpu and family(config).float16
         dtype = precision.DTYPES["float16" if half else "float32"]
     block_params = weight_count(arch.layer_tensors(config, True))
     params = arch.params(config)

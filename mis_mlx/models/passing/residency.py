@@ -15,6 +15,7 @@ from mis_mlx.models.architectures import (
     side_inputs,
     sizes,
 )
+from mis_mlx.models.architectures.families import family
 from mis_mlx.models.architectures.shape import Config
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.types import Checkpoint, TensorAt
@@ -106,7 +107,7 @@ def backward_bytes(m: ModelSize, batch: int, length: int) -> int:
     tokens = batch * length
     kept += FLOAT32_BYTES * tokens * mixer_sizes.above_mean(m.config, length)
     arrays = 5
-    if sizes.norms_outputs(m.config):
+    if family(m.config).norms_outputs:
         arrays = 8
     by_formula = 11 * kept // (arrays * m.shape.layers)
     return int(m.block_factors.backward * by_formula)
@@ -121,7 +122,7 @@ def _kept_bytes(config: Config, batch: int, length: int) -> int:
     s = arch.widest(config)
     hidden_arrays = 6
     ffn_arrays = 5
-    if sizes.norms_outputs(config):
+    if family(config).norms_outputs:
         hidden_arrays = 10
         ffn_arrays = 10
     hidden = hidden_arrays * s.hidden

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from mis_mlx.compute import precision
-from mis_mlx.models.architectures import sizes
+from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing.resident import Resident
 from mis_mlx.models.passing.stream import Stream, load_checked
@@ -213,7 +213,7 @@ class _Chain:
     """One text that a model has read, whose last tokens can be taken back."""
 
     def __init__(self, model: Stream | Resident):
-        self.vocab = sizes.shape_of(model.config).vocab
+        self.vocab = family(model.config).shape.vocab
         self._batch = Batch(model, takes_back=True)
         self._length = 0  # tokens that were read
 
@@ -236,7 +236,7 @@ class _Chain:
 def check_draft(*models: Checkpoint) -> None:
     """MisError where a model, or its draft, cannot take back what it has read (delta rules)."""
     for model in models:
-        if sizes.reads_in_order(model.config):
+        if family(model.config).in_order:
             raise MisError(
                 f"{model.path} reads one text after the other and cannot take back guesses that "
                 f"were wrong: leave out --draft-model"
