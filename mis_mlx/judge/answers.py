@@ -364,7 +364,9 @@ def judged(
     answers = teacher_answers(teacher, taken, limit)
     if not answers.prompts:
         return None
-    said = {teacher_name: answers.as_model}
+    nats = np.array([pair.nats or 0.0 for pair in answers.pairs], np.float64)
+    own_bits = AnswerBits(nats, text_bytes(answers.sampled))
+    said = {teacher_name: ModelAnswers(own_bits, answers.greedy)}
     known_hashes = hashes or {}
     for name, model in judging.items():
         if name == teacher_name:

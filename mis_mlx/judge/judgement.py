@@ -54,12 +54,6 @@ class TeacherAnswers:
         """The answers that are shown next to a student's own."""
         return [pair.greedy for pair in self.pairs]
 
-    @property
-    def as_model(self) -> ModelAnswers:
-        """The teacher's answers as those of any other model."""
-        nats = np.array([pair.nats or 0.0 for pair in self.pairs], np.float64)
-        return ModelAnswers(AnswerBits(nats, text_bytes(self.sampled)), self.greedy)
-
     def part(self, chosen: Sequence[int]) -> "TeacherAnswers":
         """The answers to some of the prompts, by number."""
         return TeacherAnswers(

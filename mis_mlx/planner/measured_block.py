@@ -29,7 +29,6 @@ from mis_mlx.models.architectures import (
     mlx_modules,
     side_inputs,
     stock,
-    tensor_shapes,
 )
 from mis_mlx.models.architectures.block_inputs import BlockInputs
 from mis_mlx.models.architectures.shape import Shape
@@ -129,9 +128,9 @@ def _kept(path: Path) -> dict[str, dict[str, float]]:
 
 def _sample(m: ModelSize, batch: int, length: int, limit_bytes: int) -> _Sample | None:
     """The block to measure in place of the model's, as large as half of the budget allows."""
-    uneven = len(tensor_shapes.unlike_blocks(m.config)) > 1
-    alike = not m.shape.experts and not uneven and side_inputs.plain(m.config)
-    if not (alike and families.family(m.config).measurable):
+    architecture = families.family(m.config)
+    alike = len(architecture.unlike_blocks()) == 1 and not m.shape.experts
+    if not (alike and side_inputs.plain(m.config) and architecture.measurable):
         return None
     half = m.item == 2 and rates.on_gpu()  # a CPU only emulates it
     divisor = 1

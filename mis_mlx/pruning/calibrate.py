@@ -91,14 +91,6 @@ class _Asked:
             self._neurons.add(self._sums.pop(b).ravel() / tokens, self._weight(b))
 
 
-def _merge(out: Statistics, experts: Mapping[int, ExpertSums], batches: int) -> None:
-    """Sums over batches become means, of distances before and behind a block, and scores."""
-    for i, distance in out.block.items():
-        out.block[i] = distance / batches
-    for i, layer in experts.items():
-        out.experts[i] = layer.scores()
-
-
 def _air(out: Statistics, airs: Sequence[Air], *, by_air: bool) -> None:
     """The air and altitude of all batches.
 
@@ -155,7 +147,10 @@ def calibrate(
             distances.append(seen["block"])
             _add(out, i, seen, tokens=tokens, weight=weight(b))
         out.block[i] = float(np.sum(distances))
-    _merge(out, experts, len(batches))
+    for i, distance in out.block.items():  # sums over batches become means
+        out.block[i] = distance / len(batches)
+    for i, layer in experts.items():
+        out.experts[i] = layer.scores()
     _air(out, airs, by_air=by_air)
     return out, source.norm(hidden)
 

@@ -182,7 +182,9 @@ def rotated_teacher(teacher: Checkpoint, rotation: Rotation) -> Dense:
             gain = mx.ones((inner,))
             if name == HEAD:  # which reads the stream behind the last norm
                 gain = dense(FINAL)
-            return _turned(model_writer.table(teacher, name), q, gain)
+            # its channels times gain (D,), in the coordinates of q (D, d)
+            table = model_writer.table(teacher, name)
+            return table.mapped(lambda part: (part * gain) @ q, columns=q.shape[1])
         norm = _norm_before(name)
         if kind == "weight" and norm != FINAL:  # reads the stream behind a norm
             return (dense(name) * dense(norm)) @ q
@@ -191,11 +193,6 @@ def rotated_teacher(teacher: Checkpoint, rotation: Rotation) -> Dense:
         return dense(name)
 
     return tensor
-
-
-def _turned(table: InParts, q: mx.array, gain: mx.array) -> InParts:
-    """A table (V, D) with its channels times gain (D,), in the coordinates of q (D, d)."""
-    return table.mapped(lambda part: (part * gain) @ q, columns=q.shape[1])
 
 
 def _norm_before(name: str) -> str:

@@ -9,7 +9,8 @@ sum over tokens of the mean of <d log p / dW, error>^2}, for errors of 2^bits - 
 import mlx.core as mx
 import numpy as np
 
-from mis_mlx.models.architectures import arch, sizes
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import stream
 from mis_mlx.models.passing.stream import Batches
@@ -49,7 +50,7 @@ class VocabularyCosts:
     """Cost of rounding the embedding and the head; their module paths are one where tied."""
 
     def __init__(self, checkpoint: Checkpoint, group: int):
-        scale = sizes.embedding_scale(checkpoint.config, mx.float32)
+        scale = family(checkpoint.config).embedding_scale(mx.float32)
         self.group = group
         self.scale = 1.0 if scale is None else float(scale)
         self.table = load.EMBEDDING.rstrip(".")
@@ -100,7 +101,7 @@ class PerLayerCosts:
 
     def __init__(self, checkpoint: Checkpoint, batches: Batches, group: int):
         self._group = group
-        self._width = sizes.side_width(checkpoint.config)
+        self._width = family(checkpoint.config).side_width
         # of a row on its way into a block (load.SideProjection)
         self._scale = self._width**0.5 * 2.0**-0.5
         self._batches = []

@@ -22,7 +22,7 @@ from mis_mlx.quantization.packed_format import WIDE_BITS, Format, formats_of, wi
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.types import Checkpoint
 
-FormatCosts = Mapping[Format, float]  # nats per token of a matrix
+FormatCosts = dict[Format, float]  # nats per token of a matrix
 LEAST_BITS = 2
 # Of what nearest values cost in a head, the share that GPTQ leaves there, over the share that it
 # leaves in blocks, on text that calibration has not seen (benchmarks/README.md).
@@ -114,18 +114,11 @@ def of_formats(
         found[path] = {Format(WIDE_BITS, how.q_group_size): 0.0}
     head = load.head_prefix(checkpoint).rstrip(".")
     if how.compensates and head in found:
-        found[head] = _compensated_head(found[head])
+        # Beside blocks, all rounded by GPTQ, the head costs less.
+        for kind, cost in found[head].items():
+            if kind.bits < rounding.ENOUGH_BITS:
+                found[head][kind] = HEAD_SHARE * cost
     return found
-
-
-def _compensated_head(costs: FormatCosts) -> FormatCosts:
-    """Costs of the head beside those of blocks, all rounded by GPTQ."""
-    shared = {}
-    for kind, nats in costs.items():
-        shared[kind] = nats
-        if kind.bits < rounding.ENOUGH_BITS:
-            shared[kind] = HEAD_SHARE * nats
-    return shared
 
 
 def _derived(

@@ -22,6 +22,7 @@ from mis_mlx.models.architectures import (
     stored_form,
     tensor_shapes,
 )
+from mis_mlx.models.architectures.families import family
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import stream
@@ -138,7 +139,8 @@ def wide_projections(config: Mapping[str, Any]) -> set[str]:
     Per-layer inputs come in through them. In a gated delta rule they say what each
     head forgets and learns.
     """
-    return bit_floors.delta_gates(config) | tensor_shapes.gates(config)
+    architecture = family(config)
+    return architecture.state_gates() | architecture.gates()
 
 
 def write_quantized(

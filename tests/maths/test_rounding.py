@@ -218,7 +218,7 @@ def test_fitted_integers_are_packed_as_mlx_packs_them() -> None:
     weight = mx.array(np.random.default_rng(6).normal(size=(8, 128)).astype(np.float32))
     for bits in rounding.CANDIDATE_BITS:
         packed, scales, biases = rounding.fitted(weight, 64, bits)
-        levels = np.array(rounding.unpacked(packed, bits), np.float32)
+        levels = np.array(rounding.unpacked(packed, bits))
         scale, bias = (np.repeat(np.array(a, np.float32), 64, axis=1) for a in (scales, biases))
         assert np.abs(levels * scale + bias - np.array(weight)).max() < 3 * scale.max()
         assert levels.max() == 2**bits - 1 and levels.min() == 0

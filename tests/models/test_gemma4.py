@@ -18,7 +18,7 @@ from mis_mlx import distill, dpo, search
 from mis_mlx.compute.precision import dtype_of
 from mis_mlx.judge.speed import rounds
 from mis_mlx.judge.tasks import option_likelihood
-from mis_mlx.models.architectures import arch, tensor_shapes
+from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.shape import weight_count
 from mis_mlx.models.architectures.sizes import ffn_size as ffn_of
 from mis_mlx.models.architectures.sizes import key_owners, shape_of
@@ -190,7 +190,7 @@ def test_the_fewest_bits_count_small_matrices() -> None:
     config = {**tiny.CONFIG, **SEARCHED}
     shape = shape_of(config)
     shapes = arch.tensors_of(config)
-    gates = tensor_shapes.gates(config)
+    gates = arch.family(config).gates()
     wide = sum(math.prod(shapes[f"{path}.weight"]) for path in gates)
     weights = weight_count(shape_search.matrices_of(shapes))
     fewest, most = shape_search.bpw_range(config, shape)

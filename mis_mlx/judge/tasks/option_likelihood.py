@@ -26,7 +26,10 @@ def encode(tokenizer: Any, context: str, options: Sequence[str]) -> Encoded:
     bare = context.rstrip()
     space = context[len(bare) :]
     options = [space + option for option in options]
-    before = list(tokenizer.encode(bare)) or [_first_token(tokenizer)]
+    before = list(tokenizer.encode(bare))
+    if not before:
+        start = tokenizer.bos_token_id
+        before = [tokenizer.eos_token_id if start is None else start]
     added = []
     for option in options:
         if bare:
@@ -62,14 +65,6 @@ def encode_replies(tokenizer: Any, asked: str, options: Sequence[str]) -> Encode
     if not all(replies):
         raise MisError(f"an option of {asked[:40]!r} has no token: write words there")
     return before, replies
-
-
-def _first_token(tokenizer: Any) -> int:
-    """The token that stands before a text without context."""
-    start = tokenizer.bos_token_id
-    if start is None:
-        start = tokenizer.eos_token_id
-    return start
 
 
 def texts_of(e: Encoded) -> list[list[int]]:

@@ -105,14 +105,6 @@ def blocks_params(config: Config) -> int:
     return sum(weight_count(architecture.block_tensors(i, stacked=True)) for i in range(layers))
 
 
-def active_ffn_size(config: Config) -> int:
-    """The number of FFN neurons that a token goes through in the widest block.
-
-    In a mixture they are the neurons of the experts that a token uses, and of the shared one.
-    """
-    return family(config).active_ffn_size()
-
-
 def expert_shares(config: Config) -> tuple[float, float]:
     """(share of a block's parameters in memory while it streams past, share that a token uses).
 

@@ -12,14 +12,9 @@ def delta_floors(config: Config) -> dict[str, int]:
     return family(config).bit_floors()
 
 
-def delta_gates(config: Config) -> set[str]:
-    """Module paths of what says how much each head forgets and learns of a token."""
-    return family(config).state_gates()
-
-
 def further_bits(config: Config) -> int:
     """How many bits the floors take in a model whose other matrices have 4."""
-    floors = delta_floors(config) | dict.fromkeys(delta_gates(config), 8)
+    floors = delta_floors(config) | dict.fromkeys(family(config).state_gates(), 8)
     if not floors:
         return 0
     shapes = tensors_of(config)

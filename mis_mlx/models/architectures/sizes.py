@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import mlx.core as mx
-
 from mis_mlx.models.architectures.families import family
 from mis_mlx.models.architectures.shape import Config, Shape
 
@@ -57,11 +55,6 @@ def side_width(config: Config) -> int:
 def repairs(config: Config) -> bool:
     """Whether a part of each block can be refitted in closed form after a cut."""
     return family(config).repairs
-
-
-def embedding_scale(config: Config, dtype: mx.Dtype) -> mx.array | None:
-    """The factor of the embedding on its way into the first block, as mlx-lm has it; None: 1."""
-    return family(config).embedding_scale(dtype)
 
 
 def gguf_name(config: Config) -> str:

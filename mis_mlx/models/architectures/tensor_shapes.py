@@ -16,27 +16,9 @@ def layer_tensors(config: Config, stacked: bool = False, block: int | None = Non
     return architecture.block_tensors(block, stacked=stacked)
 
 
-def largest_block(config: Config) -> int:
-    """The number of a block that has as many parameters as any other."""
-    return family(config).largest_block()
-
-
-def unlike_blocks(config: Config) -> list[int]:
-    """The first block of every size."""
-    return family(config).unlike_blocks()
-
-
 def side_tensors(config: Config) -> Shapes:
     """The tensors that make the per-layer inputs, outside of blocks."""
     return family(config).side_tensors()
-
-
-def gates(config: Config) -> set[str]:
-    """Module paths of the small matrices that always have 8 bits; none in most families.
-
-    Per-layer inputs come in through them.
-    """
-    return family(config).gates()
 
 
 def tensors_of(config: Config, stacked: bool = False) -> Shapes:

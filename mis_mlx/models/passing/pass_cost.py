@@ -102,17 +102,6 @@ def side_bytes(m: ModelSize, tokens: int) -> int:
     return m.item * (numbers + tokens * shared)
 
 
-def filling_bytes(m: ModelSize, tokens: int) -> int:
-    """The peak before any block runs: channels of so many tokens, and what some are made of.
-
-    That is rows as stored and as looked up, what is projected, that behind its norm, and their sum:
-    5.4 times the channels, measured.
-    """
-    at_once = min(m.side_numbers(tokens), side_inputs.PART)
-    made_of = 11 * m.item * at_once // 2
-    return side_bytes(m, tokens) + made_of
-
-
 def parallel_windows(m: ModelSize) -> int:
     """How many windows go through a block side by side."""
     return 1 if m.gpu else streams.count()
@@ -238,11 +227,16 @@ def streamed_pass(
     # A block's experts are read once a group of tokens (stream.Stream.run_experts).
     groups = math.ceil(hidden * m.config.get("num_experts_per_tok", 0) / GROUP_BYTES)
     reads = 1 + max(0, groups - 1) * (1 - m.memory_share)
+    # Before any block runs: channels of so many tokens, and what some are made of. That is rows as
+    # stored and as looked up, what is projected, that behind its norm, and their sum: 5.4 times the
+    # channels, measured.
+    filling = side_bytes(m, tokens)
+    filling += 11 * m.item * min(m.side_numbers(tokens), side_inputs.PART) // 2
     return StageCost(
         name=name,
         read_bytes=int(s.layers * m.block_bytes * reads) + (m.head_bytes if head else 0) + moved,
         written_bytes=moved,
-        peak_bytes=max(ledger.peak_bytes, beside_bytes + filling_bytes(m, tokens)),
+        peak_bytes=max(ledger.peak_bytes, beside_bytes + filling),
         flops=forward_flops(m, tokens, length, head=head),
         scratch_bytes=scratch,
         stays=ledger.filled,

@@ -86,7 +86,7 @@ def pass_bytes(settings: Config, tokens: int, length: int) -> int:
     length: of the windows.
     """
     shape = arch.widest(settings)
-    ffn = 3 * arch.active_ffn_size(settings)
+    ffn = 3 * family(settings).active_ffn_size()
     per_token = 8 * shape.hidden + ffn
     per_token += mixer_sizes.largest(settings, length)
     return 4 * tokens * per_token
@@ -126,7 +126,7 @@ def _kept_bytes(config: Config, batch: int, length: int) -> int:
         hidden_arrays = 10
         ffn_arrays = 10
     hidden = hidden_arrays * s.hidden
-    ffn = ffn_arrays * arch.active_ffn_size(config)
+    ffn = ffn_arrays * family(config).active_ffn_size()
     mixers = mixer_sizes.of_all(config, length)
     # of channels: rows, their projection, that behind its norm, and the sum
     channels = 4 * arch.channels(config)

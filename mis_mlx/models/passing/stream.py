@@ -27,6 +27,7 @@ from mis_mlx.models.architectures import (
     sizes,
 )
 from mis_mlx.models.architectures.experts import Attend, Expert, Visit
+from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import residency, sweep
@@ -227,7 +228,7 @@ class Stream:
         """The scaled embedding (..., D) of token ids[rows]; ids rise."""
         table = load.embedding(self.checkpoint, self.dtype, self._stored(load.EMBEDDING, ids))
         load_checked(table, f"{self.checkpoint.path}: {load.EMBEDDING}")
-        scale = sizes.embedding_scale(self.checkpoint.config, self.dtype)
+        scale = family(self.checkpoint.config).embedding_scale(self.dtype)
         out = table(mx.array(rows.astype(np.int32)))
         if scale is not None:
             out = out * scale
@@ -374,7 +375,11 @@ class Stream:
         goes through before the experts; default: attention over its own tokens.
         """
         part, router = load.expert_part(self.checkpoint, block)
-        attend = attend or partial(self._attend, block)
+        if attend is None:
+
+            def attend(_: int, hidden: mx.array) -> tuple[mx.array, mx.array]:
+                return experts.attention_part(block, hidden, load.mask(self.args, block, hidden))
+
         count = len(hidden)
         size = 1
         if count:
@@ -391,9 +396,6 @@ class Stream:
                 router=router,
                 evaluate=evaluate_now,
             )
-
-    def _attend(self, block: nn.Module, _: int, hidden: mx.array) -> tuple[mx.array, mx.array]:
-        return experts.attention_part(block, hidden, load.mask(self.args, block, hidden))
 
     def finite(self, out: mx.array) -> mx.array:
         """`out` itself, which the last block gave for a pass's first batch.

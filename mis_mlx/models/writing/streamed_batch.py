@@ -343,7 +343,9 @@ def _pass_cost(m: ModelSize, at_once: int, tokens: int, *, longest: int) -> Stag
     ledger.hold("slots", m.slots_bytes)
     ledger.hold("norms and masks", SMALL_BYTES)
     ledger.hold("head", m.head_work)
-    ledger.moment("head opened", made=_head_opening_bytes(m))
+    # A part of the head as it is stored, and converted.
+    part_bytes = min(m.head_params, HEAD_PART) * (math.ceil(m.nbytes / m.params) + m.item)
+    ledger.moment("head opened", made=max(head_opening_bytes(m), part_bytes))
     ledger.moment("tokens drawn", logits=logits)
     return replace(
         cost,
@@ -351,10 +353,3 @@ def _pass_cost(m: ModelSize, at_once: int, tokens: int, *, longest: int) -> Stag
         flops=cost.flops + 2.0 * at_once * m.head_params,
         peak_bytes=max(cost.peak_bytes, ledger.peak_bytes),
     )
-
-
-def _head_opening_bytes(m: ModelSize) -> int:
-    """What opening the head holds besides it: a part as it is stored, and converted."""
-    stored_item = math.ceil(m.nbytes / m.params)
-    part = min(m.head_params, HEAD_PART)
-    return max(head_opening_bytes(m), part * (stored_item + m.item))
