@@ -12,7 +12,7 @@ from typing import Any
 from mis_mlx import cli
 from mis_mlx.data import chat_template
 from mis_mlx.distillation.distill_flags import DistillFlags
-from mis_mlx.models.architectures import families
+from mis_mlx.models.architectures.families import family
 from mis_mlx.models.architectures.shape import ALL
 from mis_mlx.models.architectures.sizes import attending, shape_of, side_width
 from mis_mlx.models.opening import load
@@ -63,7 +63,7 @@ def unsearchable(config: Mapping[str, Any]) -> str:
             "of experts"
         )
     group = max(shape_search.GROUPS)
-    for key, width in families.family(config).further_widths().items():
+    for key, width in family(config).further_widths().items():
         if width % group:
             return (
                 f"a search rounds in groups of {group} weights, which {key} ({width}) does "
@@ -153,7 +153,7 @@ def sizes_of(
         return sizes
     # No student with fewer neurons was measured where a family reads in order; where tokens have
     # rows of their own in each block, tables are most of a model.
-    whole = streams or families.family(config).in_order or side_width(config)
+    whole = streams or family(config).in_order or side_width(config)
     if not whole:
         sizes = {**shape_search.axis_sizes(config, vocab, ffn=True), "vocab": sizes["vocab"]}
     if whole or not shape_search.within(config, sizes, most_bytes):

@@ -61,12 +61,6 @@ def _folders(root: Path, pattern: str) -> list[Path]:
         return []
 
 
-def _hub_cache() -> Path:
-    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-    root = os.environ.get("HF_HUB_CACHE") or Path(home, "hub")
-    return Path(root).expanduser()
-
-
 def _candidates(more: Sequence[Path]) -> Iterator[tuple[str, Path]]:
     """(label, folder) of everything that may be a model."""
     for folder in _folders(Path("runs"), "[!.]*/model"):
@@ -77,24 +71,21 @@ def _candidates(more: Sequence[Path]) -> Iterator[tuple[str, Path]]:
         yield f"exported/{folder.name}", folder
     for folder in _folders(hub.cache_root(), "*"):
         yield f"{folder.name.replace('--', '/')} (mis_mlx's cache)", folder
-    for folder in _folders(_hub_cache(), "models--*/snapshots/*"):
+    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    hub_cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser()
+    for folder in _folders(hub_cache, "models--*/snapshots/*"):
         repository_name = folder.parents[1].name.removeprefix("models--")
         name = repository_name.replace("--", "/")
         revision = folder.name[:7]
         yield f"{name} (Hugging Face cache, {revision})", folder
-    for root in lm_studio_folders():
-        for folder in _folders(root, "*/*"):
+    # LM Studio's, the present place first.
+    for name in ("~/.lmstudio/models", "~/.cache/lm-studio/models"):
+        for folder in _folders(Path(name).expanduser(), "*/*"):
             yield f"{folder.parent.name}/{folder.name} (LM Studio)", folder
     for root in more:
         yield str(root), root
         for folder in _folders(root, "*"):
             yield str(folder), folder
-
-
-def lm_studio_folders() -> list[Path]:
-    """Where LM Studio keeps models, the present place first."""
-    roots = [Path("~/.lmstudio/models"), Path("~/.cache/lm-studio/models")]
-    return [root.expanduser() for root in roots]
 
 
 def models(more: Sequence[Path] = ()) -> list[Place]:

@@ -60,13 +60,6 @@ def rotary_settings(config: Config) -> Iterator[tuple[str, Any]]:
             yield key, rope
 
 
-def check_groups(config: Config) -> None:
-    """MisError where rotary settings, which a family may not read itself, are no JSON object."""
-    for key, rope in rotary_settings(config):
-        if not isinstance(rope, Mapping):
-            raise MisError(f"{key} is {rope!r}, not a JSON object: this config is not usable")
-
-
 def check_packing(config: Config) -> None:
     """MisError where the whole model, or a matrix of it, is packed in a way that MLX has not."""
     common = config.get("quantization")

@@ -63,12 +63,6 @@ OPENED_AS: dict[str, dict[str, Any]] = {
 }
 
 
-def known_family(config: Config) -> Architecture | None:
-    """The architecture of a config that was not checked yet; None where there is none."""
-    kind = FAMILIES.get(str(config.get("model_type")))
-    return kind(config) if kind else None
-
-
 def family(config: Config) -> Architecture:
     """The architecture of a config that was checked (`config.check_config`)."""
     return FAMILIES[config["model_type"]](config)

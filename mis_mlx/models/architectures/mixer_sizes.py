@@ -41,10 +41,3 @@ def of_all(config: Config, length: int) -> int:
     total = with_attention * attention(config, length)
     total += without * other(config)
     return total
-
-
-def above_mean(config: Config, length: int) -> int:
-    """What is missing to all blocks being as large as the largest."""
-    layers = int(config["num_hidden_layers"])
-    most = layers * largest(config, length)
-    return most - of_all(config, length)

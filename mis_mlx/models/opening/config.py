@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from mis_mlx import cli
 from mis_mlx.models.architectures import config_checks
 from mis_mlx.models.architectures.config_checks import rotary_settings
-from mis_mlx.models.architectures.families import FAMILIES, OPENED_AS, family, known_family
+from mis_mlx.models.architectures.families import FAMILIES, OPENED_AS, family
 from mis_mlx.models.architectures.phi3 import has_own_positions
 from mis_mlx.models.architectures.shape import KEYS, Config
 from mis_mlx.models.architectures.stored_form import inside_names
@@ -36,10 +36,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     where = folder / "config.json"
     config = _opened_as(_read_json(folder, where), where)
-    known = known_family(config)
+    known = FAMILIES.get(str(config.get("model_type")))
     if known:
         with naming(where):
-            config = known.own_config()
+            config = known(config).own_config()
     _settle_width(config, where)
     check_config(config, where)
     if config.pop("auto_map", None):
@@ -130,7 +130,9 @@ def check_config(config: Config, where: Path) -> None:
     with naming(where):
         _check_type(config, where.parent)
         family(config).check()
-        config_checks.check_groups(config)
+        for key, rope in config_checks.rotary_settings(config):  # a family may not read them itself
+            if not isinstance(rope, Mapping):
+                raise MisError(f"{key} is {rope!r}, not a JSON object: this config is not usable")
         config_checks.check_packing(config)
 
 

@@ -310,14 +310,6 @@ def side_rows(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw) -> nn.Module:
     return _filled(nn.Embedding(rows, width), PER_LAYER, checkpoint, dtype, raw=raw)
 
 
-def expert_part(checkpoint: Checkpoint, block: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """(the part of a block that has its experts, the router in it)."""
-    of_experts = mixture(checkpoint.config)
-    assert of_experts
-    part = block[of_experts.mlp]
-    return part, part[of_experts.router]
-
-
 def final_norm(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -> nn.Module:
     """The last RMSNorm, lazy. raw: as in `weights`."""
     norm = family(checkpoint.config).new_norm()

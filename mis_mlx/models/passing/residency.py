@@ -105,7 +105,9 @@ def backward_bytes(m: ModelSize, batch: int, length: int) -> int:
     """
     kept = _kept_bytes(m.config, batch, length)
     tokens = batch * length
-    kept += FLOAT32_BYTES * tokens * mixer_sizes.above_mean(m.config, length)
+    # What is missing to all blocks being as large as the largest.
+    most = m.shape.layers * mixer_sizes.largest(m.config, length)
+    kept += FLOAT32_BYTES * tokens * (most - mixer_sizes.of_all(m.config, length))
     arrays = 5
     if family(m.config).norms_outputs:
         arrays = 8

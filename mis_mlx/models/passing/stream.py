@@ -27,7 +27,7 @@ from mis_mlx.models.architectures import (
     sizes,
 )
 from mis_mlx.models.architectures.experts import Attend, Expert, Visit
-from mis_mlx.models.architectures.families import family
+from mis_mlx.models.architectures.families import family, mixture
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import residency, sweep
@@ -374,7 +374,9 @@ class Stream:
         the n tokens of a batch that chose it; gates sum to 1 for every token. attend: what a batch
         goes through before the experts; default: attention over its own tokens.
         """
-        part, router = load.expert_part(self.checkpoint, block)
+        of_experts = mixture(self.checkpoint.config)
+        assert of_experts
+        part = block[of_experts.mlp]  # with its experts, and their router
         if attend is None:
 
             def attend(_: int, hidden: mx.array) -> tuple[mx.array, mx.array]:
@@ -393,7 +395,7 @@ class Stream:
                 numbers,
                 attend,
                 visit=visit,
-                router=router,
+                router=part[of_experts.router],
                 evaluate=evaluate_now,
             )
 
