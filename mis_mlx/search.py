@@ -227,9 +227,9 @@ def search_cost(
     if len(sizes["vocab"]) > 1:
         costs.append(replace(vocabulary.vocabulary_cost(t, length), name="choose tokens"))
     if probes:
-        alone = passes_cost(t, probes, 1, texts, length, limit)
+        alone = passes_cost(t, probes, texts, length, limit)
         costs.append(replace(alone, name=f"{probes} axes alone"))
-    one = passes_cost(t, 1, 1, texts, length, limit)
+    one = passes_cost(t, 1, texts, length, limit)
     costs.append(in_turn(f"rank {measured}", one, fitting_cost(t)).repeated(measured))
     return [cost.beside(t.text_bytes) for cost in costs]
 

@@ -9,7 +9,7 @@ from mis_mlx.pruning import select
 from mis_mlx.quantization import stage
 from mis_mlx.quantization.begun_rounding import BegunRounding
 from mis_mlx.reporting import html
-from mis_mlx.settings.recipe import TUNE_RATE, QuantizationConfig
+from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint
 
@@ -73,4 +73,4 @@ def quantize(
         DISK.discard(kept)
     if not out.exists():
         cli.detail(f"{SCALES}: biases and norms learn, too; integers stay")
-        pipeline.tune(c, rounded, out, TUNE_RATE)
+        pipeline.tune(c, rounded, out)

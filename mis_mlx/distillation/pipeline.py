@@ -33,7 +33,7 @@ from mis_mlx.quantization import learned_scales, packed_format, scale_state
 from mis_mlx.reporting import progress
 from mis_mlx.runs import run_loop
 from mis_mlx.settings.parts import part_of
-from mis_mlx.settings.recipe import DistillationConfig, ScalesConfig
+from mis_mlx.settings.recipe import TUNE_RATE, DistillationConfig, ScalesConfig
 from mis_mlx.storage import hidden_spool, run_folder
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import MOST, Budget, Checkpoint, Step
@@ -287,13 +287,13 @@ def tuning_recipe(
     return part_of(ScalesConfig, {**vars(asked), "iters": iters, "learning_rate": rate})
 
 
-def tune(c: Run, rounded: Path, out: Path, rate: float) -> None:
+def tune(c: Run, rounded: Path, out: Path) -> None:
     """Write the folder `out`: the model `rounded` after its steps.
 
-    A run that was killed goes on from its checkpoints. rate: as of `tuning_recipe`.
+    A run that was killed goes on from its checkpoints.
     """
     checkpoint = load.open_checkpoint(rounded)
-    recipe = tuning_recipe(c.recipe, checkpoint, c.plan.tuning_steps, rate)
+    recipe = tuning_recipe(c.recipe, checkpoint, c.plan.tuning_steps, TUNE_RATE)
     planned = next(phase for phase in c.plan.phases if phase.name == SCALES)
     kept = c.kept
     with scale_state.place(planned, c.folder) as state:

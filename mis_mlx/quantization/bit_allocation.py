@@ -277,7 +277,7 @@ def _count_fitted(
     for path, cost in nats.items():
         # Some rows tell what fitted grids leave of the error; of a large table some first ones.
         name = f"{path}.weight"
-        rows = load.dense_sample(checkpoint, name, "float32", rounding.SAMPLED)
+        rows = load.dense_sample(checkpoint, name)
         for bits in cost:
             cost[bits] *= rounding.fit_share(rows, group, bits, fused=precision.compiles())
 

@@ -60,7 +60,7 @@ class VocabularyCosts:
         for path in self.squares:
             # Part by part, each evaluated: only a number per group stays of the table.
             parts = list[mx.array]()
-            for rows in load.dense_parts(checkpoint, f"{path}.weight", "float32"):
+            for rows in load.dense_parts(checkpoint, f"{path}.weight"):
                 parts.append(_group_variances(rows, group))
                 stream.evaluate_now(parts[-1])
                 del rows

@@ -106,7 +106,7 @@ def of_formats(
     for path, measured in nats.items():
         name = f"{path}.weight"
         # Of a large table only some first rows are read.
-        rows = load.dense_sample(checkpoint, name, "float32", rounding.SAMPLED)
+        rows = load.dense_sample(checkpoint, name)
         formats = candidates(shapes[name][1], how, floors.get(path, 0))
         found[path] = _derived(rows, measured, formats, how=how, fitted=fitted)
     # They have no choice, but their bits count towards the mean.

@@ -321,7 +321,7 @@ def _table_in_parts(
     scales: list[list[mx.array]] = []  # of each part, with its biases
 
     def integers() -> Iterator[mx.array]:
-        table = load.dense_parts(checkpoint, name, "float32")
+        table = load.dense_parts(checkpoint, name)
         for rows in finite_parts(checkpoint, name, table):
             packed, *others = _rounded_rows(rows, kind, fit=fit)
             stream.evaluate_now(packed, others)

@@ -236,7 +236,7 @@ def _rounded_head(
         np.einsum("ii->i", gram)[:] += TIED_RIDGE * np.trace(gram) / size
     factor = gptq.factorize(gram)
     name = f"{path}.weight"
-    table = load.dense_parts(source.checkpoint, name, "float32")
+    table = load.dense_parts(source.checkpoint, name)
     fused = precision.compiles()
     parts = []
     for rows in packed_format.finite_parts(source.checkpoint, name, table):

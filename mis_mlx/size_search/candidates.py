@@ -355,7 +355,7 @@ class Candidates:
             if not cost:
                 continue
             name = f"{path}.weight"
-            rows = load.dense_sample(student.reader, name, "float32", rounding.SAMPLED)
+            rows = load.dense_sample(student.reader, name)
             fitted += cost
             nearest += cost / rounding.fit_share(rows, kind.group, kind.bits, fused=fused)
         return fitted / nearest if nearest else 1.0

@@ -195,16 +195,14 @@ def passed(
     return running
 
 
-def passes_cost(
-    t: ModelSize, students: int, readers: int, texts: int, length: int, limit: int
-) -> StageCost:
-    """`students` of a teacher measured on the same texts, beside the readers that they need.
+def passes_cost(t: ModelSize, students: int, texts: int, length: int, limit: int) -> StageCost:
+    """`students` of a teacher measured on the same texts, beside a reader.
 
     Each student has its own block, made of the teacher's, while this is in memory. All are taken
     for as large as the teacher. length: of the longest text. limit: bytes of memory.
     """
     some, peak_bytes = _at_once(t, students, texts, length, limit)
-    work = _forward(t, texts, min(length, TEXT_TOKENS)).repeated(students + readers)
+    work = _forward(t, texts, min(length, TEXT_TOKENS)).repeated(students + 1)
     return replace(
         work,
         name=f"measure {students}",

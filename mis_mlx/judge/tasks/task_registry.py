@@ -3,7 +3,7 @@
 import difflib
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ TOOLS = [tool_tasks.CALLS, tool_tasks.ROUNDS]
 PLACE_WORDS = 30  # of a place in held-out text that `continue` is made of
 CONTEXT_WORDS = 24  # of these; the others are the ending
 WRONG_ENDINGS = 3
+EXAMS_BYTES = 2_000_000  # of the Polish questions, about
 Fetched = tuple[dict[str, list[rows.Row]], dict[str, Any]]  # rows by file; where they come from
 # made by benchmarks/task_files.py at bd583ffb
 BUILT_IN = Path(__file__).parent / "sets" / "built_in"
@@ -110,7 +111,7 @@ def _brought(name: str) -> list[questions.Task]:
     """
     if name in polish.SETS:
         cached = hub.cache_root() / f"{polish.EVALS}-{polish.VERSION}"
-        return [polish.exam(name, _fetched(cached, 2_000_000, _exams))]
+        return [polish.exam(name, _fetched(cached))]
     if name == "dialects":
         return _dialects()
     if name in polish.SLOTS:
@@ -180,19 +181,16 @@ def _places(texts: Sequence[str]) -> list[dict]:
     return cloze
 
 
-def _fetched(folder: Path, nbytes: int, fetch: Callable[[Path], Fetched]) -> Path:
-    """A folder of our cache, of about `nbytes`, which `fetch` fills if it is not there.
-
-    fetch: takes an empty folder for its downloads.
-    """
+def _fetched(folder: Path) -> Path:
+    """The folder of our cache with the Polish questions, which are fetched if it is not there."""
     files.DISK.make_folder(folder.parent)
     with (
         hub.locked(folder.parent),
         tempfile.TemporaryDirectory(prefix=".tmp-fetched-", dir=folder.parent) as name,
     ):
         if not folder.is_dir():
-            rows_by_file, origin = fetch(Path(name))
-            with hub.install(folder, nbytes, origin) as into:
+            rows_by_file, origin = _exams(Path(name))
+            with hub.install(folder, EXAMS_BYTES, origin) as into:
                 for file, file_rows in rows_by_file.items():
                     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in file_rows]
                     (into / file).write_text("".join(lines), encoding="utf-8")

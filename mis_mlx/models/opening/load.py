@@ -13,7 +13,7 @@ import numpy as np
 
 from mis_mlx.compute import precision
 from mis_mlx.hardware import memory
-from mis_mlx.maths import losses
+from mis_mlx.maths import losses, rounding
 from mis_mlx.models.architectures import arch, lookup, modules, tensor_shapes
 from mis_mlx.models.architectures.arch import PER_LAYER
 from mis_mlx.models.architectures.experts import Expert, ReadExperts
@@ -192,34 +192,34 @@ def stored_parts(checkpoint: Checkpoint, name: str, rows: np.ndarray | None = No
     return InParts(spec, parts)
 
 
-def dense_parts(checkpoint: Checkpoint, name: str, dtype: str) -> Iterator[mx.array]:
-    """The rows of `dense`, as many at a time as `TABLE_PART` numbers, in this type."""
-    rows_of = _dense_rows(checkpoint, name, dtype)
+def dense_parts(checkpoint: Checkpoint, name: str) -> Iterator[mx.array]:
+    """The rows of `dense`, as many at a time as `TABLE_PART` numbers, in float32."""
+    rows_of = _dense_rows(checkpoint, name)
     count = checkpoint.tensors[name].shape[0]
     step = _table_rows(arch.tensors_of(checkpoint.config)[name])
     for start in range(0, count, step):
         yield rows_of(np.arange(start, min(start + step, count)))
 
 
-def dense_sample(checkpoint: Checkpoint, name: str, dtype: str, numbers: int) -> mx.array:
-    """Evenly spread rows of the first part of `dense_parts`, with about so many numbers.
+def dense_sample(checkpoint: Checkpoint, name: str) -> mx.array:
+    """Evenly spread rows of the first part of `dense_parts`, with about `rounding.SAMPLED` numbers.
 
     Nothing else of the matrix is read.
     """
     shape = arch.tensors_of(checkpoint.config)[name]
     count = min(shape[0], _table_rows(shape))
-    step = max(1, count * math.prod(shape[1:]) // numbers)
-    return _dense_rows(checkpoint, name, dtype)(np.arange(0, count, step))
+    step = max(1, count * math.prod(shape[1:]) // rounding.SAMPLED)
+    return _dense_rows(checkpoint, name)(np.arange(0, count, step))
 
 
-def _dense_rows(checkpoint: Checkpoint, name: str, dtype: str) -> Callable[[np.ndarray], mx.array]:
-    """What reads rows of `dense`, by their numbers (n,), in this type."""
+def _dense_rows(checkpoint: Checkpoint, name: str) -> Callable[[np.ndarray], mx.array]:
+    """What reads rows of `dense`, by their numbers (n,), in float32."""
     tensors = {part: checkpoint.tensors[part] for part in _packed_names(checkpoint, name)}
     reader = Reader(tensors)
 
     def rows_of(ids: np.ndarray) -> mx.array:
         raw = {part: reader.rows(tensor, ids) for part, tensor in tensors.items()}
-        return dense(checkpoint, name, raw).astype(precision.DTYPES[dtype])
+        return dense(checkpoint, name, raw).astype(mx.float32)
 
     return rows_of
 

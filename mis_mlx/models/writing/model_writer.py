@@ -201,7 +201,7 @@ def dense(checkpoint: Checkpoint, name: str) -> Tensor:
 def table(checkpoint: Checkpoint, name: str) -> InParts:
     """One of `load.TABLES` in float32, some rows at a time."""
     shape = arch.tensors_of(checkpoint.config)[name]
-    return InParts(("F32", shape), load.dense_parts(checkpoint, name, "float32"))
+    return InParts(("F32", shape), load.dense_parts(checkpoint, name))
 
 
 def _cast(tensor: Tensor, dtype: str) -> Tensor:
