@@ -167,7 +167,9 @@ def _generate(
             if not text.endswith("\ufffd"):  # half of a letter waits for its other half
                 print(text[len(printed) :], end="", flush=True)
                 printed = text
-            read_of_token = gib(_read_bytes(writer, checkpoint) / max(1, len(tokens)))
+            # A model that is whole in memory was read once.
+            read_bytes = writer.read_bytes or checkpoint.nbytes
+            read_of_token = gib(read_bytes / max(1, len(tokens)))
             show(len(tokens), f"{len(tokens) / passes:.1f} tokens/pass  {read_of_token}/token")
     seconds = time.monotonic() - began
     text = tokenizer.decode(tokens)
@@ -177,16 +179,11 @@ def _generate(
         "tokens": len(tokens),
         "passes": passes,
         "tokens_per_pass": round(len(tokens) / max(passes, 1), 3),
-        "read_bytes": _read_bytes(writer, checkpoint),
+        "read_bytes": writer.read_bytes or checkpoint.nbytes,
         "peak_bytes": peak.nbytes,
         "budget_bytes": limit.limit_bytes,
         "seconds": round(seconds, 2),
     }
-
-
-def _read_bytes(writer: text_writer.TextWriter, checkpoint: Checkpoint) -> int:
-    """Bytes read so far; a model that is whole in memory was read once."""
-    return writer.read_bytes or checkpoint.nbytes
 
 
 def run(settings: Settings) -> dict[str, Any]:

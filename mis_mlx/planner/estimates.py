@@ -5,7 +5,6 @@ Does not know what stages there are: the modules that do the work say what they 
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -33,19 +32,19 @@ def settle_precision(
     Where float16 does not hold it, float32 is an answer only if the budget holds one pass in it,
     streamed from disk.
     """
-    return compute_type.with_precision(checkpoint, wanted, partial(_pass_fits, limit.limit_bytes))
 
+    def fits(model: Checkpoint, dtype: mx.Dtype) -> bool:
+        """Whether one pass of SETTLED_TOKENS fits when the model computes in `dtype`."""
+        cost = streamed_pass(
+            "",
+            model_of(model, dtype=dtype),
+            tokens=SETTLED_TOKENS,
+            length=SETTLED_TOKENS,
+            spool=False,
+        )
+        return needed_bytes(limit.limit_bytes, cost.peak_bytes) <= limit.limit_bytes
 
-def _pass_fits(limit_bytes: int, checkpoint: Checkpoint, dtype: mx.Dtype) -> bool:
-    """Whether one pass of SETTLED_TOKENS fits a budget when the model computes in `dtype`."""
-    cost = streamed_pass(
-        "",
-        model_of(checkpoint, dtype=dtype),
-        tokens=SETTLED_TOKENS,
-        length=SETTLED_TOKENS,
-        spool=False,
-    )
-    return needed_bytes(limit_bytes, cost.peak_bytes) <= limit_bytes
+    return compute_type.with_precision(checkpoint, wanted, fits)
 
 
 def budget_flag(nbytes: int) -> str:
