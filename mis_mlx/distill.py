@@ -9,7 +9,6 @@ from typing import Any
 from mis_mlx import cli, search
 from mis_mlx.data import preparation
 from mis_mlx.distillation import (
-    compression,
     conversations,
     measurement,
     pipeline,
@@ -213,7 +212,7 @@ def _stages(
     run_loop.forget_text()
     if s.student is None:
         before = arch.params(teacher.config)
-        pruned = compression.view(c) or compression.prune(c, s, before)
+        pruned = pipeline.view(c) or pipeline.prune(c, s, before)
     else:
         pruned = compute_type.open_to_compute(s.student, teacher.precision)
     dense = pruned
@@ -228,7 +227,7 @@ def _stages(
         dense = compute_type.open_to_compute(out, teacher.precision)
         models["distilled"] = dense
     if rounding:
-        compression.quantize(c, s, dense)
+        pipeline.quantize(c, s, dense)
         models["4-bit"] = compute_type.open_to_compute(folder / "model", teacher.precision)
     with c.phase("measure"):
         measured = measurement.measured(c, judging, models, s.eval_prompts or 0)

@@ -15,7 +15,7 @@ from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows, fingerprint
-from mis_mlx.distillation import compression, conversations, pipeline, plan_report, strategies
+from mis_mlx.distillation import conversations, pipeline, plan_report, strategies
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.thermal.run_monitor import Governed, battery
 from mis_mlx.models.opening import compute_type, load, resolve
@@ -248,7 +248,7 @@ def _work(
                 data=data,
                 plan=plan,
             )
-            compression.quantize(c, s, checkpoint)
+            pipeline.quantize(c, s, checkpoint)
             packed = packed_format.formats(load.open_checkpoint(place.folder / MODEL))
             figures = packed_format.figures(checkpoint, packed)
             c.finish({"model": str(checkpoint.path), "method": s.q_method, **figures})

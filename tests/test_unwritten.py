@@ -12,7 +12,7 @@ import mlx.core as mx
 import pytest
 
 from mis_mlx import distill
-from mis_mlx.distillation import compression, plan_report, run_plan
+from mis_mlx.distillation import pipeline, plan_report, run_plan
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.shape import Shape
 from mis_mlx.models.architectures.sizes import shape_of
@@ -160,7 +160,7 @@ def test_a_student_that_is_not_cut_is_no_copy(
     disk = {}
     for name in ("view", "copy"):
         if name == "copy":
-            monkeypatch.setattr(compression, "view", lambda _: None)
+            monkeypatch.setattr(pipeline, "view", lambda _: None)
         asked = whole_student(teacher, text_folder, tmp_path / name)
         distill.run(asked)
         made[name] = (tmp_path / name / "model" / "model.safetensors").read_bytes()

@@ -1,4 +1,4 @@
-"""The training of a student, from wherever it stands to its end.
+"""The stages of a run that make the student: it is pruned, trained and rounded.
 
 First it is repaired, then its weights are distilled; once it is rounded, its scales are. mlx-lm's
 DWQ learns from the same model before rounding; here the teacher may be another, bigger one.
@@ -24,16 +24,17 @@ from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import INTEGERS
 from mis_mlx.maths import losses
 from mis_mlx.models.architectures.sizes import softcap
-from mis_mlx.models.opening import load
+from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.passing import distributed
 from mis_mlx.models.writing import model_writer
 from mis_mlx.planner.distillation_spec import SCALES, STORE
-from mis_mlx.pruning import reconstruct, vocabulary
-from mis_mlx.quantization import learned_scales, packed_format, scale_state
-from mis_mlx.reporting import progress
+from mis_mlx.pruning import reconstruct, select, vocabulary
+from mis_mlx.quantization import learned_scales, packed_format, scale_state, stage
+from mis_mlx.quantization.begun_rounding import BegunRounding
+from mis_mlx.reporting import html, progress
 from mis_mlx.runs import run_loop
 from mis_mlx.settings.parts import part_of
-from mis_mlx.settings.recipe import TUNE_RATE, DistillationConfig, ScalesConfig
+from mis_mlx.settings.recipe import TUNE_RATE, DistillationConfig, QuantizationConfig, ScalesConfig
 from mis_mlx.storage import hidden_spool, run_folder
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import MOST, Budget, Checkpoint, Step
@@ -287,11 +288,67 @@ def tuning_recipe(
     return part_of(ScalesConfig, {**vars(asked), "iters": iters, "learning_rate": rate})
 
 
-def tune(c: Run, rounded: Path, out: Path) -> None:
-    """Write the folder `out`: the model `rounded` after its steps.
+def prune(c: Run, cut: select.PruningConfig, before: int) -> Checkpoint:
+    """The pruned student; made now, unless it is there. before: the teacher's parameters."""
+    out = c.folder / "pruned"
+    if not out.exists():
+        with c.phase("prune"):
+            report = select.prune(
+                c.teacher,
+                c.pick(c.recipe.num_samples, use=1),
+                out,
+                cut=cut,
+                dtype=DTYPE,
+                air=c.thermal_monitor.air,
+                held=c.plan.held_windows("prune"),
+            )
+            cli.outcome(html.document("pruned.md", {**report, "params_before": before}))
+    return compute_type.open_to_compute(out, c.teacher.precision)
 
-    A run that was killed goes on from its checkpoints.
+
+def view(c: Run) -> Checkpoint | None:
+    """The teacher itself, where nothing is cut and it is to be rounded: nobody needs copies of it.
+
+    None where the student is another, or a copy was begun. A teacher that was pruned itself has a
+    record of that beside it, which would be taken for this student's.
     """
+    begun = (c.folder / "pruned").exists()
+    if not c.plan.job.viewed or begun or model_writer.read_keep(c.teacher.path):
+        return None
+    return c.teacher
+
+
+def quantize(
+    c: Run,
+    rounding: QuantizationConfig,
+    dense: Checkpoint,
+) -> None:
+    """Round the student, then tune its scales; a folder that is there is not made again.
+
+    A rounding that was stopped goes on after the last block that it kept, and the steps go on from
+    their checkpoints. dense: the student.
+    """
+    out = c.folder / "model"
+    rounded = c.folder / (ROUNDED if c.plan.tuning_steps else "model")
+    if not rounded.exists() and not out.exists():
+        samples = c.recipe.num_samples if rounding.looks else 0
+        batches = c.pick(samples, use=1)
+        held = c.plan.held_windows("quantize")
+        begun = c.folder / ROUNDING
+        with c.phase("quantize"):
+            stage.quantize(
+                dense,
+                rounded,
+                rounding,
+                batches=batches,
+                held=held,
+                seed=c.recipe.seed,
+                begun=BegunRounding(begun),
+            )
+        DISK.discard(begun)
+    if out.exists():
+        return
+    cli.detail(f"{SCALES}: biases and norms learn, too; integers stay")
     checkpoint = load.open_checkpoint(rounded)
     recipe = tuning_recipe(c.recipe, checkpoint, c.plan.tuning_steps, TUNE_RATE)
     planned = next(phase for phase in c.plan.phases if phase.name == SCALES)
