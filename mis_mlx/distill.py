@@ -10,7 +10,6 @@ from mis_mlx import cli, search
 from mis_mlx.data import preparation
 from mis_mlx.distillation import (
     conversations,
-    measurement,
     pipeline,
     plan_report,
     run_plan,
@@ -208,7 +207,7 @@ def _stages(
     """(what the screen shows, the result)."""
     folder = c.folder
     rounding = bool(s.quantize)
-    judging = measurement.judging_windows(c, data, teacher, s.eval_windows)
+    judging = pipeline.judging_windows(c, data, teacher, s.eval_windows)
     run_loop.forget_text()
     if s.student is None:
         before = arch.params(teacher.config)
@@ -230,7 +229,7 @@ def _stages(
         pipeline.quantize(c, s, dense)
         models["4-bit"] = compute_type.open_to_compute(folder / "model", teacher.precision)
     with c.phase("measure"):
-        measured = measurement.measured(c, judging, models, s.eval_prompts or 0)
+        measured = pipeline.measured(c, judging, models, s.eval_prompts or 0)
     return _finish(s, c, models, *measured)
 
 

@@ -1,4 +1,4 @@
-"""The stages of a run that make the student: it is pruned, trained and rounded.
+"""The stages of a run: the student is pruned, trained, rounded and measured.
 
 First it is repaired, then its weights are distilled; once it is rounded, its scales are. mlx-lm's
 DWQ learns from the same model before rounding; here the teacher may be another, bigger one.
@@ -17,13 +17,15 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
-from mis_mlx.distillation import targets, train_loop
+from mis_mlx.data.token_windows import Windows
+from mis_mlx.distillation import conversations, summary, targets, train_loop
 from mis_mlx.distillation.block_student import BlockStudent, steps_per_shard
 from mis_mlx.distillation.strategies import MemoryPlan, in_parts
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import INTEGERS
+from mis_mlx.judge import answers, comparison, other_languages
 from mis_mlx.maths import losses
-from mis_mlx.models.architectures.sizes import softcap
+from mis_mlx.models.architectures.sizes import shape_of, softcap
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.passing import distributed
 from mis_mlx.models.writing import model_writer
@@ -57,6 +59,10 @@ TEMPORARY = (
     vocabulary.FOLDER,
 )
 
+# By held-out text: its windows in the tokens of the students and, where the teacher has more
+# tokens, in those.
+Judging = dict[str, tuple[Windows, Windows | None]]
+
 
 @dataclass
 class Run(run_loop.OpenRun):
@@ -68,7 +74,7 @@ class Run(run_loop.OpenRun):
 
     recipe: DistillationConfig
     teacher: Checkpoint
-    data: token_windows.Windows
+    data: Windows
     plan: MemoryPlan
     sigma: float = 0.0
 
@@ -364,3 +370,51 @@ def quantize(
         names = {"steps": TUNE_STEPS, "log": TUNE_LOG, "label": SCALES}
         _learn(c, student, student.begin, steps, recipe, **names)
         learned_scales.write_learned(checkpoint, student.learned, out)
+
+
+def judging_windows(
+    c: Run,
+    data: preparation.Data,
+    teacher: Checkpoint,
+    count: int,
+) -> Judging:
+    """The held-out windows that judge: `count` of the first text, a third of every other one.
+
+    teacher: with its own vocabulary.
+    """
+    tokenizers = []
+    if teacher is not c.teacher:
+        tokenizers = [load.tokenizer(model.path) for model in (c.teacher, teacher)]
+    judging: Judging = {}
+    for name, held_out in data.held_out.items():
+        most = max(1, count // 3) if judging else count
+        windows = comparison.spread_windows(held_out, most)
+        own = token_windows.retokenized(windows, *tokenizers) if tokenizers else None
+        judging[name] = windows, own
+    return judging
+
+
+def measured(
+    c: Run, judging: Judging, models: comparison.Models, prompts: int
+) -> tuple[answers.Judgement | None, summary.Quality, dict[str, float]]:
+    """(answers to prompts, rows by held-out text, {language: bits a byte that the last model loses
+    in it}).
+
+    The teacher, the distilled and the rounded student answer; their answers are kept in the run's
+    folder. None where there are no prompts, or no model answers. Languages are measured where the
+    last model has fewer tokens than the teacher.
+    """
+    teacher, *_, student = models.values()
+    judgement = None
+    if prompts:
+        asked = {name: model for name, model in models.items() if name != "pruned"}
+        judgement = conversations.judged_answers(asked, prompts, Budget(c.plan.budget_bytes))
+    if judgement:
+        conversations.write_answers(judgement, c.folder)
+    rows_of = {}
+    for name, (windows, own) in judging.items():
+        rows_of[name] = comparison.held_out_rows(models, c.teacher, windows, own)
+    languages = dict[str, float]()
+    if shape_of(student.config).vocab != shape_of(teacher.config).vocab:
+        languages = other_languages.excess(teacher, student)
+    return judgement, rows_of, languages
