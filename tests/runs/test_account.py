@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from mis_mlx import sft
-from mis_mlx.runs import account, run_loop
-from mis_mlx.runs.account import Account
+from mis_mlx.runs import run_loop
+from mis_mlx.runs.run_loop import Account
 from mis_mlx.storage import run_folder
 from tests.conftest import Done, last_line
 
@@ -20,7 +20,7 @@ from tests.conftest import Done, last_line
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time that accounts see."""
     now = [1000.0]
-    monkeypatch.setattr(account.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(run_loop.time, "monotonic", lambda: now[0])
     return now
 
 
@@ -45,13 +45,13 @@ def test_a_kill_costs_seconds(tmp_path: Path, clock: list[float]) -> None:
     whole = Account(tmp_path)
     (tmp_path / "part").mkdir()
     part = Account(tmp_path / "part", whole=whole)
-    clock[0] += account.EVERY_S - 1
+    clock[0] += run_loop.EVERY_S - 1
     part.keep_sometimes()
     assert not (tmp_path / run_folder.TAKEN).exists()
     clock[0] += 1
     part.keep_sometimes()
     for folder in (tmp_path, tmp_path / "part"):
-        assert Account(folder).seconds == pytest.approx(account.EVERY_S)
+        assert Account(folder).seconds == pytest.approx(run_loop.EVERY_S)
 
 
 def test_a_resumed_run_tells_of_all_of_it(
