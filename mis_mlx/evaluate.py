@@ -15,7 +15,7 @@ from mis_mlx.judge import answers, comparison, recovery_table
 from mis_mlx.judge.comparison import Models, comparison_cost
 from mis_mlx.judge.prompts import Prompt
 from mis_mlx.judge.recovery_table import Outcome
-from mis_mlx.judge.tasks import answering, examination, task_registry
+from mis_mlx.judge.tasks import answering, examination, task_registry, tool_tasks
 from mis_mlx.judge.tasks.examination import Hashes
 from mis_mlx.judge.tasks.task_registry import EvaluationSet
 from mis_mlx.models.opening import load, resolve
@@ -168,12 +168,13 @@ def _plan(
     models: Models,
     hashes: Hashes,
     *,
+    seen: Checkpoint,
     limit: Budget,
     prompts: list[Prompt],
 ) -> dict[str, Any]:
     """Peak and time of all that is still to be asked; said aloud.
 
-    MisError where something does not fit.
+    seen: the teacher with its students' vocabulary. MisError where something does not fit.
     """
     shapes = [model_of(model) for model in models.values()]
     asked = list[StageCost | None]()
@@ -182,6 +183,12 @@ def _plan(
             asked.append(answering.plan(model, hashes[name], task, limit))
     if prompts:
         asked.append(answers.plan(models, prompts, limit, hashes))
+    for task in wanted.tasks:
+        if task.kind in tool_tasks.KINDS:
+            count, length = tool_tasks.right_calls(task, load.tokenizer(seen.path)).tokens.shape
+            comparing = comparison_cost(shapes, count, length).beside(shapes[0].text_bytes)
+            estimates.require_fit(limit, comparing)
+            asked.append(comparing)
     phases = [phase for phase in asked if phase]
     known = ""
     if len(phases) < len(asked):
@@ -217,7 +224,7 @@ def _examine(
     for task in wanted.tasks:
         cli.say(f"{task.name}: {len(task.questions)} questions; {task.about}")
     prompts = answers.prompts(s.num_questions) if wanted.answers else []
-    plan = _plan(s, wanted, models, hashes, limit=limit, prompts=prompts)
+    plan = _plan(s, wanted, models, hashes, seen=seen, limit=limit, prompts=prompts)
     if s.dry_run:
         counts = {task.name: len(task.questions) for task in wanted.tasks}
         if prompts:
@@ -226,7 +233,7 @@ def _examine(
     if s.out:
         DISK.make_folder(Path(s.out))
     answered = _answered(prompts, models, hashes, limit)
-    outcomes = list(examination.outcomes(wanted, models, hashes, limit))
+    outcomes = list(examination.outcomes(wanted, models, hashes, limit, seen=seen))
     tables = ""
     held_out = dict[str, Any]()
     if wanted.text:

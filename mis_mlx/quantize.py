@@ -28,7 +28,7 @@ from mis_mlx.quantization import packed_format, stage
 from mis_mlx.reporting import html, progress, text
 from mis_mlx.runs import run_loop
 from mis_mlx.settings.parts import part_of
-from mis_mlx.settings.recipe import DistillationConfig, QuantizationConfig
+from mis_mlx.settings.recipe import TUNE_ITERS, DistillationConfig, QuantizationConfig
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK, DiskRefused, as_mis_error, need_place
@@ -51,9 +51,7 @@ class Settings(cli.Resumable, precision.Computing, Governed, QuantizationConfig)
     model: str | None = None
     """folder or hub id of an unquantized model; default: SmolLM2-135M-Instruct"""
     teacher: str | None = None
-    """folder or hub id of the model that the scales learn from in --q-iters steps; default: the
-    unquantized model
-    """
+    """folder or hub id of the model that the scales learn from; default: the unquantized model"""
     mlx_path: str = "quantized"
     """folder to write"""
     out: str | None = None
@@ -146,7 +144,7 @@ def _plan(
     """
     limit = memory.budget(s.budget_bytes).limit_bytes
     job = _job(s, checkpoint, other)
-    if s.steps():
+    if _steps(s):
         job = measured_block.of_job(job, limit)
     strategy = {}
     if folder is not None and run_folder.is_decided(folder):
@@ -162,15 +160,16 @@ def _plan(
 
 def _job(s: Settings, checkpoint: Checkpoint, other: Checkpoint) -> DistillationSpec:
     """The work in sizes and counts: a distillation that has nothing but its end."""
-    steps = s.steps()
-    rounding = replace(part_of(QuantizationConfig, asdict(s)), q_iters=steps)
+    rounding = part_of(QuantizationConfig, asdict(s))
+    if not s.looks:
+        rounding = replace(rounding, q_iters=_steps(s))
     count = s.num_samples if s.looks else 0
     teacher = model_of(other)
     student = model_of(checkpoint)
     asked = DistillationSpec(
         teacher=teacher,
         student=student,
-        iters=max(1, steps),
+        iters=max(1, _steps(s)),
         batch_size=s.batch_size,
         max_seq_length=s.max_seq_length,
         num_samples=count,
@@ -257,13 +256,20 @@ def _work(
 
 def _reads(s: Settings) -> bool:
     """Whether anything looks at text or learns from it."""
-    return s.looks or s.steps() > 0
+    return s.looks or _steps(s) > 0
+
+
+def _steps(s: Settings) -> int:
+    """Steps after rounding, where the budget has room for them; rounding that looks at no text has
+    none of its own accord.
+    """
+    return s.steps(TUNE_ITERS if s.looks else 0)
 
 
 def _wanted(s: Settings) -> conversations.Wanted:
     """The text to look at and to learn from."""
     count = s.num_samples if s.looks else 0
-    visited = (count + s.steps() * s.batch_size) * s.max_seq_length
+    visited = (count + _steps(s) * s.batch_size) * s.max_seq_length
     return conversations.wanted_of(s.data, s.conversations, visited=visited, seed=s.seed)
 
 

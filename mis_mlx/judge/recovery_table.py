@@ -18,7 +18,8 @@ class Outcome(NamedTuple):
     (share, answer) of the best constant answer, U Zośki. uniform (n,): expected marks of a model to
     which all tokens are equally likely. levels: {model: IFEval's two accuracies}, whose mean is the
     mean of the marks. ways: {model: how options were put to it}. shares: {model: figures of its
-    calls, by name, a tool's task}. None: not known, or a task of another kind.
+    calls, by name, a tool's task}; forced: {student: {figure: (n,)}} on the tokens of right calls.
+    None: not known, or a task of another kind.
     """
 
     task: str
@@ -31,6 +32,7 @@ class Outcome(NamedTuple):
     levels: Mapping[str, Levels] | None = None
     ways: Mapping[str, str] | None = None
     shares: Mapping[str, Mapping[str, float]] | None = None
+    forced: Mapping[str, Mapping[str, np.ndarray]] | None = None
 
     @property
     def teacher(self) -> np.ndarray:
@@ -59,6 +61,12 @@ class Outcome(NamedTuple):
             return None
         return recovery(self.marks[model], self.teacher, self.chance)
 
+    def flips(self, model: str) -> tuple[int, int]:
+        """(questions with a better mark than the teacher's, with a worse one): their difference may
+        be nothing while half of all answers changed."""
+        above = self.marks[model] - self.teacher
+        return int((above > 0).sum()), int((above < 0).sum())
+
     def json(self) -> dict[str, Any]:
         """All of it, numbers not rounded."""
         models = {}
@@ -68,6 +76,7 @@ class Outcome(NamedTuple):
                 "recovery": self.recovered(name),
                 "marks": marks.tolist(),
                 "less_teacher": bounds(interval(marks - self.teacher)),
+                "flips": self.flips(name),
             }
             if self.levels:
                 of_model |= self.levels[name].json()
@@ -75,6 +84,8 @@ class Outcome(NamedTuple):
                 of_model["asked"] = self.ways[name]
             if self.shares:
                 of_model["calls"] = dict(self.shares[name])
+            for figure, values in (self.forced or {}).get(name, {}).items():
+                of_model.setdefault("right_calls", {})[figure] = bounds(interval(values))
             models[name] = of_model
         constant: dict[str, Any] | None = None
         if self.constant:
@@ -131,7 +142,7 @@ def _about(outcome: Outcome) -> str:
     if outcome.ways:
         return f"{outcome.about}; {_asked(outcome.ways)}"
     if outcome.shares:
-        return f"{outcome.about}; {_called(outcome.shares)}"
+        return f"{outcome.about}; {_called(outcome.shares)}{_forced(outcome.forced or {})}"
     if not outcome.levels:
         return outcome.about
     accuracies = []
@@ -165,6 +176,18 @@ def _called(shares: Mapping[str, Mapping[str, float]]) -> str:
             parts.append(f"{figure_name} {shown}")
         models.append(f"{name}: {', '.join(parts)}")
     return "; ".join(models)
+
+
+def _forced(figures: Mapping[str, Mapping[str, np.ndarray]]) -> str:
+    """What every student loses on the tokens of the right calls, in words."""
+    text = ""
+    for name, of_model in figures.items():
+        less, kl = (interval(of_model[figure]) for figure in ("less likely", "KL"))
+        text += (
+            f"; on the tokens of the right calls {name} loses {less[0]:.3f} nats a token"
+            f"{plus_minus(*less[1:], '.3f')}, KL {kl[0]:.3f}{plus_minus(*kl[1:], '.3f')}"
+        )
+    return text
 
 
 def _compared(name: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:

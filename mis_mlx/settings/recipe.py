@@ -128,7 +128,7 @@ class QuantizationConfig:
     """
     q_iters: Whole | None = None
     """steps in which scales, biases and norms learn from the teacher, and integers stay; default:
-    20 in `distill`, if the budget has room for them
+    20 where rounding looks at text, if the budget has room for them
     """
 
     @property

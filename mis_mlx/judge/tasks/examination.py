@@ -4,11 +4,13 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from mis_mlx.judge import comparison
 from mis_mlx.judge.comparison import Models
 from mis_mlx.judge.recovery_table import Outcome
 from mis_mlx.judge.tasks import answering, instructions, questions, tool_tasks
 from mis_mlx.judge.tasks.task_registry import EvaluationSet
-from mis_mlx.types import Budget
+from mis_mlx.models.opening import load
+from mis_mlx.types import Budget, Checkpoint
 
 Hashes = Mapping[str, str]  # `answering.sha256` of the models, by name
 
@@ -18,8 +20,13 @@ def outcomes(
     models: Models,
     hashes: Hashes,
     limit: Budget,
+    *,
+    seen: Checkpoint,
 ) -> Iterator[Outcome]:
-    """Each model is asked all tasks before the next model."""
+    """Each model is asked all tasks before the next model.
+
+    seen: the teacher with its students' vocabulary.
+    """
     marks_of = {}
     # Model by model, not task by task: a tokenizer is opened once for all tasks.
     for name, model in models.items():
@@ -28,7 +35,8 @@ def outcomes(
         ]
     for number, task in enumerate(wanted.tasks):
         if task.kind in tool_tasks.KINDS:
-            yield _tools_outcome(task, hashes, wanted)
+            outcome = _tools_outcome(task, hashes)
+            yield outcome._replace(forced=forced(task, {**models, "teacher": seen}))
             continue
         levels = _levels(hashes, task)
         yield Outcome(
@@ -54,7 +62,23 @@ def _levels(hashes: Hashes, task: questions.Task) -> dict[str, instructions.Leve
     return levels_of or None
 
 
-def _tools_outcome(task: questions.Task, hashes: Hashes, wanted: EvaluationSet) -> Outcome:
+def forced(task: questions.Task, models: Models) -> dict[str, dict[str, np.ndarray]]:
+    """{student: {figure: (n,)}} on the tokens of the right calls, a value for each question that
+    wants some: nats a token that the student finds them less likely than the teacher, and KL.
+
+    Every model reads the same tokens, those of the teacher.
+    """
+    teacher, *students = models
+    tokenizer = load.tokenizer(models[teacher].path)
+    means = comparison.compare(models, tool_tasks.right_calls(task, tokenizer))
+    figures = {}
+    for name in students:
+        less = means[name, "nll"] - means[teacher, "nll"]
+        figures[name] = {"less likely": less, "KL": means[name, "kl"]}
+    return figures
+
+
+def _tools_outcome(task: questions.Task, hashes: Hashes) -> Outcome:
     """Of answers that are kept. Where the teacher is right in less than half of the cases, all
     models are compared with its own calls; what it gets right is said in either case.
     """

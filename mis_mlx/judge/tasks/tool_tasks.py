@@ -20,7 +20,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mis_mlx.data import token_windows
+from mis_mlx.data.token_windows import Windows
 from mis_mlx.judge.tasks.questions import Question, Task
+from mis_mlx.models.writing import tool_calls
 from mis_mlx.storage import run_folder
 
 SETS = Path(__file__).parent / "sets"
@@ -68,16 +71,15 @@ def _rounds(talk: Mapping[str, Any], tools: tuple[Mapping[str, Any], ...]) -> li
         call = turn["call"]
         question = Question(turn["prompt"], "", tools=tools, calls=(call,), messages=tuple(said))
         rounds.append(question)
-        name = f"call{number:05d}"  # Mistral's templates want nine characters
-        called = {"id": name, "type": "function", "function": call}
+        answer = tool_calls.message([call], first=number)
         said += [
             {"role": "user", "content": turn["prompt"]},
-            {"role": "assistant", "content": "", "tool_calls": [called]},
+            answer,
             {
                 "role": "tool",
                 "content": turn["result"],
                 "name": call["name"],
-                "tool_call_id": name,
+                "tool_call_id": answer["tool_calls"][0]["id"],
             },
             {"role": "assistant", "content": "Done."},
         ]
@@ -157,6 +159,29 @@ def _key(value: Any) -> str:
 def prompt(question: Question) -> list[Mapping[str, Any]]:
     """The messages that a model answers."""
     return [*question.messages, {"role": "user", "content": question.context}]
+
+
+def right_calls(task: Task, tokenizer: Any) -> Windows:
+    """(N, T) the questions of a task that want calls, each followed by the right ones, padded.
+
+    Predictions of the calls' own tokens count, and no others: how likely a model finds what it
+    should say tells more of few prompts than whether it says it.
+    """
+    rendered = []
+    for question in task.questions:
+        if question.calls:
+            messages = [*prompt(question), tool_calls.message(question.calls)]
+            row = {"messages": messages, "tools": list(question.tools)}
+            rendered.append(token_windows.conversation(row, tokenizer, mask_prompt=True))
+    longest = max(len(ids) for ids, _ in rendered)
+    tokens = np.zeros((len(rendered), longest), np.int32)
+    loss_mask = np.zeros((len(rendered), longest), np.float32)
+    for number, (ids, own) in enumerate(rendered):
+        # the last answer alone: a conversation of rounds has others before it
+        before = len(own) - next((n for n, mark in enumerate(own[::-1]) if not mark), len(own))
+        tokens[number, : len(ids)] = ids
+        loss_mask[number, before - 1 : len(ids) - 1] = 1
+    return Windows(tokens, loss_mask)
 
 
 def verdicts(task: Task, said: Sequence[Calls]) -> list[Verdict]:

@@ -36,11 +36,15 @@ def reply(text: str, tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> dict
     start = getattr(tokenizer, "tool_call_start", None)
     if not calls or not start or start not in text:
         return {"role": "assistant", "content": text}
+    return message(calls, text.partition(start)[0].strip())
+
+
+def message(calls: Sequence[Mapping[str, Any]], before: str = "", first: int = 0) -> dict[str, Any]:
+    """An answer that makes these calls behind the text `before`. first: number of the first one."""
     called = []
-    for number, call in enumerate(calls):
+    for number, call in enumerate(calls, first):
         name = f"call{number:05d}"  # Mistral's templates want nine characters
         called.append({"id": name, "type": "function", "function": call})
-    before = text.partition(start)[0].strip()
     return {"role": "assistant", "content": before, "tool_calls": called}
 
 

@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mis_mlx.data import chat_template, token_windows
 from mis_mlx.hardware import memory
 from mis_mlx.judge import recovery_table
+from mis_mlx.judge.recovery_table import Outcome
 from mis_mlx.judge.tasks import answering, examination, questions, task_registry, tool_tasks
 from mis_mlx.models.opening import load
 from mis_mlx.models.writing import tool_calls
@@ -181,11 +183,37 @@ def test_a_teacher_that_is_seldom_right_is_compared_with_itself(calling: Checkpo
     wanted = task_registry.EvaluationSet(tasks=tuple(tasks), text=False)
     models = {"teacher": calling, "student": calling}
     hashes = {"teacher": sha256, "student": sha256}
-    (single,) = examination.outcomes(wanted, models, hashes, limit)
+    (single,) = examination.outcomes(wanted, models, hashes, limit, seen=calling)
     assert single.marks["student"].tolist() == [1.0] * 5
     page = recovery_table.markdown([single])
     assert "teacher is right in 20% of the cases" in page
     assert single.json()["models"]["student"]["calls"]["right tool"] == 0.2
+
+
+def test_only_the_right_calls_of_a_question_count(calling: Checkpoint) -> None:
+    """Their tokens, spelled out, are what is predicted; prompts, tools and earlier calls are not.
+    A model beside itself loses nothing there."""
+    tokenizer = load.tokenizer(calling.path)
+    for task in tool_tasks.tasks([tool_tasks.CALLS, tool_tasks.ROUNDS], 10):
+        wanted = [question for question in task.questions if question.calls]
+        windows = tool_tasks.right_calls(task, tokenizer)
+        assert len(windows.tokens) == len(wanted)
+        for question, ids, counted in zip(wanted, windows.tokens, windows.loss_mask, strict=True):
+            predicted = tokenizer.decode(ids[1:][counted[:-1] > 0])
+            assert predicted.count('"name"') == len(question.calls or ())
+            assert all(call["name"] in predicted for call in question.calls or ())
+            assert question.context not in predicted
+    (few,) = tool_tasks.tasks([tool_tasks.CALLS], 2)
+    forced = examination.forced(few, {"teacher": calling, "student": calling})["student"]
+    assert not forced["less likely"].any() and not forced["KL"].any()
+
+
+def test_flips_are_counted_both_ways() -> None:
+    """Also where the student is right as often as its teacher."""
+    marks = {"teacher": np.array([1.0, 1, 0, 0, 1]), "student": np.array([1.0, 0, 1, 1, 0])}
+    outcome = Outcome("calls", "", marks, chance=np.zeros(5))
+    assert outcome.flips("student") == (2, 2)
+    assert "| calls | +2 −2 |" in recovery_table.markdown([outcome])
 
 
 def test_an_answer_is_kept_as_it_ends(calling: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
