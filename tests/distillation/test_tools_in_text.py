@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mis_mlx.models.writing import tool_calls
 from mis_mlx.storage.run_folder import records
 from mis_mlx.types import Checkpoint, MisError
 from tests import tiny
+from tests.conftest import Done
 
 CALL = {"name": "set_alarm", "arguments": {"time": "06:30"}}
 JSON = '{"name": "set_alarm", "arguments": {"time": "06:30"}}'
@@ -132,3 +134,15 @@ def test_rows_with_tools_are_left_out_where_nobody_is_told(
     (folder / "train.jsonl").write_text(json.dumps(with_tools))
     with pytest.raises(MisError, match="all 1 rows of train have tools"):
         preparation.prepare(str(folder), chat, 16)
+
+
+def test_fewer_than_four_bits_warn_of_calls(
+    calling: Checkpoint, tmp_path: Path, command: Callable[..., Done]
+) -> None:
+    """Of a model that can call tools, and of no other target."""
+    said = {}
+    for bits in ("3.75", "4.5"):
+        asked = ("--model", calling.path, "--mlx-path", tmp_path / "out", "--target-bpw", bits)
+        said[bits] = command("quantize", *asked, "--q-group-size", 32, "--dry-run").stderr
+    assert "tool-calls" in said["3.75"]
+    assert "tool-calls" not in said["4.5"]
