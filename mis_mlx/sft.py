@@ -12,7 +12,7 @@ from mis_mlx.types import Off, Rate
 
 @dataclass(frozen=True)
 class Settings(alignment_run.Alignment):
-    """Trains on rows of {"messages": [...]} or {"prompt", "completion"}."""
+    """Trains on rows of {"messages": [...]}, {"prompt", "completion"} or {"text"}."""
 
     learning_rate: Rate = 1e-4
     """peak learning rate; decays to a tenth along a cosine; for billions of parameters, try 2e-5"""
@@ -26,7 +26,7 @@ def run(settings: Settings) -> dict[str, Any]:
     train_rows, valid_rows, card = alignment_run.data(
         s,
         checkpoint,
-        ("messages", "completion"),
+        ("messages", "completion", "text"),
         mask_prompt=s.mask_prompt,
     )
     train = padded_rows.Rows([row[0] for row in train_rows])

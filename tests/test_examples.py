@@ -27,12 +27,14 @@ GOOD: dict[str, Row] = {
         "messages": [{"role": "user", "content": "Ile?"}, {"role": "assistant", "content": "Dwa."}]
     },
     "completion": {"prompt": "Ile?", "completion": "Dwa."},
+    "text": {"text": "Dwa."},
     "pair": {"prompt": "Ile?", "chosen": "Dwa.", "rejected": "Trzy."},
     "answer": {"prompt": "Ile?", "answer": "2"},
 }
 BAD: list[tuple[str, object]] = [
     ("completion", {"prompt": "Ile?", "completion": 2}),
     ("messages", {"messages": [{"role": "user", "content": "Ile?"}]}),  # nobody answers
+    ("text", {"text": 2}),
     ("pair", {"prompt": "Ile?", "chosen": "Dwa."}),
     ("pair", {"prompt": "Ile?", "chosen": "Dwa.", "rejected": "Dwa."}),
     ("answer", {"prompt": "Ile?", "answer": None}),
@@ -218,6 +220,28 @@ def test_only_the_answer_is_learned_without_a_template(tokenizer: Any) -> None:
     ((one,),), _ = examples.encode(rows, tokenizer, 64, mask_prompt=False)
     assert learned(one, tokenizer).endswith("if x: return y<|endoftext|>")
     assert one[1].all()
+
+
+def test_all_of_a_text_is_learned(tokenizer: Any) -> None:
+    """To its end, and cut like any row; a row with a prompt is no text, whatever else it has."""
+    text = {"text": "if x: return y"}
+    ((one,),), cut = examples.encode(split(text), tokenizer, 64)
+    assert cut == 0
+    assert learned(one, tokenizer) == "if x: return y<|endoftext|>"
+    ((short,),), cut = examples.encode(split(text), tokenizer, 4)
+    assert (len(short[0]), cut) == (4, 1)
+    row = {"prompt": "if x:", "completion": " return y", **text}
+    ((other,),), _ = examples.encode(split(row), tokenizer, 64)
+    assert learned(other, tokenizer) == " return y<|endoftext|>"
+
+
+def test_equal_texts_stay_on_one_side(tmp_path: Path) -> None:
+    """Without a valid.jsonl, as equal prompts do."""
+    rows: list[object] = [{"text": f"text {i // 2}"} for i in range(80)]
+    found = examples.load(str(write(tmp_path, train=rows)), ["text"])
+    sides = [{row["text"] for row, _ in part} for part in (found.train, found.valid)]
+    assert all(sides)
+    assert not sides[0] & sides[1]
 
 
 def test_all_turns_of_the_assistant_are_learned(llama: Checkpoint) -> None:

@@ -1,4 +1,4 @@
-"""Rows to align with: conversations, or prompts with completions, pairs or checked answers.
+"""Rows to align with: conversations, text, or prompts with completions, pairs or checked answers.
 
 Every row is judged before any is used; one MisError lists all faults by line number.
 
@@ -25,6 +25,7 @@ from mis_mlx.types import MisError
 SHAPES: rows.Shapes = {
     "messages": ("messages",),
     "completion": ("prompt", "completion"),
+    "text": ("text",),
     "pair": ("prompt", "chosen", "rejected"),
     "answer": ("prompt", "answer"),
 }
@@ -130,7 +131,7 @@ def _held_out(train: PlacedRows) -> tuple[PlacedRows, PlacedRows]:
     for row, _ in train:
         messages = row.get("messages", ())
         asked = [message for message in messages if message["role"] != "assistant"]
-        keys.append(json_sha256(row.get("prompt", asked)))
+        keys.append(json_sha256(row.get("prompt", row.get("text", asked))))
     others, held_out = rows.split_off(train, keys)
     if not held_out:
         raise MisError(
@@ -238,7 +239,8 @@ def encode(
     """(token sequences of every row, how many of these were cut at `length`).
 
     answers: keys of the row, each an answer to its prompt, which make a sequence each. Without them
-    the row is a conversation, all of whose assistant's turns are learned, or prompt/completion.
+    the row is a conversation, all of whose assistant's turns are learned, prompt/completion, or
+    text, all of which is learned.
     MisError lists rows whose prompt fills the window and those the template refuses; limit: what
     it says of `length`.
     """
@@ -253,10 +255,14 @@ def encode(
         sequences: list[Sequenced] = []
         for version in versions or [row]:
             try:
-                if templated or "messages" in version:
+                if "messages" in version or (templated and "prompt" in version):
                     ids, loss_mask = token_windows.conversation(version, tokenizer, mask_prompt)
-                else:
+                elif "prompt" in version:
                     ids, loss_mask = token_windows.plain(version, tokenizer, mask_prompt)
+                else:
+                    ((text, learned),) = token_windows.marked([version], tokenizer)
+                    ids = text.tolist()
+                    loss_mask = learned.tolist()
             # a template is a program that came with the model: it can raise anything
             except Exception as error:
                 why = " ".join(str(error).split())[:80]
