@@ -35,7 +35,7 @@ from mis_mlx import cli
 from mis_mlx.types import Count, MisError
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-PANELS = ("Decide", "Run", "Judge", "Keep", "Choose")
+PANELS = ("Decide", "Run", "Judge", "Choose")
 QUESTION = "Which model shall become smaller?"
 # Milliseconds since 1970 of the first contentful paint, once there is one.
 PAINT = """() => new Promise((tell) => {

@@ -169,7 +169,6 @@ def _work(
             same=same,
             thermal=s,
             limit=budget,
-            wired=plan.peak_bytes if plan.mode != "sharded" else 0,
         ) as opened:
             run_plan.log(s, plan, opened)
             c = pipeline.Run(

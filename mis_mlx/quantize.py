@@ -239,7 +239,7 @@ def _work(
             **run_folder.origin(other, fingerprint(data)),
         }
         same = ("model", *run_folder.SAME)
-        with run_loop.open_run(place, origin, same=same, thermal=s, limit=limit, wired=0) as opened:
+        with run_loop.open_run(place, origin, same=same, thermal=s, limit=limit) as opened:
             c = pipeline.Run(
                 **vars(opened),
                 recipe=plan.recipe(asked, other),

@@ -269,7 +269,6 @@ def carry_out(sought: Sought, place: run_loop.Account) -> dict[str, Any]:
             same=tuple(run_folder.WORDS),
             thermal=s,
             limit=sought.limit,
-            wired=sought.takes.peak_bytes,
         )
         with progress.run("search", {"rank": sought.takes.seconds}), opening as opened:
             lines = known_losses.copy_into_run(opened.folder, about)

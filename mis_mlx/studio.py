@@ -1,4 +1,4 @@
-"""A page in the browser: choose, decide, run, judge, keep."""
+"""A page in the browser: choose, decide, run, judge."""
 
 import sys
 from dataclasses import dataclass

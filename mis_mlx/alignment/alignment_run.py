@@ -520,7 +520,6 @@ def start_run(
             same=(*run_folder.SAME, *same),
             thermal=s,
             limit=limit,
-            wired=planned["peak_bytes"],
         )
         with opened_run as run:
             if not (run.folder / run_folder.DATA).exists():

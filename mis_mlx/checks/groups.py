@@ -169,8 +169,7 @@ def run(group: str, folder: str, journal: str) -> None:
     name_crashes()
     cli.prepare()
     peak = memory.Peak()
-    limited = memory.limited(memory.budget(None), memory.WIRED_MARGIN_BYTES)
-    with open(journal, "a", encoding="utf-8") as file, limited:
+    with open(journal, "a", encoding="utf-8") as file, memory.limited(memory.budget(None)):
 
         def emit(line: dict[str, Any]) -> None:
             file.write(json.dumps(line) + "\n")

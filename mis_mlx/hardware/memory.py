@@ -40,7 +40,6 @@ OPEN_FILES = 4096  # macOS allows 256 at first, too few for a model in many file
 COMMANDS_AHEAD = 10  # command buffers that MLX sends before it waits (scheduler.h)
 USUAL_MEGABYTES = "40"
 ELEMENT_BYTES = 4  # of a temporary: half precision has fewer
-WIRED_MARGIN_BYTES = 256 * 2**20  # beyond what a job needs, so that its last buffers are wired too
 
 
 def usable_memory_bytes() -> int:
@@ -241,12 +240,12 @@ def _open_more_files() -> None:
 
 
 @contextmanager
-def limited(limit: Budget, wired_bytes: int = 0, device: Any = mx) -> Iterator[None]:
+def limited(limit: Budget, device: Any = mx) -> Iterator[None]:
     """Keep MLX within the budget, less what the process grows by; its own limits come back after.
 
-    MLX throttles itself at the limit and keeps little freed memory. wired_bytes: what a job is
-    planned to take that trains a model whole in memory: with MIS_MLX_WIRE=1 that much is wired on
-    Metal, so that macOS does not page it out. device: `mlx.core`, or a test's substitute.
+    MLX throttles itself at the limit and keeps little freed memory. Nothing is wired: that has
+    frozen Macs of 16 GB, and the kernel has panicked under it (mlx issue 3186). device: `mlx.core`,
+    or a test's substitute.
     """
     _open_more_files()
     return_large_blocks()
@@ -257,18 +256,8 @@ def limited(limit: Budget, wired_bytes: int = 0, device: Any = mx) -> Iterator[N
     # Metal it is emptied before arrays and cache pass MLX's limit.
     cache_bytes = min(GIB, limit.limit_bytes // 4) if gpu else 0
     cache = device.set_cache_limit(cache_bytes)
-    recommended = _recommended(device)
-    wired = None
-    # Nobody gets it unasked: wired memory has frozen Macs of 16 GB, and the kernel has panicked
-    # under it (mlx issue 3186).
-    asked = os.environ.get("MIS_MLX_WIRE") == "1"
-    if asked and wired_bytes and recommended and hasattr(device, "set_wired_limit"):
-        # Never more than Metal recommends, that would be fatal.
-        wired = device.set_wired_limit(min(recommended, wired_bytes + WIRED_MARGIN_BYTES))
     try:
         yield
     finally:  # what comes after has limits of its own
         device.set_memory_limit(memory)
         device.set_cache_limit(cache)
-        if wired is not None:
-            device.set_wired_limit(wired)

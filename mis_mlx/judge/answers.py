@@ -12,7 +12,6 @@ template is not judged.
 Answers are written once and kept: the teacher's (judge/prompts; those of the default
 teacher come with the package) and its students' (judge/keep)."""
 
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -64,7 +63,7 @@ from mis_mlx.models.writing.text_writer import TextWriter
 from mis_mlx.planner import estimates
 from mis_mlx.reporting import progress
 from mis_mlx.storage import hub, run_folder
-from mis_mlx.storage.files import DISK, json_sha256
+from mis_mlx.storage.files import json_sha256
 from mis_mlx.types import Budget, Checkpoint, MisError
 
 HERE = Path(__file__).parent
@@ -306,21 +305,6 @@ def shipped_for(teacher: Checkpoint, shipped: Path = SHIPPED) -> bool:
     if header.get("teacher") != run_folder.origin(teacher, "")["teacher"]:
         return False
     return bool(header["settings"]["speech_sha256"] == keep.speech_sha256(teacher.path))
-
-
-def ship(
-    teacher: Checkpoint,
-    asked: Sequence[Prompt],
-    limit: Budget,
-    path: Path = SHIPPED,
-) -> TeacherAnswers:
-    """Write the file of a teacher's answers that comes with the package."""
-    answers = teacher_answers(teacher, asked, limit, shipped=path)
-    lines = [json.dumps(_header(teacher))]
-    for prompt, pair in zip(answers.prompts, answers.pairs, strict=True):
-        lines.append(json.dumps(record_of(prompt, pair), ensure_ascii=False))
-    DISK.replace_text(path, "".join(f"{line}\n" for line in lines))
-    return answers
 
 
 def bits(model: Checkpoint, answers: TeacherAnswers) -> AnswerBits:

@@ -302,19 +302,17 @@ def open_run(
     same: tuple[str, ...] = run_folder.SAME,
     thermal: Governed,
     limit: Budget,
-    wired: int,
 ) -> Iterator[OpenRun]:
     """The run in a place, at work.
 
-    One that goes on must have begun with what is `same` in `origin`. wired: as of
-    `memory.limited`, in bytes.
+    One that goes on must have begun with what is `same` in `origin`.
     """
     distributed.check_same({name: value.encode() for name, value in origin.items()})
     # What computes matrix products: on the CPU their last bits depend on it.
     products = {"blas": blas_threads.name(), BLAS_THREADS: str(blas_threads.at_start())}
     cli.say(*run_folder.same_origin(place.folder, {**origin, **products}, same))
     with (
-        memory.limited(limit, wired),
+        memory.limited(limit),
         ThermalMonitor(thermal, place.folder / "thermal.jsonl") as thermal_monitor,
     ):
         thermal_monitor.breaks = place.breaks

@@ -4,7 +4,7 @@ from typing import Any
 
 from mis_mlx.studio_page import places
 from mis_mlx.studio_page.studio_state import Studio
-from mis_mlx.studio_page.wishes import DEFAULT, HUB, NONE, TEACHER, Wishes
+from mis_mlx.studio_page.wishes import DEFAULT, HUB, NONE, Wishes
 
 
 def build(studio: Studio, wishes: Wishes, tabs: Any) -> None:
@@ -50,7 +50,7 @@ def _models(studio: Studio) -> dict[str, str]:
 
 
 def _texts() -> dict[str, str]:
-    found = {NONE: "the built-in text", TEACHER: "text that the model writes first"}
+    found = {NONE: "the built-in text"}
     for place in places.texts():
         found[place.key] = place.label
     return found

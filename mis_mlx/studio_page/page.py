@@ -1,4 +1,4 @@
-"""The page: NiceGUI's elements, five panels, and the server that shows them to one browser."""
+"""The page: NiceGUI's elements, four panels, and the server that shows them to one browser."""
 
 import contextlib
 import importlib
@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from mis_mlx.hardware import jobs, sockets
-from mis_mlx.studio_page import choose, decide, entrance, judge, keep, run_panel, runs
+from mis_mlx.studio_page import choose, decide, entrance, judge, run_panel, runs
 from mis_mlx.studio_page.guard import HOST, Door, Guard
 from mis_mlx.studio_page.studio_state import Studio
 from mis_mlx.studio_page.wishes import Wishes
@@ -20,7 +20,6 @@ PANELS = {
     "Decide": decide.build,
     "Run": run_panel.build,
     "Judge": judge.build,
-    "Keep": keep.build,
 }
 # A machine that trains is slow: a page that did not answer for so long keeps what was chosen.
 PATIENCE_S = 120.0
@@ -56,7 +55,6 @@ def serve(
     nicegui.app.get("/report/{name}")(_report(nicegui))
     nicegui.ui.page("/", title=TITLE)(lambda: _page(studio))
 
-    runs.clear_up()
     wanted = browser and jobs.has_browser()
     with (
         entrance.redirecting(door.address, wanted=wanted) as redirect,

@@ -132,17 +132,11 @@ def settings_files() -> list[Place]:
     return found
 
 
-def repository(text: object) -> str:
-    """An `owner/model` of the Hugging Face hub. MisError for anything else."""
+def hub_id(text: object) -> str:
+    """An `owner/model` of the Hugging Face hub. MisError for anything else, such as a path here."""
     name = str(text or "").strip()
     if not HUB_ID.fullmatch(name) or ".." in name:
         raise MisError(f"{name[:80]!r} is not a model of the Hugging Face hub: write owner/model")
-    return name
-
-
-def hub_id(text: object) -> str:
-    """The same, of a model that is not here: what could be a path of this machine is refused."""
-    name = repository(text)
     if os.path.lexists(name):
         raise MisError(f"{name} is a folder here: choose it in the list, or write another model")
     return name

@@ -1,4 +1,4 @@
-"""Runs, as folders and processes: listed, started one at a time, stopped, resumed, deleted.
+"""Runs, as folders and processes: listed, started one at a time, stopped, resumed.
 
 What the page starts is written down under runs/.studio, so that a page that is opened later, by
 another process, finds it.
@@ -159,9 +159,9 @@ def make_books() -> None:
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """Nobody else starts, resumes or deletes meanwhile, in this process or another.
+    """Nobody else starts or resumes meanwhile, in this process or another.
 
-    What a crash left half-written or half-deleted goes.
+    What a crash left half-written goes.
     """
     with as_mis_error(RUNS, "the list of runs"):
         make_books()
@@ -169,13 +169,6 @@ def _alone() -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX)
             sweep(BOOKS)
             yield
-
-
-def clear_up() -> None:
-    """Delete what a crash has left of a run that was being deleted: it may be large."""
-    if BOOKS.is_dir():
-        with contextlib.suppress(MisError), _alone():
-            pass
 
 
 def running() -> Listed | None:
@@ -199,15 +192,10 @@ def start(model: str, flags: Sequence[str]) -> str:
         try:
             _begin(name, job, [*flags, "--out", str(RUNS / name)])
         except MisError:
-            _forget(name)  # a full disk may have taken a part of it
+            for path in (BOOKS / f"{name}.json", BOOKS / f"{name}.log"):
+                DISK.discard(path)  # a full disk may have taken a part of it
             raise
     return name
-
-
-def _forget(name: str) -> None:
-    """Remove a run's record and log."""
-    for path in (BOOKS / f"{name}.json", BOOKS / f"{name}.log"):
-        DISK.discard(path)
 
 
 def _free_name(stem: str) -> str:
@@ -259,31 +247,6 @@ def stop(name: object, at_once: bool) -> None:
     if not run.worker:
         raise MisError(f"{run.name} has ended: there is nothing to stop")
     jobs.stop(run.worker, at_once)
-
-
-def delete(name: object) -> int:
-    """Delete a run's folder, its record and log; the bytes of its files. MisError while it runs."""
-    with _alone():
-        run = named(name)
-        if run.state == RUNNING:
-            raise MisError(f"{run.name} is running: stop it first")
-        nbytes = _bytes_of(run.folder)
-        if run.folder.is_dir():
-            # Gone in one step: what a crash leaves is no run.
-            away = BOOKS / f".trash-{run.name}-{os.getpid()}"
-            DISK.rename(run.folder, away)
-            DISK.remove_tree(away)
-        _forget(run.name)
-    return nbytes
-
-
-def _bytes_of(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            if path.is_file() and not path.is_symlink():
-                total += path.lstat().st_size
-    return total
 
 
 def last_lines(run: Listed, count: int) -> list[str]:

@@ -11,7 +11,6 @@ from mis_mlx.types import MisError
 DEFAULT = "default"  # the model that a command takes where none is named
 HUB = "hub"
 NONE = "none"
-TEACHER = "teacher"  # the text that the teacher writes
 DECIDES = {
     "loss": "allowed loss",
     "bytes": "size",
@@ -61,9 +60,7 @@ def base_flags(wishes: Wishes, more: Sequence[Path]) -> list[str]:
     model = model_of(wishes, more)
     if model is not None:
         flags += ["--teacher", model]
-    if wishes.text == TEACHER:
-        flags += ["--data", TEACHER]
-    elif wishes.text != NONE:
+    if wishes.text != NONE:
         flags += ["--data", str(places.chosen(places.texts(), wishes.text, "text").path)]
     if wishes.settings != NONE:
         file = places.chosen(places.settings_files(), wishes.settings, "settings file")

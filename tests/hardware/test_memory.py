@@ -1,10 +1,9 @@
-"""The budget, and MLX told of it: limits come back, nothing is wired beyond Metal's advice."""
+"""The budget, and MLX told of it: limits come back."""
 
 from __future__ import annotations
 
 import sys
 from functools import partial
-from typing import Any
 
 import numpy as np
 import psutil
@@ -20,65 +19,35 @@ MIB = 2**20
 
 
 class Device:
-    """`mlx.core` of a machine of our making: remembers its limits; some cannot wire."""
+    """`mlx.core` of a machine of our making: remembers its limits."""
 
     gpu = "gpu"
     cpu = "cpu"
 
-    def __init__(
-        self, kind: str = "gpu", recommended: int | None = 5_300_000_000, wires: bool = True
-    ):
+    def __init__(self, kind: str = "gpu"):
         self.kind = kind
-        self.recommended = recommended
-        self.limits = {"memory": 1, "cache": 2, "wired": 3}
+        self.limits = {"memory": 1, "cache": 2}
         self.set_memory_limit = partial(self._set, "memory")
         self.set_cache_limit = partial(self._set, "cache")
-        if wires:
-            self.set_wired_limit = partial(self._set, "wired")
 
     def default_device(self) -> str:
         return self.kind
 
-    def device_info(self) -> dict[str, Any]:
-        return (
-            {}
-            if self.recommended is None
-            else {"max_recommended_working_set_size": self.recommended}
-        )
-
     def _set(self, name: str, value: int) -> int:
-        if name == "wired":
-            assert self.recommended is not None and value <= self.recommended, (
-                "Metal ends the process here"
-            )
         before, self.limits[name] = self.limits[name], value
         return before
 
 
-@pytest.mark.parametrize(
-    ("device", "said", "need", "wired"),
-    [
-        *((Device(), said, GIB, 3) for said in ("", "0", "yes")),  # nothing is wired unasked
-        (Device(), "1", 0, 3),
-        (Device(), "1", GIB, GIB + 256 * MIB),
-        (Device(), "1", 6 * GIB, 5_300_000_000),  # never more than is recommended
-        (Device("cpu"), "1", GIB, 3),
-        (Device(recommended=None), "1", GIB, 3),
-        (Device(wires=False), "1", GIB, 3),
-    ],
-)
-def test_metal_wires_what_is_asked_for(
-    device: Device, said: str, need: int, wired: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """MIS_MLX_WIRE=1: the need and 256 MiB; the other limits hold anyway, and all come back."""
-    monkeypatch.setenv("MIS_MLX_WIRE", said)
-    gpu = device.kind == "gpu"
-    arrays = 2 * GIB - (150 if gpu else 130) * MIB
-    cache = 512 * MIB if gpu else 0
-    with pytest.raises(KeyboardInterrupt), memory.limited(Budget(2 * GIB), need, device):
-        assert device.limits == {"memory": arrays, "cache": cache, "wired": wired}
+@pytest.mark.parametrize("kind", ["gpu", "cpu"])
+def test_limits_hold_and_come_back(kind: str) -> None:
+    """Also after Ctrl-C."""
+    device = Device(kind)
+    arrays = 2 * GIB - (150 if kind == "gpu" else 130) * MIB
+    cache = 512 * MIB if kind == "gpu" else 0
+    with pytest.raises(KeyboardInterrupt), memory.limited(Budget(2 * GIB), device):
+        assert device.limits == {"memory": arrays, "cache": cache}
         raise KeyboardInterrupt
-    assert device.limits == {"memory": 1, "cache": 2, "wired": 3}
+    assert device.limits == {"memory": 1, "cache": 2}
 
 
 @pytest.mark.parametrize("gpu", [False, True])
@@ -89,7 +58,7 @@ def test_the_process_and_its_arrays_are_the_budget(gpu: bool, limit: int) -> Non
     limit.
     """
     device = Device("gpu" if gpu else "cpu")
-    with memory.limited(Budget(limit), 0, device):
+    with memory.limited(Budget(limit), device):
         arrays = limit - memory.process_bytes(limit, gpu)
         cached = 0 if gpu else device.limits["cache"]
         assert arrays + cached == device.limits["memory"] < limit

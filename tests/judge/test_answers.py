@@ -304,13 +304,22 @@ def test_a_stopped_run_goes_on(
     assert answers.plan(models, [*THREE, LATER], limit) is not None
 
 
+def ship(teacher: Checkpoint, asked: Sequence[Prompt], limit: Budget, path: Path) -> TeacherAnswers:
+    """Write a file of a teacher's answers such as the one that comes with the package."""
+    whole = answers.teacher_answers(teacher, asked, limit, shipped=path)
+    rows = [answers.record_of(*both) for both in zip(whole.prompts, whole.pairs, strict=True)]
+    lines = [json.dumps(row) for row in (answers._header(teacher), *rows)]
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return whole
+
+
 def test_shipped_answers_are_used_for_their_own_teacher(
     chat: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By its tensors, wherever it lies; not for another model; missing prompts are written."""
     limit = memory.budget(None)
     shipped = tmp_path / "shipped.jsonl"
-    whole = answers.ship(chat, THREE[:2], limit, shipped)
+    whole = ship(chat, THREE[:2], limit, shipped)
     shutil.rmtree(tmp_path / "cache")
     copy = load.open_checkpoint(shutil.copytree(chat.path, tmp_path / "copy"))
     other = stranger(tmp_path / "other")
@@ -370,7 +379,7 @@ def test_what_is_shipped_unmeasured_is_measured_once(
     """On a new machine: what the answers cost the teacher is found, and kept there."""
     limit = memory.budget(None)
     shipped = tmp_path / "shipped.jsonl"
-    whole = answers.ship(chat, THREE, limit, shipped)
+    whole = ship(chat, THREE, limit, shipped)
     header, *records = [json.loads(line) for line in shipped.read_text("utf-8").splitlines()]
     bare = []
     for record in records:

@@ -34,7 +34,7 @@ needs_browser = pytest.mark.skipif(
     reason="needs NiceGUI, Chromium and playwright: pip install '.[studio]' playwright",
 )
 PATIENCE_S = 180
-PANELS = ("Choose", "Decide", "Run", "Judge", "Keep")
+PANELS = ("Choose", "Decide", "Run", "Judge")
 MOST_BYTES = 150 * 10**6  # of the page's process
 QUICK = {
     "max_seq_length": 32, "num_samples": 4, "reconstruct_samples": 4, "eval_windows": 3,
@@ -129,11 +129,11 @@ class Tab:
         options.first.wait_for(state="hidden")
 
     def go(self, tab: str) -> None:
-        """To one of the five panels."""
+        """To one of the four panels."""
         self.page.get_by_role("tab", name=tab).click()
 
     def panels(self, wait_ms: int) -> Iterator[str]:
-        """To each of the five, once the plan is made; its name, when it has had this time."""
+        """To each of the four, once the plan is made; its name, when it has had this time."""
         to_the_plan(self)
         for name in PANELS:
             self.go(name)

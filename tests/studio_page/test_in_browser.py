@@ -1,11 +1,8 @@
-"""In Chromium: from the first page to an exported model, on all widths, by keyboard."""
+"""In Chromium: from the first page to a talk with both models, on all widths, by keyboard."""
 
 from __future__ import annotations
 
 import re
-import threading
-from collections.abc import Iterator
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,13 +20,12 @@ from tests.studio_page.driving import (
     state,
     to_the_plan,
 )
-from tests.test_upload import Hub
 
 
 @needs_browser
 @pytest.mark.slow
-def test_from_the_first_page_to_an_export(folder: Path, home: dict[str, str]) -> None:
-    """Chosen, planned, started, killed, resumed, judged, talked with, exported, deleted.
+def test_from_the_first_page_to_a_talk(folder: Path, home: dict[str, str]) -> None:
+    """Chosen, planned, started, killed, resumed, judged, talked with; how to export it is said.
 
     Two tabs start one run; the page is closed while it works, and finds it again. Nothing came
     from another host, no script failed, and the page's process stays small.
@@ -60,13 +56,8 @@ def test_from_the_first_page_to_an_export(folder: Path, home: dict[str, str]) ->
         tab.press("Make the report")
         report = tab.page.frame_locator("iframe[title=Report]")
         report.get_by_text("tiny-001").first.wait_for()
+        tab.sees("-m mis_mlx export --model runs/tiny-001/model")
         _judge(tab)
-        tab.go("Keep")
-        tab.press("Export")
-        tab.sees("Written: exported/tiny-001-gguf")
-        assert list((folder / "exported" / "tiny-001-gguf").glob("*.gguf"))
-        tab.sees("ollama create tiny-001 -f Modelfile")
-        _delete(tab, folder)
         assert not tab.errors
         foreign = [url for url in asked if urlsplit(url).netloc != served.place]
         assert not [url for url in foreign if not url.startswith(("data:", "blob:"))]
@@ -120,17 +111,6 @@ def _talk_on(tab: Tab, first: list[int]) -> None:
     assert max(again) < both[2]
 
 
-def _delete(tab: Tab, folder: Path) -> None:
-    """Asked twice; a wrong name keeps everything."""
-    for name, kept in (("tiny", True), ("tiny-001", False)):
-        tab.press("Delete the run")
-        tab.press("Delete")
-        tab.page.get_by_label("Name of the run").fill(name)
-        tab.press("Delete for good")
-        tab.sees("Nothing was deleted." if kept else "tiny-001 is deleted")
-        assert (folder / "runs" / "tiny-001").exists() is kept
-
-
 SIGHTS = [(390, 844, "light"), (390, 844, "dark"), (1280, 900, "light"), (1280, 900, "dark")]
 
 
@@ -141,8 +121,7 @@ def test_it_fits_a_phone_and_a_desk(
     kept: Path, home: dict[str, str], width: int, height: int, scheme: str
 ) -> None:
     """No panel is wider than the window; its colours follow the system's. What takes the focus can
-    be named by a screen reader, on all panels and in the dialogs, and on a phone nothing is smaller
-    than a finger can hit.
+    be named by a screen reader, and on a phone nothing is smaller than a finger can hit.
     """
     sight = {"viewport": {"width": width, "height": height}, "color_scheme": scheme}
     with page_of(kept, home, "--models", "more") as served, browser(**sight) as context:
@@ -154,47 +133,3 @@ def test_it_fits_a_phone_and_a_desk(
         colour = tab.page.evaluate("getComputedStyle(document.body).color")
         numbers = [int(number) for number in re.findall(r"\d+", colour)[:3]]
         assert (sum(numbers) > 384) is (scheme == "dark"), colour
-        tab.page.get_by_text("Upload to the Hugging Face hub").click()
-        for press in ("Delete the run", "Delete"):
-            tab.press(press)
-            tab.page.wait_for_timeout(500)
-            assert tab.page.evaluate(NAMELESS) == [], press
-
-
-@pytest.fixture
-def hub() -> Iterator[dict[str, str]]:
-    """Variables of a process that takes this machine for the hub."""
-    Hub.got.clear()
-    Hub.paths.clear()
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield {
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-            "HF_TOKEN": "hf_none",
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-        }
-        server.shutdown()
-
-
-@needs_browser
-@pytest.mark.slow
-def test_uploaded_to_a_hub(kept: Path, home: dict[str, str], hub: dict[str, str]) -> None:
-    """After a question, the whole model with its license."""
-    with page_of(kept, {**home, **hub}, "--models", "more") as served, browser() as context:
-        tab = Tab(context, served.address)
-        tab.go("Keep")
-        tab.sees("GGUF, as the model is packed")
-        tab.page.get_by_text("Upload to the Hugging Face hub").click()
-        tab.page.get_by_label("Repository").fill("me/small")
-        tab.press("Upload")
-        tab.sees("Say the license of the weights")
-        tab.page.get_by_label("License").fill("apache-2.0")
-        tab.press("Upload")
-        tab.sees("Upload tiny-001 to me/small as apache-2.0? Others may see it then.")
-        assert not Hub.got
-        tab.page.get_by_role("dialog").get_by_role("button", name="Upload").click()
-        tab.sees("Uploaded to me/small")
-        for path in (kept / "exported" / "tiny-001-hf").iterdir():
-            assert Hub.got[path.name] == path.read_bytes()
-        assert not tab.errors

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 
 from mis_mlx import cli, distill
-from mis_mlx.studio_page import judge, keep, places, wishes
+from mis_mlx.studio_page import judge, places, wishes
 from mis_mlx.studio_page.wishes import Wishes
 from mis_mlx.types import MisError
 from tests import tiny
@@ -145,18 +144,3 @@ def test_flags_are_those_of_distill(here: Path, text_folder: Path) -> None:
         assert getattr(settings, name) == value
         assert settings.teacher == str(model)
         assert settings.budget == "1024MiB"
-
-
-def test_other_programs_take_an_export(here: Path) -> None:
-    """Lines to paste, also of a folder with a space; of a form that they do not read, none."""
-    out = here / "exported" / "My Run-gguf"
-    out.mkdir(parents=True)
-    assert keep.commands(out, "My Run") == []
-    (out / "a.gguf").write_bytes(b"")
-    lines = keep.commands(out, "My Run")
-    commands = [shlex.split(line.partition(": ")[2]) for line in lines]
-    assert commands == [
-        ["llama-cli", "-m", str(out / "a.gguf")],
-        ["lms", "import", "--copy", str(out / "a.gguf")],
-        ["cd", str(out), "&&", "ollama", "create", "my-run", "-f", "Modelfile"],
-    ]
