@@ -4,8 +4,8 @@ recover 0 %.
     scripts/mis benchmarks/recovery_table.py runs/NAME [QUESTIONS [TASKS]]        # about 25 minutes
     on one core
 
-100 questions of each task that needs no hub: `builtin`, `polish-offline` (a wheel of 46 MB),
-`dialects` (Debian's Firefox in Silesian), to the default teacher and the run's students. The random
+100 questions of each task that needs no hub: `builtin`, `dialects` (Firefox in Silesian), to the
+default teacher and the run's students. The random
 student has the teacher's shape and tokenizer, norms of 1 and N(0, 0.02) elsewhere, and a table of
 its own. Killed, it goes on where it was. Writes
 benchmarks/results/<machine>/recovery_table.{json,md,svg}.
@@ -27,7 +27,7 @@ from mis_mlx import evaluate
 from mis_mlx.models.opening import compute_type, resolve
 from mis_mlx.types import Checkpoint
 
-TASKS = ("builtin", "polish-offline", "dialects")
+TASKS = ("builtin", "dialects")
 WINDOWS = 12  # of held-out text
 # column: folder of the run
 STUDENTS = {"pruned": "pruned", "distilled": "distilled", "4-bit": "model"}

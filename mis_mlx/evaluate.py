@@ -58,8 +58,8 @@ class Settings(cli.Budgeted):
     max_seq_length: Tokens = LENGTH
     """tokens per window"""
     tasks: tuple[str, ...] = ()
-    """answers, tools, builtin, polish-offline, dialects, one of their tasks, your own folders or
-    .jsonl files; without --tasks: held-out text
+    """answers, tools, builtin, dialects, one of their tasks, your own folders or .jsonl files;
+    without --tasks: held-out text
     """
     num_questions: Annotated[int, Within(2, MOST)] = 100
     """questions per task, and prompts for `answers`"""

@@ -1,19 +1,16 @@
-"""The tasks that students are examined in, by name or folder; missing data sets are fetched."""
+"""The tasks that students are examined in, by name or folder."""
 
 import difflib
-import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mis_mlx import cli
 from mis_mlx.data import preparation, rows
-from mis_mlx.hardware.programs import download_wheel
 from mis_mlx.judge.tasks import instructions, questions, rewards, tool_tasks
 from mis_mlx.judge.tasks.sets import polish
-from mis_mlx.storage import files, hub
+from mis_mlx.storage import hub
 from mis_mlx.types import MisError
 
 TEXT = "text"
@@ -24,8 +21,6 @@ TOOLS = [tool_tasks.CALLS, tool_tasks.ROUNDS]
 PLACE_WORDS = 30  # of a place in held-out text that `continue` is made of
 CONTEXT_WORDS = 24  # of these; the others are the ending
 WRONG_ENDINGS = 3
-EXAMS_BYTES = 2_000_000  # of the Polish questions, about
-Fetched = tuple[dict[str, list[rows.Row]], dict[str, Any]]  # rows by file; where they come from
 # made by benchmarks/task_files.py at bd583ffb
 BUILT_IN = Path(__file__).parent / "sets" / "built_in"
 ABOUT: dict[str, str] = polish.ABOUT["built-in"]  # -written: the model writes, instead of choosing
@@ -106,12 +101,7 @@ def _check(task: questions.Task) -> None:
 
 
 def _brought(name: str) -> list[questions.Task]:
-    """The tasks of a Polish set, a dialect, a folder or a file. MisError offers the nearest names
-    to an unknown one.
-    """
-    if name in polish.SETS:
-        cached = hub.cache_root() / f"{polish.EVALS}-{polish.VERSION}"
-        return [polish.exam(name, _fetched(cached))]
+    """The tasks of a dialect, a folder or a file. MisError offers names near to an unknown one."""
     if name == "dialects":
         return _dialects()
     if name in polish.SLOTS:
@@ -124,7 +114,7 @@ def _brought(name: str) -> list[questions.Task]:
         return questions.folder(folder)
     if folder.suffix == ".jsonl":
         return [questions.file(folder)]
-    known = [*PRESETS, *ABOUT, *polish.SETS, CONTINUE, "dialects", *polish.SLOTS]
+    known = [*PRESETS, *ABOUT, CONTINUE, "dialects", *polish.SLOTS]
     known += [TOOLS_PRESET, *TOOLS, TEXT, ANSWERS]
     hint = f"known tasks: {', '.join(known)}"
     near = difflib.get_close_matches(name, known, 3, 0.5)
@@ -179,32 +169,6 @@ def _places(texts: Sequence[str]) -> list[dict]:
         if questions.fault(row) is None:
             cloze.append(row)
     return cloze
-
-
-def _fetched(folder: Path) -> Path:
-    """The folder of our cache with the Polish questions, which are fetched if it is not there."""
-    files.DISK.make_folder(folder.parent)
-    with (
-        hub.locked(folder.parent),
-        tempfile.TemporaryDirectory(prefix=".tmp-fetched-", dir=folder.parent) as name,
-    ):
-        if not folder.is_dir():
-            rows_by_file, origin = _exams(Path(name))
-            with hub.install(folder, EXAMS_BYTES, origin) as into:
-                for file, file_rows in rows_by_file.items():
-                    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in file_rows]
-                    (into / file).write_text("".join(lines), encoding="utf-8")
-    return folder
-
-
-def _exams(into: Path) -> Fetched:
-    """The Polish questions in the wheel of OpenAI's `evals`."""
-    name, version, nbytes, sha256 = polish.WHEEL
-    cli.say(f"fetching the wheel {name} {version}, {nbytes / 1e6:.0f} MB")
-    files.DISK.require_space(into, nbytes, "the Polish questions")
-    wheel = download_wheel(name, version, nbytes, sha256, into=into)
-    origin = {"source": f"PyPI wheel {name} {version}", "sha256": {"wheel": sha256}}
-    return polish.exams_in(wheel), origin
 
 
 def _slot(slot: str) -> Path:

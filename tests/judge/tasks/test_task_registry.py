@@ -19,9 +19,8 @@ from mis_mlx.types import MisError
 
 
 @pytest.fixture(autouse=True)
-def offline(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache of this test's own, and no way to a package index."""
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
+def offline(cache: Path) -> None:
+    """A cache of this test's own."""
 
 
 def test_builtin_needs_no_network() -> None:
@@ -81,18 +80,17 @@ def test_a_file_is_a_task(tmp_path: Path) -> None:
     ("names", "said"),
     [
         (["maths-writen"], "maths-writen.* maths-written"),
-        (["qqq"], "qqq.* builtin, polish-offline"),
+        (["qqq"], "qqq.* builtin, maths"),
         (["a", "b"], "2 tasks are called quiz"),
         (["odd"], "quiz question 2: .*'because it is so'"),
         (["kashubian"], "kashubian.*pairs.jsonl"),
-        (["polish-offline"], "evals 3.0.1.post1"),
     ],
 )
 def test_refusals(
     names: list[str], said: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A typo, two tasks of one name, an answer that nobody can check, a slot without pairs, no
-    package index; nothing half-made is left.
+    """A typo, two tasks of one name, an answer that nobody can check, a slot without pairs;
+    nothing half-made is left.
     """
     monkeypatch.chdir(tmp_path)
     sums = {"prompt": "1 + 1?", "answer": "2"}

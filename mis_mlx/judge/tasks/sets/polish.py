@@ -1,18 +1,13 @@
-"""Polish questions that others made: dialects, exams, words, proverbs, sums.
+"""Dialects of Polish, and regional languages beside it.
 
 Seven dialects and regional languages have a slot each: a folder with pairs.jsonl, rows
 {"polish", "dialect"}, the same sentence in both, attested, not made up. The Silesian slot has
 Firefox's translations (MPL-2.0, sets/silesian); six wait for text that the user brings.
-The other four sets are in the wheel of OpenAI's `evals`, known to the byte.
 """
 
 import json
 import random
-import re
-import zipfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +20,6 @@ ABOUT = json.loads((Path(__file__).parent / "about.json").read_text("utf-8"))
 SLOTS: dict[str, list[str]] = ABOUT["slots"]
 PAIRS = "pairs.jsonl"
 ROW = 'one {"polish": ..., "dialect": ...} a line'
-EVALS = "evals"
-VERSION = "3.0.1.post1"
-# name, version, bytes, sha256
-WHEEL = (
-    EVALS,
-    VERSION,
-    46_322_659,
-    "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
-)
-MEMBER = "evals/registry/data/{}/samples.jsonl"
-Asked = list[tuple[str, str]]  # (question, right answer)
 
 
 def read_pairs(slot: str, folder: Path) -> list[rows.Row]:
@@ -96,77 +80,3 @@ def dialect(
         questions.task(f"{slot}-label", labels, about_labels),
         questions.task(f"{slot}-text", texts, about_texts, per_character=True),
     ]
-
-
-def exams_in(wheel: Path) -> dict[str, list[rows.Row]]:
-    """The rows of the four sets' questions, by file; those that are no questions are left out."""
-    files = {}
-    with zipfile.ZipFile(wheel) as archive:
-        for name, (member, convert) in SETS.items():
-            text = archive.read(MEMBER.format(member)).decode()
-            pairs = []
-            for line in text.splitlines():
-                sample = json.loads(line)
-                question = sample["input"][-1]["content"].strip()
-                pairs.append((question, sample["ideal"].strip()))
-            asked = []
-            for row in convert(pairs):
-                if questions.fault(row) is None:
-                    asked.append({**row, "language": "pl"})
-            files[f"{name}.jsonl"] = asked
-    return files
-
-
-def exam(name: str, folder: Path) -> questions.Task:
-    """One of the four sets, from the folder that holds the files of `exams_in`."""
-    task = questions.file(folder / f"{name}.jsonl")
-    about = f"{EVALS} {VERSION}: {ABOUT['polish'][name]}"
-    per_character = name in ("polish-exams", "polish-lexicon")
-    return replace(task, about=about, per_character=per_character)
-
-
-def _exams(pairs: Asked) -> Iterable[dict]:
-    """Questions with four options, taken out of the prompts that list them."""
-    for text, key in pairs:
-        match = re.fullmatch(
-            r"(.*)\nA\. (.*)\nB\. (.*)\nC\. (.*)\nD\. (.*)\nAnswer:", text, re.DOTALL
-        )
-        letter = re.fullmatch(r"\[([A-D])\]", key)
-        if match and letter:
-            question, *options = (part.strip() for part in match.groups())
-            yield {
-                "question": question,
-                "options": options,
-                "answer": options["ABCD".index(letter[1])],
-            }
-
-
-def _lexicon(pairs: Asked) -> Iterable[dict]:
-    """Which of two is a word? The made-up one stands right before the word it was made from."""
-    for (first, first_key), (second, second_key) in zip(pairs[::2], pairs[1::2], strict=True):
-        if {first_key, second_key} == {"Y", "N"}:
-            yield {
-                "question": "",
-                "options": sorted([first, second]),
-                "answer": first if first_key == "Y" else second,
-            }
-
-
-def _among_others(pairs: Asked, question: str) -> Iterable[dict]:
-    """Each answer among those to other questions. question: a cloze with a place for the text."""
-    answers = sorted({answer for _, answer in pairs})
-    for number, (text, answer) in enumerate(pairs):
-        cloze = question.format(text)
-        yield questions.cloze_row(f"others-{number}", cloze, answer, answers)
-
-
-# {set: (its folder in the wheel, what makes rows of its samples)}
-SETS: dict[str, tuple[str, Callable[[Asked], Iterable[dict]]]] = {
-    "polish-exams": ("polish-exams-qa", _exams),
-    "polish-lexicon": ("polish-lexicon", _lexicon),
-    "polish-proverbs": (
-        "polish-proverbs",
-        partial(_among_others, question=f"{{}} {questions.BLANK}"),
-    ),
-    "polish-sums": ("math_polish", partial(_among_others, question=f"{{}} to {questions.BLANK}")),
-}
