@@ -201,29 +201,22 @@ def parse(config_type: Any, argv: Sequence[str] | None = None, prog: str | None 
     Usage errors exit with 2.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    default: Any = tyro.MISSING_NONPROP
     given: dict[str, Any] = {}
-    if get_origin(config_type) is UnionType and {"-h", "--help"} & set(args):
-        print(flag_help.of_several(get_args(config_type), prog or "mis_mlx", args[0]))
+    if {"-h", "--help", "--help-all"} & set(args):
+        print(flag_help.text(config_type, prog or "mis_mlx", every="--help-all" in args))
         sys.exit(0)
-    if is_dataclass(config_type) and isinstance(config_type, type):
-        help_flags = {"-h", "--help", "--help-all"} & set(args)
-        if help_flags:
-            every = "--help-all" in help_flags
-            print(flag_help.text(config_type, prog or "mis_mlx", every=every))
-            sys.exit(0)
-        args = _under_one_name(config_type, args)
-        files = [file for flag, file in itertools.pairwise(args) if flag in ("-c", "--config")]
-        if len(files) > 1:
-            raise MisError(
-                f"-c is given {len(files)} times ({', '.join(files)}): write all settings into one "
-                f"file"
-            )
-        if files and files[0]:
-            given = read_yaml(files[0], config_type)
-        needed = {f.name for f in fields(config_type) if f.default is f.default_factory is MISSING}
-        if needed <= set(given):
-            default = config_type(**given)
+    args = _under_one_name(config_type, args)
+    files = [file for flag, file in itertools.pairwise(args) if flag in ("-c", "--config")]
+    if len(files) > 1:
+        raise MisError(
+            f"-c is given {len(files)} times ({', '.join(files)}): write all settings into one file"
+        )
+    if files and files[0]:
+        given = read_yaml(files[0], config_type)
+    needed = {f.name for f in fields(config_type) if f.default is f.default_factory is MISSING}
+    default: Any = tyro.MISSING_NONPROP
+    if needed <= set(given):
+        default = config_type(**given)
     options = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
     settings = tyro.cli(config_type, args=args, prog=prog, config=options, default=default)
     check_ranges(settings)
@@ -294,8 +287,6 @@ def in_words_of(config_type: Any, message: str) -> str:
 
     Then it says where settings are given, too.
     """
-    if not isinstance(config_type, type):
-        return message
     settings = []
     for name in sorted(flag_help.quiet(config_type)):
         flag = "--" + name.replace("_", "-")

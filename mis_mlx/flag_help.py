@@ -4,7 +4,7 @@ import inspect
 import json
 import shutil
 import textwrap
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -39,7 +39,7 @@ def shown(name: str, file_only: Collection[str]) -> str:
 
 def other_names(kind: Any) -> dict[str, str]:
     """{other name of a setting (`types.Also`): its name}."""
-    hints = get_type_hints(kind, include_extras=True) if isinstance(kind, type) else {}
+    hints = get_type_hints(kind, include_extras=True)
     names = {}
     for name, hint in hints.items():
         for part in getattr(hint, "__metadata__", ()):
@@ -102,11 +102,7 @@ def text(kind: Any, prog: str, every: bool) -> str:
         rare = frozenset()
     defaults = {f.name: f.default for f in fields(kind)}
     summary = inspect.getdoc(kind) or ""
-    by_place = []  # FILE, '[RUN ...]'
-    for field in fields(kind):
-        if _is_positional(hints[field.name]):
-            several = isinstance(field.default, tuple)  # which none may be, too
-            by_place.append(f"[{field.name.upper()} ...]" if several else field.name.upper())
+    by_place = [name.upper() for name in defaults if _is_positional(hints[name])]
     usage = " ".join(["usage:", prog, *by_place, "[flags]"])
     lines = [usage, "", *textwrap.wrap(summary, width)]
     for title, names in grouped(kind):
@@ -129,18 +125,6 @@ def text(kind: Any, prog: str, every: bool) -> str:
         only = f"Only in a YAML file (--config): {', '.join(file_only)}"
         lines += ["", *textwrap.wrap(only, width)]
     return "\n".join(lines)
-
-
-def of_several(kinds: Sequence[type], prog: str, word: str) -> str:
-    """The help of a command whose first word says what to do; of one of these, if it is `word`."""
-    named = {kind.__name__.lower(): kind for kind in kinds}
-    if word in named:
-        return text(named[word], f"{prog} {word}", every=True)
-    width = shutil.get_terminal_size().columns
-    lines = [f"usage: {prog} {{{','.join(named)}}} [flags]", ""]
-    for name, kind in named.items():
-        lines += _entry(f"  {name}", " ".join((inspect.getdoc(kind) or "").split()), width)
-    return "\n".join([*lines, "", f"{prog} {next(iter(named))} --help shows its flags"])
 
 
 def rare_of(kind: Any) -> frozenset[str]:

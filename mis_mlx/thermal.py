@@ -1,82 +1,67 @@
-"""Record temperatures, or check what can be measured."""
+"""Show what temperatures can be measured here, or record them."""
 
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from mis_mlx import cli
 from mis_mlx.hardware.clock import Clock
 from mis_mlx.hardware.thermal import ambient, recording
-from mis_mlx.hardware.thermal.thermal_monitor import Live, Monitor, examined
+from mis_mlx.hardware.thermal.run_monitor import AirFlags
+from mis_mlx.hardware.thermal.thermal_monitor import PERIOD_S, Live, Monitor, examined
 from mis_mlx.reporting import html
 from mis_mlx.storage.files import need_place
-from mis_mlx.types import Celsius, Metres, Positive, Seconds, duration
+from mis_mlx.types import MisError, Seconds, duration
 
 
 @dataclass(frozen=True)
-class Record:
-    """Write raw readings to FILE (JSON lines) until Ctrl-C, to look at or to send with a report."""
+class Settings(AirFlags):
+    """Shows what this machine can measure, what is missing, and where AAIS gets its T_env."""
 
-    file: tyro.conf.Positional[Path]
+    out: str | None = None
+    """new file for raw readings (JSON lines), one a second until Ctrl-C, to send with a report"""
     seconds: Seconds | None = None
-    """Stop after this many seconds."""
-    every_s: Positive = 1.0
-    """Seconds between readings."""
-    altitude_m: Metres | None = None
-    """Metres above sea level, if not in ~/.config/mis_mlx.toml; goes into the recording."""
+    """length of these readings"""
 
 
-@dataclass(frozen=True)
-class Doctor:
-    """Show what this machine can measure, what is missing, and where AAIS gets its T_env."""
-
-    temperature_c: Celsius | None = None
-    """Air temperature from your own thermometer, in °C."""
-    altitude_m: Metres | None = None
-    """Metres above sea level, if not in ~/.config/mis_mlx.toml."""
-
-
-def run(settings: Record | Doctor) -> dict[str, Any]:
-    """Run the chosen command; returns its findings, as JSON allows them."""
-    cli.check_ranges(settings)
-    if isinstance(settings, Record):
-        return record(settings)
-    with Monitor(
-        given_ambient_c=settings.temperature_c,
-        altitude_m=settings.altitude_m,
-    ) as monitor:
+def run(settings: Settings) -> dict[str, Any]:
+    """The command; returns its findings, as JSON allows them."""
+    s = settings
+    cli.check_ranges(s)
+    if s.out:
+        return record(Path(s.out), s)
+    if s.seconds is not None:
+        raise MisError(f"--seconds {s.seconds:g} needs a file for readings: give --out, too")
+    with Monitor(given_ambient_c=s.temperature_c, altitude_m=s.altitude_m) as monitor:
         facts = examined(monitor)
         print(html.document("sensors.md", {**facts, "monitor": monitor}))
     return facts
 
 
-def record(settings: Record) -> dict[str, Any]:
+def record(file: Path, s: Settings) -> dict[str, Any]:
     """Write a recording until Ctrl-C; every line is complete whenever it ends."""
-    need_place("FILE", settings.file, "new")
+    need_place("--out", file, "new")
     clock = Clock()
     source = Live(clock)
-    altitude_m, _ = ambient.find_altitude(settings.altitude_m)
+    altitude_m, _ = ambient.find_altitude(s.altitude_m)
     header = replace(source.header, altitude_m=altitude_m)
     start_s = clock.monotonic()
     looks = 0
     with (
         closing(source),
-        recording.recorder(settings.file, header) as add,
+        recording.recorder(file, header) as add,
         suppress(KeyboardInterrupt),
     ):
-        while settings.seconds is None or clock.monotonic() - start_s <= settings.seconds:
+        while s.seconds is None or clock.monotonic() - start_s <= s.seconds:
             add(source.look())
             looks += 1
             # Counted from the start, so that the time of a look does not add up.
-            next_s = start_s + looks * settings.every_s
-            clock.sleep(next_s - clock.monotonic())
+            clock.sleep(start_s + looks * PERIOD_S - clock.monotonic())
     seconds = clock.monotonic() - start_s
-    cli.say(f"{settings.file}: {looks} readings in {duration(seconds)}")
-    return {"file": str(settings.file), "looks": looks, "seconds": round(seconds, 1)}
+    cli.say(f"{file}: {looks} readings in {duration(seconds)}")
+    return {"file": str(file), "looks": looks, "seconds": round(seconds, 1)}
 
 
 if __name__ == "__main__":
-    cli.main(Record | Doctor, run)
+    cli.main(Settings, run)

@@ -256,10 +256,10 @@ def own_home(
 @pytest.fixture(scope="session")
 def command(own_home: dict[str, str]) -> Callable[..., Done]:
     """`command("distill", "--iters", 3)`: exit code and words of `python -m mis_mlx.distill --iters
-    3`, here: no process is started. kind: the settings, where a command has several.
+    3`, here: no process is started.
     """
 
-    def run(name: str, *flags: object, cwd: Path | None = None, kind: Any = None) -> Done:
+    def run(name: str, *flags: object, cwd: Path | None = None) -> Done:
         module: Any = importlib.import_module(f"mis_mlx.{name}")
         line = [name, *map(str, flags)]
         said, told = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in "12")
@@ -271,7 +271,7 @@ def command(own_home: dict[str, str]) -> Callable[..., Done]:
             if cwd:
                 patch.chdir(cwd)
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(told):
-                cli.main(kind or module.Settings, module.run)
+                cli.main(module.Settings, module.run)
         code = caught.value.code
         assert isinstance(code, int)
         texts = [stream.buffer.getvalue().decode() for stream in (said, told)]

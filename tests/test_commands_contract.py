@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from mis_mlx import __main__, flag_help, thermal
+from mis_mlx import __main__, flag_help
 from mis_mlx.models.opening import load, model_size
 from mis_mlx.storage import safetensors
 from mis_mlx.types import Checkpoint, MisError
@@ -33,14 +33,14 @@ COMMANDS = tuple(__main__.commands())
 
 
 def kind_of(name: str) -> Any:
-    """The settings of a command; those of its three for `thermal`."""
+    """The settings of a command."""
     module: Any = importlib.import_module(f"mis_mlx.{name}")
-    return getattr(module, "Settings", thermal.Record | thermal.Doctor)
+    return module.Settings
 
 
 def names_of(name: str) -> set[str]:
     """The fields of a command's settings."""
-    return set() if name == "thermal" else {field.name for field in fields(kind_of(name))}
+    return {field.name for field in fields(kind_of(name))}
 
 
 Run = Callable[..., Done]
@@ -77,14 +77,10 @@ def test_help_names_every_flag(name: str, command: Run) -> None:
     """--help-all has all of them, and by name those of the YAML file; --help the usual ones."""
     shown = {}
     for asked in ("--help", "--help-all"):
-        if name == "thermal" and asked == "--help-all":
-            continue
-        done = command(name, asked, kind=kind_of(name))
+        done = command(name, asked)
         shown[asked] = done.stdout
         assert (done.returncode, done.stderr) == (0, "")
         assert shown[asked].startswith("usage: ")
-    if name == "thermal":
-        return
     kind = kind_of(name)
     quiet = flag_help.quiet(kind)
     rare = flag_help.rare_of(kind)
@@ -105,8 +101,7 @@ def test_help_names_every_flag(name: str, command: Run) -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_an_unknown_flag_is_a_usage_error(name: str, here: Path, command: Run) -> None:
     """Exit code 2, with nothing on stdout and nothing made."""
-    words = ["record", "some.jsonl"] if name == "thermal" else []
-    done = command(name, *words, "--no-such-flag", 3, kind=kind_of(name))
+    done = command(name, "--no-such-flag", 3)
     assert (done.returncode, done.stdout) == (2, "")
     assert "no-such-flag" in done.stderr
     assert made(here) == []

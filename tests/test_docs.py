@@ -21,7 +21,7 @@ import pytest
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from mis_mlx import cli, flag_help, thermal
+from mis_mlx import cli, flag_help
 from mis_mlx.__main__ import commands
 from mis_mlx.types import MisError
 
@@ -112,8 +112,6 @@ def test_links_lead_somewhere(page: Path) -> None:
 @cache
 def settings(name: str) -> Any:
     """What the line of a command or of a program is parsed into, or None."""
-    if name == "thermal":
-        return thermal.Record | thermal.Doctor
     path = ROOT / name
     module = program(path) if path.is_file() else importlib.import_module(f"mis_mlx.{name}")
     return getattr(module, "Settings", None)
@@ -123,12 +121,12 @@ def settings(name: str) -> Any:
 def flags_of(name: str) -> set[str]:
     """--flags of a command; a switch that is on by default has only --no-NAME."""
     result = set(EVERYWHERE)
-    for kind in getattr(settings(name), "__args__", [settings(name)]):
-        hints = get_type_hints(kind, include_extras=True)
-        for field in [f for f in fields(kind) if f.name not in flag_help.quiet(kind)]:
-            result.add(f"--{'no-' if field.default is True else ''}{field.name.replace('_', '-')}")
-            for more in getattr(hints[field.name], "__metadata__", ()):
-                result |= set(getattr(more, "aliases", None) or ())
+    kind = settings(name)
+    hints = get_type_hints(kind, include_extras=True)
+    for field in [f for f in fields(kind) if f.name not in flag_help.quiet(kind)]:
+        result.add(f"--{'no-' if field.default is True else ''}{field.name.replace('_', '-')}")
+        for more in getattr(hints[field.name], "__metadata__", ()):
+            result |= set(getattr(more, "aliases", None) or ())
     return result
 
 

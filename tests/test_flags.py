@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import mlx.core as mx
 import pytest
 
-from mis_mlx import __main__, cli, distill, flag_help, prune, thermal
+from mis_mlx import __main__, cli, distill, flag_help, prune
 from mis_mlx.hardware import rates
 from mis_mlx.quantization import stage
 from mis_mlx.settings.recipe import QuantizationConfig
@@ -30,17 +30,11 @@ from tests.test_commands_contract import dry
 from tests.test_docs import flags_of
 
 WORDS = ("nan", "inf", "-inf", "-1", "0", "1e30", str(10**12), "")
-THERMAL = (thermal.Record, thermal.Doctor)
 
 
-def kinds() -> Iterator[Any]:
-    """The settings of every command, and those of thermal's four."""
-    for name in __main__.commands():
-        module = importlib.import_module(f"mis_mlx.{name}")
-        yield from (getattr(module, "Settings", None),) if hasattr(module, "Settings") else THERMAL
-
-
-KINDS = list(kinds())
+KINDS: list[Any] = [
+    importlib.import_module(f"mis_mlx.{name}").Settings for name in __main__.commands()
+]
 
 
 def parts(hint: Any) -> Iterator[Any]:
@@ -78,11 +72,6 @@ def test_every_number_has_one_range(kind: Any) -> None:
             assert limits(kind)[field.name][1][0].holds(field.default), field.name
 
 
-def needed(kind: Any) -> list[str]:
-    """Words for the positional arguments without which a command does not begin."""
-    return ["some.jsonl"] if any(f.name == "file" for f in fields(kind)) else []
-
-
 def ended(kind: Any, args: list[str]) -> str | Any:
     """The sentence of a refusal, "usage", or the settings."""
     try:
@@ -99,7 +88,7 @@ def test_no_number_gets_by_its_range(kind: Any, capsys: pytest.CaptureFixture[st
     """A sentence, a usage error, or a value within the range: all flags as settings, one of each
     type by hand.
     """
-    base = cli.parse(kind, needed(kind))
+    base = cli.parse(kind, [])
     by_hand = {
         number: name
         for name, (number, _) in limits(kind).items()
@@ -120,7 +109,7 @@ def test_no_number_gets_by_its_range(kind: Any, capsys: pytest.CaptureFixture[st
                 assert not within.holds(value)
             if by_hand[number] != name:
                 continue
-            seen = ended(kind, [*needed(kind), f"{flag}={word}"])
+            seen = ended(kind, [f"{flag}={word}"])
             if isinstance(seen, str):
                 assert seen == "usage" or (seen.startswith(f"{flag} is ") and "\n" not in seen), (
                     word,
@@ -134,7 +123,7 @@ def test_no_number_gets_by_its_range(kind: Any, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize("kind", KINDS, ids=name_of)
 def test_no_word_is_empty(kind: Any, tmp_path: Path) -> None:
     """All flags as settings; the last one by hand and by YAML too."""
-    base = cli.parse(kind, needed(kind))
+    base = cli.parse(kind, [])
     words = {}
     for field in fields(kind):
         hints = list(parts(get_type_hints(kind, include_extras=True)[field.name]))
@@ -191,7 +180,7 @@ OUTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     **dict.fromkeys(("prune", "quantize"), ("mlx_path", "new", {})),
     "report": ("out", "file", {}),
     "doctor": ("out", "new", {}),
-    "thermal": ("file", "new", {}),
+    "thermal": ("out", "new", {}),
 }
 
 
@@ -202,7 +191,6 @@ def test_a_place_that_takes_nothing_is_refused_first(
     """One sentence before anything is read, looked for or measured; nothing is written."""
     flag, kind, flags = OUTS[name]
     module: Any = importlib.import_module(f"mis_mlx.{name}")
-    made = thermal.Record if name == "thermal" else module.Settings
 
     def worked(*_args: Any, **_kwargs: Any) -> None:
         raise AssertionError("it began to work")
@@ -219,9 +207,9 @@ def test_a_place_that_takes_nothing_is_refused_first(
         flags = {"run": str(tmp_path)}
     for what, place in places(kind, tmp_path).items():
         before = sorted(tmp_path.rglob("*"))
-        given = place if name in ("doctor", "thermal") else str(place)
+        given = place if name == "doctor" else str(place)
         with pytest.raises(MisError) as error:
-            module.run(made(**{**flags, flag: given}))
+            module.run(module.Settings(**{**flags, flag: given}))
         assert "\n" not in str(error.value) and place.name in str(error.value), what
         assert sorted(tmp_path.rglob("*")) == before
         assert (tmp_path / "file").read_text() == "precious"
@@ -357,8 +345,6 @@ def test_what_is_no_flag_here_is_named_as_a_setting() -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=name_of)
 def test_every_flag_is_explained(kind: Any) -> None:
     """No line of help is a name and a default alone, and no default is empty."""
-    if kind in THERMAL:
-        pytest.skip("tyro writes this command's help")
     name = kind.__module__.rpartition(".")[2]
     about = flag_help.docs(kind)
     assert not [field.name for field in fields(kind) if not about.get(field.name)]

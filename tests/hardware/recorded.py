@@ -1,6 +1,6 @@
 """A clock that only waiting moves, and recordings of thermometers, read in its time.
 
-A recording is what `thermal record` writes: `plug_in` puts one in the place of this machine's
+A recording is what `thermal --out` writes: `plug_in` puts one in the place of this machine's
 thermometers. tests/data/halny.jsonl is a simulation: the warm wind falls on an Air, 8 to 33 °C in
 150 s, then come six spells of hard work.
 """

@@ -227,7 +227,7 @@ def governor_for(
             f"{mode} cannot protect"
         )
         raise MisError(
-            f"{why} this Mac: see `python -m mis_mlx.thermal doctor`, or choose mode observe and "
+            f"{why} this Mac: see `python -m mis_mlx.thermal`, or choose mode observe and "
             f"stay with the machine"
         )
     return Governor(mode, blind=blind)

@@ -130,7 +130,7 @@ def test_blind_and_unattended():
     seeing_nothing = feed(blind, 100, die_c=None)
     assert (seeing_nothing.action, seeing_nothing.cause) == ("run", "blind")
     assert feed(blind, 1, 100, die_c=None, plugged=False).action == "pause"
-    with pytest.raises(MisError, match=r"no sensor answered.*doctor"):
+    with pytest.raises(MisError, match=r"no sensor answered.*mis_mlx.thermal"):
         governor_for("steady", unseen, {"die_c": "no sensor answered"}, apple=True)
     assert governor_for("observe", unseen, {}, apple=True).blind
     assert not governor_for("steady", GOOD, {}, apple=True).blind
