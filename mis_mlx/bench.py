@@ -1,9 +1,8 @@
-"""Time models on this machine: first token, decoding, memory, energy."""
+"""Time models on this machine: first token, decoding, memory."""
 
 import hashlib
 import json
 import os
-import time
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -13,14 +12,13 @@ import tyro
 from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.hardware import memory, rates
-from mis_mlx.hardware.thermal import governor, run_monitor, thermal_monitor
+from mis_mlx.hardware.thermal import governor
+from mis_mlx.hardware.thermal.thermal_monitor import Monitor
 from mis_mlx.judge.speed import rounds
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import compute_type, resolve
 from mis_mlx.reporting import progress, text
 from mis_mlx.types import MOST, Checkpoint, MisError, Reading, Seconds, Seed, Within
-
-IDLE_S = 5.0  # of rest, whose power is subtracted
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class Bench:
         self.done: dict[str, list[rounds.Measurement]] = {}
         self.stopped = False
 
-    def go(self, monitor: thermal_monitor.Monitor | None) -> None:
+    def go(self) -> None:
         """All trials. Ctrl-C ends them after the one under way; a second one at once."""
         total = self.s.num_trials * len(self.models)
         trials = rounds.rounds(
@@ -89,7 +87,6 @@ class Bench:
             r=self.r,
             seed=self.s.seed,
             delay=self.s.delay,
-            monitor=monitor,
             peaks=True,
         )
         with cli.stop_asked() as asked, progress.bar("trials", total) as show:
@@ -125,14 +122,14 @@ class Bench:
             "models": models,
         }
 
-    def measured(self, roof: rates.Roof, idle_w: float | None) -> dict[str, dict[str, Any]]:
+    def measured(self, roof: rates.Roof) -> dict[str, dict[str, Any]]:
         """{model: {metric: summary}} of everything timed, with the best that the machine `roof`
         allows: `*_best_*`, `reached`, `moved_mb`.
         """
         figures: dict[str, dict[str, Any]] = {}
         for name, trials in self.done.items():
             first = trials[0]
-            values = rounds.figures(trials, self.r, idle_w)
+            values = rounds.figures(trials, self.r)
             best = rounds.compare_to_roof(
                 self.models[name],
                 first.read_bytes,
@@ -160,15 +157,10 @@ def run(settings: Settings) -> dict[str, Any]:
     the JSON, too.
     """
     bench = Bench(settings)
-    with run_monitor.ThermalMonitor(run_monitor.AirFlags()) as monitor:
+    with Monitor() as monitor:
         roof = rates.measure_roof()
-        first = monitor.reading()
-        idle_w = None  # this machine's power at rest, where something measures power
-        if first.power_w is not None:
-            time.sleep(IDLE_S)
-            idle_w = rounds.mean_watts(monitor, IDLE_S)
-        unfit = {"before": _unfit(first)}
-        bench.go(monitor if idle_w is not None else None)
+        unfit = {"before": _unfit(monitor.reading())}
+        bench.go()
         unfit["after"] = _unfit(monitor.reading())
     hot = [f"{when}: {why}" for when, why in unfit.items() if why]
     for name, trials in bench.done.items():
@@ -176,7 +168,7 @@ def run(settings: Settings) -> dict[str, Any]:
         if slowed:
             hot.append(slowed)
     fixed = bench.fixed()
-    measured = bench.measured(roof, idle_w)
+    measured = bench.measured(roof)
     rows = rounds.rows(fixed["models"], measured)
     print(text.aligned(text.table(rows, list(measured), text.TABLES["bench"])))
     for flag in hot:

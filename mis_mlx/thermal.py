@@ -7,7 +7,7 @@ from typing import Any
 
 from mis_mlx import cli
 from mis_mlx.hardware.clock import Clock
-from mis_mlx.hardware.thermal import ambient, recording
+from mis_mlx.hardware.thermal import recording
 from mis_mlx.hardware.thermal.run_monitor import AirFlags
 from mis_mlx.hardware.thermal.thermal_monitor import PERIOD_S, Live, Monitor, examined
 from mis_mlx.reporting import html
@@ -44,8 +44,7 @@ def record(file: Path, s: Settings) -> dict[str, Any]:
     need_place("--out", file, "new")
     clock = Clock()
     source = Live(clock)
-    altitude_m, _ = ambient.find_altitude(s.altitude_m)
-    header = replace(source.header, altitude_m=altitude_m)
+    header = replace(source.header, altitude_m=s.altitude_m)
     start_s = clock.monotonic()
     looks = 0
     with (

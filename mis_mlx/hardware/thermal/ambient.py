@@ -1,16 +1,14 @@
-"""Estimate the temperature of the air around the machine, and find its altitude.
+"""Estimate the temperature of the air around the machine.
 
 No laptop has a room thermometer, so this is an estimate with an uncertainty, from sensors and the
 user, of which the surest counts. No witness is no estimate, never a silent 20 °C.
 """
 
 import math
-import tomllib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from mis_mlx.types import MisError, Reading
+from mis_mlx.types import Reading
 
 GIVEN_SIGMA_C = 0.7
 SOAK_SIGMA_C = 0.8
@@ -99,34 +97,3 @@ def cold_soak(values: Mapping[str, Any]) -> Estimate | None:
     if len(known) < 3 or max(known) - min(known) > SOAK_SPREAD_C:
         return None
     return Estimate(min(known) - 0.3, SOAK_SIGMA_C, "cold soak")
-
-
-def find_altitude(given_m: float | None, config: Path | None = None) -> tuple[float | None, str]:
-    """(metres above sea level, source); no Mac can measure it.
-
-    By hand, else `altitude_m` in `config` (~/.config/mis_mlx.toml), else (None, ""). MisError for
-    an impossible height.
-    """
-    if config is None:
-        config = Path.home() / ".config" / "mis_mlx.toml"
-    if given_m is not None:
-        return _height(given_m, "--altitude-m"), "given"
-    try:
-        settings = tomllib.loads(config.read_text(encoding="utf8"))
-    except FileNotFoundError:
-        return None, ""
-    except (OSError, ValueError) as error:
-        raise MisError(f"{config} cannot be read ({error}): fix it or delete it") from None
-    if "altitude_m" not in settings:
-        return None, ""
-    return _height(settings["altitude_m"], f"altitude_m in {config}"), f"given in {config.name}"
-
-
-def _height(metres: Any, where: str) -> float:
-    """The height as a number. MisError, with `where` it stands, when it is impossible."""
-    number = isinstance(metres, int | float) and not isinstance(metres, bool)
-    if not number or not -430 <= metres <= 9000:  # nor is NaN
-        raise MisError(
-            f"{where} is {metres!r}, not between −430 and 9000 m above sea level: fix it"
-        )
-    return float(metres)

@@ -40,7 +40,7 @@ class AirFlags:
     temperature_c: Celsius | None = None
     """air temperature in °C, from your own thermometer; default: measured, if this machine can"""
     altitude_m: Metres | None = None
-    """metres above sea level; default: altitude_m in ~/.config/mis_mlx.toml"""
+    """metres above sea level"""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any, Self
 import psutil
 
 from mis_mlx.hardware.clock import Clock
-from mis_mlx.hardware.thermal.ambient import Ambient, Estimate, find_altitude, t_env_kind
+from mis_mlx.hardware.thermal.ambient import Ambient, Estimate, t_env_kind
 from mis_mlx.hardware.thermal.apple_sensors import Apple
 from mis_mlx.hardware.thermal.recording import Header, Raw, Rows
 from mis_mlx.hardware.thermal.sensor_rules import Fact, Frozen, judge
@@ -29,11 +29,10 @@ JUST_BOOTED_S = 600.0
 # of TVA0: M1 and M2, later chips
 VIRTUAL_SIGMA_C = 2.5
 VIRTUAL_SIGMA_LATER_C = 4.0
-POWER_SUPPLIES = Path("/sys/class/power_supply")  # Linux: a folder for each
 
 
 NO_AIR = "no --temperature-c, no start after a long rest, no SMC TVA0"
-NO_ALTITUDE = "no --altitude-m and none in the configuration file"
+NO_ALTITUDE = "no --altitude-m"
 
 
 class Live:
@@ -87,9 +86,9 @@ class Live:
 class Monitor:
     """Readings of this machine.
 
-    In a `with` statement a daemon thread samples once a second. config: default
-    ~/.config/mis_mlx.toml. clock, apple_library: for tests. MisError for impossible values. Sample
-    in the parent process only: Apple's libraries do not survive a fork.
+    In a `with` statement a daemon thread samples once a second. clock, apple_library: for tests.
+    MisError for impossible values. Sample in the parent process only: Apple's libraries do not
+    survive a fork.
     """
 
     def __init__(
@@ -98,7 +97,6 @@ class Monitor:
         given_ambient_c: float | None = None,
         altitude_m: float | None = None,
         clock: Clock | None = None,
-        config: Path | None = None,
         apple_library: Path | None = None,
     ):
         if given_ambient_c is not None and not -60 <= given_ambient_c <= 60:
@@ -116,7 +114,7 @@ class Monitor:
         if chip.startswith(("Apple M1", "Apple M2")):
             sigma_c = VIRTUAL_SIGMA_C
         self._ambient = Ambient(given_ambient_c, sigma_c)
-        self._altitude = find_altitude(altitude_m, config)
+        self._altitude_m = altitude_m
         self._frozen = Frozen()
         self._history: deque[Reading] = deque()
         self._looking = threading.Lock()  # one look at a time
@@ -194,7 +192,7 @@ class Monitor:
         if air:
             ambient = Fact(air.celsius, air.source, "")
         no_pressure = raw.missing.get("pressure", "not a Mac")
-        facts = {
+        return {
             "die_c": die,
             "battery_c": judged["battery_c"],
             "power_w": judged["power_w"],
@@ -202,10 +200,8 @@ class Monitor:
             "pressure_level": Fact(raw.pressure, "notify(3)", no_pressure),
             "battery_percent": Fact(raw.battery_percent, "psutil", "no battery"),
             "plugged": Fact(raw.plugged, "psutil", "no battery"),
+            "altitude_m": Fact(self._altitude_m, "given", NO_ALTITUDE),
         }
-        altitude_m, source = self._altitude
-        facts["altitude_m"] = Fact(altitude_m, source, NO_ALTITUDE)
-        return facts
 
 
 def temperatures() -> Rows:
@@ -227,9 +223,6 @@ def temperatures() -> Rows:
 
 def battery_charge() -> tuple[float | None, bool | None]:
     """`(percent, plugged in)`; `None` where there is no battery or psutil cannot tell."""
-    # On Linux psutil reads the first battery there is, which may be that of a wireless mouse.
-    if _supplies(scope="Device"):
-        return _machine_battery()
     ask = getattr(psutil, "sensors_battery", None)
     try:
         battery = ask() if ask else None
@@ -238,44 +231,6 @@ def battery_charge() -> tuple[float | None, bool | None]:
     if battery is None:
         return None, None
     return float(battery.percent), battery.power_plugged
-
-
-def _supplies(scope: str) -> list[Path]:
-    """Linux's power supplies, by name, of the machine ("System") or of what it talks to ("Device").
-
-    One that names no scope is the machine's, as in Linux's own power_supply_is_system_supplied.
-    """
-    supplies = []
-    for supply in sorted(POWER_SUPPLIES.glob("*")):
-        if (_fact(supply, "scope") or "System") == scope:
-            supplies.append(supply)
-    return supplies
-
-
-def _machine_battery() -> tuple[float | None, bool | None]:
-    """`battery_charge` of the machine alone, past the batteries of mice and headphones."""
-    kinds = {supply: _fact(supply, "type") for supply in _supplies(scope="System")}
-    batteries = [supply for supply, kind in kinds.items() if kind == "Battery"]
-    if not batteries:
-        return None, None
-    percent = _fact(batteries[0], "capacity")
-    lines = [supply for supply, kind in kinds.items() if kind in ("Mains", "USB")]
-    online = [_fact(line, "online") for line in lines]
-    status = _fact(batteries[0], "status")
-    plugged = None
-    if any(online):
-        plugged = "1" in online
-    elif status:
-        plugged = status != "Discharging"
-    return float(percent) if percent.isdecimal() else None, plugged
-
-
-def _fact(supply: Path, name: str) -> str:
-    """What a power supply says; "" where it does not say it, or is gone by now."""
-    try:
-        return (supply / name).read_text().strip()
-    except (OSError, ValueError):
-        return ""
 
 
 def examined(monitor: Monitor) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from mlx.utils import tree_flatten
 from mis_mlx.compute import precision
 from mis_mlx.data import preparation
 from mis_mlx.hardware import rates
-from mis_mlx.hardware.thermal.thermal_monitor import Monitor
 from mis_mlx.maths.stats import summary
 from mis_mlx.models.architectures import arch, mlx_modules, stored_form
 from mis_mlx.models.opening import load
@@ -63,15 +62,14 @@ class Measurement(NamedTuple):
 
     asked, tokens: token ids of prompt and answer. stamps_s: seconds from the start to each token.
     cached_s: TTFT of the same prompt with all but its last token in the cache; None where the cache
-    cannot be trimmed. watts: mean power from the first token to the last. peak_bytes: its model's
-    weights, cache and workspace. load_s, read_bytes: of its model, which may be gone.
+    cannot be trimmed. peak_bytes: its model's weights, cache and workspace. load_s, read_bytes: of
+    its model, which may be gone.
     """
 
     asked: tuple[int, ...]
     tokens: tuple[int, ...]
     stamps_s: tuple[float, ...]
     cached_s: float | None = None
-    watts: float | None = None
     peak_bytes: int | None = None
     load_s: float = 0.0
     read_bytes: int = 0
@@ -80,24 +78,6 @@ class Measurement(NamedTuple):
     def tpot_s(self) -> float:
         """Time per output token after the first."""
         return (self.stamps_s[-1] - self.stamps_s[0]) / (len(self.stamps_s) - 1)
-
-
-def mean_watts(monitor: Monitor, seconds: float) -> float | None:
-    """The machine's mean power over the last `seconds`, by trapezoids.
-
-    Call it once the GPU is done. None where there are not two readings.
-    """
-    since_s = monitor.clock.monotonic() - seconds
-    times = []
-    powers = []
-    for reading in monitor.history():
-        if reading.time_s >= since_s and reading.power_w is not None:
-            times.append(reading.time_s)
-            powers.append(reading.power_w)
-    if len(times) < 2 or times[-1] <= times[0]:
-        return None
-    joules = np.trapezoid(np.array(powers), np.array(times))
-    return float(joules / (times[-1] - times[0]))
 
 
 def open_model(checkpoint: Checkpoint) -> tuple[nn.Module, Any]:
@@ -176,12 +156,11 @@ def trial(
     s: BenchmarkModel,
     r: Request,
     seed: Sequence[int],
-    monitor: Monitor | None = None,
     peaks: bool = False,
 ) -> Measurement:
     """One request with a prompt that `seed` chooses.
 
-    monitor: measures its power. peaks: reset MLX's peak of memory, and report the request's own.
+    peaks: reset MLX's peak of memory, and report the request's own.
     """
     asked = prompt(s.tokenizer, r.prompt, seed)
     cache = load.mlx_lm("models.cache").make_prompt_cache(s.model)
@@ -189,9 +168,6 @@ def trial(
     if peaks:
         mx.reset_peak_memory()
     stamps, tokens = token_times(greedy(s.model, asked, r.answer, cache))
-    watts = None
-    if monitor:
-        watts = mean_watts(monitor, stamps[-1] - stamps[0])
     # mlx-lm has begun one more token, which must not run into the next trial.
     stream.evaluate_now([layer.state for layer in cache])
     peak_bytes = None
@@ -204,7 +180,6 @@ def trial(
         tokens=tuple(tokens),
         stamps_s=tuple(stamps),
         cached_s=cached_s,
-        watts=watts,
         peak_bytes=peak_bytes,
         load_s=s.load_s,
         read_bytes=s.read_bytes,
@@ -259,7 +234,6 @@ def rounds(
     r: Request,
     seed: int = 0,
     delay: float = 0.0,
-    monitor: Monitor | None = None,
     peaks: bool = False,
 ) -> Iterator[tuple[str, Measurement]]:
     """Every trial as it ends, (model's name, measurement), without the warm-up.
@@ -279,7 +253,7 @@ def rounds(
         for number in range(1, count + 1):
             for name, subject in subjects.items():
                 time.sleep(delay)
-                yield name, trial(subject, r, (seed, number), monitor, peaks=peaks)
+                yield name, trial(subject, r, (seed, number), peaks=peaks)
         # The next group needs their memory.
         del subject, subjects
         mx.clear_cache()
@@ -288,12 +262,10 @@ def rounds(
 def figures(
     trials: Sequence[Measurement],
     r: Request,
-    idle_w: float | None = None,
 ) -> dict[str, dict[str, float]]:
     """{metric: summary of the trials of one model}; metrics without a value are left out.
 
-    `itl_ms` is over all gaps between tokens. `joules` are per token, above the power at rest,
-    `idle_w`.
+    `itl_ms` is over all gaps between tokens.
     """
     every: dict[str, list[float]] = {
         "ttft_ms": [1000 * t.stamps_s[0] for t in trials],
@@ -303,13 +275,10 @@ def figures(
         "itl_ms": [],
         "decode_tps": [1 / t.tpot_s for t in trials],
         "peak_mb": [t.peak_bytes / 1e6 for t in trials if t.peak_bytes],
-        "joules": [],
     }
     for t in trials:
         gaps = np.diff(t.stamps_s)
         every["itl_ms"] += [1000 * gap for gap in gaps]
-        if t.watts is not None and idle_w is not None:
-            every["joules"].append((t.watts - idle_w) * t.tpot_s)
     return {name: summary(values) for name, values in every.items() if values}
 
 

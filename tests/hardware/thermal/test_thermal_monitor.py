@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from contextlib import nullcontext
@@ -13,7 +12,6 @@ import psutil
 import pytest
 
 from mis_mlx.hardware.thermal import thermal_monitor
-from mis_mlx.hardware.thermal.ambient import find_altitude
 from mis_mlx.hardware.thermal.governor import governor_for
 from mis_mlx.hardware.thermal.recording import Header, Raw, recorder
 from mis_mlx.hardware.thermal.thermal_monitor import Monitor
@@ -21,7 +19,6 @@ from mis_mlx.types import MisError
 from tests.hardware.recorded import LidClock, VirtualClock, plug_in, smc_float
 
 DATA = Path(__file__).parents[2] / "data"
-NOWHERE = Path("/no/such/mis_mlx.toml")
 
 
 @pytest.fixture
@@ -37,13 +34,13 @@ def test_psutil_s_thermometers(monkeypatch):
         "k10temp": [SimpleNamespace(label="Tctl", current=61.25)],
     }
     monkeypatch.setattr(psutil, "sensors_temperatures", lambda: chips, raising=False)
-    reading = Monitor(clock=VirtualClock(), config=NOWHERE).look()
+    reading = Monitor(clock=VirtualClock()).look()
     assert (reading.die_c, reading.sources["die_c"]) == (61.25, "psutil k10temp Tctl")
 
 
 def test_a_virtual_machine_measures_nothing_and_says_why(no_sensors):
     """None with a reason for every value, no source, never 0 and never 20 °C."""
-    reading = (monitor := Monitor(clock=VirtualClock(), config=NOWHERE)).look()
+    reading = (monitor := Monitor(clock=VirtualClock())).look()
     names = ("die_c", "battery_c", "ambient_c", "ambient_sigma_c", "altitude_m")
     assert [getattr(reading, name) for name in names] == [None] * 5
     assert "psutil shows no thermometer" in monitor.reasons["die_c"]
@@ -52,66 +49,11 @@ def test_a_virtual_machine_measures_nothing_and_says_why(no_sensors):
     assert not {"die_c", "ambient_c", "altitude_m"} & set(reading.sources)
 
 
-BATTERY = {"type": "Battery"}
-USED = {**BATTERY, "status": "Discharging"}
-ON, OFF = ({"type": "Mains", "online": online} for online in "10")
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux lists power supplies as files")
-@pytest.mark.parametrize(
-    ("others", "charge"),
-    [
-        ({}, (None, None)),
-        ({"BAT1": {**USED, "capacity": "8"}}, (8.0, False)),
-        ({"BAT0": {**BATTERY, "scope": "System", "capacity": "90"}, "AC": ON}, (90.0, True)),
-        ({"macsmc-battery": {**USED, "capacity": "71"}, "macsmc-ac": OFF}, (71.0, False)),
-    ],
-)
-def test_the_battery_of_a_mouse_is_not_the_machine_s(
-    others: dict[str, dict[str, str]],
-    charge: tuple[float | None, bool | None],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A wireless mouse discharges all day: a desktop beside it is not on battery, and a laptop's
-    own battery counts.
-    """
-    mouse = {**USED, "scope": "Device", "capacity": "55"}
-    for name, facts in {"hidpp_battery_0": mouse, **others}.items():
-        (tmp_path / name).mkdir()
-        for fact, value in facts.items():
-            (tmp_path / name / fact).write_text(f"{value}\n")
-    monkeypatch.setattr("psutil._pslinux.POWER_SUPPLY_PATH", str(tmp_path))
-    monkeypatch.setattr(thermal_monitor, "POWER_SUPPLIES", tmp_path, raising=False)
-    assert thermal_monitor.battery_charge() == charge
-
-
 @pytest.mark.parametrize("celsius", [-60.1, 300.0, float("nan")])
 def test_impossible_ambient_is_refused(celsius):
     """300 is a room in kelvin; a NaN is no number."""
     with pytest.raises(MisError, match="ambient temperature"):
         Monitor(given_ambient_c=celsius)
-
-
-def test_altitude_in_order(tmp_path):
-    """Flag, then the file's, then none; a bad one is a sentence with the file."""
-    config = tmp_path / "mis_mlx.toml"
-    config.write_text("altitude_m = 832\n")
-    assert find_altitude(100.0, config) == (100.0, "given")
-    assert find_altitude(None, config) == (832.0, "given in mis_mlx.toml")
-    assert find_altitude(None, NOWHERE) == (None, "")
-    for text in (
-        "altitude_m = 'location'",
-        "altitude_m = 99999",
-        "altitude_m = nan",
-        "altitude_m = true",
-        "= 3",
-    ):
-        config.write_text(text)
-        with pytest.raises(MisError, match=r"mis_mlx\.toml"):
-            find_altitude(None, config)
-    with pytest.raises(MisError, match="--altitude-m"):
-        find_altitude(float("inf"), NOWHERE)
 
 
 def test_an_m1_air_through_the_real_calls(fake_apple):
@@ -122,7 +64,7 @@ def test_an_m1_air_through_the_real_calls(fake_apple):
     fake_apple.smc_float("TCMz", 74.5)
     fake_apple.smc_float("TVA0", 21.0)
     fake_apple.smc_float("PSTR", 12.5)
-    monitor = Monitor(clock=VirtualClock(), config=NOWHERE, apple_library=fake_apple.path)
+    monitor = Monitor(clock=VirtualClock(), apple_library=fake_apple.path)
     reading = monitor.look()
     monitor.source.close()
     assert reading.die_c == 74.5
@@ -149,7 +91,7 @@ def test_a_frozen_die_sensor_is_missing_and_an_hour_is_kept(tmp_path, monkeypatc
         for minute in range(3, 121):
             add(Raw(60.0 * minute, 60.0 * minute, hid=(("PMU tdie1", 40.0),)))
     plug_in(monkeypatch, path)
-    monitor = Monitor(config=NOWHERE)
+    monitor = Monitor()
     readings = [monitor.reading() for _ in range(130)]
     assert readings[119].die_c == 74.5
     assert readings[120].die_c is None
@@ -178,7 +120,7 @@ def test_rest_is_boot_or_a_long_sleep(no_sensors):
 def test_live_monitor_samples_in_a_thread(no_sensors, monkeypatch):
     """A daemon thread adds readings while nobody asks, and is gone after the with statement."""
     monkeypatch.setattr(thermal_monitor, "PERIOD_S", 0.005)
-    with Monitor(given_ambient_c=8.0, config=NOWHERE) as monitor:
+    with Monitor(given_ambient_c=8.0) as monitor:
         first = monitor.reading()
         for _ in range(1000):
             if monitor.reading().time_s > first.time_s:
@@ -201,7 +143,7 @@ def test_live_monitor_samples_in_a_thread(no_sensors, monkeypatch):
 def test_a_mac_without_thermometers(fake_apple, model, in_vm, real):
     """A virtual one is governed blindly; on a real one the silence is a fault."""
     fake_apple.model(model, in_vm)
-    monitor = Monitor(clock=VirtualClock(), config=NOWHERE, apple_library=fake_apple.path)
+    monitor = Monitor(clock=VirtualClock(), apple_library=fake_apple.path)
     reading = monitor.look()
     monitor.source.close()
     assert (reading.die_c, monitor.apple) == (None, real)
