@@ -234,7 +234,7 @@ def plan() -> str:
 
 def run() -> str:
     """The terminal of a default run: its lines, and some of what it prints at its end."""
-    page = (ROOT / "docs" / "tutorial.md").read_text("utf-8")
+    page = (ROOT / "docs" / "quickstart.md").read_text("utf-8")
     blocks = re.findall(r"^```text\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     lines = "\n".join(blocks).splitlines()
     return "\n".join(part for line in lines for part in textwrap.wrap(line, COLUMNS) or [""])

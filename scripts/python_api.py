@@ -111,7 +111,7 @@ def function_page(name: str) -> str:
     parts = [
         f"# `mis_mlx.{name}(...)`\n",
         f"{commands()[name]} {sentences(settings)}\n",
-        f"`scripts/mis {name}` does the same in a terminal. {calling} says what is returned and\n"
+        f"`mis_mlx {name}` does the same in a terminal. {calling} says what is returned and\n"
         "raised.\n",
         keywords(settings) + "\n",
     ]

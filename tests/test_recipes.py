@@ -33,14 +33,13 @@ from tests.conftest import mostly_slow
 from tests.machines import ROOT, ended, started
 
 PAGE = ROOT / "docs" / "recipes.md"
-BIN = ".venv/bin/"
 # What stands in the model cache under this name is the tiny model; mlx_lm, whose cache is
 # another, gets its folder.
 TEACHER = "SmolLM2-135M-Instruct"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Values in place of the page's, where it gives one.
 OTHER = {
-    "--vocab": "512", "--grad-accumulation-steps": "2", "--bytes": "150KB", "--budget": "1GiB",
+    "--vocab": "512", "--grad-accumulation-steps": "2", "--budget": "1GiB",
 }  # fmt: skip
 BRIEF = "--max-seq-length 32 --num-samples 2"
 SHORT = f"{BRIEF} --reconstruct-samples 2 --eval-windows 2"
@@ -115,6 +114,7 @@ def env(
         precision.POLICY: os.environ.get(precision.POLICY, ""),
         "MIS_MLX_CACHE": str(cache),
         "PYTHONPATH": str(extra),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
 
 
@@ -128,8 +128,6 @@ def place(tmp_path: Path, teacher: Path, text_folder: Path) -> Path:
         )
     for name in ("pruned", "model"):
         shutil.copytree(teacher, tmp_path / "runs" / "NAME" / name)
-    (tmp_path / BIN).mkdir(parents=True)
-    (tmp_path / BIN / "python").symlink_to(sys.executable)
     return tmp_path
 
 
@@ -154,7 +152,7 @@ def not_run(line: str, words: list[str]) -> bool:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         assert extra in project["optional-dependencies"]
         return True
-    if words[0] != f"{BIN}mlx.distributed_config":
+    if words[0] != "mlx.distributed_config":
         return False
     there = (Path(mx.__file__).parent / "_distributed_utils" / "config.py").read_text()
     assert not [flag for flag in words if flag.startswith("--") and f'"{flag}"' not in there]
@@ -191,19 +189,19 @@ def follow(recipe: Recipe, place: Path, env: Mapping[str, str], teacher: Path, t
             continue
         n = 1
         rest = words
-        if words[0] == f"{BIN}mlx.launch":
+        if words[0] == "mlx.launch":
             n = 2
-            rest = words[words.index(f"{BIN}python") :]
-        if rest[0] == "scripts/mis":
+            rest = words[words.index("python") :]
+        if rest[0] == "mis_mlx":
             name = rest[1]
             argv = ["-m", f"mis_mlx.{name}"]
             flags = rest[2:]
-        elif rest[:2] == [f"{BIN}python", "-m"]:
+        elif rest[:2] == ["python", "-m"]:
             name = rest[2].removeprefix("mis_mlx.")
             argv = rest[1:3]
             flags = rest[3:]
-        elif rest[0].startswith(f"{BIN}mlx_lm."):
-            name = rest[0].removeprefix(BIN)
+        elif rest[0].startswith("mlx_lm."):
+            name = rest[0]
             argv = ["-c", f"from {name} import main; main()"]
             flags = rest[1:]
         else:
@@ -217,8 +215,7 @@ def follow(recipe: Recipe, place: Path, env: Mapping[str, str], teacher: Path, t
         run([*argv, *given, *more], n, place, env, out if stopped else None)
 
 
-# Two machines; a search and a run: tests/test_several_machines.py, test_search.py have them.
-LONG = r"mlx\.launch|--bytes"
+LONG = r"mlx\.launch"  # on two machines: tests/test_several_machines.py
 CASES = mostly_slow(
     RECIPES,
     *(r for r in RECIPES if "evaluate" in r.title),
