@@ -15,7 +15,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from mis_mlx import quantize, sft
-from mis_mlx.alignment import alignment_run
+from mis_mlx.alignment import alignment_run, packed_run, padded_rows
 from mis_mlx.alignment.padded_rows import Rows
 from mis_mlx.data.examples import Sequenced
 from mis_mlx.gguf_export import model_card as model_card
@@ -27,7 +27,7 @@ from mis_mlx.models.writing import lora
 from mis_mlx.settings.recipe import TrainingConfig
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
-from tests import trl_model
+from tests import tiny, trl_model
 from tests.conftest import Done, last_line, settings_of
 
 PLAIN: dict[str, Any] = {"target_bpw": None, "q_method": "round", "q_iters": 0}
@@ -203,3 +203,74 @@ def test_the_plan_holds(undisturbed: tuple[Path, Done], small: Any) -> None:
     planned = alignment_run.training_cost(s, checkpoint, s.batch_size, 96).peak_bytes
     held = max(r["peak_bytes"] for r in run_folder.metrics(undisturbed[0]))
     assert held <= planned < 4 * held  # of which a third is in flight on a GPU alone
+
+
+@pytest.fixture(scope="module")
+def taught(
+    small: Any, llama: Checkpoint, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Checkpoint, Path, dict[str, Any]]:
+    """(a packed model, the run in which its scales learned, the run's result)."""
+    place = tmp_path_factory.mktemp("scales")
+    base = tiny.packed(llama, place / "q4")
+    flags: dict[str, Any] = {"model": str(base.path), "fine_tune_type": "scales"}
+    flags |= {"learning_rate": 5e-2, "iters": 12, "save_every": 4, "grad_accumulation_steps": 2}
+    result = sft.run(settings_of(sft, small, place / "run", **flags))
+    return base, place / "run", dict(result)
+
+
+def test_scales_learn_and_the_rest_stays(taught: tuple[Checkpoint, Path, dict[str, Any]]) -> None:
+    """As many bytes as before; no integer changes, nor a table, and all else does."""
+    base, out, result = taught
+    assert result["held_out_best"]["loss"] < result["held_out_start"]["loss"] - 1.0
+    made = load.open_checkpoint(out / "model")
+    assert made.nbytes == base.nbytes
+    assert made.config["quantization"] == base.config["quantization"]
+    before = tiny.stored_weights(base.path)
+    after = tiny.stored_weights(made.path)
+    assert set(after) == set(before)
+    same = {name for name in after if mx.array_equal(after[name], before[name])}
+    tables = {name for name in after if name.startswith("model.embed_tokens")}
+    assert same == {name for name in after if after[name].dtype == mx.uint32} | tables
+    changed = sum(after[name].size for name in set(after) - same)
+    assert result["params_trained"] == changed
+    assert json.loads((out / "model" / "data.json").read_text())["licence"] == "CC0"
+
+
+def test_mlx_lm_opens_what_learned_and_finds_the_same_loss(
+    taught: tuple[Checkpoint, Path, dict[str, Any]], small: Any
+) -> None:
+    """Of the base, of the result, each under mlx-lm's own forward pass: the run's figures."""
+    base, out, result = taught
+    s = settings_of(sft, small, Path("unused"))
+    _, valid, _ = alignment_run.data(s, base, ("completion",))
+    tokens, counts = padded_rows.padded([row[0] for row in valid])
+    for folder, found in ((base.path, "held_out_start"), (out / "model", "held_out_best")):
+        model, _ = load.mlx_lm("utils").load(str(folder))
+        model.set_dtype(mx.float32)
+        losses = nn.losses.cross_entropy(model(tokens)[:, :-1], tokens[:, 1:])
+        loss = float((losses * counts[:, :-1]).sum() / counts.sum())
+        assert loss == pytest.approx(result[found]["loss"], rel=2e-4)
+
+
+def test_the_plan_of_scales_holds(taught: tuple[Checkpoint, Path, dict[str, Any]]) -> None:
+    """MLX never held more than was planned, though all that is welcome stays in memory."""
+    base, out, _ = taught
+    s = sft.Settings(**run_folder.stored_settings(out))
+    planned = packed_run.training_cost(s, base, 96, 8).peak_bytes
+    assert max(r["peak_bytes"] for r in run_folder.metrics(out)) <= planned
+
+
+@pytest.mark.parametrize("kind", ["dense", "mxfp4"])
+def test_what_has_no_scales_that_learn_is_refused(
+    kind: str, small: Any, llama: Checkpoint, tmp_path: Path
+) -> None:
+    """Before any work, with a remedy."""
+    flags: dict[str, Any] = {"fine_tune_type": "scales"}
+    why = "is not quantized, so it has no scales: `quantize` it"
+    if kind == "mxfp4":
+        tiny.in_fp4(llama, tmp_path / "fp4", kind)
+        flags["model"] = str(tmp_path / "fp4")
+        why = "in affine, mxfp4, whose scales do not learn here: use --fine-tune-type lora"
+    with pytest.raises(MisError, match=why):
+        sft.run(settings_of(sft, small, tmp_path / "run", **flags))
+    assert not (tmp_path / "run").exists()

@@ -9,14 +9,13 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.alignment import whole_model
@@ -38,6 +37,7 @@ from mis_mlx.models.opening.model_size import ModelSize, model_of
 from mis_mlx.models.passing import pass_cost, residency, stream
 from mis_mlx.models.writing import lora, model_writer
 from mis_mlx.planner import estimates
+from mis_mlx.quantization import packed_format
 from mis_mlx.reporting import progress
 from mis_mlx.runs import run_loop
 from mis_mlx.settings import recipe
@@ -61,6 +61,7 @@ BEST = "best"
 MODEL = "model"
 ADAPTERS = "adapters"
 HELD_OUT = "held_out.jsonl"
+SCALES = "scales"  # what --fine-tune-type calls them
 S = TypeVar("S", bound="Alignment")
 
 
@@ -118,9 +119,12 @@ def open_run_model(settings: S) -> tuple[S, Path | None, Checkpoint]:
     checkpoint = run_loop.open_model(s, s.model)
     if s.lora:
         s.lora.check(int(checkpoint.config["num_hidden_layers"]))
+    elif s.fine_tune_type == SCALES:
+        packed_format.check_learns(checkpoint)
     elif arch.is_quantized(checkpoint.tensors):
         raise MisError(
             f"{checkpoint.path} is quantized and cannot be trained whole: use --fine-tune-type lora"
+            f", or of sft {SCALES}"
         )
     most = int(checkpoint.config.get("max_position_embeddings") or s.max_seq_length)
     if s.max_seq_length > most:
@@ -241,15 +245,25 @@ def fit_micro_batches(s: S, folder: Path | None, phase: Callable[[S], StageCost]
 
 @dataclass
 class AlignmentRun(run_loop.OpenRun):
-    """A student in memory and the folder of its run. Made by `start_run`."""
+    """A student and the folder of its run. Made by `start_run`."""
 
     name: str  # of the command
     settings: Alignment
     checkpoint: Checkpoint
-    model: nn.Module
     planned_bytes: int  # of the plan's peak
     card: Mapping[str, Any]  # facts about the data, with its license
     best: tuple[int, float] | None = None  # (step, its held-out figure)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model to train, in memory. Only the run holds it, which lets go of it at its end."""
+        s = self.settings
+        model = load.resident_model(self.checkpoint, dtype_of(s, self.checkpoint))
+        stream.load_checked(model, f"{self.checkpoint.path}: ")
+        if s.lora:
+            lora.insert(model, s.lora, s.seed)
+            mx.eval(model.parameters())
+        return model
 
     def train(
         self,
@@ -266,21 +280,47 @@ class AlignmentRun(run_loop.OpenRun):
         result. It is measured again in the folder that is written. steps_of: called as
         `train_loop.steps`, yields the steps; `micro_batches` and it agree on what a step gets.
         """
+        student = WholeModel(self.model, GuardedAdamW())
+
+        def measure() -> Mapping[str, float]:
+            self.model.eval()
+            measured = held_out(self.model)
+            self.model.train()
+            return measured
+
+        steps = partial(steps_of, student, micro_batches, loss, self.settings)
+        self.learn(student, lambda: None, steps, measure, judge=judge)
+        del student, steps  # the moments; the written folder takes the model's place
+        return self._finish(held_out, judge)
+
+    def learn(
+        self,
+        student: run_loop.Trained,
+        begin: Callable[[], object],
+        steps: Callable[[int], Iterator[Step]],
+        measure: Callable[[], Mapping[str, float]],
+        *,
+        judge: str = "loss",
+    ) -> None:
+        """Make steps(start) to the run's end, and keep what the student is at its best.
+
+        begin: of a new run. measure(): the student's held-out figures, at every checkpoint; the one
+        with the lowest `judge` is the best.
+        """
         s = self.settings
 
         def remember(number: int) -> dict[str, Any]:
             # Measured only at steps where every run of these settings measures: a stop does not
             # change the best.
             if number % s.save_every == 0 or number == s.iters:
-                self._measure(number, held_out, judge)
+                self._measure(number, student, measure, judge)
             return {"best": self.best}
 
         def recall(state: dict[str, Any]) -> None:
             number, value = state["best"]
             self.best = (number, value)
-            self._best_weights()
+            self.best_weights()
 
-        student = WholeModel(self.model, GuardedAdamW())
         training = run_loop.CheckpointedTraining(
             run=self,
             trained=student,
@@ -288,18 +328,14 @@ class AlignmentRun(run_loop.OpenRun):
             recall=recall,
             label=self.name,
         )
-        start = training.start(lambda: None)
-        steps = partial(steps_of, student, micro_batches, loss, s)
-        training.finish(steps, start, s.iters, s.save_every)
-        del student, training, steps  # the moments; the written folder takes the model's place
-        return self._finish(held_out, judge)
+        training.finish(steps, training.start(begin), s.iters, s.save_every)
 
     @property
     def _held_out(self) -> Journal:
         """The held-out figures, by the number of their step."""
         return Journal(self.folder / HELD_OUT, ("number",))
 
-    def _best_weights(self) -> protocol.Saved:
+    def best_weights(self) -> protocol.Saved:
         """The best weights so far. MisError where they are damaged: no others are the result."""
         best = self.folder / BEST
         for saved in protocol.whole_steps(best):
@@ -313,15 +349,14 @@ class AlignmentRun(run_loop.OpenRun):
     def _measure(
         self,
         number: int,
-        held_out: Callable[[nn.Module], Mapping[str, float]],
+        student: run_loop.Trained,
+        measure: Callable[[], Mapping[str, float]],
         judge: str,
     ) -> None:
-        """Log the held-out figures; if the model is the best so far, save its weights."""
-        self.model.eval()
-        measured = {name: float(value) for name, value in held_out(self.model).items()}
-        self.model.train()
+        """Log the held-out figures; if the student is the best so far, save what it learned."""
+        measured = {name: float(value) for name, value in measure().items()}
         self._held_out.add({"number": number, **measured})
-        _say_figures(f"step {number}", measured)
+        say_figures(f"step {number}", measured)
         value = measured[judge]
         if not math.isfinite(value):
             raise MisError(f"the held-out loss at step {number} is {value}: lower --learning-rate")
@@ -334,7 +369,9 @@ class AlignmentRun(run_loop.OpenRun):
             saved.number == number for saved in protocol.whole_steps(best)
         ):
             return
-        arrays = {"model": dict(tree_flatten(self.model.trainable_parameters()))}
+        arrays = {
+            key: named for key, named in student.arrays().items() if named and key != "optimizer"
+        }
         # 3 of them: as many checkpoints may be damaged or undone as the steps can lose.
         protocol.save_step(
             best,
@@ -352,7 +389,7 @@ class AlignmentRun(run_loop.OpenRun):
         Its figures are those of what was written.
         """
         s = self.settings
-        best = self._best_weights()
+        best = self.best_weights()
         arrays = protocol.load_arrays(best, "model")
         if s.lora and not (self.folder / ADAPTERS).exists():
             config = self.checkpoint.config
@@ -364,26 +401,34 @@ class AlignmentRun(run_loop.OpenRun):
             self._write_model(arrays, out)
         params_trained = sum(math.prod(array.shape) for array in arrays.values())
         del arrays
-        steps = run_folder.metrics(self.folder)
-        measured = self._held_out.read()
-        tokens = sum(step["tokens"] for step in steps)
-        seconds = sum(step["seconds"] for step in steps)
-        cli.say(f"{out}: the weights of step {best.number}, the best on the held-out rows")
         # Adapters by themselves are written bit by bit as they were measured.
-        found: Mapping[str, float] | None = measured.get((best.number,))
+        found: Mapping[str, float] | None = self._held_out.read().get((best.number,))
         if out.name == MODEL:
             found = self._measure_written(out, held_out, judge)
+        return self.result(out, params_trained, found)
+
+    def result(
+        self, out: Path, params_trained: int, found: Mapping[str, float] | None, **more: Any
+    ) -> dict[str, Any]:
+        """The run's result, whose student is in `out`. found: the figures of what was written."""
+        assert self.best
+        number, _ = self.best
+        steps = run_folder.metrics(self.folder)
+        tokens = sum(step["tokens"] for step in steps)
+        seconds = sum(step["seconds"] for step in steps)
+        cli.say(f"{out}: the weights of step {number}, the best on the held-out rows")
         return self.finish(
             {
                 "model": str(self.checkpoint.path),
                 "student": str(out),
                 "run": str(self.folder),
                 "params_trained": params_trained,
-                "best_step": best.number,
-                "held_out_start": measured.get((0,)),
+                "best_step": number,
+                "held_out_start": self._held_out.read().get((0,)),
                 "held_out_best": found,
                 "tokens": tokens,
                 "tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
+                **more,
             }
         )
 
@@ -442,7 +487,7 @@ class AlignmentRun(run_loop.OpenRun):
         del self.model
         self.model = load.resident_model(written, dtype)
         measured = {name: float(value) for name, value in held_out(self.model).items()}
-        _say_figures(str(out), measured)
+        say_figures(str(out), measured)
         if not math.isfinite(measured[judge]):
             raise MisError(
                 f"{out}: its held-out {judge} is {measured[judge]}: give --dtype float32"
@@ -450,7 +495,8 @@ class AlignmentRun(run_loop.OpenRun):
         return measured
 
 
-def _say_figures(what: str, measured: Mapping[str, float]) -> None:
+def say_figures(what: str, measured: Mapping[str, float]) -> None:
+    """Held-out figures in a line."""
     figures = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
     cli.say(f"{what}, held out: {figures}")
 
@@ -500,7 +546,7 @@ def start_run(
     name: str,
     same: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[AlignmentRun]:
-    """The run, new or continued (`folder`), with its student in memory.
+    """The run, new or continued (`folder`).
 
     micro: rows, pairs or answers in a micro-batch. planned: by `report_plan`. card: facts about the
     data, with its "fingerprint". name: of the command. same: fingerprints of what else a resumed
@@ -530,17 +576,6 @@ def start_run(
                 name=name,
                 settings=s,
                 checkpoint=checkpoint,
-                model=_student(s, checkpoint),
                 planned_bytes=planned["peak_bytes"],
                 card=card,
             )
-
-
-def _student(s: Alignment, checkpoint: Checkpoint) -> nn.Module:
-    """The model to train, in memory. Only the run holds it, which lets go of it at its end."""
-    model = load.resident_model(checkpoint, dtype_of(s, checkpoint))
-    stream.load_checked(model, f"{checkpoint.path}: ")
-    if s.lora:
-        lora.insert(model, s.lora, s.seed)
-        mx.eval(model.parameters())
-    return model

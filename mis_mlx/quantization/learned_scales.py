@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -233,10 +235,12 @@ def write_learned(
     checkpoint: Checkpoint,
     learned: Callable[[str], mx.array | None],
     out: Path,
+    extra: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Commit the folder `out`: `checkpoint` with what was learned, in stored types.
 
-    learned(name): a tensor of the whole model; None for one that did not learn.
+    learned(name): a tensor of the whole model; None for one that did not learn. extra: as of
+    `model_writer.write_folder`.
     """
     specs = {}
     for name, tensor in checkpoint.tensors.items():
@@ -254,7 +258,7 @@ def write_learned(
                 tensor = value.astype(tensor.dtype)
             yield name, tensor
 
-    extra = {}
+    extra = dict(extra)
     costs = checkpoint.path / packed_format.SENSITIVITY
     if costs.is_file():
         extra[costs.name] = costs.read_bytes()

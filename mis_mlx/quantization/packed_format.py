@@ -389,6 +389,19 @@ def check_dense(checkpoint: Checkpoint) -> None:
         raise MisError(f"{checkpoint.path} is quantized already: start from the unquantized model")
 
 
+def check_learns(checkpoint: Checkpoint) -> None:
+    """MisError when the model has no scales and biases that can learn."""
+    modes = {kind.mode for kind in formats(checkpoint).values()}
+    if not modes:
+        raise MisError(f"{checkpoint.path} is not quantized, so it has no scales: `quantize` it")
+    if modes != {"affine"} or shape_of(checkpoint.config).experts:
+        what = "a mixture of experts" if modes == {"affine"} else f"in {', '.join(sorted(modes))}"
+        raise MisError(
+            f"{checkpoint.path} is {what}, whose scales do not learn here: use --fine-tune-type "
+            f"lora, or a dense model in affine formats"
+        )
+
+
 def block_bits(config: Mapping[str, Any], plan: Formats) -> float:
     """Mean bits per weight of the blocks' matrices, scales and biases included.
 

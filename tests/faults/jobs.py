@@ -26,6 +26,7 @@ import pytest
 from mis_mlx import distill, dpo, export, grpo, prune, quantize, sft
 from mis_mlx.alignment import alignment_run
 from mis_mlx.distillation import block_student, pipeline, strategies
+from mis_mlx.models.opening import load
 from mis_mlx.quantization import begun_rounding
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import logit_store, run_folder
@@ -87,7 +88,9 @@ def made(root: Path) -> tuple[Path, Path]:
             more = {"rejected": f"Nobody knows {name}", "answer": "5"}
             taught.append(json.dumps({"prompt": f"What is {name}?", **answers, **more}))
         (root / "lessons" / f"{split}.jsonl").write_text("\n".join(taught) + "\n")
-    return tiny.make(root / "model", num_hidden_layers=2, intermediate_size=512), text
+    model = tiny.make(root / "model", num_hidden_layers=2, intermediate_size=512)
+    tiny.packed(load.open_checkpoint(model), root / "packed")
+    return model, text
 
 
 def _folder(
@@ -126,6 +129,7 @@ def jobs(model: Path, text: Path) -> dict[str, Job]:
     lessons = text.parent / "lessons"
     taught: dict[str, Any] = {"model": str(model), "data": str(lessons), "max_seq_length": 128}
     taught |= {"iters": 3, "save_every": 2, "eval_rows": 2}
+    of_scales = {**taught, "model": str(model.parent / "packed"), "fine_tune_type": "scales"}
     answered = {**taught, "group_size": 4, "grad_accumulation_steps": 2}
     answered |= {"max_completion_length": 8, "reward_functions_file": str(lessons / "vowels.py")}
 
@@ -144,6 +148,7 @@ def jobs(model: Path, text: Path) -> dict[str, Job]:
         Job("distill, scales on disk", _with_scales_on_disk(_running(distill, asked)), _distilled),
         Job("distill, blocks in turn", _running(distill, {**asked, "train": "blocks"}), _distilled),
         Job("sft", _running(sft, taught), _distilled),
+        Job("sft of scales", _running(sft, of_scales), _distilled),
         Job("dpo", _running(dpo, taught), _distilled),
         Job("grpo", _running(grpo, answered), _distilled),
         Job("logit store", _store, lambda place: contents(place / "targets")),

@@ -31,6 +31,7 @@ LONG = (
     "distill, block by block",
     "distill, blocks in turn",
     "sft",
+    "sft of scales",
     "dpo",
     "grpo",
 )
