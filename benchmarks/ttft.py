@@ -21,7 +21,7 @@ from __future__ import annotations
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,9 @@ import psutil
 
 from mis_mlx import cli
 from mis_mlx.compute import precision
-from mis_mlx.hardware import rates
-from mis_mlx.hardware.rates import Roof
 from mis_mlx.judge.speed import rounds
 from mis_mlx.judge.speed.rounds import BenchmarkModel, Measurement, Request
 from mis_mlx.models.opening import compute_type, resolve
-from mis_mlx.types import Checkpoint
 
 WARM_UP = 512
 
@@ -64,11 +61,9 @@ class Settings:
 def row(
     length: int,
     subjects: dict[str, BenchmarkModel],
-    models: dict[str, Checkpoint],
-    at: Roof,
     s: Settings,
 ) -> dict[str, Any]:
-    """One length: {model: cold_ms, cached_ms (what trials say), best_ms}, ratios of the medians,
+    """One length: {model: cold_ms, cached_ms (what trials say)}, ratios of the medians,
     and in how many rounds the student was the quicker one.
     """
     r = Request(length, 2)
@@ -80,13 +75,11 @@ def row(
             time.sleep(s.delay)
             every[name].append(rounds.trial(model, r, (0, number)))
     found: dict[str, Any] = {"prompt_tokens": length}
-    for name, model in subjects.items():
+    for name in subjects:
         figures = rounds.figures(every[name], r)
-        best = 1000 * at.seconds(*rounds.token_traffic(models[name], model.read_bytes, r)[1])
         found[name] = {
             "cold_ms": figures["ttft_ms"],
             "cached_ms": figures["ttft_cached_ms"],
-            "best_ms": best,
         }
     kinds = ("cold_ms", "cached_ms")
     found["speed_up"] = {
@@ -107,7 +100,7 @@ def main(s: Settings) -> None:
     given: dict[str, Any] = {"chip": laboratory.machine()["chip"]}
     given["weights_sha256"] = {n: laboratory.weights_sha256(f) for n, f in folders.items()}
     kind = "4-bit" if s.four_bit else str(precision.usual_dtype()).removeprefix("mlx.core.")
-    before = laboratory.resumed(name, given, ("rows", "roof"))
+    before = laboratory.resumed(name, given, ("rows",))
     rows = {r["prompt_tokens"]: r for r in before.get("rows", [])}
     command = f"scripts/mis benchmarks/ttft.py --student RUN/distilled{' --four-bit' * s.four_bit}"
     command += " --lengths "
@@ -125,11 +118,9 @@ def main(s: Settings) -> None:
             if todo
             else {}
         )
-        models = {n: compute_type.open_to_compute(f) for n, f in folders.items()}
-        at = Roof(**before["roof"]) if "roof" in before else rates.measure_roof()
         for length in todo:
             before = laboratory.busy("before")
-            made = row(length, subjects, models=models, at=at, s=s)
+            made = row(length, subjects, s)
             rows[length] = {
                 **made,
                 "git": laboratory.version(),
@@ -138,7 +129,6 @@ def main(s: Settings) -> None:
             found = {
                 "student": s.note,
                 "given": given,
-                "roof": asdict(at),
                 "verdict": verdict(rows),
             }
             found["format"] = kind

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import psutil
@@ -122,23 +122,12 @@ class Bench:
             "models": models,
         }
 
-    def measured(self, roof: rates.Roof) -> dict[str, dict[str, Any]]:
-        """{model: {metric: summary}} of everything timed, with the best that the machine `roof`
-        allows: `*_best_*`, `reached`, `moved_mb`.
-        """
-        figures: dict[str, dict[str, Any]] = {}
-        for name, trials in self.done.items():
-            first = trials[0]
-            values = rounds.figures(trials, self.r)
-            best = rounds.compare_to_roof(
-                self.models[name],
-                first.read_bytes,
-                self.r,
-                roof=roof,
-                tps=values["decode_tps"]["median"],
-            )
-            figures[name] = {"load_s": first.load_s, **values, **best}
-        return figures
+    def measured(self) -> dict[str, dict[str, Any]]:
+        """{model: {metric: summary}} of everything timed."""
+        return {
+            name: {"load_s": trials[0].load_s, **rounds.figures(trials, self.r)}
+            for name, trials in self.done.items()
+        }
 
 
 def _unfit(reading: Reading) -> str | None:
@@ -158,7 +147,6 @@ def run(settings: Settings) -> dict[str, Any]:
     """
     bench = Bench(settings)
     with Monitor() as monitor:
-        roof = rates.measure_roof()
         unfit = {"before": _unfit(monitor.reading())}
         bench.go()
         unfit["after"] = _unfit(monitor.reading())
@@ -168,7 +156,7 @@ def run(settings: Settings) -> dict[str, Any]:
         if slowed:
             hot.append(slowed)
     fixed = bench.fixed()
-    measured = bench.measured(roof)
+    measured = bench.measured()
     rows = rounds.rows(fixed["models"], measured)
     print(text.aligned(text.table(rows, list(measured), text.TABLES["bench"])))
     for flag in hot:
@@ -177,7 +165,7 @@ def run(settings: Settings) -> dict[str, Any]:
             f"programs, use --delay 30"
         )
     result = {**fixed, "machine": rates.about(), "hot": hot, "stopped": bench.stopped}
-    return {**result, "measured": {"models": measured, "roof": asdict(roof)}}
+    return {**result, "measured": {"models": measured}}
 
 
 if __name__ == "__main__":

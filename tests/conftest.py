@@ -25,7 +25,7 @@ import pytest
 from mis_mlx import cli, quantize
 from mis_mlx.compute import precision
 from mis_mlx.hardware import rates
-from mis_mlx.hardware.rates import Rates, Roof
+from mis_mlx.hardware.rates import Rates
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.planner import measured_block
 from mis_mlx.storage import run_folder
@@ -69,7 +69,7 @@ def cpu() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def known_rates() -> Iterator[Callable[[], Rates]]:
     """Matrix products are timed once a session, which takes a third of a second, not for every
-    plan. The roof is given: to measure it takes five seconds.
+    plan.
     """
     measure = rates.assumed
     known = dict[str, Rates]()
@@ -81,8 +81,6 @@ def known_rates() -> Iterator[Callable[[], Rates]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rates, "assumed", assumed)
-        roof = Roof("this one", "1", memory_bytes_per_s=1e9, flops_per_s=1e9, source="given")
-        patch.setattr(rates, "measure_roof", lambda: roof)
         yield assumed
 
 

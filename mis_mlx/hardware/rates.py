@@ -73,29 +73,6 @@ class Rates:
         return f"{self.device}: {disk}, memory {memory}, {work} ({self.source})"
 
 
-@dataclass(frozen=True)
-class Roof:
-    """The most this machine could do: bytes and float operations per second.
-
-    Operations are float32 on a CPU, float16 on Metal.
-    """
-
-    device: str
-    threads: str  # what the CPU's arithmetic may use: another number makes it another machine
-    memory_bytes_per_s: float
-    flops_per_s: float
-    source: str
-
-    def seconds(self, nbytes: float, flops: float) -> float:
-        """The least time for moving `nbytes` and doing `flops`.
-
-        The two overlap (Williams et al. 2009).
-        """
-        moving = nbytes / self.memory_bytes_per_s
-        computing = flops / self.flops_per_s
-        return max(moving, computing)
-
-
 def published(name: str) -> Rates:
     """A machine of which only published figures are known: m1-air, m1-air-16gb."""
     figures = (Path(__file__).parent / f"{name}.json").read_text("utf-8")
@@ -306,18 +283,6 @@ def measure(folder: Path, nbytes: int | None = None) -> Rates:
         nbytes = SAMPLE_BYTES
     read, written = disk_bytes(folder, nbytes)
     return _rates(read, written, memory_bytes(), f"measured {datetime.date.today()}")
-
-
-def measure_roof() -> Roof:
-    """Measure memory and arithmetic, in about 2 s."""
-    blas_threads = os.environ.get("OPENBLAS_NUM_THREADS", "not set")
-    return Roof(
-        device=device_name(),
-        threads=f"{cores()} cores, OPENBLAS_NUM_THREADS={blas_threads}",
-        memory_bytes_per_s=memory_bytes(),
-        flops_per_s=matmul_flops(0.5),
-        source=f"measured {datetime.date.today()}",
-    )
 
 
 def _rates(read: float, written: float, memory: float, source: str) -> Rates:

@@ -1,4 +1,4 @@
-"""Rates and the roof: measured really, believed for the same device; what bounds, by pencil."""
+"""Rates: measured really, believed for the same device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from mis_mlx.hardware import rates
-from mis_mlx.hardware.rates import Roof
 from mis_mlx.types import MisError
 
 MIB = 2**20
@@ -111,13 +110,6 @@ def test_a_sample_is_not_cached_on_a_mac(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(rates.fcntl, "F_FULLFSYNC", 51, raising=False)
     rates._write(tmp_path / "file", bytes(MIB), 3)
     assert asked == [(rates.block_reader.F_NOCACHE, 0), (51, 3 * MIB)]
-
-
-def test_the_longer_of_two() -> None:
-    """1 GB at 10 GB/s takes 0.1 s, 20 GFLOP at 100 take 0.2 s; they overlap."""
-    at = Roof(device="d", threads="t", memory_bytes_per_s=10e9, flops_per_s=100e9, source="given")
-    assert at.seconds(1e9, 20e9) == pytest.approx(0.2)
-    assert at.seconds(1e9, 5e9) == pytest.approx(0.1)
 
 
 def test_about_names_no_machine() -> None:

@@ -1,7 +1,4 @@
-"""Time models in turn, round after round, and compare with the best that the machine allows.
-
-Stock mlx-lm generates, greedily, past the end token. The best times are bytes over bandwidth, and
-operations over arithmetic.
+"""Time models in turn, round after round. Stock mlx-lm generates, greedily, past the end token.
 
 Definitions (those of vLLM and AIPerf; none includes the tokenizer or the text):
     TTFT      from the token ids to the first new token, in the process's hands
@@ -24,7 +21,7 @@ from mis_mlx.compute import precision
 from mis_mlx.data import preparation
 from mis_mlx.hardware import rates
 from mis_mlx.maths.stats import summary
-from mis_mlx.models.architectures import arch, mlx_modules, stored_form
+from mis_mlx.models.architectures import arch, mlx_modules
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import pass_cost, stream
@@ -46,15 +43,13 @@ class Request(NamedTuple):
 class BenchmarkModel(NamedTuple):
     """A model in memory.
 
-    nbytes: its weights there. read_bytes: those that a token reads, without tables of which it
-    takes one row.
+    nbytes: its weights there.
     """
 
     model: nn.Module
     tokenizer: Any
     load_s: float
     nbytes: int
-    read_bytes: int
 
 
 class Measurement(NamedTuple):
@@ -62,8 +57,8 @@ class Measurement(NamedTuple):
 
     asked, tokens: token ids of prompt and answer. stamps_s: seconds from the start to each token.
     cached_s: TTFT of the same prompt with all but its last token in the cache; None where the cache
-    cannot be trimmed. peak_bytes: its model's weights, cache and workspace. load_s, read_bytes: of
-    its model, which may be gone.
+    cannot be trimmed. peak_bytes: its model's weights, cache and workspace. load_s: of its
+    model, which may be gone.
     """
 
     asked: tuple[int, ...]
@@ -72,7 +67,6 @@ class Measurement(NamedTuple):
     cached_s: float | None = None
     peak_bytes: int | None = None
     load_s: float = 0.0
-    read_bytes: int = 0
 
     @property
     def tpot_s(self) -> float:
@@ -114,20 +108,13 @@ def load_model(checkpoint: Checkpoint) -> BenchmarkModel:
     model, tokenizer = open_model(checkpoint)
     arrays = dict[str, mx.array](tree_flatten(model.parameters()))
     seconds = time.perf_counter() - began
-    tables = _table_prefixes(arrays)
-    nbytes = 0
-    read_bytes = 0
-    for name, array in arrays.items():
-        nbytes += array.nbytes
-        if not stored_form.inside_names(name)[0].startswith(tables):
-            read_bytes += array.nbytes
+    nbytes = sum(array.nbytes for array in arrays.values())
     stream.load_checked(model, f"{checkpoint.path}: ")
     return BenchmarkModel(
         model=model,
         tokenizer=tokenizer,
         load_s=seconds,
         nbytes=nbytes,
-        read_bytes=read_bytes,
     )
 
 
@@ -182,7 +169,6 @@ def trial(
         cached_s=cached_s,
         peak_bytes=peak_bytes,
         load_s=s.load_s,
-        read_bytes=s.read_bytes,
     )
 
 
@@ -305,7 +291,7 @@ def rows(fixed: Facts, measured: Facts) -> list[Row]:
         for metric, value in values.items():
             if isinstance(value, Mapping):
                 table += _timed_rows(name, metric, value)
-            elif metric != "bound":  # a word
+            else:
                 table.append(Row(name, metric, value))
     return table
 
@@ -320,27 +306,6 @@ def _timed_rows(name: str, metric: str, value: Mapping[str, Any]) -> list[Row]:
     if "p95" not in value:
         return [row]
     return [row, Row(name, metric.replace("_ms", "_p95_ms"), value["p95"])]
-
-
-def token_traffic(
-    checkpoint: Checkpoint,
-    weight_bytes: int,
-    r: Request,
-) -> tuple[tuple[float, float], tuple[float, float]]:
-    """(bytes to move, float operations) of one token, and the same of the first token.
-
-    One token: half-way through the answer; all weights, the keys and values. The first: the prompt
-    through all blocks, then its last row through the head.
-    """
-    m = model_of(checkpoint)
-    seen = r.prompt + r.answer // 2
-    # `forward_flops` counts causal attention, half of the length; a single token sees all of it.
-    token_flops = pass_cost.forward_flops(m, 1, 2 * seen)
-    token_bytes = weight_bytes + pass_cost.keys_bytes(m, seen)
-    blocks_flops = pass_cost.forward_flops(m, r.prompt, r.prompt, head=False)
-    first_flops = blocks_flops + 2.0 * m.head_params
-    first_bytes = weight_bytes + pass_cost.keys_bytes(m, r.prompt)
-    return (token_bytes, token_flops), (first_bytes, first_flops)
 
 
 def m1_tokens_per_s(checkpoint: Checkpoint, r: Request) -> float:
@@ -361,31 +326,6 @@ def m1_tokens_per_s(checkpoint: Checkpoint, r: Request) -> float:
     m = model_of(checkpoint, gpu=True)
     seen = r.prompt + r.answer // 2
     return rates.M1_AIR.memory_bytes_per_s / (nbytes + pass_cost.keys_bytes(m, seen))
-
-
-def compare_to_roof(
-    checkpoint: Checkpoint,
-    weight_bytes: int,
-    r: Request,
-    *,
-    roof: rates.Roof,
-    tps: float,
-) -> dict[str, Any]:
-    """MB that a token moves, the best times possible, the share reached, and what limits it.
-
-    weight_bytes: read for each token. roof: the machine. tps: the decode rate that was measured.
-    """
-    token, first = token_traffic(checkpoint, weight_bytes, r)
-    token_bytes, _ = token
-    token_s = roof.seconds(*token)
-    memory_bound = token_bytes / roof.memory_bytes_per_s >= token_s
-    return {
-        "moved_mb": token_bytes / 1e6,
-        "decode_best_tps": 1 / token_s,
-        "ttft_best_ms": 1000 * roof.seconds(*first),
-        "reached": tps * token_s,
-        "bound": "memory bandwidth" if memory_bound else "arithmetic",
-    }
 
 
 def format_name(checkpoint: Checkpoint, dtype: str) -> str:
