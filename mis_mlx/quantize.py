@@ -266,11 +266,11 @@ def _steps(s: Settings) -> int:
     return s.steps(TUNE_ITERS if s.looks else 0)
 
 
-def _wanted(s: Settings) -> conversations.Wanted:
+def _wanted(s: Settings) -> preparation.Source:
     """The text to look at and to learn from."""
     count = s.num_samples if s.looks else 0
     visited = (count + _steps(s) * s.batch_size) * s.max_seq_length
-    return conversations.wanted_of(s.data, s.conversations, visited=visited, seed=s.seed)
+    return preparation.Source(s.data, share=s.conversations, tokens=visited, seed=s.seed)
 
 
 def _text(s: Settings, teacher: Checkpoint, limit: Budget, *, writes: bool) -> Windows:

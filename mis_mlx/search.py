@@ -242,10 +242,9 @@ def _source(sought: Sought) -> preparation.Source:
     """
     s = sought.asked
     visited = (s.iters or ITERS) * s.step_tokens
+    source = preparation.Source(s.data, share=s.conversations, tokens=visited, seed=s.seed)
     if not sought.streams:
-        wanted = conversations.wanted_of(s.data, s.conversations, visited=visited, seed=s.seed)
-        return conversations.source(sought.teacher, wanted, sought.limit, dry_run=s.dry_run)
-    source = preparation.Source(s.data, share=s.conversations, tokens=visited)
+        return conversations.source(sought.teacher, source, sought.limit, dry_run=s.dry_run)
     if s.data is None or s.conversations == 0 or preparation.has_conversations(s.data, visited):
         return source
     return source._replace(answers=preparation.ANSWERS)

@@ -370,19 +370,9 @@ def measure(
     sampler: Sampler,
     rows: Sequence[Row],
     prompts: Sequence[list[int]],
-    samples: int = 0,
 ) -> dict[str, float]:
-    """Means over answers to held-out rows; "loss", minus the reward, judges.
-
-    samples: answers drawn for each row; 0: one greedy answer.
-    """
-    seeds = list[list[int]]()
-    if samples:
-        root = np.random.SeedSequence(sampler.settings.seed)
-        for state in root.spawn(len(prompts)):
-            of_prompt = state.generate_state(samples)
-            seeds.append(of_prompt.tolist())
-    *_, facts = sampler.scored(rows, prompts, seeds)
+    """Means over greedy answers to held-out rows; "loss", minus the reward, judges."""
+    *_, facts = sampler.scored(rows, prompts, [])
     measured = {"loss": 0.0 - facts["reward"]}
     for name, value in facts.items():
         if name not in ("kept", "groups"):

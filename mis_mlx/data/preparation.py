@@ -56,13 +56,15 @@ class Source(NamedTuple):
 
     data: as `load` takes it. answers: a file of conversations to learn from besides. share: of
     conversations in every draw; None: the usual one, where there are any. tokens: that the run
-    visits; a text too large to be used whole (data/row_draw) is read for so many.
+    visits; a text too large to be used whole (data/row_draw) is read for so many. seed: of the
+    answers that its teacher writes (distillation/conversations).
     """
 
     data: str | None = None
     answers: Path | None = None
     share: float | None = None
     tokens: int = 0
+    seed: int = 0
 
 
 class Texts(NamedTuple):
@@ -433,17 +435,15 @@ def prepare(source: Source | str | None, tokenizer: Any, length: int) -> Data:
     if removed:
         counts += f"; {removed} more shared 32 tokens in a row with training and were removed"
     notes = [*texts.notes, counts]
-    polish = load(MIS)
     held_out = {"held-out": test}
     choosing = None
     if data is None:
+        polish = load(MIS)
         held_out = {"English": test, "Polish": cut.text(polish.test)}
-    else:
-        choosing = _choosing(texts.valid, own_train, cut)
-    if data is None:
         mixture = _built_in_mixture(own_train, polish.train, source.answers, cut)
         notes += polish.notes
     else:
+        choosing = _choosing(texts.valid, own_train, cut)
         mixture = _own_mixture(texts, own_parts, source.answers, cut)
     train = _mixed(mixture, source, own_train)
     if train.shares:

@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.data import chat_template, preparation
+from mis_mlx.data.preparation import Source
 from mis_mlx.distillation import teacher_answers
 from mis_mlx.judge import answers, keep
 from mis_mlx.judge.answer_figures import MORE_LOOPS
@@ -32,40 +33,15 @@ LANGUAGES = {"en": "English", "pl": "Polish"}
 FEW = 4  # prompts; of fewer in a language there is no table
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What a run asks for.
-
-    data: --data. share: --conversations. tokens: of conversations that its training visits;
-    visited: of all text.
-    """
-
-    data: str | None
-    share: float | None
-    tokens: int
-    seed: int
-    visited: int = 0
-
-
-def wanted_of(data: str | None, share: float | None, *, visited: int, seed: int) -> Wanted:
-    """What a run of `distill` or `quantize`, or the search for sizes, asks for.
-
-    share: as --conversations; None: the usual one. visited: tokens of the training that follows.
-    """
-    usual = preparation.SHARES[preparation.CONVERSATIONS] if share is None else share
-    tokens = int(usual * visited)
-    return Wanted(data=data, share=share, tokens=tokens, seed=seed, visited=visited)
-
-
 def source(
     teacher: Checkpoint,
-    wanted: Wanted,
+    wanted: Source,
     limit: Budget,
     *,
     writes: bool | None = None,
     dry_run: bool = False,
-) -> preparation.Source:
-    """The text of a run.
+) -> Source:
+    """The text of a run that asks for `wanted`.
 
     With a teacher that has a chat template, answers to our prompts are a part of it. The default
     teacher's come with the package; another teacher writes them now, once, and they are kept and
@@ -95,14 +71,14 @@ def source(
         tell = cli.say if fallen or dry_run else cli.detail
         tell(f"conversations: reusing the teacher's answers in {file}{gone}")
     elif not _write(teacher, writing, file, limit, dry_run=dry_run):
-        return _plain(wanted)._replace(share=0.0)
-    return _plain(wanted)._replace(answers=file)
+        return wanted._replace(share=0.0)
+    return wanted._replace(answers=file)
 
 
 def planned(
     job: DistillationSpec,
     teacher: Checkpoint,
-    wanted: Wanted,
+    wanted: Source,
     limit: Budget,
     writes: bool | None = None,
 ) -> DistillationSpec:
@@ -136,35 +112,32 @@ def file_of(teacher: Checkpoint, writing: teacher_answers.WritingSettings) -> Pa
     return WRITTEN / written
 
 
-def _plain(wanted: Wanted) -> preparation.Source:
-    """--data and the built-in text as they are."""
-    return preparation.Source(wanted.data, share=wanted.share, tokens=wanted.visited)
-
-
-def _shipped(wanted: Wanted) -> preparation.Source:
+def _shipped(wanted: Source) -> Source:
     """The text with the answers that come with the package, which the built-in text has."""
     if wanted.data is None:
-        return _plain(wanted)
-    return _plain(wanted)._replace(answers=preparation.ANSWERS)
+        return wanted
+    return wanted._replace(answers=preparation.ANSWERS)
 
 
-def _unasked(teacher: Checkpoint, wanted: Wanted) -> preparation.Source | None:
+def _unasked(teacher: Checkpoint, wanted: Source) -> Source | None:
     """The text of a run for which the teacher is not asked; None where it is."""
     tokenizer = load.tokenizer(teacher.path)
     if wanted.share == 0 or not preparation.takes_conversations(tokenizer):
-        return _plain(wanted)._replace(share=0.0)
+        return wanted._replace(share=0.0)
     own = wanted.data if wanted.share is None else None
-    if own is not None and preparation.has_conversations(own, wanted.visited):
-        return _plain(wanted)
+    if own is not None and preparation.has_conversations(own, wanted.tokens):
+        return wanted
     return _shipped(wanted) if answers.shipped_for(teacher) else None
 
 
-def _writing(teacher: Checkpoint, wanted: Wanted) -> teacher_answers.WritingSettings:
+def _writing(teacher: Checkpoint, wanted: Source) -> teacher_answers.WritingSettings:
     """How our prompts are answered for a run, one for so much training.
 
     A model that can call tools shall not forget it, so some prompts ask it to.
     """
-    count = max(FEWEST, min(MOST, wanted.tokens // teacher_answers.TYPICAL_TOKENS))
+    share = preparation.SHARES[preparation.CONVERSATIONS] if wanted.share is None else wanted.share
+    tokens = int(share * wanted.tokens)
+    count = max(FEWEST, min(MOST, tokens // teacher_answers.TYPICAL_TOKENS))
     tools = chat_template.knows_tools(load.tokenizer(teacher.path))
     return teacher_answers.settings_of(count, wanted.seed, tools=tools)
 

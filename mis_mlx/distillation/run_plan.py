@@ -76,11 +76,11 @@ def resolve(
     return replace(s, iters=recipe.iters, learning_rate=rate, eval_prompts=prompts), plan
 
 
-def text(s: DistillFlags) -> conversations.Wanted:
+def text(s: DistillFlags) -> preparation.Source:
     """The text of all steps of a run."""
     assert s.iters is not None
     visited = s.iters * s.step_tokens
-    return conversations.wanted_of(s.data, s.conversations, visited=visited, seed=s.seed)
+    return preparation.Source(s.data, share=s.conversations, tokens=visited, seed=s.seed)
 
 
 def _job(s: DistillFlags, teacher: Checkpoint, budget: Budget) -> DistillationSpec:

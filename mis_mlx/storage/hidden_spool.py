@@ -20,11 +20,10 @@ class Spool(MutableSequence[mx.array]):
     """Arrays of one shape and dtype, or narrower: `held` of them in memory, the others in a file.
 
     The file is in `folder` and has no name. An array that goes there is evaluated; reading it makes
-    a new array. MisError, which names `what`, when the disk is full.
+    a new array. MisError when the disk is full.
     """
 
-    def __init__(self, folder: Path, held: int, what: str = WHAT):
-        self._what = what
+    def __init__(self, folder: Path, held: int):
         self._folder = folder
         self._held = held
         self._memory: dict[int, mx.array] = {}
@@ -46,12 +45,10 @@ class Spool(MutableSequence[mx.array]):
             return self._memory[index]
         shape, dtype = self._kinds[index]
         nbytes = math.prod(shape) * dtype.size
-        with as_mis_error(self._folder, self._what, nbytes):
+        with as_mis_error(self._folder, WHAT, nbytes):
             data = os.pread(self._fd, nbytes, self._offset(index))
         if len(data) < nbytes:
-            raise MisError(
-                f"{self._folder}: {self._what} was cut short: check the disk and start again"
-            )
+            raise MisError(f"{self._folder}: {WHAT} was cut short: check the disk and start again")
         raw = np.frombuffer(data, np.uint8)
         return mx.array(raw).view(dtype).reshape(shape)
 
@@ -84,7 +81,7 @@ class Spool(MutableSequence[mx.array]):
             raise ValueError(f"a spool of {self._first} was given {(shape, array.dtype)}")
         self._kinds[b] = (shape, dtype)
         raw: Any = mx.contiguous(array).view(mx.uint8)  # bytes: numpy has no bfloat16
-        with as_mis_error(self._folder, self._what, self._nbytes):
+        with as_mis_error(self._folder, WHAT, self._nbytes):
             if self._fd < 0:
                 self._fd = DISK.scratch(self._folder)
                 weakref.finalize(self, os.close, self._fd)

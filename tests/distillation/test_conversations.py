@@ -16,7 +16,6 @@ import pytest
 
 from mis_mlx.data import preparation, prompts
 from mis_mlx.distillation import conversations, teacher_answers
-from mis_mlx.distillation.conversations import Wanted
 from mis_mlx.hardware import memory
 from mis_mlx.judge import answers, write
 from mis_mlx.judge.answer_figures import AnswerBits
@@ -50,12 +49,16 @@ def little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def wanted(data: str | None = None, share: float | None = None, tokens: int = 0) -> Wanted:
+def wanted(
+    data: str | None = None, share: float | None = None, tokens: int = 0
+) -> preparation.Source:
     """What a run with these flags asks for."""
-    return Wanted(data, share, tokens, seed=0)
+    return preparation.Source(data, share=share, tokens=tokens)
 
 
-def source(teacher: Checkpoint, asked: Wanted, *, dry_run: bool = False) -> preparation.Source:
+def source(
+    teacher: Checkpoint, asked: preparation.Source, *, dry_run: bool = False
+) -> preparation.Source:
     """The text of such a run."""
     return conversations.source(teacher, asked, memory.budget(None), dry_run=dry_run)
 
@@ -107,7 +110,7 @@ def test_another_teacher_writes_its_own_once(
     assert capsys.readouterr().err == ""
     monkeypatch.undo()
     other = conversations.source(
-        chat, Wanted(None, None, 0, seed=1), memory.budget(None), dry_run=True
+        chat, preparation.Source(seed=1), memory.budget(None), dry_run=True
     )
     assert other.answers != first.answers
     ended = load.open_checkpoint(shutil.copytree(chat.path, tmp_path / "ended"))
@@ -145,7 +148,7 @@ def test_as_many_prompts_as_the_training_visits(
     nothing.
     """
     for tokens, count in ((0, 6), (8 * teacher_answers.TYPICAL_TOKENS, 8), (10**9, 9)):
-        source(chat, wanted(tokens=tokens), dry_run=True)
+        source(chat, wanted(share=0.5, tokens=2 * tokens), dry_run=True)
         assert f"the teacher answers {count} prompts first" in capsys.readouterr().err
     assert not Path("runs").exists()
 

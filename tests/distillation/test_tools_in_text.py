@@ -98,8 +98,7 @@ def test_a_teacher_that_calls_tools_is_asked_to(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(conversations, "FEWEST", 48)
     monkeypatch.setattr(teacher_answers.WritingSettings, "max_tokens", 8)
-    wanted = conversations.wanted_of(None, None, visited=0, seed=0)
-    source = conversations.source(calling, wanted, memory.budget(None))
+    source = conversations.source(calling, preparation.Source(), memory.budget(None))
     assert source.answers is not None
     lines = source.answers.read_text("utf-8").splitlines()
     with_tools = [row for row in map(json.loads, lines) if row.get("tools")]
