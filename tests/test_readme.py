@@ -69,7 +69,7 @@ def test_the_dialogues_are_those_of_the_stored_run() -> None:
     parts = re.split(r"\[…\]|\*+[^*:]*\*+:?", dialogues)
     parts += re.findall(r"\*\*([^*]+)\*\*", dialogues)
     wanted = [part.strip() for part in parts if part.strip()]
-    assert len(wanted) >= 6
+    assert len(wanted) >= 3
     assert [part for part in wanted if part not in said] == []
 
 
