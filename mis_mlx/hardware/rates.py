@@ -38,6 +38,9 @@ LAUNCH_S = 5e-6
 # What numpy's solvers reach: on one EPYC thread solve(1024) took 44 ms, GPTQ 0.04 to 0.13 s a group
 # of matrices.
 HOST_FLOPS = 3e10
+# What chains of MLX's element-wise kernels wrote on one EPYC thread, 0.28 ns a number: for rates
+# that were stored without it.
+NUMBERS_PER_S = 3e9
 SAMPLE_BYTES = 512 * 2**20
 MEMORY_SAMPLE_BYTES = 256 * 2**20
 LEAST_RUNS = 5  # of what is timed
@@ -61,6 +64,7 @@ class Rates:
     hot: float = 1.0  # share of the computing rates that is left once the machine is hot
     room_bytes: int | None = None  # most a process should take; None: ask hardware.memory
     host_flops_per_s: float = HOST_FLOPS  # of numpy's solvers next to a GPU, in float64
+    numbers_per_s: float = NUMBERS_PER_S  # float32 numbers that a CPU's element-wise kernels write
 
     def __str__(self) -> str:
         read = f"{self.read_bytes_per_s / 1e9:.2f} GB/s read"
@@ -150,6 +154,21 @@ def matmul_flops(seconds: float = 0.3) -> float:
     matrix = mx.random.normal((size, size), key=mx.random.key(0)).astype(dtype)
     # One number of the product is fetched: that waits for all of it.
     return 2 * size**3 / quickest(lambda: (matrix @ matrix)[0, 0].item(), seconds)
+
+
+def elementwise_numbers(seconds: float = 0.05) -> float:
+    """Measure a chain of element-wise kernels, in float32 numbers written per second.
+
+    Of an array as large as those in which grids are fitted (maths/rounding). Faster products do not
+    make it faster: processors of one rate here differ by ten times in `matmul_flops`.
+    """
+    values = mx.random.normal((2**20,), key=mx.random.key(0))
+    mx.eval(values)
+
+    def work() -> None:
+        mx.eval(mx.square(mx.abs(mx.round((values - 0.1) / 0.3))))
+
+    return 5 * values.size / quickest(work, seconds)
 
 
 def memory_bytes() -> float:
@@ -289,11 +308,13 @@ def _rates(read: float, written: float, memory: float, source: str) -> Rates:
     """Rates with these bytes per second and with products measured now."""
     gpu = on_gpu()
     flops = matmul_flops()
+    numbers = NUMBERS_PER_S
     if gpu:
         forward = flops
         training = flops * GPU_TRAINING
     else:
         forward = training = flops / ELEMENTWISE
+        numbers = elementwise_numbers()
     return Rates(
         device=device_name(),
         gpu=gpu,
@@ -303,6 +324,7 @@ def _rates(read: float, written: float, memory: float, source: str) -> Rates:
         forward_flops_per_s=forward,
         training_flops_per_s=training,
         source=source,
+        numbers_per_s=numbers,
     )
 
 

@@ -17,6 +17,7 @@ WORK = (
     "touched_bytes",
     "updated",
     "host_flops",
+    "numbers",
 )
 
 
@@ -40,6 +41,7 @@ class StageCost:
     scratch_bytes: int = 0
     updated: int = 0  # parameters that the optimizer changes, in all steps together
     host_flops: float = 0.0  # of numpy's solvers, which a GPU waits for
+    numbers: float = 0.0  # float32 numbers that a CPU writes one by one, beside its products
     parts: tuple["StageCost", ...] = ()
 
     def beside(self, nbytes: int) -> "StageCost":
@@ -70,6 +72,7 @@ class StageCost:
             work += self.host_flops / (machine.host_flops_per_s * slowdown)
         else:
             work = (self.flops + self.host_flops) / (flops_per_s * slowdown)
+            work += self.numbers / (machine.numbers_per_s * slowdown)
         return max(disk, work, self.touched_bytes / machine.memory_bytes_per_s)
 
 

@@ -40,6 +40,7 @@ PANEL = 512
 # Where a panel is not positive definite: times as much each time, and how many times at the most.
 MORE_DAMPING = 10
 MOST_DAMPINGS = 12
+COLUMN_NUMBERS = 10  # that are written for a weight of a column until its error is known
 
 
 class Factor(NamedTuple):
@@ -264,13 +265,21 @@ def packed_bytes(weights: int) -> int:
     return weights * bits // 8 + 4 * weights // min(GROUPS)
 
 
-def operations(sides: Sides) -> tuple[float, float]:
-    """(operations of a token's products in G; of numpy, to round the matrices)."""
+def operations(sides: Sides, group: int) -> tuple[float, float, float]:
+    """What rounding matrices in groups of so many weights takes of numpy.
+
+    (operations of a token's products in G; of those that round; float32 numbers that are written
+    column by column.)
+    """
     of_products: float = 0
     of_rounding: float = 0
+    of_columns: float = 0
     for inputs, outputs in sides:
         # of wide ones one triangle of the sums, and float32, twice as quick as float64
         share = 0.5 if is_wide(inputs) else 1
         of_products += share * 2 * inputs**2
         of_rounding += share * inputs**2 * (inputs / 3 + outputs)
-    return of_products, of_rounding
+        # A column corrects those behind it in its group, half of them in the mean: a product and a
+        # difference for each. A float64 number counts as two.
+        of_columns += 2 * share * inputs * outputs * (group + COLUMN_NUMBERS)
+    return of_products, of_rounding, of_columns

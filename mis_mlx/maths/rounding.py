@@ -37,6 +37,8 @@ RANGE_ENDS = 4  # places of a range's end that are tried, at either end
 # the range costs next to nothing there.
 RANGE_STEPS = {2: 0.16, 3: 0.1, 4: 0.1, 5: 0.04, 6: 0.02}
 REFINED = 2  # least-squares fits after the best range is found
+# float32 numbers that a CPU writes for a weight of 3 to 6 bits whose grid is fitted
+FITTED_NUMBERS = 225
 LEAST_SCALE = 1e-12
 LEAST_VARIANCE = 1e-9
 

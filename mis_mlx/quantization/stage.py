@@ -47,10 +47,9 @@ from mis_mlx.types import Checkpoint, MisError
 # Share of the mean square of a tied head's inputs. Its rows go into the first block, too, where all
 # columns of their error count alike (benchmarks/README.md).
 TIED_RIDGE = 0.1
-# Of a weight whose grid is fitted (maths/rounding): bytes that the kernels of a GPU move, and
-# operations of a CPU (4 million weights a second at 40 GFLOP/s).
+# Of a weight whose grid is fitted (maths/rounding): bytes that the kernels of a GPU move.
 FITTED_BYTES = 10 * 4 * rounding.RANGE_ENDS**2
-FITTED_FLOPS = 10_000
+MATRICES = 7  # of a block: of attention four, of the FFN three
 
 
 def check(config: Mapping[str, Any], rounding: QuantizationConfig) -> None:
@@ -347,12 +346,20 @@ def _product_slabs(inputs: mx.array) -> Iterator[tuple[int, mx.array]]:
         yield start, rows.T @ inputs[:, start:]
 
 
-def fitting_cost(m: ModelSize) -> StageCost:
-    """Every matrix rounded on fitted grids, once."""
+def fitting_cost(m: ModelSize, *, samples: bool = False) -> StageCost:
+    """Every matrix rounded on fitted grids, once.
+
+    samples: some rows of every matrix are, too, in all formats to choose from.
+    """
+    weights = m.params
+    if samples:
+        matrices = MATRICES * m.shape.layers
+        sampled = min(rounding.SAMPLED, block_matrix(m))
+        weights += len(rounding.CANDIDATE_BITS) * matrices * sampled
     return StageCost(
         name="fit",
         peak_bytes=2 * 4 * rounding.FUSED_CANDIDATES,
-        flops=0.0 if m.gpu else FITTED_FLOPS * m.params,
+        numbers=0.0 if m.gpu else rounding.FITTED_NUMBERS * weights,
         touched_bytes=FITTED_BYTES * m.params if m.gpu else 0,
     )
 
@@ -375,7 +382,7 @@ def quantizing_cost(
         cost = _compensated(cost, m, rounding, tokens=windows * length, length=length, limit=limit)
     parts = [cost]
     if rounding.compensates:
-        parts.append(fitting_cost(m))
+        parts.append(fitting_cost(m, samples=rounding.target_bpw is not None))
     stays = cost.stays
     if rounding.target_bpw is not None:
         sensing = bit_allocation.sensing_cost(m, length, limit, windows)
@@ -469,9 +476,10 @@ def _compensated(
         head=False,
         beside_bytes=_block_bytes(m, length),
     )
-    of_products, of_rounding = gptq.operations(_sides(m))
+    of_products, of_rounding, of_columns = gptq.operations(_sides(m), config.q_group_size)
     flops = 2 * one_pass.flops + s.layers * tokens * of_products
     host_flops = s.layers * of_rounding
+    numbers = s.layers * of_columns
     ledger = Ledger()
     ledger.hold("slots", m.slots_bytes)
     ledger.hold(WINDOWS, length * m.hidden_bytes, one_pass.stays[WINDOWS])
@@ -491,6 +499,7 @@ def _compensated(
         )
         flops += 2 * tokens * s.hidden**2
         host_flops += s.hidden**2 * (s.hidden / 3 + s.vocab)
+        numbers += gptq.operations([(s.hidden, s.vocab)], config.q_group_size)[2]
     return replace(
         one_pass,
         name=plain.name,
@@ -499,4 +508,5 @@ def _compensated(
         peak_bytes=max(one_pass.peak_bytes, ledger.peak_bytes),
         flops=flops,
         host_flops=host_flops,  # numpy rounds
+        numbers=0.0 if m.gpu else numbers,  # rates.HOST_FLOPS has them in it
     )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -72,6 +76,28 @@ def test_a_group_of_columns_takes_few_launches(bits: int) -> None:
     mx.eval(columns, costs)
     grids = rounding.fit_grids(columns, bits, costs, fused=True)
     assert launches.counted(grids).total() <= launches.FIT_LAUNCHES < 553 / 10
+
+
+def test_the_numbers_that_a_fit_writes_are_counted() -> None:
+    """The plan's count for a weight, beside MLX's graph: a grid of 8 bits, which has one candidate,
+    takes a third.
+    """
+    groups = groups_of(8, 64)
+    written = dict[int, float]()
+    for bits in (3, 4, 5, 6, 8):
+        count = 0
+
+        def look(told: dict[str, Any]) -> None:
+            nonlocal count
+            if told["type"] == "primitive" and told["name"] not in launches.VIEWS | {"Reduce"}:
+                count += sum(math.prod(shape) for _, shape, _ in told["outputs"])
+
+        mx.export_function(look, partial(rounding.fit_grids, bits=bits), groups)
+        written[bits] = count / groups.size
+    eight = written.pop(8)
+    for found in written.values():
+        assert 0.97 * rounding.FITTED_NUMBERS < found <= rounding.FITTED_NUMBERS
+    assert eight < rounding.FITTED_NUMBERS / 3
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -19,12 +19,15 @@ from mis_mlx.hardware import ledger, rates
 from mis_mlx.hardware.memory import process_bytes
 from mis_mlx.hardware.rates import M1_AIR, Rates
 from mis_mlx.hardware.stage_cost import WINDOWS, StageCost, in_turn
+from mis_mlx.maths import rounding
 from mis_mlx.maths.losses import chunk_rows
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import pass_cost, stream
 from mis_mlx.models.writing import streamed_batch
 from mis_mlx.planner import estimates
+from mis_mlx.quantization import stage
+from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.types import GIB, UNDECIDED, Budget, Checkpoint, MisError
 from tests import peaks, tiny
 from tests.conftest import mostly_slow
@@ -144,6 +147,25 @@ def test_stages_in_a_row_take_the_time_of_each() -> None:
     assert in_turn("f", reads, trains).seconds(PLAIN) == 3 + 10
     assert in_turn("f", reads, trains).updated == 1
     assert in_turn("f", trains, reads).repeated(3).updated == 3
+
+
+def test_quick_products_do_not_make_fits_quick() -> None:
+    """Grids are fitted, and columns corrected, at the rate of element-wise kernels: a processor
+    with products a hundred times as quick takes no less than that. A GPU's numbers stay as they
+    were.
+    """
+    how = QuantizationConfig()
+    m = replace(model_of(tiny.CONFIG, dtype=mx.float32), gpu=False)
+    cost = stage.quantizing_cost(m, how, windows=2, length=64, limit=GIB)
+    assert cost.numbers > rounding.FITTED_NUMBERS * m.params
+    slow = replace(PLAIN, read_bytes_per_s=1e12, write_bytes_per_s=1e12, memory_bytes_per_s=1e12)
+    quick = replace(slow, forward_flops_per_s=1e15)
+    assert quick.numbers_per_s == PLAIN.numbers_per_s
+    assert cost.seconds(slow) > cost.seconds(quick) > cost.numbers / quick.numbers_per_s
+    slower = replace(quick, numbers_per_s=quick.numbers_per_s / 2)
+    assert cost.seconds(slower) == pytest.approx(2 * cost.seconds(quick), rel=0.01)
+    gpu = stage.quantizing_cost(replace(m, gpu=True), how, windows=2, length=64, limit=GIB)
+    assert gpu.numbers == 0
 
 
 @pytest.mark.parametrize(
