@@ -16,8 +16,7 @@ from pathlib import Path
 from mis_mlx import __version__
 
 USAGE = (
-    "Makes a language model smaller on the laptop that will run it. Usage: scripts/mis COMMAND "
-    "[flags]"
+    "Makes a language model smaller on the laptop that will run it. Usage: mis_mlx COMMAND [flags]"
 )
 NOT_COMMANDS = ("__init__", "__main__", "types", "cli", "flag_help")
 
