@@ -32,7 +32,7 @@ from mis_mlx.settings.recipe import TUNE_ITERS, DistillationConfig, Quantization
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK, DiskRefused, as_mis_error, need_place
-from mis_mlx.types import Budget, Checkpoint, Count, MisError, Seed, Tokens, Whole, Within
+from mis_mlx.types import Also, Budget, Checkpoint, Count, MisError, Seed, Tokens, Whole, Within
 
 MODEL = "model"  # the result, before it is moved to --mlx-path
 # Settings that may differ when work is resumed: none of them changes a weight.
@@ -48,7 +48,7 @@ class Settings(cli.Resumable, precision.Computing, Governed, QuantizationConfig)
         | {"dry_run"}
     )
 
-    model: str | None = None
+    model: Annotated[str | None, Also(("hf_path",))] = None
     """folder or hub id of an unquantized model; default: SmolLM2-135M-Instruct"""
     teacher: str | None = None
     """folder or hub id of the model that the scales learn from; default: the unquantized model"""

@@ -224,28 +224,11 @@ def _known(form: Callable[[float], str], value: float | None) -> str:
 
 
 def pruning(story: RunRecord) -> str:
-    """Which blocks, heads and neurons were kept, and how important they are."""
+    """Which blocks were removed, and how much of the importance of heads and neurons was kept."""
     report = story.keep.get("report") or {}
     layers = set(story.keep.get("layers", []))
-    pictures = []
     importance = report.get("block_importance") or {}
-    blocks = {int(number): float(value) for number, value in importance.items()}
-    if blocks:
-        kept = {}
-        removed = {}
-        for number, value in blocks.items():
-            if number in layers:
-                kept[number] = value
-            else:
-                removed[number] = value
-        listed = ", ".join(map(str, removed)) or "none"
-        text = (
-            f"1 − cosine of each of the {len(blocks)} blocks: how far it turns the hidden states. "
-            f"Removed: {listed}."
-        )
-        caption = ("blocks", "Blocks", text)
-        groups = {"kept": kept, "removed": removed}
-        pictures.append(charts.columns(caption, ("block", "1 − cosine"), groups))
+    removed = ", ".join(number for number in importance if int(number) not in layers)
     shares = {}
     for axis in ("ffn", "heads"):
         of_blocks = []
@@ -255,7 +238,7 @@ def pruning(story: RunRecord) -> str:
                 of_blocks.append(row["kept"])
         if of_blocks and min(of_blocks) < 1:
             shares[axis] = f"{min(of_blocks):.0%} to {max(of_blocks):.0%}"
-    return html.part("pruning", report=report, pictures=pictures, shares=shares)
+    return html.part("pruning", report=report, removed=removed, shares=shares)
 
 
 def origins(story: RunRecord) -> str:

@@ -1,6 +1,6 @@
-"""Lines, and columns at whole numbers, as SVG inside HTML. Knows no run.
+"""Lines as SVG inside HTML. Knows no run.
 
-Drawn here: matplotlib and what it needs take 100 MB, and the page of a run has two simple kinds of
+Drawn here: matplotlib and what it needs take 100 MB, and the page of a run has one simple kind of
 chart. Colours are CSS variables, which templates/chart.css sets for light and dark pages.
 """
 
@@ -71,7 +71,7 @@ class _Panel:
             self.parts.append(f'<path class="grid" d="M{LEFT} {height:.1f}H{RIGHT}"/>')
             self.parts.append(_words(text, LEFT - 6, height + 4, "end"))
         self.parts.append(f'<path class="axis" d="M{LEFT} {BOTTOM}H{RIGHT}"/>')
-        # Steps, blocks and minutes: whole numbers.
+        # Steps and minutes: whole numbers.
         x_ticks = [value for value in ticks(*self.x, 6) if abs(value - round(value)) < 1e-9]
         for value, text in zip(x_ticks, tick_texts(x_ticks), strict=True):
             across, _ = self.at(value, self.y[0])
@@ -103,7 +103,7 @@ def _words(text: str, x: float, y: float, anchor: str = "start") -> str:
 
 
 def _color(number: int) -> str:
-    """The CSS class of the number-th line or group."""
+    """The CSS class of the number-th line."""
     return f"k{number % COLORS}"
 
 
@@ -126,27 +126,4 @@ def lines(caption: Caption, labels: Labels, groups: Mapping[str, Sequence[Point]
         for x, y in placed:
             dot = f'<circle class="fill {_color(number)}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>'
             panel.parts.append(dot)
-    return panel.as_html(caption)
-
-
-def columns(caption: Caption, labels: Labels, groups: Mapping[str, Mapping[int, float]]) -> str:
-    """Standing bars at whole numbers, one colour a group: {group: {number: height}}."""
-    numbers = list(chain.from_iterable(groups.values()))
-    heights = [0.0]
-    for values in groups.values():
-        heights += values.values()
-    panel = _Panel(
-        labels,
-        list(groups),
-        x=(min(numbers) - 0.6, max(numbers) + 0.6),
-        y=(min(heights), 1.05 * max(heights)),
-    )
-    for color, values in enumerate(groups.values()):
-        for number, height in values.items():
-            left, top = panel.at(number - 0.4, max(height, 0.0))
-            right, bottom = panel.at(number + 0.4, min(height, 0.0))
-            size = f'width="{right - left:.1f}" height="{bottom - top:.1f}"'
-            panel.parts.append(
-                f'<rect class="fill {_color(color)}" x="{left:.1f}" y="{top:.1f}" {size}/>'
-            )
     return panel.as_html(caption)
