@@ -3,8 +3,10 @@ least on text.
 
 Blocks are streamed and rounded one by one, each on the outputs of the rounded blocks before it.
 GPTQ (arXiv 2210.17323): every matrix is rounded so that its output changes least on the inputs that
-calibration sees (maths/rounding). The inputs of a block's matrices are gathered once per block,
-with the block's own weights as they were. The head comes last, by what the rounded blocks give it.
+calibration sees (maths/rounding). Where bits were measured, a token counts by the square of the
+loss's gradient at the block's output: an error where the loss is flat costs nothing
+(benchmarks/README.md). The inputs of a block's matrices are gathered once per block, with the
+block's own weights as they were. The head comes last, by what the rounded blocks give it.
 """
 
 import json
@@ -50,6 +52,7 @@ TIED_RIDGE = 0.1
 # Of a weight whose grid is fitted (maths/rounding): bytes that the kernels of a GPU move.
 FITTED_BYTES = 10 * 4 * rounding.RANGE_ENDS**2
 MATRICES = 7  # of a block: of attention four, of the FFN three
+ALIKE: bit_allocation.TokenWeights = {}
 
 
 def check(config: Mapping[str, Any], rounding: QuantizationConfig) -> None:
@@ -87,6 +90,7 @@ def quantize(
         return None
 
     extra = {}
+    weights: bit_allocation.TokenWeights = {}
     if rounding.target_bpw is None:
         plan: packed_format.Formats = packed_format.formats_of(
             checkpoint.config, rounding.q_group_size
@@ -100,11 +104,11 @@ def quantize(
             known = bit_allocation.mixed(checkpoint, batches, rounding, seed=seed, kept=kept)
             if begun:
                 begun.keep_layout(*known)
-        plan, report = known
+        plan, report, weights = known
         extra[packed_format.SENSITIVITY] = json.dumps(report).encode()
     rounded = None
     if rounding.compensates:
-        rounded = rounded_blocks(checkpoint, batches, plan, hidden(1), begun)
+        rounded = rounded_blocks(checkpoint, batches, plan, hidden(1), begun, weights)
     return packed_format.write_quantized(
         checkpoint,
         out,
@@ -121,12 +125,14 @@ def rounded_blocks(
     plan: packed_format.Formats,
     hidden: Hidden | None = None,
     begun: BegunRounding | None = None,
+    weights: bit_allocation.TokenWeights = ALIKE,
 ) -> Iterator[packed_format.RoundedBlock]:
     """Per block, in order, {module path: packed matrix}, calibrated on token ids [(B, T)].
 
     Behind the blocks comes the head, where `packed_format.compensated_head` names it. plan: affine
     formats only. hidden: a place for the hidden states other than memory. begun: of blocks that
-    are rounded already. MisError when an input's products overflow.
+    are rounded already. weights: by which tokens count in a block; in one without, and in the head,
+    all count alike. MisError when an input's products overflow.
     """
     if begun and begun.blocks:
         cli.say(f"continuing after {begun.blocks} rounded blocks")
@@ -140,7 +146,7 @@ def rounded_blocks(
         if known is not None:
             _put_back(turn.block, arch.block_prefix(turn.number), known, plan)
             return known
-        rounded = _rounded_block(turn, plan)
+        rounded = _rounded_block(turn, plan, weights.get(turn.number))
         if begun:
             begun.keep_block(turn.number, rounded)
         return rounded
@@ -165,7 +171,7 @@ def _put_back(
 
 
 def _rounded_block(
-    turn: sweep.BlockTurn, plan: packed_format.Formats
+    turn: sweep.BlockTurn, plan: packed_format.Formats, weights: Sequence[mx.array] | None
 ) -> packed_format.RoundedBlock:
     """{module path: packed matrix} of a block, whose weights become the rounded ones."""
     i = turn.number
@@ -181,7 +187,7 @@ def _rounded_block(
     # All grams before the first matrix changes: a rounded matrix would change the later ones'
     # inputs.
     where = f"{turn.source.checkpoint.path}: {prefix}"
-    grams = _grams(turn, tapped, where=where)
+    grams = _grams(turn, tapped, weights, where=where)
     rounded: dict[str, rounding.Packed] = {}
     for axis, (part, names) in readers.items():
         linears = {f"{prefix}{part}.{name}": block[part][name] for name in names}
@@ -281,12 +287,18 @@ def _rounded_readers(
     return rounded
 
 
-def _grams(turn: sweep.BlockTurn, axes: Sequence[str], *, where: str = "") -> dict[str, np.ndarray]:
-    """{axis: sum of a a^T (in, in) over all tokens' inputs a to the matrices that read the axis}.
+def _grams(
+    turn: sweep.BlockTurn,
+    axes: Sequence[str],
+    weights: Sequence[mx.array] | None = None,
+    *,
+    where: str = "",
+) -> dict[str, np.ndarray]:
+    """{axis: sum of w a a^T (in, in) over all tokens' inputs a to the matrices that read the axis}.
 
-    Of a wide one only the upper triangle is whole, which is what `gptq.factorize` reads. Products
-    of one batch are float32, sums over batches in `reconstruction.precision`. MisError, with
-    `where`, when a product overflows.
+    weights: w of each batch's tokens, (B T,); None is 1. Of a wide one only the upper triangle is
+    whole, which is what `gptq.factorize` reads. Products of one batch are float32, sums over
+    batches in `reconstruction.precision`. MisError, with `where`, when a product overflows.
     """
     places = {}
     sums = {}
@@ -300,7 +312,10 @@ def _grams(turn: sweep.BlockTurn, axes: Sequence[str], *, where: str = "") -> di
 
     # A sum does not ask which window a token belongs to: all windows of a stack are one product.
     def look(stack: sweep.Stack) -> dict[str, mx.array]:
-        return {axis: _summand(inputs) for axis, inputs in stack.taken.items()}
+        counts = None
+        if weights is not None:
+            counts = sweep.joined([weights[b] for b in stack.numbers])
+        return {axis: _summand(inputs, counts) for axis, inputs in stack.taken.items()}
 
     for found in turn.look(look, places):
         for axis, array in found.items():
@@ -308,10 +323,15 @@ def _grams(turn: sweep.BlockTurn, axes: Sequence[str], *, where: str = "") -> di
     return sums
 
 
-def _summand(inputs: mx.array) -> mx.array:
-    """What `_add` adds for inputs (..., n): a a^T of all of them; of wide ones they themselves."""
+def _summand(inputs: mx.array, weights: mx.array | None = None) -> mx.array:
+    """What `_add` adds for inputs (..., n): w a a^T of all of them; of wide ones sqrt(w) a.
+
+    weights: (tokens,); None is 1.
+    """
     inputs = inputs.astype(mx.float32)
     inputs = inputs.reshape(-1, inputs.shape[-1])
+    if weights is not None:
+        inputs = inputs * mx.sqrt(weights)[:, None]
     if reconstruction.is_wide(inputs.shape[1]):
         return inputs
     return inputs.T @ inputs
