@@ -194,3 +194,22 @@ def test_a_head_of_another_type_is_not_in_memory_twice(
         mx.eval(head.parameters())
     assert peak.nbytes < 1.1 * wanted.nbytes
     assert mx.array_equal(head.weight, wanted)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_a_search_for_nan_waits_once_a_tensor(
+    dtype: mx.Dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four times as many numbers as are looked at together, a last part that is shorter, and
+    numbers that are none at both ends.
+    """
+    waits = list[object]()
+    plain = stream.evaluate_now
+    monkeypatch.setattr(stream, "evaluate_now", lambda *a: (waits.append(a), plain(*a)))
+    values = np.ones((1025, stream.CHECKED // 256), np.float32)
+    values[0, 0] = np.nan
+    values[-1, -1] = -np.inf
+    assert stream.not_numbers(mx.array(values).astype(dtype)) == 2
+    assert stream.not_numbers(mx.array(values).astype(dtype).T) == 2
+    assert stream.not_numbers(mx.array(1.0, dtype)) == 0
+    assert len(waits) == 3
