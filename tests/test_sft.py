@@ -239,7 +239,9 @@ def test_scales_learn_and_the_rest_stays(taught: tuple[Checkpoint, Path, dict[st
 def test_mlx_lm_opens_what_learned_and_finds_the_same_loss(
     taught: tuple[Checkpoint, Path, dict[str, Any]], small: Any
 ) -> None:
-    """Of the base, of the result, each under mlx-lm's own forward pass: the run's figures."""
+    """Of the base, of the result, each under mlx-lm's own forward pass: the run's figures, and
+    which rows it would answer right.
+    """
     base, out, result = taught
     s = settings_of(sft, small, Path("unused"))
     _, valid, _ = alignment_run.data(s, base, ("completion",))
@@ -247,9 +249,12 @@ def test_mlx_lm_opens_what_learned_and_finds_the_same_loss(
     for folder, found in ((base.path, "held_out_start"), (out / "model", "held_out_best")):
         model, _ = load.mlx_lm("utils").load(str(folder))
         model.set_dtype(mx.float32)
-        losses = nn.losses.cross_entropy(model(tokens)[:, :-1], tokens[:, 1:])
+        logits = model(tokens)[:, :-1]
+        losses = nn.losses.cross_entropy(logits, tokens[:, 1:])
         loss = float((losses * counts[:, :-1]).sum() / counts.sum())
         assert loss == pytest.approx(result[found]["loss"], rel=2e-4)
+        wrong = (logits.argmax(axis=-1) != tokens[:, 1:]) * counts[:, :-1]
+        assert result[found]["right"] == float((wrong.sum(axis=1) == 0).mean())
 
 
 def test_the_plan_of_scales_holds(taught: tuple[Checkpoint, Path, dict[str, Any]]) -> None:
