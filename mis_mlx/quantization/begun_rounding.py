@@ -4,7 +4,7 @@ What sensitivity found, and the matrices of every block that is rounded. A block
 from the outputs of those before it, and these follow from their rounded weights.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,18 @@ class BegunRounding:
             matrices[path] = tuple(arrays[f"{path}.{part}"] for part in PARTS)
         return matrices
 
-    def keep_block(self, number: int, rounded: RoundedBlock) -> None:
-        """Keep the rounded matrices of a block, all of them affine."""
+    def expert_tokens(self, number: int) -> list[int]:
+        """What `keep_block` got with this block."""
+        tokens: list[int] = self._blocks[number].state.get("expert_tokens", [])
+        return tokens
+
+    def keep_block(
+        self, number: int, rounded: RoundedBlock, expert_tokens: Sequence[int] = ()
+    ) -> None:
+        """Keep the rounded matrices of a block, all of them affine.
+
+        expert_tokens: how many tokens each expert was rounded by.
+        """
         arrays = {}
         for path, packed in rounded.items():
             for part, array in zip(PARTS, packed, strict=True):
@@ -92,6 +102,6 @@ class BegunRounding:
             self._folder / BLOCKS,
             number,
             arrays={"matrices": arrays},
-            state={"paths": list(rounded)},
+            state={"paths": list(rounded), "expert_tokens": list(expert_tokens)},
             keep=ALL,
         )

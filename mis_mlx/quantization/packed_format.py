@@ -34,6 +34,8 @@ from mis_mlx.types import Checkpoint, MisError
 PARTS = ("weight", "scales", "biases")
 # beside a mixed model: the cost of every matrix in every number of bits
 SENSITIVITY = "sensitivity.json"
+# beside a mixture: of every block, how many tokens each expert was rounded by
+EXPERT_TOKENS = "expert_tokens.json"
 USUAL_BITS = 4
 # where 4 bits cost most: the embedding, which makes the logits too when it is tied
 WIDE_BITS = 8
@@ -82,16 +84,16 @@ Rounded = Iterator[RoundedBlock]
 def of_mixture(config: Mapping[str, Any], asked: QuantizationConfig) -> dict[str, Any]:
     """Settings that differ from `asked` for a mixture of experts, {} for other models.
 
-    A mixture's weights are rounded; nothing is measured or learned. Says so if `asked` asks for it.
+    A mixture has one number of bits, and nothing learns. Says so if `asked` asks for it.
     """
     if not shape_of(config).experts:
         return {}
-    if asked.q_method != "round" or asked.target_bpw is not None or asked.q_iters:
+    if asked.target_bpw is not None or asked.q_iters:
         cli.say(
-            "a mixture of experts is rounded to 4 bits: gptq, --target-bpw and --q-iters are for "
-            "dense models"
+            "a mixture of experts is rounded to 4 bits: --target-bpw and --q-iters are for dense "
+            "models"
         )
-    return {"q_method": "round", "target_bpw": None, "q_iters": 0}
+    return {"target_bpw": None, "q_iters": 0}
 
 
 def formats_of(config: Mapping[str, Any], group_size: int) -> dict[str, Format]:

@@ -7,12 +7,17 @@ calibration sees (maths/rounding). Where bits were measured, a token counts by t
 loss's gradient at the block's output: an error where the loss is flat costs nothing
 (benchmarks/README.md). The inputs of a block's matrices are gathered once per block, with the
 block's own weights as they were. The head comes last, by what the rounded blocks give it.
+
+An expert of a mixture is rounded on the tokens that choose it. Where these are fewer than a matrix
+has inputs, its sums would leave directions free that other text uses: tokens of the whole block
+make up for what is missing.
 """
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +30,10 @@ from mis_mlx.compute import precision, streams
 from mis_mlx.hardware.ledger import Ledger
 from mis_mlx.hardware.stage_cost import WINDOWS, StageCost, in_turn
 from mis_mlx.maths import gptq, reconstruction, rounding
-from mis_mlx.models.architectures import arch, modules
+from mis_mlx.models.architectures import arch, modules, tensor_shapes
+from mis_mlx.models.architectures.experts import Expert, ReadExperts
+from mis_mlx.models.architectures.families import mixture
+from mis_mlx.models.architectures.mixture import ACTIVE
 from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize
@@ -89,7 +97,7 @@ def quantize(
             return Spool(beside, held * passes)
         return None
 
-    extra = {}
+    extra = dict[str, Any]()
     weights: bit_allocation.TokenWeights = {}
     if rounding.target_bpw is None:
         plan: packed_format.Formats = packed_format.formats_of(
@@ -108,7 +116,10 @@ def quantize(
         extra[packed_format.SENSITIVITY] = json.dumps(report).encode()
     rounded = None
     if rounding.compensates:
-        rounded = rounded_blocks(checkpoint, batches, plan, hidden(1), begun, weights)
+        tokens = list[Sequence[int]]()
+        rounded = rounded_blocks(checkpoint, batches, plan, hidden(1), begun, weights, tokens)
+        if mixture(checkpoint.config):
+            extra[packed_format.EXPERT_TOKENS] = tokens  # written when all blocks are rounded
     return packed_format.write_quantized(
         checkpoint,
         out,
@@ -126,13 +137,15 @@ def rounded_blocks(
     hidden: Hidden | None = None,
     begun: BegunRounding | None = None,
     weights: bit_allocation.TokenWeights = ALIKE,
+    expert_tokens: MutableSequence[Sequence[int]] | None = None,
 ) -> Iterator[packed_format.RoundedBlock]:
     """Per block, in order, {module path: packed matrix}, calibrated on token ids [(B, T)].
 
     Behind the blocks comes the head, where `packed_format.compensated_head` names it. plan: affine
     formats only. hidden: a place for the hidden states other than memory. begun: of blocks that
     are rounded already. weights: by which tokens count in a block; in one without, and in the head,
-    all count alike. MisError when an input's products overflow.
+    all count alike. expert_tokens: gets for every block how many tokens chose each expert. MisError
+    when an input's products overflow.
     """
     if begun and begun.blocks:
         cli.say(f"continuing after {begun.blocks} rounded blocks")
@@ -142,13 +155,22 @@ def rounded_blocks(
     def finished(turn: sweep.BlockTurn) -> packed_format.RoundedBlock:
         # The turn's windows are as the rounded blocks before it make them, which is what the
         # quantized model will have there.
-        known = begun.block(turn.number) if begun else None
-        if known is not None:
-            _put_back(turn.block, arch.block_prefix(turn.number), known, plan)
-            return known
-        rounded = _rounded_block(turn, plan, weights.get(turn.number))
-        if begun:
-            begun.keep_block(turn.number, rounded)
+        number = turn.number
+        rounded = begun.block(number) if begun else None
+        if begun and rounded is not None:
+            tokens = begun.expert_tokens(number)
+            _put_back(turn.block, arch.block_prefix(number), rounded, plan)
+        else:
+            rounded, tokens = _rounded_block(turn, plan, weights.get(number))
+            if begun:
+                begun.keep_block(number, rounded, tokens)
+        if expert_tokens is not None:
+            expert_tokens.append(tokens)
+        of_experts = mixture(checkpoint.config)
+        if of_experts:
+            paths = _expert_paths(turn)
+            experts = turn.block[of_experts.mlp].experts
+            experts.read = partial(_read_rounded, experts.read, paths, rounded, plan)
         return rounded
 
     head = packed_format.compensated_head(checkpoint, plan)
@@ -163,42 +185,167 @@ def _put_back(
     block: nn.Module, prefix: str, rounded: packed_format.RoundedBlock, plan: packed_format.Formats
 ) -> None:
     """Give the layers of a block the weights that `rounded` stands for, as rounding leaves them."""
-    for part, names in arch.readers(block).values():
-        for name in names:
-            linear = block[part][name]
-            path = f"{prefix}{part}.{name}"
+    for linears in _readers(block).values():
+        for name, linear in linears.items():
+            path = prefix + name
             linear.weight = packed_format.weight_of(rounded[path], plan[path], linear.weight.dtype)
+
+
+def _readers(block: nn.Module) -> dict[str, dict[str, nn.Module]]:
+    """{axis: {path in the block: layer}} of the matrices that read an axis, so have one input.
+
+    With those of an expert that every token uses; without those of experts that a router chooses.
+    """
+    found = {}
+    for axis, (part, names) in arch.readers(block).items():
+        found[axis] = {f"{part}.{name}": block[part][name] for name in names}
+    shared = block.get("mlp", {}).get("shared_expert")
+    if shared is not None:
+        stem = "mlp.shared_expert"
+        for axis, (_, names) in arch.readers({"mlp": shared}).items():
+            found[f"shared {axis}"] = {f"{stem}.{name}": shared[name] for name in names}
+    return found
 
 
 def _rounded_block(
     turn: sweep.BlockTurn, plan: packed_format.Formats, weights: Sequence[mx.array] | None
-) -> packed_format.RoundedBlock:
-    """{module path: packed matrix} of a block, whose weights become the rounded ones."""
+) -> tuple[packed_format.RoundedBlock, list[int]]:
+    """{module path: packed matrix} of a block, whose weights become the rounded ones, experts' not.
+
+    And how many tokens chose each expert.
+    """
     i = turn.number
     block = turn.block
     config = turn.source.checkpoint.config
     prefix = arch.block_prefix(i)
-    readers = arch.readers(block)
+    readers = _readers(block)
     tapped = []
-    for axis, (part, names) in readers.items():
+    for axis, linears in readers.items():
         # A gram costs a product per batch: only matrices that GPTQ rounds need theirs.
-        if any(plan[f"{prefix}{part}.{name}"].bits < rounding.ENOUGH_BITS for name in names):
+        if any(plan[prefix + name].bits < rounding.ENOUGH_BITS for name in linears):
             tapped.append(axis)
     # All grams before the first matrix changes: a rounded matrix would change the later ones'
     # inputs.
     where = f"{turn.source.checkpoint.path}: {prefix}"
-    grams = _grams(turn, tapped, weights, where=where)
     rounded: dict[str, rounding.Packed] = {}
-    for axis, (part, names) in readers.items():
-        linears = {f"{prefix}{part}.{name}": block[part][name] for name in names}
+    expert_tokens = list[int]()
+    of_experts = mixture(config)
+    if of_experts:
+        with block[of_experts.mlp].experts.observed() as choices:
+            grams = _grams(turn, tapped, weights, where=where)
+            choices.clear()
+            inputs, chosen = _routed(turn, choices)
+        rounded, expert_tokens = _rounded_experts(turn, plan, inputs, chosen)
+        del inputs
+    else:
+        grams = _grams(turn, tapped, weights, where=where)
+    for axis, linears in readers.items():
+        of_axis = {prefix + name: linear for name, linear in linears.items()}
         # pop: a gram (in, in) goes when its matrices are done
-        rounded |= _rounded_readers(linears, plan, grams.pop(axis, None))
+        rounded |= _rounded_readers(of_axis, plan, grams.pop(axis, None))
     for path in sorted(packed_format.wide_projections(config)):
         if arch.block_of(path) == i and path not in rounded:
             linear = dict(block.named_modules())[path.removeprefix(prefix)]
             weight = modules.dense_weight(linear)
             rounded[path] = rounding.nearest(weight, plan[path].group, plan[path].bits)
-    return rounded
+    return rounded, expert_tokens
+
+
+def _routed(turn: sweep.BlockTurn, choices: list[mx.array]) -> tuple[mx.array, np.ndarray]:
+    """(what the experts read (N, D), the experts (N, k) that are chosen) of all windows' tokens.
+
+    choices: of `Experts.observed`, empty.
+    """
+    of_experts = mixture(turn.source.checkpoint.config)
+    assert of_experts
+    router = {"router": (of_experts.mlp, of_experts.router)}
+
+    def look(stack: sweep.Stack) -> tuple[mx.array, mx.array]:
+        return stack.taken["router"], choices.pop(0)
+
+    inputs = []
+    chosen = []
+    for x, choice in turn.look(look, router):
+        inputs.append(x.reshape(-1, x.shape[-1]))
+        chosen.append(np.array(choice).reshape(-1, choice.shape[-1]))
+    return mx.concatenate(inputs), np.concatenate(chosen)
+
+
+def _expert_paths(turn: sweep.BlockTurn) -> list[str]:
+    """The paths of the block's stacked gate, up and down matrices."""
+    config = turn.source.checkpoint.config
+    of_experts = mixture(config)
+    assert of_experts
+    stem = f"{arch.block_prefix(turn.number)}{of_experts.mlp}.experts.0"
+    return [tensor_shapes.stacked(f"{stem}.{name}", config) for name in of_experts.matrices]
+
+
+def _rounded_experts(
+    turn: sweep.BlockTurn, plan: packed_format.Formats, inputs: mx.array, chosen: np.ndarray
+) -> tuple[dict[str, rounding.Packed], list[int]]:
+    """{path: packed matrices (E, out, ...)} of a block's experts, and each one's number of tokens.
+
+    inputs: (N, D). chosen: (N, k), by whom they are read. The experts stay as they are.
+    """
+    config = turn.source.checkpoint.config
+    of_experts = mixture(config)
+    assert of_experts
+    paths = _expert_paths(turn)
+    where = f"{turn.source.checkpoint.path}: {paths[0]}"
+    everything = _sum_of(inputs, where)
+    stacks: dict[str, list[rounding.Packed]] = {path: [] for path in paths}
+    counts = []
+    for e, expert in turn.block[of_experts.mlp].experts.read(range(of_experts.shape.experts)):
+        linears = [expert[name] for name in expert.names]
+        weights = [linear.weight for linear in linears]
+        uses = (chosen == e).any(axis=1)
+        own = np.flatnonzero(uses)
+        others = np.flatnonzero(~uses)
+        counts.append(len(own))
+        # as many tokens as the down matrix has inputs, if there are
+        width = weights[2].shape[1]
+        lacking = min(max(0, width - len(own)), len(others))
+        spread = others[np.arange(lacking) * len(others) // max(1, lacking)]
+        neurons, _ = expert(inputs[mx.array(np.concatenate([own, spread]))])
+        mx.eval(neurons)  # by the weights as they were
+        gram = _sum_of(inputs[mx.array(own)], where)
+        gram += max(0, len(gram) - len(own)) / len(inputs) * everything
+        readers = dict(zip(paths[:2], linears[:2], strict=True))
+        packed = _rounded_readers(readers, plan, gram)
+        packed |= _rounded_readers({paths[2]: linears[2]}, plan, _sum_of(neurons, where))
+        for path in paths:
+            stacks[path].append(packed[path])
+        for linear, weight in zip(linears, weights, strict=True):
+            linear.weight = weight
+    rounded: dict[str, rounding.Packed] = {}
+    for path in paths:
+        parts = stacks.pop(path)
+        rounded[path] = tuple(mx.stack(list(arrays)) for arrays in zip(*parts, strict=True))
+        del parts
+        stream.evaluate_now(rounded[path])
+    return rounded, counts
+
+
+def _read_rounded(
+    read: ReadExperts,
+    paths: Sequence[str],
+    rounded: packed_format.RoundedBlock,
+    plan: packed_format.Formats,
+    numbers: Sequence[int],
+) -> Iterator[tuple[int, Expert]]:
+    """As `read`, each expert with the weights that `rounded` stands for until the next one comes.
+
+    paths: of the stacked matrices. An expert that stays in memory keeps its own weights there.
+    """
+    for e, expert in read(numbers):
+        linears = [expert[name] for name in expert.names]
+        weights = [linear.weight for linear in linears]
+        for path, linear in zip(paths, linears, strict=True):
+            packed = tuple(part[e] for part in rounded[path])
+            linear.weight = packed_format.weight_of(packed, plan[path], linear.weight.dtype)
+        yield e, expert
+        for linear, weight in zip(linears, weights, strict=True):
+            linear.weight = weight
 
 
 def _kept_head(
@@ -302,12 +449,13 @@ def _grams(
     """
     places = {}
     sums = {}
-    for axis, (part, names) in arch.readers(turn.block).items():
+    for axis, linears in _readers(turn.block).items():
         if axis not in axes:
             continue
         # The matrices that read an axis have one input: the first one's is looked at.
-        places[axis] = (part, names[0])
-        inputs = turn.block[part][names[0]].weight.shape[1]
+        path, linear = next(iter(linears.items()))
+        places[axis] = tuple(path.split("."))
+        inputs = linear.weight.shape[1]
         sums[axis] = np.zeros((inputs, inputs), reconstruction.precision(inputs))
 
     # A sum does not ask which window a token belongs to: all windows of a stack are one product.
@@ -320,6 +468,15 @@ def _grams(
     for found in turn.look(look, places):
         for axis, array in found.items():
             _add(sums[axis], array, f"{where}{'.'.join(places[axis])}")
+    return sums
+
+
+def _sum_of(inputs: mx.array, where: str) -> np.ndarray:
+    """The sum (in, in) of a a^T of inputs a (n, in), as of `_grams`."""
+    size = inputs.shape[1]
+    sums = np.zeros((size, size), reconstruction.precision(size))
+    if len(inputs):
+        _add(sums, _summand(inputs), where)
     return sums
 
 
@@ -430,16 +587,24 @@ def _writing_bytes(m: ModelSize, group: int) -> int:
 
 
 def _sides(m: ModelSize) -> gptq.Sides:
-    """Of a block's matrices."""
+    """Of a block's matrices, those of one expert among them."""
     s = m.wide
     queries = s.heads * s.head_dim
     keys = s.kv_heads * s.head_dim
-    return [
+    sides = [
         (s.hidden, queries + 2 * keys),
         (queries, s.hidden),
-        (s.hidden, 2 * s.ffn),
-        (s.ffn, s.hidden),
+        *_gated_sides(s.hidden, s.ffn),
     ]
+    of_experts = mixture(m.config)
+    if of_experts and of_experts.shared_width:
+        sides += _gated_sides(s.hidden, of_experts.shared_width)
+    return sides
+
+
+def _gated_sides(hidden: int, ffn: int) -> list[tuple[int, int]]:
+    """Of a gated MLP."""
+    return [(hidden, 2 * ffn), (ffn, hidden)]
 
 
 def _block_bytes(m: ModelSize, length: int) -> int:
@@ -473,6 +638,19 @@ def _block_bytes(m: ModelSize, length: int) -> int:
     return ledger.peak_bytes
 
 
+def _experts_bytes(m: ModelSize, tokens: int) -> int:
+    """What rounding a mixture's block holds besides: all tokens, what one expert makes of them.
+
+    And all experts packed, one matrix of theirs being stacked.
+    """
+    s = m.shape
+    if not s.experts:
+        return 0
+    of_token = 2 * m.hidden_bytes + 4 * (s.hidden + 3 * s.ffn)
+    matrix = gptq.packed_bytes(s.experts * s.ffn * s.hidden)
+    return tokens * of_token + 4 * matrix + reconstruction.square_bytes(s.hidden)
+
+
 def _compensated(
     plain: StageCost,
     m: ModelSize,
@@ -494,9 +672,19 @@ def _compensated(
         length=length,
         limit_bytes=limit,
         head=False,
-        beside_bytes=_block_bytes(m, length),
+        beside_bytes=_block_bytes(m, length) + _experts_bytes(m, tokens),
     )
     of_products, of_rounding, of_columns = gptq.operations(_sides(m), config.q_group_size)
+    read_bytes = plain.read_bytes + 2 * one_pass.written_bytes
+    if s.experts:
+        # The tokens of one that saw few are joined by others.
+        sides = _gated_sides(s.hidden, s.ffn)
+        products, to_round, columns = gptq.operations(sides, config.q_group_size)
+        seen = max(m.config[ACTIVE], s.experts * max(s.hidden, s.ffn) / tokens)
+        of_products += (min(s.experts, seen) - 1) * products
+        of_rounding += (s.experts - 1) * to_round
+        of_columns += (s.experts - 1) * columns
+        read_bytes += m.nbytes  # once to be rounded, and once as windows go through
     flops = 2 * one_pass.flops + s.layers * tokens * of_products
     host_flops = s.layers * of_rounding
     numbers = s.layers * of_columns
@@ -523,7 +711,7 @@ def _compensated(
     return replace(
         one_pass,
         name=plain.name,
-        read_bytes=plain.read_bytes + 2 * one_pass.written_bytes,
+        read_bytes=read_bytes,
         written_bytes=plain.written_bytes + one_pass.written_bytes,
         peak_bytes=max(one_pass.peak_bytes, ledger.peak_bytes),
         flops=flops,

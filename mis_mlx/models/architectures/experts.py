@@ -9,6 +9,7 @@ Tensors of experts are called one by one, as on the hub and here, or stacked, as
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -69,18 +70,16 @@ class Experts(list[Expert]):
 
     def __init__(self, parts: Iterable[Expert] = (), read_experts: ReadExperts | None = None):
         super().__init__(parts)
-        self._read_experts: ReadExperts = read_experts or self._resident
+        self.read: ReadExperts = read_experts or self._resident
         self.ready: list[mx.array] = []  # results of the next calls, in their order
-        self._observed_choices: list[mx.array] | None = (
-            None  # choices of the calls that `chosen` observes
-        )
+        self._observed_choices: list[mx.array] | None = None  # of the calls within `observed`
 
     def _resident(self, numbers: Sequence[int]) -> Iterator[tuple[int, Expert]]:
         for e in numbers:
             yield e, self[e]
 
     def __call__(self, x: mx.array, chosen: mx.array) -> mx.array:
-        # `chosen` wants to know what the router chooses: record it, compute nothing.
+        # Someone wants to know what the router chooses: record it, compute nothing.
         if self._observed_choices is not None:
             self._observed_choices.append(chosen)
             return mx.zeros((*chosen.shape, x.shape[-1]), x.dtype)
@@ -89,16 +88,24 @@ class Experts(list[Expert]):
             return self.ready.pop(0)
         return self.outputs([x], [chosen])[0]
 
+    @contextmanager
+    def observed(self) -> Iterator[list[mx.array]]:
+        """Within, the list gets the experts (..., k) of every call, lazy; they compute nothing."""
+        asked = list[mx.array]()
+        self._observed_choices = asked
+        try:
+            yield asked
+        finally:
+            self._observed_choices = None
+
     def chosen(self, part: nn.Module, x: mx.array) -> mx.array:
         """The experts (..., k) that the router of `part` chooses for x (..., D). Lazy.
 
         part: the module that has these experts. mlx-lm's routers have no function of their own, so
         the whole module is called, and the experts record what they are asked for.
         """
-        asked = list[mx.array]()
-        self._observed_choices = asked
-        part(x)
-        self._observed_choices = None
+        with self.observed() as asked:
+            part(x)
         return asked[0]
 
     def outputs(
@@ -121,7 +128,7 @@ class Experts(list[Expert]):
         rows = [list[np.ndarray]() for _ in flat]  # of each batch, in the order of computing
         pieces = [list[mx.array]() for _ in flat]
         used = np.unique(np.concatenate(flat)).tolist()
-        for e, expert in self._read_experts(used):
+        for e, expert in self.read(used):
             for b, numbers in enumerate(flat):
                 where = np.flatnonzero(numbers == e)
                 if not len(where):
