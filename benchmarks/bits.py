@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import laboratory
-import mlx.core as mx
 from laboratory import experiment, start
 
 from mis_mlx import cli
@@ -106,7 +105,6 @@ class Bench:
         self.data = data
         self.train = data.train
         self.batches = preparation.calibration(data.train, s.num_samples, s.seed)
-        self.weights: dict[int, list[mx.array]] = {}  # of tokens; with --sensitivity all are alike
         self.held_out = {}
         self.teacher_nats: dict[str, float] = {}
         for text, windows in data.held_out.items():
@@ -137,11 +135,7 @@ class Bench:
         nats: dict[str, dict[int, float]] = {}
         if self.s.sensitivity is None:
             nats = bit_allocation.costs(
-                self.teacher,
-                self.batches,
-                HOW.q_group_size,
-                rounding.CANDIDATE_BITS,
-                weights=self.weights,
+                self.teacher, self.batches, HOW.q_group_size, rounding.CANDIDATE_BITS
             )
         else:
             stored_nats = json.loads(Path(self.s.sensitivity).read_text("utf-8"))
@@ -161,7 +155,7 @@ class Bench:
         def make(out: Path) -> Made:
             layout, report = bit_allocation.chosen_layout(self.teacher.config, self.costs, target)
             began = time.monotonic()
-            rounded = stage.rounded_blocks(self.teacher, self.batches, layout, weights=self.weights)
+            rounded = stage.rounded_blocks(self.teacher, self.batches, layout)
             untuned = out.with_name("untuned") if tunes else out
             packed_format.write_quantized(self.teacher, untuned, layout, rounded=rounded, fit=True)
             made = {

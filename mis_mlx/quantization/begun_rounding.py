@@ -1,20 +1,23 @@
 """What a rounding has done so far, in a folder: one that was killed does not do it again.
 
-What sensitivity found, and the matrices of every block that is rounded. A block goes on
+The formats that sensitivity chose, and the matrices of every block that is rounded. A block goes on
 from the outputs of those before it, and these follow from their rounded weights.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mis_mlx.maths import rounding
 from mis_mlx.models.passing import stream
-from mis_mlx.quantization.bit_allocation import TokenWeights
 from mis_mlx.quantization.packed_format import PARTS, Format, Formats, RoundedBlock
 from mis_mlx.storage import checkpoint as protocol
+from mis_mlx.storage import run_folder
+from mis_mlx.storage.files import DISK, as_mis_error
+from mis_mlx.types import MisError
 
-LAYOUT = "layout"  # one step: the format of every matrix, what led to it, and tokens' weights
+LAYOUT = "layout.json"  # the format of every matrix, and what led to it
 BLOCKS = "blocks"  # a step of the commit protocol for each block, named by its number
 ALL = 10**8  # steps that are kept: a number above any model's blocks
 
@@ -36,39 +39,21 @@ class BegunRounding:
         """How many blocks it has."""
         return len(self._blocks)
 
-    def layout(self) -> tuple[Formats, dict[str, Any], TokenWeights] | None:
+    def layout(self) -> tuple[Formats, dict[str, Any]] | None:
         """What `keep_layout` got; None where there is nothing, or a damaged file."""
-        for saved in protocol.whole_steps(self._folder / LAYOUT):
-            arrays = protocol.load_arrays(saved, "weights")
-            stream.evaluate_now(arrays)
-            formats = {path: Format(*values) for path, values in saved.state["formats"].items()}
-            weights: TokenWeights = {
-                int(block): [arrays[f"{block}.{b}"] for b in range(count)]
-                for block, count in saved.state["weights"].items()
-            }
-            return formats, saved.state["report"], weights
-        return None
+        try:
+            stored = run_folder.stored_settings(self._folder, LAYOUT)
+        except MisError:
+            return None
+        formats = {path: Format(*values) for path, values in stored["formats"].items()}
+        return formats, stored["report"]
 
-    def keep_layout(
-        self, formats: Formats, report: Mapping[str, Any], weights: TokenWeights
-    ) -> None:
-        """Keep the chosen formats, the costs behind the choice, and by what tokens count."""
-        arrays = {
-            f"{block}.{b}": array
-            for block, of_it in weights.items()
-            for b, array in enumerate(of_it)
-        }
-        protocol.save_step(
-            self._folder / LAYOUT,
-            0,
-            arrays={"weights": arrays},
-            state={
-                "formats": formats,
-                "report": report,
-                "weights": {block: len(of_it) for block, of_it in weights.items()},
-            },
-            keep=ALL,
-        )
+    def keep_layout(self, formats: Formats, report: Mapping[str, Any]) -> None:
+        """Keep the chosen formats, and the costs behind the choice."""
+        with as_mis_error(self._folder.parent, "what is rounded so far"):
+            DISK.make_folder(self._folder)
+        text = json.dumps({"formats": formats, "report": report})
+        DISK.replace_text(self._folder / LAYOUT, text)
 
     def block(self, number: int) -> RoundedBlock | None:
         """The rounded matrices of a block, evaluated; None where they are still to be made."""

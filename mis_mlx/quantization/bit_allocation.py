@@ -46,14 +46,6 @@ SLACK = 1e-9  # bits of a weight
 HELD_BYTES = 288 * 2**20
 SLAB = 2**18  # weights whose gradients and errors exist at once
 SENSED = 8  # windows that say what bits cost in a search
-# How much a token counts where matrices are rounded is the square of its gradient. A few tokens in
-# a thousand have gradients so large that a sum would be theirs alone, and a drawn token that was
-# certain has none at all: the largest are cut, and every token keeps a share.
-CUT_AT = 0.995  # quantile of a window
-EQUAL_SHARE = 0.2
-
-# {block: for each batch (B T,) float32, of mean 1}: how much the loss depends on a token there
-TokenWeights = Mapping[int, Sequence[mx.array]]
 
 
 def mixed(
@@ -62,8 +54,8 @@ def mixed(
     how: QuantizationConfig,
     seed: int = 0,
     kept: Hidden | None = None,
-) -> tuple[packed_format.Formats, dict[str, Any], TokenWeights]:
-    """(a format for every matrix; the costs behind the choice, ready for JSON; tokens' weights).
+) -> tuple[packed_format.Formats, dict[str, Any]]:
+    """(a format for every matrix; the costs behind the choice, ready for JSON).
 
     The formats take at most `how.target_bpw` bits per weight on average. batches: token ids [(B,
     T)]. seed: of the tokens that the model draws. kept: as in `backward_pass.input_gradients`.
@@ -71,12 +63,9 @@ def mixed(
     """
     how = check(checkpoint.config, how)
     group = how.q_group_size
-    bits = rounding.CANDIDATE_BITS
-    weights: dict[int, list[mx.array]] = {}
-    nats = costs(checkpoint, batches, group, bits, seed=seed, kept=kept, weights=weights)
+    nats = costs(checkpoint, batches, group, rounding.CANDIDATE_BITS, seed=seed, kept=kept)
     of_formats = format_costs.of_formats(checkpoint, nats, how)
-    chosen, report = chosen_layout(checkpoint.config, of_formats, how.target_bpw or 0.0)
-    return chosen, report, weights
+    return chosen_layout(checkpoint.config, of_formats, how.target_bpw or 0.0)
 
 
 def chosen_layout(
@@ -84,7 +73,7 @@ def chosen_layout(
     of_formats: Mapping[str, format_costs.FormatCosts],
     target_bpw: float,
 ) -> tuple[packed_format.Formats, dict[str, Any]]:
-    """(formats, costs) as of `mixed`, where every matrix's cost in nats per token is known."""
+    """`mixed`, where the cost of every matrix in every format is known, in nats per token."""
     shapes = arch.tensors_of(config)
     # No two formats of a matrix have the same bits per weight, so these stand for a format.
     by_bits: dict[str, dict[float, float]] = {}
@@ -235,12 +224,11 @@ def costs(
     kept: Hidden | None = None,
     *,
     fit: bool = False,
-    weights: dict[int, list[mx.array]] | None = None,
 ) -> dict[str, dict[int, float]]:
     """{module path: {bits: nats per token}} of every matrix, rounded in affine groups.
 
     batches, seed, kept: as in `mixed`. fit: values are those of `rounding.fitted`, whose cost is
-    its share of the squared error that nearest values make. weights: is given the `TokenWeights`.
+    its share of the squared error that nearest values make.
     """
     args = load.model_args(checkpoint.config)
     nats: dict[str, dict[int, float]] = {}
@@ -253,9 +241,6 @@ def costs(
         def through(
             inputs: Sequence[BlockInputs], above: Sequence[BlockOutputs]
         ) -> list[BlockInputs]:
-            if weights is not None:
-                counts = [token_weights(outputs.hidden) for outputs in above]
-                weights.setdefault(i, []).extend(counts)
             below = errors.backward(inputs, above)
             for name, squares in errors.complete.items():
                 cost = (squares / (2 * tokens)).tolist()
@@ -281,22 +266,6 @@ def costs(
     if fit:
         _count_fitted(checkpoint, nats, group)
     return nats
-
-
-def token_weights(cotangents: mx.array) -> mx.array:
-    """(B T,): how much a block's error at each token counts in the loss, 1 on average; evaluated.
-
-    cotangents: (B, T, D) d log p / d the block's outputs; the loss grows with <cotangent, error>^2.
-    """
-    squares = mx.square(_flat(cotangents)).sum(axis=1)
-    order = mx.sort(squares)
-    squares = mx.minimum(squares, order[min(len(order) - 1, int(CUT_AT * len(order)))])
-    mean = squares.mean()
-    # A window without any gradient, such as one that is all padding, counts its tokens alike.
-    shares = mx.where(mean > 0, squares / mx.maximum(mean, 1e-38), 1.0)
-    weights = (1 - EQUAL_SHARE) * shares + EQUAL_SHARE
-    stream.evaluate_now(weights)
-    return weights
 
 
 def _count_fitted(

@@ -3,10 +3,8 @@ least on text.
 
 Blocks are streamed and rounded one by one, each on the outputs of the rounded blocks before it.
 GPTQ (arXiv 2210.17323): every matrix is rounded so that its output changes least on the inputs that
-calibration sees (maths/rounding). Where bits were measured, a token counts by the square of the
-loss's gradient at the block's output: an error where the loss is flat costs nothing
-(benchmarks/README.md). The inputs of a block's matrices are gathered once per block, with the
-block's own weights as they were. The head comes last, by what the rounded blocks give it.
+calibration sees (maths/rounding). The inputs of a block's matrices are gathered once per block,
+with the block's own weights as they were. The head comes last, by what the rounded blocks give it.
 
 An expert of a mixture is rounded on the tokens that choose it. Where these are fewer than a matrix
 has inputs, its sums would leave directions free that other text uses: tokens of the whole block
@@ -60,7 +58,6 @@ TIED_RIDGE = 0.1
 # Of a weight whose grid is fitted (maths/rounding): bytes that the kernels of a GPU move.
 FITTED_BYTES = 10 * 4 * rounding.RANGE_ENDS**2
 MATRICES = 7  # of a block: of attention four, of the FFN three
-ALIKE: bit_allocation.TokenWeights = {}
 
 
 def check(config: Mapping[str, Any], rounding: QuantizationConfig) -> None:
@@ -98,7 +95,6 @@ def quantize(
         return None
 
     extra = dict[str, Any]()
-    weights: bit_allocation.TokenWeights = {}
     if rounding.target_bpw is None:
         plan: packed_format.Formats = packed_format.formats_of(
             checkpoint.config, rounding.q_group_size
@@ -112,12 +108,12 @@ def quantize(
             known = bit_allocation.mixed(checkpoint, batches, rounding, seed=seed, kept=kept)
             if begun:
                 begun.keep_layout(*known)
-        plan, report, weights = known
+        plan, report = known
         extra[packed_format.SENSITIVITY] = json.dumps(report).encode()
     rounded = None
     if rounding.compensates:
         tokens = list[Sequence[int]]()
-        rounded = rounded_blocks(checkpoint, batches, plan, hidden(1), begun, weights, tokens)
+        rounded = rounded_blocks(checkpoint, batches, plan, hidden(1), begun, tokens)
         if mixture(checkpoint.config):
             extra[packed_format.EXPERT_TOKENS] = tokens  # written when all blocks are rounded
     return packed_format.write_quantized(
@@ -136,16 +132,14 @@ def rounded_blocks(
     plan: packed_format.Formats,
     hidden: Hidden | None = None,
     begun: BegunRounding | None = None,
-    weights: bit_allocation.TokenWeights = ALIKE,
     expert_tokens: MutableSequence[Sequence[int]] | None = None,
 ) -> Iterator[packed_format.RoundedBlock]:
     """Per block, in order, {module path: packed matrix}, calibrated on token ids [(B, T)].
 
     Behind the blocks comes the head, where `packed_format.compensated_head` names it. plan: affine
     formats only. hidden: a place for the hidden states other than memory. begun: of blocks that
-    are rounded already. weights: by which tokens count in a block; in one without, and in the head,
-    all count alike. expert_tokens: gets for every block how many tokens chose each expert. MisError
-    when an input's products overflow.
+    are rounded already. expert_tokens: gets for every block how many tokens chose each expert.
+    MisError when an input's products overflow.
     """
     if begun and begun.blocks:
         cli.say(f"continuing after {begun.blocks} rounded blocks")
@@ -161,7 +155,7 @@ def rounded_blocks(
             tokens = begun.expert_tokens(number)
             _put_back(turn.block, arch.block_prefix(number), rounded, plan)
         else:
-            rounded, tokens = _rounded_block(turn, plan, weights.get(number))
+            rounded, tokens = _rounded_block(turn, plan)
             if begun:
                 begun.keep_block(number, rounded, tokens)
         if expert_tokens is not None:
@@ -208,7 +202,7 @@ def _readers(block: nn.Module) -> dict[str, dict[str, nn.Module]]:
 
 
 def _rounded_block(
-    turn: sweep.BlockTurn, plan: packed_format.Formats, weights: Sequence[mx.array] | None
+    turn: sweep.BlockTurn, plan: packed_format.Formats
 ) -> tuple[packed_format.RoundedBlock, list[int]]:
     """{module path: packed matrix} of a block, whose weights become the rounded ones, experts' not.
 
@@ -232,13 +226,13 @@ def _rounded_block(
     of_experts = mixture(config)
     if of_experts:
         with block[of_experts.mlp].experts.observed() as choices:
-            grams = _grams(turn, tapped, weights, where=where)
+            grams = _grams(turn, tapped, where=where)
             choices.clear()
             inputs, chosen = _routed(turn, choices)
         rounded, expert_tokens = _rounded_experts(turn, plan, inputs, chosen)
         del inputs
     else:
-        grams = _grams(turn, tapped, weights, where=where)
+        grams = _grams(turn, tapped, where=where)
     for axis, linears in readers.items():
         of_axis = {prefix + name: linear for name, linear in linears.items()}
         # pop: a gram (in, in) goes when its matrices are done
@@ -434,18 +428,12 @@ def _rounded_readers(
     return rounded
 
 
-def _grams(
-    turn: sweep.BlockTurn,
-    axes: Sequence[str],
-    weights: Sequence[mx.array] | None = None,
-    *,
-    where: str = "",
-) -> dict[str, np.ndarray]:
-    """{axis: sum of w a a^T (in, in) over all tokens' inputs a to the matrices that read the axis}.
+def _grams(turn: sweep.BlockTurn, axes: Sequence[str], *, where: str = "") -> dict[str, np.ndarray]:
+    """{axis: sum of a a^T (in, in) over all tokens' inputs a to the matrices that read the axis}.
 
-    weights: w of each batch's tokens, (B T,); None is 1. Of a wide one only the upper triangle is
-    whole, which is what `gptq.factorize` reads. Products of one batch are float32, sums over
-    batches in `reconstruction.precision`. MisError, with `where`, when a product overflows.
+    Of a wide one only the upper triangle is whole, which is what `gptq.factorize` reads. Products
+    of one batch are float32, sums over batches in `reconstruction.precision`. MisError, with
+    `where`, when a product overflows.
     """
     places = {}
     sums = {}
@@ -460,10 +448,7 @@ def _grams(
 
     # A sum does not ask which window a token belongs to: all windows of a stack are one product.
     def look(stack: sweep.Stack) -> dict[str, mx.array]:
-        counts = None
-        if weights is not None:
-            counts = sweep.joined([weights[b] for b in stack.numbers])
-        return {axis: _summand(inputs, counts) for axis, inputs in stack.taken.items()}
+        return {axis: _summand(inputs) for axis, inputs in stack.taken.items()}
 
     for found in turn.look(look, places):
         for axis, array in found.items():
@@ -480,15 +465,10 @@ def _sum_of(inputs: mx.array, where: str) -> np.ndarray:
     return sums
 
 
-def _summand(inputs: mx.array, weights: mx.array | None = None) -> mx.array:
-    """What `_add` adds for inputs (..., n): w a a^T of all of them; of wide ones sqrt(w) a.
-
-    weights: (tokens,); None is 1.
-    """
+def _summand(inputs: mx.array) -> mx.array:
+    """What `_add` adds for inputs (..., n): a a^T of all of them; of wide ones they themselves."""
     inputs = inputs.astype(mx.float32)
     inputs = inputs.reshape(-1, inputs.shape[-1])
-    if weights is not None:
-        inputs = inputs * mx.sqrt(weights)[:, None]
     if reconstruction.is_wide(inputs.shape[1]):
         return inputs
     return inputs.T @ inputs

@@ -309,8 +309,7 @@ def _served(each: Said, whole: Collection[Path], here: Path, now: Path) -> bool:
     """
     if here.is_relative_to(now / "out-unfinished") and (now / "out").is_dir():
         return here.name != "model" or contents(now / "out") == each.files
-    rounding, steps, _ = each.path.parts[-3:]
-    if rounding != pipeline.ROUNDING or steps not in (begun_rounding.LAYOUT, begun_rounding.BLOCKS):
+    if each.path.parts[-3:-1] != (pipeline.ROUNDING, begun_rounding.BLOCKS):
         return False
     work = each.path.parents[2]
     return work / pipeline.ROUNDED in whole or work / "model" in whole

@@ -15,8 +15,6 @@ import numpy as np
 import pytest
 
 from mis_mlx import distill, dpo, search
-from mis_mlx.compute.precision import dtype_of
-from mis_mlx.judge.speed import rounds
 from mis_mlx.judge.tasks import option_likelihood
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.shape import weight_count
@@ -149,17 +147,6 @@ def test_log_probabilities_know_the_cap(gemma: Checkpoint) -> None:
     questions = [(ids[:5], [ids[5:], [9, 300]]), (ids[:2], [[17], [44, 44]])]
     scores = option_likelihood.score(stream.Stream(gemma, mx.float32), questions)
     assert scores[0][0] == pytest.approx(each[4:].sum(), rel=1e-5)
-
-
-def test_a_token_reads_no_table(gemma: Checkpoint) -> None:
-    """What a token moves is counted without the per-layer inputs of all others, and with the
-    embedding, its head.
-    """
-    made = rounds.load_model(gemma)
-    table = gemma.tensors[f"{arch.PER_LAYER}weight"]
-    assert (
-        made.nbytes - made.read_bytes == table.nbytes * (2 if dtype_of(gemma).size == 2 else 4) // 4
-    )
 
 
 def test_sizes_are_those_of_files(tmp_path: Path) -> None:

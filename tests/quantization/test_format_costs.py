@@ -146,7 +146,7 @@ def test_mixed_groups_open_in_mlx_lm(
     """2 bits and groups of 32, 64 and 128 side by side: the stored bytes keep to the target, and
     stock mlx_lm computes what we read back.
     """
-    plan, report, _ = bit_allocation.mixed(llama, batches, QuantizationConfig(target_bpw=target))
+    plan, report = bit_allocation.mixed(llama, batches, QuantizationConfig(target_bpw=target))
     if target < 4:
         assert 2 in report["bits"].values()
         assert 128 in report["groups"].values()
@@ -173,7 +173,7 @@ def test_a_gguf_keeps_every_format_up_to_5_bits(
     """Blocks of 32 repeat a group's scale and bias, whatever the group's size: no matrix of 5 bits
     or fewer is rounded again.
     """
-    plan, *_ = bit_allocation.mixed(llama, batches, QuantizationConfig(target_bpw=2.8))
+    plan, _ = bit_allocation.mixed(llama, batches, QuantizationConfig(target_bpw=2.8))
     packed_format.write_quantized(llama, tmp_path / "q", plan, fit=True)
     made = load.open_checkpoint(tmp_path / "q")
     for part in tensors.parts(made, tensors.out_type(made)):
@@ -205,5 +205,5 @@ def test_the_least_target_can_be_made(llama: Checkpoint, batches: list[mx.array]
     """What the message says is the least is reached: every matrix in its fewest bits."""
     least, _ = format_costs.limits(llama.config, MIXED)
     shown = math.ceil(least * 1000) / 1000
-    plan, *_ = bit_allocation.mixed(llama, batches[:1], QuantizationConfig(target_bpw=shown))
+    plan, _ = bit_allocation.mixed(llama, batches[:1], QuantizationConfig(target_bpw=shown))
     assert {kind.bits for kind in plan.values()} == {2}

@@ -4,7 +4,6 @@ rounding, opened by all.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,9 +16,7 @@ from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.passing import stream
 from mis_mlx.models.passing.sweep import BlockTurn
-from mis_mlx.quantization import begun_rounding, packed_format, stage
-from mis_mlx.quantization.begun_rounding import BegunRounding
-from mis_mlx.settings.recipe import QuantizationConfig
+from mis_mlx.quantization import packed_format, stage
 from mis_mlx.storage.hidden_spool import Spool
 from mis_mlx.types import UNDECIDED, Checkpoint, MisError
 from tests import stock, tiny
@@ -176,45 +173,6 @@ def test_the_gram_matrices(
     np.testing.assert_allclose(np.triu(wide), np.triu(seen["ffn"]), atol=1e-5 * scale)
     assert grams["heads"].shape == (64, 64)
     assert np.linalg.eigvalsh(grams["heads"]).min() > -1e-6
-
-
-def test_a_token_counts_by_its_weight(llama: Checkpoint, batches: list[mx.array]) -> None:
-    """Windows of two shapes, also where several are one product: the sum of w a a^T."""
-    windows = [*batches, batches[0][:, :7]]
-    counts = [mx.random.uniform(0.2, 3, (b.size,), key=mx.random.key(b.size)) for b in windows]
-    source = stream.Stream(llama, mx.float32)
-    hidden = source.embed(windows)
-    for _, block in source.blocks([0]):
-        turn = BlockTurn(source, source.block_index, block, hidden)
-        found = stage._grams(turn, ["norm1"], counts)["norm1"]
-        wanted = np.zeros_like(found)
-        for h, count in zip(hidden, counts, strict=True):
-            a = np.array(block.input_layernorm(h), np.float64)[0]
-            wanted += (a * np.array(count)[:, None]).T @ a
-    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
-
-
-@pytest.mark.usefixtures("cpu_policy")
-def test_a_rounding_that_goes_on_has_the_same_weights(
-    tmp_path: Path, llama: Checkpoint, batches: list[mx.array]
-) -> None:
-    """Of bits that were measured: one block rounded, the rest later, from what lies on disk."""
-    how = QuantizationConfig(target_bpw=4.0)
-    work = tmp_path / "begun"
-    stage.quantize(llama, tmp_path / "whole", how, batches, begun=BegunRounding(work))
-    for number in (1, 2, 3):
-        shutil.rmtree(work / begun_rounding.BLOCKS / f"step-{number:08d}")
-    begun = BegunRounding(work)
-    assert begun.blocks == 1
-    stage.quantize(llama, tmp_path / "again", how, batches, begun=begun)
-    model = "model.safetensors"
-    assert (tmp_path / "whole" / model).read_bytes() == (tmp_path / "again" / model).read_bytes()
-    formats, report, weights = begun.layout() or ({}, {}, {})
-    assert report["nats"].keys() == formats.keys()
-    plain = stage.rounded_blocks(llama, batches, formats)
-    counted = stage.rounded_blocks(llama, batches, formats, weights=weights)
-    path = "model.layers.0.mlp.down_proj"
-    assert (next(plain)[path][0] != next(counted)[path][0]).any()
 
 
 def test_the_model_stays_nearer_to_itself(tmp_path: Path) -> None:
