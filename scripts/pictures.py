@@ -1,6 +1,6 @@
-"""Draw the pictures of README.md and docs/ anew, from stored results and from the code.
+"""Draw the pictures of README.md and docs/ from stored results and from the code.
 
-    scripts/mis scripts/pictures.py             # after the default run was stored again
+    scripts/mis scripts/pictures.py             # after a result was stored again
     scripts/mis scripts/pictures.py --check     # exit 1 where a picture is older than its source
 
 Each picture holds twelve digits of the SHA-256 of what it shows. --check compares them, and only
@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import termios
-import textwrap
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -232,14 +231,6 @@ def plan() -> str:
         return screen(["-m", "mis_mlx", "plan", *flags], Path(temp))
 
 
-def run() -> str:
-    """The terminal of a default run: its lines, and some of what it prints at its end."""
-    page = (ROOT / "docs" / "quickstart.md").read_text("utf-8")
-    blocks = re.findall(r"^```text\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    lines = "\n".join(blocks).splitlines()
-    return "\n".join(part for line in lines for part in textwrap.wrap(line, COLUMNS) or [""])
-
-
 def terminal(title: str) -> Callable[[str], bytes]:
     """SVG of a terminal, with this title, that shows a text."""
 
@@ -256,7 +247,6 @@ PICTURES = (
     Picture("rivals.svg", rivals, curves),
     Picture("badges.svg", facts, badges),
     Picture("plan.svg", plan, terminal("mis_mlx plan --machine m1-air")),
-    Picture("run.svg", run, terminal("mis_mlx distill")),
 )
 
 

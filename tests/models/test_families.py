@@ -611,16 +611,16 @@ def test_an_axis_that_is_not_safe(
 
 def table() -> str:
     """That of docs/families.md, from the rows."""
-    head = ["model_type", *ALL, "repair", "on Metal in", "GGUF"]
+    head = ["model_type", "can be cut", "on Metal in", "GGUF"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in FAMILIES.values():
-        axes = ["yes" if axis in row.axes else "no" for axis in ALL]
+        axes = ", ".join(axis for axis in ALL if axis in row.axes)
         # heads, their groups and the hidden size, by the quotient
         if row.head_dim_follows and "heads" in row.axes:
-            axes = [*axes[:3], *["together"] * 3]
-        repair = "yes" if row.repairs else "no"
-        rest = [repair, "float16" if row.float16 else "float32 or bfloat16", row.gguf or "no"]
-        lines.append("| " + " | ".join([row.name, *axes, *rest]) + " |")
+            axes = axes.replace("heads, kv_heads, hidden", "heads with hidden")
+        assert row.repairs or "experts" in row.axes, "the page says that mixtures alone are not"
+        metal = "float16" if row.float16 else "float32, bfloat16"
+        lines.append("| " + " | ".join([row.name, axes, metal, row.gguf or "no"]) + " |")
     return "\n".join(lines)
 
 
