@@ -53,13 +53,10 @@ class Settings:
 
 
 def where(found: Found, sizes: str) -> str:
-    """What the numbers were measured on, and by which command."""
-    threads = f", OPENBLAS_NUM_THREADS={found['blas_threads']}" if found.get("blas_threads") else ""
+    """By which command a table was measured, and on what; the file has all versions."""
     return (
-        f"`{found['command']}` on {found['chip']} ({found['computes_on']}, {found['cores_used']} "
-        f"of {found['cores']} cores{threads}), {found['memory_gib']} GiB, {found['release']}, "
-        f"Python {found['python']}, mlx {found['mlx']}, mlx-lm {found['mlx-lm']}, commit "
-        f"{found['git']}; {sizes}."
+        f"`{found['command']}` on {found['chip']} ({found['computes_on']}), mlx {found['mlx']}, "
+        f"mlx-lm {found['mlx-lm']}, commit {found['git']}; {sizes}."
     )
 
 
@@ -154,12 +151,9 @@ def known_cells(name: str, row: Found) -> dict[str, str]:
         mean, low, high = calls["above_teacher"]
         above = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})".replace("-", "−")
     return {
-        "": name,
+        "": spelled(name),
         "MB": f"{row['mb']:.1f}",
         "IFEval, % (95 %)": with_interval(ifeval),
-        "prompts, strict": figure(ifeval.get("prompt_strict")),
-        "instructions, strict": figure(ifeval.get("inst_strict")),
-        "loose": figure(ifeval.get("mean_loose")),
         "BLiMP, %": with_interval(row.get("blimp", {})),
         "`grammar-en`, %": with_interval(row.get("grammar-en", {})),
         "right calls of tools, %": with_interval(calls),
@@ -200,37 +194,17 @@ def computed(found: Found) -> str:
 def models_default(found: Found) -> str:
     """A line a model: what it is, and what comes of it where nothing is said about sizes."""
     head = ["model", "parameters", "bf16", "result", "peak memory", "whole run"]
-    head += ["search", "answers", "the rest"]
     lines = list[list[str]]()
     for row in found["rows"].values():
         student = row["students"]["default"]
         asked = student["hours_of_answers"]
         answers = (asked["before"] or 0.0) + asked["at_end"]
         search = row["hours_of_search"] or 0.0
-        rest = student["hours"]
         line = [row["title"], f"{row['params'] / 1e9:.2f} B", f"{row['bytes'] / 1e9:.2f} GB"]
         line += [f"{student['bytes'] / 1e9:.2f} GB", gib(student["peak_bytes"])]
-        parts = [hours(part or None) for part in (search + answers + rest, search, answers, rest)]
-        lines.append([*line, *parts] if student["fits"] else [*line, "**does not fit**", *"–––"])
+        whole = hours(search + answers + student["hours"])
+        lines.append([*line, whole if student["fits"] else "**does not fit**"])
     return "\n".join([words.markdown_table(head, lines), "", computed(found)])
-
-
-def models_budgets(found: Found) -> str:
-    """A line a model: what a run does of it in each budget."""
-    budgets = [budget.replace("GiB", " GiB") for budget in found["given"]["budgets"]]
-    lines = list[list[str]]()
-    for row in found["rows"].values():
-        cells = [row["title"]]
-        for plan in row["budgets"].values():
-            done = "not cut"
-            if not plan["uncut"]:
-                done = "repaired" if plan["mode"] == "none" else "trained"
-            if plan["tuned"]:
-                done += ", tuned"
-            fits = f"{done}, {hours(plan['hours'])}" if plan["fits"] else ""
-            cells.append(fits or f"needs {gib(plan['least_bytes'])}")
-        lines.append(cells)
-    return "\n".join([words.markdown_table(["model", *budgets], lines), "", computed(found)])
 
 
 # Line of the table of runs: the file, what ran.
@@ -242,29 +216,17 @@ RUNS = (
     ("distill-gemma-600MiB", "gemma-3-270m, half of the tokens, `--budget 600MiB`"),
 )
 FOLDER = "../benchmarks/results/linux-x86_64"  # that these runs are of, as docs/ links it
-SHAPES = ("0.5 B shape, 2 GiB", "0.5 B shape, 850 MiB")  # of planned.json
 
 
-def models_measured(*files: Found) -> str:
-    """A line a run: what really ran here, of which file. The last file has shapes alone."""
-    head = ["what ran", "file", "parameters", "weights", "student", "result", "peak memory"]
-    head += ["time", "training"]
-    *runs, shapes = files
+def models_measured(*runs: Found) -> str:
+    """A line a run: what really ran here, of which file."""
+    head = ["what ran", "file", "parameters", "weights", "student", "result", "peak memory", "time"]
     lines = list[list[str]]()
     for (name, title), run in zip(RUNS, runs, strict=True):
         big = [f"{run['params_teacher'] / 1e6:.1f} M", f"{run['bytes_teacher']:.0f} MB"]
         small = [f"{run['params_student'] / 1e6:.1f} M", f"{run['bytes_4-bit']:.1f} MB"]
-        untouched = run["mode"] == "none" and "repair" not in run["phases"]
-        training = "none needed" if untouched else TRAINED[run["mode"]]
-        took = [gib(run["peak_bytes"]), duration(run["seconds"]), training]
+        took = [gib(run["peak_bytes"]), duration(run["seconds"])]
         lines.append([title, f"[{name}.json]({FOLDER}/{name}.json)", *big, *small, *took])
-    for name in SHAPES:
-        case = shapes["cases"][name]
-        peak = max(measured for _, measured in case["phases"].values())
-        unknown = ["–", "–", "–", "–"]
-        took = [gib(peak), "–", TRAINED[case["mode"]]]
-        title = f"{name}: random weights, 2 steps"
-        lines.append([title, f"[planned.json]({FOLDER}/planned.json)", *unknown, *took])
     return words.markdown_table(head, lines, words=2)
 
 
@@ -301,24 +263,18 @@ def planned_phases(found: Found) -> str:
     return words.markdown_table(["planned / took, MiB", *columns, "commit"], lines)
 
 
-def rivals(found: Found, *others: Found) -> str:
-    """A line a row, by size: what it loses on answers and on text, and what making it takes.
-
-    others: of other seeds.
-    """
-    every = dict(found["rows"])
-    for other in others:
-        for label, row in other["rows"].items():
-            if "seconds" in row:
-                every[f"{label}, seed {other['given']['seed']}"] = row
-    rows = sorted(every.items(), key=lambda item: float(item[1]["mb"]))
+def rivals(found: Found) -> str:
+    """A line a row, by size: what it loses on answers and on text, and what making it takes."""
+    rows = sorted(found["rows"].items(), key=lambda item: float(item[1]["mb"]))
     head = ["", "bits per weight", "MB", "answers", "KL", "same top token", "EAR", "loops, %"]
     head += ["CPU minutes", "peak, GiB"]
-    figures = ("answers_excess", "kl", "top1", "ear")
     lines = list[list[str]]()
     for label, row in rows:
-        cells = [label, f"{row['effective_bits']:.2f}", f"{row['mb']:.1f}"]
-        cells += [with_margin(row[name]) if name in row else "–" for name in figures]
+        cells = [spelled(label), f"{row['effective_bits']:.2f}", f"{row['mb']:.1f}"]
+        cells += [
+            with_margin(row[name]) if name in row else "–" for name in ("answers_excess", "kl")
+        ]
+        cells += [figure(row[name][0], 3) if name in row else "–" for name in ("top1", "ear")]
         cells.append(f"{row['loops'][0]:.0f}")
         if "seconds" in row:
             cells += [f"{row['cpu_seconds'] / 60:.1f}", f"{row['peak_gib']:.1f}"]
@@ -326,10 +282,14 @@ def rivals(found: Found, *others: Found) -> str:
             cells += ["–", "–"]
         lines.append(cells)
     given = found["given"]
-    sizes = f"{given['prompts']} prompts, {given['eval_tokens']:,} tokens of text, half of it "
-    sizes += f"Polish, {given['windows']} windows of calibration, "
-    sizes += "seed 0 where none is named" if others else "one seed"
+    sizes = f"{given['prompts']} prompts, {given['eval_tokens']:,} tokens of text, "
+    sizes += f"{given['windows']} windows of calibration, one seed"
     return "\n".join([words.markdown_table(head, lines), "", where(found, sizes)])
+
+
+def spelled(label: str) -> str:
+    """A row's name: files call this program `ours`."""
+    return label.replace("ours, ", "mis_mlx, ")
 
 
 def with_margin(value: list[float]) -> str:
@@ -416,17 +376,13 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "lose-gemma-3-270m": (lose, ("lose-gemma-3-270m.json",)),
     "planned": (planned_phases, ("planned.json",)),
     "rivals-qwen-coder-0.5b": (rivals, ("rivals-qwen-coder-0.5b.json",)),
-    "rivals-smollm2": (rivals, tuple(f"rivals-smollm2{seed}.json" for seed in ("", "-1", "-2"))),
+    "rivals-smollm2": (rivals, ("rivals-smollm2.json",)),
     "known-numbers": (known_numbers, ("known_numbers.json",)),
     "known-numbers-qwen-coder-0.5b": (known_numbers, ("known_numbers-qwen-coder-0.5b.json",)),
     "models-default": (models_default, ("models.json",)),
-    "models-budgets": (models_budgets, ("models.json",)),
     "gemma-models": (gemma_models, ("gemma_models.json",)),
     "gemma-4-e2b": (true_shape, ("gemma-4-e2b.json",)),
-    "models-measured": (
-        models_measured,
-        (*(f"{name}.json" for name, _ in RUNS), "planned.json"),
-    ),
+    "models-measured": (models_measured, tuple(f"{name}.json" for name, _ in RUNS)),
 }
 
 
