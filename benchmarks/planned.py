@@ -37,7 +37,7 @@ import streaming
 from mis_mlx import cli, distill, sft
 from mis_mlx.alignment import alignment_run
 from mis_mlx.distillation.pipeline import Run
-from mis_mlx.hardware import ledger, memory
+from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.families import family
@@ -212,7 +212,7 @@ def fine_tuning(teacher: str, out: Path) -> None:
 
     def report_plan(s: alignment_run.Alignment, phases: Sequence[StageCost]) -> dict[str, Any]:
         limit = memory.budget(s.budget_bytes).limit_bytes
-        planned.append(ledger.needed_bytes(limit, phases[0].peak_bytes))
+        planned.append(memory.needed_bytes(limit, phases[0].peak_bytes))
         memory.give_back()
         laboratory.count_anew()
         held.append(memory.held_bytes()[0])

@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple
 from mis_mlx import cli
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.distillation import conversations
-from mis_mlx.hardware import ledger, memory
+from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge import answers, comparison, recovery_table
 from mis_mlx.judge.comparison import Models, comparison_cost
@@ -202,7 +202,7 @@ def _plan(
     peak = 0
     if phases:
         arrays = max(phase.peak_bytes for phase in phases)
-        peak = ledger.needed_bytes(limit.limit_bytes, arrays)
+        peak = memory.needed_bytes(limit.limit_bytes, arrays)
     seconds = sum(phase.seconds(rates) for phase in phases)
     cli.say(f"peak {gib(peak)}, about {duration(seconds)}{known}")
     return {"peak_bytes": peak, "seconds": seconds}

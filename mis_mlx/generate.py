@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.data import token_windows, turns
-from mis_mlx.hardware import ledger, memory
+from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge import comparison
 from mis_mlx.judge.speed import rounds
@@ -102,7 +102,7 @@ def _whole_bytes(checkpoint: Checkpoint, request: rounds.Request, limit: Budget)
     need = rounds.need_bytes(checkpoint, request) + m.text_bytes
     if m.shape.experts or (m.packed and not precision.keeps_packed()):
         return 0
-    fits = ledger.needed_bytes(limit.limit_bytes, need) <= limit.limit_bytes
+    fits = memory.needed_bytes(limit.limit_bytes, need) <= limit.limit_bytes
     return need if fits else 0
 
 
@@ -211,13 +211,13 @@ def run(settings: Settings) -> dict[str, Any]:
         plan = replace(plan, read_bytes=0, peak_bytes=whole_bytes)
         cli.say(f"the whole model is in memory, {gib(whole_bytes)} of {gib(limit.limit_bytes)}")
     else:
-        headroom_bytes = ledger.headroom_bytes(limit.limit_bytes, plan.peak_bytes)
+        headroom_bytes = memory.headroom_bytes(limit.limit_bytes, plan.peak_bytes)
         cli.say(
             f"a pass reads {gib(plan.read_bytes)} in {gib(plan.peak_bytes)}; {gib(headroom_bytes)} "
             f"are left for weights that stay in memory"
         )
     if settings.dry_run:
-        need = ledger.needed_bytes(limit.limit_bytes, plan.peak_bytes)
+        need = memory.needed_bytes(limit.limit_bytes, plan.peak_bytes)
         return {
             "read_bytes_per_pass": plan.read_bytes,
             "peak_bytes": need,

@@ -14,7 +14,7 @@ from mis_mlx.alignment import alignment_run, grpo_rollout
 from mis_mlx.alignment.grpo_rollout import Settings
 from mis_mlx.data import examples, rows
 from mis_mlx.hardware import memory
-from mis_mlx.hardware.ledger import needed_bytes
+from mis_mlx.hardware.memory import needed_bytes
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge.tasks import rewards
 from mis_mlx.models.architectures import block_state

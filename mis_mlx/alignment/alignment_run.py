@@ -26,7 +26,7 @@ from mis_mlx.data import examples
 from mis_mlx.distillation import train_loop
 from mis_mlx.gguf_export.model_card import name_of
 from mis_mlx.hardware import memory
-from mis_mlx.hardware.ledger import Ledger, needed_bytes
+from mis_mlx.hardware.memory import needed_bytes
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.hardware.thermal.run_monitor import Governed
 from mis_mlx.maths import optimizer, rounding
@@ -157,25 +157,19 @@ def model_size(s: Alignment, checkpoint: Checkpoint) -> ModelSize:
     return model_of(checkpoint, dtype=dtype_of(s, checkpoint))
 
 
-def training_ledger(s: Alignment, checkpoint: Checkpoint, rows: int, length: int) -> Ledger:
+def training_bytes(s: Alignment, checkpoint: Checkpoint, rows: int, length: int) -> int:
     """What training with `rows` sequences of `length` tokens in a micro-batch holds."""
     m = model_size(s, checkpoint)
     if not s.lora:
         accumulates = s.grad_accumulation_steps > 1
-        ledger = whole_model.holdings(m, rows, length, accumulates=accumulates)
-        ledger.hold("text", m.text_bytes)
-        return ledger
+        step = whole_model.step_bytes(m, rows, length, accumulates=accumulates)
+        return m.text_bytes + step
     learning = optimizer.STATE_BYTES + optimizer.GRADIENT_BYTES
     activations = residency.activation_bytes(m, rows, length)
-    ledger = Ledger(gpu=m.gpu)
-    ledger.hold("text", m.text_bytes)
-    ledger.hold("weights", m.whole_work)
-    ledger.hold("adapters, gradients and moments", learning * s.lora.params(m.config))
-    ledger.hold("activations", activations)
-    ledger.hold("in flight", m.in_flight(activations))
-    ledger.hold("logits", logit_bytes(m.shape.vocab, rows * length, gpu=m.gpu))
-    ledger.hold("widened head", m.widened_bytes)
-    return ledger
+    held = m.text_bytes + m.whole_work
+    held += learning * s.lora.params(m.config)  # adapters, gradients and moments
+    held += activations + m.in_flight(activations)
+    return held + logit_bytes(m.shape.vocab, rows * length, gpu=m.gpu) + m.widened_bytes
 
 
 def training_cost(
@@ -197,7 +191,7 @@ def training_cost(
         name=name,
         read_bytes=m.nbytes,
         written_bytes=written,
-        peak_bytes=training_ledger(s, checkpoint, rows, length).peak_bytes,
+        peak_bytes=training_bytes(s, checkpoint, rows, length),
         flops=s.iters * 3 * pass_cost.forward_flops(m, tokens, length),
         updated=s.iters * trained,
     )

@@ -12,7 +12,6 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mis_mlx.compute import streams
 from mis_mlx.compute.logits import logit_bytes
 from mis_mlx.distillation.train_loop import Applied, MicroBatch, Update, scaled_norm
-from mis_mlx.hardware.ledger import Ledger
 from mis_mlx.hardware.memory import in_flight_bytes
 from mis_mlx.maths import optimizer
 from mis_mlx.maths.optimizer import GuardedAdamW
@@ -154,13 +153,13 @@ def _gradients(
     return StepGradients(loss, tokens, grads=grads, further=means)
 
 
-def holdings(
+def step_bytes(
     m: ModelSize,
     batch: int,
     length: int,
     *,
     accumulates: bool = False,
-) -> Ledger:
+) -> int:
     """What a step of `WholeModel` holds where all weights learn, on micro-batches (batch, length).
 
     Model and loss are one graph, of which the least that can be promised is the sum. accumulates:
@@ -172,17 +171,10 @@ def holdings(
     gradients = optimizer.GRADIENT_BYTES * m.params
     summed = gradients if accumulates else 0
     largest = max(map(math.prod, arch.tensors_of(m.config, True).values()))
-    ledger = Ledger(gpu=m.gpu)
-    ledger.hold("weights and moments", optimizer.STATE_BYTES * m.params)
-    ledger.hold("in flight", min(activations, in_flight_bytes()) if m.gpu else 0)
-    ledger.moment(
-        "forward",
-        activations=activations,
-        heads=2 * 4 * s.vocab * s.hidden,
-        logits=logit_bytes(s.vocab, batch * length, gpu=m.gpu),
-        summed=summed,
-        gradients=gradients,
-    )
-    ledger.moment("backward", block=block, gradients=gradients, summed=summed)
-    ledger.moment("update", gradients=gradients, made=optimizer.update_bytes(largest))
-    return ledger
+    held = optimizer.STATE_BYTES * m.params
+    held += min(activations, in_flight_bytes()) if m.gpu else 0
+    forward = activations + 2 * 4 * s.vocab * s.hidden  # two heads
+    forward += logit_bytes(s.vocab, batch * length, gpu=m.gpu)
+    backward = block + summed
+    update = optimizer.update_bytes(largest)
+    return held + gradients + max(forward + summed, backward, update)

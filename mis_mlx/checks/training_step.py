@@ -57,7 +57,7 @@ def _loss(student: nn.Module, tokens: mx.array) -> tuple[mx.array, mx.array]:
 def planned_bytes() -> int:
     """Sum the plan's peak, in bytes: student, gradients, moments, activations, logits."""
     size = model_of(CONFIG, gpu=precision.keeps_packed(), dtype=mx.float32)
-    return whole_model.holdings(size, WINDOWS, LENGTH).peak_bytes
+    return whole_model.step_bytes(size, WINDOWS, LENGTH)
 
 
 def planned_seconds(machine: rates.Rates) -> float:

@@ -26,7 +26,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mis_mlx.compute import slab_losses, streams
 from mis_mlx.distillation.train_loop import Applied, MicroBatch, Update, scaled_norm
-from mis_mlx.hardware.ledger import Ledger, needed_bytes
+from mis_mlx.hardware.memory import headroom_bytes, needed_bytes
 from mis_mlx.hardware.stage_cost import INTEGERS, StageCost
 from mis_mlx.maths import optimizer
 from mis_mlx.maths.optimizer import GRADIENT_BYTES, STATE_BYTES, GuardedAdamW, Part
@@ -627,15 +627,14 @@ def weights_cost(job: DistillationSpec, micro: int, shard: int, limit: int = 0) 
     sizes = [math.prod(shape) for shape in arch.layer_tensors(m.config).values()]
     gradient = GRADIENT_BYTES * sum(sizes)
     made = parallel_windows(m) * optimizer.update_bytes(max(sizes), eight_bit=True)
-    ledger = _step_ledger(job, micro, limit, gradient=gradient, update=gradient + made)
-    ledger.hold("blocks and moments", state)
-    if shard:
-        ledger.hold("blocks on their way", block_bytes, count=2)
+    on_their_way = 2 * block_bytes if shard else 0
     return StageCost(
         name="distil",
         read_bytes=read + _read_in_steps(job),
         written_bytes=written,
-        peak_bytes=ledger.peak_bytes,
+        peak_bytes=state
+        + on_their_way
+        + _step_bytes(job, micro, gradient=gradient, update=gradient + made),
         flops=job.iters * (block_flops * (layers + 2 * above + 3 * trained) + _head_flops(job)),
         updated=job.iters * (m.largest_block_params * trained if shard else m.all_block_params),
     )
@@ -670,40 +669,38 @@ def _scales(
     packed = int(share * rounded_size.rounded_bytes(m, job.rounding))  # a block on disk
     # Integers of a block in memory: as on disk on Metal; a CPU has a byte for each.
     integers = packed if m.gpu else m.largest_block_params
-    ledger = _step_ledger(
+    step = _step_bytes(
         job,
         micro,
-        limit,
         gradient=GRADIENT_BYTES * in_block,
         # old and new values and moments, and gradients
         update=(2 * STATE_BYTES + GRADIENT_BYTES) * in_block,
         of_stream=learned_scales.product_bytes(m),
     )
     # a block comes while another one computes, and leaves its slot
-    ledger.hold("slots", packed, count=2)
-    ledger.hold("integers of the block at work", integers)
+    peak_bytes = step + 2 * packed + integers
     read = 0
     files = 0
     if on_disk:
-        ledger.hold("values of the block at work", GRADIENT_BYTES * in_block)
+        peak_bytes += GRADIENT_BYTES * in_block  # values of the block at work
         # values on the way there and back, all for the update, which writes all of it
         read = iters * (2 * GRADIENT_BYTES * learning_scales(job) + state)
         written = GRADIENT_BYTES * learning_scales(job) + iters * state
         # a block's new file is there before the old one goes
         files = state + STATE_BYTES * in_block
     else:
-        ledger.hold("what learns, and moments", state)
+        peak_bytes += state
         written = job.checkpoints * state
-    kept = ledger.fill(INTEGERS, integers, layers)
+    kept = min(layers, headroom_bytes(limit, peak_bytes, m.gpu) // integers)
     flops = 4 * forward_flops(m, job.step_tokens, job.max_seq_length, head=False)
     return StageCost(
         name=SCALES,
         read_bytes=(layers + 2 * iters * (layers - kept)) * packed + read + _read_in_steps(job),
         written_bytes=rounded_size.rounded_bytes(m, job.rounding) + written,
-        peak_bytes=ledger.peak_bytes,
+        peak_bytes=peak_bytes + kept * integers,
         flops=iters * (flops + _head_flops(job)),
         updated=iters * learning_scales(job),
-        stays=ledger.filled,
+        stays={INTEGERS: kept},
         scratch_bytes=files,
     )
 
@@ -718,15 +715,9 @@ def _head_flops(job: DistillationSpec) -> float:
     return 6.0 * job.step_tokens * job.student.head_params
 
 
-def _step_ledger(
-    job: DistillationSpec,
-    micro: int,
-    limit: int,
-    *,
-    gradient: int,
-    update: int,
-    of_stream: int = 0,
-) -> Ledger:
+def _step_bytes(
+    job: DistillationSpec, micro: int, *, gradient: int, update: int, of_stream: int = 0
+) -> int:
     """What a step of micro-batches of `micro` windows holds besides what learns.
 
     gradient: bytes of a block's; windows side by side have one each. update: bytes of a block's.
@@ -740,22 +731,12 @@ def _step_ledger(
     activations = activation_bytes(m, micro, job.max_seq_length) // s.layers  # of a block
     side_by_side = min(parallel_windows(m), micro)
     states = 4 * job.step_tokens * m.channels
-    ledger = Ledger(limit, m.gpu)
-    ledger.hold("norms and masks", SMALL_BYTES)
-    ledger.hold("inputs of every block, and outputs", (s.layers + 1) * states)
-    ledger.hold("what blocks share", side_bytes(replace(m, item=4), job.step_tokens))
-    ledger.hold("in flight", m.in_flight(activations))
-    ledger.moment(
-        "loss",
-        # behind the norm, and the gradient there, old and new
-        states=3 * 4 * job.step_tokens * s.hidden,
-        targets=TARGET_ARRAYS * 4 * job.step_tokens * (TOP + SAMPLES),
-        slab=slab_losses.slab_bytes(job.step_tokens, s.hidden, s.vocab),
-    )
-    ledger.moment(
-        "backward",
-        block=backward_bytes(m, micro, job.max_seq_length),
-        gradients=side_by_side * (gradient + of_stream) + summed,
-    )
-    ledger.moment("update", update=update)
-    return ledger
+    held = SMALL_BYTES + (s.layers + 1) * states  # inputs of every block, and outputs
+    held += side_bytes(replace(m, item=4), job.step_tokens) + m.in_flight(activations)
+    # behind the norm, and the gradient there, old and new
+    loss = 3 * 4 * job.step_tokens * s.hidden
+    loss += TARGET_ARRAYS * 4 * job.step_tokens * (TOP + SAMPLES)
+    loss += slab_losses.slab_bytes(job.step_tokens, s.hidden, s.vocab)
+    backward = backward_bytes(m, micro, job.max_seq_length) + summed
+    backward += side_by_side * (gradient + of_stream)
+    return held + max(loss, backward, update)

@@ -22,7 +22,7 @@ from mis_mlx.data.token_windows import Windows, fingerprint
 from mis_mlx.distillation import train_loop
 from mis_mlx.distillation.block_student import BlockStudent
 from mis_mlx.distillation.train_loop import MicroBatch
-from mis_mlx.hardware.ledger import Ledger
+from mis_mlx.hardware.memory import headroom_bytes
 from mis_mlx.hardware.stage_cost import WINDOWS, StageCost
 from mis_mlx.maths.losses import Logits
 from mis_mlx.models.architectures.sizes import shape_of
@@ -189,16 +189,16 @@ def store_cost(job: DistillationSpec, limit: int) -> StageCost:
     one = streamed_pass("", t, tokens=length, length=length, head=False, spool=False)
     targets = length * slab_draws.state_bytes(TOP, SAMPLES)
     states = length * t.hidden_bytes + side_bytes(t, length)
-    ledger = Ledger(limit, t.gpu)
-    ledger.hold("pass of one window", one.peak_bytes)
-    ledger.hold("slab of the head", slab_draws.slab_bytes(length, t.shape.hidden, t.shape.vocab))
-    ledger.hold("targets of one window", targets)
-    at_once = 1 + ledger.fill("further windows", states + targets, windows - 1)
+    slab = slab_draws.slab_bytes(length, t.shape.hidden, t.shape.vocab)
+    peak_bytes = one.peak_bytes + slab + targets
+    further = headroom_bytes(limit, peak_bytes, t.gpu) // (states + targets)
+    at_once = 1 + min(windows - 1, further)
+    peak_bytes += (at_once - 1) * (states + targets)
     return StageCost(
         name=STORE,
         read_bytes=math.ceil(windows / at_once) * (one.read_bytes + 2 * t.head_bytes),
         written_bytes=windows * length * job.target_bytes,
-        peak_bytes=ledger.peak_bytes,
+        peak_bytes=peak_bytes,
         flops=windows * (one.flops + 4.0 * length * t.head_params),
         stays={WINDOWS: at_once},
     )

@@ -203,6 +203,19 @@ def process_bytes(limit_bytes: int, gpu: bool | None = None, trained_bytes: int 
     return min(grown, limit_bytes // 6)
 
 
+def needed_bytes(limit_bytes: int, taken_bytes: int, gpu: bool | None = None) -> int:
+    """What so many bytes of arrays need of a budget, with the process around them.
+
+    A peak is compared with a budget by this, and nowhere else. gpu: as of `process_bytes`.
+    """
+    return taken_bytes + process_bytes(limit_bytes, gpu)
+
+
+def headroom_bytes(limit_bytes: int, taken_bytes: int, gpu: bool | None = None) -> int:
+    """What a budget leaves for things that are welcome but not needed; as of `needed_bytes`."""
+    return max(0, limit_bytes - needed_bytes(limit_bytes, taken_bytes, gpu))
+
+
 def give_back(cache: bool = True) -> None:
     """Return freed memory to the system.
 

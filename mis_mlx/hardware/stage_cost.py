@@ -25,9 +25,9 @@ WORK = (
 class StageCost:
     """One stage: bytes, memory, operations.
 
-    peak_bytes: of arrays, without the process, as of a `Ledger`. stays: of what stays in memory
-    where there is room, how many: `Ledger.filled`. scratch_bytes: of files that are gone behind the
-    stage, with what found no room. parts: stages in a row that this is the sum of (`in_turn`).
+    peak_bytes: of arrays, without the process. stays: of what stays in memory where there is room,
+    how many. scratch_bytes: of files that are gone behind the stage, with what found no room.
+    parts: stages in a row that this is the sum of (`in_turn`).
     """
 
     name: str

@@ -13,7 +13,6 @@ import numpy as np
 from mis_mlx.compute import logit_figures, precision
 from mis_mlx.compute.logit_figures import ARRAYS, CHUNK, GROUP
 from mis_mlx.data.token_windows import Windows
-from mis_mlx.hardware.ledger import Ledger
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge.answer_figures import bits_per_byte
 from mis_mlx.maths import stats
@@ -280,30 +279,26 @@ def comparison_cost(models: Sequence[ModelSize], windows: int, length: int) -> S
     and read one, logits of CHUNK tokens, and statistics of GROUP tokens.
     """
     tokens = windows * length
-    ledger = Ledger()
+    held = max(side_bytes(m, tokens) for m in models)
+    most = 0
     flops = 0.0
-    for number, m in enumerate(models):
+    for m in models:
         body = m.body_bytes(pass_workspace(m, tokens, length, length))
-        ledger.hold("final states", m.hidden_bytes, tokens)
-        ledger.moment(f"pass of model {number}", slots=m.slots_bytes, body=body)
+        most = max(most, m.slots_bytes + body)
+        held += tokens * m.hidden_bytes  # final states
         flops += forward_flops(m, tokens, length)
-    ledger.hold("what blocks share", max(side_bytes(m, tokens) for m in models))
     vocab = min(m.shape.vocab for m in models)
     hidden = max(m.shape.hidden for m in models)
     rows = head_rows(hidden, vocab)
     parts = math.ceil(vocab / rows)
     heads = [3 * rows * m.head_work // m.shape.vocab for m in models]
     at_once = CHUNK if any(m.gpu for m in models) else min(length, CHUNK)
-    ledger.moment(
-        "heads",
-        parts=heads[0] + max(heads),
-        logits=ARRAYS * 4 * at_once * rows,
-        temporaries=3 * rows * hidden,
-        statistics=11 * 8 * min(tokens, GROUP + length) * parts,
-    )
+    at_heads = heads[0] + max(heads) + 3 * rows * hidden
+    at_heads += ARRAYS * 4 * at_once * rows  # logits
+    at_heads += 11 * 8 * min(tokens, GROUP + length) * parts  # statistics
     return StageCost(
         name="measure",
         read_bytes=sum(m.nbytes for m in models),
-        peak_bytes=ledger.peak_bytes,
+        peak_bytes=held + max(most, at_heads),
         flops=flops,
     )

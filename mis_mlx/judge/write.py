@@ -11,7 +11,7 @@ from itertools import product
 from typing import Any
 
 from mis_mlx.data import token_windows
-from mis_mlx.hardware import ledger
+from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost, in_turn
 from mis_mlx.judge.comparison import comparison_cost
 from mis_mlx.judge.prompts import Answer, Prompt
@@ -67,7 +67,7 @@ def plan_writing(
     sizes = [min(size, texts.number) for size in at_once]
     for whole, size in product((True, False), sizes):
         cost = streamed_batch.writing_cost(m, texts, size, None if whole else 0)
-        need = m.text_bytes + ledger.needed_bytes(limit.limit_bytes, cost.peak_bytes, m.gpu)
+        need = m.text_bytes + memory.needed_bytes(limit.limit_bytes, cost.peak_bytes, m.gpu)
         if need > limit.limit_bytes:
             continue
         room = None

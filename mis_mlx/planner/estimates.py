@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from mis_mlx import cli
 from mis_mlx.hardware import rates
-from mis_mlx.hardware.ledger import needed_bytes
+from mis_mlx.hardware.memory import needed_bytes
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models.opening import compute_type
 from mis_mlx.models.opening.model_size import ModelSize, model_of

@@ -20,8 +20,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx import cli
-from mis_mlx.hardware.ledger import Ledger
-from mis_mlx.hardware.memory import TRAINED_BYTES
+from mis_mlx.hardware.memory import TRAINED_BYTES, headroom_bytes
 from mis_mlx.hardware.stage_cost import WINDOWS, StageCost
 from mis_mlx.maths.reconstruction import (
     HELD_OUT,
@@ -37,9 +36,9 @@ from mis_mlx.models.architectures import modules
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import stream, sweep
 from mis_mlx.models.passing.pass_cost import (
-    hold_stream,
     parallel_windows,
     pass_workspace,
+    stream_bytes,
     streamed_pass,
 )
 from mis_mlx.models.passing.stream import Batches, Hidden
@@ -348,8 +347,8 @@ class _PostNorm:
         return gains, left
 
 
-def _fit_cost(ledger: Ledger, m: ModelSize, tokens: int, workspace: int) -> StageCost:
-    """Write down what a block's closed-form fit holds; its work.
+def _fit_cost(m: ModelSize, tokens: int, workspace: int) -> StageCost:
+    """A block's closed-form fit.
 
     Normal equations, and tokens held out as they are; besides them what a block's pass takes
     (`workspace`) and float32 batches of products, then what solving makes of the sums, and the
@@ -361,24 +360,20 @@ def _fit_cost(ledger: Ledger, m: ModelSize, tokens: int, workspace: int) -> Stag
     d = m.shape.hidden
     item = np.dtype(precision(f)).itemsize
     held_out = max(1, tokens // HELD_OUT)
-    sums = {"sums": item * f * (f + d), "held_out": 4 * held_out * (f + d)}
-    products = 4 * parallel_windows(m) * f * (f + d)
-    ledger.moment("products", **sums, products=products, workspace=workspace)
-    ledger.moment(
-        "solving",
-        **sums,
-        solving=f * (item * f + max(2 * item, 16) * d),
-        # BLAS packs parts of what it solves: as much was measured on F = 3,242, less on 1,024.
-        packed=min(TRAINED_BYTES, 2 * f * (f + d)),
-        block=0 if m.as_stored else m.block_work,
-    )
+    sums = item * f * (f + d) + 4 * held_out * (f + d)
+    products = 4 * parallel_windows(m) * f * (f + d) + workspace
+    solving = f * (item * f + max(2 * item, 16) * d)
+    # BLAS packs parts of what it solves: as much was measured on F = 3,242, less on 1,024.
+    solving += min(TRAINED_BYTES, 2 * f * (f + d))
+    solving += 0 if m.as_stored else m.block_work
     judged = 2.0 * len(RIDGES) * held_out * f * d
     solves = len(RIDGES) + 1
     # The host factorizes (F, F) and uses that; in float32 MLX does the latter, the former counts
     # a quarter.
     host = solves * f**2 * (2 / 3 * f / 4 if is_wide(f) else 2 / 3 * f + 2 * d)
     flops = 2.0 * tokens * f * (f + d) + solves * f * f * (2 / 3 * f + 4 * d) + judged
-    return StageCost("fit", flops=flops - host, host_flops=host)
+    peak_bytes = sums + max(products, solving)
+    return StageCost("fit", peak_bytes=peak_bytes, flops=flops - host, host_flops=host)
 
 
 def repair_cost(job: DistillationSpec, limit: int, item: int = 0) -> StageCost:
@@ -400,34 +395,33 @@ def repair_cost(job: DistillationSpec, limit: int, item: int = 0) -> StageCost:
         streamed_pass("", model, tokens=tokens, length=length, head=False, spool=False)
         for model in (t, m)
     )
-    ledger = Ledger(limit, t.gpu)
-    hold_stream(ledger, t, tokens)
-    hold_stream(ledger, m, tokens)
     workspace = pass_workspace(t, tokens, length, length)
-    ledger.hold("in flight", t.in_flight(workspace))
-    ledger.moment("teacher's pass", body=t.body_bytes(workspace))
     body = m.body_bytes(pass_workspace(m, tokens, length, length))
     read = big.read_bytes + m.nbytes
-    work = _fit_cost(ledger, m, tokens, body)
-    ledger.hold("new matrices", 4 * m.shape.hidden * m.shape.ffn, 1 if item else layers)
+    work = _fit_cost(m, tokens, body)
+    matrix = 4 * m.shape.hidden * m.shape.ffn
+    peak_bytes = stream_bytes(t, tokens) + stream_bytes(m, tokens) + t.in_flight(workspace)
     window = length * (t.hidden_bytes + m.hidden_bytes)
     held = job.reconstruct_samples
     written = 0
+    stays = {}
     if item:
-        ledger.moment("a part is written", block=body + 4 * m.largest_block_params)
-        held = ledger.fill(WINDOWS, window, job.reconstruct_samples)
+        writing = body + 4 * m.largest_block_params
+        peak_bytes += matrix + max(t.body_bytes(workspace), work.peak_bytes, writing)
+        held = min(held, headroom_bytes(limit, peak_bytes, t.gpu) // window)
+        stays[WINDOWS] = held
         written = item * (m.params + layers * m.largest_block_params)
     else:
-        ledger.hold(WINDOWS, window, held)
+        peak_bytes += layers * matrix + max(t.body_bytes(workspace), work.peak_bytes)
     spooled = tokens - held * length
     visits = t.hidden_bytes * (t.shape.layers + 1) + m.hidden_bytes * (layers + 1)
     return StageCost(
         name="repair",
         read_bytes=read + spooled * visits,
         written_bytes=written + spooled * visits,
-        peak_bytes=ledger.peak_bytes,
+        peak_bytes=peak_bytes + held * window,
         flops=big.flops + 2 * small.flops + layers * work.flops,
         scratch_bytes=spooled * (t.hidden_bytes + m.hidden_bytes),
-        stays=ledger.filled,
+        stays=stays,
         host_flops=layers * work.host_flops,
     )

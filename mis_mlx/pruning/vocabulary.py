@@ -22,7 +22,6 @@ from mis_mlx import cli
 from mis_mlx.compute import quick_exp
 from mis_mlx.data import draws, preparation, token_windows
 from mis_mlx.hardware import memory
-from mis_mlx.hardware.ledger import Ledger
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge import comparison
 from mis_mlx.models.architectures import arch, scenarios
@@ -448,14 +447,12 @@ def vocabulary_cost(t: ModelSize, length: int) -> StageCost:
         "vocabulary", t, tokens=tokens, length=length, head=False, spool=False
     )
     positions = _positions(length, vocab)
-    ledger = Ledger()
-    ledger.hold("final states", tokens * t.shape.hidden * t.item)
-    ledger.hold("logits", 4 * positions * (vocab + 2 * rows))
-    ledger.hold("parts of the head", rows * t.head_work // vocab, count=3)
+    head = tokens * t.shape.hidden * t.item + 3 * (rows * t.head_work // vocab)
+    logits = 4 * positions * (vocab + 2 * rows)
     head_reads = VOCABULARY_WINDOWS * math.ceil(length / positions)
     return replace(
         final_states,
-        peak_bytes=max(final_states.peak_bytes, ledger.peak_bytes),
+        peak_bytes=max(final_states.peak_bytes, head + logits),
         read_bytes=final_states.read_bytes + head_reads * t.head_bytes,
         flops=forward_flops(t, tokens, length),
     )

@@ -23,7 +23,6 @@ import mlx.nn as nn
 import numpy as np
 
 from mis_mlx.compute import precision, streams
-from mis_mlx.hardware.ledger import Ledger
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths import rounding
 from mis_mlx.models.architectures import arch, block_inputs, modules, sizes
@@ -471,10 +470,13 @@ def sensing_cost(m: ModelSize, length: int, limit: int, windows: int = SENSED) -
     seen = 4 * length * (4 * s.hidden + attention + 3 * s.ffn)
     waiting = min(windows, max(1, _held_bytes(m.largest_block_params) // seen))
     slab = (2 * waiting + 4) * 4 * min(SLAB, s.ffn * s.hidden)
-    ledger = Ledger(limit, m.gpu)
-    # of the embedding and the head (embedding_costs)
-    ledger.hold("variances of groups", 4 * m.tables_params // min(rounding.GROUPS))
     cost = backward_pass.gradients_cost(
-        ledger, m, windows=windows, length=length, visiting=waiting * seen + slab
+        m,
+        windows=windows,
+        length=length,
+        limit=limit,
+        # variances of groups of the embedding and the head (embedding_costs)
+        beside_bytes=4 * m.tables_params // min(rounding.GROUPS),
+        visiting=waiting * seen + slab,
     )
     return replace(cost, name="sensitivity")

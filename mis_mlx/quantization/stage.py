@@ -25,7 +25,6 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.compute import precision, streams
-from mis_mlx.hardware.ledger import Ledger
 from mis_mlx.hardware.stage_cost import WINDOWS, StageCost, in_turn
 from mis_mlx.maths import gptq, reconstruction, rounding
 from mis_mlx.models.architectures import arch, modules, tensor_shapes
@@ -556,14 +555,11 @@ def _writing_bytes(m: ModelSize, group: int) -> int:
     matrix = block_matrix(m)
     stored_item = math.ceil(m.nbytes / m.params)
     table = table_part(m)
-    ledger = Ledger()
-    ledger.hold("experts of a matrix", stacked_bytes(m))
     # of a table, which wait for its integers
-    ledger.hold("scales", 2 * 4 * max(m.side_params, m.head_params) // group)
-    ledger.moment("matrix", whole=(stored_item + 2) * matrix, part=4 * min(matrix, rounding.PART))
-    rows = (DENSE_ITEM + 2) * table
-    ledger.moment("table", rows=rows, part=4 * min(m.head_params, rounding.PART))
-    return ledger.peak_bytes
+    scales = 2 * 4 * max(m.side_params, m.head_params) // group
+    of_matrix = (stored_item + 2) * matrix + 4 * min(matrix, rounding.PART)
+    of_table = (DENSE_ITEM + 2) * table + 4 * min(m.head_params, rounding.PART)
+    return stacked_bytes(m) + scales + max(of_matrix, of_table)
 
 
 def _sides(m: ModelSize) -> gptq.Sides:
@@ -608,14 +604,10 @@ def _block_bytes(m: ModelSize, length: int) -> int:
     values = gptq.packed_bytes(weights) + 2 * m.item * block_matrix(m)
     work = max(gptq.work_bytes(sides, fused=m.gpu), values)
     grams = [reconstruction.square_bytes(inputs) for inputs, _ in sides]
-    ledger = Ledger()
-    ledger.moment("gathering", grams=sum(grams), products=products)
-    ledger.moment("first matrix", grams=sum(grams), work=work)
     # Weights that need no conversion stay where they were read while rounded ones take their place.
     # The widest matrix is the first.
     replaced = m.item * m.largest_block_params if m.as_stored else 0
-    ledger.moment("later ones", grams=sum(grams) - max(grams), replaced=replaced, work=work)
-    return ledger.peak_bytes
+    return sum(grams) + max(products, work, replaced + work - max(grams))
 
 
 def _experts_bytes(m: ModelSize, tokens: int) -> int:
@@ -668,10 +660,7 @@ def _compensated(
     flops = 2 * one_pass.flops + s.layers * tokens * of_products
     host_flops = s.layers * of_rounding
     numbers = s.layers * of_columns
-    ledger = Ledger()
-    ledger.hold("slots", m.slots_bytes)
-    ledger.hold(WINDOWS, length * m.hidden_bytes, one_pass.stays[WINDOWS])
-    ledger.moment("a tensor", made=plain.peak_bytes)
+    made = plain.peak_bytes
     if config.target_bpw is not None:
         # Rows as stored and in float32: 23 bytes a weight with what rounding takes, measured; on a
         # GPU nobody did.
@@ -679,21 +668,18 @@ def _compensated(
         item = 4 if stored_item == 4 else stored_item + 4
         if m.gpu:
             item = DENSE_ITEM
-        ledger.moment(
-            "the head",
-            gram=reconstruction.square_bytes(s.hidden),
-            packed=gptq.packed_bytes(m.head_params),
-            rows=(item + 20) * table_part(m),
-        )
+        head = reconstruction.square_bytes(s.hidden) + gptq.packed_bytes(m.head_params)
+        made = max(made, head + (item + 20) * table_part(m))
         flops += 2 * tokens * s.hidden**2
         host_flops += s.hidden**2 * (s.hidden / 3 + s.vocab)
         numbers += gptq.operations([(s.hidden, s.vocab)], config.q_group_size)[2]
+    held = m.slots_bytes + length * m.hidden_bytes * one_pass.stays[WINDOWS]
     return replace(
         one_pass,
         name=plain.name,
         read_bytes=read_bytes,
         written_bytes=plain.written_bytes + one_pass.written_bytes,
-        peak_bytes=max(one_pass.peak_bytes, ledger.peak_bytes),
+        peak_bytes=max(one_pass.peak_bytes, held + made),
         flops=flops,
         host_flops=host_flops,  # numpy rounds
         numbers=0.0 if m.gpu else numbers,  # rates.HOST_FLOPS has them in it

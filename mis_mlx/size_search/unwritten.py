@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mis_mlx.hardware.ledger import Ledger
+from mis_mlx.hardware.memory import headroom_bytes
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge.comparison import comparison_cost
 from mis_mlx.models.architectures import arch, modules
@@ -218,13 +218,13 @@ def at_once(t: ModelSize, texts: int, length: int, limit: int) -> int:
 
 def _at_once(t: ModelSize, most: int, texts: int, length: int, limit: int) -> tuple[int, int]:
     """(how many of `most` students go through one pass, the bytes that they hold)."""
-    ledger = Ledger(max(0, limit - t.text_bytes), t.gpu)
-    ledger.hold("one and its reader, compared", _forward(t, texts, length).peak_bytes)
-    ledger.hold("a block", t.item * t.largest_block_params)
-    ledger.hold("its largest matrix, rounded", ROUNDED_BYTES, block_matrix(t))
+    # one and its reader, a block, and its largest matrix, rounded
+    one = _forward(t, texts, length).peak_bytes
+    one += t.item * t.largest_block_params + ROUNDED_BYTES * block_matrix(t)
     states = 2 * texts * length * t.hidden_bytes
-    some = 1 + ledger.fill("final states of others and their readers", states, min(most, MOST) - 1)
-    return some, ledger.peak_bytes
+    room = headroom_bytes(max(0, limit - t.text_bytes), one, t.gpu)
+    others = min(min(most, MOST) - 1, room // states)
+    return 1 + others, one + others * states
 
 
 def _forward(t: ModelSize, texts: int, length: int) -> StageCost:

@@ -15,8 +15,8 @@ import pytest
 
 from mis_mlx.compute import precision
 from mis_mlx.compute.logits import logit_bytes
-from mis_mlx.hardware import ledger, rates
-from mis_mlx.hardware.memory import process_bytes
+from mis_mlx.hardware import rates
+from mis_mlx.hardware.memory import headroom_bytes, process_bytes
 from mis_mlx.hardware.rates import M1_AIR, Rates
 from mis_mlx.hardware.stage_cost import WINDOWS, StageCost, in_turn
 from mis_mlx.maths import rounding
@@ -187,9 +187,9 @@ def test_a_whole_model_has_all_its_tables(name: str, total: int) -> None:
 
 def test_a_budget_has_no_cache_in_it() -> None:
     """150 MiB for the process on Metal, whatever computes here; on a CPU 130."""
-    assert ledger.headroom_bytes(GIB, 100 * MIB, True) == GIB - 250 * MIB
-    assert ledger.headroom_bytes(GIB, 100 * MIB, False) == GIB - (130 + 100) * MIB
-    assert ledger.headroom_bytes(GIB, 0) == ledger.headroom_bytes(GIB, 0, False)
+    assert headroom_bytes(GIB, 100 * MIB, True) == GIB - 250 * MIB
+    assert headroom_bytes(GIB, 100 * MIB, False) == GIB - (130 + 100) * MIB
+    assert headroom_bytes(GIB, 0) == headroom_bytes(GIB, 0, False)
 
 
 PASSES = [(1, 16), (6, 64), (2, 256)]

@@ -17,7 +17,7 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.compute import precision
-from mis_mlx.hardware import ledger, memory
+from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge import keep, score
 from mis_mlx.judge.tasks import instructions, option_likelihood, questions, task_answers, tool_tasks
@@ -361,7 +361,7 @@ def _parts(
     )
 
     def room_bytes(once: StageCost) -> int:
-        return ledger.headroom_bytes(limit.limit_bytes, once.peak_bytes, m.gpu)
+        return memory.headroom_bytes(limit.limit_bytes, once.peak_bytes, m.gpu)
 
     fewest = max(rows, *lengths)
     least = one_pass(tokens=fewest)

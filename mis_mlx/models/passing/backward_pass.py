@@ -14,7 +14,7 @@ import numpy as np
 
 from mis_mlx.compute import quick_exp, slab_draws, slab_losses
 from mis_mlx.hardware import memory
-from mis_mlx.hardware.ledger import Ledger
+from mis_mlx.hardware.memory import headroom_bytes
 from mis_mlx.hardware.stage_cost import WINDOWS, StageCost
 from mis_mlx.maths.losses import Logits, chunk_rows, softcap_gradient
 from mis_mlx.models.architectures import block_inputs, modules, sizes
@@ -230,11 +230,12 @@ def _drawn(
 
 
 def gradients_cost(
-    ledger: Ledger, m: ModelSize, *, windows: int, length: int, visiting: int
+    m: ModelSize, *, windows: int, length: int, limit: int, beside_bytes: int, visiting: int
 ) -> StageCost:
-    """What `input_gradients` takes; what it holds is written into the ledger of a `visit`.
+    """What `input_gradients` takes with its `visit`.
 
-    visiting: bytes that this holds on the way back. Inputs of all blocks are spooled if need be.
+    beside_bytes: that the visit holds all the time; visiting: on the way back. Inputs of all blocks
+    are spooled if need be.
     """
     one_pass = streamed_pass("", m, tokens=length, length=length, head=False, spool=False)
     # The workspace of the forward pass is gone at the head, and the head before the way back.
@@ -243,27 +244,26 @@ def gradients_cost(
     backward = (1 + parallel_windows(m)) * backward_bytes(m, 1, length) // 2
     if m.gpu:  # half a stack goes back in one pass
         backward *= min(windows, max(1, batches_per_pass(m.config, length, length) // 2))
-    ledger.hold("a pass without its workspace", one_pass.peak_bytes - workspace)
-    ledger.hold("hidden states and cotangents", length * m.hidden_bytes, 2 * windows)
+    peak_bytes = beside_bytes + one_pass.peak_bytes - workspace
+    peak_bytes += 2 * windows * length * m.hidden_bytes  # hidden states and cotangents
     slabs = head_in_slabs(m.config)
     if slabs:
-        ledger.moment("head", slabs=_slabs_bytes(m, windows * length, length))
+        head = _slabs_bytes(m, windows * length, length)
     else:
         rows = min(length, chunk_rows(2 * m.shape.vocab))
-        logits = LOGIT_ARRAYS * 4 * rows * m.shape.vocab
-        ledger.moment("head", head=m.head_work, logits=logits)
-    ledger.moment("way back", block=max(workspace, backward), visiting=visiting)
+        head = m.head_work + LOGIT_ARRAYS * 4 * rows * m.shape.vocab
+    peak_bytes += max(head, visiting + max(workspace, backward))
     inputs_bytes = length * m.hidden_bytes * m.shape.layers
-    held = ledger.fill(WINDOWS, inputs_bytes, windows)
+    held = min(windows, headroom_bytes(limit, peak_bytes, m.gpu) // inputs_bytes)
     spooled = (windows - held) * inputs_bytes
     return StageCost(
         name="there and back",
         read_bytes=2 * m.nbytes + spooled + slabs * 3 * m.head_bytes,
         written_bytes=spooled,
-        peak_bytes=ledger.peak_bytes,
+        peak_bytes=peak_bytes + held * inputs_bytes,
         flops=4 * forward_flops(m, windows * length, length)
         + slabs * 4 * windows * length * m.head_params,
-        stays=ledger.filled,
+        stays={WINDOWS: held},
     )
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from mis_mlx.compute import streams
 from mis_mlx.compute.logits import logit_bytes
-from mis_mlx.hardware.ledger import Ledger
+from mis_mlx.hardware.memory import headroom_bytes
 from mis_mlx.hardware.stage_cost import WINDOWS, StageCost
 from mis_mlx.models.architectures import (
     arch,
@@ -179,11 +179,9 @@ def once_bytes(m: ModelSize) -> int:
     return m.head_bytes + m.shape.layers * m.block_bytes
 
 
-def hold_stream(ledger: Ledger, m: ModelSize, tokens: int) -> None:
-    """Write down what a stream holds in any pass over so many tokens, besides block and states."""
-    ledger.hold("slots", m.slots_bytes)
-    ledger.hold("norms and masks", SMALL_BYTES)
-    ledger.hold("what blocks share", side_bytes(m, tokens))
+def stream_bytes(m: ModelSize, tokens: int) -> int:
+    """What a stream holds in any pass over so many tokens, besides block and hidden states."""
+    return m.slots_bytes + SMALL_BYTES + side_bytes(m, tokens)
 
 
 def streamed_pass(
@@ -208,21 +206,18 @@ def streamed_pass(
     micro_tokens = micro_tokens or length
     workspace = pass_workspace(m, tokens, micro_tokens, length)
     body = m.body_bytes(workspace) + m.in_flight(workspace)
-    ledger = Ledger(limit_bytes, m.gpu)
-    ledger.hold("of others", beside_bytes)
-    hold_stream(ledger, m, tokens)
-    ledger.moment("a block", body=body)
     if head:
         logits = logit_bytes(m.shape.vocab, micro_tokens, gpu=m.gpu) + m.widened_bytes
-        logits = max(logits, head_opening_bytes(m))
-        ledger.moment("the head", head=m.head_work, logits=logits)
+        body = max(body, m.head_work + max(logits, head_opening_bytes(m)))
+    peak_bytes = beside_bytes + stream_bytes(m, tokens) + body
     hidden = tokens * m.hidden_bytes
     batch_bytes = micro_tokens * m.hidden_bytes
+    stays = {}
     scratch = 0
     if spool:
-        scratch = hidden - batch_bytes * ledger.fill(WINDOWS, batch_bytes, tokens // micro_tokens)
-    else:
-        ledger.hold(WINDOWS, hidden)
+        room = headroom_bytes(limit_bytes, peak_bytes, m.gpu)
+        stays[WINDOWS] = min(tokens // micro_tokens, room // batch_bytes)
+        scratch = hidden - batch_bytes * stays[WINDOWS]
     moved = scratch * (s.layers + 1)
     # A block's experts are read once a group of tokens (stream.Stream.run_experts).
     groups = math.ceil(hidden * m.config.get("num_experts_per_tok", 0) / GROUP_BYTES)
@@ -236,10 +231,10 @@ def streamed_pass(
         name=name,
         read_bytes=int(s.layers * m.block_bytes * reads) + (m.head_bytes if head else 0) + moved,
         written_bytes=moved,
-        peak_bytes=max(ledger.peak_bytes, beside_bytes + filling),
+        peak_bytes=max(peak_bytes + hidden - scratch, beside_bytes + filling),
         flops=forward_flops(m, tokens, length, head=head),
         scratch_bytes=scratch,
-        stays=ledger.filled,
+        stays=stays,
     )
 
 

@@ -16,7 +16,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mis_mlx.compute import streams
-from mis_mlx.hardware.ledger import Ledger
 from mis_mlx.hardware.stage_cost import StageCost, in_turn
 from mis_mlx.models.architectures import block_inputs, block_state, experts, side_inputs
 from mis_mlx.models.architectures.sizes import key_owners
@@ -274,11 +273,8 @@ def resident_bytes(m: ModelSize, at_once: int, tokens: int) -> int:
 
     tokens: of a text, its prompt included. Keys and values are there up to three times.
     """
-    ledger = Ledger()
-    ledger.hold("weights", whole_bytes(m))
-    ledger.hold("keys and values", texts_bytes(m, at_once, tokens + block_state.STEP), count=3)
-    ledger.hold("logits", LOGIT_COPIES * 4 * m.shape.vocab, at_once)
-    return ledger.peak_bytes
+    kept = 3 * texts_bytes(m, at_once, tokens + block_state.STEP)
+    return whole_bytes(m) + kept + at_once * LOGIT_COPIES * 4 * m.shape.vocab
 
 
 def writing_cost(
@@ -323,9 +319,7 @@ def _pass_cost(m: ModelSize, at_once: int, tokens: int, *, longest: int) -> Stag
     places = longest + block_state.STEP
     shared = {owner for owner in key_owners(m.config) if owner is not None}
     copies = BLOCK_COPIES + len(shared)
-    ledger = Ledger()
-    ledger.hold("kept of texts", texts_bytes(m, at_once, places))
-    ledger.hold("copies of a block's", block_texts_bytes(m, at_once, places), copies)
+    kept = texts_bytes(m, at_once, places) + copies * block_texts_bytes(m, at_once, places)
     piece = tokens
     if side_inputs.plain(m.config):
         piece = min(tokens, ROWS)
@@ -337,19 +331,15 @@ def _pass_cost(m: ModelSize, at_once: int, tokens: int, *, longest: int) -> Stag
         length=longest,
         head=False,
         spool=False,
-        beside_bytes=ledger.peak_bytes,
+        beside_bytes=kept,
     )
     logits = at_once * LOGIT_COPIES * 4 * m.shape.vocab
-    ledger.hold("slots", m.slots_bytes)
-    ledger.hold("norms and masks", SMALL_BYTES)
-    ledger.hold("head", m.head_work)
+    held = kept + m.slots_bytes + SMALL_BYTES + m.head_work
     # A part of the head as it is stored, and converted.
     part_bytes = min(m.head_params, HEAD_PART) * (math.ceil(m.nbytes / m.params) + m.item)
-    ledger.moment("head opened", made=max(head_opening_bytes(m), part_bytes))
-    ledger.moment("tokens drawn", logits=logits)
     return replace(
         cost,
         read_bytes=cost.read_bytes + m.head_bytes,
         flops=cost.flops + 2.0 * at_once * m.head_params,
-        peak_bytes=max(cost.peak_bytes, ledger.peak_bytes),
+        peak_bytes=max(cost.peak_bytes, held + max(head_opening_bytes(m), part_bytes, logits)),
     )
