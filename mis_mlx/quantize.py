@@ -248,8 +248,10 @@ def _work(
                 plan=plan,
             )
             pipeline.quantize(c, s, checkpoint)
-            packed = packed_format.formats(load.open_checkpoint(place.folder / MODEL))
+            result = place.folder / MODEL
+            packed = packed_format.formats(load.open_checkpoint(result))
             figures = packed_format.figures(checkpoint, packed)
+            figures |= packed_format.expert_figures(result, checkpoint.config)
             c.finish({"model": str(checkpoint.path), "method": s.q_method, **figures})
     return _deliver(s, place.folder)
 

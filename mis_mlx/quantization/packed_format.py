@@ -5,7 +5,9 @@ mlx-lm leaves a matrix that the group does not divide unquantized without a word
 error and a remedy.
 """
 
+import json
 import math
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -260,6 +262,27 @@ def figures(checkpoint: Checkpoint, plan: Formats) -> dict[str, Any]:
         "bits_per_block_weight": block_bits(checkpoint.config, plan),
         "nbytes": nbytes,
         "group_size": _usual_format(plan).group,
+    }
+
+
+def expert_figures(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """How many tokens rounded an expert of the mixture in `folder`; {} where none was counted.
+
+    below_inputs: experts that saw fewer tokens than one of their matrices has inputs.
+    """
+    path = folder / EXPERT_TOKENS
+    if not path.is_file():
+        return {}
+    counts = [count for block in json.loads(path.read_text("utf-8")) for count in block]
+    shape = shape_of(config)
+    inputs = max(shape.hidden, shape.ffn)
+    return {
+        "expert_tokens": {
+            "fewest": min(counts),
+            "median": statistics.median(counts),
+            "below_inputs": sum(count < inputs for count in counts),
+            "experts": len(counts),
+        }
     }
 
 

@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mis_mlx import quantize
 from mis_mlx.hardware import memory
 from mis_mlx.maths import gptq
 from mis_mlx.models.architectures.families import FAMILIES
@@ -76,6 +77,24 @@ def test_a_killed_rounding_goes_on(tmp_path: Path) -> None:
     stage.quantize(model, tmp_path / "again", FOUR, batches=texts, begun=again)
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+def test_the_command_says_how_many_tokens_an_expert_saw(tmp_path: Path, text_folder: Path) -> None:
+    """The fewest, the median, and how many saw fewer than their matrices have inputs."""
+    model = made(tmp_path / "m", "qwen2_moe")
+    windows = {"num_samples": 1, "max_seq_length": 64, "data": str(text_folder)}
+    out = tmp_path / "out"
+    asked = quantize.Settings(model=str(model.path), mlx_path=str(out), q_group_size=32, **windows)
+    said = quantize.run(asked)["expert_tokens"]
+    counts = np.array(json.loads((out / packed_format.EXPERT_TOKENS).read_text()))
+    inputs = max(model.config["hidden_size"], model.config["moe_intermediate_size"])
+    assert said == {
+        "fewest": counts.min(),
+        "median": np.median(counts),
+        "below_inputs": (counts < inputs).sum(),
+        "experts": counts.size,
+    }
+    assert said["below_inputs"] > 0
 
 
 @pytest.mark.usefixtures("cpu_policy")
