@@ -198,7 +198,7 @@ def step(s: Settings) -> dict[str, Any]:
     check = estimates.require_fit
 
     def fit(budget: Any, *phases: StageCost, **how: Any) -> None:
-        own = memory.process_bytes(budget.limit_bytes)
+        own = memory.PROCESS_BYTES
         planned.extend(phase.peak_bytes + own for phase in phases)
         check(budget, *phases, **how)
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ import laboratory
 from mis_mlx import cli, plan, search
 from mis_mlx.distillation import conversations, plan_report, strategies, teacher_answers
 from mis_mlx.hardware import rates
+from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening.config import read_config
@@ -104,18 +105,18 @@ def opened(name: str) -> Model:
     return Model(name=name, title=title, source=source, config=config)
 
 
-def hours_of_search(made: strategies.MemoryPlan, config: Mapping[str, Any]) -> float | None:
-    """Hours in which a search chooses tokens and bits, as `distill` does without sizes.
+def search_of(made: strategies.MemoryPlan, config: Mapping[str, Any]) -> list[StageCost]:
+    """What a search for tokens and bits takes, as `distill` does without sizes.
 
-    None of a mixture, for which there is no search. As distill's own rule, but without weights: a
+    [] of a mixture, for which there is no search. As distill's own rule, but without weights: a
     tokenizer is taken for one that can be trimmed."""
     if size_request.unsearchable(config):
-        return None
+        return []
     teacher = made.job.shown or made.job.teacher
     streams = 2 * teacher.nbytes > made.budget_bytes
     evaluations = search.PASSES if streams else search.SETTLED_AFTER
     sizes = shape_search.axis_sizes(config, size_request.vocabularies(config, None))
-    costs = search.search_cost(
+    return search.search_cost(
         teacher,
         search.Settings(),
         sizes,
@@ -124,7 +125,11 @@ def hours_of_search(made: strategies.MemoryPlan, config: Mapping[str, Any]) -> f
         streams=streams,
         limit=made.budget_bytes,
     )
-    return sum(cost.seconds(made.rates) for cost in costs) / 3600
+
+
+def hours_of(stages: Iterable[StageCost], machine: rates.Rates, *, hot: bool = False) -> float:
+    """Hours of stages one after the other; hot: of a hot machine."""
+    return round(sum(stage.seconds(machine, hot) for stage in stages) / 3600, 3)
 
 
 def hours_of_answers(made: strategies.MemoryPlan) -> dict[str, float | str | None]:
@@ -132,7 +137,7 @@ def hours_of_answers(made: strategies.MemoryPlan) -> dict[str, float | str | Non
 
     before: it answers the fewest prompts that a run asks for; None where it is too big to write.
     at_end: it and its student answer others. None where a model cannot write in the budget, so that
-    nobody is asked."""
+    nobody is asked. hot: both, of a hot machine."""
     asked = strategies.plan_strategy(
         job=plan.talking(made.job, Budget(made.budget_bytes), known=False),
         limit=made.budget_bytes,
@@ -144,6 +149,8 @@ def hours_of_answers(made: strategies.MemoryPlan) -> dict[str, float | str | Non
     return {
         "before": round(before / 3600, 3) if before else None,
         "at_end": round(at_end / 3600, 3) if at_end else None,
+        "hot": hours_of(asked.phases, made.rates, hot=True)
+        - hours_of(made.phases, made.rates, hot=True),
     }
 
 
@@ -159,7 +166,7 @@ def row(model: Model, folder: Path) -> dict[str, Any]:
         settings = plan.Settings(teacher=teacher, machine="m1-air", **flags)
         made, _ = plan.planned(settings, rates.M1_AIR)
         students[recipe] = student(made)
-        hours = hours_of_search(made, model.config)
+        searching = search_of(made, model.config)
     budgets = {}
     for budget in BUDGETS:
         settings = plan.Settings(teacher=teacher, machine="m1-air", budget=budget)
@@ -171,7 +178,8 @@ def row(model: Model, folder: Path) -> dict[str, Any]:
         "model_type": model.config["model_type"],
         "params": arch.params(model.config),
         "bytes": 2 * arch.params(model.config),
-        "hours_of_search": round(hours, 3) if hours is not None else None,
+        "hours_of_search": hours_of(searching, made.rates) if searching else None,
+        "hours_of_search_hot": hours_of(searching, made.rates, hot=True),
         "students": students,
         "budgets": budgets,
     }
@@ -185,7 +193,7 @@ def within(made: strategies.MemoryPlan) -> dict[str, Any]:
         "mode": made.mode,
         "uncut": made.job.uncut,
         "tuned": made.tuning_steps,
-        "hours": round(sum(made.planned.values()) / 3600, 3),
+        "hours": hours_of(made.phases, made.rates),
         "peak_bytes": made.peak_bytes,
         "left_out": {part.name: part.budget_bytes for part in strategies.left_out(made)},
     }
@@ -200,8 +208,8 @@ def student(made: strategies.MemoryPlan) -> dict[str, Any]:
         "shape": str(small.shape),
         "peak_bytes": made.peak_bytes,
         "fits": made.fits,
-        "hours": round(sum(made.planned.values()) / 3600, 3),
-        "hours_hot": round(sum(p.seconds(made.rates, hot=True) for p in made.phases) / 3600, 3),
+        "hours": hours_of(made.phases, made.rates),
+        "hours_hot": hours_of(made.phases, made.rates, hot=True),
         "hours_of_answers": hours_of_answers(made),
         "mode": made.mode,
         "uncut": made.job.uncut,

@@ -4,14 +4,13 @@ says?
     scripts/mis benchmarks/planned.py [--only CASE]    # two hours on 2 cores, 6 GB of disk
 
 Distillations of a few steps with the default's sizes in all else: the default, which cuts no block;
-`half-vocab` of the same teacher, and that under 350 MiB, nearly the least that trains it; of a
-4-bit teacher, and of the same in float32 under 450 MiB, which answers from disk; of gemma-3-270m.
+`half-vocab` of the same teacher, and that under 400 MiB, nearly the least that trains it; of a
+4-bit teacher, and of the same in float32 under 500 MiB, which answers from disk; of gemma-3-270m.
 Of random weights: the shape of a 0.5 B model with 152 thousand tokens, whole under 5 GiB, under 2
 GiB, which trains it in parts, and under 850 MiB; a mixture of experts; six blocks of LFM2 350M; and
 Gemma 4 E2B's blocks, eight of them, half as wide. And `sft` of the default teacher. Before each
 phase the system is told to count the process's largest resident set anew (Linux), so that numpy's
-share and MLX's both count; the choice of tokens, which comes before the first phase, belongs to it,
-as in the plan. Planned and measured are of the process, less what it held before the run.
+share and MLX's both count. Planned and measured are of the whole process.
 
 Writes benchmarks/results/<machine>/planned.json after every case, and goes on where it was stopped;
 `--only` runs a case anew. Every case keeps the commit that it ran at.
@@ -20,11 +19,10 @@ Writes benchmarks/results/<machine>/planned.json after every case, and goes on w
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +40,6 @@ from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening import resolve
-from mis_mlx.planner.distillation_spec import STORE
-from mis_mlx.pruning import vocabulary
 from mis_mlx.storage import run_folder
 
 HALF = {
@@ -119,7 +115,7 @@ SMALLER = {"scenario": "half-vocab"}
 CASES: dict[str, dict[str, Any]] = {
     "default": {"lose": 0.1},
     "half-vocab": SMALLER,
-    "half-vocab, 350 MiB": SMALLER | {"budget": "350MiB", "q_iters": None},
+    "half-vocab, 400 MiB": SMALLER | {"budget": "400MiB", "q_iters": None},
     "0.5 B shape, 5 GiB": {"scenario": "none", "budget": "5GiB"},
     "0.5 B shape, 2 GiB": SMALLER | {"budget": "2GiB", "q_iters": None},
     "0.5 B shape, 850 MiB": SMALLER | {"budget": "850MiB", "q_iters": None},
@@ -128,7 +124,7 @@ CASES: dict[str, dict[str, Any]] = {
     "mixture": {"scenario": "fewer-experts"},
     "LFM2's blocks": SMALLER,
     "Gemma 4's blocks": SMALLER,
-    "streamed answers": SMALLER | {"budget": "450MiB", "q_iters": None, "conversations": 0},
+    "streamed answers": SMALLER | {"budget": "500MiB", "q_iters": None, "conversations": 0},
     "sft": {"iters": 2, "save_every": 1, "eval_rows": 8},
 }
 
@@ -141,106 +137,55 @@ class Settings:
     """a case by its name, such as default or `0.5 B shape, 2 GiB`, anew; default: all that are not
     stored"""
     teacher: str | None = None
-    """of one stretch alone, in a process of its own"""
+    """of one run alone, in a process of its own"""
     out: str | None = None
     """its run folder"""
 
 
-def nothing() -> None:
-    """Do nothing."""
-
-
-def when_tokens_are_chosen(begin: Callable[[], None], end: Callable[[], None] = nothing) -> None:
-    """Have `begin` called before the choice of tokens, and `end` behind it.
-
-    The plan has it in `prune`, or alone where nothing is pruned.
-    """
-    chosen = vocabulary.of_run
-
-    def of_run(*args: Any, **settings: Any) -> Any:
-        begin()
-        found = chosen(*args, **settings)
-        end()
-        return found
-
-    vocabulary.of_run = of_run  # type: ignore[assignment]
-
-
-def stretch(name: str, teacher: str, out: Path) -> None:
-    """Begin the run, or go on with it, until a phase is done and the next begins; print {phase:
-    bytes it took}.
-    """
+def whole_run(name: str, teacher: str, out: Path) -> None:
+    """The run of a case; print {phase: the largest resident set in it, in bytes}."""
     taken = dict[str, int]()
     plain = Run.phase
 
     @contextmanager
     def phase(course: Run, label: str) -> Iterator[None]:
-        # Behind the first two nothing is on disk that a run would go on from; behind the others a
-        # run that goes on comes through the phase again, in which it has nothing to do.
-        if set(taken) - {"vocabulary", "repair", STORE}:
-            print(json.dumps(taken), file=sys.__stdout__, flush=True)
-            os._exit(0)  # as a killed run does
-        if label != "prune":
-            laboratory.count_anew()
         with plain(course, label):
+            laboratory.count_anew()
             yield
-        taken[label] = laboratory.largest() - course.account.peak.before_bytes
+        taken[label] = max(taken.get(label, 0), laboratory.largest())
 
     Run.phase = phase  # type: ignore[method-assign,assignment]
-    held = list[int]()
-
-    def begin() -> None:
-        laboratory.count_anew()
-        held.append(memory.held_bytes()[0])
-
-    def end() -> None:
-        taken["vocabulary"] = laboratory.largest() - held[-1]
-
-    when_tokens_are_chosen(begin, end)
     asked = distill.Settings(teacher=teacher, out=str(out), **BRIEF)
-    s = asked.with_values(**CASES[name], resume=out.exists())
     with redirect_stdout(sys.stderr):
-        distill.run(s)
+        distill.run(asked.with_values(**CASES[name]))
     print(json.dumps(taken))
 
 
 def fine_tuning(teacher: str, out: Path) -> None:
     """Train by `sft`; print {"sft": [planned bytes, bytes it took]}."""
     planned = list[int]()
-    held = list[int]()
     plain = alignment_run.report_plan
 
     def report_plan(s: alignment_run.Alignment, phases: Sequence[StageCost]) -> dict[str, Any]:
-        limit = memory.budget(s.budget_bytes).limit_bytes
-        planned.append(memory.needed_bytes(limit, phases[0].peak_bytes))
+        planned.append(memory.needed_bytes(phases[0].peak_bytes))
         memory.give_back()
         laboratory.count_anew()
-        held.append(memory.held_bytes()[0])
         return plain(s, phases)
 
     alignment_run.report_plan = report_plan
     with redirect_stdout(sys.stderr):
         sft.run(sft.Settings(model=teacher, out=str(out), **CASES["sft"]))
-    print(json.dumps({"sft": [planned[0], laboratory.largest() - held[0]]}))
+    print(json.dumps({"sft": [planned[0], laboratory.largest()]}))
 
 
 def case(name: str, teacher: str, temp: Path) -> dict[str, Any]:
-    """{phase: (planned bytes, measured bytes)} of a run, all in processes of their own."""
-    out = temp / f"run-{len(name)}"
-    taken = dict[str, int]()
+    """{phase: (planned bytes, measured bytes)} of a run in a process of its own."""
+    out = temp / "run"
     line = [sys.executable, __file__, "--only", name, "--teacher", teacher, "--out", str(out)]
+    done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
+    taken = json.loads(done.stdout.splitlines()[-1])
     if name == "sft":
-        done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
-        phases = json.loads(done.stdout.splitlines()[-1])
-        limit = memory.budget(None).limit_bytes
-        return {"mode": "sft", "budget_bytes": limit, "phases": phases}
-    while "measure" not in taken:
-        done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
-        found = json.loads(done.stdout.splitlines()[-1])
-        if not set(found) - set(taken):
-            raise RuntimeError(f"{name}: a run that goes on comes no further than {list(found)}")
-        # A choice of tokens that is on disk takes nothing when it is read again.
-        taken = found | taken
+        return {"mode": "sft", "budget_bytes": memory.budget(None).limit_bytes, "phases": taken}
     planned = next(r for r in run_folder.records(out / run_folder.PHASES) if "planned" in r)
     rows = {}
     for phase in planned["planned"]:
@@ -278,11 +223,11 @@ def drawn(folder: Path, config: dict[str, Any]) -> Path:
 
 
 def main(s: Settings) -> None:
-    """All cases; or a stretch of one."""
+    """All cases; or the run of one."""
     if s.teacher and s.only and s.out:
         if s.only == "sft":
             return fine_tuning(s.teacher, Path(s.out))
-        return stretch(s.only, s.teacher, Path(s.out))
+        return whole_run(s.only, s.teacher, Path(s.out))
     given = {"brief": BRIEF}
     stored = laboratory.resumed("planned", given, ["cases"]).get("cases", {})
     found = {name: stored[name] for name in CASES if name in stored}

@@ -119,7 +119,7 @@ def room_before(job: Job, limit: Budget) -> int:
             spool=False,
             beside_bytes=at_once * pass_cost.keys_bytes(m, places),
         )
-        if cost.peak_bytes + memory.process_bytes(limit.limit_bytes) <= limit.limit_bytes:
+        if memory.needed_bytes(cost.peak_bytes) <= limit.limit_bytes:
             return at_once
     raise AssertionError("nothing fits")
 

@@ -64,11 +64,11 @@ class Bench:
             nbytes = rounds.need_bytes(model, self.r)
             all_bytes += nbytes
             limit.need(
-                nbytes,
+                memory.needed_bytes(nbytes),
                 f"timing {name}",
                 "give a larger --budget, a smaller -p, or a model with fewer bits",
             )
-        self.together = all_bytes <= limit.limit_bytes
+        self.together = memory.needed_bytes(all_bytes) <= limit.limit_bytes
         if not self.together and len(self.models) > 1:
             cli.say(
                 "the models do not fit in memory together: they are timed one after the other, so "

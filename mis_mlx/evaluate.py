@@ -202,7 +202,7 @@ def _plan(
     peak = 0
     if phases:
         arrays = max(phase.peak_bytes for phase in phases)
-        peak = memory.needed_bytes(limit.limit_bytes, arrays)
+        peak = memory.needed_bytes(arrays)
     seconds = sum(phase.seconds(rates) for phase in phases)
     cli.say(f"peak {gib(peak)}, about {duration(seconds)}{known}")
     return {"peak_bytes": peak, "seconds": seconds}

@@ -66,7 +66,7 @@ class Settings(cli.Budgeted):
 
 
 def need_bytes(checkpoint: Checkpoint, form: str) -> int:
-    """Peak memory of an export, in bytes.
+    """Peak memory of an export's arrays, in bytes.
 
     hf de-quantizes a whole tensor. gguf holds one as stored, slabs of its rows, and the tokens.
     """
@@ -248,7 +248,7 @@ def run(settings: Settings) -> dict[str, Any]:
     wanted = settings.out_type or (
         tensors.out_type(checkpoint) if settings.format == "gguf" else "bf16"
     )
-    need = need_bytes(checkpoint, settings.format)
+    need = memory.needed_bytes(need_bytes(checkpoint, settings.format))
     remedy = f"give --budget {estimates.budget_flag(need)} or more"
     limit.need(need, "the largest tensor on its way", remedy)
     export = _gguf if settings.format == "gguf" else _hf

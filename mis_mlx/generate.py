@@ -102,7 +102,7 @@ def _whole_bytes(checkpoint: Checkpoint, request: rounds.Request, limit: Budget)
     need = rounds.need_bytes(checkpoint, request) + m.text_bytes
     if m.shape.experts or (m.packed and not precision.keeps_packed()):
         return 0
-    fits = memory.needed_bytes(limit.limit_bytes, need) <= limit.limit_bytes
+    fits = memory.needed_bytes(need) <= limit.limit_bytes
     return need if fits else 0
 
 
@@ -217,7 +217,7 @@ def run(settings: Settings) -> dict[str, Any]:
             f"are left for weights that stay in memory"
         )
     if settings.dry_run:
-        need = memory.needed_bytes(limit.limit_bytes, plan.peak_bytes)
+        need = memory.needed_bytes(plan.peak_bytes)
         return {
             "read_bytes_per_pass": plan.read_bytes,
             "peak_bytes": need,

@@ -99,7 +99,7 @@ def _together(s: Settings, checkpoint: Checkpoint, longest: int) -> int:
     limit_bytes = memory.budget(s.budget_bytes).limit_bytes
     for at_once in grpo_rollout.AT_ONCE:
         play, _ = _phases(s, checkpoint, longest, at_once)
-        if needed_bytes(limit_bytes, play.peak_bytes) <= limit_bytes:
+        if needed_bytes(play.peak_bytes) <= limit_bytes:
             break
     return at_once
 

@@ -194,6 +194,7 @@ def computed(found: Found) -> str:
 def models_default(found: Found) -> str:
     """A line a model: what it is, and what comes of it where nothing is said about sizes."""
     head = ["model", "parameters", "bf16", "result", "peak memory", "whole run"]
+    head.append("once hot")
     lines = list[list[str]]()
     for row in found["rows"].values():
         student = row["students"]["default"]
@@ -203,7 +204,8 @@ def models_default(found: Found) -> str:
         line = [row["title"], f"{row['params'] / 1e9:.2f} B", f"{row['bytes'] / 1e9:.2f} GB"]
         line += [f"{student['bytes'] / 1e9:.2f} GB", gib(student["peak_bytes"])]
         whole = hours(search + answers + student["hours"])
-        lines.append([*line, whole if student["fits"] else "**does not fit**"])
+        hot = hours(row["hours_of_search_hot"] + asked["hot"] + student["hours_hot"])
+        lines.append([*line, *((whole, hot) if student["fits"] else ("**does not fit**", "–"))])
     return "\n".join([words.markdown_table(head, lines), "", computed(found)])
 
 

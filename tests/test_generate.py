@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mis_mlx.compute import precision
+from mis_mlx.hardware import memory
 from mis_mlx.models.opening import load
 from mis_mlx.types import Checkpoint
 from tests import tiny
@@ -29,8 +30,9 @@ def test_the_same_text_under_any_budget_and_draft(
     assert plain["read_bytes"] == load.open_checkpoint(deep).nbytes
     assert plain["peak_bytes"] < plain["budget_bytes"]
     # A GPU also holds what commands in flight need.
-    little = "11MiB" if precision.policy() == "metal" else "8MiB"
-    poor = last_line(command("generate", *common, "--budget", little))
+    little = 9 * 2**20 if precision.policy() == "metal" else 6.7 * 2**20
+    budget = memory.needed_bytes(int(little))
+    poor = last_line(command("generate", *common, "--budget", budget))
     drafted = last_line(command("generate", *common, "--draft-model", deep))
     assert done.stdout.startswith(plain["text"])
     assert plain["text"] == poor["text"] == drafted["text"] != ""

@@ -351,8 +351,8 @@ def test_a_small_budget_writes_fewer_answers_together(
     peaks = [cost.peak_bytes for cost in costs]
     assert peaks == sorted(peaks, reverse=True)
     for size, need in zip(training.AT_ONCE, peaks, strict=True):
-        whole = next(n for n in range(need, 2**34, 2**14) if n - memory.process_bytes(n) >= need)
-        assert grpo._together(replace(s, budget=str(whole)), llama, longest) == size
+        whole = replace(s, budget=str(memory.needed_bytes(need)))
+        assert grpo._together(whole, llama, longest) == size
     assert grpo._together(replace(s, budget="1MiB"), llama, longest) == 1
     said = []
     for at_once in (32, 3):

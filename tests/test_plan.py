@@ -47,7 +47,7 @@ def test_end_to_end(llama: Checkpoint, command: Callable[..., Done]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "mode"), [({"train": "sharded"}, "sharded"), ({"budget": "108MiB"}, "blocks")]
+    ("changes", "mode"), [({"train": "sharded"}, "sharded"), ({"budget": "240MiB"}, "blocks")]
 )
 def test_the_decision(
     tmp_path: Path,
@@ -82,6 +82,7 @@ def test_what_a_machine_can_make_but_not_run(capsys: pytest.CaptureFixture[str])
         said = capsys.readouterr().out
         assert found["can_run"] == runs == ("5.7 GB" not in said)
     assert found["student_bytes"] == pytest.approx(17.5e9, rel=0.01) and "17.5 GB" in said
+    assert "a machine of 26 GB or more" in said
 
 
 def test_a_teacher_with_a_template_is_asked(tmp_path: Path) -> None:
@@ -104,7 +105,7 @@ def test_a_teacher_with_a_template_is_asked(tmp_path: Path) -> None:
     silent, _ = plan.planned(asked, M1_AIR)
     (tmp_path / "chat_template.jinja").write_text(tiny.CHAT_TEMPLATE)
     whole, _ = plan.planned(asked, M1_AIR)
-    streamed, _ = plan.planned(replace(asked, budget="22MiB"), M1_AIR)
+    streamed, _ = plan.planned(replace(asked, budget="168MiB"), M1_AIR)
 
     assert list(whole.planned) == [teacher_answers.PHASE, *silent.planned]
     assert whole.planned["measure"] > silent.planned["measure"]

@@ -386,8 +386,8 @@ def make(folder: Path, seed: int = 0, dtype: str = "F32", **changes: Any) -> Pat
             yield name, value.astype(kind)
 
     specs = {name: (dtype, shape) for name, shape in tensors.items()}
-    written, specs, named = model_writer.published(config, specs, drawn())
-    write_tensors(folder, specs, named)
+    written, kinds, named = model_writer.published(config, specs, drawn())
+    write_tensors(folder, kinds, named)
     (folder / "config.json").write_text(json.dumps(written))
     write_tokenizer(folder)
     return folder

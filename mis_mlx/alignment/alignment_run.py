@@ -157,21 +157,6 @@ def model_size(s: Alignment, checkpoint: Checkpoint) -> ModelSize:
     return model_of(checkpoint, dtype=dtype_of(s, checkpoint))
 
 
-def training_bytes(s: Alignment, checkpoint: Checkpoint, rows: int, length: int) -> int:
-    """What training with `rows` sequences of `length` tokens in a micro-batch holds."""
-    m = model_size(s, checkpoint)
-    if not s.lora:
-        accumulates = s.grad_accumulation_steps > 1
-        step = whole_model.step_bytes(m, rows, length, accumulates=accumulates)
-        return m.text_bytes + step
-    learning = optimizer.STATE_BYTES + optimizer.GRADIENT_BYTES
-    activations = residency.activation_bytes(m, rows, length)
-    held = m.text_bytes + m.whole_work
-    held += learning * s.lora.params(m.config)  # adapters, gradients and moments
-    held += activations + m.in_flight(activations)
-    return held + logit_bytes(m.shape.vocab, rows * length, gpu=m.gpu) + m.widened_bytes
-
-
 def training_cost(
     s: Alignment,
     checkpoint: Checkpoint,
@@ -182,16 +167,27 @@ def training_cost(
 ) -> StageCost:
     """The cost of training with `rows` sequences of `length` tokens in a micro-batch."""
     m = model_size(s, checkpoint)
-    trained = s.lora.params(m.config) if s.lora else m.params
+    learning = optimizer.STATE_BYTES + optimizer.GRADIENT_BYTES
+    peak_bytes = m.text_bytes
+    if s.lora:
+        trained = s.lora.params(m.config)
+        activations = residency.activation_bytes(m, rows, length)
+        peak_bytes += m.whole_work + learning * trained
+        peak_bytes += activations + m.in_flight(activations)
+        peak_bytes += logit_bytes(m.shape.vocab, rows * length, gpu=m.gpu) + m.widened_bytes
+    else:
+        trained = m.params
+        accumulates = s.grad_accumulation_steps > 1
+        peak_bytes += whole_model.step_bytes(m, rows, length, accumulates=accumulates)
     checkpoints = s.iters // s.save_every + 2
-    written = checkpoints * (optimizer.STATE_BYTES + optimizer.GRADIENT_BYTES) * trained
+    written = checkpoints * learning * trained
     written += precision.DTYPES[saved_dtype(s, checkpoint)].size * m.params
     tokens = s.grad_accumulation_steps * rows * length
     return StageCost(
         name=name,
         read_bytes=m.nbytes,
         written_bytes=written,
-        peak_bytes=training_bytes(s, checkpoint, rows, length),
+        peak_bytes=peak_bytes,
         flops=s.iters * 3 * pass_cost.forward_flops(m, tokens, length),
         updated=s.iters * trained,
     )
@@ -232,7 +228,7 @@ def fit_micro_batches(s: S, folder: Path | None, phase: Callable[[S], StageCost]
     for size in range(s.batch_size, 0, -1):
         if s.batch_size % size:
             continue
-        if needed_bytes(limit, phase(in_parts(size)).peak_bytes) <= limit:
+        if needed_bytes(phase(in_parts(size)).peak_bytes) <= limit:
             return in_parts(size)
     return in_parts(1)
 

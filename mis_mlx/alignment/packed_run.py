@@ -59,7 +59,7 @@ def training_cost(s: Alignment, checkpoint: Checkpoint, longest: int, held_out: 
         rounding=packed,
     )
     # what the plan's own process does not have
-    streams = process_around(job, limit, trains=True) - process_around(job, limit, trains=False)
+    streams = process_around(job, trains=True) - process_around(job, trains=False)
     cost = scales_cost(job, s.batch_size, limit - streams, s.iters)
     measured = (s.iters // s.save_every + 3) * held_out  # the result's too
     flops = cost.flops + measured * forward_flops(m, length, length)

@@ -647,7 +647,7 @@ def scales_cost(job: DistillationSpec, micro: int, limit: int, iters: int) -> St
     memory. The integers of one block, and of as many others as there is room for.
     """
     in_memory = _scales(job, micro, limit, iters, on_disk=False)
-    if needed_bytes(limit, in_memory.peak_bytes, job.student.gpu) <= limit:
+    if needed_bytes(in_memory.peak_bytes) <= limit:
         return in_memory
     on_disk = _scales(job, micro, limit, iters, on_disk=True)
     return min(in_memory, on_disk, key=lambda cost: cost.peak_bytes)
@@ -691,7 +691,7 @@ def _scales(
     else:
         peak_bytes += state
         written = job.checkpoints * state
-    kept = min(layers, headroom_bytes(limit, peak_bytes, m.gpu) // integers)
+    kept = min(layers, headroom_bytes(limit, peak_bytes) // integers)
     flops = 4 * forward_flops(m, job.step_tokens, job.max_seq_length, head=False)
     return StageCost(
         name=SCALES,
@@ -730,7 +730,7 @@ def _step_bytes(
     summed = gradient if job.step_tokens > tokens else 0
     activations = activation_bytes(m, micro, job.max_seq_length) // s.layers  # of a block
     side_by_side = min(parallel_windows(m), micro)
-    states = 4 * job.step_tokens * m.channels
+    states = 4 * job.step_tokens * s.hidden
     held = SMALL_BYTES + (s.layers + 1) * states  # inputs of every block, and outputs
     held += side_bytes(replace(m, item=4), job.step_tokens) + m.in_flight(activations)
     # behind the norm, and the gradient there, old and new

@@ -160,9 +160,13 @@ def too_large(plan: strategies.MemoryPlan) -> str:
     nbytes = student_bytes(plan)
     if nbytes <= room:
         return ""
+    needs = nbytes / 1e9
+    if plan.rates.gpu:  # Metal gives a process two thirds
+        needs *= 1.5
     return (
         f"The result cannot run there ({plan.rates.device}): its weights are {nbytes / 1e9:,.1f} "
-        f"GB, and a process has {room / 1e9:,.1f} GB: take a smaller teacher"
+        f"GB, and a process has {room / 1e9:,.1f} GB: take a smaller teacher, or run it on a "
+        f"machine of {needs:,.0f} GB or more"
     )
 
 

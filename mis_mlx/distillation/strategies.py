@@ -15,7 +15,7 @@ import mlx.core as mx
 from mis_mlx.distillation import teacher_answers
 from mis_mlx.distillation.block_student import scales_cost, weights_cost
 from mis_mlx.distillation.targets import store_cost
-from mis_mlx.hardware.memory import TRAINED_BYTES, process_bytes
+from mis_mlx.hardware.memory import PROCESS_BYTES, TRAINED_BYTES
 from mis_mlx.hardware.rates import Rates
 from mis_mlx.hardware.stage_cost import WINDOWS, StageCost, in_turn
 from mis_mlx.judge import other_languages
@@ -106,14 +106,16 @@ def usual_rate(teacher: Checkpoint) -> float:
     return float(f"{rms * RATE_OF_WEIGHTS:.1e}")
 
 
-def process_around(job: DistillationSpec, limit: int, *, trains: bool) -> int:
-    """Bytes of the process itself around a stage in this budget, which no phase has in it.
+def process_around(job: DistillationSpec, *, trains: bool) -> int:
+    """Bytes of the process itself around a stage, which no phase has in it.
 
     With Python's notes on the teacher's tensors, and with what streams add that train.
     """
     known = TENSOR_BYTES * job.teacher.tensors
-    of_streams = pass_cost.parallel_windows(job.student) * TRAINED_BYTES if trains else 0
-    return known + process_bytes(max(0, limit - known), job.teacher.gpu, of_streams)
+    of_streams = 0
+    if trains and not job.teacher.gpu:
+        of_streams = pass_cost.parallel_windows(job.student) * TRAINED_BYTES
+    return known + PROCESS_BYTES + of_streams
 
 
 @dataclass(frozen=True)
@@ -131,11 +133,7 @@ class MemoryPlan:
     def needed_bytes(self, stage: StageCost) -> int:
         """What a stage of this job needs of a budget, with the process and text around it."""
         text = self.job.whole_teacher.text_bytes if stage.name in WITH_TEXT else 0
-        return (
-            stage.peak_bytes
-            + text
-            + process_around(self.job, self.budget_bytes, trains=bool(stage.updated))
-        )
+        return stage.peak_bytes + text + process_around(self.job, trains=bool(stage.updated))
 
     @property
     def peak_bytes(self) -> int:
@@ -231,8 +229,8 @@ def plan_strategy(
     tuned: steps after rounding; None: as asked for, else the usual number if they fit.
     """
     left = max(0, limit - TENSOR_BYTES * job.teacher.tensors)
-    own = process_around(job, limit, trains=False)
-    training = process_around(job, limit, trains=True)
+    own = process_around(job, trains=False)
+    training = process_around(job, trains=True)
     trained_left = left - (training - own)
     phases = teacher_answers.answering_cost(job, left)
     shown = job.shown if job.whole_teacher.shape != job.teacher.shape else None

@@ -191,7 +191,7 @@ def store_cost(job: DistillationSpec, limit: int) -> StageCost:
     states = length * t.hidden_bytes + side_bytes(t, length)
     slab = slab_draws.slab_bytes(length, t.shape.hidden, t.shape.vocab)
     peak_bytes = one.peak_bytes + slab + targets
-    further = headroom_bytes(limit, peak_bytes, t.gpu) // (states + targets)
+    further = headroom_bytes(limit, peak_bytes) // (states + targets)
     at_once = 1 + min(windows - 1, further)
     peak_bytes += (at_once - 1) * (states + targets)
     return StageCost(

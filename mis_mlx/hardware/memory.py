@@ -22,10 +22,10 @@ from mis_mlx.types import GIB, Budget, MisError, gib
 DEFAULT_BYTES = 5 * GIB  # at the most by default where there is no Metal to recommend anything
 SYSTEM_BYTES = 2 * GIB  # of all memory, which the system and a program or two hold
 SHARE = 0.75  # of what Metal recommends, or of free memory: macOS and the browser need some, too
-# What a process holds beside arrays: on a CPU Python, libraries, text and holes in the heap (130 to
-# 190 MiB of a whole `distill`); Metal's runtime, until measured
-GROWN_BYTES = 130 * 2**20
-GROWN_METAL_BYTES = 150 * 2**20
+# What a process holds beside arrays: Python and libraries, 105 MiB when a command begins, text and
+# holes in the heap: 132 MiB at the most in 57 runs (benchmarks/random_plans.py); on Metal its
+# runtime, until measured
+PROCESS_BYTES = 150 * 2**20
 TRAINED_BYTES = 32 * 2**20  # what each stream adds that trains on a CPU: BLAS's buffer
 # proc_pid_rusage: the version asked for, and which 64-bit words of its answer count; a UUID comes
 # first
@@ -191,29 +191,17 @@ class Peak:
         return max(self._mlx, mx.get_peak_memory(), held_bytes()[1] - self.before_bytes)
 
 
-def process_bytes(limit_bytes: int, gpu: bool | None = None, trained_bytes: int = 0) -> int:
-    """What a process takes of a budget for other things than arrays, a sixth of it at most.
-
-    gpu: whether on a GPU; default: as this process computes. trained_bytes: what all streams that
-    train add on a CPU.
-    """
-    if gpu is None:
-        gpu = mx.default_device() == mx.gpu
-    grown = GROWN_METAL_BYTES if gpu else GROWN_BYTES + trained_bytes
-    return min(grown, limit_bytes // 6)
-
-
-def needed_bytes(limit_bytes: int, taken_bytes: int, gpu: bool | None = None) -> int:
+def needed_bytes(taken_bytes: int) -> int:
     """What so many bytes of arrays need of a budget, with the process around them.
 
-    A peak is compared with a budget by this, and nowhere else. gpu: as of `process_bytes`.
+    A peak is compared with a budget by this, and nowhere else.
     """
-    return taken_bytes + process_bytes(limit_bytes, gpu)
+    return taken_bytes + PROCESS_BYTES
 
 
-def headroom_bytes(limit_bytes: int, taken_bytes: int, gpu: bool | None = None) -> int:
+def headroom_bytes(limit_bytes: int, taken_bytes: int) -> int:
     """What a budget leaves for things that are welcome but not needed; as of `needed_bytes`."""
-    return max(0, limit_bytes - needed_bytes(limit_bytes, taken_bytes, gpu))
+    return max(0, limit_bytes - needed_bytes(taken_bytes))
 
 
 def give_back(cache: bool = True) -> None:
@@ -263,7 +251,7 @@ def limited(limit: Budget, device: Any = mx) -> Iterator[None]:
     _open_more_files()
     return_large_blocks()
     gpu = device.default_device() == device.gpu
-    arrays = limit.limit_bytes - process_bytes(limit.limit_bytes, gpu)
+    arrays = headroom_bytes(limit.limit_bytes, 0)
     memory = device.set_memory_limit(arrays)
     # Freed memory that MLX may keep: none on a CPU, where a step takes as long as with 2 GiB. On
     # Metal it is emptied before arrays and cache pass MLX's limit.

@@ -67,7 +67,7 @@ def plan_writing(
     sizes = [min(size, texts.number) for size in at_once]
     for whole, size in product((True, False), sizes):
         cost = streamed_batch.writing_cost(m, texts, size, None if whole else 0)
-        need = m.text_bytes + memory.needed_bytes(limit.limit_bytes, cost.peak_bytes, m.gpu)
+        need = m.text_bytes + memory.needed_bytes(cost.peak_bytes)
         if need > limit.limit_bytes:
             continue
         room = None

@@ -42,7 +42,7 @@ def settle_precision(
             length=SETTLED_TOKENS,
             spool=False,
         )
-        return needed_bytes(limit.limit_bytes, cost.peak_bytes) <= limit.limit_bytes
+        return needed_bytes(cost.peak_bytes) <= limit.limit_bytes
 
     return compute_type.with_precision(checkpoint, wanted, fits)
 
@@ -50,11 +50,6 @@ def settle_precision(
 def budget_flag(nbytes: int) -> str:
     """A size as --budget takes it, rounded up: '612MiB'."""
     return f"{math.ceil(nbytes / 2**20)}MiB"
-
-
-def enough_budget(arrays: int) -> int:
-    """The smallest budget for so many bytes and what the process takes besides them."""
-    return needed_bytes(arrays + arrays // 5, arrays)
 
 
 def require_fit(
@@ -65,9 +60,8 @@ def require_fit(
     MisError with both numbers, a budget that is enough, and what else helps.
     """
     worst = max(phases, key=lambda p: p.peak_bytes)
-    need = needed_bytes(budget.limit_bytes, worst.peak_bytes)
-    budget_enough = budget_flag(enough_budget(worst.peak_bytes))
-    budget.need(need, worst.name, f"give --budget {budget_enough} or more{other}")
+    need = needed_bytes(worst.peak_bytes)
+    budget.need(need, worst.name, f"give --budget {budget_flag(need)} or more{other}")
 
 
 def require_tokenizer(budget: Budget, m: ModelSize) -> None:
@@ -87,7 +81,7 @@ def report_costs(
     peak = 0
     for p in phases:
         moved = f"{gib(p.read_bytes)} read, {gib(p.written_bytes)} written"
-        need = needed_bytes(limit_bytes, p.peak_bytes)
+        need = needed_bytes(p.peak_bytes)
         peak = max(peak, need)
         tell(f"{p.name}: {gib(need)} of memory, {moved}, about {duration(p.seconds(machine))}")
     return {

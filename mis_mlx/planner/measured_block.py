@@ -172,7 +172,7 @@ def _is_small(sample: _Sample, limit_bytes: int) -> bool:
     m = model_of(sample.config, dtype=mx.float32)
     needed = 3 * 4 * m.largest_block_params  # weights, gradients, and those of a second stream
     needed += 2 * residency.backward_bytes(m, sample.batch, sample.length)
-    needed += memory.process_bytes(limit_bytes)
+    needed += memory.PROCESS_BYTES
     short = sample.batch * sample.length <= MOST_TOKENS
     return short and m.largest_block_params <= MOST_PARAMS and needed <= limit_bytes // 2
 

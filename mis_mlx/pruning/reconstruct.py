@@ -408,7 +408,7 @@ def repair_cost(job: DistillationSpec, limit: int, item: int = 0) -> StageCost:
     if item:
         writing = body + 4 * m.largest_block_params
         peak_bytes += matrix + max(t.body_bytes(workspace), work.peak_bytes, writing)
-        held = min(held, headroom_bytes(limit, peak_bytes, t.gpu) // window)
+        held = min(held, headroom_bytes(limit, peak_bytes) // window)
         stays[WINDOWS] = held
         written = item * (m.params + layers * m.largest_block_params)
     else:

@@ -445,7 +445,8 @@ class Candidates:
         if missing:
             length = self.asked.max_seq_length
             windows = len(self.answers) or len(self.ranking.tokens)
-            some = at_once(model_of(self.teacher), windows, length, self.run.budget_bytes)
+            t = model_of(self.teacher)
+            some, _ = at_once(t, len(missing), windows, length, self.run.budget_bytes)
         parts = [missing[first : first + some] for first in range(0, len(missing), some)]
         # Of a teacher that streams bits alone are measured coarsely: what is chosen by that is not.
         fit = log == CANDIDATES or not self.streams

@@ -201,7 +201,7 @@ def passes_cost(t: ModelSize, students: int, texts: int, length: int, limit: int
     Each student has its own block, made of the teacher's, while this is in memory. All are taken
     for as large as the teacher. length: of the longest text. limit: bytes of memory.
     """
-    some, peak_bytes = _at_once(t, students, texts, length, limit)
+    some, peak_bytes = at_once(t, students, texts, length, limit)
     work = _forward(t, texts, min(length, TEXT_TOKENS)).repeated(students + 1)
     return replace(
         work,
@@ -211,18 +211,15 @@ def passes_cost(t: ModelSize, students: int, texts: int, length: int, limit: int
     )
 
 
-def at_once(t: ModelSize, texts: int, length: int, limit: int) -> int:
-    """How many students, each with its reader, go through one pass within `limit` bytes."""
-    return _at_once(t, MOST, texts, length, limit)[0]
-
-
-def _at_once(t: ModelSize, most: int, texts: int, length: int, limit: int) -> tuple[int, int]:
-    """(how many of `most` students go through one pass, the bytes that they hold)."""
+def at_once(t: ModelSize, most: int, texts: int, length: int, limit: int) -> tuple[int, int]:
+    """(how many of `most` students, each with its reader, go through one pass within `limit` bytes,
+    the bytes that they hold).
+    """
     # one and its reader, a block, and its largest matrix, rounded
     one = _forward(t, texts, length).peak_bytes
     one += t.item * t.largest_block_params + ROUNDED_BYTES * block_matrix(t)
     states = 2 * texts * length * t.hidden_bytes
-    room = headroom_bytes(max(0, limit - t.text_bytes), one, t.gpu)
+    room = headroom_bytes(limit, t.text_bytes + one)
     others = min(min(most, MOST) - 1, room // states)
     return 1 + others, one + others * states
 

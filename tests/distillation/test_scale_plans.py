@@ -15,7 +15,7 @@ from mis_mlx.distillation import plan_report as planning
 from mis_mlx.distillation import strategies
 from mis_mlx.distillation.block_student import BlockStudent, scales_cost
 from mis_mlx.hardware import memory
-from mis_mlx.hardware.memory import process_bytes
+from mis_mlx.hardware.memory import needed_bytes
 from mis_mlx.hardware.rates import M1_AIR
 from mis_mlx.hardware.stage_cost import INTEGERS, StageCost
 from mis_mlx.models.opening import load
@@ -60,9 +60,7 @@ def tuned(job: DistillationSpec, limit: int) -> StageCost:
 
 def least_on_disk(job: DistillationSpec) -> int:
     """A budget that holds a state on disk and nothing that is not needed."""
-    peak = tuned(job, 0).peak_bytes
-    gpu = job.student.gpu
-    return next(n for n in range(peak, 40 * peak, 1000) if n - process_bytes(n, gpu) >= peak)
+    return needed_bytes(tuned(job, 0).peak_bytes)
 
 
 def test_a_deeper_model_takes_more_disk_and_hardly_more_memory() -> None:

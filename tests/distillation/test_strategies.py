@@ -72,7 +72,7 @@ def test_budgets_choose() -> None:
     """
     deep = model_of({**BLOCKY.student.config, "num_hidden_layers": 8}, gpu=False)
     job = replace(BLOCKY, student=deep, batch_size=1, grad_accumulation_steps=8, num_samples=64)
-    budgets = [n * MIB // 8 for n in range(8, 8 * 500, 32)]
+    budgets = [n * MIB // 8 for n in range(8 * 130, 8 * 400, 16)]
     plans = [strategies.best_plan(job, budget, M1_AIR) for budget in budgets]
     order = list(dict.fromkeys((plan.fits, plan.mode) for plan in plans))
     assert order == [(False, "sharded"), (True, "sharded"), (True, "blocks")]

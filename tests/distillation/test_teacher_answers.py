@@ -181,7 +181,7 @@ def test_what_was_begun_otherwise_begins_anew(
 def smallest(teacher: Checkpoint, how: teacher_answers.WritingSettings) -> Budget:
     """The smallest budget in which this teacher writes."""
     m = model_of(teacher)
-    for nbytes in range(2**20, 2**30, 2**14):
+    for nbytes in range(memory.PROCESS_BYTES, 2**30, 2**14):
         try:
             teacher_answers.plan(m, how, Budget(nbytes))
         except MisError:
@@ -307,7 +307,7 @@ def test_within_the_budget_or_a_sentence(chat: Checkpoint, monkeypatch: pytest.M
     assert much.headroom_bytes is None
     assert 0 < much.peak_bytes < 4000 * MIB
     assert turns.cost.flops == pytest.approx(2 * single.cost.flops)
-    less = teacher_answers.plan(m, HOW, Budget(5 * MIB))
+    less = teacher_answers.plan(m, HOW, Budget(memory.needed_bytes(4 * MIB)))
     assert less.at_once < much.at_once
     assert less.peak_bytes < much.peak_bytes
     with pytest.raises(MisError, match="the budget is 1 MiB: give --budget"):

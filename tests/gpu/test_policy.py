@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 
 from mis_mlx import quantize, sft
 from mis_mlx.compute import precision
-from mis_mlx.hardware import rates
+from mis_mlx.hardware import memory, rates
 from mis_mlx.maths.losses import token_logps
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.opening.model_size import model_of
@@ -198,7 +198,7 @@ def test_float32_where_the_budget_holds_it(
     need = pass_cost.streamed_pass(
         "", whole, tokens=512, micro_tokens=512, length=512, spool=False
     ).peak_bytes
-    enough = Budget(estimates.enough_budget(need))
+    enough = Budget(memory.needed_bytes(need))
     for limit, want in ((enough, mx.float32), (Budget(need), mx.bfloat16), (enough, mx.float32)):
         settled = estimates.settle_precision(limit, overflowing, UNDECIDED)
         assert precision.dtype_of(settled) == want

@@ -16,7 +16,7 @@ import pytest
 from mis_mlx.compute import precision
 from mis_mlx.compute.logits import logit_bytes
 from mis_mlx.hardware import rates
-from mis_mlx.hardware.memory import headroom_bytes, process_bytes
+from mis_mlx.hardware.memory import headroom_bytes, needed_bytes
 from mis_mlx.hardware.rates import M1_AIR, Rates
 from mis_mlx.hardware.stage_cost import WINDOWS, StageCost, in_turn
 from mis_mlx.maths import rounding
@@ -118,10 +118,9 @@ def test_what_finds_no_room_is_spooled() -> None:
         pass_cost.streamed_pass, "pass", m, tokens=128, micro_tokens=64, length=32, head=False
     )
     whole = planned(limit_bytes=GIB)
-    budgets = range(whole.peak_bytes, 2 * whole.peak_bytes)
-    limit = next(n for n in budgets if n - process_bytes(n) >= whole.peak_bytes)
+    limit = needed_bytes(whole.peak_bytes)
     assert planned(limit_bytes=limit) == whole
-    half = planned(limit_bytes=limit - 2)
+    half = planned(limit_bytes=limit - 1)
     batch = 64 * 64 * 4
     # embedding, 3 blocks
     assert half.stays == {WINDOWS: 1}
@@ -186,10 +185,9 @@ def test_a_whole_model_has_all_its_tables(name: str, total: int) -> None:
 
 
 def test_a_budget_has_no_cache_in_it() -> None:
-    """150 MiB for the process on Metal, whatever computes here; on a CPU 130."""
-    assert headroom_bytes(GIB, 100 * MIB, True) == GIB - 250 * MIB
-    assert headroom_bytes(GIB, 100 * MIB, False) == GIB - (130 + 100) * MIB
-    assert headroom_bytes(GIB, 0) == headroom_bytes(GIB, 0, False)
+    """150 MiB are for the process, whatever computes; a budget below that holds nothing."""
+    assert headroom_bytes(GIB, 100 * MIB) == GIB - 250 * MIB
+    assert headroom_bytes(140 * MIB, 0) == 0
 
 
 PASSES = [(1, 16), (6, 64), (2, 256)]
@@ -347,10 +345,10 @@ def test_a_refusal_names_both_numbers_and_a_budget_that_does() -> None:
     large = StageCost(
         name="measure", read_bytes=0, written_bytes=0, peak_bytes=700 * MIB + 1, flops=0.0
     )
-    enough = estimates.enough_budget(large.peak_bytes)
-    assert enough - process_bytes(enough) == large.peak_bytes
-    estimates.require_fit(Budget(enough), small, large)
-    numbers = "measure needs 800 MiB, but the budget is 600 MiB: give --budget 831MiB or"
+    estimates.require_fit(Budget(needed_bytes(large.peak_bytes)), small, large)
+    with pytest.raises(MisError):
+        estimates.require_fit(Budget(needed_bytes(large.peak_bytes) - 1), small, large)
+    numbers = "measure needs 850 MiB, but the budget is 600 MiB: give --budget 851MiB or"
     with pytest.raises(MisError, match=f"{numbers} more, or lower"):
         estimates.require_fit(Budget(600 * MIB), small, large)
     with pytest.raises(MisError, match=f"{numbers} more, or pray"):

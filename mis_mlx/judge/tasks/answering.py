@@ -361,7 +361,7 @@ def _parts(
     )
 
     def room_bytes(once: StageCost) -> int:
-        return memory.headroom_bytes(limit.limit_bytes, once.peak_bytes, m.gpu)
+        return memory.headroom_bytes(limit.limit_bytes, once.peak_bytes)
 
     fewest = max(rows, *lengths)
     least = one_pass(tokens=fewest)

@@ -75,14 +75,9 @@ class ModelSize:
         return self.head_params if self.shape.tied else 2 * self.head_params
 
     @property
-    def channels(self) -> int:
-        """The channels of a token between two blocks: D."""
-        return self.shape.hidden
-
-    @property
     def hidden_bytes(self) -> int:
         """Bytes of a token's hidden state between two blocks (D,) in computation."""
-        return self.channels * self.item
+        return self.shape.hidden * self.item
 
     @property
     def wide(self) -> Shape:

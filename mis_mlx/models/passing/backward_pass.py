@@ -254,7 +254,7 @@ def gradients_cost(
         head = m.head_work + LOGIT_ARRAYS * 4 * rows * m.shape.vocab
     peak_bytes += max(head, visiting + max(workspace, backward))
     inputs_bytes = length * m.hidden_bytes * m.shape.layers
-    held = min(windows, headroom_bytes(limit, peak_bytes, m.gpu) // inputs_bytes)
+    held = min(windows, headroom_bytes(limit, peak_bytes) // inputs_bytes)
     spooled = (windows - held) * inputs_bytes
     return StageCost(
         name="there and back",

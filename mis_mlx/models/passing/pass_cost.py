@@ -215,7 +215,7 @@ def streamed_pass(
     stays = {}
     scratch = 0
     if spool:
-        room = headroom_bytes(limit_bytes, peak_bytes, m.gpu)
+        room = headroom_bytes(limit_bytes, peak_bytes)
         stays[WINDOWS] = min(tokens // micro_tokens, room // batch_bytes)
         scratch = hidden - batch_bytes * stays[WINDOWS]
     moved = scratch * (s.layers + 1)
