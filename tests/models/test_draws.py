@@ -11,6 +11,7 @@ import pytest
 from mis_mlx.models.opening import load
 from mis_mlx.models.writing import draws
 from mis_mlx.models.writing.draws import Draws, Sampling
+from tests import launches
 
 SEEDS = [3, 99, 2**31 + 5, (3 << 32) + 9, 0]
 
@@ -132,6 +133,19 @@ def test_a_nucleus_is_mlx_lms(spread: float, policy: str, monkeypatch: pytest.Mo
     if policy == "cpu":
         assert mx.array_equal(found, expected)
     assert mx.all((found != expected).sum(axis=-1) <= 1).item()
+
+
+@pytest.mark.usefixtures("metal")
+def test_passes_of_a_nucleus() -> None:
+    """A GPU reads every probability once for each of 30 bits, and launches three kernels for it:
+    comparisons and sums of a row's sixteen parts; the sum of what that wrote; the next bound.
+    """
+    table = log_probs(3, 1600, 3.0)
+    mx.eval(table)
+    found = launches.counted(draws.nucleus(table, 0.95))
+    passes = [name for name in found.elements() if name.count("Select") == 16]
+    assert len(passes) == found["Sum"] == 30
+    assert found.total() - found["View float32"] <= 3 * 30 + 5
 
 
 @pytest.mark.usefixtures("cpu_policy")

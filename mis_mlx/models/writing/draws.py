@@ -13,8 +13,8 @@ import numpy as np
 from mis_mlx.compute import precision
 
 LIKELIEST = 1024  # tokens among which a CPU looks for a nucleus first
-ONE = np.float32(1.0).view(np.int32).item()  # the bits of the largest probability
-BITS = ONE.bit_length()  # steps that halve the range of probabilities down to one of them
+BITS = 30  # of a probability as a float32: those above are 0
+PARTS = 16  # of a row of probabilities, which one kernel compares and adds up
 # Of texts that a model in half precision draws: kept ones of another version are not used.
 HALF_VERSION = 2
 
@@ -130,10 +130,12 @@ def nucleus(
     whole vocabulary is sorted, which would take as long as a pass of a small model.
     """
     if precision.numpy_is_quicker():
+        values = log_probs
         least = _least_by_sorting(log_probs, top_p)
     else:
-        least = _least_by_halving(log_probs, top_p)
-    return mx.where(log_probs < least, -mx.inf, log_probs)
+        values = mx.exp(log_probs.astype(mx.float32))
+        least = _least_by_halving(values, top_p)
+    return mx.where(values < least, -mx.inf, log_probs)
 
 
 def _least_by_sorting(
@@ -174,31 +176,29 @@ def _least_of(
     return least, probabilities.sum(axis=-1)
 
 
+@mx.compile
 def _least_by_halving(
-    log_probs: mx.array,
+    probabilities: mx.array,
     top_p: float,
 ) -> mx.array:
-    """As `_least_by_sorting`, for a GPU, on which a part of a sort is a whole one.
+    """The least probability (n, 1) in the nucleus of rows (n, V), for a GPU, on which a part of a
+    sort is a whole one.
 
     A token is in the nucleus if all likelier ones have less than `top_p` together. That holds from
     some probability on, which is looked for among the bits of a float: those of floats that are not
-    negative rise with them.
+    negative rise with them. A pass over the probabilities is two kernels: one compares, and adds up
+    the parts of a row, the other adds up the sixteenth that it wrote.
     """
-    wide = log_probs.astype(mx.float32)
-    probabilities = mx.exp(wide)
-    shape = (len(log_probs), 1)
-    low = mx.zeros(shape, mx.int32)
-    high = mx.full(shape, ONE, mx.int32)
-    for _ in range(BITS):
-        middle = (low + high) // 2
-        bound = middle.view(mx.float32)
-        likelier = probabilities > bound
-        some = mx.where(likelier, probabilities, 0.0)
-        above = some.sum(axis=-1, keepdims=True)
-        inside = above < top_p
-        high = mx.where(inside, middle, high)
-        low = mx.where(inside, low, middle + 1)
-    least = high.view(mx.float32)
-    inside = probabilities >= least
-    kept = mx.where(inside, log_probs, mx.inf)
-    return kept.min(axis=-1, keepdims=True)
+    rows, vocab = probabilities.shape
+    whole = mx.pad(probabilities, [(0, 0), (0, -vocab % PARTS)])
+    parts = whole.reshape(rows, PARTS, -1)
+    bits = mx.full((rows, 1), 2 ** (BITS - 1) - 1, mx.int32)
+    for place in reversed(range(BITS)):
+        bound = bits.view(mx.float32)
+        sums = [mx.where(parts[:, k] > bound, parts[:, k], 0.0) for k in range(PARTS)]
+        while len(sums) > 1:
+            sums = [one + other for one, other in zip(sums[::2], sums[1::2], strict=True)]
+        above = sums[0].sum(axis=-1, keepdims=True)
+        step = 2**place // 2
+        bits = bits + mx.where(above < top_p, -step, max(step, 1))
+    return bits.view(mx.float32)
