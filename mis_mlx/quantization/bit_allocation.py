@@ -441,15 +441,15 @@ def _along(
     """
 
     def of_slab(rows: slice) -> mx.array:
-        # Gradients of all windows (windows, slab), then an error (slab,) in one format at a time.
+        # Gradients of all windows (windows, slab), read by one product with (slab, formats) errors.
         grads = mx.stack([(above[:, rows].T @ inputs).reshape(-1) for inputs, above in pairs])
         weight = modules.dense_weight(linear, rows)
-        products = []
+        errors = []
         for b in bits:
             packed = rounding.nearest(weight, group, b)
             error = rounding.values(packed, group, b) - weight
-            products.append(grads @ error.reshape(-1))
-        return mx.stack(products, axis=1)
+            errors.append(error.reshape(-1))
+        return grads @ mx.stack(errors, axis=1)
 
     first_input, first_above = pairs[0]
     step = max(1, SLAB // streams.count() // first_input.shape[1])
@@ -469,7 +469,8 @@ def sensing_cost(m: ModelSize, length: int, limit: int, windows: int = SENSED) -
     attention = 2 * (s.heads + s.kv_heads) * s.head_dim
     seen = 4 * length * (4 * s.hidden + attention + 3 * s.ffn)
     waiting = min(windows, max(1, _held_bytes(m.largest_block_params) // seen))
-    slab = (2 * waiting + 4) * 4 * min(SLAB, s.ffn * s.hidden)
+    errors = 2 * len(rounding.CANDIDATE_BITS)  # side by side, and stacked
+    slab = (2 * waiting + errors + 4) * 4 * min(SLAB, s.ffn * s.hidden)
     cost = backward_pass.gradients_cost(
         m,
         windows=windows,
