@@ -17,9 +17,9 @@ from mis_mlx.maths.losses import Logits
 from mis_mlx.types import MisError
 
 LOGIT_BYTES = 2**22  # of float32 logits (n, some tokens) at a time
-# Of a logit while its slab is sorted and summed: as it came, beside the likeliest, its place in
-# the order, its power, and a running sum in float64
-LOGIT_ITEM = 4 + 4 + 8 + 8 + 8
+# Of a logit while its slab is sorted and summed: as it came, the next window's, beside the
+# likeliest, its place in the order, its power, and a running sum in float64
+LOGIT_ITEM = 4 + 4 + 4 + 8 + 8 + 8
 Slabs = Callable[[], Iterator[tuple[int, Logits]]]  # (first token, logits of a slab's tokens)
 Target = tuple[np.ndarray, np.ndarray, np.ndarray]  # sizes, ids, shares of a window
 
@@ -65,13 +65,24 @@ def sample(
         _Draft(len(hidden), count, seed, number, top)
         for hidden, number in zip(windows, first, strict=True)
     ]
-    for start, logits in slabs():
-        for hidden, draft in zip(windows, drafts, strict=True):
-            draft.rank(start, np.array(logits(hidden)))
-    for start, logits in slabs():
-        for hidden, draft in zip(windows, drafts, strict=True):
-            draft.draw(start, np.array(logits(hidden)))
+    for start, number, z in _of_windows(windows, slabs):
+        drafts[number].rank(start, z)
+    for start, number, z in _of_windows(windows, slabs):
+        drafts[number].draw(start, z)
     return [draft.targets() for draft in drafts]
+
+
+def _of_windows(windows: Sequence[mx.array], slabs: Slabs) -> Iterator[tuple[int, int, np.ndarray]]:
+    """(first token, number of a window, its logits (n, some tokens)), slab by slab.
+
+    MLX computes the next window's while numpy works on these.
+    """
+    for start, logits in slabs():
+        lazy = [logits(hidden) for hidden in windows]
+        for number in range(len(windows)):
+            for z in lazy[:2]:
+                mx.async_eval(z)
+            yield start, number, np.array(lazy.pop(0))
 
 
 class _Draft:
