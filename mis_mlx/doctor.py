@@ -6,6 +6,7 @@ model. Groups of checks run in processes of their own: one that aborts or hangs 
 others go on. Exit code 3 when a check fails.
 """
 
+import json
 import os
 import re
 import shutil
@@ -23,11 +24,12 @@ from mis_mlx import cli
 from mis_mlx.checks import groups
 from mis_mlx.checks.groups import Row
 from mis_mlx.compute import precision
-from mis_mlx.hardware import child_process, free_memory, macos, memory, rates, system_facts
+from mis_mlx.hardware import child_process, free_memory, jobs, macos, memory, rates, system_facts
 from mis_mlx.hardware.thermal.thermal_monitor import Monitor, examined
-from mis_mlx.reporting import html
+from mis_mlx.reporting import html, run_reader
+from mis_mlx.storage import run_folder
 from mis_mlx.storage.files import DISK, as_mis_error, need_place
-from mis_mlx.types import duration, gib
+from mis_mlx.types import MisError, duration, gib
 
 PATIENCE_S = 240.0  # for a group; a hosted runner's GPU hangs at times
 ask = child_process.ask
@@ -39,6 +41,10 @@ class Settings:
 
     out: Path | None = None
     """also write the report, in Markdown, to this new file"""
+    run: str | None = None
+    """folder of a run, by default of `distill` without flags, which is made or goes on first: the
+    report ends with a line of JSON, what each phase was to take, and took
+    """
 
 
 @dataclass
@@ -92,6 +98,31 @@ class Report:
         self.peak_bytes = max(self.peak_bytes, line.get("peak_bytes", 0))
 
 
+def _of_run(folder: Path) -> dict[str, Any]:
+    """What was planned for each phase of a run, and taken, and on what machine; made if need be.
+
+    Seconds, and the process's bytes. MisError where the run does not reach its end.
+    """
+    if not (folder / run_folder.RESULT).is_file():
+        code = jobs.call("distill", folder, again=run_folder.is_run(folder))
+        if code:
+            raise MisError(f"the run in {folder} ended with {code}: the same command goes on")
+    told = run_reader.read(folder)
+    took = told.took()
+    planned = {phase["phase"]: phase for phase in told.begun.get("planned", [])}
+    seconds = {name: (phase["seconds"], took.get(name)) for name, phase in planned.items()}
+    peaks = [phase["peak_bytes"] for phase in planned.values()]
+    return {
+        "commit": system_facts.commit(),
+        **rates.about(),
+        "asked": told.asked,
+        "phases": seconds,
+        "seconds": told.result.get("seconds"),
+        "peak_bytes": (max(peaks, default=None), told.result.get("peak_bytes")),
+        "budget_bytes": told.result.get("budget_bytes"),
+    }
+
+
 def _cell(text: str) -> str:
     """The text with no bar that would end a cell of a table."""
     return text.replace("|", "¦")
@@ -123,6 +154,8 @@ def run(settings: Settings) -> dict[str, Any]:
     took = duration(time.monotonic() - began)
     report.line(f"\n**{passed}** in {took}; a group took at most {held}.")
     report.line("\n" + groups.guarded(lambda: _paragraph(report, passed, failed), str))
+    if settings.run:
+        report.line("\n" + json.dumps(_of_run(Path(settings.run))))
     return {
         "checks": total,
         "failed": failed,

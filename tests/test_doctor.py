@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -25,7 +26,9 @@ from mis_mlx.maths import importance, losses
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import stream
 from mis_mlx.models.writing import streamed_batch
-from tests.conftest import ROOT, last_line, mostly_thorough
+from mis_mlx.storage import run_folder
+from mis_mlx.types import MisError
+from tests.conftest import ROOT, Done, last_line, mostly_thorough
 
 
 @pytest.mark.slow
@@ -278,3 +281,30 @@ def test_rows_are_written_as_they_come(
     found = doctor.run(doctor.Settings(out=out))
     assert [row["name"] for row in found["rows"]] == ["early", "late"]
     assert not found["check_failed"]
+
+
+def test_a_run_is_a_line_of_json(
+    finished: tuple[Path, Done],
+    own_home: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A run that was stopped goes on to its end; the report ends with what each phase was to take,
+    and took. Where no run can be, a sentence says so.
+    """
+    monkeypatch.setattr(groups, "GROUPS", {})
+    for name, value in own_home.items():
+        monkeypatch.setenv(name, value)
+    run = shutil.copytree(finished[0], tmp_path / "run")
+    (run / run_folder.RESULT).unlink()
+    doctor.run(doctor.Settings(run=str(run)))
+    told = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert told["phases"].keys() > {"distil", "quantize", "measure"}
+    assert all(planned > 0 and took > 0 for planned, took in told["phases"].values())
+    assert told["seconds"] > last_line(finished[1])["seconds"]
+    git = ["git", "rev-parse", "--short=12", "HEAD"]
+    head = subprocess.run(git, cwd=ROOT, capture_output=True, text=True)
+    assert told["commit"].removesuffix("-dirty") == head.stdout.strip()
+    with pytest.raises(MisError, match="ended with 1: the same command"):
+        doctor.run(doctor.Settings(run=str(ROOT / "docs")))

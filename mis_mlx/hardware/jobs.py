@@ -53,22 +53,33 @@ def _line(command: str, flags: Sequence[str]) -> list[str]:
     return import_path.python("-m", f"mis_mlx.{command}", *flags)
 
 
-def start(command: str, flags: Sequence[str], log: Path) -> Started:
-    """Start a command whose output is added to `log`. OSError where that cannot be written.
-
-    It chooses its own number of threads, as what is busy now may differ from when we began.
-    """
+def _environment() -> dict[str, str]:
+    """In which a run chooses its own number of threads: what is busy may differ from before."""
     environment = import_path.environment()
     if environment.get(blas.MARK) == blas.CHOSEN:
         del environment[blas.MARK]
         environment.pop(blas.THREADS, None)
+    return environment
+
+
+def call(command: str, out: Path, *, again: bool) -> int:
+    """Make a run in a folder in our terminal, all that it says on stderr; its exit code.
+
+    again: the run that is there goes on.
+    """
+    line = _line(command, ["--out", str(out)] + again * ["--resume"])
+    return subprocess.run(line, stdout=2, env=_environment(), check=False).returncode
+
+
+def start(command: str, flags: Sequence[str], log: Path) -> Started:
+    """Start a command whose output is added to `log`. OSError where that cannot be written."""
     with log.open("ab") as out:
         process = subprocess.Popen(
             _line(command, flags),
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
-            env=environment,
+            env=_environment(),
             start_new_session=True,
         )
     process.returncode = 0  # nobody waits for it: `alive` asks for it by its number

@@ -3,10 +3,13 @@
 A line that cannot be had says why. On a Mac nobody has run this yet.
 """
 
+import importlib.metadata
+import json
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -28,6 +31,18 @@ SYSCTL = (
 OURS = ("MIS_", "MLX_", "AGX_", "METAL_", "OPENBLAS_", "VECLIB_")
 GPU_CORES = r'"gpu-core-count" *= *(\d+)'
 LOW_POWER = r"lowpowermode (\d)"
+
+
+def commit() -> str:
+    """This program's commit, of its checkout ("-dirty" where that was changed) or as pip fetched
+    it; empty where neither says.
+    """
+    checkout = Path(__file__).parents[2]
+    if (checkout / ".git").exists():  # else a Mac without git would offer to install it
+        words = ["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        return asked(["git", "-C", str(checkout), *words])
+    known = importlib.metadata.distribution("mis-mlx").read_text("direct_url.json")
+    return str(json.loads(known or "{}").get("vcs_info", {}).get("commit_id", ""))[:12]
 
 
 def _unmatched(output: str) -> str:
