@@ -17,14 +17,15 @@ from mis_mlx.data import preparation
 from mis_mlx.data.token_windows import Windows, fingerprint
 from mis_mlx.distillation import conversations, pipeline, plan_report, strategies
 from mis_mlx.hardware import memory
+from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.hardware.thermal.run_monitor import Governed, battery
-from mis_mlx.models.opening import compute_type, load, resolve
+from mis_mlx.models.opening import compute_type, load, resolve, unlisted
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.writing import model_writer
 from mis_mlx.planner import estimates, measured_block
 from mis_mlx.planner.distillation_spec import DistillationSpec
 from mis_mlx.pruning import vocabulary
-from mis_mlx.quantization import packed_format, stage
+from mis_mlx.quantization import packed_format, stage, without_row
 from mis_mlx.reporting import html, progress, text
 from mis_mlx.runs import run_loop
 from mis_mlx.settings.parts import part_of
@@ -86,7 +87,10 @@ def run(settings: Settings) -> dict[str, Any]:
     if folder is not None and (folder / run_folder.RESULT).exists() and not s.dry_run:
         with protocol.lock(folder):
             return _deliver(s, folder)
-    checkpoint = run_loop.open_model(s, s.model, place=s.mlx_path, new="--mlx-path")
+    found = run_loop.find_model(s, s.model, place=s.mlx_path, new="--mlx-path")
+    if unlisted.is_unlisted(found):
+        return _without_row(s, found)
+    checkpoint = run_loop.opened(s, found)
     s = s.with_values(**packed_format.of_mixture(checkpoint.config, s))
     _check(s, checkpoint, folder)
     other = checkpoint
@@ -105,6 +109,43 @@ def run(settings: Settings) -> dict[str, Any]:
             place.decide(asdict(s), strategy, memory.budget(s.budget_bytes))
             with _no_empty_work(place, new=folder is None):
                 return _work(s, checkpoint, teacher, plan=plan, place=place)
+
+
+def _without_row(s: Settings, folder: Path) -> dict[str, Any]:
+    """Round a model of a family that mlx-lm alone knows, whole in memory."""
+    model_writer.need_tokenizer(folder)
+    config, model = unlisted.open_whole(folder)
+    kind = config["model_type"]
+    cli.say(
+        f"{kind} is not in mis_mlx's table of families: mlx-lm's own model is rounded, whole "
+        f"in memory, to 4 bits, embeddings and head to 8; left out are pruning, streaming, "
+        f"--target-bpw, --q-iters and --resume"
+    )
+    formats = without_row.formats_of(model, s.q_group_size)
+    limit = memory.budget(s.budget_bytes)
+    tokens = s.num_samples * s.max_seq_length if s.compensates else 0
+    length = min(tokens, s.max_seq_length)
+    vocab = config.get("vocab_size", 0)
+    taken = without_row.peak_bytes(model, formats, vocab=vocab, length=length)
+    estimates.require_fit(limit, StageCost(f"rounding a {kind}", peak_bytes=taken), other="")
+    peak_bytes = limit.limit_bytes - memory.headroom_bytes(limit.limit_bytes, taken)
+    method = "gptq" if tokens else "round"
+    result = {"model": str(folder), "mlx_path": s.mlx_path, "method": method}
+    if s.dry_run:
+        return {**result, "peak_bytes": peak_bytes}
+    batches = []
+    if tokens:
+        source = preparation.Source(s.data, share=s.conversations, tokens=tokens)
+        text_of = preparation.prepare(source, load.tokenizer(folder), s.max_seq_length).train
+        batches = preparation.calibration(text_of, s.num_samples, s.seed)
+        run_loop.forget_text()
+    with progress.run("quantize", {}), memory.limited(limit):
+        figures = without_row.write(folder, (config, model), formats, batches, Path(s.mlx_path))
+    cli.say(
+        f"{s.mlx_path}: {figures['nbytes'] / 1e6:.1f} MB, {figures['bits_per_weight']:.2f} bits "
+        f"per weight: mlx_lm.generate --model opens it"
+    )
+    return {**result, **figures, "peak_bytes": memory.held_bytes()[1]}
 
 
 def _check(s: Settings, checkpoint: Checkpoint, folder: Path | None) -> None:

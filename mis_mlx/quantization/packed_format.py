@@ -311,7 +311,7 @@ def _packed(
         parts = block.pop(path, None)
         if parts is None:
             parts = _nearest(checkpoint, plan[path], name, fit=fit)
-        _refuse_beyond(checkpoint, name, parts)
+        refuse_beyond(checkpoint.path, name, parts)
         for part, array in zip(PARTS, parts, strict=False):
             yield f"{path}.{part}", array
 
@@ -350,7 +350,7 @@ def _table_in_parts(
         for rows in finite_parts(checkpoint, name, table):
             packed, *others = _rounded_rows(rows, kind, fit=fit)
             stream.evaluate_now(packed, others)
-            _refuse_beyond(checkpoint, name, others)
+            refuse_beyond(checkpoint.path, name, others)
             del rows
             scales.append(others)
             yield packed
@@ -446,16 +446,16 @@ def block_bits(config: Mapping[str, Any], plan: Formats) -> float:
 def _finite(checkpoint: Checkpoint, name: str) -> mx.array:
     """A tensor, de-quantized where it is packed. MisError where it holds NaN or infinity."""
     weight = load.dense(checkpoint, name)
-    _refuse_not_numbers(checkpoint, name, weight)
+    refuse_not_numbers(checkpoint.path, name, weight)
     return weight
 
 
-def _refuse_not_numbers(checkpoint: Checkpoint, name: str, array: mx.array) -> None:
+def refuse_not_numbers(folder: Path, name: str, array: mx.array) -> None:
+    """MisError where a tensor of a model folder holds NaN or infinity."""
     bad = stream.not_numbers(array)
     if bad:
         raise MisError(
-            f"{checkpoint.path}: {name} holds {bad} values that are not numbers: download the "
-            f"model again"
+            f"{folder}: {name} holds {bad} values that are not numbers: download the model again"
         )
 
 
@@ -464,16 +464,16 @@ def finite_parts(
 ) -> Iterator[mx.array]:
     """The parts of a table. MisError where one holds NaN or infinity."""
     for rows in parts:
-        _refuse_not_numbers(checkpoint, name, rows)
+        refuse_not_numbers(checkpoint.path, name, rows)
         yield rows
         del rows  # before the next are read
 
 
-def _refuse_beyond(checkpoint: Checkpoint, name: str, packed: Sequence[mx.array]) -> None:
+def refuse_beyond(folder: Path, name: str, packed: Sequence[mx.array]) -> None:
     """MisError where scales or biases are beyond the type that they are stored in."""
     for array in packed:
         if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
-            raise MisError(f"{checkpoint.path}: {name}: {rounding.BEYOND}")
+            raise MisError(f"{folder}: {name}: {rounding.BEYOND}")
 
 
 def weight_of(packed: rounding.Packed, kind: Format, dtype: mx.Dtype) -> mx.array:

@@ -235,7 +235,7 @@ def _rounded_block(
     for axis, linears in readers.items():
         of_axis = {prefix + name: linear for name, linear in linears.items()}
         # pop: a gram (in, in) goes when its matrices are done
-        rounded |= _rounded_readers(of_axis, plan, grams.pop(axis, None))
+        rounded |= rounded_readers(of_axis, plan, grams.pop(axis, None))
     for path in sorted(packed_format.wide_projections(config)):
         if arch.block_of(path) == i and path not in rounded:
             linear = dict(block.named_modules())[path.removeprefix(prefix)]
@@ -304,8 +304,8 @@ def _rounded_experts(
         gram = _sum_of(inputs[mx.array(own)], where)
         gram += max(0, len(gram) - len(own)) / len(inputs) * everything
         readers = dict(zip(paths[:2], linears[:2], strict=True))
-        packed = _rounded_readers(readers, plan, gram)
-        packed |= _rounded_readers({paths[2]: linears[2]}, plan, _sum_of(neurons, where))
+        packed = rounded_readers(readers, plan, gram)
+        packed |= rounded_readers({paths[2]: linears[2]}, plan, _sum_of(neurons, where))
         for path in paths:
             stacks[path].append(packed[path])
         for linear, weight in zip(linears, weights, strict=True):
@@ -373,10 +373,10 @@ def _rounded_head(
     def work(stack: tuple[int, list[mx.array]]) -> mx.array:
         _, windows = stack
         (inputs,) = source.norm([sweep.joined(windows)])
-        return _summand(inputs)
+        return summand(inputs)
 
     for product in streams.parallel_map(work, sweep.stacks(source, hidden)):
-        _add(gram, product, where)
+        add(gram, product, where)
     if shape_of(source.checkpoint.config).tied:
         np.einsum("ii->i", gram)[:] += TIED_RIDGE * np.trace(gram) / size
     factor = gptq.factorize(gram)
@@ -392,7 +392,7 @@ def _rounded_head(
     return {path: rounding.concatenated(parts)}
 
 
-def _rounded_readers(
+def rounded_readers(
     linears: Mapping[str, nn.Module],
     plan: packed_format.Formats,
     gram: np.ndarray | None,
@@ -447,11 +447,11 @@ def _grams(turn: sweep.BlockTurn, axes: Sequence[str], *, where: str = "") -> di
 
     # A sum does not ask which window a token belongs to: all windows of a stack are one product.
     def look(stack: sweep.Stack) -> dict[str, mx.array]:
-        return {axis: _summand(inputs) for axis, inputs in stack.taken.items()}
+        return {axis: summand(inputs) for axis, inputs in stack.taken.items()}
 
     for found in turn.look(look, places):
         for axis, array in found.items():
-            _add(sums[axis], array, f"{where}{'.'.join(places[axis])}")
+            add(sums[axis], array, f"{where}{'.'.join(places[axis])}")
     return sums
 
 
@@ -460,12 +460,12 @@ def _sum_of(inputs: mx.array, where: str) -> np.ndarray:
     size = inputs.shape[1]
     sums = np.zeros((size, size), reconstruction.precision(size))
     if len(inputs):
-        _add(sums, _summand(inputs), where)
+        add(sums, summand(inputs), where)
     return sums
 
 
-def _summand(inputs: mx.array) -> mx.array:
-    """What `_add` adds for inputs (..., n): a a^T of all of them; of wide ones they themselves."""
+def summand(inputs: mx.array) -> mx.array:
+    """What `add` adds for inputs (..., n): a a^T of all of them; of wide ones they themselves."""
     inputs = inputs.astype(mx.float32)
     inputs = inputs.reshape(-1, inputs.shape[-1])
     if reconstruction.is_wide(inputs.shape[1]):
@@ -473,7 +473,7 @@ def _summand(inputs: mx.array) -> mx.array:
     return inputs.T @ inputs
 
 
-def _add(sums: np.ndarray, seen: mx.array, where: str) -> None:
+def add(sums: np.ndarray, seen: mx.array, where: str) -> None:
     """Add the product of some inputs to the sums (in, in).
 
     seen: the product; or the inputs (n, in), where the sums are wide. MisError, with `where`, when

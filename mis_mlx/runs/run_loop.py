@@ -99,7 +99,14 @@ def _plain(kind: type, stored: dict[str, Any]) -> dict[str, Any]:
 def open_model(
     s: Any, model: str | None, what: str = "model", place: str | Path = "runs", *, new: str = ""
 ) -> Checkpoint:
-    """The model that a command begins with, opened once the flags are checked.
+    """The model that a command begins with, opened once the flags are checked: `find_model`."""
+    return opened(s, find_model(s, model, what, place, new=new))
+
+
+def find_model(
+    s: Any, model: str | None, what: str = "model", place: str | Path = "runs", *, new: str = ""
+) -> Path:
+    """The folder of the model that a command begins with, once the flags are checked.
 
     MisError before the model is looked for, where a flag is out of its range, where a run would
     wait for the plug after its first step, or where a path cannot be written: that of --out, by
@@ -117,10 +124,15 @@ def open_model(
         need_place("--out", s.out or place)
     source = resolve.resolve_model(model)
     cli.say(f"{what}: {source.source}")
-    checkpoint = load.open_checkpoint(source.path)
+    return source.path
+
+
+def opened(s: Any, folder: Path) -> Checkpoint:
+    """The model in a folder, within the budget, and what it computes in decided."""
+    checkpoint = load.open_checkpoint(folder)
     limit = memory.budget(s.budget_bytes)
     cli.detail(f"memory budget: {gib(limit.limit_bytes)}, {limit.why}")
-    if not plans_only:  # whose plan says what would be too much
+    if not getattr(s, "dry_run", False):  # whose plan says what would be too much
         estimates.require_tokenizer(limit, model_of(checkpoint))
     return estimates.settle_precision(limit, checkpoint, getattr(s, "precision", UNDECIDED))
 

@@ -2,6 +2,8 @@
 weight of one, packed or not.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -53,6 +55,24 @@ class InputRecorder(nn.Module):
     def take(self) -> mx.array:
         """The input of the first call that was not taken yet."""
         return self._seen.pop(0)
+
+
+@contextmanager
+def tapped(linear: nn.Module) -> Iterator[list[mx.array]]:
+    """In the `with`, the inputs of the layer's calls; its attributes stay in reach."""
+    kind = type(linear)
+    seen: list[mx.array] = []
+
+    class Tapped(kind):  # type: ignore[misc, valid-type]
+        def __call__(self, x: mx.array) -> mx.array:
+            seen.append(x)
+            return super().__call__(x)
+
+    linear.__class__ = Tapped
+    try:
+        yield seen
+    finally:
+        linear.__class__ = kind
 
 
 def uniform(block: nn.Module) -> nn.Module:

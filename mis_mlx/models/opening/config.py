@@ -35,7 +35,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     value is not plausible.
     """
     where = folder / "config.json"
-    config = _opened_as(_read_json(folder, where), where)
+    config = _opened_as(read_json(folder, where), where)
     known = FAMILIES.get(str(config.get("model_type")))
     if known:
         with naming(where):
@@ -58,7 +58,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_json(folder: Path, where: Path) -> dict[str, Any]:
+def read_json(folder: Path, where: Path) -> dict[str, Any]:
     """The JSON object in the file `where`, the config.json of `folder`."""
     try:
         if not where.is_file():  # reading a named pipe would wait for ever
