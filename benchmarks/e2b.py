@@ -46,7 +46,7 @@ from mis_mlx import cli, prune, quantize
 from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.models.architectures import arch
-from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.architectures.families import shape_of
 from mis_mlx.models.opening import compute_type
 from mis_mlx.models.writing import model_writer
 from mis_mlx.planner import estimates

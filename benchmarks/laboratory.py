@@ -32,7 +32,7 @@ from mis_mlx.distillation.block_student import BlockStudent
 from mis_mlx.hardware import memory, rates
 from mis_mlx.judge import comparison
 from mis_mlx.maths import losses
-from mis_mlx.models.architectures.sizes import softcap
+from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening import compute_type, load, resolve
 from mis_mlx.models.passing import stream
 from mis_mlx.pruning import vocabulary
@@ -134,7 +134,7 @@ def kept_targets(
     folder = tempfile.mkdtemp(prefix="mis-targets-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     store = targets.write_store(teacher, train.pick(windows), Path(folder), seed=recipe.seed)
-    return targets.KeptTargets(store, windows, softcap(teacher.config))
+    return targets.KeptTargets(store, windows, family(teacher.config).softcap)
 
 
 def unpacked(folder: Path, out: Path) -> Path:

@@ -14,7 +14,7 @@ from laboratory import start, write
 
 from mis_mlx import cli
 from mis_mlx.judge import other_languages
-from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.architectures.families import shape_of
 from mis_mlx.models.opening import compute_type, resolve
 
 

@@ -20,7 +20,7 @@ from mis_mlx.distillation.strategies import MemoryPlan
 from mis_mlx.hardware.thermal.run_monitor import battery
 from mis_mlx.judge import answers, comparison
 from mis_mlx.models.architectures import arch
-from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.architectures.families import shape_of
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.pruning import vocabulary
 from mis_mlx.reporting import progress, text

@@ -15,7 +15,7 @@ from mis_mlx.compute import precision
 from mis_mlx.gguf_export import model_card, publication, rerounding, tensors, vocab
 from mis_mlx.hardware import memory
 from mis_mlx.models.architectures import arch
-from mis_mlx.models.architectures.sizes import gguf_name, shape_of
+from mis_mlx.models.architectures.families import family, shape_of
 from mis_mlx.models.opening import load, resolve, tokenizer_check
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import pass_cost, stream
@@ -136,7 +136,7 @@ def _gguf(settings: Settings, checkpoint: Checkpoint, wanted: str) -> dict[str, 
     name = model_card.name_of(checkpoint.path)
     config = checkpoint.config
     parts = tensors.parts(checkpoint, wanted)
-    writer = gguf.GGUFWriter(None, gguf_name(config))
+    writer = gguf.GGUFWriter(None, family(config).gguf)
     tensors.describe(writer, config, name, wanted)
     notes = vocab.add(writer, checkpoint.path, shape_of(config).vocab)
     facts = {key: value.value for key, value in writer.kv_data[0].items()}
@@ -228,7 +228,7 @@ def run(settings: Settings) -> dict[str, Any]:
     folder = resolve.resolve_model(settings.model).path
     checkpoint = load.open_checkpoint(folder)
     tokenizer_check.check_tokenizer(folder)
-    if settings.format == "gguf" and not gguf_name(checkpoint.config):
+    if settings.format == "gguf" and not family(checkpoint.config).gguf:
         kind = checkpoint.config["model_type"]
         raise MisError(
             f"a {kind} is not exported to GGUF, because its linear attention cannot be written for "

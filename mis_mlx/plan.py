@@ -15,8 +15,8 @@ from mis_mlx.hardware.rates import Rates
 from mis_mlx.hardware.thermal.run_monitor import ThermalFlags, battery
 from mis_mlx.judge import answers
 from mis_mlx.models.architectures import arch, scenarios
+from mis_mlx.models.architectures.families import shape_of
 from mis_mlx.models.architectures.mixture import MOST_EXPERTS
-from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load, resolve
 from mis_mlx.models.opening.config import read_config
 from mis_mlx.models.opening.model_size import ModelSize, model_of

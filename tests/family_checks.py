@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mis_mlx import quantize
 from mis_mlx.models.architectures import block_inputs
 from mis_mlx.models.architectures.block_inputs import BlockInputs, BlockOutputs
+from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import backward_pass, stream
 from mis_mlx.types import Checkpoint
@@ -41,7 +42,7 @@ def quantized(model: Path, out: Path, method: Any = "round", **more: Any) -> Che
 
 def block_gradients(model: Checkpoint) -> Callable[[int, nn.Module], backward_pass.BlockBackward]:
     """`visit` of `backward_pass.input_gradients`: autodiff of one block and batch at a time."""
-    args = load.model_args(model.config)
+    args = family(model.config).model_args()
 
     def visit(i: int, block: nn.Module) -> backward_pass.BlockBackward:
         def each(inputs: BlockInputs, above: BlockOutputs) -> BlockInputs:

@@ -20,7 +20,7 @@ from mis_mlx.distillation import conversations, pipeline, teacher_answers
 from mis_mlx.judge import answers
 from mis_mlx.judge.speed import rounds
 from mis_mlx.models.architectures import arch
-from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.architectures.families import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.quantization import packed_format
 from mis_mlx.storage import run_folder, safetensors

@@ -16,7 +16,7 @@ import pytest
 
 from mis_mlx import prune
 from mis_mlx.maths.importance import Statistics, Sums
-from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.architectures.families import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.writing import model_writer
 from mis_mlx.pruning import select

@@ -18,8 +18,7 @@ import pytest
 from mis_mlx import cli, distill, search
 from mis_mlx.distillation import answer_loss, summary
 from mis_mlx.models.architectures import arch
-from mis_mlx.models.architectures.families import family
-from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.architectures.families import family, shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.quantization import packed_format
 from mis_mlx.size_search import candidates, known_losses, ranking, shape_search, size_request

@@ -14,8 +14,8 @@ import pytest
 from mis_mlx import distill
 from mis_mlx.distillation import pipeline, plan_report, run_plan
 from mis_mlx.models.architectures import arch
+from mis_mlx.models.architectures.families import shape_of
 from mis_mlx.models.architectures.shape import Shape
-from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.passing.stream import Stream
 from mis_mlx.pruning import calibrate, select, slicing

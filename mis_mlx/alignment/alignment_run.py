@@ -32,6 +32,7 @@ from mis_mlx.hardware.thermal.run_monitor import Governed
 from mis_mlx.maths import optimizer, rounding
 from mis_mlx.maths.optimizer import GuardedAdamW
 from mis_mlx.models.architectures import arch
+from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize, model_of
 from mis_mlx.models.passing import pass_cost, residency, stream
@@ -439,7 +440,7 @@ class AlignmentRun(run_loop.OpenRun):
         config["torch_dtype"] = dtype
 
         def take(name: str) -> mx.array:
-            if arch.always_float32(config, name):
+            if family(config).always_float32(name):
                 return learned(name)
             key = mx.random.key(zlib.crc32(f"{s.seed} {name}".encode()))
             return rounding.stochastic(learned(name), precision.DTYPES[dtype], key)

@@ -23,7 +23,7 @@ from mis_mlx.judge.tasks import rewards
 from mis_mlx.maths import rl_losses
 from mis_mlx.maths.losses import token_logps
 from mis_mlx.models.architectures import modules
-from mis_mlx.models.architectures.sizes import softcap
+from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import stream
 from mis_mlx.models.passing.resident import Resident
@@ -289,7 +289,7 @@ class Sampler:
             return batches
         # Log-probabilities (B, T) under the reference, in one pass over its weights.
         head = modules.dense_weight(reference.head())
-        cap = softcap(reference.checkpoint.config)
+        cap = family(reference.checkpoint.config).softcap
         parts = list[tuple[Any, ...]]()
         states = reference.forward([tokens for tokens, *_ in batches])
         for (tokens, mask, given), hidden in zip(batches, states, strict=True):

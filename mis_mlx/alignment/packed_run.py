@@ -23,7 +23,7 @@ from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import INTEGERS, StageCost
 from mis_mlx.maths import stats
 from mis_mlx.maths.losses import next_tokens
-from mis_mlx.models.architectures import sizes
+from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing.pass_cost import forward_flops
@@ -75,7 +75,7 @@ def train(
     """
     run_loop.forget_text()
     checkpoint = alignment.checkpoint
-    loss = partial(answer_gradients, softcap=sizes.softcap(checkpoint.config) or 0.0)
+    loss = partial(answer_gradients, softcap=family(checkpoint.config).softcap or 0.0)
 
     def micro_batches(step: int) -> list[MicroBatch]:
         return [_with_targets(*arrays) for arrays in train.micro_batches(s, step)]

@@ -32,7 +32,7 @@ from mis_mlx.maths import optimizer
 from mis_mlx.maths.optimizer import GRADIENT_BYTES, STATE_BYTES, GuardedAdamW, Part
 from mis_mlx.models.architectures import arch, block_inputs, modules
 from mis_mlx.models.architectures.block_inputs import BlockInputs, BlockOutputs
-from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.architectures.families import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import distributed, stream
 from mis_mlx.models.passing.pass_cost import (

@@ -26,7 +26,7 @@ from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import INTEGERS
 from mis_mlx.judge import answers, comparison, other_languages
 from mis_mlx.maths import losses
-from mis_mlx.models.architectures.sizes import shape_of, softcap
+from mis_mlx.models.architectures.families import family, shape_of
 from mis_mlx.models.opening import compute_type, load
 from mis_mlx.models.passing import distributed
 from mis_mlx.models.writing import model_writer
@@ -115,7 +115,7 @@ class Run(run_loop.OpenRun):
         cli.detail(
             f"logit store: {store.bytes_per_token:.0f} bytes per token; losses use sampled targets"
         )
-        return targets.KeptTargets(store, windows, softcap(self.teacher.config))
+        return targets.KeptTargets(store, windows, family(self.teacher.config).softcap)
 
     def kinds(self, count: int, use: int) -> list[int]:
         """The kind of text of each window that `pick` gives, by number."""
@@ -278,7 +278,7 @@ def _put_in_block(c: Run, parts: Checkpoint, name: str, weight: mx.array) -> Non
     """Replace one weight in the file of its block."""
     *_, number, inside = name.split(".", 3)
     dtype = getattr(mx, parts.config["torch_dtype"])
-    block = load.block(parts, int(number), load.model_args(parts.config), dtype)
+    block = load.block(parts, int(number), family(parts.config).model_args(), dtype)
     block.load_weights([(inside, weight.astype(dtype))], strict=False)
     weights = dict(tree_flatten(block.parameters()))
     model_writer.replace_block(parts, int(number), weights)

@@ -22,7 +22,7 @@ from mis_mlx.judge import other_languages
 from mis_mlx.judge.comparison import comparison_cost
 from mis_mlx.judge.write import answers_cost
 from mis_mlx.models.architectures import arch
-from mis_mlx.models.architectures.sizes import attends, shape_of
+from mis_mlx.models.architectures.families import family, shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import pass_cost
@@ -93,7 +93,7 @@ def usual_rate(teacher: Checkpoint) -> float:
     the attention of the middle block, a matrix at a time.
     """
     middle = shape_of(teacher.config).layers // 2
-    while not attends(teacher.config, middle):
+    while not family(teacher.config).attends(middle):
         middle = (middle + 1) % shape_of(teacher.config).layers
     prefix = f"model.layers.{middle}.self_attn."
     squares = []

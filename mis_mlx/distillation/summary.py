@@ -12,7 +12,7 @@ from mis_mlx.compute import precision
 from mis_mlx.distillation import conversations
 from mis_mlx.judge import answers, comparison
 from mis_mlx.models.architectures import arch
-from mis_mlx.models.architectures.sizes import gguf_name
+from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening.config import read_config
 from mis_mlx.models.writing import model_writer
 from mis_mlx.pruning import select
@@ -233,7 +233,7 @@ def _is_far(losses: Mapping[str, Any]) -> bool:
 def next_steps(folder: Path) -> str:
     """What to do with a finished run: lines to paste."""
     model = folder / "model"
-    exports = not model.is_dir() or gguf_name(read_config(model)) != ""
+    exports = not model.is_dir() or family(read_config(model)).gguf != ""
     values = {
         "python": shlex.quote(str(cli.from_here(Path(sys.executable)))),
         "run": shlex.quote(str(cli.from_here(folder.absolute()))),

@@ -25,7 +25,7 @@ from mis_mlx.distillation.train_loop import MicroBatch
 from mis_mlx.hardware.memory import headroom_bytes
 from mis_mlx.hardware.stage_cost import WINDOWS, StageCost
 from mis_mlx.maths.losses import Logits
-from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.architectures.families import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import distributed, stream
 from mis_mlx.models.passing.pass_cost import side_bytes, streamed_pass

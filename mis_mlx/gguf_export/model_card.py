@@ -7,7 +7,8 @@ from typing import Any
 import yaml
 
 from mis_mlx.gguf_export import run_facts
-from mis_mlx.models.architectures import arch, sizes
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.architectures.families import shape_of
 from mis_mlx.models.opening import resolve
 from mis_mlx.models.writing import model_writer
 from mis_mlx.reporting import html
@@ -108,7 +109,7 @@ def readme(
         "front": yaml.safe_dump(stated, sort_keys=False).strip(),
         "name": name_of(checkpoint.path),
         "base": base,
-        "size": f"{size}: {sizes.shape_of(checkpoint.config)}",
+        "size": f"{size}: {shape_of(checkpoint.config)}",
         "facts": facts,
         "data": _data(checkpoint.path),
         **run_values,

@@ -10,7 +10,7 @@ import numpy as np
 from mis_mlx.gguf_export import gemma
 from mis_mlx.gguf_export.words import YARN
 from mis_mlx.models.architectures import base, families
-from mis_mlx.models.architectures.sizes import normalised, shape_of
+from mis_mlx.models.architectures.families import family, shape_of
 from mis_mlx.types import MisError
 
 Config = Mapping[str, Any]  # of a model, as config.json has it
@@ -22,7 +22,7 @@ def rope(config: Config) -> tuple[str, Config]:
     MisError for a model that llama.cpp would compute differently. The trap: llama.cpp reads what
     it does not know as plain positions, and the model loses its thread without an error.
     """
-    full = normalised(config)
+    full = family(config).normalised()
     scaling = full.get("rope_scaling") or {}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     full_attention = (full.get("rope_parameters") or {}).get("full_attention", {})
@@ -64,7 +64,9 @@ def frequency_factors(config: Config) -> np.ndarray:
         return np.array(scaling["long_factor"], np.float32)
     head_dim = shape_of(config).head_dim
     context = scaling["original_max_position_embeddings"]
-    frequencies = normalised(config)["rope_theta"] ** (-np.arange(0, head_dim, 2) / head_dim)
+    frequencies = family(config).normalised()["rope_theta"] ** (
+        -np.arange(0, head_dim, 2) / head_dim
+    )
     turns = context * frequencies / (2 * np.pi)  # within the original context
     low = scaling["low_freq_factor"]
     high = scaling["high_freq_factor"]

@@ -24,8 +24,8 @@ from mis_mlx.gguf_export.positions import Config
 from mis_mlx.gguf_export.rerounding import Rerounding
 from mis_mlx.gguf_export.words import FILE_TYPES, FREQS, REWRAPPED
 from mis_mlx.maths import rounding
-from mis_mlx.models.architectures import arch, experts, families, stored_form, tensor_shapes
-from mis_mlx.models.architectures.sizes import normalised, shape_of
+from mis_mlx.models.architectures import arch, experts, families, stored_form
+from mis_mlx.models.architectures.families import family, shape_of
 from mis_mlx.models.opening import load, wheel_model
 from mis_mlx.storage import safetensors
 from mis_mlx.storage.files import DISK
@@ -150,7 +150,7 @@ def _kind(
     if stored_form.is_kernel(source):  # llama.cpp convolves in float32
         return "F32", False
     # All experts of a stacked matrix are packed alike, so the first one answers for them.
-    name = tensor_shapes.one_by_one(source, checkpoint.config)[0]
+    name = family(checkpoint.config).one_by_one(source)[0]
     if wanted in ("f32", "f16", "bf16", "q8_0"):
         return wanted.upper(), False
     packing = load.packing(checkpoint, name)
@@ -200,7 +200,7 @@ def rows(
         # llama.cpp's rotation pairs neighbouring rows, Hugging Face's the halves of a head. In
         # another order the model runs without an error and talks nonsense.
         order = wheel_model.row_order(shape[0], part.heads)
-    for source in tensor_shapes.one_by_one(part.source, checkpoint.config):
+    for source in family(checkpoint.config).one_by_one(part.source):
         matrix = part._replace(source=source, shape=shape)
         stem = source.removesuffix(".weight")
         names = (source, f"{stem}.scales", f"{stem}.biases")
@@ -284,7 +284,7 @@ def describe(writer: Any, config: Config, name: str, wanted: str) -> None:
     MisError where llama.cpp cannot be told how the model computes.
     """
     shape = shape_of(config)
-    full = normalised(config)
+    full = family(config).normalised()
     if type(full.get("max_position_embeddings")) is not int:
         raise MisError("config.json has no max_position_embeddings, which llama.cpp needs: add it")
     rope, scaling = positions.rope(config)

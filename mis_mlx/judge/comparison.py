@@ -16,7 +16,7 @@ from mis_mlx.data.token_windows import Windows
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge.answer_figures import bits_per_byte
 from mis_mlx.maths import stats
-from mis_mlx.models.architectures import sizes
+from mis_mlx.models.architectures.families import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing.pass_cost import forward_flops, pass_workspace, side_bytes
@@ -159,8 +159,8 @@ def _compare_chunks(base: Passed, other: Passed, chunks: Sequence[_Chunk]) -> No
     """
     base_stream, base_hidden = base
     other_stream, other_hidden = other
-    base_shape = sizes.shape_of(base_stream.checkpoint.config)
-    other_shape = sizes.shape_of(other_stream.checkpoint.config)
+    base_shape = shape_of(base_stream.checkpoint.config)
+    other_shape = shape_of(other_stream.checkpoint.config)
     # A student with a trimmed vocabulary is compared over the rows that both have.
     vocab = min(base_shape.vocab, other_shape.vocab)
     rows = head_rows(max(base_shape.hidden, other_shape.hidden), vocab)

@@ -14,7 +14,7 @@ from mis_mlx.compute import precision, quick_exp
 from mis_mlx.compute.logit_figures import CHUNK
 from mis_mlx.data import token_windows
 from mis_mlx.judge.prompts import Answer, Prompt
-from mis_mlx.models.architectures import sizes
+from mis_mlx.models.architectures.families import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing.stream import Hidden, Stream, head_rows
 from mis_mlx.types import Checkpoint, MisError
@@ -183,7 +183,7 @@ def _of_targets(
 
     hidden: [(1, T, D)]. The head comes in parts of the vocabulary, each read once: logsumexp adds
     up over them, and one of them has the target's logit."""
-    shape = sizes.shape_of(stream.checkpoint.config)
+    shape = shape_of(stream.checkpoint.config)
     rows = head_rows(shape.hidden, shape.vocab)
     texts = []
     for states, target in zip(hidden, targets, strict=True):

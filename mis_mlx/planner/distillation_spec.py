@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from mis_mlx.models.architectures import arch
-from mis_mlx.models.architectures.sizes import repairs
+from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.settings.recipe import (
     ROUND_TO_NEAREST,
@@ -102,12 +102,12 @@ def spec_of(
         modes = ("none",)
     elif asked.train != "auto":
         modes = (asked.train,)
-    elif student.shape.experts or (asked.reconstruct_samples and repairs(student.config)):
+    elif student.shape.experts or (asked.reconstruct_samples and family(student.config).repairs):
         modes = (*MODES, "none")
     settings = {f.name: getattr(asked, f.name) for f in fields(DistillationConfig)}
     settings["iters"] = steps_of(asked, student.config)
     # No fit knows what comes of several hidden states.
-    if uncut or not repairs(student.config):
+    if uncut or not family(student.config).repairs:
         settings["reconstruct_samples"] = 0
     return DistillationSpec(
         **settings,

@@ -26,13 +26,12 @@ from mis_mlx.models.architectures import (
     arch,
     block_inputs,
     families,
-    mlx_modules,
     side_inputs,
     stock,
 )
 from mis_mlx.models.architectures.block_inputs import BlockInputs
+from mis_mlx.models.architectures.families import family, shape_of
 from mis_mlx.models.architectures.shape import Shape
-from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening.model_size import BlockFactors, ModelSize, model_of
 from mis_mlx.models.passing import residency
 from mis_mlx.models.passing.stream import evaluate_now
@@ -179,7 +178,7 @@ def _is_small(sample: _Sample, limit_bytes: int) -> bool:
 
 def _measured(sample: _Sample) -> BlockFactors:
     """What the sample holds, as parts of what the formulas say of it."""
-    args = mlx_modules.model_args(sample.config)
+    args = family(sample.config).model_args()
     block = families.family(sample.config).new_block(args, 0)
     block.eval()
     mask = partial(stock.mask, args, block)

@@ -13,7 +13,7 @@ from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import ExpertSums, Statistics, Sums
 from mis_mlx.models.architectures import arch
-from mis_mlx.models.architectures.sizes import attends, ffn_size, shape_of
+from mis_mlx.models.architectures.families import family, shape_of
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import stream, sweep
 from mis_mlx.models.passing.pass_cost import streamed_pass
@@ -161,10 +161,10 @@ def _nothing_yet(config: Mapping[str, Any]) -> tuple[Statistics, dict[int, Exper
     out = Statistics()
     experts = dict[int, ExpertSums]()
     for i in range(s.layers):
-        neurons = ffn_size(config, i) * max(1, s.experts)
+        neurons = family(config).ffn_size(i) * max(1, s.experts)
         out.ffn[i] = _zero_sums(neurons)
         out.block[i] = 0.0
-        if attends(config, i):
+        if family(config).attends(i):
             out.heads[i] = _zero_sums(s.heads)
         else:
             out.channels[i] = _zero_sums(s.hidden)

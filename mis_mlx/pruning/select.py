@@ -13,9 +13,9 @@ from mis_mlx.hardware.thermal.run_monitor import AirFlags
 from mis_mlx.maths import importance
 from mis_mlx.maths.importance import Key, Statistics
 from mis_mlx.models.architectures import arch, scenarios
+from mis_mlx.models.architectures.families import family, shape_of
 from mis_mlx.models.architectures.mixture import MOST_EXPERTS
 from mis_mlx.models.architectures.shape import ALL, Shape
-from mis_mlx.models.architectures.sizes import attends, shape_of
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import stream
 from mis_mlx.pruning import calibrate, slicing, vocabulary
@@ -106,7 +106,7 @@ def select_units(
     """
     shape = shape or wanted_shape(config, cut)
     before = shape_of(config)
-    stays = dict.fromkeys(arch.fixed_blocks(config), math.inf)
+    stays = dict.fromkeys(family(config).fixed_blocks(), math.inf)
     blocks = {**statistics.block, **stays}
     layers = importance.select_blocks(blocks, shape.layers, arch.layer_phase(config))
     scores, used = ranking(statistics, cut)
@@ -124,7 +124,7 @@ def select_units(
         differ[key] = len(set(kept[key]) - set(_pick(axis, plain, before, shape)))
 
     for i in layers:
-        attending = attends(config, i)
+        attending = family(config).attends(i)
         axes = ["experts", "ffn"]
         if attending:
             axes.append("heads")

@@ -16,8 +16,8 @@ import numpy as np
 
 from mis_mlx.compute import precision
 from mis_mlx.models.architectures import arch, experts
+from mis_mlx.models.architectures.families import family, shape_of
 from mis_mlx.models.architectures.shape import Shape
-from mis_mlx.models.architectures.sizes import ffn_size, shape_of, side_width
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import stream, sweep
@@ -265,7 +265,7 @@ def _side(teacher: Checkpoint, name: str, layers: Sequence[int]) -> Tensor:
     """
     weight = model_writer.dense(teacher, name)
     all_stay = len(layers) == teacher.config["num_hidden_layers"]
-    width = side_width(teacher.config)
+    width = family(teacher.config).side_width
     kept = _numbers(layers, width)
     if isinstance(weight, InParts):  # the table, too large to be in memory whole
         if all_stay:
@@ -355,7 +355,7 @@ def taken(
     name: str,
 ) -> Tensor:
     """The student's tensor of this name, cut out of the teacher's."""
-    if name in arch.side_tensors(teacher.config):
+    if name in family(teacher.config).side_tensors():
         return _side(teacher, name, keep.layers)
     before = shape_of(teacher.config)
     number = arch.block_of(name)
@@ -368,7 +368,7 @@ def taken(
     chosen = keep.kept.get((layer, "experts"))
     if expert is not None and chosen:
         source = source.replace(f".experts.{expert}.", f".experts.{chosen[expert]}.")
-    block = replace(before, ffn=ffn_size(teacher.config, layer))
+    block = replace(before, ffn=family(teacher.config).ffn_size(layer))
     return _cut(source, layer, block, keep, weight=tensor(source))
 
 

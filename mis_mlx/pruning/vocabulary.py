@@ -25,7 +25,7 @@ from mis_mlx.hardware import memory
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge import comparison
 from mis_mlx.models.architectures import arch, scenarios
-from mis_mlx.models.architectures.sizes import shape_of, side_width
+from mis_mlx.models.architectures.families import family, shape_of
 from mis_mlx.models.opening import load, pre_tokenizers
 from mis_mlx.models.opening.config import read_config
 from mis_mlx.models.opening.model_size import ModelSize
@@ -128,7 +128,7 @@ def defaults(
                 raise
         else:
             own["none"] = wanted or ""
-            if gone >= ALONE or (gone and side_width(config)):
+            if gone >= ALONE or (gone and family(config).side_width):
                 name = "none"
             elif gone:
                 name = "half-vocab"
@@ -170,7 +170,7 @@ def first_rows(teacher: Checkpoint, rows: int) -> Checkpoint:
 
 def with_rows(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
     """The config of a model of so many rows, in each of its tables."""
-    tables = {"vocab_size_per_layer_input": rows} if side_width(config) else {}
+    tables = {"vocab_size_per_layer_input": rows} if family(config).side_width else {}
     return {**config, "vocab_size": rows, **tables}
 
 

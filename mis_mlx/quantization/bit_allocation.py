@@ -25,8 +25,9 @@ import numpy as np
 from mis_mlx.compute import precision, streams
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.maths import rounding
-from mis_mlx.models.architectures import arch, block_inputs, modules, sizes
+from mis_mlx.models.architectures import arch, block_inputs, modules
 from mis_mlx.models.architectures.block_inputs import BlockInputs, BlockOutputs
+from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import backward_pass, stream, sweep
@@ -229,7 +230,7 @@ def costs(
     batches, seed, kept: as in `mixed`. fit: values are those of `rounding.fitted`, whose cost is
     its share of the squared error that nearest values make.
     """
-    args = load.model_args(checkpoint.config)
+    args = family(checkpoint.config).model_args()
     nats: dict[str, dict[int, float]] = {}
     tokens = sum(batch.size for batch in batches)
 
@@ -251,7 +252,7 @@ def costs(
     vocabulary = VocabularyCosts(checkpoint, group)
     tables: list[VocabularyCosts | PerLayerCosts] = [vocabulary]
     hooks: dict[str, Any] = {"at_head": vocabulary.at_head}
-    if sizes.side_width(checkpoint.config):
+    if family(checkpoint.config).side_width:
         per_layer = PerLayerCosts(checkpoint, batches, group)
         tables.append(per_layer)
         hooks["at_channels"] = per_layer.at_channels

@@ -102,7 +102,7 @@ class PerLayerCosts:
     def __init__(self, checkpoint: Checkpoint, batches: Batches, group: int):
         self._group = group
         self._width = family(checkpoint.config).side_width
-        # of a row on its way into a block (load.SideProjection)
+        # of a row on its way into a block (`Architecture.side_channels`)
         self._scale = self._width**0.5 * 2.0**-0.5
         self._batches = []
         for batch in batches:

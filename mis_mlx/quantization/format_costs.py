@@ -16,7 +16,8 @@ import mlx.core as mx
 
 from mis_mlx.compute import precision
 from mis_mlx.maths import rounding
-from mis_mlx.models.architectures import arch, bit_floors
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening import load
 from mis_mlx.quantization.packed_format import WIDE_BITS, Format, formats_of, wide_projections
 from mis_mlx.settings.recipe import QuantizationConfig
@@ -53,7 +54,7 @@ def fewest_bits(how: QuantizationConfig) -> int:
 def candidates(columns: int, how: QuantizationConfig, floor_bits: int = 0) -> list[Format]:
     """The formats that a matrix with rows of so many weights may have.
 
-    floor_bits: the fewest of this matrix (models/architectures/bit_floors).
+    floor_bits: the fewest of this matrix (`Architecture.bit_floors`).
     """
     formats = []
     fewest = max(floor_bits, fewest_bits(how))
@@ -72,7 +73,7 @@ def limits(config: Mapping[str, Any], how: QuantizationConfig) -> tuple[float, f
     """The fewest bits per weight that a model's matrices can have together, and the most."""
     shapes = arch.tensors_of(config, stacked=True)
     fixed = wide_projections(config)
-    floors = bit_floors.delta_floors(config)
+    floors = family(config).bit_floors()
     weights = 0
     least = 0.0
     for path in formats_of(config, how.q_group_size):
@@ -101,7 +102,7 @@ def of_formats(
     or of fitted grids, as a search keeps them.
     """
     shapes = arch.tensors_of(checkpoint.config)
-    floors = bit_floors.delta_floors(checkpoint.config)
+    floors = family(checkpoint.config).bit_floors()
     found: dict[str, FormatCosts] = {}
     for path, measured in nats.items():
         name = f"{path}.weight"

@@ -19,13 +19,10 @@ from mis_mlx.compute import precision
 from mis_mlx.maths import rounding
 from mis_mlx.models.architectures import (
     arch,
-    bit_floors,
     experts,
     stored_form,
-    tensor_shapes,
 )
-from mis_mlx.models.architectures.families import family
-from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.architectures.families import family, shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import stream
 from mis_mlx.models.writing import model_writer
@@ -105,7 +102,7 @@ def formats_of(config: Mapping[str, Any], group_size: int) -> dict[str, Format]:
     cut into groups.
     """
     eight_bit = {"model.embed_tokens", "lm_head"} | wide_projections(config)
-    floors = bit_floors.delta_floors(config)
+    floors = family(config).bit_floors()
     shapes = {}
     plan = {}
     for name, shape in arch.tensors_of(config, stacked=True).items():
@@ -219,7 +216,7 @@ def _specs(
     """
 
     def stored_type(name: str) -> str:
-        first = tensor_shapes.one_by_one(name, checkpoint.config)[0]
+        first = family(checkpoint.config).one_by_one(name)[0]
         return checkpoint.tensors[first].dtype
 
     return _specs_of(checkpoint.config, plan, stored_type, last)
@@ -249,7 +246,7 @@ def packed_bytes(config: Mapping[str, Any], plan: Formats, dtype: str) -> int:
     usual = model_writer.SAFETENSORS_NAMES[dtype]
 
     def type_of(name: str) -> str:
-        return "F32" if arch.always_float32(config, name) else usual
+        return "F32" if family(config).always_float32(name) else usual
 
     return sum(map(safetensors.spec_bytes, _specs_of(config, plan, type_of).values()))
 
@@ -321,9 +318,7 @@ def _plain(checkpoint: Checkpoint, name: str) -> safetensors.Tensor:
     if name in load.TABLES:
         table = load.stored_parts(checkpoint, name)
         return table._replace(parts=finite_parts(checkpoint, name, table.parts))
-    arrays = [
-        _finite(checkpoint, part) for part in tensor_shapes.one_by_one(name, checkpoint.config)
-    ]
+    arrays = [_finite(checkpoint, part) for part in family(checkpoint.config).one_by_one(name)]
     if len(arrays) == 1:
         return arrays[0]
     return mx.stack(arrays)
@@ -369,7 +364,7 @@ def _nearest(
 ) -> rounding.Packed:
     """A matrix, or those of all experts stacked, rounded to nearest values."""
     rounded = []
-    for part in tensor_shapes.one_by_one(name, checkpoint.config):
+    for part in family(checkpoint.config).one_by_one(name):
         rounded.append(rounded_matrix(_finite(checkpoint, part), kind, fit=fit))
     if len(rounded) == 1:
         return rounded[0]

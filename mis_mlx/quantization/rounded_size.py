@@ -1,8 +1,10 @@
 """How large a model is once it is quantized."""
 
+import math
 from dataclasses import replace
 
-from mis_mlx.models.architectures import bit_floors
+from mis_mlx.models.architectures.families import family
+from mis_mlx.models.architectures.tensor_shapes import tensors_of
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.settings.recipe import QuantizationConfig
 
@@ -17,7 +19,11 @@ def rounded_bytes(m: ModelSize, rounding: QuantizationConfig) -> int:
     if rounding.target_bpw:
         return int(rounding.target_bpw * m.params / 8)
     bits = (4 + BIAS_BITS / rounding.q_group_size) * m.params + 4 * m.tables_params
-    bits += bit_floors.further_bits(m.config)
+    architecture = family(m.config)
+    floors = architecture.bit_floors() | dict.fromkeys(architecture.state_gates(), 8)
+    shapes = tensors_of(m.config) if floors else {}
+    for path, fewest in floors.items():
+        bits += (fewest - 4) * math.prod(shapes[f"{path}.weight"])
     return int(bits / 8)
 
 

@@ -27,11 +27,10 @@ from mis_mlx import cli
 from mis_mlx.compute import precision, streams
 from mis_mlx.hardware.stage_cost import WINDOWS, StageCost, in_turn
 from mis_mlx.maths import gptq, reconstruction, rounding
-from mis_mlx.models.architectures import arch, modules, tensor_shapes
+from mis_mlx.models.architectures import arch, modules
 from mis_mlx.models.architectures.experts import Expert, ReadExperts
-from mis_mlx.models.architectures.families import mixture
+from mis_mlx.models.architectures.families import family, mixture, shape_of
 from mis_mlx.models.architectures.mixture import ACTIVE
-from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import residency, stream, sweep
@@ -270,7 +269,7 @@ def _expert_paths(turn: sweep.BlockTurn) -> list[str]:
     of_experts = mixture(config)
     assert of_experts
     stem = f"{arch.block_prefix(turn.number)}{of_experts.mlp}.experts.0"
-    return [tensor_shapes.stacked(f"{stem}.{name}", config) for name in of_experts.matrices]
+    return [family(config).joined(f"{stem}.{name}") for name in of_experts.matrices]
 
 
 def _rounded_experts(

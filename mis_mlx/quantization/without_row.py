@@ -6,22 +6,21 @@ before it; mlx-lm's forward begins at the embedding each time, and MLX computes 
 """
 
 import re
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
 from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.maths import gptq, reconstruction, rounding
-from mis_mlx.models.architectures import modules
 from mis_mlx.models.opening.model_size import TEXT_BYTES
 from mis_mlx.models.passing.stream import Batches
+from mis_mlx.models.passing.sweep import recorded
 from mis_mlx.models.writing import model_writer
 from mis_mlx.quantization import packed_format, stage
 from mis_mlx.quantization.packed_format import PARTS, USUAL_BITS, WIDE_BITS, Format, Formats
@@ -83,42 +82,33 @@ def peak_bytes(model: nn.Module, formats: Formats, *, vocab: int, length: int) -
     other is read. vocab: tokens, of an open tokenizer.
     """
     layers = dict(model.named_modules())
-    packed = {}
+    packed = 0
+    peaks = []
+    parts = []
     for path, kind in formats.items():
-        packed[path] = int(kind.bits_per_weight * layers[path].weight.size / 8)
-    held = 0
-    peak = 0
-    done = 0
-    if length:
-        item = 4 if precision.policy() == "cpu" else 2
-        held = TEXT_BYTES * vocab
-        held += sum(item * array.size for array in _parameters(model).values())
-        for block in _blocks(model, formats):
-            sides = [(layer.weight.shape[1], len(layer.weight)) for layer in block.values()]
-            widths = [width for width, _ in sides]
-            inputs = 4 * length * (sum(widths) + ALIVE * max(map(max, sides)))
-            sums = sum(map(reconstruction.square_bytes, widths)) + 4 * max(widths) ** 2
-            done += sum(packed.pop(path) for path in block)
-            work = gptq.work_bytes(sides, fused=precision.compiles())
-            peak = max(peak, done + inputs + sums + work)
-    for path, nbytes in packed.items():
         weight = layers[path].weight
-        done += nbytes
+        packed += int(kind.bits_per_weight * weight.size / 8)
+        parts.append(4 * min(weight.size, rounding.PART) + weight.size)
         # the experts of a block are read one by one, then stacked
-        read = 0 if length else weight.nbytes * (weight.ndim - 1)
-        part = 4 * min(weight.size, rounding.PART) + weight.size
-        peak = max(peak, done + read + part)
-    return held + peak
+        peaks.append(packed + weight.nbytes * (weight.ndim - 1) + parts[-1])
+    if not length:
+        return max(peaks)
+    for block in _blocks(model, formats):
+        sides = [(layer.weight.shape[1], len(layer.weight)) for layer in block.values()]
+        widths = [width for width, _ in sides]
+        inputs = 4 * length * (sum(widths) + ALIVE * max(map(max, sides)))
+        sums = sum(map(reconstruction.square_bytes, widths)) + 4 * max(widths) ** 2
+        parts.append(inputs + sums + gptq.work_bytes(sides, fused=precision.compiles()))
+    item = 4 if precision.policy() == "cpu" else 2
+    weights = item * sum(array.size for array in _parameters(model).values())
+    return TEXT_BYTES * vocab + weights + packed + max(parts)
 
 
-def _inputs(
-    model: nn.Module, linears: Mapping[str, nn.Module], tokens: mx.array
-) -> dict[str, list[mx.array]]:
+def _inputs(model: nn.Module, paths: Iterable[str], tokens: mx.array) -> dict[str, list[mx.array]]:
     """The inputs of some layers, lazy, by path; of those that read the same the same arrays."""
-    with ExitStack() as taps:
-        seen = {path: taps.enter_context(modules.tapped(layer)) for path, layer in linears.items()}
+    with recorded(model, {path: tuple(path.split(".")) for path in paths}) as recorders:
         model(tokens)
-    return seen
+    return {path: recorder.seen for path, recorder in recorders.items()}
 
 
 def _compensated(
@@ -141,7 +131,7 @@ def _compensated(
             width = linears[path].weight.shape[1]
             sums[path] = np.zeros((width, width), reconstruction.precision(width))
         for tokens in batches:
-            seen = _inputs(model, {path: linears[path] for path in readers}, tokens)
+            seen = _inputs(model, readers, tokens)
             mx.eval(list(seen.values()))
             for path, inputs in seen.items():
                 for array in inputs:
@@ -172,9 +162,12 @@ def write(
     if batches:
         rounded = _compensated(model, formats, batches, folder)
     layers = dict(model.named_modules())
+    weights = {path: layers.pop(path).weight for path in formats}
+    layers.clear()
+    nn.quantize(model, class_predicate=lambda path, _: path in formats and formats[path].settings)
+    layers = dict(model.named_modules())
     for path, kind in cli.show_progress("matrix", formats.items()):
-        layer = layers.pop(path)
-        weight = layer.weight
+        weight = weights.pop(path)
         packed_format.refuse_not_numbers(folder, path, weight)
         parts = rounded.pop(path, None)
         if parts is None:
@@ -184,15 +177,13 @@ def write(
             )
             parts = tuple(part.reshape(*weight.shape[:-1], -1) for part in flat)
         packed_format.refuse_beyond(folder, path, parts)
-        packed = layer.to_quantized(kind.group, kind.bits)
-        packed.update(dict(zip(PARTS, parts, strict=True)))
-        model.update_modules(tree_unflatten([(path, packed)]))
-        del layer, weight, types[f"{path}.weight"]
+        layers[path].update(dict(zip(PARTS, parts, strict=True)))
+        del weight, types[f"{path}.weight"]
     tensors = {}
     for name, array in _parameters(model).items():
         tensors[name] = array.astype(types.get(name, array.dtype))
     specs = {name: safetensors.spec_of(array) for name, array in tensors.items()}
-    common = max(set(formats.values()), key=list(formats.values()).count)
+    common = max(formats.values(), key=list(formats.values()).count)
     packing = common.settings
     packing |= {path: kind.settings for path, kind in formats.items() if kind != common}
     config = {**config, "quantization": packing, "quantization_config": packing}

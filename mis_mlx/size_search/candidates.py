@@ -28,9 +28,9 @@ from mis_mlx.judge import answers, comparison, score
 from mis_mlx.judge.prompts import Answer, Prompt
 from mis_mlx.maths import rounding, stats
 from mis_mlx.maths.importance import Statistics
-from mis_mlx.models.architectures import arch, bit_floors
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.architectures.families import family, shape_of
 from mis_mlx.models.architectures.shape import Shape
-from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import stream
@@ -180,7 +180,7 @@ class Candidates:
         stored = json.loads(path.read_text("utf-8"))
         for name, costs in stored.items():  # JSON's keys are text
             stored[name] = {int(bits): cost for bits, cost in costs.items()}
-        for name, fewest in bit_floors.delta_floors(self.teacher.config).items():
+        for name, fewest in family(self.teacher.config).bit_floors().items():
             stored[name] = {bits: cost for bits, cost in stored[name].items() if bits >= fewest}
         # Small matrices of fixed bits have no choice, but their bits count towards the mean.
         for name in packed_format.wide_projections(self.teacher.config):

@@ -14,8 +14,8 @@ import numpy as np
 from mis_mlx.distillation import plan_report, strategies
 from mis_mlx.maths import stats
 from mis_mlx.models.architectures import arch, scenarios
+from mis_mlx.models.architectures.families import shape_of
 from mis_mlx.models.architectures.shape import Shape, Shapes, weight_count
-from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.quantization import format_costs
 from mis_mlx.settings.recipe import QuantizationConfig
 from mis_mlx.types import MisError

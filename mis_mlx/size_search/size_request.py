@@ -12,9 +12,8 @@ from typing import Any
 from mis_mlx import cli
 from mis_mlx.data import chat_template
 from mis_mlx.distillation.distill_flags import DistillFlags
-from mis_mlx.models.architectures.families import family
+from mis_mlx.models.architectures.families import family, shape_of
 from mis_mlx.models.architectures.shape import ALL
-from mis_mlx.models.architectures.sizes import attending, shape_of, side_width
 from mis_mlx.models.opening import load
 from mis_mlx.pruning import vocabulary
 from mis_mlx.quantization import packed_format
@@ -69,7 +68,9 @@ def unsearchable(config: Mapping[str, Any]) -> str:
                 f"a search rounds in groups of {group} weights, which {key} ({width}) does "
                 f"not divide by"
             )
-    if attending(config) < shape.layers:  # matrices are of more widths than a shape says then
+    if (
+        family(config).attending < shape.layers
+    ):  # matrices are of more widths than a shape says then
         try:
             packed_format.formats_of(config, shape_search.group_of(shape) or group)
         except MisError as error:
@@ -153,7 +154,7 @@ def sizes_of(
         return sizes
     # No student with fewer neurons was measured where a family reads in order; where tokens have
     # rows of their own in each block, tables are most of a model.
-    whole = streams or family(config).in_order or side_width(config)
+    whole = streams or family(config).in_order or family(config).side_width
     if not whole:
         sizes = {**shape_search.axis_sizes(config, vocab, ffn=True), "vocab": sizes["vocab"]}
     if whole or not shape_search.within(config, sizes, most_bytes):

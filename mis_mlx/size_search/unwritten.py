@@ -18,9 +18,8 @@ from mis_mlx.hardware.memory import headroom_bytes
 from mis_mlx.hardware.stage_cost import StageCost
 from mis_mlx.judge.comparison import comparison_cost
 from mis_mlx.models.architectures import arch, modules
-from mis_mlx.models.architectures.families import family
+from mis_mlx.models.architectures.families import family, shape_of
 from mis_mlx.models.architectures.shape import Shape
-from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import stream

@@ -15,7 +15,7 @@ from mis_mlx.distillation import targets
 from mis_mlx.distillation.block_student import BlockStudent
 from mis_mlx.distillation.targets import KeptTargets
 from mis_mlx.distillation.train_loop import Update
-from mis_mlx.models.architectures.sizes import softcap
+from mis_mlx.models.architectures.families import family
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import DISK
 from mis_mlx.types import Checkpoint, Step
@@ -109,4 +109,4 @@ def kept(teacher: Checkpoint, data: Windows, recipe: Any, folder: Path, **how: A
     """The teacher's targets for all steps of a recipe, in a new folder."""
     visited = targets.visited_windows(data, recipe)
     store = targets.write_store(teacher, data.pick(visited), folder, **how)
-    return KeptTargets(store, visited, softcap(teacher.config))
+    return KeptTargets(store, visited, family(teacher.config).softcap)

@@ -13,7 +13,7 @@ import pytest
 from mis_mlx import distill, plan
 from mis_mlx.compute import precision
 from mis_mlx.distillation import run_plan
-from mis_mlx.models.architectures.sizes import ffn_size, shape_of
+from mis_mlx.models.architectures.families import family, shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.storage import run_folder
 from mis_mlx.types import Checkpoint, MisError
@@ -53,7 +53,7 @@ def test_a_student_as_wide_as_its_teacher_in_one_block_is_repaired_and_trained(
     result = distill.run(asked)
     before = shape_of(llama.config).ffn
     student = load.open_checkpoint(out / "model").config
-    widths = [ffn_size(student, i) for i in range(shape_of(student).layers)]
+    widths = [family(student).ffn_size(i) for i in range(shape_of(student).layers)]
     assert min(widths) < before
     assert result["mode"] == "blocks"
     lines = (out / run_folder.PHASES).read_text().splitlines()

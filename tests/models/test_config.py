@@ -6,12 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import pytest
 
 from mis_mlx.models.architectures import arch
-from mis_mlx.models.architectures.sizes import normalised, shape_of
-from mis_mlx.models.opening import load
+from mis_mlx.models.architectures.families import family, shape_of
 from mis_mlx.models.opening.config import read_config
 from mis_mlx.types import MisError
 from tests import tiny
@@ -112,63 +110,6 @@ def test_no_config_at_all(tmp_path: Path) -> None:
         read_config(tmp_path)
 
 
-UNKNOWN: list[tuple[dict[str, Any], list[str], str]] = [
-    (
-        {
-            "model_type": "qwen3_next",
-            "num_experts": 8,
-            "num_experts_per_tok": 2,
-            "linear_num_key_heads": 4,
-        },
-        [
-            "self_attn.q_proj",
-            "linear_attn.in_proj_qkvz",
-            "mlp.experts.0.gate_proj",
-            "mlp.experts.1.gate_proj",
-        ],
-        "'qwen3_next' is not supported, the nearest is qwen3_moe, which does not know "
-        "linear_num_key_heads, "
-        "linear_attn.in_proj_qkvz, mlp.experts.gate_proj; supported",
-    ),
-    (
-        {"model_type": "olmo3", "clip_qkv": None},
-        ["self_attn.q_norm", "post_attention_layernorm"],
-        "the nearest is olmo2, which does not know clip_qkv, self_attn.q_norm; supported",
-    ),
-    (
-        {"model_type": "gemma2", "query_pre_attn_scalar": 256, "final_logit_softcapping": 30.0},
-        [],
-        "the nearest is gemma3_text, which does not know final_logit_softcapping; supported",
-    ),
-    (
-        {"model_type": "strange", **{f"k{i}": i for i in range(10)}},
-        [],
-        "does not know k0, k1, k2, k3, k4, k5, k6, k7, 2 more; supported",
-    ),
-    ({"model_type": "qwen4"}, [], "the nearest is qwen2; supported: llama, mistral, "),
-]
-
-
-@pytest.mark.parametrize(
-    ("changes", "tensors", "sentence"), UNKNOWN, ids=[str(c["model_type"]) for c, _, _ in UNKNOWN]
-)
-def test_an_unknown_family_and_its_nearest(
-    tmp_path: Path, changes: dict[str, Any], tensors: list[str], sentence: str
-) -> None:
-    """What its config has that no row knows, and its tensors, where the weights are there."""
-    names = ["model.embed_tokens.weight"]
-    for i in (0, 1):
-        names += [f"model.layers.{i}.{name}.weight" for name in tensors]
-    if tensors:
-        mx.save_safetensors(
-            str(tmp_path / "model.safetensors"), {name: mx.zeros((2, 2)) for name in names}
-        )
-    with pytest.raises(MisError) as caught:
-        load.open_checkpoint(write(tmp_path, changes))
-    assert sentence in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
 def test_rope_scaling_survives_both_spellings() -> None:
     """A llama 3 rope: from rope_parameters to rope_scaling, and what a student's config says of
     it.
@@ -177,7 +118,7 @@ def test_rope_scaling_survives_both_spellings() -> None:
     rope |= {"original_max_position_embeddings": 256}
     config = {k: v for k, v in tiny.CONFIG.items() if k != "rope_theta"}
     config |= {"rope_parameters": {**rope, "rope_theta": 5e5}}
-    full = normalised(config)
+    full = family(config).normalised()
     assert (full["rope_theta"], full["rope_scaling"]) == (5e5, rope)
     made = arch.student_config(config, shape_of(config), (0, 1, 2), "float32")
     assert made["rope_parameters"] == {**rope, "rope_theta": 5e5}
@@ -186,14 +127,14 @@ def test_rope_scaling_survives_both_spellings() -> None:
 def test_what_is_absent_is_spelled_out() -> None:
     """kv heads = heads, head_dim = hidden / heads, untied, theta of the kind."""
     config = {"model_type": "qwen2", "hidden_size": 64, "num_attention_heads": 4}
-    full = normalised(config)
+    full = family(config).normalised()
     assert (full["num_key_value_heads"], full["head_dim"], full["tie_word_embeddings"]) == (
         4,
         16,
         False,
     )
     assert full["rope_theta"] == 1_000_000.0
-    assert normalised({**config, "model_type": "llama"})["rope_theta"] == 10_000.0
+    assert family({**config, "model_type": "llama"}).normalised()["rope_theta"] == 10_000.0
     assert (
         str(shape_of(tiny.CONFIG))
         == "3 layers, hidden 64, FFN 768, 4 heads, 2 kv heads, 512 tokens"

@@ -20,9 +20,8 @@ from mlx.utils import tree_flatten
 
 from mis_mlx.maths.importance import Statistics
 from mis_mlx.models.architectures import arch, config_checks
-from mis_mlx.models.architectures.families import FAMILIES, family
+from mis_mlx.models.architectures.families import FAMILIES, family, shape_of
 from mis_mlx.models.architectures.shape import ALL, weight_count
-from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.config import check_config, read_config
 from mis_mlx.pruning import select
@@ -70,7 +69,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("gemma4_text", {"rope_parameters": YARN}, "is 'yarn'"),
     ("lfm2", {"layer_types": ["conv"] * 7}, "all blocks are conv"),
     ("lfm2", {"layer_types": ["sliding_attention"] * 7}, "each of conv or full_attention"),
-    ("lfm2", {"model_type": "lfm2_moe", "num_experts": 32}, "nearest is lfm2"),
+    ("lfm2", {"model_type": "lfm2_moe", "num_experts": 32}, "'lfm2_moe' is not supported"),
     ("qwen3_5_text", {"linear_num_value_heads": 3}, "linear_num_value_heads is 3, which 2 key"),
     ("qwen3_5_text", {"full_attention_interval": 4}, "says full_attention for block 2"),
     ("qwen3_5_text", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.25, but"),

@@ -22,11 +22,16 @@ from mis_mlx.compute import precision, streams
 from mis_mlx.data.token_windows import Windows
 from mis_mlx.distillation.block_student import BlockStudent
 from mis_mlx.maths import losses
-from mis_mlx.models.architectures import arch, bit_floors, experts
-from mis_mlx.models.architectures.families import FAMILIES, OPENED_AS, family, mixture
+from mis_mlx.models.architectures import arch, experts
+from mis_mlx.models.architectures.families import (
+    FAMILIES,
+    OPENED_AS,
+    family,
+    mixture,
+    shape_of,
+)
 from mis_mlx.models.architectures.mixture import Mixture
 from mis_mlx.models.architectures.shape import ALL
-from mis_mlx.models.architectures.sizes import normalised, shape_of
 from mis_mlx.models.architectures.stock import window
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.config import _opened_as, check_config, read_config
@@ -196,7 +201,7 @@ def test_four_bits_are_stock(
         path.endswith(("gate", "router")) for path in matrices - formats.keys()
     )  # of experts
     assert all(formats[path].bits == 8 for path in packed_format.wide_projections(four.config))
-    floors = bit_floors.delta_floors(four.config)
+    floors = family(four.config).bit_floors()
     assert all(formats[path].bits >= fewest for path, fewest in floors.items())
     theirs = stock.opened(four.path)
     theirs.set_dtype(mx.float32)
@@ -358,8 +363,8 @@ def test_cut_along_every_axis_it_opens_in_stock(
             assert mx.array_equal(own, kernel[mx.array(keep.kept[i, "channels"])])
     assert [arch.layer_phase(before)[i] for i in kept] == list(arch.layer_phase(student.config))
     for key in ("layer_types", "no_rope_layers"):
-        if normalised(before).get(key):
-            assert student.config[key] == [normalised(before)[key][i] for i in kept]
+        if family(before).normalised().get(key):
+            assert student.config[key] == [family(before).normalised()[key][i] for i in kept]
     tokens = mx.random.randint(0, 512, (1, 20), key=mx.random.key(5))
     theirs = stock_of(student.path)(tokens)
     assert (

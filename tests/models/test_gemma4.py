@@ -17,9 +17,8 @@ import pytest
 from mis_mlx import distill, dpo, search
 from mis_mlx.judge.tasks import option_likelihood
 from mis_mlx.models.architectures import arch
+from mis_mlx.models.architectures.families import family, shape_of
 from mis_mlx.models.architectures.shape import weight_count
-from mis_mlx.models.architectures.sizes import ffn_size as ffn_of
-from mis_mlx.models.architectures.sizes import key_owners, shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import backward_pass, stream
 from mis_mlx.models.writing import model_writer
@@ -43,12 +42,12 @@ def gemma(models: Callable[[str], Checkpoint]) -> Checkpoint:
 def test_who_makes_keys_and_values() -> None:
     """The last block of each kind before those that share; E2B's by hand."""
     config = {**tiny.CONFIG, **tiny.FAMILIES[KIND]}
-    assert key_owners(config) == (None, None, None, 1, 2, 1, 2)
-    assert [ffn_of(config, i) for i in range(7)] == [768, 768, 768, 1536, 1536, 1536, 1536]
+    assert family(config).key_owners() == (None, None, None, 1, 2, 1, 2)
+    assert [family(config).ffn_size(i) for i in range(7)] == [768, 768, 768, 1536, 1536, 1536, 1536]
     e2b = arch.PUBLISHED["gemma-4-e2b"]
-    assert key_owners(e2b)[:15] == (None,) * 15
-    assert key_owners(e2b)[15:20] == (13, 13, 13, 13, 14)
-    assert arch.fixed_blocks(e2b) == {13, 14, 34}
+    assert family(e2b).key_owners()[:15] == (None,) * 15
+    assert family(e2b).key_owners()[15:20] == (13, 13, 13, 13, 14)
+    assert family(e2b).fixed_blocks() == {13, 14, 34}
 
 
 def test_tables_go_through_memory_in_parts(

@@ -17,7 +17,7 @@ import pytest
 from mis_mlx import generate
 from mis_mlx.judge.speed import rounds
 from mis_mlx.models.architectures import gated_delta
-from mis_mlx.models.architectures.sizes import attends
+from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.config import read_config
 from mis_mlx.models.opening.model_size import model_of
@@ -185,5 +185,5 @@ def test_a_config_without_kinds(tmp_path: Path) -> None:
     del config["text_config"]["rope_parameters"]["partial_rotary_factor"]
     (folder / "config.json").write_text(json.dumps(config))
     read = read_config(folder)
-    assert [i for i in range(7) if attends(read, i)] == [3]
+    assert [i for i in range(7) if family(read).attends(i)] == [3]
     assert read["rope_parameters"]["partial_rotary_factor"] == 0.25

@@ -10,7 +10,7 @@ import pytest
 
 from mis_mlx import cli, distill, flag_help, prune
 from mis_mlx.models.architectures import arch, scenarios
-from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.architectures.families import shape_of
 from mis_mlx.models.opening import wheel_model
 
 # What table 1 of the paper, or benchmarks/, has under each mountain name.

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mis_mlx import export
-from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.architectures.families import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing.pass_cost import tensor_bytes

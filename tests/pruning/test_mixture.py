@@ -12,7 +12,7 @@ import pytest
 from mis_mlx import distill, prune
 from mis_mlx.maths import importance
 from mis_mlx.models.architectures import arch, experts
-from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.architectures.families import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.writing import model_writer
 from mis_mlx.pruning import calibrate

@@ -18,7 +18,7 @@ from mis_mlx.hardware.stage_cost import WINDOWS
 from mis_mlx.maths import reconstruction
 from mis_mlx.maths.reconstruction import RIDGES
 from mis_mlx.models.architectures import modules
-from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.architectures.families import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import stream

@@ -20,7 +20,7 @@ from mis_mlx import prune, report
 from mis_mlx.compute import precision
 from mis_mlx.data import preparation, token_windows
 from mis_mlx.judge import comparison, other_languages
-from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.architectures.families import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.opening.trimmed_tokenizer import Vocabulary

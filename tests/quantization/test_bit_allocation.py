@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from mis_mlx.maths import rounding
 from mis_mlx.models.architectures import arch
 from mis_mlx.models.architectures.block_inputs import BlockInputs, BlockOutputs
+from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import backward_pass
 from mis_mlx.quantization import bit_allocation
@@ -50,7 +51,7 @@ def test_it_is_the_gradient_of_weights_along_the_errors(
     """
     checkpoint = models(kind)
     wanted = dict[str, dict[int, float]]()
-    args = load.model_args(checkpoint.config)
+    args = family(checkpoint.config).model_args()
     tokens = sum(b.size for b in batches)
     monkeypatch.setattr(bit_allocation, "HELD_BYTES", held_bytes)
     monkeypatch.setattr(bit_allocation, "SLAB", 1000 if held_bytes == 1 else bit_allocation.SLAB)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mis_mlx.compute import slab_draws
-from mis_mlx.models.architectures.sizes import softcap
+from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import backward_pass
 from mis_mlx.quantization.embedding_costs import VocabularyCosts
@@ -51,7 +51,7 @@ def test_a_head_under_a_softcap_costs_less(
 
     x = np.array(mx.concatenate(seen), np.float64)
     raw = x @ np.array(load.dense(model, f"{costs.head}.weight"), np.float64).T
-    cap = softcap(model.config)
+    cap = family(model.config).softcap
 
     def capped(raw: np.ndarray) -> np.ndarray:
         return cap * np.tanh(raw / cap) if cap else raw

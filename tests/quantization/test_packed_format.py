@@ -10,7 +10,7 @@ import pytest
 
 from mis_mlx.maths import rounding
 from mis_mlx.models.architectures import arch
-from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.architectures.families import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.quantization import packed_format, stage

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map_with_path
 
 from mis_mlx.compute import precision
 from mis_mlx.data import preparation
 from mis_mlx.hardware import rates
 from mis_mlx.maths.stats import summary
-from mis_mlx.models.architectures import arch, mlx_modules
+from mis_mlx.models.architectures import arch
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import model_of
 from mis_mlx.models.passing import pass_cost, stream
@@ -83,9 +83,16 @@ def open_model(checkpoint: Checkpoint) -> tuple[nn.Module, Any]:
     tokenizer = load.tokenizer(checkpoint.path)
     model, _ = load.mlx_lm("utils").load_model(checkpoint.path, lazy=True, trust_remote_code=False)
     model = getattr(model, "language_model", model)  # of a model that also sees
-    mlx_modules.set_dtype(model, checkpoint.config, precision.dtype_of(checkpoint))
-    arrays = dict[str, mx.array](tree_flatten(model.parameters()))
-    for array in arrays.values():
+    config = checkpoint.config
+    dtype = precision.dtype_of(checkpoint)
+
+    def cast(name: str, array: mx.array) -> mx.array:
+        floats = mx.issubdtype(array.dtype, mx.floating)
+        return array.astype(arch.type_of(config, name, dtype)) if floats else array
+
+    # `set_dtype` would cast those, too, that are float32 in a model of any type
+    model.update(tree_map_with_path(cast, model.parameters()))
+    for array in dict[str, mx.array](tree_flatten(model.parameters())).values():
         stream.evaluate_now(array)
     return model, tokenizer
 

@@ -14,16 +14,15 @@ from typing import Any
 
 import mlx.core as mx
 
-from mis_mlx.models.architectures import experts, per_layer, stored_form, tensor_shapes
-from mis_mlx.models.architectures.families import family, mixture
+from mis_mlx.models.architectures import experts, gemma4, stored_form, tensor_shapes
+from mis_mlx.models.architectures.families import family, mixture, shape_of
 from mis_mlx.models.architectures.readers import READERS as READERS
 from mis_mlx.models.architectures.readers import WRITERS as WRITERS
 from mis_mlx.models.architectures.readers import readers as readers
 from mis_mlx.models.architectures.readers import readers_of as readers_of
 from mis_mlx.models.architectures.shape import ALL, Config, Shape, Shapes, weight_count
-from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.architectures.stored_form import inside_names
-from mis_mlx.models.architectures.tensor_shapes import layer_tensors, side_tensors
+from mis_mlx.models.architectures.tensor_shapes import layer_tensors
 from mis_mlx.models.architectures.tensor_shapes import tensors_of as tensors_of
 from mis_mlx.types import Checkpoint, MisError, TensorAt
 
@@ -37,13 +36,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {  # configs without weights, for plans
         "gemma-4-e4b",
     )
 }
-PER_LAYER = per_layer.PER_LAYER
+PER_LAYER = gemma4.PER_LAYER
 FFN_MULTIPLE = 256  # Metal's fast 4-bit kernels and GGUF K-quants need it
-
-
-def widest(config: Config) -> Shape:
-    """The shape, with FFN and heads as large as they are in any block."""
-    return family(config).widest
 
 
 def layer_phase(config: Config) -> tuple[int, ...]:
@@ -54,14 +48,6 @@ def layer_phase(config: Config) -> tuple[int, ...]:
     architecture = family(config)
     period = architecture.period
     return tuple(int((i + 1) % period == 0) for i in range(architecture.layers))
-
-
-def fixed_blocks(config: Config) -> set[int]:
-    """The blocks that no cut in depth may take.
-
-    Later blocks use their keys and values, or mlx-lm needs them where they stand.
-    """
-    return family(config).fixed_blocks()
 
 
 def block_prefix(i: int) -> str:
@@ -79,7 +65,7 @@ def params(config: Config) -> int:
     shape = shape_of(config)
     embedding = shape.vocab * shape.hidden
     head = 0 if shape.tied else embedding
-    sides = weight_count(side_tensors(config))
+    sides = weight_count(family(config).side_tensors())
     return blocks_params(config) + sides + embedding + head + shape.hidden
 
 
@@ -229,14 +215,9 @@ def _check_tensor(name: str, tensor: TensorAt, shape: tuple[int, ...], *, packed
         )
 
 
-def always_float32(config: Config, name: str) -> bool:
-    """Whether a tensor is float32 in a model of any type. name: here, or on disk."""
-    return family(config).always_float32(name)
-
-
 def type_of(config: Config, name: str, dtype: mx.Dtype) -> mx.Dtype:
     """The type that a tensor computes in, and is written in, in a model of `dtype`."""
-    return mx.float32 if always_float32(config, name) else dtype
+    return mx.float32 if family(config).always_float32(name) else dtype
 
 
 def is_quantized(tensors: Mapping[str, TensorAt]) -> bool:

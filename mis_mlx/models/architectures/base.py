@@ -142,6 +142,22 @@ class Architecture(Described):
         """What a block without attention carries of one text. item: bytes of a number."""
         return 0
 
+    def states_bytes(self, item: int) -> int:
+        """What all blocks without attention carry of one text. item: bytes of a number.
+
+        A gated delta rule's matrices are float32 all the same.
+        """
+        return (self.layers - self.attending) * self.state_bytes(item)
+
+    def largest_numbers(self, length: int) -> int:
+        """`attention_numbers` or `mixer_numbers`, of the block that holds most."""
+        return max(self.attention_numbers(length), self.mixer_numbers())
+
+    def all_numbers(self, length: int) -> int:
+        """The same of all blocks together."""
+        others = self.layers - self.attending
+        return self.attending * self.attention_numbers(length) + others * self.mixer_numbers()
+
     # Modules
 
     def module(self) -> ModuleType:

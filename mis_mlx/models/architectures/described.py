@@ -47,7 +47,6 @@ class Described:
     stated: tuple[str, ...] = ()
     # keys of which mlx-lm computes one value alone, and that value
     only: tuple[tuple[str, Any], ...] = ()
-    own: tuple[str, ...] = ()  # further keys that tell the family from others
     block_lists: tuple[str, ...] = ("layer_types",)  # keys with a value for every block
     # kinds of rotary positions that it may have
     rope_kinds: tuple[str, ...] = tuple(config_checks.ROPE_NEEDS)
@@ -78,17 +77,10 @@ class Described:
     why_fixed = "those that make keys and values for others, and the last one"
     measurable = True  # whether one block alone tells what any of them holds
     stacked = False  # whether experts are stacked on disk
-    # whether mlx-lm must be told which matrices have adapters
-    lora_names_matrices = False
     repairs = True  # whether a part of a block can be refitted in closed form
 
     def __init__(self, config: Config):
         self.config = config
-
-    @classmethod
-    def own_keys(cls) -> set[str]:
-        """The keys of config.json that tell this family from others."""
-        return {*cls.numbers, *cls.own}
 
     # Sizes
 
@@ -167,6 +159,11 @@ class Described:
     def attends(self, i: int) -> bool:
         """Whether block i has keys and values; else it carries a state of one size."""
         return True
+
+    @property
+    def attending(self) -> int:
+        """The number of blocks that have keys and values."""
+        return sum(self.attends(i) for i in range(self.layers))
 
     def key_owners(self) -> tuple[int | None, ...]:
         """For each block the block whose keys and values it uses; None: its own."""

@@ -18,7 +18,7 @@ from mis_mlx.models.architectures.olmo2 import Olmo2
 from mis_mlx.models.architectures.phi3 import Phi3
 from mis_mlx.models.architectures.qwen import Qwen2, Qwen3
 from mis_mlx.models.architectures.qwen35 import Qwen35
-from mis_mlx.models.architectures.shape import Config
+from mis_mlx.models.architectures.shape import Config, Shape
 from mis_mlx.models.architectures.smollm3 import SmolLM3
 
 ARCHITECTURES: tuple[type[Architecture], ...] = (
@@ -66,6 +66,11 @@ OPENED_AS: dict[str, dict[str, Any]] = {
 def family(config: Config) -> Architecture:
     """The architecture of a config that was checked (`config.check_config`)."""
     return FAMILIES[config["model_type"]](config)
+
+
+def shape_of(config: Config) -> Shape:
+    """The sizes in a config."""
+    return family(config).shape
 
 
 def mixture(config: Config) -> Mixture | None:

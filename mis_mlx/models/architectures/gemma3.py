@@ -57,7 +57,6 @@ class Gemma3(Gemma):
     gguf = "gemma3"
     gain_offset = 1.0
     numbers = (LOCAL, "query_pre_attn_scalar")
-    own = (PERIOD,)
     axes = ("layers", "ffn", "heads", "kv_heads")
     why = "its blocks have norms after attention and MLP, so channels cannot be ranked or rotated"
 

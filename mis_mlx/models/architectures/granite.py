@@ -22,7 +22,6 @@ class Granite(Architecture):
     head_dim_follows = True
     interleaved = True
     numbers = ("residual_multiplier", "attention_multiplier")
-    own = (SCALE, DIVISOR)
 
     def check_own(self) -> None:
         """Two numbers that may be absent."""

@@ -1,15 +1,12 @@
-"""Models with two kinds of blocks, and LFM2's short convolution in place of attention."""
+"""LFM2's short convolution in place of attention."""
 
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mis_mlx.models.architectures import block_state, gated_delta, lookup
-
-NewBlock = Callable[[Any, int], nn.Module]  # (args, number of the block)
+from mis_mlx.models.architectures import block_state, gated_delta
 
 
 class Kernel(nn.Module):
@@ -73,52 +70,3 @@ class ConvBlock(nn.Module):
         h = x + mixed
         normed = self.post_attention_layernorm(h)
         return h + self.mlp(normed)  # type: ignore[no-any-return]
-
-
-class _Inner(nn.Module):
-    """A whole model but for its head: token ids -> the head's input."""
-
-    def __init__(self, module: ModuleType, args: Any, new_block: NewBlock):
-        super().__init__()
-        hidden = args.hidden_size
-        layers = range(args.num_hidden_layers)
-        self.embed_tokens = lookup.Embedding(args.vocab_size, hidden)
-        self.layers = [new_block(args, i) for i in layers]
-        self.norm = nn.RMSNorm(hidden, eps=args.rms_norm_eps)
-        self._module = module
-
-    def __call__(self, tokens: mx.array) -> mx.array:
-        """(B, T) -> (B, T, D)."""
-        hidden = self.embed_tokens(tokens)
-        mask = self._module.create_attention_mask(hidden, None)
-        for layer in self.layers:
-            hidden = layer(hidden, mask if block_state.attends(layer) else None)
-        return self.norm(hidden)  # type: ignore[no-any-return]
-
-
-class Model(nn.Module):
-    """A whole model of random weights, used as mlx-lm's other models are.
-
-    `model` gives the head's input and has tensors by our names. module: mlx-lm's of the attention
-    blocks.
-    """
-
-    def __init__(self, module: ModuleType, args: Any, new_block: NewBlock):
-        super().__init__()
-        self.args = args
-        self.model_type = args.model_type
-        self.model = _Inner(module, args, new_block)
-        if not args.tie_word_embeddings:
-            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
-
-    def __call__(self, tokens: mx.array) -> mx.array:
-        """Token ids (B, T) -> logits (B, T, V)."""
-        hidden = self.model(tokens)
-        if self.args.tie_word_embeddings:
-            return self.model.embed_tokens.as_linear(hidden)  # type: ignore[no-any-return]
-        return self.lm_head(hidden)  # type: ignore[no-any-return]
-
-    @property
-    def layers(self) -> list[nn.Module]:
-        """The blocks."""
-        return self.model.layers  # type: ignore[no-any-return]

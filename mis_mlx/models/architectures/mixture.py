@@ -42,11 +42,6 @@ class Mixture(Architecture):
     axes: tuple[str, ...] = ("layers", "ffn", "experts")
     why = "this is not implemented for mixtures of experts"
 
-    @classmethod
-    def own_keys(cls) -> set[str]:
-        """With those of experts."""
-        return (super().own_keys() | {cls.experts_key, cls.shared_key}) - {""}
-
     def keys(self) -> dict[str, str]:
         """With the number of experts."""
         return super().keys() | {"experts": self.experts_key}

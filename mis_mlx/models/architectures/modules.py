@@ -2,8 +2,6 @@
 weight of one, packed or not.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -11,33 +9,6 @@ import mlx.nn as nn
 
 from mis_mlx.hardware.rates import on_gpu
 from mis_mlx.maths import rounding
-
-
-class SideProjection(nn.Module):
-    """The channels that every block gets for each token, as mlx-lm computes them.
-
-    Half of each comes from a table, half is projected from the embedding.
-    """
-
-    def __init__(self, hidden: int, layers: int, width: int, eps: float):
-        super().__init__()
-        self.per_layer_model_projection = nn.Linear(hidden, layers * width, bias=False)
-        self.per_layer_projection_norm = nn.RMSNorm(width, eps=eps)
-        self._hidden = hidden
-        self._width = width
-
-    def __call__(self, rows: mx.array, embedded: mx.array) -> mx.array:
-        """rows (n, L P) of the table, embedded (n, D) as the first block gets it -> (n, L, P)."""
-        return self.channels(rows, embedded)
-
-    def channels(self, rows: mx.array, embedded: mx.array) -> mx.array:
-        """The same; for a model that is called in another way."""
-        by_block = (-1, self._width)
-        projected = self.per_layer_model_projection(embedded) * self._hidden**-0.5
-        projected = mx.unflatten(projected, -1, by_block)
-        projected = self.per_layer_projection_norm(projected)
-        rows = mx.unflatten(rows * self._width**0.5, -1, by_block)
-        return (projected + rows) * 2.0**-0.5
 
 
 class InputRecorder(nn.Module):
@@ -48,31 +19,23 @@ class InputRecorder(nn.Module):
         self.inner = inner
         self._seen: list[mx.array] = []  # underscore: not a parameter
 
+    def __getattr__(self, name: str) -> Any:
+        if name in self or name in ("inner", "_seen"):
+            return super().__getattr__(name)
+        return getattr(self.inner, name)
+
     def __call__(self, x: mx.array) -> mx.array:
         self._seen.append(x)
         return self.inner(x)
 
+    @property
+    def seen(self) -> list[mx.array]:
+        """The inputs of all calls that were not taken yet."""
+        return self._seen
+
     def take(self) -> mx.array:
         """The input of the first call that was not taken yet."""
         return self._seen.pop(0)
-
-
-@contextmanager
-def tapped(linear: nn.Module) -> Iterator[list[mx.array]]:
-    """In the `with`, the inputs of the layer's calls; its attributes stay in reach."""
-    kind = type(linear)
-    seen: list[mx.array] = []
-
-    class Tapped(kind):  # type: ignore[misc, valid-type]
-        def __call__(self, x: mx.array) -> mx.array:
-            seen.append(x)
-            return super().__call__(x)
-
-    linear.__class__ = Tapped
-    try:
-        yield seen
-    finally:
-        linear.__class__ = kind
 
 
 def uniform(block: nn.Module) -> nn.Module:

@@ -35,11 +35,11 @@ class Qwen35(Stateful):
     gguf = ""
     whole = "qwen3_5"
     wrapper = "Qwen3_5ForConditionalGeneration"
+    model_class = "TextModel"
     other_kind = "linear_attention"
     rope_theta = 1e5
     heads_fill_hidden = False
     numbers = (KEY_HEADS, VALUE_HEADS, KEY_DIM, VALUE_DIM, WIDTH)
-    own = (PERIOD,)
     in_order = True
     only = (("rope_scaling", None), ("attention_bias", False), ("num_experts", 0))
     axes = ("layers", "ffn")

@@ -10,7 +10,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mis_mlx.models.architectures import sizes
 from mis_mlx.models.architectures.block_inputs import Channels, Sides
 from mis_mlx.models.architectures.families import family
 from mis_mlx.models.architectures.shape import Config
@@ -20,14 +19,14 @@ PART = 2**22  # numbers of the table of per-layer inputs that are computed at a 
 
 def plain(values: Config) -> bool:
     """Whether blocks of a model of this config take hidden states and nothing else."""
-    owners = sizes.key_owners(values)
+    owners = family(values).key_owners()
     shares_keys = any(owner is not None for owner in owners)
-    return not shares_keys and not sizes.side_width(values)
+    return not shares_keys and not family(values).side_width
 
 
 def of_config(values: Config, per_layer: Channels | None = None) -> Sides:
     """The further inputs for a pass through a model of this config; per_layer: as of `Sides`."""
-    owners = sizes.key_owners(values)
+    owners = family(values).key_owners()
     return Sides(owners, per_layer)
 
 
@@ -39,7 +38,7 @@ class TokenChannels:
     """
 
     def __init__(self, values: Config, batches: Sequence[mx.array]):
-        self.width = sizes.side_width(values)
+        self.width = family(values).side_width
         self.layers = int(values["num_hidden_layers"])
         arrays = [np.array(batch) for batch in batches]
         flat = np.zeros(0, np.int32)

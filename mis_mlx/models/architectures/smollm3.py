@@ -21,7 +21,6 @@ class SmolLM3(Architecture):
     gguf = "smollm3"
     tied = True
     interleaved = True
-    own = (KEY,)
     block_lists = ("layer_types", KEY)
 
     def spelled_out(self) -> dict[str, Any]:

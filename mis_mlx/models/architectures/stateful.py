@@ -2,7 +2,7 @@
 
 import mlx.nn as nn
 
-from mis_mlx.models.architectures import config_checks, hybrid
+from mis_mlx.models.architectures import config_checks
 from mis_mlx.models.architectures.base import Architecture
 from mis_mlx.models.architectures.described import FULL
 from mis_mlx.models.architectures.shape import Config, weight_count
@@ -12,6 +12,7 @@ from mis_mlx.types import MisError
 class Stateful(Architecture):
     """Blocks of two kinds, which `layer_types` lists."""
 
+    model_class = "Model"  # of mlx-lm's module
     other_kind = ""  # in layer_types, of blocks without attention
     qkv_bias = False
     other_biases = False
@@ -42,5 +43,8 @@ class Stateful(Architecture):
             )
 
     def new_model(self) -> nn.Module:
-        """Of these blocks."""
-        return hybrid.Model(self.module(), self.model_args(), self.new_block)
+        """mlx-lm's, of these blocks."""
+        args = self.model_args()
+        model: nn.Module = getattr(self.module(), self.model_class)(args)
+        model.model.layers = [self.new_block(args, i) for i in range(self.layers)]
+        return model

@@ -16,11 +16,6 @@ def layer_tensors(config: Config, stacked: bool = False, block: int | None = Non
     return architecture.block_tensors(block, stacked=stacked)
 
 
-def side_tensors(config: Config) -> Shapes:
-    """The tensors that make the per-layer inputs, outside of blocks."""
-    return family(config).side_tensors()
-
-
 def tensors_of(config: Config, stacked: bool = False) -> Shapes:
     """{Hugging Face name: shape} of an unquantized model of this config, in forward order.
 
@@ -51,19 +46,3 @@ def unused_tensors(config: Config) -> set[str]:
         for kind in ("weight", "scales", "biases"):
             names.add(stem + kind)
     return names
-
-
-def one_by_one(path: str, config: Config) -> list[str]:
-    """The paths of all experts' parts of a stacked matrix; of another path, itself alone.
-
-    This is the inverse of `stacked`.
-    """
-    return family(config).one_by_one(path)
-
-
-def stacked(path: str, config: Config) -> str:
-    """mlx-lm's path of the stacked matrix that an expert's matrix is part of.
-
-    Any other path is returned as it is.
-    """
-    return family(config).joined(path)

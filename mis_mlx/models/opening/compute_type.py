@@ -18,8 +18,7 @@ import numpy as np
 from mis_mlx import cli
 from mis_mlx.compute import precision
 from mis_mlx.hardware import rates
-from mis_mlx.models.architectures.families import family
-from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.architectures.families import family, shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing import stream
 from mis_mlx.types import UNDECIDED, Checkpoint, Precision

@@ -1,7 +1,6 @@
 """A config.json: read with suspicion, checked for plausibility, completed with its defaults."""
 
 import contextlib
-import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -12,20 +11,13 @@ from mis_mlx.models.architectures import config_checks
 from mis_mlx.models.architectures.config_checks import rotary_settings
 from mis_mlx.models.architectures.families import FAMILIES, OPENED_AS, family
 from mis_mlx.models.architectures.phi3 import has_own_positions
-from mis_mlx.models.architectures.shape import KEYS, Config
+from mis_mlx.models.architectures.shape import Config
 from mis_mlx.models.architectures.stored_form import inside_names
-from mis_mlx.storage import header_check, safetensors
+from mis_mlx.storage import header_check
 from mis_mlx.types import MisError
 
 MOST_BYTES = 10_000_000
 say_once = cache(cli.say)
-SHARED = re.compile(  # keys and modules that do not tell one family from another
-    r"architectures|.*_token_id|(torch_)?dtype|.*version|use_cache|initializer_range|.*dropout"
-    r"|.*pdrop|pretraining_tp|quantization.*|model_type|max_position_.*|hidden_act.*|rms_norm_eps"
-    r"|rope_.*|(attention|mlp)_bias|layer_types|sliding_window"
-    r"|(self_attn|mlp)\.([qkvo]|gate|up|down)_proj|embed_tokens|norm|lm_head"
-    r"|(input|post_attention)_layernorm"
-)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -40,7 +32,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     if known:
         with naming(where):
             config = known(config).own_config()
-    _settle_width(config, where)
     check_config(config, where)
     if config.pop("auto_map", None):
         say_once(
@@ -107,28 +98,13 @@ def _opened_as(config: dict[str, Any], where: Path) -> dict[str, Any]:
     return {**left_out, **text, **outer}
 
 
-def _settle_width(config: dict[str, Any], where: Path) -> None:
-    """Write one FFN width where the file has one for every block; MisError where they differ."""
-    widths = config.get("intermediate_size")
-    if not isinstance(widths, list) or len(widths) != config.get("num_hidden_layers"):
-        return
-    if not widths:
-        return
-    if any(width != widths[0] for width in widths):
-        raise MisError(
-            f"{where}: intermediate_size is {min(widths)} in some blocks and {max(widths)} in "
-            f"others: only blocks of one width are supported: use another model"
-        )
-    config["intermediate_size"] = widths[0]
-
-
 def check_config(config: Config, where: Path) -> None:
     """Refuse foreign code, unknown model types and sizes that no real model has.
 
     Each refusal is a MisError of one sentence. where: the file, which the sentence begins with.
     """
     with naming(where):
-        _check_type(config, where.parent)
+        _check_type(config)
         family(config).check()
         for key, rope in config_checks.rotary_settings(config):  # a family may not read them itself
             if not isinstance(rope, Mapping):
@@ -145,7 +121,7 @@ def naming(where: Path) -> Iterator[None]:
         raise MisError(f"{where}: {error}") from None
 
 
-def _check_type(config: Config, folder: Path) -> None:
+def _check_type(config: Config) -> None:
     """Refuse a model that wants to run its own code, and a family that is not in the table."""
     kind = config.get("model_type")
     known = isinstance(kind, str) and kind in FAMILIES
@@ -158,39 +134,7 @@ def _check_type(config: Config, folder: Path) -> None:
             raise MisError(f"{why}: use a model of type {', '.join(FAMILIES)}")
     if known:
         return
-    why = f"model_type {kind!r} is not supported"
-    if isinstance(kind, str):
-        why += _nearest(kind, config, folder)
-    raise MisError(f"{why}; supported: {', '.join(FAMILIES)}")
-
-
-def _nearest(kind: str, config: Config, folder: Path) -> str:
-    """The end of a sentence: which known family is nearest, and what it does not know.
-
-    The nearest family shares most of its own keys with the config, then most of its name. The
-    config's and the tensors' names tell what is new.
-    """
-
-    def own_keys(name: str) -> set[str]:
-        return FAMILIES[name].own_keys()
-
-    def likeness(name: str) -> tuple[int, int]:
-        prefixes = sum(name[:n] == kind[:n] for n in range(2, len(kind) + 1))
-        return len(own_keys(name) & config.keys()), prefixes
-
-    nearest = max(FAMILIES, key=likeness)
-    modules = set[str]()
-    with contextlib.suppress(MisError):  # a config alone is enough to say something
-        for name in safetensors.index(folder):
-            modules.add(re.sub(r"^model\.(layers\.)?|\b\d+\.|\.\w+$", "", name))
-    keys = config.keys() - own_keys(nearest) - set(KEYS.values())
-    unknown = []
-    for name in sorted(keys) + sorted(modules):
-        if not SHARED.fullmatch(name):
-            unknown.append(name)
-    if len(unknown) > 8:
-        unknown[8:] = [f"{len(unknown) - 8} more"]
-    sentence = f", the nearest is {nearest}"
-    if unknown:
-        sentence += f", which does not know {', '.join(unknown)}"
-    return sentence
+    raise MisError(
+        f"model_type {kind!r} is not supported: `quantize` takes any type of mlx-lm, all else "
+        f"{', '.join(FAMILIES)}"
+    )

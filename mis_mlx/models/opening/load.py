@@ -14,13 +14,10 @@ import numpy as np
 from mis_mlx.compute import precision
 from mis_mlx.hardware import memory
 from mis_mlx.maths import losses, rounding
-from mis_mlx.models.architectures import arch, lookup, modules, tensor_shapes
+from mis_mlx.models.architectures import arch, lookup, modules
 from mis_mlx.models.architectures.arch import PER_LAYER
 from mis_mlx.models.architectures.experts import Expert, ReadExperts
-from mis_mlx.models.architectures.families import family, mixture
-from mis_mlx.models.architectures.mlx_modules import model_args as model_args
-from mis_mlx.models.architectures.modules import SideProjection
-from mis_mlx.models.architectures.sizes import shape_of, side_width, softcap
+from mis_mlx.models.architectures.families import family, mixture, shape_of
 from mis_mlx.models.architectures.stock import mask as mask
 from mis_mlx.models.architectures.stock import mlx_lm as mlx_lm
 from mis_mlx.models.architectures.stock import window as window
@@ -57,7 +54,7 @@ def open_checkpoint(
     tensors = safetensors.index(folder)
     seeing = set(filter(VISION.match, tensors))
     if seeing:
-        what = "see or hear" if side_width(config) else "see"
+        what = "see or hear" if family(config).side_width else "see"
         say_once(
             f"{folder}: only the text part is opened, a {family(config).name}, without "
             f"{len(seeing)} tensors that {what}"
@@ -103,7 +100,7 @@ def packing(checkpoint: Checkpoint, path: str) -> dict[str, Any]:
             f"{checkpoint.path}: {why}: use the unquantized model, or convert it with "
             f"mlx_lm.convert"
         )
-    stacked = tensor_shapes.stacked(path, checkpoint.config)
+    stacked = family(checkpoint.config).joined(path)
     own = common.get(path) or common.get(stacked)
     stated = own if isinstance(own, dict) else common
     settings = {key: value for key, value in stated.items() if key in SETTINGS}
@@ -288,15 +285,14 @@ def embedding(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -
     return _filled(nn.Embedding(rows, shape.hidden), EMBEDDING, checkpoint, dtype, raw=raw)
 
 
-def side_projection(checkpoint: Checkpoint, dtype: mx.Dtype) -> SideProjection:
-    """The projection that makes half of the per-layer inputs, with its weights, lazy."""
-    config = checkpoint.config
-    shape = shape_of(config)
-    width = side_width(config)
-    new = SideProjection(shape.hidden, shape.layers, width, config["rms_norm_eps"])
-    _quantize(new, "model.", checkpoint)
-    new.load_weights(weights(checkpoint, "model.per_layer_", dtype, cut="model."))
-    return new
+def side_model(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
+    """What makes per-layer inputs of mlx-lm's whole model, lazy; the table's rows are missing."""
+    model = family(checkpoint.config).new_model()
+    for name in ("embed_tokens", "embed_tokens_per_layer", "layers", "norm"):
+        model.model.pop(name)
+    _quantize(model.model, "model.", checkpoint)
+    model.model.load_weights(weights(checkpoint, "model.per_layer_", dtype, cut="model."))
+    return model
 
 
 def side_rows(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw) -> nn.Module:
@@ -306,7 +302,7 @@ def side_rows(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw) -> nn.Module:
     """
     config = checkpoint.config
     rows = len(raw[PER_LAYER + "weight"])
-    width = shape_of(config).layers * side_width(config)
+    width = shape_of(config).layers * family(config).side_width
     return _filled(nn.Embedding(rows, width), PER_LAYER, checkpoint, dtype, raw=raw)
 
 
@@ -325,7 +321,7 @@ def head(checkpoint: Checkpoint, dtype: mx.Dtype, raw: Raw | None = None) -> nn.
     shape = shape_of(checkpoint.config)
     if shape.tied:
         table = embedding(checkpoint, dtype, raw)
-        table._softcap = softcap(checkpoint.config)  # for `logits`
+        table._softcap = family(checkpoint.config).softcap  # for `logits`
         return table
     rows = len(raw["lm_head.weight"]) if raw else shape.vocab
     linear = nn.Linear(shape.hidden, rows, bias=False)
@@ -374,7 +370,7 @@ def resident_model(checkpoint: Checkpoint, dtype: mx.Dtype) -> nn.Module:
     model.eval()
     architecture.finish(model)
     model._embedding_scale = architecture.embedding_scale(dtype)  # for `embedded`
-    model.model.embed_tokens._softcap = softcap(checkpoint.config)  # for `logits`
+    model.model.embed_tokens._softcap = family(checkpoint.config).softcap  # for `logits`
     model._config = checkpoint.config
     return model
 
@@ -401,7 +397,7 @@ def head_weight(model: nn.Module) -> mx.array:
 
 def logit_softcap(model: nn.Module) -> float:
     """`config.softcap` of a resident model."""
-    return softcap(model._config)
+    return family(model._config).softcap
 
 
 def tokenizer(path: Path) -> Any:

@@ -11,9 +11,8 @@ from mis_mlx.compute import precision
 from mis_mlx.hardware.memory import COMMANDS_AHEAD, in_flight_bytes
 from mis_mlx.maths.losses import PART
 from mis_mlx.models.architectures import arch
-from mis_mlx.models.architectures.families import family
+from mis_mlx.models.architectures.families import family, shape_of
 from mis_mlx.models.architectures.shape import Shape, weight_count
-from mis_mlx.models.architectures.sizes import shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.types import Checkpoint
 
@@ -82,7 +81,7 @@ class ModelSize:
     @property
     def wide(self) -> Shape:
         """The shape, with FFN and heads of the largest block."""
-        return arch.widest(self.config)
+        return family(self.config).widest
 
     @property
     def block_work(self) -> int:
@@ -201,7 +200,7 @@ def model_of(
     if stored.packed:
         as_stored = gpu
     memory_share, active_share = arch.expert_shares(config)
-    sides = arch.side_tensors(config)
+    sides = family(config).side_tensors()
     return ModelSize(
         config=config,
         shape=shape,
@@ -229,7 +228,7 @@ def _stored(checkpoint: Checkpoint, layers: int) -> _Stored:
         number = arch.block_of(name)
         if number is not None:
             blocks[number] += tensor.nbytes
-            if not arch.always_float32(checkpoint.config, name):
+            if not family(checkpoint.config).always_float32(name):
                 dtypes.add(KINDS.get(tensor.dtype, tensor.dtype))
     prefix = load.head_prefix(checkpoint)
     return _Stored(

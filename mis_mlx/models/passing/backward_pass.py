@@ -17,8 +17,9 @@ from mis_mlx.hardware import memory
 from mis_mlx.hardware.memory import headroom_bytes
 from mis_mlx.hardware.stage_cost import WINDOWS, StageCost
 from mis_mlx.maths.losses import Logits, chunk_rows, softcap_gradient
-from mis_mlx.models.architectures import block_inputs, modules, sizes
+from mis_mlx.models.architectures import block_inputs, modules
 from mis_mlx.models.architectures.block_inputs import BlockInputs, BlockOutputs
+from mis_mlx.models.architectures.families import family, shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import stream, sweep
@@ -109,7 +110,7 @@ def input_gradients(
 
 def head_in_slabs(config: Mapping[str, Any]) -> bool:
     """Whether a model of this config.json has a head that is never there at once."""
-    shape = sizes.shape_of(config)
+    shape = shape_of(config)
     return 4 * shape.vocab * shape.hidden > HEAD_AT_ONCE
 
 
@@ -151,7 +152,7 @@ def _drawn_in_slabs(
     The head is gone through four times: two draw, two make the gradient.
     """
     config = source.checkpoint.config
-    vocab = sizes.shape_of(config).vocab
+    vocab = shape_of(config).vocab
     flat = [states.reshape(-1, states.shape[-1]) for states in hidden]
     normed = [norm(states).astype(mx.float32) for states in flat]
     stream.evaluate_now(normed)
@@ -176,7 +177,7 @@ def _drawn_in_slabs(
         mx.ones((len(together),)),
         mx.array(drawn[:, None]),
         mx.ones((len(together), 1)),
-        softcap=sizes.softcap(config) or 0.0,
+        softcap=family(config).softcap or 0.0,
         seen=lambda start, p, slopes: at_head(together, p, slopes, start),
     )
     grads = []
@@ -202,9 +203,9 @@ def _drawn(
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
     # Half a chunk: as many logits again are noise to draw with.
-    rows = chunk_rows(2 * sizes.shape_of(source.checkpoint.config).vocab)
+    rows = chunk_rows(2 * shape_of(source.checkpoint.config).vocab)
 
-    cap = sizes.softcap(source.checkpoint.config)
+    cap = family(source.checkpoint.config).softcap
 
     def logits(x: mx.array) -> mx.array:
         return load.wide_logits(head, norm(x))

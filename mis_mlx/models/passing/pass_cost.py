@@ -13,10 +13,9 @@ from mis_mlx.hardware.memory import headroom_bytes
 from mis_mlx.hardware.stage_cost import WINDOWS, StageCost
 from mis_mlx.models.architectures import (
     arch,
-    mixer_sizes,
     side_inputs,
 )
-from mis_mlx.models.architectures.sizes import attending, head_size, key_owners
+from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing import residency
@@ -84,7 +83,9 @@ def forward_flops(m: ModelSize, tokens: int, length: int, head: bool = True) -> 
     attention = s.heads * s.head_dim * length  # 2 products x 2 x length / 2 positions seen
     rows = m.config.get("vocab_size_per_layer_input", 0)
     projected = m.side_params - rows * arch.channels(m.config)
-    params = m.active_share * m.all_block_params + attending(m.config) * attention + projected
+    params = (
+        m.active_share * m.all_block_params + family(m.config).attending * attention + projected
+    )
     if head:
         params += m.head_params
     return 2.0 * tokens * params
@@ -96,8 +97,8 @@ def side_bytes(m: ModelSize, tokens: int) -> int:
     Per-layer channels of every block for each token that occurs, all of them at the most; keys and
     values that several blocks use.
     """
-    owners = {owner for owner in key_owners(m.config) if owner is not None}
-    shared = sum(2 * m.shape.kv_heads * head_size(m.config, i) for i in owners)
+    owners = {owner for owner in family(m.config).key_owners() if owner is not None}
+    shared = sum(2 * m.shape.kv_heads * family(m.config).head_size(i) for i in owners)
     numbers = m.side_numbers(tokens)
     return m.item * (numbers + tokens * shared)
 
@@ -135,22 +136,22 @@ def pass_workspace(m: ModelSize, tokens: int, micro_tokens: int, length: int) ->
 def keys_bytes(m: ModelSize, tokens: int) -> int:
     """Keys and values of `tokens` tokens, in all blocks."""
     numbers = 2 * m.shape.kv_heads * m.shape.head_dim  # of a token, in a block
-    blocks = attending(m.config)
+    blocks = family(m.config).attending
     return blocks * tokens * numbers * m.item
 
 
 def texts_bytes(m: ModelSize, texts: int, tokens: int) -> int:
     """What all blocks keep of so many texts, of so many tokens each: keys, values and states."""
-    states = mixer_sizes.state_bytes(m.config, m.item)
+    states = family(m.config).states_bytes(m.item)
     return texts * (keys_bytes(m, tokens) + states)
 
 
 def block_texts_bytes(m: ModelSize, texts: int, tokens: int) -> int:
     """What the block that keeps most keeps of so many texts."""
-    with_attention = attending(m.config)
+    with_attention = family(m.config).attending
     without = m.shape.layers - with_attention
     keys = keys_bytes(m, tokens) // max(1, with_attention)
-    state = mixer_sizes.state_bytes(m.config, m.item) // max(1, without)
+    state = family(m.config).states_bytes(m.item) // max(1, without)
     return texts * max(keys, state)
 
 

@@ -11,11 +11,9 @@ from collections import defaultdict
 from mis_mlx.models.architectures import (
     arch,
     experts,
-    mixer_sizes,
     side_inputs,
-    sizes,
 )
-from mis_mlx.models.architectures.families import family
+from mis_mlx.models.architectures.families import family, shape_of
 from mis_mlx.models.architectures.shape import Config
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.types import Checkpoint, TensorAt
@@ -85,10 +83,10 @@ def pass_bytes(settings: Config, tokens: int, length: int) -> int:
 
     length: of the windows.
     """
-    shape = arch.widest(settings)
+    shape = family(settings).widest
     ffn = 3 * family(settings).active_ffn_size()
     per_token = 8 * shape.hidden + ffn
-    per_token += mixer_sizes.largest(settings, length)
+    per_token += family(settings).largest_numbers(length)
     return 4 * tokens * per_token
 
 
@@ -106,8 +104,8 @@ def backward_bytes(m: ModelSize, batch: int, length: int) -> int:
     kept = _kept_bytes(m.config, batch, length)
     tokens = batch * length
     # What is missing to all blocks being as large as the largest.
-    most = m.shape.layers * mixer_sizes.largest(m.config, length)
-    kept += FLOAT32_BYTES * tokens * (most - mixer_sizes.of_all(m.config, length))
+    most = m.shape.layers * family(m.config).largest_numbers(length)
+    kept += FLOAT32_BYTES * tokens * (most - family(m.config).all_numbers(length))
     arrays = 5
     if family(m.config).norms_outputs:
         arrays = 8
@@ -121,7 +119,7 @@ def _kept_bytes(config: Config, batch: int, length: int) -> int:
     Measured within 3 %. Gemma's blocks keep more: norms behind attention and MLP, and the terms of
     GELU.
     """
-    s = arch.widest(config)
+    s = family(config).widest
     hidden_arrays = 6
     ffn_arrays = 5
     if family(config).norms_outputs:
@@ -129,7 +127,7 @@ def _kept_bytes(config: Config, batch: int, length: int) -> int:
         ffn_arrays = 10
     hidden = hidden_arrays * s.hidden
     ffn = ffn_arrays * family(config).active_ffn_size()
-    mixers = mixer_sizes.of_all(config, length)
+    mixers = family(config).all_numbers(length)
     # of channels: rows, their projection, that behind its norm, and the sum
     channels = 4 * arch.channels(config)
     per_token = s.layers * (hidden + ffn) + mixers + channels
@@ -143,7 +141,7 @@ def batches_per_pass(settings: Config, tokens: int, length: int) -> int:
     One window is little work for it, and it waits for each to be evaluated. Experts are computed
     batch by batch, and so are blocks that take more than hidden states.
     """
-    if sizes.shape_of(settings).experts or not side_inputs.plain(settings):
+    if shape_of(settings).experts or not side_inputs.plain(settings):
         return 1
     windows = max(1, tokens // length)
     by_windows = STACK // windows

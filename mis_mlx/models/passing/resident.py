@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mis_mlx.models.architectures import side_inputs
+from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening import load
 from mis_mlx.models.passing.stream import NotNumbers
 
@@ -23,7 +24,7 @@ class Resident:
         self._model = model
         self._where = where
         self.config = model._config
-        self.args = load.model_args(self.config)
+        self.args = family(self.config).model_args()
         self.layers = len(model.model.layers)
         self.sides = side_inputs.of_config(self.config)
 

@@ -24,7 +24,6 @@ from mis_mlx.models.architectures import (
     block_inputs,
     experts,
     side_inputs,
-    sizes,
 )
 from mis_mlx.models.architectures.experts import Attend, Expert, Visit
 from mis_mlx.models.architectures.families import family, mixture
@@ -89,7 +88,7 @@ class Stream:
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.dtype = dtype or precision.dtype_of(checkpoint)
-        self.args = load.model_args(checkpoint.config)
+        self.args = family(checkpoint.config).model_args()
         self.layers = int(checkpoint.config["num_hidden_layers"])
 
         # Blocks and experts are read into slots, one in use while the next one is filled.
@@ -240,22 +239,23 @@ class Stream:
 
         Only rows of these tokens are read.
         """
-        if not sizes.side_width(self.checkpoint.config):
+        if not family(self.checkpoint.config).side_width:
             return None
         channels = side_inputs.TokenChannels(self.checkpoint.config, batches)
         where = f"{self.checkpoint.path}: "
-        projection = load_checked(load.side_projection(self.checkpoint, self.dtype), where)
+        architecture = family(self.checkpoint.config)
+        model = load_checked(load.side_model(self.checkpoint, self.dtype), where)
 
         def of_tokens(ids: np.ndarray) -> mx.array:
             """Channels (m, L, P) of token ids (m,)."""
             # Nothing is named that can go while the result is computed: all of it is large.
             table = load.side_rows(self.checkpoint, self.dtype, self._stored(arch.PER_LAYER, ids))
-            load_checked(table, f"{where}{arch.PER_LAYER}")
+            model.model.embed_tokens_per_layer = load_checked(table, f"{where}{arch.PER_LAYER}")
             every = np.arange(len(ids))
             index = mx.array(every.astype(np.int32))
-            projected = projection(table(index), self._embedded(ids, every))
-            mx.eval(projected)
-            return projected
+            channels = architecture.side_channels(model, index, self._embedded(ids, every))
+            mx.eval(channels)
+            return channels
 
         channels.fill(of_tokens, self.dtype)
         return channels

@@ -91,7 +91,6 @@ class Stack:
 
 
 Look = Callable[[Stack], Any]  # what is to be kept of a stack: arrays, lazy, and what else it likes
-Run = Callable[[int, mx.array], mx.array]  # (number of a window, its states) -> the same behind
 
 
 class BlockTurn:
@@ -126,7 +125,7 @@ class BlockTurn:
         def work(stack: tuple[int, list[mx.array]]) -> Any:
             return look(self._stack(*stack, recorders))
 
-        with _recorded(self.block, places) as recorders:
+        with recorded(self.block, places) as recorders:
             yield from streams.parallel_map(work, stacks(self.source, self._windows()))
 
     def through(
@@ -141,27 +140,17 @@ class BlockTurn:
         visit: sees what every expert of a mixture does (`Stream.run_experts`).
         """
         self.done = True
-        with _recorded(self.block, places) as recorders:
+        with recorded(self.block, places) as recorders:
             passed = self._experts if self.source.mixture else self._stacks
             for numbers, outs, found in passed(look, recorders, visit):
                 self._put(numbers, outs)
                 del outs  # the caller alone holds what it is given
                 yield numbers, found
 
-    def go(self, run: Run | None = None) -> Hidden:
-        """All windows through the block, with nobody looking; their states behind it.
-
-        run: in place of the block; windows go one by one then.
-        """
-        if run is None:
-            for _ in self.through():
-                pass
-            return self.hidden
-        self.done = True
-        for b, into in enumerate(self._windows()):
-            out = run(b, into)
-            mx.eval(out)
-            self._put([b], [out])
+    def go(self) -> Hidden:
+        """All windows through the block, with nobody looking; their states behind it."""
+        for _ in self.through():
+            pass
         return self.hidden
 
     def _windows(self) -> Iterable[mx.array]:
@@ -285,7 +274,7 @@ def back_at_once(source: Source, window: mx.array) -> int:
 
 
 @contextmanager
-def _recorded(block: nn.Module, places: Places) -> Iterator[Mapping[Any, modules.InputRecorder]]:
+def recorded(block: nn.Module, places: Places) -> Iterator[Mapping[Any, modules.InputRecorder]]:
     """Within, the modules at these places remember their inputs."""
     recorders = {}
     for name, (*path, attribute) in places.items():
@@ -302,7 +291,7 @@ def _recorded(block: nn.Module, places: Places) -> Iterator[Mapping[Any, modules
 def _within(block: nn.Module, path: Sequence[str]) -> Any:
     """The module that these names lead to."""
     for name in path:
-        block = block[name]
+        block = block[int(name) if name.isdigit() else name]
     return block
 
 

@@ -9,9 +9,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mis_mlx.models.architectures import arch, tensor_shapes
-from mis_mlx.models.architectures.families import family
-from mis_mlx.models.architectures.sizes import shape_of
+from mis_mlx.models.architectures import arch
+from mis_mlx.models.architectures.families import family, shape_of
 from mis_mlx.models.opening import load
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import DISK
@@ -74,16 +73,13 @@ def write(
     config: Mapping[str, Any],
 ) -> None:
     """Commit the new folder `out`, which mlx_lm takes as --adapter-path. config: the model's."""
-    settings: dict[str, Any] = dict(lora.settings)
     architecture = family(config)
     adapters = _stacked(adapters, config)
-    if architecture.lora_names_matrices:
-        settings["keys"] = sorted({name.split(".", 3)[3].rpartition(".")[0] for name in adapters})
     adapters = {architecture.stored_name(name): array for name, array in adapters.items()}
     adapter_config = {
         "fine_tune_type": "lora",
         "num_layers": lora.num_layers,
-        "lora_parameters": settings,
+        "lora_parameters": lora.settings,
     }
     nbytes = sum(array.nbytes for array in adapters.values())
     with protocol.commit_folder(out, nbytes, "the adapters") as folder:
@@ -99,13 +95,13 @@ def _stacked(adapters: Mapping[str, mx.array], config: Mapping[str, Any]) -> dic
     named = dict[str, mx.array]()
     for name, array in adapters.items():
         path, _, part = name.rpartition(".")
-        stacked = tensor_shapes.stacked(path, config)
+        stacked = family(config).joined(path)
         own = f"{stacked}.{part}"
         if own == name:
             named[name] = array
         elif own not in named:
             parts = []
-            for expert in tensor_shapes.one_by_one(own, config):
+            for expert in family(config).one_by_one(own):
                 parts.append(adapters[expert].T)
             named[own] = mx.stack(parts)
     return named

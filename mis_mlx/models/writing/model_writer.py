@@ -18,7 +18,8 @@ import numpy as np
 
 from mis_mlx import cli
 from mis_mlx.compute import precision
-from mis_mlx.models.architectures import arch, families, stored_form, tensor_shapes
+from mis_mlx.models.architectures import arch, families, stored_form
+from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening import load, tokenizer_check
 from mis_mlx.storage import checkpoint as protocol
 from mis_mlx.storage.files import DISK, as_mis_error
@@ -233,7 +234,7 @@ def write_model(
     """
 
     def type_of(name: str) -> str:
-        return "float32" if arch.always_float32(config, name) else dtype
+        return "float32" if family(config).always_float32(name) else dtype
 
     stacked = families.family(config).stacked and not file_per_block
     shapes = arch.tensors_of(config, stacked=stacked)
@@ -243,7 +244,7 @@ def write_model(
 
     def tensor(name: str) -> Tensor:
         own_type = type_of(name)
-        taken = [_cast(take(part), own_type) for part in tensor_shapes.one_by_one(name, config)]
+        taken = [_cast(take(part), own_type) for part in family(config).one_by_one(name)]
         arrays = [part for part in taken if isinstance(part, mx.array)]
         if len(arrays) > 1:
             return mx.stack(arrays)

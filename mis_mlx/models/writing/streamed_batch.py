@@ -18,7 +18,7 @@ import mlx.nn as nn
 from mis_mlx.compute import streams
 from mis_mlx.hardware.stage_cost import StageCost, in_turn
 from mis_mlx.models.architectures import block_inputs, block_state, experts, side_inputs
-from mis_mlx.models.architectures.sizes import key_owners
+from mis_mlx.models.architectures.families import family
 from mis_mlx.models.opening import load
 from mis_mlx.models.opening.model_size import ModelSize
 from mis_mlx.models.passing.pass_cost import (
@@ -317,7 +317,7 @@ def _pass_cost(m: ModelSize, at_once: int, tokens: int, *, longest: int) -> Stag
     tokens of a text at its end.
     """
     places = longest + block_state.STEP
-    shared = {owner for owner in key_owners(m.config) if owner is not None}
+    shared = {owner for owner in family(m.config).key_owners() if owner is not None}
     copies = BLOCK_COPIES + len(shared)
     kept = texts_bytes(m, at_once, places) + copies * block_texts_bytes(m, at_once, places)
     piece = tokens
