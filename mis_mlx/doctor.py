@@ -43,7 +43,7 @@ class Settings:
     """also write the report, in Markdown, to this new file"""
     run: str | None = None
     """folder of a run, by default of `distill` without flags, which is made or goes on first: the
-    report ends with a line of JSON, what each phase was to take, and took
+    report ends with a line of JSON, what each phase was to take, and took (docs/machines.md)
     """
 
 
@@ -101,7 +101,8 @@ class Report:
 def _of_run(folder: Path) -> dict[str, Any]:
     """What was planned for each phase of a run, and taken, and on what machine; made if need be.
 
-    Seconds, and the process's bytes. MisError where the run does not reach its end.
+    Seconds; bytes as planned for the process, and as the run added to it. MisError where the run
+    does not reach its end.
     """
     if not (folder / run_folder.RESULT).is_file():
         code = jobs.call("distill", folder, again=run_folder.is_run(folder))
@@ -113,6 +114,7 @@ def _of_run(folder: Path) -> dict[str, Any]:
     seconds = {name: (phase["seconds"], took.get(name)) for name, phase in planned.items()}
     peaks = [phase["peak_bytes"] for phase in planned.values()]
     return {
+        "command": "scripts/mis doctor --run FOLDER",
         "commit": system_facts.commit(),
         **rates.about(),
         "asked": told.asked,

@@ -1,5 +1,5 @@
-"""Write the tables of README.md, docs/results.md, docs/models.md, docs/quantization.md and
-benchmarks/README.md from the files under benchmarks/results.
+"""Write the tables of README.md, pages under docs and benchmarks/README.md from the files under
+benchmarks/results.
 
     scripts/mis scripts/render.py             # after a measurement
     scripts/mis scripts/render.py --check     # exit 1, with the lines, where a table is not what
@@ -30,6 +30,7 @@ PAGES = (
     "README.md",
     "docs/compare.md",
     "docs/results.md",
+    "docs/machines.md",
     "docs/models.md",
     "docs/quantization.md",
     "benchmarks/README.md",
@@ -371,10 +372,33 @@ def sizes_of(row: Found) -> list[str]:
     return [f"{row['params'] / 1e9:.2f} B", f"{row['bytes'] / 1e9:.2f} GB"]
 
 
+def machines(*runs: Found) -> str:
+    """A line a machine: what the phases of a run were to take there, and took (`doctor --run`)."""
+    lines = []
+    for run in runs:
+        seconds = [f"{name} {p:.0f} / {took:.0f}" for name, (p, took) in run["phases"].items()]
+        planned, taken = map(gib, run["peak_bytes"])
+        lines.append(
+            [
+                f"{run['chip']}, {run['cores_used']} of {run['cores']} cores, {run['memory_gib']} "
+                f"GiB, {run['release']}",
+                f"{run['computes_on']}, {run['mlx']}",
+                run["commit"],
+                ", ".join(f"{name}: {value}" for name, value in run["asked"].items()) or "–",
+                ", ".join(seconds),
+                duration(run["seconds"]),
+                f"{planned} / {taken}",
+            ]
+        )
+    head = ["machine", "MLX", "commit", "flags", "phases, s", "whole run", "memory"]
+    return words.markdown_table(head, lines, words=5)
+
+
 # Table: what arranges it, the files it is made of.
 TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "speed": (speed, ("throughput.json", "ttft.json")),
     "lose": (lose, ("lose.json",)),
+    "doctor": (machines, ("doctor-small.json",)),
     "lose-gemma-3-270m": (lose, ("lose-gemma-3-270m.json",)),
     "planned": (planned_phases, ("planned.json",)),
     "rivals-qwen-coder-0.5b": (rivals, ("rivals-qwen-coder-0.5b.json",)),
