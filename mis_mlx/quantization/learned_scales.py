@@ -105,6 +105,11 @@ def _grid_product(
     def matrix(slab: slice, scales: mx.array, biases: mx.array, met: mx.array) -> mx.array:
         parts = [stored[slab], scales[slab], biases[slab]]
         rows, ready_scales, ready_biases = mx.depends(parts, [met])
+        if rows.dtype == mx.uint32:
+            # one kernel, which writes each weight once
+            return mx.dequantize(
+                rows, ready_scales, ready_biases, group_size=kind.group, bits=kind.bits
+            )
         weight = _levels(rows, kind) * ready_scales[..., None]
         weight = weight + ready_biases[..., None]
         return weight.reshape(len(weight), -1)

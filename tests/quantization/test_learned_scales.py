@@ -10,6 +10,7 @@ from mis_mlx.quantization import learned_scales, packed_format
 from tests import peaks
 
 
+@pytest.mark.usefixtures("policy")
 @pytest.mark.parametrize("at_once", [learned_scales.LEARNED_AT_ONCE, 20 * 128])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
 def test_the_gradients_of_a_grid(
