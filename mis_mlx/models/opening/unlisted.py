@@ -36,7 +36,7 @@ def open_whole(folder: Path) -> tuple[dict[str, Any], nn.Module]:
     if packed or config.get("quantization") or config.get("quantization_config"):
         raise MisError(f"{folder} is quantized already: start from the unquantized model")
     try:
-        model, _ = mlx_lm("utils").load_model(folder, lazy=True)
+        model, _ = mlx_lm("utils").load_model(folder, lazy=True, trust_remote_code=False)
     except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:
         text = " ".join(str(error).split())[:160]
         why = f"mlx-lm does not load it as a {config['model_type']} ({text})"
